@@ -1,0 +1,122 @@
+// The only pybind11 file of the CPU module: checks arrays, releases the GIL, calls.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "scoring/score.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string shape_text(const std::vector<py::ssize_t>& shape) {
+    std::string text = "(";
+    for (std::size_t i = 0; i < shape.size(); ++i) {
+        text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+    }
+    return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+// The data of a C-contiguous array of T with just this shape; null where there is no array.
+template <typename T>
+const T* checked(const std::optional<py::array>& array, const char* name, const std::vector<py::ssize_t>& shape) {
+    if (!array) {
+        return nullptr;
+    }
+    const std::vector<py::ssize_t> got(array->shape(), array->shape() + array->ndim());
+    if (!py::isinstance<py::array_t<T>>(*array) || (array->flags() & py::array::c_style) == 0 || got != shape) {
+        throw py::value_error(std::string("expected ") + name + " C-contiguous, " +
+                              py::str(py::dtype::of<T>()).cast<std::string>() + " of shape " + shape_text(shape) +
+                              ", got " + py::str(array->dtype()).cast<std::string>() + " of shape " + shape_text(got));
+    }
+    return static_cast<const T*>(array->data());
+}
+
+void check_offsets(const std::int64_t* offsets, py::ssize_t n_classes, py::ssize_t n_keys) {
+    bool good = offsets[0] == 0 && offsets[n_classes] == n_keys;
+    for (py::ssize_t c = 0; c < n_classes; ++c) {
+        good = good && offsets[c] <= offsets[c + 1];
+    }
+    if (!good) {
+        throw py::value_error("expected class_offsets to rise from 0 to the number of keys, " + std::to_string(n_keys));
+    }
+}
+
+py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, const std::optional<py::array>& query,
+                const std::optional<py::array>& feature, const std::optional<py::array>& text, float tau,
+                const std::optional<py::array>& keys, const std::optional<py::array>& class_offsets,
+                const std::optional<py::array>& weights, float alpha, float beta,
+                const std::optional<py::array>& linear, const std::optional<py::array>& bias) {
+    const std::optional<py::array>& any = plain ? plain : query ? query : feature;
+    if (!any || any->ndim() != 2 || n_classes < 1) {
+        throw py::value_error("expected n_classes >= 1 and embeddings of shape (B, D)");
+    }
+    if ((text && !plain) || (keys && (!query || !class_offsets || keys->ndim() != 2)) || (linear && !feature)) {
+        throw py::value_error(
+            "expected plain with text, query and class_offsets with keys of shape (N, D), feature with linear");
+    }
+    const py::ssize_t n_queries = any->shape(0);
+    const py::ssize_t width = any->shape(1);
+    const py::ssize_t n_keys = keys ? keys->shape(0) : 0;
+
+    iosr::QueryView queries;
+    queries.n_queries = static_cast<std::size_t>(n_queries);
+    queries.plain = checked<float>(plain, "plain", {n_queries, width});
+    queries.query = checked<float>(query, "query", {n_queries, width});
+    queries.feature = checked<float>(feature, "feature", {n_queries, width});
+
+    iosr::PlanView plan;
+    plan.n_classes = static_cast<std::size_t>(n_classes);
+    plan.width = static_cast<std::size_t>(width);
+    plan.text = checked<float>(text, "text", {n_classes, width});
+    plan.keys = checked<float>(keys, "keys", {n_keys, width});
+    plan.class_offsets = checked<std::int64_t>(class_offsets, "class_offsets", {n_classes + 1});
+    plan.weights = checked<float>(weights, "weights", {n_keys});
+    plan.linear = checked<float>(linear, "linear", {n_classes, width});
+    plan.bias = checked<float>(bias, "bias", {n_classes});
+    plan.tau = tau;
+    plan.alpha = alpha;
+    plan.beta = beta;
+    if (plan.keys != nullptr) {
+        check_offsets(plan.class_offsets, n_classes, n_keys);
+    }
+
+    const char* requested = std::getenv("IOSR_FAST_SIMD");
+    const iosr::ScorePath& path = iosr::choose_score_path(requested == nullptr ? "" : requested);
+    py::array_t<float> logits({n_queries, n_classes});
+    float* out = logits.mutable_data();
+    {
+        py::gil_scoped_release release;
+        path.run(plan, queries, out);
+    }
+    return py::make_tuple(std::move(logits), path.name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "CPU kernels of iosr_fast";
+    module.attr("version") = IOSR_FAST_VERSION;
+    module.def(
+        "simd_paths",
+        [] {
+            std::vector<std::pair<std::string, bool>> paths;
+            for (const iosr::ScorePath& path : iosr::score_paths()) {
+                paths.emplace_back(path.name, path.supported());
+            }
+            return paths;
+        },
+        "Compiled paths, best first, each with whether this processor can run it.");
+    module.def("score", &score, py::kw_only(), py::arg("n_classes"), py::arg("plain") = py::none(),
+               py::arg("query") = py::none(), py::arg("feature") = py::none(), py::arg("text") = py::none(),
+               py::arg("tau") = 0.0F, py::arg("keys") = py::none(), py::arg("class_offsets") = py::none(),
+               py::arg("weights") = py::none(), py::arg("alpha") = 0.0F, py::arg("beta") = 0.0F,
+               py::arg("linear") = py::none(), py::arg("bias") = py::none(),
+               "Execute a scoring plan: (logits (B, C) float32, name of the path that ran). Raises ValueError where an\n"
+               "array's dtype, shape or layout is wrong, RuntimeError where IOSR_FAST_SIMD can't be met.");
+}

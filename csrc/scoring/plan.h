@@ -1,0 +1,35 @@
+// What a scoring kernel is given: views of arrays it doesn't own. Shapes are checked by the caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace iosr {
+
+// logits[b, c] = tau * <plain[b], text[c]>
+//              + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
+//              + <feature[b], linear[c]> + bias[c]
+// All arrays are row-major and contiguous; a null pointer leaves its term (or, for weights, its factor) out.
+struct PlanView {
+    std::size_t n_classes = 0;  // C
+    std::size_t width = 0;      // D
+    const float* text = nullptr;                  // (C, D)
+    const float* keys = nullptr;                  // (N, D), sorted by class
+    const std::int64_t* class_offsets = nullptr;  // (C + 1,): class c owns keys [class_offsets[c], class_offsets[c + 1])
+    const float* weights = nullptr;               // (N,)
+    const float* linear = nullptr;                // (C, D)
+    const float* bias = nullptr;                  // (C,)
+    float tau = 0.0F;
+    float alpha = 0.0F;
+    float beta = 0.0F;
+};
+
+// The embeddings that each term reads, (B, D) each; they may be one and the same array.
+struct QueryView {
+    std::size_t n_queries = 0;       // B
+    const float* plain = nullptr;    // read where text is given
+    const float* query = nullptr;    // read where keys are given
+    const float* feature = nullptr;  // read where linear is given
+};
+
+}  // namespace iosr

@@ -1,0 +1,38 @@
+"""Few-shot CLIP classification with reduced intra-modal overlap.
+
+Names are imported at first use, so that `import iosr_fast` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
+    from iosr_fast.encoder import Embeddings
+    from iosr_fast.scoring import ScoringPlan, score
+
+    __version__: str
+
+_HOME = {"Classifier": "classifier", "Embeddings": "encoder", "ScoringPlan": "scoring", "score": "scoring"}
+__all__ = ["Classifier", "Embeddings", "ScoringPlan", "__version__", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("iosr_fast")
+        except PackageNotFoundError:
+            return "0+uninstalled"
+    if name not in _HOME:
+        raise AttributeError(f"module 'iosr_fast' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"iosr_fast.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

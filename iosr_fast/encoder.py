@@ -1,0 +1,43 @@
+"""What every runtime offers: uint8 pictures in, both embeddings out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """L2-normalised image embeddings of one batch.
+
+    `plain` (B, D) float32 meets text; `adapted` (B, D) float32, from the encoder with the adapter, meets other images.
+    `adapted` is None where the encoder has no adapter.
+    """
+
+    plain: np.ndarray
+    adapted: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Embeddings:
+        return Embeddings(self.plain[rows], None if self.adapted is None else self.adapted[rows])
+
+
+class Encoder(Protocol):
+    """A compiled (or eager) image encoder.
+
+    `fingerprint` names the exact export it was built from, so that a cache of keys is never used with another encoder's
+    queries; `runtime` names what executes it ("onnxruntime", "torch", "tensorrt", "tensorrt_rtx").
+    """
+
+    image_size: int
+    width: int
+    fingerprint: str
+    runtime: str
+
+    def encode(self, pixels: np.ndarray) -> Embeddings:
+        """Encode uint8 pixels (B, image_size, image_size, 3), RGB; B >= 1."""
+        ...

@@ -1,0 +1,90 @@
+"""What a bug report needs: versions, implementations and why one is refused, the processor."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from iosr_fast import dispatch
+
+OPTIONAL_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "onnx",
+    "onnxscript",
+    "tensorrt",
+    "tensorrt-rtx",
+    "triton",
+)
+
+
+def info() -> dict[str, Any]:
+    """Versions, implementations, SIMD paths, processor and threads, as JSON-ready values.
+
+    Optional packages are looked up by their metadata and never imported; a missing one has the version None.
+    """
+    return {
+        "iosr_fast": package_version("iosr_fast"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: package_version(name) for name in ("numpy", "pillow", "safetensors", *OPTIONAL_PACKAGES)},
+        "implementations": {row.name: row.refusal for row in dispatch.available()},
+        "simd_paths": simd_paths(),
+        "environment": {name: os.environ[name] for name in ("IOSR_FAST_IMPL", "IOSR_FAST_SIMD") if name in os.environ},
+        "cpu": cpu_model(),
+        "threads": usable_threads(),
+    }
+
+
+def format_info() -> str:
+    """info() as lines to read."""
+    facts = info()
+    lines = [f"iosr_fast {facts['iosr_fast']}, Python {facts['python']}, {facts['platform']}"]
+    lines.append(f"cpu: {facts['cpu']}, {facts['threads']} threads")
+    lines.append("scoring implementations, best first:")
+    for name, refusal in facts["implementations"].items():
+        lines.append(f"  {name:<12} {'yes' if refusal is None else 'no: ' + refusal}")
+    paths = [name if supported else f"{name} (this processor can't)" for name, supported in facts["simd_paths"].items()]
+    lines.append(f"SIMD paths of cpp: {', '.join(paths) or 'none'}")
+    lines += [f"{name}={value}" for name, value in facts["environment"].items()]
+    lines.append("packages:")
+    lines += [f"  {name:<18} {found or 'not installed'}" for name, found in facts["packages"].items()]
+    return "\n".join(lines)
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def simd_paths() -> dict[str, bool]:
+    """Compiled paths of the C++ kernels, best first, each with whether this processor can run it."""
+    if next(row.refusal for row in dispatch.available() if row.name == "cpp") is not None:
+        return {}
+    from iosr_fast import _C
+
+    return dict(_C.simd_paths())
+
+
+def cpu_model() -> str:
+    """The processor's name, as well as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_threads() -> int:
+    """Hardware threads that this process may use, which a container or an affinity mask can make fewer than exist."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""Triton kernels, imported as iosr_fast.kernels. Importing needs neither Triton nor a GPU."""

@@ -1,0 +1,58 @@
+"""Metadata stands in pyproject.toml; this file says where packages lie and has CMake build the extension."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeExtension(Extension):
+    """An extension whose sources and flags are CMakeLists.txt's business."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sources=[])
+
+
+class CMakeBuild(build_ext):
+    """Configure and build with CMake; CMAKE_ARGS from the environment come last and so win."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        # A kept cache may name the generator and the pybind11 of a build environment that is gone by now.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        cmake = [shutil.which("cmake")] if shutil.which("cmake") else [sys.executable, "-m", "cmake"]
+        configure = [
+            *cmake,
+            f"-S{ROOT}",
+            f"-B{build}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DIOSR_FAST_VERSION={self.distribution.get_version()}",
+        ]
+        if shutil.which("ninja"):
+            configure.append("-GNinja")
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        subprocess.run(configure, check=True)
+        subprocess.run([*cmake, "--build", str(build), "--config", "Release", "--parallel"], check=True)
+
+
+setup(
+    packages=[*find_packages(include=["iosr_fast", "iosr_fast.*"]), "iosr_fast.kernels"],
+    package_dir={"iosr_fast.kernels": "kernels"},
+    ext_modules=[CMakeExtension("iosr_fast._C")],
+    cmdclass={"build_ext": CMakeBuild},
+)
