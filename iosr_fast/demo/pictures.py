@@ -1,0 +1,58 @@
+"""The demo's pictures: emoji, where a concept is a class and a style (the font that draws it) is a domain."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "data"
+Split = Literal["generic", "held-out"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one split, ordered by concept and then by style."""
+
+    images: np.ndarray  # (N, 64, 64, 3) uint8
+    concepts: np.ndarray  # (N,) int64, index into names
+    styles: np.ndarray  # (N,) int64, index into style_names
+    names: list[str]
+    style_names: list[str]
+
+
+def load_index() -> dict[str, Any]:
+    """index.json: the sheets' geometry, each style's source and licence, each concept's name, words, split, styles."""
+    index: dict[str, Any] = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
+    return index
+
+
+def load_pictures(split: Split, min_styles: int = 4) -> Pictures:
+    """Decode the sheets and cut out the pictures of one split.
+
+    Concepts drawn in fewer than `min_styles` styles are left out (few-shot tasks need pictures left over to classify).
+    """
+    from PIL import Image
+
+    if split not in ("generic", "held-out"):
+        raise ValueError(f"expected split 'generic' or 'held-out', got {split!r}")
+    index = load_index()
+    tile, columns, style_names = index["tile"], index["columns"], list(index["styles"])
+    sheets = {style: np.asarray(Image.open(FOLDER / f"{style}.webp").convert("RGB")) for style in style_names}
+    images: list[np.ndarray] = []
+    concepts: list[int] = []
+    styles: list[int] = []
+    names: list[str] = []
+    for position, concept in enumerate(index["concepts"]):
+        if concept["split"] != split or len(concept["styles"]) < min_styles:
+            continue
+        y, x = position // columns * tile, position % columns * tile
+        for style in concept["styles"]:
+            images.append(sheets[style][y : y + tile, x : x + tile])
+            concepts.append(len(names))
+            styles.append(style_names.index(style))
+        names.append(concept["name"])
+    return Pictures(np.stack(images), np.array(concepts), np.array(styles), names, style_names)
