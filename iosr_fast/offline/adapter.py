@@ -1,0 +1,192 @@
+"""The bottleneck adapter of Kravets & Namboodiri (BMVC 2024), its files, and the literal two-pass encoding with it.
+
+In each adapted block, beside the MLP and on the residual stream after attention (the input of ln_2):
+
+    x <- x + mlp(ln_2(x)) + scale * up_proj(relu(down_proj(x)))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from iosr_fast.offline.clip import LoadedClip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is and which CLIP it belongs to. Blocks `first_adapted_block` to `blocks - 1` have an adapter."""
+
+    clip_fingerprint: str
+    clip_name: str
+    width: int
+    blocks: int
+    first_adapted_block: int
+    bottleneck: int = 64
+    scale: float = 0.03
+    dropout: float = 0.1
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_adapted_block < self.blocks:
+            raise ValueError(
+                f"expected first_adapted_block in 0..{self.blocks - 1} ({self.clip_name} has {self.blocks} blocks), "
+                f"got {self.first_adapted_block}"
+            )
+        if self.bottleneck < 1:
+            raise ValueError(f"expected a bottleneck of at least 1, got {self.bottleneck}")
+
+
+class BottleneckAdapter(nn.Module):
+    """scale * up_proj(relu(down_proj(x))); x (..., width). Kaiming for down_proj, zeros for up_proj and both biases."""
+
+    def __init__(self, width: int, bottleneck: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.down_proj = nn.Linear(width, bottleneck)
+        self.up_proj = nn.Linear(bottleneck, width)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.down_proj.weight, a=5**0.5)
+        for zeroed in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(zeroed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.dropout(torch.relu(self.down_proj(x)))
+        return self.scale * self.up_proj(hidden)
+
+
+class Adapter(nn.Module):
+    """The adapters of all adapted blocks; `blocks[str(i)]` belongs to the encoder's block i."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): BottleneckAdapter(config.width, config.bottleneck, config.scale, config.dropout)
+                for i in range(config.first_adapted_block, config.blocks)
+            }
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights, the scale and the CLIP's fingerprint."""
+        digest = hashlib.sha256(f"{self.config.clip_fingerprint} {self.config.scale}".encode())
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.detach().float().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def vision_blocks(clip: LoadedClip) -> Any:
+    """The transformer blocks of the image encoder; refuses what has none."""
+    blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
+    if blocks is None:
+        raise ValueError(
+            f"{clip.name} has a {type(clip.model.visual).__name__} image encoder; the adapter needs open_clip's "
+            "VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336 and their kind)"
+        )
+    return blocks
+
+
+def init_adapter(
+    clip: LoadedClip,
+    first_adapted_block: int = 0,
+    bottleneck: int = 64,
+    scale: float = 0.03,
+    seed: int = 0,
+    **more: Any,
+) -> Adapter:
+    """A fresh adapter for `clip`, which leaves its embeddings as they are until it is trained (up_proj is zero)."""
+    blocks = vision_blocks(clip)
+    config = AdapterConfig(
+        clip_fingerprint=clip.fingerprint,
+        clip_name=clip.name,
+        width=blocks[0].ln_2.normalized_shape[0],
+        blocks=len(blocks),
+        first_adapted_block=first_adapted_block,
+        bottleneck=bottleneck,
+        scale=scale,
+        **more,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Adapter(config)
+
+
+def check_belongs(adapter: Adapter, clip: LoadedClip) -> None:
+    """Raise ValueError unless `adapter` was trained for exactly this CLIP."""
+    expected, got = adapter.config.clip_fingerprint, clip.fingerprint
+    if expected != got:
+        raise ValueError(
+            f"the adapter was trained for another CLIP: expected {adapter.config.clip_name} with fingerprint "
+            f"{expected[:12]}, got {clip.name} with {got[:12]}; load that CLIP, or train an adapter for this one"
+        )
+
+
+def save_adapter(adapter: Adapter, path: str | Path) -> None:
+    """Write one safetensors file: fp16 weights, and the configuration as JSON in its header.
+
+    The weights are rounded to fp16 in place first, so that what is saved is exactly what goes on being used.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    with torch.no_grad():
+        for value in adapter.parameters():
+            value.copy_(value.half())
+    state = {key: value.half().contiguous() for key, value in adapter.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(state, temporary, metadata={"iosr_fast_adapter": json.dumps(asdict(adapter.config))})
+    temporary.replace(path)
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read an adapter written by `save_adapter`, in evaluation mode. Raises FileNotFoundError or ValueError."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {path}; tools/train_adapter.py trains one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("iosr_fast_adapter")
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if header is None:
+        raise ValueError(f"{path} is a safetensors file, but not an adapter of iosr_fast (its header has no config)")
+    known = {f.name for f in fields(AdapterConfig)}
+    adapter = Adapter(AdapterConfig(**{key: value for key, value in json.loads(header).items() if key in known}))
+    adapter.load_state_dict(state)
+    return adapter.eval().requires_grad_(False)
+
+
+def encode_plain(clip: LoadedClip, pixels: torch.Tensor) -> torch.Tensor:
+    """open_clip's own image embedding. `pixels` (B, 3, S, S) normalised floats; returns (B, D), not L2-normalised."""
+    features: torch.Tensor = clip.model.encode_image(pixels)
+    return features
+
+
+def encode_adapted(clip: LoadedClip, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
+    """The image embedding with the adapter, written like the paper's code: one whole pass of its own.
+
+    `pixels` (B, 3, S, S) normalised floats; returns (B, D), not L2-normalised. The dual encoder equals this; training
+    and tests compare with it.
+    """
+    visual = clip.model.visual
+    x = visual._embeds(pixels)
+    for i, block in enumerate(visual.transformer.resblocks):
+        x = x + block.ls_1(block.attention(block.ln_1(x)))
+        update = block.ls_2(block.mlp(block.ln_2(x)))
+        if str(i) in adapter.blocks:
+            update = update + adapter.blocks[str(i)](x)
+        x = x + update
+    pooled, _ = visual._pool(x)
+    projected: torch.Tensor = pooled @ visual.proj if visual.proj is not None else pooled
+    return projected

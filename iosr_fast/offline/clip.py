@@ -1,0 +1,155 @@
+"""Loading a CLIP: the embedded demo, one of open_clip's models by tag, or a weights file, all by one path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iosr_fast._require import require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+DEMO_NAME = "iosr-fast-demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "data"
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """An open_clip model on the CPU in fp32 and evaluation mode, with what is needed to feed it.
+
+    `mean` and `std` are per channel for pixels in [0, 1]; `logit_scale` is exp of the trained parameter (100 for CLIP);
+    `fingerprint` is a SHA-256 over the configuration and every weight.
+    """
+
+    model: Any
+    tokenizer: Callable[..., torch.Tensor]
+    name: str
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    logit_scale: float
+    fingerprint: str
+
+
+def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
+    """Load a CLIP by name.
+
+    `load_clip("demo")` is the small CLIP that ships with the package. Otherwise `name` is one of open_clip's models and
+    `pretrained` one of its tags ("openai": downloaded by open_clip), a file (open_clip's .safetensors, a state dict in
+    .pt, or OpenAI's own TorchScript .pt), or "none" for random weights from a fixed seed (to measure speed).
+    Models whose weights were trained with QuickGELU get it, also where the name does not say so.
+
+    Raises ValueError for an unknown model or tag, FileNotFoundError for a missing file.
+    """
+    open_clip = require("open_clip", "train")
+    if name == "demo":
+        name, pretrained = DEMO_NAME, pretrained or DEMO_FOLDER / "clip.safetensors"
+    if name == DEMO_NAME:
+        open_clip.add_model_config(DEMO_FOLDER / f"{DEMO_NAME}.json")
+    name = name.replace("/", "-")
+    if name not in open_clip.list_models():
+        raise ValueError(f"expected 'demo' or one of open_clip's models, got {name!r}: open_clip.list_models() has all")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise ValueError(f"{name} needs weights: pretrained= one of {tags}, a .safetensors or .pt file, or 'none'")
+    with _quiet_open_clip():
+        if str(pretrained) == "none":
+            model = _random_model(open_clip, name)
+        elif str(pretrained) in tags:
+            quick = bool(open_clip.get_pretrained_cfg(name, str(pretrained)).get("quick_gelu"))
+            model = open_clip.create_model(name, pretrained=str(pretrained), force_quick_gelu=quick)
+        elif Path(pretrained).is_file():
+            model = _model_from_file(open_clip, name, Path(pretrained))
+        elif Path(pretrained).suffix:
+            raise FileNotFoundError(f"no weights file at {pretrained}")
+        else:
+            raise ValueError(
+                f"{name} has no pretrained tag {str(pretrained)!r}: expected one of {tags}, a file, or 'none'"
+            )
+        tokenizer = open_clip.get_tokenizer(name)
+    model = model.float().eval().requires_grad_(False)
+    size = model.visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+    return LoadedClip(
+        model=model,
+        tokenizer=tokenizer,
+        name="demo" if name == DEMO_NAME else name,
+        image_size=size,
+        mean=mean,
+        std=std,
+        interpolation=preprocess.get("interpolation") or "bicubic",
+        logit_scale=float(model.logit_scale.exp()),
+        fingerprint=_fingerprint(model, {"image_size": size, "mean": mean, "std": std, "gelu": _activation(model)}),
+    )
+
+
+def _random_model(open_clip: Any, name: str) -> Any:
+    torch = require("torch", "train")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return open_clip.create_model(name)
+
+
+def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
+    """Weights of a file in the architecture of `name`; OpenAI's TorchScript archives imply QuickGELU."""
+    torch = require("torch", "train")
+    if path.suffix == ".safetensors":
+        return open_clip.create_model(name, pretrained=str(path))
+    if not _is_torchscript(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        model = open_clip.create_model(name)
+    else:
+        state = dict(torch.jit.load(path, map_location="cpu").state_dict())
+        for key in ("input_resolution", "context_length", "vocab_size"):
+            state.pop(key, None)
+        model = open_clip.create_model(name, force_quick_gelu=True)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold weights of {name}: {str(error).splitlines()[1].strip()}") from error
+    return model
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.split("/")[1:2] == ["code"] for entry in archive.namelist())
+
+
+def _activation(model: Any) -> str:
+    blocks = getattr(getattr(model.visual, "transformer", None), "resblocks", None)
+    return type(blocks[0].mlp.gelu).__name__ if blocks else ""
+
+
+def _fingerprint(model: Any, config: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """open_clip warns on the root logger of random weights and of GELU mismatches, both of which are settled here."""
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
