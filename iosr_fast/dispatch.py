@@ -69,9 +69,10 @@ def _never() -> None:
     return None
 
 
+# NumPy first: its BLAS outruns the scalar C++ kernel, which is the portable one (tools/benchmark.py score).
 REGISTRY: tuple[Implementation, ...] = (
-    Implementation("cpp", "iosr_fast.scoring:score_cpp", _cpp_refusal),
     Implementation("numpy", "iosr_fast.scoring:score_numpy", _never),
+    Implementation("cpp", "iosr_fast.scoring:score_cpp", _cpp_refusal),
     Implementation("reference", "iosr_fast.scoring:score_reference", _never, automatic=False),
 )
 

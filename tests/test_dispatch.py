@@ -20,36 +20,36 @@ def path_taken(rng: np.random.Generator, impl: str = "auto") -> str:
     return score_with_path(random_plan(rng, [2, 1], 8), random_embeddings(rng, 3, 8), impl)[1]
 
 
-def refuse_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
-        dispatch.Implementation(entry.name, entry.target, lambda: "no compiler") if entry.name == "cpp" else entry
+        dispatch.Implementation(entry.name, entry.target, lambda: "no compiler") if entry.name == name else entry
         for entry in dispatch.REGISTRY
     ]
     monkeypatch.setattr(dispatch, "REGISTRY", tuple(entries))
 
 
 def test_the_table_lists_every_implementation() -> None:
-    assert [row.name for row in dispatch.available()] == ["cpp", "numpy", "reference"]
+    assert [row.name for row in dispatch.available()] == ["numpy", "cpp", "reference"]
     assert all(row.refusal is None for row in dispatch.available())
 
 
 def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
-    assert path_taken(rng) == CPP
+    assert path_taken(rng) == "numpy"
     assert [path_taken(rng, name) for name in ("cpp", "numpy", "reference")] == [CPP, "numpy", "reference"]
 
 
 def test_the_environment_takes_the_place_of_auto_only(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("IOSR_FAST_IMPL", "numpy")
-    assert path_taken(rng) == "numpy"
+    monkeypatch.setenv("IOSR_FAST_IMPL", "cpp")
+    assert path_taken(rng) == CPP
     assert path_taken(rng, "reference") == "reference"
     monkeypatch.setenv("IOSR_FAST_IMPL", "auto")
-    assert path_taken(rng) == CPP
+    assert path_taken(rng) == "numpy"
 
 
 def test_an_unknown_name_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="out of auto, cpp, numpy, reference, got impl='fortran'"):
+    with pytest.raises(ValueError, match="out of auto, numpy, cpp, reference, got impl='fortran'"):
         path_taken(rng, "fortran")
     monkeypatch.setenv("IOSR_FAST_IMPL", "fortran")
     with pytest.raises(ValueError, match="got IOSR_FAST_IMPL=fortran"):
@@ -59,10 +59,11 @@ def test_an_unknown_name_is_refused(rng: np.random.Generator, monkeypatch: pytes
 def test_auto_falls_back_and_says_why_once(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refuse_cpp(monkeypatch)
+    refuse("numpy", monkeypatch)
     with caplog.at_level(logging.INFO, logger="iosr_fast"):
-        assert [path_taken(rng), path_taken(rng)] == ["numpy", "numpy"]
-    assert [record.message for record in caplog.records] == ["scoring with numpy (refused: cpp: no compiler)"]
+        assert [path_taken(rng), path_taken(rng)] == [CPP, CPP]
+    assert [record.message for record in caplog.records] == ["scoring with cpp (refused: numpy: no compiler)"]
+    refuse("cpp", monkeypatch)
     with pytest.raises(RuntimeError, match="impl='cpp' can't run here: no compiler"):
         path_taken(rng, "cpp")
     monkeypatch.setenv("IOSR_FAST_IMPL", "cpp")
@@ -101,7 +102,7 @@ def test_info_answers_without_importing_what_it_lists() -> None:
 
 
 def test_info_shows_a_refusal_and_what_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_cpp(monkeypatch)
+    refuse("cpp", monkeypatch)
     monkeypatch.setenv("IOSR_FAST_IMPL", "numpy")
     text = info.format_info()
     assert "cpp          no: no compiler" in text and "SIMD paths of cpp: none" in text

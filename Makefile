@@ -1,0 +1,45 @@
+# Everything runs in .venv, which `develop` makes on first use. PYTHON picks the interpreter that makes it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help develop demo test lint bench gpu-check clean
+
+help:
+	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
+	@echo "make demo       the whole idea on real pictures, in a few minutes, without a GPU or a download of weights"
+	@echo "make test       ruff, mypy and every test that needs no GPU"
+	@echo "make bench      encoder and scoring against their rivals, on this machine"
+	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
+
+develop: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[train,cpu,dev]"
+	@$(BIN)/python -m pip install --quiet "iosr_fast[tensorrt-rtx] @ file://$(CURDIR)" --dry-run >/dev/null 2>&1 \
+		&& $(BIN)/python -m pip install --quiet -e ".[tensorrt-rtx]" \
+		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo/run.py --out build/demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy iosr_fast
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python tools/benchmark.py score --json build/bench-score.json
+	$(BIN)/python tools/benchmark.py encoder --json build/bench-encoder.json
+
+gpu-check:
+	$(PYTHON) tools/gpu_check.py --out benchmarks/results
+
+clean:
+	rm -rf build dist *.egg-info iosr_fast/*.so

@@ -1,0 +1,87 @@
+"""The support set: a few labelled images a class, encoded once, sorted by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.preprocess import open_image, random_view, resize_and_crop
+
+
+@dataclass(frozen=True)
+class SupportSet:
+    """Embeddings of N support images and of C class names: all that a method sees.
+
+    `embeddings` (N, D), sorted by class; `class_offsets` (C+1,) int64: class c owns rows class_offsets[c] to
+    class_offsets[c+1]; `text` (C, D), L2-normalised; `tau`, the CLIP's logit scale.
+    """
+
+    embeddings: Embeddings
+    class_offsets: np.ndarray
+    text: np.ndarray
+    tau: float
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.text)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64, non-decreasing."""
+        return np.repeat(np.arange(self.n_classes), np.diff(self.class_offsets))
+
+
+def make_support_set(embeddings: Embeddings, labels: np.ndarray, text: np.ndarray, tau: float) -> SupportSet:
+    """Sort by class (stably) and mark where each class begins.
+
+    Raises ValueError where labels and embeddings differ in number, a label names no class, or the widths of image and
+    text embeddings differ.
+    """
+    labels = np.asarray(labels, np.int64)
+    if labels.shape != (len(embeddings),):
+        raise ValueError(f"expected one label for each of {len(embeddings)} embeddings, got shape {labels.shape}")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(text)):
+        raise ValueError(f"expected labels in 0..{len(text) - 1}, got {labels.min()}..{labels.max()}")
+    for part in (embeddings.plain, embeddings.adapted):
+        if part is not None and part.shape[1] != text.shape[1]:
+            raise ValueError(f"expected image embeddings as wide as the text's, {text.shape[1]}, got {part.shape[1]}")
+    order = np.argsort(labels, kind="stable")
+    offsets = np.zeros(len(text) + 1, np.int64)
+    np.cumsum(np.bincount(labels, minlength=len(text)), out=offsets[1:])
+    return SupportSet(embeddings[order], offsets, np.ascontiguousarray(text, np.float32), tau)
+
+
+def encode_support(
+    encoder: Encoder, images: Sequence[Any], views: int, mirror: bool, rng: np.random.Generator, batch: int = 64
+) -> Embeddings:
+    """One row an image: the mean of its views' embeddings, L2-normalised again.
+
+    With `views` 1 the one view is CLIP's resize and centre crop; with more, random crops of half to all of the image
+    (mirrored half of the time if asked), as Tip-Adapter builds its cache (Zhang et al., ECCV 2022, section 3.1).
+    """
+    plain: list[np.ndarray] = []
+    adapted: list[np.ndarray] = []
+    group = max(1, batch // views)
+    for start in range(0, len(images), group):
+        pixels = []
+        for i, source in enumerate(images[start : start + group], start):
+            image = open_image(source, i)
+            if views == 1:
+                pixels.append(resize_and_crop(image, encoder.image_size))
+            else:
+                pixels += [random_view(image, encoder.image_size, rng, mirror) for _ in range(views)]
+        encoded = encoder.encode(np.stack(pixels))
+        plain.append(_mean_of_views(encoded.plain, views))
+        if encoded.adapted is not None:
+            adapted.append(_mean_of_views(encoded.adapted, views))
+    return Embeddings(np.concatenate(plain), np.concatenate(adapted) if adapted else None)
+
+
+def _mean_of_views(embeddings: np.ndarray, views: int) -> np.ndarray:
+    mean = embeddings.reshape(-1, views, embeddings.shape[1]).mean(1)
+    normalised: np.ndarray = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return normalised

@@ -1,0 +1,102 @@
+"""The command `iosr-fast`: fit a folder, classify images, and say what this machine can do."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.echo(f"iosr-fast: {error}", err=True)
+    raise typer.Exit(2) from error
+
+
+@app.callback()
+def main(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="say which runtimes and kernels are chosen"),
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command()
+def info() -> None:
+    """Versions, runtimes and scoring kernels of this machine: what a bug report needs."""
+    from iosr_fast.info import format_info
+
+    typer.echo(format_info())
+
+
+@app.command()
+def fit(
+    folder: Path = typer.Argument(..., help="one sub-folder of images a class"),
+    out: Path = typer.Option(..., help="the folder to write the classifier to"),
+    model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
+    pretrained: str = typer.Option(None, help="tag or weights file; not needed for the demo"),
+    adapter: str = typer.Option("auto", help="a file of tools/train_adapter.py, 'auto' or 'none'"),
+    method: str = typer.Option("tip-adapter++"),
+    template: list[str] = typer.Option(None, help="a prompt with {} for the class name; may be given more than once"),
+    views: int = typer.Option(10, help="random views averaged into each key; 1 takes the image as it is"),
+    mirror: bool = typer.Option(True, help="mirror half of the views"),
+    runtime: str = typer.Option("auto"),
+    skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out and count them"),
+) -> None:
+    """Fit a few-shot classifier on a folder and save it."""
+    from iosr_fast.classifier import Classifier
+
+    try:
+        classifier = Classifier.from_pretrained(
+            model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime
+        )
+        classifier.fit_folder(
+            folder, templates=template or None, method=method, views=views, mirror=mirror, skip_bad=skip_bad
+        )
+        classifier.save(out)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    typer.echo(f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {method}")
+    if classifier.skipped_:
+        typer.echo(f"left out {len(classifier.skipped_)} unreadable images", err=True)
+
+
+@app.command()
+def classify(
+    classifier: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
+    images: list[Path] = typer.Argument(..., help="images, or folders of images"),
+    runtime: str = typer.Option("auto"),
+    skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out and count them"),
+) -> None:
+    """Classify images; writes CSV (path, label, probability) to standard output."""
+    from iosr_fast.classifier import Classifier
+    from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError
+
+    paths: list[Path] = []
+    for given in images:
+        inside = (p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if given.is_dir() else [given]
+        paths += sorted(inside)
+    left_out = 0
+    try:
+        loaded = Classifier.load(classifier, runtime=runtime)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["path", "label", "probability"])
+        for path in paths:
+            try:
+                probabilities = loaded.predict_proba([path])[0]
+            except BadImageError as error:
+                if not skip_bad:
+                    raise
+                left_out += 1
+                typer.echo(f"left out: {error}", err=True)
+                continue
+            best = int(probabilities.argmax())
+            writer.writerow([path, loaded.classes_[best], f"{probabilities[best]:.4f}"])
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    if left_out:
+        typer.echo(f"left out {left_out} of {len(paths)} images", err=True)

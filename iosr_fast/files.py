@@ -1,0 +1,89 @@
+"""Folders with a manifest: every file hashed, written whole or not at all, refused by name when something is off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well; a failure leaves it alone.
+
+    An existing `target` is replaced only if it is a folder with a manifest (or empty), never somebody's other files.
+    """
+    target = Path(target)
+    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and holds other things than iosr_fast writes; choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, old / "old")
+            os.replace(temporary, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write manifest.json with the facts and the size and SHA-256 of every other file in `folder` (recursively)."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"schema": SCHEMA, "kind": kind, **facts, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: str | Path, kind: str, verify: bool = True) -> dict[str, Any]:
+    """The manifest of `folder`, after checking that it is of this kind and schema and that every file is as written.
+
+    Raises FileNotFoundError without the folder, its manifest or one of its files, ValueError for anything else amiss.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a folder with a {MANIFEST} ({kind}), found none at {path}")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema, found, files = manifest["schema"], manifest["kind"], dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or no manifest of iosr_fast ({error})") from error
+    if found != kind:
+        raise ValueError(f"expected {folder} to hold a {kind}, got a {found}")
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version of iosr_fast reads schema {SCHEMA}; make it again")
+    for name, entry in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{name} is missing from {folder}; make the {kind} again")
+        if verify and sha256(file) != entry["sha256"]:
+            raise ValueError(
+                f"{name} in {folder} does not match its manifest (expected sha256 {entry['sha256'][:12]}..., "
+                f"got {sha256(file)[:12]}...): it is damaged or was changed; make the {kind} again"
+            )
+    return manifest

@@ -1,0 +1,244 @@
+"""Both embeddings of an image in one pass: the plain encoder and the encoder with the adapter, fused.
+
+The public code runs the whole encoder twice. Here what the two streams have in common runs once, and every rewriting is
+exact up to rounding:
+
+    shared prefix    blocks before the first adapted one, and that block's attention and MLP, see the image once; then
+                     both streams run as one batch of 2B through shared weights, the adapter added to the second half
+    CLS-only end     the last block's output is read at the CLS token only, so its query, out-projection and MLP run for
+                     one token. With a single query q, <q, W_k x_j> = <W_k' q, x_j> and sum_j p_j W_v x_j =
+                     W_v sum_j p_j x_j: no token is projected to a key or a value. Key biases cancel in the softmax,
+                     value biases add up
+    preprocessing    uint8 pixels go in; mean and std sit in the patch projection's weights and in the positions
+    scales           1/sqrt(head width) sits in the query weights, LayerScale in the weights before it, the adapter's
+                     scale in up_proj
+
+Needs torch only; `build_dual_encoder` takes an open_clip model that the caller has loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from iosr_fast.offline.adapter import Adapter
+    from iosr_fast.offline.clip import LoadedClip
+
+Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class DualEncoderConfig:
+    """The shapes of a dual encoder; everything that `DualEncoder` needs beside its weights."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    blocks: int
+    heads: int
+    mlp_width: int
+    embedding_width: int
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"]
+    ln_pre: bool
+    eps: float
+    precision: Precision
+    first_adapted_block: int | None = None
+    bottleneck: int | None = None
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of GEMM weights and activations; LayerNorm, softmax and the last normalisation are fp32 in either."""
+        return torch.float16 if self.precision == "fp16" else torch.float32
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm in fp32 whatever comes in; gives back the dtype that came in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One transformer block in three parts, so that the dual encoder can decide what runs for which stream."""
+
+    def __init__(self, config: DualEncoderConfig, adapted: bool) -> None:
+        super().__init__()
+        width, dtype = config.width, config.dtype
+        self.heads = config.heads
+        self.activation = config.activation
+        self.ln_1 = Norm(width, eps=config.eps)
+        self._init_attention(config)
+        self.out_proj = nn.Linear(width, width, dtype=dtype)
+        self.ln_2 = Norm(width, eps=config.eps)
+        self.c_fc = nn.Linear(width, config.mlp_width, dtype=dtype)
+        self.c_proj = nn.Linear(config.mlp_width, width, dtype=dtype)
+        self.adapted = adapted
+        if adapted:
+            assert config.bottleneck is not None
+            self.down_proj = nn.Linear(width, config.bottleneck, dtype=dtype)
+            self.up_proj = nn.Linear(config.bottleneck, width, dtype=dtype)
+
+    def _init_attention(self, config: DualEncoderConfig) -> None:
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(config.width, config.width, dtype=config.dtype) for _ in range(3)
+        )
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """x + attention(ln_1(x)); x (N, L, width)."""
+        length, width = x.shape[1:]
+        y = self.ln_1(x)
+        q, k, v = (
+            proj(y).reshape(-1, length, self.heads, width // self.heads).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if torch.compiler.is_exporting():
+            # Spelled out, because the exporter's own form of it takes the softmax in the dtype that comes in.
+            weights = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype)
+            attended = weights @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return x + self.out_proj(attended.transpose(1, 2).reshape(-1, length, width))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """mlp(ln_2(x)), which both streams of the first adapted block share."""
+        hidden = self.c_fc(self.ln_2(x))
+        if self.activation == "quick_gelu":
+            hidden = hidden * torch.sigmoid(1.702 * hidden)
+        else:
+            hidden = F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        projected: torch.Tensor = self.c_proj(hidden)
+        return projected
+
+    def adapt(self, x: torch.Tensor) -> torch.Tensor:
+        """scale * up_proj(relu(down_proj(x))) on the input of ln_2; the scale is in up_proj's weights and bias."""
+        update: torch.Tensor = self.up_proj(torch.relu(self.down_proj(x)))
+        return update
+
+
+class LastBlock(Block):
+    """The last block, for the CLS token only."""
+
+    def _init_attention(self, config: DualEncoderConfig) -> None:
+        head_width = config.width // config.heads
+        self.q_proj = nn.Linear(config.width, config.width, dtype=config.dtype)
+        self.k_weight = nn.Parameter(torch.empty(config.heads, head_width, config.width, dtype=config.dtype))
+        self.v_weight = nn.Parameter(torch.empty(config.heads, config.width, head_width, dtype=config.dtype))
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """(x + attention(ln_1(x)))[:, 0] without keys or values; x (N, L, width) -> (N, width)."""
+        width = x.shape[2]
+        y = self.ln_1(x)
+        q = self.q_proj(y[:, 0]).reshape(-1, self.heads, width // self.heads).transpose(0, 1)
+        q = (q @ self.k_weight).transpose(0, 1)  # (N, heads, width): W_k' q
+        weights = torch.softmax((q @ y.transpose(1, 2)).float(), dim=-1).to(y.dtype)
+        mixed = (weights @ y).transpose(0, 1)  # (heads, N, width): sum_j p_j y_j
+        attended = (mixed @ self.v_weight).transpose(0, 1).reshape(-1, width)
+        return x[:, 0] + self.out_proj(attended)
+
+
+class DualEncoder(nn.Module):
+    """pixels uint8 (B, S, S, 3) -> (plain, adapted), each (B, D) fp32, L2-normalised; (plain,) without an adapter."""
+
+    def __init__(self, config: DualEncoderConfig) -> None:
+        super().__init__()
+        self.shapes = config
+        width, patches = config.width, config.patches_per_side**2
+        self.patch_proj = nn.Linear(3 * config.patch_size**2, width, bias=False, dtype=config.dtype)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))  # with its position embedding
+        self.position = nn.Parameter(torch.empty(patches, width))  # with the patch projection's bias
+        self.ln_pre = Norm(width, eps=config.eps) if config.ln_pre else nn.Identity()
+        first = config.blocks if config.first_adapted_block is None else config.first_adapted_block
+        self.blocks = nn.ModuleList(
+            (LastBlock if i == config.blocks - 1 else Block)(config, adapted=i >= first) for i in range(config.blocks)
+        )
+        self.ln_post = Norm(width, eps=config.eps)
+        self.proj = nn.Linear(width, config.embedding_width, bias=False, dtype=config.dtype)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-able; `DualEncoder.from_config(config)` and `load_state_dict` make the module again."""
+        return asdict(self.shapes)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DualEncoder:
+        """The module with weights yet to be loaded (uninitialised memory), in evaluation mode.
+
+        Raises ValueError where a field is missing or unknown.
+        """
+        expected = {field.name for field in fields(DualEncoderConfig)}
+        if set(config) != expected:
+            raise ValueError(
+                f"expected the fields {sorted(expected)} in a dual encoder's config, got {sorted(config)}; "
+                "was the engine built by another version of iosr_fast?"
+            )
+        with torch.device("meta"):
+            encoder = cls(DualEncoderConfig(**config))
+        return encoder.to_empty(device="cpu").eval().requires_grad_(False)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self._embed(pixels)
+        split = False
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = block.attend(x)
+            update = block.mlp(x)
+            if not block.adapted:
+                x = x + update
+            elif not split:
+                plain = x + update
+                x, split = torch.cat([plain, plain + block.adapt(x)]), True
+            else:
+                # [h, relu(down x)] @ [W_proj | scale W_up] as one GEMM, the same with a zero-padded second part, and
+                # this tied in ONNX Runtime: five ViT-B/16 blocks, batch 8, 2 busy cores, medians of 1.79 to 1.90 s,
+                # where two exports of one module differed by 5%. This form stores no weight twice.
+                first, second = _halves(x + update)
+                x = torch.cat([first, second + block.adapt(_halves(x)[1])])
+        embeddings = F.normalize(self.proj(self.ln_post(x)).float(), dim=-1)
+        return tuple(_halves(embeddings)) if split else (embeddings,)
+
+    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Patch projection, CLS token, positions, ln_pre: (B, S, S, 3) uint8 -> (B, 1 + patches, width)."""
+        side, patch = self.shapes.patches_per_side, self.shapes.patch_size
+        # u = p/256 - 1/2 is exact in fp16 too, and centred, so that folding the mean in costs no digits.
+        x = pixels.to(self.shapes.dtype) * (1 / 256) - 0.5
+        if side * patch != self.shapes.image_size:  # as the convolution, leave out pixels that fill no patch
+            x = x[:, : side * patch, : side * patch]
+        x = x.reshape(-1, side, patch, side, patch, 3)
+        x = self.patch_proj(x.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, 3 * patch * patch))
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.float() + self.position], dim=1)
+        embedded: torch.Tensor = self.ln_pre(x)
+        return embedded.to(self.shapes.dtype)
+
+
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(2B, ...) -> two times (B, ...); a reshape first, so that the exported graph computes no sizes."""
+    return x.reshape(2, -1, *x.shape[1:]).unbind(0)
+
+
+def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
+    """Fuse an open_clip image encoder and its adapter; on the CPU, in evaluation mode.
+
+    Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
+    LayerNorm, softmax and last normalisation. Raises ValueError, by name, for an image encoder that can't be fused (no
+    VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
+    """
+    from iosr_fast.offline.adapter import check_belongs
+    from iosr_fast.offline.fold import describe, fold
+
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
+    if adapter is not None:
+        check_belongs(adapter, clip)
+    config = describe(clip, adapter, precision)
+    encoder = DualEncoder.from_config(asdict(config))
+    encoder.load_state_dict(fold(clip, adapter, config))
+    return encoder

@@ -1,0 +1,232 @@
+"""From a CLIP and an adapter to an engine folder: fuse, export, check against PyTorch, compile, write the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from iosr_fast._require import require
+from iosr_fast.files import new_folder, write_manifest
+from iosr_fast.info import cpu_model, package_version
+from iosr_fast.offline.dual_encoder import DualEncoder, Precision, build_dual_encoder
+from iosr_fast.runtimes import choose_runtime
+from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
+from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.runtimes.tensorrt import FILE as PLAN_FILE
+from iosr_fast.runtimes.tensorrt import TensorRTEncoder, build_plan
+from iosr_fast.runtimes.torch import FILE as TORCH_FILE
+from iosr_fast.runtimes.torch import TorchEncoder
+
+if TYPE_CHECKING:
+    from iosr_fast.offline.adapter import Adapter
+    from iosr_fast.offline.clip import LoadedClip
+
+EXPORT_VERSION = 1  # goes up when the same weights give other embeddings than before
+OPSET = 20  # the first with Gelu as one operator
+LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, less some room for the graph
+FP32_MAX_ERROR = 1e-4
+FP16_MIN_COSINE = 0.999
+CHECKED_PICTURES = 8
+
+
+def export_onnx(encoder: DualEncoder, path: Path) -> None:
+    """Write `encoder` as one ONNX file, opset 20: "pixels" uint8 (batch, S, S, 3) -> "plain" and "adapted" (batch, D)
+    fp32.
+
+    The batch is dynamic and weights are in the file, in the encoder's precision. Raises ValueError where they take 2 GB
+    or more, RuntimeError where the exported graph has a fixed batch.
+    """
+    require("onnxscript", "train")
+    onnx = require("onnx", "train")
+    size = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
+    if size > LARGEST_FILE:
+        raise ValueError(
+            f"expected weights under 2 GB, which is what one ONNX file holds, got {size / 1e9:.1f} GB; "
+            "export in fp16, or use the torch runtime"
+        )
+    shapes = encoder.shapes
+    names = ["plain"] if shapes.first_adapted_block is None else ["plain", "adapted"]
+    with quiet_exporter():
+        program = torch.onnx.export(
+            encoder,
+            (torch.zeros(2, shapes.image_size, shapes.image_size, 3, dtype=torch.uint8),),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=names,
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
+        )
+    assert program is not None
+    model = program.model_proto
+    for item in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        item.ClearField("metadata_props")  # the exporter leaves stack traces with local paths there
+    for value in (*model.graph.input, *model.graph.output):
+        if not value.type.tensor_type.shape.dim[0].dim_param:
+            raise RuntimeError(f"{value.name} was exported with a fixed batch; expected a dynamic one")
+    onnx.save(model, str(path))
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """The exporter prints its progress and warns of its own internals; errors are raised all the same."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def engine_fingerprint(clip: LoadedClip, adapter: Adapter | None, precision: str) -> str:
+    """SHA-256 over CLIP, adapter, precision and export version: the same for every runtime, so one cache fits all."""
+    parts = (clip.fingerprint, "" if adapter is None else adapter.fingerprint(), precision, str(EXPORT_VERSION))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def random_adapter(clip: LoadedClip, first_adapted_block: int, bottleneck: int = 64) -> Adapter:
+    """Random weights, up_proj included, and marked as such: it costs what a trained adapter costs, to measure speed."""
+    from iosr_fast.offline.adapter import init_adapter
+
+    adapter = init_adapter(clip, first_adapted_block, bottleneck, training={"random": True})
+    generator = torch.Generator().manual_seed(0)
+    for name, value in adapter.named_parameters():
+        if "up_proj" in name:
+            value.data = torch.randn(value.shape, generator=generator) * bottleneck**-0.5
+    return adapter.eval().requires_grad_(False)
+
+
+def write_engine(
+    clip: LoadedClip,
+    adapter: Adapter | None,
+    out: str | Path,
+    runtime: str = "auto",
+    precision: str = "fp32",
+    max_batch: int = 32,
+    real_images: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Build an engine folder and return its manifest.
+
+    onnxruntime: encoder.onnx. torch: encoder.safetensors. tensorrt, tensorrt_rtx: encoder.plan, and encoder.onnx so
+    that the engine also opens where no GPU is. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3)
+    where given, are compared with the two literal passes in fp32 PyTorch first. `out` appears complete or not at all.
+
+    Raises ValueError for an encoder that can't be fused or exported, ArithmeticError where an embedding is off by more
+    than 1e-4 (fp32) or its cosine is below 0.999 (fp16), RuntimeError with TensorRT's own words.
+    """
+    if max_batch < 1:
+        raise ValueError(f"expected max_batch >= 1, got {max_batch}")
+    started = time.perf_counter()
+    runtime = choose_runtime(runtime)
+    encoder = build_dual_encoder(clip, adapter, cast(Precision, precision))
+    facts: dict[str, Any] = {
+        "model": clip.name,
+        "image_size": clip.image_size,
+        "width": encoder.shapes.embedding_width,
+        "mean": list(clip.mean),
+        "std": list(clip.std),
+        "interpolation": clip.interpolation,
+        "logit_scale": clip.logit_scale,
+        "clip_fingerprint": clip.fingerprint,
+        "adapter": None if adapter is None else "random" if adapter.config.training.get("random") else "trained",
+        "adapter_fingerprint": None if adapter is None else adapter.fingerprint(),
+        "first_adapted_block": encoder.shapes.first_adapted_block,
+        "bottleneck": encoder.shapes.bottleneck,
+        "runtime": runtime,
+        "precision": precision,
+        "max_batch": max_batch,
+        "fingerprint": engine_fingerprint(clip, adapter, precision),
+        "export_version": EXPORT_VERSION,
+        "opset": None if runtime == "torch" else OPSET,
+        "dual_encoder": encoder.config,
+        "versions": _versions(runtime),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model(),
+    }
+    pictures = _pictures(clip.image_size, real_images)
+    truth = {kind: _two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
+    with new_folder(out) as folder:
+        if runtime == "torch":
+            from safetensors.torch import save_file
+
+            save_file(encoder.state_dict(), folder / TORCH_FILE)
+            facts["check"] = {runtime: _check(TorchEncoder(folder, facts), pictures, truth, precision)}
+        else:
+            export_onnx(encoder, folder / ONNX_FILE)
+            facts["check"] = {}
+            gpu = runtime != "onnxruntime" and torch.cuda.is_available()
+            if not gpu or package_version("onnxruntime"):
+                facts["check"]["onnxruntime"] = _check(OnnxRuntimeEncoder(folder, facts), pictures, truth, precision)
+            if runtime != "onnxruntime":
+                facts["plan"] = build_plan(folder / ONNX_FILE, folder / PLAN_FILE, runtime, max_batch)
+                checked = _check(TensorRTEncoder(folder, facts), pictures, truth, precision) if gpu else None
+                facts["check"][runtime] = checked
+        facts["build_seconds"] = round(time.perf_counter() - started, 2)
+        return write_manifest(folder, "engine", facts)
+
+
+def _pictures(size: int, real_images: np.ndarray | None) -> dict[str, np.ndarray]:
+    """An odd number of random pictures, which no batch of the export has, and some of the real ones."""
+    pictures = {"random": np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)}
+    if real_images is not None:
+        chosen = np.unique(np.linspace(0, len(real_images) - 1, CHECKED_PICTURES).astype(int))
+        pictures["real"] = real_images[chosen]
+    return pictures
+
+
+@torch.inference_mode()
+def _two_passes(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """The truth of the check: the public code's way, with nothing fused or folded, in fp32."""
+    from iosr_fast.offline.adapter import encode_adapted, encode_plain
+
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
+    x = (torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    features = {"plain": encode_plain(clip, x)}
+    if adapter is not None:
+        features["adapted"] = encode_adapted(clip, adapter, x)
+    return {name: torch.nn.functional.normalize(value, dim=-1).numpy() for name, value in features.items()}
+
+
+def _check(
+    encoder: BatchedEncoder, pictures: dict[str, np.ndarray], truth: dict[str, dict[str, np.ndarray]], precision: str
+) -> dict[str, Any]:
+    """Largest error and smallest cosine of each kind of picture and embedding; ArithmeticError where one is too bad."""
+    made: dict[str, Any] = {}
+    for kind, pixels in pictures.items():
+        embeddings = encoder.encode(pixels)
+        made[kind] = {"pictures": len(pixels)}
+        for name, expected in truth[kind].items():
+            got = getattr(embeddings, name)
+            error = float(np.abs(got - expected).max())
+            norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+            cosine = float(((got * expected).sum(1) / norms).min())
+            made[kind][name] = {"max_abs_error": error, "min_cosine": cosine}
+            # Written so that a NaN is refused too.
+            if not (error <= FP32_MAX_ERROR if precision == "fp32" else cosine >= FP16_MIN_COSINE):
+                allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {FP16_MIN_COSINE}"
+                raise ArithmeticError(
+                    f"{name} embeddings of {kind} pictures by {encoder.runtime} in {precision} are wrong: expected "
+                    f"{allowed}, got an error of {error:.2g} and a cosine of {cosine:.6f}; nothing was written"
+                )
+    return made
+
+
+def _versions(runtime: str) -> dict[str, str | None]:
+    names = {"iosr_fast", "numpy", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", runtime}
+    return {"python": platform.python_version()} | {name: package_version(name) for name in sorted(names)}

@@ -1,0 +1,100 @@
+"""Opening an engine folder: check it against its manifest, choose what executes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.encoder import Encoder
+from iosr_fast.files import read_manifest
+from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
+from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder
+from iosr_fast.runtimes.tensorrt import FILE as PLAN_FILE
+from iosr_fast.runtimes.torch import FILE as TORCH_FILE
+from iosr_fast.runtimes.torch import TorchEncoder
+
+RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "torch")  # best first
+NEEDED = {"model", "image_size", "width", "fingerprint", "runtime", "precision", "max_batch", "first_adapted_block"}
+NEEDED |= {"dual_encoder", "versions", "device"}
+log = logging.getLogger(__name__)
+
+
+def open_engine(folder: str | Path, runtime: str = "auto", verify: bool = True, threads: int | None = None) -> Encoder:
+    """Open an engine folder of tools/build_engine.py.
+
+    "auto" takes TensorRT or TensorRT-RTX where the engine has a plan for it, its module is installed and PyTorch sees a
+    GPU, else ONNX Runtime, else PyTorch; what it chose, and why not the others, is logged. `verify` compares every
+    file's SHA-256 with the manifest. `threads` is for ONNX Runtime and PyTorch on the CPU.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime the engine
+    was not built for, RuntimeError where nothing here can execute it, ImportError for a missing package.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, "engine", verify)
+    if missing := NEEDED - set(manifest):
+        raise ValueError(f"the manifest in {folder} lacks {sorted(missing)}; build the engine again")
+    if threads is not None and threads < 1:
+        raise ValueError(f"expected threads >= 1, got {threads}")
+    runtime = choose_runtime(runtime, _runtimes_of(manifest))
+    if runtime == "onnxruntime":
+        if manifest["precision"] == "fp16":
+            log.warning("an fp16 engine gains nothing on a CPU, where ONNX Runtime computes in fp32; build it in fp32")
+        return OnnxRuntimeEncoder(folder, manifest, threads)
+    if runtime == "torch":
+        return TorchEncoder(folder, manifest, threads)
+    return TensorRTEncoder(folder, manifest)
+
+
+def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = None) -> str:
+    """A runtime's name for "auto", the same name for any other.
+
+    `built_for`: what an engine has files for; None where it is still to be built. Raises ValueError for an unknown name
+    and for one that is not in `built_for`, RuntimeError where "auto" finds none.
+    """
+    if runtime not in ("auto", *RUNTIMES):
+        raise ValueError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
+    if runtime != "auto":
+        if built_for is not None and runtime not in built_for:
+            raise ValueError(
+                f"expected one of the runtimes this engine was built for, {sorted(built_for)}, got {runtime!r}; "
+                f"tools/build_engine.py --runtime {runtime} builds one for it"
+            )
+        return runtime
+    refusals: dict[str, str] = {}
+    for name in RUNTIMES:
+        reason = (
+            "this engine was not built for it" if built_for is not None and name not in built_for else _refusal(name)
+        )
+        if reason is None:
+            log.info("runtime %s chosen; refused: %s", name, refusals or "none")
+            return name
+        refusals[name] = reason
+    raise RuntimeError(f"no runtime for this engine: {'; '.join(f'{name}: {why}' for name, why in refusals.items())}")
+
+
+def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
+    by_file = {ONNX_FILE: "onnxruntime", TORCH_FILE: "torch", PLAN_FILE: manifest["runtime"]}
+    return {name for file, name in by_file.items() if file in manifest["files"]}
+
+
+def _refusal(runtime: str) -> str | None:
+    """Why this runtime can't be used here, or None."""
+    extra = EXTRAS.get(runtime, {"onnxruntime": "cpu", "torch": "train"}.get(runtime))
+    if find_spec(runtime) is None:
+        return f"{runtime} is not installed (pip install 'iosr_fast[{extra}]')"
+    if runtime not in EXTRAS:
+        return None
+    if find_spec("torch") is None:
+        return "PyTorch, whose tensors are its buffers, is not installed"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "PyTorch sees no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if runtime == "tensorrt_rtx" and capability[0] in (9, 10):
+        return f"TensorRT-RTX has no support for data-centre GPUs of compute capability {capability[0]}.{capability[1]}"
+    return None

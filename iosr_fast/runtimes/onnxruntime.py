@@ -1,0 +1,34 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast._require import require
+from iosr_fast.runtimes.batched import BatchedEncoder
+
+FILE = "encoder.onnx"
+
+
+class OnnxRuntimeEncoder(BatchedEncoder):
+    """Executes encoder.onnx; `threads` of one session (None: ONNX Runtime's choice, one a core). Safe to share between
+    threads."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+        super().__init__(manifest, "onnxruntime")
+        ort = require("onnxruntime", "cpu")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise RuntimeError(
+                f"ONNX Runtime can't load {FILE} in {folder}: {error}; build the engine again"
+            ) from error
+
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(self._session.run(list(self.outputs), {"pixels": pixels}))

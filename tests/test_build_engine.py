@@ -1,0 +1,78 @@
+"""tools/build_engine.py from the command line, on the demo's CLIP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+pytest.importorskip("open_clip")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from iosr_fast.runtimes import open_engine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Result:
+    """In this process, which has the heavy imports behind it already."""
+    monkeypatch.chdir(folder)
+    app = typer.Typer(add_completion=False)
+    app.command()(build_engine.main)
+    return CliRunner().invoke(app, ["--out", "engine", *options])
+
+
+def test_it_runs_from_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "build_engine.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--first-adapted-block" in done.stdout
+
+
+def test_a_random_adapter_is_named_and_the_numbers_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = build(monkeypatch, tmp_path, "--first-adapted-block", "4", "--runtime", "onnxruntime", "--max-batch", "5")
+    assert done.exit_code == 0, done.output
+    for words in ("RANDOM adapter", "3 random pictures: max error", "8 real pictures", "engine/encoder.onnx"):
+        assert words in done.stdout
+    manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert (manifest["model"], manifest["adapter"], manifest["first_adapted_block"]) == ("demo", "random", 4)
+    assert str(tmp_path) not in json.dumps(manifest)
+    encoder = open_engine(tmp_path / "engine")
+    size = encoder.image_size
+    embeddings = encoder.encode(np.full((6, size, size, 3), 77, np.uint8))
+    assert embeddings.adapted is not None and embeddings.adapted.shape == (6, encoder.width)
+
+
+def test_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = build(monkeypatch, tmp_path, "--adapter", "none", "--runtime", "torch")
+    assert done.exit_code == 0, done.output
+    assert "plain embeddings only" in done.stdout and "adapted " not in done.stdout
+    assert json.loads((tmp_path / "engine" / "manifest.json").read_text())["first_adapted_block"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "a.safetensors", "--first-adapted-block", "3"], "knows its own blocks"),
+        (["--adapter", "a.safetensors"], "no adapter at a.safetensors"),
+        (["--model", "ViT-B-17"], "ViT-B-17"),
+        (["--first-adapted-block", "99"], "got 99"),
+        (["--adapter", "none", "--precision", "int8"], "got 'int8'"),
+        (["--adapter", "none", "--runtime", "openvino"], "got 'openvino'"),
+    ],
+)
+def test_refusals_are_one_line(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = build(monkeypatch, tmp_path, *options)
+    assert done.exit_code != 0 and isinstance(done.exception, SystemExit)
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,266 @@
+"""The Classifier on the demo's real engine, its folder on disk, and every bad input it has to name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast import Classifier
+from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.methods import METHODS
+
+pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
+
+CLASSES = 12
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+    """Unfitted; the engine is built once for this file."""
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(cache))
+    return Classifier.from_pretrained("demo", runtime="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Support images and labels, query images and labels, class names."""
+    all_of_them = load_pictures("held-out", min_styles=5)
+    rows = [np.flatnonzero(all_of_them.concepts == c) for c in range(CLASSES)]
+    support, queries = np.concatenate([r[:3] for r in rows]), np.concatenate([r[3:] for r in rows])
+    images, labels = all_of_them.images, all_of_them.concepts
+    return images[support], labels[support], images[queries], labels[queries], all_of_them.names[:CLASSES]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, pictures) -> Path:
+    images, labels, _, _, names = pictures
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "images" / names[label].replace(" ", "_")
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -> None:
+    images, labels, queries, truth, names = pictures
+    assert fresh.fit(images, labels, class_names=names, method=method, views=1) is fresh
+    assert fresh.classes_.tolist() == names and fresh.method_ == method
+    accuracy = fresh.score(queries, truth)
+    assert accuracy > (0.5 if METHODS[method].needs_support else 1.5 / CLASSES)
+    assert accuracy == np.mean(fresh.predict(queries) == np.array(names)[truth])
+    assert accuracy == fresh.score(queries, [names[c] for c in truth])
+
+
+def test_probabilities_and_forms_of_input(fresh: Classifier, pictures, folder: Path) -> None:
+    images, labels, queries, _, names = pictures
+    fresh.fit(images, labels, class_names=names, views=1)
+    probabilities = fresh.predict_proba(queries)
+    assert probabilities.shape == (len(queries), CLASSES)
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(fresh.classes_[probabilities.argmax(1)], fresh.predict(queries))
+    one = fresh.predict_proba(queries[0])
+    np.testing.assert_allclose(one, probabilities[:1], atol=1e-5)
+    np.testing.assert_allclose(fresh.predict_proba(Image.fromarray(queries[0])), one, atol=1e-6)
+    path = next(folder.rglob("*.png"))
+    np.testing.assert_allclose(fresh.predict_proba(str(path)), fresh.predict_proba([path]), atol=1e-6)
+    assert fresh.predict([]).shape == (0,)
+
+
+def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures) -> None:
+    images, labels, queries, _, names = pictures
+    fresh.fit(images, labels, class_names=names, views=1)
+    many = np.concatenate([queries] * (600 // len(queries) + 1))[:600]
+    logits = fresh.decision_function(many)
+    assert logits.shape == (600, CLASSES)
+    np.testing.assert_allclose(logits[len(queries) : 2 * len(queries)], logits[: len(queries)], atol=1e-4)
+    with pytest.raises(ValueError, match=r"number 301: expected shape"):
+        fresh.predict([*many[:301], np.zeros((3, 3, 7), np.uint8)])
+
+
+def test_labels_by_name_equal_labels_by_number(fresh: Classifier, pictures) -> None:
+    images, labels, queries, _, names = pictures
+    by_number = fresh.fit(images, labels, class_names=names, views=2, seed=5).decision_function(queries)
+    by_name = fresh.fit(images, [names[c] for c in labels], class_names=names, views=2, seed=5)
+    np.testing.assert_allclose(by_name.decision_function(queries), by_number, atol=1e-5)
+    fresh.fit(images, [names[c] for c in labels], views=1)
+    assert fresh.classes_.tolist() == sorted(names)
+
+
+def test_zero_shot_needs_no_images(fresh: Classifier, pictures) -> None:
+    *_, queries, truth, names = pictures
+    fresh.fit(class_names=names, method="zero-shot", templates=["an emoji of {}"])
+    assert fresh.score(queries, truth) > 1.5 / CLASSES
+
+
+def test_fit_folder_and_skip_bad(fresh: Classifier, folder: Path, pictures, caplog: pytest.LogCaptureFixture) -> None:
+    names = pictures[-1]
+    fresh.fit_folder(folder, views=1)
+    assert fresh.classes_.tolist() == sorted(names, key=lambda name: name.replace(" ", "_"))
+    assert len(fresh.support_.embeddings) == 3 * CLASSES
+    bad = folder / names[0].replace(" ", "_") / "zz.jpg"
+    bad.write_bytes(b"\xff\xd8 not a picture")
+    with pytest.raises(ValueError, match=r"zz\.jpg"):
+        fresh.fit_folder(folder, views=1)
+    fresh.fit_folder(folder, views=1, skip_bad=True)
+    assert fresh.skipped_ == [str(bad)] and "zz.jpg" in caplog.text
+    assert len(fresh.support_.embeddings) == 3 * CLASSES
+    (bad.parent / "zy.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 of 38 images can't be read .*zy\.jpg.*zz\.jpg"):
+        fresh.fit_folder(folder, views=1)
+
+
+def test_bad_input_is_named_before_anything_is_encoded(fresh: Classifier, pictures, monkeypatch) -> None:
+    images, labels, _, _, names = pictures
+
+    def never(*_: object) -> None:
+        raise AssertionError("something was encoded")
+
+    monkeypatch.setattr(fresh.encoder, "encode", never)
+    monkeypatch.setattr(fresh, "_embed_text", never)
+    for said, options in {
+        "expected a method of": {"method": "magic"},
+        "views of at least 1, got 0": {"views": 0},
+        "one label for each of 36": {"labels": labels[:-1]},
+        "integer labels have no names": {"class_names": None},
+        "at least two classes to tell apart, got 1": {"class_names": names[:1], "labels": labels * 0},
+        "class names to differ": {"class_names": [names[0], *names[:-1]]},
+        r"labels in 0\.\.10, one for each class name, got '11'": {"class_names": names[:-1]},
+        "'unheard of' are not among": {"labels": ["unheard of"] * 36},
+        "at least one image of each class, got none of 'spare'": {"class_names": [*names, "spare"]},
+        "class names or integers, got float64": {"labels": labels + 0.5},
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            fresh.fit(**{"images": images, "labels": labels, "class_names": names, **options})
+    with pytest.raises(ValueError, match=r"expected one label for each of 0 images|has no names|names"):
+        fresh.fit(method="tip-adapter")
+    with pytest.raises(ValueError, match="at least one image of each class"):
+        fresh.fit([], [], class_names=names)
+    with pytest.raises(ValueError, match="not fitted yet"):
+        fresh.predict(images)
+
+
+def test_templates_need_a_place_for_the_name(fresh: Classifier, pictures) -> None:
+    with pytest.raises(ValueError, match="got 'a photo'"):
+        fresh.fit(class_names=pictures[-1], method="zero-shot", templates=["a photo"])
+
+
+def test_engine_or_adapter_of_another_clip_is_refused(fresh: Classifier, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="built for another CLIP"):
+        Classifier.from_pretrained("demo", pretrained="none", engine=fresh.engine)
+    from iosr_fast.offline.pretrained import DEMO_ADAPTER
+
+    with pytest.raises(ValueError, match="trained for another CLIP"):
+        Classifier.from_pretrained("demo", pretrained="none", adapter=DEMO_ADAPTER)
+
+
+def test_without_an_adapter_plus_plus_is_refused(cache: Path, monkeypatch, pictures) -> None:
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(cache))
+    images, labels, queries, truth, names = pictures
+    plain = Classifier.from_pretrained("demo", adapter=None, runtime="torch")
+    with pytest.raises(ValueError, match="use 'tip-adapter'"):
+        plain.fit(images, labels, class_names=names)
+    assert plain.fit(images, labels, class_names=names, method="tip-adapter", views=1).score(queries, truth) > 0.5
+
+
+def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
+    images, labels, queries, _, names = pictures
+    fresh.fit(images, labels, class_names=names, views=1, alpha=3.0, beta=7.0)
+    fresh.save(tmp_path / "saved")
+    fresh.save(tmp_path / "saved")  # over an older one
+    loaded = Classifier.load(tmp_path / "saved")
+    np.testing.assert_allclose(loaded.decision_function(queries), fresh.decision_function(queries), atol=1e-5)
+    assert loaded.parameters_ == {"alpha": 3.0, "beta": 7.0} and loaded.classes_.tolist() == names
+    loaded.save(tmp_path / "again")
+    assert Classifier.load(tmp_path / "again").method_ == "tip-adapter++"
+    with pytest.raises(ValueError, match="has no text encoder"):
+        loaded.fit(images, labels, class_names=names)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
+    with pytest.raises(FileExistsError, match="holds other things"):
+        fresh.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete"
+
+
+def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> None:
+    images, labels, queries, _, names = pictures
+    fresh.fit(images, labels, class_names=names, views=1).save(tmp_path / "saved")
+    np.save(tmp_path / "queries.npy", queries[:3])
+    program = (
+        "import sys, numpy as np; from iosr_fast import Classifier;"
+        f"c = Classifier.load({str(tmp_path / 'saved')!r});"
+        f"print(*c.predict(np.load({str(tmp_path / 'queries.npy')!r})), sep='|');"
+        "assert 'torch' not in sys.modules and 'open_clip' not in sys.modules, 'torch was imported'"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip().split("|") == fresh.predict(queries[:3]).tolist()
+
+
+def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures, tmp_path: Path) -> None:
+    images, labels, _, _, names = pictures
+    fresh.fit(images, labels, class_names=names, views=1)
+    folder = tmp_path / "saved"
+
+    def damaged(name: str, said: str) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            Classifier.load(folder)
+        fresh.save(folder)
+
+    with pytest.raises(FileNotFoundError, match="found none at"):
+        Classifier.load(folder)
+    fresh.save(folder)
+    files = sorted(json.loads((folder / "manifest.json").read_text())["files"])
+    assert files == ["engine/encoder.onnx", "engine/manifest.json", "support.safetensors"]
+    for name in files:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+        damaged(name, f"{name} in .* does not match its manifest")
+        (folder / name).unlink()
+        damaged(name, f"{name} is missing from")
+    (folder / "manifest.json").write_text("{")
+    damaged("manifest.json", "is damaged or no manifest")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    damaged("manifest.json", "has schema 99")
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "kind": "engine"}))
+    damaged("manifest.json", "to hold a classifier, got a engine")
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "encoder_fingerprint": "0" * 64}))
+    damaged("manifest.json", "of another export")
+    Classifier.load(folder)
+
+
+def test_command_line(fresh: Classifier, folder: Path, tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", "from iosr_fast.cli import app; app()", *words], capture_output=True, text=True
+        )
+
+    (folder / "broken.png").write_bytes(b"broken")
+    out = str(tmp_path / "out")
+    said = run("fit", str(folder), "--out", out, "--views", "1", "--runtime", "onnxruntime")
+    assert said.returncode == 0, said.stderr
+    assert f"{CLASSES} classes, {3 * CLASSES} images, tip-adapter++" in said.stdout
+    said = run("classify", out, str(folder))
+    assert said.returncode == 2 and "broken.png" in said.stderr and "Traceback" not in said.stderr
+    said = run("classify", out, str(folder), "--skip-bad")
+    assert said.returncode == 0, said.stderr
+    assert f"left out 1 of {3 * CLASSES + 1} images" in said.stderr
+    rows = [line.split(",") for line in said.stdout.splitlines()]
+    assert rows[0] == ["path", "label", "probability"] and len(rows) == 1 + 3 * CLASSES
+    right = [Path(path).parent.name.replace("_", " ") == label for path, label, _ in rows[1:]]
+    assert np.mean(right) > 0.9
+    assert "cpp" in run("info").stdout

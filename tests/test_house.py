@@ -1,0 +1,88 @@
+"""What holds for the package as a whole: what an import costs, what is packaged, what stays out."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points, metadata, requires
+from pathlib import Path
+
+import pytest
+
+import iosr_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def modules_after(statement: str, cwd: Path) -> set[str]:
+    """Top-level modules that are loaded after `statement` in a fresh interpreter."""
+    code = f"{statement}; import json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
+    return set(json.loads(out.stdout.splitlines()[-1]))
+
+
+def third_party(modules: set[str]) -> set[str]:
+    # Finders of editable installs are loaded by the interpreter itself, before any statement.
+    return {name for name in modules - set(sys.stdlib_module_names) if not name.startswith("_")}
+
+
+def test_importing_the_package_loads_nothing_else(tmp_path: Path) -> None:
+    extra = third_party(modules_after("import iosr_fast", tmp_path)) - third_party(modules_after("pass", tmp_path))
+    assert extra == {"iosr_fast"}
+
+
+def test_scoring_needs_numpy_only(tmp_path: Path) -> None:
+    statement = "import iosr_fast; iosr_fast.score; iosr_fast.ScoringPlan; iosr_fast.Embeddings"
+    extra = third_party(modules_after(statement, tmp_path)) - third_party(modules_after("pass", tmp_path))
+    assert extra == {"iosr_fast", "numpy"}
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "root"])
+def test_kernels_are_found_from_anywhere(where: str, tmp_path: Path) -> None:
+    loaded = modules_after("import iosr_fast.kernels, iosr_fast._C", ROOT if where == "root" else tmp_path)
+    assert "iosr_fast" in loaded
+    assert not loaded & {"triton", "torch"}
+
+
+def test_names_are_lazy_and_complete() -> None:
+    assert iosr_fast.__version__ == PYPROJECT["project"]["version"]
+    assert set(iosr_fast.__all__) <= set(dir(iosr_fast))
+    for name in set(iosr_fast.__all__) - {"__version__"}:
+        assert getattr(iosr_fast, name).__module__.startswith("iosr_fast.")
+    with pytest.raises(AttributeError, match="no attribute 'classify'; it has Classifier"):
+        iosr_fast.classify  # noqa: B018
+
+
+def test_the_core_asks_for_few_packages() -> None:
+    core = {
+        re.split(r"[ <>=!~;\[(]", line)[0].lower() for line in requires("iosr_fast") or [] if "extra ==" not in line
+    }
+    assert core == {"numpy", "pillow", "safetensors", "typer"}
+    extras = set(metadata("iosr_fast").get_all("Provides-Extra") or [])
+    assert extras == {"cpu", "dev", "serve", "tensorrt", "tensorrt-rtx", "train", "triton"}
+    assert [entry.value for entry in entry_points(group="console_scripts", name="iosr-fast")] == ["iosr_fast.cli:app"]
+
+
+def test_every_folder_of_the_package_is_packaged() -> None:
+    """find_packages skips a folder without __init__.py, and the wheel would then lack what an editable install has."""
+    folders = {path.parent for path in (ROOT / "iosr_fast").rglob("*.py")}
+    assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_every_data_file_of_the_demo_is_packaged() -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["iosr_fast.demo"]
+    demo = ROOT / "iosr_fast" / "demo"
+    kept = {path for pattern in patterns for path in demo.glob(pattern)}
+    assert {path for path in (demo / "data").rglob("*") if path.is_file()} == kept
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    unpickling = r"import pickle|from pickle|pickle\.load|torch\.load\((?![^)]*weights_only=True)|allow_pickle=True"
+    forbidden = re.compile(rf"\b({unpickling})|(?<![\w.])eval\(")
+    sources = [path for folder in ("iosr_fast", "kernels", "tools") for path in (ROOT / folder).rglob("*.py")]
+    hits = [str(path.relative_to(ROOT)) for path in sources if forbidden.search(path.read_text(encoding="utf-8"))]
+    assert hits == []

@@ -1,0 +1,96 @@
+"""Fuse a CLIP and its adapter into one encoder, compile it and check it against PyTorch.
+
+    python tools/build_engine.py --model demo --runtime onnxruntime --out build/demo-engine
+    python tools/build_engine.py --model ViT-B-16 --pretrained openai --adapter adapter.safetensors \\
+        --runtime tensorrt --precision fp16 --max-batch 64 --out build/b16
+
+The demo takes its shipped adapter. With --first-adapted-block in the place of --adapter a random adapter is fused, to
+measure speed; without either, or with --adapter none, the engine gives the plain embedding only.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from iosr_fast.offline.adapter import Adapter
+from iosr_fast.offline.clip import load_clip
+from iosr_fast.offline.export import CHECKED_PICTURES, random_adapter, write_engine
+from iosr_fast.offline.pretrained import choose_adapter
+
+
+def real_pictures(size: int) -> np.ndarray:
+    """Some of the demo's pictures at the model's size: uint8 (N, size, size, 3)."""
+    from PIL import Image
+
+    from iosr_fast.demo.pictures import load_pictures
+
+    images = load_pictures("held-out").images
+    chosen = images[np.linspace(0, len(images) - 1, CHECKED_PICTURES).astype(int)]
+    resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in chosen]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def describe(manifest: dict[str, Any], out: Path) -> None:
+    """What was built, how far it is from two passes in fp32 PyTorch, what it took."""
+    adapter = {None: "no adapter: plain embeddings only", "trained": "trained adapter"}
+    adapter["random"] = "RANDOM adapter: this engine measures speed, its adapted embeddings mean nothing"
+    print(f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter[manifest['adapter']]}")
+    for runtime, check in manifest["check"].items():
+        if check is None:
+            print(f"  {runtime:<12} not run: no NVIDIA GPU here (the same graph was checked in ONNX Runtime)")
+            continue
+        for kind, found in check.items():
+            for name in ("plain", "adapted"):
+                if name in found:
+                    error, cosine = found[name]["max_abs_error"], found[name]["min_cosine"]
+                    pictures = f"{found['pictures']} {kind} pictures"
+                    print(f"  {runtime:<12} {name:<8} {pictures}: max error {error:.1e}, min cosine {cosine:.7f}")
+    print(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
+    for name, entry in manifest["files"].items():
+        print(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB")
+    print(f"  {out / 'manifest.json'}")
+
+
+def main(
+    out: Path = typer.Option(..., help="the folder to write; an engine that is there is replaced"),
+    model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
+    pretrained: str | None = typer.Option(
+        None, help="tag, weights file, or 'none' for random weights; not needed for the demo"
+    ),
+    adapter: str | None = typer.Option(
+        None, help="a file of tools/train_adapter.py, or 'none' [demo: the shipped one]"
+    ),
+    first_adapted_block: int | None = typer.Option(
+        None, help="fuse a random adapter from this block on, to measure speed"
+    ),
+    runtime: str = typer.Option("auto", help="auto, onnxruntime, tensorrt, tensorrt_rtx or torch"),
+    precision: str = typer.Option("fp32", help="fp32 or fp16"),
+    max_batch: int = typer.Option(32, help="the largest batch of one run; larger ones are split"),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="say what is chosen, and what TensorRT says"),
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    if adapter not in (None, "none") and first_adapted_block is not None:
+        raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
+    try:
+        clip = load_clip(model, pretrained)
+        if first_adapted_block is not None:
+            fused: Adapter | None = random_adapter(clip, first_adapted_block)
+        else:
+            fused = choose_adapter(clip, None if adapter == "none" else adapter or "auto")
+        manifest = write_engine(clip, fused, out, runtime, precision, max_batch, real_pictures(clip.image_size))
+    except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    describe(manifest, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
