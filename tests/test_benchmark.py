@@ -1,0 +1,123 @@
+"""The benchmark verifies before it times, and its rows carry what they need. Timings are never asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.bench import harness
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_candidates_are_timed_in_turn() -> None:
+    calls: list[str] = []
+    names = ("a", "b")
+    runs = {name: (lambda name=name: calls.append(name)) for name in names}
+    times = harness.measure(runs, repeats=3, warmup=2)
+    assert "".join(calls) == "aabb" + "ababab"
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+    with pytest.raises(ValueError, match="repeats >= 1, got 0"):
+        harness.measure(runs, repeats=0)
+
+
+def test_rows_hold_medians_ratios_and_the_share_of_the_ceiling(tmp_path: Path) -> None:
+    times = {"ours": [3.0, 1.0, 2.0], "rival": [8.0, 8.0, 8.0]}
+    made = harness.rows(
+        "score", "q1", times, rivals=["rival"], threads={"ours": 1, "rival": 2}, flops=2e6, ceiling_flops=2e9
+    )
+    ours, rival = made
+    assert (ours["runtime_ms"], ours["runtime_ms_spread"]) == (2.0, [1.2, 2.8])
+    assert (ours["ratios"], rival["ratios"]) == ({"rival": 4.0}, {})
+    assert (ours["share_of_ceiling"], rival["share_of_ceiling"]) == (0.5, 0.125)
+    assert (ours["threads"], rival["threads"]) == (1, 2)
+    assert ours["versions"]["numpy"] == np.__version__
+    fields = {"bench", "case", "impl", "runtime_ms", "runtime_ms_spread", "ratios", "share_of_ceiling"}
+    assert set(ours) == fields | {"device", "precision", "threads", "versions", "commit"}
+    harness.write_json(tmp_path / "rows.json", made)
+    assert json.loads((tmp_path / "rows.json").read_text()) == made
+    assert harness.rows("score", "q1", times, rivals=[], threads=1)[0]["share_of_ceiling"] is None
+
+
+def test_the_table_names_each_case_once(capsys: pytest.CaptureFixture[str]) -> None:
+    made = harness.rows("score", "q1-k2", {"ours": [1.0], "rival": [2.0]}, rivals=["rival"], threads=1)
+    harness.print_rows(made)
+    out = capsys.readouterr().out
+    assert out.count("q1-k2") == 1 and "2.00" in out
+    harness.print_rows([])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "core.hooksPath=/dev/null")
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert harness.commit() == "unknown"
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    head = git("rev-parse", "HEAD").strip()
+    assert harness.commit() == head[:12]
+    (tmp_path / "new").write_text("")
+    assert harness.commit() == f"{head[:12]}+dirty"
+
+
+def test_cases_are_read_or_refused() -> None:
+    from tools.bench.score import Case
+
+    assert Case.parse("q256-k16000-d512-c1000") == Case(256, 16000, 512, 1000)
+    for bad in ("q256", "q256-k16000-d512-c1000x", "q0-k1-d1-c1"):
+        with pytest.raises(ValueError, match="expected"):
+            Case.parse(bad)
+
+
+def test_the_score_benchmark_runs_from_the_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    # More classes than keys: some are empty.
+    arguments = [
+        "score",
+        "--cases",
+        "q5-k40-d32-c60",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+        tmp_path / "rows.json",
+    ]
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["impl"] for row in made} >= {"numpy", "papers-formula", "eager-best"}
+    assert any(row["impl"].startswith("cpp/") for row in made)
+    for row in made:
+        assert row["bench"] == "score" and row["case"] == "q5-k40-d32-c60" and row["threads"] == 1
+        assert row["runtime_ms"] > 0 and row["share_of_ceiling"] > 0 and math.isfinite(row["share_of_ceiling"])
+
+
+def test_a_wrong_candidate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from tools.bench import score
+
+    true_rivals = score.torch_rivals
+
+    def half_precision(plan: object, embeddings: object) -> dict:
+        right = true_rivals(plan, embeddings)["papers-formula"]
+        return {"papers-formula": lambda: right().astype(np.float16), "eager-best": right}
+
+    monkeypatch.setattr(score, "torch_rivals", half_precision)
+    monkeypatch.setattr(harness, "gemm_ceiling_flops", lambda threads: 1e9)
+    monkeypatch.setattr(harness, "measure", lambda *_: pytest.fail("timed a wrong candidate"))
+    with pytest.raises(ArithmeticError, match="papers-formula is wrong by"):
+        score.run(["q3-k40-d32-c4"], threads=1, repeats=1)

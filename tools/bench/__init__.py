@@ -1,0 +1,1 @@
+"""What tools/benchmark.py runs: each file is one subject, harness.py times and reports them all alike."""

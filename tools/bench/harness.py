@@ -1,0 +1,172 @@
+"""Interleaved timing, and rows that carry what a number needs to be believed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.info import cpu_model, package_version, usable_threads
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Milliseconds of each call, `repeats` a candidate, round-robin: a slow spell of the machine meets all alike."""
+    if repeats < 1:
+        raise ValueError(f"expected repeats >= 1, got {repeats}")
+    for run in candidates.values():
+        for _ in range(warmup):
+            run()
+    runtimes_ms: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            runtimes_ms[name].append((time.perf_counter() - start) * 1e3)
+    return runtimes_ms
+
+
+def rows(
+    bench: str,
+    case: str,
+    runtimes_ms: Mapping[str, Sequence[float]],
+    *,
+    rivals: Iterable[str],
+    threads: int | Mapping[str, int],
+    precision: str = "fp32",
+    flops: float | None = None,
+    ceiling_flops: float | None = None,
+    packages: Iterable[str] = ("numpy",),
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """One row an implementation, JSON-ready.
+
+    runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios holds rival's median / own median
+    (above 1: this row is the faster one). share_of_ceiling is flops / runtime / ceiling_flops, where `flops` is the
+    work that the case asks for, however much an implementation does; None where either is unknown. `threads` is one
+    number, or one for each implementation.
+    """
+    medians = {name: statistics.median(times) for name, times in runtimes_ms.items()}
+    common = {
+        "device": device or cpu_description(),
+        "precision": precision,
+        "versions": {
+            "iosr_fast": package_version("iosr_fast"),
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in packages},
+        },
+        "commit": commit(),
+    }
+    made = []
+    for name, times in runtimes_ms.items():
+        share = None
+        if flops is not None and ceiling_flops is not None:
+            share = round(flops / (medians[name] * 1e-3) / ceiling_flops, 4)
+        made.append(
+            {
+                "bench": bench,
+                "case": case,
+                "impl": name,
+                "runtime_ms": round(medians[name], 4),
+                "runtime_ms_spread": [round(float(np.percentile(times, q)), 4) for q in (10, 90)],
+                "ratios": {rival: round(medians[rival] / medians[name], 3) for rival in rivals if rival != name},
+                "share_of_ceiling": share,
+                "threads": threads if isinstance(threads, int) else threads[name],
+                **common,
+            }
+        )
+    return made
+
+
+def print_rows(made: Sequence[Mapping[str, Any]]) -> None:
+    """The rows as a table, with what they have in common above it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not made:
+        return
+    first = made[0]
+    versions = ", ".join(f"{name} {found}" for name, found in first["versions"].items())
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(f"{first['device']}, {first['precision']}; {versions}; {first['commit']}")
+    rivals = list(dict.fromkeys(rival for row in made for rival in row["ratios"]))
+    heads = ("impl", "threads", "runtime_ms", "p10..p90", *(f"{rival} / this" for rival in rivals), "of ceiling")
+    table = Table(*heads)
+    case = None
+    for row in made:
+        if row["case"] != case:
+            case = row["case"]
+            table.add_section()
+            table.add_row(f"[bold]{case}[/bold]")
+        low, high = row["runtime_ms_spread"]
+        ratios = [f"{row['ratios'][rival]:.2f}" if rival in row["ratios"] else "1" for rival in rivals]
+        share = "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}"
+        runtime = (f"{row['runtime_ms']:.2f}", f"{low:.2f}..{high:.2f}")
+        table.add_row(row["impl"], str(row["threads"]), *runtime, *ratios, share)
+    console.print(table)
+
+
+def write_json(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
+    """The rows as a JSON list, one row a line."""
+    lines = ",\n".join(json.dumps(row) for row in made)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def gemm_ceiling_flops(threads: int, size: int = 1024, repeats: int = 7) -> float:
+    """FLOP/s of the best of a few float32 GEMMs, NumPy's or PyTorch's, whichever is faster here.
+
+    Measured in the run it is compared with, at the threads it is compared at. NumPy's BLAS takes its threads from
+    OMP_NUM_THREADS or the machine, so NumPy takes part only where it would use no more than `threads`.
+    """
+    import torch
+
+    left = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    left_torch, out_torch, out = torch.from_numpy(left), torch.empty(size, size), np.empty_like(left)
+    candidates: dict[str, Callable[[], object]] = {"torch": lambda: torch.mm(left_torch, left_torch, out=out_torch)}
+    if threads >= usable_threads():
+        candidates["numpy"] = lambda: np.matmul(left, left, out=out)
+    with torch_threads(threads):
+        best_ms = min(min(times) for times in measure(candidates, repeats, warmup=2).values())
+    return 2.0 * size**3 / (best_ms * 1e-3)
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch's thread count for the length of a with block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cpu_description() -> str:
+    return f"{cpu_model()}, {usable_threads()} hardware threads"
+
+
+def commit() -> str:
+    """The checked-out commit, with +dirty where tracked or new files differ from it; "unknown" outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+dirty" if git("status", "--porcelain") else "")

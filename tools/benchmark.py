@@ -1,0 +1,78 @@
+"""Verify, then time, then compare with rivals and with the machine's GEMM rate."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here, as JSON.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch; all that may be used where left out.")
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implementation, interleaved.")]
+
+
+def limit_blas(threads: int | None) -> None:
+    """BLAS reads its thread count when it is loaded, so this goes before NumPy's first import."""
+    if threads is None:
+        return
+    if "numpy" in sys.modules:
+        raise RuntimeError("expected to set the threads of BLAS before NumPy is imported, which it is already")
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+
+
+def report(made: list[dict[str, Any]], json_path: Path | None) -> None:
+    from tools.bench import harness
+
+    harness.print_rows(made)
+    if json_path is not None:
+        harness.write_json(json_path, made)
+
+
+@app.command()
+def score(
+    json_path: Json = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="Like q256-k16000-d512-c1000: queries, keys, channels, classes. Repeatable."),
+    ] = None,
+    threads: Threads = None,
+    repeats: Repeats = 7,
+) -> None:
+    """Execute scoring plans: our implementations, the papers' formula, the best of eager PyTorch."""
+    limit_blas(threads)
+    from tools.bench import score as bench
+
+    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path)
+
+
+@app.command()
+def encoder(
+    json_path: Json = None,
+    model: Annotated[str, typer.Option(help="An open_clip ViT.")] = "ViT-B-16",
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 8,
+    first_adapted_block: Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")] = 8,
+    threads: Threads = None,
+    repeats: Repeats = 7,
+) -> None:
+    """Both embeddings of a batch: fused in one pass, and in two passes as the papers' code takes them."""
+    limit_blas(threads)
+    from tools.bench import encoder as bench
+
+    made = bench.run(
+        model=model, batch=batch, first_adapted_block=first_adapted_block, threads=threads, repeats=repeats
+    )
+    report(made, json_path)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,219 @@
+"""The whole idea on real pictures, in minutes: train the adapter, fuse it, build engines, fit on a few, classify.
+
+python tools/demo/run.py --out build/demo
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from few_shot import POOL, Encoded, evaluate, only
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.demo.pictures import Pictures, load_pictures
+from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.offline.adapter import Adapter, init_adapter, load_adapter, save_adapter
+from iosr_fast.offline.clip import LoadedClip, load_clip
+from iosr_fast.offline.data import demo_pictures
+from iosr_fast.offline.export import write_engine
+from iosr_fast.offline.pretrained import DEMO_ADAPTER
+from iosr_fast.offline.text import embed_classes
+from iosr_fast.offline.train import Progress as Step
+from iosr_fast.offline.train import TrainConfig, train_adapter
+from iosr_fast.overlap import auroc, overlap_area, pair_cosines, plot_overlap
+from iosr_fast.runtimes import open_engine
+
+SHOTS = (1, 2, 4)
+FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE = 3, 256, 0.1
+console = Console()
+
+
+def train(clip: LoadedClip, path: Path, epochs: int, views: int) -> tuple[Adapter, float]:
+    """Train an adapter on the generic concepts and save it; returns it with the seconds it took."""
+    adapter = init_adapter(clip, FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE)
+    config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=views)
+    started = time.perf_counter()
+    columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"frozen blocks, {views} views of each picture", total=None)
+
+        def report(step: Step) -> None:
+            done = (step.epoch - 1) * step.steps_an_epoch + step.step
+            said = f"epoch {step.epoch}/{epochs}, loss {step.loss:.2f}"
+            bar.update(task, total=epochs * step.steps_an_epoch, completed=done, description=said)
+
+        train_adapter(clip, adapter, demo_pictures(clip.image_size), config, report=report)
+    save_adapter(adapter, path)
+    return adapter, time.perf_counter() - started
+
+
+def encode(encoder: Encoder, clip: LoadedClip, pictures: Pictures) -> Encoded:
+    parts = [encoder.encode(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // 256))]
+    adapted = [part.adapted for part in parts if part.adapted is not None]
+    embeddings = Embeddings(
+        np.concatenate([part.plain for part in parts]), np.concatenate(adapted) if adapted else None
+    )
+    return Encoded(embeddings, pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale)
+
+
+def build(clip: LoadedClip, adapter: Adapter, out: Path, images: np.ndarray) -> dict[str, dict[str, Any]]:
+    """An engine for every runtime that can be built here; what can't be says why."""
+    engines: dict[str, dict[str, Any]] = {}
+    for runtime in ("onnxruntime", "tensorrt_rtx"):
+        if importlib.util.find_spec(runtime) is None:
+            engines[runtime] = {"skipped": f"the package {runtime} is not installed"}
+            console.print(f"  {runtime}: skipped, the package is not installed")
+            continue
+        manifest = write_engine(clip, adapter, out / f"engine-{runtime}", runtime, "fp32", real_images=images[:32])
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        engines[runtime] = {
+            "folder": str(out / f"engine-{runtime}"),
+            "bytes": size,
+            "build_seconds": manifest["build_seconds"],
+            "check": manifest["check"],
+        }
+        console.print(f"  {runtime}: {size / 1e6:.1f} MB in {manifest['build_seconds']:.1f} s")
+    return engines
+
+
+def measure(classifier: Classifier, images: np.ndarray) -> tuple[float, float]:
+    """Median milliseconds from one uint8 picture to its logits, and pictures a second in batches of 64."""
+    one, batch = images[:1], images[:64]
+    times = {1: [], 64: []}
+    for pixels, count in ((one, 30), (batch, 8)):
+        classifier.decision_function(pixels)
+        for _ in range(count):
+            started = time.perf_counter()
+            classifier.decision_function(pixels)
+            times[len(pixels)].append(time.perf_counter() - started)
+    return 1000 * float(np.median(times[1])), 64 / float(np.median(times[64]))
+
+
+def show_accuracy(accuracy: dict[str, dict[str, Any]], classes: int, queries: int) -> None:
+    methods = list(next(iter(accuracy.values())))
+    table = Table(title=f"accuracy in %, {classes} held-out concepts, {queries} queries, 3 seeds", title_justify="left")
+    table.add_column("method")
+    for shots in accuracy:
+        table.add_column(f"{shots} shot" + ("s" if shots != "1" else ""), justify="right")
+    for method in methods:
+        cells = (accuracy[shots][method] for shots in accuracy)
+        table.add_row(method, *(f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f}" for cell in cells))
+    console.print(table)
+
+
+def fit_and_show(
+    clip: LoadedClip, engine: Path, adapter: Path, pictures: Pictures, parameters: dict, out: Path
+) -> Classifier:
+    """Fit a Classifier on two pictures of each concept, save it, and classify a few of the others."""
+    rng = np.random.default_rng(0)
+    order = [rng.permutation(np.flatnonzero(pictures.concepts == c)) for c in range(len(pictures.names))]
+    support = np.concatenate([rows[:2] for rows in order])
+    classifier = Classifier.from_pretrained("demo", adapter=adapter, engine=engine)
+    classifier.fit(
+        pictures.images[support],
+        pictures.concepts[support],
+        class_names=pictures.names,
+        views=1,
+        alpha=parameters["alpha"],
+        beta=parameters["beta"],
+    )
+    classifier.save(out / "classifier")
+    (out / "pictures").mkdir(exist_ok=True)
+    for c in rng.choice(len(order), 5, replace=False):
+        row = order[c][POOL]
+        path = out / "pictures" / f"{pictures.names[c].replace(' ', '-')}.png"
+        Image.fromarray(pictures.images[row]).save(path)
+        probabilities = classifier.predict_proba(path)[0]
+        best = probabilities.argmax()
+        console.print(f"  {path.name} ({pictures.style_names[pictures.styles[row]]}): {classifier.classes_[best]}")
+    return classifier
+
+
+def main(
+    out: Path = typer.Option(Path("build/demo"), help="the folder for the report, figures, engines and the classifier"),
+    epochs: int = typer.Option(40, help="of the adapter's training"),
+    views: int = typer.Option(6, help="augmented views of each picture to train on"),
+    seeds: int = typer.Option(3, help="draws of support sets"),
+) -> None:
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    clip = load_clip("demo")
+    held_out = load_pictures("held-out")
+    spare = np.bincount(held_out.concepts) > POOL
+    test, validation = only(held_out, spare), only(held_out, ~spare)
+
+    console.rule("1. train an adapter on the generic concepts", align="left")
+    trained, seconds = train(clip, out / "adapter.safetensors", epochs, views)
+    console.print(f"  {epochs} epochs in {seconds:.0f} s on {os.cpu_count()} cores; the shipped one trained longer")
+
+    console.rule("2. fuse it into the encoder and build engines", align="left")
+    engines = build(clip, trained, out, test.images)
+    ours = open_engine(out / "engine-onnxruntime")
+    write_engine(clip, load_adapter(DEMO_ADAPTER), out / "engine-shipped", "onnxruntime", "fp32")
+    shipped_encoder = open_engine(out / "engine-shipped")
+
+    console.rule("3. overlap of same-class and different-class cosines, before and after", align="left")
+    test_rows, validation_rows = encode(ours, clip, test), encode(ours, clip, validation)
+    shipped_test, shipped_validation = encode(shipped_encoder, clip, test), encode(shipped_encoder, clip, validation)
+    rows = {
+        "plain": test_rows.embeddings.plain,
+        "adapted": test_rows.embeddings.adapted,
+        "adapted (shipped)": shipped_test.embeddings.adapted,
+    }
+    pairs = {name: pair_cosines(part, test.concepts) for name, part in rows.items()}
+    overlap = {name: overlap_area(*pair) for name, pair in pairs.items()}
+    for name, pair in pairs.items():
+        console.print(f"  {name}: overlap area {overlap[name]:.3f}, AUROC {auroc(*pair):.3f}")
+    plot_overlap(rows, test.concepts, out / "overlap.png")
+
+    console.rule("4. classify held-out concepts from a few pictures each", align="left")
+    accuracy: dict[str, dict[str, Any]] = {}
+    draws = list(range(seeds))
+    for shots in SHOTS:
+        accuracy[str(shots)] = {
+            "zero-shot": evaluate(test_rows, validation_rows, "zero-shot", shots, draws),
+            "tip-adapter": evaluate(test_rows, validation_rows, "tip-adapter", shots, draws),
+            "tip-adapter, centred": evaluate(test_rows, validation_rows, "tip-adapter++", shots, draws, centred=True),
+            "tip-adapter++": evaluate(test_rows, validation_rows, "tip-adapter++", shots, draws),
+            "tip-adapter++ (shipped)": evaluate(shipped_test, shipped_validation, "tip-adapter++", shots, draws),
+        }
+    show_accuracy(accuracy, len(test.names), accuracy["1"]["zero-shot"]["queries"])
+
+    console.rule("5. the classifier a program would use", align="left")
+    chosen = accuracy["2"]["tip-adapter++"]
+    classifier = fit_and_show(clip, out / "engine-onnxruntime", out / "adapter.safetensors", test, chosen, out)
+    latency_ms, images_per_s = measure(classifier, test.images)
+    console.print(f"  one picture to its label: {latency_ms:.1f} ms; batches of 64: {images_per_s:.0f} pictures/s")
+
+    report = {
+        "overlap": overlap,
+        "auroc": {name: auroc(*pair) for name, pair in pairs.items()},
+        "accuracy": accuracy,
+        "engines": engines,
+        "latency_ms": latency_ms,
+        "images_per_s": images_per_s,
+        "train_seconds": seconds,
+        "total_seconds": time.perf_counter() - started,
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console.rule(f"done in {report['total_seconds']:.0f} s; written:", align="left")
+    for name in ("report.json", "overlap.png", "adapter.safetensors", "classifier", "pictures", *engines, "shipped"):
+        path = out / (name if (out / name).exists() else f"engine-{name}")
+        if path.exists():
+            console.print(f"  {path}")
+    console.print(f"try it: iosr-fast classify {out / 'classifier'} {out / 'pictures'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
