@@ -18,6 +18,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from iosr_fast.runtimes import open_engine
+from tools import build_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -42,8 +42,7 @@ class Pass(nn.Module):
         super().__init__()
         self.visual = clip.model.visual
         self.adapters = {} if adapter is None else dict(adapter.blocks.items())
-        self.register_buffer("mean", torch.tensor(clip.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(clip.std).view(1, 3, 1, 1))
+        self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = self.visual._embeds((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
@@ -64,7 +63,7 @@ class Pass(nn.Module):
 
 
 def fused_flops(config: DualEncoderConfig, batch: int) -> float:
-    """FLOP of the GEMMs that the fused encoder does, attention included; the harness divides them by time and ceiling."""
+    """FLOP of the GEMMs that the fused encoder does, attention included."""
     tokens, width, hidden = config.patches_per_side**2 + 1, config.width, config.mlp_width
     first = config.blocks if config.first_adapted_block is None else config.first_adapted_block
     adapter = 2 * width * (config.bottleneck or 0)
