@@ -1,4 +1,4 @@
-"""Train the demo's small CLIP from scratch on the generic concepts (about 40 minutes on 2 cores).
+"""Train the demo's small CLIP from scratch on the generic concepts (about 12 minutes on 2 cores).
 
     python tools/demo/train_clip.py --out iosr_fast/demo/data/clip.safetensors
 
@@ -37,7 +37,7 @@ def sample_caption(concept: dict, rng: random.Random) -> str:
 
 def main(
     out: Path = typer.Option(..., help="the safetensors file to write (fp16)"),
-    epochs: int = typer.Option(48),
+    epochs: int = typer.Option(16),
     batch: int = typer.Option(128),
     learning_rate: float = typer.Option(1e-3),
     weight_decay: float = typer.Option(0.1),
