@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.cache import SupportSet, encode_support, make_support_set
 from iosr_fast.encoder import Embeddings, Encoder
-from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods import METHODS, check_parameters, compile_method
 from iosr_fast.preprocess import BadImageError, as_image_list, find_bad, list_folder, to_pixels
 from iosr_fast.scoring import ScoringPlan, score
 
@@ -39,13 +39,19 @@ class Classifier:
     parameters_: dict[str, float]
 
     def __init__(
-        self, encoder: Encoder, engine: Path, embed_text: TextEmbedder | None = None, tau: float = 100.0
+        self,
+        encoder: Encoder,
+        engine: Path,
+        embed_text: TextEmbedder | None = None,
+        tau: float = 100.0,
+        recommended: dict[str, float] | None = None,
     ) -> None:
         self.encoder = encoder
         self.engine = Path(engine)
         self.skipped_: list[str] = []
         self._embed_text = embed_text
         self._tau = tau
+        self._recommended = recommended or {}
 
     @classmethod
     def from_pretrained(
@@ -66,7 +72,7 @@ class Classifier:
         from iosr_fast.offline.pretrained import open_pretrained
 
         opened = open_pretrained(model, pretrained, adapter, runtime, precision, engine)
-        return cls(opened.encoder, opened.engine, opened.embed_text, opened.tau)
+        return cls(opened.encoder, opened.engine, opened.embed_text, opened.tau, opened.recommended)
 
     def fit(
         self,
@@ -84,16 +90,18 @@ class Classifier:
     ) -> Classifier:
         """Encode the support images and class names and compile `method`; nothing is trained.
 
-        `labels` are class names, or integers into `class_names` (which is then required). `templates` are prompts with
-        `{}` for the name. `views` random views of each image (mirrored half of the time with `mirror`: switch it off
-        where left and right matter) are averaged into its key; `views=1` takes the image as it is. For "zero-shot"
-        images may be left out. `skip_bad` leaves unreadable images out (`skipped_`) instead of refusing them.
+        alpha and beta default to what is recommended for the CLIP (the demo's, chosen on its validation concepts) or
+        else to the method's own. `labels` are class names, or integers into `class_names` (which is then required).
+        `templates` are prompts with `{}` for the name. `views` random views of each image (mirrored half of the time
+        with `mirror`: switch it off where left and right matter) are averaged into its key; `views=1` takes the image
+        as it is. For "zero-shot" images may be left out. `skip_bad` leaves unreadable images out (`skipped_`) instead
+        of refusing them.
 
         Raises ValueError, before anything is encoded, for fewer than two classes, duplicate class names, labels
         without a name, classes without an image, unreadable images or an unknown method or parameter.
         """
-        if method not in METHODS:
-            raise ValueError(f"expected a method of {sorted(METHODS)}, got {method!r}")
+        parameters = check_parameters(method, alpha=alpha, beta=beta)
+        recommended = {key: value for key, value in self._recommended.items() if key in METHODS[method].parameters}
         if views < 1:
             raise ValueError(f"expected views of at least 1, got {views}")
         if self._embed_text is None:
@@ -114,7 +122,7 @@ class Classifier:
             nothing = np.zeros((0, self.encoder.width), np.float32)
             embeddings = Embeddings(nothing, nothing)
         support = make_support_set(embeddings, ids, text, self._tau)
-        self._set(names, method, {"alpha": alpha, "beta": beta}, support)
+        self._set(names, method, {**recommended, **parameters}, support)
         return self
 
     def fit_folder(self, folder: str | Path, **options: Any) -> Classifier:
@@ -131,7 +139,8 @@ class Classifier:
 
     def predict(self, images: Any) -> np.ndarray:
         """Class names (B,). Raises BadImageError for an image that can't be read."""
-        names: np.ndarray = self.classes_[self.decision_function(images).argmax(1)]
+        best = self.decision_function(images).argmax(1)
+        names: np.ndarray = self.classes_[best]
         return names
 
     def predict_proba(self, images: Any) -> np.ndarray:
@@ -174,13 +183,11 @@ class Classifier:
         classifier._set(bundle.class_names, bundle.method, dict(bundle.parameters), bundle.support)
         return classifier
 
-    def _set(self, names: list[str], method: str, parameters: dict[str, Any], support: SupportSet) -> None:
-        defaults = METHODS[method].parameters
-        given = {key: float(value) for key, value in parameters.items() if value is not None}
-        self.plan_ = compile_method(method, support, **given)
+    def _set(self, names: list[str], method: str, parameters: dict[str, float], support: SupportSet) -> None:
+        self.plan_ = compile_method(method, support, **parameters)
         self.classes_ = np.array(names)
         self.support_, self.method_ = support, method
-        self.parameters_ = {**defaults, **given}
+        self.parameters_ = {**METHODS[method].parameters, **parameters}
 
     def _fitted(self) -> ScoringPlan:
         if not hasattr(self, "plan_"):

@@ -41,6 +41,8 @@ def fit(
     pretrained: str = typer.Option(None, help="tag or weights file; not needed for the demo"),
     adapter: str = typer.Option("auto", help="a file of tools/train_adapter.py, 'auto' or 'none'"),
     method: str = typer.Option("tip-adapter++"),
+    alpha: float = typer.Option(None, help="weight of the cache [default: the CLIP's or the method's]"),
+    beta: float = typer.Option(None, help="sharpness of the cache [default: the CLIP's or the method's]"),
     template: list[str] = typer.Option(None, help="a prompt with {} for the class name; may be given more than once"),
     views: int = typer.Option(10, help="random views averaged into each key; 1 takes the image as it is"),
     mirror: bool = typer.Option(True, help="mirror half of the views"),
@@ -55,7 +57,14 @@ def fit(
             model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime
         )
         classifier.fit_folder(
-            folder, templates=template or None, method=method, views=views, mirror=mirror, skip_bad=skip_bad
+            folder,
+            templates=template or None,
+            method=method,
+            alpha=alpha,
+            beta=beta,
+            views=views,
+            mirror=mirror,
+            skip_bad=skip_bad,
         )
         classifier.save(out)
     except (ValueError, OSError, ImportError) as error:

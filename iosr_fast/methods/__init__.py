@@ -10,7 +10,15 @@ from iosr_fast.methods.tip_adapter import tip_adapter, tip_adapter_plus_plus
 from iosr_fast.methods.zero_shot import zero_shot
 from iosr_fast.scoring import ScoringPlan
 
-__all__ = ["METHODS", "Method", "compile_method", "tip_adapter", "tip_adapter_plus_plus", "zero_shot"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "check_parameters",
+    "compile_method",
+    "tip_adapter",
+    "tip_adapter_plus_plus",
+    "zero_shot",
+]
 
 
 @dataclass(frozen=True)
@@ -32,19 +40,26 @@ METHODS = {
 }
 
 
+def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
+    """The parameters that are given (not None). Raises ValueError for an unknown method or a parameter it has not."""
+    method = METHODS.get(name)
+    if method is None:
+        raise ValueError(f"expected a method of {sorted(METHODS)}, got {name!r}")
+    given = {key: float(value) for key, value in parameters.items() if value is not None}
+    unknown = sorted(set(given) - set(method.parameters))
+    if unknown:
+        raise ValueError(f"{name} has the parameters {sorted(method.parameters)}, got {unknown}")
+    return given
+
+
 def compile_method(name: str, support: SupportSet, **parameters: float | None) -> ScoringPlan:
     """The plan of a method by name; a parameter that is None or left out takes the method's default.
 
     Raises ValueError for an unknown method or parameter, a support set without images where the method needs them, or
     without adapted embeddings where the method is a ++ one.
     """
-    method = METHODS.get(name)
-    if method is None:
-        raise ValueError(f"expected a method of {sorted(METHODS)}, got {name!r}")
-    given = {key: value for key, value in parameters.items() if value is not None}
-    unknown = sorted(set(given) - set(method.parameters))
-    if unknown:
-        raise ValueError(f"{name} has the parameters {sorted(method.parameters)}, got {unknown}")
+    given = check_parameters(name, **parameters)
+    method = METHODS[name]
     if method.needs_support and len(support.embeddings) == 0:
         raise ValueError(f"{name} needs support images, got none; give a few a class, or use method='zero-shot'")
     if method.needs_adapter and support.embeddings.adapted is None:

@@ -159,7 +159,7 @@ def run(
         runtimes_ms,
         rivals=RIVALS,
         threads=threads,
-        flops=fused_flops(config, batch),
+        flops={"onnxruntime": fused_flops(config, batch)},
         ceiling_flops=ceiling,
         packages=("onnxruntime", "torch", "open_clip_torch"),
     )

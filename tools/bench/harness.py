@@ -43,7 +43,7 @@ def rows(
     rivals: Iterable[str],
     threads: int | Mapping[str, int],
     precision: str = "fp32",
-    flops: float | None = None,
+    flops: float | Mapping[str, float] | None = None,
     ceiling_flops: float | None = None,
     packages: Iterable[str] = ("numpy",),
     device: str | None = None,
@@ -52,8 +52,8 @@ def rows(
 
     runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios holds rival's median / own median
     (above 1: this row is the faster one). share_of_ceiling is flops / runtime / ceiling_flops, where `flops` is the
-    work that the case asks for, however much an implementation does; None where either is unknown. `threads` is one
-    number, or one for each implementation.
+    work that the case asks for, however much an implementation does, or what each one does; None where either is
+    unknown. `threads` is one number, or one for each implementation.
     """
     medians = {name: statistics.median(times) for name, times in runtimes_ms.items()}
     common = {
@@ -69,8 +69,9 @@ def rows(
     made = []
     for name, times in runtimes_ms.items():
         share = None
-        if flops is not None and ceiling_flops is not None:
-            share = round(flops / (medians[name] * 1e-3) / ceiling_flops, 4)
+        work = flops.get(name) if isinstance(flops, Mapping) else flops
+        if work is not None and ceiling_flops is not None:
+            share = round(work / (medians[name] * 1e-3) / ceiling_flops, 4)
         made.append(
             {
                 "bench": bench,

@@ -19,7 +19,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.scoring import score
 
-ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+ALPHAS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 BETAS = (1.0, 2.0, 5.5, 10.0, 20.0, 40.0)
 POOL = 4
 

@@ -142,7 +142,7 @@ def fit_and_show(
 
 def main(
     out: Path = typer.Option(Path("build/demo"), help="the folder for the report, figures, engines and the classifier"),
-    epochs: int = typer.Option(14, help="of the adapter's training"),
+    epochs: int = typer.Option(12, help="of the adapter's training"),
     views: int = typer.Option(4, help="augmented views of each picture to train on"),
     seeds: int = typer.Option(3, help="draws of support sets"),
 ) -> None:
