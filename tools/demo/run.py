@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,9 @@ def fit_and_show(
         Image.fromarray(pictures.images[row]).save(path)
         probabilities = classifier.predict_proba(path)[0]
         best = probabilities.argmax()
-        console.print(f"  {path.name} ({pictures.style_names[pictures.styles[row]]}): {classifier.classes_[best]}")
+        mark = "right" if best == c else "wrong"
+        style = pictures.style_names[pictures.styles[row]]
+        console.print(f"  {path.name}, drawn by {style}: {classifier.classes_[best]} ({mark})")
     return classifier
 
 
@@ -212,7 +215,8 @@ def main(
         path = out / (name if (out / name).exists() else f"engine-{name}")
         if path.exists():
             console.print(f"  {path}")
-    console.print(f"try it: iosr-fast classify {out / 'classifier'} {out / 'pictures'}")
+    command = os.path.relpath(Path(sys.executable).with_name("iosr-fast"))
+    console.print(f"try it: {command} classify {out / 'classifier'} {out / 'pictures'}", soft_wrap=True)
 
 
 if __name__ == "__main__":
