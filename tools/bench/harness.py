@@ -122,7 +122,7 @@ def write_json(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def gemm_ceiling_flops(threads: int, size: int = 1024, repeats: int = 7) -> float:
+def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> float:
     """FLOP/s of the best of a few float32 GEMMs, NumPy's or PyTorch's, whichever is faster here.
 
     Measured in the run it is compared with, at the threads it is compared at. NumPy's BLAS takes its threads from
