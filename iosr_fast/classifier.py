@@ -195,7 +195,9 @@ class Classifier:
         return self.plan_
 
     def _chunks(self, images: Any) -> Iterator[np.ndarray]:
-        listed = as_image_list(images)
+        # A batch array stays one: pixels of the right size then reach the encoder without being touched.
+        batched = isinstance(images, np.ndarray) and images.ndim == 4
+        listed = images if batched else as_image_list(images)
         for start in range(0, len(listed), _CHUNK):
             try:
                 yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size)
@@ -219,7 +221,9 @@ def _check_labels(
         raise ValueError(f"expected labels to be class names or integers, got {given.dtype}")
     numbered = given.dtype.kind in "iu"
     if class_names is None:
-        if numbered or not len(given):
+        if not len(given):
+            raise ValueError("expected labelled images or class_names, got neither: without them there are no classes")
+        if numbered:
             raise ValueError("integer labels have no names: pass class_names, the name of each class in order")
         class_names = sorted(set(given.tolist()))
     names = [str(name) for name in class_names]

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import typer
 
+_BATCH = 64
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
@@ -83,7 +84,7 @@ def classify(
 ) -> None:
     """Classify images; writes CSV (path, label, probability) to standard output."""
     from iosr_fast.classifier import Classifier
-    from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError
+    from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError, open_image
 
     paths: list[Path] = []
     for given in images:
@@ -94,17 +95,18 @@ def classify(
         loaded = Classifier.load(classifier, runtime=runtime)
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["path", "label", "probability"])
-        for path in paths:
-            try:
-                probabilities = loaded.predict_proba([path])[0]
-            except BadImageError as error:
-                if not skip_bad:
-                    raise
-                left_out += 1
-                typer.echo(f"left out: {error}", err=True)
-                continue
-            best = int(probabilities.argmax())
-            writer.writerow([path, loaded.classes_[best], f"{probabilities[best]:.4f}"])
+        for start in range(0, len(paths), _BATCH):
+            readable = []
+            for path in paths[start : start + _BATCH]:
+                try:
+                    readable.append((path, open_image(path)))
+                except BadImageError as error:
+                    if not skip_bad:
+                        raise
+                    left_out += 1
+                    typer.echo(f"left out: {error}", err=True)
+            for (path, _), row in zip(readable, loaded.predict_proba([image for _, image in readable]), strict=True):
+                writer.writerow([path, loaded.classes_[row.argmax()], f"{row.max():.4f}"])
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
     if left_out:

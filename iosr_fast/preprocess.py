@@ -142,14 +142,12 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
     return paths, names, classes
 
 
-def find_bad(images: Sequence[Any], limit: int | None = None) -> dict[int, BadImageError]:
-    """Decode every image and return the errors by position, at most `limit` of them."""
+def find_bad(images: Sequence[Any]) -> dict[int, BadImageError]:
+    """Decode every image and return the errors by position."""
     bad: dict[int, BadImageError] = {}
     for i, image in enumerate(images):
         try:
             open_image(image, i)
         except BadImageError as error:
             bad[i] = error
-            if limit is not None and len(bad) >= limit:
-                break
     return bad

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast._require import require
+from iosr_fast.demo.pictures import FOLDER as DEMO_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 DEMO_NAME = "iosr-fast-demo"
-DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "data"
 
 
 @dataclass(frozen=True)

@@ -211,10 +211,18 @@ def main(
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.rule(f"done in {report['total_seconds']:.0f} s; written:", align="left")
-    for name in ("report.json", "overlap.png", "adapter.safetensors", "classifier", "pictures", *engines, "shipped"):
-        path = out / (name if (out / name).exists() else f"engine-{name}")
-        if path.exists():
-            console.print(f"  {path}")
+    folders = [f"engine-{name}" for name, engine in engines.items() if "folder" in engine]
+    written = (
+        "report.json",
+        "overlap.png",
+        "adapter.safetensors",
+        "classifier",
+        "pictures",
+        *folders,
+        "engine-shipped",
+    )
+    for name in written:
+        console.print(f"  {out / name}")
     command = os.path.relpath(Path(sys.executable).with_name("iosr-fast"))
     console.print(f"try it: {command} classify {out / 'classifier'} {out / 'pictures'}", soft_wrap=True)
 
