@@ -4,20 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help develop demo test lint bench gpu-check clean
+.PHONY: help develop demo test lint sanitize bench gpu-check clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
 	@echo "make demo       the whole idea on real pictures, in a few minutes, without a GPU or a download of weights"
 	@echo "make test       ruff, mypy and every test that needs no GPU"
+	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      encoder and scoring against their rivals, on this machine"
 	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
 
 develop: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e ".[train,cpu,dev]"
+	$(BIN)/python -m pip install --quiet triton \
+		|| echo "triton does not install here: the tests go on without its kernels"
 	$(BIN)/python -m pip install --quiet tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
 	touch $@
@@ -32,6 +35,11 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The second run is apart because the two sanitizers exclude each other.
+sanitize: $(STAMP)
+	$(BIN)/python tools/sanitize.py address,undefined
+	$(BIN)/python tools/sanitize.py thread
 
 bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py score --json build/bench-score.json

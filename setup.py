@@ -14,6 +14,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# The CUDA module is an add-on: `IOSR_FAST_CUDA=1 pip install .` builds it, which takes nvcc but no GPU.
+CUDA = os.environ.get("IOSR_FAST_CUDA", "0") not in ("", "0")
 
 
 class CMakeExtension(Extension):
@@ -42,17 +44,19 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DIOSR_FAST_VERSION={self.distribution.get_version()}",
+            f"-DIOSR_FAST_CUDA={'ON' if CUDA else 'OFF'}",
         ]
         if shutil.which("ninja"):
             configure.append("-GNinja")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
-        subprocess.run([*cmake, "--build", str(build), "--config", "Release", "--parallel"], check=True)
+        target = ["--target", ext.name.rpartition(".")[2]]
+        subprocess.run([*cmake, "--build", str(build), *target, "--config", "Release", "--parallel"], check=True)
 
 
 setup(
     packages=[*find_packages(include=["iosr_fast", "iosr_fast.*"]), "iosr_fast.kernels"],
     package_dir={"iosr_fast.kernels": "kernels"},
-    ext_modules=[CMakeExtension("iosr_fast._C")],
+    ext_modules=[CMakeExtension("iosr_fast._C"), *([CMakeExtension("iosr_fast._C_cuda")] if CUDA else [])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "scoring/score.h"
+#include "scoring/threads.h"
 
 namespace py = pybind11;
 
@@ -37,6 +38,40 @@ const T* checked(const std::optional<py::array>& array, const char* name, const 
     return static_cast<const T*>(array->data());
 }
 
+// Keys as float32, float16, bfloat16 (as its bits, uint16) or int8, told apart by their dtype.
+const void* checked_keys(const py::array& keys, const std::vector<py::ssize_t>& shape, iosr::KeyType& type) {
+    const std::vector<py::ssize_t> got(keys.shape(), keys.shape() + keys.ndim());
+    const char kind = keys.dtype().kind();  // its name would cost as long as scoring a few hundred keys
+    const py::ssize_t bytes = keys.dtype().itemsize();
+    const bool native = keys.dtype().byteorder() == '=' || bytes == 1;
+    type = kind == 'f' && bytes == 2   ? iosr::KeyType::kFloat16
+           : kind == 'u' && bytes == 2 ? iosr::KeyType::kBfloat16
+           : kind == 'i' && bytes == 1 ? iosr::KeyType::kInt8
+                                       : iosr::KeyType::kFloat32;
+    const bool known = type != iosr::KeyType::kFloat32 || (kind == 'f' && bytes == 4);
+    if (!known || !native || (keys.flags() & py::array::c_style) == 0 || got != shape) {
+        throw py::value_error("expected keys C-contiguous, float32, float16, uint16 (bfloat16) or int8 of shape " +
+                              shape_text(shape) + ", got " + py::str(keys.dtype()).cast<std::string>() + " of shape " +
+                              shape_text(got));
+    }
+    return keys.data();
+}
+
+// IOSR_FAST_THREADS, or every thread that this process may use.
+std::size_t default_threads() {
+    const char* text = std::getenv("IOSR_FAST_THREADS");
+    if (text == nullptr || *text == '\0') {
+        return iosr::usable_threads();
+    }
+    char* end = nullptr;
+    const long count = std::strtol(text, &end, 10);
+    if (*end != '\0' || count < 1 || count > 4096) {
+        throw std::runtime_error("expected IOSR_FAST_THREADS to be a number of threads, 1 to 4096, got '" +
+                                 std::string(text) + "'; unset it to use all");
+    }
+    return static_cast<std::size_t>(count);
+}
+
 void check_offsets(const std::int64_t* offsets, py::ssize_t n_classes, py::ssize_t n_keys) {
     bool good = offsets[0] == 0 && offsets[n_classes] == n_keys;
     for (py::ssize_t c = 0; c < n_classes; ++c) {
@@ -51,7 +86,8 @@ py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, co
                 const std::optional<py::array>& feature, const std::optional<py::array>& text, float tau,
                 const std::optional<py::array>& keys, const std::optional<py::array>& class_offsets,
                 const std::optional<py::array>& weights, float alpha, float beta,
-                const std::optional<py::array>& linear, const std::optional<py::array>& bias) {
+                const std::optional<py::array>& linear, const std::optional<py::array>& bias,
+                const std::optional<py::array>& key_scales, py::ssize_t threads) {
     const std::optional<py::array>& any = plain ? plain : query ? query : feature;
     if (!any || any->ndim() != 2 || n_classes < 1) {
         throw py::value_error("expected n_classes >= 1 and embeddings of shape (B, D)");
@@ -74,7 +110,10 @@ py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, co
     plan.n_classes = static_cast<std::size_t>(n_classes);
     plan.width = static_cast<std::size_t>(width);
     plan.text = checked<float>(text, "text", {n_classes, width});
-    plan.keys = checked<float>(keys, "keys", {n_keys, width});
+    if (keys) {
+        plan.keys = checked_keys(*keys, {n_keys, width}, plan.key_type);
+    }
+    plan.key_scales = checked<float>(key_scales, "key_scales", {n_keys});
     plan.class_offsets = checked<std::int64_t>(class_offsets, "class_offsets", {n_classes + 1});
     plan.weights = checked<float>(weights, "weights", {n_keys});
     plan.linear = checked<float>(linear, "linear", {n_classes, width});
@@ -82,17 +121,24 @@ py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, co
     plan.tau = tau;
     plan.alpha = alpha;
     plan.beta = beta;
+    if (width < 1 || threads < 0) {
+        throw py::value_error("expected a width of at least 1 and threads >= 0 (0: as many as may be used)");
+    }
+    if ((plan.key_type == iosr::KeyType::kInt8) != (plan.key_scales != nullptr)) {
+        throw py::value_error("expected key_scales with int8 keys, and with no others");
+    }
     if (plan.keys != nullptr) {
         check_offsets(plan.class_offsets, n_classes, n_keys);
     }
 
     const char* requested = std::getenv("IOSR_FAST_SIMD");
     const iosr::ScorePath& path = iosr::choose_score_path(requested == nullptr ? "" : requested);
+    const std::size_t n_threads = threads == 0 ? default_threads() : static_cast<std::size_t>(threads);
     py::array_t<float> logits({n_queries, n_classes});
     float* out = logits.mutable_data();
     {
         py::gil_scoped_release release;
-        path.run(plan, queries, out);
+        iosr::score(plan, queries, *path.kernels, n_threads, out);
     }
     return py::make_tuple(std::move(logits), path.name);
 }
@@ -117,6 +163,8 @@ PYBIND11_MODULE(_C, module) {
                py::arg("tau") = 0.0F, py::arg("keys") = py::none(), py::arg("class_offsets") = py::none(),
                py::arg("weights") = py::none(), py::arg("alpha") = 0.0F, py::arg("beta") = 0.0F,
                py::arg("linear") = py::none(), py::arg("bias") = py::none(),
-               "Execute a scoring plan: (logits (B, C) float32, name of the path that ran). Raises ValueError where an\n"
-               "array's dtype, shape or layout is wrong, RuntimeError where IOSR_FAST_SIMD can't be met.");
+               py::arg("key_scales") = py::none(), py::arg("threads") = 0,
+               "Execute a scoring plan: (logits (B, C) float32, name of the path that ran). threads=0 takes\n"
+               "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises ValueError where an array's dtype, shape\n"
+               "or layout is wrong, RuntimeError where IOSR_FAST_SIMD or IOSR_FAST_THREADS can't be met.");
 }

@@ -12,6 +12,7 @@ import numpy as np
 from iosr_fast.cache import SupportSet
 from iosr_fast.encoder import Embeddings
 from iosr_fast.files import new_folder, read_manifest, write_manifest
+from iosr_fast.precision import Precision
 
 KIND = "classifier"
 SUPPORT = "support.safetensors"
@@ -28,6 +29,7 @@ class Bundle:
     support: SupportSet
     encoder_fingerprint: str
     engine: Path
+    key_precision: Precision = "fp32"
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
             "class_names": bundle.class_names,
             "method": bundle.method,
             "parameters": bundle.parameters,
+            "key_precision": bundle.key_precision,
             "tau": support.tau,
             "encoder_fingerprint": bundle.encoder_fingerprint,
         }
@@ -68,6 +71,7 @@ def load_bundle(folder: str | Path, verify: bool = True) -> Bundle:
             support=SupportSet(embeddings, arrays["class_offsets"], arrays["text"], float(manifest["tau"])),
             encoder_fingerprint=manifest["encoder_fingerprint"],
             engine=folder / ENGINE,
+            key_precision=manifest.get("key_precision", "fp32"),  # not written before there was a choice
         )
     except (KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a complete classifier ({error}); save it again") from error

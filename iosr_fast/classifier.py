@@ -13,6 +13,7 @@ from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.cache import SupportSet, encode_support, make_support_set
 from iosr_fast.encoder import Embeddings, Encoder
 from iosr_fast.methods import METHODS, check_parameters, compile_method
+from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.preprocess import BadImageError, as_image_list, find_bad, list_folder, to_pixels
 from iosr_fast.scoring import ScoringPlan, score
 
@@ -29,7 +30,7 @@ class Classifier:
     images or uint8 arrays (H, W, 3), one or a sequence of them, or one uint8 array (B, H, W, 3).
 
     After fitting: `classes_` (C,) the class names; `plan_`, what the kernels execute; `support_`, the encoded support
-    set; `method_`; `parameters_`; `skipped_`, the unreadable images that `skip_bad` left out.
+    set; `method_`; `parameters_`; `key_precision_`; `skipped_`, the unreadable images that `skip_bad` left out.
     """
 
     classes_: np.ndarray
@@ -37,6 +38,7 @@ class Classifier:
     support_: SupportSet
     method_: str
     parameters_: dict[str, float]
+    key_precision_: Precision
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class Classifier:
         mirror: bool = True,
         seed: int = 0,
         skip_bad: bool = False,
+        key_precision: Precision = "fp32",
     ) -> Classifier:
         """Encode the support images and class names and compile `method`; nothing is trained.
 
@@ -95,11 +98,14 @@ class Classifier:
         `templates` are prompts with `{}` for the name. `views` random views of each image (mirrored half of the time
         with `mirror`: switch it off where left and right matter) are averaged into its key; `views=1` takes the image
         as it is. For "zero-shot" images may be left out. `skip_bad` leaves unreadable images out (`skipped_`) instead
-        of refusing them.
+        of refusing them. `key_precision` stores the keys in "fp16", "bf16" or "int8" for scoring: less memory, and
+        faster where there are many keys.
 
         Raises ValueError, before anything is encoded, for fewer than two classes, duplicate class names, labels
-        without a name, classes without an image, unreadable images or an unknown method or parameter.
+        without a name, classes without an image, unreadable images or an unknown method, parameter or precision.
         """
+        if key_precision not in PRECISIONS:
+            raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
         parameters = check_parameters(method, alpha=alpha, beta=beta)
         recommended = {key: value for key, value in self._recommended.items() if key in METHODS[method].parameters}
         if views < 1:
@@ -122,7 +128,7 @@ class Classifier:
             nothing = np.zeros((0, self.encoder.width), np.float32)
             embeddings = Embeddings(nothing, nothing)
         support = make_support_set(embeddings, ids, text, self._tau)
-        self._set(names, method, {**recommended, **parameters}, support)
+        self._set(names, method, {**recommended, **parameters}, support, key_precision)
         return self
 
     def fit_folder(self, folder: str | Path, **options: Any) -> Classifier:
@@ -163,7 +169,13 @@ class Classifier:
         """Write everything `load` needs, engine included, to `folder`: whole or not at all."""
         self._fitted()
         bundle = Bundle(
-            self.classes_.tolist(), self.method_, self.parameters_, self.support_, self.encoder.fingerprint, self.engine
+            self.classes_.tolist(),
+            self.method_,
+            self.parameters_,
+            self.support_,
+            self.encoder.fingerprint,
+            self.engine,
+            self.key_precision_,
         )
         save_bundle(bundle, folder)
 
@@ -180,11 +192,17 @@ class Classifier:
                 f"{bundle.encoder_fingerprint[:12]}, the engine is {encoder.fingerprint[:12]}; fit and save again"
             )
         classifier = cls(encoder, bundle.engine, tau=bundle.support.tau)
-        classifier._set(bundle.class_names, bundle.method, dict(bundle.parameters), bundle.support)
+        classifier._set(
+            bundle.class_names, bundle.method, dict(bundle.parameters), bundle.support, bundle.key_precision
+        )
         return classifier
 
-    def _set(self, names: list[str], method: str, parameters: dict[str, float], support: SupportSet) -> None:
-        self.plan_ = compile_method(method, support, **parameters)
+    def _set(
+        self, names: list[str], method: str, parameters: dict[str, float], support: SupportSet, key_precision: Precision
+    ) -> None:
+        plan = compile_method(method, support, **parameters)
+        self.plan_ = plan if plan.keys is None else plan.with_key_precision(key_precision)
+        self.key_precision_ = key_precision
         self.classes_ = np.array(names)
         self.support_, self.method_ = support, method
         self.parameters_ = {**METHODS[method].parameters, **parameters}

@@ -49,6 +49,7 @@ def fit(
     mirror: bool = typer.Option(True, help="mirror half of the views"),
     runtime: str = typer.Option("auto"),
     skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out and count them"),
+    key_precision: str = typer.Option("fp32", help="of the keys when scoring: fp32, fp16, bf16 or int8"),
 ) -> None:
     """Fit a few-shot classifier on a folder and save it."""
     from iosr_fast.classifier import Classifier
@@ -66,6 +67,7 @@ def fit(
             views=views,
             mirror=mirror,
             skip_bad=skip_bad,
+            key_precision=key_precision,
         )
         classifier.save(out)
     except (ValueError, OSError, ImportError) as error:

@@ -5,21 +5,15 @@ IOSR_FAST_IMPL=NAME forces one wherever the caller leaves the choice open; it fa
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from iosr_fast.encoder import Embeddings
-    from iosr_fast.scoring import ScoringPlan
-
-    ScoreFunction = Callable[[ScoringPlan, Embeddings], tuple[np.ndarray, str]]
+from importlib.util import find_spec
+from typing import Any, Literal
 
 ENVIRONMENT = "IOSR_FAST_IMPL"
 _log = logging.getLogger("iosr_fast")
@@ -29,18 +23,29 @@ _log = logging.getLogger("iosr_fast")
 class Implementation:
     """One way to execute a ScoringPlan.
 
-    `target` is "module:function", imported when chosen. `refusal` answers why it can't run here, or None where it can.
-    `automatic` says whether "auto" may take it; the registry's order is the order of preference.
+    `target` is "module:function", imported when chosen. `kind` says what that takes: "arrays" (ScoringPlan, Embeddings
+    of NumPy arrays), "tensors" (DevicePlan, plain, adapted); either returns the logits and the path that ran. `refusal`
+    answers why it can't run here, or None where it can. `automatic` has the devices of the embeddings for which "auto"
+    may take it; the registry's order is the order of preference. `interpreter` is the environment variable that, set,
+    has an implementation for GPUs run on the CPU too.
     """
 
     name: str
     target: str
+    kind: Literal["arrays", "tensors"]
     refusal: Callable[[], str | None]
-    automatic: bool = True
+    native: tuple[str, ...]
+    automatic: tuple[str, ...] = ()
+    interpreter: str | None = None
 
-    def load(self) -> ScoreFunction:
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where it can execute: "cpu", "cuda"."""
+        return ("cpu", *self.native) if self.interpreter and _is_set(self.interpreter) else self.native
+
+    def load(self) -> Callable[..., tuple[Any, str]]:
         module, function = self.target.split(":")
-        loaded: ScoreFunction = getattr(importlib.import_module(module), function)
+        loaded: Callable[..., tuple[Any, str]] = getattr(importlib.import_module(module), function)
         return loaded
 
 
@@ -50,6 +55,15 @@ class Availability:
 
     name: str
     refusal: str | None
+    devices: tuple[str, ...]
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0").lower() in ("1", "y", "yes", "on", "true")
+
+
+def _never() -> None:
+    return None
 
 
 @functools.cache
@@ -65,52 +79,114 @@ def _cpp_refusal() -> str | None:
     return None
 
 
-def _never() -> None:
-    return None
+@functools.cache
+def _torch_refusal() -> str | None:
+    return "PyTorch is not installed; pip install 'iosr_fast[train]' brings it" if find_spec("torch") is None else None
 
 
-# NumPy first: its BLAS outruns the scalar C++ kernel, which is the portable one (tools/benchmark.py score).
+@functools.cache
+def _driver_refusal() -> str | None:
+    """Whether NVIDIA's driver is missing, told without the seconds that loading PyTorch takes."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return None
+    return "no NVIDIA driver can be loaded here (libcuda); on a GPU machine, install the driver"
+
+
+def _triton_refusal() -> str | None:
+    refusal = None if _is_set("TRITON_INTERPRET") else _driver_refusal()
+    if refusal is not None:
+        return refusal
+    from iosr_fast import kernels
+
+    return kernels.refusal()
+
+
+def _cuda_refusal() -> str | None:
+    refusal = _driver_refusal()
+    if refusal is not None:
+        return refusal
+    from iosr_fast import cuda
+
+    told: str | None = cuda.refusal()
+    return told
+
+
+# For the CPU, then for GPUs. PyTorch never runs on its own account for NumPy arrays: loading it takes seconds.
 REGISTRY: tuple[Implementation, ...] = (
-    Implementation("numpy", "iosr_fast.scoring:score_numpy", _never),
-    Implementation("cpp", "iosr_fast.scoring:score_cpp", _cpp_refusal),
-    Implementation("reference", "iosr_fast.scoring:score_reference", _never, automatic=False),
+    Implementation("cpp", "iosr_fast.numpy_scoring:score_cpp", "arrays", _cpp_refusal, ("cpu",), ("cpu",)),
+    Implementation("numpy", "iosr_fast.numpy_scoring:score_numpy", "arrays", _never, ("cpu",), ("cpu",)),
+    Implementation("cuda", "iosr_fast.cuda:score_cuda", "tensors", _cuda_refusal, ("cuda",), ("cuda",)),
+    Implementation(
+        "triton",
+        "iosr_fast.kernels.cache_score:score_triton",
+        "tensors",
+        _triton_refusal,
+        ("cuda",),
+        ("cuda",),
+        interpreter="TRITON_INTERPRET",
+    ),
+    Implementation(
+        "torch", "iosr_fast.torch_scoring:score_torch", "tensors", _torch_refusal, ("cpu", "cuda"), ("cuda",)
+    ),
+    Implementation("reference", "iosr_fast.numpy_scoring:score_reference", "arrays", _never, ("cpu",)),
 )
 
 
 def available() -> list[Availability]:
-    """Every implementation, in order of preference, with why it is refused here."""
-    return [Availability(entry.name, entry.refusal()) for entry in REGISTRY]
+    """Every implementation, in order of preference, with its devices and why it is refused here."""
+    return [Availability(entry.name, entry.refusal(), entry.devices) for entry in REGISTRY]
 
 
-def choose(impl: str = "auto") -> ScoreFunction:
-    """The function that executes plans: the named implementation, or the best that can run here for "auto".
+def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
+    """What executes plans for embeddings on `device`: the named implementation, or for "auto" the best that can.
 
-    IOSR_FAST_IMPL takes the place of "auto", never of a name that the caller gave. Raises ValueError for an unknown
-    name and RuntimeError for a known one that can't run here.
+    IOSR_FAST_IMPL takes the place of "auto", never of a name that the caller gave. An implementation for GPUs alone may
+    be named for embeddings on the CPU, where there is a GPU to take them to. Raises ValueError for an unknown name and
+    RuntimeError for a known one that can't run here, or not on this device.
     """
     forced = os.environ.get(ENVIRONMENT, "")
     asked_by = f"impl={impl!r}"
     if impl == "auto" and forced:
         impl, asked_by = forced, f"{ENVIRONMENT}={forced}"
     if impl == "auto":
-        return _best()
+        return _best(device)
     for entry in REGISTRY:
         if entry.name == impl:
-            refusal = entry.refusal()
+            refusal = entry.refusal() or _device_refusal(entry, device)
             if refusal is not None:
                 raise RuntimeError(f"{asked_by} can't run here: {refusal}")
-            return entry.load()
+            return entry
     names = ", ".join(["auto", *(entry.name for entry in REGISTRY)])
     raise ValueError(f"expected an implementation out of {names}, got {asked_by}")
 
 
+def _device_refusal(entry: Implementation, device: str) -> str | None:
+    if device in entry.devices:
+        return None
+    if device == "cuda":
+        return (
+            f"{entry.name} executes on {' and '.join(entry.devices)}, and the embeddings are on cuda; "
+            "move them with .cpu() or leave the choice open"
+        )
+    import torch
+
+    return None if torch.cuda.is_available() else f"{entry.name} needs a CUDA device, and PyTorch sees none"
+
+
 @functools.cache
-def _best() -> ScoreFunction:
+def _best(device: str) -> Implementation:
     refused: list[str] = []
     for entry in REGISTRY:
-        refusal = entry.refusal() if entry.automatic else "only on request"
+        if device not in entry.automatic:
+            continue
+        refusal = entry.refusal()
         if refusal is None:
-            _log.info("scoring with %s%s", entry.name, f" (refused: {'; '.join(refused)})" if refused else "")
-            return entry.load()
+            told = f" (refused: {'; '.join(refused)})" if refused else ""
+            _log.info("scoring on %s with %s%s", device, entry.name, told)
+            return entry
         refused.append(f"{entry.name}: {refusal}")
-    raise RuntimeError(f"no scoring implementation can run here: {'; '.join(refused)}")
+    raise RuntimeError(f"no scoring implementation can run on {device} here: {'; '.join(refused)}")

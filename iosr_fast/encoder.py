@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+
+# A NumPy array, a torch tensor on any device, or an object with __dlpack__. Encoders return NumPy arrays.
+Array: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -13,11 +16,12 @@ class Embeddings:
     """L2-normalised image embeddings of one batch.
 
     `plain` (B, D) float32 meets text; `adapted` (B, D) float32, from the encoder with the adapter, meets other images.
-    `adapted` is None where the encoder has no adapter.
+    `adapted` is None where the encoder has no adapter. Both are NumPy arrays, or both torch tensors on one device
+    (which `score` leaves there; there float16 and bfloat16 do as well), or both other objects with `__dlpack__`.
     """
 
-    plain: np.ndarray
-    adapted: np.ndarray | None = None
+    plain: Array
+    adapted: Array | None = None
 
     def __len__(self) -> int:
         return len(self.plain)

@@ -27,14 +27,17 @@ OPTIONAL_PACKAGES = (
 def info() -> dict[str, Any]:
     """Versions, implementations, SIMD paths, processor and threads, as JSON-ready values.
 
-    Optional packages are looked up by their metadata and never imported; a missing one has the version None.
+    Optional packages are looked up by their metadata; a missing one has the version None. None is imported, but for
+    PyTorch where NVIDIA's driver is installed: it alone can tell whether the GPU will do.
     """
     return {
         "iosr_fast": package_version("iosr_fast"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in ("numpy", "pillow", "safetensors", *OPTIONAL_PACKAGES)},
-        "implementations": {row.name: row.refusal for row in dispatch.available()},
+        "implementations": {
+            row.name: {"devices": list(row.devices), "refusal": row.refusal} for row in dispatch.available()
+        },
         "simd_paths": simd_paths(),
         "environment": {name: os.environ[name] for name in ("IOSR_FAST_IMPL", "IOSR_FAST_SIMD") if name in os.environ},
         "cpu": cpu_model(),
@@ -47,9 +50,10 @@ def format_info() -> str:
     facts = info()
     lines = [f"iosr_fast {facts['iosr_fast']}, Python {facts['python']}, {facts['platform']}"]
     lines.append(f"cpu: {facts['cpu']}, {facts['threads']} threads")
-    lines.append("scoring implementations, best first:")
-    for name, refusal in facts["implementations"].items():
-        lines.append(f"  {name:<12} {'yes' if refusal is None else 'no: ' + refusal}")
+    lines.append("scoring implementations, best first for each device:")
+    for name, row in facts["implementations"].items():
+        answer = "yes" if row["refusal"] is None else f"no: {row['refusal']}"
+        lines.append(f"  {name:<12} {', '.join(row['devices']):<10} {answer}")
     paths = [name if supported else f"{name} (this processor can't)" for name, supported in facts["simd_paths"].items()]
     lines.append(f"SIMD paths of cpp: {', '.join(paths) or 'none'}")
     lines += [f"{name}={value}" for name, value in facts["environment"].items()]

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from iosr_fast.precision import dequantize
+
 if TYPE_CHECKING:
     from iosr_fast.encoder import Embeddings
     from iosr_fast.scoring import ScoringPlan
@@ -18,7 +20,8 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
            + alpha * (weights * exp(-beta * (1 - query @ keys'))) @ onehot
            + feature @ linear' + bias
 
-    The cache term is Tip-Adapter's (Zhang et al., ECCV 2022, eq. 5-6), with a weight per key. Returns (B, C) float64.
+    The cache term is Tip-Adapter's (Zhang et al., ECCV 2022, eq. 5-6), with a weight per key. Keys of another precision
+    than float32 are taken as what they stand for, key_scales[j] * keys[j] where they are int8. Returns (B, C) float64.
     """
 
     def rows(which: str) -> np.ndarray:
@@ -28,7 +31,7 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     if plan.text is not None:
         logits += plan.tau * rows("plain") @ plan.text.T.astype(np.float64)
     if plan.keys is not None and plan.class_offsets is not None:
-        cosine = rows(plan.query) @ plan.keys.T.astype(np.float64)
+        cosine = rows(plan.query) @ _keys(plan).T
         affinity = np.exp(-plan.beta * (1.0 - cosine))
         if plan.weights is not None:
             affinity *= plan.weights.astype(np.float64)
@@ -40,3 +43,10 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     if plan.bias is not None:
         logits += plan.bias.astype(np.float64)
     return logits
+
+
+def _keys(plan: ScoringPlan) -> np.ndarray:
+    assert plan.keys is not None
+    if plan.key_scales is not None:  # in float64 the product of code and scale is exact
+        return plan.keys.astype(np.float64) * plan.key_scales[:, None].astype(np.float64)
+    return dequantize(plan).astype(np.float64)

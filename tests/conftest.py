@@ -9,6 +9,7 @@ import pytest
 
 from iosr_fast import dispatch
 from iosr_fast.encoder import Embeddings
+from iosr_fast.precision import Precision
 from iosr_fast.scoring import ScoringPlan
 
 TERMS = ("text", "cache", "linear")
@@ -31,8 +32,9 @@ def random_plan(
     feature: str = "plain",
     alpha: float = 1.7,
     beta: float = 5.5,
+    precision: Precision = "fp32",
 ) -> ScoringPlan:
-    """A plan with counts[c] keys in class c and the given terms."""
+    """A plan with counts[c] keys in class c, stored in `precision`, and the given terms."""
     n_classes, n_keys = len(counts), sum(counts)
     parts: dict[str, np.ndarray] = {}
     if "text" in terms:
@@ -45,7 +47,8 @@ def random_plan(
     if "linear" in terms:
         parts["linear"] = rng.standard_normal((n_classes, width))
         parts["bias"] = rng.standard_normal(n_classes)
-    return ScoringPlan(n_classes, query=query, feature=feature, alpha=alpha, beta=beta, **parts)  # type: ignore[arg-type]
+    plan = ScoringPlan(n_classes, query=query, feature=feature, alpha=alpha, beta=beta, **parts)  # type: ignore[arg-type]
+    return plan.with_key_precision(precision) if "cache" in terms else plan
 
 
 def random_embeddings(rng: np.random.Generator, n: int, width: int) -> Embeddings:

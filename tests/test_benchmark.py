@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iosr_fast import _C
 from tools.bench import harness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,10 +100,21 @@ def test_the_score_benchmark_runs_from_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "rows.json").read_text())
-    assert {row["impl"] for row in made} >= {"numpy", "papers-formula", "eager-best"}
-    assert any(row["impl"].startswith("cpp/") for row in made)
+    simd = next(name for name, supported in _C.simd_paths() if supported)
+    narrow = {f"cpp/{simd}:{precision}" for precision in ("fp16", "bf16", "int8")}
+    assert {row["impl"] for row in made} == {
+        "numpy",
+        f"cpp/{simd}",
+        "torch/cpu",
+        "papers-formula",
+        "eager-best",
+        "torch-fp32",
+        *narrow,
+    }
     for row in made:
         assert row["bench"] == "score" and row["case"] == "q5-k40-d32-c60" and row["threads"] == 1
+        assert row["precision"] == row["impl"].partition(":")[2] or row["precision"] == "fp32"
+        assert row["extra_memory_mb"] is None or 0 <= row["extra_memory_mb"] < 64
         assert row["runtime_ms"] > 0 and row["share_of_ceiling"] > 0 and math.isfinite(row["share_of_ceiling"])
 
 
@@ -112,12 +124,42 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
     true_rivals = score.torch_rivals
 
-    def half_precision(plan: object, embeddings: object) -> dict:
-        right = true_rivals(plan, embeddings)["papers-formula"]
-        return {"papers-formula": lambda: right().astype(np.float16), "eager-best": right}
+    def half_precision(*arguments: object) -> dict:
+        right = true_rivals(*arguments)["papers-formula"]
+        return {"papers-formula": lambda: right().half(), "eager-best": right}
 
     monkeypatch.setattr(score, "torch_rivals", half_precision)
     monkeypatch.setattr(harness, "gemm_ceiling_flops", lambda threads: 1e9)
     monkeypatch.setattr(harness, "measure", lambda *_: pytest.fail("timed a wrong candidate"))
     with pytest.raises(ArithmeticError, match="papers-formula is wrong by"):
         score.run(["q3-k40-d32-c4"], threads=1, repeats=1)
+
+
+def test_a_few_classes_stand_for_all_in_the_verification() -> None:
+    from iosr_fast.reference import score_reference
+    from tools.bench.score import Case, only_classes
+
+    plan, embeddings = Case(3, 40, 16, 9).build()
+    chosen = np.array([0, 4, 8])
+    few = score_reference(only_classes(plan.with_key_precision("int8"), chosen), embeddings)
+    whole = score_reference(plan.with_key_precision("int8"), embeddings)
+    np.testing.assert_allclose(few, whole[:, chosen], rtol=1e-12)
+
+
+def test_the_papers_formula_is_left_out_where_its_matrices_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from tools.bench import score, score_rivals
+
+    plan, embeddings = score.Case(2, 30, 8, 3).build()
+    assert set(score_rivals.torch_rivals(plan, embeddings)) == set(score_rivals.RIVALS)
+    monkeypatch.setattr(score_rivals, "PAPERS_LIMIT_BYTES", 4 * 30 * (3 + 2) - 1)
+    assert set(score_rivals.torch_rivals(plan, embeddings)) == {"eager-best", "torch-fp32"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_extra_memory_is_the_peak_of_a_call() -> None:
+    def call() -> None:
+        np.ones(8_000_000)
+
+    extra = harness.extra_memory_mb(call)
+    assert extra is not None and 60 < extra < 90

@@ -140,6 +140,7 @@ def test_bad_input_is_named_before_anything_is_encoded(fresh: Classifier, pictur
         "expected a method of": {"method": "magic"},
         r"zero-shot has the parameters \[\], got \['alpha'\]": {"method": "zero-shot", "alpha": 2.0},
         "views of at least 1, got 0": {"views": 0},
+        "key_precision of fp32, fp16, bf16, int8, got 'fp8'": {"key_precision": "fp8"},
         "one label for each of 36": {"labels": labels[:-1]},
         "integer labels have no names": {"class_names": None},
         "at least two classes to tell apart, got 1": {"class_names": names[:1], "labels": labels * 0},
@@ -201,6 +202,27 @@ def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete"
 
 
+def test_narrow_keys_are_kept_through_saving(fresh: Classifier, pictures, tmp_path: Path) -> None:
+    images, labels, queries, _, names = pictures
+    fresh.fit(images, labels, class_names=names, views=1)
+    exact = fresh.decision_function(queries)
+    for precision, tolerance in {"fp16": 5e-4, "bf16": 4e-3, "int8": 4e-3}.items():
+        fresh.fit(images, labels, class_names=names, views=1, key_precision=precision)
+        fresh.save(tmp_path / precision)
+        loaded = Classifier.load(tmp_path / precision)
+        assert loaded.plan_.key_precision == loaded.key_precision_ == precision
+        logits = loaded.decision_function(queries)
+        np.testing.assert_allclose(logits, fresh.decision_function(queries), atol=1e-3)
+        assert 0 < np.abs(logits - exact).max() < tolerance * np.abs(exact).max()
+    fresh.fit(class_names=names, method="zero-shot", key_precision="int8")
+    assert fresh.plan_.key_precision is None
+    manifest = tmp_path / "int8" / "manifest.json"
+    older = json.loads(manifest.read_text())
+    del older["key_precision"]
+    manifest.write_text(json.dumps(older))
+    assert Classifier.load(tmp_path / "int8").plan_.key_precision == "fp32"
+
+
 def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
     fresh.fit(images, labels, class_names=names, views=1).save(tmp_path / "saved")
@@ -258,7 +280,7 @@ def test_command_line(fresh: Classifier, folder: Path, tmp_path: Path) -> None:
 
     (folder / "broken.png").write_bytes(b"broken")
     out = str(tmp_path / "out")
-    said = run("fit", str(folder), "--out", out, "--views", "1", "--runtime", "onnxruntime")
+    said = run("fit", str(folder), "--out", out, "--views", "1", "--runtime", "onnxruntime", "--key-precision", "fp16")
     assert said.returncode == 0, said.stderr
     assert f"{CLASSES} classes, {3 * CLASSES} images, tip-adapter++" in said.stdout
     said = run("classify", out, str(folder))

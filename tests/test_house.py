@@ -48,6 +48,20 @@ def test_kernels_are_found_from_anywhere(where: str, tmp_path: Path) -> None:
     assert not loaded & {"triton", "torch"}
 
 
+@pytest.mark.parametrize("statement", ["import iosr_fast.torch_op", "device_plan(plan, 'cpu')"])
+def test_what_needs_torch_says_how_to_get_it(statement: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from iosr_fast.device_plan import device_plan\n"
+        "from iosr_fast.scoring import ScoringPlan\n"
+        "plan = ScoringPlan(1, text=[[1.0]])\n"
+        f"{statement}"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode != 0
+    assert "torch is needed here and is not installed: pip install 'iosr_fast[train]' brings it" in run.stderr
+
+
 def test_names_are_lazy_and_complete() -> None:
     assert iosr_fast.__version__ == PYPROJECT["project"]["version"]
     assert set(iosr_fast.__all__) <= set(dir(iosr_fast))

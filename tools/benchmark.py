@@ -11,6 +11,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.source_tree import use_source_tree
+
+use_source_tree()
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here, as JSON.")]
@@ -21,13 +25,14 @@ Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implement
 
 
 def limit_blas(threads: int | None) -> None:
-    """BLAS reads its thread count when it is loaded, so this goes before NumPy's first import."""
+    """Before NumPy's first import, because BLAS reads its threads when it is loaded; our kernels read theirs later."""
     if threads is None:
         return
     if "numpy" in sys.modules:
         raise RuntimeError("expected to set the threads of BLAS before NumPy is imported, which it is already")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)
+    os.environ["IOSR_FAST_THREADS"] = str(threads)
 
 
 def report(made: list[dict[str, Any]], json_path: Path | None) -> None:
@@ -47,12 +52,13 @@ def score(
     ] = None,
     threads: Threads = None,
     repeats: Repeats = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Execute scoring plans: our implementations, the papers' formula, the best of eager PyTorch."""
     limit_blas(threads)
     from tools.bench import score as bench
 
-    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path)
+    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats, device=device), json_path)
 
 
 @app.command()

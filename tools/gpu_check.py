@@ -1,4 +1,4 @@
-"""Everything that needs an NVIDIA GPU, on the machine's own Python: tests, parity, encoder timings, into one JSON file.
+"""Everything that needs an NVIDIA GPU, on the machine's own Python: tests, parity, timings, into one JSON file.
 
     python tools/gpu_check.py --out benchmarks/results
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +22,36 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-WANTED = ("torch", "open_clip", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "pytest", "pybind11")
+WANTED = (
+    "torch",
+    "triton",
+    "open_clip",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "pytest",
+    "hypothesis",
+    "pybind11",
+    "typer",
+    "rich",
+)
 
 
-def run(command: list[str], limit_s: int) -> dict[str, Any]:
+def run(command: list[str], limit_s: int, **environment: str) -> dict[str, Any]:
     """Exit code (None: it ran past the limit), seconds and the last lines of a command."""
     started = time.perf_counter()
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
         code, said = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired:
         code, said = None, f"stopped after {limit_s} s"
@@ -36,6 +61,43 @@ def run(command: list[str], limit_s: int) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "last_lines": said.splitlines()[-15:],
     }
+
+
+def build(result: dict[str, Any]) -> None:
+    """The C++ module and, with nvcc, the CUDA module for this GPU's architecture, into the source tree."""
+    if "pybind11" in result["missing"]:
+        result["skipped"].append("both extensions: pybind11 is not installed")
+        return
+    import torch
+
+    # The tree's metadata tells the package its version, which the extensions must match.
+    result["metadata"] = run([sys.executable, "setup.py", "-q", "egg_info"], 30)
+    cuda = shutil.which("nvcc") is not None
+    if not cuda:
+        result["skipped"].append("the CUDA module: nvcc is not on PATH")
+    architecture = "".join(map(str, torch.cuda.get_device_capability()))
+    arguments = f"{os.environ.get('CMAKE_ARGS', '')} -DCMAKE_CUDA_ARCHITECTURES={architecture}"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    result["build"] = run(command, 150, IOSR_FAST_CUDA="1" if cuda else "0", CMAKE_ARGS=arguments)
+
+
+def time_scoring(result: dict[str, Any]) -> None:
+    """tools/benchmark.py score on the device, which verifies before it times."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "score.json"
+        command = [
+            sys.executable,
+            "tools/benchmark.py",
+            "score",
+            "--device",
+            "cuda",
+            "--repeats",
+            "20",
+            "--json",
+            str(rows),
+        ]
+        result["benchmark"] = run(command, 120)
+        result["score"] = json.loads(rows.read_text()) if rows.exists() else []
 
 
 def time_encoders(batch: int = 64, repeats: int = 20) -> list[dict[str, Any]]:
@@ -100,14 +162,15 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, "missing": missing, "skipped": []}
     print(f"{name}, torch {torch.__version__}; not installed: {', '.join(missing) or 'nothing'}")
-    if "pybind11" in missing:
-        result["skipped"].append("the C++ extension: pybind11 is not installed")
+    build(result)
+    if {"pytest", "hypothesis"} & set(missing):
+        result["skipped"].append("the GPU tests: pytest or hypothesis is not installed")
     else:
-        result["build"] = run([sys.executable, "setup.py", "build_ext", "--inplace"], 120)
-    if "pytest" in missing:
-        result["skipped"].append("the GPU tests: pytest is not installed")
+        result["tests"] = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], 200)
+    if {"typer", "rich"} & set(missing):
+        result["skipped"].append("the scoring benchmark: typer or rich is not installed")
     else:
-        result["tests"] = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], 240)
+        time_scoring(result)
     if "open_clip" in missing:
         result["skipped"].append("the encoder's timings: open_clip is not installed")
     else:
@@ -118,7 +181,11 @@ def main() -> None:
     for skipped in result["skipped"]:
         print(f"skipped {skipped}")
     print(f"wrote {path}")
-    failed = [part for part in ("build", "tests") if result.get(part, {}).get("exit_code", 0) not in (0, 5)]
+    failed = [
+        part
+        for part in ("metadata", "build", "tests", "benchmark")
+        if result.get(part, {}).get("exit_code", 0) not in (0, 5)
+    ]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; the JSON file has their last lines")
 

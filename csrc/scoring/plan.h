@@ -6,15 +6,19 @@
 
 namespace iosr {
 
+enum class KeyType { kFloat32, kFloat16, kBfloat16, kInt8 };
+
 // logits[b, c] = tau * <plain[b], text[c]>
-//              + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
+//              + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - key_scales[j] * <query[b], keys[j]>))
 //              + <feature[b], linear[c]> + bias[c]
-// All arrays are row-major and contiguous; a null pointer leaves its term (or, for weights, its factor) out.
+// All arrays are row-major and contiguous; a null pointer leaves its term (or, for weights and scales, its factor) out.
 struct PlanView {
     std::size_t n_classes = 0;  // C
     std::size_t width = 0;      // D
-    const float* text = nullptr;                  // (C, D)
-    const float* keys = nullptr;                  // (N, D), sorted by class
+    const float* text = nullptr;  // (C, D)
+    const void* keys = nullptr;   // (N, D) of key_type, sorted by class
+    KeyType key_type = KeyType::kFloat32;
+    const float* key_scales = nullptr;            // (N,)
     const std::int64_t* class_offsets = nullptr;  // (C + 1,): class c owns keys [class_offsets[c], class_offsets[c + 1])
     const float* weights = nullptr;               // (N,)
     const float* linear = nullptr;                // (C, D)
@@ -31,5 +35,9 @@ struct QueryView {
     const float* query = nullptr;    // read where keys are given
     const float* feature = nullptr;  // read where linear is given
 };
+
+inline std::size_t key_bytes(KeyType type) {
+    return type == KeyType::kFloat32 ? 4 : type == KeyType::kInt8 ? 1 : 2;
+}
 
 }  // namespace iosr

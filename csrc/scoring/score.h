@@ -1,23 +1,19 @@
-// The table of scoring kernels: one entry per instruction set, one source file each.
+// The table of scoring paths, one for each instruction set, and the driver that they share.
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "scoring/microkernels.h"
 #include "scoring/plan.h"
 
 namespace iosr {
 
-// Writes logits (B, C), row-major. Reads nothing global and keeps no state: safe from several threads at once.
-using ScoreFunction = void (*)(const PlanView& plan, const QueryView& queries, float* logits);
-
 struct ScorePath {
     const char* name;
-    ScoreFunction run;
+    const Microkernels* kernels;
     bool (*supported)();  // whether this processor and operating system can run it
 };
-
-void score_scalar(const PlanView& plan, const QueryView& queries, float* logits);
 
 // Every compiled path, best first.
 const std::vector<ScorePath>& score_paths();
@@ -25,5 +21,11 @@ const std::vector<ScorePath>& score_paths();
 // The best supported path, or the one that `requested` names where it isn't empty. Throws std::runtime_error, with the
 // names that exist, where that one is unknown or can't run here.
 const ScorePath& choose_score_path(const std::string& requested);
+
+// Writes logits (B, C), row-major, with up to `threads` threads (at least 1). The result doesn't depend on how many. Safe
+// from several threads at once. Beside its arguments it uses memory for packed queries and partial sums, some 24 MB at
+// most at D <= 1024. Throws std::bad_alloc before any work where there is too little memory.
+void score(const PlanView& plan, const QueryView& queries, const Microkernels& kernels, std::size_t threads,
+           float* logits);
 
 }  // namespace iosr

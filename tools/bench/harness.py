@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import platform
 import statistics
@@ -19,8 +20,15 @@ from iosr_fast.info import cpu_model, package_version, usable_threads
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# An OpenMP pool goes on spinning for a while after its last call, on cores that the next candidate's threads need.
+PAUSE_S = 0.02
+
+
 def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each call, `repeats` a candidate, round-robin: a slow spell of the machine meets all alike."""
+    """Milliseconds of each call, `repeats` a candidate, round-robin: a slow spell of the machine meets all alike.
+
+    Before each call the process sleeps for PAUSE_S, so that no candidate is timed against another's spinning threads.
+    """
     if repeats < 1:
         raise ValueError(f"expected repeats >= 1, got {repeats}")
     for run in candidates.values():
@@ -29,10 +37,28 @@ def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup
     runtimes_ms: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             run()
             runtimes_ms[name].append((time.perf_counter() - start) * 1e3)
     return runtimes_ms
+
+
+def extra_memory_mb(run: Callable[[], object]) -> float | None:
+    """MB by which one call raises the process's peak of resident memory above what it held before; None off Linux."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def kilobytes(field: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+    try:
+        gc.collect()
+        before = kilobytes("VmRSS")
+        reset.write_text("5")  # sets the peak, VmHWM, back to what is held now
+        run()
+        return max(0, kilobytes("VmHWM") - before) * 1024 / 1e6
+    except (OSError, StopIteration):
+        return None
 
 
 def rows(
@@ -42,7 +68,7 @@ def rows(
     *,
     rivals: Iterable[str],
     threads: int | Mapping[str, int],
-    precision: str = "fp32",
+    precision: str | Mapping[str, str] = "fp32",
     flops: float | Mapping[str, float] | None = None,
     ceiling_flops: float | None = None,
     packages: Iterable[str] = ("numpy",),
@@ -53,12 +79,11 @@ def rows(
     runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios holds rival's median / own median
     (above 1: this row is the faster one). share_of_ceiling is flops / runtime / ceiling_flops, where `flops` is the
     work that the case asks for, however much an implementation does, or what each one does; None where either is
-    unknown. `threads` is one number, or one for each implementation.
+    unknown. `threads` and `precision` are one for all, or one for each implementation.
     """
     medians = {name: statistics.median(times) for name, times in runtimes_ms.items()}
     common = {
         "device": device or cpu_description(),
-        "precision": precision,
         "versions": {
             "iosr_fast": package_version("iosr_fast"),
             "python": platform.python_version(),
@@ -77,6 +102,7 @@ def rows(
                 "bench": bench,
                 "case": case,
                 "impl": name,
+                "precision": precision if isinstance(precision, str) else precision[name],
                 "runtime_ms": round(medians[name], 4),
                 "runtime_ms_spread": [round(float(np.percentile(times, q)), 4) for q in (10, 90)],
                 "ratios": {rival: round(medians[rival] / medians[name], 3) for rival in rivals if rival != name},
@@ -97,10 +123,18 @@ def print_rows(made: Sequence[Mapping[str, Any]]) -> None:
         return
     first = made[0]
     versions = ", ".join(f"{name} {found}" for name, found in first["versions"].items())
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(f"{first['device']}, {first['precision']}; {versions}; {first['commit']}")
+    console = Console(width=None if Console().is_terminal else 130)
+    console.print(f"{first['device']}; {versions}; {first['commit']}")
     rivals = list(dict.fromkeys(rival for row in made for rival in row["ratios"]))
-    heads = ("impl", "threads", "runtime_ms", "p10..p90", *(f"{rival} / this" for rival in rivals), "of ceiling")
+    heads = (
+        "impl",
+        "precision",
+        "threads",
+        "runtime_ms",
+        "p10..p90",
+        *(f"{rival} / this" for rival in rivals),
+        "of ceiling",
+    )
     table = Table(*heads)
     case = None
     for row in made:

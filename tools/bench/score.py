@@ -1,14 +1,13 @@
-"""Scoring: our implementations against the papers' formula and against the best that PyTorch does without a kernel.
+"""Scoring: our implementations, at each precision of the keys, against what PyTorch does without a kernel.
 
 Each is checked against the float64 reference before it is timed, and refused if it is wrong.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,22 @@ import numpy as np
 from iosr_fast import dispatch
 from iosr_fast.encoder import Embeddings
 from iosr_fast.info import usable_threads
+from iosr_fast.precision import PRECISIONS
 from iosr_fast.reference import score_reference
-from iosr_fast.scoring import ScoringPlan, score, score_with_path
+from iosr_fast.scoring import ScoringPlan, score_with_path
 from tools.bench import harness
+from tools.bench.score_rivals import PAPERS_LIMIT_BYTES, RIVALS, onehot_bytes, torch_rivals
 
-DEFAULT_CASES = ("q1-k1600-d512-c100", "q64-k1600-d512-c100", "q256-k16000-d512-c1000")
-RIVALS = ("papers-formula", "eager-best")
-# Of the largest logit. float32 is right to 1e-6 of it; anything wrong, or rounded to half precision, is far above.
-TOLERANCE = 2e-5
-VERIFIED_QUERIES = 16
+DEFAULT_CASES = (
+    "q1-k1600-d512-c100",
+    "q64-k1600-d512-c100",
+    "q256-k16000-d512-c1000",
+    "q1-k1000000-d512-c1000",
+)
+# Of the largest logit. float32 is right to 1e-6 of it. Queries in half precision, as on a GPU, err by 1e-3 of a cosine.
+TOLERANCES = {"cpu": 2e-5, "cuda": 2e-3}
+VERIFIED = 16  # queries, and classes
+CHUNK = 65536
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,25 @@ class Case:
         """The two products that any implementation must do; exponentials and sums are not counted."""
         return 2.0 * self.queries * self.width * (self.keys + self.classes)
 
+    @property
+    def product_flops(self) -> float:
+        """The product of queries and keys alone."""
+        return 2.0 * self.queries * self.width * self.keys
+
     def build(self) -> tuple[ScoringPlan, Embeddings]:
         """A Tip-Adapter++ plan over clustered embeddings, so that affinities spread over their range."""
         rng = np.random.default_rng(0)
         centres = rng.standard_normal((self.classes, self.width), dtype=np.float32)
 
         def near(labels: np.ndarray) -> np.ndarray:
-            rows = centres[labels] + rng.standard_normal((len(labels), self.width), dtype=np.float32)
-            return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = np.empty((len(labels), self.width), np.float32)
+            for first in range(0, len(labels), CHUNK):
+                part = centres[labels[first : first + CHUNK]]
+                part += rng.standard_normal(part.shape, dtype=np.float32)
+                part /= np.linalg.norm(part, axis=1, keepdims=True)
+                rows[first : first + CHUNK] = part
+            rows.flags.writeable = False  # so that a plan takes them without a copy
+            return rows
 
         labels = np.arange(self.keys) * self.classes // self.keys
         offsets = np.searchsorted(labels, np.arange(self.classes + 1))
@@ -69,81 +86,146 @@ class Case:
         return plan, Embeddings(near(asked), near(asked))
 
 
-def torch_rivals(plan: ScoringPlan, embeddings: Embeddings) -> dict[str, Callable[[], np.ndarray]]:
-    """What PyTorch does without a kernel; whatever depends on the plan alone is made outside the timed part.
+@dataclass(frozen=True)
+class Candidate:
+    """What is timed. `plan` has the keys that it reads, `call` gives logits, or a rival's product alone."""
 
-    papers-formula: a cosine GEMM, exp, and a GEMM with the one-hot matrix, as in the public code.
-    eager-best: one GEMM, exp in place and a segment sum, every buffer kept between calls.
+    call: Callable[[], Any]
+    plan: ScoringPlan
+    precision: str
+    verified: bool = True
+
+
+def ours(plan: ScoringPlan, embeddings: Embeddings, device: str) -> dict[str, Candidate]:
+    """Every implementation that runs natively on `device`, at every precision that it takes apart from the others."""
+    batch = embeddings
+    if device == "cuda":
+        import torch
+
+        batch = Embeddings(*(torch.from_numpy(np.array(e)).cuda() for e in (embeddings.plain, embeddings.adapted)))
+    found: dict[str, Candidate] = {}
+    for precision in PRECISIONS:
+        # Codes are as fast whatever they say; rounding a million keys with compensation takes minutes.
+        narrow = plan if precision == "fp32" else plan.with_key_precision(precision, compensate=False)
+        for entry in dispatch.REGISTRY:
+            # NumPy and PyTorch widen narrow keys tile by tile on the CPU: nobody would ask for that to be fast.
+            widened = device == "cpu" and entry.name != "cpp" and precision != "fp32"
+            skipped = entry.name == "reference" or widened
+            if skipped or device not in entry.native or entry.refusal() is not None:
+                continue
+            path = score_with_path(narrow, batch[:1], entry.name)[1] if device == "cpu" else entry.name
+            name = path if precision == "fp32" else f"{path}:{precision}"
+            found[name] = Candidate(_call(narrow, batch, entry.name), narrow, precision)
+    return found
+
+
+def _call(plan: ScoringPlan, batch: Embeddings, impl: str) -> Callable[[], Any]:
+    return lambda: score_with_path(plan, batch, impl)[0]
+
+
+def rivals(plan: ScoringPlan, embeddings: Embeddings, device: str) -> dict[str, Candidate]:
+    precision = "fp32" if device == "cpu" else "fp16"
+    return {
+        name: Candidate(call, plan, "fp32" if name == "torch-fp32" else precision, verified=name != "torch-fp32")
+        for name, call in torch_rivals(plan, embeddings, device).items()
+    }
+
+
+def verify(name: str, candidate: Candidate, embeddings: Embeddings, device: str = "cpu") -> None:
+    """Raise ArithmeticError unless logits agree with the float64 reference.
+
+    A logit depends on the keys of its own class alone, so the reference scores a few queries against a few classes.
     """
-    import torch
+    logits = candidate.call()
+    logits = logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy()
+    plan = candidate.plan
+    queries = np.unique(np.linspace(0, len(embeddings) - 1, VERIFIED).astype(int))
+    classes = np.unique(np.linspace(0, plan.n_classes - 1, VERIFIED).astype(int))
+    truth = score_reference(only_classes(plan, classes), embeddings[queries])
+    if logits.shape != (len(embeddings), plan.n_classes):
+        raise ArithmeticError(f"{name} gave logits of shape {logits.shape}; not timed")
+    error = np.abs(logits[np.ix_(queries, classes)] - truth).max() / np.abs(truth).max()
+    if not (error <= TOLERANCES[device] and np.isfinite(logits).all()):
+        raise ArithmeticError(
+            f"{name} is wrong by {error:.2g} of the largest logit (allowed: {TOLERANCES[device]}); not timed"
+        )
 
+
+def only_classes(plan: ScoringPlan, classes: np.ndarray) -> ScoringPlan:
+    """The plan of some classes and their keys."""
     assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
-    assert embeddings.adapted is not None
-    tensor = torch.from_numpy
-    text, keys = tensor(plan.text.copy()).T, tensor(plan.keys.copy()).T
-    lengths = tensor(np.diff(plan.class_offsets))
-    labels = torch.repeat_interleave(torch.arange(plan.n_classes), lengths)
-    onehot = torch.nn.functional.one_hot(labels, plan.n_classes).float()
-    plain, query = tensor(embeddings.plain), tensor(embeddings.adapted)
-    affinity = torch.empty(len(keys.T), len(query))
-    logits = torch.empty(len(query), plan.n_classes)
-
-    @torch.inference_mode()
-    def papers_formula() -> np.ndarray:
-        cosine = query @ keys
-        cache_logits = ((-1) * (plan.beta - plan.beta * cosine)).exp() @ onehot
-        return (plan.tau * plain @ text + cache_logits * plan.alpha).numpy()
-
-    @torch.inference_mode()
-    def eager_best() -> np.ndarray:
-        torch.mm(keys.T, query.T, out=affinity)
-        affinity.sub_(1.0).mul_(plan.beta).exp_()
-        sums = torch.segment_reduce(affinity, "sum", lengths=lengths, axis=0, unsafe=True)
-        torch.mm(plain, text, out=logits)
-        return logits.mul_(plan.tau).add_(sums.T, alpha=plan.alpha).numpy()
-
-    return {"papers-formula": papers_formula, "eager-best": eager_best}
+    ranges = [np.arange(*plan.class_offsets[c : c + 2]) for c in classes]
+    rows = np.concatenate(ranges)
+    text = plan.text[classes]
+    if len(rows) == 0:
+        return replace(plan, n_classes=len(classes), text=text, keys=None, class_offsets=None, key_scales=None)
+    return replace(
+        plan,
+        n_classes=len(classes),
+        text=text,
+        keys=plan.keys[rows],
+        class_offsets=np.cumsum([0, *map(len, ranges)]),
+        key_scales=None if plan.key_scales is None else plan.key_scales[rows],
+    )
 
 
-def candidates(plan: ScoringPlan, embeddings: Embeddings) -> dict[str, Callable[[], np.ndarray]]:
-    """Every implementation that can run here, under the path it took, and the rivals."""
-    found: dict[str, Callable[[], np.ndarray]] = {}
-    for row in dispatch.available():
-        if row.refusal is None and row.name != "reference":
-            path = score_with_path(plan, embeddings[:1], row.name)[1]
-            found[path] = functools.partial(score, plan, embeddings, row.name)
-    return {**found, **torch_rivals(plan, embeddings)}
+def run(
+    cases: Sequence[str] = DEFAULT_CASES, threads: int | None = None, repeats: int = 7, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Verify and time each case; one row a case and implementation.
 
-
-def verify(name: str, logits: np.ndarray, plan: ScoringPlan, embeddings: Embeddings) -> None:
-    """Raise ArithmeticError unless logits agree with the float64 reference, which scores a few queries of the batch."""
-    chosen = np.unique(np.linspace(0, len(embeddings) - 1, VERIFIED_QUERIES).astype(int))
-    truth = score_reference(plan, embeddings[chosen])
-    error = np.abs(logits[chosen] - truth).max() / np.abs(truth).max()
-    if logits.shape != (len(embeddings), plan.n_classes) or not error <= TOLERANCE:
-        raise ArithmeticError(f"{name} is wrong by {error:.2g} of the largest logit (allowed: {TOLERANCE}); not timed")
-
-
-def run(cases: Sequence[str] = DEFAULT_CASES, threads: int | None = None, repeats: int = 7) -> list[dict[str, Any]]:
-    """Verify and time each case; one row a case and implementation."""
+    extra_memory_mb is what a call takes beside its inputs and its (B, C) logits; None where it isn't measured.
+    """
     threads = threads or usable_threads()
     made: list[dict[str, Any]] = []
     with harness.torch_threads(threads):
-        ceiling = harness.gemm_ceiling_flops(threads)
+        ceiling = harness.gemm_ceiling_flops(threads) if device == "cpu" else None
         for text in cases:
             case = Case.parse(text)
             plan, embeddings = case.build()
-            runs = candidates(plan, embeddings)
+            runs = {**ours(plan, embeddings, device), **rivals(plan, embeddings, device)}
+            if "papers-formula" not in runs:
+                size = onehot_bytes(plan, case.queries) / 1e9
+                print(
+                    f"{text}: papers-formula is left out, its one-hot matrix and affinity would take {size:.1f} GB "
+                    f"(limit: {PAPERS_LIMIT_BYTES / 1e9:.0f})"
+                )
             for name, candidate in runs.items():
-                verify(name, candidate(), plan, embeddings)
-            made += harness.rows(
+                if candidate.verified:
+                    verify(name, candidate, embeddings, device)
+            rows = harness.rows(
                 "score",
                 text,
-                harness.measure(runs, repeats),
-                rivals=RIVALS,
-                threads={name: 1 if name.startswith("cpp/") else threads for name in runs},  # the kernel has no threads
-                flops=case.flops,
+                harness.measure({name: _timed(candidate, device) for name, candidate in runs.items()}, repeats),
+                rivals=[name for name in RIVALS if name in runs],
+                threads=threads,
+                precision={name: candidate.precision for name, candidate in runs.items()},
+                flops={name: case.flops if c.verified else case.product_flops for name, c in runs.items()},
                 ceiling_flops=ceiling,
-                packages=("numpy", "torch"),
+                packages=("numpy", "torch") if device == "cpu" else ("torch", "triton"),
+                device=None if device == "cpu" else _gpu_name(),
             )
+            logits_mb = 4 * case.queries * case.classes / 1e6
+            for row in rows:
+                extra = harness.extra_memory_mb(runs[row["impl"]].call) if device == "cpu" else None
+                row["extra_memory_mb"] = None if extra is None else round(max(0.0, extra - logits_mb), 1)
+            made += rows
     return made
+
+
+def _timed(candidate: Candidate, device: str) -> Callable[[], Any]:
+    if device == "cpu":
+        return candidate.call
+    import torch
+
+    def synchronised() -> None:
+        candidate.call()
+        torch.cuda.synchronize()
+
+    return synchronised
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()

@@ -1,0 +1,269 @@
+// The inner loops, written once over a vector type V that the including file defines for its instruction set.
+//
+// V has: kLanes; zero(); broadcast(float); load(const T*) for float, Half, Bfloat, std::int8_t; store(float*);
+// fma(a, b, c) = a * b + c; operators + - *; max(a, b); sum(); scale_by_power(value, biased) = value * 2^n, where n is
+// the integer in the low bits of `biased` (see exp2). The including file puts channels.inl, V and this file into an
+// unnamed namespace and uses nothing of the standard library but memcpy: an inline function of a shared header, compiled
+// here with wider flags, might else be the copy that the linker keeps for everybody.
+
+// 2^t for t <= 0 or a little above. t + kRound has the nearest integer n in its low bits, so that no conversion is needed;
+// f = t - n is in [-1/2, 1/2], where the polynomial (minimax, relative) is right to 2e-9 before rounding.
+constexpr float kRound = 12582912.0F;  // 1.5 * 2^23
+constexpr float kSmallest = -126.0F;   // below, an affinity counts as 2^-126: no subnormal is ever made
+
+inline V exp2(V t) {
+    t = V::max(t, V::broadcast(kSmallest));
+    const V biased = t + V::broadcast(kRound);
+    const V f = t - (biased - V::broadcast(kRound));
+    V p = V::broadcast(1.535336181e-4F);
+    p = V::fma(p, f, V::broadcast(1.339887445e-3F));
+    p = V::fma(p, f, V::broadcast(9.618437358e-3F));
+    p = V::fma(p, f, V::broadcast(5.550332471e-2F));
+    p = V::fma(p, f, V::broadcast(2.402264791e-1F));
+    p = V::fma(p, f, V::broadcast(6.931472029e-1F));
+    p = V::fma(p, f, V::broadcast(1.0F));
+    return V::scale_by_power(p, biased);
+}
+
+constexpr std::size_t kPanel = 2 * V::kLanes;
+constexpr std::size_t kTileRows = 6;
+constexpr std::size_t kDepth = 256;  // channels a pass: a panel's slice of them stays in the first-level cache
+
+// dots (6, P) (+)= rows (6, depth) @ panel (depth, P). Twelve accumulators with names: GCC keeps arrays in memory.
+inline void tile_6(const float* rows, std::size_t stride, const float* panel, std::size_t depth, float* dots, bool add) {
+    constexpr std::size_t L = V::kLanes;
+    V a0 = V::zero(), a1 = a0, b0 = a0, b1 = a0, c0 = a0, c1 = a0, d0 = a0, d1 = a0, e0 = a0, e1 = a0, f0 = a0, f1 = a0;
+    if (add) {
+        a0 = V::load(dots), a1 = V::load(dots + L);
+        b0 = V::load(dots + 2 * L), b1 = V::load(dots + 3 * L);
+        c0 = V::load(dots + 4 * L), c1 = V::load(dots + 5 * L);
+        d0 = V::load(dots + 6 * L), d1 = V::load(dots + 7 * L);
+        e0 = V::load(dots + 8 * L), e1 = V::load(dots + 9 * L);
+        f0 = V::load(dots + 10 * L), f1 = V::load(dots + 11 * L);
+    }
+    const float* low = rows;  // three rows a base: few enough address registers
+    const float* high = rows + 3 * stride;
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < depth; ++i) {
+        const V left = V::load(panel);
+        const V right = V::load(panel + L);
+        panel += kPanel;
+        V x = V::broadcast(low[i]);
+        a0 = V::fma(x, left, a0), a1 = V::fma(x, right, a1);
+        x = V::broadcast(low[i + stride]);
+        b0 = V::fma(x, left, b0), b1 = V::fma(x, right, b1);
+        x = V::broadcast(low[i + 2 * stride]);
+        c0 = V::fma(x, left, c0), c1 = V::fma(x, right, c1);
+        x = V::broadcast(high[i]);
+        d0 = V::fma(x, left, d0), d1 = V::fma(x, right, d1);
+        x = V::broadcast(high[i + stride]);
+        e0 = V::fma(x, left, e0), e1 = V::fma(x, right, e1);
+        x = V::broadcast(high[i + 2 * stride]);
+        f0 = V::fma(x, left, f0), f1 = V::fma(x, right, f1);
+    }
+    a0.store(dots), a1.store(dots + L);
+    b0.store(dots + 2 * L), b1.store(dots + 3 * L);
+    c0.store(dots + 4 * L), c1.store(dots + 5 * L);
+    d0.store(dots + 6 * L), d1.store(dots + 7 * L);
+    e0.store(dots + 8 * L), e1.store(dots + 9 * L);
+    f0.store(dots + 10 * L), f1.store(dots + 11 * L);
+}
+
+inline void tile_1(const float* row, const float* panel, std::size_t depth, float* dots, bool add) {
+    V left = add ? V::load(dots) : V::zero();
+    V right = add ? V::load(dots + V::kLanes) : V::zero();
+    for (std::size_t i = 0; i < depth; ++i, panel += kPanel) {
+        const V x = V::broadcast(row[i]);
+        left = V::fma(x, V::load(panel), left);
+        right = V::fma(x, V::load(panel + V::kLanes), right);
+    }
+    left.store(dots);
+    right.store(dots + V::kLanes);
+}
+
+void dot_panel(const float* rows, std::size_t n_rows, std::size_t width, const float* panel, float* dots) {
+    for (std::size_t begin = 0; begin < width; begin += kDepth) {
+        const std::size_t depth = width - begin < kDepth ? width - begin : kDepth;
+        const float* slice = panel + begin * kPanel;
+        std::size_t r = 0;
+        for (; r + kTileRows <= n_rows; r += kTileRows) {
+            tile_6(rows + r * width + begin, width, slice, depth, dots + r * kPanel, begin > 0);
+        }
+        for (; r < n_rows; ++r) {
+            tile_1(rows + r * width + begin, slice, depth, dots + r * kPanel, begin > 0);
+        }
+    }
+}
+
+void exp_sum(const float* dots, std::size_t n_rows, float scale, const float* key_scales, const float* weights,
+             float* sums) {
+    V left = V::zero();
+    V right = V::zero();
+    const V shift = V::broadcast(-scale);
+    for (std::size_t r = 0; r < n_rows; ++r) {
+        const V factor = V::broadcast(key_scales == nullptr ? scale : scale * key_scales[r]);
+        const V first = exp2(V::fma(V::load(dots + r * kPanel), factor, shift));
+        const V second = exp2(V::fma(V::load(dots + r * kPanel + V::kLanes), factor, shift));
+        if (weights == nullptr) {
+            left = left + first;
+            right = right + second;
+        } else {
+            const V weight = V::broadcast(weights[r]);
+            left = V::fma(first, weight, left);
+            right = V::fma(second, weight, right);
+        }
+    }
+    left.store(sums);
+    right.store(sums + V::kLanes);
+}
+
+template <typename T>
+void widen_as(const T* channels, std::size_t n, float* out) {
+    std::size_t i = 0;
+    for (; i + V::kLanes <= n; i += V::kLanes) {
+        V::load(channels + i).store(out + i);
+    }
+    for (; i < n; ++i) {
+        out[i] = to_float(channels[i]);
+    }
+}
+
+// Eight streams of short (narrow) rows are more than the hardware's prefetcher follows; reaching past the end is harmless.
+constexpr std::size_t kAhead = 8192;
+
+inline void prefetch(const char* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    static_cast<void>(p);
+#endif
+}
+
+// R rows against Q queries, R * Q = 8 chains of sums: enough to hide the latency of a multiply-add.
+template <std::size_t R, std::size_t Q, typename T>
+void dot_block(const T* rows, std::size_t width, const float* queries, float* dots, std::size_t stride) {
+    V sums[R][Q];
+    for (std::size_t r = 0; r < R; ++r) {
+        for (std::size_t q = 0; q < Q; ++q) {
+            sums[r][q] = V::zero();
+        }
+    }
+    std::size_t d = 0;
+    const char* ahead = reinterpret_cast<const char*>(rows) + kAhead;
+    constexpr std::size_t kStep = R * V::kLanes * sizeof(T);  // bytes that a step of the loop reads
+    for (; d + V::kLanes <= width; d += V::kLanes) {
+        V x[Q];
+        for (std::size_t line = 0; sizeof(T) < sizeof(float) && line < kStep; line += 64) {
+            prefetch(ahead + line);
+        }
+        ahead += kStep;
+#pragma GCC unroll 8
+        for (std::size_t q = 0; q < Q; ++q) {
+            x[q] = V::load(queries + q * width + d);
+        }
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < R; ++r) {
+            const V row = V::load(rows + r * width + d);
+#pragma GCC unroll 8
+            for (std::size_t q = 0; q < Q; ++q) {
+                sums[r][q] = V::fma(row, x[q], sums[r][q]);
+            }
+        }
+    }
+    for (std::size_t r = 0; r < R; ++r) {
+        for (std::size_t q = 0; q < Q; ++q) {
+            float sum = sums[r][q].sum();
+            for (std::size_t i = d; i < width; ++i) {
+                sum += to_float(rows[r * width + i]) * queries[q * width + i];
+            }
+            dots[q * stride + r] = sum;
+        }
+    }
+}
+
+template <std::size_t Q, typename T>
+void dot_rows_for(const T* rows, std::size_t n_rows, std::size_t width, const float* queries, float* dots,
+                  std::size_t stride) {
+    constexpr std::size_t R = 8 / Q;
+    std::size_t r = 0;
+    for (; r + R <= n_rows; r += R) {
+        dot_block<R, Q>(rows + r * width, width, queries, dots + r, stride);
+    }
+    for (; r < n_rows; ++r) {
+        dot_block<1, Q>(rows + r * width, width, queries, dots + r, stride);
+    }
+}
+
+template <typename T>
+void dot_rows_as(const T* rows, std::size_t n_rows, std::size_t width, const float* queries, std::size_t n_queries,
+                 float* dots, std::size_t stride) {
+    // A few rows at a time, so that they are still in the first-level cache when the next queries meet them.
+    constexpr std::size_t kRows = 16;
+    for (std::size_t r = 0; r < n_rows; r += kRows) {
+        const std::size_t count = n_rows - r < kRows ? n_rows - r : kRows;
+        std::size_t b = 0;
+        for (; b + 4 <= n_queries; b += 4) {
+            dot_rows_for<4>(rows + r * width, count, width, queries + b * width, dots + b * stride + r, stride);
+        }
+        for (; b + 2 <= n_queries; b += 2) {
+            dot_rows_for<2>(rows + r * width, count, width, queries + b * width, dots + b * stride + r, stride);
+        }
+        if (b < n_queries) {
+            dot_rows_for<1>(rows + r * width, count, width, queries + b * width, dots + b * stride + r, stride);
+        }
+    }
+}
+
+template <typename F>
+void with_type(const void* data, KeyType type, F run) {
+    switch (type) {
+        case KeyType::kFloat32: run(static_cast<const float*>(data)); break;
+        case KeyType::kFloat16: run(static_cast<const Half*>(data)); break;
+        case KeyType::kBfloat16: run(static_cast<const Bfloat*>(data)); break;
+        case KeyType::kInt8: run(static_cast<const std::int8_t*>(data)); break;
+    }
+}
+
+void widen(const void* channels, KeyType type, std::size_t n, float* out) {
+    with_type(channels, type, [&](const auto* typed) { widen_as(typed, n, out); });
+}
+
+void dot_rows(const void* rows, KeyType type, std::size_t n_rows, std::size_t width, const float* queries,
+              std::size_t n_queries, float* dots, std::size_t stride) {
+    with_type(rows, type, [&](const auto* typed) {
+        dot_rows_as(typed, n_rows, width, queries, n_queries, dots, stride);
+    });
+}
+
+void exp_run(float* dots, std::size_t n, float scale, const float* key_scales, const float* weights) {
+    constexpr std::size_t L = V::kLanes;
+    const V factor = V::broadcast(scale);
+    const V shift = V::broadcast(-scale);
+    for (std::size_t i = 0; i < n; i += L) {
+        float tail[3][L] = {};
+        float* d = dots + i;
+        const float* s = key_scales == nullptr ? nullptr : key_scales + i;
+        const float* w = weights == nullptr ? nullptr : weights + i;
+        const std::size_t count = n - i < L ? n - i : L;
+        if (count < L) {
+            for (std::size_t k = 0; k < count; ++k) {
+                tail[0][k] = d[k];
+                tail[1][k] = s == nullptr ? 0.0F : s[k];
+                tail[2][k] = w == nullptr ? 0.0F : w[k];
+            }
+            d = tail[0];
+            s = s == nullptr ? nullptr : tail[1];
+            w = w == nullptr ? nullptr : tail[2];
+        }
+        V t = V::load(d);
+        t = s == nullptr ? V::fma(t, factor, shift) : V::fma(t, V::load(s) * factor, shift);
+        V value = exp2(t);
+        value = w == nullptr ? value : value * V::load(w);
+        value.store(d);
+        for (std::size_t k = 0; count < L && k < count; ++k) {
+            dots[i + k] = d[k];
+        }
+    }
+}
+
+constexpr Microkernels kKernels = {kPanel, dot_panel, exp_sum, widen, dot_rows, exp_run};

@@ -1,0 +1,170 @@
+#include "scoring/threads.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace iosr {
+namespace {
+
+long process_id() {
+#if defined(__unix__) || defined(__APPLE__)
+    return static_cast<long>(getpid());
+#else
+    return 0;
+#endif
+}
+
+void relax() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// What one call of run_phases shares among its workers.
+class Job {
+  public:
+    explicit Job(const std::vector<Phase>& phases) : phases_(phases), counters_(new Counter[phases.size()]) {}
+
+    void work(std::size_t worker) {
+        for (std::size_t p = 0; p < phases_.size(); ++p) {
+            const Phase& phase = phases_[p];
+            Counter& counter = counters_[p];
+            for (std::size_t i = counter.next.fetch_add(1); i < phase.n_tasks; i = counter.next.fetch_add(1)) {
+                phase.task(worker, i);
+                counter.done.fetch_add(1, std::memory_order_release);
+            }
+            // The last tasks of a phase are short, and to sleep and wake takes longer; yield in case they were preempted.
+            for (std::size_t spins = 0; counter.done.load(std::memory_order_acquire) < phase.n_tasks; ++spins) {
+                spins < 2000 ? relax() : std::this_thread::yield();
+            }
+        }
+    }
+
+  private:
+    struct Counter {
+        alignas(64) std::atomic<std::size_t> next{0};
+        alignas(64) std::atomic<std::size_t> done{0};
+    };
+    const std::vector<Phase>& phases_;
+    std::unique_ptr<Counter[]> counters_;
+};
+
+class Pool {
+  public:
+    const long process = process_id();
+
+    // False where another call has the pool.
+    bool run(std::size_t n_workers, Job& job) {
+        const std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
+        if (!mine.owns_lock()) {
+            return false;
+        }
+        grow(n_workers - 1);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job;
+            wanted_ = n_workers - 1;
+            ++round_;
+        }
+        wake_.notify_all();
+        job.work(0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        job_ = nullptr;  // who wakes up from now on finds nothing to join
+        done_.wait(lock, [this] { return joined_ == 0; });
+        return true;
+    }
+
+  private:
+    void grow(std::size_t count) {
+        while (threads_.size() < count) {
+            const std::size_t index = threads_.size() + 1;
+            try {
+                threads_.emplace_back([this, index, seen = round_] { serve(index, seen); });
+            } catch (const std::system_error&) {
+                return;  // the caller and the threads that exist do the work
+            }
+        }
+    }
+
+    [[noreturn]] void serve(std::size_t index, std::size_t seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return round_ != seen; });
+            seen = round_;
+            Job* job = job_;
+            if (job == nullptr || index > wanted_) {
+                continue;
+            }
+            ++joined_;
+            lock.unlock();
+            job->work(index);
+            lock.lock();
+            if (--joined_ == 0) {
+                done_.notify_one();
+            }
+        }
+    }
+
+    std::mutex busy_;   // held by the call that has the pool
+    std::mutex mutex_;  // guards what follows
+    std::condition_variable wake_;
+    std::condition_variable done_;
+    Job* job_ = nullptr;
+    std::size_t round_ = 0;
+    std::size_t wanted_ = 0;
+    std::size_t joined_ = 0;
+    std::vector<std::thread> threads_;
+};
+
+// The pool is never destroyed: its threads wait until the process ends. A child of fork() has none of them and starts a
+// pool of its own.
+Pool& pool() {
+    static std::atomic<Pool*> current{nullptr};  // no lock, which a child could inherit locked
+    Pool* found = current.load();
+    if (found == nullptr || found->process != process_id()) {
+        auto* made = new Pool;
+        if (current.compare_exchange_strong(found, made)) {
+            return *made;
+        }
+        delete made;  // another thread was first
+    }
+    return *found;
+}
+
+}  // namespace
+
+std::size_t usable_threads() {
+#ifdef __linux__
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+        const int count = CPU_COUNT(&set);
+        return count < 1 ? 1 : static_cast<std::size_t>(count);
+    }
+#endif
+    const unsigned count = std::thread::hardware_concurrency();
+    return count < 1 ? 1 : count;
+}
+
+void run_phases(std::size_t n_workers, const std::vector<Phase>& phases) {
+    Job job(phases);
+    if (n_workers <= 1 || !pool().run(n_workers, job)) {
+        job.work(0);
+    }
+}
+
+}  // namespace iosr

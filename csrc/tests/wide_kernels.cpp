@@ -1,0 +1,23 @@
+// The inner loops at the sixteen lanes of AVX-512, in plain C++: proves their indexing on processors that lack it.
+#include "tests/wide_kernels.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace iosr {
+namespace {
+
+#include "scoring/channels.inl"
+#include "scoring/portable_vector.inl"
+
+using V = PortableVector<16>;
+
+#include "scoring/microkernels.inl"
+
+}  // namespace
+
+const Microkernels kWideKernels = kKernels;
+
+float half_to_float(std::uint16_t bits) { return to_float(Half{bits}); }
+
+}  // namespace iosr

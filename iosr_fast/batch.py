@@ -1,0 +1,141 @@
+"""Embeddings as callers have them (NumPy, torch, DLPack), checked once and handed on, without a copy where possible."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from iosr_fast.encoder import Array, Embeddings
+from iosr_fast.precision import Precision
+from iosr_fast.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost of dlpack.h: memory that NumPy can read
+_ROUNDED: dict[str, Precision] = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+class Needs(Protocol):
+    """What a batch must fit: a ScoringPlan or a DevicePlan."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def needs_adapted(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Embeddings that fit a plan: C-contiguous float32 NumPy arrays where `device` is "cpu"; where it is "cuda",
+    contiguous tensors of float32, float16 or bfloat16, both of one dtype. `torch` says whether they came as tensors."""
+
+    embeddings: Embeddings
+    device: str
+    torch: bool
+
+
+def make_batch(plan: Needs, embeddings: Embeddings, check: bool = True) -> Batch:
+    """Check embeddings against a plan. `check=False` leaves out finiteness and norms, never shapes.
+
+    CPU tensors and DLPack objects in CPU memory become NumPy views; a copy is made only of what isn't float32 or not
+    contiguous. What lies on a CUDA device stays there, and its norms are checked there, for one scalar read.
+    Raises ValueError where a shape, a norm or the place of an array is wrong.
+    """
+    if plan.needs_adapted and embeddings.adapted is None:
+        raise ValueError(
+            "expected adapted embeddings, which this plan reads, got None; encode with an encoder that has an adapter, "
+            'or compile the plan for query="plain"'
+        )
+    named = {"plain": _import(embeddings.plain)}
+    if embeddings.adapted is not None:
+        named["adapted"] = _import(embeddings.adapted)
+    places = {
+        name: str(getattr(array, "device", "cpu")) if _is_tensor(array) else "numpy" for name, array in named.items()
+    }
+    if len(set(places.values())) > 1:
+        raise ValueError(f"expected plain and adapted embeddings of one kind in one place, got {places}")
+    n_queries = len(named["plain"]) if named["plain"].ndim else 0
+    for name, array in named.items():
+        if tuple(array.shape) != (n_queries, plan.width):
+            raise ValueError(
+                f"expected {name} embeddings of shape ({n_queries}, {plan.width}), got {tuple(array.shape)}; "
+                "the plan and the embeddings must come from the same encoder"
+            )
+    precision = {name: _ROUNDED.get(str(array.dtype).removeprefix("torch."), "fp32") for name, array in named.items()}
+    tensors = _is_tensor(named["plain"])
+    if tensors and named["plain"].device.type != "cpu":
+        on_device = _on_device(named)
+        if check:
+            _check_unit_tensors(on_device, precision)
+        return Batch(Embeddings(on_device["plain"], on_device.get("adapted")), "cuda", True)
+    arrays = {name: _as_float32(array) for name, array in named.items()}
+    if check:
+        for name, array in arrays.items():
+            check_unit_rows(name, array, precision=precision[name])
+    return Batch(Embeddings(arrays["plain"], arrays.get("adapted")), "cpu", tensors)
+
+
+def _is_tensor(array: Any) -> bool:
+    # A tensor can only be had where torch is loaded, so that asking must not load it.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _import(given: Array) -> Array:
+    """A NumPy array or a torch tensor for `given`; DLPack objects give a view of their memory."""
+    if isinstance(given, np.ndarray) or _is_tensor(given):
+        return given
+    if not hasattr(given, "__dlpack__"):
+        return np.asarray(given)
+    if given.__dlpack_device__()[0] not in _DLPACK_CPU:
+        from iosr_fast._require import require
+
+        return require("torch", "train").from_dlpack(given)
+    try:
+        return np.from_dlpack(given)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"expected embeddings that NumPy can read through DLPack, got {type(given).__name__} ({error}); "
+            "convert them to float32 in CPU memory"
+        ) from error
+
+
+def _as_float32(array: Array) -> np.ndarray:
+    if _is_tensor(array):
+        array = array.detach().float().numpy()
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _on_device(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    import torch
+
+    first = named["plain"]
+    if first.device.type != "cuda":
+        raise ValueError(
+            f"expected embeddings on the CPU or on a CUDA device, got {first.device}; move them with .cpu()"
+        )
+    one_dtype = len({array.dtype for array in named.values()}) == 1
+    kept = one_dtype and first.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return {name: (array.detach() if kept else array.detach().float()).contiguous() for name, array in named.items()}
+
+
+def _check_unit_tensors(named: dict[str, Tensor], precision: dict[str, Precision]) -> None:
+    """check_unit_rows on the tensors' own device: one scalar is read where all is well."""
+    import torch
+
+    norms = {name: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for name, rows in named.items()}
+    # Written so that NaN, which compares false with everything, counts as wrong.
+    good = {name: (norms[name] - 1.0).abs() <= UNIT_NORM_TOLERANCE[precision[name]] for name in named}
+    if bool(torch.stack([rows.all() for rows in good.values()]).all()):
+        return
+    for name, rows in good.items():
+        wrong = torch.nonzero(~rows).flatten()
+        if len(wrong):
+            first = int(wrong[0])
+            finite = bool(torch.isfinite(named[name][wrong]).all())
+            raise ValueError(unit_norm_message(name, len(wrong), len(rows), first, float(norms[name][first]), finite))

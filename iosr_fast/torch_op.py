@@ -1,0 +1,174 @@
+"""Scoring inside PyTorch programs: the operator torch.ops.iosr_fast.score, and a module that calls it on a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from iosr_fast import dispatch
+from iosr_fast._require import require
+from iosr_fast.batch import make_batch
+from iosr_fast.device_plan import DevicePlan, as_tensor, device_plan
+from iosr_fast.encoder import Embeddings
+from iosr_fast.scoring import ScoringPlan
+
+require("torch", "train")
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+_ARRAYS = ("text", "keys", "key_scales", "class_offsets", "weights", "linear", "bias")
+_SCHEMA = (
+    f"(Tensor plain, Tensor? adapted, {', '.join(f'Tensor? {name}' for name in _ARRAYS)}, int n_classes, float tau, "
+    "float alpha, float beta, bool query_is_adapted, bool feature_is_adapted, str impl) -> Tensor"
+)
+
+
+def score_tensors(
+    plan: DevicePlan, plain: Tensor, adapted: Tensor | None = None, impl: str = "auto"
+) -> tuple[Tensor, str]:
+    """scoring.score on tensors where they are, norms unchecked: logits (B, C) float32, and the path that ran.
+
+    plain, adapted: (B, D) on plan.device. `impl` as for scoring.score. Raises ValueError where a shape or a device is
+    another, RuntimeError where `impl` can't run on this device.
+    """
+    batch = make_batch(plan, Embeddings(plain, adapted), check=False)
+    if plain.device != plan.device:
+        raise ValueError(f"expected embeddings on {plan.device}, where the plan is, got {plain.device}; move either")
+    entry = dispatch.choose(impl, batch.device)
+    if batch.device not in entry.devices:
+        raise RuntimeError(
+            f"{entry.name} executes on {' and '.join(entry.devices)}, and the tensors are on {plain.device}; move the "
+            "module and its input there, or leave the choice open"
+        )
+    run, given = entry.load(), batch.embeddings
+    if entry.kind == "tensors":
+        on_cpu = batch.device == "cpu"
+        tensors = [
+            as_tensor(array) if on_cpu and array is not None else array for array in (given.plain, given.adapted)
+        ]
+        return run(plan, *tensors)
+    logits, path = run(_arrays(plan), given)
+    return as_tensor(logits), path
+
+
+def _arrays(plan: DevicePlan) -> Any:
+    """NumPy views of a plan on the CPU under ScoringPlan's names; making a ScoringPlan would check all keys again."""
+
+    def view(tensor: Tensor | None) -> np.ndarray | None:
+        if tensor is None:
+            return None
+        if tensor.dtype == torch.bfloat16:
+            bits: np.ndarray = tensor.view(torch.int16).numpy().view(np.uint16)
+            return bits
+        array: np.ndarray = tensor.numpy()
+        return array
+
+    views = {name: view(getattr(plan, name)) for name in _ARRAYS}
+    if views["class_offsets"] is not None:
+        views["class_offsets"] = views["class_offsets"].astype(np.int64)
+    constants = ("n_classes", "width", "tau", "alpha", "beta", "query", "feature")
+    return SimpleNamespace(**views, **{name: getattr(plan, name) for name in constants})
+
+
+@torch.library.custom_op("iosr_fast::score", mutates_args=(), schema=_SCHEMA)
+def score_op(
+    plain: Tensor,
+    adapted: Tensor | None,
+    text: Tensor | None,
+    keys: Tensor | None,
+    key_scales: Tensor | None,
+    class_offsets: Tensor | None,
+    weights: Tensor | None,
+    linear: Tensor | None,
+    bias: Tensor | None,
+    n_classes: int,
+    tau: float,
+    alpha: float,
+    beta: float,
+    query_is_adapted: bool,
+    feature_is_adapted: bool,
+    impl: str,
+) -> Tensor:
+    """ScoringPlan's formula on a DevicePlan's parts: logits (B, C) float32. Norms are not checked; no gradients."""
+    plan = DevicePlan(
+        n_classes=n_classes,
+        width=plain.shape[-1],
+        text=text,
+        tau=tau,
+        keys=keys,
+        key_scales=key_scales,
+        class_offsets=class_offsets,
+        weights=weights,
+        alpha=alpha,
+        beta=beta,
+        linear=linear,
+        bias=bias,
+        query="adapted" if query_is_adapted else "plain",
+        feature="adapted" if feature_is_adapted else "plain",
+        device=plain.device,
+    )
+    return score_tensors(plan, plain, adapted, impl)[0]
+
+
+@score_op.register_fake
+def _shape_of_logits(plain: Tensor, *rest: Any) -> Tensor:
+    n_classes = rest[1 + len(_ARRAYS)]
+    return plain.new_empty((plain.shape[0], n_classes), dtype=torch.float32)
+
+
+class ScoringModule(nn.Module):
+    """A plan as a module: forward(plain, adapted) -> logits (B, C) float32, through torch.ops.iosr_fast.score.
+
+    torch.compile(fullgraph=True) takes it as one node, and CUDA graphs record it. The plan's arrays are buffers, on the
+    CPU in the plan's own memory: .to(device) moves them. Their precision is the plan's business (with_key_precision),
+    so .half() and .to(dtype) leave it alone. They are no part of state_dict, since loading one would write to the plan.
+
+    `impl` as for scoring.score. Embeddings must be of unit norm; that is not checked here.
+    """
+
+    def __init__(self, plan: ScoringPlan, impl: str = "auto") -> None:
+        super().__init__()
+        parts = device_plan(plan, "cpu")
+        for name in _ARRAYS:
+            self.register_buffer(name, getattr(parts, name), persistent=False)
+        self.n_classes, self.width = plan.n_classes, plan.width
+        self.tau, self.alpha, self.beta = plan.tau, plan.alpha, plan.beta
+        self.query_is_adapted, self.feature_is_adapted = plan.query == "adapted", plan.feature == "adapted"
+        self.needs_adapted = plan.needs_adapted
+        self.impl = impl
+
+    def forward(self, plain: Tensor, adapted: Tensor | None = None) -> Tensor:
+        """plain, adapted: (B, D) on the module's device. Raises ValueError for another width or no `adapted`."""
+        if self.needs_adapted and adapted is None:
+            raise ValueError("expected adapted embeddings, which this plan reads, got None")
+        if plain.ndim != 2 or plain.shape[1] != self.width:
+            raise ValueError(f"expected plain embeddings of shape (B, {self.width}), got {tuple(plain.shape)}")
+        logits: Tensor = torch.ops.iosr_fast.score(
+            plain,
+            adapted,
+            *(getattr(self, name) for name in _ARRAYS),
+            self.n_classes,
+            self.tau,
+            self.alpha,
+            self.beta,
+            self.query_is_adapted,
+            self.feature_is_adapted,
+            self.impl,
+        )
+        return logits
+
+    def extra_repr(self) -> str:
+        return f"n_classes={self.n_classes}, width={self.width}, impl={self.impl!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScoringModule:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self

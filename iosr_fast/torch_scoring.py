@@ -1,0 +1,96 @@
+"""Scoring with PyTorch's own operations: what runs where no kernel can, and what a kernel must beat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from iosr_fast.device_plan import DevicePlan
+
+# Elements: an affinity tile of 16 MB, 8 MB of keys made float32, 4 MB of class sums.
+_TILE = 1 << 22
+_KEY_TILE = 1 << 21
+_SUMS = 1 << 20
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def score_torch(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None) -> tuple[torch.Tensor, str]:
+    """ScoringPlan's formula as one GEMM, an exponential in place and a segment sum for each tile of keys and queries.
+
+    Equals the papers' affinity @ onehot without a one-hot matrix and within 32 MB of temporaries, whatever the number
+    of keys. plain, adapted: (B, D) float32, float16 or bfloat16 on plan.device, of unit norm. On a GPU, queries and
+    keys of one half precision (or int8 keys) meet in a half GEMM with float32 sums; all else is float32, keys of
+    another precision a tile at a time. Sums run in a fixed order. Nothing waits for the device, so that CUDA graphs
+    can record it.
+
+    Returns logits (B, C) float32, and "torch/cpu" or "torch/cuda".
+    """
+    query = plain if plan.query == "plain" else adapted
+    feature = plain if plan.feature == "plain" else adapted
+    if plan.text is not None:
+        logits = torch.mm(plain.float(), plan.text.T).mul_(plan.tau)
+    else:
+        logits = torch.zeros(len(plain), plan.n_classes, device=plain.device)
+    if plan.keys is not None and len(plain):
+        assert query is not None
+        step = max(1, min(1024, len(query), _SUMS // plan.n_classes))
+        for first in range(0, len(query), step):
+            _add_cache_term(plan, query[first : first + step], logits[first : first + step])
+    if plan.linear is not None:
+        assert feature is not None
+        logits.addmm_(feature.float(), plan.linear.T)
+    if plan.bias is not None:
+        logits += plan.bias
+    return logits, f"torch/{plain.device.type}"
+
+
+def _add_cache_term(plan: DevicePlan, query: torch.Tensor, logits: torch.Tensor) -> None:
+    assert plan.keys is not None
+    half = _meet_in_half(plan.keys, query)
+    query = query if half else query.float()
+    n_keys = len(plan.keys)
+    step = min(n_keys, max(1, _TILE // len(query)))
+    if plan.keys.dtype != (query.dtype if half else torch.float32):
+        step = min(step, max(1, _KEY_TILE // plan.width))
+    for begin in range(0, n_keys, step):
+        end = min(begin + step, n_keys)
+        affinity = _cosines(plan, begin, end, query, half)
+        affinity.sub_(1.0).mul_(plan.beta).exp_()
+        if plan.weights is not None:
+            affinity.mul_(plan.weights[begin:end, None])
+        classes, lengths = _segments(plan, begin, end)
+        sums = torch.segment_reduce(affinity, "sum", lengths=lengths, axis=0, unsafe=True)
+        logits[:, classes].add_(sums.T, alpha=plan.alpha)
+
+
+def _meet_in_half(keys: torch.Tensor, query: torch.Tensor) -> bool:
+    # The CPU's mm has no float32 result for half operands, and a half result would lose what float32 sums gained.
+    # Before PyTorch 2.8, neither had a GPU's.
+    widens = query.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
+    return widens and query.dtype in _HALVES and keys.dtype in (query.dtype, torch.int8)
+
+
+def _cosines(plan: DevicePlan, begin: int, end: int, query: torch.Tensor, half: bool) -> torch.Tensor:
+    """<key, query> for keys begin to end: (end - begin, B) float32."""
+    assert plan.keys is not None
+    keys = plan.keys[begin:end]
+    scales = None if plan.key_scales is None else plan.key_scales[begin:end, None]
+    if half:
+        dots = torch.mm(keys.to(query.dtype), query.T, out_dtype=torch.float32)
+        return dots if scales is None else dots.mul_(scales)
+    values = keys.float()
+    return torch.mm(values if scales is None else values.mul_(scales), query.T)
+
+
+def _segments(plan: DevicePlan, begin: int, end: int) -> tuple[slice, torch.Tensor]:
+    """The classes that may own keys of begin to end, and how many of those each owns."""
+    offsets = plan.class_offsets
+    assert offsets is not None
+    classes = slice(0, plan.n_classes)
+    if not offsets.is_cuda:  # on a GPU the answer would have to be waited for
+        ends = offsets.numpy()
+        classes = slice(int(ends.searchsorted(begin, "right")) - 1, int(ends.searchsorted(end, "left")))
+    return classes, offsets[classes.start : classes.stop + 1].clamp(begin, end).diff().long()

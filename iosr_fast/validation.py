@@ -1,0 +1,66 @@
+"""Checks on arrays that may be large: in chunks, so that looking at a million keys takes no memory to speak of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.precision import Precision, chunks, key_rows
+
+# How far a row's norm may be from 1, by the precision that its channels are stored in.
+UNIT_NORM_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}
+
+
+def frozen(name: str, given: Any, dtype: type) -> np.ndarray:
+    """`given` as a C-contiguous read-only array of `dtype`; copied only where it isn't one already."""
+    if dtype is np.int64 and np.asarray(given).dtype.kind not in "iu":
+        raise ValueError(f"expected {name} of integers, got {np.asarray(given).dtype}")
+    array: np.ndarray = np.ascontiguousarray(given, dtype=dtype)
+    if array.flags.writeable:
+        # The caller may go on writing to what was passed in; a fresh conversion is nobody else's.
+        array = array.copy() if np.may_share_memory(array, given) else array
+        array.flags.writeable = False
+    return array
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raise ValueError unless every element is finite."""
+    flat = array.reshape(-1)
+    wrong = sum(int(np.count_nonzero(~np.isfinite(flat[part]))) for part in chunks(len(flat), 1))
+    if wrong:
+        raise ValueError(f"expected {name} to be finite, got {wrong} NaN or infinite")
+
+
+def check_unit_rows(
+    name: str, rows: np.ndarray, scales: np.ndarray | None = None, precision: Precision = "fp32"
+) -> None:
+    """Raise ValueError unless each row of (M, D) is finite and has norm 1, to within the tolerance of `precision`.
+
+    `rows` may be of any key precision; int8 rows come with their `scales` (M,).
+    """
+    tolerance = UNIT_NORM_TOLERANCE[precision]
+    wrong, first, first_norm, finite = 0, -1, 0.0, True
+    for part in chunks(*rows.shape):
+        values = key_rows(rows, scales, part)
+        # A value whose square overflows is as wrong as one that isn't finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.sqrt(np.einsum("md,md->m", values, values))
+        # Written so that NaN, which compares false with everything, counts as wrong.
+        off = np.flatnonzero(~(np.abs(norms - 1.0) <= tolerance))
+        if len(off):
+            if not wrong:
+                first, first_norm = part.start + int(off[0]), float(norms[off[0]])
+            wrong += len(off)
+            finite = finite and bool(np.isfinite(values[off]).all())
+    if wrong:
+        raise ValueError(unit_norm_message(name, wrong, len(rows), first, first_norm, finite))
+
+
+def unit_norm_message(name: str, wrong: int, n_rows: int, first: int, first_norm: float, finite: bool) -> str:
+    """What to say of `wrong` rows out of n_rows, the first of them with norm `first_norm`."""
+    mend = f"divide by np.linalg.norm({name}, axis=1, keepdims=True)" if finite else "it holds NaN or infinite values"
+    return (
+        f"expected {name} rows of unit norm, got {wrong} of {n_rows} that aren't "
+        f"(row {first} has norm {first_norm:.6g}); {mend}"
+    )

@@ -1,0 +1,112 @@
+"""The operator torch.ops.iosr_fast.score and the module around it: eagerly, compiled, in a CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from iosr_fast import _C, torch_op
+from iosr_fast.device_plan import device_plan
+from iosr_fast.encoder import Embeddings
+from iosr_fast.precision import PRECISIONS, Precision
+from tests.conftest import random_embeddings, random_plan
+from tests.numerics import needs_gpu, run_path, tensors
+
+CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
+
+
+def op_arguments(module: torch_op.ScoringModule, embeddings: Embeddings) -> tuple[Any, ...]:
+    buffers = [getattr(module, name) for name in torch_op._ARRAYS]
+    constants = (module.n_classes, module.tau, module.alpha, module.beta)
+    which = (module.query_is_adapted, module.feature_is_adapted)
+    return (embeddings.plain, embeddings.adapted, *buffers, *constants, *which, module.impl)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("impl", ["auto", "cpp", "numpy", "torch", "reference"])
+def test_the_operator_scores_as_score_does(impl: str, precision: Precision, rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [3, 0, 2], 24, precision=precision), random_embeddings(rng, 5, 24)
+    given = tensors(embeddings)
+    logits, path = torch_op.score_tensors(device_plan(plan, "cpu"), given.plain, given.adapted, impl)
+    assert path == {"auto": CPP, "cpp": CPP, "torch": "torch/cpu"}.get(impl, impl)
+    np.testing.assert_array_equal(logits.numpy(), run_path(path, plan, embeddings))
+    module = torch_op.ScoringModule(plan, impl)
+    assert torch.equal(module(given.plain, given.adapted), logits)
+
+
+@pytest.mark.parametrize("terms", [("text",), ("cache",), ("linear",), ("text", "cache", "linear")], ids="+".join)
+def test_the_operator_passes_torchs_own_checks(terms: tuple[str, ...], rng: np.random.Generator) -> None:
+    given = tensors(random_embeddings(rng, 5, 24))
+    for query, precision in (("plain", "fp32"), ("adapted", "int8")):
+        module = torch_op.ScoringModule(random_plan(rng, [3, 0, 2], 24, terms, query=query, precision=precision))
+        result = torch.library.opcheck(torch.ops.iosr_fast.score.default, op_arguments(module, given))
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_module_compiles_into_one_graph(backend: str, rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [3, 0, 2], 24, precision="bf16"), random_embeddings(rng, 5, 24)
+    given = tensors(embeddings)
+    module = torch_op.ScoringModule(plan)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(given.plain, given.adapted), module(given.plain, given.adapted))
+    if backend == "inductor":  # which needs a C++ compiler, and long, for more than the operator
+        return
+    top = torch.compile(lambda rows: module(rows, rows).softmax(1).argmax(1), fullgraph=True, backend=backend)
+    for n in (5, 3):
+        assert torch.equal(top(given.plain[:n]), module(given.plain[:n], given.plain[:n]).argmax(1))
+
+
+def test_a_module_keeps_its_precision_and_stays_out_of_checkpoints(rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [3, 0, 2], 24, precision="int8"), random_embeddings(rng, 5, 24)
+    given = tensors(embeddings)
+    module = torch_op.ScoringModule(plan)
+    assert module.keys.data_ptr() == plan.keys.ctypes.data
+    expected = module(given.plain, given.adapted)
+    for change in (module.half, lambda: module.to(torch.bfloat16), module.double, lambda: copy.deepcopy(module)):
+        changed = change()
+        assert torch.equal(changed(given.plain, given.adapted), expected)
+        assert changed.keys.dtype == torch.int8 and changed.key_scales.dtype == torch.float32
+    meta = copy.deepcopy(module).half().to("meta")
+    assert meta.text.device.type == "meta" and meta.text.dtype == torch.float32
+    assert module.state_dict() == {}
+    assert "n_classes=3, width=24" in repr(module)
+
+
+def test_what_the_module_cannot_score_is_refused(rng: np.random.Generator) -> None:
+    given = tensors(random_embeddings(rng, 5, 24))
+    module = torch_op.ScoringModule(random_plan(rng, [3, 2], 24))
+    with pytest.raises(ValueError, match="adapted embeddings, which this plan reads, got None"):
+        module(given.plain)
+    with pytest.raises(ValueError, match=r"plain embeddings of shape \(B, 24\), got \(5, 23\)"):
+        module(given.plain[:, 1:], given.adapted)
+    with pytest.raises(ValueError, match=r"adapted embeddings of shape \(5, 24\), got \(4, 24\)"):
+        module(given.plain, given.adapted[:4])
+    with pytest.raises(ValueError, match=r"out of auto, .*, got impl='fortran'"):
+        torch_op.ScoringModule(random_plan(rng, [3, 2], 24), "fortran")(given.plain, given.adapted)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_a_cuda_graph_records_the_module(impl: str, rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [16] * 20, 64, precision="fp16")
+    first, second = (tensors(random_embeddings(rng, 33, 64), device="cuda") for _ in range(2))
+    module = torch_op.ScoringModule(plan, impl).cuda()
+    expected = module(second.plain, second.adapted)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = module(first.plain, first.adapted)
+    first.plain.copy_(second.plain)
+    first.adapted.copy_(second.adapted)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(logits, expected)
+    compiled = torch.compile(module, fullgraph=True)
+    torch.testing.assert_close(compiled(second.plain, second.adapted), expected)

@@ -1,0 +1,218 @@
+"""Scoring tensors: inputs without a copy, plans on a device, eager operations."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from iosr_fast import _C, batch, torch_scoring
+from iosr_fast.device_plan import as_tensor, device_plan
+from iosr_fast.encoder import Embeddings
+from iosr_fast.precision import PRECISIONS, Precision, dequantize
+from iosr_fast.reference import score_reference
+from iosr_fast.scoring import score, score_with_path
+from tests.conftest import random_embeddings, random_plan, unit_rows
+from tests.numerics import allowed_error, assert_as_good_as_eager, assert_close_to_truth, needs_gpu, tensors
+
+CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
+
+
+class Capsule:
+    """An array that offers nothing but DLPack."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.array.__dlpack_device__()
+        return device
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("impl", ["auto", "numpy", "cpp", "torch", "reference"])
+def test_tensors_give_a_tensor_and_arrays_an_array(impl: str, rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [3, 0, 2], 24), random_embeddings(rng, 5, 24)
+    from_array, path = score_with_path(plan, embeddings, impl)
+    assert isinstance(from_array, np.ndarray)
+    from_tensor, path_of_tensor = score_with_path(plan, tensors(embeddings), impl)
+    assert isinstance(from_tensor, torch.Tensor) and from_tensor.device.type == "cpu"
+    assert path == path_of_tensor == {"auto": CPP, "cpp": CPP, "torch": "torch/cpu"}.get(impl, impl)
+    np.testing.assert_array_equal(from_tensor.numpy(), from_array)
+    from_dlpack = score(plan, Embeddings(Capsule(embeddings.plain), Capsule(embeddings.adapted)), impl)
+    assert isinstance(from_dlpack, np.ndarray)
+    np.testing.assert_array_equal(from_dlpack, from_array)
+    # A tensor that needs a gradient is scored like any other.
+    graded = Embeddings(*(rows.requires_grad_() for rows in (tensors(embeddings).plain, tensors(embeddings).adapted)))
+    assert not score(plan, graded, impl).requires_grad
+
+
+def test_tensors_and_dlpack_meet_the_cpu_kernels_without_a_copy(rng: np.random.Generator) -> None:
+    plan, rows = random_plan(rng, [3, 2], 16, query="plain"), unit_rows(rng, 4, 16)
+    tensor = torch.from_numpy(rows)
+    for given in (rows, tensor, Capsule(rows), Capsule(tensor)):
+        made = batch.make_batch(plan, Embeddings(given))
+        assert np.shares_memory(made.embeddings.plain, rows)
+        assert made.device == "cpu" and made.torch == (given is tensor)
+    columns = torch.from_numpy(np.asfortranarray(rows))
+    assert batch.make_batch(plan, Embeddings(columns)).embeddings.plain.flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_become_float32_on_the_cpu(dtype: torch.dtype, rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [3, 2], 16), random_embeddings(rng, 4, 16)
+    given = tensors(embeddings, dtype=dtype)
+    expected = score(plan, Embeddings(given.plain.float(), given.adapted.float()), check=False)
+    assert torch.equal(score(plan, given), expected) and expected.dtype == torch.float32
+
+
+def test_tensors_are_checked_like_arrays(rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [3, 2], 16), tensors(random_embeddings(rng, 4, 16))
+    nan = embeddings.plain.clone()
+    nan[1, 2] = torch.nan
+    bad = [
+        (Embeddings(embeddings.plain), "adapted embeddings, which this plan reads"),
+        (Embeddings(embeddings.plain[:, :8], embeddings.adapted), r"plain embeddings of shape \(4, 16\), got \(4, 8\)"),
+        (Embeddings(nan, embeddings.adapted), "row 1 has norm nan.*NaN or infinite"),
+        (Embeddings(embeddings.plain, 2 * embeddings.adapted), "adapted rows of unit norm, got 4 of 4"),
+        (Embeddings(embeddings.plain, embeddings.adapted.numpy()), "of one kind in one place, got {'plain': 'cpu'"),
+        (Embeddings(embeddings.plain.to("meta"), embeddings.adapted.to("meta")), "on the CPU or on a CUDA device"),
+        (Embeddings(Capsule(embeddings.plain.bfloat16())), "adapted embeddings"),
+    ]
+    for given, message in bad:
+        with pytest.raises(ValueError, match=message):
+            score(plan, given)
+    with pytest.raises(ValueError, match="NumPy can read through DLPack, got Capsule"):
+        score(replace(plan, query="plain"), Embeddings(Capsule(embeddings.plain.bfloat16())))
+
+
+def test_norms_of_tensors_are_checked_where_they_are(rng: np.random.Generator) -> None:
+    """The check that runs on a GPU, on the CPU's tensors."""
+    rows = torch.from_numpy(unit_rows(rng, 6, 32))
+    batch._check_unit_tensors({"plain": rows, "adapted": rows.half()}, {"plain": "fp32", "adapted": "fp16"})
+    for change, message in ((2.0, r"row 3 has norm 2\); divide"), (torch.nan, r"row 3 has norm nan\); it holds NaN")):
+        wrong = rows.clone()
+        wrong[3] *= change
+        with pytest.raises(ValueError, match=f"adapted rows of unit norm, got 1 of 6.*{message}"):
+            batch._check_unit_tensors({"plain": rows, "adapted": wrong}, {"plain": "fp32", "adapted": "fp32"})
+
+
+# Plans on a device
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.filterwarnings("error")
+def test_a_plan_on_the_cpu_is_the_plans_own_memory(precision: Precision, rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [3, 0, 2], 24, precision=precision)
+    moved = device_plan(plan, "cpu")
+    assert device_plan(plan, torch.device("cpu")) is moved
+    for name in ("text", "keys", "key_scales", "weights", "linear", "bias"):
+        array, tensor = getattr(plan, name), getattr(moved, name)
+        assert (array is None) == (tensor is None)
+        if array is not None:
+            assert tensor.data_ptr() == array.ctypes.data and tuple(tensor.shape) == array.shape
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+    assert moved.keys.dtype == dtypes[precision] and moved.class_offsets.dtype == torch.int32
+    scales = 1.0 if moved.key_scales is None else moved.key_scales[:, None]
+    np.testing.assert_array_equal((moved.keys.float() * scales).numpy(), dequantize(plan))
+    facts = ("n_classes", "width", "tau", "alpha", "beta", "query", "feature", "needs_adapted")
+    assert [getattr(moved, name) for name in facts] == [getattr(plan, name) for name in facts]
+
+
+def test_memory_of_a_read_only_array_is_shared_without_a_warning(rng: np.random.Generator) -> None:
+    array = unit_rows(rng, 3, 4)
+    array.flags.writeable = False
+    assert as_tensor(array).data_ptr() == array.ctypes.data
+    assert as_tensor(array[1:]).data_ptr() == array.ctypes.data + 16
+
+
+def test_a_plan_on_a_device_goes_with_the_plan(rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [3, 2], 8)
+    moved = weakref.ref(device_plan(plan, "cpu"))
+    keys = device_plan(plan, "cpu").keys
+    expected = plan.keys.copy()
+    assert moved() is not None
+    del plan
+    gc.collect()
+    assert moved() is None
+    # A tensor keeps the memory that it shares.
+    np.testing.assert_array_equal(keys.numpy(), expected)
+
+
+# Eager
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_tile_of_keys_and_queries_is_summed(
+    precision: Precision, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that cut classes anywhere, with empty classes at their edges."""
+    for elements in (1, 40, 330):
+        for name in ("_TILE", "_KEY_TILE", "_SUMS"):
+            monkeypatch.setattr(torch_scoring, name, elements)
+        for counts in ([5, 0, 0, 9, 1, 0], [0, 0, 17], [1] * 11, [30]):
+            plan = random_plan(rng, counts, 10, precision=precision)
+            assert_close_to_truth("torch/cpu", plan, random_embeddings(rng, 7, 10))
+
+
+def test_eager_needs_little_memory(rng: np.random.Generator) -> None:
+    """Chunks of keys go through one after another, whatever their number."""
+    plan = random_plan(rng, [4000] * 10, 64, ("cache",), precision="int8")
+    rows = device_plan(plan, "cpu")
+    query = torch.from_numpy(unit_rows(rng, 1024, 64))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch_scoring.score_torch(rows, query, query)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    assert 0 < live.max() <= 36e6  # 32 MB and the logits
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_eager_on_a_gpu(precision: Precision, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    for counts, width, n in (([3, 0, 200, 1], 65, 33), ([0, 1], 8, 1), ([16] * 300, 512, 252)):
+        plan = random_plan(rng, list(counts), width, precision=precision)
+        given = tensors(random_embeddings(rng, n, width), device="cuda", dtype=dtype)
+        logits, path = score_with_path(plan, given, "torch")
+        assert path == "torch/cuda" and logits.device == given.plain.device and logits.dtype == torch.float32
+        exact = Embeddings(given.plain.float().cpu().numpy(), given.adapted.float().cpu().numpy())
+        truth = score_reference(plan, exact)
+        assert_as_good_as_eager(logits.cpu().numpy(), truth, allowed_error(truth, plan, exact), path)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_arrays_go_to_the_gpu_and_back(rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [16] * 20, 64), random_embeddings(rng, 33, 64)
+    for impl in ("cuda", "triton"):
+        from iosr_fast import dispatch
+
+        if next(row.refusal for row in dispatch.available() if row.name == impl) is not None:
+            continue
+        logits, path = score_with_path(plan, embeddings, impl)
+        assert path.startswith(f"{impl}/") and isinstance(logits, np.ndarray)
+        assert score(plan, tensors(embeddings), impl).device.type == "cpu"
+    for impl in ("cpp", "numpy", "reference"):
+        with pytest.raises(RuntimeError, match=f"{impl} executes on cpu, and the embeddings are on cuda"):
+            score(plan, tensors(embeddings, device="cuda"), impl)
+    wrong = tensors(embeddings, device="cuda")
+    wrong.adapted[3] *= 2
+    with pytest.raises(ValueError, match="adapted rows of unit norm, got 1 of 33"):
+        score(plan, wrong)
+    with pytest.raises(ValueError, match="of one kind in one place"):
+        score(plan, Embeddings(wrong.plain, wrong.adapted.cpu()))

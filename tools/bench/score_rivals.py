@@ -1,0 +1,107 @@
+"""What PyTorch does without a kernel of ours; whatever depends on the plan alone is made outside the timed part.
+
+papers-formula  a cosine GEMM, exp, and a GEMM with the one-hot matrix, as in the public code
+eager-best      one GEMM, exp in place and a segment sum, every buffer kept between calls
+torch-fp32      the product of queries and keys alone, in the faster of its two orientations: no exp, no sums, no text.
+                Nothing that PyTorch does in float32 can be faster than this.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iosr_fast.device_plan import as_tensor
+from iosr_fast.encoder import Embeddings
+from iosr_fast.scoring import ScoringPlan
+
+if TYPE_CHECKING:
+    import torch
+
+RIVALS = ("papers-formula", "eager-best", "torch-fp32")
+# One-hot matrix and affinity of the papers' formula; more is left out, and said.
+PAPERS_LIMIT_BYTES = 2e9
+
+Run = Callable[[], "torch.Tensor"]
+
+
+def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: str = "cpu") -> dict[str, Run]:
+    """name -> call that returns logits (B, C) on `device`; torch-fp32 returns the (B, N) cosines.
+
+    `plan` has float32 keys and reads adapted embeddings in the cache term. On a GPU everything but the text term is in
+    float16, as the papers' code runs there, and torch-fp32 is in float32 without TF32.
+    """
+    import torch
+
+    assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
+    kind = torch.float32 if device == "cpu" else torch.float16
+
+    def tensor(array: object) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, copy=True)).to(device)
+
+    # The keys may be gigabytes: on the CPU they are shared, not copied.
+    keys32 = as_tensor(plan.keys).to(device)
+    keys, text = keys32.to(kind), tensor(plan.text)
+    lengths = tensor(np.diff(plan.class_offsets))
+    plain, query32 = tensor(embeddings.plain), tensor(embeddings.adapted)
+    query = query32.to(kind)
+    affinity = torch.empty(len(keys), len(query), dtype=kind, device=device)
+    logits = torch.empty(len(query), plan.n_classes, device=device)
+
+    @torch.inference_mode()
+    def eager_best() -> torch.Tensor:
+        torch.mm(keys, query.T, out=affinity)
+        affinity.sub_(1.0).mul_(plan.beta).exp_()
+        sums = torch.segment_reduce(affinity, "sum", lengths=lengths, axis=0, unsafe=True)
+        torch.mm(plain, text.T, out=logits)
+        return logits.mul_(plan.tau).add_(sums.T, alpha=plan.alpha)
+
+    found: dict[str, Run] = {"eager-best": eager_best, "torch-fp32": _product(keys32, query32)}
+    if onehot_bytes(plan, len(query)) <= PAPERS_LIMIT_BYTES:
+        labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=device), lengths)
+        onehot = torch.nn.functional.one_hot(labels, plan.n_classes).to(kind)
+
+        @torch.inference_mode()
+        def papers_formula() -> torch.Tensor:
+            cosine = query @ keys.T
+            cache_logits = ((-1) * (plan.beta - plan.beta * cosine)).exp() @ onehot
+            return plan.tau * plain @ text.T + cache_logits * plan.alpha
+
+        found = {"papers-formula": papers_formula, **found}
+    return found
+
+
+def onehot_bytes(plan: ScoringPlan, queries: int) -> float:
+    """Bytes of the one-hot matrix (N, C) and the affinity (B, N) in float32."""
+    assert plan.keys is not None
+    return 4.0 * len(plan.keys) * (plan.n_classes + queries)
+
+
+def _product(keys: torch.Tensor, query: torch.Tensor) -> Run:
+    import torch
+
+    by_key = torch.empty(len(keys), len(query), device=keys.device)
+    by_query = torch.empty(len(query), len(keys), device=keys.device)
+
+    @torch.inference_mode()
+    def keys_first() -> torch.Tensor:
+        return torch.mm(keys, query.T, out=by_key).T
+
+    @torch.inference_mode()
+    def queries_first() -> torch.Tensor:
+        return torch.mm(query, keys.T, out=by_query)
+
+    def seconds(run: Run) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            run()
+            if keys.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return min((keys_first, queries_first), key=seconds)

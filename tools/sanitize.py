@@ -1,0 +1,54 @@
+"""Build the tests of the C++ kernels with sanitizers and run them; exits with their code.
+
+    python tools/sanitize.py address,undefined
+
+Needs a C++ compiler and CMake (from PATH, or the package cmake), no Python extension and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build_and_run(sanitizers: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The finished run of score_test; raises CalledProcessError where it can't be built."""
+    cmake = [shutil.which("cmake")] if shutil.which("cmake") else [sys.executable, "-m", "cmake"]
+    flags = f"-O1 -g1 -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    configure = [
+        *cmake,
+        f"-S{ROOT}",
+        f"-B{folder}",
+        "-DCMAKE_BUILD_TYPE=None",
+        "-DIOSR_FAST_MODULE=OFF",
+        "-DIOSR_FAST_TESTS=ON",
+        f"-DCMAKE_CXX_FLAGS={flags}",
+    ]
+    for command in (configure, [*cmake, "--build", str(folder), "--parallel", "2"]):
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    return subprocess.run([folder / "score_test"], check=False, capture_output=True, text=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sanitizers", help="as for -fsanitize: address,undefined or thread")
+    sanitizers = parser.parse_args().sanitizers
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = build_and_run(sanitizers, Path(folder))
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"score_test can't be built with -fsanitize={sanitizers}:\n{error.stdout}{error.stderr}"
+            ) from error
+    print(f"-fsanitize={sanitizers}: {done.stdout}{done.stderr}", end="")
+    raise SystemExit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

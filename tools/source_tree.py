@@ -1,0 +1,28 @@
+"""Import the package from the source tree, installed or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def use_source_tree() -> None:
+    """Make iosr_fast importable, and its kernels, which lie beside it in the tree and inside it once installed."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    if importlib.util.find_spec("iosr_fast.kernels") is not None:
+        return
+    import iosr_fast
+
+    folder = ROOT / "kernels"
+    spec = importlib.util.spec_from_file_location(
+        "iosr_fast.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    iosr_fast.kernels = module  # type: ignore[attr-defined]
