@@ -1,0 +1,222 @@
+"""Every kernel compiled for GPUs that aren't here: its registers, shared memory, spills and tensor-core instructions.
+
+    python -m iosr_fast.kernels.aot --json table.json
+
+compiles with the default launch configurations and prints a table. Needs Triton and no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from iosr_fast._require import require
+from iosr_fast.kernels.launch import PRECISIONS, Config, config_for
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+WIDTH = 512
+# As few-shot learning has it: 16 shots a class.
+SHOTS = 16
+
+_POINTERS = {
+    "logits": "*fp32",
+    "out": "*fp32",
+    "partial": "*fp32",
+    "plain": "*fp32",
+    "text": "*fp32",
+    "feature": "*fp32",
+    "linear": "*fp32",
+    "bias": "*fp32",
+    "weights": "*fp32",
+    "key_scales": "*fp32",
+    "class_offsets": "*i32",
+    "items": "*i32",
+    "cut": "*i32",
+}
+_FLOATS = ("tau", "alpha", "scale")
+_KEYS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8"}
+_QUERY = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*fp16"}
+_VALUES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*fp32", "int8": "*fp16"}
+# What ptxas puts into the machine code for a tensor-core product, newest first.
+_TENSOR_CORE_PTX = (
+    ("tcgen05.mma", r"\btcgen05\.mma\b"),
+    ("wgmma", r"\bwgmma\.mma_async\b"),
+    ("mma.sync", r"\bmma\.sync\b"),
+)
+
+
+def kernel_names() -> list[str]:
+    """What compile_ahead compiles: kernel and load ("aligned/many"), and merge, which has no product."""
+    loaded = ("affine", "aligned", "aligned-large", "ragged", "split", "dense")
+    return [f"{name}/{load}" for name in loaded for load in ("few", "many")] + ["merge"]
+
+
+def compile_ahead(
+    arch: int, kernels: Sequence[str] | None = None, precisions: Sequence[str] = PRECISIONS
+) -> list[dict[str, Any]]:
+    """Compile kernels for compute capability arch / 10 and report what ptxas made of each, with D = 512.
+
+    Rows of {kernel, precision, arch, registers (a thread), spills (bytes of local memory and stack a thread),
+    shared_bytes (a block), tensor_core_instruction ("mma.sync HMMA.16816.F32": by the PTX and by the machine code; ""
+    for none)}. affine and merge are float32 only. Raises ImportError without Triton, ValueError for an unknown kernel,
+    precision or architecture, RuntimeError under TRITON_INTERPRET, where kernels aren't compiled.
+    """
+    require("triton", "triton")
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("compiling needs TRITON_INTERPRET unset, got it set; kernels would run in the interpreter")
+    chosen = kernel_names() if kernels is None else list(kernels)
+    for what, given, known in (
+        ("a kernel", chosen, kernel_names()),
+        ("a precision", precisions, PRECISIONS),
+        ("an architecture", [arch], ARCHITECTURES),
+    ):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"expected {what} out of {', '.join(map(str, known))}, got {name!r}")
+    rows = []
+    for kernel in chosen:
+        for precision in PRECISIONS if kernel.startswith(("affine", "merge")) else precisions:
+            if kernel.startswith(("affine", "merge")) and precision != "fp32":
+                continue
+            rows.append({"kernel": kernel, "precision": precision, "arch": arch} | _compile(kernel, precision, arch))
+    return rows
+
+
+def _specification(kernel: str, precision: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """The function, its constexpr arguments and the compiler's options, as the launches of cache_score have them."""
+    from iosr_fast.kernels import cache_kernels
+
+    blocks: tuple[str, ...] = ()
+    if kernel == "merge":
+        return cache_kernels.merge_kernel, {"BLOCK_B": 128}, {}
+    name, load = kernel.split("/")
+
+    def config(path: str) -> Config:
+        return config_for("default", path, precision, "few" if load == "few" else "many")
+
+    has = {"WIDTH": WIDTH, "HAS_WEIGHTS": True, "HAS_SCALES": precision == "int8"}
+    if name == "affine":
+        chosen, extra = config("affine"), {"WIDTH": WIDTH, "HAS_TEXT": True, "HAS_LINEAR": True, "HAS_BIAS": True}
+        function = cache_kernels.affine_kernel
+    elif name in ("aligned", "aligned-large"):
+        chosen = config("aligned")
+        extra = has | {"SHOTS": SHOTS if name == "aligned" else chosen.block_n}
+        function = cache_kernels.aligned_kernel
+    elif name in ("ragged", "split"):
+        chosen, extra = config(name), has | {"SPLIT": name == "split"}
+        function, blocks = cache_kernels.ragged_kernel, ("block_c",)
+    else:
+        chosen, extra = config("dense"), has
+        function, blocks = cache_kernels.dense_kernel, ("block_v",)
+    meta = chosen.meta(*blocks)
+    options = {option: meta.pop(option) for option in chosen.options()}
+    return function, extra | meta, options
+
+
+def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, constants, options = _specification(kernel, precision)
+    special = {"query": _QUERY[precision], "keys": _KEYS[precision], "values": _VALUES[precision]}
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        else:
+            signature[name] = (special | _POINTERS).get(name, "i32")
+            # As launches find it: torch aligns memory to 16 bytes and more, and C = 1000 or V = 1000 isn't divisible.
+            if signature[name].startswith("*"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"]) | {"shared_bytes": compiled.metadata.shared}
+
+
+def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
+    """Registers and spills by cuobjdump, tensor-core instructions by the PTX and the disassembly.
+
+    A kernel whose PTX asks for such an instruction and whose machine code has none counts as having none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+        code = _tool("nvdisasm", "-c", str(path))
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    missing = {"REG", "STACK", "LOCAL"} - set(resources)
+    if missing:
+        raise RuntimeError(f"expected REG, STACK and LOCAL in what cuobjdump says, got {usage!r}")
+    # LDL and STL move registers to local memory and back: what a spill looks like where no stack is reported.
+    local_moves = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    asked = next((name for name, pattern in _TENSOR_CORE_PTX if re.search(pattern, ptx)), "")
+    machine = sorted(set(re.findall(r"\b((?:[HIQ]G?MMA|UTC[A-Z]*MMA|OMMA)(?:\.[\w.]+)?)", code)))
+    return {
+        "registers": resources["REG"],
+        "spills": resources["STACK"] + resources["LOCAL"] + local_moves,
+        "tensor_core_instruction": f"{asked} {', '.join(machine)}" if asked and machine else "",
+    }
+
+
+@functools.cache
+def _tools() -> Path:
+    import triton.backends.nvidia
+
+    return Path(triton.backends.nvidia.__path__[0]) / "bin"
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_tools() / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_many(
+    jobs: Sequence[tuple[int, Sequence[str], Sequence[str]]], workers: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """compile_ahead() for each (arch, kernels, precisions), in as many processes as there are cores; rows in order."""
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(compile_ahead, *job) for job in jobs]
+        for future in futures:
+            yield from future.result()
+
+
+def format_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    names = ("kernel", "precision", "arch", "registers", "spills", "shared_bytes", "tensor_core_instruction")
+    cells = [names, *(tuple(str(row[name]) for name in names) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
+    pad: Callable[[Sequence[str]], str] = lambda row: (  # noqa: E731
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+    )
+    return "\n".join([pad(cells[0]), pad(["-" * width for width in widths]), *map(pad, cells[1:])])
+
+
+def main(
+    json_file: Path | None = typer.Option(None, "--json", help="Write the rows to this file too."),
+    arch: list[int] = typer.Option(list(ARCHITECTURES), help="Compute capability times 10; repeat for several."),
+    precision: list[str] = typer.Option(list(PRECISIONS), help="Key precision; repeat for several."),
+) -> None:
+    """Compile every kernel for each architecture and print registers, spills, shared memory and tensor-core use."""
+    rows = list(compile_many([(one, [kernel], precision) for one in arch for kernel in kernel_names()]))
+    print(format_rows(rows))
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,223 @@
+"""score_triton: a plan executed by Triton kernels, without the (B, N) affinity or a copy of the keys in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from iosr_fast.kernels import layout
+from iosr_fast.kernels.cache_kernels import affine_kernel, aligned_kernel, merge_kernel, ragged_kernel
+from iosr_fast.kernels.launch import Config, config_for, load_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iosr_fast.device_plan import DevicePlan
+
+# A tile of aligned classes may hold missing shots; this much more work than the ragged path's is worth its simplicity.
+ALIGNED_OVERHEAD = 1.25
+WORKSPACE_BYTES = 64 * 2**20
+_MERGE_BLOCK = 128
+
+PRECISION = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+
+
+def score_triton(
+    plan: DevicePlan,
+    plain: Tensor,
+    adapted: Tensor | None,
+    *,
+    path: str | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, str]:
+    """logits[b, c] = tau * <plain[b], text[c]>
+                 + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
+                 + <feature[b], linear[c]> + bias[c]
+
+    plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, unit rows, already checked; adapted may be
+    None where the plan doesn't read it. Returns logits (B, C) float32 and the path that computed the cache term:
+
+    "triton/aligned"  tiles of whole classes, each seen as equally many keys; taken where that makes at most 1.25 times
+                      the tiles of the ragged path
+    "triton/ragged"   work items of whole classes of any size
+    "triton/split"    large classes are also cut into pieces, and partial sums (at most 64 MB) added in order; taken
+                      where the longest class would keep one multiprocessor busy when the others have finished
+    "triton/no-keys"  the plan has no cache term
+
+    The affine terms are computed in float32 (3xTF32). The cache term's queries are rounded to the keys' half type, int8
+    keys' to float16, and summed in float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split") and
+    `config` overrule the automatic choices, for tests and for tuning. Raises ValueError for a path of another name.
+    Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
+    """
+    with on_gpu(plan.device):
+        logits = affine_terms(plan, plain, adapted)
+        if plan.keys is None:
+            return logits, "triton/no-keys"
+        precision = PRECISION[plan.keys.dtype]
+        if path is None:
+            path = choose_path(plan, len(plain), gpu_name(plan.device), multiprocessors(plan.device))
+        elif path not in ("aligned", "ragged", "split"):
+            raise ValueError(f'expected path "aligned", "ragged" or "split", got "{path}"')
+        if len(plain):
+            config = config or config_for(gpu_name(plan.device), path, precision, load_of(len(plain)))
+            query = _rows(plan.query, plain, adapted).to(QUERY_DTYPE[precision]).contiguous()
+            if path == "aligned":
+                _add_aligned(plan, query, logits, config)
+            else:
+                _add_items(plan, query, logits, config, split=path == "split")
+    return logits, f"triton/{path}"
+
+
+def choose_path(plan: DevicePlan, batch: int, gpu: str, n_multiprocessors: int) -> str:
+    """ "aligned", "ragged" or "split" for a plan with keys and a batch of queries; the rules are score_triton's."""
+    assert plan.keys is not None
+    precision, load = PRECISION[plan.keys.dtype], load_of(batch)
+    tile, ragged_tile = (config_for(gpu, path, precision, load) for path in ("aligned", "ragged"))
+    aligned = layout.aligned(plan, tile.block_n)
+    ragged = layout.items(plan, ragged_tile.block_n, ragged_tile.block_c)
+    cheap = aligned.tiles * tile.block_n <= ALIGNED_OVERHEAD * ragged.tiles * ragged_tile.block_n
+    path, work, config = ("aligned", aligned, tile) if cheap else ("ragged", ragged, ragged_tile)
+    fair_share = -(-work.tiles * -(-batch // config.block_b) // n_multiprocessors)
+    return "split" if work.longest > 2 * max(fair_share, 1) else path
+
+
+def piece_keys(plan: DevicePlan, batch: int, config: Config, n_multiprocessors: int) -> int:
+    """Keys of a piece on the split path: a multiprocessor's fair share, in a power of two of tiles, so that few layouts
+    are ever made."""
+    assert plan.keys is not None
+    work = len(plan.keys) * -(-batch // config.block_b)
+    tiles = max(1, work // (config.block_n * n_multiprocessors))
+    return config.block_n * (1 << (tiles - 1).bit_length())
+
+
+def _rows(which: str, plain: Tensor, adapted: Tensor | None) -> Tensor:
+    rows = plain if which == "plain" else adapted
+    assert rows is not None  # whoever checked the embeddings has seen to it
+    return rows
+
+
+def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config: Config | None = None) -> Tensor:
+    """tau * plain @ text' + feature @ linear' + bias, as far as the plan has them: (B, C) float32, else zeros."""
+    n_queries, n_classes = len(plain), plan.n_classes
+    if not n_queries or (plan.text is None and plan.linear is None and plan.bias is None):
+        return torch.zeros((n_queries, n_classes), dtype=torch.float32, device=plan.device)
+    logits = torch.empty((n_queries, n_classes), dtype=torch.float32, device=plan.device)
+    plain = plain.float().contiguous()
+    feature = plain
+    if plan.linear is not None and plan.feature == "adapted":
+        feature = _rows("adapted", plain, adapted).float().contiguous()
+    config = config or config_for(gpu_name(plan.device), "affine", "fp32", load_of(n_queries))
+    affine_kernel[_blocks(n_queries, config) * -(-n_classes // config.block_n),](
+        plain,
+        pointer(plan.text, plain),
+        feature,
+        pointer(plan.linear, plain),
+        pointer(plan.bias, plain),
+        logits,
+        n_queries,
+        n_classes,
+        plan.tau,
+        WIDTH=plan.width,
+        HAS_TEXT=plan.text is not None,
+        HAS_LINEAR=plan.linear is not None,
+        HAS_BIAS=plan.bias is not None,
+        **config.meta(),
+    )
+    return logits
+
+
+def _add_aligned(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config) -> None:
+    shots = layout.aligned(plan, config.block_n).shots
+    columns = -(-plan.n_classes // (config.block_n // shots))
+    aligned_kernel[_blocks(len(query), config) * columns,](
+        query,
+        plan.keys,
+        pointer(plan.key_scales, logits),
+        plan.class_offsets,
+        pointer(plan.weights, logits),
+        logits,
+        len(query),
+        plan.n_classes,
+        exponent_scale(plan.beta),
+        plan.alpha,
+        WIDTH=plan.width,
+        SHOTS=shots,
+        **_given(plan),
+        **config.meta(),
+    )
+
+
+def _add_items(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config, *, split: bool) -> None:
+    piece = piece_keys(plan, len(query), config, multiprocessors(plan.device)) if split else None
+    shape = (plan, config.block_n, config.block_c, piece)
+    work = layout.items(*shape)
+    table, cut = layout.tables(*shape)
+    # Whole blocks of queries at a time, as many as the workspace holds.
+    blocks = max(1, WORKSPACE_BYTES // (4 * max(1, work.n_slots) * config.block_b))
+    rows = min(len(query), blocks * config.block_b)
+    partial = torch.empty((work.n_slots, rows), dtype=torch.float32, device=plan.device) if work.n_slots else logits
+    for first in range(0, len(query), rows):
+        some, out = query[first : first + rows], logits[first : first + rows]
+        ragged_kernel[_blocks(len(some), config) * len(work.table),](
+            some,
+            plan.keys,
+            pointer(plan.key_scales, logits),
+            plan.class_offsets,
+            pointer(plan.weights, logits),
+            out,
+            table,
+            partial,
+            len(some),
+            plan.n_classes,
+            len(work.table),
+            exponent_scale(plan.beta),
+            plan.alpha,
+            WIDTH=plan.width,
+            SPLIT=work.n_slots > 0,
+            **_given(plan),
+            **config.meta("block_c"),
+        )
+        if work.n_slots:
+            merge_kernel[len(work.cut), -(-len(some) // _MERGE_BLOCK)](
+                partial, cut, out, len(some), plan.n_classes, plan.alpha, BLOCK_B=_MERGE_BLOCK
+            )
+
+
+def on_gpu(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` the one that Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def exponent_scale(beta: float) -> float:
+    """beta * log2(e): exp(-beta * (1 - x)) = exp2(scale * (x - 1))."""
+    return beta * math.log2(math.e)
+
+
+def _given(plan: DevicePlan) -> dict[str, Any]:
+    return {"HAS_WEIGHTS": plan.weights is not None, "HAS_SCALES": plan.key_scales is not None}
+
+
+def _blocks(n_queries: int, config: Config) -> int:
+    return -(-n_queries // config.block_b)
+
+
+def pointer(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """The tensor, or any other in its place as an argument that the kernel won't read."""
+    return unread if tensor is None else tensor
+
+
+@functools.cache
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as launch_configs.json has it; under the interpreter, "default"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The GPU's multiprocessors; under the interpreter, where programs run one after another, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,106 @@
+"""Launch configurations: tile shapes, warps and pipeline stages by GPU, path, key precision and batch.
+
+They stand in launch_configs.json. "default" serves every GPU that has no entry; tools/tune_kernels.py measures one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+PATHS = ("affine", "aligned", "ragged", "split", "dense")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+FEW_QUERIES = 32
+CONFIGS_FILE = Path(__file__).with_name("launch_configs.json")
+
+Load = Literal["few", "many"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_b queries by block_n keys (classes, for the affine terms) a tile, block_d channels a step.
+
+    swap       keys take the tensor cores' longer side
+    block_c    classes of a work item (ragged and split)
+    block_v    value columns (dense)
+    """
+
+    block_b: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    block_c: int = 16
+    block_v: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name in ("swap", "num_stages"):
+                continue
+            least = 1 if name == "num_warps" else 16
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                raise ValueError(f"expected {name} a power of two of at least {least}, got {value!r}")
+        if not isinstance(self.num_stages, int) or self.num_stages < 1:
+            raise ValueError(f"expected num_stages of at least 1, got {self.num_stages!r}")
+
+    def meta(self, *extra: str) -> dict[str, Any]:
+        """The keyword arguments that a launch takes from this; `extra` names block_c or block_v for kernels with it."""
+        names = ("block_b", "block_n", "block_d", "swap", *extra)
+        return {name.upper(): getattr(self, name) for name in names} | self.options()
+
+    def options(self) -> dict[str, int]:
+        """What the compiler takes beside a kernel's own arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def load_of(batch: int) -> Load:
+    """Which of an entry's two configurations serves a batch."""
+    return "few" if batch <= FEW_QUERIES else "many"
+
+
+@functools.cache
+def read_configs() -> dict[str, Any]:
+    """launch_configs.json: GPU name -> path -> precision -> "few" or "many" -> the fields of Config."""
+    configs: dict[str, Any] = json.loads(CONFIGS_FILE.read_text(encoding="utf-8"))
+    return configs
+
+
+@functools.cache
+def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
+    """The configuration of this GPU, by its name in torch.cuda.get_device_name(), or else the default.
+
+    Raises ValueError for an unknown path or precision, and for an entry of the file that can't be right.
+    """
+    configs = read_configs()
+    for name in (gpu, "default"):
+        entry = configs.get(name, {}).get(path, {}).get(precision, {}).get(load)
+        if entry is None:
+            continue
+        try:
+            return Config(**entry)
+        except (TypeError, ValueError) as error:
+            place = f"{CONFIGS_FILE.name}, {name!r}/{path}/{precision}/{load}"
+            raise ValueError(f"{place}: {error}; mend the entry or run tools/tune_kernels.py") from error
+    raise ValueError(
+        f"expected a path out of {', '.join(PATHS)} and a precision out of {', '.join(PRECISIONS)} that "
+        f"{CONFIGS_FILE.name} has, got {path!r} and {precision!r}"
+    )
+
+
+def write_configs(configs: dict[str, Any]) -> None:
+    """Write launch_configs.json, one configuration a line, so that a change of one is a change of one line."""
+
+    def dump(value: Any, depth: int) -> str:
+        if not isinstance(value, dict) or "block_b" in value:
+            return json.dumps(value)
+        pad = "  " * (depth + 1)
+        rows = [f"{pad}{json.dumps(name)}: {dump(entry, depth + 1)}" for name, entry in value.items()]
+        return "{\n" + ",\n".join(rows) + "\n" + "  " * depth + "}"
+
+    CONFIGS_FILE.write_text(dump(configs, 0) + "\n", encoding="utf-8")
+    read_configs.cache_clear()
+    config_for.cache_clear()

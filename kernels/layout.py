@@ -1,0 +1,131 @@
+"""How a plan's keys are dealt to programs: tables of a few integers per tile. No key is ever copied or padded.
+
+A table costs 20 bytes a work item and is made once per DevicePlan and tile shape, and kept as long as the plan lives.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iosr_fast.device_plan import DevicePlan
+
+_T = TypeVar("_T")
+_kept: weakref.WeakKeyDictionary[DevicePlan, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Classes seen as `shots` keys each, block_n // shots of them to a tile.
+
+    tiles counts tiles of block_n keys over the whole plan, longest those of the program that has most.
+    """
+
+    shots: int
+    tiles: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Items:
+    """Work items: table (M, 5) int32 of first key, end key, first class, number of classes, slot.
+
+    An item holds whole classes, at least one with keys, and slot -1; or a piece of one class, and the row of the
+    partial sums that it fills. cut (K, 3) int32 lists the classes in pieces: class, first slot, end slot.
+    """
+
+    table: np.ndarray
+    cut: np.ndarray
+    n_slots: int
+    tiles: int
+    longest: int
+
+
+def align(offsets: np.ndarray, block_n: int) -> Aligned:
+    """Whole classes to tiles of block_n keys, the largest class's size rounded up to a power of two."""
+    counts = np.diff(offsets)
+    shots = 1 << int(counts.max() - 1).bit_length()
+    if shots < block_n:
+        return Aligned(shots, -(-len(counts) // (block_n // shots)), 1)
+    per_class = -(-counts // block_n)
+    return Aligned(block_n, int(per_class.sum()), int(per_class.max()))
+
+
+def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None = None) -> Items:
+    """Runs of at most block_c classes and block_n keys; a class of more than block_n keys is an item of its own.
+
+    With `piece`, classes of more than that many keys are cut into pieces of it. Classes without keys are left out but
+    where they stand between two others of a run.
+    """
+    table: list[list[int]] = []
+    cut: list[tuple[int, int, int]] = []
+    n_slots = 0
+    run: list[int] | None = None
+    for label in np.flatnonzero(np.diff(offsets)).tolist():
+        begin, end = int(offsets[label]), int(offsets[label + 1])
+        if piece is not None and end - begin > piece:
+            run = None
+            firsts = range(begin, end, piece)
+            for slot, first in enumerate(firsts, n_slots):
+                table.append([first, min(first + piece, end), label, 1, slot])
+            cut.append((label, n_slots, n_slots + len(firsts)))
+            n_slots += len(firsts)
+        elif run is not None and end - run[0] <= block_n and label - run[2] < block_c:
+            run[1], run[3] = end, label - run[2] + 1
+        else:
+            run = [begin, end, label, 1, -1]
+            table.append(run)
+    rows = np.asarray(table, dtype=np.int32).reshape(-1, 5)
+    per_item = -(-(rows[:, 1].astype(np.int64) - rows[:, 0]) // block_n)
+    cut_rows = np.asarray(cut, dtype=np.int32).reshape(-1, 3)
+    return Items(rows, cut_rows, n_slots, int(per_item.sum()), int(per_item.max()))
+
+
+def class_offsets(plan: DevicePlan) -> np.ndarray:
+    """The plan's class offsets on the host, (C + 1,) int64."""
+    assert plan.class_offsets is not None
+    offsets = plan.class_offsets
+    return keep(plan, "offsets", lambda: offsets.cpu().numpy().astype(np.int64))
+
+
+def aligned(plan: DevicePlan, block_n: int) -> Aligned:
+    """align() for a plan, kept with it."""
+    return keep(plan, ("aligned", block_n), lambda: align(class_offsets(plan), block_n))
+
+
+def items(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None) -> Items:
+    """cut_items() for a plan, kept with it."""
+    key = ("items", block_n, block_c, piece)
+    return keep(plan, key, lambda: cut_items(class_offsets(plan), block_n, block_c, piece))
+
+
+def tables(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None) -> tuple[Tensor, Tensor]:
+    """The tables of items() on the plan's device, kept with it."""
+    made = items(plan, block_n, block_c, piece)
+
+    def move() -> tuple[Tensor, Tensor]:
+        import torch
+
+        return torch.from_numpy(made.table).to(plan.device), torch.from_numpy(made.cut).to(plan.device)
+
+    return keep(plan, ("tables", block_n, block_c, piece), move)
+
+
+def keep(plan: DevicePlan, key: Any, make: Callable[[], _T]) -> _T:
+    """What `make` returned when this plan was first asked for `key`."""
+    with _lock:
+        known = _kept.setdefault(plan, {})
+    if key not in known:
+        # Made outside the lock, as one table needs another; two threads may both make it, and the first is kept.
+        known.setdefault(key, make())
+    kept: _T = known[key]
+    return kept

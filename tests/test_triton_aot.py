@@ -1,0 +1,91 @@
+"""Every kernel compiled for each GPU generation, without a GPU: tensor cores in use, nothing spilt.
+
+Compiling is done in processes of their own and without TRITON_INTERPRET, under which kernels aren't compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from iosr_fast.kernels import aot
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")),
+    reason="triton or torch is not installed: pip install 'iosr_fast[triton,train]'",
+)
+# The smallest limit of those architectures a block, 8.6's, 8.9's and 12.0's: 99 KB.
+SHARED_BYTES = 99 * 1024
+INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+# Each kernel that serves a large batch for every architecture; the rest, and the other precisions, for one.
+MANY = [name for name in aot.kernel_names() if name.endswith("/many") and name != "aligned-large/many"]
+REST = [name for name in aot.kernel_names() if name not in MANY]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[dict[str, Any]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        jobs = [(arch, MANY, ("fp16", "int8")) for arch in aot.ARCHITECTURES]
+        jobs += [
+            (90, REST, ("fp16", "int8")),
+            (80, REST, ("fp16",)),
+            (90, MANY, ("fp32", "bf16")),
+            (80, MANY, ("fp32",)),
+        ]
+        yield list(aot.compile_many(jobs, workers=2))
+
+
+def test_tensor_cores_multiply(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        instruction = row["tensor_core_instruction"]
+        if row["kernel"] == "merge":
+            assert instruction == ""
+            continue
+        assert "MMA" in instruction, row
+        # Small tiles and 3xTF32 may fall back on the older instruction, which newer GPUs have too.
+        if row["kernel"].endswith("/many") and row["precision"] != "fp32":
+            assert instruction.startswith(INSTRUCTION[row["arch"]]), row
+
+
+def test_the_keys_are_multiplied_at_their_precision(rows: list[dict[str, Any]]) -> None:
+    """The segmented sum of the ragged kernel uses bfloat16 products, so that any instruction alone says too little."""
+    for row in rows:
+        if row["kernel"] == "merge" or row["arch"] == 100:  # 10.0's instruction doesn't name its types
+            continue
+        names = row["tensor_core_instruction"].replace(",", "").split()[1:]
+        kinds = {"TF32" if "TF32" in name else "BF16" if "BF16" in name else "F16" for name in names}
+        wanted = {"fp32": "TF32", "bf16": "BF16", "fp16": "F16", "int8": "F16"}[row["precision"]]
+        assert wanted in kinds, row
+
+
+def test_nothing_is_spilt(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["spills"]] == []
+
+
+def test_tiles_fit_every_architecture(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["shared_bytes"] > SHARED_BYTES] == []
+    assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+def test_every_architecture_and_kernel_was_compiled(rows: list[dict[str, Any]]) -> None:
+    assert {row["arch"] for row in rows} == set(aot.ARCHITECTURES)
+    assert {row["kernel"] for row in rows} == set(aot.kernel_names())
+    assert {row["precision"] for row in rows} == set(aot.PRECISIONS)
+    table = aot.format_rows(rows[:2]).splitlines()
+    assert len(table) == 4 and len({len(line) for line in table}) == 1
+
+
+def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"expected an architecture out of 80, .* got 75"):
+        aot.compile_ahead(75)
+    with pytest.raises(ValueError, match=r"expected a kernel out of .* got 'diagonal'"):
+        aot.compile_ahead(80, ["diagonal"])
+    with pytest.raises(ValueError, match=r"expected a precision out of .* got 'fp8'"):
+        aot.compile_ahead(80, ["merge"], ["fp8"])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET unset"):
+        aot.compile_ahead(80, ["merge"])
