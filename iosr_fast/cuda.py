@@ -1,0 +1,233 @@
+"""Scoring by the CUDA C++ kernels of csrc/cuda, for GPUs of compute capability 8.0 and newer, without Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from iosr_fast.cuda_layout import PART_SCALE_UP, ClassLayout, class_layout, kept, padded, query_parts, split_rows
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from iosr_fast.device_plan import DevicePlan
+
+# Bytes of class sums that wait to be merged; a batch that would need more is scored in slices.
+_WORKSPACE = 64 << 20
+_BUILD = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
+
+
+def refusal() -> str | None:
+    """Why the CUDA kernels can't run here, or None where they can.
+
+    They need the extension iosr_fast._C_cuda, built for this version, PyTorch, and a GPU of compute capability 8.0.
+    """
+    if find_spec("torch") is None:
+        return "PyTorch is not installed; pip install 'iosr_fast[train]' brings it"
+    refused = _build_refusal()
+    if refused is not None:
+        return refused
+    import torch
+
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs and this PyTorch is built for ROCm"
+    if not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} sees no CUDA device{_why_no_device()}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return (
+            f"a GPU of compute capability 8.0 or newer is needed, got {torch.cuda.get_device_name()} ({major}.{minor})"
+        )
+    return None
+
+
+@functools.cache
+def _build_refusal() -> str | None:
+    try:
+        module = _module()
+    except ImportError as error:
+        return f"the extension iosr_fast._C_cuda can't be imported ({error}); {_BUILD}"
+    from iosr_fast import _C
+
+    if module.version != _C.version:
+        return (
+            f"iosr_fast._C_cuda was built for version {module.version}, iosr_fast._C for {_C.version}; {_BUILD} again"
+        )
+    return None
+
+
+def _why_no_device() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return ": it is built for CPUs alone; install a CUDA build from pytorch.org"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f": {error}"
+    return ""
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("iosr_fast._C_cuda")
+
+
+def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple[Tensor, str]:
+    """logits[b, c] = tau * <plain[b], text[c]>
+                 + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
+                 + <feature[b], linear[c]> + bias[c]
+
+    plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, unit rows, already checked; adapted may be
+    None where the plan doesn't read it. Returns logits (B, C) float32 and the path of the cache term:
+
+    "cuda/mma"        half or int8 keys on the tensor cores, sums in float32. int8 is converted to float16 in registers.
+    "cuda/mma-split"  the same where queries have more bits than keys: they come as a sum of 2 or 3 half matrices
+    "cuda/fp32"       float32 keys, by fused multiply-adds
+    "cuda/linear", "cuda/linear-mma"  the plan has no cache term; queries are float32, or half
+    "cuda/empty"      there is no query
+
+    each with "-small" behind it up to 16 queries. Neither the (B, N) affinity nor a one-hot matrix reaches memory. Sums
+    of classes that span several runs of 64 keys do, in at most 64 MB, and are merged in order: equal calls give equal
+    bits. The linear terms keep float32's precision: float32 queries meet them by fused multiply-adds, half ones on
+    the tensor cores ("cuda/linear-mma").
+
+    The first call for a plan reads back whether classes are empty or large and how large its rows are, and keeps that;
+    later ones neither wait for the device nor read from it. A CUDA graph may record even the first call, which then
+    keeps nothing, assumes that classes are empty and large, and takes the linear terms in float32.
+    Raises RuntimeError, with CUDA's own words, where a launch fails.
+    Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
+    """
+    import torch
+
+    logits = torch.empty((len(plain), plan.n_classes), dtype=torch.float32, device=plan.device)
+    if not len(plain):
+        return logits, "cuda/empty"
+    module = _module()
+    device, stream = _place(plan.device)
+    call = {"device": device, "stream": stream, "n_classes": plan.n_classes, "n_queries": len(plain)}
+    path, layout = None, None
+    if plan.keys is not None:
+        layout = class_layout(plan, module.chunk)
+        query = plain if plan.query == "plain" else adapted
+        assert query is not None
+        path = _cache_term(module, plan, layout, query, logits, call)
+    terms = _linear_terms(plan, plain, adapted)
+    if terms.operands or plan.bias is not None or layout is None or layout.has_empty:
+        linear_path = module.linear(
+            **call,
+            precision=terms.precision,
+            operands=terms.operands,
+            row_parts=terms.row_parts,
+            part_scale=1.0 / PART_SCALE_UP,
+            bias=_address(plan.bias),
+            class_offsets=None if layout is None else _address(plan.class_offsets),
+            logits=logits.data_ptr(),
+        )
+        path = path or linear_path
+    return logits, f"cuda/{path}"
+
+
+def _cache_term(
+    module: Any, plan: DevicePlan, layout: ClassLayout, query: Tensor, logits: Tensor, call: dict[str, int]
+) -> str:
+    import torch
+
+    assert plan.keys is not None
+    keys = kept(plan.keys, "rows", padded)
+    queries, parts, part_scale = query_parts(query, plan.keys.dtype)
+    n_slots = 2 * -(-len(keys) // module.chunk)
+    n_slices = -(-4 * n_slots * len(queries) // _WORKSPACE) if layout.has_spanning else 1
+    step = -(-len(queries) // n_slices)
+    edges = None
+    if layout.has_spanning:
+        edges = torch.empty((n_slots, step), dtype=torch.float32, device=plan.device)
+    path = ""
+    for begin in range(0, len(queries), step):
+        rows = queries[begin : begin + step]
+        path = module.cache(
+            **{**call, "n_queries": len(rows)},
+            key_precision=_precision(plan.keys.dtype),
+            n_keys=len(keys),
+            queries=rows.data_ptr(),
+            query_bytes=_row_bytes(queries),
+            query_parts=parts,
+            part_scale=part_scale,
+            keys=keys.data_ptr(),
+            key_bytes=_row_bytes(keys),
+            key_class=layout.key_class.data_ptr(),
+            class_offsets=_address(plan.class_offsets),
+            weights=_address(plan.weights),
+            key_scales=_address(plan.key_scales),
+            scale=plan.beta * math.log2(math.e),
+            alpha=plan.alpha,
+            edges=_address(edges),
+            logits=logits[begin:].data_ptr(),
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class _LinearTerms:
+    """The text and linear terms as the module takes them, and the tensors that must outlive the launch."""
+
+    precision: str
+    row_parts: int
+    operands: list[tuple[int, int, int, int, float]]
+    tensors: list[Tensor]
+
+
+def _linear_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> _LinearTerms:
+    """Half queries meet rows as a sum of two float16 matrices, on the tensor cores; float32 ones as they are."""
+    import torch
+
+    feature = plain if plan.feature == "plain" else adapted
+    terms = [
+        (rows, queries, factor)
+        for rows, queries, factor in ((plan.text, plain, plan.tau), (plan.linear, feature, 1.0))
+        if rows is not None and queries is not None
+    ]
+    split = [kept(rows, "split", split_rows) for rows, _, _ in terms] if plain.dtype != torch.float32 else []
+    half = bool(split) and None not in split
+    made: dict[int, Tensor] = {}
+    operands, tensors = [], []
+    for index, (rows, queries, factor) in enumerate(terms):
+        if id(queries) not in made:
+            made[id(queries)] = padded(queries.half() if half else queries.float())
+        left = made[id(queries)]
+        right, scale = split[index] if half else (kept(rows, "rows", padded), 1.0)
+        operands.append((left.data_ptr(), _row_bytes(left), right.data_ptr(), _row_bytes(right), factor * scale))
+        tensors += [left, right]
+    return _LinearTerms("fp16" if half else "fp32", 2 if half else 1, operands, tensors)
+
+
+def _row_bytes(rows: Tensor) -> int:
+    return rows.shape[1] * rows.element_size()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    import torch
+
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
+    if dtype not in names:
+        raise ValueError(f"expected keys of float32, float16, bfloat16 or int8, got {dtype}")
+    return names[dtype]
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """The device's index and the handle of its current stream."""
+    import torch
+
+    if device.type != "cuda":
+        raise ValueError(f"expected a plan on a CUDA device, got one on {device}; device_plan(plan, 'cuda') makes it")
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream

@@ -1,0 +1,63 @@
+"""The CUDA kernels compiled for every architecture: tensor cores where they should be, and no spilled register."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import cuda_aot
+
+KERNELS = {
+    "iosr_cache_fp32",
+    "iosr_cache_fp32_small",
+    "iosr_linear_fp32",
+    "iosr_linear_fp32_small",
+    "iosr_linear_fp16_mma",
+    "iosr_linear_fp16_mma_small",
+    "iosr_merge",
+    *(f"iosr_cache_{keys}_mma{size}" for keys in ("fp16", "bf16", "int8") for size in ("", "_small")),
+}
+
+PTXAS = """
+ptxas info    : Compiling entry function 'first_mma' for 'sm_90'
+ptxas info    : Function properties for first_mma
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 49152 bytes smem
+ptxas info    : Compiling entry function 'second' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers
+"""
+SASS = """
+    Function : first_mma
+  /*0040*/ HMMA.16816.F32 R8, R88, R4, R8 ;
+  /*0050*/ IMMA.16832.S8.S8 R8, R88, R4, R8 ;
+    Function : second
+  /*0040*/ FFMA R8, R88, R4, R8 ;
+"""
+
+
+def test_reports_are_read() -> None:
+    text = cuda_aot.split_report(PTXAS)
+    assert list(text) == ["first_mma", "second"] and "49152 bytes smem" in text["first_mma"]
+    assert cuda_aot.count_tensor_core_instructions(SASS) == {"first_mma": 2, "second": 0}
+
+
+@pytest.fixture(scope="module")
+def costs() -> list[cuda_aot.KernelCost]:
+    refused = cuda_aot.missing()
+    if refused is not None:
+        pytest.skip(refused)
+    return cuda_aot.compile_all()
+
+
+@pytest.mark.parametrize("arch", cuda_aot.ARCHITECTURES)
+def test_every_kernel_fits_its_architecture(arch: int, costs: list[cuda_aot.KernelCost]) -> None:
+    rows = {cost.kernel: cost for cost in costs if cost.arch == arch}
+    assert set(rows) == KERNELS
+    for cost in rows.values():
+        assert cost.spills == 0 and cost.stack_bytes == 0, cost
+        assert (cost.tensor_core_instructions > 0) == ("_mma" in cost.kernel), cost
+        assert 0 < cost.registers <= 255, cost
+        # Two blocks of the large tiles fit a multiprocessor: 64 K registers, and 100 KB of shared memory on sm_86.
+        assert cost.shared_bytes <= 48 * 1024, cost
+        if cost.kernel.startswith("iosr_cache") and cost.kernel.endswith("_mma"):
+            assert cost.registers <= 128, cost
