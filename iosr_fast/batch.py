@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost of dlpack.h: memory that NumPy can read
-_ROUNDED: dict[str, Precision] = {"float16": "fp16", "bfloat16": "bf16"}
+_ROUNDED: dict[str, Precision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
 class Needs(Protocol):
@@ -66,7 +66,7 @@ def make_batch(plan: Needs, embeddings: Embeddings, check: bool = True) -> Batch
                 f"expected {name} embeddings of shape ({n_queries}, {plan.width}), got {tuple(array.shape)}; "
                 "the plan and the embeddings must come from the same encoder"
             )
-    precision = {name: _ROUNDED.get(str(array.dtype).removeprefix("torch."), "fp32") for name, array in named.items()}
+    precision = {name: _precision_of(array) for name, array in named.items()}
     tensors = _is_tensor(named["plain"])
     if tensors and named["plain"].device.type != "cpu":
         on_device = _on_device(named)
@@ -84,6 +84,12 @@ def _is_tensor(array: Any) -> bool:
     # A tensor can only be had where torch is loaded, so that asking must not load it.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _precision_of(array: Array) -> Precision:
+    if isinstance(array, np.ndarray):
+        return "fp16" if array.dtype == np.float16 else "fp32"
+    return _ROUNDED.get(str(array.dtype), "fp32")
 
 
 def _import(given: Array) -> Array:

@@ -114,8 +114,7 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     path, layout = None, None
     if plan.keys is not None:
         layout = class_layout(plan, module.chunk)
-        query = plain if plan.query == "plain" else adapted
-        assert query is not None
+        query = plan.query_rows(plain, adapted)
         path = _cache_term(module, plan, layout, query, logits, call)
     terms = _linear_terms(plan, plain, adapted)
     if terms.operands or plan.bias is not None or layout is None or layout.has_empty:

@@ -27,6 +27,7 @@ class DevicePlan:
     weights        (N,) float32
     linear, bias   (C, D) and (C,) float32
     query, feature "plain" or "adapted"
+    query_transform (D, D) float32 or None: query_rows
 
     All on `device`, contiguous, and never written to: on the CPU they are the plan's own memory.
     """
@@ -46,6 +47,7 @@ class DevicePlan:
     query: str
     feature: str
     device: torch.device
+    query_transform: Tensor | None = None
 
     @property
     def needs_adapted(self) -> bool:
@@ -53,6 +55,14 @@ class DevicePlan:
         return (self.keys is not None and self.query == "adapted") or (
             self.linear is not None and self.feature == "adapted"
         )
+
+    def query_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
+        """What meets the keys, (B, D) in the dtype that came: the plan's query, transformed where it says so."""
+        rows = plain if self.query == "plain" else adapted
+        assert rows is not None  # whoever made the batch has seen to it
+        if self.query_transform is None:
+            return rows
+        return (rows.float() @ self.query_transform).to(rows.dtype)
 
 
 _made: weakref.WeakKeyDictionary[ScoringPlan, dict[Any, DevicePlan]] = weakref.WeakKeyDictionary()
@@ -100,6 +110,7 @@ def _move(plan: ScoringPlan, device: torch.device) -> DevicePlan:
         query=plan.query,
         feature=plan.feature,
         device=device,
+        query_transform=move(plan.query_transform),
     )
 
 

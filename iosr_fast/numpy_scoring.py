@@ -23,6 +23,12 @@ def _rows(embeddings: Embeddings, which: str) -> np.ndarray:
     return rows
 
 
+def query_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
+    """What meets the keys, (B, D) float32: the plan's query, transformed where it says so."""
+    rows = _rows(embeddings, plan.query)
+    return rows if plan.query_transform is None else rows @ plan.query_transform
+
+
 def score_numpy(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
     """float32 NumPy: one GEMM, one exponential and one segment sum a tile of keys, in bounded memory.
 
@@ -33,9 +39,10 @@ def score_numpy(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, 
         np.matmul(embeddings.plain, plan.text.T, out=logits)
         logits *= np.float32(plan.tau)
     if plan.keys is not None:
+        query = query_rows(plan, embeddings)
         for first in range(0, len(logits), _QUERIES_PER_TILE):
             block = slice(first, first + _QUERIES_PER_TILE)
-            _add_cache_term(plan, _rows(embeddings, plan.query)[block], logits[block])
+            _add_cache_term(plan, query[block], logits[block])
     if plan.linear is not None:
         logits += _rows(embeddings, plan.feature) @ plan.linear.T
     if plan.bias is not None:
@@ -69,7 +76,7 @@ def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, st
     logits, path = _C.score(
         n_classes=plan.n_classes,
         plain=embeddings.plain,
-        query=None if plan.keys is None else _rows(embeddings, plan.query),
+        query=None if plan.keys is None else query_rows(plan, embeddings),
         feature=None if plan.linear is None else _rows(embeddings, plan.feature),
         text=plan.text,
         tau=plan.tau,

@@ -26,9 +26,9 @@ _BY_DTYPE: dict[np.dtype, Precision] = {
 _CHUNK = 1 << 20
 # Channels that are rounded one after another before one product carries their errors to all later channels.
 _BLOCK = 64
-_LARGEST_CODE = 127
+LARGEST_CODE = 127
 # Room for codes to move away from the nearest value without being clipped.
-_HEADROOM = 1.05
+HEADROOM = 1.05
 _DAMPING = 1e-3
 
 
@@ -75,10 +75,14 @@ def key_rows(keys: np.ndarray, key_scales: np.ndarray | None, rows: slice) -> np
 
 
 def dequantize(plan: ScoringPlan) -> np.ndarray:
-    """The float32 keys (N, D) that a plan's stored keys stand for. Raises ValueError where the plan has no keys."""
+    """The float32 keys (N, D) that a plan's stored keys stand for, where its query_transform is undone.
+
+    <query @ query_transform, stored> = <query, stored @ query_transform'>. Raises ValueError without keys.
+    """
     if plan.keys is None:
         raise ValueError("expected a plan with keys, got one without a cache term")
-    return convert_keys(plan.keys, plan.key_scales, "fp32")[0]
+    keys = convert_keys(plan.keys, plan.key_scales, "fp32")[0]
+    return keys if plan.query_transform is None else keys @ plan.query_transform.T
 
 
 def convert_keys(
@@ -140,9 +144,8 @@ def _quantize(
 ) -> tuple[np.ndarray, np.ndarray]:
     codes = np.empty((n_keys, width), np.int8)
     scales = np.empty(n_keys, np.float32)
-    moment = _second_moment(rows_of, n_keys, width) if compensate else None
-    # inv(H) = U'U; a Cholesky factor of numpy's is lower, U is its transpose.
-    factor = None if moment is None else np.linalg.cholesky(np.linalg.inv(moment)).T.astype(np.float32)
+    moment = second_moment(rows_of, n_keys, width) if compensate else None
+    factor = None if moment is None else upper_factor(moment)
     for rows in chunks(n_keys, width):
         # Channels by keys: a step reads and writes one channel of every key, contiguous this way.
         target = np.ascontiguousarray(rows_of(rows).T)
@@ -150,22 +153,36 @@ def _quantize(
         if not (np.isfinite(largest) & (largest > 0)).all():
             row = rows.start + int(np.flatnonzero(~(np.isfinite(largest) & (largest > 0)))[0])
             raise ValueError(f"expected keys without zero rows, NaN or infinity, got such a row at {row}")
-        step = largest * np.float32(_HEADROOM / _LARGEST_CODE)
-        best = np.rint(target / step)
-        scale, error = _fit_scale(best, target, step, moment)
-        if factor is not None:
-            shaped = _compensated_codes(target, step, factor)
-            shaped_scale, shaped_error = _fit_scale(shaped, target, step, moment)
-            better = shaped_error < error
-            best[:, better] = shaped[:, better]
-            scale = np.where(better, shaped_scale, scale)
+        best, scale = round_channels(target, largest * np.float32(HEADROOM / LARGEST_CODE), moment, factor)
         codes[rows] = best.T
         scales[rows] = scale
     codes.flags.writeable = scales.flags.writeable = False
     return codes, scales
 
 
-def _second_moment(rows_of: Callable[[slice], np.ndarray], n_keys: int, width: int) -> np.ndarray:
+def upper_factor(moment: np.ndarray) -> np.ndarray:
+    """U (D, D) float32 with inv(H) = U'U, upper triangular."""
+    factor: np.ndarray = np.linalg.cholesky(np.linalg.inv(moment)).T.astype(np.float32)
+    return factor
+
+
+def round_channels(
+    target: np.ndarray, step: np.ndarray, moment: np.ndarray | None, factor: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (D, M) and scales (M,) of keys given channel by channel, (D, M), as quantize_int8 describes them."""
+    best = np.rint(target / step)
+    scale, error = _fit_scale(best, target, step, moment)
+    if factor is not None:
+        shaped = _compensated_codes(target, step, factor)
+        shaped_scale, shaped_error = _fit_scale(shaped, target, step, moment)
+        better = shaped_error < error
+        best[:, better] = shaped[:, better]
+        scale = np.where(better, shaped_scale, scale)
+    return best, scale
+
+
+def second_moment(rows_of: Callable[[slice], np.ndarray], n_keys: int, width: int) -> np.ndarray:
+    """H = K'K / N, plus 1e-3 of its mean diagonal, in float64."""
     moment = np.zeros((width, width))
     for rows in chunks(n_keys, width):
         chunk = rows_of(rows).astype(np.float64)
@@ -185,7 +202,7 @@ def _compensated_codes(target: np.ndarray, step: np.ndarray, factor: np.ndarray)
         for i in range(begin, end):
             channel = work[i]
             channel -= factor[begin:i, i] @ errors[: i - begin]
-            code = np.clip(np.rint(channel / step), -_LARGEST_CODE, _LARGEST_CODE)
+            code = np.clip(np.rint(channel / step), -LARGEST_CODE, LARGEST_CODE)
             errors[i - begin] = (channel - code * step) / factor[i, i]
             work[i] = code
         work[end:] -= factor[begin:end, end:].T @ errors[: end - begin]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.precision import dequantize
+from iosr_fast.precision import key_rows
 
 if TYPE_CHECKING:
     from iosr_fast.encoder import Embeddings
@@ -31,7 +31,10 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     if plan.text is not None:
         logits += plan.tau * rows("plain") @ plan.text.T.astype(np.float64)
     if plan.keys is not None and plan.class_offsets is not None:
-        cosine = rows(plan.query) @ _keys(plan).T
+        query = rows(plan.query)
+        if plan.query_transform is not None:
+            query = query @ plan.query_transform.astype(np.float64)
+        cosine = query @ _keys(plan).T
         affinity = np.exp(-plan.beta * (1.0 - cosine))
         if plan.weights is not None:
             affinity *= plan.weights.astype(np.float64)
@@ -49,4 +52,4 @@ def _keys(plan: ScoringPlan) -> np.ndarray:
     assert plan.keys is not None
     if plan.key_scales is not None:  # in float64 the product of code and scale is exact
         return plan.keys.astype(np.float64) * plan.key_scales[:, None].astype(np.float64)
-    return dequantize(plan).astype(np.float64)
+    return key_rows(plan.keys, None, slice(None)).astype(np.float64)

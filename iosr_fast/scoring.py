@@ -10,7 +10,8 @@ import numpy as np
 from iosr_fast import dispatch
 from iosr_fast.batch import Batch, make_batch
 from iosr_fast.encoder import Array, Embeddings
-from iosr_fast.precision import Precision, convert_keys, precision_of
+from iosr_fast.int8_keys import compact_int8
+from iosr_fast.precision import Precision, convert_keys, dequantize, precision_of
 from iosr_fast.validation import check_finite, check_unit_rows, frozen
 
 Which = Literal["plain", "adapted"]
@@ -33,6 +34,8 @@ class ScoringPlan:
     weights        (N,) float32; None stands for all ones
     linear, bias   (C, D) and (C,) float32
     query, feature which embedding meets the keys, and which the linear term
+    query_transform (D, D) float32; where given, query[b] @ query_transform meets the keys in place of query[b], and
+                   keys[j] @ query_transform' are the unit rows
 
     Arrays are converted to these dtypes (keys of any other to float32), made C-contiguous and read-only (copied only
     where they aren't already). `with_key_precision` stores the keys in fewer bits.
@@ -52,13 +55,14 @@ class ScoringPlan:
     bias: np.ndarray | None = None
     feature: Which = "plain"
     key_scales: np.ndarray | None = None
+    query_transform: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.n_classes < 1:
             raise ValueError(f"expected n_classes >= 1, got {self.n_classes}")
         given_keys = None if self.keys is None else np.asarray(self.keys).dtype
         key_dtype = np.float32 if given_keys is None or precision_of(given_keys) is None else given_keys.type
-        for name in ("text", "weights", "linear", "bias", "key_scales"):
+        for name in ("text", "weights", "linear", "bias", "key_scales", "query_transform"):
             self._freeze(name, np.float32)
         self._freeze("keys", key_dtype)
         self._freeze("class_offsets", np.int64)
@@ -75,18 +79,19 @@ class ScoringPlan:
         self._check_shape("bias", (self.n_classes,))
         self._check_shape("weights", (n_keys,))
         self._check_shape("key_scales", (n_keys,))
+        self._check_shape("query_transform", (width, width))
         self._check_shape("class_offsets", (self.n_classes + 1,))
         if width < 1:
             raise ValueError("expected a width of at least 1, got 0")
         self._check_cache(n_keys)
         self._check_scales()
-        for name in ("weights", "linear", "bias"):
+        for name in ("weights", "linear", "bias", "query_transform"):
             if getattr(self, name) is not None:
                 check_finite(name, getattr(self, name))
         if self.text is not None:
             check_unit_rows("text", self.text)
         if self.keys is not None and self.key_precision is not None:
-            check_unit_rows("keys", self.keys, self.key_scales, self.key_precision)
+            check_unit_rows("keys", self.keys, self.key_scales, self.key_precision, self.query_transform)
         for name in ("tau", "alpha", "beta"):
             value = float(getattr(self, name))
             if not np.isfinite(value) or (name == "beta" and value < 0):
@@ -117,13 +122,24 @@ class ScoringPlan:
         """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
 
         On the way to a finer precision a key is brought to unit norm again (precision.dequantize leaves it as it is).
-        `compensate` is for int8: precision.quantize_int8 says what it does. Raises ValueError where the plan has no
-        keys or the precision is unknown.
+        int8 keys come with a query_transform where that lowers their error (int8_keys.compact_int8);
+        `compensate=False` takes the nearest codes, many times sooner. Raises ValueError where the plan has no keys or
+        the precision is unknown.
         """
         if self.keys is None:
             raise ValueError(f"expected a plan with keys to store in {precision}, got one without a cache term")
-        keys, scales = convert_keys(self.keys, self.key_scales, precision, compensate=compensate, unit=True)
-        return self if keys is self.keys else replace(self, keys=keys, key_scales=scales)
+        if precision == self.key_precision:
+            return self
+        if self.query_transform is not None:
+            keys = dequantize(self)
+            keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+            plain = replace(self, keys=keys, key_scales=None, query_transform=None)
+            return plain.with_key_precision(precision, compensate=compensate)
+        if precision == "int8" and compensate:
+            codes, code_scales, transform = compact_int8(self.keys, self.key_scales)
+            return replace(self, keys=codes, key_scales=code_scales, query_transform=transform)
+        converted, scales = convert_keys(self.keys, self.key_scales, precision, compensate=False, unit=True)
+        return replace(self, keys=converted, key_scales=scales)
 
     def _matrices(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, name) for name in ("text", "keys", "linear") if getattr(self, name) is not None}
@@ -143,6 +159,8 @@ class ScoringPlan:
         if (self.keys is None) != (offsets is None):
             raise ValueError("expected keys and class_offsets together, got one without the other")
         if offsets is None:
+            if self.query_transform is not None:
+                raise ValueError("expected keys where a query_transform is given, got it alone")
             if self.weights is not None:
                 raise ValueError("expected keys where weights are given, got weights alone")
             return

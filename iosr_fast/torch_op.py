@@ -20,7 +20,7 @@ require("torch", "train")
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-_ARRAYS = ("text", "keys", "key_scales", "class_offsets", "weights", "linear", "bias")
+_ARRAYS = ("text", "keys", "key_scales", "class_offsets", "weights", "linear", "bias", "query_transform")
 _SCHEMA = (
     f"(Tensor plain, Tensor? adapted, {', '.join(f'Tensor? {name}' for name in _ARRAYS)}, int n_classes, float tau, "
     "float alpha, float beta, bool query_is_adapted, bool feature_is_adapted, str impl) -> Tensor"
@@ -85,6 +85,7 @@ def score_op(
     weights: Tensor | None,
     linear: Tensor | None,
     bias: Tensor | None,
+    query_transform: Tensor | None,
     n_classes: int,
     tau: float,
     alpha: float,
@@ -110,6 +111,7 @@ def score_op(
         query="adapted" if query_is_adapted else "plain",
         feature="adapted" if feature_is_adapted else "plain",
         device=plain.device,
+        query_transform=query_transform,
     )
     return score_tensors(plan, plain, adapted, impl)[0]
 

@@ -28,14 +28,13 @@ def score_torch(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | N
 
     Returns logits (B, C) float32, and "torch/cpu" or "torch/cuda".
     """
-    query = plain if plan.query == "plain" else adapted
     feature = plain if plan.feature == "plain" else adapted
     if plan.text is not None:
         logits = torch.mm(plain.float(), plan.text.T).mul_(plan.tau)
     else:
         logits = torch.zeros(len(plain), plan.n_classes, device=plain.device)
     if plan.keys is not None and len(plain):
-        assert query is not None
+        query = plan.query_rows(plain, adapted)
         step = max(1, min(1024, len(query), _SUMS // plan.n_classes))
         for first in range(0, len(query), step):
             _add_cache_term(plan, query[first : first + step], logits[first : first + step])

@@ -65,7 +65,7 @@ def score_triton(
             raise ValueError(f'expected path "aligned", "ragged" or "split", got "{path}"')
         if len(plain):
             config = config or config_for(gpu_name(plan.device), path, precision, load_of(len(plain)))
-            query = _rows(plan.query, plain, adapted).to(QUERY_DTYPE[precision]).contiguous()
+            query = plan.query_rows(plain, adapted).to(QUERY_DTYPE[precision]).contiguous()
             if path == "aligned":
                 _add_aligned(plan, query, logits, config)
             else:

@@ -97,6 +97,7 @@ def test_the_whole_demo_briefly(tmp_path: Path) -> None:
         assert {"zero-shot", "tip-adapter", "tip-adapter++"} <= set(shots)
         assert all(0 < cell["mean"] < 1 and cell["seeds"] == 2 for cell in shots.values())
         assert shots["tip-adapter++ (shipped)"]["mean"] > shots["tip-adapter"]["mean"] > shots["zero-shot"]["mean"]
+    assert set(report["labels_changed_by_narrow_keys"]) == {"fp16", "bf16", "int8"}
     assert "folder" in report["engines"]["onnxruntime"] and "tensorrt_rtx" in report["engines"]
     assert report["latency_ms"] > 0 and report["images_per_s"] > 0
     for name in ("overlap.png", "adapter.safetensors", "classifier/manifest.json", "engine-onnxruntime/encoder.onnx"):

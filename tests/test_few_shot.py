@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.methods import compile_method
 from iosr_fast.reference import score_reference
 from tests.conftest import unit_rows
-from tools.demo.few_shot import POOL, Encoded, centre, choose_parameters, evaluate
+from tools.demo.few_shot import POOL, Encoded, centre, changed_labels, choose_parameters, evaluate
 
 
 def clustered(rng: np.random.Generator, classes: int = 8, pictures: int = 6, width: int = 24) -> Encoded:
@@ -79,3 +81,18 @@ def test_less_noise_classifies_better(rng: np.random.Generator) -> None:
         evaluate(test, validation, name, 2, [0, 1, 2])["mean"] for name in ("tip-adapter", "tip-adapter++")
     )
     assert adapted > plain  # type: ignore[operator]
+
+
+def test_changed_labels_are_counted_over_shots_and_seeds(rng: np.random.Generator) -> None:
+    test = clustered(rng, 150)
+    parameters = {shots: {"alpha": 3.0, "beta": 5.5} for shots in (1, 2)}
+    counted = changed_labels(test, "tip-adapter", parameters, [0, 1, 2])
+    queries = len(test.task(1, POOL, 0)[1])
+    assert {name: whole for name, (_, whole) in counted.items()} == dict.fromkeys(("fp16", "bf16", "int8"), 6 * queries)
+    changed = 0
+    for shots, seed in itertools.product((1, 2), range(3)):
+        support, asked, _ = test.task(shots, POOL, seed)
+        plan = compile_method("tip-adapter", support, **parameters[shots])
+        labels = [score_reference(p, asked).argmax(1) for p in (plan, plan.with_key_precision("bf16"))]
+        changed += int((labels[0] != labels[1]).sum())
+    assert counted["bf16"][0] == changed > 0

@@ -97,7 +97,7 @@ def test_constants_at_their_ends(
         cache = replace(plan, text=None, linear=None, bias=None, weights=None)
         np.testing.assert_allclose(run_path(path, cache, embeddings)[0], alpha * np.diff(plan.class_offsets), rtol=1e-6)
     if alpha == 0.0:
-        without = replace(plan, keys=None, key_scales=None, class_offsets=None, weights=None)
+        without = replace(plan, keys=None, key_scales=None, class_offsets=None, weights=None, query_transform=None)
         np.testing.assert_array_equal(run_path(path, plan, embeddings), run_path(path, without, embeddings))
 
 

@@ -1,6 +1,7 @@
 #include "scoring/threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -32,6 +33,19 @@ void relax() {
 #elif defined(__aarch64__) && defined(__GNUC__)
     __asm__ volatile("yield");
 #endif
+}
+
+// Waits a little while for what comes soon, before the caller sleeps for it: the next call of a program that scores one
+// batch after another arrives sooner than a thread wakes up.
+template <typename Condition>
+void spin_until(const Condition& condition) {
+    constexpr auto kPatience = std::chrono::microseconds(100);
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    while (!condition() && std::chrono::steady_clock::now() < end) {
+        for (int i = 0; i < 16; ++i) {
+            relax();
+        }
+    }
 }
 
 // What one call of run_phases shares among its workers.
@@ -82,8 +96,12 @@ class Pool {
         }
         wake_.notify_all();
         job.work(0);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            job_ = nullptr;  // who wakes up from now on finds nothing to join
+        }
+        spin_until([this] { return joined_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
-        job_ = nullptr;  // who wakes up from now on finds nothing to join
         done_.wait(lock, [this] { return joined_ == 0; });
         return true;
     }
@@ -93,7 +111,7 @@ class Pool {
         while (threads_.size() < count) {
             const std::size_t index = threads_.size() + 1;
             try {
-                threads_.emplace_back([this, index, seen = round_] { serve(index, seen); });
+                threads_.emplace_back([this, index, seen = round_.load()] { serve(index, seen); });
             } catch (const std::system_error&) {
                 return;  // the caller and the threads that exist do the work
             }
@@ -101,8 +119,9 @@ class Pool {
     }
 
     [[noreturn]] void serve(std::size_t index, std::size_t seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
+            spin_until([&] { return round_ != seen; });
+            std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return round_ != seen; });
             seen = round_;
             Job* job = job_;
@@ -124,9 +143,10 @@ class Pool {
     std::condition_variable wake_;
     std::condition_variable done_;
     Job* job_ = nullptr;
-    std::size_t round_ = 0;
     std::size_t wanted_ = 0;
-    std::size_t joined_ = 0;
+    // Changed under the mutex, and read without it by those who spin.
+    std::atomic<std::size_t> round_{0};
+    std::atomic<std::size_t> joined_{0};
     std::vector<std::thread> threads_;
 };
 

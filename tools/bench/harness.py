@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import platform
@@ -22,25 +23,35 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # An OpenMP pool goes on spinning for a while after its last call, on cores that the next candidate's threads need.
 PAUSE_S = 0.02
+# Calls shorter than this are timed in bursts: what is wanted is the time of one among many, with threads awake.
+BURST_S = 0.005
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each call, `repeats` a candidate, round-robin: a slow spell of the machine meets all alike.
+    """Milliseconds a call, `repeats` a candidate, round-robin: a slow spell of the machine meets all alike.
 
-    Before each call the process sleeps for PAUSE_S, so that no candidate is timed against another's spinning threads.
+    Before each turn the process sleeps for PAUSE_S, so that no candidate is timed against another's spinning threads. A
+    turn is one call; where that is shorter than BURST_S, one untimed call and then the mean of as many as fill it.
     """
     if repeats < 1:
         raise ValueError(f"expected repeats >= 1, got {repeats}")
-    for run in candidates.values():
+    burst: dict[str, int] = {}
+    for name, run in candidates.items():
         for _ in range(warmup):
             run()
+        start = time.perf_counter()
+        run()
+        burst[name] = max(1, int(BURST_S / max(time.perf_counter() - start, 1e-6)))
     runtimes_ms: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
             time.sleep(PAUSE_S)
+            if burst[name] > 1:
+                run()
             start = time.perf_counter()
-            run()
-            runtimes_ms[name].append((time.perf_counter() - start) * 1e3)
+            for _ in range(burst[name]):
+                run()
+            runtimes_ms[name].append((time.perf_counter() - start) * 1e3 / burst[name])
     return runtimes_ms
 
 
@@ -53,11 +64,13 @@ def extra_memory_mb(run: Callable[[], object]) -> float | None:
 
     try:
         gc.collect()
+        # Else memory that the allocator has kept from an earlier call would not be seen to be taken again.
+        ctypes.CDLL(None).malloc_trim(0)
         before = kilobytes("VmRSS")
         reset.write_text("5")  # sets the peak, VmHWM, back to what is held now
         run()
         return max(0, kilobytes("VmHWM") - before) * 1024 / 1e6
-    except (OSError, StopIteration):
+    except (OSError, AttributeError, StopIteration):  # not Linux, or not glibc
         return None
 
 
@@ -128,7 +141,6 @@ def print_rows(made: Sequence[Mapping[str, Any]]) -> None:
     rivals = list(dict.fromkeys(rival for row in made for rival in row["ratios"]))
     heads = (
         "impl",
-        "precision",
         "threads",
         "runtime_ms",
         "p10..p90",

@@ -103,6 +103,21 @@ def evaluate(
     }
 
 
+def changed_labels(
+    test: Encoded, method: str, parameters: dict[int, dict[str, float]], seeds: list[int]
+) -> dict[str, tuple[int, int]]:
+    """Labels that keys of fewer bits change, and all labels, over every seed and the shots that `parameters` has."""
+    counts = {"fp16": (0, 0), "bf16": (0, 0), "int8": (0, 0)}
+    for (shots, chosen), seed in product(parameters.items(), seeds):
+        support, queries, _ = test.task(shots, POOL, seed)
+        plan = compile_method(method, support, **chosen)
+        exact = score(plan, queries).argmax(1)
+        for precision, (changed, total) in counts.items():
+            labels = score(plan.with_key_precision(precision), queries).argmax(1)
+            counts[precision] = (changed + int((labels != exact).sum()), total + len(exact))
+    return counts
+
+
 def only(pictures: Pictures, chosen: np.ndarray) -> Pictures:
     """The pictures of the chosen concepts (a mask over names), renumbered."""
     rows = chosen[pictures.concepts]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import typer
-from few_shot import POOL, Encoded, evaluate, only
+from few_shot import POOL, Encoded, changed_labels, evaluate, only
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -193,6 +193,14 @@ def main(
         }
     show_accuracy(accuracy, len(test.names), accuracy["1"]["zero-shot"]["queries"])
 
+    chosen_for = {
+        shots: {name: accuracy[str(shots)]["tip-adapter++ (shipped)"][name] for name in ("alpha", "beta")}
+        for shots in SHOTS
+    }
+    changed = changed_labels(shipped_test, "tip-adapter++", chosen_for, draws)
+    told = ", ".join(f"{name} {part} ({part / whole:.2%})" for name, (part, whole) in changed.items())
+    console.print(f"  labels that narrower keys change, of {next(iter(changed.values()))[1]}: {told}")
+
     console.rule("5. the classifier a program would use", align="left")
     chosen = accuracy["2"]["tip-adapter++"]
     classifier = fit_and_show(clip, out / "engine-onnxruntime", out / "adapter.safetensors", test, chosen, out)
@@ -203,6 +211,7 @@ def main(
         "overlap": overlap,
         "auroc": {name: auroc(*pair) for name, pair in pairs.items()},
         "accuracy": accuracy,
+        "labels_changed_by_narrow_keys": changed,
         "engines": engines,
         "latency_ms": latency_ms,
         "images_per_s": images_per_s,

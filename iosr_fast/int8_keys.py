@@ -1,0 +1,132 @@
+"""int8 keys in a basis of their own, where channels that carry little give their bytes to those that carry much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iosr_fast.precision import (
+    LARGEST_CODE,
+    chunks,
+    convert_keys,
+    key_rows,
+    round_channels,
+    second_moment,
+    upper_factor,
+)
+
+_SAMPLE = 2048
+_NARROW = 32  # channels; below, there is nothing to give
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """Orthonormal columns: `main` (D, D - r), coded once, and `top` (D, r), whose error is coded again in finer steps.
+
+    `gain` is the fine step over the coarse one; `moment` and `factor` are what round_channels wants in `main`.
+    """
+
+    main: np.ndarray
+    top: np.ndarray
+    moment: np.ndarray
+    factor: np.ndarray
+    gain: float = 1.0
+
+    @property
+    def transform(self) -> np.ndarray:
+        """(D, D): query @ transform meets codes * scale."""
+        return np.concatenate([self.main, self.gain * self.top], axis=1).astype(np.float32)
+
+
+def compact_int8(
+    keys: np.ndarray, key_scales: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """codes (N, D) int8, scales (N,) float32 and a query transform T (D, D) float32 or None, read-only.
+
+    key[j] is nearly scales[j] * codes[j] @ T', so that <query, key[j]> is nearly scales[j] * <query @ T, codes[j]>.
+
+    Let H be the keys' second moment. What scoring sees of an error e is <query, e>, and queries vary like keys: much
+    along H's leading eigenvectors, hardly along its last ones. So the last r are left out, and the r channels that this
+    frees hold what rounding has got wrong along the first r, in steps so fine that nothing of it is left there. The
+    other D - r channels are those of a random rotation, in which no channel is larger than others, rounded with
+    compensation (precision.quantize_int8) for what H has beside its first r eigenvectors. r, and whether to transform
+    at all, is what gives a sample of the keys the smallest mean e' H e. No data but the keys are looked at.
+
+    keys: (N, D) of any key precision, key_scales with int8. Raises ValueError for a row that is zero or not finite.
+    """
+    n_keys, width = keys.shape
+    if width < _NARROW:
+        return (*_untransformed(keys, key_scales), None)
+    moment = second_moment(lambda rows: key_rows(keys, key_scales, rows), n_keys, width)
+    sample = key_rows(keys, key_scales, slice(0, n_keys, max(1, n_keys // _SAMPLE)))
+    if not np.isfinite(moment).all() or not sample.any(axis=1).all():
+        return (*_untransformed(keys, key_scales), None)  # which says what is wrong with them
+    bases = [_basis(moment, sample, r) for r in range(width // 32, width // 3, width // 32)]
+    costs = [_cost(_decoded(sample, basis) - sample, moment) for basis in bases]
+    codes, scales = _untransformed(sample, None)
+    if _cost(scales[:, None] * codes - sample, moment) <= min(costs):
+        return (*_untransformed(keys, key_scales), None)
+    basis = bases[int(np.argmin(costs))]
+    codes, scales = np.empty(keys.shape, np.int8), np.empty(n_keys, np.float32)
+    for part in chunks(n_keys, width):
+        codes[part], scales[part] = _encode(key_rows(keys, key_scales, part), basis)
+    transform = basis.transform
+    for array in (codes, scales, transform):
+        array.flags.writeable = False
+    return codes, scales, transform
+
+
+def _untransformed(keys: np.ndarray, key_scales: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    codes, scales = convert_keys(keys, key_scales, "int8")
+    assert scales is not None
+    return codes, scales
+
+
+def _basis(moment: np.ndarray, sample: np.ndarray, r: int) -> _Basis:
+    width = len(moment)
+    values, vectors = np.linalg.eigh(moment)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    top = vectors[:, :r]
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((width - r, width - r)))[0]
+    main = vectors[:, : width - r] @ rotation
+    # What is left to compensate for: all of H but its first r eigenvectors, which keep the least value of the others.
+    rest = moment - (top * (values[:r] - values[-1])) @ top.T
+    inner = main.T @ rest @ main
+    basis = _Basis(main.astype(np.float32), top.astype(np.float32), inner, upper_factor(inner))
+    _, step, residual = _round_main(sample, basis)
+    return _Basis(
+        basis.main, basis.top, inner, basis.factor, float(np.abs(residual / step[:, None]).max() / LARGEST_CODE)
+    )
+
+
+def _round_main(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes (M, D - r) of `rows` in the main basis, their steps (M,), and what they get wrong along `top`, (M, r)."""
+    target = np.ascontiguousarray((rows @ basis.main).T)
+    largest = np.abs(target).max(axis=0)
+    step = np.maximum(largest, np.finfo(np.float32).tiny) / np.float32(LARGEST_CODE)
+    codes = round_channels(target, step, basis.moment, basis.factor)[0].T
+    return codes, step, rows @ basis.top - (codes * step[:, None]) @ (basis.main.T @ basis.top)
+
+
+def _encode(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray]:
+    codes, step, residual = _round_main(rows, basis)
+    fine = np.clip(np.rint(residual / (step[:, None] * basis.gain)), -LARGEST_CODE, LARGEST_CODE)
+    every = np.concatenate([codes, fine], axis=1)
+    # The scale that makes a key's error orthogonal to the key, as in quantize_int8.
+    decoded = every @ basis.transform.T
+    along = np.einsum("md,md->m", decoded, rows)
+    norms = np.einsum("md,md->m", rows, rows)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise ValueError("expected keys without zero rows, NaN or infinity, got such a row")
+    return every.astype(np.int8), norms / along
+
+
+def _decoded(rows: np.ndarray, basis: _Basis) -> np.ndarray:
+    codes, scales = _encode(rows, basis)
+    decoded: np.ndarray = (codes * scales[:, None]) @ basis.transform.T
+    return decoded
+
+
+def _cost(error: np.ndarray, moment: np.ndarray) -> float:
+    return float(np.einsum("md,md->m", error @ moment, error).mean())
