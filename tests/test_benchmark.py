@@ -17,13 +17,34 @@ from tools.bench import harness
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_candidates_are_timed_in_turn() -> None:
+class Clock:
+    """Time that passes only where a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_candidates_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(harness, "time", clock)
     calls: list[str] = []
-    names = ("a", "b")
-    runs = {name: (lambda name=name: calls.append(name)) for name in names}
+
+    def call(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.sleep(seconds)
+
+    # Two warm-up calls and one that tells how long a call is; a short one is then timed as the mean of a burst.
+    runs = {"a": lambda: call("a", harness.BURST_S), "b": lambda: call("b", harness.BURST_S / 2.5)}
     times = harness.measure(runs, repeats=3, warmup=2)
-    assert "".join(calls) == "aabb" + "ababab"
-    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+    assert "".join(calls) == "aaabbb" + "abbb" * 3
+    assert times["a"] == pytest.approx([1e3 * harness.BURST_S] * 3)
+    assert times["b"] == pytest.approx([1e3 * harness.BURST_S / 2.5] * 3)
     with pytest.raises(ValueError, match="repeats >= 1, got 0"):
         harness.measure(runs, repeats=0)
 
