@@ -159,14 +159,15 @@ def ragged_kernel(
             part = rest.to(tl.bfloat16)
             rest -= part.to(tl.float32)
             sums = tl.dot(operand(part), member, sums)
-    live = rows < n_queries
     slot = tl.load(item + 4)
     if SPLIT:
         # A piece's class is the item's only one, and its sum the first column.
         at = partial + slot.to(tl.int64) * n_queries + rows
-        tl.store(at, tl.sum(tl.where((own == 0)[None, :], sums, 0.0), axis=1), mask=live & (slot >= 0))
+        sum_of_piece = tl.sum(tl.where((own == 0)[None, :], sums, 0.0), axis=1)
+        tl.store(at, sum_of_piece, mask=rows < tl.where(slot >= 0, n_queries, 0))
     at = logits + rows[:, None].to(tl.int64) * n_classes + classes[None, :]
-    mask = live[:, None] & has[None, :] & (slot < 0)
+    whole = own < tl.where(slot < 0, tl.load(item + 3), 0)
+    mask = (rows < n_queries)[:, None] & whole[None, :]
     tl.store(at, tl.load(at, mask=mask, other=0.0) + alpha * sums, mask=mask)
 
 

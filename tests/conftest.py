@@ -11,6 +11,9 @@ from iosr_fast import dispatch
 from iosr_fast.encoder import Embeddings
 from iosr_fast.precision import Precision
 from iosr_fast.scoring import ScoringPlan
+from tools.source_tree import use_source_tree
+
+use_source_tree()  # so that the tests run where nothing is installed, too
 
 TERMS = ("text", "cache", "linear")
 

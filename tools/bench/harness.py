@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # An OpenMP pool goes on spinning for a while after its last call, on cores that the next candidate's threads need.
 PAUSE_S = 0.02
 # Calls shorter than this are timed in bursts: what is wanted is the time of one among many, with threads awake.
-BURST_S = 0.005
+BURST_S = 0.02
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
