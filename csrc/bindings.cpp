@@ -87,7 +87,8 @@ py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, co
                 const std::optional<py::array>& keys, const std::optional<py::array>& class_offsets,
                 const std::optional<py::array>& weights, float alpha, float beta,
                 const std::optional<py::array>& linear, const std::optional<py::array>& bias,
-                const std::optional<py::array>& key_scales, py::ssize_t threads) {
+                const std::optional<py::array>& key_scales, const std::optional<py::array>& query_transform,
+                py::ssize_t threads) {
     const std::optional<py::array>& any = plain ? plain : query ? query : feature;
     if (!any || any->ndim() != 2 || n_classes < 1) {
         throw py::value_error("expected n_classes >= 1 and embeddings of shape (B, D)");
@@ -114,6 +115,7 @@ py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, co
         plan.keys = checked_keys(*keys, {n_keys, width}, plan.key_type);
     }
     plan.key_scales = checked<float>(key_scales, "key_scales", {n_keys});
+    plan.query_transform = checked<float>(query_transform, "query_transform", {width, width});
     plan.class_offsets = checked<std::int64_t>(class_offsets, "class_offsets", {n_classes + 1});
     plan.weights = checked<float>(weights, "weights", {n_keys});
     plan.linear = checked<float>(linear, "linear", {n_classes, width});
@@ -163,7 +165,7 @@ PYBIND11_MODULE(_C, module) {
                py::arg("tau") = 0.0F, py::arg("keys") = py::none(), py::arg("class_offsets") = py::none(),
                py::arg("weights") = py::none(), py::arg("alpha") = 0.0F, py::arg("beta") = 0.0F,
                py::arg("linear") = py::none(), py::arg("bias") = py::none(),
-               py::arg("key_scales") = py::none(), py::arg("threads") = 0,
+               py::arg("key_scales") = py::none(), py::arg("query_transform") = py::none(), py::arg("threads") = 0,
                "Execute a scoring plan: (logits (B, C) float32, name of the path that ran). threads=0 takes\n"
                "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises ValueError where an array's dtype, shape\n"
                "or layout is wrong, RuntimeError where IOSR_FAST_SIMD or IOSR_FAST_THREADS can't be met.");

@@ -62,7 +62,7 @@ class DevicePlan:
         assert rows is not None  # whoever made the batch has seen to it
         if self.query_transform is None:
             return rows
-        return (rows.float() @ self.query_transform).to(rows.dtype)
+        return (rows.float() @ self.query_transform.T).to(rows.dtype)
 
 
 _made: weakref.WeakKeyDictionary[ScoringPlan, dict[Any, DevicePlan]] = weakref.WeakKeyDictionary()

@@ -35,8 +35,8 @@ class _Basis:
 
     @property
     def transform(self) -> np.ndarray:
-        """(D, D): query @ transform meets codes * scale."""
-        return np.concatenate([self.main, self.gain * self.top], axis=1).astype(np.float32)
+        """(D, D): transform @ query meets codes * scale."""
+        return np.concatenate([self.main.T, self.gain * self.top.T]).astype(np.float32)
 
 
 def compact_int8(
@@ -44,7 +44,7 @@ def compact_int8(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """codes (N, D) int8, scales (N,) float32 and a query transform T (D, D) float32 or None, read-only.
 
-    key[j] is nearly scales[j] * codes[j] @ T', so that <query, key[j]> is nearly scales[j] * <query @ T, codes[j]>.
+    key[j] is nearly scales[j] * codes[j] @ T, so that <query, key[j]> is nearly scales[j] * <T @ query, codes[j]>.
 
     Let H be the keys' second moment. What scoring sees of an error e is <query, e>, and queries vary like keys: much
     along H's leading eigenvectors, hardly along its last ones. So the last r are left out, and the r channels that this
@@ -114,7 +114,7 @@ def _encode(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray]:
     fine = np.clip(np.rint(residual / (step[:, None] * basis.gain)), -LARGEST_CODE, LARGEST_CODE)
     every = np.concatenate([codes, fine], axis=1)
     # The scale that makes a key's error orthogonal to the key, as in quantize_int8.
-    decoded = every @ basis.transform.T
+    decoded = every @ basis.transform
     along = np.einsum("md,md->m", decoded, rows)
     norms = np.einsum("md,md->m", rows, rows)
     if not (np.isfinite(norms) & (norms > 0)).all():
@@ -124,7 +124,7 @@ def _encode(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray]:
 
 def _decoded(rows: np.ndarray, basis: _Basis) -> np.ndarray:
     codes, scales = _encode(rows, basis)
-    decoded: np.ndarray = (codes * scales[:, None]) @ basis.transform.T
+    decoded: np.ndarray = (codes * scales[:, None]) @ basis.transform
     return decoded
 
 

@@ -26,7 +26,7 @@ def _rows(embeddings: Embeddings, which: str) -> np.ndarray:
 def query_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     """What meets the keys, (B, D) float32: the plan's query, transformed where it says so."""
     rows = _rows(embeddings, plan.query)
-    return rows if plan.query_transform is None else rows @ plan.query_transform
+    return rows if plan.query_transform is None else rows @ plan.query_transform.T
 
 
 def score_numpy(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
@@ -72,11 +72,10 @@ def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, st
     """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets."""
     from iosr_fast import _C
 
-    narrow = {} if plan.key_scales is None else {"key_scales": plan.key_scales}
     logits, path = _C.score(
         n_classes=plan.n_classes,
         plain=embeddings.plain,
-        query=None if plan.keys is None else query_rows(plan, embeddings),
+        query=None if plan.keys is None else _rows(embeddings, plan.query),
         feature=None if plan.linear is None else _rows(embeddings, plan.feature),
         text=plan.text,
         tau=plan.tau,
@@ -87,7 +86,8 @@ def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, st
         beta=plan.beta,
         linear=plan.linear,
         bias=plan.bias,
-        **narrow,
+        key_scales=plan.key_scales,
+        query_transform=plan.query_transform,
     )
     return logits, f"cpp/{path}"
 

@@ -77,12 +77,12 @@ def key_rows(keys: np.ndarray, key_scales: np.ndarray | None, rows: slice) -> np
 def dequantize(plan: ScoringPlan) -> np.ndarray:
     """The float32 keys (N, D) that a plan's stored keys stand for, where its query_transform is undone.
 
-    <query @ query_transform, stored> = <query, stored @ query_transform'>. Raises ValueError without keys.
+    <query @ query_transform', stored> = <query, stored @ query_transform>. Raises ValueError without keys.
     """
     if plan.keys is None:
         raise ValueError("expected a plan with keys, got one without a cache term")
     keys = convert_keys(plan.keys, plan.key_scales, "fp32")[0]
-    return keys if plan.query_transform is None else keys @ plan.query_transform.T
+    return keys if plan.query_transform is None else keys @ plan.query_transform
 
 
 def convert_keys(

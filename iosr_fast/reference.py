@@ -33,7 +33,7 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     if plan.keys is not None and plan.class_offsets is not None:
         query = rows(plan.query)
         if plan.query_transform is not None:
-            query = query @ plan.query_transform.astype(np.float64)
+            query = query @ plan.query_transform.T.astype(np.float64)
         cosine = query @ _keys(plan).T
         affinity = np.exp(-plan.beta * (1.0 - cosine))
         if plan.weights is not None:

@@ -34,8 +34,8 @@ class ScoringPlan:
     weights        (N,) float32; None stands for all ones
     linear, bias   (C, D) and (C,) float32
     query, feature which embedding meets the keys, and which the linear term
-    query_transform (D, D) float32; where given, query[b] @ query_transform meets the keys in place of query[b], and
-                   keys[j] @ query_transform' are the unit rows
+    query_transform (D, D) float32; where given, query_transform @ query[b] meets the keys in place of query[b], and
+                   keys[j] @ query_transform are the unit rows
 
     Arrays are converted to these dtypes (keys of any other to float32), made C-contiguous and read-only (copied only
     where they aren't already). `with_key_precision` stores the keys in fewer bits.

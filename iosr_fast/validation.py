@@ -42,14 +42,14 @@ def check_unit_rows(
     """Raise ValueError unless each row of (M, D) is finite and has norm 1, to within the tolerance of `precision`.
 
     `rows` may be of any key precision; int8 rows come with their `scales` (M,). With a
-    `transform` (D, D), rows @ transform' are what must have norm 1.
+    `transform` (D, D), rows @ transform are what must have norm 1.
     """
     tolerance = UNIT_NORM_TOLERANCE[precision]
     wrong, first, first_norm, finite = 0, -1, 0.0, True
     for part in chunks(*rows.shape):
         values = key_rows(rows, scales, part)
         if transform is not None:
-            values = values @ transform.T
+            values = values @ transform
         # A value whose square overflows is as wrong as one that isn't finite.
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.einsum("md,md->m", values, values))

@@ -28,7 +28,7 @@ def test_queries_that_were_not_seen_meet_smaller_errors_than_with_codes_in_the_k
     )
     assert transform is not None and transform.shape == (128, 128) and transform.dtype == np.float32
     assert not (codes.flags.writeable or scales.flags.writeable or transform.flags.writeable)
-    error = (codes * scales[:, None]) @ transform.T - keys
+    error = (codes * scales[:, None]) @ transform - keys
     own_codes, own_scales = quantize_int8(keys)
     own_error = own_codes * own_scales[:, None] - keys
     assert np.std(queries @ error.T) < 0.5 * np.std(queries @ own_error.T)
@@ -77,6 +77,8 @@ def test_every_path_transforms_the_query(path: str, batch: int, rng: np.random.G
     plan = plan_in_a_basis(rng)
     queries = correlated_rows(rng, batch, 48)
     assert_close_to_truth((path,), plan, Embeddings(unit_rows(rng, batch, 48), queries))
+    # One array for the text and for the keys: it is transformed for the keys alone.
+    assert_close_to_truth((path,), replace(plan, query="plain"), Embeddings(queries))
 
 
 def test_the_module_transforms_the_query(rng: np.random.Generator) -> None:

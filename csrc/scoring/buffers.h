@@ -31,7 +31,7 @@ struct Panels {
     Panels() = default;
     Panels(const float* queries, std::size_t size, std::initializer_list<const Panels*> others) : source(queries) {
         for (const Panels* other : others) {
-            if (queries != nullptr && other->source == queries) {
+            if (queries != nullptr && other != nullptr && other->source == queries) {
                 data = other->data;
             }
         }
@@ -41,10 +41,9 @@ struct Panels {
         }
     }
 
-    // Queries [first, first + n) into the panel that begins with query `slot` of the group, n <= panel.
-    void pack(std::size_t first, std::size_t n, std::size_t width, std::size_t panel, std::size_t slot) const {
+    // Queries [first, first + n) as the panel `out`, n <= panel.
+    void pack(std::size_t first, std::size_t n, std::size_t width, std::size_t panel, float* out) const {
         const float* from = source + first * width;
-        float* out = data + slot * width;
         for (std::size_t d = 0; d < width; ++d, out += panel) {
             for (std::size_t lane = 0; lane < panel; ++lane) {
                 out[lane] = lane < n ? from[lane * width + d] : 0.0F;

@@ -21,6 +21,7 @@ struct PlanView {
     const float* key_scales = nullptr;            // (N,)
     const std::int64_t* class_offsets = nullptr;  // (C + 1,): class c owns keys [class_offsets[c], class_offsets[c + 1])
     const float* weights = nullptr;               // (N,)
+    const float* query_transform = nullptr;       // (D, D): query_transform @ query[b] meets the keys, not query[b]
     const float* linear = nullptr;                // (C, D)
     const float* bias = nullptr;                  // (C,)
     float tau = 0.0F;

@@ -48,15 +48,26 @@ class Scorer {
         if (!few_) {
             // Terms that read one and the same array share its panels.
             plain_ = Panels(plan.text == nullptr ? nullptr : queries.plain, padded * width_, {});
-            query_ = Panels(plan.keys == nullptr ? nullptr : queries.query, padded * width_, {&plain_});
-            feature_ = Panels(plan.linear == nullptr ? nullptr : queries.feature, padded * width_, {&plain_, &query_});
+            const bool moved = plan.query_transform != nullptr;
+            const Panels* shared = moved ? nullptr : &plain_;
+            query_ = Panels(plan.keys == nullptr ? nullptr : queries.query, padded * width_, {shared});
+            shared = moved ? nullptr : &query_;
+            feature_ = Panels(plan.linear == nullptr ? nullptr : queries.feature, padded * width_, {&plain_, shared});
         }
         edges_ = make_buffer<double>(2 * n_chunks_ * group_);
+        few_queries_ = queries.query;
+        if (few_ && plan.query_transform != nullptr) {
+            moved_ = make_buffer<float>(queries.n_queries * width_);
+            few_queries_ = moved_.get();
+        }
         scratch_ = std::make_unique<Scratch[]>(workers_);
         for (std::size_t w = 0; w < workers_; ++w) {
             scratch_[w].dots = make_buffer<float>(block_rows_ * std::max(panel_, kernels.panel));
             scratch_[w].carry = make_buffer<double>(kBlockQueries + kMaxPanel);
             scratch_[w].segments = make_buffer<Segment>(block_rows_);
+            if (!few_ && plan.query_transform != nullptr) {
+                scratch_[w].panel = make_buffer<float>(panel_ * width_);
+            }
             if (!few_ && plan.key_type != KeyType::kFloat32) {
                 scratch_[w].rows = make_buffer<float>(block_rows_ * width_);
             }
@@ -71,12 +82,18 @@ class Scorer {
             std::vector<Phase> phases;
             for (const Panels* panels : {&plain_, &query_, &feature_}) {
                 if (panels->own != nullptr) {
-                    phases.push_back({ceil_div(count_, panel_), [this, panels](std::size_t, std::size_t p) {
-                                          const std::size_t begin = p * panel_;
-                                          panels->pack(first_ + begin, std::min(panel_, count_ - begin), width_, panel_,
-                                                       begin);
+                    phases.push_back({ceil_div(count_, panel_), [this, panels](std::size_t worker, std::size_t p) {
+                                          pack_panel(scratch_[worker], *panels, p * panel_);
                                       }});
                 }
+            }
+            if (moved_ != nullptr) {
+                phases.push_back({ceil_div(width_, block_rows_), [this](std::size_t, std::size_t i) {
+                                      const std::size_t r = i * block_rows_;
+                                      kernels_.dot_rows(plan_.query_transform + r * width_, KeyType::kFloat32,
+                                                        std::min(block_rows_, width_ - r), width_, queries_.query, count_,
+                                                        moved_.get() + r, width_);
+                                  }});
             }
             phases.push_back({blocks * row_blocks, [&](std::size_t worker, std::size_t i) {
                                   linear_block(scratch_[worker], i / row_blocks, i % row_blocks * block_rows_);
@@ -93,10 +110,20 @@ class Scorer {
 
   private:
     struct Scratch {
-        Buffer<float> dots, rows;
+        Buffer<float> dots, rows, panel;
         Buffer<double> carry;
         Buffer<Segment> segments;
     };
+
+    // The product of the transform's rows with a panel is a panel again.
+    void pack_panel(Scratch& scratch, const Panels& panels, std::size_t begin) const {
+        const bool moved = &panels == &query_ && plan_.query_transform != nullptr;
+        float* out = panels.data + begin * width_;
+        panels.pack(first_ + begin, std::min(panel_, count_ - begin), width_, panel_, moved ? scratch.panel.get() : out);
+        if (moved) {
+            kernels_.dot_panel(plan_.query_transform, width_, width_, scratch.panel.get(), out);
+        }
+    }
 
     // The logit of the i-th query of the group.
     float* logits_of(std::size_t i) const { return logits_ + (first_ + i) * plan_.n_classes; }
@@ -160,7 +187,7 @@ class Scorer {
             const float* weights = plan_.weights == nullptr ? nullptr : plan_.weights + begin;
             float* dots = scratch.dots.get();
             if (few_) {
-                kernels_.dot_rows(key_rows(begin), plan_.key_type, end - begin, width_, queries_.query, count_, dots,
+                kernels_.dot_rows(key_rows(begin), plan_.key_type, end - begin, width_, few_queries_, count_, dots,
                                   block_rows_);
                 for (std::size_t i = 0; i < count_; ++i) {
                     kernels_.exp_run(dots + i * block_rows_, end - begin, scale, scales, weights);
@@ -276,6 +303,8 @@ class Scorer {
     std::size_t count_ = 0;
     bool few_;
     Panels plain_, query_, feature_;
+    Buffer<float> moved_;  // few queries, transformed
+    const float* few_queries_;
     Buffer<double> edges_;
     std::unique_ptr<Scratch[]> scratch_;
 };

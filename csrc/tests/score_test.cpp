@@ -56,12 +56,14 @@ std::vector<float> unit_rows(std::size_t n, std::size_t width) {
 struct Problem {
     std::size_t width, batch;
     std::vector<std::int64_t> offsets;
-    std::vector<float> text, linear, bias, weights, scales, plain, query, feature, exact_keys;
+    std::vector<float> text, linear, bias, weights, scales, plain, query, feature, exact_keys, transform;
+    std::vector<float> moved;  // transform @ query, where there is one, or query
     std::vector<std::uint8_t> keys;
     KeyType type;
     float tau = 100.0F, alpha = 1.7F, beta = 5.5F;
 
-    Problem(std::vector<std::int64_t> offsets_, std::size_t width_, std::size_t batch_, KeyType type_)
+    Problem(std::vector<std::int64_t> offsets_, std::size_t width_, std::size_t batch_, KeyType type_,
+            bool transformed = false)
         : width(width_), batch(batch_), offsets(std::move(offsets_)), type(type_) {
         const std::size_t n = n_keys();
         const std::size_t n_classes = offsets.size() - 1;
@@ -71,6 +73,15 @@ struct Problem {
         plain = unit_rows(batch, width);
         query = unit_rows(batch, width);
         feature = unit_rows(batch, width);
+        moved = query;
+        if (transformed) {
+            transform = unit_rows(width, width);
+            for (std::size_t b = 0; b < batch; ++b) {
+                for (std::size_t d = 0; d < width; ++d) {
+                    moved[b * width + d] = static_cast<float>(dot(transform, d, query, b));
+                }
+            }
+        }
         weights.resize(n);
         std::uniform_real_distribution<float> uniform(0.1F, 3.0F);
         std::generate(weights.begin(), weights.end(), [&] { return uniform(rng); });
@@ -119,6 +130,7 @@ struct Problem {
         plan.class_offsets = offsets.data();
         plan.weights = weights.data();
         plan.linear = linear.data();
+        plan.query_transform = transform.empty() ? nullptr : transform.data();
         plan.bias = bias.data();
         plan.tau = tau;
         plan.alpha = alpha;
@@ -140,7 +152,7 @@ struct Problem {
     double truth(std::size_t b, std::size_t c) const {
         double sum = 0.0;
         for (auto j = static_cast<std::size_t>(offsets[c]); j < static_cast<std::size_t>(offsets[c + 1]); ++j) {
-            sum += weights[j] * std::exp(-static_cast<double>(beta) * (1.0 - dot(query, b, exact_keys, j)));
+            sum += weights[j] * std::exp(-static_cast<double>(beta) * (1.0 - dot(moved, b, exact_keys, j)));
         }
         return tau * dot(plain, b, text, c) + alpha * sum + dot(feature, b, linear, c) + bias[c];
     }
@@ -168,7 +180,8 @@ void test_against_the_formula() {
         for (const KeyType type : {KeyType::kFloat32, KeyType::kFloat16, KeyType::kBfloat16, KeyType::kInt8}) {
             for (const std::size_t width : {1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 123, 300}) {
                 for (const std::size_t batch : {1, 2, 3, 5, 6, 7, 16, 33}) {
-                    const Problem problem(layouts[(width + batch) % layouts.size()], width, batch, type);
+                    const bool transformed = (width + batch / 2) % 2 == 1;
+                    const Problem problem(layouts[(width + batch) % layouts.size()], width, batch, type, transformed);
                     const std::vector<float> logits = problem.run(*path.kernels, 1);
                     const std::size_t n_classes = problem.offsets.size() - 1;
                     double error = 0.0;
@@ -194,7 +207,7 @@ void test_threads_change_nothing() {
     // A class of one key, one that spans many chunks, then ragged ones: sums cross the borders of chunks.
     const std::vector<std::int64_t> offsets = {0, 1, 9000, 9000, 9100, 9301, 12000};
     for (const std::size_t batch : {1, 6, 40, 300}) {
-        const Problem problem(offsets, 24, batch, KeyType::kInt8);
+        const Problem problem(offsets, 24, batch, KeyType::kInt8, batch % 4 == 0);
         for (const Path& path : paths()) {
             const std::vector<float> alone = problem.run(*path.kernels, 1);
             check(std::abs(alone[1] - problem.truth(0, 1)) <= 4e-6 * std::abs(problem.truth(0, 1)), path.name + " edges");
