@@ -39,7 +39,7 @@ void relax() {
 // batch after another arrives sooner than a thread wakes up.
 template <typename Condition>
 void spin_until(const Condition& condition) {
-    constexpr auto kPatience = std::chrono::microseconds(100);
+    constexpr auto kPatience = std::chrono::microseconds(300);
     const auto end = std::chrono::steady_clock::now() + kPatience;
     while (!condition() && std::chrono::steady_clock::now() < end) {
         for (int i = 0; i < 16; ++i) {
