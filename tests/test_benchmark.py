@@ -184,3 +184,19 @@ def test_extra_memory_is_the_peak_of_a_call() -> None:
 
     extra = harness.extra_memory_mb(call)
     assert extra is not None and 60 < extra < 90
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("shape", [(4096, 4096), (20000, 64), (3, 8192)])
+def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, int], rng: np.random.Generator) -> None:
+    from iosr_fast.encoder import Embeddings
+    from iosr_fast.scoring import ScoringPlan, score
+    from tests.conftest import unit_rows
+
+    batch, width = shape
+    keys = unit_rows(rng, 40, width)
+    transform = np.eye(width)
+    plan = ScoringPlan(2, text=keys[:2], keys=keys, class_offsets=[0, 11, 40], query_transform=transform)
+    embeddings = Embeddings(np.resize(keys, (batch, width)))
+    extra = harness.extra_memory_mb(lambda: score(plan, embeddings, "cpp"))
+    assert extra is not None and extra - 8 * batch / 1e6 < 64

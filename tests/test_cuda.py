@@ -28,7 +28,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan
 from tests.conftest import random_embeddings, random_plan
-from tests.numerics import eager_float32
+from tests.numerics import eager_float32, needs_gpu
 
 torch = pytest.importorskip("torch")
 
@@ -37,7 +37,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 # Queries that are as wide as the keys take one part.
 UNSPLIT = {("fp16", "fp16"), ("bf16", "bf16"), ("int8", "fp16"), ("int8", "bf16"), ("fp16", "bf16")}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 
 
 def expected_path(keys: str, queries: str, batch: int) -> str:

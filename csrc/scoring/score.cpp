@@ -23,7 +23,8 @@ namespace {
 
 constexpr std::size_t kFewQueries = 6;        // up to here a panel would be mostly empty
 constexpr std::size_t kBlockQueries = 256;    // queries a task
-constexpr std::size_t kGroupQueries = 2048;   // queries packed at a time
+constexpr std::size_t kGroupQueries = 2048;   // queries packed at a time, fewer where they are long
+constexpr std::size_t kGroupFloats = 3 << 20;  // 12 MB of a term's panels
 constexpr std::size_t kBlockRows = 96;        // rows a block, fewer where they are long
 constexpr std::size_t kBlockFloats = 49152;   // 192 KB of widened rows: in the second-level cache
 constexpr std::size_t kMaxChunks = 256;
@@ -41,7 +42,8 @@ class Scorer {
         block_rows_ = std::clamp<std::size_t>(kBlockFloats / width_ / 6 * 6, 6, kBlockRows);
         chunk_rows_ = std::max(ceil_div(ceil_div(n_keys_, kMaxChunks), block_rows_), std::size_t{1}) * block_rows_;
         n_chunks_ = ceil_div(n_keys_, chunk_rows_);
-        group_ = std::min(queries.n_queries, kGroupQueries);
+        const std::size_t fit = std::max(kGroupFloats / width_ / kBlockQueries, std::size_t{1}) * kBlockQueries;
+        group_ = std::min({queries.n_queries, kGroupQueries, fit});
         const std::size_t work = group_ * width_ * (n_keys_ + plan.n_classes);
         workers_ = std::clamp<std::size_t>(work / kThreadWork, 1, std::max<std::size_t>(threads, 1));
         const std::size_t padded = ceil_div(group_, panel_) * panel_;
