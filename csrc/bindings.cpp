@@ -1,42 +1,17 @@
-// The only pybind11 file of the CPU module: checks arrays, releases the GIL, calls.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// The CPU module, and scoring in it: checks arrays, releases the GIL, calls. search/bind.cpp does so for the search.
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-#include <optional>
-#include <string>
-#include <vector>
-
+#include "arrays.h"
 #include "scoring/score.h"
-#include "scoring/threads.h"
 
-namespace py = pybind11;
+namespace iosr {
+void bind_search(py::module_& module);
+}
 
 namespace {
 
-std::string shape_text(const std::vector<py::ssize_t>& shape) {
-    std::string text = "(";
-    for (std::size_t i = 0; i < shape.size(); ++i) {
-        text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-    }
-    return text + (shape.size() == 1 ? ",)" : ")");
-}
-
-// The data of a C-contiguous array of T with just this shape; null where there is no array.
-template <typename T>
-const T* checked(const std::optional<py::array>& array, const char* name, const std::vector<py::ssize_t>& shape) {
-    if (!array) {
-        return nullptr;
-    }
-    const std::vector<py::ssize_t> got(array->shape(), array->shape() + array->ndim());
-    if (!py::isinstance<py::array_t<T>>(*array) || (array->flags() & py::array::c_style) == 0 || got != shape) {
-        throw py::value_error(std::string("expected ") + name + " C-contiguous, " +
-                              py::str(py::dtype::of<T>()).cast<std::string>() + " of shape " + shape_text(shape) +
-                              ", got " + py::str(array->dtype()).cast<std::string>() + " of shape " + shape_text(got));
-    }
-    return static_cast<const T*>(array->data());
-}
+using iosr::checked;
+using iosr::shape_text;
 
 // Keys as float32, float16, bfloat16 (as its bits, uint16) or int8, told apart by their dtype.
 const void* checked_keys(const py::array& keys, const std::vector<py::ssize_t>& shape, iosr::KeyType& type) {
@@ -55,31 +30,6 @@ const void* checked_keys(const py::array& keys, const std::vector<py::ssize_t>& 
                               shape_text(got));
     }
     return keys.data();
-}
-
-// IOSR_FAST_THREADS, or every thread that this process may use.
-std::size_t default_threads() {
-    const char* text = std::getenv("IOSR_FAST_THREADS");
-    if (text == nullptr || *text == '\0') {
-        return iosr::usable_threads();
-    }
-    char* end = nullptr;
-    const long count = std::strtol(text, &end, 10);
-    if (*end != '\0' || count < 1 || count > 4096) {
-        throw std::runtime_error("expected IOSR_FAST_THREADS to be a number of threads, 1 to 4096, got '" +
-                                 std::string(text) + "'; unset it to use all");
-    }
-    return static_cast<std::size_t>(count);
-}
-
-void check_offsets(const std::int64_t* offsets, py::ssize_t n_classes, py::ssize_t n_keys) {
-    bool good = offsets[0] == 0 && offsets[n_classes] == n_keys;
-    for (py::ssize_t c = 0; c < n_classes; ++c) {
-        good = good && offsets[c] <= offsets[c + 1];
-    }
-    if (!good) {
-        throw py::value_error("expected class_offsets to rise from 0 to the number of keys, " + std::to_string(n_keys));
-    }
 }
 
 py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, const std::optional<py::array>& query,
@@ -123,19 +73,18 @@ py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, co
     plan.tau = tau;
     plan.alpha = alpha;
     plan.beta = beta;
-    if (width < 1 || threads < 0) {
-        throw py::value_error("expected a width of at least 1 and threads >= 0 (0: as many as may be used)");
+    if (width < 1) {
+        throw py::value_error("expected a width of at least 1");
     }
     if ((plan.key_type == iosr::KeyType::kInt8) != (plan.key_scales != nullptr)) {
         throw py::value_error("expected key_scales with int8 keys, and with no others");
     }
     if (plan.keys != nullptr) {
-        check_offsets(plan.class_offsets, n_classes, n_keys);
+        iosr::check_offsets(plan.class_offsets, n_classes, n_keys);
     }
 
-    const char* requested = std::getenv("IOSR_FAST_SIMD");
-    const iosr::ScorePath& path = iosr::choose_score_path(requested == nullptr ? "" : requested);
-    const std::size_t n_threads = threads == 0 ? default_threads() : static_cast<std::size_t>(threads);
+    const iosr::ScorePath& path = iosr::requested_path();
+    const std::size_t n_threads = iosr::checked_threads(threads);
     py::array_t<float> logits({n_queries, n_classes});
     float* out = logits.mutable_data();
     {
@@ -169,4 +118,5 @@ PYBIND11_MODULE(_C, module) {
                "Execute a scoring plan: (logits (B, C) float32, name of the path that ran). threads=0 takes\n"
                "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises ValueError where an array's dtype, shape\n"
                "or layout is wrong, RuntimeError where IOSR_FAST_SIMD or IOSR_FAST_THREADS can't be met.");
+    iosr::bind_search(module);
 }

@@ -1,4 +1,4 @@
-"""Build the tests of the C++ kernels with sanitizers and run them; exits with their code.
+"""Build the tests of the C++ kernels with sanitizers and run them; exits with the first code that is not 0.
 
     python tools/sanitize.py address,undefined
 
@@ -15,10 +15,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("score_test", "search_test")
 
 
-def build_and_run(sanitizers: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The finished run of score_test; raises CalledProcessError where it can't be built."""
+def build_and_run(sanitizers: str, folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """The finished run of each of TESTS; raises CalledProcessError where they can't be built."""
     cmake = [shutil.which("cmake")] if shutil.which("cmake") else [sys.executable, "-m", "cmake"]
     flags = f"-O1 -g1 -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
     configure = [
@@ -32,7 +33,7 @@ def build_and_run(sanitizers: str, folder: Path) -> subprocess.CompletedProcess[
     ]
     for command in (configure, [*cmake, "--build", str(folder), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True, text=True)
-    return subprocess.run([folder / "score_test"], check=False, capture_output=True, text=True)
+    return {test: subprocess.run([folder / test], check=False, capture_output=True, text=True) for test in TESTS}
 
 
 def main() -> None:
@@ -41,13 +42,14 @@ def main() -> None:
     sanitizers = parser.parse_args().sanitizers
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = build_and_run(sanitizers, Path(folder))
+            runs = build_and_run(sanitizers, Path(folder))
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"score_test can't be built with -fsanitize={sanitizers}:\n{error.stdout}{error.stderr}"
+                f"{' and '.join(TESTS)} can't be built with -fsanitize={sanitizers}:\n{error.stdout}{error.stderr}"
             ) from error
-    print(f"-fsanitize={sanitizers}: {done.stdout}{done.stderr}", end="")
-    raise SystemExit(done.returncode)
+    for test, done in runs.items():
+        print(f"{test} -fsanitize={sanitizers}: {done.stdout}{done.stderr}", end="")
+    raise SystemExit(next((done.returncode for done in runs.values() if done.returncode), 0))
 
 
 if __name__ == "__main__":

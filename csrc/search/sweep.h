@@ -1,0 +1,25 @@
+// The alpha at which most samples are right.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace iosr {
+
+// Where the best alphas of S settings are written to, (S,) each.
+struct BestRows {
+    double* alpha;
+    double* low;
+    double* high;
+    std::uint8_t* ends;  // kLowerOpen and kUpperOpen where the plateau is without its end
+    std::int64_t* right;
+};
+
+// For each setting the middle of the widest plateau (the first of equals) of the number of intervals that cover an alpha
+// in [0, alpha_max]; a single point is a plateau of width 0. lower, upper, flags (S, V) as in intervals.h, without NaN.
+// alpha_max < 0 stands for twice the largest finite end above 0 of the setting's intervals, or 2 without one.
+// Up to `threads` threads, on which the result doesn't depend. Throws std::bad_alloc before any work.
+void sweep(const double* lower, const double* upper, const std::uint8_t* flags, std::size_t n_settings,
+           std::size_t n_samples, double alpha_max, std::size_t threads, const BestRows& out);
+
+}  // namespace iosr

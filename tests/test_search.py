@@ -1,0 +1,471 @@
+"""The exact search for alpha against rational arithmetic, grids and float64, by every path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iosr_fast import _C, dispatch
+from iosr_fast.encoder import Embeddings
+from iosr_fast.reference import score_reference
+from iosr_fast.scoring import ScoringPlan, score
+from iosr_fast.search import EMPTY, Best, Intervals, cache_intervals, intervals, step_curve, sweep
+from tests.conftest import unit_rows
+from tools.bench.harness import extra_memory_mb
+
+IMPLS = ("cpp", "numpy")
+PATHS = ["numpy", *(f"cpp/{name}" for name, supported in _C.simd_paths() if supported)]
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_path = pytest.mark.parametrize("path", PATHS)
+
+Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@st.composite
+def whole_problems(draw: st.DrawFn) -> Problem:
+    """base, slope and labels of small whole numbers: ties abound, and rational arithmetic is exact."""
+    n_samples, n_classes = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    largest = draw(st.integers(0, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    base, slope = rng.integers(-largest, largest + 1, (2, n_samples, n_classes)).astype(np.float32)
+    return base, slope, rng.integers(0, n_classes, n_samples)
+
+
+def right_at(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: Fraction) -> list[bool]:
+    """Whether the first of the largest logits is the label's, in rational arithmetic."""
+    logits = [[int(z) + alpha * int(s) for z, s in zip(*rows, strict=True)] for rows in zip(base, slope, strict=True)]
+    return [row.index(max(row)) == label for row, label in zip(logits, labels, strict=True)]
+
+
+def critical_alphas(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> list[Fraction]:
+    """Every alpha > 0 at which the order of the label's logit and another's changes."""
+    found = set()
+    for z, s, label in zip(base, slope, labels, strict=True):
+        for e, d in zip(z - z[label], s[label] - s, strict=True):
+            if d != 0 and Fraction(int(e), int(d)) > 0:
+                found.add(Fraction(int(e), int(d)))
+    return sorted(found)
+
+
+def best_by_counting(problem: Problem, alpha_max: Fraction) -> tuple[float, float, int, bool, bool]:
+    """low, high, right, low_included, high_included: by counting at each critical alpha and between each two."""
+    points = [Fraction(0), *(alpha for alpha in critical_alphas(*problem) if alpha < alpha_max)]
+    points = points if alpha_max == 0 else [*points, alpha_max]
+    # (low, high, count) of every point and of every open segment, in their order.
+    pieces = [(points[0], points[0])]
+    for left, right in pairwise(points):
+        pieces += [(left, right), (right, right)]
+    counts = [sum(right_at(*problem, (left + right) / 2)) for left, right in pieces]
+    best: tuple[float, int, int] | None = None
+    i = 0
+    while i < len(pieces):
+        last = i
+        while last + 1 < len(pieces) and counts[last + 1] == counts[i]:
+            last += 1
+        width = float(pieces[last][1]) - float(pieces[i][0])  # as the sweep rounds it: it decides between equals
+        if counts[i] == max(counts) and (best is None or width > best[0]):
+            best = (width, i, last)
+        i = last + 1
+    assert best is not None
+    first, last = best[1:]
+    return float(pieces[first][0]), float(pieces[last][1]), max(counts), first % 2 == 0, last % 2 == 0
+
+
+def fields(best: Best) -> list[list[Any]]:
+    return [getattr(best, name).tolist() for name in ("low", "high", "right", "low_included", "high_included")]
+
+
+def assert_same(left: Intervals | Best, right: Intervals | Best) -> None:
+    for name in vars(left).keys() - {"path"}:
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), name)
+
+
+@settings(max_examples=200, deadline=None)
+@given(whole_problems(), st.sampled_from([0, 1, 2, 3, 20]))
+def test_against_rational_arithmetic(problem: Problem, alpha_max: int) -> None:
+    found = [intervals(*problem, impl=impl) for impl in IMPLS]
+    assert [part.path for part in found] == list(IMPLS)
+    assert_same(*found)
+    points = [Fraction(0), *critical_alphas(*problem)]
+    inner = [(left + right) / 2 for left, right in pairwise([*points, points[-1] + 2])]
+    for alpha in [*points, *inner]:
+        np.testing.assert_array_equal(inside(found[0], float(alpha))[0], right_at(*problem, alpha), str(alpha))
+    given_max = [sweep(found[0], alpha_max, impl) for impl in IMPLS]
+    assert [best.path for best in given_max] == list(IMPLS)
+    assert_same(*given_max)
+    assert fields(given_max[0]) == [[value] for value in best_by_counting(problem, Fraction(alpha_max))]
+    # Of the critical alphas only those of samples that are right somewhere are ends of an interval.
+    lower, upper = (getattr(found[0], name)[found[0].flags & EMPTY == 0] for name in ("lower", "upper"))
+    ends = [end for end in [*lower, *upper] if 0 < end < np.inf]
+    largest = max((alpha for alpha in points if float(alpha) in ends), default=Fraction(1))
+    free = [sweep(found[0], None, impl) for impl in IMPLS]
+    assert_same(*free)
+    assert fields(free[0]) == [[value] for value in best_by_counting(problem, 2 * largest)]
+    assert free[0].alpha == free[0].low + (free[0].high - free[0].low) / 2
+
+
+def inside(found: Intervals, alpha: float) -> np.ndarray:
+    """(S, V) bool, whether alpha is in an interval."""
+    above = np.where(found.flags & 1, found.lower < alpha, found.lower <= alpha)
+    below = np.where(found.flags & 2, alpha < found.upper, alpha <= found.upper)
+    return above & below & (found.flags & EMPTY == 0)
+
+
+@each_impl
+def test_ties_go_to_the_first_class(impl: str) -> None:
+    labels = np.array([0, 1, 2, 0])
+    zero = np.zeros((4, 3))
+    best = sweep(intervals(zero, zero, labels, impl), impl=impl)
+    assert fields(best) == [[0.0], [2.0], [2], [True], [True]] and best.alpha == [1.0]
+    # Without a base every class ties at alpha 0, and beyond it the slopes decide.
+    slope = np.eye(3)[labels]
+    found = intervals(zero, slope, labels, impl)
+    assert inside(found, 0.0).tolist() == [[True, False, False, True]]
+    assert inside(found, 1e-300).all()
+    assert fields(sweep(found, 8.0, impl)) == [[0.0], [8.0], [4], [False], [True]]
+    assert sweep(found, 0.0, impl).right == [2]
+
+
+@each_impl
+def test_a_single_point_wins_only_where_more_are_right(impl: str) -> None:
+    lower, upper = np.array([[0.0, 1.0, 3.0]]), np.array([[1.0, 3.0, 4.0]])
+    touching = Intervals(lower, upper, np.zeros((1, 3)))
+    assert fields(sweep(touching, impl=impl)) == [[1.0], [1.0], [2], [True], [True]]
+    # Half open, one goes on where the other ends: a plateau from 0 to 4.
+    half_open = Intervals(lower, upper, np.array([[2, 2, 0]]))
+    assert fields(sweep(half_open, impl=impl)) == [[0.0], [4.0], [1], [True], [True]]
+    assert sweep(half_open, impl=impl).alpha == [2.0]
+
+
+@each_impl
+def test_a_sample_that_is_never_right(impl: str) -> None:
+    base = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    found = intervals(base, np.zeros((3, 2)), [1, 1, 1], impl)  # loses, ties with an earlier class, wins
+    assert (found.flags & EMPTY != 0).tolist() == [[True, True, False]]
+    never = intervals(base[:2], np.zeros((2, 2)), [1, 1], impl)
+    assert fields(sweep(never, impl=impl)) == [[0.0], [2.0], [0], [True], [True]]
+    assert fields(sweep(never, 5.0, impl)) == [[0.0], [5.0], [0], [True], [True]]
+
+
+@each_impl
+@pytest.mark.parametrize("seed", range(5))
+def test_no_grid_finds_more(impl: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 7, 400)
+    base, slope = rng.standard_normal((2, 400, 7)).astype(np.float32)
+    base[np.arange(400), labels] += 0.5
+    slope[np.arange(400), labels] += 0.8
+    best = sweep(intervals(base, slope, labels, impl), impl=impl)
+
+    def right(alpha: float) -> int:
+        return int(((base.astype(np.float64) + alpha * slope).argmax(axis=1) == labels).sum())
+
+    assert best.right[0] >= max(right(alpha) for alpha in [*np.linspace(0, 10, 2000), *np.geomspace(1e-3, 1e3, 500)])
+    assert best.low < best.high and right(best.alpha[0]) == best.right[0]
+
+
+@each_impl
+def test_the_step_curve_counts_between_the_ends(impl: str, rng: np.random.Generator) -> None:
+    base, slope = rng.integers(-3, 4, (2, 60, 4))
+    labels = rng.integers(0, 4, 60)
+    found = intervals(base, slope, labels, impl)
+    for alpha_max in (None, 1.5):
+        edges, right = step_curve(found, 0, alpha_max)
+        assert edges[0] == 0 and (np.diff(edges) > 0).all() and len(right) == len(edges) - 1
+        assert edges[-1] == alpha_max or alpha_max is None
+        middles = (edges[1:] + edges[:-1]) / 2
+        assert right.tolist() == [inside(found, middle).sum() for middle in middles]
+    best = sweep(found, impl=impl)
+    edges, right = step_curve(found, 0)
+    assert best.right[0] >= right.max()
+
+
+def test_folds_lie_side_by_side(rng: np.random.Generator) -> None:
+    base, slope = rng.standard_normal((2, 30, 3))
+    labels = rng.integers(0, 3, 30)
+    whole = intervals(base, slope, labels)
+    parts = [intervals(base[rows], slope[rows], labels[rows]) for rows in (slice(0, 7), slice(7, 7), slice(7, 30))]
+    joined = Intervals.concatenate(parts)
+    assert_same(joined, whole)
+    assert (joined.n_settings, joined.n_samples, joined.path) == (1, 30, whole.path)
+
+
+# (V, N by class, D, K, G); with G come extra terms, weights and own keys.
+SHAPES = [
+    (1, [1], 1, 1, 0),
+    (3, [1], 4, 2, 2),
+    (7, [0, 0, 2, 0, 7, 0], 9, 3, 0),
+    (8, [2, 0, 3, 1], 17, 2, 3),
+    (33, [1] * 40, 31, 2, 2),
+    (65, [150, 0, 61, 96], 64, 4, 2),
+    (130, [5, 9, 200, 1, 16], 123, 3, 0),
+]
+
+
+def cache_problem(rng: np.random.Generator, n_samples: int, counts: list[int], width: int, k: int, g: int) -> dict:
+    keys = unit_rows(rng, sum(counts), width)
+    problem: dict[str, Any] = {
+        "base": rng.standard_normal((n_samples, len(counts))).astype(np.float32),
+        "query": unit_rows(rng, n_samples, width),
+        "keys": keys,
+        "class_offsets": np.concatenate([[0], np.cumsum(counts)]),
+        "labels": rng.integers(0, len(counts), n_samples),
+        "betas": [0.0, 5.5, 1.0, 60.0][:k],
+    }
+    if g:
+        problem["extra"] = rng.standard_normal((n_samples, len(counts))).astype(np.float32)
+        problem["gammas"] = [0.0, 1.3, -0.4][:g]
+        problem["weights"] = rng.uniform(0.1, 3.0, (k, len(keys))).astype(np.float32)
+        problem["own"] = rng.integers(-1, len(keys), n_samples)
+        met = problem["own"] >= 0
+        problem["query"][met] = keys[problem["own"][met]]  # as in leave-one-out: the own key is the nearest
+    return problem
+
+
+def run_path(path: str, problem: dict[str, Any]) -> Intervals:
+    """cache_intervals by one path, seen to be the one that ran."""
+    impl, _, detail = path.partition("/")
+    with pytest.MonkeyPatch.context() as patch:
+        if impl == "cpp":
+            patch.setenv("IOSR_FAST_SIMD", detail)
+        found = cache_intervals(**problem, impl=impl)
+    assert found.path == path
+    return found
+
+
+def slopes(problem: dict[str, Any], k: int) -> np.ndarray:
+    """The slopes in float64, of the plan that has the k-th beta and weights; own keys are left out one by one."""
+    n_classes, weights = problem["base"].shape[1], problem.get("weights")
+
+    def plan(rows: np.ndarray, counts: np.ndarray) -> ScoringPlan:
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        kept = None if weights is None else weights[k][rows]
+        return ScoringPlan(
+            n_classes, keys=problem["keys"][rows], class_offsets=offsets, weights=kept, beta=problem["betas"][k]
+        )
+
+    n_keys, counts = len(problem["keys"]), np.diff(problem["class_offsets"])
+    whole = score_reference(plan(np.arange(n_keys), counts), Embeddings(problem["query"]))
+    for v, own in enumerate(problem.get("own", ())):
+        if own >= 0:
+            rows = np.delete(np.arange(n_keys), own)
+            fewer = counts - np.bincount([np.searchsorted(problem["class_offsets"], own, "right") - 1], None, n_classes)
+            one = Embeddings(problem["query"][v : v + 1])
+            whole[v] = score_reference(plan(rows, fewer), one)[0] if len(rows) else 0.0
+    return whole
+
+
+@each_path
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_cache_at_many_settings(path: str, shape: tuple[Any, ...], rng: np.random.Generator) -> None:
+    """In an interval the label's logit is the largest, outside it isn't, up to the rounding of float32 sums."""
+    problem = cache_problem(rng, *shape)
+    found = run_path(path, problem)
+    gammas, labels = problem.get("gammas", [0.0]), problem["labels"]
+    assert found.lower.shape == (len(problem["betas"]) * len(gammas), len(labels))
+    for k in range(len(problem["betas"])):
+        slope = slopes(problem, k)
+        for g, gamma in enumerate(gammas):
+            base = problem["base"] + gamma * problem.get("extra", np.zeros(1)).astype(np.float64)
+            row = Intervals(*(getattr(found, name)[None, k * len(gammas) + g] for name in ("lower", "upper", "flags")))
+            for alpha in [*np.linspace(0, 5, 31), 100.0]:
+                logits = base + alpha * slope
+                own = logits[np.arange(len(labels)), labels].copy()
+                logits[np.arange(len(labels)), labels] = -np.inf
+                margin = own - logits.max(axis=1)
+                doubt = 4e-6 * alpha * (1 + np.abs(slope).max())
+                clear = np.abs(margin) > doubt
+                assert clear.mean() > 0.9 or alpha == 0 or len(labels) < 10
+                np.testing.assert_array_equal(inside(row, alpha)[0][clear], margin[clear] > 0)
+
+
+@each_path
+def test_the_cache_equals_intervals_of_scored_slopes(path: str, rng: np.random.Generator) -> None:
+    problem = cache_problem(rng, 300, [4] * 20, 64, 3, 0)
+    found = run_path(path, problem)
+    for k, beta in enumerate(problem["betas"]):
+        plan = ScoringPlan(20, keys=problem["keys"], class_offsets=problem["class_offsets"], beta=beta)
+        scored = intervals(problem["base"], score(plan, Embeddings(problem["query"])), problem["labels"])
+        if beta > 0:  # at 0 all slopes are 4, so that the last bit decides whether any alpha is right
+            assert ((found.flags[k] ^ scored.flags[0]) & EMPTY == 0).all()
+            kept = found.flags[k] & EMPTY == 0
+            assert kept.sum() > 20
+            np.testing.assert_allclose(found.lower[k][kept], scored.lower[0][kept], rtol=1e-3)
+            np.testing.assert_allclose(found.upper[k][kept], scored.upper[0][kept], rtol=1e-3)
+        else:
+            assert_same(Intervals(found.lower[:1], found.upper[:1], found.flags[:1]), scored)
+
+
+@each_path
+def test_an_own_key_leaves_nothing_behind(path: str, rng: np.random.Generator) -> None:
+    """The masked key's affinity of 1 is a thousand times all others together; taking it away again would show."""
+    keys = np.array([[1, 0], [-1, 0], [-1, 0], [0, 1]], np.float32)
+    problem = {
+        "base": np.array([[0.0, 1e-6, -9.0]]),
+        "query": keys[:1],
+        "keys": keys,
+        "class_offsets": [0, 2, 3, 4],
+        "labels": [0],
+        "betas": [10.0],
+        "own": [0],
+    }
+    # Left are one key each for the classes 0 and 1, alike: no alpha makes up for the base of class 1.
+    assert run_path(path, problem).flags[0, 0] & EMPTY
+    problem["own"] = [2]  # class 1 has none left
+    found = run_path(path, problem)
+    assert found.flags[0, 0] == 0 and found.lower[0, 0] == pytest.approx(1e-6, rel=1e-5)
+    problem |= {"keys": keys[:1], "class_offsets": [0, 1, 1, 1], "own": [0]}  # a single key, masked: all slopes are 0
+    assert run_path(path, problem).flags[0, 0] & EMPTY
+
+
+@each_path
+def test_identical_classes_tie(path: str, rng: np.random.Generator) -> None:
+    keys = np.tile(unit_rows(rng, 5, 33), (4, 1))
+    problem = cache_problem(rng, 50, [5] * 4, 33, 3, 0) | {"keys": keys, "base": np.zeros((50, 4))}
+    found = run_path(path, problem)
+    assert ((found.flags & EMPTY == 0) == (problem["labels"] == 0)).all()
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_threads_change_nothing(path: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOSR_FAST_SIMD", path.removeprefix("cpp/"))
+    problem = cache_problem(rng, 700, [0, 130, 1, 70, 33], 40, 3, 3)
+    problem["betas"], problem["gammas"] = np.array(problem["betas"]), np.array(problem["gammas"])
+    arrays = {name: problem[name] for name in ("base", "labels")} | {"slope": problem["extra"]}
+
+    def run(threads: int) -> list[Any]:
+        cache = _C.cache_intervals(**problem, threads=threads)
+        rows = dict(zip(("lower", "upper", "flags"), cache, strict=False))
+        return [*cache[:3], *_C.sweep(**rows, threads=threads), *_C.intervals(**arrays, threads=threads)]
+
+    alone = run(1)
+    for threads in (0, 2, 3, 5):
+        for left, right in zip(alone, run(threads), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+@each_impl
+def test_no_affinity_is_ever_held(impl: str, rng: np.random.Generator) -> None:
+    n_samples, n_keys = 10_000, 4_000
+    problem = cache_problem(rng, n_samples, [80] * 50, 8, 1, 0)
+    call: Callable[[], Intervals] = lambda: cache_intervals(**problem, impl=impl)  # noqa: E731
+    call()
+    used = extra_memory_mb(call)
+    if used is None:
+        pytest.skip("the peak of memory can be reset on Linux only")
+    assert used < n_samples * n_keys * 4 / 1e6 / 4  # a quarter of the affinity's 160 MB
+
+
+@each_impl
+@pytest.mark.parametrize("n_classes", [1, 4])
+def test_without_samples(impl: str, n_classes: int) -> None:
+    empty = np.zeros((0, n_classes))
+    found = intervals(empty, empty, np.zeros(0, int), impl)
+    cached = cache_intervals(empty, np.zeros((0, 2)), [[1, 0]], [0] + [1] * n_classes, [], [1.0, 2.0], impl=impl)
+    assert (found.n_settings, found.n_samples) == (1, 0) and (cached.n_settings, cached.n_samples) == (2, 0)
+    assert fields(sweep(cached, impl=impl)) == [[0.0] * 2, [2.0] * 2, [0] * 2, [True] * 2, [True] * 2]
+    assert [part.tolist() for part in step_curve(found, 0)] == [[0.0, 2.0], [0]]
+
+
+@each_impl
+def test_one_class_is_always_right(impl: str, rng: np.random.Generator) -> None:
+    best = sweep(intervals(rng.standard_normal((5, 1)), rng.standard_normal((5, 1)), [0] * 5, impl), impl=impl)
+    assert fields(best) == [[0.0], [2.0], [5], [True], [True]]
+
+
+def test_the_implementation_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = (np.zeros((2, 2)), np.zeros((2, 2)), [0, 1])
+    assert intervals(*arrays).path == "cpp"
+    assert sweep(intervals(*arrays)).path == "cpp"
+    with pytest.raises(ValueError, match=r"out of auto, cpp, numpy, got impl='triton'"):
+        intervals(*arrays, impl="triton")
+    for forced, path in (("numpy", "numpy"), ("cpp", "cpp"), ("torch", "cpp")):
+        monkeypatch.setenv("IOSR_FAST_IMPL", forced)
+        assert intervals(*arrays).path == path
+    monkeypatch.delenv("IOSR_FAST_IMPL")
+    monkeypatch.setattr(dispatch, "_cpp_refusal", lambda: "it is not built")
+    assert intervals(*arrays).path == "numpy"
+    with pytest.raises(RuntimeError, match="impl='cpp' can't run here: it is not built"):
+        sweep(intervals(*arrays), impl="cpp")
+    monkeypatch.setenv("IOSR_FAST_IMPL", "cpp")
+    with pytest.raises(RuntimeError, match="IOSR_FAST_IMPL=cpp can't run here"):
+        intervals(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base": np.zeros(3)}, "expected base with two axes"),
+        ({"base": np.full((4, 3), np.nan)}, "expected base to be finite"),
+        ({"base": np.zeros((5, 3))}, r"expected labels of shape \(5,\)"),
+        ({"base": np.zeros((4, 0))}, "C >= 1, got C = 0"),
+        ({"labels": [0, 1, 2, 3]}, r"expected labels from 0 to 2 \(columns of base\), got 3"),
+        ({"labels": [0.0, 1.0, 2.0, 1.0]}, "expected labels of integers, got float64"),
+        ({"query": np.zeros((4, 2))}, "expected query rows of unit norm"),
+        ({"query": np.zeros((4, 3))}, r"expected query of shape \(4, 2\)"),
+        ({"keys": np.zeros((0, 2))}, "expected at least one key"),
+        ({"class_offsets": [0, 1, 2]}, r"shape \(4,\), got int64 of \(3,\)"),
+        ({"class_offsets": [0, 2, 1, 3]}, "sort keys by class first"),
+        ({"betas": []}, r"expected betas of shape \(n,\) with n >= 1"),
+        ({"betas": [1.0, -1.0]}, "expected betas >= 0, got -1"),
+        ({"betas": [1.0, np.inf]}, "expected betas finite"),
+        ({"weights": np.ones((2, 4))}, r"expected weights of shape \(1, 3\)"),
+        ({"gammas": [1.0]}, "expected extra and gammas together"),
+        ({"gammas": [1.0], "extra": np.zeros((4, 2))}, r"expected extra of shape \(4, 3\)"),
+        ({"own": [0, 1, 2, 3]}, "rows of keys, or -1 for none"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_before_any_work(change: dict[str, Any], said: str) -> None:
+    rows = np.eye(2)
+    problem: dict[str, Any] = {
+        "base": np.zeros((4, 3)),
+        "query": rows[[0, 1, 0, 1]],
+        "keys": rows[[0, 1, 0]],
+        "class_offsets": [0, 1, 2, 3],
+        "labels": [0, 1, 2, 0],
+        "betas": [1.0],
+    }
+    cache_intervals(**problem)
+    with pytest.raises(ValueError, match=said):
+        cache_intervals(**problem | change)
+
+
+def test_wrong_intervals_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected slope of shape \(2, 3\), as base has, got \(2, 2\)"):
+        intervals(np.zeros((2, 3)), np.zeros((2, 2)), [0, 1])
+    with pytest.raises(ValueError, match=r"one shape \(S, V\), got upper of \(1, 2\)"):
+        Intervals(np.zeros((1, 3)), np.zeros((1, 2)), np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="expected lower without NaN, got 1"):
+        Intervals(np.array([[np.nan]]), np.zeros((1, 1)), np.zeros((1, 1)))
+    found = Intervals(np.zeros((2, 3)), np.ones((2, 3)), np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"all of one number of settings, got \[2, 1\]"):
+        Intervals.concatenate([found, Intervals(np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 3)))])
+    for alpha_max in (-1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="expected alpha_max finite and >= 0"):
+            sweep(found, alpha_max)
+    with pytest.raises(ValueError, match="expected a setting from 0 to 1, got 2"):
+        step_curve(found, 2)
+
+
+def test_the_extension_checks_its_arrays() -> None:
+    good = {"base": np.zeros((2, 3), np.float32), "slope": np.zeros((2, 3), np.float32), "labels": np.zeros(2, int)}
+    _C.intervals(**good)
+    with pytest.raises(ValueError, match=r"expected slope C-contiguous, float32 of shape \(2, 3\), got float64"):
+        _C.intervals(**good | {"slope": np.zeros((2, 3))})
+    with pytest.raises(ValueError, match="expected labels from 0 to 2, got 3"):
+        _C.intervals(**good | {"labels": np.array([0, 3])})
+    with pytest.raises(ValueError, match="expected threads >= 0"):
+        _C.intervals(**good, threads=-1)
+    with pytest.raises(TypeError):
+        _C.intervals(*good.values())
+    rows = {"lower": np.zeros((2, 3)), "upper": np.zeros((2, 3)), "flags": np.zeros((2, 3), np.uint8)}
+    with pytest.raises(ValueError, match=r"expected upper C-contiguous, float64 of shape \(2, 3\)"):
+        _C.sweep(**rows | {"upper": np.zeros((3, 2)).T})
