@@ -89,13 +89,16 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     "cuda/mma"        half or int8 keys on the tensor cores, sums in float32. int8 is converted to float16 in registers.
     "cuda/mma-split"  the same where queries have more bits than keys: they come as a sum of 2 or 3 half matrices
     "cuda/fp32"       float32 keys, by fused multiply-adds
+    "cuda/dense-torch"  keys with values in place of classes, for which there is no kernel here: the term is that of
+                      torch_scoring, in PyTorch's operations
     "cuda/linear", "cuda/linear-mma"  the plan has no cache term; queries are float32, or half
     "cuda/empty"      there is no query
 
-    each with "-small" behind it up to 16 queries. Neither the (B, N) affinity nor a one-hot matrix reaches memory. Sums
-    of classes that span several runs of 64 keys do, in at most 64 MB, and are merged in order: equal calls give equal
-    bits. The linear terms keep float32's precision: float32 queries meet them by fused multiply-adds, half ones on
-    the tensor cores ("cuda/linear-mma").
+    those of kernels with "-small" behind it up to 16 queries. Neither the (B, N) affinity nor a one-hot matrix reaches
+    memory ("dense-torch": the affinity does, in tiles). Sums of classes that span several runs of 64 keys do, in at
+    most 64 MB, and are merged in order: equal calls give equal bits. The linear terms keep float32's precision: float32
+    queries, and those that a reducer has made float32, meet them by fused multiply-adds, half ones on the tensor cores
+    ("cuda/linear-mma"). A linear term over the distribution over texts is a product of PyTorch's on top.
 
     The first call for a plan reads back whether classes are empty or large and how large its rows are, and keeps that;
     later ones neither wait for the device nor read from it. A CUDA graph may record even the first call, which then
@@ -105,6 +108,8 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     """
     import torch
 
+    from iosr_fast.torch_scoring import add_cache_term, add_linear_term
+
     logits = torch.empty((len(plain), plan.n_classes), dtype=torch.float32, device=plan.device)
     if not len(plain):
         return logits, "cuda/empty"
@@ -112,7 +117,7 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     device, stream = _place(plan.device)
     call = {"device": device, "stream": stream, "n_classes": plan.n_classes, "n_queries": len(plain)}
     path, layout = None, None
-    if plan.keys is not None:
+    if plan.class_offsets is not None:
         layout = class_layout(plan, module.chunk)
         query = plan.query_rows(plain, adapted)
         path = _cache_term(module, plan, layout, query, logits, call)
@@ -129,6 +134,11 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
             logits=logits.data_ptr(),
         )
         path = path or linear_path
+    if plan.linear is not None and plan.feature == "text-distribution":
+        add_linear_term(plan, plain, adapted, logits)
+    if plan.values is not None:
+        add_cache_term(plan, plain, adapted, logits)
+        path = "dense-torch"
     return logits, f"cuda/{path}"
 
 
@@ -182,16 +192,17 @@ class _LinearTerms:
 
 
 def _linear_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> _LinearTerms:
-    """Half queries meet rows as a sum of two float16 matrices, on the tensor cores; float32 ones as they are."""
+    """Half queries meet rows as a sum of two float16 matrices, on the tensor cores; float32 ones as they are.
+
+    The linear term is left out where its rows aren't as wide as an embedding.
+    """
     import torch
 
-    feature = plain if plan.feature == "plain" else adapted
-    terms = [
-        (rows, queries, factor)
-        for rows, queries, factor in ((plan.text, plain, plan.tau), (plan.linear, feature, 1.0))
-        if rows is not None and queries is not None
-    ]
-    split = [kept(rows, "split", split_rows) for rows, _, _ in terms] if plain.dtype != torch.float32 else []
+    terms = [] if plan.text is None else [(plan.text, plain, plan.tau)]
+    if plan.linear is not None and plan.feature != "text-distribution":
+        terms.append((plan.linear, plan.feature_rows(plain, adapted), 1.0))
+    narrow = all(queries.dtype != torch.float32 for _, queries, _ in terms)
+    split = [kept(rows, "split", split_rows) for rows, _, _ in terms] if narrow else []
     half = bool(split) and None not in split
     made: dict[int, Tensor] = {}
     operands, tensors = [], []

@@ -25,9 +25,12 @@ class DevicePlan:
     keys           (N, D) float32, float16, bfloat16 or int8; key_scales (N,) float32 with int8
     class_offsets  (C + 1,) int32
     weights        (N,) float32
-    linear, bias   (C, D) and (C,) float32
-    query, feature "plain" or "adapted"
+    linear, bias   (C, D) and (C,) float32, linear (C, C + 1) where the feature is "text-distribution"
+    query, feature ScoringPlan's names
     query_transform (D, D) float32 or None: query_rows
+    values         (N, C) float32, in place of class_offsets
+    reducer_shift, reducer_projection  the reducer's (D,) and (D, D) or (D,) float32, both None without one
+    temperature    of the distribution over texts
 
     All on `device`, contiguous, and never written to: on the CPU they are the plan's own memory.
     """
@@ -48,6 +51,10 @@ class DevicePlan:
     feature: str
     device: torch.device
     query_transform: Tensor | None = None
+    values: Tensor | None = None
+    reducer_shift: Tensor | None = None
+    reducer_projection: Tensor | None = None
+    temperature: float = 0.5
 
     @property
     def needs_adapted(self) -> bool:
@@ -57,12 +64,52 @@ class DevicePlan:
         )
 
     def query_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
-        """What meets the keys, (B, D) in the dtype that came: the plan's query, transformed where it says so."""
-        rows = plain if self.query == "plain" else adapted
-        assert rows is not None  # whoever made the batch has seen to it
-        if self.query_transform is None:
+        """What meets the keys, (B, D): the plan's query, reduced and then transformed where it says so.
+
+        Where it says neither, the rows that came; else float32, rounded to the half type that meets such keys (float16
+        for int8, none for float32) where half rows came.
+        """
+        import torch
+
+        assert self.keys is not None
+        rows = _rows(self.query, plain, adapted)
+        moved = self._reduced(rows)
+        if self.query_transform is not None:
+            moved = moved.float() @ self.query_transform.T
+        if moved is rows or torch.float32 in (rows.dtype, self.keys.dtype):
+            return moved
+        return moved.to(torch.bfloat16 if self.keys.dtype == torch.bfloat16 else torch.float16)
+
+    def feature_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
+        """What meets the linear term: the rows that came, (B, D); those reduced, float32; or for a text distribution
+        [s, H], (B, C + 1) float32, with s = softmax(<plain, text> / temperature) and H = sum of s * log(s)."""
+        import torch
+
+        if self.feature != "text-distribution":
+            return self._reduced(_rows(self.feature, plain, adapted))
+        assert self.text is not None
+        exponents = (plain.float() @ self.text.T).div_(self.temperature)
+        shares = exponents.softmax(dim=1)
+        negentropy = exponents.log_softmax(dim=1).mul_(shares).sum(dim=1, keepdim=True)
+        return torch.cat([shares, negentropy], dim=1)
+
+    def _reduced(self, rows: Tensor) -> Tensor:
+        """unit(projection @ (rows - shift)), float32; the rows that came where there is no reducer."""
+        import torch
+
+        shift, projection = self.reducer_shift, self.reducer_projection
+        if shift is None and projection is None:
             return rows
-        return (rows.float() @ self.query_transform.T).to(rows.dtype)
+        moved = rows.float() if shift is None else rows.float() - shift
+        if projection is not None:
+            moved = moved * projection if projection.ndim == 1 else moved @ projection.T
+        return torch.nn.functional.normalize(moved, dim=1, eps=1e-12)  # Reducer's, under which zero rows stay zero
+
+
+def _rows(which: str, plain: Tensor, adapted: Tensor | None) -> Tensor:
+    rows = plain if which == "plain" else adapted
+    assert rows is not None  # whoever made the batch has seen to it
+    return rows
 
 
 _made: weakref.WeakKeyDictionary[ScoringPlan, dict[Any, DevicePlan]] = weakref.WeakKeyDictionary()
@@ -111,6 +158,10 @@ def _move(plan: ScoringPlan, device: torch.device) -> DevicePlan:
         feature=plan.feature,
         device=device,
         query_transform=move(plan.query_transform),
+        values=move(plan.values),
+        reducer_shift=None if plan.reducer is None else move(plan.reducer.shift),
+        reducer_projection=None if plan.reducer is None else move(plan.reducer.projection),
+        temperature=plan.temperature,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,9 +24,29 @@ def _rows(embeddings: Embeddings, which: str) -> np.ndarray:
 
 
 def query_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    """What meets the keys, (B, D) float32: the plan's query, transformed where it says so."""
+    """What meets the keys, (B, D) float32: the plan's query, reduced where it says so, before any query_transform."""
     rows = _rows(embeddings, plan.query)
-    return rows if plan.query_transform is None else rows @ plan.query_transform.T
+    return rows if plan.reducer is None else plan.reducer(rows)
+
+
+def feature_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
+    """What meets the linear term: (B, D) float32, or (B, C + 1) for the distribution over texts."""
+    if plan.feature == "text-distribution":
+        assert plan.text is not None
+        return text_distribution(embeddings.plain @ plan.text.T, plan.temperature)
+    rows = _rows(embeddings, plan.feature)
+    return rows if plan.reducer is None else plan.reducer(rows)
+
+
+def text_distribution(cosines: np.ndarray, temperature: float) -> np.ndarray:
+    """[s, H], (B, C + 1): s = softmax(cosines / temperature) and H = sum of s * log(s). cosines (B, C)."""
+    exponents = cosines / cosines.dtype.type(temperature)
+    exponents -= exponents.max(1, keepdims=True)
+    powers = np.exp(exponents)
+    sums = powers.sum(1, keepdims=True)
+    shares = powers / sums
+    negentropy = (shares * (exponents - np.log(sums))).sum(1, keepdims=True)
+    return np.concatenate([shares, negentropy], axis=1)
 
 
 def score_numpy(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
@@ -40,18 +60,19 @@ def score_numpy(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, 
         logits *= np.float32(plan.tau)
     if plan.keys is not None:
         query = query_rows(plan, embeddings)
+        query = query if plan.query_transform is None else query @ plan.query_transform.T
         for first in range(0, len(logits), _QUERIES_PER_TILE):
             block = slice(first, first + _QUERIES_PER_TILE)
             _add_cache_term(plan, query[block], logits[block])
     if plan.linear is not None:
-        logits += _rows(embeddings, plan.feature) @ plan.linear.T
+        logits += feature_rows(plan, embeddings) @ plan.linear.T
     if plan.bias is not None:
         logits += plan.bias
     return logits, "numpy"
 
 
 def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) -> None:
-    assert plan.keys is not None and plan.class_offsets is not None
+    assert plan.keys is not None
     offsets = plan.class_offsets
     for begin in range(0, len(plan.keys), _KEYS_PER_TILE):
         end = min(begin + _KEYS_PER_TILE, len(plan.keys))
@@ -61,6 +82,10 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
         np.exp(affinity, out=affinity)
         if plan.weights is not None:
             affinity *= plan.weights[begin:end, None]
+        if plan.values is not None:
+            logits += np.float32(plan.alpha) * (affinity.T @ plan.values[begin:end])
+            continue
+        assert offsets is not None
         # reduceat gives a[i] for an empty segment rather than 0, so only classes with keys in this tile take part.
         starts = np.clip(offsets[:-1], begin, end)
         classes = np.flatnonzero(np.clip(offsets[1:], begin, end) > starts)
@@ -69,27 +94,51 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
 
 
 def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
-    """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets."""
+    """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets.
+
+    What a plan asks for beyond it is one product more: dense values meet affinities that the kernel has computed, and a
+    linear term over the distribution over texts is added to its logits.
+    """
     from iosr_fast import _C
 
+    query = None if plan.keys is None else query_rows(plan, embeddings)
+    linear = plan.linear if plan.feature != "text-distribution" else None
+    classes = plan.class_offsets is not None
     logits, path = _C.score(
         n_classes=plan.n_classes,
         plain=embeddings.plain,
-        query=None if plan.keys is None else _rows(embeddings, plan.query),
-        feature=None if plan.linear is None else _rows(embeddings, plan.feature),
+        query=query if classes else None,
+        feature=None if linear is None else feature_rows(plan, embeddings),
         text=plan.text,
         tau=plan.tau,
-        keys=plan.keys,
-        class_offsets=plan.class_offsets,
-        weights=plan.weights,
-        alpha=plan.alpha,
-        beta=plan.beta,
-        linear=plan.linear,
+        linear=linear,
         bias=plan.bias,
-        key_scales=plan.key_scales,
-        query_transform=plan.query_transform,
+        **(_cache(plan, plan.alpha, plan.class_offsets) if classes else {}),
     )
+    if plan.linear is not None and linear is None:
+        logits += feature_rows(plan, embeddings) @ plan.linear.T
+    if plan.values is not None:
+        assert query is not None
+        one_each = np.arange(len(plan.values) + 1)
+        step = max(1, _KEYS_PER_TILE * _QUERIES_PER_TILE // len(plan.values))
+        for first in range(0, len(query), step):
+            block = slice(first, first + step)
+            cache = _cache(plan, 1.0, one_each)
+            affinity, _ = _C.score(n_classes=len(plan.values), query=query[block], **cache)
+            logits[block] += np.float32(plan.alpha) * (affinity @ plan.values)
     return logits, f"cpp/{path}"
+
+
+def _cache(plan: ScoringPlan, alpha: float, class_offsets: np.ndarray | None) -> dict[str, Any]:
+    return {
+        "keys": plan.keys,
+        "class_offsets": class_offsets,
+        "weights": plan.weights,
+        "alpha": alpha,
+        "beta": plan.beta,
+        "key_scales": plan.key_scales,
+        "query_transform": plan.query_transform,
+    }
 
 
 def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:

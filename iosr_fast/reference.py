@@ -9,6 +9,7 @@ import numpy as np
 from iosr_fast.precision import key_rows
 
 if TYPE_CHECKING:
+    from iosr_fast.cache import SupportSet
     from iosr_fast.encoder import Embeddings
     from iosr_fast.scoring import ScoringPlan
 
@@ -21,28 +22,50 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
            + feature @ linear' + bias
 
     The cache term is Tip-Adapter's (Zhang et al., ECCV 2022, eq. 5-6), with a weight per key. Keys of another precision
-    than float32 are taken as what they stand for, key_scales[j] * keys[j] where they are int8. Returns (B, C) float64.
+    than float32 are taken as what they stand for, key_scales[j] * keys[j] where they are int8. Dense values take the
+    place of the one-hot matrix. Returns (B, C) float64.
     """
 
     def rows(which: str) -> np.ndarray:
         return np.asarray(embeddings.plain if which == "plain" else embeddings.adapted, dtype=np.float64)
 
+    def reduced(embedding: np.ndarray) -> np.ndarray:
+        reducer = plan.reducer
+        if reducer is None:
+            return embedding
+        if reducer.shift is not None:
+            embedding = embedding - reducer.shift.astype(np.float64)
+        if reducer.projection is not None:
+            projection = reducer.projection.astype(np.float64)
+            embedding = embedding @ (np.diag(projection) if projection.ndim == 1 else projection).T
+        # A row that the reducer takes to zero stays zero.
+        unit: np.ndarray = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
+        return unit
+
     logits = np.zeros((len(embeddings), plan.n_classes))
     if plan.text is not None:
         logits += plan.tau * rows("plain") @ plan.text.T.astype(np.float64)
-    if plan.keys is not None and plan.class_offsets is not None:
-        query = rows(plan.query)
+    if plan.keys is not None:
+        query = reduced(rows(plan.query))
         if plan.query_transform is not None:
             query = query @ plan.query_transform.T.astype(np.float64)
         cosine = query @ _keys(plan).T
         affinity = np.exp(-plan.beta * (1.0 - cosine))
         if plan.weights is not None:
             affinity *= plan.weights.astype(np.float64)
-        labels = np.repeat(np.arange(plan.n_classes), np.diff(plan.class_offsets))
-        onehot = np.eye(plan.n_classes)[labels]
-        logits += plan.alpha * affinity @ onehot
+        if plan.values is not None:
+            logits += plan.alpha * affinity @ plan.values.astype(np.float64)
+        elif plan.class_offsets is not None:
+            labels = np.repeat(np.arange(plan.n_classes), np.diff(plan.class_offsets))
+            onehot = np.eye(plan.n_classes)[labels]
+            logits += plan.alpha * affinity @ onehot
     if plan.linear is not None:
-        logits += rows(plan.feature) @ plan.linear.T.astype(np.float64)
+        if plan.feature == "text-distribution" and plan.text is not None:
+            share = softmax(rows("plain") @ plan.text.T.astype(np.float64) / plan.temperature)
+            feature = np.concatenate([share, (share * np.log(np.maximum(share, 1e-300))).sum(1, keepdims=True)], axis=1)
+        else:
+            feature = reduced(rows(plan.feature))
+        logits += feature @ plan.linear.T.astype(np.float64)
     if plan.bias is not None:
         logits += plan.bias.astype(np.float64)
     return logits
@@ -53,3 +76,81 @@ def _keys(plan: ScoringPlan) -> np.ndarray:
     if plan.key_scales is not None:  # in float64 the product of code and scale is exact
         return plan.keys.astype(np.float64) * plan.key_scales[:, None].astype(np.float64)
     return key_rows(plan.keys, None, slice(None)).astype(np.float64)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """exp(scores) over its sum along the last axis, (B, C) float64."""
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    shares: np.ndarray = powers / powers.sum(-1, keepdims=True)
+    return shares
+
+
+def tip_x_literal(
+    support: SupportSet,
+    queries: Embeddings,
+    divergence_range: tuple[float, float],
+    cosine_range: tuple[float, float],
+    *,
+    which: str = "plain",
+    alpha: float,
+    beta: float,
+    gamma: float,
+    temperature: float = 0.5,
+) -> np.ndarray:
+    """Tip-X (Udandarao et al., ICCV 2023, equations 5 to 7) as its code computes it: every divergence, one by one.
+
+    logits = tau * plain @ text' + alpha * exp(-beta * (1 - cosines)) @ onehot - gamma * scale(divergences) @ onehot
+
+    where scale takes divergence_range (least, most) to cosine_range. Returns (B, C) float64.
+    """
+    cosines, divergences = _tip_x_pairs(support, queries, which, temperature)
+    (least, most), (low, high) = divergence_range, cosine_range
+    scaled = (divergences - least) / (most - least) * (high - low) + low
+    assert support.text is not None
+    zero_shot = support.tau * np.asarray(queries.plain, np.float64) @ support.text.T.astype(np.float64)
+    onehot = np.eye(support.n_classes)[support.labels]
+    logits: np.ndarray = zero_shot + alpha * np.exp(-beta * (1.0 - cosines)) @ onehot - gamma * scaled @ onehot
+    return logits
+
+
+def tip_x_batch(
+    support: SupportSet,
+    queries: Embeddings,
+    *,
+    which: str = "plain",
+    alpha: float,
+    beta: float,
+    gamma: float,
+    temperature: float = 0.5,
+) -> np.ndarray:
+    """Tip-X with both ranges those of this very batch, as in the public code: a label depends on its batch.
+
+    For parity with the papers' code only; methods/tip_x.py freezes the ranges. Every image has its divergences, also
+    those of the last incomplete hundred, which the public code leaves at zero.
+    """
+    ranges = [(float(pairs.min()), float(pairs.max())) for pairs in _tip_x_pairs(support, queries, which, temperature)]
+    return tip_x_literal(
+        support,
+        queries,
+        ranges[1],
+        ranges[0],
+        which=which,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        temperature=temperature,
+    )
+
+
+def _tip_x_pairs(
+    support: SupportSet, queries: Embeddings, which: str, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and KL(s[b] || S[j]) of queries and keys, (B, N) float64 each; a query's (N, C) terms at a time."""
+    assert support.text is not None
+    text = support.text.astype(np.float64)
+    keys, query = (np.asarray(getattr(e, which), np.float64) for e in (support.embeddings, queries))
+    key_shares, query_shares = (
+        softmax(np.asarray(e.plain, np.float64) @ text.T / temperature) for e in (support.embeddings, queries)
+    )
+    divergences = np.stack([(s * (np.log(s) - np.log(key_shares))).sum(1) for s in query_shares])
+    return query @ keys.T, divergences

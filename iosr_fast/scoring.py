@@ -12,9 +12,14 @@ from iosr_fast.batch import Batch, make_batch
 from iosr_fast.encoder import Array, Embeddings
 from iosr_fast.int8_keys import compact_int8
 from iosr_fast.precision import Precision, convert_keys, dequantize, precision_of
+from iosr_fast.reducers import Reducer
 from iosr_fast.validation import check_finite, check_unit_rows, frozen
 
 Which = Literal["plain", "adapted"]
+Feature = Literal["plain", "adapted", "text-distribution"]
+
+
+_EMBEDDED = ("plain", "adapted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +31,19 @@ class ScoringPlan:
                      + <feature[b], linear[c]> + bias[c]
 
     with C classes, D channels and N keys. A term whose arrays are None is left out; text, keys or linear must be there.
+    With `values` the cache term is instead alpha * sum over all keys j: weights[j] * exp(...) * values[j, c].
 
     text           (C, D) float32, unit rows
     keys           (N, D), unit rows, sorted by class; N >= 1. float32, float16, uint16 (the bits of bfloat16) or int8
     key_scales     (N,) float32, positive, with int8 keys and only there: key j is key_scales[j] * keys[j]
     class_offsets  (C + 1,) int64; class c owns keys[class_offsets[c]:class_offsets[c + 1]], which may be none
     weights        (N,) float32; None stands for all ones
+    values         (N, C) float32, in place of class_offsets: what each key says of each class
     linear, bias   (C, D) and (C,) float32
     query, feature which embedding meets the keys, and which the linear term
+    reducer        where given, it moves both of these embeddings before they are read (and the keys are in its space)
+    feature        may also be "text-distribution": [s, H] with s = softmax(<plain, text> / temperature) and H = sum of
+                   s * log(s), C + 1 channels, so that linear is (C, C + 1)
     query_transform (D, D) float32; where given, query_transform @ query[b] meets the keys in place of query[b], and
                    keys[j] @ query_transform are the unit rows
 
@@ -53,16 +63,25 @@ class ScoringPlan:
     beta: float = 1.0
     linear: np.ndarray | None = None
     bias: np.ndarray | None = None
-    feature: Which = "plain"
+    feature: Feature = "plain"
     key_scales: np.ndarray | None = None
     query_transform: np.ndarray | None = None
+    values: np.ndarray | None = None
+    reducer: Reducer | None = None
+    temperature: float = 0.5
 
     def __post_init__(self) -> None:
         if self.n_classes < 1:
             raise ValueError(f"expected n_classes >= 1, got {self.n_classes}")
+        if self.query not in _EMBEDDED:
+            raise ValueError(f'expected query to be "plain" or "adapted", got {self.query!r}')
+        if self.feature not in (*_EMBEDDED, "text-distribution"):
+            raise ValueError(f'expected feature to be "plain", "adapted" or "text-distribution", got {self.feature!r}')
+        if self.linear is not None and self.feature == "text-distribution" and self.text is None:
+            raise ValueError('expected text where the feature is "text-distribution", got none')
         given_keys = None if self.keys is None else np.asarray(self.keys).dtype
         key_dtype = np.float32 if given_keys is None or precision_of(given_keys) is None else given_keys.type
-        for name in ("text", "weights", "linear", "bias", "key_scales", "query_transform"):
+        for name in ("text", "weights", "linear", "bias", "key_scales", "query_transform", "values"):
             self._freeze(name, np.float32)
         self._freeze("keys", key_dtype)
         self._freeze("class_offsets", np.int64)
@@ -75,31 +94,31 @@ class ScoringPlan:
         n_keys = len(self.keys) if self.keys is not None else 0
         self._check_shape("text", (self.n_classes, width))
         self._check_shape("keys", (n_keys, width))
-        self._check_shape("linear", (self.n_classes, width))
+        self._check_shape("linear", (self.n_classes, width if self.feature in _EMBEDDED else self.n_classes + 1))
         self._check_shape("bias", (self.n_classes,))
         self._check_shape("weights", (n_keys,))
         self._check_shape("key_scales", (n_keys,))
         self._check_shape("query_transform", (width, width))
+        self._check_shape("values", (n_keys, self.n_classes))
+        if self.reducer is not None and self.reducer.width != width:
+            raise ValueError(f"expected a reducer of {width} channels, got one of {self.reducer.width}")
         self._check_shape("class_offsets", (self.n_classes + 1,))
         if width < 1:
             raise ValueError("expected a width of at least 1, got 0")
         self._check_cache(n_keys)
         self._check_scales()
-        for name in ("weights", "linear", "bias", "query_transform"):
+        for name in ("weights", "linear", "bias", "query_transform", "values"):
             if getattr(self, name) is not None:
                 check_finite(name, getattr(self, name))
         if self.text is not None:
             check_unit_rows("text", self.text)
         if self.keys is not None and self.key_precision is not None:
             check_unit_rows("keys", self.keys, self.key_scales, self.key_precision, self.query_transform)
-        for name in ("tau", "alpha", "beta"):
+        for name, least in (("tau", None), ("alpha", None), ("beta", 0.0), ("temperature", 1e-6)):
             value = float(getattr(self, name))
-            if not np.isfinite(value) or (name == "beta" and value < 0):
-                raise ValueError(f"expected {name} finite{' and >= 0' if name == 'beta' else ''}, got {value}")
+            if not np.isfinite(value) or (least is not None and value < least):
+                raise ValueError(f"expected {name} finite{'' if least is None else f' and >= {least:g}'}, got {value}")
             object.__setattr__(self, name, value)
-        for name in ("query", "feature"):
-            if getattr(self, name) not in ("plain", "adapted"):
-                raise ValueError(f'expected {name} to be "plain" or "adapted", got {getattr(self, name)!r}')
 
     @property
     def width(self) -> int:
@@ -141,8 +160,25 @@ class ScoringPlan:
         converted, scales = convert_keys(self.keys, self.key_scales, precision, compensate=False, unit=True)
         return replace(self, keys=converted, key_scales=scales)
 
+    def scaled(self, factor: float) -> ScoringPlan:
+        """The plan whose logits are `factor` times these: the same labels, softer or harder probabilities.
+
+        Raises ValueError unless factor is finite and above 0.
+        """
+        if not (np.isfinite(factor) and factor > 0):
+            raise ValueError(f"expected a factor above 0, got {factor}")
+        return replace(
+            self,
+            tau=factor * self.tau,
+            alpha=factor * self.alpha,
+            linear=None if self.linear is None else np.float32(factor) * self.linear,
+            bias=None if self.bias is None else np.float32(factor) * self.bias,
+        )
+
     def _matrices(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name) for name in ("text", "keys", "linear") if getattr(self, name) is not None}
+        """The arrays that are as wide as an embedding."""
+        names = ("text", "keys", "linear") if self.feature in _EMBEDDED else ("text", "keys")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _freeze(self, name: str, dtype: type) -> None:
         given = getattr(self, name)
@@ -156,9 +192,11 @@ class ScoringPlan:
 
     def _check_cache(self, n_keys: int) -> None:
         offsets = self.class_offsets
-        if (self.keys is None) != (offsets is None):
-            raise ValueError("expected keys and class_offsets together, got one without the other")
-        if offsets is None:
+        if self.keys is not None and self.values is not None and offsets is not None:
+            raise ValueError("expected keys with class_offsets or with values, got both")
+        if (self.keys is None) != (offsets is None and self.values is None):
+            raise ValueError("expected keys together with class_offsets or values, got one without the other")
+        if self.keys is None:
             if self.query_transform is not None:
                 raise ValueError("expected keys where a query_transform is given, got it alone")
             if self.weights is not None:
@@ -166,6 +204,8 @@ class ScoringPlan:
             return
         if n_keys < 1:
             raise ValueError("expected at least one key, got 0; leave keys and class_offsets out instead")
+        if offsets is None:
+            return
         falls = (np.diff(offsets) < 0).any()
         if offsets[0] != 0 or offsets[-1] != n_keys or falls:
             raise ValueError(

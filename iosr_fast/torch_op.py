@@ -13,6 +13,7 @@ from iosr_fast._require import require
 from iosr_fast.batch import make_batch
 from iosr_fast.device_plan import DevicePlan, as_tensor, device_plan
 from iosr_fast.encoder import Embeddings
+from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan
 
 require("torch", "train")
@@ -20,10 +21,23 @@ require("torch", "train")
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-_ARRAYS = ("text", "keys", "key_scales", "class_offsets", "weights", "linear", "bias", "query_transform")
+_ARRAYS = (
+    "text",
+    "keys",
+    "key_scales",
+    "class_offsets",
+    "weights",
+    "linear",
+    "bias",
+    "query_transform",
+    "values",
+    "reducer_shift",
+    "reducer_projection",
+)
+_CONSTANTS = ("n_classes", "tau", "alpha", "beta", "temperature", "query", "feature")
 _SCHEMA = (
     f"(Tensor plain, Tensor? adapted, {', '.join(f'Tensor? {name}' for name in _ARRAYS)}, int n_classes, float tau, "
-    "float alpha, float beta, bool query_is_adapted, bool feature_is_adapted, str impl) -> Tensor"
+    "float alpha, float beta, float temperature, str query, str feature, str impl) -> Tensor"
 )
 
 
@@ -70,8 +84,18 @@ def _arrays(plan: DevicePlan) -> Any:
     views = {name: view(getattr(plan, name)) for name in _ARRAYS}
     if views["class_offsets"] is not None:
         views["class_offsets"] = views["class_offsets"].astype(np.int64)
-    constants = ("n_classes", "width", "tau", "alpha", "beta", "query", "feature")
-    return SimpleNamespace(**views, **{name: getattr(plan, name) for name in constants})
+    reducer = _reducer(views.pop("reducer_shift"), views.pop("reducer_projection"))
+    constants = {name: getattr(plan, name) for name in ("width", *_CONSTANTS)}
+    return SimpleNamespace(**views, **constants, reducer=reducer)
+
+
+def _reducer(shift: np.ndarray | None, projection: np.ndarray | None) -> Reducer | None:
+    """A Reducer on arrays that another has checked; its constructor would look at them, and copy them, at each call."""
+    if shift is None and projection is None:
+        return None
+    reducer = object.__new__(Reducer)
+    vars(reducer).update(shift=shift, projection=projection)
+    return reducer
 
 
 @torch.library.custom_op("iosr_fast::score", mutates_args=(), schema=_SCHEMA)
@@ -86,12 +110,16 @@ def score_op(
     linear: Tensor | None,
     bias: Tensor | None,
     query_transform: Tensor | None,
+    values: Tensor | None,
+    reducer_shift: Tensor | None,
+    reducer_projection: Tensor | None,
     n_classes: int,
     tau: float,
     alpha: float,
     beta: float,
-    query_is_adapted: bool,
-    feature_is_adapted: bool,
+    temperature: float,
+    query: str,
+    feature: str,
     impl: str,
 ) -> Tensor:
     """ScoringPlan's formula on a DevicePlan's parts: logits (B, C) float32. Norms are not checked; no gradients."""
@@ -108,10 +136,14 @@ def score_op(
         beta=beta,
         linear=linear,
         bias=bias,
-        query="adapted" if query_is_adapted else "plain",
-        feature="adapted" if feature_is_adapted else "plain",
+        query=query,
+        feature=feature,
         device=plain.device,
         query_transform=query_transform,
+        values=values,
+        reducer_shift=reducer_shift,
+        reducer_projection=reducer_projection,
+        temperature=temperature,
     )
     return score_tensors(plan, plain, adapted, impl)[0]
 
@@ -137,9 +169,9 @@ class ScoringModule(nn.Module):
         parts = device_plan(plan, "cpu")
         for name in _ARRAYS:
             self.register_buffer(name, getattr(parts, name), persistent=False)
-        self.n_classes, self.width = plan.n_classes, plan.width
-        self.tau, self.alpha, self.beta = plan.tau, plan.alpha, plan.beta
-        self.query_is_adapted, self.feature_is_adapted = plan.query == "adapted", plan.feature == "adapted"
+        for name in _CONSTANTS:
+            setattr(self, name, getattr(plan, name))
+        self.width = plan.width
         self.needs_adapted = plan.needs_adapted
         self.impl = impl
 
@@ -152,13 +184,7 @@ class ScoringModule(nn.Module):
         logits: Tensor = torch.ops.iosr_fast.score(
             plain,
             adapted,
-            *(getattr(self, name) for name in _ARRAYS),
-            self.n_classes,
-            self.tau,
-            self.alpha,
-            self.beta,
-            self.query_is_adapted,
-            self.feature_is_adapted,
+            *(getattr(self, name) for name in (*_ARRAYS, *_CONSTANTS)),
             self.impl,
         )
         return logits

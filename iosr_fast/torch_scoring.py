@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @torch.no_grad()
 def score_torch(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None) -> tuple[torch.Tensor, str]:
-    """ScoringPlan's formula as one GEMM, an exponential in place and a segment sum for each tile of keys and queries.
+    """ScoringPlan's formula as one GEMM, an exponential in place and a segment sum (a GEMM with dense values) for each
+    tile of keys and queries.
 
     Equals the papers' affinity @ onehot without a one-hot matrix and within 32 MB of temporaries, whatever the number
     of keys. plain, adapted: (B, D) float32, float16 or bfloat16 on plan.device, of unit norm. On a GPU, queries and
@@ -28,25 +30,42 @@ def score_torch(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | N
 
     Returns logits (B, C) float32, and "torch/cpu" or "torch/cuda".
     """
-    feature = plain if plan.feature == "plain" else adapted
     if plan.text is not None:
         logits = torch.mm(plain.float(), plan.text.T).mul_(plan.tau)
     else:
         logits = torch.zeros(len(plain), plan.n_classes, device=plain.device)
-    if plan.keys is not None and len(plain):
-        query = plan.query_rows(plain, adapted)
-        step = max(1, min(1024, len(query), _SUMS // plan.n_classes))
-        for first in range(0, len(query), step):
-            _add_cache_term(plan, query[first : first + step], logits[first : first + step])
+    if plan.keys is not None:
+        add_cache_term(plan, plain, adapted, logits)
     if plan.linear is not None:
-        assert feature is not None
-        logits.addmm_(feature.float(), plan.linear.T)
+        add_linear_term(plan, plain, adapted, logits)
     if plan.bias is not None:
         logits += plan.bias
     return logits, f"torch/{plain.device.type}"
 
 
-def _add_cache_term(plan: DevicePlan, query: torch.Tensor, logits: torch.Tensor) -> None:
+def add_cache_term(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None, logits: torch.Tensor) -> None:
+    """logits (B, C) += the cache term, as score_torch has it."""
+    step = 1024 if plan.values is not None else max(1, min(1024, _SUMS // plan.n_classes))
+    for block in _blocks(len(plain), step):
+        query = plan.query_rows(plain[block], None if adapted is None else adapted[block])
+        _add_tiles(plan, query, logits[block])
+
+
+def add_linear_term(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None, logits: torch.Tensor) -> None:
+    """logits (B, C) += feature @ linear', in float32; a block of queries at a time where a feature has C channels."""
+    assert plan.linear is not None
+    wide = plan.feature == "text-distribution"
+    for block in _blocks(len(plain), max(1, _SUMS // plan.n_classes) if wide else len(plain)):
+        feature = plan.feature_rows(plain[block], None if adapted is None else adapted[block])
+        logits[block].addmm_(feature.float(), plan.linear.T)
+
+
+def _blocks(n_queries: int, step: int) -> Iterator[slice]:
+    for first in range(0, n_queries, max(1, step)):
+        yield slice(first, first + step)
+
+
+def _add_tiles(plan: DevicePlan, query: torch.Tensor, logits: torch.Tensor) -> None:
     assert plan.keys is not None
     half = _meet_in_half(plan.keys, query)
     query = query if half else query.float()
@@ -60,6 +79,9 @@ def _add_cache_term(plan: DevicePlan, query: torch.Tensor, logits: torch.Tensor)
         affinity.sub_(1.0).mul_(plan.beta).exp_()
         if plan.weights is not None:
             affinity.mul_(plan.weights[begin:end, None])
+        if plan.values is not None:
+            logits.addmm_(affinity.T, plan.values[begin:end], alpha=plan.alpha)
+            continue
         classes, lengths = _segments(plan, begin, end)
         sums = torch.segment_reduce(affinity, "sum", lengths=lengths, axis=0, unsafe=True)
         logits[:, classes].add_(sums.T, alpha=plan.alpha)

@@ -22,7 +22,7 @@ from typing import Any
 import typer
 
 from iosr_fast._require import require
-from iosr_fast.kernels.launch import PRECISIONS, Config, config_for
+from iosr_fast.kernels.launch import PRECISIONS, Config, config_for, dense_config
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 WIDTH = 512
@@ -57,8 +57,11 @@ _TENSOR_CORE_PTX = (
 
 
 def kernel_names() -> list[str]:
-    """What compile_ahead compiles: kernel and load ("aligned/many"), and merge, which has no product."""
-    loaded = ("affine", "aligned", "aligned-large", "ragged", "split", "dense")
+    """What compile_ahead compiles: kernel and load ("aligned/many"), and merge, which has no product.
+
+    dense has float16 values beside float16 and int8 keys; dense-float is the same with float32 ones, as plans have.
+    """
+    loaded = ("affine", "aligned", "aligned-large", "ragged", "split", "dense", "dense-float")
     return [f"{name}/{load}" for name in loaded for load in ("few", "many")] + ["merge"]
 
 
@@ -69,8 +72,9 @@ def compile_ahead(
 
     Rows of {kernel, precision, arch, registers (a thread), spills (bytes of local memory and stack a thread),
     shared_bytes (a block), tensor_core_instruction ("mma.sync HMMA.16816.F32": by the PTX and by the machine code; ""
-    for none)}. affine and merge are float32 only. Raises ImportError without Triton, ValueError for an unknown kernel,
-    precision or architecture, RuntimeError under TRITON_INTERPRET, where kernels aren't compiled.
+    for none)}. affine and merge are float32 only, dense-float is for float16 and int8 keys. Raises ImportError without
+    Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET, where
+    kernels aren't compiled.
     """
     require("triton", "triton")
     from triton import knobs
@@ -88,11 +92,15 @@ def compile_ahead(
                 raise ValueError(f"expected {what} out of {', '.join(map(str, known))}, got {name!r}")
     rows = []
     for kernel in chosen:
-        for precision in PRECISIONS if kernel.startswith(("affine", "merge")) else precisions:
-            if kernel.startswith(("affine", "merge")) and precision != "fp32":
-                continue
+        for precision in _precisions(kernel, precisions):
             rows.append({"kernel": kernel, "precision": precision, "arch": arch} | _compile(kernel, precision, arch))
     return rows
+
+
+def _precisions(kernel: str, asked: Sequence[str]) -> Sequence[str]:
+    if kernel.startswith(("affine", "merge")):
+        return ("fp32",)
+    return [name for name in asked if name in ("fp16", "int8")] if kernel.startswith("dense-float") else asked
 
 
 def _specification(kernel: str, precision: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
@@ -119,7 +127,8 @@ def _specification(kernel: str, precision: str) -> tuple[Any, dict[str, Any], di
         chosen, extra = config(name), has | {"SPLIT": name == "split"}
         function, blocks = cache_kernels.ragged_kernel, ("block_c",)
     else:
-        chosen, extra = config("dense"), has
+        chosen = dense_config("default", precision, "few" if load == "few" else "many", name == "dense-float")
+        extra = has
         function, blocks = cache_kernels.dense_kernel, ("block_v",)
     meta = chosen.meta(*blocks)
     options = {option: meta.pop(option) for option in chosen.options()}
@@ -132,7 +141,8 @@ def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     function, constants, options = _specification(kernel, precision)
-    special = {"query": _QUERY[precision], "keys": _KEYS[precision], "values": _VALUES[precision]}
+    values = "*fp32" if kernel.startswith("dense-float") else _VALUES[precision]
+    special = {"query": _QUERY[precision], "keys": _KEYS[precision], "values": values}
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constants:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from iosr_fast.kernels import layout
 from iosr_fast.kernels.cache_kernels import affine_kernel, aligned_kernel, merge_kernel, ragged_kernel
+from iosr_fast.kernels.dense_values import dense_values
+from iosr_fast.kernels.device import (
+    PRECISION,
+    QUERY_DTYPE,
+    WORKSPACE_BYTES,
+    exponent_scale,
+    gpu_name,
+    multiprocessors,
+    on_gpu,
+    pointer,
+)
 from iosr_fast.kernels.launch import Config, config_for, load_of
 
 if TYPE_CHECKING:
@@ -20,11 +28,7 @@ if TYPE_CHECKING:
 
 # A tile of aligned classes may hold missing shots; this much more work than the ragged path's is worth its simplicity.
 ALIGNED_OVERHEAD = 1.25
-WORKSPACE_BYTES = 64 * 2**20
 _MERGE_BLOCK = 128
-
-PRECISION = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
-QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 
 def score_triton(
@@ -47,17 +51,25 @@ def score_triton(
     "triton/ragged"   work items of whole classes of any size
     "triton/split"    large classes are also cut into pieces, and partial sums (at most 64 MB) added in order; taken
                       where the longest class would keep one multiprocessor busy when the others have finished
+    "triton/dense"    keys with values in place of classes: dense_values
     "triton/no-keys"  the plan has no cache term
 
-    The affine terms are computed in float32 (3xTF32). The cache term's queries are rounded to the keys' half type, int8
-    keys' to float16, and summed in float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split") and
-    `config` overrule the automatic choices, for tests and for tuning. Raises ValueError for a path of another name.
+    The affine terms are computed in float32 (3xTF32); a linear term over the distribution over texts, which is as wide
+    as there are classes, is a product of PyTorch's on top. The cache term's queries are rounded to the keys' half type,
+    int8 keys' to float16, and summed in float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split")
+    and `config` overrule the automatic choices, for tests and for tuning. Raises ValueError for a path of another name,
+    and for any with a plan whose keys have values.
     Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
     """
     with on_gpu(plan.device):
         logits = affine_terms(plan, plain, adapted)
         if plan.keys is None:
             return logits, "triton/no-keys"
+        if plan.values is not None:
+            if path is not None:
+                raise ValueError(f'expected no path where the keys have values, got "{path}"')
+            _add_dense(plan, plan.query_rows(plain, adapted), logits, config)
+            return logits, "triton/dense"
         precision = PRECISION[plan.keys.dtype]
         if path is None:
             path = choose_path(plan, len(plain), gpu_name(plan.device), multiprocessors(plan.device))
@@ -95,40 +107,43 @@ def piece_keys(plan: DevicePlan, batch: int, config: Config, n_multiprocessors: 
     return config.block_n * (1 << (tiles - 1).bit_length())
 
 
-def _rows(which: str, plain: Tensor, adapted: Tensor | None) -> Tensor:
-    rows = plain if which == "plain" else adapted
-    assert rows is not None  # whoever checked the embeddings has seen to it
-    return rows
-
-
 def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config: Config | None = None) -> Tensor:
     """tau * plain @ text' + feature @ linear' + bias, as far as the plan has them: (B, C) float32, else zeros."""
     n_queries, n_classes = len(plain), plan.n_classes
     if not n_queries or (plan.text is None and plan.linear is None and plan.bias is None):
         return torch.zeros((n_queries, n_classes), dtype=torch.float32, device=plan.device)
     logits = torch.empty((n_queries, n_classes), dtype=torch.float32, device=plan.device)
-    plain = plain.float().contiguous()
-    feature = plain
-    if plan.linear is not None and plan.feature == "adapted":
-        feature = _rows("adapted", plain, adapted).float().contiguous()
+    rows, feature = plain.float().contiguous(), plain
+    if plan.linear is not None:
+        feature = plan.feature_rows(plain, adapted)
+    # The kernel's rows are all as wide as an embedding; a distribution over texts isn't.
+    linear = plan.linear if plan.feature != "text-distribution" else None
     config = config or config_for(gpu_name(plan.device), "affine", "fp32", load_of(n_queries))
     affine_kernel[_blocks(n_queries, config) * -(-n_classes // config.block_n),](
-        plain,
-        pointer(plan.text, plain),
-        feature,
-        pointer(plan.linear, plain),
-        pointer(plan.bias, plain),
+        rows,
+        pointer(plan.text, rows),
+        rows if feature is plain else feature.float().contiguous(),
+        pointer(linear, rows),
+        pointer(plan.bias, rows),
         logits,
         n_queries,
         n_classes,
         plan.tau,
         WIDTH=plan.width,
         HAS_TEXT=plan.text is not None,
-        HAS_LINEAR=plan.linear is not None,
+        HAS_LINEAR=linear is not None,
         HAS_BIAS=plan.bias is not None,
         **config.meta(),
     )
+    if plan.linear is not None and linear is None:
+        logits.addmm_(feature, plan.linear.T)
     return logits
+
+
+def _add_dense(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config | None) -> None:
+    assert plan.keys is not None and plan.values is not None
+    rest = {"beta": plan.beta, "weights": plan.weights, "key_scales": plan.key_scales, "config": config}
+    logits.add_(dense_values(query, plan.keys, plan.values, **rest), alpha=plan.alpha)
 
 
 def _add_aligned(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config) -> None:
@@ -188,36 +203,9 @@ def _add_items(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config, 
             )
 
 
-def on_gpu(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes `device` the one that Triton launches on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def exponent_scale(beta: float) -> float:
-    """beta * log2(e): exp(-beta * (1 - x)) = exp2(scale * (x - 1))."""
-    return beta * math.log2(math.e)
-
-
 def _given(plan: DevicePlan) -> dict[str, Any]:
     return {"HAS_WEIGHTS": plan.weights is not None, "HAS_SCALES": plan.key_scales is not None}
 
 
 def _blocks(n_queries: int, config: Config) -> int:
     return -(-n_queries // config.block_b)
-
-
-def pointer(tensor: Tensor | None, unread: Tensor) -> Tensor:
-    """The tensor, or any other in its place as an argument that the kernel won't read."""
-    return unread if tensor is None else tensor
-
-
-@functools.cache
-def gpu_name(device: torch.device) -> str:
-    """The GPU's name as launch_configs.json has it; under the interpreter, "default"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """The GPU's multiprocessors; under the interpreter, where programs run one after another, 1."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

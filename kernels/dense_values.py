@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from iosr_fast.kernels.cache_kernels import dense_kernel
-from iosr_fast.kernels.cache_score import (
+from iosr_fast.kernels.device import (
     PRECISION,
     QUERY_DTYPE,
     WORKSPACE_BYTES,
@@ -17,7 +17,7 @@ from iosr_fast.kernels.cache_score import (
     on_gpu,
     pointer,
 )
-from iosr_fast.kernels.launch import Config, config_for, load_of
+from iosr_fast.kernels.launch import Config, dense_config, load_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,9 @@ def dense_values(
     n_queries, n_keys, n_values = len(query), len(keys), values.shape[1]
     if not n_queries:
         return torch.zeros((0, n_values), dtype=torch.float32, device=query.device)
-    config = config or config_for(gpu_name(query.device), "dense", precision, load_of(n_queries))
+    if config is None:
+        wide = values.dtype == torch.float32
+        config = dense_config(gpu_name(query.device), precision, load_of(n_queries), wide)
     blocks, chunks = -(-n_queries // config.block_b), -(-n_values // config.block_v)
     n_tiles = -(-n_keys // config.block_n)
     # Two programs a multiprocessor, as far as there are tiles and the workspace reaches.

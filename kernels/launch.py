@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,15 @@ def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
         f"expected a path out of {', '.join(PATHS)} and a precision out of {', '.join(PRECISIONS)} that "
         f"{CONFIGS_FILE.name} has, got {path!r} and {precision!r}"
     )
+
+
+def dense_config(gpu: str, precision: str, load: Load, float_values: bool) -> Config:
+    """config_for() of the dense path. Its entries for float16 and int8 keys are made for float16 values; a tile of
+    float32 ones, which take twice the registers, has half as many keys."""
+    config = config_for(gpu, "dense", precision, load)
+    if float_values and precision in ("fp16", "int8"):
+        return replace(config, block_n=max(16, config.block_n // 2))
+    return config
 
 
 def write_configs(configs: dict[str, Any]) -> None:

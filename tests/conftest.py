@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,18 +16,44 @@ import pytest
 from iosr_fast import dispatch
 from iosr_fast.encoder import Embeddings
 from iosr_fast.precision import Precision
+from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan
 from tools.source_tree import use_source_tree
 
 use_source_tree()  # so that the tests run where nothing is installed, too
 
+SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 TERMS = ("text", "cache", "linear")
+REDUCERS = ("centre", "projection", "diagonal")
+# What random_plan is told of plans with more than their terms; a method names what is like the plans that it compiles.
+EXTENDED: dict[str, dict[str, Any]] = {
+    **{name: {"reducer": name} for name in REDUCERS},
+    "values": {"dense": True},
+    "values alone": {"dense": True, "terms": ("cache",), "query": "plain"},
+    "values unweighted": {"dense": True, "weighted": False, "terms": ("text", "cache")},
+    "distribution": {"feature": "text-distribution", "terms": ("text", "linear")},
+    "gda": {"reducer": "centre", "feature": "adapted", "terms": ("text", "linear")},
+    "tip-x": {"reducer": "centre", "feature": "text-distribution", "weighted": False},
+    "ape": {"reducer": "diagonal", "query": "plain", "terms": ("text", "cache")},
+    "proker": {"reducer": "projection", "dense": True, "weighted": False, "terms": ("text", "cache"), "beta": 1.0},
+    "all": {"reducer": "projection", "dense": True, "feature": "text-distribution"},
+}
 
 
 def unit_rows(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
     """n random unit rows, float32."""
     rows = rng.standard_normal((n, width))
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_reducer(rng: np.random.Generator, kind: str, width: int) -> Reducer:
+    """centre: a shift; projection: a shift and a (D, D) matrix; diagonal: channels scaled, each fourth left out."""
+    shift = 0.3 * unit_rows(rng, 1, width)[0]
+    if kind == "centre":
+        return Reducer(shift)
+    if kind == "projection":
+        return Reducer(shift, np.eye(width) + rng.standard_normal((width, width)) / width)
+    return Reducer(projection=rng.uniform(0.5, 2.0, width) * (np.arange(width) % 4 != 3))
 
 
 def random_plan(
@@ -36,20 +68,30 @@ def random_plan(
     alpha: float = 1.7,
     beta: float = 5.5,
     precision: Precision = "fp32",
+    reducer: str | None = None,
+    dense: bool = False,
 ) -> ScoringPlan:
-    """A plan with counts[c] keys in class c, stored in `precision`, and the given terms."""
+    """A plan with counts[c] keys in class c, stored in `precision`, and the given terms.
+
+    `reducer` is one of REDUCERS; `dense` keys have values of either sign in place of classes.
+    """
     n_classes, n_keys = len(counts), sum(counts)
-    parts: dict[str, np.ndarray] = {}
+    parts: dict[str, Any] = {}
     if "text" in terms:
         parts["text"] = unit_rows(rng, n_classes, width)
     if "cache" in terms:
         parts["keys"] = unit_rows(rng, n_keys, width)
-        parts["class_offsets"] = np.concatenate([[0], np.cumsum(counts)])
+        if dense:
+            parts["values"] = rng.standard_normal((n_keys, n_classes))
+        else:
+            parts["class_offsets"] = np.concatenate([[0], np.cumsum(counts)])
         if weighted:
             parts["weights"] = rng.uniform(0.1, 3.0, n_keys)
     if "linear" in terms:
-        parts["linear"] = rng.standard_normal((n_classes, width))
+        parts["linear"] = rng.standard_normal((n_classes, n_classes + 1 if feature == "text-distribution" else width))
         parts["bias"] = rng.standard_normal(n_classes)
+    if reducer is not None:
+        parts["reducer"] = random_reducer(rng, reducer, width)
     plan = ScoringPlan(n_classes, query=query, feature=feature, alpha=alpha, beta=beta, **parts)  # type: ignore[arg-type]
     return plan.with_key_precision(precision) if "cache" in terms else plan
 
@@ -61,6 +103,26 @@ def random_embeddings(rng: np.random.Generator, n: int, width: int) -> Embedding
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(2409_11338)
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """_C_cuda for host memory: the CUDA module with its block programs run thread by thread on the CPU."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) on PATH")
+    binary = tmp_path_factory.mktemp("emulation") / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    sources = [str(SOURCES / name) for name in ("bindings.cpp", "host_launch.cpp")]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DIOSR_FAST_VERSION="emulation"', *includes]
+    done = subprocess.run([*command, "-o", str(binary), *sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spec = importlib.util.spec_from_file_location("_C_cuda", binary)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 
 from iosr_fast import _C
 from iosr_fast.encoder import Embeddings
-from iosr_fast.precision import dequantize
+from iosr_fast.precision import dequantize, key_rows
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan, score_with_path
 
@@ -26,25 +26,47 @@ def tensors(embeddings: Embeddings, **to: Any) -> Embeddings:
     return Embeddings(*(torch.from_numpy(array).to(**to) for array in (embeddings.plain, embeddings.adapted)))
 
 
-def eager_float32(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    """The papers' code in float32, on dequantized keys: the full affinity, then a product with the one-hot matrix."""
-    rows = {"plain": embeddings.plain, "adapted": embeddings.adapted}
+def eager_float32(plan: ScoringPlan, embeddings: Embeddings, moved: torch.dtype | None = None) -> np.ndarray:
+    """The papers' code in float32, on dequantized keys: the full affinity, then a product with the one-hot matrix, or
+    with the keys' values. `moved`, where given, is what queries are rounded to once a reducer or a query transform has
+    moved them."""
     logits = np.zeros((len(embeddings), plan.n_classes), dtype=np.float32)
     if plan.text is not None:
-        logits += np.float32(plan.tau) * rows["plain"] @ plan.text.T
+        logits += np.float32(plan.tau) * embeddings.plain @ plan.text.T
     if plan.keys is not None:
-        logits += _eager_cache_term(plan, embeddings)
+        affinity = _eager_affinity(plan, embeddings, moved)
+        logits += np.float32(plan.alpha) * affinity @ (_onehot(plan) if plan.values is None else plan.values)
     if plan.linear is not None:
-        logits += rows[plan.feature] @ plan.linear.T
+        logits += _eager_feature(plan, embeddings) @ plan.linear.T
     return logits if plan.bias is None else logits + plan.bias
 
 
-def _eager_cache_term(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    query = embeddings.plain if plan.query == "plain" else embeddings.adapted
-    affinity = np.exp(-np.float32(plan.beta) * (np.float32(1) - query @ dequantize(plan).T))
-    affinity *= np.float32(1) if plan.weights is None else plan.weights
+def _rows(plan: ScoringPlan, embeddings: Embeddings, which: str) -> Any:
+    rows = embeddings.plain if which == "plain" else embeddings.adapted
+    return rows if plan.reducer is None else plan.reducer(rows)
+
+
+def _eager_affinity(plan: ScoringPlan, embeddings: Embeddings, moved: torch.dtype | None = None) -> np.ndarray:
+    query, keys = _rows(plan, embeddings, plan.query), dequantize(plan)
+    if moved is not None and plan.query_transform is not None:
+        query, keys = query @ plan.query_transform.T, key_rows(plan.keys, plan.key_scales, slice(None))
+    if moved is not None and not (plan.reducer is None and plan.query_transform is None):
+        query = torch.from_numpy(query).to(moved).float().numpy()
+    affinity = np.exp(-np.float32(plan.beta) * (np.float32(1) - query @ keys.T))
+    return affinity if plan.weights is None else affinity * plan.weights
+
+
+def _onehot(plan: ScoringPlan) -> np.ndarray:
     labels = np.repeat(np.arange(plan.n_classes), np.diff(plan.class_offsets))
-    return np.float32(plan.alpha) * affinity @ np.eye(plan.n_classes, dtype=np.float32)[labels]
+    return np.eye(plan.n_classes, dtype=np.float32)[labels]
+
+
+def _eager_feature(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
+    if plan.feature != "text-distribution":
+        return _rows(plan, embeddings, plan.feature)
+    powers = np.exp(embeddings.plain @ plan.text.T / np.float32(plan.temperature))
+    shares = powers / powers.sum(1, keepdims=True)
+    return np.concatenate([shares, (shares * np.log(shares)).sum(1, keepdims=True)], axis=1)
 
 
 def run_path(path: str, plan: ScoringPlan, embeddings: Embeddings) -> Any:
@@ -68,22 +90,42 @@ def assert_close_to_truth(paths: str | Sequence[str], plan: ScoringPlan, embeddi
         assert_as_good_as_eager(run_path(path, plan, embeddings), truth, allowed, path)
 
 
-def allowed_error(truth: np.ndarray, plan: ScoringPlan, embeddings: Embeddings) -> float:
-    """Twice eager's error at the same key precision, and a little."""
-    eager_error = np.abs(eager_float32(plan, embeddings) - truth).max(initial=0.0)
+def allowed_error(
+    truth: np.ndarray, plan: ScoringPlan, embeddings: Embeddings, moved: torch.dtype | None = None
+) -> float:
+    """Twice eager's error at the same precision of the keys, and of moved queries (eager_float32), and a little."""
+    eager_error = np.abs(eager_float32(plan, embeddings, moved) - truth).max(initial=0.0)
     # `tiny` is two roundings at the terms' magnitude, which Cauchy and Schwarz bound: where terms cancel, or a logit is
     # alone, eager is now and then right to the last bit by luck.
     scale = np.abs(truth).max(initial=0.0) + (plan.tau if plan.text is not None else 0.0)
-    scale += np.linalg.norm(plan.linear, axis=1).max() if plan.linear is not None else 0.0
+    scale += linear_size(plan)
     float32 = np.finfo(np.float32)
     tiny = 2 * float32.eps * scale
     if plan.keys is not None:
-        # Likewise two roundings of an exponent, whose terms are as large as beta; and affinities below the smallest
-        # normal number may come out as that or as zero.
-        tiny += float32.eps * plan.beta * np.abs(_eager_cache_term(plan, embeddings)).max(initial=0.0)
-        weight = len(plan.keys) if plan.weights is None else np.abs(plan.weights).sum()
-        tiny += float32.tiny * abs(plan.alpha) * weight
+        # Likewise four roundings of an exponent and of the cosine in it, which beta multiplies, and two of a sum whose
+        # signs cancel; and affinities below the smallest normal number may come out as that or as zero.
+        size = cache_size(plan, embeddings)
+        tiny += 2 * float32.eps * (plan.beta + (1.0 if plan.values is not None else 0.0)) * size
+        weight = np.ones(len(plan.keys)) if plan.weights is None else np.abs(plan.weights)
+        tiny += float32.tiny * abs(plan.alpha) * (weight @ _members(plan)).max()
     return float(2 * eager_error + tiny)
+
+
+def cache_size(plan: ScoringPlan, embeddings: Embeddings) -> float:
+    """The largest cache term, were all values positive: what is summed, where signs cancel."""
+    return float(abs(plan.alpha) * (_eager_affinity(plan, embeddings) @ _members(plan)).max(initial=0.0))
+
+
+def _members(plan: ScoringPlan) -> np.ndarray:
+    return _onehot(plan) if plan.values is None else np.abs(plan.values)
+
+
+def linear_size(plan: ScoringPlan) -> float:
+    """A bound of the linear term: shares of C texts have a norm of at most 1, and their entropy is at most log(C)."""
+    if plan.linear is None:
+        return 0.0
+    feature = 1.0 if plan.feature != "text-distribution" else np.hypot(1.0, np.log(plan.n_classes))
+    return float(feature * np.linalg.norm(plan.linear, axis=1).max())
 
 
 def assert_as_good_as_eager(logits: np.ndarray, truth: np.ndarray, allowed: float, path: str = "") -> None:

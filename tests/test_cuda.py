@@ -1,21 +1,16 @@
 """score_cuda against the float64 reference: its kernels on a GPU, and emulated on the CPU where there is none.
 
-The emulation is csrc/cuda/bindings.cpp with host_launch.cpp in place of score.cu: the same checks of arguments, choice
-of tiles and block programs, on host memory. So all that Python does around a launch is tested without a GPU too.
+The emulation (conftest.py) is csrc/cuda/bindings.cpp with host_launch.cpp in place of score.cu: the same checks of
+arguments, choice of tiles and block programs, on host memory. So all that Python does around a launch is tested without
+a GPU too.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
-import shutil
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +22,13 @@ from iosr_fast.device_plan import device_plan
 from iosr_fast.encoder import Embeddings
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan
-from tests.conftest import random_embeddings, random_plan
-from tests.numerics import eager_float32, needs_gpu
+from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
+from tests.numerics import cache_size, eager_float32, linear_size, needs_gpu
+from tests.test_cuda_binding import linear_arguments
+from tests.test_precision import correlated_rows
 
 torch = pytest.importorskip("torch")
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 # Queries that are as wide as the keys take one part.
@@ -42,26 +38,6 @@ UNSPLIT = {("fp16", "fp16"), ("bf16", "bf16"), ("int8", "fp16"), ("int8", "bf16"
 def expected_path(keys: str, queries: str, batch: int) -> str:
     kind = "fp32" if keys == "fp32" else "mma" if (keys, queries) in UNSPLIT else "mma-split"
     return f"cuda/{kind}{'-small' if batch <= 16 else ''}"
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """_C_cuda for host memory."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++ or clang++) on PATH")
-    binary = tmp_path_factory.mktemp("emulation") / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [str(SOURCES / name) for name in ("bindings.cpp", "host_launch.cpp")]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DIOSR_FAST_VERSION="emulation"', *includes]
-    done = subprocess.run([*command, "-o", str(binary), *sources], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    spec = importlib.util.spec_from_file_location("_C_cuda", binary)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -84,13 +60,12 @@ def run(plan: ScoringPlan, embeddings: Embeddings, dtype: Any, device: str) -> t
     return logits.cpu().numpy(), path
 
 
-def assert_right(plan: ScoringPlan, embeddings: Embeddings, queries: str, device: str) -> None:
+def assert_right(plan: ScoringPlan, embeddings: Embeddings, queries: str, device: str, expected: str = "") -> None:
     """At most twice eager's error at the same precision, and the path that should have run."""
     dtype = DTYPES[queries]
     embeddings = rounded(embeddings, dtype)
     logits, path = run(plan, embeddings, dtype, device)
-    assert plan.key_precision is not None
-    assert path == expected_path(plan.key_precision, queries, len(embeddings))
+    assert path == (expected or expected_path(plan.key_precision or "", queries, len(embeddings)))
     truth = score_reference(plan, embeddings)
     if device == "cuda":
         from iosr_fast.torch_scoring import score_torch
@@ -98,13 +73,34 @@ def assert_right(plan: ScoringPlan, embeddings: Embeddings, queries: str, device
         tensors = [torch.from_numpy(x).to(device=device, dtype=dtype) for x in (embeddings.plain, embeddings.adapted)]
         eager = score_torch(device_plan(plan, device), *tensors)[0].cpu().numpy()
     else:
-        eager = eager_float32(plan, embeddings)
+        eager = eager_float32(plan, embeddings, meeting(plan, queries))
     # Two roundings at the terms' magnitude; on the tensor cores, whose sums are cut off rather than rounded, the cosine
-    # itself may be off by some units in the last place, which beta multiplies.
-    scale = np.abs(truth).max() + (plan.tau if plan.text is not None else 0.0)
-    scale += np.linalg.norm(plan.linear, axis=1).max() if plan.linear is not None else 0.0
-    tiny = (2 + (4 * plan.beta if "mma" in path else 0)) * np.finfo(np.float32).eps * scale
-    assert np.abs(logits - truth).max() <= 2 * np.abs(eager - truth).max() + tiny
+    # itself may be off by some units in the last place, which beta multiplies. Beside values it is the text's.
+    cores = "mma" in path or (path == "cuda/dense-torch" and queries != "fp32" and plan.text is not None)
+    scale = np.abs(truth).max(initial=0.0) + (plan.tau if plan.text is not None else 0.0)
+    scale += linear_size(plan)
+    scale += 0.0 if plan.values is None else cache_size(plan, embeddings)
+    tiny = (2 + (4 * plan.beta if cores else 0)) * np.finfo(np.float32).eps * scale
+    assert np.abs(logits - truth).max(initial=0.0) <= 2 * np.abs(eager - truth).max(initial=0.0) + tiny
+
+
+def meeting(plan: ScoringPlan, queries: str) -> Any:
+    """The type in which moved queries meet the keys: DevicePlan.query_rows."""
+    if "fp32" in (queries, plan.key_precision):
+        return torch.float32
+    return torch.bfloat16 if plan.key_precision == "bf16" else torch.float16
+
+
+def extended_path(plan: ScoringPlan, queries: str, batch: int) -> str:
+    """What a plan out of EXTENDED takes: moved queries meet keys in one part, and moved features aren't halves."""
+    if batch == 0 or plan.values is not None:
+        return "cuda/empty" if batch == 0 else "cuda/dense-torch"
+    moved = plan.reducer is not None
+    if plan.keys is not None:
+        met = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[meeting(plan, queries)]
+        return expected_path(str(plan.key_precision), met if moved else queries, batch)
+    halves = queries != "fp32" and (not moved or plan.feature == "text-distribution")
+    return f"cuda/linear{'-mma' if halves else ''}{'-small' if batch <= 16 else ''}"
 
 
 def counts_of(rng: np.random.Generator, n_keys: int, n_classes: int) -> list[int]:
@@ -139,6 +135,31 @@ def test_each_combination_of_terms_emulated(
         linear = "cuda/linear" if queries == "fp32" else "cuda/linear-mma"
         assert path == ("cuda/fp32" if "cache" in terms else linear) + ("-small" if batch <= 16 else "")
         np.testing.assert_allclose(logits, score_reference(plan, embeddings), atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("queries", DTYPES)
+def test_extended_plans_emulated(queries: str, name: str, emulated: Any, rng: np.random.Generator) -> None:
+    widths, precisions = itertools.cycle((33, 1, 17, 64, 123)), itertools.cycle(PRECISIONS)
+    for counts, batch in zip((*LAYOUTS, [2, 1]), (1, 2, 16, 17, 5, 131, 3, 0), strict=True):
+        width = next(widths)
+        plan = random_plan(rng, list(counts), width, **EXTENDED[name], precision=next(precisions))
+        assert_right(plan, random_embeddings(rng, batch, width), queries, "cpu", extended_path(plan, queries, batch))
+
+
+@pytest.mark.parametrize("queries", DTYPES)
+def test_reduced_queries_meet_int8_keys_in_a_basis_of_their_own(
+    queries: str, emulated: Any, rng: np.random.Generator
+) -> None:
+    plan = random_plan(rng, [90, 0, 60], 48, ("text", "cache"), query="plain", beta=8.0)
+    plan = replace(plan, keys=correlated_rows(rng, 150, 48)).with_key_precision("int8")
+    assert plan.query_transform is not None
+    dense = replace(plan, class_offsets=None, values=rng.standard_normal((150, 3)))
+    for reducer in (None, *(random_reducer(rng, kind, 48) for kind in REDUCERS)):
+        embeddings = Embeddings(correlated_rows(rng, 200, 48)[:20], unit_rows(rng, 20, 48))
+        path = expected_path("int8", queries, 20)
+        assert_right(replace(plan, reducer=reducer), embeddings, queries, "cpu", path)
+        assert_right(replace(dense, reducer=reducer), embeddings, queries, "cpu", "cuda/dense-torch")
 
 
 @pytest.mark.parametrize("size", [1e-9, 1.0, 3e4, 1e9])
@@ -211,115 +232,6 @@ def test_what_is_made_for_a_plan_is_made_once_and_goes_with_it(
     assert len(cuda_layout._store()) == before
 
 
-def good_arguments() -> dict[str, Any]:
-    return {
-        "device": 0,
-        "stream": 0,
-        "key_precision": "fp16",
-        "n_queries": 3,
-        "n_keys": 4,
-        "n_classes": 2,
-        "queries": 4096,
-        "query_bytes": 32,
-        "query_parts": 1,
-        "part_scale": 1.0,
-        "keys": 4096,
-        "key_bytes": 32,
-        "key_class": 4096,
-        "class_offsets": 4096,
-        "weights": None,
-        "key_scales": None,
-        "scale": 1.0,
-        "alpha": 1.0,
-        "edges": None,
-        "logits": 4096,
-    }
-
-
-def linear_arguments() -> dict[str, Any]:
-    return {
-        "device": 0,
-        "stream": 0,
-        "precision": "fp16",
-        "n_queries": 3,
-        "n_classes": 2,
-        "operands": [(4096, 32, 8192, 128, 1.0)],
-        "row_parts": 2,
-        "part_scale": 1.0,
-        "bias": None,
-        "class_offsets": None,
-        "logits": 4096,
-    }
-
-
-BAD_ARGUMENTS = [
-    ({"keys": 4104}, "keys at a device address that is a multiple of 16, got 4104"),
-    ({"logits": 0}, "logits at a device address"),
-    ({"n_keys": 0}, "n_keys in 1"),
-    ({"key_bytes": 40}, "key_bytes to be a multiple of 16, got 40"),
-    ({"query_parts": 4}, "query_parts in 1..3, got 4"),
-    ({"query_parts": 2}, "2 parts of 64 bytes in a query, got 32 bytes"),
-    ({"key_precision": "int8"}, "key_scales with int8 keys and only there, got int8 without"),
-    ({"key_precision": "fp8"}, "a key precision of fp32, fp16, bf16 or int8, got fp8"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS)
-def test_the_binding_refuses_what_cannot_be_right(change: dict[str, Any], message: str, emulation: Any) -> None:
-    with pytest.raises(ValueError, match=message):
-        emulation.cache(**{**good_arguments(), **change})
-
-
-BAD_LINEAR_ARGUMENTS = [
-    ({"precision": "bf16"}, "a precision of fp32 or fp16, got bf16"),
-    ({"precision": "fp32"}, "row_parts in 1..1, got 2"),
-    ({"operands": [(4096, 32, 8192, 96, 1.0)]}, "2 parts of 64 bytes in a row, got 96 bytes"),
-    ({"operands": [(4096, 32, 8192, 128, 1.0)] * 3}, "at most 2 operands, got 3"),
-    ({"n_classes": 0}, "n_classes in 1"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_LINEAR_ARGUMENTS)
-def test_the_binding_refuses_wrong_linear_terms(change: dict[str, Any], message: str, emulation: Any) -> None:
-    with pytest.raises(ValueError, match=message):
-        emulation.linear(**{**linear_arguments(), **change})
-
-
-def test_refusal_says_how_to_build_what_is_missing_or_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Any:
-        raise ImportError("No module named 'iosr_fast._C_cuda'")
-
-    cuda._build_refusal.cache_clear()
-    monkeypatch.setattr(cuda, "_module", missing)
-    assert "IOSR_FAST_CUDA=1 pip install ." in (cuda.refusal() or "")
-    cuda._build_refusal.cache_clear()
-    monkeypatch.setattr(cuda, "_module", lambda: SimpleNamespace(version="0.0.0"))
-    said = cuda.refusal() or ""
-    assert "0.0.0" in said and "IOSR_FAST_CUDA=1 pip install ." in said
-    cuda._build_refusal.cache_clear()
-
-
-def test_refusal_names_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_build_refusal", lambda: None)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA device" in (cuda.refusal() or "")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "8.0 or newer is needed, got Old GPU (7.5)" in (cuda.refusal() or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    assert cuda.refusal() is None
-
-
-def test_importing_loads_neither_torch_nor_the_extension() -> None:
-    code = (
-        "import sys, iosr_fast.cuda; "
-        "raise SystemExit(any(name in sys.modules for name in ('torch', 'iosr_fast._C_cuda')))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.fixture
 def gpu() -> None:
     refused = cuda.refusal()
@@ -346,6 +258,16 @@ def test_large_shapes_on_a_gpu(keys: Any, shape: tuple[int, ...], gpu: None, rng
     batch, n_keys, width, n_classes = shape
     plan = random_plan(rng, counts_of(rng, n_keys, n_classes), width).with_key_precision(keys)
     assert_right(plan, random_embeddings(rng, batch, width), "bf16" if keys == "bf16" else "fp16", "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("queries", DTYPES)
+def test_extended_plans_on_a_gpu(queries: str, name: str, gpu: None, rng: np.random.Generator) -> None:
+    for keys, (batch, counts, width) in itertools.product(PRECISIONS, ((300, [16] * 100, 512), (5, [9, 0, 200], 33))):
+        plan = random_plan(rng, counts, width, **EXTENDED[name], precision=keys)  # type: ignore[arg-type]
+        assert_right(plan, random_embeddings(rng, batch, width), queries, "cuda", extended_path(plan, queries, batch))
 
 
 @pytest.mark.gpu

@@ -11,8 +11,10 @@ import pytest
 from iosr_fast import _C
 from iosr_fast.encoder import Embeddings
 from iosr_fast.precision import dequantize
+from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan, score
-from tests.conftest import random_embeddings, unit_rows
+from tests.conftest import EXTENDED, random_embeddings, random_plan, unit_rows
+from tests.numerics import assert_close_to_truth
 
 
 def good_parts(rng: np.random.Generator) -> dict[str, object]:
@@ -28,6 +30,7 @@ def good_parts(rng: np.random.Generator) -> dict[str, object]:
 
 
 NAN = np.full((5, 8), np.nan)
+DENSE = {"class_offsets": None}
 CODES = 127 * np.eye(8, dtype=np.int8)[:5]
 BAD_PLANS = {
     "no class": ({"n_classes": 0}, "n_classes >= 1"),
@@ -40,7 +43,7 @@ BAD_PLANS = {
     "bias infinite": ({"bias": np.array([0, np.inf, 0])}, "bias to be finite"),
     "keys one-dimensional": ({"keys": np.ones(5)}, r"keys of shape \(5, 8\), got \(5,\)"),
     "no keys": ({"keys": np.zeros((0, 8)), "class_offsets": np.zeros(4, int), "weights": None}, "at least one key"),
-    "keys without offsets": ({"class_offsets": None}, "keys and class_offsets together"),
+    "keys without offsets": ({"class_offsets": None}, "keys together with class_offsets or values"),
     "weights alone": ({"keys": None, "class_offsets": None}, "weights"),
     "weights of another length": ({"weights": np.ones(4)}, r"weights of shape \(5,\), got \(4,\)"),
     "offsets of another length": ({"class_offsets": np.array([0, 2, 5])}, r"class_offsets of shape \(4,\)"),
@@ -50,6 +53,8 @@ BAD_PLANS = {
     "beta negative": ({"beta": -1.0}, "beta finite and >= 0"),
     "alpha NaN": ({"alpha": float("nan")}, "alpha finite"),
     "unknown query": ({"query": "both"}, '"plain" or "adapted"'),
+    "query of a feature": ({"query": "text-distribution"}, '"plain" or "adapted", got .text-distribution'),
+    "unknown feature": ({"feature": "both"}, '"plain", "adapted" or "text-distribution", got .both'),
     "int8 keys without scales": ({"keys": CODES}, r"key_scales with int8 keys, got none; plan.with_key_precision"),
     "scales of another length": ({"keys": CODES, "key_scales": np.ones(4)}, r"key_scales of shape \(5,\), got \(4,\)"),
     "scales of zero": ({"keys": CODES, "key_scales": np.zeros(5)}, "key_scales > 0, got 0"),
@@ -59,6 +64,26 @@ BAD_PLANS = {
     "float16 keys infinite": ({"keys": np.full((5, 8), np.inf, np.float16)}, "NaN or infinite"),
     "bfloat16 keys NaN": ({"keys": np.full((5, 8), 0x7FC0, np.uint16)}, "NaN or infinite"),
     "bias of another length": ({"bias": np.zeros(2)}, r"bias of shape \(3,\), got \(2,\)"),
+    "offsets and values": ({"values": np.ones((5, 3))}, "keys with class_offsets or with values, got both"),
+    "values of other classes": (DENSE | {"values": np.ones((5, 2))}, r"values of shape \(5, 3\), got \(5, 2\)"),
+    "values of other keys": (DENSE | {"values": np.ones((4, 3))}, r"values of shape \(5, 3\), got \(4, 3\)"),
+    "values one-dimensional": (DENSE | {"values": np.ones(5)}, r"values of shape \(5, 3\), got \(5,\)"),
+    "values infinite": (DENSE | {"values": np.full((5, 3), np.inf)}, "values to be finite, got 15"),
+    "values without keys": (
+        DENSE | {"keys": None, "weights": None, "values": np.zeros((0, 3))},
+        "keys together with class_offsets or values, got one without the other",
+    ),
+    "reducer of another width": ({"reducer": Reducer(np.zeros(9))}, "a reducer of 8 channels, got one of 9"),
+    "projection of another width": ({"reducer": Reducer(None, np.eye(7))}, "a reducer of 8 channels, got one of 7"),
+    "linear over embeddings alone": ({"feature": "text-distribution"}, r"linear of shape \(3, 4\), got \(3, 8\)"),
+    "linear over texts alone": ({"linear": np.ones((3, 4))}, "one width, got .*'linear': 4"),
+    "a distribution over no texts": (
+        {"text": None, "linear": np.ones((3, 4)), "feature": "text-distribution"},
+        'expected text where the feature is "text-distribution", got none',
+    ),
+    "temperature zero": ({"temperature": 0.0}, "temperature finite and >= 1e-06, got 0"),
+    "temperature negative": ({"temperature": -0.5}, "temperature finite and >= 1e-06, got -0.5"),
+    "temperature NaN": ({"temperature": float("nan")}, "temperature finite"),
 }
 
 
@@ -95,6 +120,39 @@ def test_a_plan_is_a_frozen_copy(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(plan.keys, kept)
     assert plan.class_offsets.dtype == np.int64 and not plan.keys.flags.writeable
     assert replace(plan, alpha=2.0).keys is plan.keys
+    values = np.ones((5, 3))
+    dense = replace(plan, class_offsets=None, values=values)
+    values[:] = 0
+    assert dense.values.dtype == np.float32 and dense.values.all() and not dense.values.flags.writeable
+
+
+def test_a_reducer_or_values_leave_the_rest_of_a_plan_alone(rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [2, 0, 3], 8, dense=True, reducer="projection", feature="text-distribution")
+    for precision in ("fp16", "bf16", "int8", "fp32"):
+        stored = plan.with_key_precision(precision)
+        assert stored.key_precision == precision and stored.width == 8 and stored.needs_adapted
+        assert stored.values is plan.values and stored.reducer is plan.reducer and stored.linear is plan.linear
+    # Neither a reducer nor a distribution over texts is a reason to encode by the adapter.
+    assert not replace(plan, query="plain").needs_adapted
+    assert random_plan(rng, [1, 1], 8, ("linear",), reducer="centre", feature="adapted").needs_adapted
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("factor", [0.01, 3.0])
+def test_a_scaled_plan_has_scaled_logits(name: str, factor: float, rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [2, 0, 3, 1], 17, **EXTENDED[name]), random_embeddings(rng, 33, 17)
+    logits, scaled = score(plan, embeddings), score(plan.scaled(factor), embeddings)
+    np.testing.assert_allclose(scaled, factor * logits, rtol=1e-5, atol=1e-4 * factor)
+    np.testing.assert_array_equal(scaled.argmax(1), logits.argmax(1))
+    assert_close_to_truth("numpy", plan.scaled(factor), embeddings)
+
+
+def test_a_plan_is_scaled_by_a_positive_number_only(rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [2, 1], 8)
+    for factor in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected a factor above 0"):
+            plan.scaled(factor)
+    assert plan.scaled(2.0).keys is plan.keys and plan.scaled(2.0).weights is plan.weights
 
 
 def test_the_binding_refuses_what_would_read_out_of_bounds(rng: np.random.Generator) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.precision import PRECISIONS, Precision, dequantize
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan, score, score_with_path
-from tests.conftest import TERMS, random_embeddings, random_plan, unit_rows
+from tests.conftest import EXTENDED, TERMS, random_embeddings, random_plan, unit_rows
 from tests.numerics import PATHS, allowed_error, assert_as_good_as_eager, assert_close_to_truth, eager_float32, run_path
 
 WIDTHS = (1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 123)
@@ -118,21 +119,21 @@ def test_an_empty_batch_has_empty_logits(path: str, precision: Precision, rng: n
     assert run_path(path, plan, random_embeddings(rng, 0, 8)).shape == (0, 2)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=90).filter(any),
     width=st.integers(1, 140),
     batch=st.integers(1, 80),
-    terms=st.sampled_from(TERM_SETS),
+    parts=st.sampled_from([*({"terms": terms} for terms in TERM_SETS), *EXTENDED.values()]),
     beta=st.floats(0.0, 100.0),
     precision=st.sampled_from(PRECISIONS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape_and_layout(
-    counts: list[int], width: int, batch: int, terms: tuple[str, ...], beta: float, precision: Precision, seed: int
+    counts: list[int], width: int, batch: int, parts: dict[str, Any], beta: float, precision: Precision, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    plan = random_plan(rng, counts, width, terms, beta=beta, precision=precision)
+    plan = random_plan(rng, counts, width, **{**parts, "beta": beta, "precision": precision})
     assert_close_to_truth(PATHS, plan, random_embeddings(rng, batch, width))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -15,9 +16,10 @@ from iosr_fast import _C, batch, torch_scoring
 from iosr_fast.device_plan import as_tensor, device_plan
 from iosr_fast.encoder import Embeddings
 from iosr_fast.precision import PRECISIONS, Precision, dequantize
-from iosr_fast.reference import score_reference
-from iosr_fast.scoring import score, score_with_path
-from tests.conftest import random_embeddings, random_plan, unit_rows
+from iosr_fast.reducers import Reducer
+from iosr_fast.reference import score_reference, softmax
+from iosr_fast.scoring import ScoringPlan, score, score_with_path
+from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, unit_rows
 from tests.numerics import allowed_error, assert_as_good_as_eager, assert_close_to_truth, needs_gpu, tensors
 
 CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
@@ -129,6 +131,62 @@ def test_a_plan_on_the_cpu_is_the_plans_own_memory(precision: Precision, rng: np
     assert [getattr(moved, name) for name in facts] == [getattr(plan, name) for name in facts]
 
 
+def test_a_reducer_and_values_are_shared_and_carried(rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [3, 0, 2], 24, reducer="projection", dense=True, feature="text-distribution")
+    plan = replace(plan, temperature=0.25)
+    moved = device_plan(plan, "cpu")
+    assert moved.values.data_ptr() == plan.values.ctypes.data and moved.class_offsets is None
+    assert moved.reducer_shift.data_ptr() == plan.reducer.shift.ctypes.data
+    assert moved.reducer_projection.data_ptr() == plan.reducer.projection.ctypes.data
+    assert (moved.temperature, moved.feature, moved.needs_adapted) == (0.25, "text-distribution", True)
+    channels = device_plan(replace(plan, reducer=random_plan(rng, [1], 24, reducer="diagonal").reducer), "cpu")
+    assert channels.reducer_shift is None and channels.reducer_projection.shape == (24,)
+    assert not device_plan(replace(plan, query="plain"), "cpu").needs_adapted
+
+
+@pytest.mark.parametrize("kind", [None, *REDUCERS])
+@pytest.mark.parametrize("keys", PRECISIONS)
+@pytest.mark.parametrize("rows", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_are_moved_in_float32_and_rounded_for_the_keys(
+    rows: torch.dtype, keys: Precision, kind: str | None, rng: np.random.Generator
+) -> None:
+    plan = random_plan(rng, [3, 2], 24, precision=keys, reducer=kind, feature="adapted")
+    on_device, given = device_plan(plan, "cpu"), tensors(random_embeddings(rng, 5, 24), dtype=rows)
+    query = on_device.query_rows(given.plain, given.adapted)
+    feature = on_device.feature_rows(given.plain, given.adapted)
+    if kind is None:
+        assert query is given.adapted and feature is given.adapted
+        return
+    half = torch.bfloat16 if keys == "bf16" else torch.float16
+    assert query.dtype == (torch.float32 if rows == torch.float32 or keys == "fp32" else half)
+    assert feature.dtype == torch.float32
+    expected = torch.from_numpy(plan.reducer(given.adapted.float().numpy()))
+    torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(query, feature.to(query.dtype), rtol=0, atol=0)
+
+
+def test_a_row_that_a_reducer_takes_to_zero_stays_zero(rng: np.random.Generator) -> None:
+    rows = unit_rows(rng, 3, 8)
+    plan = replace(random_plan(rng, [2, 1], 8, query="plain"), reducer=Reducer(rows[1]))
+    moved = device_plan(plan, "cpu").query_rows(torch.from_numpy(rows), None)
+    assert torch.isfinite(moved).all() and not moved[1].any()
+    # Such a query is as far from all keys as from any other.
+    np.testing.assert_allclose(
+        score(plan, Embeddings(rows), "torch"), score(plan, Embeddings(rows), "numpy"), atol=2e-5
+    )
+
+
+def test_a_distribution_over_texts_is_float32_whatever_comes(rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [1] * 7, 24, ("text", "linear"), feature="text-distribution", reducer="centre")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        given = tensors(random_embeddings(rng, 5, 24), dtype=dtype)
+        feature = device_plan(plan, "cpu").feature_rows(given.plain, None)
+        assert feature.dtype == torch.float32 and feature.shape == (5, 8)
+        shares = softmax(given.plain.double().numpy() @ plan.text.T.astype(np.float64) / plan.temperature)
+        np.testing.assert_allclose(feature[:, :7], shares, rtol=1e-5)
+        np.testing.assert_allclose(feature[:, 7], (shares * np.log(shares)).sum(1), rtol=1e-5)
+
+
 def test_memory_of_a_read_only_array_is_shared_without_a_warning(rng: np.random.Generator) -> None:
     array = unit_rows(rng, 3, 4)
     array.flags.writeable = False
@@ -161,20 +219,32 @@ def test_every_tile_of_keys_and_queries_is_summed(
         for name in ("_TILE", "_KEY_TILE", "_SUMS"):
             monkeypatch.setattr(torch_scoring, name, elements)
         for counts in ([5, 0, 0, 9, 1, 0], [0, 0, 17], [1] * 11, [30]):
-            plan = random_plan(rng, counts, 10, precision=precision)
-            assert_close_to_truth("torch/cpu", plan, random_embeddings(rng, 7, 10))
+            for parts in ({}, EXTENDED["values"], EXTENDED["tip-x"]):
+                plan = random_plan(rng, counts, 10, **parts, precision=precision)
+                assert_close_to_truth("torch/cpu", plan, random_embeddings(rng, 7, 10))
 
 
-def test_eager_needs_little_memory(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("parts", [{}, {"dense": True}, {"reducer": "projection", "query": "plain"}], ids=str)
+def test_eager_needs_little_memory(parts: dict[str, Any], rng: np.random.Generator) -> None:
     """Chunks of keys go through one after another, whatever their number."""
-    plan = random_plan(rng, [4000] * 10, 64, ("cache",), precision="int8")
+    plan = random_plan(rng, [4000] * 10, 64, ("cache",), precision="int8", **parts)
+    assert peak_bytes(plan, 1024) <= 36e6  # 32 MB and the logits
+
+
+def test_distributions_over_many_texts_need_little_memory(rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [1] * 1000, 32, ("text", "linear"), feature="text-distribution")
+    assert peak_bytes(plan, 8192) <= 32e6 + 4 * 8192 * 1000  # beside the logits
+
+
+def peak_bytes(plan: ScoringPlan, batch: int) -> int:
     rows = device_plan(plan, "cpu")
-    query = torch.from_numpy(unit_rows(rng, 1024, 64))
+    query = torch.nn.functional.normalize(torch.randn(batch, plan.width))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch_scoring.score_torch(rows, query, query)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    assert 0 < live.max() <= 36e6  # 32 MB and the logits
+    assert live.max() > 0
+    return int(live.max())
 
 
 # On a GPU
@@ -193,6 +263,26 @@ def test_eager_on_a_gpu(precision: Precision, dtype: torch.dtype, rng: np.random
         exact = Embeddings(given.plain.float().cpu().numpy(), given.adapted.float().cpu().numpy())
         truth = score_reference(plan, exact)
         assert_as_good_as_eager(logits.cpu().numpy(), truth, allowed_error(truth, plan, exact), path)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_extended_plans_on_a_gpu(name: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    """Each half type of queries beside keys of its own, where the term is a product of halves, and beside float32."""
+    precisions = ("fp32", {torch.float32: "int8", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype])
+    for precision, (counts, width, n) in itertools.product(
+        precisions, (([3, 0, 200, 1], 65, 33), ([16] * 30, 512, 252))
+    ):
+        plan = random_plan(rng, counts, width, **EXTENDED[name], precision=precision)
+        given = tensors(random_embeddings(rng, n, width), device="cuda", dtype=dtype)
+        logits, path = score_with_path(plan, given, "torch")
+        assert path == "torch/cuda" and logits.device == given.plain.device and logits.dtype == torch.float32
+        exact = Embeddings(given.plain.float().cpu().numpy(), given.adapted.float().cpu().numpy())
+        truth = score_reference(plan, exact)
+        moved = dtype if precision != "fp32" else None
+        assert_as_good_as_eager(logits.cpu().numpy(), truth, allowed_error(truth, plan, exact, moved), path)
 
 
 @pytest.mark.gpu

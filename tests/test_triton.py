@@ -14,7 +14,7 @@ import pytest
 
 from iosr_fast import kernels
 from iosr_fast.kernels import launch, layout
-from tests.conftest import random_embeddings, random_plan
+from tests.conftest import EXTENDED, random_embeddings, random_plan
 from tests.test_scoring import LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,12 +35,13 @@ def cuda_or_skip() -> None:
 def test_parity_under_the_interpreter() -> None:
     # In a process of its own: tests/triton_parity.py says why. No GPU is shown to it, as the interpreter needs none.
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/triton_parity.py"]
+    files = ("tests/triton_parity.py", "tests/triton_dense.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"^(\d+) passed in", done.stdout, re.MULTILINE)
     # Neither a skip nor an empty collection may pass for parity.
-    assert passed is not None and int(passed[1]) > 80, done.stdout[-2000:]
+    assert passed is not None and int(passed[1]) > 150, done.stdout[-2000:]
 
 
 @pytest.mark.gpu
@@ -64,11 +65,26 @@ def test_dense_values_on_the_gpu(precision: str, rng: np.random.Generator) -> No
     cuda_or_skip()
     import torch
 
-    from tests.triton_parity import assert_dense_close
+    from tests.triton_dense import assert_dense_close
 
     for shape in ((1, 4000, 512, 100), (300, 1000, 512, 1000), (33, 123, 17, 7)):
         for values_dtype in (torch.float16, torch.float32):
             assert_dense_close(rng, shape, precision, values_dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", launch.PRECISIONS)
+@pytest.mark.parametrize("name", EXTENDED)
+def test_extended_plans_on_the_gpu(name: str, precision: str, rng: np.random.Generator) -> None:
+    cuda_or_skip()
+    from tests.triton_parity import assert_close_to_truth
+
+    parts = EXTENDED[name]
+    expected = "dense" if parts.get("dense") else "aligned" if "cache" in parts.get("terms", ("cache",)) else "no-keys"
+    for batch, counts, width in ((1, [16] * 100, 512), (300, [16] * 100, 512), (33, [8] * 9, 123), (0, [9], 17)):
+        plan = random_plan(rng, counts, width, **parts, precision=precision)
+        embeddings = random_embeddings(rng, batch, width)
+        assert assert_close_to_truth(plan, embeddings, None, device="cuda", expected=expected).is_cuda
 
 
 @pytest.mark.gpu
@@ -133,6 +149,11 @@ def test_every_launch_configuration_is_there_and_right() -> None:
             for load in ("few", "many"):
                 config = launch.config_for("a GPU without an entry", path, precision, load)  # type: ignore[arg-type]
                 assert config == launch.config_for("default", path, precision, load)  # type: ignore[arg-type]
+    for precision in launch.PRECISIONS:
+        config = launch.config_for("default", "dense", precision, "many")
+        halved = launch.dense_config("default", precision, "many", float_values=True)
+        assert halved.block_n == config.block_n // (2 if precision in ("fp16", "int8") else 1)
+        assert launch.dense_config("default", precision, "many", float_values=False) == config
     for name, paths in launch.read_configs().items():
         for path, precisions in paths.items():
             for precision, loads in precisions.items():

@@ -1,9 +1,9 @@
 """The Triton kernels against the float64 reference.
 
 Triton decides when a kernel is defined whether its interpreter will run it, so one process has either the interpreter
-or the compiler. tests/test_triton.py therefore runs this file by pytest in a process of its own, with
-TRITON_INTERPRET=1, and imports `assert_close_to_truth` from it for the tests on a GPU. The name keeps it out of the
-main run.
+or the compiler. tests/test_triton.py therefore runs this file and triton_dense.py by pytest in a process of its own,
+with TRITON_INTERPRET=1, and imports `assert_close_to_truth` from it for the tests on a GPU. The name keeps it out of
+the main run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 
 from iosr_fast.device_plan import DevicePlan, device_plan
 from iosr_fast.encoder import Embeddings
-from iosr_fast.kernels import cache_score, dense_values, layout, refusal
+from iosr_fast.kernels import cache_score, layout, refusal
 from iosr_fast.kernels.launch import PRECISIONS, Config
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan
-from tests.conftest import random_embeddings, random_plan, unit_rows
+from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
+from tests.numerics import linear_size
+from tests.test_precision import correlated_rows
 from tests.test_scoring import BATCHES, LAYOUTS, TERM_SETS, WIDTHS
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
@@ -38,7 +40,6 @@ CASES = list(itertools.product(BATCHES, LAYOUTS, PRECISIONS))
 def _several_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Enough for the split path to cut classes; the interpreter counts as one, on which nothing need be cut."""
     monkeypatch.setattr(cache_score, "multiprocessors", lambda device: 16)
-    monkeypatch.setattr(dense_values, "multiprocessors", lambda device: 16)
     yield
 
 
@@ -47,22 +48,26 @@ def tensors(embeddings: Embeddings, device: str = DEVICE) -> tuple[torch.Tensor,
 
 
 def eager(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
-    """The papers' code: full affinity and one-hot matrix, in float32 on queries rounded as the kernels round them."""
-    rows = {"plain": plain.float(), "adapted": adapted.float()}
+    """The papers' code: full affinity and one-hot matrix or values, in float32 on queries rounded as the kernels round
+    them."""
     logits = torch.zeros((len(plain), plan.n_classes), device=plan.device)
     if plan.text is not None:
-        logits += plan.tau * (rows["plain"] @ plan.text.T)
-    if plan.keys is not None and plan.class_offsets is not None:
+        logits += plan.tau * (plain.float() @ plan.text.T)
+    if plan.keys is not None:
         half = {torch.int8: torch.float16}.get(plan.keys.dtype, plan.keys.dtype)
         keys = plan.keys.float()
         keys = keys if plan.key_scales is None else keys * plan.key_scales[:, None]
-        affinity = torch.exp(-plan.beta * (1.0 - rows[plan.query].to(half).float() @ keys.T))
+        query = plan.query_rows(plain.float(), adapted.float()).to(half).float()
+        affinity = torch.exp(-plan.beta * (1.0 - query @ keys.T))
         affinity = affinity if plan.weights is None else affinity * plan.weights
-        counts = plan.class_offsets.diff().long()
-        labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=plan.device), counts)
-        logits += plan.alpha * (affinity @ torch.eye(plan.n_classes, device=plan.device)[labels])
+        values = plan.values
+        if values is None:
+            counts = plan.class_offsets.diff().long()
+            labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=plan.device), counts)
+            values = torch.eye(plan.n_classes, device=plan.device)[labels]
+        logits += plan.alpha * (affinity @ values)
     if plan.linear is not None:
-        logits += rows[plan.feature] @ plan.linear.T
+        logits += plan.feature_rows(plain.float(), adapted.float()) @ plan.linear.T
     return logits if plan.bias is None else logits + plan.bias
 
 
@@ -84,12 +89,21 @@ def assert_close_to_truth(
     error = np.abs(logits.cpu().numpy() - truth).max(initial=0.0)
     eager_error = np.abs(eager(on_device, plain, adapted).cpu().numpy() - truth).max(initial=0.0)
     scale = np.abs(truth).max(initial=0.0) + (plan.tau if plan.text is not None else 0.0)
-    scale += np.linalg.norm(plan.linear, axis=1).max() if plan.linear is not None else 0.0
+    scale += linear_size(plan)
+    if plan.values is not None:  # whose signs cancel
+        scale += np.abs(cancelled(on_device, plain, adapted)).max(initial=0.0)
     # Two roundings at the terms' magnitude; on a GPU, where three TF32 products stand for one of float32, four more,
     # which the exponential magnifies by beta.
     roundings = 2.0 if device == "cpu" else 6.0 + 4.0 * plan.beta
     assert error <= 2 * eager_error + roundings * np.finfo(np.float32).eps * scale
     return logits
+
+
+def cancelled(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor) -> np.ndarray:
+    """The cache term of keys with values, were all their signs the same."""
+    positive = replace(plan, text=None, linear=None, bias=None, values=plan.values.abs())
+    sums: np.ndarray = eager(positive, plain, adapted).cpu().numpy()
+    return sums
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -136,6 +150,30 @@ def test_each_combination_of_terms(terms: tuple[str, ...], rng: np.random.Genera
         assert_close_to_truth(plan, embeddings, path, SMALL[0], expected=path or "no-keys")
     if "linear" in terms:
         assert_close_to_truth(replace(plan, bias=None), embeddings, path, SMALL[0], expected=path or "no-keys")
+
+
+@pytest.mark.parametrize("name", [name for name, parts in EXTENDED.items() if not parts.get("dense")])
+@pytest.mark.parametrize("path", PATHS)
+def test_reducers_and_distributions_over_texts(path: str, name: str, rng: np.random.Generator) -> None:
+    terms = EXTENDED[name].get("terms", ("cache",))
+    if "cache" not in terms and path != PATHS[0]:
+        return
+    for step, (counts, width, batch) in enumerate((([3, 0, 20], 33, 5), ([5, 1], 1, 1), ([2] * 20, 17, 0))):
+        precision = PRECISIONS[(step + PATHS.index(path)) % len(PRECISIONS)]
+        plan = random_plan(rng, list(counts), width, **EXTENDED[name], precision=precision)
+        taken, expected = (path, path) if "cache" in terms else (None, "no-keys")
+        assert_close_to_truth(plan, random_embeddings(rng, batch, width), taken, SMALL[step % 2], expected=expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_reduced_query_meets_int8_keys_in_a_basis_of_their_own(path: str, rng: np.random.Generator) -> None:
+    keys = correlated_rows(rng, 150, 48)
+    plan = ScoringPlan(3, keys=keys, class_offsets=[0, 90, 90, 150], beta=8.0).with_key_precision("int8")
+    assert plan.query_transform is not None
+    queries = Embeddings(correlated_rows(rng, 5, 48), unit_rows(rng, 5, 48))
+    assert_close_to_truth(plan, queries, path, SMALL[0])
+    for kind in REDUCERS:
+        assert_close_to_truth(replace(plan, reducer=random_reducer(rng, kind, 48)), queries, path, SMALL[0])
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -221,85 +259,3 @@ def test_an_unknown_path_is_refused(rng: np.random.Generator) -> None:
     plan = device_plan(random_plan(rng, [2, 1], 8), DEVICE)
     with pytest.raises(ValueError, match='expected path "aligned", "ragged" or "split", got "diagonal"'):
         cache_score.score_triton(plan, *tensors(random_embeddings(rng, 2, 8)), path="diagonal")
-
-
-def dense_reference(
-    query: np.ndarray, keys: np.ndarray, values: np.ndarray, beta: float, weights: np.ndarray
-) -> np.ndarray:
-    """out[b] = sum over keys j of weights[j] * exp(-beta * (1 - <query[b], keys[j]>)) * values[j], in float64."""
-    cosine = query.astype(np.float64) @ keys.astype(np.float64).T
-    return (weights * np.exp(-beta * (1.0 - cosine))) @ values.astype(np.float64)
-
-
-def assert_dense_close(
-    rng: np.random.Generator,
-    shape: tuple[int, int, int, int],
-    precision: str,
-    values_dtype: torch.dtype,
-    config: Config | None = None,
-    weighted: bool = True,
-    device: str = DEVICE,
-) -> None:
-    """dense_values against float64, with at most twice the error of eager at the same precisions."""
-    batch, n_keys, width, n_values = shape
-    beta, weights = 5.5, rng.uniform(0.1, 1e5, n_keys).astype(np.float32) if weighted else None
-    query = torch.tensor(unit_rows(rng, batch, width), device=device)
-    keys = torch.tensor(unit_rows(rng, n_keys, width), device=device)
-    values = torch.tensor(rng.uniform(-1, 1, (n_keys, n_values)), device=device).to(values_dtype)
-    scales = None
-    if precision == "int8":
-        scales = keys.abs().amax(dim=1) / 127
-        keys = torch.round(keys / scales[:, None]).to(torch.int8)
-    keys = keys if precision == "int8" else keys.to(HALF[precision])
-    exact = keys.float() if scales is None else keys.float() * scales[:, None]
-    ones = np.ones(n_keys, np.float32) if weights is None else weights
-    truth = dense_reference(query.cpu().numpy(), exact.cpu().numpy(), values.cpu().numpy(), beta, ones)
-    affinity = torch.exp(-beta * (1.0 - query.to(HALF[precision]).float() @ exact.T))
-    shares = torch.tensor(ones / ones.max(), device=device)
-    eager_out = ((affinity * shares).to(values_dtype).float() @ values.float()) * float(ones.max())
-    out = dense_values.dense_values(
-        query,
-        keys,
-        values,
-        beta=beta,
-        weights=None if weights is None else torch.tensor(weights, device=device),
-        key_scales=scales,
-        config=config,
-    )
-    assert out.shape == truth.shape and out.dtype == torch.float32
-    error, eager_error = (np.abs(got.cpu().numpy() - truth).max() for got in (out, eager_out))
-    # Sums of signed values cancel, so their roundings are measured by what is summed.
-    size = (ones @ np.abs(values.cpu().float().numpy())).max()
-    roundings = 4.0 if device == "cpu" else 6.0 + 4.0 * beta
-    assert error <= 2 * eager_error + roundings * np.finfo(np.float32).eps * size
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("values_dtype", [torch.float16, torch.float32], ids=str)
-def test_dense_values(precision: str, values_dtype: torch.dtype, rng: np.random.Generator) -> None:
-    config = Config(16, 16, 16, 1, 1, block_v=16)
-    for shape in ((1, 1, 1, 1), (5, 33, 17, 3), (33, 70, 33, 40)):
-        assert_dense_close(rng, shape, precision, values_dtype, config)
-    assert_dense_close(rng, (5, 33, 17, 20), precision, values_dtype, replace(config, swap=True), weighted=False)
-    assert_dense_close(rng, (40, 150, 64, 100), precision, values_dtype)
-
-
-def test_dense_values_without_queries_or_with_wrong_ones(rng: np.random.Generator) -> None:
-    query, keys = (torch.tensor(unit_rows(rng, n, 8), device=DEVICE) for n in (2, 3))
-    values = torch.ones((3, 4), device=DEVICE)
-    assert dense_values.dense_values(query[:0], keys, values, beta=1.0).shape == (0, 4)
-    wrong = (
-        ({"query": query[0]}, r"expected query \(B, D\)"),
-        ({"keys": keys[:, :5]}, r"expected keys \(N, 8\)"),
-        ({"keys": keys[:0], "values": values[:0]}, "N >= 1"),
-        ({"values": values[:2]}, r"expected values \(3, V\).*one row a key"),
-        ({"values": values.double()}, "float16 or float32"),
-        ({"weights": torch.ones(2, device=DEVICE)}, r"expected weights \(3,\) float32, got \(2,\)"),
-        ({"keys": keys.to(torch.int8)}, "expected key_scales with int8 keys"),
-        ({"key_scales": torch.ones(3, device=DEVICE)}, "with no others"),
-        ({"beta": -1.0}, "expected beta finite and >= 0"),
-    )
-    for change, message in wrong:
-        arguments = {"query": query, "keys": keys, "values": values, "beta": 1.0} | change
-        with pytest.raises(ValueError, match=message):
-            dense_values.dense_values(**arguments)
