@@ -30,6 +30,8 @@ class Bundle:
     encoder_fingerprint: str
     engine: Path
     key_precision: Precision = "fp32"
+    reducer: str = "none"
+    factor: float = 1.0  # that the logits are multiplied by
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
@@ -37,9 +39,14 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     from safetensors.numpy import save_file
 
     support = bundle.support
+    assert support.text is not None  # a classifier has class names
     arrays = {"plain": support.embeddings.plain, "class_offsets": support.class_offsets, "text": support.text}
     if support.embeddings.adapted is not None:
         arrays["adapted"] = support.embeddings.adapted
+    if support.queries is not None:
+        arrays["query_plain"] = support.queries.plain
+        if support.queries.adapted is not None:
+            arrays["query_adapted"] = support.queries.adapted
     with new_folder(folder) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary / SUPPORT)
         shutil.copytree(bundle.engine, temporary / ENGINE)
@@ -48,6 +55,8 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
             "method": bundle.method,
             "parameters": bundle.parameters,
             "key_precision": bundle.key_precision,
+            "reducer": bundle.reducer,
+            "factor": bundle.factor,
             "tau": support.tau,
             "encoder_fingerprint": bundle.encoder_fingerprint,
         }
@@ -64,14 +73,18 @@ def load_bundle(folder: str | Path, verify: bool = True) -> Bundle:
     try:
         arrays = load_file(folder / SUPPORT)
         embeddings = Embeddings(arrays["plain"], arrays.get("adapted"))
+        queries = Embeddings(arrays["query_plain"], arrays.get("query_adapted")) if "query_plain" in arrays else None
         return Bundle(
             class_names=list(manifest["class_names"]),
             method=manifest["method"],
             parameters=dict(manifest["parameters"]),
-            support=SupportSet(embeddings, arrays["class_offsets"], arrays["text"], float(manifest["tau"])),
+            support=SupportSet(embeddings, arrays["class_offsets"], arrays["text"], float(manifest["tau"]), queries),
             encoder_fingerprint=manifest["encoder_fingerprint"],
             engine=folder / ENGINE,
-            key_precision=manifest.get("key_precision", "fp32"),  # not written before there was a choice
+            # Not written before there was a choice.
+            key_precision=manifest.get("key_precision", "fp32"),
+            reducer=manifest.get("reducer", "none"),
+            factor=float(manifest.get("factor", 1.0)),
         )
     except (KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a complete classifier ({error}); save it again") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,42 +17,75 @@ class SupportSet:
     """Embeddings of N support images and of C class names: all that a method sees.
 
     `embeddings` (N, D), sorted by class; `class_offsets` (C+1,) int64: class c owns rows class_offsets[c] to
-    class_offsets[c+1]; `text` (C, D), L2-normalised; `tau`, the CLIP's logit scale.
+    class_offsets[c+1]; `text` (C, D), L2-normalised, or None where only images are known; `tau`, the CLIP's logit
+    scale. `queries` (N, D), where given, are the same images as a user would ask for them (one view, not the mean of
+    several): what leave-one-out scores.
     """
 
     embeddings: Embeddings
     class_offsets: np.ndarray
-    text: np.ndarray
+    text: np.ndarray | None
     tau: float
+    queries: Embeddings | None = None
 
     @property
     def n_classes(self) -> int:
-        return len(self.text)
+        return len(self.class_offsets) - 1
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(C,) int64, images of each class."""
+        return np.diff(self.class_offsets)
 
     @property
     def labels(self) -> np.ndarray:
         """(N,) int64, non-decreasing."""
-        return np.repeat(np.arange(self.n_classes), np.diff(self.class_offsets))
+        return np.repeat(np.arange(self.n_classes), self.counts)
+
+    def only(self, rows: np.ndarray) -> SupportSet:
+        """The support set of some images, `rows` a mask (N,) bool; every class stays, even one left without images."""
+        counts = np.bincount(self.labels[rows], minlength=self.n_classes)
+        queries = None if self.queries is None else self.queries[rows]
+        return replace(self, embeddings=self.embeddings[rows], class_offsets=_offsets(counts), queries=queries)
 
 
-def make_support_set(embeddings: Embeddings, labels: np.ndarray, text: np.ndarray, tau: float) -> SupportSet:
-    """Sort by class (stably) and mark where each class begins.
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def make_support_set(
+    embeddings: Embeddings,
+    labels: np.ndarray,
+    text: np.ndarray | None,
+    tau: float,
+    n_classes: int | None = None,
+    queries: Embeddings | None = None,
+) -> SupportSet:
+    """Sort by class (stably) and mark where each class begins. `n_classes` must be given where text is None.
 
     Raises ValueError where labels and embeddings differ in number, a label names no class, or the widths of image and
     text embeddings differ.
     """
     labels = np.asarray(labels, np.int64)
+    if text is not None:
+        n_classes = len(text)
+    elif n_classes is None:
+        raise ValueError("expected text embeddings or n_classes, got neither")
     if labels.shape != (len(embeddings),):
         raise ValueError(f"expected one label for each of {len(embeddings)} embeddings, got shape {labels.shape}")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < len(text)):
-        raise ValueError(f"expected labels in 0..{len(text) - 1}, got {labels.min()}..{labels.max()}")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):
+        raise ValueError(f"expected labels in 0..{n_classes - 1}, got {labels.min()}..{labels.max()}")
     for part in (embeddings.plain, embeddings.adapted):
-        if part is not None and part.shape[1] != text.shape[1]:
+        if part is not None and text is not None and part.shape[1] != text.shape[1]:
             raise ValueError(f"expected image embeddings as wide as the text's, {text.shape[1]}, got {part.shape[1]}")
     order = np.argsort(labels, kind="stable")
-    offsets = np.zeros(len(text) + 1, np.int64)
-    np.cumsum(np.bincount(labels, minlength=len(text)), out=offsets[1:])
-    return SupportSet(embeddings[order], offsets, np.ascontiguousarray(text, np.float32), tau)
+    return SupportSet(
+        embeddings[order],
+        _offsets(np.bincount(labels, minlength=n_classes)),
+        None if text is None else np.ascontiguousarray(text, np.float32),
+        tau,
+        None if queries is None else queries[order],
+    )
 
 
 def encode_support(

@@ -6,9 +6,12 @@ import csv
 import logging
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
 
 _BATCH = 64
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -41,9 +44,13 @@ def fit(
     model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
     pretrained: str = typer.Option(None, help="tag or weights file; not needed for the demo"),
     adapter: str = typer.Option("auto", help="a file of tools/train_adapter.py, 'auto' or 'none'"),
-    method: str = typer.Option("tip-adapter++"),
-    alpha: float = typer.Option(None, help="weight of the cache [default: the CLIP's or the method's]"),
-    beta: float = typer.Option(None, help="sharpness of the cache [default: the CLIP's or the method's]"),
+    method: str = typer.Option("auto", help="a training-free method (`iosr-fast info` lists them), or 'auto'"),
+    alpha: float = typer.Option(None, help="weight of the images against the texts [default: chosen by leave-one-out]"),
+    beta: float = typer.Option(None, help="sharpness of the cache [default: likewise]"),
+    gamma: float = typer.Option(None, help="the third parameter of tip-x and ape [default: likewise]"),
+    ridge: float = typer.Option(None, help="proker's regularisation [default: likewise]"),
+    reducer: str = typer.Option(None, help="none, centre, pca or pca:64 [default: none; auto chooses]"),
+    tune: str = typer.Option(None, help="loo, loo-single or none [default: loo where no parameter is given]"),
     template: list[str] = typer.Option(None, help="a prompt with {} for the class name; may be given more than once"),
     views: int = typer.Option(10, help="random views averaged into each key; 1 takes the image as it is"),
     mirror: bool = typer.Option(True, help="mirror half of the views"),
@@ -64,6 +71,10 @@ def fit(
             method=method,
             alpha=alpha,
             beta=beta,
+            gamma=gamma,
+            ridge=ridge,
+            reducer=reducer,
+            tune=tune,
             views=views,
             mirror=mirror,
             skip_bad=skip_bad,
@@ -72,9 +83,24 @@ def fit(
         classifier.save(out)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
-    typer.echo(f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {method}")
+    typer.echo(
+        f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {classifier.method_}"
+    )
+    typer.echo(_chosen(classifier))
     if classifier.skipped_:
         typer.echo(f"left out {len(classifier.skipped_)} unreadable images", err=True)
+
+
+def _chosen(classifier: Classifier) -> str:
+    """How the method's parameters were chosen, in a line."""
+    parameters = ", ".join(f"{name} {value:.4g}" for name, value in classifier.parameters_.items())
+    told = f"reducer {classifier.reducer_}{', ' if parameters else ''}{parameters}"
+    tuned = classifier.tuned_
+    if tuned is None:
+        return f"{told} (given, or the method's defaults)"
+    if tuned.scored == 0:
+        return f"{told} (one image a class leaves nothing to leave out: a rule of thumb)"
+    return f"{told}: {tuned.accuracy:.1%} right by leave-one-out on {tuned.scored} images ({tuned.seconds:.1f} s)"
 
 
 @app.command()

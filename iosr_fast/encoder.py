@@ -34,13 +34,15 @@ class Encoder(Protocol):
     """A compiled (or eager) image encoder.
 
     `fingerprint` names the exact export it was built from, so that a cache of keys is never used with another encoder's
-    queries; `runtime` names what executes it ("onnxruntime", "torch", "tensorrt", "tensorrt_rtx").
+    queries; `runtime` names what executes it ("onnxruntime", "torch", "tensorrt", "tensorrt_rtx"); `adapted` says
+    whether it gives adapted embeddings.
     """
 
     image_size: int
     width: int
     fingerprint: str
     runtime: str
+    adapted: bool
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 pixels (B, image_size, image_size, 3), RGB; B >= 1."""

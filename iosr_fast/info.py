@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast import dispatch
+from iosr_fast.methods import METHODS
 
 OPTIONAL_PACKAGES = (
     "onnxruntime",
@@ -39,6 +40,7 @@ def info() -> dict[str, Any]:
             row.name: {"devices": list(row.devices), "refusal": row.refusal} for row in dispatch.available()
         },
         "simd_paths": simd_paths(),
+        "methods": list(METHODS),
         "environment": {name: os.environ[name] for name in ("IOSR_FAST_IMPL", "IOSR_FAST_SIMD") if name in os.environ},
         "cpu": cpu_model(),
         "threads": usable_threads(),
@@ -57,6 +59,7 @@ def format_info() -> str:
     paths = [name if supported else f"{name} (this processor can't)" for name, supported in facts["simd_paths"].items()]
     lines.append(f"SIMD paths of cpp: {', '.join(paths) or 'none'}")
     lines += [f"{name}={value}" for name, value in facts["environment"].items()]
+    lines.append(f"methods: auto, {', '.join(facts['methods'])}")
     lines.append("packages:")
     lines += [f"  {name:<18} {found or 'not installed'}" for name, found in facts["packages"].items()]
     return "\n".join(lines)

@@ -43,6 +43,21 @@ def auroc(paired: np.ndarray, unpaired: np.ndarray) -> float:
     return float((below + up_to).mean() / 2 / len(ordered))
 
 
+def feature_variance(embeddings: np.ndarray) -> float:
+    """How far unit rows x[i] scatter about their mean m, in [0, N / (N - 1)]: the trace of their covariance,
+
+        sum_i |x[i] - m|^2 / (N - 1) = N / (N - 1) * (1 - |m|^2)
+
+    `embeddings` (N, D), L2-normalised, N >= 2. Near 0 where all crowd in one direction, 1 where their mean is zero.
+    Divided by D it is the mean of the channels' variances. Raises ValueError for fewer than two rows.
+    """
+    n_rows = len(embeddings)
+    if n_rows < 2:
+        raise ValueError(f"expected at least two embeddings, got {n_rows}")
+    exact = np.asarray(embeddings, np.float64)
+    return float(((exact - exact.mean(0)) ** 2).sum() / (n_rows - 1))
+
+
 def plot_overlap(embeddings: dict[str, np.ndarray], labels: np.ndarray, path: str | Path) -> None:
     """One panel an encoder: the two histograms of cosines with the shared area filled. Writes a PNG."""
     from iosr_fast._require import require

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -48,16 +50,20 @@ def test_zero_shot_uses_no_support(rng: np.random.Generator) -> None:
 
 
 def test_defaults_are_those_of_the_registry(rng: np.random.Generator) -> None:
-    support = support_set(rng)
+    support, queries = support_set(rng), random_embeddings(rng, 9, 16)
     for name, method in METHODS.items():
-        plan = compile_method(name, support, alpha=None, beta=None)
-        if method.parameters:
-            assert {"alpha": plan.alpha, "beta": plan.beta} == method.parameters
+        given = score(compile_method(name, support, **method.parameters), queries)
+        np.testing.assert_array_equal(
+            score(compile_method(name, support, **dict.fromkeys(method.parameters)), queries), given
+        )
+        assert all(
+            axis == tuple(sorted(axis)) and set(method.axes) < set(method.parameters) for axis in method.axes.values()
+        )
 
 
 def test_bad_requests_are_named(rng: np.random.Generator) -> None:
     support = support_set(rng)
-    with pytest.raises(ValueError, match=r"expected a method of .*'tip-adapter', .*got 'tipadapter'"):
+    with pytest.raises(ValueError, match=r"expected a method of .*tip-adapter, .*got 'tipadapter'"):
         compile_method("tipadapter", support)
     with pytest.raises(ValueError, match=r"has the parameters \['alpha', 'beta'\], got \['gamma'\]"):
         compile_method("tip-adapter", support, gamma=1.0)
@@ -67,6 +73,12 @@ def test_bad_requests_are_named(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="needs support images, got none"):
         nothing = Embeddings(np.zeros((0, 16), np.float32), np.zeros((0, 16), np.float32))
         compile_method("tip-adapter", make_support_set(nothing, np.zeros(0, int), support.text, 1.0))
+    with pytest.raises(ValueError, match="no text embeddings"):
+        compile_method("tip-x", replace(support, text=None))
+    with pytest.raises(ValueError, match="at least one image of each class, got none of 1 classes"):
+        compile_method("gda", support.only(support.labels != 2))
+    with pytest.raises(ValueError, match="expected a reducer of none, centre, pca"):
+        compile_method("gda", support, reducer="whiten")
 
 
 def test_support_set_is_sorted_stably(rng: np.random.Generator) -> None:
@@ -85,6 +97,24 @@ def test_support_set_refuses_what_does_not_fit(rng: np.random.Generator) -> None
         make_support_set(embeddings, np.array([0, 1, 2]), text, 1.0)
     with pytest.raises(ValueError, match="as wide as the text's, 5, got 4"):
         make_support_set(embeddings, np.array([0, 1, 1]), unit_rows(rng, 2, 5), 1.0)
+
+
+def test_some_images_of_a_support_set(rng: np.random.Generator) -> None:
+    support = replace(support_set(rng), queries=random_embeddings(rng, 23, 16))
+    assert support.queries is not None
+    rows = (support.labels != 1) & (rng.random(23) < 0.7)
+    some = support.only(rows)
+    np.testing.assert_array_equal(some.labels, support.labels[rows])
+    np.testing.assert_array_equal(some.embeddings.adapted, support.embeddings.adapted[rows])
+    assert some.queries is not None and some.n_classes == 5 and some.counts[1] == 0
+    np.testing.assert_array_equal(some.queries.plain, support.queries.plain[rows])
+
+
+def test_without_texts_the_number_of_classes_must_be_told(rng: np.random.Generator) -> None:
+    embeddings = random_embeddings(rng, 3, 4)
+    assert make_support_set(embeddings, np.array([0, 1, 1]), None, 1.0, 3).n_classes == 3
+    with pytest.raises(ValueError, match="text embeddings or n_classes"):
+        make_support_set(embeddings, np.array([0, 1, 1]), None, 1.0)
 
 
 class MeanColour:

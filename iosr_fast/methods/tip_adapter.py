@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from iosr_fast.cache import SupportSet
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.methods.rows import image_rows
+from iosr_fast.reducers import Reducer
+from iosr_fast.scoring import ScoringPlan, Which
 
 
-def tip_adapter(support: SupportSet, alpha: float = 1.0, beta: float = 5.5) -> ScoringPlan:
-    """logits[b, c] = tau <plain[b], text[c]> + alpha * sum_{j of class c} exp(-beta (1 - <plain[b], plain_key[j]>)).
+def tip_adapter(
+    support: SupportSet,
+    which: Which = "plain",
+    reducer: Reducer | None = None,
+    alpha: float = 1.0,
+    beta: float = 5.5,
+) -> ScoringPlan:
+    """logits[b, c] = tau <plain[b], text[c]> + alpha * sum_{j of class c} exp(-beta (1 - <x[b], key[j]>)).
 
-    alpha (residual ratio) and beta (sharpness) default to the paper's values for ImageNet.
+    x and keys are the plain embeddings, or for Tip-Adapter++ the adapted ones; a reducer moves both. alpha (residual
+    ratio) and beta (sharpness) default to the paper's values for ImageNet.
     """
-    return _plan(support, "plain", alpha, beta)
-
-
-def tip_adapter_plus_plus(support: SupportSet, alpha: float = 1.0, beta: float = 5.5) -> ScoringPlan:
-    """Tip-Adapter with adapted embeddings where image meets image: <adapted[b], adapted_key[j]> in the cache term."""
-    return _plan(support, "adapted", alpha, beta)
-
-
-def _plan(support: SupportSet, query: Literal["plain", "adapted"], alpha: float, beta: float) -> ScoringPlan:
     return ScoringPlan(
         n_classes=support.n_classes,
         text=support.text,
         tau=support.tau,
-        keys=getattr(support.embeddings, query),
+        keys=image_rows(support.embeddings, which, reducer),
         class_offsets=support.class_offsets,
-        query=query,
+        query=which,
+        reducer=reducer,
         alpha=alpha,
         beta=beta,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from iosr_fast.cache import SupportSet
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.reducers import Reducer
+from iosr_fast.scoring import ScoringPlan, Which
 
 
-def zero_shot(support: SupportSet) -> ScoringPlan:
-    """logits[b, c] = tau * <plain[b], text[c]>. The support images are not used."""
+def zero_shot(support: SupportSet, which: Which = "plain", reducer: Reducer | None = None) -> ScoringPlan:
+    """logits[b, c] = tau * <plain[b], text[c]>. The support images, `which` and `reducer` are not used."""
     return ScoringPlan(n_classes=support.n_classes, text=support.text, tau=support.tau)

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from iosr_fast.offline.adapter import Adapter
 
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
-# The papers' alpha and beta are for a CLIP whose zero-shot term is strong. The demo's is weak, so the cache has to
-# weigh more; chosen on the demo's validation concepts at 2 shots (tools/demo/few_shot.py).
-DEMO_PARAMETERS = {"alpha": 300.0, "beta": 10.0}
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class Opened:
     engine: Path
     embed_text: Callable[[Sequence[str], Sequence[str] | None], np.ndarray]
     tau: float
-    recommended: dict[str, float]
 
 
 def cache_folder() -> Path:
@@ -83,5 +79,4 @@ def open_pretrained(
         if not (folder / "manifest.json").is_file():
             write_engine(clip, chosen, folder, runtime, precision)
         encoder = open_engine(folder, runtime)
-    recommended = DEMO_PARAMETERS if clip.name == "demo" else {}
-    return Opened(encoder, folder, partial(embed_classes, clip), clip.logit_scale, recommended)
+    return Opened(encoder, folder, partial(embed_classes, clip), clip.logit_scale)

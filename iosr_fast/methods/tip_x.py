@@ -1,0 +1,84 @@
+"""Tip-X (Udandarao et al., ICCV 2023, equations 5 to 7), and Tip-X++ (Kravets & Namboodiri, BMVC 2024)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from iosr_fast.cache import SupportSet
+from iosr_fast.methods.rows import image_rows
+from iosr_fast.numpy_scoring import text_distribution
+from iosr_fast.precision import chunks
+from iosr_fast.reducers import Reducer
+from iosr_fast.scoring import ScoringPlan, Which
+
+TEMPERATURE = 0.5
+
+
+def tip_x(
+    support: SupportSet,
+    which: Which = "plain",
+    reducer: Reducer | None = None,
+    alpha: float = 1.0,
+    beta: float = 5.5,
+    gamma: float = 1.0,
+) -> ScoringPlan:
+    """Tip-Adapter's logits + gamma * sum_{j of class c} -scale(KL(s[b] || S[j])).
+
+    s and S are softmax(<plain, text> / 0.5) of queries and keys; scale takes the range of the divergences to that of
+    the cosines between images. With H = sum s log s, the sum over a class collapses to a linear term over [s, H]:
+
+        sum_j KL(s || S[j]) = n_c H - <s, sum_j log S[j]>
+
+    The public code takes both ranges over the whole test set, so that a label depends on its batch. Here they are those
+    of the pairs of different support images, frozen in the plan (a single image has none: then the term is left
+    unscaled); reference.tip_x_batch is the literal form.
+    """
+    keys = image_rows(support.embeddings, which, reducer)
+    log_s, slope, offset = divergences(support, keys)
+    counts = support.counts
+    summed = np.stack([log_s[a:b].sum(0) for a, b in pairwise(support.class_offsets)])
+    return ScoringPlan(
+        n_classes=support.n_classes,
+        text=support.text,
+        tau=support.tau,
+        keys=keys,
+        class_offsets=support.class_offsets,
+        query=which,
+        reducer=reducer,
+        alpha=alpha,
+        beta=beta,
+        linear=gamma * slope * np.concatenate([summed, -counts[:, None]], axis=1),
+        bias=-gamma * offset * counts,
+        feature="text-distribution",
+        temperature=TEMPERATURE,
+    )
+
+
+def divergences(support: SupportSet, keys: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """log S (N, C) of the support images, and (slope, offset) with scale(KL) = slope * KL + offset."""
+    assert support.text is not None  # compile_method has seen to it
+    s = text_distribution(support.embeddings.plain @ support.text.T, TEMPERATURE).astype(np.float64)
+    log_s = np.log(s[:, :-1])
+    least, most = pair_range(-log_s, s[:, :-1], s[:, -1:])
+    low, high = pair_range(keys, keys)
+    slope = (high - low) / (most - least) if most > least else 1.0
+    return log_s, slope, low - slope * least
+
+
+def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float = 0.0) -> tuple[float, float]:
+    """The least and the largest of offset[i] + <others[i], rows[j]> over i != j; (0, 0) where there is no such pair."""
+    n_rows = len(rows)
+    if n_rows < 2:
+        return 0.0, 0.0
+    low, high = np.inf, -np.inf
+    offsets = np.broadcast_to(offset, (n_rows, 1))
+    for part in chunks(n_rows, n_rows):
+        products = others[part] @ rows.T + offsets[part]
+        itself = (np.arange(len(products)), np.arange(part.start, part.start + len(products)))
+        products[itself] = np.inf
+        low = min(low, float(products.min()))
+        products[itself] = -np.inf
+        high = max(high, float(products.max()))
+    return low, high
