@@ -199,7 +199,8 @@ def _stream(
     labels: np.ndarray,
     own: np.ndarray | None = None,
 ) -> Intervals:
-    first = _compiled(method, support, reducer, settings[0])
+    # gamma, where there is one, is 1 here: it only scales what is read of this plan.
+    first = _compiled(method, support, reducer, {name: 1.0 for name in settings[0]})
     assert first.keys is not None and first.class_offsets is not None
     asked = image_rows(queries, method.which, first.reducer)
     betas = np.array([setting["beta"] for setting in settings])
@@ -220,10 +221,7 @@ def _stream(
     if first.linear is None:
         return cache_intervals(**call, betas=betas, own=own)
     # Tip-X: gamma multiplies the linear term, and settings are every beta with every gamma.
-    unit = replace(
-        _compiled(method, support, reducer, {"beta": 1.0, "gamma": 1.0}), keys=None, class_offsets=None, tau=0
-    )
-    extra = score(unit, queries)
+    extra = score(replace(first, keys=None, class_offsets=None, tau=0.0), queries)
     gammas = list(dict.fromkeys(setting["gamma"] for setting in settings))
     betas = np.array(list(dict.fromkeys(setting["beta"] for setting in settings)))
     if [dict(s) for s in settings] != [{"beta": b, "gamma": g} for b, g in product(betas, gammas)]:

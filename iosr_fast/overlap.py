@@ -63,18 +63,30 @@ def plot_overlap(embeddings: dict[str, np.ndarray], labels: np.ndarray, path: st
     from iosr_fast._require import require
 
     matplotlib = require("matplotlib.figure", "train")
-    figure = matplotlib.Figure(figsize=(4.5 * len(embeddings), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(embeddings), squeeze=False, sharex=True, sharey=True)[0]
+    columns = min(len(embeddings), 3)
+    n_rows = -(-len(embeddings) // columns)
+    figure = matplotlib.Figure(figsize=(4.5 * columns, 3.2 * n_rows), layout="constrained")
+    axes = list(figure.subplots(n_rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     edges = np.linspace(-1, 1, BINS + 1)
     centres = (edges[:-1] + edges[1:]) / 2
-    for axis, (name, rows) in zip(axes, embeddings.items(), strict=True):
+    lowest = 1.0
+    for i, (axis, (name, rows)) in enumerate(zip(axes, embeddings.items(), strict=False)):
         paired, unpaired = pair_cosines(rows, labels)
+        lowest = min(lowest, float(paired.min()), float(unpaired.min()))
         p, q = (np.histogram(part, bins=edges, density=True)[0] for part in (paired, unpaired))
         axis.plot(centres, p, label="same class", color="tab:blue")
         axis.plot(centres, q, label="different classes", color="tab:orange")
         axis.fill_between(centres, np.minimum(p, q), color="tab:red", alpha=0.4, label="overlap")
-        axis.set_title(f"{name}: area {overlap_area(paired, unpaired):.3f}, AUROC {auroc(paired, unpaired):.3f}")
-        axis.set_xlabel("cosine similarity")
-    axes[0].set_ylabel("density")
+        axis.set_title(
+            f"{name}: area {overlap_area(paired, unpaired):.3f}, AUROC {auroc(paired, unpaired):.3f}", fontsize=10
+        )
+        if i + columns >= len(embeddings):
+            axis.set_xlabel("cosine similarity")
+            axis.tick_params(labelbottom=True)
+        if i % columns == 0:
+            axis.set_ylabel("density")
+    for axis in axes[len(embeddings) :]:
+        axis.set_axis_off()
+    axes[0].set_xlim(max(-1.0, lowest), 1.0)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -9,11 +9,11 @@ import numpy as np
 from iosr_fast.cache import SupportSet
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.numpy_scoring import text_distribution
-from iosr_fast.precision import chunks
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan, Which
 
 TEMPERATURE = 0.5
+_TILE = 1 << 23  # elements of a block of products: 64 MB
 
 
 def tip_x(
@@ -74,9 +74,11 @@ def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float 
         return 0.0, 0.0
     low, high = np.inf, -np.inf
     offsets = np.broadcast_to(offset, (n_rows, 1))
-    for part in chunks(n_rows, n_rows):
-        products = others[part] @ rows.T + offsets[part]
-        itself = (np.arange(len(products)), np.arange(part.start, part.start + len(products)))
+    step = max(1, _TILE // n_rows)
+    for begin in range(0, n_rows, step):
+        products = others[begin : begin + step] @ rows.T
+        products += offsets[begin : begin + step]
+        itself = (np.arange(len(products)), np.arange(begin, begin + len(products)))
         products[itself] = np.inf
         low = min(low, float(products.min()))
         products[itself] = -np.inf
