@@ -60,7 +60,9 @@ def choose_channels(support: SupportSet, rows: np.ndarray, share: float = CHANNE
     assert support.text is not None
     text = support.text.astype(np.float64)
     sums = text.copy()
-    np.add.at(sums, support.labels, rows)
+    owned = np.flatnonzero(support.counts)  # reduceat gives a row, not 0, where a class has none
+    if len(owned):
+        sums[owned] += np.add.reduceat(rows, support.class_offsets[owned], axis=0)
     numbers = 1 + support.counts
     similarity = (sums.sum(0) ** 2 - (sums**2).sum(0)) / max(1, numbers.sum() ** 2 - (numbers**2).sum())
     variance = text.var(0, ddof=1) if len(text) > 1 else np.zeros(text.shape[1])
