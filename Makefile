@@ -43,6 +43,7 @@ sanitize: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py score --json build/bench-score.json
+	$(BIN)/python tools/benchmark.py search --json build/bench-search.json
 	$(BIN)/python tools/benchmark.py encoder --json build/bench-encoder.json
 
 gpu-check:

@@ -80,5 +80,25 @@ def encoder(
     report(made, json_path)
 
 
+@app.command()
+def search(
+    json_path: Json = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tip-adapter, tip-x, or like tip-x-v2500-c100-s16-d512: validation images, classes, shots, channels. "
+            "Repeatable."
+        ),
+    ] = None,
+    threads: Threads = None,
+    repeats: Repeats = 3,
+) -> None:
+    """Choose a method's parameters on a validation set: the exact search, and the grid of the public code."""
+    limit_blas(threads)
+    from tools.bench import search as bench
+
+    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path)
+
+
 if __name__ == "__main__":
     app()
