@@ -82,7 +82,7 @@ class DevicePlan:
 
     def feature_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
         """What meets the linear term: the rows that came, (B, D); those reduced, float32; or for a text distribution
-        [s, H], (B, C + 1) float32, with s = softmax(<plain, text> / temperature) and H = sum of s * log(s)."""
+        [s, H], (B, C + 1) float32, with s = softmax(<plain, text> / temperature) and H = sum of s * log(C s)."""
         import torch
 
         if self.feature != "text-distribution":
@@ -90,7 +90,9 @@ class DevicePlan:
         assert self.text is not None
         exponents = (plain.float() @ self.text.T).div_(self.temperature)
         shares = exponents.softmax(dim=1)
-        negentropy = exponents.log_softmax(dim=1).mul_(shares).sum(dim=1, keepdim=True)
+        lifted = exponents - exponents.amax(dim=1, keepdim=True)
+        log_ratios = lifted - lifted.exp().mean(dim=1, keepdim=True).log()
+        negentropy = log_ratios.mul_(shares).sum(dim=1, keepdim=True)
         return torch.cat([shares, negentropy], dim=1)
 
     def _reduced(self, rows: Tensor) -> Tensor:

@@ -39,13 +39,14 @@ def feature_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
 
 
 def text_distribution(cosines: np.ndarray, temperature: float) -> np.ndarray:
-    """[s, H], (B, C + 1): s = softmax(cosines / temperature) and H = sum of s * log(s). cosines (B, C)."""
+    """[s, H], (B, C + 1): s = softmax(cosines / temperature) and H = sum of s * log(C s). cosines (B, C)."""
     exponents = cosines / cosines.dtype.type(temperature)
     exponents -= exponents.max(1, keepdims=True)
     powers = np.exp(exponents)
     sums = powers.sum(1, keepdims=True)
     shares = powers / sums
-    negentropy = (shares * (exponents - np.log(sums))).sum(1, keepdims=True)
+    means = sums / cosines.dtype.type(cosines.shape[1])
+    negentropy = (shares * (exponents - np.log(means))).sum(1, keepdims=True)
     return np.concatenate([shares, negentropy], axis=1)
 
 

@@ -62,7 +62,8 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     if plan.linear is not None:
         if plan.feature == "text-distribution" and plan.text is not None:
             share = softmax(rows("plain") @ plan.text.T.astype(np.float64) / plan.temperature)
-            feature = np.concatenate([share, (share * np.log(np.maximum(share, 1e-300))).sum(1, keepdims=True)], axis=1)
+            negentropy = share * np.log(plan.n_classes * np.maximum(share, 1e-300))
+            feature = np.concatenate([share, negentropy.sum(1, keepdims=True)], axis=1)
         else:
             feature = reduced(rows(plan.feature))
         logits += feature @ plan.linear.T.astype(np.float64)

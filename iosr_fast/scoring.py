@@ -43,7 +43,7 @@ class ScoringPlan:
     query, feature which embedding meets the keys, and which the linear term
     reducer        where given, it moves both of these embeddings before they are read (and the keys are in its space)
     feature        may also be "text-distribution": [s, H] with s = softmax(<plain, text> / temperature) and H = sum of
-                   s * log(s), C + 1 channels, so that linear is (C, C + 1)
+                   s * log(C s), C + 1 channels, so that linear is (C, C + 1)
     query_transform (D, D) float32; where given, query_transform @ query[b] meets the keys in place of query[b], and
                    keys[j] @ query_transform are the unit rows
 

@@ -66,7 +66,7 @@ def _eager_feature(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
         return _rows(plan, embeddings, plan.feature)
     powers = np.exp(embeddings.plain @ plan.text.T / np.float32(plan.temperature))
     shares = powers / powers.sum(1, keepdims=True)
-    return np.concatenate([shares, (shares * np.log(shares)).sum(1, keepdims=True)], axis=1)
+    return np.concatenate([shares, (shares * np.log(plan.n_classes * shares)).sum(1, keepdims=True)], axis=1)
 
 
 def run_path(path: str, plan: ScoringPlan, embeddings: Embeddings) -> Any:

@@ -117,7 +117,7 @@ def test_the_reference_is_the_extended_formula_by_hand() -> None:
     # (0, 1) - (0.5, 0.5) = (-0.5, 0.5), projected to (0.5, -1), of norm sqrt(1.25).
     first, second = np.exp(-2.0 * (1.0 - np.array([0.5, -1.0]) / np.sqrt(1.25)))
     share = np.exp([2.4, 3.2]) / np.exp([2.4, 3.2]).sum()
-    feature = [*share, share @ np.log(share)]
+    feature = [*share, share @ np.log(2 * share)]
     expected = [
         6.0 + 0.5 * (first + 3 * 2 * second) + np.dot(feature, [1, 2, 3]),
         8.0 + 0.5 * (-2 * first + 4 * 2 * second) + np.dot(feature, [4, 5, 6]),

@@ -27,9 +27,12 @@ def tip_x(
     """Tip-Adapter's logits + gamma * sum_{j of class c} -scale(KL(s[b] || S[j])).
 
     s and S are softmax(<plain, text> / 0.5) of queries and keys; scale takes the range of the divergences to that of
-    the cosines between images. With H = sum s log s, the sum over a class collapses to a linear term over [s, H]:
+    the cosines between images. With H = sum s log(C s), the sum over a class collapses to a linear term over [s, H]:
 
-        sum_j KL(s || S[j]) = n_c H - <s, sum_j log S[j]>
+        sum_j KL(s || S[j]) = n_c H - <s, sum_j log(C S[j])>
+
+    The factor C changes nothing but the rounding: both terms stay as small as divergences are, where they would else
+    be differences of entropies.
 
     The public code takes both ranges over the whole test set, so that a label depends on its batch. Here they are those
     of the pairs of different support images, frozen in the plan (a single image has none: then the term is left
@@ -57,10 +60,11 @@ def tip_x(
 
 
 def divergences(support: SupportSet, keys: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """log S (N, C) of the support images, and (slope, offset) with scale(KL) = slope * KL + offset."""
+    """log(C S) (N, C) of the support images, and (slope, offset) with scale(KL) = slope * KL + offset."""
     assert support.text is not None  # compile_method has seen to it
-    s = text_distribution(support.embeddings.plain @ support.text.T, TEMPERATURE).astype(np.float64)
-    log_s = np.log(s[:, :-1])
+    cosines = support.embeddings.plain.astype(np.float64) @ support.text.T.astype(np.float64)
+    s = text_distribution(cosines, TEMPERATURE)
+    log_s = np.log(support.n_classes * s[:, :-1])
     least, most = pair_range(-log_s, s[:, :-1], s[:, -1:])
     low, high = pair_range(keys, keys)
     slope = (high - low) / (most - least) if most > least else 1.0
