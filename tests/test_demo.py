@@ -94,11 +94,14 @@ def test_the_whole_demo_briefly(tmp_path: Path) -> None:
     assert {"plain", "adapted"} <= set(report["overlap"])
     assert set(report["accuracy"]) == {"1", "2", "4"}
     for shots in report["accuracy"].values():
-        assert {"zero-shot", "tip-adapter", "tip-adapter++"} <= set(shots)
-        assert all(0 < cell["mean"] < 1 and cell["seeds"] == 2 for cell in shots.values())
+        assert {"zero-shot", "tip-adapter", "tip-adapter, centred", "tip-adapter++"} <= set(shots)
+        assert all(0 < cell["mean"] < 1 for cell in shots.values())
+        assert {name: cell["seeds"] for name, cell in shots.items() if cell["seeds"] != 2} == {"auto (shipped)": 1}
+        assert shots["auto (shipped)"]["mean"] > shots["tip-adapter"]["mean"]
         assert shots["tip-adapter++ (shipped)"]["mean"] > shots["tip-adapter"]["mean"] > shots["zero-shot"]["mean"]
     assert set(report["labels_changed_by_narrow_keys"]) == {"fp16", "bf16", "int8"}
     assert "folder" in report["engines"]["onnxruntime"] and "tensorrt_rtx" in report["engines"]
+    assert {cell["tuned_on"] for cell in report["accuracy"]["4"].values()} == {"none", "loo"}
     assert report["latency_ms"] > 0 and report["images_per_s"] > 0
     for name in ("overlap.png", "adapter.safetensors", "classifier/manifest.json", "engine-onnxruntime/encoder.onnx"):
         assert (tmp_path / name).is_file()

@@ -15,27 +15,33 @@ from typing import Any
 
 import numpy as np
 import typer
-from few_shot import POOL, Encoded, changed_labels, evaluate, only
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.demo.pictures import Pictures, load_pictures
-from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.demo.pictures import Pictures
 from iosr_fast.offline.adapter import Adapter, init_adapter, load_adapter, save_adapter
 from iosr_fast.offline.clip import LoadedClip, load_clip
 from iosr_fast.offline.data import demo_pictures
 from iosr_fast.offline.export import write_engine
 from iosr_fast.offline.pretrained import DEMO_ADAPTER
-from iosr_fast.offline.text import embed_classes
 from iosr_fast.offline.train import Progress as Step
 from iosr_fast.offline.train import TrainConfig, train_adapter
 from iosr_fast.overlap import auroc, overlap_area, pair_cosines, plot_overlap
 from iosr_fast.runtimes import open_engine
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.demo.few_shot import cell, changed_labels, evaluate
+from tools.evaluation.accuracy import Result
+from tools.evaluation.demo import encode, held_out
+from tools.evaluation.tasks import POOL
+
 SHOTS = (1, 2, 4)
+# Searching all methods takes a minute a seed at most shots.
+AUTO_DRAWS = 1
 FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE = 3, 256, 0.1
 console = Console()
 
@@ -57,15 +63,6 @@ def train(clip: LoadedClip, path: Path, epochs: int, views: int) -> tuple[Adapte
         train_adapter(clip, adapter, demo_pictures(clip.image_size), config, report=report)
     save_adapter(adapter, path)
     return adapter, time.perf_counter() - started
-
-
-def encode(encoder: Encoder, clip: LoadedClip, pictures: Pictures) -> Encoded:
-    parts = [encoder.encode(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // 256))]
-    adapted = [part.adapted for part in parts if part.adapted is not None]
-    embeddings = Embeddings(
-        np.concatenate([part.plain for part in parts]), np.concatenate(adapted) if adapted else None
-    )
-    return Encoded(embeddings, pictures.concepts, embed_classes(clip, pictures.names), clip.logit_scale)
 
 
 def build(clip: LoadedClip, adapter: Adapter, out: Path, images: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -101,22 +98,22 @@ def measure(classifier: Classifier, images: np.ndarray) -> tuple[float, float]:
     return 1000 * float(np.median(times[1])), 64 / float(np.median(times[64]))
 
 
-def show_accuracy(accuracy: dict[str, dict[str, Any]], classes: int, queries: int) -> None:
-    methods = list(next(iter(accuracy.values())))
-    table = Table(title=f"accuracy in %, {classes} held-out concepts, {queries} queries, 3 seeds", title_justify="left")
+def show_accuracy(results: dict[str, dict[int, Result]]) -> None:
+    draw = next(iter(results.values()))[SHOTS[0]].draws[0]
+    table = Table(title=f"accuracy in %, {draw.classes} held-out concepts, {draw.images} queries", title_justify="left")
     table.add_column("method")
-    for shots in accuracy:
-        table.add_column(f"{shots} shot" + ("s" if shots != "1" else ""), justify="right")
-    for method in methods:
-        cells = (accuracy[shots][method] for shots in accuracy)
-        table.add_row(method, *(f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f}" for cell in cells))
+    for shots in SHOTS:
+        table.add_column(f"{shots} shot" + ("s" if shots != 1 else ""), justify="right")
+    table.add_column("± is")
+    for name, row in results.items():
+        draws = len(row[SHOTS[0]].draws)
+        cells = (f"{100 * result.mean:.1f} ± {100 * result.spread:.1f}" for result in row.values())
+        table.add_row(name, *cells, f"std of {draws} seeds" if draws > 1 else "se of one seed")
     console.print(table)
 
 
-def fit_and_show(
-    clip: LoadedClip, engine: Path, adapter: Path, pictures: Pictures, parameters: dict, out: Path
-) -> Classifier:
-    """Fit a Classifier on two pictures of each concept, save it, and classify a few of the others."""
+def fit_and_show(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> Classifier:
+    """Fit a Classifier, which chooses its method, on two pictures of each concept; save it; classify a few others."""
     rng = np.random.default_rng(0)
     order = [rng.permutation(np.flatnonzero(pictures.concepts == c)) for c in range(len(pictures.names))]
     support = np.concatenate([rows[:2] for rows in order])
@@ -126,8 +123,13 @@ def fit_and_show(
         pictures.concepts[support],
         class_names=pictures.names,
         views=1,
-        alpha=parameters["alpha"],
-        beta=parameters["beta"],
+    )
+    tuned = classifier.tuned_
+    assert tuned is not None
+    chosen = ", ".join(f"{name} {value:.3g}" for name, value in tuned.parameters.items())
+    console.print(
+        f"  chosen by leave-one-out in {tuned.seconds:.0f} s: {tuned.method}, reducer {tuned.reducer}, {chosen}; "
+        f"{tuned.accuracy:.1%} of {tuned.scored} support pictures right"
     )
     classifier.save(out / "classifier")
     (out / "pictures").mkdir(exist_ok=True)
@@ -152,9 +154,7 @@ def main(
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     clip = load_clip("demo")
-    held_out = load_pictures("held-out")
-    spare = np.bincount(held_out.concepts) > POOL
-    test, validation = only(held_out, spare), only(held_out, ~spare)
+    test, _ = held_out()
 
     console.rule("1. train an adapter on the generic concepts", align="left")
     trained, seconds = train(clip, out / "adapter.safetensors", epochs, views)
@@ -162,17 +162,15 @@ def main(
 
     console.rule("2. fuse it into the encoder and build engines", align="left")
     engines = build(clip, trained, out, test.images)
-    ours = open_engine(out / "engine-onnxruntime")
     write_engine(clip, load_adapter(DEMO_ADAPTER), out / "engine-shipped", "onnxruntime", "fp32")
-    shipped_encoder = open_engine(out / "engine-shipped")
 
     console.rule("3. overlap of same-class and different-class cosines, before and after", align="left")
-    test_rows, validation_rows = encode(ours, clip, test), encode(ours, clip, validation)
-    shipped_test, shipped_validation = encode(shipped_encoder, clip, test), encode(shipped_encoder, clip, validation)
+    ours = encode(open_engine(out / "engine-onnxruntime").encode, clip, test)
+    shipped = encode(open_engine(out / "engine-shipped").encode, clip, test, ours.text)
     rows = {
-        "plain": test_rows.embeddings.plain,
-        "adapted": test_rows.embeddings.adapted,
-        "adapted (shipped)": shipped_test.embeddings.adapted,
+        "plain": ours.embeddings.plain,
+        "adapted": ours.embeddings.adapted,
+        "adapted (shipped)": shipped.embeddings.adapted,
     }
     pairs = {name: pair_cosines(part, test.concepts) for name, part in rows.items()}
     overlap = {name: overlap_area(*pair) for name, pair in pairs.items()}
@@ -181,36 +179,29 @@ def main(
     plot_overlap(rows, test.concepts, out / "overlap.png")
 
     console.rule("4. classify held-out concepts from a few pictures each", align="left")
-    accuracy: dict[str, dict[str, Any]] = {}
-    draws = list(range(seeds))
-    for shots in SHOTS:
-        accuracy[str(shots)] = {
-            "zero-shot": evaluate(test_rows, validation_rows, "zero-shot", shots, draws),
-            "tip-adapter": evaluate(test_rows, validation_rows, "tip-adapter", shots, draws),
-            "tip-adapter, centred": evaluate(test_rows, validation_rows, "tip-adapter++", shots, draws, centred=True),
-            "tip-adapter++": evaluate(test_rows, validation_rows, "tip-adapter++", shots, draws),
-            "tip-adapter++ (shipped)": evaluate(shipped_test, shipped_validation, "tip-adapter++", shots, draws),
-        }
-    show_accuracy(accuracy, len(test.names), accuracy["1"]["zero-shot"]["queries"])
-
-    chosen_for = {
-        shots: {name: accuracy[str(shots)]["tip-adapter++ (shipped)"][name] for name in ("alpha", "beta")}
-        for shots in SHOTS
+    draws = range(seeds)
+    results = {
+        "zero-shot": evaluate(ours, "zero-shot", "none", SHOTS, draws),
+        "tip-adapter": evaluate(ours, "tip-adapter", "none", SHOTS, draws),
+        "tip-adapter, centred": evaluate(ours, "tip-adapter", "centre", SHOTS, draws),
+        "tip-adapter++": evaluate(ours, "tip-adapter++", "none", SHOTS, draws),
+        "tip-adapter++ (shipped)": evaluate(shipped, "tip-adapter++", "none", SHOTS, draws),
+        "auto (shipped)": evaluate(shipped, "auto", "auto", SHOTS, draws[:AUTO_DRAWS]),
     }
-    changed = changed_labels(shipped_test, "tip-adapter++", chosen_for, draws)
+    show_accuracy(results)
+    changed = changed_labels(shipped, results["tip-adapter++ (shipped)"])
     told = ", ".join(f"{name} {part} ({part / whole:.2%})" for name, (part, whole) in changed.items())
     console.print(f"  labels that narrower keys change, of {next(iter(changed.values()))[1]}: {told}")
 
     console.rule("5. the classifier a program would use", align="left")
-    chosen = accuracy["2"]["tip-adapter++"]
-    classifier = fit_and_show(clip, out / "engine-onnxruntime", out / "adapter.safetensors", test, chosen, out)
+    classifier = fit_and_show(out / "engine-onnxruntime", out / "adapter.safetensors", test, out)
     latency_ms, images_per_s = measure(classifier, test.images)
     console.print(f"  one picture to its label: {latency_ms:.1f} ms; batches of 64: {images_per_s:.0f} pictures/s")
 
     report = {
         "overlap": overlap,
         "auroc": {name: auroc(*pair) for name, pair in pairs.items()},
-        "accuracy": accuracy,
+        "accuracy": {str(shots): {name: cell(found[shots]) for name, found in results.items()} for shots in SHOTS},
         "labels_changed_by_narrow_keys": changed,
         "engines": engines,
         "latency_ms": latency_ms,

@@ -1,0 +1,1 @@
+"""What tools/evaluate.py runs: tasks of a data set, every method on them, and tables, files and figures of it."""

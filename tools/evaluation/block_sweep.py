@@ -1,0 +1,261 @@
+"""Where the adapter begins and how wide it is: accuracy, overlap and the encoder's cost for each choice.
+
+The choice is made on the validation concepts; the test concepts are there to report. Both lots of parameters come from
+leave-one-out on support sets.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from iosr_fast.demo.pictures import Pictures
+from iosr_fast.encoder import Encoder
+from iosr_fast.info import usable_threads
+from iosr_fast.offline.adapter import Adapter, check_belongs, init_adapter, load_adapter, save_adapter
+from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.offline.data import PictureSource, demo_pictures
+from iosr_fast.offline.dual_encoder import build_dual_encoder
+from iosr_fast.offline.export import write_engine
+from iosr_fast.offline.text import embed_classes
+from iosr_fast.offline.train import TrainConfig, train_adapter
+from iosr_fast.runtimes import open_engine
+from tools.bench import harness
+from tools.bench.encoder import fused_flops
+from tools.evaluation.accuracy import evaluate
+from tools.evaluation.demo import encode
+from tools.evaluation.separation import separation_rows
+from tools.evaluation.table import percent
+from tools.evaluation.tasks import POOL, Encoded, Source
+
+METHODS = ("tip-adapter++", "proker++")
+SCALE = 0.1
+BATCH = 64
+VALIDATION_SHOTS = 2
+MOST_COST = 1.35
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice; None stands for no adapter at all."""
+
+    first_adapted_block: int | None
+    bottleneck: int | None
+
+    @property
+    def name(self) -> str:
+        return "plain" if self.first_adapted_block is None else f"s{self.first_adapted_block}-b{self.bottleneck}"
+
+
+def get_adapter(
+    clip: LoadedClip, point: Point, folder: Path, epochs: int, pictures: Callable[[], PictureSource], say: Say
+) -> Adapter:
+    """The file s{block}-b{width}.safetensors in `folder`, trained there where it is missing (as train_adapter.py does).
+
+    Raises ValueError for a file of another CLIP, start block, width or number of epochs.
+    """
+    assert point.first_adapted_block is not None and point.bottleneck is not None
+    path = folder / f"{point.name}.safetensors"
+    if not path.is_file():
+        say(f"{point.name}: training for {epochs} epochs")
+        adapter = init_adapter(clip, point.first_adapted_block, point.bottleneck, SCALE)
+        config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=4)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = path.with_name(path.name + ".checkpoint")
+        train_adapter(clip, adapter, pictures(), config, checkpoint)
+        save_adapter(adapter, path)
+        checkpoint.unlink(missing_ok=True)
+    adapter = load_adapter(path)
+    check_belongs(adapter, clip)
+    found = (adapter.config.first_adapted_block, adapter.config.bottleneck, adapter.config.training.get("epochs"))
+    wanted = (point.first_adapted_block, point.bottleneck, epochs)
+    if found != wanted:
+        raise ValueError(
+            f"expected an adapter from block {wanted[0]} on, {wanted[1]} wide, of {wanted[2]} epochs in {path}, got "
+            f"{found[0]}, {found[1]}, {found[2]}; name another folder, or give --epochs {found[2]}"
+        )
+    return adapter
+
+
+def sweep(
+    clip: LoadedClip,
+    adapters: Mapping[Point, Adapter],
+    test: Pictures,
+    validation: Pictures,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    repeats: int,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """A row for the plain encoder and one for each adapter, JSON-ready."""
+    texts = [embed_classes(clip, pictures.names) for pictures in (test, validation)]
+    rows, encoders, flops = [], {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for point, adapter in {Point(None, None): None, **adapters}.items():
+            engine = Path(folder) / point.name
+            write_engine(clip, adapter, engine, "onnxruntime", max_batch=BATCH)
+            encoders[point.name] = encoder = open_engine(engine)
+            flops[point.name] = fused_flops(build_dual_encoder(clip, adapter).shapes, BATCH)
+            encoded = [
+                encode(encoder.encode, clip, pictures, text)
+                for pictures, text in zip((test, validation), texts, strict=True)
+            ]
+            rows.append({**_row(point, adapter), **_measured(point, *encoded, shots, seeds)})
+            say(f"{point.name}: {_said(rows[-1])}")
+        costs = measure_cost(encoders, test.images[:BATCH], repeats)
+    for row, name in zip(rows, encoders, strict=True):
+        row |= {**costs[name], "cost_arithmetic": flops[name] / flops["plain"]}
+    return rows
+
+
+def _row(point: Point, adapter: Adapter | None) -> dict[str, Any]:
+    return {
+        "bench": "block-sweep",
+        "first_adapted_block": point.first_adapted_block,
+        "bottleneck": point.bottleneck,
+        "epochs": None if adapter is None else adapter.config.training.get("epochs"),
+    }
+
+
+def _measured(
+    point: Point, test: Encoded, validation: Encoded, shots: Sequence[int], seeds: Sequence[int]
+) -> dict[str, Any]:
+    images = test.embeddings.plain if point.bottleneck is None else test.embeddings.adapted
+    found = separation_rows("demo", {point.name: images}, test.labels)[0]
+    methods = [name.removesuffix("++") if point.bottleneck is None else name for name in METHODS]
+    return {
+        "validation_accuracy": _accuracy(
+            "validation", validation, VALIDATION_SHOTS, [VALIDATION_SHOTS], seeds, methods
+        ),
+        "test_accuracy": _accuracy("test", test, POOL, shots, seeds, methods),
+        "tuned_on": "loo",
+        **{name: found[name] for name in ("overlap_area", "auroc", "feature_variance")},
+    }
+
+
+def _accuracy(
+    name: str, encoded: Encoded, pool: int, shots: Sequence[int], seeds: Sequence[int], methods: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """By method and shots; the names are the same with and without an adapter."""
+
+    def draw(k: int, seed: int) -> Any:
+        return encoded.task(k, pool, seed)
+
+    source = Source(name, tuple(shots), tuple(seeds), draw, encoded.embeddings, encoded.labels)
+    made: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
+    for result in evaluate(source, [(method, "none") for method in methods], "loo"):
+        row = result.row()
+        kept = ("mean", "std", "se", "accuracies", "test_images", "classes", "seeds", "parameters")
+        of_method = made[result.method if result.method in made else f"{result.method}++"]
+        of_method[str(result.shots)] = {"method": result.method, **{key: row[key] for key in kept}}
+    return made
+
+
+def measure_cost(encoders: Mapping[str, Encoder], pixels: np.ndarray, repeats: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds an image, and the cost relative to the plain pass that was timed in the same round of all."""
+    runs = {name: (lambda encoder=encoder: encoder.encode(pixels)) for name, encoder in encoders.items()}
+    times = {name: np.array(taken) / len(pixels) for name, taken in harness.measure(runs, repeats).items()}
+    made = {}
+    for name, taken in times.items():
+        ratios = taken / times["plain"]
+        made[name] = {
+            "ms_per_image": round(float(np.median(taken)), 4),
+            "ms_per_image_spread": [round(float(np.percentile(taken, q)), 4) for q in (10, 90)],
+            "cost": round(float(np.median(ratios)), 4),
+            "cost_spread": [round(float(np.percentile(ratios, q)), 4) for q in (10, 90)],
+            "batch": len(pixels),
+            "threads": usable_threads(),
+        }
+    return made
+
+
+def best(rows: Sequence[Mapping[str, Any]], method: str, most_cost: float = float("inf")) -> Mapping[str, Any] | None:
+    """The adapter of the highest validation accuracy within a cost; of equals the cheaper one. None: none is within."""
+    within = [row for row in rows if row["first_adapted_block"] is not None and row["cost"] <= most_cost]
+    return max(within, key=lambda row: (_on_validation(row, method)["mean"], -row["cost"]), default=None)
+
+
+def _on_validation(row: Mapping[str, Any], method: str) -> Any:
+    return row["validation_accuracy"][method][str(VALIDATION_SHOTS)]
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    return percent(cell["mean"], cell["se"] if cell["std"] is None else cell["std"])
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{method} {_cell(_on_validation(row, method))} on validation" for method in METHODS)
+
+
+def print_sweep(console: Console, rows: Sequence[Mapping[str, Any]], shots: Sequence[int]) -> None:
+    """The map, and the choices that validation makes of it."""
+    cell = rows[0]["test_accuracy"][METHODS[0]][str(shots[0])]
+    console.print(
+        f"demo, a row an adapter: accuracy in % (± {'se' if cell['std'] is None else 'std over'} {len(cell['seeds'])} "
+        f"seeds) on validation and on test concepts ({cell['classes'][0]}), overlap on the test concepts' pictures; "
+        f"cost in plain passes, measured in batches of {rows[0]['batch']} and by arithmetic; 'plain' has no adapter "
+        "and is scored by the methods without ++",
+        soft_wrap=True,
+    )
+    table = Table("from block", "width", "ms/image", "cost", "by arithmetic", "overlap", "AUROC", "variance")
+    for method in METHODS:
+        table.add_column(f"{method}\nvalidation, {VALIDATION_SHOTS}", justify="right")
+        for k in shots:
+            table.add_column(f"test, {k}", justify="right")
+    for row in rows:
+        plain = row["first_adapted_block"] is None
+        accuracies = []
+        for method in METHODS:
+            cells = (_on_validation(row, method), *(row["test_accuracy"][method][str(k)] for k in shots))
+            accuracies += [_cell(cell) for cell in cells]
+        table.add_row(
+            *(("plain", "") if plain else (str(row["first_adapted_block"]), str(row["bottleneck"]))),
+            *(f"{row['ms_per_image']:.2f}", f"{row['cost']:.2f}", f"{row['cost_arithmetic']:.2f}"),
+            *(f"{row[name]:.3f}" for name in ("overlap_area", "auroc", "feature_variance")),
+            *accuracies,
+        )
+    console.print(table)
+    for method in METHODS:
+        for told, most in ((f"within {MOST_COST} plain passes", MOST_COST), ("at any cost", float("inf"))):
+            chosen = best(rows, method, most)
+            where = (
+                "none"
+                if chosen is None
+                else (
+                    f"block {chosen['first_adapted_block']}, width {chosen['bottleneck']}: "
+                    f"{_cell(_on_validation(chosen, method))} at {chosen['cost']:.2f} passes"
+                )
+            )
+            console.print(f"  best on validation, {method}, {told}: {where}")
+
+
+def run(
+    starts: Sequence[int],
+    widths: Sequence[int],
+    folder: Path,
+    epochs: int,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    repeats: int,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """The sweep on the demo's CLIP and held-out concepts."""
+    from iosr_fast.offline.clip import load_clip
+    from tools.evaluation.demo import held_out
+
+    clip = load_clip("demo")
+    points = [Point(start, width) for width in widths for start in starts]
+
+    def pictures() -> PictureSource:
+        return demo_pictures(clip.image_size)
+
+    adapters = {point: get_adapter(clip, point, folder, epochs, pictures, say) for point in points}
+    return sweep(clip, adapters, *held_out(), shots, seeds, repeats, say)

@@ -1,0 +1,115 @@
+"""The demo's held-out concepts as sources: test and validation, with every style on both sides or a shift of styles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.demo.pictures import Pictures, load_pictures
+from iosr_fast.encoder import Embeddings
+from iosr_fast.offline.clip import LoadedClip
+from tools.evaluation.tasks import POOL, SUPPORT_STYLES, Encoded, Source, Task, only, split_styles
+
+BATCH = 64
+Encode = Callable[[np.ndarray], Embeddings]
+
+
+def held_out() -> tuple[Pictures, Pictures]:
+    """Test concepts, drawn in more than POOL styles, and validation concepts, drawn in just POOL."""
+    pictures = load_pictures("held-out")
+    spare = np.bincount(pictures.concepts) > POOL
+    return only(pictures, spare), only(pictures, ~spare)
+
+
+def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray | None = None) -> Encoded:
+    """Every picture, by `run` in batches, and its concepts' names (unless `text` has them already)."""
+    from iosr_fast.offline.text import embed_classes
+
+    parts = [run(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // BATCH))]
+    adapted = [part.adapted for part in parts if part.adapted is not None]
+    embeddings = Embeddings(
+        np.concatenate([part.plain for part in parts]), np.concatenate(adapted) if adapted else None
+    )
+    text = embed_classes(clip, pictures.names) if text is None else text
+    return Encoded(embeddings, pictures.concepts, text, clip.logit_scale, pictures.styles)
+
+
+def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
+    """The dual encoder in PyTorch: nothing is exported."""
+    import torch
+
+    from iosr_fast.offline.dual_encoder import build_dual_encoder
+
+    encoder = build_dual_encoder(clip, adapter).eval()
+
+    @torch.inference_mode()
+    def run(pixels: np.ndarray) -> Embeddings:
+        return Embeddings(*(output.numpy() for output in encoder(torch.from_numpy(pixels.copy()))))
+
+    return run
+
+
+def encode_test(adapter: str | Path = "auto") -> tuple[Encoded, tuple[str, ...]]:
+    """The test concepts with the shipped adapter (or a file's), and the styles' names."""
+    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.offline.pretrained import choose_adapter
+
+    clip = load_clip("demo")
+    pictures, _ = held_out()
+    return encode(torch_encoder(clip, choose_adapter(clip, adapter)), clip, pictures), tuple(pictures.style_names)
+
+
+def in_domain(encoded: Encoded, shots: Sequence[int], seeds: Sequence[int]) -> Source:
+    """Support and queries from all styles, never the same picture."""
+    check_shots(shots)
+    return Source(
+        "demo",
+        tuple(shots),
+        tuple(seeds),
+        lambda k, seed: encoded.task(k, POOL, seed),
+        encoded.embeddings,
+        encoded.labels,
+    )
+
+
+def shifted(
+    encoded: Encoded, styles: Sequence[str], shots: Sequence[int], seeds: Sequence[int]
+) -> tuple[Source, Source]:
+    """The same concepts in-domain, and with support from SUPPORT_STYLES of the styles and queries from the others.
+
+    Each seed has its own split of the styles and, at every number of shots, the concepts that have enough pictures.
+    """
+    check_shots(shots)
+    most = max(shots)
+    splits = {seed: split_styles(encoded, most, seed) for seed in seeds}
+    kept = {seed: encoded.only(encoded.enough(most, split)) for seed, split in splits.items()}
+
+    def inside(k: int, seed: int) -> Task:
+        return kept[seed].task(k, POOL, seed)
+
+    def across(k: int, seed: int) -> Task:
+        return kept[seed].shifted_task(k, splits[seed], seed)
+
+    notes = []
+    for seed in seeds:
+        support, queries = (
+            ", ".join(name for name, one in zip(styles, splits[seed], strict=True) if bool(one) is side)
+            for side in (True, False)
+        )
+        notes.append(
+            f"seed {seed}: support from {support}; queries from {queries}: {len(kept[seed].text)} of "
+            f"{len(encoded.text)} concepts have the pictures, {len(across(most, seed).queries)} queries "
+            f"(in-domain {len(inside(most, seed).queries)})"
+        )
+    first = Source("demo, in-domain", tuple(shots), tuple(seeds), inside, encoded.embeddings, encoded.labels)
+    return first, replace(first, name="demo, shifted", draw=across, notes=tuple(notes))
+
+
+def check_shots(shots: Sequence[int]) -> None:
+    most = min(POOL, SUPPORT_STYLES)
+    if not shots or min(shots) < 1 or max(shots) > most:
+        raise ValueError(f"expected --shots from 1 to {most} on the demo's pictures, got {list(shots)}")

@@ -1,0 +1,124 @@
+"""Few-shot tasks: what a method may see, what it is then asked, and how encoded pictures are drawn into both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+import numpy as np
+
+from iosr_fast.cache import SupportSet, make_support_set
+from iosr_fast.demo.pictures import Pictures
+from iosr_fast.encoder import Embeddings
+
+# Pictures of a concept that support sets are drawn from: the others are queries, the same for every number of shots.
+POOL = 4
+SUPPORT_STYLES = 4
+# A split of the styles has to leave this share of the concepts enough pictures on both sides.
+KEPT = 0.75
+
+
+@dataclass(frozen=True)
+class Task:
+    """`support`, and `validation` (embeddings, labels) where there is one, are for fitting; the rest is the test."""
+
+    support: SupportSet
+    queries: Embeddings
+    labels: np.ndarray
+    validation: tuple[Embeddings, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as tasks: `draw(shots, seed)` for each of `shots` and `seeds`.
+
+    `images` and `image_labels` are what overlap is measured on; `notes` what a reader of its numbers has to know.
+    """
+
+    name: str
+    shots: tuple[int, ...]
+    seeds: tuple[int, ...]
+    draw: Callable[[int, int], Task]
+    images: Embeddings
+    image_labels: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures of C concepts: labels (N,), styles (N,), text (C, D) and the CLIP's logit scale."""
+
+    embeddings: Embeddings
+    labels: np.ndarray
+    text: np.ndarray
+    tau: float
+    styles: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def task(self, shots: int, pool: int, seed: int) -> Task:
+        """Of each concept `pool` pictures are set apart, `shots` of them the support; all others are queries."""
+        if not 1 <= shots <= pool:
+            raise ValueError(f"expected shots from 1 to {pool}, the pictures of a concept set apart, got {shots}")
+        rng = np.random.default_rng(seed)
+        drawn = [rng.permutation(np.flatnonzero(self.labels == c)) for c in range(len(self.text))]
+        return self._task([rows[:shots] for rows in drawn], [rows[pool:] for rows in drawn])
+
+    def shifted_task(self, shots: int, for_support: np.ndarray, seed: int) -> Task:
+        """Support from the styles of the mask `for_support` alone, queries from all others; see `enough`."""
+        rng = np.random.default_rng(seed)
+        inside = for_support[self.styles]
+        of_concept = [self.labels == c for c in range(len(self.text))]
+        support = [rng.permutation(np.flatnonzero(rows & inside))[:shots] for rows in of_concept]
+        return self._task(support, [np.flatnonzero(rows & ~inside) for rows in of_concept])
+
+    def enough(self, shots: int, for_support: np.ndarray) -> np.ndarray:
+        """(C,) bool: concepts with `shots` pictures in the styles of the mask, and at least one in the others."""
+        inside = for_support[self.styles]
+        within, beyond = (np.bincount(self.labels[rows], minlength=len(self.text)) for rows in (inside, ~inside))
+        return (within >= shots) & (beyond >= 1)
+
+    def only(self, chosen: np.ndarray) -> Encoded:
+        """The pictures of the chosen concepts (a mask over them), renumbered."""
+        rows = chosen[self.labels]
+        number = np.cumsum(chosen) - 1
+        return replace(
+            self,
+            embeddings=self.embeddings[rows],
+            labels=number[self.labels[rows]],
+            text=self.text[chosen],
+            styles=self.styles[rows] if len(self.styles) else self.styles,
+        )
+
+    def _task(self, support: list[np.ndarray], queries: list[np.ndarray]) -> Task:
+        s, q = np.concatenate(support), np.concatenate(queries)
+        made = make_support_set(self.embeddings[s], self.labels[s], self.text, self.tau)
+        return Task(made, self.embeddings[q], self.labels[q])
+
+
+def split_styles(encoded: Encoded, shots: int, seed: int, n_support: int = SUPPORT_STYLES) -> np.ndarray:
+    """(styles,) bool, which styles the support comes from: drawn among the splits that leave enough concepts.
+
+    Those leave KEPT of the concepts `shots` support pictures and a query; or, where none does, the most concepts.
+    """
+    n_styles = int(encoded.styles.max(initial=-1)) + 1
+    if not 1 <= n_support < n_styles:
+        raise ValueError(f"expected from 1 to {n_styles - 1} support styles of {n_styles}, got {n_support}")
+    splits = [np.isin(np.arange(n_styles), chosen) for chosen in combinations(range(n_styles), n_support)]
+    left = np.array([int(encoded.enough(shots, split).sum()) for split in splits])
+    if not left.any():
+        raise ValueError(
+            f"expected concepts with {shots} pictures in {n_support} styles and one in another, found none; "
+            "use fewer shots"
+        )
+    fit = np.flatnonzero(left >= min(KEPT * len(encoded.text), left.max()))
+    chosen: np.ndarray = splits[np.random.default_rng((seed, n_support)).choice(fit)]
+    return chosen
+
+
+def only(pictures: Pictures, chosen: np.ndarray) -> Pictures:
+    """The pictures of the chosen concepts (a mask over names), renumbered."""
+    rows = chosen[pictures.concepts]
+    number = np.cumsum(chosen) - 1
+    names = [name for name, keep in zip(pictures.names, chosen, strict=True) if keep]
+    concepts = number[pictures.concepts[rows]]
+    return Pictures(pictures.images[rows], concepts, pictures.styles[rows], names, pictures.style_names)
