@@ -17,7 +17,6 @@ from iosr_fast.tune import Tuned, is_level, tune
 
 # Of what can't be told apart on the support set, the one that the field's comparisons find stronger.
 PREFERENCE = ("proker", "gda", "ape", "tip-x", "tip-adapter", "zero-shot")
-ONE_SHOT = "tip-adapter"
 # Kernel ridge takes an inverse of the images' kernel for each setting: beyond this many it isn't tried.
 MOST_FOR_PROKER = 4096
 _log = logging.getLogger("iosr_fast")
@@ -29,17 +28,16 @@ def tune_auto(support: SupportSet, queries: Embeddings | None = None, labels: np
     First every method that the support set allows, on plain embeddings and, where there are any, on adapted ones,
     without a reducer; then the best of them with each reducer. What can't be told from the most accurate
     (tune.is_level) is level with it; of that the method that comes first in PREFERENCE wins, then the lowest log-loss
-    (on a validation set: the highest accuracy). Where each class has one image, Tip-Adapter (++ with an adapter) on
-    centred embeddings, with one_shot.one_shot_parameters.
+    (on a validation set: the highest accuracy). Where each class has one image, ProKeR (++ with an adapter) with
+    one_shot.one_shot_parameters, or Tip-Adapter where there are too many images for it.
 
     Raises ValueError where there are no support images and no text embeddings.
     """
     started = time.perf_counter()
     if queries is None and int(support.counts.max(initial=0)) < 2:
-        adapted = support.embeddings.adapted is not None
-        name = f"{ONE_SHOT}++" if adapted else ONE_SHOT
         if len(support.embeddings):
-            return tune(name, support, reducer="centre")
+            name = "proker" if len(support.embeddings) <= MOST_FOR_PROKER else "tip-adapter"
+            return tune(name if support.embeddings.adapted is None else f"{name}++", support)
         if support.text is None:
             raise ValueError("expected support images or text embeddings, got neither")
         return Tuned("zero-shot", "none", {}, float("nan"), 0, "none")

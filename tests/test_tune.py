@@ -200,13 +200,15 @@ def test_auto_on_a_validation_set_takes_the_level_method_that_is_preferred(rng: 
     assert tuned.accuracy >= best - 2 / np.sqrt(len(labels))
 
 
-def test_auto_with_one_image_a_class(rng: np.random.Generator) -> None:
+def test_auto_with_one_image_a_class(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     support, queries, labels = task(rng, [1] * CLASSES)
     tuned = tune_auto(support)
-    assert (tuned.method, tuned.reducer, tuned.protocol, tuned.scored) == ("tip-adapter++", "centre", "one-shot", 0)
+    assert (tuned.method, tuned.reducer, tuned.protocol, tuned.scored) == ("proker++", "none", "one-shot", 0)
     assert (score(tuned.compile(support), queries).argmax(1) == labels).mean() > 1.5 / CLASSES
     plain = tune_auto(replace(support, embeddings=Embeddings(support.embeddings.plain)))
-    assert plain.method == "tip-adapter"
+    assert plain.method == "proker"
+    monkeypatch.setattr("iosr_fast.auto.MOST_FOR_PROKER", CLASSES - 1)
+    assert tune_auto(support).method == "tip-adapter++"
     nothing = support.only(np.zeros(CLASSES, bool))
     assert tune_auto(nothing).method == "zero-shot"
     with pytest.raises(ValueError, match="support images or text embeddings"):

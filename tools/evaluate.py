@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--bottleneck", nargs="+", type=int, default=[64, 256], metavar="B", help="widths [64 256]")
     sweep.add_argument("--adapters", type=Path, metavar="DIR", help="of s{S}-b{B}.safetensors; trained if missing")
     sweep.add_argument("--epochs", type=int, default=12, help="of an adapter's training [12]")
-    sweep.add_argument("--repeats", type=int, default=15, help="timed rounds of all encoders [15]")
+    sweep.add_argument("--repeats", type=int, default=31, help="timed rounds of all encoders [31]")
     return made
 
 

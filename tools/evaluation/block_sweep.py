@@ -205,24 +205,28 @@ def print_sweep(console: Console, rows: Sequence[Mapping[str, Any]], shots: Sequ
         "and is scored by the methods without ++",
         soft_wrap=True,
     )
-    table = Table("from block", "width", "ms/image", "cost", "by arithmetic", "overlap", "AUROC", "variance")
+    cost = Table("from block", "width", "ms/image", "cost", "p10..p90", "arithmetic", "overlap", "AUROC", "variance")
+    accuracy = Table("from block", "width", "cost")
     for method in METHODS:
-        table.add_column(f"{method}\nvalidation, {VALIDATION_SHOTS}", justify="right")
+        accuracy.add_column(f"{method}\nvalidation, {VALIDATION_SHOTS}", justify="right")
         for k in shots:
-            table.add_column(f"test, {k}", justify="right")
+            accuracy.add_column(f"\ntest, {k}", justify="right")
     for row in rows:
         plain = row["first_adapted_block"] is None
-        accuracies = []
-        for method in METHODS:
-            cells = (_on_validation(row, method), *(row["test_accuracy"][method][str(k)] for k in shots))
-            accuracies += [_cell(cell) for cell in cells]
-        table.add_row(
-            *(("plain", "") if plain else (str(row["first_adapted_block"]), str(row["bottleneck"]))),
-            *(f"{row['ms_per_image']:.2f}", f"{row['cost']:.2f}", f"{row['cost_arithmetic']:.2f}"),
+        place = ("plain", "") if plain else (str(row["first_adapted_block"]), str(row["bottleneck"]))
+        cost.add_row(
+            *place,
+            *(f"{row['ms_per_image']:.2f}", f"{row['cost']:.2f}"),
+            "{:.2f}..{:.2f}".format(*row["cost_spread"]),
+            f"{row['cost_arithmetic']:.2f}",
             *(f"{row[name]:.3f}" for name in ("overlap_area", "auroc", "feature_variance")),
-            *accuracies,
         )
-    console.print(table)
+        cells = []
+        for method in METHODS:
+            cells += [_on_validation(row, method), *(row["test_accuracy"][method][str(k)] for k in shots)]
+        accuracy.add_row(*place, f"{row['cost']:.2f}", *map(_cell, cells))
+    console.print(cost)
+    console.print(accuracy)
     for method in METHODS:
         for told, most in ((f"within {MOST_COST} plain passes", MOST_COST), ("at any cost", float("inf"))):
             chosen = best(rows, method, most)
