@@ -11,7 +11,7 @@ help:
 	@echo "make demo       the whole idea on real pictures, in a few minutes, without a GPU or a download of weights"
 	@echo "make test       ruff, mypy and every test that needs no GPU"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make bench      encoder and scoring against their rivals, on this machine"
+	@echo "make bench      encoder, scoring and search against their rivals, on this machine"
 	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
 
 develop: $(STAMP)

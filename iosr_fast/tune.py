@@ -39,7 +39,7 @@ class Tuned:
 
     parameters    all of the method's, alpha included
     accuracy      on `scored` held-out images, at these parameters
-    alpha_range   the plateau of alphas of that accuracy
+    alpha_range   the widest plateau of best alphas for these other parameters; by leave-one-out alpha may lie beside it
     log_loss      on them, in nats, with logits multiplied by `factor` (None where it was not looked at)
     curve         (edges, right): samples right on each open segment between alphas, for these other parameters
     right         (scored,) bool, which of the held-out images are right

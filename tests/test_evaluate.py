@@ -286,9 +286,12 @@ def test_support_and_queries_share_no_style_under_a_shift(rng: np.random.Generat
 
 def test_a_split_leaves_enough_concepts(rng: np.random.Generator) -> None:
     encoded = pictures_of(rng, 30)
-    for seed in range(5):
-        split = split_styles(encoded, 2, seed)
+    splits = [split_styles(encoded, 2, seed, siblings=[[0, 1], [3, 4]]) for seed in range(9)]
+    for split in splits:
         assert split.sum() == 4 and encoded.enough(2, split).sum() >= 0.75 * 30
+        assert split[0] == split[1] and split[3] == split[4]
+    different = {tuple(split) for split in splits}
+    assert len(different) > 1 and len({tuple(split) for split in splits[: len(different)]}) == len(different)
     few = replace(encoded, styles=np.zeros_like(encoded.styles))
     with pytest.raises(ValueError, match="support styles of 1"):
         split_styles(few, 1, 0)

@@ -15,6 +15,8 @@ from iosr_fast.offline.clip import LoadedClip
 from tools.evaluation.tasks import POOL, SUPPORT_STYLES, Encoded, Source, Task, only, split_styles
 
 BATCH = 64
+# One hand drew both: a query in the one is hardly shifted where the other is in the support.
+SIBLINGS = (("noto", "noto-v1"), ("fluent", "fluent-flat"))
 Encode = Callable[[np.ndarray], Embeddings]
 
 
@@ -85,7 +87,10 @@ def shifted(
     """
     check_shots(shots)
     most = max(shots)
-    splits = {seed: split_styles(encoded, most, seed) for seed in seeds}
+    siblings = [[styles.index(name) for name in group if name in styles] for group in SIBLINGS]
+    splits = {
+        seed: split_styles(encoded, most, seed, siblings=[group for group in siblings if group]) for seed in seeds
+    }
     kept = {seed: encoded.only(encoded.enough(most, split)) for seed, split in splits.items()}
 
     def inside(k: int, seed: int) -> Task:

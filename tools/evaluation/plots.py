@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast._require import require
-from tools.evaluation.accuracy import AUTO, Result
+from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
 
 # The grid of alphas of the paper's public code (akres001/CLIP_fewshot_imo).
 PUBLIC_ALPHAS = np.linspace(0.0, 20.0, 200)
@@ -46,39 +46,40 @@ def _grid(n_panels: int, columns: int, width: float, height: float, along: str) 
 
 def _save(figure: Any, path: Path, title: str) -> None:
     inches = figure.get_size_inches()[0]
-    figure.suptitle(textwrap.fill(title, int(13 * inches)), fontsize=10)
+    figure.suptitle(textwrap.fill(title, int(11 * inches)), fontsize=10)
     figure.savefig(path, dpi=DPI)
 
 
 def plot_shots(results: Sequence[Result], path: Path, title: str) -> None:
     """Accuracy against shots, a panel a family of methods; zero-shot and auto in each, to compare with."""
-    shown = [name for name in FAMILIES if any(family(result.method) == name for result in results)] or [""]
+    shown = [name for name in FAMILIES if any(family(result.method) == name for result in results)] or ["methods"]
     figure, axes = _grid(len(shown), 3, 4.2, 3.4, "shots")
     shots = sorted({result.shots for result in results})
+    lines: dict[str, Any] = {}
     for axis, name in zip(axes, shown, strict=True):
-        for key in dict.fromkeys((result.method, result.reducer) for result in results):
-            if family(key[0]) not in (name, "zero-shot", AUTO):
+        for method, reducer in dict.fromkeys((result.method, result.reducer) for result in results):
+            own = family(method) == name
+            if not own and method not in ("zero-shot", AUTO):
                 continue
-            line = [result for result in results if (result.method, result.reducer) == key]
-            own = family(key[0]) == name
-            marker, colour = REDUCER_STYLES.get(key[1], ("D", "C3")) if own else ("", COLOURS[key[0]])
-            axis.errorbar(
+            line = [result for result in results if (result.method, result.reducer) == (method, reducer)]
+            marker, colour = REDUCER_STYLES.get(reducer, ("D", "C3")) if own else ("", COLOURS[method])
+            kind = f"{'adapted' if method.endswith('++') else 'plain'}, {reducer}" if own else method
+            lines[kind] = axis.errorbar(
                 [result.shots for result in line],
                 [100 * result.mean for result in line],
-                [100 * result.spread for result in line] if key[0] != "zero-shot" else None,
-                label=line[0].name,
+                [100 * result.spread for result in line] if method != "zero-shot" else None,
                 color=colour,
                 marker=marker,
                 markersize=4,
                 linewidth=1.2,
                 capsize=2,
-                linestyle="-" if key[0].endswith("++") or key[0] == AUTO else ":" if key[0] == "zero-shot" else "--",
+                linestyle="-" if method.endswith("++") or method == AUTO else ":" if method == "zero-shot" else "--",
             )
         axis.set_xscale("log", base=2)
         axis.set_xticks(shots, [str(k) for k in shots])
         axis.minorticks_off()
-        axis.set_title(name or "methods")
-        axis.legend(fontsize=7, frameon=False)
+        axis.set_title(name)
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize=8, frameon=False)
     figure.supylabel("accuracy in %", fontsize=10)
     _save(figure, path, title)
 
@@ -97,25 +98,26 @@ def plot_alpha(results: Sequence[Result], path: Path, title: str) -> None:
     """Accuracy on the images that alpha was chosen on against alpha: all of it, and what the public grid sees of it."""
     shown = curves_of(results)
     figure, axes = _grid(len(shown), 2, 6.0, 3.2, "alpha")
+    end = max(100.0, *(10 * result.draws[0].tuned.parameters["alpha"] for result in shown))
     for axis, result in zip(axes, shown, strict=True):
         tuned = result.draws[0].tuned
         assert tuned.curve is not None
         edges, right = tuned.curve
-        percent = 100 * right / tuned.scored
-        left = np.maximum(edges[:-1], 1e-2)
+        percent = 100 * np.append(right, right[-1]) / tuned.scored
+        left = np.append(np.maximum(edges[:-1], 1e-2), max(end, edges[-2]))
         axis.step(left, percent, where="post", color="C0", linewidth=1, label="every alpha, exactly")
-        seen = accuracy_at(tuned.curve, PUBLIC_ALPHAS) / tuned.scored * 100
+        seen = 100 * accuracy_at(tuned.curve, PUBLIC_ALPHAS) / tuned.scored
         label = f"the public grid, 0 to 20: best {seen.max():.2f}%"
         axis.plot(PUBLIC_ALPHAS[1:], seen[1:], ".", color="C1", markersize=4, label=label)
         alpha = tuned.parameters["alpha"]
         label = f"chosen: alpha {alpha:.4g}, {100 * tuned.accuracy:.2f}%; the curve's best: {percent.max():.2f}%"
         axis.plot([alpha], [100 * tuned.accuracy], "*", color="C3", markersize=10, label=label)
         axis.set_xscale("log")
-        axis.set_xlim(1e-1, max(100.0, 30 * alpha))
+        axis.set_xlim(1e-1, end)
         axis.set_title(f"{result.name}, {result.shots} shots, beta {tuned.parameters['beta']:.3g}", fontsize=10)
-        axis.legend(fontsize=7, frameon=False, loc="lower center")
+        axis.legend(fontsize=7, loc="best")
     figure.supylabel("held-out images right, in %", fontsize=10)
-    _save(figure, path, title)
+    _save(figure, path, f"{title}: accuracy on the images that alpha was chosen on ({TUNED_ON[shown[0].protocol]})")
 
 
 def accuracy_at(curve: tuple[np.ndarray, np.ndarray], alphas: np.ndarray) -> np.ndarray:

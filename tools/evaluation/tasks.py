@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -95,24 +95,28 @@ class Encoded:
         return Task(made, self.embeddings[q], self.labels[q])
 
 
-def split_styles(encoded: Encoded, shots: int, seed: int, n_support: int = SUPPORT_STYLES) -> np.ndarray:
-    """(styles,) bool, which styles the support comes from: drawn among the splits that leave enough concepts.
+def split_styles(
+    encoded: Encoded, shots: int, seed: int, n_support: int = SUPPORT_STYLES, siblings: Sequence[Sequence[int]] = ()
+) -> np.ndarray:
+    """(styles,) bool, which styles the support comes from. Seeds 0, 1, ... go through the possible splits, shuffled.
 
-    Those leave KEPT of the concepts `shots` support pictures and a query; or, where none does, the most concepts.
+    Possible are those that separate none of the `siblings` (groups of styles drawn by one hand: between those there is
+    no shift) and leave KEPT of the concepts `shots` support pictures and a query; or, where none does, most concepts.
     """
     n_styles = int(encoded.styles.max(initial=-1)) + 1
     if not 1 <= n_support < n_styles:
         raise ValueError(f"expected from 1 to {n_styles - 1} support styles of {n_styles}, got {n_support}")
     splits = [np.isin(np.arange(n_styles), chosen) for chosen in combinations(range(n_styles), n_support)]
+    splits = [split for split in splits if all(len(set(split[list(group)])) == 1 for group in siblings)]
     left = np.array([int(encoded.enough(shots, split).sum()) for split in splits])
     if not left.any():
         raise ValueError(
             f"expected concepts with {shots} pictures in {n_support} styles and one in another, found none; "
             "use fewer shots"
         )
-    fit = np.flatnonzero(left >= min(KEPT * len(encoded.text), left.max()))
-    chosen: np.ndarray = splits[np.random.default_rng((seed, n_support)).choice(fit)]
-    return chosen
+    possible = np.flatnonzero(left >= min(KEPT * len(encoded.text), left.max()))
+    shuffled = np.random.default_rng(0).permutation(possible)
+    return splits[shuffled[seed % len(shuffled)]]
 
 
 def only(pictures: Pictures, chosen: np.ndarray) -> Pictures:
