@@ -135,11 +135,15 @@ def plot_robustness(inside: Sequence[Result], across: Sequence[Result], path: Pa
     shots = max(result.shots for result in inside)
     shifted = {(result.method, result.reducer): result for result in across if result.shots == shots}
     ends: list[float] = []
+    unshown = ""
     for result in inside:
         other = shifted.get((result.method, result.reducer))
         if result.shots != shots or other is None:
             continue
         x, y = 100 * result.mean, 100 * other.mean
+        if result.method == "zero-shot":  # far from all others, and no support set shifts it
+            unshown = f"; zero-shot, not shown: {x:.1f} and {y:.1f}"
+            continue
         ends += [x, y]
         marker = REDUCER_STYLES.get(result.reducer, ("D", ""))[0] if result.method != AUTO else "*"
         adapted = result.method.endswith("++") or result.method == AUTO
@@ -151,17 +155,17 @@ def plot_robustness(inside: Sequence[Result], across: Sequence[Result], path: Pa
         )  # fmt: skip
         if result.reducer in ("none", AUTO):
             axis.annotate(result.method, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=8, color=colour)
-    low, high = min(ends), max(ends)
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
     axis.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0)
     axis.annotate("no loss", (high, high), xytext=(-40, -2), textcoords="offset points", fontsize=8, color="0.5")
     axis.set_xlabel("in-domain accuracy in %: styles mixed")
     axis.set_ylabel("shifted accuracy in %: queries in styles that the support lacks")
     axis.grid(alpha=0.3)
-    axis.set_title(
-        f"{title}\n{shots} shots; circle: as it is, square: centre, triangle: pca; filled: adapted embeddings",
-        fontsize=9,
+    told = (
+        f"{title}, {shots} shots; circle: as it is, square: centre, triangle: pca; filled: adapted embeddings; "
+        f"bars: {'se' if inside[0].std is None else 'std over seeds'}{unshown}"
     )
-    figure.savefig(path, dpi=DPI)
+    _save(figure, path, told)
 
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], method: str, shots: int, path: Path) -> None:
