@@ -153,14 +153,15 @@ def plot_robustness(inside: Sequence[Result], across: Sequence[Result], path: Pa
             x, y, 100 * other.spread, 100 * result.spread, color=colour, marker=marker, markerfacecolor=fill,
             markersize=9 if result.method == AUTO else 6, elinewidth=0.5, capsize=0, linestyle="",
         )  # fmt: skip
-        if result.reducer in ("none", AUTO):
-            axis.annotate(result.method, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=8, color=colour)
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     axis.plot([low, high], [low, high], color="0.7", linewidth=1, zorder=0)
     axis.annotate("no loss", (high, high), xytext=(-40, -2), textcoords="offset points", fontsize=8, color="0.5")
     axis.set_xlabel("in-domain accuracy in %: styles mixed")
     axis.set_ylabel("shifted accuracy in %: queries in styles that the support lacks")
     axis.grid(alpha=0.3)
+    for name in dict.fromkeys(family(result.method) for result in inside if result.method != "zero-shot"):
+        axis.plot([], [], "*" if name == AUTO else "o", color=COLOURS[name], label=name)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
     told = (
         f"{title}, {shots} shots; circle: as it is, square: centre, triangle: pca; filled: adapted embeddings; "
         f"bars: {'se' if inside[0].std is None else 'std over seeds'}{unshown}"
