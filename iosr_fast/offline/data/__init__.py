@@ -1,5 +1,24 @@
-"""Sources of training pictures."""
+"""Sources of training pictures, and the evaluation sets of the field."""
 
-from iosr_fast.offline.data.sources import FolderPictures, PictureSource, TensorPictures, demo_pictures
+from iosr_fast.offline.data.open_images import OpenImagesPictures
+from iosr_fast.offline.data.shards import ShardPictures
+from iosr_fast.offline.data.sources import (
+    FilePictures,
+    FolderPictures,
+    PictureSource,
+    TensorPictures,
+    demo_pictures,
+)
+from iosr_fast.offline.data.subsets import SubsetPictures, split
 
-__all__ = ["FolderPictures", "PictureSource", "TensorPictures", "demo_pictures"]
+__all__ = [
+    "FilePictures",
+    "FolderPictures",
+    "OpenImagesPictures",
+    "PictureSource",
+    "ShardPictures",
+    "SubsetPictures",
+    "TensorPictures",
+    "demo_pictures",
+    "split",
+]

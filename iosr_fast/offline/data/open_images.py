@@ -1,0 +1,289 @@
+"""Open Images as training pictures: a balanced subset of the official label files, and the source that reads it.
+
+The official files (https://storage.googleapis.com/openimages/web/download_v7.html): class descriptions, `LabelName,
+DisplayName` with a header (oidv7-class-descriptions.csv) or without (class-descriptions-boxable.csv), and image labels,
+`ImageID,Source,LabelName,Confidence`. The subset's own format is that of the paper's public code (oi_data.csv):
+columns ImageID, DisplayName and type, others ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iosr_fast._require import require
+from iosr_fast.offline.data._files import new_text_file
+from iosr_fast.offline.data.sources import FilePictures
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("ImageID", "DisplayName", "type")
+LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Rows of (image id, class name, official split), and the classes left out with the number of images they have."""
+
+    image_ids: list[str]
+    class_names: list[str]
+    types: list[str]
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Pairs of image and class, all (K,): ids uint64 (they are 16 hex digits), classes int32, splits uint8."""
+
+    ids: np.ndarray
+    classes: np.ndarray
+    splits: np.ndarray
+
+    def __getitem__(self, which: np.ndarray) -> _Candidates:
+        return _Candidates(self.ids[which], self.classes[which], self.splits[which])
+
+
+def balanced_subset(
+    class_csv: str | Path,
+    label_csvs: Sequence[str | Path],
+    images_a_class: int,
+    seed: int,
+    min_confidence: float = 1.0,
+    images: str | Path | None = None,
+) -> Subset:
+    """Exactly `images_a_class` images of every class that has so many, each image in one class only.
+
+    Classes with few images choose first, so that an image of several classes goes where it is needed most. Which images
+    a class gets is a function of their ids and the seed, not of the order of lines or files. With `images`, only those
+    in that folder count. Classes that share a DisplayName are one. The label files are streamed: 13 bytes a candidate
+    stay in memory (several times that while they are sorted), a candidate being a label of at least `min_confidence`
+    (1: verified by people).
+
+    The official split (`type`) is read off a label file's name. Raises FileNotFoundError for missing files, ValueError
+    for those of another format or with neither train, validation nor test in their names, before reading any through.
+    """
+    if images_a_class < 1:
+        raise ValueError(f"expected at least one image a class, got {images_a_class}")
+    paths = [Path(path) for path in label_csvs]
+    for path in [Path(class_csv), *paths]:
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a CSV file of Open Images, found none at {path}")
+    splits = [_check_label_csv(path) for path in paths]
+    if not paths:
+        raise ValueError("expected at least one file of image labels, got none")
+    by_label = read_class_descriptions(class_csv)
+    names = sorted(set(by_label.values()))
+    number = {name: i for i, name in enumerate(names)}
+    classes = {label: number[name] for label, name in by_label.items()}
+    present = None
+    if images is not None:
+        there = [name for name in _find_images(images) if re.fullmatch("[0-9a-f]{16}", name)]
+        present = np.sort(_ids(np.array(there), Path(images)))
+    parts = [
+        part
+        for path, split in zip(paths, splits, strict=True)
+        for part in _stream(path, split, classes, min_confidence, present)
+    ]
+    found = _without_repeats(parts, seed)
+    counts = np.bincount(found.classes, minlength=len(names))
+    start = np.concatenate([[0], np.cumsum(counts)])
+    taken: set[int] = set()
+    chosen: list[np.ndarray] = []
+    left_out: dict[str, int] = {}
+    for c in np.argsort(counts, kind="stable"):
+        free = (i for i in range(start[c], start[c + 1]) if int(found.ids[i]) not in taken)
+        mine = [i for i, _ in zip(free, range(images_a_class), strict=False)]
+        if len(mine) < images_a_class:
+            left_out[names[c]] = int(counts[c])
+            continue
+        taken.update(int(found.ids[i]) for i in mine)
+        chosen.append(np.array(mine))
+    kept = found[np.sort(np.concatenate(chosen))] if chosen else found[np.zeros(0, np.int64)]
+    return Subset(
+        [f"{int(i):016x}" for i in kept.ids],
+        [names[c] for c in kept.classes],
+        [SPLITS[s] for s in kept.splits],
+        dict(sorted(left_out.items())),
+    )
+
+
+def read_class_descriptions(path: str | Path) -> dict[str, str]:
+    """LabelName -> DisplayName, from a file with or without header. Raises ValueError naming a line that is neither."""
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.reader(file))
+    if rows and rows[0][:2] == ["LabelName", "DisplayName"]:
+        rows[0] = []
+    for line, row in enumerate(rows, 1):
+        if row and (len(row) != 2 or not all(row)):
+            raise ValueError(f"expected LabelName,DisplayName in line {line} of {path}, got {','.join(row)!r}")
+    classes = {row[0]: row[1] for row in rows if row}
+    if not classes:
+        raise ValueError(f"expected classes (LabelName,DisplayName a line) in {path}, found none")
+    return classes
+
+
+def _check_label_csv(path: Path) -> int:
+    """The position in SPLITS of the split that its name tells, after a look at its header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file), [])
+    if missing := [name for name in LABEL_COLUMNS if name not in header]:
+        raise ValueError(f"expected the columns ImageID,Source,LabelName,Confidence in {path}, missing: {missing}")
+    found = [i for i, split in enumerate(SPLITS) if split in path.name.lower()]
+    if len(found) != 1:
+        raise ValueError(f"expected one of {', '.join(SPLITS)} in the name of {path}, as the official files have")
+    return found[0]
+
+
+def _stream(
+    path: Path, split: int, classes: dict[str, int], min_confidence: float, present: np.ndarray | None
+) -> Iterator[_Candidates]:
+    pa, pa_csv, compute = (require(name, "train") for name in ("pyarrow", "pyarrow.csv", "pyarrow.compute"))
+    labels = pa.array(list(classes))
+    numbers = np.array(list(classes.values()), np.int32)
+    types = {"ImageID": pa.string(), "LabelName": pa.string(), "Confidence": pa.float64()}
+    convert = pa_csv.ConvertOptions(column_types=types, include_columns=list(LABEL_COLUMNS))
+    try:
+        for batch in pa_csv.open_csv(path, convert_options=convert):
+            table = batch.filter(compute.greater_equal(batch["Confidence"], min_confidence))
+            place = compute.index_in(table["LabelName"], value_set=labels)
+            known = compute.is_valid(place)
+            ids = _ids(table["ImageID"].filter(known).to_numpy(zero_copy_only=False), path)
+            part = _Candidates(ids, numbers[place.filter(known).to_numpy()], np.full(len(ids), split, np.uint8))
+            yield part if present is None else part[_among(part.ids, present)]
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} can't be read as image labels of Open Images: {error}") from error
+
+
+def _among(ids: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Which ids are in the sorted `present`, as bool (np.isin would sort that again for each batch)."""
+    right = np.searchsorted(present, ids, side="right")
+    return right > np.searchsorted(present, ids, side="left")
+
+
+def _ids(texts: np.ndarray, where: Path) -> np.ndarray:
+    """Image ids, 16 hex digits each, as uint64."""
+    if not len(texts):
+        return np.zeros(0, np.uint64)
+    digits = np.frombuffer(np.asarray(texts, "S17").tobytes(), np.uint8).reshape(-1, 17)
+    values = _HEX[digits]
+    bad = (values[:, :16] < 0).any(1) | (digits[:, 16] != 0)
+    if bad.any():
+        raise ValueError(f"expected image ids of 16 hex digits in {where}, got {texts[int(bad.argmax())]!r}")
+    nibbles = values[:, :16].astype(np.uint8)
+    packed = np.ascontiguousarray(nibbles[:, ::2] << 4 | nibbles[:, 1::2])
+    return packed.view(">u8")[:, 0].astype(np.uint64)
+
+
+_HEX = np.full(256, -1, np.int8)
+_HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+
+
+def _without_repeats(parts: list[_Candidates], seed: int) -> _Candidates:
+    """Each pair of image and class once, sorted by class, and within one in an order drawn by the seed."""
+    if not parts:
+        return _Candidates(np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.uint8))
+    found = _Candidates(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.classes for part in parts]),
+        np.concatenate([part.splits for part in parts]),
+    )
+    found = found[np.lexsort((found.ids, _mix(found.ids, seed), found.classes))]
+    first = np.ones(len(found.ids), bool)
+    first[1:] = (np.diff(found.classes) != 0) | (found.ids[1:] != found.ids[:-1])
+    return found[first]
+
+
+def _mix(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A pseudo-random number for each id (the finalizer of SplitMix64, https://doi.org/10.1145/2660193.2660195)."""
+    x = ids ^ np.random.default_rng(seed).integers(0, 1 << 64, dtype=np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def _find_images(folder: str | Path) -> dict[str, Path]:
+    """Image id -> path of FOLDER/ID.jpg, FOLDER/train/ID.jpg and so on. Raises FileNotFoundError without the folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder with images of Open Images (ID.jpg), found none at {folder}")
+    found: dict[str, Path] = {}
+    for place in [folder, *(folder / split for split in SPLITS)]:
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                found |= {entry.name[:-4]: place / entry.name for entry in entries if entry.name.endswith(".jpg")}
+    return found
+
+
+def write_subset_csv(subset: Subset, path: str | Path) -> None:
+    """Write ImageID,DisplayName,type (UTF-8, with header), whole or not at all."""
+    rows = zip(subset.image_ids, subset.class_names, subset.types, strict=True)
+    _write_lines(Path(path), [COLUMNS, *rows])
+
+
+def write_download_list(subset: Subset, path: str | Path) -> None:
+    """Write one `train/abcdef...` a line: what the official downloader.py takes."""
+    _write_lines(Path(path), [(f"{t}/{i}",) for i, t in zip(subset.image_ids, subset.types, strict=True)])
+
+
+def _write_lines(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    with new_text_file(path) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def read_subset_csv(path: str | Path) -> Subset:
+    """The rows of a subset's CSV file, ours or the paper's. Raises ValueError naming what is missing, and the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the CSV of a subset of Open Images, found none at {path}")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
+            raise ValueError(f"expected the columns {', '.join(COLUMNS)} in {path}, missing: {', '.join(missing)}")
+        rows = []
+        for row in reader:
+            if not row["ImageID"] or not row["DisplayName"]:
+                raise ValueError(f"expected an ImageID and a DisplayName in line {reader.line_num} of {path}")
+            rows.append((row["ImageID"], row["DisplayName"], row["type"] or ""))
+    if not rows:
+        raise ValueError(f"expected images in {path}, found none below its header")
+    image_ids, class_names, types = (list(column) for column in zip(*rows, strict=True))
+    return Subset(image_ids, class_names, types, {})
+
+
+class OpenImagesPictures(FilePictures):
+    """The images of a subset's CSV, lying as IMAGES/ID.jpg or in IMAGES/train, /validation or /test.
+
+    Classes are numbered as they first come in the file. `missing` lists the ids that are not there: FileNotFoundError
+    counts and names them unless `leave_out_missing`, and is raised in any case if nothing is left. `types` (N,) is the
+    file's `type` column.
+    """
+
+    def __init__(
+        self,
+        subset_csv: str | Path,
+        images: str | Path,
+        size: int,
+        workers: int = 2,
+        leave_out_missing: bool = False,
+    ) -> None:
+        subset, found = read_subset_csv(subset_csv), _find_images(images)
+        rows = [row for row, image_id in enumerate(subset.image_ids) if image_id in found]
+        self.missing = [image_id for image_id in subset.image_ids if image_id not in found]
+        if self.missing and (not leave_out_missing or not rows):
+            raise FileNotFoundError(
+                f"{len(self.missing)} of {len(subset.image_ids)} images of {subset_csv} are missing from {images} "
+                f"({', '.join(self.missing[:10])}{', ...' if len(self.missing) > 10 else ''}): download them with the "
+                "official downloader.py, or leave them out (leave_out_missing=True)"
+            )
+        names = list(dict.fromkeys(subset.class_names))
+        index = {name: i for i, name in enumerate(names)}
+        labels = torch.tensor([index[subset.class_names[row]] for row in rows])
+        self.types = [subset.types[row] for row in rows]
+        ids = [subset.image_ids[row] for row in rows]
+        super().__init__([found[i] for i in ids], labels, names, size, workers, ids)

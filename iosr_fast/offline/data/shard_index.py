@@ -1,0 +1,192 @@
+"""What lies in WebDataset shards: which samples, in which order, with which labels. Read once, then kept as JSON.
+
+A shard is a tar file in which the files of one sample stand together and share a name up to its first dot (its key):
+an image (.jpg, .jpeg, .png or .webp) and a label, the first found of .cls (an integer), .json (its "label" or "class",
+an integer or a name) and .txt (a class name). Source of the format: https://github.com/webdataset/webdataset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from iosr_fast._require import require
+from iosr_fast.offline.data._files import new_text_file
+
+INDEX = ".iosr_fast-shards.json"
+FORMAT = 1
+IMAGES = ("jpg", "jpeg", "png", "webp")
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: size and time of change of its file, and key, image's extension and label of each sample in order."""
+
+    path: Path
+    bytes: int
+    mtime_ns: int
+    keys: list[str]
+    images: list[str]
+    labels: list[int] | list[str]
+
+
+def find_shards(shards: str | Path | Sequence[str | Path], cache: Path | None) -> list[Path]:
+    """The files of a folder, of a path or URL with braces ("train-{000..127}.tar"), or of a list of those.
+
+    What is not local is downloaded whole into `cache`, once. Raises FileNotFoundError for what is missing, ValueError
+    for a URL without a cache.
+    """
+    given = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    if len(given) == 1 and Path(given[0]).is_dir():
+        found = sorted(path for path in Path(given[0]).iterdir() if path.name.endswith(SUFFIXES))
+        if not found:
+            raise FileNotFoundError(f"expected shards ({', '.join(SUFFIXES)}) in {given[0]}, found none")
+        return found
+    expand = require("webdataset.shardlists", "train").expand_urls
+    urls: list[str] = [url for each in given for url in expand(str(each))]
+    paths = [_local(url, cache) for url in urls]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:10])}")
+    if len(set(paths)) != len(paths) or not paths:
+        raise ValueError(f"expected shards, each once, got {len(paths)} of which {len(set(paths))} differ")
+    return paths
+
+
+def _local(url: str, cache: Path | None) -> Path:
+    scheme = urlparse(url).scheme
+    if scheme in ("", "file"):
+        return Path(urlparse(url).path if scheme else url)
+    if cache is None:
+        raise ValueError(f"{url} is not local: give cache=FOLDER, a place to download shards to")
+    # The index pass that follows looks closer than the library's own validator, which needs the `file` command.
+    keeper = require("webdataset.cache", "train").FileCache(str(cache), validator=None)
+    return Path(keeper.get_file(url))
+
+
+def index_shards(paths: Sequence[Path], cache: Path | None) -> list[Shard]:
+    """Read every shard that is new or changed since the index was written, and write the index: in `cache` if given,
+    else beside the shards.
+
+    Raises ValueError, naming shard and key, for a damaged shard or a sample without image or label, PermissionError if
+    the index can't be written.
+    """
+    folder = (cache or Path(os.path.commonpath([path.absolute().parent for path in paths]))).absolute()
+    index = folder / INDEX
+    entries = _load_index(index)
+    result: list[Shard] = []
+    changed = False
+    try:
+        for path in paths:
+            absolute = path.absolute()
+            name = absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
+            found = path.stat()
+            facts = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+            entry = entries.get(name)
+            if entry is None or any(entry[key] != value for key, value in facts.items()):
+                if not changed:
+                    _check_writable(folder)
+                entry = facts | _read_entry(path)
+                entries[name], changed = entry, True
+            result.append(Shard(path, **entry))
+    finally:  # a long pass that a damaged shard or a user stops is not begun again
+        if changed:
+            with new_text_file(index) as file:
+                json.dump({"format": FORMAT, "shards": entries}, file)
+    return result
+
+
+def read_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a shard from start to end, as {"__key__": key, extension: bytes, ...}.
+
+    Raises ValueError, naming the shard and the last good key, for a damaged one.
+    """
+    library = require("webdataset.tariterators", "train")
+    key = None
+    with path.open("rb") as stream:
+        samples = library.group_by_keys(library.tar_file_expander([{"url": str(path), "stream": stream}]))
+        while True:
+            try:
+                sample = next(samples, None)
+            except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+                where = "at its start" if key is None else f"after key {key}"
+                reason = error.args[0] if error.args else type(error).__name__
+                raise ValueError(f"shard {path} is damaged {where} ({reason}); fetch or make it again") from error
+            if sample is None:
+                return
+            key = sample["__key__"]
+            yield sample
+
+
+def _read_entry(path: Path) -> dict[str, Any]:
+    _check_end(path)
+    keys, images, labels = [], [], []
+    for sample in read_samples(path):
+        where = f"key {sample['__key__']} of shard {path}"
+        found = [suffix for suffix in IMAGES if suffix in sample]
+        if len(found) != 1:
+            have = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+            raise ValueError(f"expected one image ({', '.join(IMAGES)}) at {where}, found {len(found)} among: {have}")
+        keys.append(sample["__key__"])
+        images.append(found[0])
+        labels.append(_label(sample, where))
+    if not keys:
+        raise ValueError(f"shard {path} holds no samples; leave it out, or fetch or make it again")
+    return {"keys": keys, "images": images, "labels": labels}
+
+
+def _label(sample: dict[str, Any], where: str) -> int | str:
+    try:
+        if "cls" in sample:
+            return int(sample["cls"].decode().strip())
+        if "json" in sample:
+            facts = json.loads(sample["json"])
+            label = facts.get("label", facts.get("class")) if isinstance(facts, dict) else None
+            if isinstance(label, (int, str)) and not isinstance(label, bool):
+                return label
+        if "txt" in sample and (name := sample["txt"].decode().strip()):
+            return str(name)
+    except ValueError as error:  # bad UTF-8 and bad JSON are ValueErrors too
+        raise ValueError(f"the label at {where} can't be read: {error}") from error
+    raise ValueError(
+        f'expected a label at {where}: .cls with an integer, .json with "label" or "class", or .txt with a class name'
+    )
+
+
+def _check_end(path: Path) -> None:
+    """Refuse a tar file that does not end in zeros: Python's tarfile takes a damaged header for the end, in silence."""
+    try:
+        with tarfile.open(path, "r:") as archive, path.open("rb") as file:
+            archive.getmembers()
+            file.seek(archive.offset)
+            blocks = iter(lambda: file.read(1 << 20), b"")
+            sizes = [0 if any(block) else len(block) for block in blocks]
+    except tarfile.TarError:
+        return  # compressed, where a checksum does this, or damaged, which reading it tells
+    if not sizes or 0 in sizes:
+        raise ValueError(f"shard {path} is damaged: it does not end as a tar file does; fetch or make it again")
+
+
+def _load_index(index: Path) -> dict[str, Any]:
+    """The entries by shard; none if the file is missing, of another format or damaged: it is made anew then."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            return {}
+        needed = {"bytes", "mtime_ns", "keys", "images", "labels"}
+        return {name: entry for name, entry in content["shards"].items() if set(entry) == needed}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _check_writable(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"the index of the shards can't be written into {folder}; give cache=FOLDER for it")

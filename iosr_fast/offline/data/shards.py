@@ -1,0 +1,204 @@
+"""WebDataset shards as a source of training pictures: streamed from start to end, never read at random."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iosr_fast.offline.data._files import digest
+from iosr_fast.offline.data.shard_index import Shard, find_shards, index_shards, read_samples
+from iosr_fast.offline.data.sources import to_tensor
+from iosr_fast.preprocess import BadImageError
+
+MOST_OPEN = 64  # shards that one window may span: each is an open file
+
+
+class ShardPictures:
+    """Labelled pictures in tar files; rows count through the shards in the order given (a folder's: by name).
+
+    `shards`: a folder of .tar files, a path or URL with braces, or a list of those. An epoch takes them in random order
+    and shuffles samples within windows of `window`: a pass holds at most a window and two batches of encoded pictures
+    in memory. Decoding is done by `workers` threads (0: by the caller's). `class_names` default to the lines of
+    `classes.txt` beside the shards, else to the labels found. `cache` is where the index goes (else beside the shards)
+    and where shards that are not local are downloaded to.
+
+    Raises FileNotFoundError for missing shards, ValueError for damaged ones, for labels of both kinds (integers and
+    names) or outside the class names; `iterate` raises BadImageError naming shard and key.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        size: int,
+        workers: int = 2,
+        cache: str | Path | None = None,
+        class_names: Sequence[str] | None = None,
+        window: int = 2000,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"expected a window of at least one sample, got {window}")
+        cache = Path(cache) if cache is not None else None
+        self.shards: list[Shard] = index_shards(find_shards(shards, cache), cache)
+        self.size, self.workers, self.window = size, workers, window
+        names = list(class_names) if class_names is not None else _names_beside(self.shards)
+        self.class_names, self.labels = _labels(self.shards, names)
+        counts = [len(shard.keys) for shard in self.shards]
+        self._start = np.concatenate([[0], np.cumsum(counts)])
+        self._shard = np.repeat(np.arange(len(counts)), counts)
+        # Which kind of label a shard holds does not show in labels, so its file stands for the shard as a whole.
+        stamps = [f"{shard.path.name} {shard.bytes} {shard.mtime_ns}" for shard in self.shards]
+        self.fingerprint = digest([str(size), self.labels.numpy(), str(self.class_names), *stamps])
+
+    def order(self, generator: torch.Generator) -> torch.Tensor:
+        """Shards in random order, their samples shuffled within windows: (N,) int64, a function of the generator."""
+        blocks: list[torch.Tensor] = []
+        parts: list[torch.Tensor] = []
+
+        def close() -> None:
+            block = torch.cat(parts)
+            blocks.append(block[torch.randperm(len(block), generator=generator)])
+            parts.clear()
+
+        room = self.window
+        for shard in torch.randperm(len(self.shards), generator=generator).tolist():
+            rows = torch.arange(int(self._start[shard]), int(self._start[shard + 1]))
+            while len(rows):
+                parts.append(rows[:room])
+                rows, room = rows[room:], room - len(rows[:room])
+                if room == 0 or len(parts) == MOST_OPEN:
+                    close()
+                    room = self.window
+        if parts:
+            close()
+        return torch.cat(blocks)
+
+    def iterate(self, order: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As PictureSource says. Rows that come again (padding of a process's share) open their shard again.
+
+        Raises ValueError for an order that would hold more than a window in memory.
+        """
+        pictures = (picture for part in _without_repeats(order.tolist()) for picture in self._encoded(part))
+        decoded = self._decode(pictures, ahead=2 * batch)
+        for rows in order.split(batch) if len(order) else ():
+            yield rows, torch.stack([next(decoded) for _ in rows])
+
+    def _decode(self, pictures: Iterator[tuple[int, bytes]], ahead: int) -> Iterator[torch.Tensor]:
+        if self.workers < 1:
+            yield from (self._picture(row, data) for row, data in pictures)
+            return
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        try:
+            waiting: deque[Future[torch.Tensor]] = deque()
+            for row, data in pictures:
+                waiting.append(pool.submit(self._picture, row, data))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _picture(self, row: int, data: bytes) -> torch.Tensor:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(io.BytesIO(data)) as opened:
+                return to_tensor(opened, self.size)
+        except UnidentifiedImageError:
+            reason = "it is not an image of a known format, or it is damaged"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error)
+        shard, position = self._place(row)
+        name = f"{shard.keys[position]}.{shard.images[position]}"
+        raise BadImageError(shard.path / name, row, f"{reason} (key {shard.keys[position]} of shard {shard.path})")
+
+    def _place(self, row: int) -> tuple[Shard, int]:
+        index = int(self._shard[row])
+        return self.shards[index], row - int(self._start[index])
+
+    def _encoded(self, rows: list[int]) -> Iterator[tuple[int, bytes]]:
+        """(row, bytes of its image) in the order of `rows`, each shard read forward once and no further than needed."""
+        wanted: dict[int, set[int]] = {}
+        for row in rows:
+            wanted.setdefault(int(self._shard[row]), set()).add(row)
+        readers: dict[int, Iterator[tuple[int, bytes]]] = {}
+        held: dict[int, bytes] = {}
+        for row in rows:
+            index = int(self._shard[row])
+            if index not in readers:
+                readers[index] = self._read(index, frozenset(wanted[index]))
+            while row not in held:
+                found, data = next(readers[index])
+                held[found] = data
+            if len(held) > self.window or len(readers) > MOST_OPEN:
+                raise ValueError(
+                    f"this order needs more than the window of {self.window} samples (or {MOST_OPEN} shards) at once; "
+                    "expected a part of what order() gives, from a source with the same window"
+                )
+            yield row, held.pop(row)
+            wanted[index].remove(row)
+            if not wanted[index]:
+                del readers[index]
+
+    def _read(self, index: int, wanted: frozenset[int]) -> Iterator[tuple[int, bytes]]:
+        shard, start = self.shards[index], int(self._start[index])
+        for position, sample in enumerate(read_samples(shard.path)):
+            if position >= len(shard.keys) or sample["__key__"] != shard.keys[position]:
+                break
+            if start + position in wanted:
+                yield start + position, sample[shard.images[position]]
+        raise ValueError(f"shard {shard.path} no longer holds what was found when it was opened; open it again")
+
+
+def _without_repeats(rows: list[int]) -> Iterator[list[int]]:
+    """Cut where a row comes that was there since the last cut."""
+    seen: set[int] = set()
+    start = 0
+    for i, row in enumerate(rows):
+        if row in seen:
+            yield rows[start:i]
+            start = i
+            seen.clear()
+        seen.add(row)
+    if start < len(rows):
+        yield rows[start:]
+
+
+def _names_beside(shards: list[Shard]) -> list[str] | None:
+    for folder in {shard.path.parent for shard in shards}:
+        file = folder / "classes.txt"
+        if file.is_file():
+            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return None
+
+
+def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], torch.Tensor]:
+    """The class names and the labels (N,) int64 that index them."""
+    found = {label for shard in shards for label in shard.labels}
+    numbers = {label for label in found if isinstance(label, int)}
+    if numbers and len(numbers) < len(found):
+        texts = sorted(str(label) for label in found - numbers)
+        raise ValueError(
+            f"expected labels of one kind, got integers ({min(numbers)}, ...) and names ({texts[0]!r}, ...)"
+        )
+    if names is not None and len(set(names)) < len(names):
+        raise ValueError(f"expected class names that differ, got {len(names)} of which {len(set(names))} differ")
+    if numbers:
+        names = names if names is not None else [str(i) for i in range(max(numbers) + 1)]
+        index: dict[int | str, int] = {i: i for i in range(len(names))}
+    else:
+        names = names if names is not None else sorted(str(label) for label in found)
+        index = {name: i for i, name in enumerate(names)}
+    for shard in shards:
+        for key, label in zip(shard.keys, shard.labels, strict=True):
+            if label not in index:
+                raise ValueError(
+                    f"key {key} of shard {shard.path} has the label {label!r}, which is none of {len(names)} classes"
+                )
+    return names, torch.tensor([index[label] for shard in shards for label in shard.labels])
