@@ -11,7 +11,7 @@ help:
 	@echo "make demo       the whole idea on real pictures, in a few minutes, without a GPU or a download of weights"
 	@echo "make test       ruff, mypy and every test that needs no GPU"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make bench      encoder, scoring and search against their rivals, on this machine"
+	@echo "make bench      encoder, scoring, search and training against their rivals, on this machine"
 	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
 
 develop: $(STAMP)
@@ -23,6 +23,8 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*
 		|| echo "triton does not install here: the tests go on without its kernels"
 	$(BIN)/python -m pip install --quiet tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
+	$(BIN)/python -m pip install --quiet "ray[data]" \
+		|| echo "Ray does not install here: the tests go on without embedding on several workers"
 	touch $@
 
 demo: $(STAMP)
@@ -45,6 +47,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py score --json build/bench-score.json
 	$(BIN)/python tools/benchmark.py search --json build/bench-search.json
 	$(BIN)/python tools/benchmark.py encoder --json build/bench-encoder.json
+	$(BIN)/python tools/benchmark.py train --json build/bench-train.json
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py --out benchmarks/results

@@ -35,6 +35,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
+        _sync(temporary)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, old / "old")
@@ -42,9 +43,28 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(temporary, target)
+        _sync_entry(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sync(folder: Path) -> None:
+    """Have all that lies in `folder` reach the disk before the folder gets its name: a power cut leaves no half."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_entry(folder)
+
+
+def _sync_entry(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_manifest(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""The adapter, its file and its training, against literal computation."""
+"""The adapter, its file and the encoder that trains it, against literal computation."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
 from iosr_fast.offline.adapter import (  # noqa: E402
     Adapter,
     check_belongs,
@@ -19,10 +19,8 @@ from iosr_fast.offline.adapter import (  # noqa: E402
     load_adapter,
     save_adapter,
 )
-from iosr_fast.offline.augment import augment_batch  # noqa: E402
+from iosr_fast.offline.augment import augment_batch, draw_augmentation  # noqa: E402
 from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.offline.data import FolderPictures, TensorPictures  # noqa: E402
-from iosr_fast.offline.train import AdaptedEncoder, TrainConfig, train_adapter  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +35,6 @@ def random_adapter(clip: LoadedClip, first: int) -> Adapter:
         for value in adapter.parameters():
             value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
     return adapter
-
-
-@pytest.fixture(scope="module")
-def pictures() -> TensorPictures:
-    """Three classes that a colour tells apart."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(30) % 3
-    images = torch.randint(0, 120, (30, 3, 64, 64), generator=generator, dtype=torch.uint8)
-    images[torch.arange(30), labels] += 100
-    return TensorPictures(images, labels, ["red", "green", "blue"])
 
 
 def weights(adapter: Adapter) -> torch.Tensor:
@@ -71,11 +59,14 @@ def test_block_equals_the_formula(clip: LoadedClip) -> None:
 @pytest.mark.parametrize("first", range(6))
 def test_training_forward_equals_the_literal_pass(clip: LoadedClip, first: int) -> None:
     adapter, pixels = random_adapter(clip, first), torch.randn(3, 3, 64, 64)
-    encoder = AdaptedEncoder(clip, adapter)
+    encoder = AdaptedEncoder(clip, first)
     with torch.no_grad():
-        expected = encode_adapted(clip, adapter, pixels)
-        assert (expected - encode_plain(clip, pixels)).abs().max() > 1e-3
-        torch.testing.assert_close(encoder.tail(*encoder.stem(pixels)), expected, atol=1e-4, rtol=1e-5)
+        expected, plain = encode_adapted(clip, adapter, pixels), encode_plain(clip, pixels)
+        assert (expected - plain).abs().max() > 1e-3
+        stem = encoder.stem(pixels)
+        torch.testing.assert_close(encoder.tail(adapter, *stem), expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(encoder.tail(None, *stem), plain, atol=1e-4, rtol=1e-5)
+    assert [tuple(part.shape[1:]) for part in stem] == encoder.stem_shapes()
 
 
 def test_gradients_equal_those_of_the_literal_pass(clip: LoadedClip) -> None:
@@ -83,8 +74,8 @@ def test_gradients_equal_those_of_the_literal_pass(clip: LoadedClip) -> None:
     grads = []
     for shortcut in (True, False):
         adapter = random_adapter(clip, 3).requires_grad_(True)
-        encoder = AdaptedEncoder(clip, adapter)
-        features = encoder.tail(*encoder.stem(pixels)) if shortcut else encode_adapted(clip, adapter, pixels)
+        encoder = AdaptedEncoder(clip, 3)
+        features = encoder.tail(adapter, *encoder.stem(pixels)) if shortcut else encode_adapted(clip, adapter, pixels)
         features.square().sum().backward()
         grads.append(torch.cat([value.grad.flatten() for value in adapter.parameters()]))
     assert grads[1].abs().max() > 1e-3
@@ -114,84 +105,13 @@ def test_bad_adapters_are_named(clip: LoadedClip, tmp_path: Path) -> None:
         check_belongs(random_adapter(clip, 5), load_clip("demo", pretrained="none"))
 
 
-@pytest.mark.parametrize("cached_views", [0, 2])
-def test_training_learns(clip: LoadedClip, pictures: TensorPictures, cached_views: int) -> None:
-    losses: list[float] = []
-    adapter = init_adapter(clip, 4, bottleneck=16, scale=0.1)
-    before = weights(adapter).clone()
-    config = TrainConfig(epochs=6, batch=10, schedule="cosine", augment=True, cached_views=cached_views)
-    trained = train_adapter(clip, adapter, pictures, config, report=lambda step: losses.append(step.loss))
-    assert len(losses) == 6 * 3
-    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
-    assert not torch.equal(weights(trained), before)
-    assert trained.training is False and trained.config.training["pictures"] == 30
-    assert not any(p.requires_grad for p in clip.model.parameters())
-
-
-@pytest.mark.parametrize("cached_views", [0, 2])
-def test_a_stopped_training_ends_as_an_uninterrupted_one(
-    clip: LoadedClip, pictures: TensorPictures, tmp_path: Path, cached_views: int
-) -> None:
-    config = TrainConfig(epochs=3, batch=8, schedule="cosine", augment=True, cached_views=cached_views)
-    whole = train_adapter(clip, init_adapter(clip, 5, 8), pictures, config)
-    path = tmp_path / "checkpoint"
-
-    class Stopped(Exception):
-        pass
-
-    def stop(step) -> None:
-        if (step.epoch, step.step) == (2, 3):
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        train_adapter(clip, init_adapter(clip, 5, 8), pictures, config, path, stop)
-    epochs: list[int] = []
-    resumed = train_adapter(
-        clip, init_adapter(clip, 5, 8), pictures, config, path, lambda step: epochs.append(step.epoch)
-    )
-    assert epochs[0] == 2
-    torch.testing.assert_close(weights(resumed), weights(whole), atol=0, rtol=0)
-    with pytest.raises(ValueError, match="of another training"):
-        train_adapter(clip, init_adapter(clip, 5, 8), pictures, replace(config, learning_rate=1.0), path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is damaged"):
-        train_adapter(clip, init_adapter(clip, 5, 8), pictures, config, path)
-
-
-def test_normalisation_is_an_option(clip: LoadedClip, pictures: TensorPictures) -> None:
-    config = TrainConfig(batch=30)
-    ours = train_adapter(clip, init_adapter(clip, 5, 8), pictures, config)
-    as_published = train_adapter(clip, init_adapter(clip, 5, 8), pictures, replace(config, normalise=False))
-    assert not torch.equal(weights(ours), weights(as_published))
-
-
-def test_a_folder_trains_and_a_damaged_file_is_named(clip: LoadedClip, tmp_path: Path) -> None:
-    from PIL import Image
-
-    for name in ("red", "blue"):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            Image.new("RGB", (80 + i, 70), name).save(tmp_path / name / f"{i}.png")
-    source = FolderPictures(tmp_path, clip.image_size, workers=0)
-    assert source.class_names == ["blue", "red"] and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    train_adapter(clip, init_adapter(clip, 5, 8), source, TrainConfig(batch=4))
-    (tmp_path / "red" / "1.png").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"red/1\.png"):
-        train_adapter(clip, init_adapter(clip, 5, 8), source, TrainConfig(batch=4))
-
-
-def test_impossible_training_is_refused_before_it_starts(clip: LoadedClip, pictures: TensorPictures) -> None:
-    one = TensorPictures(pictures.images, torch.zeros(30, dtype=torch.int64), ["all"])
-    with pytest.raises(ValueError, match="at least two classes"):
-        train_adapter(clip, init_adapter(clip, 5, 8), one, TrainConfig())
-    with pytest.raises(ValueError, match="use fewer views"):
-        train_adapter(clip, init_adapter(clip, 5, 8), pictures, TrainConfig(cached_views=10_000_000))
-
-
-def test_augmentation_stays_in_range_and_repeats() -> None:
+def test_augmentation_stays_in_range_and_does_not_depend_on_the_batch() -> None:
     images = torch.rand(4, 3, 16, 16)
-    first, again = (augment_batch(images, torch.Generator().manual_seed(1)) for _ in range(2))
-    assert first.shape == images.shape and first.min() >= 0 and first.max() <= 1
-    assert torch.equal(first, again) and not torch.equal(first, images)
-    still = augment_batch(images, torch.Generator(), max_rotation_deg=0, max_shift=0, scale_range=(1, 1), max_colour=0)
-    torch.testing.assert_close(still, images, atol=1e-5, rtol=1e-5)
+    drawn = draw_augmentation(4, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, draw_augmentation(4, torch.Generator().manual_seed(1)))
+    augmented = augment_batch(images, drawn)
+    assert augmented.shape == images.shape and augmented.min() >= 0 and augmented.max() <= 1
+    assert not torch.equal(augmented, images)
+    torch.testing.assert_close(augment_batch(images[2:3], drawn[2:3]), augmented[2:3])
+    still = draw_augmentation(4, torch.Generator(), max_rotation_deg=0, max_shift=0, scale_range=(1, 1), max_colour=0)
+    torch.testing.assert_close(augment_batch(images, still), images, atol=1e-5, rtol=1e-5)

@@ -1,100 +1,163 @@
-"""Train the bottleneck adapter of a CLIP, on the demo's generic concepts or on any folder with one sub-folder a class.
+"""Train the bottleneck adapter of a CLIP: supervised, or self-supervised by DINO; on one process or many.
 
-    python tools/train_adapter.py --model demo --first-adapted-block 3 --bottleneck 256 --out adapter.safetensors
+    python tools/train_adapter.py --out adapter.safetensors                                   # the demo's
     python tools/train_adapter.py --model ViT-B-16 --pretrained openai --data DIR --out adapter.safetensors
+    python tools/train_adapter.py ... --data open-images --csv subset.csv --images DIR        # the paper's
+    python tools/train_adapter.py ... --objective dino                                        # no labels
+    torchrun --nproc-per-node 4 tools/train_adapter.py ...                                    # one process a GPU
 
-The defaults are the paper's for a folder (one epoch, scale 0.03, no augmentation) and the shipped adapter's for the
-demo. A run that was stopped goes on from its last epoch when it is started again with the same options.
+The defaults are the paper's, and for the demo the shipped adapter's. A run that was stopped or killed goes on from its
+last checkpoint, in the folder beside --out, when it is started again with the same options.
 """
 
 from __future__ import annotations
 
-import time
+import os
+import shutil
+import sys
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder
 from iosr_fast.offline.adapter import init_adapter, save_adapter
 from iosr_fast.offline.clip import load_clip
-from iosr_fast.offline.data import FolderPictures, PictureSource, demo_pictures
-from iosr_fast.offline.train import Progress as Step
-from iosr_fast.offline.train import TrainConfig, train_adapter
+from iosr_fast.offline.dino import local_size
+from iosr_fast.offline.processes import make_fabric
+from iosr_fast.offline.train import train_adapter
+from iosr_fast.offline.train_config import DinoConfig, TrainConfig, dino_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.training.progress import TrainingBar
+from tools.training.sources import Sources, open_sources
+
+# Leaves room for random crops: DINO's are taken from pictures this much larger than the encoder's own size.
+DINO_MARGIN = 10 / 7
+
+
+class Goal(StrEnum):
+    supervised = "supervised"
+    dino = "dino"
 
 
 def main(
     out: Path = typer.Option(..., help="the adapter file to write (.safetensors)"),
     model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
     pretrained: str = typer.Option(None, help="tag, weights file, or 'none'; not needed for the demo"),
-    data: str = typer.Option("demo", help="a folder with one sub-folder a class, or 'demo'"),
+    objective: Goal = typer.Option(Goal.supervised, help="what is trained: with labels, or by DINO without"),
+    data: str = typer.Option("demo", help="'demo', a folder of class folders, 'open-images', or .tar shards"),
+    csv: Path = typer.Option(None, help="with --data open-images: ImageID,DisplayName,type (open_images_subset.py)"),
+    images: Path = typer.Option(None, help="with --data open-images: the folder that holds ImageID.jpg"),
+    skip_missing: bool = typer.Option(False, "--skip-missing", help="leave out what the CSV names and isn't there"),
+    held_out: float = typer.Option(0.02, min=0, max=0.5, help="share of each class kept for the per-epoch measures"),
     first_adapted_block: int = typer.Option(None, help="blocks from this one on get an adapter [demo: 3, else 0]"),
     bottleneck: int = typer.Option(None, help="[demo: 256, else 64]"),
-    scale: float = typer.Option(None, help="[demo: 0.1, else 0.03]"),
-    epochs: int = typer.Option(None, help="[demo: 32, else 1]"),
-    batch: int = typer.Option(128),
-    learning_rate: float = typer.Option(8e-3),
-    schedule: str = typer.Option(None, help="constant or cosine [demo: cosine, else constant]"),
-    augment: bool = typer.Option(None, help="small affine and colour changes [demo: yes, else no]"),
+    scale: float = typer.Option(None, help="[demo and dino: 0.1, else 0.03]"),
+    epochs: int = typer.Option(None, help="[demo: 32, dino: 10, else 1]"),
+    batch: int = typer.Option(None, help="pictures a step, over all processes [128; dino 120]"),
+    accumulate: int = typer.Option(1, help="parts that a process takes its share of a batch in"),
+    learning_rate: float = typer.Option(None, help="[8e-3; dino 8e-4 for a batch of 256]"),
+    schedule: str = typer.Option(None, help="constant or cosine [demo and dino: cosine, else constant]"),
+    augment: bool = typer.Option(None, help="supervised: small affine and colour changes [demo: yes, else no]"),
     normalise: bool = typer.Option(True, help="CLIP's mean and std at training too (the public code leaves them out)"),
-    cached_views: int = typer.Option(0, help="compute the frozen part once for this many views; 0: anew each time"),
-    workers: int = typer.Option(2, help="processes that decode a folder's images"),
+    cached_views: int = typer.Option(0, help="supervised: keep the frozen part of this many views on disk; 0: none"),
+    kept_precision: str = typer.Option("fp16", help="of what is kept: fp16 or bf16"),
+    precision: str = typer.Option("32-true", help="32-true, bf16-mixed or 16-mixed"),
+    accelerator: str = typer.Option("auto", help="auto, cpu or cuda"),
+    dino_out: int = typer.Option(None, help="dino: prototypes of the projection head [65536; demo 2048]"),
+    dino_momentum: float = typer.Option(None, help="dino: of the teacher [0.9998; demo 0.99]"),
+    train_head: bool = typer.Option(True, help="dino: train the projection head too (the public code freezes it)"),
+    checkpoint_every: int = typer.Option(0, min=0, help="steps between checkpoints; 0: at an epoch's end only"),
+    tensorboard: bool = typer.Option(False, "--tensorboard", help="write TensorBoard events beside the CSV files"),
+    workers: int = typer.Option(2, help="processes that decode images"),
     seed: int = typer.Option(0),
 ) -> None:
-    if schedule not in (None, "constant", "cosine"):
-        raise typer.BadParameter(f"expected --schedule constant or cosine, got {schedule}")
-    demo = data == "demo"
+    demo, dino = data == "demo", objective is Goal.dino
     try:
         clip = load_clip(model, pretrained)
-        source: PictureSource = (
-            demo_pictures(clip.image_size) if demo else FolderPictures(data, clip.image_size, workers)
-        )
         adapter = init_adapter(
             clip,
             first_adapted_block=first_adapted_block if first_adapted_block is not None else (3 if demo else 0),
             bottleneck=bottleneck or (256 if demo else 64),
-            scale=scale or (0.1 if demo else 0.03),
+            scale=scale or (0.1 if demo or dino else 0.03),
             seed=seed,
         )
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
-    config = TrainConfig(
-        epochs=epochs or (32 if demo else 1),
-        batch=batch,
-        learning_rate=learning_rate,
-        schedule="cosine" if (schedule or ("cosine" if demo else "constant")) == "cosine" else "constant",
-        augment=demo if augment is None else augment,
-        normalise=normalise,
-        cached_views=cached_views,
-        seed=seed,
-    )
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{len(source.labels)} pictures of {len(source.class_names)} classes, {config.epochs} epochs")
-    if checkpoint.exists():
-        print(f"going on from {checkpoint}")
-    started = time.perf_counter()
-    columns = (
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        TextColumn("{task.fields[said]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("train", total=None, epoch=0, said="computing the frozen part" if cached_views else "")
-
-        def report(step: Step) -> None:
-            bar.update(
-                task,
-                total=config.epochs * step.steps_an_epoch,
-                completed=(step.epoch - 1) * step.steps_an_epoch + step.step,
-                epoch=step.epoch,
-                said=f"loss {step.loss:.2f}, {100 * step.accuracy:.0f}% right",
+        chosen: dict[str, Any] = {
+            "epochs": epochs or (32 if demo and not dino else None),
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "schedule": schedule or ("cosine" if demo else None),
+            "augment": None if dino else (demo if augment is None else augment),
+        }
+        common = {
+            "accumulate": accumulate,
+            "normalise": normalise,
+            "kept_precision": kept_precision,
+            "precision": precision,
+            "cached_views": cached_views,
+            "seed": seed,
+        }
+        given = {name: value for name, value in chosen.items() if value is not None} | common
+        config = dino_config(**given) if dino else TrainConfig(**given)
+        if dino:
+            head = DinoConfig(
+                out_dim=dino_out or (2048 if demo else 65536),
+                momentum=dino_momentum or (0.99 if demo else 0.9998),
+                train_head=train_head,
+                mirror=not demo,
             )
+            config = replace(config, dino=head)
+            local_size(AdaptedEncoder(clip, adapter.config.first_adapted_block), head)
+        size = round(clip.image_size * DINO_MARGIN) if dino and not demo else clip.image_size
+        found = open_sources(data, size, clip.image_size, held_out, workers, seed, csv, images, skip_missing)
+        fabric = make_fabric(precision, accelerator)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    run(out, clip, adapter, config, found, fabric, checkpoint_every, tensorboard)
 
-        train_adapter(clip, adapter, source, config, checkpoint, report)
-    save_adapter(adapter, out)
-    checkpoint.unlink(missing_ok=True)
-    print(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB) after {time.perf_counter() - started:.0f} s")
+
+def run(
+    out: Path, clip: Any, adapter: Any, config: TrainConfig, found: Sources, fabric: Any, every: int, tensorboard: bool
+) -> None:
+    folder = out.with_name(out.name + ".training")
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = TrainingBar(config, len(found.train.labels), shown=fabric.is_global_zero)
+    bar.say(
+        f"{len(found.train.labels)} pictures of {len(found.train.class_names)} classes, {config.epochs} epochs, "
+        f"{fabric.world_size} process{'es' * (fabric.world_size > 1)} on {fabric.device.type}, logs in {folder}"
+    )
+    for note in found.notes:
+        bar.say(note)
+    try:
+        with bar:
+            trained = train_adapter(
+                clip,
+                adapter,
+                found.train,
+                config,
+                folder,
+                bar.step,
+                held_out=found.held_out,
+                report_epoch=bar.epoch,
+                checkpoint_every=every,
+                tensorboard=tensorboard,
+                fabric=fabric,
+            )
+    except KeyboardInterrupt as stopped:
+        bar.say(f"{stopped}: the same command goes on from there")
+        sys.stdout.flush()
+        os._exit(130)  # torchrun's other processes are stopping as well: nothing is left to wait for
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train_adapter.py: {error}") from error
+    if fabric.is_global_zero:
+        save_adapter(trained, out)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / "kept", ignore_errors=True)
+        bar.say(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB) after {bar.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random small affine and colour changes of a whole batch at once, for training on small pictures."""
+"""Random small affine and colour changes, for training on small pictures: drawn a picture, applied to a batch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 
-def augment_batch(
-    images: torch.Tensor,
+def draw_augmentation(
+    count: int,
     generator: torch.Generator,
     *,
     max_rotation_deg: float = 12.0,
@@ -17,25 +17,38 @@ def augment_batch(
     scale_range: tuple[float, float] = (0.75, 1.1),
     max_colour: float = 0.2,
 ) -> torch.Tensor:
-    """Each picture is turned, shifted, scaled, brightened and recoloured a little, independently.
+    """(count, 10): angle in radians, zoom, shift x and y, gain and offset of R, G, B, for each of `count` pictures.
 
-    `images` (B, 3, H, W), float in [0, 1]; returns the same shape and range. `max_shift` is a share of the half width.
-    What the shift uncovers repeats the border. There is no mirroring: a left arrow would become a right one.
+    `max_shift` is a share of the half width. There is no mirroring: a left arrow would become a right one.
     """
-    count, device = len(images), images.device
 
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return torch.rand(count, *shape, generator=generator).to(device) * (high - low) + low
+    def uniform(low: float, high: float, columns: int = 1) -> torch.Tensor:
+        return torch.rand(count, columns, generator=generator) * (high - low) + low
 
-    angle = uniform(-max_rotation_deg, max_rotation_deg) * (math.pi / 180)
-    zoom = 1 / uniform(*scale_range)
-    shift = uniform(-max_shift, max_shift, 2)
+    return torch.cat(
+        [
+            uniform(-max_rotation_deg, max_rotation_deg) * (math.pi / 180),
+            1 / uniform(*scale_range),
+            uniform(-max_shift, max_shift, 2),
+            uniform(1 - max_colour, 1 + max_colour, 3),
+            uniform(-max_colour / 2, max_colour / 2, 3),
+        ],
+        dim=1,
+    )
+
+
+def augment_batch(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Turn, shift, scale, brighten and recolour each picture as `drawn` (B, 10) says, independently of the others.
+
+    `images` (B, 3, H, W), float in [0, 1]; returns the same shape and range. What a shift uncovers repeats the border.
+    """
+    drawn = drawn.to(images.device)
+    angle, zoom, shift = drawn[:, 0], drawn[:, 1], drawn[:, 2:4]
     cosine, sine = angle.cos() * zoom, angle.sin() * zoom
     matrix = torch.stack(
         [torch.stack([cosine, -sine, shift[:, 0]], 1), torch.stack([sine, cosine, shift[:, 1]], 1)], dim=1
     )
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    gain = uniform(1 - max_colour, 1 + max_colour, 3, 1, 1)
-    offset = uniform(-max_colour / 2, max_colour / 2, 3, 1, 1)
+    gain, offset = drawn[:, 4:7, None, None], drawn[:, 7:10, None, None]
     return (moved * gain + offset).clamp(0, 1)

@@ -1,102 +1,64 @@
-"""Supervised training of the adapter: frozen CLIP, a linear head on the un-normalised adapted embedding, cross entropy.
+"""Training the adapter of a frozen CLIP, supervised or by DINO, on one process or many, resumable at any step.
 
 Nothing is done twice: what lies before the first adapter runs without autograd (or once, with `cached_views`), and the
 last block computes only the CLS token, as the compiled encoder does.
+
+Every random draw is a function of the seed and of where training is (epoch, step, process), never of what ran before,
+and the order of the pictures does not depend on the number of processes: a training that was killed and goes on from
+its last checkpoint ends, on a CPU, with the very weights of one that was not.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from iosr_fast.offline.adapter import Adapter, check_belongs, vision_blocks
-from iosr_fast.offline.augment import augment_batch
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder
+from iosr_fast.offline.adapter import Adapter, check_belongs
+from iosr_fast.offline.batches import Batches, hash_seed
+from iosr_fast.offline.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
 from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource
+from iosr_fast.offline.dino import Dino
+from iosr_fast.offline.held_out_probe import HeldOut
+from iosr_fast.offline.interrupt import Interrupt
+from iosr_fast.offline.kept_prefix import prune
+from iosr_fast.offline.probe import Probe
+from iosr_fast.offline.processes import kept_folder, make_fabric, on_device
+from iosr_fast.offline.supervised import Supervised
+from iosr_fast.offline.train_config import TrainConfig
+from iosr_fast.offline.training_log import TrainingLog
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Hyper-parameters. The defaults are the paper's (its supervised variant).
-
-    `normalise`: subtract CLIP's mean and divide by its std at training too. The paper's public code leaves this out at
-    training and does it at inference; here it is done unless asked otherwise.
-    `cached_views`: compute the frozen part once for this many augmented views of each picture and train on those;
-    0 computes it anew each time (no memory, endless augmentation).
-    """
-
-    epochs: int = 1
-    batch: int = 128
-    learning_rate: float = 8e-3
-    weight_decay: float = 0.01
-    schedule: Literal["constant", "cosine"] = "constant"
-    augment: bool = False
-    normalise: bool = True
-    cached_views: int = 0
-    seed: int = 0
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After each step: epochs are counted from 1; `loss` and `accuracy` are those of the step's batch."""
+    """After each step: epochs and steps are counted from 1; `loss` and `accuracy` are those of the step's batch.
+
+    With DINO `accuracy` is the share of pictures whose second crop the student puts with the prototype that the teacher
+    puts the first with. `pictures` are the step's; `seconds` what it took, decoding included.
+    """
 
     epoch: int
     step: int
     steps_an_epoch: int
     loss: float
     accuracy: float
-
-
-class AdaptedEncoder:
-    """CLIP's image encoder cut at the first adapter: `stem` is frozen, `tail` is what autograd has to see."""
-
-    def __init__(self, clip: LoadedClip, adapter: Adapter) -> None:
-        check_belongs(adapter, clip)
-        visual = clip.model.visual
-        if visual.attn_pool is not None or visual.pool_type != "tok":
-            raise ValueError(f"{clip.name} pools its tokens; training needs an encoder that reads its CLS token")
-        self.visual, self.adapter = visual, adapter
-        self.blocks, self.first = vision_blocks(clip), adapter.config.first_adapted_block
-        self.last = len(self.blocks) - 1
-
-    @torch.no_grad()
-    def stem(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Up to the first adapter: the stream after attention, and after the MLP too. Both (B, tokens, width)."""
-        x = self.visual._embeds(pixels)
-        for block in self.blocks[: self.first]:
-            x = block(x)
-        x = self._attend(self.first, x)
-        return x, self._mlp(self.first, x)
-
-    def tail(self, after_attention: torch.Tensor, after_mlp: torch.Tensor) -> torch.Tensor:
-        """From the first adapter to the un-normalised embedding (B, D)."""
-        x = after_mlp + self.adapter.blocks[str(self.first)](after_attention)
-        for i in range(self.first + 1, self.last + 1):
-            attended = self._attend(i, x)
-            x = self._mlp(i, attended) + self.adapter.blocks[str(i)](attended)
-        pooled, _ = self.visual._pool(x)
-        projected: torch.Tensor = pooled @ self.visual.proj if self.visual.proj is not None else pooled
-        return projected
-
-    def _attend(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        block = self.blocks[i]
-        normed = block.ln_1(x)
-        if i == self.last:  # only the CLS token is read after this block: one query, all keys and values
-            x = x[:, :1]
-            return x + block.ls_1(block.attn(normed[:, :1], normed, normed, need_weights=False)[0])
-        return x + block.ls_1(block.attention(normed))
-
-    def _mlp(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        block = self.blocks[i]
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
+    learning_rate: float
+    pictures: int
+    seconds: float
 
 
 def train_adapter(
@@ -104,152 +66,230 @@ def train_adapter(
     adapter: Adapter,
     source: PictureSource,
     config: TrainConfig,
-    checkpoint: Path | None = None,
+    folder: Path | None = None,
     report: Callable[[Progress], None] | None = None,
+    *,
+    held_out: PictureSource | None = None,
+    report_epoch: Callable[[int, Probe, Probe], None] | None = None,
+    checkpoint_every: int = 0,
+    tensorboard: bool = False,
+    fabric: Fabric | None = None,
 ) -> Adapter:
-    """Train `adapter` in place and return it in evaluation mode, with the training recorded in its config.
+    """Train `adapter` and return what was trained, on the CPU and in evaluation mode, the training in its config.
 
-    With `checkpoint` the state is written there after each epoch (atomically), and training goes on from it if it
-    exists; an interrupted and resumed training ends with the same weights as an uninterrupted one.
+    Supervised: cross entropy of a linear head on the un-normalised adapted embedding, and `adapter` itself is returned;
+    with `config.dino` self-supervised, and the teacher's adapter is returned.
 
-    Raises ValueError for an adapter of another CLIP, fewer than two classes, or a checkpoint of another training.
+    `folder` holds what training leaves: checkpoints (of each epoch's end, and every `checkpoint_every` steps where that
+    is above 0), steps.csv and epochs.csv (with `tensorboard` its events too), and the kept outputs of the frozen blocks
+    where `config.cached_views` asks for them. Training goes on from the newest whole checkpoint in it. Without a folder
+    nothing is left. `held_out` pictures are encoded after each epoch: overlap and linear-probe accuracy of the plain
+    and of the adapted embeddings, told to `report_epoch` as (epoch, plain, adapted).
+
+    `fabric`: precision, devices and processes (`make_fabric` where left out). All processes call this alike; the first
+    one reports and writes.
+
+    Raises ValueError for an adapter of another CLIP, fewer than two classes (supervised), or checkpoints of another
+    training; KeyboardInterrupt after SIGINT or SIGTERM, once the step at hand is done and saved; OSError where the disk
+    is full, with the checkpoints before untouched.
     """
+    check_belongs(adapter, clip)
     classes = len(source.class_names)
-    if classes < 2:
+    if config.dino is None and classes < 2:
         raise ValueError(f"expected at least two classes to train on, got {classes}: {source.class_names}")
-    encoder = AdaptedEncoder(clip, adapter)
-    torch.manual_seed(config.seed)
-    head = nn.Linear(clip.model.visual.output_dim, classes)
-    parameters = [*adapter.requires_grad_(True).parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps_an_epoch = math.ceil(len(source.labels) / config.batch)
-    total = config.epochs * steps_an_epoch
-    state = _TrainState(adapter, head, optimizer, config, clip.fingerprint)
-    done = state.load(checkpoint) if checkpoint is not None and checkpoint.exists() else 0
-    batches = _Batches(clip, encoder, source, config)
-    adapter.train()
-    for epoch in range(done, config.epochs):
-        torch.manual_seed(config.seed * 1_000_003 + epoch + 1)  # dropout does not depend on where training resumed
-        for step, (after_attention, after_mlp, labels) in enumerate(batches.epoch(epoch)):
-            share = (epoch * steps_an_epoch + step) / total
-            if config.schedule == "cosine":
-                optimizer.param_groups[0]["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-            logits = head(encoder.tail(after_attention, after_mlp))
-            loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if report is not None:
-                accuracy = (logits.argmax(1) == labels).float().mean().item()
-                report(Progress(epoch + 1, step + 1, steps_an_epoch, loss.item(), accuracy))
-        if checkpoint is not None:
-            state.save(checkpoint, epoch + 1)
+    if not len(source.labels):
+        raise ValueError("expected pictures to train on, got none")
+    fabric = fabric or make_fabric(config.precision)
+    with kept_folder(folder, config) as place, torch.random.fork_rng(devices=[]), on_device(fabric.device, clip):
+        training = _Training(clip, adapter, source, config, fabric, folder, place, held_out, tensorboard)
+        try:
+            training.run(report, report_epoch, checkpoint_every)
+        finally:
+            training.close()
     facts = {**asdict(config), "pictures": len(source.labels), "classes": classes}
-    adapter.config = replace(adapter.config, training=facts)
-    return adapter.eval().requires_grad_(False)
+    trained = training.objective.result().to("cpu")
+    trained.config = replace(adapter.config, training=facts)
+    return trained.eval().requires_grad_(False)
 
 
-class _Batches:
-    """The stem's outputs with labels, batch by batch, in an order that depends only on the seed and the epoch."""
-
-    def __init__(self, clip: LoadedClip, encoder: AdaptedEncoder, source: PictureSource, config: TrainConfig) -> None:
-        self.encoder, self.source, self.config = encoder, source, config
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.mean, clip.std))
-        self.mean, self.std = (mean, std) if config.normalise else (torch.zeros_like(mean), torch.ones_like(std))
-        self.cache = self._fill_cache() if config.cached_views else None
-
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.source.labels), generator=generator)
-        if self.cache is not None:
-            for rows in order.split(self.config.batch):
-                view = torch.randint(self.config.cached_views, (len(rows),), generator=generator)
-                after_attention, after_mlp = (part[view, rows].float() for part in self.cache)
-                yield after_attention, after_mlp, self.source.labels[rows]
-            return
-        for rows, pixels in self.source.iterate(order, self.config.batch):
-            yield *self._stem(pixels, generator), self.source.labels[rows]
-
-    def _stem(self, pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        images = pixels.float() / 255
-        if self.config.augment:
-            images = augment_batch(images, generator)
-        return self.encoder.stem((images - self.mean) / self.std)
-
-    def _fill_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two fp16 tensors (views, N, tokens, width)."""
-        views, count = self.config.cached_views, len(self.source.labels)
-        parts: tuple[torch.Tensor, ...] = ()
-        for view in range(views):
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 - view - 1)
-            for rows, pixels in self.source.iterate(torch.arange(count), self.config.batch):
-                outputs = self._stem(pixels, generator)
-                if not parts:
-                    _check_memory(sum(o[0].numel() for o in outputs) * 2 * views * count)
-                    parts = tuple(torch.empty(views, count, *o.shape[1:], dtype=torch.float16) for o in outputs)
-                for part, output in zip(parts, outputs, strict=True):
-                    part[view, rows] = output.half()
-        return parts[0], parts[1]
-
-
-def _check_memory(wanted_bytes: int) -> None:
-    import os
-
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if wanted_bytes > present / 2:
-        raise ValueError(
-            f"cached_views needs {wanted_bytes / 1e9:.1f} GB for these pictures and this machine has "
-            f"{present / 1e9:.1f} GB; use fewer views, or cached_views=0"
-        )
-
-
-class _TrainState:
-    """Everything that training goes on from, in one safetensors file."""
+class _Training:
+    """One training on one process: objective, optimizer, batches, and where it is."""
 
     def __init__(
-        self, adapter: Adapter, head: nn.Linear, optimizer: torch.optim.Optimizer, config: TrainConfig, clip: str
+        self,
+        clip: LoadedClip,
+        adapter: Adapter,
+        source: PictureSource,
+        config: TrainConfig,
+        fabric: Fabric,
+        folder: Path | None,
+        kept: Path | None,
+        held_out: PictureSource | None,
+        tensorboard: bool,
     ) -> None:
-        self.adapter, self.head, self.optimizer = adapter, head, optimizer
-        a = adapter.config
-        self.key = json.dumps(
-            {**asdict(config), "clip": clip, "shape": [a.first_adapted_block, a.bottleneck, a.scale, a.dropout]}
+        self.config, self.fabric = config, fabric
+        encoder = AdaptedEncoder(clip, adapter.config.first_adapted_block)
+        torch.manual_seed(config.seed)
+        adapter.requires_grad_(True)
+        self.objective: Supervised | Dino = (
+            Supervised(encoder, adapter, len(source.class_names))
+            if config.dino is None
+            else Dino(encoder, adapter, config.dino, config.epochs)
         )
+        made = torch.optim.AdamW(
+            self.objective.parameter_groups(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.decayed = [group["weight_decay"] > 0 for group in made.param_groups]
+        self.steps_an_epoch = math.ceil(len(source.labels) / config.batch)
+        self.total = config.epochs * self.steps_an_epoch
+        self.module, self.optimizer = fabric.setup(self.objective, made)
+        a = adapter.config
+        key = {
+            **asdict(config),
+            "clip": clip.fingerprint,
+            "source": source.fingerprint,
+            "adapter": [a.first_adapted_block, a.bottleneck, a.scale, a.dropout],
+        }
+        self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", key)
+        self.done = self._restore()
+        self.batches = Batches(clip, encoder, source, config, self.objective, fabric, kept)
+        self.held_out = None
+        if held_out is not None and fabric.is_global_zero:
+            self.held_out = HeldOut(clip, encoder, held_out, config, fabric, kept)
+        if kept is not None and fabric.is_global_zero:
+            prune(kept, 0)  # what other settings have left; files in use stay
+        self.log = None
+        if folder is not None and fabric.is_global_zero:
+            self.log = TrainingLog(folder, self.done, tensorboard)
 
-    def save(self, path: Path, epoch: int) -> None:
-        from safetensors.torch import save_file
+    def run(
+        self,
+        report: Callable[[Progress], None] | None,
+        report_epoch: Callable[[int, Probe, Probe], None] | None,
+        checkpoint_every: int,
+    ) -> None:
+        with Interrupt() as interrupt:
+            for epoch in range(self.done // self.steps_an_epoch, self.config.epochs):
+                self.objective.begin_epoch(epoch)
+                for progress in self._epoch(epoch, interrupt):
+                    if self.log is not None:
+                        values = {"loss": progress.loss, self.objective.metric: progress.accuracy}
+                        self.log.step(self.done, progress.epoch, **values, learning_rate=progress.learning_rate)
+                    if report is not None and self.fabric.is_global_zero:
+                        report(progress)
+                    ended = progress.step == self.steps_an_epoch
+                    if ended and self.held_out is not None:
+                        self._probe(epoch, report_epoch)
+                    due = checkpoint_every and self.done % checkpoint_every == 0
+                    if ended or due or interrupt.everywhere:
+                        self._save()
+                    if interrupt.everywhere:
+                        raise KeyboardInterrupt(f"stopped after step {self.done} of {self.total}")
 
-        tensors = {f"adapter.{k}": v.detach().contiguous() for k, v in self.adapter.state_dict().items()}
-        tensors |= {f"head.{k}": v.detach().contiguous() for k, v in self.head.state_dict().items()}
-        for i, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in entry.items()}
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"epoch": str(epoch), "training": self.key})
-        temporary.replace(path)
+    def close(self) -> None:
+        self.batches.close()
+        for part in (self.held_out, self.log):
+            if part is not None:
+                part.close()
 
-    def load(self, path: Path) -> int:
-        """Restore and return the number of epochs done."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise ValueError(f"the checkpoint {path} is damaged ({error}); delete it to start over") from error
-        if metadata.get("training") != self.key:
-            raise ValueError(
-                f"the checkpoint {path} is of another training (expected {self.key}, got {metadata.get('training')}); "
-                "delete it, or go on with the settings it was made with"
+    def _epoch(self, epoch: int, interrupt: Interrupt) -> Iterator[Progress]:
+        """Train to the epoch's end, step by step."""
+        self.module.train()
+        world, first = self.fabric.world_size, self.done % self.steps_an_epoch
+        sums, micro, started = torch.zeros(3, device=self.fabric.device), 0, time.perf_counter()
+        for part, stems, labels in self.batches.epoch(epoch, first):
+            if micro == 0:
+                self._set_rates()
+                self.optimizer.zero_grad()
+            # Dropout is a function of where training is, not of where it was resumed.
+            torch.manual_seed(hash_seed(self.config.seed, self.done, self.fabric.global_rank, micro))
+            with self.fabric.no_backward_sync(self.module) if world > 1 and not part.last else nullcontext():
+                loss, right = self.module(stems, labels)
+                self.fabric.backward(loss * (part.weight * world / part.step_pictures))
+            sums[0] += part.weight * loss.detach() / part.step_pictures
+            sums[1] += part.weight * right / part.step_pictures
+            micro += 1
+            if not part.last:
+                continue
+            self.objective.before_step()
+            if self.config.clip_grad:
+                self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.clip_grad)
+            self.optimizer.step()
+            self.done += 1
+            self.objective.after_step(self.done / self.total, self._sum)
+            sums[2] = float(interrupt.asked)
+            reported = self._sum(sums).tolist()
+            interrupt.everywhere = reported[2] > 0
+            seconds = time.perf_counter() - started
+            step = (self.done - 1) % self.steps_an_epoch + 1
+            rate = self.optimizer.param_groups[0]["lr"]
+            yield Progress(
+                epoch + 1, step, self.steps_an_epoch, reported[0], reported[1], rate, part.step_pictures, seconds
             )
+            sums, micro, started = torch.zeros_like(sums), 0, time.perf_counter()
 
-        def part(prefix: str) -> dict[str, Any]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    def _set_rates(self) -> None:
+        for group, decayed in zip(self.optimizer.param_groups, self.decayed, strict=True):
+            group["lr"] = self.config.learning_rate_at(self.done, self.steps_an_epoch)
+            if decayed:
+                group["weight_decay"] = self.config.weight_decay_at(self.done, self.steps_an_epoch)
 
-        self.adapter.load_state_dict(part("adapter."))
-        self.head.load_state_dict(part("head."))
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            i, name = key.split(".")
-            entries.setdefault(int(i), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
-        return int(metadata["epoch"])
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.fabric.world_size == 1:
+            return values
+        reduced = self.fabric.all_reduce(values, reduce_op="sum")
+        assert isinstance(reduced, torch.Tensor)
+        return reduced
+
+    def _probe(self, epoch: int, report_epoch: Callable[[int, Probe, Probe], None] | None) -> None:
+        assert self.held_out is not None
+        plain, adapted = self.held_out.measure(self.objective.result())
+        if self.log is not None:
+            values = {f"plain_{name}": value for name, value in _numbers(plain).items()}
+            values |= {f"adapted_{name}": value for name, value in _numbers(adapted).items()}
+            self.log.epoch(self.done, epoch + 1, **values)
+        if report_epoch is not None:
+            report_epoch(epoch + 1, plain, adapted)
+
+    def _save(self) -> None:
+        """The first process writes; all learn whether it could."""
+        failed = None
+        if self.checkpoints is not None and self.fabric.is_global_zero:
+            if self.log is not None:
+                self.log.flush()
+            tensors = {**self.objective.state_dict(), **flatten_optimizer(self.optimizer.optimizer)}
+            try:
+                self.checkpoints.save(self.done, tensors, {"precision": self.fabric._precision.state_dict()})
+            except OSError as error:
+                failed = error
+        if self.fabric.world_size > 1:
+            failed = self.fabric.broadcast(failed)
+        if failed is not None:
+            raise failed
+
+    def _restore(self) -> int:
+        """Go on from the newest whole checkpoint; the number of steps done."""
+        if self.checkpoints is None:
+            return 0
+        found = self.checkpoints.latest()
+        step = found.step if found is not None else 0
+        if self.fabric.world_size > 1:
+            first = self.fabric.broadcast(step)
+            differ = int(self._sum(torch.tensor(int(step != first), device=self.fabric.device)))
+            if differ:
+                raise ValueError(
+                    f"expected all processes to read the same checkpoints in {self.checkpoints.folder}, got step "
+                    f"{first} in the first and others in {differ} of them: all machines have to share the folder"
+                )
+        if found is None:
+            return 0
+        state = {name: value for name, value in found.tensors.items() if not name.startswith("optimizer.")}
+        self.objective.load_state_dict(state)
+        restore_optimizer(self.optimizer.optimizer, found.tensors)
+        self.fabric._precision.load_state_dict(found.extra["precision"])
+        log.info("going on after step %d of %d", step, self.total)
+        return step
+
+
+def _numbers(probe: Probe) -> dict[str, float]:
+    return {name: getattr(probe, name) for name in ("overlap_area", "auroc", "linear_probe")}

@@ -17,7 +17,6 @@ import numpy as np
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from iosr_fast.classifier import Classifier
@@ -27,8 +26,8 @@ from iosr_fast.offline.clip import LoadedClip, load_clip
 from iosr_fast.offline.data import demo_pictures
 from iosr_fast.offline.export import write_engine
 from iosr_fast.offline.pretrained import DEMO_ADAPTER
-from iosr_fast.offline.train import Progress as Step
-from iosr_fast.offline.train import TrainConfig, train_adapter
+from iosr_fast.offline.train import train_adapter
+from iosr_fast.offline.train_config import TrainConfig
 from iosr_fast.overlap import auroc, overlap_area, pair_cosines, plot_overlap
 from iosr_fast.runtimes import open_engine
 
@@ -38,6 +37,7 @@ from tools.demo.few_shot import cell, changed_labels, evaluate
 from tools.evaluation.accuracy import Result
 from tools.evaluation.demo import encode, held_out
 from tools.evaluation.tasks import POOL
+from tools.training.progress import TrainingBar
 
 SHOTS = (1, 2, 4)
 # Searching all methods takes long: one draw of the support set is shown, and by default not the largest one.
@@ -50,19 +50,12 @@ def train(clip: LoadedClip, path: Path, epochs: int, views: int) -> tuple[Adapte
     """Train an adapter on the generic concepts and save it; returns it with the seconds it took."""
     adapter = init_adapter(clip, FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE)
     config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=views)
-    started = time.perf_counter()
-    columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"frozen blocks, {views} views of each picture", total=None)
-
-        def report(step: Step) -> None:
-            done = (step.epoch - 1) * step.steps_an_epoch + step.step
-            said = f"epoch {step.epoch}/{epochs}, loss {step.loss:.2f}"
-            bar.update(task, total=epochs * step.steps_an_epoch, completed=done, description=said)
-
-        train_adapter(clip, adapter, demo_pictures(clip.image_size), config, report=report)
+    pictures = demo_pictures(clip.image_size)
+    bar = TrainingBar(config, len(pictures.labels))
+    with bar:
+        train_adapter(clip, adapter, pictures, config, report=bar.step)
     save_adapter(adapter, path)
-    return adapter, time.perf_counter() - started
+    return adapter, bar.seconds
 
 
 def build(clip: LoadedClip, adapter: Adapter, out: Path, images: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ import typer
 from safetensors.torch import save_file
 
 from iosr_fast.demo.pictures import FOLDER, load_index, load_pictures
-from iosr_fast.offline.augment import augment_batch
+from iosr_fast.offline.augment import augment_batch, draw_augmentation
 
 TEMPLATES = ["{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}"]
 
@@ -68,7 +68,7 @@ def main(
     for epoch in range(epochs):
         total = 0.0
         for rows in torch.randperm(len(images), generator=generator)[: steps_an_epoch * batch].split(batch):
-            pixels = (augment_batch(images[rows].float() / 255, generator) - mean) / std
+            pixels = (augment_batch(images[rows].float() / 255, draw_augmentation(len(rows), generator)) - mean) / std
             captions = [sample_caption(concepts[c], rng) for c in pictures.concepts[rows.numpy()]]
             image_features, text_features, logit_scale = model(pixels, tokenizer(captions))
             loss = loss_function(image_features, text_features, logit_scale)

@@ -6,6 +6,7 @@ leave-one-out on support sets.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from iosr_fast.offline.data import PictureSource, demo_pictures
 from iosr_fast.offline.dual_encoder import build_dual_encoder
 from iosr_fast.offline.export import write_engine
 from iosr_fast.offline.text import embed_classes
-from iosr_fast.offline.train import TrainConfig, train_adapter
+from iosr_fast.offline.train import train_adapter
+from iosr_fast.offline.train_config import TrainConfig
 from iosr_fast.runtimes import open_engine
 from tools.bench import harness
 from tools.bench.encoder import fused_flops
@@ -69,10 +71,9 @@ def get_adapter(
         adapter = init_adapter(clip, point.first_adapted_block, point.bottleneck, SCALE)
         config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=4)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = path.with_name(path.name + ".checkpoint")
-        train_adapter(clip, adapter, pictures(), config, checkpoint)
-        save_adapter(adapter, path)
-        checkpoint.unlink(missing_ok=True)
+        training = path.with_name(path.name + ".training")
+        save_adapter(train_adapter(clip, adapter, pictures(), config, training), path)
+        shutil.rmtree(training)
     adapter = load_adapter(path)
     check_belongs(adapter, clip)
     found = (adapter.config.first_adapted_block, adapter.config.bottleneck, adapter.config.training.get("epochs"))

@@ -1,0 +1,113 @@
+"""Checkpoints of a training: written whole or not at all, verified when read, the one before kept for a damaged one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iosr_fast.files import new_folder, read_manifest, write_manifest
+
+KIND = "training checkpoint"
+FILE = "state.safetensors"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What training goes on from after `step` optimizer steps."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The last `keep` checkpoints of one training in a folder, each a folder with a manifest of hashes.
+
+    `key` (JSON-able) is what the training is: a checkpoint with another key is never gone on from.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        self.key: dict[str, Any] = json.loads(json.dumps(dict(key)))  # as it will be read again: no tuples
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
+        """Write one, then remove all but the last `keep`. Raises OSError, with the older ones untouched."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step-*"):  # of a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            with new_folder(self.folder / f"step-{step:09d}") as temporary:
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / FILE)
+                write_manifest(temporary, KIND, {"step": step, "key": self.key, "extra": dict(extra)})
+        except (OSError, SafetensorError) as error:
+            kept = self._present()
+            told = f"step {_step(kept[-1])} is safe there" if kept else "none is there yet"
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"can't write a checkpoint of step {step} to {self.folder} ({error}); {told}: free some space and "
+                "start the same command again to go on from it",
+            ) from error
+        for old in self._present()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest that is whole, or None; damaged ones are named in the log, renamed and passed over.
+
+        Raises ValueError for a checkpoint of another training.
+        """
+        from safetensors.torch import load_file
+
+        for folder in reversed(self._present()):
+            try:
+                manifest = read_manifest(folder, KIND)
+                step, key, extra = manifest["step"], manifest["key"], manifest["extra"]
+            except (ValueError, KeyError, OSError) as error:
+                log.warning("the checkpoint %s is damaged and passed over: %s", folder, error)
+                with suppress(OSError):  # another process of this training may have done it
+                    folder.rename(folder.with_name(f"damaged-{folder.name}"))
+                continue
+            if key != self.key:
+                names = sorted(k for k in {*key, *self.key} if key.get(k) != self.key.get(k))
+                told = ", ".join(f"{k} {self.key.get(k)!r} where it has {key.get(k)!r}" for k in names)
+                raise ValueError(
+                    f"the checkpoints in {self.folder} are of another training ({told}); delete them, or go on with "
+                    "the settings they were made with"
+                )
+            return Checkpoint(step, load_file(folder / FILE), extra)
+        return None
+
+    def _present(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Its state as tensors named optimizer.{parameter}.{name}; what stands in the groups is set at each step anew."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The inverse of `flatten_optimizer`; other names are left alone."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

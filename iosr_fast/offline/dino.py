@@ -1,0 +1,182 @@
+"""What is trained, self-supervised: DINO (Caron et al., ICCV 2021) on the adapter alone.
+
+Student and teacher share the frozen CLIP and differ in adapter and projection head; the teacher's are a moving average
+of the student's. Both see the same two global crops, so the frozen stem runs once for the two of them, which the public
+code runs twice.
+
+    loss = mean over v != g of - <softmax((teacher(g) - center) / t_teacher), log softmax(student(v) / t_student)>
+
+g goes over the 2 global crops, v over all crops. The adapter that comes out is the teacher's, as in the public code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from iosr_fast._require import require
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder
+from iosr_fast.offline.adapter import Adapter
+from iosr_fast.offline.supervised import Reduce, Stem
+from iosr_fast.offline.train_config import DinoConfig
+
+GLOBAL = 2
+
+
+class ProjectionHead(nn.Module):
+    """DINO's head: three linear layers with GELU, L2 normalisation, cosines with `out_dim` prototypes."""
+
+    def __init__(self, width: int, config: DinoConfig) -> None:
+        super().__init__()
+        hidden, bottleneck = config.hidden, config.head_bottleneck
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Parameter(torch.empty(config.out_dim, bottleneck))
+        nn.init.kaiming_uniform_(self.prototypes, a=5**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
+
+
+class Dino(nn.Module):
+    """Student, teacher, centre and loss; the adapter given is the student's and both start from it."""
+
+    metric = "agreement"
+
+    def __init__(self, encoder: AdaptedEncoder, adapter: Adapter, config: DinoConfig, epochs: int) -> None:
+        super().__init__()
+        self.encoder = encoder  # no module, so that the frozen CLIP is neither saved nor synchronised
+        self.config, self.epochs = config, epochs
+        self.student, self.student_head = adapter, ProjectionHead(encoder.output_dim, config)
+        self.student_head.requires_grad_(config.train_head)
+        self.teacher = copy.deepcopy(adapter).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
+        self.center = nn.Buffer(torch.zeros(config.out_dim))
+        self._outputs = nn.Buffer(torch.zeros(config.out_dim + 1), persistent=False)  # their sum and their count
+        self.temperature = config.teacher_temperature[0]
+        self.frozen_last_layer = False
+        self.local_size = local_size(encoder, config)
+        self.crops = _crops(encoder.image_size, self.local_size, config)
+
+    def train(self, mode: bool = True) -> Dino:
+        super().train(mode)
+        self.teacher.eval()  # the teacher drops nothing out
+        return self
+
+    def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]:
+        """(2B, 3, S, S) global and (L B, 3, s, s) local crops, crop by crop, by the global random generator."""
+        first, second, local = self.crops
+        made = [torch.cat([first(images), second(images)])]
+        if self.config.local_crops:
+            made.append(torch.cat([local(images) for _ in range(self.config.local_crops)]))
+        return made
+
+    def forward(self, stems: Sequence[Stem], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            teacher = self.teacher_head(self.encoder.tail(self.teacher, *stems[0])).float()
+            self._outputs.add_(torch.cat([teacher.sum(0), teacher.new_tensor([len(teacher)])]))
+            targets = F.softmax((teacher - self.center) / self.temperature, dim=-1).chunk(GLOBAL)
+        features = torch.cat([self.encoder.tail(self.student, *stem) for stem in stems])
+        student = self.student_head(features).float() / self.config.student_temperature
+        logs = F.log_softmax(student, dim=-1).reshape(GLOBAL + self.config.local_crops, len(labels), -1)
+        terms = [-(target * logs[v]).sum() for g, target in enumerate(targets) for v in range(len(logs)) if v != g]
+        agreement = (targets[0].argmax(1) == logs[1].argmax(1)).sum()
+        return torch.stack(terms).sum() / len(terms), agreement
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Weights, and biases, which are not decayed."""
+        trained = [p for p in (*self.student.parameters(), *self.student_head.parameters()) if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def begin_epoch(self, epoch: int) -> None:
+        """The teacher's temperature rises linearly over its warm-up epochs. `epoch` counts from 0."""
+        low, high = self.config.teacher_temperature
+        warmup = min(self.config.teacher_warmup_epochs, self.epochs)
+        self.temperature = high if epoch >= warmup else low + (high - low) * epoch / max(1, warmup - 1)
+        self.frozen_last_layer = epoch < self.config.freeze_last_layer_epochs
+
+    def before_step(self) -> None:
+        if self.frozen_last_layer:
+            self.student_head.prototypes.grad = None
+
+    @torch.no_grad()
+    def after_step(self, share: float, reduce_sum: Reduce) -> None:
+        """Move the teacher and the centre. `share` of all steps is done; the momentum rises to 1 by a half cosine."""
+        rising = 0.5 * (1 + torch.cos(torch.tensor(share * torch.pi))).item()
+        momentum = 1 - (1 - self.config.momentum) * rising
+        pairs = ((self.student, self.teacher), (self.student_head, self.teacher_head))
+        for student, teacher in pairs:
+            for new, old in zip(student.parameters(), teacher.parameters(), strict=True):
+                old.lerp_(new, 1 - momentum)
+        outputs = reduce_sum(self._outputs.clone())
+        self.center.lerp_(outputs[:-1] / outputs[-1], 1 - self.config.center_momentum)
+        self._outputs.zero_()
+
+    def result(self) -> Adapter:
+        return self.teacher
+
+
+def local_size(encoder: AdaptedEncoder, config: DinoConfig) -> int:
+    """Side of the local crops. Raises ValueError where it is no multiple of the patch size up to the image size."""
+    patch = encoder.patch_size
+    size = config.local_size or -(-3 * encoder.image_size // (7 * patch)) * patch
+    if size % patch or not patch <= size <= encoder.image_size:
+        raise ValueError(
+            f"expected local_size as a multiple of the patch size {patch} up to {encoder.image_size}, got {size}"
+        )
+    return size
+
+
+def _crops(size: int, small: int, config: DinoConfig) -> tuple[Any, Any, Any]:
+    """DINO's three augmentations of a batch (kornia), each picture its own."""
+    kornia = require("kornia.augmentation", "train")
+
+    def crop(side: int, scale: tuple[float, float], blur: float, solarize: float) -> Any:
+        steps = [
+            kornia.RandomResizedCrop((side, side), scale=scale, resample="bicubic"),
+            kornia.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+            kornia.RandomGrayscale(p=0.2),
+            kornia.RandomGaussianBlur((_odd(side / 10), _odd(side / 10)), (0.1, 2.0), p=blur),
+        ]
+        if config.mirror:
+            steps.insert(1, kornia.RandomHorizontalFlip(p=0.5))
+        if solarize:
+            steps.append(kornia.RandomSolarize(thresholds=0.0, additions=0.0, p=solarize))
+        return _Clamped(*steps)
+
+    return (
+        crop(size, config.global_scale, blur=1.0, solarize=0.0),
+        crop(size, config.global_scale, blur=0.1, solarize=0.2),
+        crop(small, config.local_scale, blur=0.5, solarize=0.0),
+    )
+
+
+class _Clamped:
+    """Augmentations one after the other, no modules of ours; bicubic resampling overshoots, so the range is kept."""
+
+    def __init__(self, *steps: Any) -> None:
+        self.steps = steps
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        for step in self.steps:
+            images = step(images).clamp(0, 1)
+        return images
+
+
+def _odd(length: float) -> int:
+    """The odd whole number at or above `length`, at least 3: the width of a blur's kernel."""
+    return max(3, 2 * int(length // 2) + 1)

@@ -1,0 +1,109 @@
+"""Held-out pictures under the adapter in training: overlap and linear-probe accuracy, plain and adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder
+from iosr_fast.offline.adapter import Adapter
+from iosr_fast.offline.batches import KEPT_DTYPES, Normalise, prefix_key
+from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.offline.data import PictureSource
+from iosr_fast.offline.kept_prefix import KeptPrefix
+from iosr_fast.offline.probe import Probe, probe
+from iosr_fast.offline.supervised import Stem
+from iosr_fast.offline.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+BATCH = 128
+
+
+class HeldOut:
+    """Encodes held-out pictures (of `source`, which training must not see) as often as it is asked.
+
+    Their frozen part runs once for both embeddings; where training keeps its own, theirs is kept too and later epochs
+    run the adapted blocks only. The plain embeddings do not change and are measured once.
+    """
+
+    def __init__(
+        self,
+        clip: LoadedClip,
+        encoder: AdaptedEncoder,
+        source: PictureSource,
+        config: TrainConfig,
+        fabric: Fabric,
+        folder: Path | None,
+    ) -> None:
+        self.encoder, self.source, self.fabric = encoder, source, fabric
+        self.normalise = Normalise(clip, True, fabric.device)  # as at inference, whatever training does
+        probed, pictures = int((source.labels.bincount() >= 2).sum()), len(source.labels)
+        if probed < 2:
+            raise ValueError(
+                f"expected held-out pictures of at least two classes, two of each, to measure overlap and a linear "
+                f"probe on; got {pictures} pictures, {probed} classes with two: hold out more, or none"
+            )
+        self.plain: Probe | None = None
+        self.kept: KeptPrefix | None = None
+        if folder is not None:
+            key = {**prefix_key(clip, encoder, source, config), "normalise": True, "augment_seed": None}
+            dtype = KEPT_DTYPES[config.kept_precision]
+            self.kept = KeptPrefix(folder, key, len(source.labels), 1, encoder.stem_shapes(), dtype)
+
+    @torch.no_grad()
+    def measure(self, adapter: Adapter) -> tuple[Probe, Probe]:
+        """(plain, adapted); the adapter is put back into the mode it was in."""
+        mode = adapter.training
+        adapter.eval()
+        plain, adapted = [], []
+        for stem in self._stems():
+            with self.fabric.autocast():
+                adapted.append(self._unit(self.encoder.tail(adapter, *stem)))
+                if self.plain is None:
+                    plain.append(self._unit(self.encoder.tail(None, *stem)))
+        adapter.train(mode)
+        labels, rows = self.source.labels.numpy(), range(len(self.source.labels))
+        if self.plain is None:
+            self.plain = probe(np.concatenate(plain), labels, ids=rows)
+        return self.plain, probe(np.concatenate(adapted), labels, ids=rows)
+
+    def close(self) -> None:
+        if self.kept is not None:
+            self.kept.close()
+
+    @staticmethod
+    def _unit(features: torch.Tensor) -> np.ndarray:
+        unit: np.ndarray = F.normalize(features.float(), dim=-1).cpu().numpy()
+        return unit
+
+    def _stems(self) -> Iterator[Stem]:
+        order = torch.arange(len(self.source.labels))
+        parts = order.split(BATCH)
+        if self.kept is not None and all(self.kept.holds(rows, torch.zeros_like(rows)) for rows in parts):
+            for rows in parts:
+                kept = self.kept.read(rows, torch.zeros_like(rows))
+                if kept is None:  # damaged: computed like a picture that was never seen
+                    _, pixels = next(iter(self.source.iterate(rows, BATCH)))
+                    yield self._compute(rows, pixels)
+                else:
+                    after_attention, after_mlp = (part.to(self.fabric.device).float() for part in kept)
+                    yield after_attention, after_mlp
+            return
+        for rows, pixels in self.source.iterate(order, BATCH):
+            yield self._compute(rows, pixels)
+
+    def _compute(self, rows: torch.Tensor, pixels: torch.Tensor) -> Stem:
+        with self.fabric.autocast():
+            outputs = self.encoder.stem(self.normalise(pixels.to(self.fabric.device).float() / 255))
+        if self.kept is None:
+            return outputs
+        kept = [output.to(self.kept.dtype) for output in outputs]
+        self.kept.write(rows, torch.zeros_like(rows), [part.cpu() for part in kept])
+        return kept[0].float(), kept[1].float()

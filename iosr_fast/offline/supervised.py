@@ -1,0 +1,74 @@
+"""What is trained, supervised: the adapter under a linear head, with cross entropy on the un-normalised embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder
+from iosr_fast.offline.adapter import Adapter
+from iosr_fast.offline.augment import augment_batch
+
+Stem = tuple[torch.Tensor, torch.Tensor]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Objective(Protocol):
+    """What the training loop needs of an objective, which is an nn.Module as well.
+
+    `views` makes of pictures (B, 3, S, S) in [0, 1] the batches that go through the frozen stem. Called on the stem's
+    outputs it gives the sum of the losses over the B pictures, and how many of them `metric` counts as right.
+    `result` is the adapter that the training is for.
+    """
+
+    metric: str
+
+    def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]: ...
+
+    def parameter_groups(self) -> list[dict[str, Any]]: ...
+
+    def begin_epoch(self, epoch: int) -> None: ...
+
+    def before_step(self) -> None: ...
+
+    def after_step(self, share: float, reduce_sum: Reduce) -> None: ...
+
+    def result(self) -> Adapter: ...
+
+
+class Supervised(nn.Module):
+    """Cross entropy of head(tail(adapter, stem)) against the labels (the paper's supervised variant)."""
+
+    metric = "accuracy"
+
+    def __init__(self, encoder: AdaptedEncoder, adapter: Adapter, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder  # no module, so that the frozen CLIP is neither saved nor synchronised
+        self.adapter = adapter
+        self.head = nn.Linear(encoder.output_dim, classes)
+
+    def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]:
+        return [images if drawn is None else augment_batch(images, drawn)]
+
+    def forward(self, stems: Sequence[Stem], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.head(self.encoder.tail(self.adapter, *stems[0]))
+        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [*self.adapter.parameters(), *self.head.parameters()]}]
+
+    def begin_epoch(self, epoch: int) -> None:
+        pass
+
+    def before_step(self) -> None:
+        pass
+
+    def after_step(self, share: float, reduce_sum: Reduce) -> None:
+        pass
+
+    def result(self) -> Adapter:
+        return self.adapter

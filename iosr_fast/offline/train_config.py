@@ -1,0 +1,125 @@
+"""Hyper-parameters of an adapter's training, and what they make of a step: learning rate, weight decay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class DinoConfig:
+    """What self-supervised training adds (Caron et al., ICCV 2021; the values are those of the paper's public code).
+
+    `local_size`: side of the local crops in pixels; None is 3/7 of the image size (96 of 224), up to a whole patch.
+    `train_head`: the public code freezes all but the adapter, and with it the projection head, which stays as it was
+    drawn; here the head is trained as in DINO unless this is False.
+    """
+
+    out_dim: int = 65536
+    hidden: int = 2048
+    head_bottleneck: int = 256
+    train_head: bool = True
+    freeze_last_layer_epochs: int = 0
+    local_crops: int = 10
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    local_size: int | None = None
+    mirror: bool = True
+    momentum: float = 0.9998
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    teacher_warmup_epochs: int = 3
+    center_momentum: float = 0.9
+    weight_decay_end: float = 0.4
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyper-parameters. The defaults are the paper's supervised variant; `dino_config` gives its self-supervised one.
+
+    `batch`: pictures an optimizer step, over all processes and all `accumulate` parts that they are taken in.
+    `learning_rate`: with DINO it is for a batch of 256 and scaled by batch / 256, as its authors do.
+    `normalise`: subtract CLIP's mean and divide by its std at training too. The paper's public code leaves this out at
+    training and does it at inference; here it is done unless asked otherwise.
+    `cached_views`: compute the frozen part once for this many (augmented) views of each picture and keep it in a
+    memory-mapped file, in `kept_precision`; 0 computes it anew each time (no disk, endless augmentation).
+    `clip_grad`: largest norm of the gradient; 0 does not clip.
+    """
+
+    epochs: int = 1
+    batch: int = 128
+    accumulate: int = 1
+    learning_rate: float = 8e-3
+    min_learning_rate: float = 0.0
+    weight_decay: float = 0.01
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: int = 0
+    clip_grad: float = 0.0
+    augment: bool = False
+    normalise: bool = True
+    cached_views: int = 0
+    kept_precision: Literal["fp16", "bf16"] = "fp16"
+    precision: Precision = "32-true"
+    seed: int = 0
+    dino: DinoConfig | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("cached_views", "warmup_epochs", "clip_grad", "min_learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"expected a learning rate above 0, got {self.learning_rate}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"expected precision of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"expected schedule constant or cosine, got {self.schedule!r}")
+        if self.kept_precision not in ("fp16", "bf16"):
+            raise ValueError(f"expected kept_precision fp16 or bf16, got {self.kept_precision!r}")
+        if self.dino is not None and (self.cached_views or self.augment):
+            raise ValueError("DINO draws its own crops anew each epoch: expected cached_views=0 and augment=False")
+
+    def learning_rate_at(self, step: int, steps_an_epoch: int) -> float:
+        """Of the optimizer's step `step`, counted from 0: linear warm-up, then constant or a half cosine.
+
+        lr = lr_min + (lr_max - lr_min) (1 + cos(pi t)) / 2, t the share of the steps after warm-up that are done.
+        """
+        peak = self.learning_rate * (self.batch / 256 if self.dino is not None else 1.0)
+        warmup, total = self.warmup_epochs * steps_an_epoch, self.epochs * steps_an_epoch
+        if step < warmup:
+            return peak * step / warmup
+        if self.schedule == "constant":
+            return peak
+        return _half_cosine(peak, self.min_learning_rate, (step - warmup) / max(1, total - warmup))
+
+    def weight_decay_at(self, step: int, steps_an_epoch: int) -> float:
+        """Constant; with DINO it rises by a half cosine to `weight_decay_end`."""
+        if self.dino is None:
+            return self.weight_decay
+        return _half_cosine(self.weight_decay, self.dino.weight_decay_end, step / (self.epochs * steps_an_epoch))
+
+
+def dino_config(**changes: Any) -> TrainConfig:
+    """The self-supervised variant of the paper: DINO on the adapter only. `changes` are fields of TrainConfig."""
+    paper: dict[str, Any] = {
+        "epochs": 10,
+        "batch": 120,
+        "learning_rate": 8e-4,
+        "min_learning_rate": 2e-6,
+        "weight_decay": 0.04,
+        "schedule": "cosine",
+        "warmup_epochs": 2,
+        "clip_grad": 0.3,
+        "dino": DinoConfig(),
+    }
+    return TrainConfig(**{**paper, **changes})
+
+
+def _half_cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))

@@ -1,0 +1,158 @@
+"""DINO on the adapter: the loss, the teacher and the centre against their formulas, and the crops."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch comes with the train extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+pytest.importorskip("kornia", reason="kornia comes with the train extra")
+
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
+from iosr_fast.offline.adapter import encode_adapted, init_adapter  # noqa: E402
+from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.offline.data import TensorPictures  # noqa: E402
+from iosr_fast.offline.dino import Dino, local_size  # noqa: E402
+from iosr_fast.offline.train import train_adapter  # noqa: E402
+from iosr_fast.offline.train_config import DinoConfig, dino_config  # noqa: E402
+
+SMALL = DinoConfig(out_dim=24, hidden=16, head_bottleneck=8, local_crops=3)
+
+
+@pytest.fixture(scope="module")
+def clip() -> LoadedClip:
+    return load_clip("demo")
+
+
+def build(clip: LoadedClip, config: DinoConfig = SMALL, epochs: int = 5) -> Dino:
+    torch.manual_seed(0)
+    adapter = init_adapter(clip, 4, bottleneck=8, scale=0.5)
+    with torch.no_grad():
+        for value in adapter.parameters():
+            value.copy_(torch.randn_like(value) * 0.2)
+    return Dino(AdaptedEncoder(clip, 4), adapter, config, epochs).eval()
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    shifted = np.exp(x - x.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def test_loss_and_centre_equal_their_formulas(clip: LoadedClip) -> None:
+    dino = build(clip)
+    with torch.no_grad():
+        dino.center.copy_(torch.randn(24) * 0.1)
+        for value in dino.teacher_head.parameters():
+            value.add_(torch.randn_like(value) * 0.1)
+    centre, count = dino.center.double().numpy().copy(), 5
+    stems = [dino.encoder.stem(torch.randn(count * n, 3, size, size)) for n, size in ((2, 64), (3, 32))]
+    with torch.no_grad():
+        loss, agreement = dino(stems, torch.zeros(count, dtype=torch.int64))
+        student = [dino.student_head(dino.encoder.tail(dino.student, *stem)).double().numpy() for stem in stems]
+        teacher = dino.teacher_head(dino.encoder.tail(dino.teacher, *stems[0])).double().numpy()
+    views = np.concatenate(student).reshape(5, count, 24)
+    targets = softmax((teacher - centre) / 0.04).reshape(2, count, 24)
+    expected = 0.0
+    for b in range(count):
+        terms = [
+            -(targets[g, b] * np.log(softmax(views[v, b] / 0.1))).sum() for g in range(2) for v in range(5) if v != g
+        ]
+        assert len(terms) == 8
+        expected += np.mean(terms)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert agreement.item() == (targets[0].argmax(1) == views[1].argmax(1)).sum()
+    dino.after_step(0.5, lambda values: values)
+    np.testing.assert_allclose(dino.center.numpy(), 0.9 * centre + 0.1 * teacher.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_the_teacher_is_a_moving_average_whose_momentum_rises_to_one(clip: LoadedClip) -> None:
+    dino = build(clip, DinoConfig(out_dim=24, hidden=16, head_bottleneck=8, momentum=0.9))
+    dino._outputs[-1] = 1.0
+    before = copy.deepcopy(dino.teacher)
+    with torch.no_grad():
+        for value in dino.student.parameters():
+            value.add_(1.0)
+    dino.after_step(0.0, lambda values: values)
+    for old, new in zip(before.parameters(), dino.teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.1)
+    before = copy.deepcopy(dino.teacher)
+    dino._outputs[-1] = 1.0
+    dino.after_step(1.0, lambda values: values)
+    for old, new in zip(before.parameters(), dino.teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old)
+
+
+def test_the_teachers_temperature_rises_over_its_warm_up(clip: LoadedClip) -> None:
+    dino, found = build(clip), []
+    for epoch in range(5):
+        dino.begin_epoch(epoch)
+        found.append(dino.temperature)
+    np.testing.assert_allclose(found, [0.04, 0.055, 0.07, 0.07, 0.07])
+
+
+def test_crops_have_their_sizes_and_repeat_with_the_seed(clip: LoadedClip) -> None:
+    dino = build(clip)
+    images = torch.rand(4, 3, 64, 64)
+    made = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        made.append(dino.views(images, None))
+    assert [tuple(view.shape) for view in made[0]] == [(8, 3, 64, 64), (12, 3, 32, 32)]
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+    assert all(view.min() >= 0 and view.max() <= 1 for view in made[0])
+    crops = made[0][1].reshape(3, 4, 3, 32, 32)
+    assert not torch.equal(crops[0], crops[1]), "each crop is drawn anew"
+    assert tuple(build(clip, DinoConfig(out_dim=8, local_crops=0)).views(images, None)[0].shape) == (8, 3, 64, 64)
+
+
+def test_local_crops_go_by_patches(clip: LoadedClip) -> None:
+    encoder = AdaptedEncoder(clip, 4)
+    assert local_size(encoder, SMALL) == 32
+    for wrong in (30, 72, 4):
+        with pytest.raises(ValueError, match="multiple of the patch size 8 up to 64"):
+            local_size(encoder, DinoConfig(local_size=wrong))
+
+
+def test_positions_are_resampled_for_crops_and_left_alone_at_the_own_size(clip: LoadedClip) -> None:
+    encoder = AdaptedEncoder(clip, 4)
+    torch.testing.assert_close(encoder._positions(8), clip.model.visual.positional_embedding, atol=1e-5, rtol=1e-5)
+    halved = encoder._positions(4)
+    assert halved.shape == (17, 128)
+    torch.testing.assert_close(halved[0], clip.model.visual.positional_embedding[0])
+    grid = clip.model.visual.positional_embedding[1:].reshape(8, 8, -1)
+    expected = torch.nn.functional.interpolate(
+        grid.permute(2, 0, 1)[None], size=(4, 4), mode="bicubic", align_corners=False
+    )[0]
+    torch.testing.assert_close(halved[1:].reshape(4, 4, -1), expected.permute(1, 2, 0))
+
+
+def test_the_teachers_adapter_comes_out_and_the_clip_stays(clip: LoadedClip) -> None:
+    pictures = TensorPictures(
+        torch.randint(0, 256, (12, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
+        torch.zeros(12, dtype=torch.int64),
+        ["one class is enough"],
+    )
+    frozen = {key: value.clone() for key, value in clip.model.visual.state_dict().items()}
+    adapter = init_adapter(clip, 4, bottleneck=8)
+    losses: list[float] = []
+    config = dino_config(epochs=2, batch=6, warmup_epochs=0, learning_rate=0.1, dino=SMALL)
+    trained = train_adapter(clip, adapter, pictures, config, report=lambda step: losses.append(step.loss))
+    assert trained is not adapter and trained.config.training["dino"]["out_dim"] == 24
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    pixels = torch.randn(2, 3, 64, 64)
+    assert not torch.equal(encode_adapted(clip, trained, pixels), encode_adapted(clip, adapter.eval(), pixels))
+    for key, value in clip.model.visual.state_dict().items():
+        assert torch.equal(value, frozen[key])
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_the_public_codes_frozen_head_is_an_option(clip: LoadedClip, train_head: bool) -> None:
+    config = DinoConfig(out_dim=24, hidden=16, head_bottleneck=8, train_head=train_head)
+    dino = build(clip, config)
+    trained = [p for group in dino.parameter_groups() for p in group["params"]]
+    in_head = {id(p) for p in dino.student_head.parameters()}
+    assert any(id(p) in in_head for p in trained) is train_head
+    assert all(group.get("weight_decay") == 0.0 for group in dino.parameter_groups()[1:])

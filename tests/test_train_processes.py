@@ -1,0 +1,106 @@
+"""tools/train_adapter.py as it is used: two processes over gloo, killed at a random moment, and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch comes with the train extra")
+pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
+if not Path("/proc/self/task").is_dir():
+    pytest.skip("finds the processes of a training in /proc, which is Linux's", allow_module_level=True)
+
+from PIL import Image  # noqa: E402
+
+from iosr_fast.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.offline.adapter import load_adapter  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {
+    "supervised": ["--epochs", "3", "--batch", "16", "--accumulate", "2", "--cached-views", "1"],
+    "dino": ["--objective", "dino", "--epochs", "2", "--batch", "16", "--dino-out", "64"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slice of the demo's generic pictures: 12 concepts in at least 4 styles, as a folder of class folders."""
+    made = tmp_path_factory.mktemp("pictures")
+    pictures = load_pictures("generic")
+    for row in range(len(pictures.concepts)):
+        if pictures.concepts[row] < 12:
+            place = made / f"class {pictures.concepts[row]:02d}"
+            place.mkdir(exist_ok=True)
+            Image.fromarray(pictures.images[row]).save(place / f"{row}.png")
+    return made
+
+
+def start(folder: Path, out: Path, objective: str, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tools" / "train_adapter.py"), "--data", str(folder), "--out", str(out)]
+    command += ["--first-adapted-block", "4", "--checkpoint-every", "2", "--workers", "0", "--held-out", "0.2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("ab") as told:
+        return subprocess.Popen([*command, *OPTIONS[objective]], cwd=ROOT, env=environment, stdout=told, stderr=told)
+
+
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+
+
+def kill_a_worker(process: subprocess.Popen[bytes], steps: Path, lines: int) -> None:
+    """SIGKILL one of the two processes once steps.csv has this many lines; torchrun ends the other."""
+    deadline = time.monotonic() + 120
+    while not steps.is_file() or len(steps.read_bytes().splitlines()) < lines:
+        assert process.poll() is None and time.monotonic() < deadline, "the training ended, or never began"
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+
+
+def weights(path: Path) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in load_adapter(path).parameters()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OPTIONS)
+def test_two_processes_killed_and_resumed_end_as_two_that_were_not(
+    folder: Path, tmp_path: Path, objective: str
+) -> None:
+    log = tmp_path / "log.txt"
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    finish(start(folder, whole, objective, log), log)
+    killed = start(folder, resumed, objective, log)
+    training = tmp_path / "resumed.safetensors.training"
+    kill_a_worker(killed, training / "steps.csv", 4)
+    assert not resumed.exists() and any((training / "checkpoints").iterdir())
+    finish(start(folder, resumed, objective, log), log)
+    assert torch.equal(weights(resumed), weights(whole))
+    plain_steps = (tmp_path / "whole.safetensors.training" / "steps.csv").read_text()
+    assert (training / "steps.csv").read_text() == plain_steps, "the log as well"
+    told = log.read_text()
+    assert "2 processes on cpu" in told and "linear probe" in told
+
+
+@pytest.mark.slow
+def test_one_process_and_two_see_the_same_batches(folder: Path, tmp_path: Path) -> None:
+    """The weights differ by what dropout draws in each process alone; the first step's loss comes before it matters."""
+    log = tmp_path / "log.txt"
+    finish(start(folder, tmp_path / "two.safetensors", "supervised", log), log)
+    command = [sys.executable, str(ROOT / "tools" / "train_adapter.py"), "--data", str(folder)]
+    command += ["--out", str(tmp_path / "one.safetensors"), "--first-adapted-block", "4", "--workers", "0"]
+    command += ["--held-out", "0.2", *OPTIONS["supervised"]]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    losses = []
+    for name in ("one", "two"):
+        lines = (tmp_path / f"{name}.safetensors.training" / "steps.csv").read_text().splitlines()
+        column = lines[0].split(",").index("loss")
+        losses.append(float(lines[1].split(",")[column]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5), "a fresh adapter changes nothing, dropped out or not"

@@ -1,0 +1,68 @@
+"""A training's progress bar: images a second, time left, and what was measured after each epoch."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from iosr_fast.offline.probe import Probe
+from iosr_fast.offline.train import Progress as Step
+from iosr_fast.offline.train_config import TrainConfig
+
+# Of the rate that is shown: the weight of the newest step.
+SMOOTHING = 0.1
+
+
+class TrainingBar:
+    """Reports of `train_adapter` on the terminal; `shown` is False in all processes but one, which then say nothing."""
+
+    def __init__(self, config: TrainConfig, pictures: int, shown: bool = True) -> None:
+        self.config, self.shown = config, shown
+        self.steps = config.epochs * -(-pictures // config.batch)
+        self.metric = "agreement" if config.dino is not None else "right"
+        self.bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            disable=not shown,
+        )
+        self.task = self.bar.add_task("train", total=self.steps, epoch=f"1/{config.epochs}", said="")
+        self.rate: float | None = None
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def __enter__(self) -> TrainingBar:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, told: str) -> None:
+        if self.shown:
+            self.bar.console.print(told, soft_wrap=True, highlight=False)
+
+    def step(self, step: Step) -> None:
+        now = step.pictures / step.seconds
+        self.rate = now if self.rate is None else (1 - SMOOTHING) * self.rate + SMOOTHING * now
+        self.bar.update(
+            self.task,
+            completed=(step.epoch - 1) * step.steps_an_epoch + step.step,
+            epoch=f"{step.epoch}/{self.config.epochs}",
+            said=f"loss {step.loss:.2f}, {100 * step.accuracy:.0f}% {self.metric}, {self.rate:.0f} images/s",
+        )
+
+    def epoch(self, epoch: int, plain: Probe, adapted: Probe) -> None:
+        self.say(
+            f"epoch {epoch}: {adapted.pictures} held-out pictures of {adapted.classes} classes, plain -> adapted: "
+            f"overlap area {plain.overlap_area:.3f} -> {adapted.overlap_area:.3f}, AUROC {plain.auroc:.3f} -> "
+            f"{adapted.auroc:.3f}, linear probe {100 * plain.linear_probe:.1f}% -> {100 * adapted.linear_probe:.1f}%"
+        )
