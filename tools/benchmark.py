@@ -100,5 +100,22 @@ def search(
     report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path)
 
 
+@app.command()
+def train(
+    json_path: Json = None,
+    model: Annotated[str, typer.Option(help="An open_clip ViT, or demo.")] = "ViT-B-16",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,
+    first_adapted_block: Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")] = 8,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures an epoch.")] = 48,
+    threads: Threads = None,
+    repeats: Repeats = 3,
+) -> None:
+    """Train an adapter, first epoch and later ones: ours, and the recipe of the papers' public code."""
+    limit_blas(threads)
+    from tools.bench import train as bench
+
+    report(bench.run(model, batch, first_adapted_block, pictures, threads, repeats), json_path)
+
+
 if __name__ == "__main__":
     app()

@@ -1,0 +1,195 @@
+"""An epoch of supervised adapter training with its evaluation: ours against the recipe of the papers' public code.
+
+    ours            blocks before the first adapter without autograd, their outputs kept on disk in fp16; CLS-only last
+                    block; held-out pictures share the frozen part between both embeddings
+    ours-unkept     the same with nothing kept
+    public-recipe   the whole encoder under autograd, as where every block has an adapter (the public code's only way),
+                    then two whole encodings of each held-out picture
+    pruned-graph    the public recipe where autograd begins at the first adapter, which PyTorch finds by itself
+
+Cases: `first-epoch` (ours computes and writes what it keeps) and `later-epochs` (ours reads it). All train the same
+adapter on the same pictures with the same optimizer; pictures are in memory, decoding is not measured. Before anything
+is timed, losses and gradients of one batch are compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from iosr_fast.info import usable_threads
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder
+from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain, init_adapter
+from iosr_fast.offline.clip import LoadedClip, load_clip
+from iosr_fast.offline.data import TensorPictures
+from iosr_fast.offline.export import random_adapter
+from iosr_fast.offline.probe import probe
+from iosr_fast.offline.supervised import Supervised
+from iosr_fast.offline.train import train_adapter
+from iosr_fast.offline.train_config import TrainConfig
+from tools.bench import harness
+
+RIVALS = ("public-recipe", "pruned-graph")
+CLASSES = 4
+# Of gradients, relative to the largest one. What is kept is rounded to fp16.
+TOLERANCE, KEPT_TOLERANCE = 1e-4, 2e-2
+
+
+class PublicRecipe:
+    """The public code's supervised loop on our adapter; `everywhere`: the graph begins at the patch embedding."""
+
+    def __init__(self, clip: LoadedClip, adapter: Adapter, head: nn.Linear, everywhere: bool) -> None:
+        self.clip, self.adapter, self.head, self.everywhere = clip, adapter, head, everywhere
+        self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
+
+    def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        images = self._normalise(pixels)
+        if self.everywhere:
+            images.requires_grad_()
+        return F.cross_entropy(self.head(encode_adapted(self.clip, self.adapter, images)), labels)
+
+    def epoch(self, train: TensorPictures, held_out: TensorPictures, config: TrainConfig) -> None:
+        parameters = [*self.adapter.requires_grad_(True).parameters(), *self.head.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.adapter.train()
+        order = train.order(torch.Generator().manual_seed(config.seed))
+        for rows, pixels in train.iterate(order, config.batch):
+            optimizer.zero_grad()
+            loss = self.loss(pixels, train.labels[rows])
+            loss.backward()
+            optimizer.step()
+        self.evaluate(held_out, config.batch)
+
+    @torch.no_grad()
+    def evaluate(self, held_out: TensorPictures, batch: int) -> None:
+        self.adapter.eval()
+        encodings: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+            lambda images: encode_plain(self.clip, images),
+            lambda images: encode_adapted(self.clip, self.adapter, images),
+        )
+        for encode in encodings:
+            parts = [
+                F.normalize(encode(self._normalise(pixels)), dim=-1).numpy()
+                for _, pixels in held_out.iterate(torch.arange(len(held_out.labels)), batch)
+            ]
+            probe(np.concatenate(parts), held_out.labels.numpy())
+
+    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+def pictures(clip: LoadedClip, count: int, seed: int) -> TensorPictures:
+    """Random pixels: they change no speed."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 3, clip.image_size, clip.image_size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return TensorPictures(images, torch.arange(count) % CLASSES, [str(i) for i in range(CLASSES)])
+
+
+def verify(clip: LoadedClip, first_adapted_block: int, train: TensorPictures, batch: int) -> None:
+    """Raise ArithmeticError unless ours and the public recipe have the same loss and gradients on one batch."""
+    adapter = random_adapter(clip, first_adapted_block).eval().requires_grad_(True)
+    encoder = AdaptedEncoder(clip, first_adapted_block)
+    objective = Supervised(encoder, adapter, CLASSES).eval()
+    public = PublicRecipe(clip, adapter, objective.head, everywhere=True)
+    pixels, labels = train.images[:batch], train.labels[:batch]
+
+    def gradients(loss: torch.Tensor) -> torch.Tensor:
+        grads = torch.autograd.grad(loss, list(objective.parameters()))
+        return torch.cat([loss.detach().reshape(1), *(grad.flatten() for grad in grads)])
+
+    truth = gradients(public.loss(pixels, labels))
+    stem = encoder.stem(public._normalise(pixels))
+    for kept, tolerance in ((False, TOLERANCE), (True, KEPT_TOLERANCE)):
+        outputs = (stem[0].half().float(), stem[1].half().float()) if kept else stem
+        got = gradients(objective([outputs], labels)[0] / len(labels))
+        error = float((got - truth).abs().max() / truth.abs().max())
+        if not error <= tolerance:
+            raise ArithmeticError(f"ours{' (kept)' * kept} is off by {error:.2g} (allowed: {tolerance}); not timed")
+
+
+def time_ours(
+    clip: LoadedClip, adapter: Adapter, train: TensorPictures, held_out: TensorPictures, config: TrainConfig
+) -> list[float]:
+    """Milliseconds of each epoch, the first one with all that comes before it."""
+    with tempfile.TemporaryDirectory() as folder:
+        ends = [time.perf_counter()]
+        train_adapter(
+            clip,
+            adapter,
+            train,
+            config,
+            Path(folder),
+            held_out=held_out,
+            report_epoch=lambda epoch, plain, adapted: ends.append(time.perf_counter()),
+        )
+    return [1e3 * (end - start) for start, end in pairwise(ends)]
+
+
+def run(
+    model: str = "ViT-B-16",
+    batch: int = 16,
+    first_adapted_block: int = 8,
+    count: int = 48,
+    threads: int | None = None,
+    repeats: int = 3,
+) -> list[dict[str, Any]]:
+    """Verify, then time all, interleaved; one row an implementation and case. `count` pictures an epoch, and a quarter
+    as many held out."""
+    if count < batch or repeats < 1:
+        raise ValueError(f"expected at least one batch of {batch} pictures and one repeat, got {count} and {repeats}")
+    threads = threads or usable_threads()
+    clip = load_clip(model, None if model == "demo" else "none")
+    train, held_out = pictures(clip, count, 0), pictures(clip, max(4 * CLASSES, count // 4), 1)
+    config = TrainConfig(epochs=2, batch=batch, cached_views=1)
+    unkept = TrainConfig(epochs=1, batch=batch)
+    times: dict[str, dict[str, list[float]]] = {case: {} for case in ("first-epoch", "later-epochs")}
+
+    def add(case: str, name: str, milliseconds: float) -> None:
+        times[case].setdefault(name, []).append(milliseconds)
+
+    def fresh() -> Adapter:
+        return init_adapter(clip, first_adapted_block)
+
+    with harness.torch_threads(threads):
+        verify(clip, first_adapted_block, train, batch)
+        for _ in range(repeats):
+            first, later = time_ours(clip, fresh(), train, held_out, config)
+            add("first-epoch", "ours", first)
+            add("later-epochs", "ours", later)
+            unkept_ms = time_ours(clip, fresh(), train, held_out, unkept)[0]
+            for case in times:
+                add(case, "ours-unkept", unkept_ms)
+            for name in RIVALS:
+                head = nn.Linear(clip.model.visual.output_dim, CLASSES)
+                recipe = PublicRecipe(clip, fresh(), head, everywhere=name == "public-recipe")
+                started = time.perf_counter()
+                recipe.epoch(train, held_out, unkept)
+                recipe_ms = 1e3 * (time.perf_counter() - started)
+                for case in times:
+                    add(case, name, recipe_ms)
+    made = []
+    for case, runtimes_ms in times.items():
+        made += harness.rows(
+            "train", case, runtimes_ms, rivals=RIVALS, threads=threads, packages=("torch", "open_clip_torch")
+        )
+    for row in made:
+        row |= {
+            "model": model,
+            "batch": batch,
+            "first_adapted_block": first_adapted_block,
+            "pictures": count,
+            "held_out_pictures": len(held_out.labels),
+            "images_per_s": round(count / (statistics.median(times[row["case"]][row["impl"]]) * 1e-3), 3),
+        }
+    return made
