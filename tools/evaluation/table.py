@@ -7,7 +7,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,13 @@ from tools.evaluation.tasks import Source
 
 WIDTH = 150
 Row = Mapping[str, Any]
+
+
+class Named(Protocol):
+    """A Source, or whatever else has a data set's name."""
+
+    @property
+    def name(self) -> str: ...
 
 
 def console() -> Console:
@@ -36,7 +43,7 @@ def facts(packages: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def header(source: Source, results: Sequence[Result]) -> str:
+def header(source: Named, results: Sequence[Result]) -> str:
     """What the numbers of a table are: data, test images, classes, draws, the meaning of the spread, the tuning."""
     draws = results[0].draws
     images, classes = (_range([getattr(draw, name) for draw in draws]) for name in ("images", "classes"))
@@ -153,7 +160,7 @@ def write_markdown(path: Path, rows: Sequence[Row]) -> None:
     """Accuracy, and overlap where there is any, each as one table; what all rows share stands above."""
     versions = ", ".join(f"{name} {found}" for name, found in rows[0]["versions"].items())
     lines = [f"{rows[0]['device']}; {versions}; {rows[0]['commit']}", ""]
-    lines += _markdown(MARKDOWN, [_cells(row) for row in rows if row["bench"] == "accuracy"])
+    lines += markdown(MARKDOWN, [_cells(row) for row in rows if row["bench"] == "accuracy"])
     overlap = [row for row in rows if row["bench"] == "overlap"]
     if overlap:
         cells = [
@@ -162,7 +169,7 @@ def write_markdown(path: Path, rows: Sequence[Row]) -> None:
         ]
         lines += [
             "",
-            *_markdown(("data", "embeddings", *(name.replace("_", " ") for name in OVERLAP), "images"), cells),
+            *markdown(("data", "embeddings", *(name.replace("_", " ") for name in OVERLAP), "images"), cells),
         ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -183,7 +190,8 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines."""
     return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 

@@ -1,0 +1,1 @@
+"""What tools/reproduce_paper.py runs: data sets as few-shot problems, stored embeddings, cells and tables of them."""

@@ -1,0 +1,104 @@
+"""Cells: one data set, method, reducer, shots and seed each, in a file named by all that its number depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.tune import Tuned
+from tools.evaluation.accuracy import Draw, finite
+
+VERSION = 1  # goes up when the protocol changes: the same facts would give another number
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """`facts` is what its number depends on: method, draw, keys of embeddings, hashes of labels, versions."""
+
+    data: str
+    method: str
+    reducer: str
+    shots: int
+    seed: int
+    facts: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return digest({**self.facts, **self.named})
+
+    @property
+    def named(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("data", "method", "reducer", "shots", "seed")}
+
+
+def digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class Cells:
+    """A folder of cells. `tell` is told of damaged ones."""
+
+    def __init__(self, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.tell = folder, tell
+
+    def path(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.key[:32]}.json"
+
+    def read(self, cell: Cell) -> Draw | None:
+        """What the cell's run found; None where it has not run. A damaged file is told and removed, and None."""
+        path = self.path(cell)
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            found = whole["found"]
+            if whole["sha256"] != digest(found) or whole["cell"] != cell.named or whole["key"] != cell.key:
+                raise ValueError("its contents are not what was written")
+            tuned = dict(found["tuned"])
+            tuned["accuracy"] = math.nan if tuned["accuracy"] is None else tuned["accuracy"]
+            drawn = {name: found[name] for name in ("accuracy", "images", "classes", "fit_seconds")}
+            return Draw(seed=cell.seed, tuned=Tuned(**tuned), **drawn)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            self.tell(f"cell {path.name} is damaged and is computed again: {error}")
+            path.unlink()
+            return None
+
+    def write(self, cell: Cell, draw: Draw) -> None:
+        """Whole or not at all."""
+        tuned = {name: getattr(draw.tuned, name) for name in ("method", "reducer", "parameters", "scored", "protocol")}
+        tuned |= {"accuracy": finite(draw.tuned.accuracy), "seconds": draw.tuned.seconds}
+        found = {
+            "accuracy": draw.accuracy,
+            "images": draw.images,
+            "classes": draw.classes,
+            "fit_seconds": draw.fit_seconds,
+            "tuned": tuned,
+        }
+        write_json(
+            self.path(cell),
+            {"cell": cell.named, "key": cell.key, "depends_on": cell.facts, "found": found, "sha256": digest(found)},
+        )
+
+
+def write_json(path: Path, made: Any) -> None:
+    """Write to a file beside it first, then take its place: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(made, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

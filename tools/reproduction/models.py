@@ -1,0 +1,126 @@
+"""The CLIP of a run: its fingerprint and texts at once, its image encoder when the first picture needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from iosr_fast.encoder import Embeddings, Encoder
+
+if TYPE_CHECKING:
+    from iosr_fast.offline.clip import LoadedClip
+
+PRECISION = "fp32"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """`adapter` is the fingerprint of the one in use, None where there is none; `engine` that of the image encoder."""
+
+    clip: LoadedClip
+    adapter: str | None
+    engine: str
+    given: tuple[str, str | Path | None, str | Path | None, str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What an image's embeddings depend on, beside its pixels."""
+        return {
+            "model": self.clip.name,
+            "clip": self.clip.fingerprint,
+            "adapter": self.adapter,
+            "engine": self.engine,
+            "precision": PRECISION,
+            "size": self.clip.image_size,
+            "interpolation": "bicubic",
+        }
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """A compiled engine, built once and kept (offline.pretrained); eager PyTorch for what has no transformer.
+
+        Raises ValueError where files have changed since this was made: embeddings would be filed under wrong names.
+        """
+        from iosr_fast.offline.pretrained import open_pretrained
+
+        name, pretrained, adapter, runtime = self.given
+        if not has_transformer(self.clip):
+            return EagerEncoder(self.clip)
+        opened = open_pretrained(name, pretrained, adapter, faster(runtime), PRECISION, None).encoder
+        if opened.fingerprint != self.engine:
+            raise ValueError(f"{pretrained or name} or {adapter} has changed since this run began; begin again")
+        return opened
+
+    def embed_text(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """(C, D) float32, L2-normalised."""
+        from iosr_fast.offline.text import embed_classes
+
+        return embed_classes(self.clip, names, templates)
+
+
+def load_model(name: str, pretrained: str | Path | None, adapter: str | Path | None, runtime: str = "auto") -> Model:
+    """Load a CLIP and look at its adapter. Raises ValueError for an adapter of another CLIP, or where none can be."""
+    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.offline.export import engine_fingerprint
+    from iosr_fast.offline.pretrained import choose_adapter
+    from iosr_fast.runtimes import choose_runtime
+
+    if runtime != "auto":
+        choose_runtime(runtime)
+    clip = load_clip(name, pretrained)
+    loaded = choose_adapter(clip, adapter)
+    engine = engine_fingerprint(clip, loaded, PRECISION) if has_transformer(clip) else clip.fingerprint
+    return Model(clip, None if loaded is None else loaded.fingerprint(), engine, (name, pretrained, adapter, runtime))
+
+
+def faster(runtime: str) -> str:
+    """For "auto", PyTorch where it has a GPU that no TensorRT was installed for: ONNX Runtime here is for the CPU."""
+    import torch
+
+    from iosr_fast.runtimes import choose_runtime
+
+    if runtime == "auto" and torch.cuda.is_available() and choose_runtime("auto") == "onnxruntime":
+        return "torch"
+    return runtime
+
+
+def has_transformer(clip: LoadedClip) -> bool:
+    """Whether the dual encoder can be built: ResNets (RN50, of which most published figures are) have none."""
+    from iosr_fast.offline.adapter import vision_blocks
+
+    try:
+        vision_blocks(clip)
+    except ValueError:
+        return False
+    return True
+
+
+class EagerEncoder:
+    """open_clip's own image encoder in PyTorch, plain embeddings alone; on the GPU where PyTorch sees one."""
+
+    runtime, adapted = "torch", False
+
+    def __init__(self, clip: LoadedClip) -> None:
+        import torch
+
+        self.clip, self.fingerprint, self.image_size = clip, clip.fingerprint, clip.image_size
+        self.width: int = clip.model.visual.output_dim
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._visual = clip.model.visual.to(self._device)
+
+    def encode(self, pixels: np.ndarray) -> Embeddings:
+        """uint8 pixels (B, S, S, 3) -> plain (B, D) float32, L2-normalised."""
+        import torch
+
+        mean, std = (
+            torch.tensor(value, device=self._device).view(1, 3, 1, 1) for value in (self.clip.mean, self.clip.std)
+        )
+        with torch.inference_mode():
+            scaled = torch.from_numpy(pixels.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
+            rows = self._visual((scaled - mean) / std)
+            return Embeddings(torch.nn.functional.normalize(rows, dim=1).cpu().numpy())
