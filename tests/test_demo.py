@@ -78,7 +78,9 @@ def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
     done = run(*words, "--first-adapted-block", "5", "--bottleneck", "8")
     assert done.returncode == 0, done.stderr
     assert "4 pictures of 2 classes, 1 epochs" in done.stdout and out.is_file()
-    assert not list(out.parent.glob("*.checkpoint"))
+    assert "nothing is measured between epochs" in done.stdout
+    training = out.with_name("adapter.safetensors.training")
+    assert sorted(path.name for path in training.iterdir()) == ["epochs.csv", "steps.csv"], "checkpoints go"
     done = run(*words, "--first-adapted-block", "9")
     assert done.returncode == 2 and "0..5" in done.stderr and "Traceback" not in done.stderr
     done = run("tools/train_adapter.py", "--data", str(tmp_path / "nowhere"), "--out", str(out))

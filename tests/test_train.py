@@ -284,6 +284,9 @@ def test_impossible_training_is_refused_before_it_starts(clip: LoadedClip, pictu
     for wrong in ({"epochs": 0}, {"precision": "fp8"}, {"learning_rate": 0.0}, {"kept_precision": "int8"}):
         with pytest.raises(ValueError, match="expected"):
             TrainConfig(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"momentum": 1.0}, {"local_scale": (0.5, 0.2)}, {"out_dim": 0}, {"teacher_temperature": (0.0, 0.1)}):
+        with pytest.raises(ValueError, match="expected"):
+            DinoConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cached_views=0"):
         dino_config(cached_views=1)
 

@@ -70,6 +70,10 @@ def main(
     accelerator: str = typer.Option("auto", help="auto, cpu or cuda"),
     dino_out: int = typer.Option(None, help="dino: prototypes of the projection head [65536; demo 2048]"),
     dino_momentum: float = typer.Option(None, help="dino: of the teacher [0.9998; demo 0.99]"),
+    dino_width: int = typer.Option(256, min=1, help="dino: of the vectors that meet the prototypes"),
+    local_crops: int = typer.Option(10, min=0, help="dino: small crops of each picture"),
+    global_scale: tuple[float, float] = typer.Option((0.25, 1.0), help="dino: share of the picture in a global crop"),
+    local_scale: tuple[float, float] = typer.Option((0.05, 0.25), help="dino: share of the picture in a local crop"),
     train_head: bool = typer.Option(True, help="dino: train the projection head too (the public code freezes it)"),
     checkpoint_every: int = typer.Option(0, min=0, help="steps between checkpoints; 0: at an epoch's end only"),
     tensorboard: bool = typer.Option(False, "--tensorboard", help="write TensorBoard events beside the CSV files"),
@@ -107,6 +111,10 @@ def main(
             head = DinoConfig(
                 out_dim=dino_out or (2048 if demo else 65536),
                 momentum=dino_momentum or (0.99 if demo else 0.9998),
+                head_bottleneck=dino_width,
+                local_crops=local_crops,
+                global_scale=global_scale,
+                local_scale=local_scale,
                 train_head=train_head,
                 mirror=not demo,
             )

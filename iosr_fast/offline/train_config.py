@@ -36,6 +36,25 @@ class DinoConfig:
     center_momentum: float = 0.9
     weight_decay_end: float = 0.4
 
+    def __post_init__(self) -> None:
+        for name in ("out_dim", "hidden", "head_bottleneck"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("local_crops", "freeze_last_layer_epochs", "teacher_warmup_epochs", "weight_decay_end"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"expected {name} as two shares of a picture, 0 < low <= high <= 1, got {low} {high}")
+        for name in ("momentum", "center_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected {name} from 0 to below 1, got {getattr(self, name)}")
+        if not min(self.student_temperature, *self.teacher_temperature) > 0:
+            raise ValueError(
+                f"expected temperatures above 0, got {self.student_temperature} and {self.teacher_temperature}"
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig:

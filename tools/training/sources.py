@@ -73,6 +73,9 @@ def open_sources(
     if not held_out:
         return Sources(source, None, notes)
     train, held = split(source, held_out, seed)
+    if len(held.labels.unique()) < 2:
+        told = "nothing is measured between epochs: too few classes have the four pictures that holding two out takes"
+        return Sources(source, None, (*notes, told))
     if size != held_out_size:
         held = SubsetPictures(open_at(held_out_size), held.rows)
     return Sources(train, held, notes)
