@@ -1,0 +1,231 @@
+"""Embeddings on disk: part files that check themselves, and the folder of parts that tools/embed.py writes.
+
+A part is one file, written under a temporary name and renamed, so it exists whole or not at all:
+
+- `part-00000.safetensors`: tensors "plain" and, with an adapter, "adapted", both (n, D) float32 or float16. Keys,
+  errors and facts are JSON under the one metadata entry "iosr_fast" (one, because safetensors keeps no order among
+  several, and the same embeddings shall give the same bytes).
+- `part-00000.parquet`: columns key (string), plain and adapted (fixed-size list of D), error (string or null), then
+  whatever was carried over from the input; facts are JSON in the schema's metadata under "iosr_fast".
+
+An image that could not be read keeps its row: its error says why, its embeddings are null in Parquet and NaN in
+safetensors. The facts hold a SHA-256 of all this, which reading verifies; carried columns have Parquet's own checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from iosr_fast._require import require
+from iosr_fast.encoder import Embeddings
+from iosr_fast.files import read_manifest
+
+Format = Literal["safetensors", "parquet"]
+FORMATS: tuple[Format, ...] = ("safetensors", "parquet")
+KIND = "embeddings"  # of the manifest
+COLUMNS = ("key", "plain", "adapted", "error")
+DTYPES = ("float32", "float16")
+_ENTRY = "iosr_fast"
+_EXTRA = "train"  # brings pyarrow
+
+
+@dataclass(frozen=True)
+class Part:
+    """n images: keys and errors (None where the image was read), and their embeddings, NaN where it was not.
+
+    `embeddings` are NumPy arrays (n, D), float32 or float16. `columns` is a pyarrow.Table of n rows carried over from
+    the input, or None; only Parquet holds it. `facts` is what the writer wants to find again, as JSON takes it.
+    """
+
+    keys: list[str]
+    embeddings: Embeddings
+    errors: list[str | None]
+    columns: Any = None
+    facts: dict[str, Any] | None = None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to: it becomes `path` when the block ends well, and is removed else."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut can leave the name without the bytes
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_part(path: Path, part: Part, file_format: Format) -> None:
+    """Write a part whole or not at all; the same part gives the same bytes.
+
+    Raises ValueError for lengths, dtypes or a format that don't fit, ImportError without pyarrow for Parquet.
+    """
+    _check(part, file_format)
+    facts = json.dumps({**(part.facts or {}), "sha256": _digest(part)}, sort_keys=True)
+    with whole_file(path) as temporary:
+        if file_format == "parquet":
+            _write_parquet(temporary, part, facts)
+        else:
+            _write_safetensors(temporary, part, facts)
+
+
+def read_part(path: str | Path) -> Part:
+    """Read and verify one part. Raises FileNotFoundError, ValueError where it is damaged or not a part of iosr_fast."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a part with embeddings at {path}, found no such file")
+    if path.suffix not in (".parquet", ".safetensors"):
+        raise ValueError(f"expected a part ending in .parquet or .safetensors, got {path.name}")
+    try:
+        part = _read_parquet(path) if path.suffix == ".parquet" else _read_safetensors(path)
+        facts = dict(part.facts or {})
+        expected = facts.pop("sha256")
+        part = replace(part, facts=facts)
+        found = _digest(part)
+    except ImportError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on which of its bytes are wrong
+        raise ValueError(f"{path} is damaged or no part of iosr_fast ({error}); make it again") from error
+    if found != expected:
+        raise ValueError(f"{path} is damaged: what it holds is not what was written; make it again")
+    return part
+
+
+def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
+    """The parts of a finished folder of tools/embed.py, in order, one in memory at a time.
+
+    Raises what iosr_fast.files.read_manifest raises for a folder that is unfinished, damaged or something else.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, KIND, verify)
+    for name in manifest["parts"]:
+        yield read_part(folder / name)
+
+
+def read_embeddings(folder: str | Path, verify: bool = True) -> Part:
+    """All parts of a finished folder as one: every image once, in the order of the input. Raises like iterate_parts."""
+    parts = list(iterate_parts(folder, verify))
+    tables = [part.columns for part in parts if part.columns is not None]
+    adapted = [part.embeddings.adapted for part in parts if part.embeddings.adapted is not None]
+    return Part(
+        [key for part in parts for key in part.keys],
+        Embeddings(
+            np.concatenate([part.embeddings.plain for part in parts]), np.concatenate(adapted) if adapted else None
+        ),
+        [error for part in parts for error in part.errors],
+        require("pyarrow", _EXTRA).concat_tables(tables) if tables else None,
+    )
+
+
+def _check(part: Part, file_format: str) -> None:
+    if file_format not in FORMATS:
+        raise ValueError(f"expected format {' or '.join(FORMATS)}, got {file_format!r}")
+    rows = {"keys": len(part.keys), "errors": len(part.errors)}
+    for name, array in _arrays(part).items():
+        if array.ndim != 2 or str(array.dtype) not in DTYPES or array.shape != part.embeddings.plain.shape:
+            raise ValueError(f"expected {name} (n, D) of {' or '.join(DTYPES)}, got {array.shape} of {array.dtype}")
+        rows[name] = len(array)
+    if part.columns is not None:
+        if file_format != "parquet":
+            raise ValueError("expected format parquet for a part that carries columns over, got safetensors")
+        if taken := sorted(set(part.columns.column_names) & set(COLUMNS)):
+            raise ValueError(f"expected carried columns named otherwise than {list(COLUMNS)}, got {taken}")
+        rows["columns"] = part.columns.num_rows
+    if len(set(rows.values())) != 1:
+        raise ValueError(f"expected as many rows everywhere, got {rows}")
+
+
+def _arrays(part: Part) -> dict[str, np.ndarray]:
+    plain, adapted = part.embeddings.plain, part.embeddings.adapted
+    return {"plain": plain} if adapted is None else {"plain": plain, "adapted": adapted}
+
+
+def _digest(part: Part) -> str:
+    digest = hashlib.sha256(json.dumps([part.keys, part.errors, part.facts or {}], sort_keys=True).encode())
+    for name, array in _arrays(part).items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _write_safetensors(path: Path, part: Part, facts: str) -> None:
+    from safetensors.numpy import save
+
+    entry = json.dumps({"facts": json.loads(facts), "keys": part.keys, "errors": part.errors})
+    arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(part).items()}
+    # Not save_file, which lets nobody else read the file: parts lie on shared folders.
+    path.write_bytes(save(arrays, metadata={_ENTRY: entry}))
+
+
+def _read_safetensors(path: Path) -> Part:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        held = json.loads(file.metadata()[_ENTRY])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return Part(
+        held["keys"], Embeddings(arrays["plain"], arrays.get("adapted")), held["errors"], facts=dict(held["facts"])
+    )
+
+
+def _write_parquet(path: Path, part: Part, facts: str) -> None:
+    pa, pq = require("pyarrow", _EXTRA), require("pyarrow.parquet", _EXTRA)
+    bad = np.array([error is not None for error in part.errors])
+    columns = {"key": pa.array(part.keys, pa.string())}
+    for name, array in _arrays(part).items():
+        flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+        mask = pa.array(bad) if bad.any() else None
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, array.shape[1], mask=mask)
+    columns["error"] = pa.array(part.errors, pa.string())
+    if part.columns is not None:
+        columns |= {name: part.columns[name] for name in part.columns.column_names}
+    table = pa.table(columns).replace_schema_metadata({_ENTRY: facts})
+    dictionaries = [name for name in table.column_names if name not in ("plain", "adapted")]
+    pq.write_table(table, path, use_dictionary=dictionaries, write_page_checksum=True)
+
+
+def _read_parquet(path: Path) -> Part:
+    pq = require("pyarrow.parquet", _EXTRA)
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read()
+    facts = json.loads(table.schema.metadata[_ENTRY.encode()])
+    arrays = {name: _rows(table[name]) for name in ("plain", "adapted") if name in table.column_names}
+    carried = table.drop_columns([name for name in COLUMNS if name in table.column_names])
+    return Part(
+        table["key"].to_pylist(),
+        Embeddings(arrays["plain"], arrays.get("adapted")),
+        table["error"].to_pylist(),
+        carried.replace_schema_metadata(None) if carried.num_columns else None,
+        facts,
+    )
+
+
+def _rows(column: Any) -> np.ndarray:
+    """A column of fixed-size lists -> (n, D); null rows are NaN."""
+    whole = column.combine_chunks()
+    width, valid = whole.type.list_size, ~np.asarray(whole.is_null())
+    values = whole.flatten().to_numpy(zero_copy_only=False)  # flatten leaves null lists out
+    rows = np.full((len(whole), width), np.nan, values.dtype)
+    rows[valid] = values.reshape(-1, width)
+    return rows
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError where a carried column would take the place of one of a part's own."""
+    if taken := sorted(set(names) & set(COLUMNS)):
+        raise ValueError(
+            f"expected --keep-columns without {list(COLUMNS)}, which are a part's own columns, got {taken}; rename "
+            "them in the input"
+        )

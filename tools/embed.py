@@ -1,0 +1,211 @@
+"""Embed a set of images with an engine: a folder, WebDataset shards or Parquet files with a column of paths.
+
+    python tools/embed.py --engine build/b16 --input photos/ --out embeddings
+    python tools/embed.py --engine build/b16 --input "shards/train-{000..127}.tar" --out embeddings --format parquet
+    python tools/embed.py --engine build/b16 --input list.parquet --path-column file --keep-columns label \\
+        --out embeddings --format parquet --ray --workers 8 --address auto
+
+Writes part-*.safetensors or .parquet with keys, plain and adapted embeddings, and manifest.json when all are there
+(iosr_fast.embedding_files says what is in them; its read_embeddings reads the folder). The list of images is cut into
+chunks of fixed membership, and a part exists whole or not at all: a run that was stopped goes on when it is started
+again with the same options, and every image is embedded exactly once.
+
+With --ray the chunks are spread over workers, here or, with --address, on a cluster that is running. Its machines need
+this tree, the input, the engine and --out at the same paths (a shared folder), and one version of Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from iosr_fast._require import require
+from iosr_fast.embedding_files import DTYPES, FORMATS, Format
+from iosr_fast.files import MANIFEST, read_manifest
+from iosr_fast.preprocess import BadImageError
+from iosr_fast.runtimes import open_engine
+from tools.embedding import plan as plans
+from tools.embedding.cluster import Pool, run_on_ray
+from tools.embedding.inputs import check_apart, open_source
+from tools.embedding.items import Source
+from tools.embedding.local import run_chunks
+
+MAX_CHUNK = 65536  # keys of a part stand in one JSON header
+CLUSTER_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes (chunk to runtime), and what only decides who computes them."""
+
+    chunk: int
+    batch: int
+    format: Format
+    dtype: str
+    runtime: str
+    threads: int
+    skip_bad: bool
+    pool: Pool | None
+
+
+def say(told: str) -> None:
+    print(told, file=sys.stderr, flush=True)
+
+
+def find_engine(engine: str) -> Path:
+    """The folder; for "demo" that of the demo's engine, built once and kept."""
+    if engine != "demo":
+        return Path(engine)
+    from iosr_fast.offline.pretrained import open_pretrained
+
+    return open_pretrained("demo", None, "auto", "auto", "fp32", None).engine
+
+
+def embed(engine: Path, source: Source, out: Path, options: Options) -> dict[str, Any]:
+    """Compute the parts that are missing in `out`, write its manifest and return it."""
+    facts = read_manifest(engine, "engine", verify=False)
+    if options.pool is not None and options.runtime != "auto":
+        encoder, runtime = None, options.runtime  # this machine may have no GPU where its workers do
+    else:
+        encoder = open_engine(engine, options.runtime, threads=options.threads)
+        runtime = encoder.runtime
+    chunks = source.cut(options.chunk)
+    plan = plans.make_plan(
+        source,
+        chunks,
+        facts,
+        runtime,
+        chunk=options.chunk,
+        batch=options.batch,
+        dtype=options.dtype,
+        file_format=options.format,
+    )
+    with plans.locked(out):
+        plans.enter_plan(out, plan)
+        missing, errors = plans.missing_parts(out, plan, chunks, options.skip_bad, say)
+        if not missing and (out / MANIFEST).is_file():
+            say(f"all {len(chunks)} parts are there")
+            return read_manifest(out, plans.KIND)
+        say(f"{plan.images:,} images in {plan.chunks} parts, {len(chunks) - len(missing)} of them there already")
+        with progress(sum(len(chunk.items) for chunk in missing)) as advance:
+            if not missing:
+                found: Iterator[plans.Done] = iter(())
+            elif options.pool is None:
+                assert encoder is not None
+                found = run_chunks(encoder, plan, missing, out, options.threads, options.skip_bad, advance)
+            else:
+                found = run_on_ray(engine, plan, missing, out, options.pool, options.skip_bad)
+            for done in found:
+                plans.log_done(out, done)
+                errors += done.errors
+                if options.pool is not None:
+                    advance(done.images)
+        return plans.finish(out, plan, errors)
+
+
+class Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} images/s")
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with images/s and the time left, on stderr; gives what moves it on by so many images."""
+    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=60) as bar:
+        task = bar.add_task("embed", total=total)
+        yield lambda images: bar.advance(task, images)
+
+
+def check(options: Options) -> None:
+    """Raise ValueError for options that can't be, ImportError for packages they need; before any work."""
+    if not 1 <= options.chunk <= MAX_CHUNK:
+        raise ValueError(f"expected --chunk from 1 to {MAX_CHUNK}, got {options.chunk}")
+    if options.batch < 1 or options.threads < 1:
+        raise ValueError(f"expected --batch and --threads of at least 1, got {options.batch} and {options.threads}")
+    if options.format not in FORMATS:
+        raise ValueError(f"expected --format {' or '.join(FORMATS)}, got {options.format}")
+    if options.dtype not in DTYPES:
+        raise ValueError(f"expected --dtype {' or '.join(DTYPES)}, got {options.dtype}")
+    if options.format == "parquet":
+        require("pyarrow", "train")
+    if options.pool is not None:
+        if options.pool.workers < 1 or options.pool.gpus < 0:
+            raise ValueError(
+                f"expected --workers of at least 1 and --gpus of at least 0, got {options.pool.workers} and "
+                f"{options.pool.gpus}"
+            )
+        require("ray", "ray")
+
+
+def main(
+    engine: str = typer.Option(..., help="a folder of tools/build_engine.py, or 'demo'"),
+    given: str = typer.Option(..., "--input", help="a folder, .tar shards (folder, glob or braces) or .parquet"),
+    out: Path = typer.Option(..., help="the folder to write; one that this run began is finished"),
+    format: str = typer.Option("safetensors", help="safetensors or parquet"),
+    dtype: str = typer.Option("float32", help="float32 or float16"),
+    chunk: int = typer.Option(1024, help="images of a part"),
+    batch: int = typer.Option(64, help="images encoded at a time"),
+    kind: str = typer.Option("auto", help="folder, webdataset or parquet, where the input could be several"),
+    path_column: str = typer.Option("path", help="parquet: the column of paths, relative to the file's folder"),
+    keep_columns: str = typer.Option("", help="parquet to parquet: columns to carry over, separated by commas"),
+    image_field: str | None = typer.Option(None, help="webdataset: the member with the image, as in jpg"),
+    skip_bad: bool = typer.Option(False, "--skip-bad", help="go on after an unreadable image, and say why in its row"),
+    runtime: str = typer.Option("auto", help="auto, onnxruntime, tensorrt, tensorrt_rtx or torch"),
+    threads: int | None = typer.Option(None, help="cores of this process, or of each worker [all, on a cluster 4]"),
+    ray: bool = typer.Option(False, "--ray", help="spread the chunks over workers of Ray"),
+    workers: int | None = typer.Option(None, help="with --ray: how many [2]"),
+    gpus: float = typer.Option(0, help="with --ray: of each worker, or its share of one"),
+    address: str | None = typer.Option(None, help="with --ray: join this cluster ('auto': the one on this machine)"),
+) -> None:
+    started = time.perf_counter()
+    try:
+        if not ray and (workers is not None or address is not None or gpus):
+            raise ValueError("expected --ray with --workers, --gpus and --address")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 2 if workers is None else workers
+        if threads is None:
+            threads = cores if not ray else CLUSTER_THREADS if address else max(1, cores // max(1, workers))
+        pool = Pool(workers, threads, gpus, address) if ray else None
+        options = Options(chunk, batch, cast(Format, format), dtype, runtime, threads, skip_bad, pool)
+        check(options)
+        kept = [name for name in keep_columns.split(",") if name]
+        if kept and format != "parquet":
+            raise ValueError("expected --format parquet with --keep-columns: safetensors holds numbers only")
+        check_apart(given, out)
+        plans.check_folder(out)
+        source = open_source(given, kind, path_column=path_column, keep_columns=kept, image_field=image_field)
+        if (faults := source.faults()) and not skip_bad:
+            raise ValueError(
+                f"{len(faults)} of {len(source.items)} images can't be had, the first is {faults[0].key}: "
+                f"{faults[0].fault}; mend the input, or give --skip-bad"
+            )
+        manifest = embed(find_engine(engine), source, out, options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        more = "; the parts written so far are kept. Mend it and start again, or give --skip-bad"
+        say(f"error: {error}{more if isinstance(error, BadImageError) else ''}")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        say(f"stopped; start again with the same options to go on in {out}")
+        raise typer.Exit(130) from None
+    print(
+        f"{manifest['embedded']:,} of {manifest['images']:,} images in {len(manifest['parts'])} parts in {out}, after "
+        f"{time.perf_counter() - started:.0f} s" + (f"; {manifest['errors']:,} unread" if manifest["errors"] else "")
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

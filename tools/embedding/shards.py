@@ -1,0 +1,119 @@
+"""WebDataset shards: where each sample's image lies in its tar file, so that a chunk reads its own bytes and no others.
+
+Only the tar headers are read for this, so shards must be plain tar files on a file system (not compressed, not behind a
+URL). Patterns are expanded and members grouped into samples by the webdataset library itself.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from iosr_fast._require import require
+from iosr_fast.preprocess import IMAGE_SUFFIXES
+from tools.embedding.items import Item, Source, check_keys, stamp_of, walk
+
+EXTRA = "train"  # brings webdataset
+READERS = 8  # shards indexed at a time: reading headers is waiting for the disk
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
+_FIELDS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+
+
+def shard_source(given: str, field: str | None = None) -> Source:
+    """Every sample of a folder, glob or brace pattern of .tar shards, in the order in which it lies there.
+
+    Keys are "shard#sample", the shard named from the folder that holds all. `field` names the member with the image
+    ("jpg"), needed where samples have several. A sample without an image is an item with a fault, not left out.
+    Raises FileNotFoundError for a missing shard, ValueError for a damaged or compressed one or a doubtful sample.
+    """
+    shards = find_shards(given)
+    top = (
+        Path(os.path.abspath(given))
+        if Path(given).is_dir()
+        else Path(os.path.commonpath([path.parent for path in shards]))
+    )
+    names = [path.relative_to(top).as_posix() for path in shards]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda path, name: index_shard(path, name, field), shards, names))
+    items: list[Item] = []
+    starts: list[int] = []
+    for samples in found:
+        starts.append(len(items))
+        items += samples
+    if not items:
+        raise ValueError(f"expected samples in the shards of {given}, found none in {len(shards)} shards")
+    check_keys(items, given)
+    return Source({"kind": "webdataset", "path": str(top), "field": field}, items, tuple(starts))
+
+
+def find_shards(given: str) -> list[Path]:
+    """The .tar files of a folder (and below), of a glob, or of a brace pattern like "train-{000..127}.tar", sorted."""
+    if "://" in given or given.startswith("pipe:"):
+        raise ValueError(f"expected shards on a file system, got {given}; mount the store or fetch the shards first")
+    if Path(given).is_dir():
+        paths = [Path(path) for path, _ in walk(Path(given)) if path.endswith(".tar")]
+    elif Path(given).is_file():
+        paths = [Path(given)]
+    else:
+        expand = require("webdataset.shardlists", EXTRA).expand_urls
+        paths = []
+        for pattern in expand(given):
+            matches = [Path(path) for path in glob.glob(pattern, recursive=True)]
+            if not matches:
+                raise FileNotFoundError(f"expected shards at {pattern} (of {given}), found none")
+            paths += matches
+    if not paths:
+        raise FileNotFoundError(f"expected shards ending in .tar in {given}, found none")
+    # Links stay as they are: what they point to may be named otherwise.
+    return sorted({Path(os.path.abspath(path)) for path in paths})
+
+
+def index_shard(path: Path, name: str, field: str | None = None) -> list[Item]:
+    """The samples of one shard as items that say where in the file the image lies. Reads headers, not contents."""
+    group = require("webdataset.tariterators", EXTRA).group_by_keys
+    stamp = stamp_of(path.stat())
+    try:
+        with tarfile.open(path, "r:") as tar:
+            samples = list(group(_members(tar, str(path))))
+            _check_end(tar)
+    except tarfile.ReadError as error:
+        raise ValueError(
+            f"expected a whole, uncompressed tar file at {path}: {error}; fetch or make it again"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"expected every member once in the shard {path}: {error.args[0]}") from error
+    return [_item(sample, path, name, stamp, field) for sample in samples]
+
+
+def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
+    for member in tar:
+        if member.isreg() and not _META.match(member.name):
+            yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": url}
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes whatever is no header for the end of the archive; only a block of zeros is one."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it is cut off or damaged at byte {tar.offset}")
+
+
+def _item(sample: dict[str, Any], path: Path, name: str, stamp: str, field: str | None) -> Item:
+    key = f"{name}#{sample['__key__']}"
+    field = None if field is None else field.lower().removeprefix(".")  # as the library gives them
+    images = [field] if field in sample else [] if field is not None else sorted(_FIELDS & set(sample))
+    if len(images) > 1:
+        raise ValueError(f"expected one image a sample, got {images} in {key}; choose one with --image-field")
+    if not images:
+        held = sorted(name for name in sample if not name.startswith("__"))
+        wanted = f"no {field}" if field is not None else "no image"
+        return Item(key, str(path), stamp, fault=f"the sample has {wanted} among {held}")
+    offset, size = sample[images[0]]
+    return Item(key, str(path), f"{stamp}-{offset}-{size}", offset, size)

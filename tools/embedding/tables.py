@@ -1,0 +1,71 @@
+"""Parquet files with a column of image paths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from iosr_fast._require import require
+from iosr_fast.embedding_files import check_names
+from tools.embedding.items import Item, Source, check_keys, stamp_of, walk
+
+EXTRA = "train"  # brings pyarrow
+READERS = 16  # files looked up at a time: on a network file system each waits
+
+
+def table_source(given: Path, path_column: str = "path", keep_columns: Sequence[str] = ()) -> Source:
+    """The images that a Parquet file, or every .parquet below a folder, lists; sorted by path, each listed once.
+
+    Relative paths count from the Parquet file's folder (from `given` where it is a folder). `keep_columns` go with
+    their rows into the output. A path without a file is an item with a fault. Raises ValueError for a missing column,
+    an empty or repeated path, or files whose columns differ.
+    """
+    pa, pq = require("pyarrow", EXTRA), require("pyarrow.parquet", EXTRA)
+    check_names(keep_columns)
+    folder = given if given.is_dir() else given.parent
+    files = sorted(path for path, _ in walk(given) if path.endswith(".parquet")) if given.is_dir() else [str(given)]
+    if not files:
+        raise FileNotFoundError(f"expected files ending in .parquet in {given}, found none")
+    wanted = list(dict.fromkeys([path_column, *keep_columns]))
+    tables = []
+    for file in files:
+        try:
+            held = pq.read_schema(file).names
+            if missing := [name for name in wanted if name not in held]:
+                raise ValueError(f"expected columns {missing} in {file}, found {held}; --path-column names the paths'")
+            tables.append(pq.read_table(file, columns=wanted, partitioning=None).replace_schema_metadata(None))
+        except pa.ArrowException as error:
+            raise ValueError(f"expected a Parquet file at {file}: {error}") from error
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"expected the same types of {wanted} in every file of {given}: {error}") from error
+    column = table[path_column]
+    if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
+        raise ValueError(f"expected strings in the column {path_column} of {given}, got {column.type}")
+    if column.null_count or pa.compute.any(pa.compute.equal(column, "")).as_py():
+        raise ValueError(f"expected a path in every row of the column {path_column} of {given}, got empty ones")
+    if table.num_rows == 0:
+        raise ValueError(f"expected rows in {given}, found none")
+    table = table.sort_by(path_column)
+    with ThreadPoolExecutor(READERS) as pool:
+        items = list(pool.map(lambda key: _item(key, folder), table[path_column].to_pylist()))
+    check_keys(items, f"the column {path_column} of {given}")
+    described = {
+        "kind": "parquet",
+        "path": str(given),
+        "path_column": path_column,
+        "keep_columns": list(keep_columns),
+    }
+    return Source(described, items, rows=table.select(list(keep_columns)) if keep_columns else None)
+
+
+def _item(key: str, folder: Path) -> Item:
+    path = os.path.join(folder, key)  # an absolute key stays as it is
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return Item(key, path, "", fault="no such file" if isinstance(error, FileNotFoundError) else str(error))
+    return Item(key, path, stamp_of(status)) if os.path.isfile(path) else Item(key, path, "", fault="it is no file")
