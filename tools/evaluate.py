@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shots", nargs="+", type=int, help="[all that the file has; of the demo 1 2 4]")
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="draws of the demo's support sets [3]")
     made.add_argument("--shift", action="store_true", help="demo: support from some styles, queries from the others")
+    made.add_argument("--adapter", type=Path, metavar="FILE", help="for the demo, in place of the shipped one")
     made.add_argument(
         "--tune",
         choices=["validation", "loo", "loo-single"],
@@ -59,13 +60,20 @@ def parser() -> argparse.ArgumentParser:
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError where options don't go together; before any work."""
     sweep = options.first_adapted_block is not None
-    demo_only = {"--shift": options.shift, "--first-adapted-block": sweep, "--adapters": options.adapters is not None}
+    demo_only = {
+        "--shift": options.shift,
+        "--first-adapted-block": sweep,
+        "--adapters": options.adapters is not None,
+        "--adapter": options.adapter is not None,
+    }
     if options.features is not None and any(demo_only.values()):
         raise ValueError(f"expected --data demo with {', '.join(name for name, on in demo_only.items() if on)}")
     if sweep != (options.adapters is not None):
         raise ValueError("expected --first-adapted-block and --adapters DIR together")
-    if sweep and (options.csv or options.markdown or options.shift):
-        raise ValueError("expected none of --csv, --markdown and --shift with --first-adapted-block; use --json")
+    if sweep and (options.csv or options.markdown or options.shift or options.adapter):
+        raise ValueError(
+            "expected none of --csv, --markdown, --shift and --adapter with --first-adapted-block; use --json"
+        )
     if options.seeds < 1 or options.repeats < 1:
         raise ValueError(f"expected --seeds and --repeats of at least 1, got {options.seeds} and {options.repeats}")
     for path in (options.json, options.csv, options.markdown):
@@ -93,7 +101,7 @@ def sources_of(options: argparse.Namespace) -> list[Any]:
     shots, seeds = tuple(dict.fromkeys(options.shots or DEMO_SHOTS)), range(options.seeds)
     demo.check_shots(shots)
     say("encoding the demo's held-out concepts")
-    encoded, styles = demo.encode_test()
+    encoded, styles = demo.encode_test(options.adapter or "auto")
     return (
         list(demo.shifted(encoded, styles, shots, seeds)) if options.shift else [demo.in_domain(encoded, shots, seeds)]
     )
