@@ -87,6 +87,29 @@ def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
     assert done.returncode == 2 and "found no folder" in done.stderr.replace("\n", " ").replace("│ ", "")
 
 
+def test_another_adapter_is_evaluated_on_the_demo(tmp_path: Path) -> None:
+    """One that changes nothing: adapted and plain embeddings are the same."""
+    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    from iosr_fast.offline.adapter import init_adapter, save_adapter
+    from iosr_fast.offline.clip import load_clip
+
+    adapter = init_adapter(load_clip("demo"), 4, 8)
+    save_adapter(adapter, tmp_path / "fresh.safetensors")
+    rows_file = tmp_path / "rows.json"
+    words = ("--methods", "tip-adapter", "tip-adapter++", "--reducers", "none", "--shots", "2", "--seeds", "1")
+    done = run(
+        "tools/evaluate.py",
+        *("--data", "demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(rows_file.read_text())
+    assert {row["adapter"] for row in rows} == {"fresh.safetensors"}
+    plain, adapted = (row["mean"] for row in rows if row["bench"] == "accuracy")
+    assert plain == adapted
+    done = run("tools/evaluate.py", "--data", "demo", "--adapter", str(tmp_path / "none.safetensors"))
+    assert done.returncode == 2 and "no adapter at" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_whole_demo_briefly(tmp_path: Path) -> None:
     """With one epoch instead of many: every step runs and the report has what it promises."""

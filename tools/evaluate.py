@@ -142,6 +142,8 @@ def evaluate_methods(options: argparse.Namespace) -> Evaluated:
             plots.plot_robustness(found[0][1], found[1][1], folder / "robustness.png", "demo, shift of styles")
 
     common = table.facts(() if options.features is not None else PACKAGES[:2])
+    if options.adapter is not None:
+        common["adapter"] = options.adapter.name
     return [{**row, **common} for row in (*(result.row() for result in results), *overlap)], draw
 
 
