@@ -83,6 +83,8 @@ def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in training.iterdir()) == ["epochs.csv", "steps.csv"], "checkpoints go"
     done = run(*words, "--first-adapted-block", "9")
     assert done.returncode == 2 and "0..5" in done.stderr and "Traceback" not in done.stderr
+    done = run("tools/train_adapter.py", "--out", str(tmp_path))
+    assert done.returncode == 2 and "got the folder" in " ".join(done.stderr.replace("│", " ").split())
     done = run("tools/train_adapter.py", "--data", str(tmp_path / "nowhere"), "--out", str(out))
     assert done.returncode == 2 and "found no folder" in done.stderr.replace("\n", " ").replace("│ ", "")
 

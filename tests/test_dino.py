@@ -68,6 +68,14 @@ def test_loss_and_centre_equal_their_formulas(clip: LoadedClip) -> None:
     np.testing.assert_allclose(dino.center.numpy(), 0.9 * centre + 0.1 * teacher.mean(0), rtol=1e-4, atol=1e-6)
 
 
+def test_pictures_of_weight_zero_count_for_nothing(clip: LoadedClip) -> None:
+    dino = build(clip)
+    stems = [dino.encoder.stem(torch.randn(2 * n, 3, size, size)) for n, size in ((2, 64), (3, 32))]
+    with torch.no_grad():
+        loss, agreement = dino(stems, torch.zeros(2, dtype=torch.int64), 0.0)
+    assert loss.item() == agreement.item() == 0 and not dino._outputs.any()
+
+
 def test_the_teacher_is_a_moving_average_whose_momentum_rises_to_one(clip: LoadedClip) -> None:
     dino = build(clip, DinoConfig(out_dim=24, hidden=16, head_bottleneck=8, momentum=0.9))
     dino._outputs[-1] = 1.0

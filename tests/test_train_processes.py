@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,12 +55,17 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
     assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
 
 
-def kill_a_worker(process: subprocess.Popen[bytes], steps: Path, lines: int) -> None:
-    """SIGKILL one of the two processes once steps.csv has this many lines; torchrun ends the other."""
+def wait_for(process: subprocess.Popen[bytes], steps: Path, lines: int) -> None:
+    """Until steps.csv has this many lines."""
     deadline = time.monotonic() + 120
     while not steps.is_file() or len(steps.read_bytes().splitlines()) < lines:
         assert process.poll() is None and time.monotonic() < deadline, "the training ended, or never began"
         time.sleep(0.005)
+
+
+def kill_a_worker(process: subprocess.Popen[bytes], steps: Path, lines: int) -> None:
+    """SIGKILL one of the two processes once steps.csv has this many lines; torchrun ends the other."""
+    wait_for(process, steps, lines)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert process.wait(timeout=120) != 0
@@ -87,6 +93,24 @@ def test_two_processes_killed_and_resumed_end_as_two_that_were_not(
     assert (training / "steps.csv").read_text() == plain_steps, "the log as well"
     told = log.read_text()
     assert "2 processes on cpu" in told and "linear probe" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_two_processes_asked_to_stop_save_the_same_step(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    log, out = tmp_path / "log.txt", tmp_path / "adapter.safetensors"
+    process = start(folder, out, "supervised", log)
+    training = tmp_path / "adapter.safetensors.training"
+    wait_for(process, training / "steps.csv", 4)
+    process.send_signal(number)
+    assert process.wait(timeout=120) != 0
+    told = log.read_text()
+    found = re.search(r"stopped after step (\d+) of (\d+)", told)
+    assert found is not None, told[-3000:]
+    step = int(found[1])
+    assert 3 <= step < int(found[2])
+    assert (training / "checkpoints" / f"step-{step:09d}").is_dir()
+    assert len((training / "steps.csv").read_text().splitlines()) == 1 + step
 
 
 @pytest.mark.slow

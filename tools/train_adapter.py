@@ -82,6 +82,7 @@ def main(
 ) -> None:
     demo, dino = data == "demo", objective is Goal.dino
     try:
+        check_out(out)
         clip = load_clip(model, pretrained)
         adapter = init_adapter(
             clip,
@@ -126,6 +127,15 @@ def main(
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     run(out, clip, adapter, config, found, fabric, checkpoint_every, tensorboard)
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError or OSError where the adapter couldn't be written once it is trained."""
+    if out.is_dir():
+        raise ValueError(f"expected --out as the file to write, got the folder {out}; add a name to it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"expected a folder to write {out.name} to, got {out.parent}, which can't be written to")
 
 
 def run(

@@ -81,17 +81,19 @@ class Dino(nn.Module):
             made.append(torch.cat([local(images) for _ in range(self.config.local_crops)]))
         return made
 
-    def forward(self, stems: Sequence[Stem], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, stems: Sequence[Stem], labels: torch.Tensor, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             teacher = self.teacher_head(self.encoder.tail(self.teacher, *stems[0])).float()
-            self._outputs.add_(torch.cat([teacher.sum(0), teacher.new_tensor([len(teacher)])]))
+            self._outputs.add_(weight * torch.cat([teacher.sum(0), teacher.new_tensor([len(teacher)])]))
             targets = F.softmax((teacher - self.center) / self.temperature, dim=-1).chunk(GLOBAL)
         features = torch.cat([self.encoder.tail(self.student, *stem) for stem in stems])
         student = self.student_head(features).float() / self.config.student_temperature
         logs = F.log_softmax(student, dim=-1).reshape(GLOBAL + self.config.local_crops, len(labels), -1)
         terms = [-(target * logs[v]).sum() for g, target in enumerate(targets) for v in range(len(logs)) if v != g]
         agreement = (targets[0].argmax(1) == logs[1].argmax(1)).sum()
-        return torch.stack(terms).sum() / len(terms), agreement
+        return weight * torch.stack(terms).sum() / len(terms), weight * agreement
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weights, and biases, which are not decayed."""

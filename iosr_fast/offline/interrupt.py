@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM asked for once are waited for until the step at hand is done; asked for twice they act at once."""
+"""SIGINT and SIGTERM wait until the step at hand is done and saved; a second SIGINT (Ctrl-C again) acts at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.asked = self.everywhere = False
+        self.asked = self.everywhere = self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -33,6 +33,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        # Ctrl-C reaches the processes of torchrun twice, as SIGINT from the terminal and as SIGTERM from torchrun.
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.asked = True

@@ -21,7 +21,8 @@ class Objective(Protocol):
     """What the training loop needs of an objective, which is an nn.Module as well.
 
     `views` makes of pictures (B, 3, S, S) in [0, 1] the batches that go through the frozen stem. Called on the stem's
-    outputs it gives the sum of the losses over the B pictures, and how many of them `metric` counts as right.
+    outputs it gives the sum of the losses over the B pictures, and how many of them `metric` counts as right, both
+    times `weight`: 0 for pictures that only keep a process in step with the others.
     `result` is the adapter that the training is for.
     """
 
@@ -54,9 +55,11 @@ class Supervised(nn.Module):
     def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]:
         return [images if drawn is None else augment_batch(images, drawn)]
 
-    def forward(self, stems: Sequence[Stem], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, stems: Sequence[Stem], labels: torch.Tensor, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.head(self.encoder.tail(self.adapter, *stems[0]))
-        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
+        return weight * F.cross_entropy(logits, labels, reduction="sum"), weight * (logits.argmax(1) == labels).sum()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": [*self.adapter.parameters(), *self.head.parameters()]}]

@@ -204,10 +204,10 @@ class _Training:
             # Dropout is a function of where training is, not of where it was resumed.
             torch.manual_seed(hash_seed(self.config.seed, self.done, self.fabric.global_rank, micro))
             with self.fabric.no_backward_sync(self.module) if world > 1 and not part.last else nullcontext():
-                loss, right = self.module(stems, labels)
-                self.fabric.backward(loss * (part.weight * world / part.step_pictures))
-            sums[0] += part.weight * loss.detach() / part.step_pictures
-            sums[1] += part.weight * right / part.step_pictures
+                loss, right = self.module(stems, labels, part.weight)
+                self.fabric.backward(loss * (world / part.step_pictures))
+            sums[0] += loss.detach() / part.step_pictures
+            sums[1] += right / part.step_pictures
             micro += 1
             if not part.last:
                 continue
