@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# As tempfile names what is written beside `NAME`: .NAME.xxxxxxxx
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 
 def sha256(path: Path) -> str:
@@ -47,6 +51,22 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_leftovers(folder: Path, older_than_s: float = 3600.0) -> list[Path]:
+    """Remove what killed processes left half written in `folder`: hidden temporary files and folders, and not new ones.
+
+    Those younger than `older_than_s` may be in work and stay, as does a folder that `new_folder` was about to replace:
+    it may be the only copy. Returns what was removed.
+    """
+    removed = []
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        with suppress(OSError):  # another process may have removed it, or renamed it into its place
+            old = time.time() - path.stat().st_mtime > older_than_s
+            if old and _TEMPORARY.fullmatch(path.name) and ".old." not in path.name:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed.append(path)
+    return removed
 
 
 def _sync(folder: Path) -> None:

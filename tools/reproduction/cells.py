@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.files import remove_leftovers
 from iosr_fast.tune import Tuned
 from tools.evaluation.accuracy import Draw, finite
 
@@ -47,6 +48,7 @@ class Cells:
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.tell = folder, tell
+        remove_leftovers(folder)
 
     def path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.key[:32]}.json"

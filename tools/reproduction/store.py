@@ -19,7 +19,7 @@ import numpy as np
 
 from iosr_fast.cache import encode_support
 from iosr_fast.encoder import Embeddings
-from iosr_fast.files import new_folder, read_manifest, write_manifest
+from iosr_fast.files import new_folder, read_manifest, remove_leftovers, write_manifest
 from iosr_fast.info import usable_threads
 from iosr_fast.preprocess import BadImageError, resize_and_crop
 from tools.reproduction.models import Model
@@ -78,6 +78,7 @@ class Store:
         encoded: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.folder, self.model, self.tell, self.encoded = folder, model, tell, encoded
+        remove_leftovers(folder)
         self._held: dict[str, Embeddings] = {}
 
     def keys(self, wanted: Wanted) -> list[str]:
