@@ -16,8 +16,6 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-# As tempfile names what is written beside `NAME`: .NAME.xxxxxxxx
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
 
 
 def sha256(path: Path) -> str:
@@ -53,26 +51,32 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise
 
 
-def remove_leftovers(folder: Path, older_than_s: float = 3600.0) -> list[Path]:
+def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+") -> list[Path]:
     """Remove what killed processes left half written in `folder`: hidden temporary files and folders, and not new ones.
 
     Those younger than `older_than_s` may be in work and stay, as does a folder that `new_folder` was about to replace:
-    it may be the only copy. Returns what was removed.
+    it may be the only copy. `of` is a regular expression of the names that they were to get: where the folder may be
+    somebody's, it keeps their hidden files out of this. Returns what was removed.
     """
     removed = []
+    temporary = re.compile(rf"\.(?:{of})\.[a-z0-9_]{{8}}")  # tempfile's names for what is to become `of`
     for path in folder.glob(".*") if folder.is_dir() else ():
         with suppress(OSError):  # another process may have removed it, or renamed it into its place
             old = time.time() - path.stat().st_mtime > older_than_s
-            if old and _TEMPORARY.fullmatch(path.name) and ".old." not in path.name:
+            if old and temporary.fullmatch(path.name) and ".old." not in path.name:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path)
     return removed
 
 
 def _sync(folder: Path) -> None:
-    """Have all that lies in `folder` reach the disk before the folder gets its name: a power cut leaves no half."""
+    """Have all that lies in `folder` reach the disk before the folder gets its name: a power cut leaves no half.
+
+    Files get the mode that goes with the folder's: safetensors writes for the owner's eyes only.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _sync_entry(folder)

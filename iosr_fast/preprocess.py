@@ -29,6 +29,10 @@ class BadImageError(ValueError):
         self.where = f"number {position}" if path is None else str(path)
         super().__init__(f"can't read image {self.where}: {reason}")
 
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[Path | None, int, str]]:
+        """So that one raised in a worker process arrives as it was: an exception is pickled by its message alone."""
+        return BadImageError, (self.path, self.position, self.reason)
+
     def moved(self, offset: int) -> BadImageError:
         """The same error where the image's position counts from `offset`."""
         return BadImageError(self.path, self.position + offset, self.reason)

@@ -85,6 +85,7 @@ def test_gradients_equal_those_of_the_literal_pass(clip: LoadedClip) -> None:
 def test_file_round_trip(clip: LoadedClip, tmp_path: Path) -> None:
     adapter = random_adapter(clip, 4)
     save_adapter(adapter, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
     loaded = load_adapter(tmp_path / "a.safetensors")
     assert loaded.config == adapter.config and loaded.fingerprint() == adapter.fingerprint()
     torch.testing.assert_close(weights(loaded), weights(adapter), atol=0, rtol=0)

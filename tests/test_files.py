@@ -41,6 +41,13 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (target / "content").read_text() == "three" and os.listdir(tmp_path) == ["thing"]
 
 
+def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "thing") as made:
+        (made / "content").touch(0o600)
+    assert (tmp_path / "thing").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "thing" / "content").stat().st_mode & 0o777 == 0o644
+
+
 def test_what_a_kill_leaves_is_removed_once_it_is_old(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path)
     assert killed.returncode == -9

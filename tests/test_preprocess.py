@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +105,9 @@ def test_folders(rng: np.random.Generator, tmp_path: Path) -> None:
     paths, names, classes = list_folder(tmp_path)
     assert [path.name for path in paths] == ["y.png", "x.PNG"]
     assert names == ["cat", "dog"] and classes == ["cat", "dog"]
+
+
+def test_a_bad_image_is_told_across_processes(tmp_path: Path) -> None:
+    error = BadImageError(tmp_path / "a.jpg", 3, "no such file")
+    again = copy.copy(error)  # by __reduce__, as it passes from one process to another
+    assert (again.path, again.position, again.reason, str(again)) == (error.path, 3, "no such file", str(error))

@@ -27,6 +27,9 @@ def main(
     min_confidence: float = typer.Option(1.0, help="1: labels verified by people only"),
     seed: int = typer.Option(0),
 ) -> None:
+    for file in (out, download_list):
+        if file is not None and file.is_dir():
+            raise typer.BadParameter(f"expected a file to write to, got the folder {file}")
     try:
         subset = balanced_subset(classes, labels, images_a_class, seed, min_confidence, images)
     except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ def check_numbers(options: argparse.Namespace, problems: Sequence[Problem]) -> N
 
 def check_out(out: Path, facts: dict[str, Any]) -> None:
     """Make `out` this run's. Raises FileExistsError for a folder of other things, ValueError for one of another run."""
+    from iosr_fast.files import remove_leftovers
     from tools.reproduction.cells import write_json
 
     held = out / RUN
@@ -113,10 +115,12 @@ def check_out(out: Path, facts: dict[str, Any]) -> None:
         ]
         if differs:
             raise ValueError(f"{out} is of another run: {'; '.join(differs)}. Choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # A run that was killed at its very beginning leaves its hidden file only.
+    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(f".{RUN}.") for path in out.iterdir())):
         raise FileExistsError(f"{out} exists and holds other things than a run's; choose another --out")
     else:
         write_json(held, facts)
+    remove_leftovers(out, of=re.escape(RUN))
 
 
 def say(told: str) -> None:

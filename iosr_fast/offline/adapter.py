@@ -143,6 +143,7 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
     state = {key: value.half().contiguous() for key, value in adapter.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
     save_file(state, temporary, metadata={"iosr_fast_adapter": json.dumps(asdict(adapter.config))})
+    temporary.chmod(0o644)  # safetensors writes for the owner's eyes only
     temporary.replace(path)
 
 

@@ -155,5 +155,5 @@ def load_pixels(item: Item, size: int) -> np.ndarray | BadImageError:
             return resize_and_crop(opened.convert("RGB"), size)
     except UnidentifiedImageError:
         return BadImageError(where, 0, "it is not an image of a known format, or it is damaged")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder raises: of a damaged TIFF that may be a TypeError
         return BadImageError(where, 0, str(error))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -121,16 +122,27 @@ def locked(out: Path) -> Iterator[None]:
     """Keep a second run out of the folder while this one lives; the system lets go of it whatever this one dies of."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("w") as file:
+        mine = os.fstat(file.fileno())
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FileExistsError(f"another run is writing to {out}; wait for it or choose another folder") from error
         except OSError:
             pass  # a file system without locks: two runs would do the same work twice, and write the same files
+        if not _is(out / LOCK, mine):  # a run that just ended took it away, and one that begins may have put another
+            raise FileExistsError(f"another run has just finished in {out}; start again")
         try:
             yield
         finally:
-            (out / LOCK).unlink(missing_ok=True)
+            if _is(out / LOCK, mine):  # `finish` removes it, and then it may be the next run's
+                (out / LOCK).unlink()
+
+
+def _is(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), status)
+    except FileNotFoundError:
+        return False
 
 
 def enter_plan(out: Path, plan: Plan) -> None:

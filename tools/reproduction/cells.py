@@ -48,7 +48,7 @@ class Cells:
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.tell = folder, tell
-        remove_leftovers(folder)
+        remove_leftovers(folder, of=r"[0-9a-f]{32}\.json")
 
     def path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.key[:32]}.json"

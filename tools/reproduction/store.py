@@ -78,7 +78,7 @@ class Store:
         encoded: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.folder, self.model, self.tell, self.encoded = folder, model, tell, encoded
-        remove_leftovers(folder)
+        remove_leftovers(folder, of=".+-[0-9a-f]{32}")  # --embeddings may be any folder
         self._held: dict[str, Embeddings] = {}
 
     def keys(self, wanted: Wanted) -> list[str]:

@@ -70,6 +70,8 @@ def balanced_subset(
     """
     if images_a_class < 1:
         raise ValueError(f"expected at least one image a class, got {images_a_class}")
+    if not 0 < min_confidence <= 1:  # labels of confidence 0 say that something is not in the image
+        raise ValueError(f"expected min_confidence above 0 and up to 1, got {min_confidence}")
     paths = [Path(path) for path in label_csvs]
     for path in [Path(class_csv), *paths]:
         if not path.is_file():
@@ -134,9 +136,11 @@ def _check_label_csv(path: Path) -> int:
         header = next(csv.reader(file), [])
     if missing := [name for name in LABEL_COLUMNS if name not in header]:
         raise ValueError(f"expected the columns ImageID,Source,LabelName,Confidence in {path}, missing: {missing}")
-    found = [i for i, split in enumerate(SPLITS) if split in path.name.lower()]
+    # V7's are called oidv7-train-..., oidv7-val-... and oidv7-test-..., older ones validation-annotations-... .
+    words = re.split("[^a-z]+", path.name.lower())
+    found = [i for i, split in enumerate(SPLITS) if split in words or (split == "validation" and "val" in words)]
     if len(found) != 1:
-        raise ValueError(f"expected one of {', '.join(SPLITS)} in the name of {path}, as the official files have")
+        raise ValueError(f"expected one of {', '.join(SPLITS)} in the name of {path} as a word, as the official files have")
     return found[0]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from iosr_fast.offline.data._files import digest
+from iosr_fast.offline.data.evaluation_files import read_lines
 from iosr_fast.offline.data.shard_index import Shard, find_shards, index_shards, read_samples
 from iosr_fast.offline.data.sources import to_tensor
 from iosr_fast.preprocess import BadImageError
@@ -112,7 +113,7 @@ class ShardPictures:
                 return to_tensor(opened, self.size)
         except UnidentifiedImageError:
             reason = "it is not an image of a known format, or it is damaged"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # whatever a decoder raises
             reason = str(error)
         shard, position = self._place(row)
         name = f"{shard.keys[position]}.{shard.images[position]}"
@@ -171,11 +172,15 @@ def _without_repeats(rows: list[int]) -> Iterator[list[int]]:
 
 
 def _names_beside(shards: list[Shard]) -> list[str] | None:
-    for folder in {shard.path.parent for shard in shards}:
-        file = folder / "classes.txt"
-        if file.is_file():
-            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return None
+    files = [folder / "classes.txt" for folder in dict.fromkeys(shard.path.parent for shard in shards)]
+    found = {file: read_lines(file) for file in files if file.is_file()}
+    for file, names in found.items():
+        if names != (first := next(iter(found.values()))):
+            raise ValueError(
+                f"expected the same classes beside all shards, got others ({len(names)}) in {file} than in "
+                f"{next(iter(found))} ({len(first)}); give class_names, or make the files agree"
+            )
+    return next(iter(found.values()), None)
 
 
 def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], torch.Tensor]:
