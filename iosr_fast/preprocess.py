@@ -51,7 +51,7 @@ def open_image(source: Any, position: int = 0) -> Image:
                 return opened.convert("RGB")
         except UnidentifiedImageError as error:
             raise BadImageError(path, position, "it is not an image of a known format, or it is damaged") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged files make decoders raise all sorts
             raise BadImageError(path, position, str(error)) from error
     if isinstance(source, Image.Image):
         return source.convert("RGB")

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from iosr_fast.offline.data.datasets_page import page  # noqa: E402
 from iosr_fast.offline.data.evaluation_sets import check, describe, names, open_evaluation_set  # noqa: E402
 from iosr_fast.offline.data.templates import IMAGENET_SEVEN, PHOTO, one_prompt, templates_for  # noqa: E402
 from iosr_fast.preprocess import BadImageError  # noqa: E402
-from tests.test_data_layouts import aircraft, coop, cub, dogs, dtd, imagenet, in_folder, put_text, shift, ucf  # noqa: E402
+from tests.test_data_layouts import aircraft, coop, cub, dogs, dtd, imagenet, in_folder, plantdoc, put_text, shift, ucf  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EUROSAT = coop("eurosat", ("AnnualCrop", "Annual Crop Land", ""), ("Highway", "Highway or Road", ""))
@@ -179,3 +180,24 @@ def test_heavy_packages_are_imported_where_they_are_used(tmp_path: Path) -> None
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "moved", "to"),
+    [
+        ("imagenet", imagenet, "imagenet/images/val", "imagenet/val"),
+        ("plantdoc", plantdoc, "plantdoc/PlantDoc-Dataset/test", "plantdoc/test"),
+    ],
+)
+def test_train_and_test_need_not_lie_side_by_side(
+    tmp_path: Path, name: str, make: Callable[[Path], object], moved: str, to: str
+) -> None:
+    make(tmp_path)
+    before = open_evaluation_set(name, tmp_path).splits
+    pixels = {split: before[split].image(0).tobytes() for split in ("train", "test")}
+    (tmp_path / moved).rename(tmp_path / to)
+    after = open_evaluation_set(name, tmp_path).splits
+    for split in ("train", "test"):
+        assert after[split].labels.tolist() == before[split].labels.tolist()
+        assert [Path(key).name for key in after[split].keys] == [Path(key).name for key in before[split].keys]
+        assert after[split].image(0).tobytes() == pixels[split]

@@ -93,7 +93,16 @@ def test_the_subset_is_a_function_of_the_seed(class_csv: Path, label_csvs: list[
 def test_confidence_and_the_folder_decide_which_images_count(
     class_csv: Path, label_csvs: list[Path], tmp_path: Path
 ) -> None:
-    assert balanced_subset(class_csv, label_csvs, 13, 0, min_confidence=0.0).left_out == {"Tortoise": 5}
+    unsure = write_labels(tmp_path / "train-machine.csv", [(image_id(i), BANANA, "0.6") for i in range(50, 60)])
+    files = [*label_csvs, unsure]
+    assert balanced_subset(class_csv, files, 13, 0, min_confidence=0.6).left_out == {"Tortoise": 5}
+    assert balanced_subset(class_csv, files, 13, 0, min_confidence=0.7).left_out == {
+        "Plantain/Banana": 3,
+        "Tortoise": 5,
+    }
+    for wrong in (0.0, 1.5):  # 0: what people verified not to be there
+        with pytest.raises(ValueError, match=f"min_confidence above 0 and up to 1, got {wrong}"):
+            balanced_subset(class_csv, files, 13, 0, min_confidence=wrong)
     (tmp_path / "images" / "train").mkdir(parents=True)
     for i in range(8, 40):
         (tmp_path / "images" / ("train" if i % 2 else "") / f"{image_id(i)}.jpg").touch()
@@ -101,6 +110,21 @@ def test_confidence_and_the_folder_decide_which_images_count(
     subset = balanced_subset(class_csv, label_csvs, 4, 0, images=tmp_path / "images")
     assert set(subset.image_ids) <= {image_id(i) for i in range(8, 40)} and len(subset.image_ids) == 8
     assert subset.left_out == {"Plantain/Banana": 0, "Tortoise": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("oidv7-train-annotations-human-imagelabels.csv", "train"),
+        ("oidv7-val-annotations-human-imagelabels.csv", "validation"),
+        ("oidv7-test-annotations-human-imagelabels.csv", "test"),
+        ("validation-annotations-human-imagelabels-boxable.csv", "validation"),
+        ("train_latest.csv", "train"),
+    ],
+)
+def test_the_split_is_read_off_the_official_names(class_csv: Path, tmp_path: Path, name: str, split: str) -> None:
+    path = write_labels(tmp_path / name, [(image_id(0), FRUIT, "1")])
+    assert balanced_subset(class_csv, [path], 1, 0).types == [split]
 
 
 def test_classes_without_a_header_and_of_the_same_name(tmp_path: Path, label_csvs: list[Path]) -> None:
@@ -229,5 +253,7 @@ def test_the_command_line_writes_both_files(class_csv: Path, label_csvs: list[Pa
     assert "15 images of 3 classes" in run.output and "1 classes left out" in run.output
     assert read_subset_csv(out).image_ids == [line.split("/")[1] for line in listed.read_text().splitlines()]
     written = out.read_bytes()
+    folder = CliRunner().invoke(app, [*arguments, "--images-a-class", "5", "--download-list", str(tmp_path)])
+    assert folder.exit_code == 2 and "expected a file to write to" in folder.output
     too_many = CliRunner().invoke(app, [*arguments, "--images-a-class", "500"])
     assert too_many.exit_code == 2 and "no class has 500 images" in too_many.output and out.read_bytes() == written

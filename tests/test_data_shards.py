@@ -179,6 +179,20 @@ def test_class_names_come_from_a_file_beside_the_shards(folder: Path) -> None:
         ShardPictures(folder, SIZE)
 
 
+def test_class_files_beside_the_shards_agree_or_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (folder / "train-0001.tar").rename(other / "train-0001.tar")
+    shards = [folder / "train-0000.tar", other / "train-0001.tar"]
+    for place in (folder, other):
+        (place / "classes.txt").write_text("rot\ngrün\nblau\n", encoding="utf-8")
+    assert ShardPictures(shards, SIZE, cache=tmp_path).class_names == ["rot", "grün", "blau"]
+    (other / "classes.txt").write_text("blau\ngrün\nrot\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the same classes beside all shards, got others .*other/classes.txt than"):
+        ShardPictures(shards, SIZE, cache=tmp_path)
+    assert ShardPictures(shards, SIZE, cache=tmp_path, class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
+
+
 def test_the_index_is_made_once_and_again_for_a_changed_shard(folder: Path, tmp_path: Path) -> None:
     first = ShardPictures(folder, SIZE)
     index = folder / INDEX

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from iosr_fast.embedding_files import read_embeddings
+from iosr_fast.preprocess import BadImageError
 from tests.test_embed import (  # noqa: F401 (engine and pictures are fixtures)
     FORMATS,
     assert_encodes,
@@ -21,6 +23,7 @@ from tests.test_embed import (  # noqa: F401 (engine and pictures are fixtures)
     run,
 )
 from tools.embedding import plan as plans
+from tools.embedding.items import Item, load_pixels
 
 
 def test_a_bad_image_stops_the_run_by_name_and_keeps_the_parts(
@@ -88,7 +91,26 @@ def test_somebody_elses_folder_and_a_second_run_are_refused(engine: Path, pictur
     with plans.locked(tmp_path / "out"):
         refused = run(engine, tmp_path / "in", tmp_path / "out")
         assert refused.exit_code == 1 and "another run is writing to" in refused.output
+    with plans.locked(tmp_path / "out"):
+        (tmp_path / "out" / plans.LOCK).unlink()
+        (tmp_path / "out" / plans.LOCK).write_text("the next run's")
+    assert (tmp_path / "out" / plans.LOCK).is_file(), "this run's end took the next one's lock away"
     embedded(engine, tmp_path / "in", tmp_path / "out")
+
+
+def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow raises TypeErrors and others for some damaged TIFF files."""
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (8, 8)).save(path)
+    item = Item("a.tif", str(path), "")
+    assert isinstance(load_pixels(item, 8), np.ndarray)
+
+    def convert(*_: object) -> None:
+        raise TypeError("'str' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    bad = load_pixels(item, 8)
+    assert isinstance(bad, BadImageError) and "a.tif: 'str' object cannot be" in str(bad)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +17,8 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoder import Embeddings
-from tests.test_reproduce import CLASSES, Pictures, tiny
+from tests.test_reproduce import CLASSES, ROOT, Pictures, tiny
+from tools.reproduce_paper import check_out
 from tools.reproduction import cells, problems, report, run, store
 from tools.reproduction.models import Model
 from tools.reproduction.problems import OwnSet, pose
@@ -244,3 +249,51 @@ def test_a_resnet_is_encoded_by_open_clip_s_own_encoder() -> None:
         rows = encode_plain(made.clip, (scaled - mean) / std).numpy()
     np.testing.assert_allclose(found.plain, rows / np.linalg.norm(rows, axis=1, keepdims=True), atol=1e-5)
     assert found.adapted is None and made.encoder.width == found.plain.shape[1]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+import numpy as np
+from tools.reproduction import cells, store
+
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+key = "0123456789abcdef" * 2
+for write in (
+    lambda: cells.write_json(Path("run.json"), {}),
+    lambda: cells.write_json(Path("cells", key + ".json"), {}),
+    lambda: store._write(Path("embeddings", "demo-test-" + key), "embeddings", {}, {"plain": np.zeros((1, 2))}),
+):
+    if os.fork() == 0:
+        write()
+    os.wait()
+"""
+
+
+def test_what_killed_runs_leave_in_out_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", KILLED], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    (of_run,) = tmp_path.glob(".run.json.*")
+    (of_cell,), (of_part,) = (list((tmp_path / name).iterdir()) for name in ("cells", "embeddings"))
+    others = [tmp_path / "embeddings" / name for name in (".editor.settings", ".cache.folders0")]
+    for path in others:
+        path.mkdir()
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    of_run = of_run.rename(begun / of_run.name)
+
+    def start() -> None:
+        check_out(begun, {"views": 3})
+        cells.Cells(tmp_path / "cells")
+        Store(tmp_path / "embeddings", None)  # type: ignore[arg-type]  # nothing is encoded
+
+    start()
+    assert (begun / "run.json").is_file()
+    assert of_run.is_file() and of_cell.is_file() and of_part.is_dir(), "a second run may be at it"
+    before = time.time() - 2 * 3600
+    for path in (of_run, of_cell, of_part, *others):
+        os.utime(path, (before, before))
+    start()
+    assert [path.name for path in begun.iterdir()] == ["run.json"] and not list((tmp_path / "cells").iterdir())
+    assert sorted((tmp_path / "embeddings").iterdir()) == sorted(others)

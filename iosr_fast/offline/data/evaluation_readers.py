@@ -102,11 +102,21 @@ def plantdoc(root: Path, found: list[Path]) -> Content:
     train, test = found
     names = sorted({*class_folders(train), *class_folders(test)})
     index = {name: i for i, name in enumerate(names)}
+    folder = _above(train, test)
     rows = {
-        split: folder_rows(place.parent, place.name, [(name, index[name]) for name in class_folders(place)])
+        split: folder_rows(folder, _below(folder, place), [(name, index[name]) for name in class_folders(place)])
         for split, place in (("train", train), ("test", test))
     }
-    return Content(train.parent, [spoken(name) for name in names], rows)
+    return Content(folder, [spoken(name) for name in names], rows)
+
+
+def _above(*places: Path) -> Path:
+    """The folder that holds both: where one lies is no reason for the other to lie beside it."""
+    return Path(os.path.commonpath([place.parent for place in places]))
+
+
+def _below(folder: Path, place: Path) -> str:
+    return place.relative_to(folder).as_posix()
 
 
 def ucf101(root: Path, found: list[Path]) -> Content:
@@ -150,8 +160,11 @@ def imagenet(root: Path, found: list[Path]) -> Content:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(names)} class folders are missing from {place}: {missing[:10]}"
             )
-    rows = {split: folder_rows(place.parent, place.name, classes) for split, place in (("train", train), ("test", val))}
-    return Content(train.parent, list(names.values()), rows)
+    folder = _above(train, val)
+    rows = {
+        split: folder_rows(folder, _below(folder, place), classes) for split, place in (("train", train), ("test", val))
+    }
+    return Content(folder, list(names.values()), rows)
 
 
 def imagenet_part(root: Path, found: list[Path]) -> Content:

@@ -140,7 +140,9 @@ def _check_label_csv(path: Path) -> int:
     words = re.split("[^a-z]+", path.name.lower())
     found = [i for i, split in enumerate(SPLITS) if split in words or (split == "validation" and "val" in words)]
     if len(found) != 1:
-        raise ValueError(f"expected one of {', '.join(SPLITS)} in the name of {path} as a word, as the official files have")
+        raise ValueError(
+            f"expected one of {', '.join(SPLITS)} in the name of {path} as a word, as the official files have"
+        )
     return found[0]
 
 

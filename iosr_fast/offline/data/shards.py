@@ -29,8 +29,9 @@ class ShardPictures:
     `classes.txt` beside the shards, else to the labels found. `cache` is where the index goes (else beside the shards)
     and where shards that are not local are downloaded to.
 
-    Raises FileNotFoundError for missing shards, ValueError for damaged ones, for labels of both kinds (integers and
-    names) or outside the class names; `iterate` raises BadImageError naming shard and key.
+    Raises FileNotFoundError for missing shards, ValueError for damaged ones, for files of class names that differ, for
+    labels of both kinds (integers and names) or outside the class names; `iterate` raises BadImageError naming shard
+    and key.
     """
 
     def __init__(
