@@ -169,6 +169,24 @@ def test_a_finished_run_does_nothing_when_started_again(engine: Path, pictures: 
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("damage", ["cut", "log"])
+def test_a_manifest_that_a_kill_left_half_is_written_again(
+    engine: Path, pictures: list[Path], tmp_path: Path, damage: str
+) -> None:
+    out = tmp_path / "out"
+    embedded(engine, tmp_path / "in", out, "--chunk", "10")
+    whole = (out / "manifest.json").read_bytes()
+    if damage == "cut":
+        (out / "manifest.json").write_bytes(whole[:100])
+    else:
+        log = (out / plans.LOG).read_text()
+        (out / plans.LOG).write_text(log[:-3])
+    again = run(engine, tmp_path / "in", out, "--chunk", "10")
+    assert again.exit_code == 0 and "manifest.json is written again: " in again.output, again.output
+    assert damage == "log" or (out / "manifest.json").read_bytes() == whole
+    assert len(read_embeddings(out).keys) == len(pictures)
+
+
 def test_a_killed_run_goes_on_and_embeds_every_image_once(engine: Path, tmp_path: Path) -> None:
     given, out, whole = tmp_path / "in", tmp_path / "out", tmp_path / "whole"
     paths = write_pictures(given, 400)

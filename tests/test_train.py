@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +130,76 @@ def test_a_signal_ends_the_training_after_the_step_and_saves_it(
     torch.testing.assert_close(weights(resumed), weights(whole), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_all_processes_of_the_group_leaves_those_that_decode(
+    clip: LoadedClip, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C in a terminal, torchrun and batch systems signal the group; the step needs its pictures all the same."""
+    write_folder(tmp_path / "in", 20)
+    source = FolderPictures(tmp_path / "in", clip.image_size, workers=2)
+    signalled = []
+
+    def report(progress: Progress) -> None:
+        if (progress.epoch, progress.step) == (1, 2):
+            children = multiprocessing.active_children()
+            signalled.extend(children)
+            for child in children:
+                assert child.pid is not None
+                os.kill(child.pid, number)
+            for child in children:
+                child.join(0.5)
+            assert all(child.is_alive() for child in children)
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 10"):
+        train_adapter(clip, fresh(clip), source, TrainConfig(batch=4), tmp_path / "out", report)
+    assert len(signalled) == 2
+    assert (tmp_path / "out" / "checkpoints" / "step-000000003").is_dir()
+
+
+def test_checkpoints_by_time_come_between_those_of_the_epochs(
+    clip: LoadedClip, pictures: TensorPictures, tmp_path: Path
+) -> None:
+    for minutes, last in ((1e-6, "step-000000005"), (60.0, "step-000000004")):
+        folder = tmp_path / last
+        with pytest.raises(Stopped):
+            train_adapter(clip, fresh(clip), pictures, SUPERVISED, folder, stop_at(2, 2), checkpoint_minutes=minutes)
+        assert max(path.name for path in (folder / "checkpoints").iterdir()) == last
+
+
+def scaled() -> Any:
+    """16-mixed with a gradient scaler, as on a GPU; Lightning takes bfloat16 on a CPU where it chooses by itself."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+
+
+def test_the_gradient_scaler_goes_on_as_well(clip: LoadedClip, pictures: TensorPictures, tmp_path: Path) -> None:
+    config = replace(SUPERVISED, precision="16-mixed", clip_grad=1.0)
+    fabric = scaled()
+    whole = train_adapter(clip, fresh(clip), pictures, config, fabric=fabric)
+    with pytest.raises(Stopped):
+        train_adapter(clip, fresh(clip), pictures, config, tmp_path, stop_at(2, 3), fabric=scaled())
+    resuming = scaled()
+    resumed = train_adapter(clip, fresh(clip), pictures, config, tmp_path, fabric=resuming)
+    torch.testing.assert_close(weights(resumed), weights(whole), atol=0, rtol=0)
+    assert resuming._precision.state_dict() == fabric._precision.state_dict() != scaled()._precision.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:You passed .Fabric")
+def test_a_checkpoint_without_a_scaler_goes_on_with_one(
+    clip: LoadedClip, pictures: TensorPictures, tmp_path: Path
+) -> None:
+    config = replace(SUPERVISED, epochs=2, precision="16-mixed")
+    with pytest.raises(Stopped):
+        train_adapter(clip, fresh(clip), pictures, config, tmp_path, stop_at(2, 1))
+    steps: list[int] = []
+    train_adapter(clip, fresh(clip), pictures, config, tmp_path, lambda p: steps.append(p.epoch), fabric=scaled())
+    assert steps == [2, 2, 2, 2]
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no manifest", "empty manifest"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     clip: LoadedClip, pictures: TensorPictures, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
@@ -155,6 +227,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert "step-000000008 is damaged and passed over" in caplog.text and steps[0] == 2
     whole = train_adapter(clip, fresh(clip), pictures, SUPERVISED)
     torch.testing.assert_close(weights(resumed), weights(whole), atol=0, rtol=0)
+    (two / "manifest.json").unlink()  # a second time
+    again = train_adapter(clip, fresh(clip), pictures, SUPERVISED, tmp_path)
+    torch.testing.assert_close(weights(again), weights(whole), atol=0, rtol=0)
 
 
 @contextmanager
@@ -257,13 +332,17 @@ def test_held_out_pictures_are_measured_each_epoch(clip: LoadedClip, pictures: T
     assert len((tmp_path / "0" / "epochs.csv").read_text().splitlines()) == 3
 
 
-def test_a_folder_trains_and_a_damaged_file_is_named(clip: LoadedClip, tmp_path: Path) -> None:
+def write_folder(folder: Path, each: int) -> None:
     from PIL import Image
 
     for name in ("red", "blue"):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            Image.new("RGB", (80 + i, 70), name).save(tmp_path / name / f"{i}.png")
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            Image.new("RGB", (80 + i, 70), name).save(folder / name / f"{i}.png")
+
+
+def test_a_folder_trains_and_a_damaged_file_is_named(clip: LoadedClip, tmp_path: Path) -> None:
+    write_folder(tmp_path, 3)
     source = FolderPictures(tmp_path, clip.image_size, workers=0)
     assert source.class_names == ["blue", "red"] and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
     train_adapter(clip, fresh(clip), source, TrainConfig(batch=4))
@@ -272,13 +351,18 @@ def test_a_folder_trains_and_a_damaged_file_is_named(clip: LoadedClip, tmp_path:
         train_adapter(clip, fresh(clip), source, TrainConfig(batch=4))
 
 
-def test_impossible_training_is_refused_before_it_starts(clip: LoadedClip, pictures: TensorPictures) -> None:
+def test_impossible_training_is_refused_before_it_starts(
+    clip: LoadedClip, pictures: TensorPictures, tmp_path: Path
+) -> None:
     one = TensorPictures(pictures.images, torch.zeros(30, dtype=torch.int64), ["all"])
     with pytest.raises(ValueError, match="at least two classes"):
         train_adapter(clip, fresh(clip), one, TrainConfig())
     none = TensorPictures(pictures.images[:0], pictures.labels[:0], ["a", "b"])
     with pytest.raises(ValueError, match="expected pictures to train on, got none"):
         train_adapter(clip, fresh(clip), none, TrainConfig())
+    with pytest.raises(ValueError, match="3 equal parts each, got 128; a multiple of 3 does"):
+        train_adapter(clip, fresh(clip), pictures, TrainConfig(accumulate=3), tmp_path / "uneven")
+    assert not (tmp_path / "uneven").exists()
     with pytest.raises(OSError, match="fewer cached views"):
         train_adapter(clip, fresh(clip), pictures, TrainConfig(cached_views=10_000_000))
     for wrong in ({"epochs": 0}, {"precision": "fp8"}, {"learning_rate": 0.0}, {"kept_precision": "int8"}):

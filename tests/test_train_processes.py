@@ -25,7 +25,7 @@ from iosr_fast.offline.adapter import load_adapter  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {
     "supervised": ["--epochs", "3", "--batch", "16", "--accumulate", "2", "--cached-views", "1"],
-    "dino": ["--objective", "dino", "--epochs", "2", "--batch", "16", "--dino-out", "64"],
+    "dino": ["--objective", "dino", "--epochs", "2", "--batch", "16", "--accumulate", "2", "--dino-out", "64"],
 }
 
 
@@ -42,10 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def start(folder: Path, out: Path, objective: str, log: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: Path, objective: str, log: Path, workers: int = 0) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "tools" / "train_adapter.py"), "--data", str(folder), "--out", str(out)]
-    command += ["--first-adapted-block", "4", "--checkpoint-every", "2", "--workers", "0", "--held-out", "0.2"]
+    command += ["--first-adapted-block", "4", "--checkpoint-every", "2", "--workers", str(workers)]
+    command += ["--held-out", "0.2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("ab") as told:
         return subprocess.Popen([*command, *OPTIONS[objective]], cwd=ROOT, env=environment, stdout=told, stderr=told)
@@ -99,7 +100,7 @@ def test_two_processes_killed_and_resumed_end_as_two_that_were_not(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_two_processes_asked_to_stop_save_the_same_step(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     log, out = tmp_path / "log.txt", tmp_path / "adapter.safetensors"
-    process = start(folder, out, "supervised", log)
+    process = start(folder, out, "supervised", log, workers=2)  # torchrun's signal reaches those as well
     training = tmp_path / "adapter.safetensors.training"
     wait_for(process, training / "steps.csv", 4)
     process.send_signal(number)
@@ -111,6 +112,27 @@ def test_two_processes_asked_to_stop_save_the_same_step(folder: Path, tmp_path: 
     assert 3 <= step < int(found[2])
     assert (training / "checkpoints" / f"step-{step:09d}").is_dir()
     assert len((training / "steps.csv").read_text().splitlines()) == 1 + step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--out {}/machine$RANK/a.safetensors", "1 of 2 see another than the first one does"),
+        ("--out {}/a.safetensors --seed $RANK", "got in process 1 seed 1 where the first has 0"),
+    ],
+    ids=["folders", "options"],
+)
+def test_processes_that_differ_are_found_out_before_training(
+    folder: Path, tmp_path: Path, options: str, told: str
+) -> None:
+    train = f"'{sys.executable}' '{ROOT}/tools/train_adapter.py' --data '{folder}' --workers 0 --held-out 0 "
+    train += options.format(f"'{tmp_path}'")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "bash", "-c", train], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and told in done.stderr, done.stderr[-3000:]
+    assert not list(tmp_path.rglob("*.csv")) and not list(tmp_path.rglob(".shared*"))
 
 
 @pytest.mark.slow

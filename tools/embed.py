@@ -98,7 +98,11 @@ def embed(engine: Path, source: Source, out: Path, options: Options) -> dict[str
         missing, errors = plans.missing_parts(out, plan, chunks, options.skip_bad, say)
         if not missing and (out / MANIFEST).is_file():
             say(f"all {len(chunks)} parts are there")
-            return read_manifest(out, plans.KIND)
+            try:
+                return read_manifest(out, plans.KIND)
+            except (ValueError, FileNotFoundError) as error:  # a kill while it was written; the parts have been read
+                say(f"{MANIFEST} is written again: {error}")
+                return plans.finish(out, plan, errors)
         say(f"{plan.images:,} images in {plan.chunks} parts, {len(chunks) - len(missing)} of them there already")
         with progress(sum(len(chunk.items) for chunk in missing)) as advance:
             if not missing:

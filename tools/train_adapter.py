@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from safetensors import SafetensorError
 
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.adapter import init_adapter, save_adapter
+from iosr_fast.offline.adapter import init_adapter, load_adapter, save_adapter
 from iosr_fast.offline.clip import load_clip
 from iosr_fast.offline.dino import local_size
 from iosr_fast.offline.processes import make_fabric
@@ -75,7 +76,8 @@ def main(
     global_scale: tuple[float, float] = typer.Option((0.25, 1.0), help="dino: share of the picture in a global crop"),
     local_scale: tuple[float, float] = typer.Option((0.05, 0.25), help="dino: share of the picture in a local crop"),
     train_head: bool = typer.Option(True, help="dino: train the projection head too (the public code freezes it)"),
-    checkpoint_every: int = typer.Option(0, min=0, help="steps between checkpoints; 0: at an epoch's end only"),
+    checkpoint_every: int = typer.Option(0, min=0, help="steps between checkpoints; 0: none but those below"),
+    checkpoint_minutes: float = typer.Option(10, min=0, help="minutes between them; 0: at an epoch's end only"),
     tensorboard: bool = typer.Option(False, "--tensorboard", help="write TensorBoard events beside the CSV files"),
     workers: int = typer.Option(2, help="processes that decode images"),
     seed: int = typer.Option(0),
@@ -86,17 +88,17 @@ def main(
         clip = load_clip(model, pretrained)
         adapter = init_adapter(
             clip,
-            first_adapted_block=first_adapted_block if first_adapted_block is not None else (3 if demo else 0),
-            bottleneck=bottleneck or (256 if demo else 64),
-            scale=scale or (0.1 if demo or dino else 0.03),
+            first_adapted_block=given_or(first_adapted_block, 3 if demo else 0),
+            bottleneck=given_or(bottleneck, 256 if demo else 64),
+            scale=given_or(scale, 0.1 if demo or dino else 0.03),
             seed=seed,
         )
         chosen: dict[str, Any] = {
-            "epochs": epochs or (32 if demo and not dino else None),
+            "epochs": given_or(epochs, 32 if demo and not dino else None),
             "batch": batch,
             "learning_rate": learning_rate,
             "schedule": schedule or ("cosine" if demo else None),
-            "augment": None if dino else (demo if augment is None else augment),
+            "augment": given_or(augment, demo and not dino),
         }
         common = {
             "accumulate": accumulate,
@@ -110,8 +112,8 @@ def main(
         config = dino_config(**given) if dino else TrainConfig(**given)
         if dino:
             head = DinoConfig(
-                out_dim=dino_out or (2048 if demo else 65536),
-                momentum=dino_momentum or (0.99 if demo else 0.9998),
+                out_dim=given_or(dino_out, 2048 if demo else 65536),
+                momentum=given_or(dino_momentum, 0.99 if demo else 0.9998),
                 head_bottleneck=dino_width,
                 local_crops=local_crops,
                 global_scale=global_scale,
@@ -126,28 +128,58 @@ def main(
         fabric = make_fabric(precision, accelerator)
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
-    run(out, clip, adapter, config, found, fabric, checkpoint_every, tensorboard)
+    saving = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
+    run(out, clip, adapter, config, found, fabric, saving, tensorboard)
+
+
+def given_or(given: Any, default: Any) -> Any:
+    """What was given, 0 and False among it (for those who take it to refuse), or the default."""
+    return default if given is None else given
+
+
+def training_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".training")
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError or OSError where the adapter couldn't be written once it is trained."""
+    """Raise ValueError or OSError where the adapter couldn't be written once it is trained, or took a file's place that
+    is no adapter."""
     if out.is_dir():
         raise ValueError(f"expected --out as the file to write, got the folder {out}; add a name to it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"expected a folder to write {out.name} to, got {out.parent}, which can't be written to")
+    if out.exists():
+        try:
+            load_adapter(out)
+        except Exception as error:
+            raise ValueError(
+                f"{out} exists and is no adapter, which training would replace; choose another name"
+            ) from error
+    if training_folder(out).is_file():
+        raise FileExistsError(f"expected room for the folder {training_folder(out)}, got a file of that name; move it")
+    training_folder(out).mkdir(parents=True, exist_ok=True)
+    for folder in (out.parent, training_folder(out)):
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"expected a folder to write {out.name} to, got {folder}, which can't be written to")
 
 
 def run(
-    out: Path, clip: Any, adapter: Any, config: TrainConfig, found: Sources, fabric: Any, every: int, tensorboard: bool
+    out: Path,
+    clip: Any,
+    adapter: Any,
+    config: TrainConfig,
+    found: Sources,
+    fabric: Any,
+    saving: dict[str, Any],
+    tensorboard: bool,
 ) -> None:
-    folder = out.with_name(out.name + ".training")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Train, with the bar, and write `out`. `saving` says when checkpoints are written, as `train_adapter` takes it."""
+    folder = training_folder(out)
     bar = TrainingBar(config, len(found.train.labels), shown=fabric.is_global_zero)
     bar.say(
         f"{len(found.train.labels)} pictures of {len(found.train.class_names)} classes, {config.epochs} epochs, "
         f"{fabric.world_size} process{'es' * (fabric.world_size > 1)} on {fabric.device.type}, logs in {folder}"
     )
+    if out.exists():
+        bar.say(f"{out} exists and is replaced when this training ends")
     for note in found.notes:
         bar.say(note)
     try:
@@ -161,21 +193,31 @@ def run(
                 bar.step,
                 held_out=found.held_out,
                 report_epoch=bar.epoch,
-                checkpoint_every=every,
                 tensorboard=tensorboard,
                 fabric=fabric,
+                **saving,
             )
+        if fabric.is_global_zero:
+            write(trained, out)
     except KeyboardInterrupt as stopped:
-        bar.say(f"{stopped}: the same command goes on from there")
+        told = f"{stopped}: the same command goes on from there"
+        bar.say(told if str(stopped) else "stopped at once: the same command goes on from the last checkpoint")
         sys.stdout.flush()
         os._exit(130)  # torchrun's other processes are stopping as well: nothing is left to wait for
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_adapter.py: {error}") from error
     if fabric.is_global_zero:
-        save_adapter(trained, out)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         shutil.rmtree(folder / "kept", ignore_errors=True)
         bar.say(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB) after {bar.seconds:.0f} s")
+
+
+def write(trained: Any, out: Path) -> None:
+    """Raises OSError where the disk is full, and says that nothing is lost: the last checkpoint holds the same."""
+    try:
+        save_adapter(trained, out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"can't write {out} ({error}); mend that, and the same command writes it at once") from error
 
 
 if __name__ == "__main__":

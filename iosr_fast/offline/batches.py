@@ -13,6 +13,7 @@ from iosr_fast.offline.adapted_encoder import AdaptedEncoder
 from iosr_fast.offline.augment import draw_augmentation
 from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource
+from iosr_fast.offline.interrupt import sheltered
 from iosr_fast.offline.kept_prefix import KeptPrefix
 from iosr_fast.offline.supervised import Objective, Stem
 from iosr_fast.offline.train_config import TrainConfig
@@ -43,18 +44,24 @@ def cut(order: torch.Tensor, config: TrainConfig, world: int, rank: int) -> list
     none for takes one at weight 0, because the gradients are averaged over all. Raises ValueError where the batch can't
     be shared evenly.
     """
-    size, uneven = divmod(config.batch, world * config.accumulate)
-    if uneven:
-        raise ValueError(
-            f"expected a batch that {world} processes can take in {config.accumulate} equal parts each, got "
-            f"{config.batch}; a multiple of {world * config.accumulate} does"
-        )
+    size = part_size(config, world)
     made = []
     for step in order.split(config.batch):
         mine = step[rank::world]
         parts = (mine if len(mine) else step[:1]).split(size)
         made += [MicroBatch(rows, float(len(mine) > 0), len(step), rows is parts[-1]) for rows in parts]
     return made
+
+
+def part_size(config: TrainConfig, world: int) -> int:
+    """Pictures of a micro-batch. Raises ValueError where `world` processes can't share the batch evenly."""
+    size, uneven = divmod(config.batch, world * config.accumulate)
+    if uneven:
+        raise ValueError(
+            f"expected a batch that {world} processes can take in {config.accumulate} equal parts each, got "
+            f"{config.batch}; a multiple of {world * config.accumulate} does"
+        )
+    return size
 
 
 class Batches:
@@ -139,13 +146,13 @@ class Batches:
             return
         # All are equally large but the last of a short step, so that one split of their rows gives them all.
         order, size = torch.cat([part.rows for part in parts]), max(len(part.rows) for part in parts)
-        for part, (rows, images) in zip(parts, self.source.iterate(order, size), strict=True):
+        for part, (rows, images) in zip(parts, sheltered(self.source.iterate(order, size)), strict=True):
             assert torch.equal(rows, part.rows)
             yield part, images
 
     def _stems(self, pixels: torch.Tensor, drawn: torch.Tensor | None, seed: int) -> list[Stem]:
         images = pixels.to(self.device).float() / 255
-        with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             views = self.objective.views(images, drawn)
         with self.fabric.autocast():

@@ -61,7 +61,7 @@ class Checkpoints:
                 "start the same command again to go on from it",
             ) from error
         for old in self._present()[: -self.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what stays, on a share that is slow to let go, goes next time
 
     def latest(self) -> Checkpoint | None:
         """The newest that is whole, or None; damaged ones are named in the log, renamed and passed over.
@@ -76,8 +76,10 @@ class Checkpoints:
                 step, key, extra = manifest["step"], manifest["key"], manifest["extra"]
             except (ValueError, KeyError, OSError) as error:
                 log.warning("the checkpoint %s is damaged and passed over: %s", folder, error)
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
                 with suppress(OSError):  # another process of this training may have done it
-                    folder.rename(folder.with_name(f"damaged-{folder.name}"))
+                    folder.rename(aside)
                 continue
             if key != self.key:
                 names = sorted(k for k in {*key, *self.key} if key.get(k) != self.key.get(k))

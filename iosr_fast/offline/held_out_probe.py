@@ -15,6 +15,7 @@ from iosr_fast.offline.adapter import Adapter
 from iosr_fast.offline.batches import KEPT_DTYPES, Normalise, prefix_key
 from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource
+from iosr_fast.offline.interrupt import sheltered
 from iosr_fast.offline.kept_prefix import KeptPrefix
 from iosr_fast.offline.probe import Probe, probe
 from iosr_fast.offline.supervised import Stem
@@ -90,13 +91,13 @@ class HeldOut:
             for rows in parts:
                 kept = self.kept.read(rows, torch.zeros_like(rows))
                 if kept is None:  # damaged: computed like a picture that was never seen
-                    _, pixels = next(iter(self.source.iterate(rows, BATCH)))
+                    _, pixels = next(sheltered(self.source.iterate(rows, BATCH)))
                     yield self._compute(rows, pixels)
                 else:
                     after_attention, after_mlp = (part.to(self.fabric.device).float() for part in kept)
                     yield after_attention, after_mlp
             return
-        for rows, pixels in self.source.iterate(order, BATCH):
+        for rows, pixels in sheltered(self.source.iterate(order, BATCH)):
             yield self._compute(rows, pixels)
 
     def _compute(self, rows: torch.Tensor, pixels: torch.Tensor) -> Stem:

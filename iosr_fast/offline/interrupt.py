@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+T = TypeVar("T")
 
 
 class Interrupt:
@@ -38,3 +40,22 @@ class Interrupt:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or number == signal.SIGINT
         self.asked = True
+
+
+def sheltered(made: Iterator[T]) -> Iterator[T]:
+    """The items of `made`, whose processes (those that it starts for its first item) never get SIGNALS.
+
+    A terminal, torchrun and batch systems signal all processes of a group. Those that decode would end, and the step
+    that is to be done and saved would wait for pictures in vain. Signals of this thread wait for the first item.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which has no such groups
+        yield from made
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # is inherited
+    try:
+        first = next(made, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if first is not None:
+        yield first
+        yield from made

@@ -23,7 +23,7 @@ import torch
 
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
 from iosr_fast.offline.adapter import Adapter, check_belongs
-from iosr_fast.offline.batches import Batches, hash_seed
+from iosr_fast.offline.batches import Batches, hash_seed, part_size
 from iosr_fast.offline.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
 from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource
@@ -32,7 +32,7 @@ from iosr_fast.offline.held_out_probe import HeldOut
 from iosr_fast.offline.interrupt import Interrupt
 from iosr_fast.offline.kept_prefix import prune
 from iosr_fast.offline.probe import Probe
-from iosr_fast.offline.processes import kept_folder, make_fabric, on_device
+from iosr_fast.offline.processes import check_same, check_shared, kept_folder, make_fabric, on_device
 from iosr_fast.offline.supervised import Supervised
 from iosr_fast.offline.train_config import TrainConfig
 from iosr_fast.offline.training_log import TrainingLog
@@ -72,6 +72,7 @@ def train_adapter(
     held_out: PictureSource | None = None,
     report_epoch: Callable[[int, Probe, Probe], None] | None = None,
     checkpoint_every: int = 0,
+    checkpoint_minutes: float = 0.0,
     tensorboard: bool = False,
     fabric: Fabric | None = None,
 ) -> Adapter:
@@ -80,18 +81,19 @@ def train_adapter(
     Supervised: cross entropy of a linear head on the un-normalised adapted embedding, and `adapter` itself is returned;
     with `config.dino` self-supervised, and the teacher's adapter is returned.
 
-    `folder` holds what training leaves: checkpoints (of each epoch's end, and every `checkpoint_every` steps where that
-    is above 0), steps.csv and epochs.csv (with `tensorboard` its events too), and the kept outputs of the frozen blocks
-    where `config.cached_views` asks for them. Training goes on from the newest whole checkpoint in it. Without a folder
-    nothing is left. `held_out` pictures are encoded after each epoch: overlap and linear-probe accuracy of the plain
-    and of the adapted embeddings, told to `report_epoch` as (epoch, plain, adapted).
+    `folder` holds what training leaves: checkpoints (of each epoch's end, and every `checkpoint_every` steps and
+    `checkpoint_minutes` where those are above 0), steps.csv and epochs.csv (with `tensorboard` its events too), and the
+    kept outputs of the frozen blocks where `config.cached_views` asks for them. Training goes on from the newest whole
+    checkpoint in it. Without a folder nothing is left. `held_out` pictures are encoded after each epoch: overlap and
+    linear-probe accuracy of the plain and of the adapted embeddings, told to `report_epoch` as (epoch, plain, adapted).
 
     `fabric`: precision, devices and processes (`make_fabric` where left out). All processes call this alike; the first
     one reports and writes.
 
-    Raises ValueError for an adapter of another CLIP, fewer than two classes (supervised), or checkpoints of another
-    training; KeyboardInterrupt after SIGINT or SIGTERM, once the step at hand is done and saved; OSError where the disk
-    is full, with the checkpoints before untouched.
+    Raises ValueError for an adapter of another CLIP, fewer than two classes (supervised), a batch that the processes
+    can't share, a folder, pictures or a config that they don't, or checkpoints of another training; KeyboardInterrupt
+    after SIGINT or SIGTERM, once the step at hand is done and saved; OSError where the disk is full, with the
+    checkpoints before untouched.
     """
     check_belongs(adapter, clip)
     classes = len(source.class_names)
@@ -100,10 +102,13 @@ def train_adapter(
     if not len(source.labels):
         raise ValueError("expected pictures to train on, got none")
     fabric = fabric or make_fabric(config.precision)
+    part_size(config, fabric.world_size)
+    if folder is not None:
+        check_shared(fabric, folder)
     with kept_folder(folder, config) as place, torch.random.fork_rng(devices=[]), on_device(fabric.device, clip):
         training = _Training(clip, adapter, source, config, fabric, folder, place, held_out, tensorboard)
         try:
-            training.run(report, report_epoch, checkpoint_every)
+            training.run(report, report_epoch, checkpoint_every, 60 * checkpoint_minutes)
         finally:
             training.close()
     facts = {**asdict(config), "pictures": len(source.labels), "classes": classes}
@@ -150,8 +155,10 @@ class _Training:
             "source": source.fingerprint,
             "adapter": [a.first_adapted_block, a.bottleneck, a.scale, a.dropout],
         }
+        check_same(fabric, key)
         self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", key)
         self.done = self._restore()
+        self.checkpoint_seconds, self.saved, self.overdue = 0.0, time.monotonic(), False
         self.batches = Batches(clip, encoder, source, config, self.objective, fabric, kept)
         self.held_out = None
         if held_out is not None and fabric.is_global_zero:
@@ -167,7 +174,9 @@ class _Training:
         report: Callable[[Progress], None] | None,
         report_epoch: Callable[[int, Probe, Probe], None] | None,
         checkpoint_every: int,
+        checkpoint_seconds: float,
     ) -> None:
+        self.checkpoint_seconds = checkpoint_seconds
         with Interrupt() as interrupt:
             for epoch in range(self.done // self.steps_an_epoch, self.config.epochs):
                 self.objective.begin_epoch(epoch)
@@ -181,7 +190,7 @@ class _Training:
                     if ended and self.held_out is not None:
                         self._probe(epoch, report_epoch)
                     due = checkpoint_every and self.done % checkpoint_every == 0
-                    if ended or due or interrupt.everywhere:
+                    if ended or due or self.overdue or interrupt.everywhere:
                         self._save()
                     if interrupt.everywhere:
                         raise KeyboardInterrupt(f"stopped after step {self.done} of {self.total}")
@@ -196,7 +205,7 @@ class _Training:
         """Train to the epoch's end, step by step."""
         self.module.train()
         world, first = self.fabric.world_size, self.done % self.steps_an_epoch
-        sums, micro, started = torch.zeros(3, device=self.fabric.device), 0, time.perf_counter()
+        sums, micro, started = torch.zeros(4, device=self.fabric.device), 0, time.perf_counter()
         for part, stems, labels in self.batches.epoch(epoch, first):
             if micro == 0:
                 self._set_rates()
@@ -217,9 +226,10 @@ class _Training:
             self.optimizer.step()
             self.done += 1
             self.objective.after_step(self.done / self.total, self._sum)
-            sums[2] = float(interrupt.asked)
+            overdue = 0 < self.checkpoint_seconds <= time.monotonic() - self.saved
+            sums[2], sums[3] = float(interrupt.asked), float(overdue)
             reported = self._sum(sums).tolist()
-            interrupt.everywhere = reported[2] > 0
+            interrupt.everywhere, self.overdue = reported[2] > 0, reported[3] > 0
             seconds = time.perf_counter() - started
             step = (self.done - 1) % self.steps_an_epoch + 1
             rate = self.optimizer.param_groups[0]["lr"]
@@ -266,6 +276,7 @@ class _Training:
             failed = self.fabric.broadcast(failed)
         if failed is not None:
             raise failed
+        self.saved = time.monotonic()
 
     def _restore(self) -> int:
         """Go on from the newest whole checkpoint; the number of steps done."""
@@ -286,7 +297,8 @@ class _Training:
         state = {name: value for name, value in found.tensors.items() if not name.startswith("optimizer.")}
         self.objective.load_state_dict(state)
         restore_optimizer(self.optimizer.optimizer, found.tensors)
-        self.fabric._precision.load_state_dict(found.extra["precision"])
+        if found.extra["precision"]:  # none where there was no scaler, as on a CPU
+            self.fabric._precision.load_state_dict(found.extra["precision"])
         log.info("going on after step %d of %d", step, self.total)
         return step
 
