@@ -133,6 +133,14 @@ class _Training:
         tensorboard: bool,
     ) -> None:
         self.config, self.fabric = config, fabric
+        a = adapter.config
+        key = {
+            **asdict(config),
+            "clip": clip.fingerprint,
+            "source": source.fingerprint,
+            "adapter": [a.first_adapted_block, a.bottleneck, a.scale, a.dropout],
+        }
+        check_same(fabric, key)
         encoder = AdaptedEncoder(clip, adapter.config.first_adapted_block)
         torch.manual_seed(config.seed)
         adapter.requires_grad_(True)
@@ -148,14 +156,6 @@ class _Training:
         self.steps_an_epoch = math.ceil(len(source.labels) / config.batch)
         self.total = config.epochs * self.steps_an_epoch
         self.module, self.optimizer = fabric.setup(self.objective, made)
-        a = adapter.config
-        key = {
-            **asdict(config),
-            "clip": clip.fingerprint,
-            "source": source.fingerprint,
-            "adapter": [a.first_adapted_block, a.bottleneck, a.scale, a.dropout],
-        }
-        check_same(fabric, key)
         self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", key)
         self.done = self._restore()
         self.checkpoint_seconds, self.saved, self.overdue = 0.0, time.monotonic(), False
