@@ -166,7 +166,7 @@ def test_the_demo_is_drawn_as_evaluate_draws_it_and_no_support_picture_is_asked(
     ours = np.sort(np.concatenate(problem.support(2, 7)))
     np.testing.assert_array_equal(np.sort(theirs.support.embeddings.plain[:, 0]), ours)
     np.testing.assert_array_equal(theirs.queries.plain[:, 0], problem.queries(7))
-    assert not set(np.concatenate(problem.support(POOL, 7))) & set(problem.queries(7)) and problem.most_shots == POOL
+    assert not set(np.concatenate(problem.support(POOL, 7))) & set(problem.queries(7)) and problem.most_shots() == POOL
     assert len(set(split.keys)) == len(split)
 
 
@@ -221,8 +221,8 @@ def test_data_sets_are_opened_under_their_root_and_all_that_is_missing_is_listed
     (folder / "split_zhou_DescribableTextures.json").write_text(json.dumps(parts))
     problem, demo = problems.open_problems(["dtd", "demo"], tmp_path)
     assert problem.name == "dtd" and problem.validated and not problem.shifted and demo.name == "demo"
-    assert problem.support(3, 1)[2].shape == (CLASSES,) and problem.most_shots == 3
-    assert any("CoOp" in note for note in report._notes(problem))
+    assert problem.support(3, 1)[2].shape == (CLASSES,) and problem.most_shots() == 3
+    assert any("CoOp" in note for note in report._notes(problem, 1))
     for names, told in (
         (["dtd", "textures"], "expected --data out of demo, all, caltech101"),
         (["dtd", "eurosat", "imagenet_a"], "(?s)expected the data sets that were asked for:.*EuroSAT.*ImageNet-A"),

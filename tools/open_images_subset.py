@@ -10,6 +10,7 @@ The files are at https://storage.googleapis.com/openimages/web/download_v7.html.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -27,20 +28,30 @@ def main(
     min_confidence: float = typer.Option(1.0, help="1: labels verified by people only"),
     seed: int = typer.Option(0),
 ) -> None:
-    for file in (out, download_list):
-        if file is not None and file.is_dir():
-            raise typer.BadParameter(f"expected a file to write to, got the folder {file}")
+    check_written([out] if download_list is None else [out, download_list])
     try:
         subset = balanced_subset(classes, labels, images_a_class, seed, min_confidence, images)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     if not subset.image_ids:
-        raise typer.BadParameter(f"no class has {images_a_class} images; {len(subset.left_out)} have fewer")
+        raise typer.BadParameter(f"no class has {images_a_class} images; {len(subset.left_out)} have fewer free")
     write_subset_csv(subset, out)
     if download_list is not None:
         write_download_list(subset, download_list)
     kept = len(set(subset.class_names))
     typer.echo(f"{len(subset.image_ids)} images of {kept} classes -> {out}; {len(subset.left_out)} classes left out")
+
+
+def check_written(files: list[Path]) -> None:
+    """Refuse what can't be written before the label files are read, which takes minutes."""
+    if len({file.absolute() for file in files}) < len(files):
+        raise typer.BadParameter(f"expected two files to write, got {files[0]} twice")
+    for file in files:
+        if file.is_dir():
+            raise typer.BadParameter(f"expected a file to write to, got the folder {file}")
+        above = next(folder for folder in file.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise typer.BadParameter(f"can't write {file}: {above} is not a folder that may be written to")
 
 
 if __name__ == "__main__":

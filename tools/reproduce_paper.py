@@ -1,13 +1,15 @@
 """Run the paper's experiments (Kravets & Namboodiri, BMVC 2024, arXiv 2409.11338), one command a table.
 
     python tools/reproduce_paper.py --data demo
-    python tools/reproduce_paper.py --data all --root DIR --model ViT-B-16 --pretrained openai --adapter FILE --out OUT
+    python tools/reproduce_paper.py --data all --root DIR --model ViT-B-16 --pretrained openai --adapter FILE --fewer
     python tools/reproduce_paper.py ... --status
 
 Shots x seeds x data sets x methods, each with and without the adapter ("++"). docs/datasets.md says what to put under
 DIR; tools/reproduction/run.py says what the protocol is. Every cell is a file in OUT/cells, embeddings lie in
 OUT/embeddings: stop the run at any moment, and the same command goes on from there. More sets, methods, shots and seeds
-may be asked of the same OUT. The tables are printed, and written to OUT/results.md, .csv and .json.
+may be asked of the same OUT. PlantDoc has classes of 9 images to draw from: more shots of it need --fewer, which
+does as the papers' code (https://github.com/KaiyangZhou/Dassl.pytorch). The tables are printed, and written to
+OUT/results.md, .csv and .json.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--methods", nargs="+", default=["paper"], help=f"names, all, or [paper]: {' '.join(PAPERS)}")
     made.add_argument("--reducers", nargs="+", default=["none"], help="none centre pca [none]")
     made.add_argument("--shots", nargs="+", type=int, help="images a class [1 2 4 8 16; of the demo 1 2 4]")
+    made.add_argument("--fewer", action="store_true", help="a class with fewer images than shots gives all it has")
     made.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="draws of the support [1 2 3]")
     made.add_argument("--views", type=int, default=10, help="random views a key is the mean of; 1: none [10]")
     made.add_argument("--no-mirror", action="store_true", help="mirror no view: where left and right matter")
@@ -58,20 +61,42 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def choose_rows(options: argparse.Namespace, model: Model) -> tuple[list[tuple[str, str]], list[str]]:
-    """(method, reducer) of every row, and why methods of "paper" or "all" are left out.
-
-    Raises ValueError for an unknown name, and for a method named by itself that needs an adapter where there is none.
-    """
-    from iosr_fast.methods import METHODS
+def check_words(options: argparse.Namespace) -> None:
+    """Raise ValueError for what can't be, whatever the data: it is known before a large set has been looked through."""
     from iosr_fast.reducers import check_reducer
+    from iosr_fast.runtimes import choose_runtime
+
+    method_names(options)
+    for reducer in options.reducers:
+        check_reducer(reducer)
+    if options.runtime != "auto":
+        choose_runtime(options.runtime)
+    if min(options.shots or [1]) < 1 or min(options.seeds) < 0 or options.views < 1:
+        raise ValueError(
+            f"expected --shots and --views of at least 1 and --seeds of at least 0, got {options.shots}, "
+            f"{options.views} and {options.seeds}"
+        )
+
+
+def method_names(options: argparse.Namespace) -> list[str]:
+    """The methods asked for. Raises ValueError for an unknown name."""
+    from iosr_fast.methods import METHODS
 
     groups = {"paper": PAPERS, "all": tuple(METHODS)}
     names = list(dict.fromkeys(name for word in options.methods for name in groups.get(word, (word,))))
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"expected --methods of paper, all, {', '.join(METHODS)}; got {', '.join(unknown)}")
-    for reducer in options.reducers:
-        check_reducer(reducer)
+    return names
+
+
+def choose_rows(options: argparse.Namespace, model: Model) -> tuple[list[tuple[str, str]], list[str]]:
+    """(method, reducer) of every row, and why methods of "paper" or "all" are left out.
+
+    Raises ValueError for a method named by itself that needs an adapter where there is none.
+    """
+    from iosr_fast.methods import METHODS
+
+    names = method_names(options)
     without = [name for name in names if METHODS[name].needs_adapter and model.adapter is None]
     told = f"no adapter for {model.clip.name}: give --adapter FILE (tools/train_adapter.py trains one)"
     if named := [name for name in without if name in options.methods]:
@@ -81,22 +106,22 @@ def choose_rows(options: argparse.Namespace, model: Model) -> tuple[list[tuple[s
     return list(dict.fromkeys(rows)), [f"left out: {', '.join(without)}: {told}"] if without else []
 
 
-def check_numbers(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
-    """Raise ValueError for shots, seeds or views that can't be. Fills in the default of --shots."""
+def check_shots(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
+    """Raise ValueError for more shots than there are images. Fills in the default of --shots."""
     from tools.reproduction.problems import DEMO, DEMO_SHOTS, SHOTS
 
     if options.shots is None:
         options.shots = list(DEMO_SHOTS if any(problem.name == DEMO for problem in problems) else SHOTS)
     options.shots, options.seeds = sorted(set(options.shots)), list(dict.fromkeys(options.seeds))
-    if min(options.shots) < 1 or min(options.seeds) < 0 or options.views < 1:
+    most = {problem.name: problem.most_shots(options.fewer) for problem in problems}
+    if few := [f"{name} has {images}" for name, images in most.items() if images < max(options.shots)]:
+        told = f"got {max(options.shots)}: {', '.join(few)}"
+        if options.fewer:
+            raise ValueError(f"expected --shots up to the images of the largest class and none without, {told}")
         raise ValueError(
-            f"expected --shots and --views of at least 1 and --seeds of at least 0, got {options.shots}, "
-            f"{options.views} and {options.seeds}"
+            f"expected --shots up to the images of the smallest class, {told}. "
+            "--fewer lets a class that has fewer give all of them"
         )
-    few = {problem.name: problem.most_shots for problem in problems if problem.most_shots < max(options.shots)}
-    if few:
-        told = ", ".join(f"{name} has {most}" for name, most in few.items())
-        raise ValueError(f"expected --shots up to the images of the smallest class, got {max(options.shots)}: {told}")
 
 
 def check_out(out: Path, facts: dict[str, Any]) -> None:
@@ -145,11 +170,13 @@ def reproduce(options: argparse.Namespace) -> None:
     from tools.reproduction.store import Store
 
     published = read_published(options.published)
+    check_words(options)
     problems, model = load(options)
-    check_numbers(options, problems)
+    check_shots(options, problems)
     rows, left_out = choose_rows(options, model)
     views = run.Views(options.views, not options.no_mirror)
-    facts = {**model.facts, "pretrained": options.pretrained, "views": views.count, "mirror": views.mirror}
+    # Not --pretrained: a file may be called in several ways, and the fingerprint in the model's facts is its content's.
+    facts = {**model.facts, "views": views.count, "mirror": views.mirror}
     if options.out is None:
         from iosr_fast.offline.pretrained import cache_folder
 
@@ -172,6 +199,7 @@ def reproduce(options: argparse.Namespace) -> None:
     from tools.evaluation import table
 
     report.print_sheets(table.console(), made, weights)
+    facts["pretrained"] = options.pretrained
     written = report.rows_of(made, facts)
     table.write_json(options.out / "results.json", written)
     table.write_csv(options.out / "results.csv", written)

@@ -69,7 +69,7 @@ class Cells:
             return None
         except (ValueError, KeyError, TypeError) as error:
             self.tell(f"cell {path.name} is damaged and is computed again: {error}")
-            path.unlink()
+            path.unlink(missing_ok=True)  # another run on the same folder may have removed it
             return None
 
     def write(self, cell: Cell, draw: Draw) -> None:

@@ -20,7 +20,7 @@ SHIFTED_FROM = "imagenet"
 
 
 class Split(Protocol):
-    """Images with labels (N,) int64 and keys, a stable name of each."""
+    """Images with labels (N,) int64 and keys, a stable name of each; those in files with `times` (N,) of change too."""
 
     labels: np.ndarray
     keys: list[str]
@@ -83,14 +83,22 @@ class Problem:
         return "val" in self.source.splits
 
     @cached_property
-    def most_shots(self) -> int:
-        """Images of the smallest class that support can be drawn from."""
+    def available(self) -> np.ndarray:
+        """(C,) int64, the images of each class that support can be drawn from."""
         counts = np.bincount(self.source.splits["train"].labels, minlength=len(self.source.class_names))
-        smallest = int(counts[self.classes].min())
-        return min(smallest, self.apart) if self.apart else smallest
+        found: np.ndarray = counts[self.classes]
+        return np.minimum(found, self.apart) if self.apart else found
+
+    def most_shots(self, fewer: bool = False) -> int:
+        """What the smallest class has; with `fewer` what the largest has, if none is empty."""
+        smallest = int(self.available.min())
+        return int(self.available.max()) if fewer and smallest else smallest
 
     def support(self, shots: int, seed: int) -> list[np.ndarray]:
         """Rows of "train", `shots` arrays: the first image drawn of each class of the source, the second, and so on.
+
+        A class with fewer images gives all that it has.
+
 
         The draw: numpy.random.default_rng(seed) permutes the rows of one class after another (`draw`), and k shots are
         each class's first k. So more shots keep the images of fewer, and sets that share a source share its draw.

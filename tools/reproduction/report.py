@@ -53,7 +53,8 @@ def sheets(groups: Sequence[Group], found: Mapping[str, Draw], published: Publis
             comparable(published, r.source, r.method, r.reducer, r.shots, weights.model, weights.pretrained)
             for r in results
         )
-        made.append(Sheet(problem.name, results, (table.header(problem, results), *_notes(problem)), figures))
+        told = (table.header(problem, results), *_notes(problem, max(result.shots for result in results)))
+        made.append(Sheet(problem.name, results, told, figures))
         if not problem.shifted:
             averaged.append(made[-1])
     return [*made, _mean(averaged)] if len(averaged) > 1 else made
@@ -70,13 +71,19 @@ def _results(groups: Sequence[Group], found: Mapping[str, Draw]) -> tuple[Result
     )
 
 
-def _notes(problem: Problem) -> list[str]:
+def _notes(problem: Problem, most: int) -> list[str]:
     layout = getattr(problem.target, "layout", "")
     notes = [f"split: {layout}"] if layout else []
     if problem.shifted:
         notes.append(
             f"a shift of domain: support from {problem.source.name}, {len(problem.classes)} of its "
             f"{len(problem.source.class_names)} classes"
+        )
+    few = int((problem.available < most).sum())
+    if few:
+        notes.append(
+            f"{few} of {len(problem.classes)} classes have fewer than {most} images to draw from "
+            f"({problem.available.min()} and more) and give all that they have"
         )
     if not problem.validated:
         notes.append(

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,16 @@ class Wanted:
     def facts(self, model: Model) -> dict[str, Any]:
         """All that the embeddings of a part depend on. One view is the same for every seed."""
         several = self.views > 1
+        # Sizes of files are in the set's fingerprint, but a changed image may have the same. So a copy of a set shares
+        # embeddings where times of change were copied too (cp -p, rsync -t, tar).
+        times = getattr(self.data.splits[self.split], "times", None)
         return {
             "version": VERSION,
             **model.facts,
             "set": self.data.fingerprint,
             "split": self.split,
-            "rows": hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest(),
+            "rows": _hash(self.rows),
+            "times": None if times is None else _hash(times[self.rows]),
             "views": self.views,
             "mirror": several and self.mirror,
             "seed": self.seed if several else None,
@@ -79,6 +84,9 @@ class Store:
     ) -> None:
         self.folder, self.model, self.tell, self.encoded = folder, model, tell, encoded
         remove_leftovers(folder, of=".+-[0-9a-f]{32}")  # --embeddings may be any folder
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"expected a folder for embeddings, got the file {folder}; choose another place")
+        folder.mkdir(parents=True, exist_ok=True)
         self._held: dict[str, Embeddings] = {}
 
     def keys(self, wanted: Wanted) -> list[str]:
@@ -144,9 +152,10 @@ class Store:
             if other := [name for name, value in facts.items() if manifest.get(name) != value]:
                 raise ValueError(f"it is of another {', '.join(other)}")
             return _load(folder / FILE, names, rows)
-        except (ValueError, OSError) as error:
+        except (ValueError, FileNotFoundError, NotADirectoryError) as error:  # no other OSError is the folder's fault
             self.tell(f"{folder.name} is damaged and is made again: {error}")
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            with suppress(FileNotFoundError):  # another run on the same folder may have removed it
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
             return None
 
 
@@ -160,15 +169,16 @@ def encode(part: Wanted, model: Model, encoded: Callable[[int], None]) -> Embedd
 class Ahead:
     """A part's images for cache.encode_support, which takes slices in order: the next ones are being decoded meanwhile.
 
-    Where one view is wanted the threads bring it to size as well: the crop that follows then leaves it as it is.
+    Where one view is wanted the threads bring it to size as well: the crop that follows then leaves it as it is. For
+    several views images wait at their full size, so fewer are decoded ahead.
     """
-
-    AHEAD = 128
 
     def __init__(self, part: Wanted, size: int, encoded: Callable[[int], None]) -> None:
         self.part, self.size, self.encoded = part, size, encoded
         self._split = part.data.splits[part.split]
-        self._pool = ThreadPoolExecutor(max(2, usable_threads()))
+        threads = max(2, usable_threads())
+        self._pool = ThreadPoolExecutor(threads)
+        self._ahead = 128 if part.views == 1 else 2 * threads
         self._waiting: dict[int, Future[Any]] = {}
 
     def __enter__(self) -> Ahead:
@@ -182,7 +192,7 @@ class Ahead:
 
     def __getitem__(self, asked: slice) -> list[Any]:
         rows = range(*asked.indices(len(self)))
-        for row in range(rows.start, min(rows.stop + self.AHEAD, len(self))):
+        for row in range(rows.start, min(rows.stop + self._ahead, len(self))):
             if row not in self._waiting:
                 self._waiting[row] = self._pool.submit(self._decode, row)
         found = [self._waiting.pop(row).result() for row in rows]
@@ -199,6 +209,10 @@ class Ahead:
                 raise
             where = Path(self.part.data.name) / self.part.split / self._split.keys[row]
             raise BadImageError(where, row, str(error)) from error
+
+
+def _hash(numbers: np.ndarray) -> str:
+    return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()
 
 
 def _key(facts: dict[str, Any]) -> str:

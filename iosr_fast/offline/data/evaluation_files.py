@@ -22,11 +22,16 @@ Rows = list[tuple[str, int]]  # (path relative to the folder, label)
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Image files FOLDER/KEY: labels (N,) int64, keys relative paths with forward slashes."""
+    """Image files FOLDER/KEY: labels (N,) int64, keys relative paths with forward slashes.
+
+    `times` (N,) int64 are the files' times of change in nanoseconds: what is derived from an image and kept should
+    depend on its file's, as a set's fingerprint, which is the same for copies of the set, does not.
+    """
 
     folder: Path
     keys: list[str]
     labels: np.ndarray
+    times: np.ndarray
 
     def __len__(self) -> int:
         return len(self.keys)

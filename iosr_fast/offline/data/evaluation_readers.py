@@ -31,13 +31,16 @@ def torchvision_set(name: str, splits: dict[str, str]) -> Callable[[Path, list[P
         for ours, theirs in splits.items():
             try:
                 data = kind(root, split=theirs, download=False)
-            except (RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
-                raise ValueError(f"torchvision's {name} can't read {root}: {error}") from error
+                listed = _files(data)
+            except Exception as error:  # damaged .mat files make scipy raise all sorts
+                files = ", ".join(str(path.relative_to(root)) for path in found)
+                told = f"torchvision's {name} can't read {files} in {root} ({error}); fetch it again"
+                raise ValueError(told) from error
             names = [spoken(str(text)) for text in data.classes]
             if class_names and names != class_names:
                 raise ValueError(f"torchvision's {name} in {root} has other classes in {theirs!r} than in other splits")
             class_names = names
-            rows[ours] = [(os.path.relpath(path, root), label) for path, label in _files(data)]
+            rows[ours] = [(os.path.relpath(path, root), label) for path, label in listed]
         return Content(root, class_names, rows)
 
     return read
@@ -89,7 +92,7 @@ def dogs(root: Path, found: list[Path]) -> Content:
             files = [str(cell[0]) for cell in content["file_list"].ravel()]
             labels = [int(label) - 1 for label in content["labels"].ravel()]
             rows[split] = list(zip(files, labels, strict=True))
-        except (ValueError, KeyError, IndexError, TypeError, OSError, NotImplementedError) as error:
+        except Exception as error:  # damaged .mat files make scipy raise all sorts
             raise ValueError(f"{file} is damaged or no list of Stanford Dogs ({error}); fetch it again") from error
         names |= {label: spoken(path.split("/")[0].split("-", 1)[-1]) for path, label in rows[split]}
     if sorted(names) != list(range(len(names))):

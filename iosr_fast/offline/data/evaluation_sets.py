@@ -86,11 +86,10 @@ def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
 def check(root: str | Path, names: Iterable[str]) -> dict[str, str | None]:
     """For each name what keeps the set from being opened, or None. Looks for every file, decodes none.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, before it looks for any.
     """
     problems: dict[str, str | None] = {}
-    for name in names:
-        describe(name)
+    for name in [describe(name).name for name in names]:
         try:
             open_evaluation_set(name, root)
             problems[name] = None
@@ -108,13 +107,19 @@ def _finish(download: Download, layout: Layout, content: Content) -> EvaluationS
             raise ValueError(f"the split {name!r} of {download.title} in {content.folder} has no images")
         keys = [Path(key).as_posix() for key, _ in rows]
         labels = np.array([label for _, label in rows], np.int64)
-        sizes = np.full(len(keys), -1, np.int64)
+        if labels.min() < 0 or labels.max() >= len(content.class_names):
+            raise ValueError(
+                f"expected labels from 0 to {len(content.class_names) - 1} in the split {name!r} of {download.title} "
+                f"in {content.folder}, got {labels.min()} to {labels.max()}; fetch its lists again"
+            )
+        sizes, times = np.full((2, len(keys)), -1, np.int64)
         for row, key in enumerate(keys):
             try:
-                sizes[row] = os.stat(content.folder / key).st_size
+                file = os.stat(content.folder / key)
+                sizes[row], times[row] = file.st_size, file.st_mtime_ns
             except OSError:
                 missing.append(key)
-        splits[name] = FileSplit(content.folder, keys, labels)
+        splits[name] = FileSplit(content.folder, keys, labels, times)
         facts += [name, *keys, labels, sizes]
     if missing:
         raise FileNotFoundError(

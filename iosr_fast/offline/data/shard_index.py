@@ -7,7 +7,9 @@ an integer or a name) and .txt (a class name). Source of the format: https://git
 
 from __future__ import annotations
 
+import hashlib
 import json
+import lzma
 import os
 import tarfile
 import zlib
@@ -24,6 +26,7 @@ INDEX = ".iosr_fast-shards.json"
 FORMAT = 1
 IMAGES = ("jpg", "jpeg", "png", "webp")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
+DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Shard:
 def find_shards(shards: str | Path | Sequence[str | Path], cache: Path | None) -> list[Path]:
     """The files of a folder, of a path or URL with braces ("train-{000..127}.tar"), or of a list of those.
 
-    What is not local is downloaded whole into `cache`, once. Raises FileNotFoundError for what is missing, ValueError
-    for a URL without a cache.
+    What is not local is downloaded whole into `cache`, once: a URL whose content changes needs another cache. Raises
+    FileNotFoundError for what is missing, ValueError for a URL without a cache.
     """
     given = [shards] if isinstance(shards, (str, Path)) else list(shards)
     if len(given) == 1 and Path(given[0]).is_dir():
@@ -66,9 +69,13 @@ def _local(url: str, cache: Path | None) -> Path:
         return Path(urlparse(url).path if scheme else url)
     if cache is None:
         raise ValueError(f"{url} is not local: give cache=FOLDER, a place to download shards to")
+    library = require("webdataset.cache", "train")
+
+    def name(url: str) -> str:  # the library's is the last part of the path: all sets have a train-0000.tar
+        return f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{library.url_to_cache_name(url)}"
+
     # The index pass that follows looks closer than the library's own validator, which needs the `file` command.
-    keeper = require("webdataset.cache", "train").FileCache(str(cache), validator=None)
-    return Path(keeper.get_file(url))
+    return Path(library.FileCache(str(cache), url_to_name=name, validator=None).get_file(url))
 
 
 def index_shards(paths: Sequence[Path], cache: Path | None) -> list[Shard]:
@@ -115,7 +122,7 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
         while True:
             try:
                 sample = next(samples, None)
-            except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+            except (*DAMAGE, ValueError) as error:
                 where = "at its start" if key is None else f"after key {key}"
                 reason = error.args[0] if error.args else type(error).__name__
                 raise ValueError(f"shard {path} is damaged {where} ({reason}); fetch or make it again") from error
@@ -126,7 +133,7 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_entry(path: Path) -> dict[str, Any]:
-    _check_end(path)
+    _check_end(path)  # first: what a damaged header hides would be told as samples without image or label
     keys, images, labels = [], [], []
     for sample in read_samples(path):
         where = f"key {sample['__key__']} of shard {path}"
@@ -161,15 +168,20 @@ def _label(sample: dict[str, Any], where: str) -> int | str:
 
 
 def _check_end(path: Path) -> None:
-    """Refuse a tar file that does not end in zeros: Python's tarfile takes a damaged header for the end, in silence."""
+    """Refuse a tar file that does not end in zeros: Python's tarfile takes a damaged header for the end, in silence.
+
+    Of a compressed one this checks the checksum too, which tarfile leaves out where it reads a stream.
+    """
     try:
-        with tarfile.open(path, "r:") as archive, path.open("rb") as file:
+        with tarfile.open(path, "r:*") as archive:
             archive.getmembers()
+            file: Any = archive.fileobj  # what was compressed, decompressed
             file.seek(archive.offset)
-            blocks = iter(lambda: file.read(1 << 20), b"")
-            sizes = [0 if any(block) else len(block) for block in blocks]
-    except tarfile.TarError:
-        return  # compressed, where a checksum does this, or damaged, which reading it tells
+            sizes = [0 if any(block) else len(block) for block in iter(lambda: file.read(1 << 20), b"")]
+    except DAMAGE as error:
+        for _ in read_samples(path):  # which tells after which key, where it sees the damage too
+            pass
+        raise ValueError(f"shard {path} is damaged ({error}); fetch or make it again") from error
     if not sizes or 0 in sizes:
         raise ValueError(f"shard {path} is damaged: it does not end as a tar file does; fetch or make it again")
 
