@@ -187,7 +187,7 @@ def prefix_key(clip: LoadedClip, encoder: AdaptedEncoder, source: PictureSource,
 
 
 def hash_seed(*parts: int) -> int:
-    """A seed that differs wherever a part does; the same in every process and version."""
+    """A seed of whole numbers, such as where training is: the same in every process, run and version."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (1 << 62)
