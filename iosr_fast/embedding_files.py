@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +25,7 @@ import numpy as np
 
 from iosr_fast._require import require
 from iosr_fast.encoder import Embeddings
-from iosr_fast.files import read_manifest
+from iosr_fast.files import new_file, read_manifest
 
 Format = Literal["safetensors", "parquet"]
 FORMATS: tuple[Format, ...] = ("safetensors", "parquet")
@@ -54,19 +51,6 @@ class Part:
     facts: dict[str, Any] | None = None
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to: it becomes `path` when the block ends well, and is removed else."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut can leave the name without the bytes
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_part(path: Path, part: Part, file_format: Format) -> None:
     """Write a part whole or not at all; the same part gives the same bytes.
 
@@ -74,7 +58,7 @@ def write_part(path: Path, part: Part, file_format: Format) -> None:
     """
     _check(part, file_format)
     facts = json.dumps({**(part.facts or {}), "sha256": _digest(part)}, sort_keys=True)
-    with whole_file(path) as temporary:
+    with new_file(path) as temporary:
         if file_format == "parquet":
             _write_parquet(temporary, part, facts)
         else:
@@ -161,12 +145,11 @@ def _digest(part: Part) -> str:
 
 
 def _write_safetensors(path: Path, part: Part, facts: str) -> None:
-    from safetensors.numpy import save
+    from safetensors.numpy import save_file
 
     entry = json.dumps({"facts": json.loads(facts), "keys": part.keys, "errors": part.errors})
     arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(part).items()}
-    # Not save_file, which lets nobody else read the file: parts lie on shared folders.
-    path.write_bytes(save(arrays, metadata={_ENTRY: entry}))
+    save_file(arrays, path, metadata={_ENTRY: entry})
 
 
 def _read_safetensors(path: Path) -> Part:

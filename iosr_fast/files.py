@@ -1,4 +1,4 @@
-"""Folders with a manifest: every file hashed, written whole or not at all, refused by name when something is off."""
+"""Files and folders that are written whole or not at all; folders with a manifest, which hashes every file in them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,26 @@ SCHEMA = 1
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_file(target: str | Path) -> Iterator[Path]:
+    """A temporary file beside `target` to write to: it takes its place when the block ends well, and goes otherwise.
+
+    The bytes reach the disk before the name does, and whoever can read the folder can read the file.
+    """
+    target = Path(target)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync_file(temporary)
+        os.replace(temporary, target)
+        _sync_entry(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -59,7 +79,7 @@ def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+")
     somebody's, it keeps their hidden files out of this. Returns what was removed.
     """
     removed = []
-    temporary = re.compile(rf"\.(?:{of})\.[a-z0-9_]{{8}}")  # tempfile's names for what is to become `of`
+    temporary = re.compile(rf"\.(?:{of})\.[a-z0-9_]{{8}}(?:\.tmp)?")  # tempfile's names for what is to become `of`
     for path in folder.glob(".*") if folder.is_dir() else ():
         with suppress(OSError):  # another process may have removed it, or renamed it into its place
             old = time.time() - path.stat().st_mtime > older_than_s
@@ -70,16 +90,17 @@ def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+")
 
 
 def _sync(folder: Path) -> None:
-    """Have all that lies in `folder` reach the disk before the folder gets its name: a power cut leaves no half.
-
-    Files get the mode that goes with the folder's: safetensors writes for the owner's eyes only.
-    """
+    """Have all that lies in `folder` reach the disk before the folder gets its name: a power cut leaves no half."""
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync_file(path)
     _sync_entry(folder)
+
+
+def _sync_file(path: Path) -> None:
+    path.chmod(0o644)  # tempfile and safetensors write for the owner's eyes only
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_entry(folder: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.embedding_files import FORMATS, Format, Part, read_part, whole_file, write_part
+from iosr_fast.embedding_files import FORMATS, Format, Part, read_part, write_part
 from iosr_fast.encoder import Embeddings
+from iosr_fast.files import new_file
 
 BAD = 2
 
@@ -109,12 +110,12 @@ def test_what_does_not_fit_is_refused(rng: np.random.Generator, tmp_path: Path) 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "part"
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), new_file(path) as temporary:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
     path.write_bytes(b"old")
-    with whole_file(path) as temporary:
+    with new_file(path) as temporary:
         temporary.write_bytes(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

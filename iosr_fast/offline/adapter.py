@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from iosr_fast.files import new_file
 from iosr_fast.offline.clip import LoadedClip
 
 
@@ -136,15 +137,12 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
     with torch.no_grad():
         for value in adapter.parameters():
             value.copy_(value.half())
     state = {key: value.half().contiguous() for key, value in adapter.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary, metadata={"iosr_fast_adapter": json.dumps(asdict(adapter.config))})
-    temporary.chmod(0o644)  # safetensors writes for the owner's eyes only
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        save_file(state, temporary, metadata={"iosr_fast_adapter": json.dumps(asdict(adapter.config))})
 
 
 def load_adapter(path: str | Path) -> Adapter:

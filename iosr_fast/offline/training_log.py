@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from iosr_fast._require import require
+from iosr_fast.files import new_file
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +129,8 @@ class _Csv:
             logger.info(
                 "%s goes on after step %d: %d later lines are removed", self.path, self.last, len(self.rows) - len(kept)
             )
-            temporary = self.path.with_suffix(".csv.tmp")
-            with temporary.open("wb") as file:
-                file.write(whole)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            with new_file(self.path) as temporary:
+                temporary.write_bytes(whole)
         self.rows, self.content = {}, b""
         self.file = self.path.open("ab", buffering=0)
 

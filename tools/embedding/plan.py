@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast import __version__
-from iosr_fast.embedding_files import KIND, Format, read_part, whole_file
-from iosr_fast.files import MANIFEST, write_manifest
+from iosr_fast.embedding_files import KIND, Format, read_part
+from iosr_fast.files import MANIFEST, new_file, write_manifest
 from tools.embedding.items import Chunk, Source
 
 PLAN, LOG, LOCK = "plan.json", "log.jsonl", ".lock"
@@ -149,7 +149,7 @@ def enter_plan(out: Path, plan: Plan) -> None:
     """Write the plan, or compare it with the one that is there. Raises ValueError where they differ, saying in what."""
     path = out / PLAN
     if not path.exists():
-        with whole_file(path) as temporary:
+        with new_file(path) as temporary:
             temporary.write_text(plan.to_json(), encoding="utf-8")
         return
     try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+
+from iosr_fast.files import new_file
 
 
 def digest(parts: Iterable[str | np.ndarray]) -> str:
@@ -33,12 +34,5 @@ def stamp(path: str | Path) -> str:
 def new_text_file(path: Path) -> Iterator[TextIO]:
     """A temporary file (UTF-8, line ends as written) that takes the place of `path` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            yield file
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        yield file
