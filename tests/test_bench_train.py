@@ -47,6 +47,26 @@ def test_public_recipe_trains_what_ours_trains() -> None:
             torch.testing.assert_close(theirs, mine, atol=1e-4, rtol=1e-2)
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_public_recipe_differentiates_all_blocks_and_the_pruned_one_does_not(everywhere: bool) -> None:
+    """Adapters begin in block 4 of 6: the gradient passes block 1 only in the public code's way."""
+    from iosr_fast.offline.adapter import init_adapter, vision_blocks
+
+    clip = load_clip("demo")
+    passed: list[int] = []
+    blocks = vision_blocks(clip)
+    hooks = [
+        blocks[i].attn.register_full_backward_hook(lambda module, into, out, i=i: passed.append(i)) for i in (0, 1, 5)
+    ]
+    pictures = bench.pictures(clip, 4, 0)
+    head = torch.nn.Linear(clip.model.visual.output_dim, bench.CLASSES)
+    recipe = bench.PublicRecipe(clip, init_adapter(clip, 4).requires_grad_(True), head, everywhere)
+    recipe.loss(pictures.images, pictures.labels).backward()
+    for hook in hooks:
+        hook.remove()
+    assert passed == ([5, 1] if everywhere else [5]), "block 0's attention comes before its adapter would"
+
+
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     tail = AdaptedEncoder.tail
     monkeypatch.setattr(AdaptedEncoder, "tail", lambda self, adapter, *stem: tail(self, adapter, *stem) * 1.01)

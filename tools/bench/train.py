@@ -3,8 +3,8 @@
     ours            blocks before the first adapter without autograd, their outputs kept on disk in fp16; CLS-only last
                     block; held-out pictures share the frozen part between both embeddings
     ours-unkept     the same with nothing kept
-    public-recipe   the whole encoder under autograd, as where every block has an adapter (the public code's only way),
-                    then two whole encodings of each held-out picture
+    public-recipe   the whole encoder under autograd, from the first block's MLP on, as where every block has an adapter
+                    (the public code's only way), then two whole encodings of each held-out picture
     pruned-graph    the public recipe where autograd begins at the first adapter, which PyTorch finds by itself
 
 Cases: `first-epoch` (ours computes and writes what it keeps) and `later-epochs` (ours reads it). All train the same
@@ -29,7 +29,7 @@ from torch import nn
 
 from iosr_fast.info import usable_threads
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain, init_adapter
+from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain, init_adapter, vision_blocks
 from iosr_fast.offline.clip import LoadedClip, load_clip
 from iosr_fast.offline.data import TensorPictures
 from iosr_fast.offline.export import random_adapter
@@ -46,17 +46,21 @@ TOLERANCE, KEPT_TOLERANCE = 1e-4, 2e-2
 
 
 class PublicRecipe:
-    """The public code's supervised loop on our adapter; `everywhere`: the graph begins at the patch embedding."""
+    """The public code's supervised loop on our adapter; `everywhere`: the graph begins where block 0's adapter adds."""
 
     def __init__(self, clip: LoadedClip, adapter: Adapter, head: nn.Linear, everywhere: bool) -> None:
         self.clip, self.adapter, self.head, self.everywhere = clip, adapter, head, everywhere
         self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
 
     def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        images = self._normalise(pixels)
-        if self.everywhere:
-            images.requires_grad_()
-        return F.cross_entropy(self.head(encode_adapted(self.clip, self.adapter, images)), labels)
+        # An adapter in block 0 would have its sum with the MLP's output be the first tensor that needs a gradient.
+        mlp = vision_blocks(self.clip)[0].mlp
+        hook = mlp.register_forward_hook(lambda module, inputs, output: output.requires_grad_(self.everywhere))
+        try:
+            features = encode_adapted(self.clip, self.adapter, self._normalise(pixels))
+        finally:
+            hook.remove()
+        return F.cross_entropy(self.head(features), labels)
 
     def epoch(self, train: TensorPictures, held_out: TensorPictures, config: TrainConfig) -> None:
         parameters = [*self.adapter.requires_grad_(True).parameters(), *self.head.parameters()]
