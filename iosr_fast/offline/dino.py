@@ -64,9 +64,7 @@ class Dino(nn.Module):
         self.center = nn.Buffer(torch.zeros(config.out_dim))
         self._outputs = nn.Buffer(torch.zeros(config.out_dim + 1), persistent=False)  # their sum and their count
         self.temperature = config.teacher_temperature[0]
-        self.frozen_last_layer = False
-        self.local_size = local_size(encoder, config)
-        self.crops = _crops(encoder.image_size, self.local_size, config)
+        self.crops = _crops(encoder.image_size, local_size(encoder, config), config)
 
     def train(self, mode: bool = True) -> Dino:
         super().train(mode)
@@ -108,11 +106,6 @@ class Dino(nn.Module):
         low, high = self.config.teacher_temperature
         warmup = min(self.config.teacher_warmup_epochs, self.epochs)
         self.temperature = high if epoch >= warmup else low + (high - low) * epoch / max(1, warmup - 1)
-        self.frozen_last_layer = epoch < self.config.freeze_last_layer_epochs
-
-    def before_step(self) -> None:
-        if self.frozen_last_layer:
-            self.student_head.prototypes.grad = None
 
     @torch.no_grad()
     def after_step(self, share: float, reduce_sum: Reduce) -> None:

@@ -34,8 +34,6 @@ class Objective(Protocol):
 
     def begin_epoch(self, epoch: int) -> None: ...
 
-    def before_step(self) -> None: ...
-
     def after_step(self, share: float, reduce_sum: Reduce) -> None: ...
 
     def result(self) -> Adapter: ...
@@ -65,9 +63,6 @@ class Supervised(nn.Module):
         return [{"params": [*self.adapter.parameters(), *self.head.parameters()]}]
 
     def begin_epoch(self, epoch: int) -> None:
-        pass
-
-    def before_step(self) -> None:
         pass
 
     def after_step(self, share: float, reduce_sum: Reduce) -> None:

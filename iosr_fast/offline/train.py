@@ -220,7 +220,6 @@ class _Training:
             micro += 1
             if not part.last:
                 continue
-            self.objective.before_step()
             if self.config.clip_grad:
                 self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.clip_grad)
             self.optimizer.step()

@@ -23,7 +23,6 @@ class DinoConfig:
     hidden: int = 2048
     head_bottleneck: int = 256
     train_head: bool = True
-    freeze_last_layer_epochs: int = 0
     local_crops: int = 10
     global_scale: tuple[float, float] = (0.25, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.25)
@@ -40,7 +39,7 @@ class DinoConfig:
         for name in ("out_dim", "hidden", "head_bottleneck"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("local_crops", "freeze_last_layer_epochs", "teacher_warmup_epochs", "weight_decay_end"):
+        for name in ("local_crops", "teacher_warmup_epochs", "weight_decay_end"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
         for name in ("global_scale", "local_scale"):
