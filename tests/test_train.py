@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
-from iosr_fast.offline.adapter import Adapter, init_adapter  # noqa: E402
+from iosr_fast.offline import probe as probe_module  # noqa: E402
+from iosr_fast.offline.adapter import Adapter, encode_plain, init_adapter  # noqa: E402
 from iosr_fast.offline.batches import cut  # noqa: E402
 from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.offline.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
@@ -139,6 +140,39 @@ def write_folder(folder: Path, each: int) -> None:
         (folder / name).mkdir(parents=True)
         for i in range(each):
             Image.new("RGB", (80 + i, 70), name).save(folder / name / f"{i}.png")
+
+
+def test_only_what_is_measured_is_encoded(
+    clip: LoadedClip, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the numbers are those of a probe that has all to choose from."""
+    held_out = SubsetPictures(validation_pictures(64), torch.arange(120))
+    monkeypatch.setattr(probe_module, "MOST_PICTURES", 60)
+    asked: list[int] = []
+    iterate = SubsetPictures.iterate
+
+    def counted(self: SubsetPictures, order: torch.Tensor, batch: int):
+        asked.append(len(order))
+        return iterate(self, order, batch)
+
+    monkeypatch.setattr(SubsetPictures, "iterate", counted)
+    measured = []
+    train_adapter(
+        clip,
+        fresh(clip),
+        pictures,
+        TrainConfig(batch=30),
+        held_out=held_out,
+        report_epoch=lambda epoch, plain, adapted: measured.append(plain),
+    )
+    assert 30 <= max(asked) <= 60 and measured[0].pictures == max(asked)
+    with torch.no_grad():
+        pixels = next(iterate(held_out, torch.arange(120), 120))[1]
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
+        whole = torch.nn.functional.normalize(encode_plain(clip, (pixels.float() / 255 - mean) / std), dim=-1)
+    expected = probe_module.probe(whole.numpy(), held_out.labels.numpy(), ids=range(120))
+    assert measured[0].linear_probe == expected.linear_probe
+    assert measured[0].auroc == pytest.approx(expected.auroc, abs=1e-4)
 
 
 def test_a_folder_trains_and_a_damaged_file_is_named(clip: LoadedClip, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from iosr_fast.offline.adapted_encoder import AdaptedEncoder
 from iosr_fast.offline.adapter import Adapter
 from iosr_fast.offline.batches import KEPT_DTYPES, Normalise, prefix_key
 from iosr_fast.offline.clip import LoadedClip
-from iosr_fast.offline.data import PictureSource
+from iosr_fast.offline.data import PictureSource, SubsetPictures
 from iosr_fast.offline.interrupt import sheltered
 from iosr_fast.offline.kept_prefix import KeptPrefix
-from iosr_fast.offline.probe import Probe, probe
+from iosr_fast.offline.probe import Probe, probe, probed_rows
 from iosr_fast.offline.supervised import Stem
 from iosr_fast.offline.train_config import TrainConfig
 
@@ -30,8 +30,9 @@ BATCH = 128
 class HeldOut:
     """Encodes held-out pictures (of `source`, which training must not see) as often as it is asked.
 
-    Their frozen part runs once for both embeddings; where training keeps its own, theirs is kept too and later epochs
-    run the adapted blocks only. The plain embeddings do not change and are measured once.
+    Only those that `probe` looks at are encoded. Their frozen part runs once for both embeddings; where training keeps
+    its own, theirs is kept too and later epochs run the adapted blocks only. The plain embeddings do not change and are
+    measured once.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class HeldOut:
         fabric: Fabric,
         folder: Path | None,
     ) -> None:
-        self.encoder, self.source, self.fabric = encoder, source, fabric
+        self.encoder, self.fabric = encoder, fabric
         self.normalise = Normalise(clip, True, fabric.device)  # as at inference, whatever training does
         probed, pictures = int((source.labels.bincount() >= 2).sum()), len(source.labels)
         if probed < 2:
@@ -51,6 +52,8 @@ class HeldOut:
                 f"expected held-out pictures of at least two classes, two of each, to measure overlap and a linear "
                 f"probe on; got {pictures} pictures, {probed} classes with two: hold out more, or none"
             )
+        self.rows = probed_rows(source.labels.numpy())
+        self.source = source = SubsetPictures(source, torch.from_numpy(self.rows))
         self.plain: Probe | None = None
         self.kept: KeptPrefix | None = None
         if folder is not None:
@@ -70,10 +73,10 @@ class HeldOut:
                 if self.plain is None:
                     plain.append(self._unit(self.encoder.tail(None, *stem)))
         adapter.train(mode)
-        labels, rows = self.source.labels.numpy(), range(len(self.source.labels))
+        labels, ids = self.source.labels.numpy(), self.rows.tolist()
         if self.plain is None:
-            self.plain = probe(np.concatenate(plain), labels, ids=rows)
-        return self.plain, probe(np.concatenate(adapted), labels, ids=rows)
+            self.plain = probe(np.concatenate(plain), labels, ids=ids)
+        return self.plain, probe(np.concatenate(adapted), labels, ids=ids)
 
     def close(self) -> None:
         if self.kept is not None:

@@ -58,18 +58,14 @@ def probe(
     two pictures.
     """
     units, labels = _checked(embeddings, labels)
-    order = _order(units if ids is None else _named(ids, len(units)), labels, seed)
-    units, labels = units[order], labels[order]  # class by class, in each by lot
-    classes, sizes = np.unique(labels, return_counts=True)
-    take = _shares(sizes, seed)
-    chosen = np.flatnonzero(_position(sizes) < np.repeat(take, sizes))
+    chosen = _choose(units if ids is None else _named(ids, len(units)), labels, seed)
+    _, sizes = np.unique(labels, return_counts=True)
+    _, labels, kept = np.unique(labels[chosen], return_inverse=True, return_counts=True)
     units = units[chosen]
-    labels = np.repeat(np.arange(np.count_nonzero(take)), take[take > 0])
-    kept = take[take > 0]
     if len(kept) < 2:
         raise ValueError(
-            f"expected at least two classes of two pictures or more, got {len(kept)} among {len(classes)} classes of "
-            f"{len(order)} pictures; hold more pictures out"
+            f"expected at least two classes of two pictures or more, got {len(kept)} among {len(sizes)} classes of "
+            f"{sizes.sum()} pictures; hold more pictures out"
         )
     paired, unpaired = pair_cosines(units, labels)
     fitted = _position(kept) < np.repeat(-(-kept // 2), kept)
@@ -83,6 +79,11 @@ def probe(
         classes=len(kept),
         classes_left_out=int(np.count_nonzero(sizes < 2)),
     )
+
+
+def probed_rows(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The rows that `probe` looks at where row numbers are the ids, ascending: no others need be encoded."""
+    return np.sort(_choose(_named(range(len(labels)), len(labels)), labels, seed))
 
 
 def fit_linear_probe(
@@ -162,6 +163,13 @@ def _named(ids: Sequence[int] | Sequence[str], count: int) -> list[bytes]:
     if len(names) != count or len(set(names)) != count:
         raise ValueError(f"expected an id for each of the {count} rows, no two the same, got {len(names)} ids")
     return names
+
+
+def _choose(names: Sequence[bytes] | np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """The rows that are looked at, class by class, in each by lot."""
+    order = _order(names, labels, seed)
+    _, sizes = np.unique(labels, return_counts=True)
+    return order[_position(sizes) < np.repeat(_shares(sizes, seed), sizes)]
 
 
 def _order(names: Sequence[bytes] | np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
