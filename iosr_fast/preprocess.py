@@ -6,6 +6,7 @@ folded into the encoder, so pixels stay uint8.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,19 +41,13 @@ class BadImageError(ValueError):
 
 def open_image(source: Any, position: int = 0) -> Image:
     """One image as RGB, decoded. `source`: path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.is_file():
             raise BadImageError(path, position, "no such file")
-        try:
-            with Image.open(path) as opened:
-                return opened.convert("RGB")
-        except UnidentifiedImageError as error:
-            raise BadImageError(path, position, "it is not an image of a known format, or it is damaged") from error
-        except Exception as error:  # damaged files make decoders raise all sorts
-            raise BadImageError(path, position, str(error)) from error
+        return _decode(path, path, position)
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     array = np.asarray(source)
@@ -65,6 +60,23 @@ def open_image(source: Any, position: int = 0) -> Image:
     if array.ndim == 2 and array.size > 0:
         return Image.fromarray(array).convert("RGB")
     raise BadImageError(None, position, f"expected shape (H, W), (H, W, 3) or (H, W, 4), got {array.shape}")
+
+
+def open_bytes(data: bytes, path: Path, position: int = 0) -> Image:
+    """An encoded image as RGB, decoded. `path` is what BadImageError calls it: it may lie within an archive."""
+    return _decode(io.BytesIO(data), path, position)
+
+
+def _decode(source: Path | io.BytesIO, path: Path, position: int) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(source) as opened:
+            return opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise BadImageError(path, position, "it is not an image of a known format, or it is damaged") from error
+    except Exception as error:  # damaged files make decoders raise all sorts: of a TIFF that may be a TypeError
+        raise BadImageError(path, position, str(error)) from error
 
 
 def _describe(source: Any, array: np.ndarray) -> str:

@@ -221,7 +221,7 @@ def main(
         "engine-shipped",
     )
     for name in written:
-        console.print(f"  {out / name}")
+        console.print(f"  {out / name}", soft_wrap=True)  # a path that is cut in two can't be copied
     command = os.path.relpath(Path(sys.executable).with_name("iosr-fast"))
     console.print(f"try it: {command} classify {out / 'classifier'} {out / 'pictures'}", soft_wrap=True)
 

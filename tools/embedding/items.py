@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError, resize_and_crop
+from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError, open_bytes, resize_and_crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +139,6 @@ def stamp_of(status: os.stat_result) -> str:
 
 def load_pixels(item: Item, size: int) -> np.ndarray | BadImageError:
     """(size, size, 3) uint8 as iosr_fast.preprocess makes them, or why there are none."""
-    from PIL import Image, UnidentifiedImageError
-
     where = Path(item.key if item.offset or item.size >= 0 else item.path)
     if item.fault is not None:
         return BadImageError(where, 0, item.fault)
@@ -151,9 +148,8 @@ def load_pixels(item: Item, size: int) -> np.ndarray | BadImageError:
             data = file.read(item.size)
         if item.size >= 0 and len(data) != item.size:
             return BadImageError(where, 0, f"expected {item.size} bytes of it in {item.path}, found {len(data)}")
-        with Image.open(io.BytesIO(data)) as opened:
-            return resize_and_crop(opened.convert("RGB"), size)
-    except UnidentifiedImageError:
-        return BadImageError(where, 0, "it is not an image of a known format, or it is damaged")
-    except Exception as error:  # whatever a decoder raises: of a damaged TIFF that may be a TypeError
+        return resize_and_crop(open_bytes(data, where), size)
+    except BadImageError as error:
+        return error
+    except OSError as error:
         return BadImageError(where, 0, str(error))

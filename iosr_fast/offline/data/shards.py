@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from iosr_fast.offline.data._files import digest
 from iosr_fast.offline.data.evaluation_files import read_lines
 from iosr_fast.offline.data.shard_index import Shard, find_shards, index_shards, read_samples
 from iosr_fast.offline.data.sources import to_tensor
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.preprocess import BadImageError, open_bytes
 
 MOST_OPEN = 64  # shards that one window may span: each is an open file
 
@@ -108,18 +107,12 @@ class ShardPictures:
             pool.shutdown(cancel_futures=True)
 
     def _picture(self, row: int, data: bytes) -> torch.Tensor:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                return to_tensor(opened, self.size)
-        except UnidentifiedImageError:
-            reason = "it is not an image of a known format, or it is damaged"
-        except Exception as error:  # whatever a decoder raises
-            reason = str(error)
         shard, position = self._place(row)
-        name = f"{shard.keys[position]}.{shard.images[position]}"
-        raise BadImageError(shard.path / name, row, f"{reason} (key {shard.keys[position]} of shard {shard.path})")
+        key = shard.keys[position]
+        try:
+            return to_tensor(open_bytes(data, shard.path / f"{key}.{shard.images[position]}", row), self.size)
+        except BadImageError as error:
+            raise BadImageError(error.path, row, f"{error.reason} (key {key} of shard {shard.path})") from error
 
     def _place(self, row: int) -> tuple[Shard, int]:
         index = int(self._shard[row])
