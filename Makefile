@@ -18,13 +18,13 @@ develop: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[train,cpu,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[train,cpu,serve,dev]"
 	$(BIN)/python -m pip install --quiet triton \
 		|| echo "triton does not install here: the tests go on without its kernels"
 	$(BIN)/python -m pip install --quiet tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
-	$(BIN)/python -m pip install --quiet "ray[data]" \
-		|| echo "Ray does not install here: the tests go on without embedding on several workers"
+	$(BIN)/python -m pip install --quiet "ray[data,serve]" \
+		|| echo "Ray does not install here: the tests go on without several workers"
 	touch $@
 
 demo: $(STAMP)
