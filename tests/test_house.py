@@ -77,7 +77,7 @@ def test_the_core_asks_for_few_packages() -> None:
     }
     assert core == {"numpy", "pillow", "safetensors", "typer"}
     extras = set(metadata("iosr_fast").get_all("Provides-Extra") or [])
-    assert extras == {"cpu", "dev", "ray", "serve", "tensorrt", "tensorrt-rtx", "train", "triton"}
+    assert extras == {"cpu", "dev", "ray", "serve", "tensorrt", "tensorrt-rtx", "train", "triton", "triton-server"}
     assert [entry.value for entry in entry_points(group="console_scripts", name="iosr-fast")] == ["iosr_fast.cli:app"]
 
 
@@ -87,11 +87,12 @@ def test_every_folder_of_the_package_is_packaged() -> None:
     assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
-def test_every_data_file_of_the_demo_is_packaged() -> None:
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["iosr_fast.demo"]
-    demo = ROOT / "iosr_fast" / "demo"
-    kept = {path for pattern in patterns for path in demo.glob(pattern)}
-    assert {path for path in (demo / "data").rglob("*") if path.is_file()} == kept
+@pytest.mark.parametrize(("package", "folder"), [("demo", "data"), ("serving", "page")])
+def test_every_data_file_is_packaged(package: str, folder: str) -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"][f"iosr_fast.{package}"]
+    home = ROOT / "iosr_fast" / package
+    kept = {path for pattern in patterns for path in home.glob(pattern)}
+    assert {path for path in (home / folder).rglob("*") if path.is_file()} == kept != set()
 
 
 def test_nothing_is_unpickled_or_evaluated() -> None:

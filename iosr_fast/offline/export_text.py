@@ -1,0 +1,259 @@
+"""From a CLIP's text encoder to text.onnx and tokenizer.json, checked against open_clip before they are relied on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from iosr_fast._require import require
+from iosr_fast.demo.pictures import load_index
+from iosr_fast.offline.dual_encoder import Precision
+from iosr_fast.offline.export import FP32_MAX_ERROR, LARGEST_FILE, OPSET, quiet_exporter
+from iosr_fast.offline.text import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
+from iosr_fast.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
+
+if TYPE_CHECKING:
+    from iosr_fast.offline.clip import LoadedClip
+
+PAD = 0  # what open_clip fills rows up with; it comes after the end, where nothing looks
+FP16_MIN_COSINE = 0.9999  # of weights that are only stored in fp16
+HARD_TEXTS = (
+    "cat",
+    "a photo of a cat.",
+    "A Photo OF A CAT",
+    "  two  spaces\tand\na line ",
+    "don't, we're, I've, I'm, they'll, she'd, it's; 'tis rock 'n' roll's",
+    "IT'S ST. JOHN'S-WORT (Hypericum perforatum)",
+    "rock\N{RIGHT SINGLE QUOTATION MARK}n\N{RIGHT SINGLE QUOTATION MARK}roll \N{LEFT DOUBLE QUOTATION MARK}quoted",
+    "'\N{LATIN SMALL LETTER LONG S} \N{LATIN SMALL LETTER LONG S}alt \N{KELVIN SIGN}elvin",
+    "Boeing 737-800, 3.14, 1e-5, 100%, \N{SUPERSCRIPT TWO} \N{VULGAR FRACTION ONE HALF} \N{ROMAN NUMERAL FOUR}",
+    "!?#$%^*()_+-=[]{}|;:,./~`@\\",
+    "...--__!!<<>>",
+    "café Straße ÎLE smörgåsbord Ærøskøbing",
+    "cafe\N{COMBINING ACUTE ACCENT} x\N{COMBINING GREEK YPOGEGRAMMENI}y ᾳ",
+    "İstanbul ΟΔΥΣΣΕΥΣ ﬁﬂﬃ Ǆ",
+    "柴犬 の 写真 사진 図書館",
+    "собака कुत्ता كلب כלב สุนัข",
+    "🐈 👩\N{ZERO WIDTH JOINER}🚀 🇨🇭 👍🏽 \N{HEAVY BLACK HEART}\N{VARIATION SELECTOR-16}",
+    "a\N{NO-BREAK SPACE}b\N{IDEOGRAPHIC SPACE}c\N{ZERO WIDTH SPACE}d\N{SOFT HYPHEN}e",
+    "Tom &amp; Jerry &amp;amp; &lt;b&gt; &eacute; &#39;s &#x1F408; &nbsp; &EACUTE; &amp;lt;",
+    "schÃ¶n â€œbrokenâ€\N{DELETE} \N{BROKEN BAR}",
+    "\x1b[31mred\x1b[0m \x00\x07\x1f\x0b end",
+    "\ud83d\udc08 \udc08",
+    "\N{CJK UNIFIED IDEOGRAPH-3134A}\U00032000 \U000107bb",  # letters that Unicode got late
+    "start of text end of text <start_of text>",
+    "supercalifragilisticexpialidocious" * 3,
+    "word " * 100,
+    "1234567890" * 20,
+    "",
+)
+
+
+class TextTower(nn.Module):
+    """tokens int64 (T, L), any L from 2 to the context length -> embeddings (T, D) float32, L2-normalised.
+
+    open_clip's own layers. With causal attention no token sees what comes after it, so a batch may be cut behind its
+    last end token: positions and mask are cut alike.
+    """
+
+    mask: torch.Tensor
+
+    def __init__(self, model: Any, eot: int) -> None:
+        super().__init__()
+        self.token_embedding, self.positional_embedding = model.token_embedding, model.positional_embedding
+        self.transformer, self.ln_final, self.projection = model.transformer, model.ln_final, model.text_projection
+        self.register_buffer("mask", model.attn_mask)
+        self.eot = eot
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:length]
+        x = self.ln_final(self.transformer(x, attn_mask=self.mask[:length, :length]))
+        end = (tokens == self.eot).int().argmax(1)
+        return F.normalize(x[torch.arange(x.shape[0]), end] @ self.projection, dim=-1)
+
+
+def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:
+    """Write text.onnx and tokenizer.json into `folder`, which exists; returns the facts that `TextEncoder.open` takes.
+
+    text.onnx: "tokens" int64 (T, L) -> "embeddings" float32 (T, D), L2-normalised, T and L <= context_length dynamic.
+    It computes in fp32; precision "fp16" halves the file by storing matrices in fp16, which loses nothing where the
+    weights were published in it (OpenAI's). Both files are compared with open_clip first: token ids of every class name
+    of the demo in every template and of texts that are hard to split, embeddings of some.
+
+    Raises ValueError for a text encoder or tokenizer of another kind or over 2 GB (before anything is written), and
+    where token ids differ; ArithmeticError where an embedding is off by more than 1e-4 (fp32) or its cosine is below
+    0.9999 (fp16). `folder` then holds neither file.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected an existing folder for the text encoder, found none at {folder}")
+    _refuse_other_text_encoders(clip)
+    tokenizer: Any = clip.tokenizer
+    facts: dict[str, Any] = {
+        "context_length": clip.model.context_length,
+        "width": clip.model.text_projection.shape[1],
+        "precision": precision,
+        "sot": tokenizer.sot_token_id,
+        "eot": tokenizer.eot_token_id,
+        "pad": PAD,
+        "templates": list(default_templates(clip)),
+        "clip_fingerprint": clip.fingerprint,
+    }
+    try:
+        _build_tokenizer(tokenizer, facts["context_length"]).save(str(folder / TOKENIZER_FILE), pretty=False)
+        model = _to_onnx(TextTower(clip.model, facts["eot"]).eval(), facts["context_length"])
+        if precision == "fp16":
+            _store_in_fp16(model.graph)
+        require("onnx", "train").save(model, str(folder / FILE))
+        encoder = TextEncoder.open(folder, facts)
+        facts["tokens_checked"] = _check_tokens(clip, encoder)
+        facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder, precision)
+    except BaseException:
+        for name in (FILE, TOKENIZER_FILE):
+            (folder / name).unlink(missing_ok=True)
+        raise
+    return facts
+
+
+def _refuse_other_text_encoders(clip: LoadedClip) -> None:
+    open_clip = require("open_clip", "train")
+    model: Any = clip.model
+    tokenizer: Any = clip.tokenizer
+    for part, kind in ((model, open_clip.CLIP), (tokenizer, open_clip.SimpleTokenizer)):
+        if type(part) is not kind:
+            raise ValueError(
+                f"{clip.name} has a {type(part).__name__} for its text side; only open_clip's {kind.__name__} can be "
+                "exported (ViT-B-32, ViT-B-16, ViT-L-14 and their kind)"
+            )
+    length = model.context_length
+    causal = torch.full((length, length), float("-inf")).triu(1)
+    size = sum(value.numel() * value.element_size() for value in TextTower(model, 0).state_dict().values())
+    refused = {
+        "attention that looks ahead; expected a causal mask": model.attn_mask is None
+        or not torch.equal(model.attn_mask, causal),
+        f"{model.text_pool_type!r} pooling; expected the end token's output": model.text_pool_type != "argmax"
+        and (model.text_pool_type, model.text_eos_id) != ("eos", tokenizer.eot_token_id),
+        "no projection matrix": not isinstance(model.text_projection, nn.Parameter),
+        f"weights of {size / 1e9:.1f} GB; expected under 2 GB, which is what one ONNX file holds": size > LARGEST_FILE,
+        f"a vocabulary of {model.vocab_size} for {tokenizer.vocab_size} tokens": model.vocab_size
+        < tokenizer.vocab_size,
+        f"a context of {length} for rows of {tokenizer.context_length}": length != tokenizer.context_length,
+        "special tokens of its own": [tokenizer.decoder[i] for i in tokenizer.all_special_ids] != list(SPECIAL_TOKENS),
+        "a tokenizer that does not lower the case, or drops tokens": tokenizer.reduction_fn is not None
+        or tokenizer.clean_fn is not open_clip.tokenizer.get_clean_fn("lower"),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ValueError(f"the text side of {clip.name} can't be exported, it has {reason}")
+
+
+def _build_tokenizer(tokenizer: Any, context_length: int) -> Any:
+    """open_clip's SimpleTokenizer, for texts that are cleaned already, as one of the `tokenizers` package.
+
+    Kinds of characters are spelled out: the two packages' regular expressions know different versions of Unicode, and
+    open_clip's ignores case, by which it passes over U+0345 (the iota below, a mark whose upper case is a letter).
+    """
+    tokenizers = require("tokenizers", "serve")
+    letters, numbers, others = (_members(kind) for kind in (r"[\p{L}]", r"[\p{N}]", r"[^\s\p{L}\p{N}]"))
+    # In lower case, ignoring case adds but the long s to the contractions.
+    pattern = f"'[s\N{LATIN SMALL LETTER LONG S}]|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{numbers}]|[{others}]+"
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.encoder, merges, end_of_word_suffix="</w>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="removed", invert=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    start, end = SPECIAL_TOKENS
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(token, tokenizer.encoder[token]) for token in SPECIAL_TOKENS]
+    )
+    made.enable_truncation(context_length)
+    made.enable_padding(length=context_length, pad_id=PAD, pad_token=tokenizer.decoder[PAD])
+    return made
+
+
+def _members(kind: str) -> str:
+    """The characters that match `kind` in open_clip's way, as ranges for [...]."""
+    regex = require("regex", "train")
+    characters = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF)
+    spans = (match.group() for match in regex.finditer(f"{kind}+", characters, regex.IGNORECASE))
+    return "".join(f"\\x{{{ord(span[0]):x}}}-\\x{{{ord(span[-1]):x}}}" for span in spans)
+
+
+def _to_onnx(tower: TextTower, context_length: int) -> Any:
+    """`tower` as an onnx.ModelProto in fp32; RuntimeError where the exported graph has a fixed shape."""
+    require("onnxscript", "train")
+    texts, length = torch.export.Dim("texts", min=1), torch.export.Dim("length", min=2, max=context_length)
+    with quiet_exporter():
+        program = torch.onnx.export(
+            tower,
+            (torch.zeros(2, context_length - 1, dtype=torch.int64),),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["tokens"],
+            output_names=["embeddings"],
+            dynamic_shapes={"tokens": {0: texts, 1: length}},
+        )
+    assert program is not None
+    model = program.model_proto
+    for item in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        item.ClearField("metadata_props")  # the exporter leaves stack traces with local paths there
+    if not all(dimension.dim_param for dimension in model.graph.input[0].type.tensor_type.shape.dim):
+        raise RuntimeError("tokens were exported with a fixed shape; expected a dynamic one")
+    return model
+
+
+def _store_in_fp16(graph: Any) -> None:
+    """Matrices in fp16, each with a Cast to fp32 that ONNX Runtime folds away when it loads the file."""
+    onnx = require("onnx", "train")
+    casts = []
+    for weight in graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) > 1:
+            name, values = weight.name, onnx.numpy_helper.to_array(weight).astype(np.float16)
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, f"{name}.fp16"))
+            casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]  # a node comes after what it reads
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
+    """How many texts were compared; ValueError with the first that differs."""
+    names = [concept["name"] for concept in load_index()["concepts"]]
+    templates = dict.fromkeys((*default_templates(clip), *DEMO_TEMPLATES, *PHOTO_TEMPLATES))
+    texts = [template.replace("{}", name) for template in templates for name in names] + list(HARD_TEXTS)
+    expected, got = clip.tokenizer(texts).numpy(), encoder.tokenize(texts)
+    for row in np.flatnonzero((expected != got).any(1))[:1]:
+        wrong, right = ([int(token) for token in ids[row] if token != PAD] for ids in (got, expected))
+        raise ValueError(f"{TOKENIZER_FILE} reads {texts[row]!r} as {wrong}, open_clip's tokenizer as {right}")
+    return len(texts)
+
+
+@torch.inference_mode()
+def _check_embeddings(clip: LoadedClip, encoder: TextEncoder, precision: Precision) -> tuple[float, float]:
+    """Largest error and smallest cosine over batches of 1, 3, 7 and the rest; ArithmeticError where one is too bad."""
+    error, cosine = 0.0, 1.0
+    for start, stop in ((0, 1), (1, 4), (4, 11), (11, len(HARD_TEXTS))):
+        texts = list(HARD_TEXTS[start:stop])
+        expected = clip.model.encode_text(clip.tokenizer(texts), normalize=True).numpy()
+        got = encoder.embed(texts)
+        # np.maximum and np.minimum keep a NaN, which no comparison below lets through.
+        error = float(np.maximum(error, np.abs(got - expected).max()))
+        cosine = float(np.minimum(cosine, (got * expected).sum(1).min()))
+    if not (error <= FP32_MAX_ERROR if precision == "fp32" else cosine >= FP16_MIN_COSINE):
+        allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {FP16_MIN_COSINE}"
+        raise ArithmeticError(
+            f"text embeddings by {FILE} in {precision} are wrong: expected {allowed}, got an error of {error:.2g} and "
+            f"a cosine of {cosine:.6f}"
+        )
+    return error, cosine
