@@ -2,60 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast.auto import tune_auto
 from iosr_fast.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.cache import SupportSet, encode_support, make_support_set
+from iosr_fast.cache import SupportSet, encode_support
+from iosr_fast.choice import check_choice, search
 from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.explain import softmax
+from iosr_fast.files import stable_read
 from iosr_fast.labels import check_labels, leave_out_bad, some
-from iosr_fast.methods import METHODS, check_parameters
+from iosr_fast.live.audit import AuditLog
+from iosr_fast.live.changes import Update
+from iosr_fast.live.examples import Examples
+from iosr_fast.live.recipe import Recipe, fit_recipe
+from iosr_fast.live.state import State
+from iosr_fast.live.support_images import SupportViews
+from iosr_fast.live.updates import LiveUpdates
+from iosr_fast.methods import METHODS
 from iosr_fast.precision import PRECISIONS, Precision
+from iosr_fast.predictions import Change, Prediction
 from iosr_fast.preprocess import BadImageError, as_image_list, list_folder, to_pixels
-from iosr_fast.reducers import check_reducer
-from iosr_fast.scoring import ScoringPlan, score
-from iosr_fast.tune import Tuned, tune
+from iosr_fast.scoring import ScoringPlan
+from iosr_fast.text_source import TextSource
+from iosr_fast.tune import Tuned
 
-TextEmbedder = Callable[[Sequence[str], "Sequence[str] | None"], np.ndarray]
 _CHUNK = 256
 
 
-class Classifier:
+class Classifier(LiveUpdates):
     """A few-shot image classifier in scikit-learn's manner: fit, predict, predict_proba, score, classes_.
 
-    Make one with `from_pretrained` (then `fit` or `fit_folder`) or `load` (ready to predict). Images are paths, PIL
-    images or uint8 arrays (H, W, 3), one or a sequence of them, or one uint8 array (B, H, W, 3).
+    Make one with `from_pretrained` (then `fit` or `fit_folder`) or `load` (ready to predict). Images are paths, encoded
+    bytes, PIL images or uint8 arrays (H, W, 3), one or a sequence of them, or one uint8 array (B, H, W, 3).
 
     After fitting: `classes_` (C,) the class names; `plan_`, what the kernels execute; `support_`, the encoded support
     set; `method_`, `reducer_` and `parameters_`; `tuned_`, how they were chosen, or None where they were given or
     loaded; `key_precision_`; `skipped_`, the unreadable images that `skip_bad` left out.
-    """
 
-    classes_: np.ndarray
-    plan_: ScoringPlan
-    support_: SupportSet
-    method_: str
-    reducer_: str
-    tuned_: Tuned | None
-    parameters_: dict[str, float]
-    key_precision_: Precision
+    Any number of threads may classify while others change classes and examples (live.updates.LiveUpdates).
+    """
 
     def __init__(
         self,
         encoder: Encoder,
         engine: Path,
-        embed_text: TextEmbedder | None = None,
+        text: TextSource | None = None,
         tau: float = 100.0,
     ) -> None:
         self.encoder = encoder
         self.engine = Path(engine)
         self.skipped_: list[str] = []
-        self._embed_text = embed_text
+        self.tuned_: Tuned | None = None
+        self._text = text
         self._tau = tau
+        self._views = SupportViews()
+        self._log: AuditLog | None = None
+        self._changing = threading.Lock()
+
+    @property
+    def classes_(self) -> np.ndarray:
+        return np.array(self.snapshot().class_names)
+
+    @property
+    def plan_(self) -> ScoringPlan:
+        return self.snapshot().whole_plan
+
+    @property
+    def support_(self) -> SupportSet:
+        return self.snapshot().support
+
+    @property
+    def method_(self) -> str:
+        return self.snapshot().recipe.method
+
+    @property
+    def reducer_(self) -> str:
+        return self.snapshot().recipe.reducer_name
+
+    @property
+    def parameters_(self) -> dict[str, float]:
+        return dict(self.snapshot().recipe.parameters)
+
+    @property
+    def key_precision_(self) -> Precision:
+        return self.snapshot().recipe.key_precision
 
     @classmethod
     def from_pretrained(
@@ -76,7 +112,7 @@ class Classifier:
         from iosr_fast.offline.pretrained import open_pretrained
 
         opened = open_pretrained(model, pretrained, adapter, runtime, precision, engine)
-        return cls(opened.encoder, opened.engine, opened.embed_text, opened.tau)
+        return cls(opened.encoder, opened.engine, opened.text, opened.tau)
 
     def fit(
         self,
@@ -96,6 +132,7 @@ class Classifier:
         seed: int = 0,
         skip_bad: bool = False,
         key_precision: Precision = "fp32",
+        thumbnails: int = 96,
     ) -> Classifier:
         """Encode the support images and class names and compile a method; nothing is trained.
 
@@ -110,7 +147,8 @@ class Classifier:
         where left and right matter) are averaged into its key; `views=1` takes the image as it is. For "zero-shot"
         images may be left out. `skip_bad` leaves unreadable images out (`skipped_`) instead of refusing them.
         `key_precision` stores the keys in "fp16", "bf16" or "int8" for scoring: less memory, and faster where there are
-        many keys.
+        many keys. `thumbnails` is the longer side in pixels of the picture that is kept of each support image, to show
+        what a prediction rests on; 0 keeps none.
 
         Raises ValueError, before anything is encoded, for fewer than two classes, duplicate class names, labels
         without a name, classes without an image, unreadable images or an unknown method, parameter, reducer or
@@ -118,10 +156,10 @@ class Classifier:
         """
         if key_precision not in PRECISIONS:
             raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
-        parameters = _check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
-        if views < 1:
-            raise ValueError(f"expected views of at least 1, got {views}")
-        if self._embed_text is None:
+        parameters = check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
+        chosen_templates = None if templates is None else tuple(templates)
+        settings = SupportViews(views, mirror, seed, templates=chosen_templates, thumbnail=thumbnails)
+        if self._text is None:
             raise ValueError(
                 "this classifier was loaded and has no text encoder; from_pretrained makes one that can be fit"
             )
@@ -135,7 +173,7 @@ class Classifier:
         if method != "auto" and METHODS[method].needs_adapter and not self.encoder.adapted:
             raise ValueError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
         searched = method == "auto" or tune in ("loo", "loo-single") or (tune is None and not parameters)
-        text = self._embed_text(names, templates)
+        text = self._text.embed_classes(names, chosen_templates)
         rng = np.random.default_rng(seed)
         queries = None
         if len(given):
@@ -145,14 +183,17 @@ class Classifier:
         else:
             nothing = np.zeros((0, self.encoder.width), np.float32)
             embeddings = Embeddings(nothing, nothing)
-        support = make_support_set(embeddings, ids, text, self._tau, queries=queries)
+        examples = Examples(embeddings, ids, np.arange(len(given)), settings.thumbnails(given), queries)
+        examples = examples.rows(np.argsort(ids, kind="stable"))
+        support = examples.as_support(range(len(names)), text, self._tau)
         if searched and len(given):
-            self._set(names, _search(method, support, reducer, tune), support, key_precision)
+            chosen = search(method, support, reducer, tune)
         else:
-            chosen = Tuned(
-                method, reducer or "none", {**METHODS[method].parameters, **parameters}, float("nan"), 0, "none"
-            )
-            self._set(names, chosen, support, key_precision)
+            parameters = {**METHODS[method].parameters, **parameters}
+            chosen = Tuned(method, reducer or "none", parameters, float("nan"), 0, "none")
+        recipe = _recipe(chosen, key_precision, support)
+        state = State.first(names, text, self._tau, examples, recipe)
+        self._replace(state, chosen, replace(settings, single=queries is not None))
         return self
 
     def tune(
@@ -167,20 +208,32 @@ class Classifier:
         `method` defaults to the one that was fitted; "auto" chooses among all. `labels` as for `score`. Returns what
         was chosen and why (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
         """
-        self._fitted()
-        method = self.method_ if method is None else method
-        _check_choice(method, reducer, None)
+        state = self.snapshot()
+        method = state.recipe.method if method is None else method
+        check_choice(method, reducer, None)
         if (images is None) != (labels is None):
             raise ValueError("expected validation images and their labels together, got one without the other")
         queries, ids = None, None
         if images is not None:
             given = as_image_list(images)
-            _, ids = check_labels(given, labels, self.classes_.tolist())
+            _, ids = check_labels(given, labels, list(state.class_names))
             queries = encode_support(self.encoder, given, 1, False, np.random.default_rng(0))
-        reducer = self.reducer_ if reducer is None and method == self.method_ else reducer
-        tuned = _search(method, self.support_, reducer, None, queries, ids)
-        self._set(self.classes_.tolist(), tuned, self.support_, self.key_precision_)
+        reducer = state.recipe.reducer_name if reducer is None and method == state.recipe.method else reducer
+        with self._changing:
+            state = self._same_classes(state)
+            tuned = search(method, state.support, reducer, None, queries, ids)
+            self._make(Update("retune", recipe=_recipe(tuned, state.recipe.key_precision)))
+            self.tuned_ = tuned
         return tuned
+
+    def retune(self) -> Change:
+        """Choose the parameters of the method again, by leave-one-out on the examples as they are now (`tune`)."""
+        with self._changing:
+            recipe = self.snapshot().recipe
+            tuned = search(recipe.method, self.snapshot().support, recipe.reducer_name, None)
+            change = self._make(Update("retune", recipe=_recipe(tuned, recipe.key_precision)))
+            self.tuned_ = tuned
+        return change
 
     def fit_folder(self, folder: str | Path, **options: Any) -> Classifier:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces)."""
@@ -190,51 +243,54 @@ class Classifier:
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
         """Logits (B, C) float32, of any number of images, encoded in chunks."""
-        plan = self._fitted()
-        parts = [score(plan, self.encoder.encode(pixels), impl) for pixels in self._chunks(images)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.classes_)), np.float32)
+        state = self.snapshot()
+        parts = [state.score(self.encoder.encode(pixels), impl) for pixels in self._chunks(images)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(state.uids)), np.float32)
 
     def predict(self, images: Any) -> np.ndarray:
         """Class names (B,). Raises BadImageError for an image that can't be read."""
-        best = self.decision_function(images).argmax(1)
-        names: np.ndarray = self.classes_[best]
+        state = self.snapshot()
+        best = [state.score(self.encoder.encode(pixels)).argmax(1) for pixels in self._chunks(images)]
+        names: np.ndarray = np.array(state.class_names)[np.concatenate(best) if best else np.zeros(0, np.int64)]
         return names
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """softmax of the logits, (B, C) float32."""
-        logits = self.decision_function(images)
-        powers = np.exp(logits - logits.max(1, keepdims=True)) if len(logits) else logits
-        probabilities: np.ndarray = powers / powers.sum(1, keepdims=True)
-        return probabilities
+        return softmax(self.decision_function(images))
+
+    def explain(self, images: Any, top: int = 5, nearest: int = 0) -> list[Prediction]:
+        """A Prediction for each image: label and probability, the `top` classes with what texts say of each and what
+        the examples add, and the `nearest` support images. All of one state of the classifier."""
+        state = self.snapshot()
+        made = (state.explain(self.encoder.encode(pixels), top, nearest) for pixels in self._chunks(images))
+        return [prediction for chunk in made for prediction in chunk]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label (names, or integers into `classes_`)."""
         given = as_image_list(images)
-        self._fitted()
-        _, ids = check_labels(given, labels, self.classes_.tolist())
+        _, ids = check_labels(given, labels, list(self.snapshot().class_names))
         if not len(ids):
             raise ValueError("expected at least one image to score, got none")
         return float((self.decision_function(given).argmax(1) == ids).mean())
 
     def save(self, folder: str | Path) -> None:
-        """Write everything `load` needs, engine included, to `folder`: whole or not at all."""
-        self._fitted()
-        bundle = Bundle(
-            self.classes_.tolist(),
-            self.method_,
-            self.parameters_,
-            self.support_,
-            self.encoder.fingerprint,
-            self.engine,
-            self.key_precision_,
-            self.reducer_,
-            self._factor,
-        )
-        save_bundle(bundle, folder)
+        """Write everything `load` needs, engine and text encoder included, to `folder`: whole or not at all.
+
+        A crash at any moment leaves what was there before, or this. A CLIP whose text encoder can't be exported is
+        saved without it: classes can then be added with `text=` only.
+        """
+        save_bundle(Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text), folder)
 
     @classmethod
     def load(cls, folder: str | Path, runtime: str = "auto", verify: bool = True) -> Classifier:
-        """A fitted classifier from `save`. Checks every file's hash (unless `verify` is False); needs no torch."""
+        """A fitted classifier from `save`. Checks every file's hash (unless `verify` is False); needs no torch.
+
+        Raises FileNotFoundError or ValueError naming what is missing, damaged or foreign, and what open_engine raises.
+        """
+        return stable_read(folder, lambda: cls._open(folder, runtime, verify))
+
+    @classmethod
+    def _open(cls, folder: str | Path, runtime: str, verify: bool) -> Classifier:
         from iosr_fast.runtimes import open_engine
 
         bundle = load_bundle(folder, verify)
@@ -244,26 +300,37 @@ class Classifier:
                 f"the engine in {bundle.engine} is of another export: the support set was encoded with "
                 f"{bundle.encoder_fingerprint[:12]}, the engine is {encoder.fingerprint[:12]}; fit and save again"
             )
-        classifier = cls(encoder, bundle.engine, tau=bundle.support.tau)
-        given = Tuned(
-            bundle.method, bundle.reducer, dict(bundle.parameters), float("nan"), 0, "none", factor=bundle.factor
-        )
-        classifier._set(bundle.class_names, given, bundle.support, bundle.key_precision)
+        classifier = cls(encoder, bundle.engine, bundle.text, bundle.state.tau)
+        classifier._replace(bundle.state, None, bundle.views)
         return classifier
 
-    def _set(self, names: list[str], chosen: Tuned, support: SupportSet, key_precision: Precision) -> None:
-        plan = chosen.compile(support)
-        self.plan_ = plan if plan.keys is None else plan.with_key_precision(key_precision)
-        self.key_precision_ = key_precision
-        self.classes_ = np.array(names)
-        self.support_, self.method_, self.reducer_ = support, chosen.method, chosen.reducer
-        self.parameters_, self._factor = dict(chosen.parameters), chosen.factor
-        self.tuned_ = None if chosen.protocol == "none" else chosen
-
-    def _fitted(self) -> ScoringPlan:
-        if not hasattr(self, "plan_"):
+    def snapshot(self) -> State:
+        """What is classified with now. It never changes: predictions of one snapshot are of one version."""
+        if not hasattr(self, "_state"):
             raise ValueError("this classifier is not fitted yet: call fit or fit_folder first")
-        return self.plan_
+        return self._state
+
+    def _replace(self, state: State, chosen: Tuned | None, views: SupportViews) -> None:
+        with self._changing:
+            if self._log is not None:
+                raise ValueError(f"expected no audit log to be open, got {self._log.path}: it has no line for a fit")
+            self._state, self._views = state, views
+            self.tuned_ = None if chosen is None or chosen.protocol == "none" else chosen
+
+    def _text_of(self, name: str) -> np.ndarray:
+        if self._text is None:
+            raise ValueError(
+                f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
+            )
+        row: np.ndarray = self._text.embed_classes([name], self._views.templates)[0]
+        return row
+
+    def _same_classes(self, before: State) -> State:
+        """Under the lock: the state, if its classes are still those that labels were read for."""
+        state = self.snapshot()
+        if state.uids != before.uids:
+            raise ValueError("the classes have changed while validation images were encoded: tune again")
+        return state
 
     def _chunks(self, images: Any) -> Iterator[np.ndarray]:
         # A batch array stays one: pixels of the right size then reach the encoder without being touched.
@@ -276,33 +343,8 @@ class Classifier:
                 raise error.moved(start) from error.__cause__
 
 
-def _check_choice(method: str, reducer: str | None, tuning: str | None, **parameters: float | None) -> dict[str, float]:
-    """The parameters that are given. Raises ValueError where they, method, reducer and tuning don't go together."""
-    if reducer is not None:
-        check_reducer(reducer)
-    if tuning not in (None, "loo", "loo-single", "none"):
-        raise ValueError(f"expected tune to be 'loo', 'loo-single' or 'none', got {tuning!r}")
-    if method != "auto":
-        given = check_parameters(method, **parameters)
-        if given and tuning in ("loo", "loo-single"):
-            raise ValueError(f"expected parameters or tune={tuning!r}, got both; leave {', '.join(given)} out")
-        return given
-    named = [name for name, value in {**parameters, "reducer": reducer}.items() if value is not None]
-    if named or tuning not in (None, "loo"):
-        told = ", ".join(named) or f"tune={tuning!r}"
-        raise ValueError(f"method 'auto' chooses by leave-one-out: leave {told} out, or name a method")
-    return {}
-
-
-def _search(
-    method: str,
-    support: SupportSet,
-    reducer: str | None,
-    tuning: str | None,
-    queries: Embeddings | None = None,
-    ids: np.ndarray | None = None,
-) -> Tuned:
-    if method == "auto":
-        return tune_auto(support, queries, ids)
-    protocol: Literal["loo", "loo-single"] = "loo-single" if tuning == "loo-single" else "loo"
-    return tune(method, support, queries, ids, protocol, reducer or "none")
+def _recipe(chosen: Tuned, key_precision: Precision, support: SupportSet | None = None) -> Recipe:
+    """What a search chose; without `support` its reducer is still to be fitted."""
+    if support is None:
+        return Recipe(chosen.method, dict(chosen.parameters), chosen.reducer, None, chosen.factor, key_precision)
+    return fit_recipe(chosen.method, chosen.parameters, chosen.reducer, chosen.factor, key_precision, support)

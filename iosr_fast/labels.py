@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.predictions import uid_of
 from iosr_fast.preprocess import find_bad
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ def check_labels(images: Sequence[Any], labels: Any, class_names: Sequence[str] 
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise ValueError(f"expected class names to differ, got {some(twice)} more than once")
+    reserved = [name for name in names if uid_of(name) is not None or not name.strip()]
+    if reserved:
+        raise ValueError(f"expected class names, got {some(reserved)}: empty ones and ~7 (an id's form) are not names")
     if not len(given):
         return names, np.zeros(0, np.int64)
     if numbered:

@@ -40,7 +40,8 @@ class BadImageError(ValueError):
 
 
 def open_image(source: Any, position: int = 0) -> Image:
-    """One image as RGB, decoded. `source`: path, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4)."""
+    """One image as RGB, decoded. `source`: path, bytes of an encoded image, PIL image, or uint8 array (H, W), (H, W, 3)
+    or (H, W, 4)."""
     from PIL import Image
 
     if isinstance(source, (str, Path)):
@@ -48,12 +49,14 @@ def open_image(source: Any, position: int = 0) -> Image:
         if not path.is_file():
             raise BadImageError(path, position, "no such file")
         return _decode(path, path, position)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source), None, position)
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     array = np.asarray(source)
     if array.dtype != np.uint8:
         raise BadImageError(
-            None, position, f"expected a path, a PIL image or a uint8 array, got {_describe(source, array)}"
+            None, position, f"expected a path, bytes, a PIL image or a uint8 array, got {_describe(source, array)}"
         )
     if array.ndim == 3 and array.shape[2] in (3, 4) and min(array.shape[:2]) > 0:
         return Image.fromarray(array).convert("RGB")
@@ -67,7 +70,7 @@ def open_bytes(data: bytes, path: Path, position: int = 0) -> Image:
     return _decode(io.BytesIO(data), path, position)
 
 
-def _decode(source: Path | io.BytesIO, path: Path, position: int) -> Image:
+def _decode(source: Path | io.BytesIO, path: Path | None, position: int) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -115,8 +118,9 @@ def random_view(image: Image, size: int, rng: np.random.Generator, mirror: bool)
 
 
 def as_image_list(images: Any) -> Sequence[Any]:
-    """One image or many, as a sequence. An array (B, H, W, C) is many; a path, a PIL image or (H, W[, C]) is one."""
-    if isinstance(images, (str, Path)) or hasattr(images, "getbands"):
+    """One image or many, as a sequence. An array (B, H, W, C) is many; a path, bytes, a PIL image or (H, W[, C]) is
+    one."""
+    if isinstance(images, (str, Path, bytes, bytearray, memoryview)) or hasattr(images, "getbands"):
         return [images]
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim == 4 else [images]

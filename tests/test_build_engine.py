@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from iosr_fast.runtimes import open_engine
+from iosr_fast.files import read_manifest
+from iosr_fast.runtimes import open_engine, plans
 from tools import build_engine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,18 +40,47 @@ def test_it_runs_from_anywhere(tmp_path: Path) -> None:
     assert "--first-adapted-block" in done.stdout
 
 
-def test_a_random_adapter_is_named_and_the_numbers_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = build(monkeypatch, tmp_path, "--first-adapted-block", "4", "--runtime", "onnxruntime", "--max-batch", "5")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the demo with a random adapter was built for ONNX Runtime, and what was printed."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        options = ("--first-adapted-block", "4", "--runtime", "onnxruntime", "--max-batch", "5")
+        done = build(patch, folder, *options)
     assert done.exit_code == 0, done.output
+    return folder, done.stdout
+
+
+def test_a_random_adapter_is_named_and_the_numbers_are_printed(built: tuple[Path, str]) -> None:
+    folder, stdout = built
     for words in ("RANDOM adapter", "3 random pictures: max error", "8 real pictures", "engine/encoder.onnx"):
-        assert words in done.stdout
-    manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
+        assert words in stdout
+    manifest = json.loads((folder / "engine" / "manifest.json").read_text())
     assert (manifest["model"], manifest["adapter"], manifest["first_adapted_block"]) == ("demo", "random", 4)
-    assert str(tmp_path) not in json.dumps(manifest)
-    encoder = open_engine(tmp_path / "engine")
+    assert str(folder) not in json.dumps(manifest)
+    encoder = open_engine(folder / "engine")
     size = encoder.image_size
     embeddings = encoder.encode(np.full((6, size, size, 3), 77, np.uint8))
     assert embeddings.adapted is not None and embeddings.adapted.shape == (6, encoder.width)
+
+
+def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(plans, "this_gpu", lambda: None)
+    shutil.copytree(built[0] / "engine", tmp_path / "engine")
+    for options, message in (
+        (["--runtime", "torch"], "expected one of ['tensorrt', 'tensorrt_rtx'] and an engine with encoder.onnx"),
+        (["--runtime", "tensorrt_rtx", "--adapter", "none"], "leave model and adapter out"),
+    ):
+        refused = build(monkeypatch, tmp_path, "--add-plan", *options)
+        assert refused.exit_code != 0 and message in " ".join(refused.output.replace("│", " ").split())
+    done = build(monkeypatch, tmp_path, "--add-plan", "--runtime", "tensorrt_rtx")
+    assert done.exit_code == 0, done.output
+    assert "tensorrt_rtx not run: no GPU for it here" in done.stdout
+    assert "MB, for any GPU with tensorrt_rtx" in done.stdout
+    (plan,) = (tmp_path / "engine" / "plans").iterdir()
+    assert read_manifest(tmp_path / "engine", "engine")["plans"][f"plans/{plan.name}"]["gpu"] is None
+    assert open_engine(tmp_path / "engine").runtime == "onnxruntime"
 
 
 def test_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from iosr_fast import Classifier
 from iosr_fast.demo.pictures import load_pictures
 from iosr_fast.methods import METHODS
+from tests.manifests import rewrite_manifest
 
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
@@ -185,7 +186,7 @@ def test_bad_input_is_named_before_anything_is_encoded(fresh: Classifier, pictur
         raise AssertionError("something was encoded")
 
     monkeypatch.setattr(fresh.encoder, "encode", never)
-    monkeypatch.setattr(fresh, "_embed_text", never)
+    monkeypatch.setattr(type(fresh._text), "embed_classes", never)
     for said, options in {
         "expected a method of": {"method": "magic"},
         "a reducer of none, centre, pca": {"method": "gda", "reducer": "lda"},
@@ -250,8 +251,9 @@ def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     assert loaded.parameters_ == {"alpha": 3.0, "beta": 7.0} and loaded.classes_.tolist() == names
     loaded.save(tmp_path / "again")
     assert Classifier.load(tmp_path / "again").method_ == "tip-adapter++"
-    with pytest.raises(ValueError, match="has no text encoder"):
-        loaded.fit(images, labels, class_names=names)
+    again = Classifier.load(tmp_path / "again").fit(images, labels, class_names=names, views=1, method="tip-adapter++")
+    fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter++")  # by the whole CLIP's text encoder
+    np.testing.assert_allclose(again.decision_function(queries), fresh.decision_function(queries), atol=1e-3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
     with pytest.raises(FileExistsError, match="holds other things"):
@@ -273,11 +275,6 @@ def test_narrow_keys_are_kept_through_saving(fresh: Classifier, pictures, tmp_pa
         assert 0 < np.abs(logits - exact).max() < tolerance * np.abs(exact).max()
     fresh.fit(class_names=names, method="zero-shot", key_precision="int8")
     assert fresh.plan_.key_precision is None
-    manifest = tmp_path / "int8" / "manifest.json"
-    older = json.loads(manifest.read_text())
-    del older["key_precision"]
-    manifest.write_text(json.dumps(older))
-    assert Classifier.load(tmp_path / "int8").plan_.key_precision == "fp32"
 
 
 def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> None:
@@ -288,6 +285,7 @@ def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> 
         "import sys, numpy as np; from iosr_fast import Classifier;"
         f"c = Classifier.load({str(tmp_path / 'saved')!r});"
         f"print(*c.predict(np.load({str(tmp_path / 'queries.npy')!r})), sep='|');"
+        f"c.add_class('new', np.load({str(tmp_path / 'queries.npy')!r})); assert len(c.classes_) == {CLASSES + 1};"
         "assert 'torch' not in sys.modules and 'open_clip' not in sys.modules, 'torch was imported'"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -297,7 +295,7 @@ def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> 
 
 def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, _, _, names = pictures
-    fresh.fit(images, labels, class_names=names, views=1)
+    fresh.fit(images, labels, class_names=names, views=1, method="gda++", alpha=1.0)
     folder = tmp_path / "saved"
 
     def refused(said: str) -> None:
@@ -309,7 +307,10 @@ def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures
         Classifier.load(folder)
     fresh.save(folder)
     files = sorted(json.loads((folder / "manifest.json").read_text())["files"])
-    assert files == ["engine/encoder.onnx", "engine/manifest.json", "support.safetensors"]
+    assert files == [
+        *("engine/encoder.onnx", "engine/manifest.json", "pictures.safetensors", "plan.safetensors"),
+        *("support.safetensors", "text/text.onnx", "text/tokenizer.json"),
+    ]
     for name in files:
         data = bytearray((folder / name).read_bytes())
         data[len(data) // 2] ^= 1
@@ -319,12 +320,11 @@ def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures
         refused(f"{name} is missing from")
     (folder / "manifest.json").write_text("{")
     refused("is damaged or no manifest")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    rewrite_manifest(folder, schema=99)
     refused("has schema 99")
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "kind": "engine"}))
-    refused("to hold a classifier, got a engine")
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "encoder_fingerprint": "0" * 64}))
+    rewrite_manifest(folder, kind="engine")
+    refused("to hold a classifier, got an? engine")
+    rewrite_manifest(folder, encoder_fingerprint="0" * 64)
     refused("of another export")
     Classifier.load(folder)
 

@@ -32,6 +32,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.files import read_manifest
 from iosr_fast.preprocess import to_pixels
 from iosr_fast.runtimes import open_engine
+from tests.manifests import rewrite_manifest
 from tools import embed
 from tools.embedding import plan as plans
 
@@ -243,7 +244,7 @@ def test_another_input_or_engine_is_refused(engine: Path, pictures: list[Path], 
     (tmp_path / "in" / "one-more.png").unlink()
     other = Path(shutil.copytree(engine, tmp_path / "engine"))
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    rewrite_manifest(other, fingerprint="0" * 64)
     refused = run(other, tmp_path / "in", out)
     assert refused.exit_code == 1 and f"engine (there {manifest['fingerprint']}, now {'0' * 64})" in refused.output
 
@@ -271,8 +272,7 @@ def test_an_engine_without_adapter_gives_plain_embeddings(
             return Embeddings(open_engine(engine, threads=1).encode(pixels).plain)
 
     other = Path(shutil.copytree(engine, tmp_path / "engine"))
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"first_adapted_block": None}))
+    manifest = rewrite_manifest(other, first_adapted_block=None)
     monkeypatch.setattr(embed, "open_engine", lambda *args, **kwargs: Plain())
     part = embedded(other, tmp_path / "in", tmp_path / "out")
     assert part.embeddings.adapted is None

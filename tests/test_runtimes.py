@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import subprocess
@@ -18,9 +17,11 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
+from iosr_fast.files import SCHEMA  # noqa: E402
 from iosr_fast.offline.export import random_adapter, write_engine  # noqa: E402
 from iosr_fast.runtimes import choose_runtime, engine, open_engine  # noqa: E402
 from iosr_fast.runtimes.tensorrt import build_plan  # noqa: E402
+from tests.manifests import rewrite_manifest  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip, two_passes  # noqa: E402
 
 MAX_BATCH = 3
@@ -43,11 +44,6 @@ def copied(engines: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(engines["onnxruntime"], tmp_path / "engine"))
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-
-
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
 @pytest.mark.parametrize("batch", [1, 3, 4, 7])
 def test_encodes_any_batch(engines: dict[str, Path], runtime: str, batch: int) -> None:
@@ -65,7 +61,7 @@ def test_encodes_any_batch(engines: dict[str, Path], runtime: str, batch: int) -
 def test_large_batches_are_split(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     encoder: Any = open_engine(engines["torch"])
     run, sizes = encoder._run, []
-    monkeypatch.setattr(encoder, "_run", lambda pixels: (sizes.append(len(pixels)), run(pixels))[1])
+    monkeypatch.setattr(encoder, "_run", lambda pixels, size: (sizes.append(size), run(pixels, size))[1])
     assert len(encoder.encode(random_pixels(7, 32))) == 7
     assert sizes == [3, 3, 1]
 
@@ -136,15 +132,13 @@ def test_a_damaged_file_is_refused_without_verification_too(copied: Path) -> Non
 def test_missing_and_foreign_folders(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
         open_engine(tmp_path / "nowhere")
-    edit(copied, schema=99)
-    with pytest.raises(ValueError, match="schema 99"):
+    rewrite_manifest(copied, schema=99)
+    with pytest.raises(ValueError, match=r"schema 99.*tools/build_engine\.py builds it again"):
         open_engine(copied)
-    edit(copied, schema=1, kind="classifier")
+    rewrite_manifest(copied, schema=SCHEMA, kind="classifier")
     with pytest.raises(ValueError, match="got a classifier"):
         open_engine(copied)
-    manifest = json.loads((copied / "manifest.json").read_text()) | {"kind": "engine"}
-    del manifest["fingerprint"]
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(copied, ["fingerprint"], kind="engine")
     with pytest.raises(ValueError, match=r"lacks \['fingerprint'\]"):
         open_engine(copied)
     (copied / "encoder.onnx").unlink()
@@ -163,7 +157,7 @@ def test_auto_takes_the_best_and_says_why_not_the_others(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing = {"tensorrt": "no GPU", "onnxruntime": None, "torch": None, "tensorrt_rtx": None}
-    monkeypatch.setattr(engine, "_refusal", missing.get)
+    monkeypatch.setattr(engine, "refusal", missing.get)
     caplog.set_level(logging.INFO, "iosr_fast.runtimes.engine")
     assert choose_runtime("auto") == "tensorrt_rtx"
     assert choose_runtime("auto", {"torch", "onnxruntime", "tensorrt"}) == "onnxruntime"
@@ -205,8 +199,12 @@ def test_tensorrt_rtx_compiles_without_a_gpu(
     caplog.set_level(logging.INFO, "iosr_fast.runtimes.tensorrt")
     clip = small_clip()
     manifest = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "tensorrt_rtx", precision, MAX_BATCH)
-    assert set(manifest["files"]) == {"encoder.onnx", "encoder.plan"}
-    assert manifest["plan"]["module"] == "tensorrt_rtx" and manifest["plan"]["profile"]["max"] == MAX_BATCH
+    (name,) = manifest["plans"]
+    assert set(manifest["files"]) == {"encoder.onnx", name} and name.startswith("plans/tensorrt_rtx-any-")
+    plan = manifest["plans"][name]
+    assert (plan["runtime"], plan["version"]) == ("tensorrt_rtx", manifest["versions"]["tensorrt_rtx"])
+    assert (plan["gpu"], plan["compute_capability"], plan["precision"]) == (None, None, precision)
+    assert plan["profile"]["max"] == plan["max_batch"] == MAX_BATCH
     assert manifest["check"]["tensorrt_rtx"] is None and "random" in manifest["check"]["onnxruntime"]
     assert "2 output network tensors" in caplog.text  # TensorRT's own words, in Python's logging
     assert open_engine(tmp_path / "engine").runtime == "onnxruntime"
@@ -224,22 +222,23 @@ def test_the_parsers_refusal_is_reported(tmp_path: Path) -> None:
     opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nowhere", 1)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets), tmp_path / "bad.onnx")
     with pytest.raises(RuntimeError, match=r"can't parse bad\.onnx.*NoSuchOperator"):
-        build_plan(tmp_path / "bad.onnx", tmp_path / "bad.plan", "tensorrt_rtx", 2)
-    assert not (tmp_path / "bad.plan").exists()
+        build_plan(tmp_path / "bad.onnx", "tensorrt_rtx", 2)
     with pytest.raises(ValueError, match="expected one of"):
-        build_plan(tmp_path / "bad.onnx", tmp_path / "bad.plan", "os", 2)
+        build_plan(tmp_path / "bad.onnx", "os", 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt_rtx"])
-def test_plans_run(runtime: str, tmp_path: Path) -> None:
-    if engine._refusal(runtime) is not None:
-        pytest.skip(str(engine._refusal(runtime)))
+def test_plans_run(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine.refusal(runtime) is not None:
+        pytest.skip(str(engine.refusal(runtime)))
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     clip = small_clip()
     adapter = random_adapter(clip, 1)
     manifest = write_engine(clip, adapter, tmp_path / "engine", runtime, "fp16", MAX_BATCH)
     assert manifest["check"][runtime]["random"]["adapted"]["min_cosine"] > 0.999
-    for _ in range(2):  # the second time TensorRT-RTX takes its kernels from the file beside the plan
+    files = sorted((tmp_path / "engine").rglob("*"))
+    for _ in range(2):  # the second time TensorRT-RTX takes its kernels from the cache
         encoder = open_engine(tmp_path / "engine")
         assert encoder.runtime == runtime
         for batch in (1, 3, 7):
@@ -249,4 +248,5 @@ def test_plans_run(runtime: str, tmp_path: Path) -> None:
             assert embeddings.adapted is not None
             assert (embeddings.plain * plain).sum(1).min() > 0.999
             assert (embeddings.adapted * adapted).sum(1).min() > 0.999
-    assert len(list((tmp_path / "engine").glob("*.cache"))) == (runtime == "tensorrt_rtx")
+    assert len(list((tmp_path / "cache").rglob("*.cache"))) == (runtime == "tensorrt_rtx")
+    assert sorted((tmp_path / "engine").rglob("*")) == files, "running an engine leaves its folder as it is"

@@ -4,6 +4,8 @@
     python tools/build_engine.py --model ViT-B-16 --pretrained openai --adapter adapter.safetensors \\
         --runtime tensorrt --precision fp16 --max-batch 64 --out build/b16
 
+    python tools/build_engine.py --add-plan --runtime tensorrt --out build/b16      # for this GPU, beside those there
+
 The demo takes its shipped adapter. With --first-adapted-block in the place of --adapter a random adapter is fused, to
 measure speed; without either, or with --adapter none, the engine gives the plain embedding only.
 """
@@ -22,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.offline.adapter import Adapter
 from iosr_fast.offline.clip import load_clip
-from iosr_fast.offline.export import CHECKED_PICTURES, random_adapter, write_engine
+from iosr_fast.offline.export import CHECKED_PICTURES, add_plan, random_adapter, write_engine
 from iosr_fast.offline.pretrained import choose_adapter
+from iosr_fast.runtimes.plans import told
 
 
 def real_pictures(size: int) -> np.ndarray:
@@ -45,7 +48,7 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
     print(f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter[manifest['adapter']]}")
     for runtime, check in manifest["check"].items():
         if check is None:
-            print(f"  {runtime:<12} not run: no NVIDIA GPU here (the same graph was checked in ONNX Runtime)")
+            print(f"  {runtime:<12} not run: no GPU for it here (the same graph was checked in ONNX Runtime)")
             continue
         for kind, found in check.items():
             for name in ("plain", "adapted"):
@@ -55,7 +58,8 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
                     print(f"  {runtime:<12} {name:<8} {pictures}: max error {error:.1e}, min cosine {cosine:.7f}")
     print(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
     for name, entry in manifest["files"].items():
-        print(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB")
+        target = f", for {told(manifest['plans'][name])}" if name in manifest["plans"] else ""
+        print(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB{target}")
     print(f"  {out / 'manifest.json'}")
 
 
@@ -74,12 +78,20 @@ def main(
     runtime: str = typer.Option("auto", help="auto, onnxruntime, tensorrt, tensorrt_rtx or torch"),
     precision: str = typer.Option("fp32", help="fp32 or fp16"),
     max_batch: int = typer.Option(32, help="the largest batch of one run; larger ones are split"),
+    add: bool = typer.Option(
+        False, "--add-plan", help="add a plan for --runtime and this machine to the engine at --out, and change no more"
+    ),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="say what is chosen, and what TensorRT says"),
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     if adapter not in (None, "none") and first_adapted_block is not None:
         raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
+    if add and (adapter or pretrained or first_adapted_block is not None):
+        raise typer.BadParameter("--add-plan compiles the engine at --out as it is; leave model and adapter out")
     try:
+        if add:
+            describe(add_plan(out, runtime), out)
+            return
         clip = load_clip(model, pretrained)
         if first_adapted_block is not None:
             fused: Adapter | None = random_adapter(clip, first_adapted_block)

@@ -17,13 +17,30 @@ def gda(support: SupportSet, which: Which = "plain", reducer: Reducer | None = N
     their class means (Kubokawa & Srivastava's estimator), Sigma their covariance. Where each class has one image,
     Sigma is 0 and P = I: the nearest mean.
     """
-    means, precision = moments(image_rows(support.embeddings, which, reducer).astype(np.float64), support.class_offsets)
+    rows = image_rows(support.embeddings, which, reducer).astype(np.float64)
+    counts = support.counts
+    means = np.add.reduceat(rows, support.class_offsets[:-1], axis=0) / counts[:, None]
+    centred = rows - np.repeat(means, counts, axis=0)
+    precision = shrunk_precision(centred.T @ centred, len(rows))
+    return gda_plan(means, precision, support.text, support.tau, which, reducer, alpha)
+
+
+def gda_plan(
+    means: np.ndarray,
+    precision: np.ndarray,
+    text: np.ndarray | None,
+    tau: float,
+    which: Which,
+    reducer: Reducer | None,
+    alpha: float,
+) -> ScoringPlan:
+    """`gda` from class means (C, D) and the shrunk precision P (D, D), float64."""
     linear = means @ precision
-    bias = -np.log(support.n_classes) - 0.5 * np.einsum("cd,cd->c", linear, means)
+    bias = -np.log(len(means)) - 0.5 * np.einsum("cd,cd->c", linear, means)
     return ScoringPlan(
-        n_classes=support.n_classes,
-        text=support.text,
-        tau=support.tau,
+        n_classes=len(means),
+        text=text,
+        tau=tau,
         linear=alpha * linear,
         bias=alpha * bias,
         feature=which,
@@ -31,15 +48,12 @@ def gda(support: SupportSet, which: Which = "plain", reducer: Reducer | None = N
     )
 
 
-def moments(rows: np.ndarray, class_offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Class means (C, D) and the shrunk precision P (D, D), float64, of rows (N, D) sorted by class."""
-    counts = np.diff(class_offsets)
-    means = np.add.reduceat(rows, class_offsets[:-1], axis=0) / counts[:, None]
-    centred = rows - np.repeat(means, counts, axis=0)
-    scatter = centred.T @ centred
-    width, n_rows = rows.shape[1], len(rows)
+def shrunk_precision(scatter: np.ndarray, n_rows: int) -> np.ndarray:
+    """P (D, D), float64, of the scatter (D, D) of n_rows images about their class means."""
+    width = len(scatter)
     trace = np.trace(scatter)
     if trace <= n_rows * np.finfo(np.float32).eps:
-        return means, np.eye(width)
+        return np.eye(width)
     precision = width * np.linalg.inv(scatter + trace / (n_rows - 1) * np.eye(width))
-    return means, (precision + precision.T) / 2
+    symmetric: np.ndarray = (precision + precision.T) / 2
+    return symmetric

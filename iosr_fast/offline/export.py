@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,15 +18,15 @@ import numpy as np
 import torch
 
 from iosr_fast._require import require
-from iosr_fast.files import new_folder, write_manifest
+from iosr_fast.files import new_folder, read_manifest, write_manifest
 from iosr_fast.info import cpu_model, package_version
 from iosr_fast.offline.dual_encoder import DualEncoder, Precision, build_dual_encoder
 from iosr_fast.runtimes import choose_runtime
 from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.runtimes.engine import refusal
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
-from iosr_fast.runtimes.tensorrt import FILE as PLAN_FILE
-from iosr_fast.runtimes.tensorrt import TensorRTEncoder, build_plan
+from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.runtimes.torch import TorchEncoder
 
@@ -124,9 +125,10 @@ def write_engine(
 ) -> dict[str, Any]:
     """Build an engine folder and return its manifest.
 
-    onnxruntime: encoder.onnx. torch: encoder.safetensors. tensorrt, tensorrt_rtx: encoder.plan, and encoder.onnx so
-    that the engine also opens where no GPU is. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3)
-    where given, are compared with the two literal passes in fp32 PyTorch first. `out` appears complete or not at all.
+    onnxruntime: encoder.onnx. torch: encoder.safetensors. tensorrt, tensorrt_rtx: a plan in plans/, named after its
+    runtime, GPU and version, and encoder.onnx, so that the engine also opens where no GPU or another one is (`add_plan`
+    adds further plans). Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3) where given, are
+    compared with the two literal passes in fp32 PyTorch first. `out` appears complete or not at all.
 
     Raises ValueError for an encoder that can't be fused or exported, ArithmeticError where an embedding is off by more
     than 1e-4 (fp32) or its cosine is below 0.999 (fp16), RuntimeError with TensorRT's own words.
@@ -158,7 +160,11 @@ def write_engine(
         "dual_encoder": encoder.config,
         "versions": _versions(runtime),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model(),
+        "plans": {},
+        "check": {},
     }
+    if runtime in EXTRAS:
+        _ = target(runtime).file  # refuses where no plan can be built, before any work
     pictures = _pictures(clip.image_size, real_images)
     truth = {kind: _two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
     with new_folder(out) as folder:
@@ -166,19 +172,54 @@ def write_engine(
             from safetensors.torch import save_file
 
             save_file(encoder.state_dict(), folder / TORCH_FILE)
-            facts["check"] = {runtime: _check(TorchEncoder(folder, facts), pictures, truth, precision)}
+            facts["check"][runtime] = _check(TorchEncoder(folder, facts), pictures, truth, precision)
         else:
             export_onnx(encoder, folder / ONNX_FILE)
-            facts["check"] = {}
-            gpu = runtime != "onnxruntime" and torch.cuda.is_available()
-            if not gpu or package_version("onnxruntime"):
+            if runtime == "onnxruntime" or not torch.cuda.is_available() or package_version("onnxruntime"):
                 facts["check"]["onnxruntime"] = _check(OnnxRuntimeEncoder(folder, facts), pictures, truth, precision)
             if runtime != "onnxruntime":
-                facts["plan"] = build_plan(folder / ONNX_FILE, folder / PLAN_FILE, runtime, max_batch)
-                checked = _check(TensorRTEncoder(folder, facts), pictures, truth, precision) if gpu else None
-                facts["check"][runtime] = checked
+                made = _write_plan(folder, facts, runtime)
+                facts["check"][runtime] = None if made is None else _check(made, pictures, truth, precision)
         facts["build_seconds"] = round(time.perf_counter() - started, 2)
         return write_manifest(folder, "engine", facts)
+
+
+def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
+    """Build a plan for `runtime`, and for this GPU, from an engine's encoder.onnx; put it beside those that are there.
+
+    On a GPU it is compared with ONNX Runtime first. The engine folder is replaced whole or not at all; returns its
+    manifest. Raises ValueError for another runtime or an engine without encoder.onnx, and what write_engine raises.
+    """
+    engine = Path(engine)
+    manifest = read_manifest(engine, "engine")
+    if runtime not in EXTRAS or ONNX_FILE not in manifest["files"]:
+        raise ValueError(
+            f"expected one of {sorted(EXTRAS)} and an engine with {ONNX_FILE} to add a plan, got {runtime!r} and an "
+            f"engine with {sorted(manifest['files'])}"
+        )
+    facts = {name: value for name, value in manifest.items() if name not in ("schema", "kind", "files", "checksum")}
+    with new_folder(engine) as folder:
+        for name in manifest["files"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(engine / name, folder / name)
+        made, facts["check"][runtime] = _write_plan(folder, facts, runtime), None
+        if made is not None:
+            pictures = _pictures(manifest["image_size"], None)
+            expected = OnnxRuntimeEncoder(folder, facts).encode(pictures["random"])
+            truth = {"random": {name: getattr(expected, name) for name in made.outputs}}
+            facts["check"][runtime] = _check(made, pictures, truth, facts["precision"])
+        facts["versions"] |= {runtime: package_version(runtime)}
+        return write_manifest(folder, "engine", facts)
+
+
+def _write_plan(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEncoder | None:
+    """Compile encoder.onnx for this machine and describe the plan in `facts`; opened, where this GPU can run it."""
+    here = target(runtime)
+    data, built = build_plan(folder / ONNX_FILE, runtime, facts["max_batch"])
+    (folder / here.file).parent.mkdir(exist_ok=True)
+    (folder / here.file).write_bytes(data)
+    facts["plans"][here.file] = {**here.facts(), "precision": facts["precision"], **built}
+    return TensorRTEncoder(folder, facts, runtime) if refusal(runtime) is None else None
 
 
 def _pictures(size: int, real_images: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import logging
+import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from iosr_fast.cache_folder import cache_folder
 from iosr_fast.encoder import Encoder
-from iosr_fast.files import read_manifest
+from iosr_fast.files import SCHEMA, read_manifest, recover
 from iosr_fast.offline.clip import DEMO_FOLDER, LoadedClip, load_clip
+from iosr_fast.text_source import TextSource
 
 if TYPE_CHECKING:
     from iosr_fast.offline.adapter import Adapter
 
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Opened:
     encoder: Encoder
     engine: Path
-    embed_text: Callable[[Sequence[str], Sequence[str] | None], np.ndarray]
+    text: TextSource
     tau: float
-
-
-def cache_folder() -> Path:
-    """Where engines are kept: IOSR_FAST_CACHE, else iosr_fast in XDG_CACHE_HOME, else ~/.cache/iosr_fast."""
-    chosen = os.environ.get("IOSR_FAST_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iosr_fast"
 
 
 def choose_adapter(clip: LoadedClip, adapter: str | Path | None) -> Adapter | None:
@@ -58,7 +52,7 @@ def open_pretrained(
 ) -> Opened:
     """Load the CLIP, open its engine (building it once if none is given) and hold its text encoder."""
     from iosr_fast.offline.export import engine_fingerprint, write_engine
-    from iosr_fast.offline.text import embed_classes
+    from iosr_fast.offline.text import ClipText
     from iosr_fast.runtimes import choose_runtime, open_engine
 
     clip = load_clip(model, pretrained)
@@ -75,8 +69,22 @@ def open_pretrained(
         chosen = choose_adapter(clip, adapter)
         runtime = choose_runtime(runtime)
         fingerprint = engine_fingerprint(clip, chosen, precision)
-        folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}"
-        if not (folder / "manifest.json").is_file():
+        # Another schema is another folder: what an older version kept is left to it.
+        folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}-v{SCHEMA}"
+        if not _is_whole(folder):
             write_engine(clip, chosen, folder, runtime, precision)
-        encoder = open_engine(folder, runtime)
-    return Opened(encoder, folder, partial(embed_classes, clip), clip.logit_scale)
+        encoder = open_engine(folder, runtime, verify=False)
+    return Opened(encoder, folder, ClipText(clip, cache_folder() / "text"), clip.logit_scale)
+
+
+def _is_whole(engine: Path) -> bool:
+    """Whether an engine in the cache is there as it was written; a damaged one is told and removed."""
+    if not engine.exists() and not recover(engine):
+        return False
+    try:
+        read_manifest(engine, "engine")
+    except (ValueError, FileNotFoundError) as error:
+        log.warning("the engine in the cache is damaged and built again: %s", error)
+        shutil.rmtree(engine, ignore_errors=True)
+        return False
+    return True

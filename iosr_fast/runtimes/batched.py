@@ -1,8 +1,9 @@
-"""What every runtime does alike: check the pixels, split large batches, put the parts together."""
+"""What every runtime does alike: check the pixels, split large batches, choose their sizes, put the parts together."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,32 @@ import numpy as np
 from iosr_fast.encoder import Embeddings
 
 
-class BatchedEncoder(ABC):
-    """An Encoder over `_run`, which takes at most `max_batch` pictures at a time."""
+def powers_of_two(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and `largest`: buckets that a batch fills by half at least."""
+    return tuple(sorted({1 << power for power in range(largest.bit_length())} | {largest}))
 
-    def __init__(self, manifest: dict[str, Any], runtime: str) -> None:
+
+def check_buckets(buckets: Iterable[int], largest: int) -> tuple[int, ...]:
+    """Sorted, with `largest`, so that every batch has one. Raises ValueError for one below 1 or above `largest`."""
+    given = list(buckets)
+    if wrong := [size for size in given if not 1 <= size <= largest]:
+        raise ValueError(f"expected batch sizes of 1 to {largest}, which is what this engine takes, got {wrong}")
+    return tuple(sorted({*given, largest}))
+
+
+def bucket_of(size: int, buckets: Sequence[int]) -> int:
+    """The smallest of the sorted `buckets` that holds `size`."""
+    return next(bucket for bucket in buckets if bucket >= size)
+
+
+class BatchedEncoder(ABC):
+    """An Encoder over `_run`, which takes at most `max_batch` pictures at a time.
+
+    `buckets` are the only batch sizes that are executed, where a runtime wants few of them: a GPU's, where each size
+    may be prepared and recorded once. On a CPU it is None, as filling up would only cost.
+    """
+
+    def __init__(self, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None) -> None:
         self.runtime = runtime
         self.model: str = manifest["model"]
         self.image_size: int = manifest["image_size"]
@@ -21,6 +44,7 @@ class BatchedEncoder(ABC):
         self.fingerprint: str = manifest["fingerprint"]
         self.max_batch: int = manifest["max_batch"]
         self.adapted = manifest["first_adapted_block"] is not None
+        self.buckets = None if buckets is None else check_buckets(buckets, self.max_batch)
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 pixels (B, image_size, image_size, 3), RGB; B >= 1; more than `max_batch` go in several runs.
@@ -40,14 +64,37 @@ class BatchedEncoder(ABC):
                 f"expected pixels of shape {expected}, got {pixels.shape}; iosr_fast.preprocess brings pictures to size"
             )
         starts = range(0, len(pixels), self.max_batch)
-        parts = [self._run(np.ascontiguousarray(pixels[start : start + self.max_batch])) for start in starts]
+        parts = [self._part(np.ascontiguousarray(pixels[start : start + self.max_batch])) for start in starts]
         plain, *adapted = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
         return Embeddings(plain, adapted[0] if adapted else None)
+
+    def warm(self, sizes: Iterable[int] | None = None) -> None:
+        """Prepare and run each batch size once, so that no request waits for what its first run costs.
+
+        That is memory and threads on a CPU; on a GPU also choosing and compiling kernels, and recording a CUDA graph.
+        `sizes`: None stands for the buckets, and for 1 where there are none. Raises ValueError for one below 1 or above
+        `max_batch`.
+        """
+        given = list(self.buckets or (1,)) if sizes is None else list(sizes)
+        check_buckets(given, self.max_batch)
+        for size in sorted({self._size(size) for size in given}):
+            self._prepare(size)
+            self._part(np.zeros((size, self.image_size, self.image_size, 3), np.uint8))
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return ("plain", "adapted") if self.adapted else ("plain",)
 
+    def _size(self, pictures: int) -> int:
+        return pictures if self.buckets is None else bucket_of(pictures, self.buckets)
+
+    def _part(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(output[: len(pixels)] for output in self._run(pixels, self._size(len(pixels))))
+
     @abstractmethod
-    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
-        """C-contiguous uint8 pixels of at most max_batch pictures -> float32 arrays, one for each of `outputs`."""
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+        """C-contiguous uint8 pixels of n <= max_batch pictures, executed as a batch of `size` >= n -> float32 arrays of
+        at least n rows, one for each of `outputs`. Where there are no buckets, size is n."""
+
+    def _prepare(self, size: int) -> None:  # noqa: B027 (a CPU has nothing to prepare)
+        """What is done once for a batch size, ahead of its first run."""

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from iosr_fast.encoder import Encoder
 from iosr_fast.files import read_manifest
+from iosr_fast.runtimes import plans
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
 from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder
-from iosr_fast.runtimes.tensorrt import FILE as PLAN_FILE
 from iosr_fast.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.runtimes.torch import TorchEncoder
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "torch")  # best first
 NEEDED = {"model", "image_size", "width", "fingerprint", "runtime", "precision", "max_batch", "first_adapted_block"}
-NEEDED |= {"dual_encoder", "versions", "device"}
+NEEDED |= {"dual_encoder", "plans"}
 log = logging.getLogger(__name__)
 
 
-def open_engine(folder: str | Path, runtime: str = "auto", verify: bool = True, threads: int | None = None) -> Encoder:
+def open_engine(
+    folder: str | Path,
+    runtime: str = "auto",
+    verify: bool = True,
+    threads: int | None = None,
+    buckets: Iterable[int] | None = None,
+) -> Encoder:
     """Open an engine folder of tools/build_engine.py.
 
-    "auto" takes TensorRT or TensorRT-RTX where the engine has a plan for it, its module is installed and PyTorch sees a
-    GPU, else ONNX Runtime, else PyTorch; what it chose, and why not the others, is logged. `verify` compares every
-    file's SHA-256 with the manifest. `threads` is for ONNX Runtime and PyTorch on the CPU.
+    "auto" takes TensorRT or TensorRT-RTX where the engine has plans for it, its module is installed and PyTorch sees a
+    GPU, else ONNX Runtime, else PyTorch; what it chose, and why not the others, is logged. Where the plans are for
+    another GPU or version of the runtime, one is built from encoder.onnx, once, in the user's cache (plans.open_plan).
+    `verify` compares every file's SHA-256 with the manifest. `threads` is for ONNX Runtime and PyTorch on the CPU;
+    `buckets`, the batch sizes that are executed, for GPUs (None: powers of two).
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime the engine
     was not built for, RuntimeError where nothing here can execute it, ImportError for a missing package.
@@ -45,8 +53,8 @@ def open_engine(folder: str | Path, runtime: str = "auto", verify: bool = True, 
             log.warning("an fp16 engine gains nothing on a CPU, where ONNX Runtime computes in fp32; build it in fp32")
         return OnnxRuntimeEncoder(folder, manifest, threads)
     if runtime == "torch":
-        return TorchEncoder(folder, manifest, threads)
-    return TensorRTEncoder(folder, manifest)
+        return TorchEncoder(folder, manifest, threads, buckets=buckets)
+    return TensorRTEncoder(folder, manifest, runtime, buckets)
 
 
 def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = None) -> str:
@@ -67,7 +75,7 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
     refusals: dict[str, str] = {}
     for name in RUNTIMES:
         reason = (
-            "this engine was not built for it" if built_for is not None and name not in built_for else _refusal(name)
+            "this engine was not built for it" if built_for is not None and name not in built_for else refusal(name)
         )
         if reason is None:
             log.info("runtime %s chosen; refused: %s", name, refusals or "none")
@@ -77,11 +85,12 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
 
 
 def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
-    by_file = {ONNX_FILE: "onnxruntime", TORCH_FILE: "torch", PLAN_FILE: manifest["runtime"]}
-    return {name for file, name in by_file.items() if file in manifest["files"]}
+    by_file = {ONNX_FILE: "onnxruntime", TORCH_FILE: "torch"}
+    held = {name for file, name in by_file.items() if file in manifest["files"]}
+    return held | {facts["runtime"] for facts in manifest["plans"].values()}
 
 
-def _refusal(runtime: str) -> str | None:
+def refusal(runtime: str) -> str | None:
     """Why this runtime can't be used here, or None."""
     extra = EXTRAS.get(runtime, {"onnxruntime": "cpu", "torch": "train"}.get(runtime))
     if find_spec(runtime) is None:
@@ -90,11 +99,9 @@ def _refusal(runtime: str) -> str | None:
         return None
     if find_spec("torch") is None:
         return "PyTorch, whose tensors are its buffers, is not installed"
-    import torch
-
-    if not torch.cuda.is_available():
+    gpu = plans.this_gpu()
+    if gpu is None:
         return "PyTorch sees no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
-    if runtime == "tensorrt_rtx" and capability[0] in (9, 10):
-        return f"TensorRT-RTX has no support for data-centre GPUs of compute capability {capability[0]}.{capability[1]}"
+    if runtime == "tensorrt_rtx" and (gpu.capability < (8, 0) or gpu.capability[0] in (9, 10)):
+        return f"TensorRT-RTX plans are for GeForce and RTX GPUs from compute capability 8.0 on, not for {gpu}"
     return None

@@ -7,28 +7,36 @@ path.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from iosr_fast._require import require
-from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.files import new_file
+from iosr_fast.runtimes import plans
+from iosr_fast.runtimes.batched import BatchedEncoder, powers_of_two
+from iosr_fast.runtimes.cuda_graphs import Recorder
 
-FILE = "encoder.plan"
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 log = logging.getLogger(__name__)
 
 
-def build_plan(onnx_path: Path, plan_path: Path, module_name: str, max_batch: int) -> dict[str, Any]:
+def target(runtime: str) -> plans.Target:
+    """What plans are built for here: the installed version of the runtime, this GPU. ImportError without the module."""
+    return plans.Target(runtime, _load(runtime).__version__, plans.this_gpu())
+
+
+def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes, dict[str, Any]]:
     """Compile an ONNX file with the dynamic input "pixels" (batch, S, S, 3) into a plan for 1 to `max_batch` pictures.
 
     TensorRT-RTX needs no GPU for this and compiles for the one it meets at run time; TensorRT needs the GPU that the
-    plan will run on. Returns module, version, seconds, bytes and profile. Raises RuntimeError with the parser's or the
-    builder's own words where one of them refuses.
+    plan will run on. Returns the plan, and max_batch, build_seconds, bytes and profile. Raises RuntimeError with the
+    parser's or the builder's own words where one of them refuses.
     """
     trt = _load(module_name)
     started = time.perf_counter()
@@ -50,97 +58,134 @@ def build_plan(onnx_path: Path, plan_path: Path, module_name: str, max_batch: in
     shapes.set_shape("pixels", *((batch, *picture) for batch in profile.values()))
     config = builder.create_builder_config()
     config.add_optimization_profile(shapes)
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # products of fp32 graphs are fp32, which their check relies on
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(
             f"{module_name} {trt.__version__} built no plan: {'; '.join(logger.errors) or 'no reason given'}"
         )
-    plan_path.write_bytes(plan)
-    return {
-        "module": module_name,
-        "version": trt.__version__,
-        "build_seconds": round(time.perf_counter() - started, 2),
-        "bytes": plan_path.stat().st_size,
-        "profile": profile,
-    }
+    data = bytes(plan)
+    seconds = round(time.perf_counter() - started, 2)
+    return data, {"max_batch": max_batch, "build_seconds": seconds, "bytes": len(data), "profile": profile}
 
 
 class TensorRTEncoder(BatchedEncoder):
-    """Executes encoder.plan on the current CUDA device, on a stream of its own, with PyTorch's tensors as buffers.
+    """Executes the plan that fits this machine on the current CUDA device, with PyTorch's tensors as buffers.
 
-    Calls from several threads take turns. What TensorRT-RTX compiles for this GPU at first use is kept beside the plan,
-    in a file named after the GPU and the version.
+    Where the engine has no such plan, one is built from its encoder.onnx and kept in the user's cache
+    (plans.open_plan). Batches are filled up to one of `buckets` (None: powers of two); each has an execution context of
+    its own, and after `warm` a CUDA graph. Contexts share their working memory, so calls from several threads take
+    turns, on one stream. What TensorRT-RTX compiles for this GPU is kept in the cache, too. None of it has been run on
+    a GPU yet.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        super().__init__(manifest, manifest["runtime"])
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None
+    ) -> None:
+        super().__init__(manifest, runtime, powers_of_two(manifest["max_batch"]) if buckets is None else buckets)
         torch = require("torch", "train")
-        if not torch.cuda.is_available():
+        here = target(runtime)
+        if here.gpu is None:
             raise RuntimeError(
-                f"a plan of {self.runtime} needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none; "
+                f"a plan of {runtime} needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none; "
                 "open the engine with runtime='onnxruntime', or install PyTorch with CUDA"
             )
-        self._trt, self._torch = _load(self.runtime), torch
+        build = partial(build_plan, module_name=runtime, max_batch=self.max_batch)
+        plan = plans.open_plan(folder, manifest, here, build)
+        self._trt, self._torch = _load(runtime), torch
+        self._kernels_file, self._kernels_kept = here.kernels_file(self.fingerprint), False
         self._logger = _forwarding_logger(self._trt)
         self._trt_runtime = self._trt.Runtime(self._logger)
-        self._engine = self._trt_runtime.deserialize_cuda_engine((folder / FILE).read_bytes())
-        gpu, version = torch.cuda.get_device_name(), self._trt.__version__
+        self._engine = self._trt_runtime.deserialize_cuda_engine(plan.data)
         if self._engine is None:
             raise RuntimeError(
-                f"{self.runtime} {version} can't load {FILE} in {folder} on {gpu} (built with "
-                f"{manifest['versions'].get(self.runtime)} on {manifest['device']}): {'; '.join(self._logger.errors)}; "
-                "build the engine again on this machine, or open it with runtime='onnxruntime'"
+                f"{here} can't load {plan.path}: {'; '.join(self._logger.errors)}; remove that file if it is in the "
+                "cache, else build the engine again on this machine, or open it with runtime='onnxruntime'"
             )
-        self._cache: Any = None
-        self._cache_file = folder / f"encoder-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{version}.cache"
-        self._context = self._new_context()
-        if self._context is None:
-            raise RuntimeError(f"{self.runtime} can't prepare the plan on {gpu}: {'; '.join(self._logger.errors)}")
+        self._kernels, self._config = self._load_kernels()
         shape = (self.max_batch, self.image_size, self.image_size, 3)
-        self._pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        self._pixels = torch.empty(shape, dtype=torch.uint8, device="cuda")
+        self._pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+        self._pixels = torch.zeros(shape, dtype=torch.uint8, device="cuda")
         self._results = [torch.empty((self.max_batch, self.width), device="cuda") for _ in self.outputs]
-        for name, buffer in zip(("pixels", *self.outputs), (self._pixels, *self._results), strict=True):
-            self._context.set_tensor_address(name, buffer.data_ptr())
+        self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
+        self._contexts: dict[int, Any] = {}
+        self._replay: dict[int, Callable[[], Any]] = {}
         # The buffers were allocated on the current stream; nothing is in flight on them once that one is done.
         torch.cuda.current_stream().synchronize()
         self._stream = torch.cuda.Stream()
+        self._recorder = Recorder(self._stream)
         self._lock = threading.Lock()
 
-    def _new_context(self) -> Any:
-        """An execution context, in TensorRT-RTX with the kernels that an earlier run compiled on this GPU."""
-        if not hasattr(self._trt, "IRuntimeCache"):
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        self._cache = config.create_runtime_cache()
-        if self._cache_file.is_file() and not self._cache.deserialize(self._cache_file.read_bytes()):
-            log.warning("%s can't be read and is not used: the kernels are compiled again", self._cache_file)
-        config.set_runtime_cache(self._cache)
-        return self._engine.create_execution_context(config)
+    def warm(self, sizes: Iterable[int] | None = None) -> None:
+        super().warm(sizes)
+        self._keep_kernels()
 
-    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
         n, torch = len(pixels), self._torch
         with self._lock, torch.cuda.stream(self._stream):
             self._pinned[:n].numpy()[...] = pixels
+            # The rows after it hold older pictures: nobody reads what they give.
             self._pixels[:n].copy_(self._pinned[:n], non_blocking=True)
-            ready = self._context.set_input_shape("pixels", pixels.shape)
-            if not ready or not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise RuntimeError(f"{self.runtime} failed on {n} pictures: {'; '.join(self._logger.errors)}")
-            results = tuple(result[:n].cpu().numpy() for result in self._results)  # waits for the stream
-            self._keep_cache()
-        return results
+            self._replay[size]() if size in self._replay else self._launch(size)
+            copies = [result[:n].to("cpu", copy=True) for result in self._results]  # waits for the stream
+        if not self._kernels_kept and not self._kernels_file.exists():
+            self._keep_kernels()
+        return tuple(copy.numpy() for copy in copies)
 
-    def _keep_cache(self) -> None:
-        """Written once and then left alone: a classifier that was saved with the engine has its hash."""
-        if self._cache is None:
-            return
-        cache, self._cache = self._cache, None
-        if self._cache_file.exists():
+    def _prepare(self, size: int) -> None:
+        with self._lock, self._torch.cuda.stream(self._stream):
+            if size in self._replay:
+                return
+            try:
+                self._replay[size] = self._recorder.record(partial(self._launch, size))
+            except RuntimeError as error:
+                log.warning("batches of %d are launched without a CUDA graph, which can't be recorded: %s", size, error)
+
+    def _launch(self, size: int) -> None:
+        """On the current stream; the context of this size is made at its first launch."""
+        if size not in self._contexts:
+            self._contexts[size] = self._new_context(size)
+        if not self._contexts[size].execute_async_v3(self._torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError(f"{self.runtime} failed on {size} pictures: {'; '.join(self._logger.errors)}")
+
+    def _new_context(self, size: int) -> Any:
+        """One for a single shape: what a graph holds of its context must not change after it was recorded."""
+        managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(managed if self._config is None else self._config)
+        if context is None:
+            raise RuntimeError(f"{self.runtime} can't prepare the plan: {'; '.join(self._logger.errors)}")
+        context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
+        for name, buffer in zip(("pixels", *self.outputs), (self._pixels, *self._results), strict=True):
+            context.set_tensor_address(name, buffer.data_ptr())
+        if not context.set_input_shape("pixels", (size, *self._pixels.shape[1:])):
+            raise RuntimeError(f"{self.runtime} refuses batches of {size}: {'; '.join(self._logger.errors)}")
+        return context
+
+    def _load_kernels(self) -> tuple[Any, Any]:
+        """TensorRT-RTX: the kernels that an earlier run compiled on this GPU, and a configuration of contexts that use
+        them. TensorRT has neither: (None, None)."""
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return None, None
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # A graph would keep the general kernels that stand in while those for a shape are compiled.
+        eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+        kernels = config.create_runtime_cache()
+        if self._kernels_file.is_file() and not kernels.deserialize(self._kernels_file.read_bytes()):
+            log.warning("%s can't be read and is not used: the kernels are compiled again", self._kernels_file)
+        config.set_runtime_cache(kernels)
+        return kernels, config
+
+    def _keep_kernels(self) -> None:
+        self._kernels_kept = True  # or was tried, which is not done at every run
+        if self._kernels is None:
             return
         try:
-            temporary = self._cache_file.with_suffix(".tmp")
-            temporary.write_bytes(cache.serialize())
-            temporary.replace(self._cache_file)
+            self._kernels_file.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(self._kernels_file) as made:
+                made.write_bytes(self._kernels.serialize())
         except OSError as error:
             log.info("compiled kernels are not kept for the next start: %s", error)
 

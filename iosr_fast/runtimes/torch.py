@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,38 @@ from typing import Any
 import numpy as np
 
 from iosr_fast._require import require
-from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.runtimes.batched import BatchedEncoder, powers_of_two
+from iosr_fast.runtimes.cuda_graphs import Recorder
 
 FILE = "encoder.safetensors"
+log = logging.getLogger(__name__)
 
 
 class TorchEncoder(BatchedEncoder):
-    """Executes encoder.safetensors eagerly. While it encodes, PyTorch uses `threads` in the whole process."""
+    """Executes encoder.safetensors eagerly; on a GPU in a few batch sizes, which `warm` records as CUDA graphs.
+
+    On the CPU PyTorch uses `threads` in the whole process while it encodes, and any batch size. Graphs have not been
+    run on a GPU yet.
+    """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], threads: int | None = None, device: str | None = None
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        threads: int | None = None,
+        device: str | None = None,
+        buckets: Iterable[int] | None = None,
     ) -> None:
-        super().__init__(manifest, "torch")
+        """`buckets`: batch sizes on a GPU, None for powers of two."""
         torch = require("torch", "train")
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = self.device.startswith("cuda")
+        sizes = powers_of_two(manifest["max_batch"]) if buckets is None else buckets
+        super().__init__(manifest, "torch", sizes if on_gpu else None)
         from safetensors.torch import load_file
 
         from iosr_fast.offline.dual_encoder import DualEncoder
 
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         encoder = DualEncoder.from_config(manifest["dual_encoder"])
         try:
             encoder.load_state_dict(load_file(folder / FILE))
@@ -37,13 +52,39 @@ class TorchEncoder(BatchedEncoder):
             ) from error
         self._encoder = encoder.to(self.device)
         self._threads = threads
+        if on_gpu:
+            self._use_buckets(Recorder())
 
-    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _use_buckets(self, recorder: Recorder) -> None:
+        torch = require("torch", "train")
+        self._recorder = recorder
+        self._replay: dict[int, Callable[[], tuple[Any, ...]]] = {}
+        shape = (self.max_batch, self.image_size, self.image_size, 3)
+        with torch.inference_mode():
+            self._pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
         torch = require("torch", "train")
         # PyTorch has no read-only tensors and warns of a read-only array.
         batch = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
-        with torch.inference_mode(), self._chosen_threads():
-            return tuple(output.cpu().numpy() for output in self._encoder(batch.to(self.device)))
+        if self.buckets is None:
+            with torch.inference_mode(), self._chosen_threads():
+                return tuple(output.cpu().numpy() for output in self._encoder(batch.to(self.device)))
+        with torch.inference_mode(), self._recorder.turn():
+            # The rows after it hold older pictures: nobody reads what they give.
+            self._pixels[: len(batch)].copy_(batch)
+            outputs = self._replay[size]() if size in self._replay else self._encoder(self._pixels[:size])
+            return tuple(output[: len(batch)].to("cpu", copy=True).numpy() for output in outputs)
+
+    def _prepare(self, size: int) -> None:
+        torch = require("torch", "train")
+        if self.buckets is None or size in self._replay:
+            return
+        try:
+            with torch.inference_mode(), self._recorder.turn():
+                self._replay[size] = self._recorder.record(lambda: self._encoder(self._pixels[:size]))
+        except RuntimeError as error:
+            log.warning("batches of %d are launched kernel by kernel: no CUDA graph was recorded (%s)", size, error)
 
     @contextmanager
     def _chosen_threads(self) -> Iterator[None]:

@@ -1,0 +1,134 @@
+"""Changes of a running classifier as data: what one takes, how it makes one State out of another, its line in a log."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from iosr_fast.encoder import Embeddings
+from iosr_fast.live.examples import Examples
+from iosr_fast.live.recipe import Recipe, fit_recipe
+from iosr_fast.live.state import State
+
+Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
+OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A change, with all that it takes to make it again on the same state: embeddings, not images.
+
+    op       what it is
+    uid      the class it is about (add_class: the one it makes)
+    name     add_class and rename_class
+    text     (D,) float32, the class's text embedding: add_class, and rename_class where it changes
+    added    add_class and add_examples: the support images, numbered
+    numbers  remove_examples: which
+    recipe   retune: the method, its parameters, the reducer's name; its reducer is fitted when it is applied
+    """
+
+    op: Op
+    uid: int = -1
+    name: str = ""
+    text: np.ndarray | None = None
+    added: Examples | None = None
+    numbers: tuple[int, ...] = ()
+    recipe: Recipe | None = None
+
+    def apply(self, state: State) -> State:
+        """The state after this change. Raises ValueError where it can't be made; nothing has changed then."""
+        if self.op == "add_class":
+            assert self.text is not None
+            return state.adding_class(self.name, self.text, self.added)
+        if self.op == "add_examples":
+            assert self.added is not None
+            return state.adding(self.added)
+        if self.op == "remove_examples":
+            return state.removing(self.numbers)
+        if self.op == "remove_class":
+            return state.removing_class(self.uid)
+        if self.op == "rename_class":
+            return state.renaming(self.uid, self.name, self.text)
+        assert self.recipe is not None
+        r = self.recipe
+        return state.with_recipe(
+            fit_recipe(r.method, r.parameters, r.reducer_name, r.factor, r.key_precision, state.support)
+        )
+
+    @property
+    def example_numbers(self) -> tuple[int, ...]:
+        """Of the images that it adds or takes."""
+        return self.numbers if self.added is None else tuple(self.added.ids.tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, without loss: arrays as base64 of little-endian float32."""
+        made: dict[str, Any] = {"op": self.op}
+        if self.uid >= 0:
+            made["class"] = self.uid
+        if self.name:
+            made["name"] = self.name
+        if self.text is not None:
+            made["text"] = _packed(self.text)
+        if self.numbers:
+            made["examples"] = list(self.numbers)
+        if self.added is not None:
+            made["examples"] = self.added.ids.tolist()
+            made["pictures"] = [None if p is None else base64.b64encode(p).decode() for p in self.added.pictures]
+            for name, rows in (("embeddings", self.added.embeddings), ("queries", self.added.queries)):
+                if rows is not None:
+                    made[name] = {
+                        part: _packed(array)
+                        for part, array in (("plain", rows.plain), ("adapted", rows.adapted))
+                        if array is not None
+                    }
+        if self.recipe is not None:
+            made["recipe"] = {
+                name: getattr(self.recipe, name)
+                for name in ("method", "parameters", "reducer_name", "factor", "key_precision")
+            }
+        return made
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any], width: int) -> Update:
+        """What `to_json` made, of embeddings `width` wide. KeyError, TypeError or ValueError for anything else."""
+        if line["op"] not in OPS:
+            raise ValueError(f"expected an op of {', '.join(OPS)}, got {line['op']!r}")
+        added = None
+        if "embeddings" in line:
+            pictures = tuple(None if p is None else base64.b64decode(p) for p in line["pictures"])
+            embeddings, queries = (_unpacked_rows(line.get(name), width) for name in ("embeddings", "queries"))
+            assert embeddings is not None
+            ids = np.array(line["examples"], np.int64)
+            if not len(ids) == len(embeddings) == len(pictures):
+                raise ValueError(
+                    f"expected {len(ids)} embeddings and pictures, got {len(embeddings)} and {len(pictures)}"
+                )
+            added = Examples(embeddings, np.full(len(ids), line["class"], np.int64), ids, pictures, queries)
+        return cls(
+            line["op"],
+            line.get("class", -1),
+            line.get("name", ""),
+            _unpacked(line["text"], width)[0] if "text" in line else None,
+            added,
+            tuple(line.get("examples", ())) if added is None else (),
+            Recipe(**line["recipe"]) if "recipe" in line else None,
+        )
+
+
+def _packed(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()
+
+
+def _unpacked(text: str, width: int) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4").reshape(-1, width).astype(np.float32)
+
+
+def _unpacked_rows(parts: Mapping[str, str] | None, width: int) -> Embeddings | None:
+    if parts is None:
+        return None
+    adapted = _unpacked(parts["adapted"], width) if "adapted" in parts else None
+    return Embeddings(_unpacked(parts["plain"], width), adapted)

@@ -1,0 +1,134 @@
+"""Support images that a running classifier holds: runs of them, never written to, each sorted by class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from iosr_fast.cache import SupportSet
+from iosr_fast.encoder import Embeddings
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """n support images.
+
+    embeddings  (n, D) float32, plain and (where the encoder has an adapter) adapted
+    owners      (n,) int64, non-decreasing: the number of each image's class
+    ids         (n,) int64: each image's own number
+    pictures    n thumbnails (WebP), or None where none is kept
+    queries     (n, D), the same images as a user would ask for them, where `embeddings` are means of several views
+    dead        (n,) bool, images that were removed and whose rows stay for now; None: none
+    """
+
+    embeddings: Embeddings
+    owners: np.ndarray
+    ids: np.ndarray
+    pictures: tuple[bytes | None, ...]
+    queries: Embeddings | None = None
+    dead: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def classes(self) -> np.ndarray:
+        """The numbers of the classes that have a row here, rising."""
+        return np.unique(self.owners)
+
+    @property
+    def living(self) -> np.ndarray:
+        """(n,) bool."""
+        return np.ones(len(self), bool) if self.dead is None else ~self.dead
+
+    def rows(self, chosen: np.ndarray) -> Examples:
+        """Some of the images, by index or mask; a mark of death is not taken along."""
+        picked = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        return Examples(
+            self.embeddings[picked],
+            self.owners[picked],
+            self.ids[picked],
+            tuple(self.pictures[i] for i in picked.tolist()),
+            None if self.queries is None else self.queries[picked],
+        )
+
+    def as_support(self, uids: Sequence[int], text: np.ndarray, tau: float) -> SupportSet:
+        """What methods are compiled from: the images by the place of their class among `uids`. None may be dead."""
+        counts = np.bincount(np.searchsorted(np.array(uids), self.owners), minlength=len(uids))
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return SupportSet(self.embeddings, offsets, np.ascontiguousarray(text, np.float32), tau, self.queries)
+
+    def killing(self, gone: np.ndarray) -> Examples:
+        """The same rows, those of the mask `gone` (n,) marked as removed."""
+        return replace(self, dead=gone if self.dead is None else self.dead | gone)
+
+
+def no_examples(width: int) -> Examples:
+    """Of a classifier that knows its classes by their names alone."""
+    nothing, none = np.zeros((0, width), np.float32), np.zeros(0, np.int64)
+    return Examples(Embeddings(nothing, nothing), none, none, ())
+
+
+def join(parts: Sequence[Examples]) -> Examples:
+    """The living images of all parts in one run, sorted by class; within a class in the order of the parts."""
+    kept = [part if part.dead is None else part.rows(part.living) for part in parts]
+    if len(kept) == 1:
+        return kept[0]
+    order = np.argsort(np.concatenate([part.owners for part in kept]), kind="stable")
+    pictures = [picture for part in kept for picture in part.pictures]
+    return Examples(
+        _join_embeddings([part.embeddings for part in kept], order),
+        np.concatenate([part.owners for part in kept])[order],
+        np.concatenate([part.ids for part in kept])[order],
+        tuple(pictures[i] for i in order.tolist()),
+        None
+        if any(part.queries is None for part in kept)
+        else _join_embeddings([part.queries for part in kept if part.queries is not None], order),
+    )
+
+
+def _join_embeddings(parts: Sequence[Embeddings], order: np.ndarray) -> Embeddings:
+    plain = np.concatenate([part.plain for part in parts])[order]
+    if any(part.adapted is None for part in parts):
+        return Embeddings(plain)
+    return Embeddings(plain, np.concatenate([part.adapted for part in parts])[order])
+
+
+def absorb(segments: tuple[Examples, ...], small: int) -> tuple[Examples, ...]:
+    """Join runs at the end so that few remain and each image is copied a bounded number of times.
+
+    The last two become one while together they hold at most `small` images, or while the one before is at most twice
+    as long as the last: an image is then copied at most log2(N) times, and a change costs what it adds, not what is
+    held.
+    """
+    made = list(segments)
+    while len(made) > 1 and (len(made[-2]) + len(made[-1]) <= small or len(made[-2]) <= 2 * len(made[-1])):
+        last = made.pop()
+        made[-1] = join([made[-1], last])
+    return tuple(made)
+
+
+def without(
+    segments: Sequence[Examples], gone_of: Callable[[Examples], np.ndarray], small: int
+) -> tuple[tuple[Examples, ...], Examples | None]:
+    """The runs without the images of the masks `gone_of`, and those images.
+
+    Rows of a run of more than `small` stay, marked, until half of it is gone: a copy would cost what is held.
+    """
+    made, taken = [], []
+    for part in segments:
+        gone = gone_of(part) & part.living
+        if not gone.any():
+            made.append(part)
+            continue
+        taken.append(part.rows(gone))
+        marked = part.killing(gone)
+        left = int(marked.living.sum())
+        if len(part) <= small or left <= len(part) // 2:
+            marked = marked.rows(marked.living)
+        if left:
+            made.append(marked)
+    return tuple(made), join(taken) if taken else None

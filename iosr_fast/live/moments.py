@@ -1,0 +1,53 @@
+"""What GDA needs of the support images, kept up to date image by image, so that no image is looked at twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iosr_fast.methods.gda import gda_plan, shrunk_precision
+from iosr_fast.reducers import Reducer
+from iosr_fast.scoring import ScoringPlan, Which
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of rows x of C classes, in float64: counts n (C,), sums s (C, D), second moment T = sum of x x' (D, D).
+
+    The scatter about the class means is T - sum over c of s_c s_c' / n_c.
+    """
+
+    counts: np.ndarray
+    sums: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def none(cls, classes: int, width: int) -> Moments:
+        return cls(np.zeros(classes, np.int64), np.zeros((classes, width)), np.zeros((width, width)))
+
+    def plus(self, rows: np.ndarray, places: np.ndarray, sign: int = 1) -> Moments:
+        """With rows (n, D) of the classes at `places` (n,) more, or with sign = -1 fewer."""
+        exact = rows.astype(np.float64)
+        counts, sums = self.counts.copy(), self.sums.copy()
+        np.add.at(counts, places, sign)
+        np.add.at(sums, places, sign * exact)
+        sums[counts == 0] = 0.0  # not what rounding leaves
+        return Moments(counts, sums, self.second + sign * (exact.T @ exact))
+
+    def keeping(self, kept: np.ndarray) -> Moments:
+        """The classes of a mask (C,); those left out have no row."""
+        return Moments(self.counts[kept], self.sums[kept], self.second)
+
+    def with_a_class(self) -> Moments:
+        """With one more, that has no row yet."""
+        return Moments(
+            np.append(self.counts, 0), np.concatenate([self.sums, np.zeros((1, self.sums.shape[1]))]), self.second
+        )
+
+    def compile(self, text: np.ndarray, tau: float, which: Which, reducer: Reducer | None, alpha: float) -> ScoringPlan:
+        """The plan of methods.gda, at a cost in C and D alone. Every class has a row."""
+        means = self.sums / self.counts[:, None]
+        scatter = self.second - self.sums.T @ means
+        precision = shrunk_precision((scatter + scatter.T) / 2, int(self.counts.sum()))
+        return gda_plan(means, precision, text, tau, which, reducer, alpha)

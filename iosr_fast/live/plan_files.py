@@ -1,0 +1,62 @@
+"""A ScoringPlan as constants and arrays of a bundle, without what the support set already has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.cache import SupportSet
+from iosr_fast.live.recipe import Recipe
+from iosr_fast.methods.rows import image_rows
+from iosr_fast.reducers import Reducer
+from iosr_fast.scoring import ScoringPlan
+
+CONSTANTS = ("tau", "alpha", "beta", "temperature", "query", "feature")
+ARRAYS = ("keys", "key_scales", "query_transform", "weights", "values", "linear", "bias")
+
+
+def plan_to_files(
+    plan: ScoringPlan, support: SupportSet, recipe: Recipe
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Constants, JSON-ready, and arrays.
+
+    Left out: text and class offsets, which are the support set's, and keys that are its embeddings as they are. int8
+    keys are kept as codes: finding them again would take seconds.
+    """
+    constants: dict[str, Any] = {name: getattr(plan, name) for name in CONSTANTS}
+    constants["cache"] = "none" if plan.keys is None else "dense" if plan.values is not None else "classes"
+    arrays = {name: value for name in ARRAYS if (value := getattr(plan, name)) is not None}
+    constants["keys"] = "none" if plan.keys is None else "stored"
+    if plan.keys is not None and plan.key_precision == "fp32" and recipe.reducer is None and plan.reducer is None:
+        constants["keys"] = "support"
+        del arrays["keys"]
+    return constants, arrays | reducer_arrays(plan.reducer, "plan_reducer") | reducer_arrays(recipe.reducer, "reducer")
+
+
+def plan_from_files(
+    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: Recipe
+) -> ScoringPlan:
+    """The plan that `plan_to_files` took apart. Raises KeyError or ValueError where something doesn't fit."""
+    given: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
+    given |= {name: arrays.get(name) for name in ARRAYS}
+    if constants["keys"] == "support":
+        given["keys"] = image_rows(support.embeddings, recipe.which, None)
+    return ScoringPlan(
+        support.n_classes,
+        text=support.text,
+        class_offsets=support.class_offsets if constants["cache"] == "classes" else None,
+        reducer=reducer_from(arrays, "plan_reducer"),
+        **given,
+    )
+
+
+def reducer_arrays(reducer: Reducer | None, name: str) -> dict[str, np.ndarray]:
+    parts = () if reducer is None else (("shift", reducer.shift), ("projection", reducer.projection))
+    return {f"{name}.{part}": array for part, array in parts if array is not None}
+
+
+def reducer_from(arrays: Mapping[str, np.ndarray], name: str) -> Reducer | None:
+    shift, projection = arrays.get(f"{name}.shift"), arrays.get(f"{name}.projection")
+    return None if shift is None and projection is None else Reducer(shift, projection)

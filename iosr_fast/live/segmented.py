@@ -1,0 +1,95 @@
+"""A plan in parts: what texts say of all classes, and cache terms that came one after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoder import Embeddings
+from iosr_fast.scoring import ScoringPlan, score
+from iosr_fast.validation import frozen
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentedPlan:
+    """logits[b, c] = head's logits[b, c] + sum over parts p with column c: the logits of p for it.
+
+    `head` has the C classes; a part is a cache term over classes of its own, and `columns` (c,) int64 says which of
+    the C each of them is; -1 for one that is no more. Parts are added in their order: logits don't depend on timing.
+    """
+
+    head: ScoringPlan
+    parts: tuple[tuple[ScoringPlan, np.ndarray], ...]
+
+    @property
+    def n_classes(self) -> int:
+        return self.head.n_classes
+
+    def score(self, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
+        """Logits (B, C) float32."""
+        logits: np.ndarray = score(self.head, embeddings, impl)
+        for plan, columns in self.parts:
+            # The embeddings' norms were looked at for the head.
+            part = score(plan, embeddings, impl, check=False)
+            if len(columns) == logits.shape[1] and (columns == np.arange(len(columns))).all():
+                logits += part
+            else:
+                here = columns >= 0
+                logits[:, columns[here]] += part[:, here]
+        return logits
+
+
+def with_arrays(plan: ScoringPlan, **changed: Any) -> ScoringPlan:
+    """The plan with some fields changed and nothing checked again: for what is known to fit, where keys are many."""
+    made = copy.copy(plan)
+    for name, value in changed.items():
+        if isinstance(value, np.ndarray):
+            value = frozen(name, value, value.dtype.type)
+        object.__setattr__(made, name, value)
+    return made
+
+
+def fused(head: ScoringPlan, part: ScoringPlan, columns: np.ndarray) -> ScoringPlan | None:
+    """One plan for a head and its only part, or None where a class of the part is no more.
+
+    Classes are in one order in both, so that those without a key only repeat an offset.
+    """
+    if (columns < 0).any():
+        return None
+    assert part.class_offsets is not None
+    counts = np.zeros(head.n_classes, np.int64)
+    counts[columns] = np.diff(part.class_offsets)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return with_arrays(part, n_classes=head.n_classes, text=head.text, tau=head.tau, class_offsets=offsets)
+
+
+def score_plan(plan: ScoringPlan | SegmentedPlan, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
+    """Logits (B, C) float32 of either kind of plan."""
+    if isinstance(plan, SegmentedPlan):
+        return plan.score(embeddings, impl)
+    logits: np.ndarray = score(plan, embeddings, impl)
+    return logits
+
+
+def assemble(
+    head: ScoringPlan, parts: Sequence[ScoringPlan], columns: Sequence[np.ndarray]
+) -> ScoringPlan | SegmentedPlan:
+    """The head with its parts, in one plan where that is possible without copying a key."""
+    if not parts:
+        return head
+    if len(parts) == 1:
+        one = fused(head, parts[0], columns[0])
+        if one is not None:
+            return one
+    return SegmentedPlan(head, tuple(zip(parts, columns, strict=True)))
+
+
+def columns_of(classes: np.ndarray, uids: np.ndarray) -> np.ndarray:
+    """(c,) where each class stands among `uids`, which rise; -1 for one that is not there."""
+    at = np.minimum(np.searchsorted(uids, classes), len(uids) - 1)
+    columns: np.ndarray = np.where(uids[at] == classes, at, -1)
+    return columns

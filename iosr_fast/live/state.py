@@ -1,0 +1,275 @@
+"""What a fitted classifier is at one moment. Every change makes another one; nobody writes to one that is there.
+
+A request holds on to a State and is answered by it whole, whatever happens meanwhile. A change of an additive method
+(recipe.ADDITIVE) costs what is added: arrays of the others are shared, not copied. "gda" is made from moments, whose
+size is that of the classes. Other methods are compiled again from the embeddings; nothing is ever encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from iosr_fast.cache import SupportSet
+from iosr_fast.encoder import Embeddings
+from iosr_fast.explain import explain
+from iosr_fast.labels import some
+from iosr_fast.live.examples import Examples, absorb, join, no_examples, without
+from iosr_fast.live.fingerprint import fingerprint
+from iosr_fast.live.moments import Moments
+from iosr_fast.live.recipe import COMPENSATED_KEYS, Recipe
+from iosr_fast.live.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
+from iosr_fast.methods import METHODS, refusal
+from iosr_fast.methods.rows import image_rows
+from iosr_fast.predictions import ClassInfo, Prediction, class_id, uid_of
+from iosr_fast.scoring import ScoringPlan
+
+# Runs of examples up to this many are copied into one: a bound on the work of a change, however large the cache.
+SMALL = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Classes, their support images, how they are scored, and the plan that does it.
+
+    class_names, uids  of the C classes, in order; a uid, once given, is never given again
+    text               (C, D) float32, unit rows; tau the CLIP's logit scale
+    segments           the support images, in runs; parts the cache terms of them, for an additive method
+    plan               what scores a batch
+    next_class, next_example  the numbers that the next ones get
+    moments            what "gda" is made of; None until the first change
+    """
+
+    version: int
+    class_names: tuple[str, ...]
+    uids: tuple[int, ...]
+    text: np.ndarray
+    tau: float
+    segments: tuple[Examples, ...]
+    recipe: Recipe
+    parts: tuple[ScoringPlan, ...]
+    plan: ScoringPlan | SegmentedPlan
+    next_class: int
+    next_example: int
+    moments: Moments | None = None
+
+    @classmethod
+    def first(
+        cls,
+        class_names: Sequence[str],
+        text: np.ndarray,
+        tau: float,
+        examples: Examples,
+        recipe: Recipe,
+        plan: ScoringPlan | None = None,
+        uids: Sequence[int] | None = None,
+        numbers: tuple[int, int] | None = None,
+        version: int = 1,
+    ) -> State:
+        """The state of a fit, or with `plan`, `uids` and `numbers` of what was loaded: nothing is compiled then."""
+        owned = tuple(range(len(class_names)) if uids is None else uids)
+        next_class, next_example = numbers or (len(class_names), int(examples.ids.max(initial=-1)) + 1)
+        segments = (examples,) if len(examples) else ()
+        if plan is None:
+            plan = recipe.compile(examples.as_support(owned, text, tau))
+        parts: tuple[ScoringPlan, ...] = ()
+        if recipe.additive and plan.keys is not None:
+            counts = np.bincount(np.searchsorted(examples.classes, examples.owners))
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            parts = (with_arrays(plan, n_classes=len(counts), text=None, class_offsets=offsets),)
+        return cls(
+            version,
+            tuple(class_names),
+            owned,
+            text,
+            tau,
+            segments,
+            recipe,
+            parts,
+            plan,
+            next_class,
+            next_example,
+        )
+
+    @cached_property
+    def support(self) -> SupportSet:
+        """All living support images, sorted by class: made at first use and kept."""
+        return self.examples.as_support(self.uids, self.text, self.tau)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The living images as one run, in the order of `support`."""
+        return join(self.segments) if self.segments else no_examples(self.text.shape[1])
+
+    @cached_property
+    def compared(self) -> tuple[np.ndarray, ...]:
+        """Of each run, the rows (n, D) that the method compares with a query: they say what is near."""
+        return tuple(self._rows(part) for part in self.segments)
+
+    @cached_property
+    def whole_plan(self) -> ScoringPlan:
+        """One plan for all, its keys those of `support` in that order: what is saved and exported."""
+        if isinstance(self.plan, ScoringPlan) and all(part.dead is None for part in self.segments):
+            return self.plan
+        return self.recipe.compile(self.support)
+
+    def score(self, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
+        """Logits (B, C) float32."""
+        return score_plan(self.plan, embeddings, impl)
+
+    def explain(self, embeddings: Embeddings, top: int = 5, nearest: int = 0, impl: str = "auto") -> list[Prediction]:
+        """A Prediction for each query: its `top` classes and `nearest` support images, as many as there are."""
+        return explain(self, embeddings, top, nearest, impl)
+
+    def classes(self) -> list[ClassInfo]:
+        counts = dict.fromkeys(self.uids, 0)
+        for part in self.segments:
+            owners, numbers = np.unique(part.owners[part.living], return_counts=True)
+            for uid, number in zip(owners.tolist(), numbers.tolist(), strict=True):
+                counts[uid] += number
+        return [
+            ClassInfo(class_id(uid), name, counts[uid]) for uid, name in zip(self.uids, self.class_names, strict=True)
+        ]
+
+    def find_class(self, given: str) -> int:
+        """The uid of a class by id ("~7") or name. Raises ValueError where there is none."""
+        uid = uid_of(given)
+        if uid is not None and uid in self.uids:
+            return uid
+        if given in self.class_names:
+            return self.uids[self.class_names.index(given)]
+        raise ValueError(f"no class {given!r}; there are {some(self.class_names)}")
+
+    def find_examples(self, example_ids: Sequence[str]) -> list[int]:
+        """Example numbers of ids ("e7"). Raises ValueError for one that is not there, or twice."""
+        numbers = [int(given[1:]) if given[:1] == "e" and given[1:].isdecimal() else -1 for given in example_ids]
+        here: set[int] = set()
+        for part in self.segments:
+            here.update(part.ids[np.isin(part.ids, numbers) & part.living].tolist())
+        wrong = [given for given, number in zip(example_ids, numbers, strict=True) if number not in here]
+        if wrong or not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"expected ids of examples that are there, each once, got {some(wrong or example_ids)}")
+        return numbers
+
+    # --- changes: each returns another state ---
+
+    def adding(self, added: Examples) -> State:
+        """With more support images, of classes that are there."""
+        return self._changed(added, segments=(*self.segments, added), next_example=int(added.ids.max()) + 1)
+
+    def adding_class(self, name: str, row: np.ndarray, added: Examples | None) -> State:
+        """With a class more; `added`, its support images, are owned by self.next_class."""
+        return self._changed(
+            added,
+            class_names=(*self.class_names, name),
+            uids=(*self.uids, self.next_class),
+            text=np.concatenate([self.text, row[None]]),
+            segments=self.segments if added is None else (*self.segments, added),
+            next_class=self.next_class + 1,
+            next_example=self.next_example if added is None else int(added.ids.max()) + 1,
+        )
+
+    def removing(self, numbers: Iterable[int]) -> State:
+        """Without some support images."""
+        gone = np.array(sorted(numbers), np.int64)
+        segments, taken = without(self.segments, lambda part: np.isin(part.ids, gone), SMALL)
+        return self._changed(taken=taken, segments=segments)
+
+    def removing_class(self, uid: int) -> State:
+        """Without a class and its support images."""
+        at = self.uids.index(uid)
+        keep = np.arange(len(self.uids)) != at
+        segments, taken = without(self.segments, lambda part: part.owners == uid, SMALL)
+        return self._changed(
+            taken=taken,
+            class_names=tuple(name for i, name in enumerate(self.class_names) if i != at),
+            uids=tuple(other for other in self.uids if other != uid),
+            text=self.text[keep],
+            segments=segments,
+        )
+
+    def renaming(self, uid: int, name: str, row: np.ndarray | None) -> State:
+        """With another name, and another text embedding where one is given."""
+        at = self.uids.index(uid)
+        names = tuple(name if i == at else other for i, other in enumerate(self.class_names))
+        if row is None:
+            return replace(self, class_names=names, version=self.version + 1)
+        text = self.text.copy()
+        text[at] = row
+        return self._changed(class_names=names, text=text)
+
+    def with_recipe(self, recipe: Recipe) -> State:
+        """The same classes and images under another method or other parameters; runs are joined into one."""
+        numbers = (self.next_class, self.next_example)
+        return State.first(
+            self.class_names, self.text, self.tau, self.examples, recipe, None, self.uids, numbers, self.version + 1
+        )
+
+    def _changed(self, added: Examples | None = None, taken: Examples | None = None, **fields: object) -> State:
+        """Another state with these fields, and a plan for it. `added` and `taken` are the images that it differs by."""
+        made = replace(self, version=self.version + 1, **fields)  # type: ignore[arg-type]
+        made = replace(made, segments=absorb(made.segments, SMALL))
+        if not made.segments and METHODS[self.recipe.method].needs_support:
+            raise ValueError(f"{self.recipe.method} needs support images: expected to keep at least one, got none left")
+        if self.recipe.additive:
+            return self._additive(made)
+        if self.recipe.by_moments:
+            return self._by_moments(made, added, taken)
+        told = refusal(self.recipe.method, made.support)
+        if told is not None:
+            raise ValueError(f"that change can't be made: {told}")
+        return replace(made, plan=self.recipe.compile(made.support), parts=())
+
+    def _additive(self, made: State) -> State:
+        parts = self._parts_of(made.segments) if "alpha" in self.recipe.parameters else ()
+        head = ScoringPlan(len(made.uids), text=made.text, tau=self.recipe.factor * self.tau)
+        uids = np.array(made.uids)
+        columns = [columns_of(segment.classes, uids) for segment in made.segments] if parts else []
+        return replace(made, plan=assemble(head, parts, columns), parts=parts)
+
+    def _by_moments(self, made: State, added: Examples | None, taken: Examples | None) -> State:
+        moments, recipe = self.moments or self._all_moments(), self.recipe
+        if taken is not None:
+            moments = moments.plus(self._rows(taken), np.searchsorted(self.uids, taken.owners), -1)
+        if len(made.uids) < len(self.uids):
+            moments = moments.keeping(np.isin(self.uids, made.uids))
+        elif len(made.uids) > len(self.uids):
+            moments = moments.with_a_class()
+        if added is not None:
+            moments = moments.plus(self._rows(added), np.searchsorted(made.uids, added.owners))
+        empty = int((moments.counts == 0).sum())
+        if empty:
+            raise ValueError(
+                f"that change can't be made: {recipe.method} needs an image of each class, {empty} have none"
+            )
+        plan = moments.compile(made.text, self.tau, recipe.which, recipe.reducer, recipe.parameters["alpha"])
+        return replace(made, plan=plan.scaled(recipe.factor), parts=(), moments=moments)
+
+    def _all_moments(self) -> Moments:
+        none = Moments.none(len(self.uids), self.text.shape[1])
+        return none.plus(self._rows(self.examples), np.searchsorted(self.uids, self.examples.owners))
+
+    def _rows(self, examples: Examples) -> np.ndarray:
+        """The rows (n, D) that the method compares."""
+        return image_rows(examples.embeddings, self.recipe.which, self.recipe.reducer)
+
+    def _parts_of(self, segments: tuple[Examples, ...]) -> tuple[ScoringPlan, ...]:
+        """A cache term for each run: the one that is there, or that one reweighted, or a new one."""
+        known = {id(segment.ids): (segment, part) for segment, part in zip(self.segments, self.parts, strict=True)}
+        made = []
+        for segment in segments:
+            old, part = known.get(id(segment.ids), (None, None))
+            if part is None:
+                made.append(self.recipe.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS))
+            elif old is not None and old.dead is segment.dead:
+                made.append(part)
+            else:
+                made.append(with_arrays(part, weights=segment.living.astype(np.float32)))
+        return tuple(made)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what is predicted and said: two states with the same one answer alike."""
+        return fingerprint(self)

@@ -1,0 +1,201 @@
+"""Changing a classifier while others use it: a change makes a new State, and readers go on with the one they hold."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoder import Encoder
+from iosr_fast.labels import leave_out_bad
+from iosr_fast.live.audit import AuditLog, open_log
+from iosr_fast.live.changes import Update
+from iosr_fast.live.examples import Examples
+from iosr_fast.live.state import State
+from iosr_fast.live.support_images import SupportViews
+from iosr_fast.methods import METHODS
+from iosr_fast.predictions import Change, ClassInfo, class_id, uid_of
+from iosr_fast.preprocess import as_image_list
+from iosr_fast.validation import check_unit_rows
+
+
+class LiveUpdates:
+    """The part of Classifier that takes classes and examples in and out.
+
+    Who classifies never waits for a change, and is answered by one state or the other, whole. Changes wait for one
+    another; images are encoded and texts embedded before that, beside whatever else goes on. With an audit log
+    (`open_log`) a change is on the disk before anybody sees it.
+
+    For "tip-adapter", "tip-adapter++" and "zero-shot" a change costs what it adds, not what the cache holds; for "gda"
+    it costs an inverse, whatever the cache holds. "ape", "tip-x" and "proker" weigh all images against one another:
+    they are fit again on the embeddings that are kept. Method, parameters and reducer stay until
+    `retune`.
+    """
+
+    encoder: Encoder
+    _state: State
+    _views: SupportViews
+    _log: AuditLog | None
+    _changing: threading.Lock
+
+    def snapshot(self) -> State:
+        """What is classified with now: hold on to it and nothing changes. Raises ValueError before a fit."""
+        raise NotImplementedError
+
+    def _text_of(self, name: str) -> np.ndarray:
+        """A class name's text embedding (D,). Raises ValueError where there is no text encoder."""
+        raise NotImplementedError
+
+    @property
+    def version(self) -> int:
+        """Rises by one with every change."""
+        return self.snapshot().version
+
+    def classes(self) -> list[ClassInfo]:
+        """The classes in their order, each with its id and the number of its examples."""
+        return self.snapshot().classes()
+
+    def examples(self, given: str) -> list[str]:
+        """The ids of a class's examples. Raises ValueError where there is no such class."""
+        state = self.snapshot()
+        uid = state.find_class(given)
+        numbers = [n for part in state.segments for n in part.ids[(part.owners == uid) & part.living].tolist()]
+        return [f"e{number}" for number in sorted(numbers)]
+
+    def picture(self, example_id: str) -> bytes | None:
+        """An example's thumbnail, WebP; None where none was kept. Raises ValueError for an unknown id."""
+        state = self.snapshot()
+        (number,) = state.find_examples([example_id])
+        for part in state.segments:
+            at = np.flatnonzero(part.ids == number)
+            if len(at):
+                return part.pictures[int(at[0])]
+        raise AssertionError(example_id)
+
+    def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> Change:
+        """A new class from a few images (none where the method is "zero-shot").
+
+        `text` (D,), L2-normalised, is the embedding of its name; None has the text encoder make it. Raises ValueError
+        for a name that is taken or empty, without images, for unreadable ones, or without a text encoder.
+        """
+        state = self.snapshot()
+        self._check_name(state, name)
+        listed = as_image_list(images)
+        if not listed and METHODS[state.recipe.method].needs_support:
+            raise ValueError(
+                f"expected at least one image of {name!r}, got none: {state.recipe.method} compares images"
+            )
+        encoded = self._encode(listed)
+        row = self._check_text(state, text) if text is not None else self._text_of(name)
+        with self._changing:
+            state = self.snapshot()
+            self._check_name(state, name)
+            added = _numbered(encoded, state.next_class, state.next_example) if encoded is not None else None
+            return self._make(Update("add_class", state.next_class, name=name, text=row, added=added))
+
+    def add_examples(self, given: str, images: Any) -> Change:
+        """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
+        self.snapshot().find_class(given)
+        encoded = self._encode(as_image_list(images))
+        if encoded is None:
+            raise ValueError(f"expected at least one image to add to {given!r}, got none")
+        with self._changing:
+            state = self.snapshot()
+            uid = state.find_class(given)
+            return self._make(Update("add_examples", uid, added=_numbered(encoded, uid, state.next_example)))
+
+    def remove_examples(self, example_ids: Sequence[str]) -> Change:
+        """Take support images out. Raises ValueError for an unknown id, or where the method needs one that would go."""
+        listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
+        with self._changing:
+            numbers = self.snapshot().find_examples(listed)
+            return self._make(Update("remove_examples", numbers=tuple(numbers)))
+
+    def remove_class(self, given: str) -> Change:
+        """Take a class out, by id or name, with its images. Raises ValueError where fewer than two would be left."""
+        with self._changing:
+            state = self.snapshot()
+            uid = state.find_class(given)
+            if len(state.uids) <= 2:
+                raise ValueError(f"expected at least two classes to tell apart: {given!r} can't be removed")
+            return self._make(Update("remove_class", uid))
+
+    def rename_class(self, given: str, name: str, text: np.ndarray | None = None, keep_text: bool = False) -> Change:
+        """Another name for a class, by id or name, and so another text embedding; its id stays.
+
+        `text` as for `add_class`; `keep_text` changes what is shown and nothing else. Raises ValueError for an unknown
+        class, a name that is taken or empty, or without a text encoder.
+        """
+        state = self.snapshot()
+        uid = state.find_class(given)
+        self._check_name(state, name, uid)
+        if keep_text and text is not None:
+            raise ValueError("expected text or keep_text, got both")
+        row = None if keep_text else self._check_text(state, text) if text is not None else self._text_of(name)
+        with self._changing:
+            state = self.snapshot()
+            uid = state.find_class(class_id(uid))
+            self._check_name(state, name, uid)
+            return self._make(Update("rename_class", uid, name=name, text=row))
+
+    def open_log(self, path: str | Path) -> None:
+        """Log every change from now on, after making those that the log has already: `load`, then `open_log`.
+
+        Raises ValueError for a log of another classifier or a damaged one (audit.open_log), or where one is open.
+        """
+        with self._changing:
+            if self._log is not None:
+                raise ValueError(f"expected no log to be open, got {self._log.path}; close_log closes it")
+            self._log, self._state = open_log(path, self.snapshot())
+
+    def close_log(self) -> None:
+        """Close the log; later changes are not written."""
+        with self._changing:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+    def _make(self, update: Update) -> Change:
+        """Under the lock: the change on the state, into the log, and then, in one step, to everybody."""
+        state = update.apply(self._state)
+        if self._log is not None:
+            self._log.append(update, state.version)
+        self._state = state
+        ids = tuple(f"e{number}" for number in update.example_numbers)
+        return Change(state.version, class_id(update.uid) if update.uid >= 0 else "", ids)
+
+    def _encode(self, listed: Sequence[Any]) -> Examples | None:
+        """The images as examples without numbers yet; None where there are none."""
+        if not listed:
+            return None
+        leave_out_bad(listed, np.zeros(len(listed), np.int64), skip_bad=False)
+        embeddings, queries = self._views.encode_later(self.encoder, listed)
+        nobody = np.full(len(listed), -1, np.int64)
+        return Examples(embeddings, nobody, nobody, self._views.thumbnails(listed), queries)
+
+    @staticmethod
+    def _check_name(state: State, name: str, itself: int | None = None) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"expected a class name, got {name!r}")
+        if uid_of(name) is not None:
+            raise ValueError(f"expected a class name, got {name!r}, which is how ids of classes look")
+        taken = [uid for uid, other in zip(state.uids, state.class_names, strict=True) if other == name]
+        if taken and taken != [itself]:
+            raise ValueError(f"expected class names to differ, got {name!r}, which is class {class_id(taken[0])}")
+
+    @staticmethod
+    def _check_text(state: State, text: np.ndarray) -> np.ndarray:
+        row = np.ascontiguousarray(text, np.float32)
+        if row.shape != state.text.shape[1:]:
+            raise ValueError(f"expected a text embedding of shape {state.text.shape[1:]}, got {row.shape}")
+        check_unit_rows("text", row[None])
+        return row
+
+
+def _numbered(encoded: Examples, uid: int, first: int) -> Examples:
+    numbers = np.arange(first, first + len(encoded))
+    owners = np.full(len(encoded), uid, np.int64)
+    return Examples(encoded.embeddings, owners, numbers, encoded.pictures, encoded.queries)
