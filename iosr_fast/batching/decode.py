@@ -1,0 +1,89 @@
+"""An image of BatchingClassifier to pixels, within limits: strangers send them."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
+
+ENCODED = (bytes, bytearray, memoryview)
+
+
+class Limits(Protocol):
+    """What decode() reads of limits; None where there is none."""
+
+    @property
+    def max_bytes(self) -> int | None: ...
+    @property
+    def max_pixels(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """`max_bytes` of a file or of encoded bytes; `max_pixels` of an image, as it is and once its shorter side is
+    resized: one of 1 x 60,000 pixels would become huge. None: no limit."""
+
+    max_bytes: int | None = None
+    max_pixels: int | None = 100_000_000
+
+
+def is_pixels(image: Any, size: int) -> bool:
+    """Whether an image is what the encoder takes, as it is."""
+    return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)
+
+
+def decode(image: Any, position: int, size: int, limits: Limits) -> np.ndarray:
+    """An image as open_image takes it -> pixels (size, size, 3) uint8. Raises BadImageError, also beyond the limits."""
+    if is_pixels(image, size):
+        pixels: np.ndarray = image
+        return pixels
+    if told := _beyond(image, size, limits):
+        raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, told)
+    return resize_and_crop(open_image(image, position), size)
+
+
+def _beyond(image: Any, size: int, limits: Limits) -> str:
+    """Which limit an image is beyond, by its header alone: a few hundred bytes can claim billions of pixels."""
+    count = _encoded_bytes(image)
+    if limits.max_bytes is not None and count > limits.max_bytes:
+        return f"expected at most {limits.max_bytes} encoded bytes, got {count}; send a smaller one"
+    if limits.max_pixels is None:
+        return ""
+    width, height = _dimensions(image)
+    short, long = min(width, height), max(width, height)
+    if short * long > limits.max_pixels:
+        return f"expected at most {limits.max_pixels} pixels, got {width} x {height}; send a smaller one"
+    if size * size * long > limits.max_pixels * short:
+        return f"expected sides that are less unlike, got {width} x {height}; crop what matters"
+    return ""
+
+
+def _encoded_bytes(image: Any) -> int:
+    if isinstance(image, ENCODED):
+        return memoryview(image).nbytes
+    if isinstance(image, str | Path) and os.path.isfile(image):
+        return os.path.getsize(image)
+    return 0
+
+
+def _dimensions(image: Any) -> tuple[int, int]:
+    """(width, height); (0, 0) where open_image will say what is wrong."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.size
+    if isinstance(image, np.ndarray):
+        return (image.shape[1], image.shape[0]) if image.ndim >= 2 else (0, 0)
+    if not isinstance(image, (str, Path, *ENCODED)):
+        return 0, 0
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, ENCODED) else image) as opened:
+            return opened.size
+    except Exception:
+        return 0, 0

@@ -1,0 +1,137 @@
+"""For the tests of BatchingClassifier: an encoder that a test can hold, break and watch, and what stands on it.
+
+A picture is one number in all of its pixels; its label is that number, so an answer says whose it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoder import Embeddings
+from iosr_fast.predictions import ClassScore, Neighbour, Prediction
+
+SIZE = 4
+PATIENCE_S = 20.0  # how long a test waits before it fails; none is meant to
+
+
+def picture(number: int, size: int = SIZE) -> np.ndarray:
+    """Of the encoder's size it is taken as it is; of another it goes through a decoder."""
+    return np.full((size, size, 3), number, np.uint8)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.001)
+
+
+def labels(futures: Iterable[Any]) -> list[int]:
+    return [int(future.result(PATIENCE_S).label) for future in futures]
+
+
+def threads() -> set[threading.Thread]:
+    """Those of every BatchingClassifier there is."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("iosr-fast")}
+
+
+class Gated:
+    """A picture whose decoding waits for `gate`; `begun` is set when it starts."""
+
+    def __init__(self, number: int, size: int = SIZE + 1) -> None:
+        self.pixels = picture(number, size)
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self.begun.set()
+        assert self.gate.wait(PATIENCE_S)
+        return self.pixels
+
+
+class FakeEncoder:
+    """`batches`: the numbers it was given; `raises`: called with them, may raise; `open`: cleared, it holds batches."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.image_size = size
+        self.batches: list[list[int]] = []
+        self.began: SimpleQueue[list[int]] = SimpleQueue()
+        self.open = threading.Event()
+        self.open.set()
+        self.raises: Callable[[list[int]], None] = lambda numbers: None
+
+    def encode(self, pixels: np.ndarray) -> Embeddings:
+        assert pixels.dtype == np.uint8 and pixels.shape[1:] == (self.image_size, self.image_size, 3)
+        numbers = pixels[:, 0, 0, 0].tolist()
+        self.batches.append(numbers)
+        self.began.put(numbers)
+        assert self.open.wait(PATIENCE_S)
+        self.raises(numbers)
+        return Embeddings(np.array(numbers, np.float32)[:, None])
+
+
+class FakeState:
+    def __init__(self, version: int, asked: list[tuple[list[int], int, int]]) -> None:
+        self.version, self._asked = version, asked
+
+    def explain(self, embeddings: Embeddings, top: int = 5, nearest: int = 0) -> list[Prediction]:
+        numbers = [int(number) for number in embeddings.plain[:, 0]]
+        self._asked.append((numbers, top, nearest))
+        return [self._say(number, top, nearest) for number in numbers]
+
+    def _say(self, number: int, top: int, nearest: int) -> Prediction:
+        scores = tuple(ClassScore(str(number + i), f"~{number + i}", 0.5, 2.0, 1.0, 1.0) for i in range(top))
+        near = tuple(Neighbour(f"e{i}", str(number), f"~{number}", 0.9) for i in range(nearest))
+        return Prediction(str(number), f"~{number}", 0.5, 2.0, 1.0, 1.0, scores, near, self.version)
+
+
+class FakeClassifier:
+    """`asked`: (numbers, top, nearest) of each call of explain. Each snapshot has another version."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.encoder: Any = FakeEncoder(size)
+        self.asked: list[tuple[list[int], int, int]] = []
+        self.version = 0
+
+    def snapshot(self) -> FakeState:
+        self.version += 1
+        return FakeState(self.version, self.asked)
+
+    @contextmanager
+    def held(self, batching: Any, number: int = 0) -> Iterator[Any]:
+        """With one picture in the engine, held there: what comes meanwhile waits. Yields its future."""
+        self.encoder.open.clear()
+        future = batching.submit(picture(number))
+        while self.encoder.began.get(timeout=PATIENCE_S) != [number]:
+            pass
+        try:
+            yield future
+        finally:
+            self.encoder.open.set()
+
+
+class Watcher:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int]] = []
+        self.done: list[tuple[str, str | None]] = []
+        self.refused: list[str] = []
+
+    def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
+        assert encode_s >= 0 and score_s >= 0
+        self.batches.append((size, queue_depth))
+
+    def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
+        assert latency_s >= 0
+        self.done.append((outcome, label))
+
+    def on_refused(self, reason: str) -> None:
+        self.refused.append(reason)
