@@ -117,5 +117,22 @@ def train(
     report(bench.run(model, batch, first_adapted_block, pictures, threads, repeats), json_path)
 
 
+@app.command()
+def updates(
+    json_path: Json = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="Like tip-adapter++-k100000-c100-d512: method, keys, classes, channels. Repeatable."),
+    ] = None,
+    threads: Threads = None,
+    repeats: Repeats = 7,
+) -> None:
+    """Change a running classifier: an example or a class more or less, against fitting it again."""
+    limit_blas(threads)
+    from tools.bench import updates as bench
+
+    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path)
+
+
 if __name__ == "__main__":
     app()
