@@ -1,0 +1,80 @@
+"""A small writer of ONNX graphs: constants and nodes by name, one file, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from iosr_fast._require import require
+
+EXTRA = "triton-server"
+OPSET = 20  # the encoder's
+IR_VERSION = 9  # the oldest that has it, so that older servers read the file too
+LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, less some room for the graph
+
+Dims = Sequence[int | str]
+
+
+class Graph:
+    """Nodes in the order in which they are added; a value is known by its name.
+
+    `inputs` are (dtype, dims) by name, a dim that varies being a string. Needs the package onnx.
+    """
+
+    def __init__(self, inputs: Mapping[str, tuple[Any, Dims]]) -> None:
+        self._onnx = require("onnx", EXTRA)
+        self._inputs = [self._value(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
+        self._nodes: list[Any] = []
+        self._constants: dict[str, Any] = {}
+        self._bytes = 0
+
+    def constant(self, name: str, value: Any, dtype: Any) -> str:
+        """A constant of the graph, `value` as `dtype` ("bfloat16": value holds its bits as uint16)."""
+        if dtype == "bfloat16":
+            array, kind = np.ascontiguousarray(value, np.dtype("<u2")), self._onnx.TensorProto.BFLOAT16
+        else:
+            array = np.asarray(value, np.dtype(dtype).newbyteorder("<"), order="C")
+            kind = self._kind(dtype)
+        assert name not in self._constants
+        self._bytes += array.nbytes
+        if self._bytes <= LARGEST_FILE:  # what is too large is refused by `model`, which knows of how much
+            self._constants[name] = self._onnx.TensorProto(
+                name=name, data_type=kind, dims=array.shape, raw_data=array.tobytes()
+            )
+        return name
+
+    def add(self, op: str, *inputs: str, name: str, **attributes: Any) -> str:
+        """A node of one output, `name`; returns the name. An input that is left out is ""."""
+        self._nodes.append(self._onnx.helper.make_node(op, inputs, [name], name=name, **attributes))
+        return name
+
+    def cast(self, value: str, dtype: Any, name: str) -> str:
+        return self.add("Cast", value, name=name, to=self._kind(dtype))
+
+    def model(self, name: str, outputs: Mapping[str, tuple[Any, Dims]]) -> bytes:
+        """The file's bytes, after onnx's checker has seen it. `outputs` as `inputs`.
+
+        Raises ValueError where the constants take 2 GB or more.
+        """
+        if self._bytes > LARGEST_FILE:
+            raise ValueError(
+                f"expected a {name} graph under 2 GB, as much as one ONNX file holds, got {self._bytes / 1e9:.1f} GB; "
+                "fit with key_precision='int8' or 'fp16', or with fewer keys (GDA and zero-shot keep none)"
+            )
+        helper = self._onnx.helper
+        values = [self._value(output, dtype, dims) for output, (dtype, dims) in outputs.items()]
+        graph = helper.make_graph(self._nodes, name, self._inputs, values, list(self._constants.values()))
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="iosr_fast")
+        self._onnx.checker.check_model(model, full_check=True)
+        serialized: bytes = model.SerializeToString(deterministic=True)
+        return serialized
+
+    def _kind(self, dtype: Any) -> int:
+        kind: int = self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return kind
+
+    def _value(self, name: str, dtype: Any, dims: Dims) -> Any:
+        return self._onnx.helper.make_tensor_value_info(name, self._kind(dtype), dims)
