@@ -1,4 +1,4 @@
-"""The command `iosr-fast`: fit a folder, classify images, and say what this machine can do."""
+"""The command `iosr-fast`: fit a folder, classify images, serve them over HTTP, and say what this machine can do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from iosr_fast.serving.command import serve
+
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
 
 _BATCH = 64
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command()(serve)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -139,3 +142,23 @@ def classify(
         _fail(error)
     if left_out:
         typer.echo(f"left out {left_out} of {len(paths)} images", err=True)
+
+
+@app.command("export-triton")
+def export_triton(
+    classifier: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
+    out: Path = typer.Argument(..., help="the model repository to write"),
+    max_batch: int = typer.Option(32, help="pictures that go through a model at once"),
+    instances: int = typer.Option(1, help="copies of each model that work side by side"),
+    gpu: bool = typer.Option(False, "--gpu", help="encoder and scoring on GPUs, the encoder through TensorRT"),
+    top: int = typer.Option(5, help="classes in the example that README.txt shows"),
+) -> None:
+    """Write a classifier as a model repository of NVIDIA Triton Inference Server."""
+    try:
+        from iosr_fast.triton_export import export_triton as export
+
+        export(classifier, out, max_batch=max_batch, instances=instances, gpu=gpu, top=top)
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        _fail(error)
+    typer.echo(f"{out}:")
+    typer.echo((out / "README.txt").read_text(encoding="utf-8"), nl=False)

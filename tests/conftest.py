@@ -106,6 +106,12 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For IOSR_FAST_CACHE: what is built of the demo's CLIP is built once for all tests that take it."""
+    return tmp_path_factory.mktemp("demo-cache")
+
+
+@pytest.fixture(scope="session")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """_C_cuda for host memory: the CUDA module with its block programs run thread by thread on the CPU."""
     pybind11 = pytest.importorskip("pybind11")

@@ -23,9 +23,9 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+def classifier(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("IOSR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patched.setenv("IOSR_FAST_CACHE", str(demo_cache))
         return Classifier.load(make_demo_bundle(tmp_path_factory.mktemp("bundle"), CLASSES, SHOTS))
 
 

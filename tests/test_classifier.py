@@ -22,15 +22,10 @@ pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra"
 CLASSES = 12
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
-    """Unfitted; the engine is built once for this file."""
-    monkeypatch.setenv("IOSR_FAST_CACHE", str(cache))
+def fresh(demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+    """Unfitted."""
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     return Classifier.from_pretrained("demo", runtime="onnxruntime")
 
 
@@ -231,8 +226,8 @@ def test_engine_or_adapter_of_another_clip_is_refused(fresh: Classifier, tmp_pat
         Classifier.from_pretrained("demo", pretrained="none", adapter=DEMO_ADAPTER)
 
 
-def test_without_an_adapter_plus_plus_is_refused(cache: Path, monkeypatch, pictures) -> None:
-    monkeypatch.setenv("IOSR_FAST_CACHE", str(cache))
+def test_without_an_adapter_plus_plus_is_refused(demo_cache: Path, monkeypatch, pictures) -> None:
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     images, labels, queries, truth, names = pictures
     plain = Classifier.from_pretrained("demo", adapter=None, runtime="torch")
     with pytest.raises(ValueError, match="use 'tip-adapter'"):

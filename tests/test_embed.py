@@ -41,11 +41,10 @@ FORMATS = ["safetensors", "parquet"]
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(demo_cache: Path) -> Path:
     """The demo's engine, built once for all files of tests."""
-    cache = tmp_path_factory.getbasetemp() / "embed-cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IOSR_FAST_CACHE", str(cache))
+        patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
         return embed.find_engine("demo")
 
 

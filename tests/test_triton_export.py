@@ -82,9 +82,9 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IOSR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
         return Demo(tmp_path_factory.mktemp("saved") / "bundle")
 
 
@@ -320,3 +320,16 @@ def test_an_engine_without_an_onnx_file_is_refused(demo: Demo, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"runtimes this engine was built for.*\['torch'\], got 'onnxruntime'"):
         export_triton(tmp_path / "bundle", tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+def test_the_command(demo: Demo, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from iosr_fast.cli import app
+
+    done = CliRunner().invoke(app, ["export-triton", str(demo.bundle), str(tmp_path / "models"), "--max-batch", "4"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "models" / "README.txt").read_text() in done.output
+    assert Repository(tmp_path / "models").configs["encoder"].max_batch_size == 4
+    refused = CliRunner().invoke(app, ["export-triton", str(tmp_path / "none"), str(tmp_path / "other")])
+    assert refused.exit_code == 2 and "found none at" in refused.output and "Traceback" not in refused.output

@@ -1,0 +1,44 @@
+"""The HTTP application: routes, errors and middleware around one BatchingClassifier."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from iosr_fast import __version__
+from iosr_fast.serving import classes, errors, health, predict, static
+from iosr_fast.serving.metrics import Metrics
+from iosr_fast.serving.middleware import RequestMiddleware
+from iosr_fast.serving.service import Service
+from iosr_fast.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from iosr_fast.batching import BatchingClassifier
+
+
+def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metrics | None = None) -> FastAPI:
+    """The application; `app.state.service` is its serving.service.Service.
+
+    `metrics` is what `batching` was given as its observer; None makes one, which then counts requests but no batches.
+    Closing `batching` is up to who made it. May be called several times in a process.
+    """
+    service = Service(batching, settings, metrics or Metrics())
+    service.metrics.watch(service)
+    # The framework's own pages of documentation load scripts from elsewhere; /openapi.json has all they say.
+    app = FastAPI(
+        title="iosr_fast",
+        version=__version__,
+        summary="Few-shot image classification",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(RequestMiddleware, service=service)
+    app.include_router(predict.make_router(service))
+    app.include_router(classes.make_router(service))
+    app.include_router(health.make_router(service))
+    app.include_router(static.make_router())
+    return app

@@ -1,0 +1,108 @@
+"""What Prometheus reads at /metrics. One registry for each application, so that a process can have several.
+
+An instance is also the observer of a BatchingClassifier, which calls it from its own threads; the client library's
+metrics are safe for that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from iosr_fast.predictions import ClassInfo, Prediction
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
+
+
+class Metrics:
+    """Counters and histograms, all named iosr_fast_*, and the process's own (memory, CPU time, files).
+
+    No label is a client's choice: routes are templates, codes and outcomes are few, and a class's series goes with the
+    class (`drop_removed`).
+    """
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.last_answer = time.monotonic()  # when an image was last classified
+        ProcessCollector(registry=registry)
+
+        def histogram(name: str, told: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
+            return Histogram(f"iosr_fast_{name}", told, labels, buckets=tuple(buckets), registry=registry)
+
+        def counter(name: str, told: str, labels: tuple[str, ...]) -> Counter:
+            return Counter(f"iosr_fast_{name}", told, labels, registry=registry)
+
+        self._requests = histogram(
+            "request_seconds", "From a request's headers to its answer", _SECONDS, ("route", "method", "status")
+        )
+        self._images = histogram("image_seconds", "From an image's acceptance to its label", _SECONDS, ("outcome",))
+        self._batches = histogram("batch_images", "Images a batch", _IMAGES)
+        self._encode = histogram("encode_seconds", "Encoding a batch", _SECONDS)
+        self._score = histogram("score_seconds", "Scoring a batch", _SECONDS)
+        self._errors = counter("errors", "Errors answered, of requests and of images in them", ("code",))
+        self._refusals = counter("refusals", "Images refused before they were queued", ("reason",))
+        self._predictions = counter("predictions", "Images by predicted class", ("class_id", "name"))
+        self._named: set[tuple[str, str]] = set()
+
+    def watch(self, service: Any) -> None:
+        """Read the state of a serving.service.Service at each scrape: queue, bodies, version, classes."""
+        from iosr_fast import __version__
+
+        def gauge(name: str, told: str, read: Any) -> None:
+            Gauge(f"iosr_fast_{name}", told, registry=self.registry).set_function(read)
+
+        gauge("queue_images", "Images accepted and not yet answered", lambda: service.batching.pending)
+        gauge("queue_limit_images", "The most that are accepted", lambda: service.settings.max_queue)
+        gauge("body_bytes", "Bytes of bodies held", lambda: service.budget.used)
+        gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
+        gauge("model_version", "Rises with every change of the classes", lambda: service.classifier.version)
+        gauge("classes", "Classes", lambda: len(service.classifier.classes_))
+        about = {"version": __version__, "method": service.classifier.method_}
+        about["encoder"] = service.classifier.encoder.fingerprint[:12]
+        Gauge("iosr_fast_info", "What runs here", tuple(about), registry=self.registry).labels(**about).set(1)
+
+    # --- what a BatchingClassifier calls ---
+
+    def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
+        self._batches.observe(size)
+        self._encode.observe(encode_s)
+        self._score.observe(score_s)
+
+    def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
+        self._images.labels(outcome).observe(latency_s)
+        if label is not None:
+            self.last_answer = time.monotonic()
+
+    def on_refused(self, reason: str) -> None:
+        self._refusals.labels(reason).inc()
+
+    # --- what the server calls ---
+
+    def on_request(self, route: str, method: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, method if method in _METHODS else "other", str(status)).observe(seconds)
+
+    def on_error(self, code: str) -> None:
+        self._errors.labels(code).inc()
+
+    def on_prediction(self, prediction: Prediction) -> None:
+        key = (prediction.class_id, prediction.label)
+        self._named.add(key)
+        self._predictions.labels(*key).inc()
+
+    def drop_removed(self, classes: Iterable[ClassInfo]) -> None:
+        """Forget the series of classes that are gone or renamed."""
+        gone = self._named - {(info.class_id, info.name) for info in classes}
+        for key in gone:
+            self._predictions.remove(*key)
+        self._named -= gone
+
+    def text(self) -> bytes:
+        """In Prometheus's text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,82 @@
+"""Around every request: its id, its bounded body, headers of all answers, one line of log, its metrics."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from iosr_fast.serving.body import BoundedBody
+from iosr_fast.serving.errors import ApiError, error_response
+from iosr_fast.serving.logs import log, logger
+from iosr_fast.serving.service import Service
+
+_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds by machines
+_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+_DISCONNECTED = 499  # as nginx calls it: no answer, the client was gone
+
+
+class RequestMiddleware:
+    """Pure ASGI. An exception that nobody expected is logged with its trace and answered as 500 in the usual form."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        body = BoundedBody(scope, receive, self._service.settings, self._service.budget)
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], *_HEADERS, (b"x-request-id", request_id)]
+                if self._service.draining:
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
+            await send(message)
+
+        try:
+            await self._app(scope, body.receive, answer)
+        except ClientDisconnect:
+            status = status or _DISCONNECTED
+        except Exception:
+            logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
+            scope["iosr_fast.code"] = "internal"
+            if not status:
+                told = ApiError(500, "internal", "the server failed at this request; its log says why")
+                await error_response(told)(scope, receive, answer)
+        finally:
+            received = body.size
+            body.release()
+            self._record(scope, status or _DISCONNECTED, time.perf_counter() - start, request_id, received)
+
+    def _record(self, scope: Scope, status: int, seconds: float, request_id: bytes, received: int) -> None:
+        metrics = self._service.metrics
+        route = getattr(scope.get("route"), "path", "other")
+        metrics.on_request(route, scope["method"], status, seconds)
+        code = scope.get("iosr_fast.code")
+        if code is not None:
+            metrics.on_error(code)
+        facts = {
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "status": status,
+            "ms": round(seconds * 1e3, 2),
+            "images": scope.get("iosr_fast.images", 0),
+            "bytes": received,
+            "request_id": request_id.decode(),
+            **({} if code is None else {"code": code}),
+        }
+        log("request", level=logging.DEBUG if route in _QUIET and status == 200 else logging.INFO, **facts)

@@ -1,0 +1,103 @@
+// The server's HTTP interface. Addresses are relative, so the page also works under a path of a reverse proxy.
+
+const LONGEST_WAIT_S = 60;
+const TOKEN = "iosr_fast.token";
+
+/** What the server, or the way to it, says is wrong; `status` is 0 where no answer came. */
+export class ServerError extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export const token = {
+  get: () => sessionStorage.getItem(TOKEN) ?? "",
+  set: (value) => sessionStorage.setItem(TOKEN, value),
+};
+
+/**
+ * Send a request and read its JSON: {data, roundTripMs}. A 503 that names a time in Retry-After is sent once more after
+ * it, and `onWait(seconds)` is told. Other failures throw a ServerError in the server's own words.
+ */
+async function call(path, { method = "GET", body, headers = {}, change = false, onWait = () => {} } = {}) {
+  const all = new Headers(headers);
+  if (change) authorise(all);
+  for (let again = false; ; again = true) {
+    const start = performance.now();
+    const { response, text } = await fetchText(path, { method, body, headers: all });
+    const roundTripMs = performance.now() - start;
+    const wait = response.status === 503 && !again ? retryAfter(response) : null;
+    if (wait === null) return { data: checked(response, text), roundTripMs };
+    onWait(wait);
+    await new Promise((ready) => setTimeout(ready, wait * 1000));
+  }
+}
+
+function authorise(headers) {
+  if (!token.get()) return;
+  try {
+    headers.set("Authorization", `Bearer ${token.get()}`);
+  } catch {
+    throw new ServerError("The token has characters that no token can have. Copy it again.", 401);
+  }
+}
+
+async function fetchText(path, options) {
+  try {
+    const response = await fetch(path, { ...options, cache: "no-store", credentials: "same-origin" });
+    return { response, text: await response.text() };
+  } catch {
+    throw new ServerError("The server can't be reached. Is it still running?");
+  }
+}
+
+function retryAfter(response) {
+  const seconds = Number.parseFloat(response.headers.get("Retry-After") ?? "");
+  return seconds >= 0 && seconds <= LONGEST_WAIT_S ? seconds : null;
+}
+
+function checked(response, text) {
+  let data = null;
+  try {
+    data = JSON.parse(text);
+  } catch {
+    // Told below: a proxy in between may answer with a page of its own.
+  }
+  // Where every picture is bad, the answer is a 422 that says so picture by picture.
+  if (data !== null && (response.ok || data.predictions)) return data;
+  const words = data?.error?.message ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".";
+  throw new ServerError(words, response.status);
+}
+
+function form(pictures, fields = {}) {
+  const body = new FormData();
+  for (const [name, value] of Object.entries(fields)) body.append(name, value);
+  for (const picture of pictures) body.append("images", picture, picture.name || "picture");
+  return body;
+}
+
+const json = (value) => ({ body: JSON.stringify(value), headers: { "Content-Type": "application/json" } });
+const classPath = (id) => `v1/classes/${encodeURIComponent(id)}`;
+const examplePath = (id) => `v1/examples/${encodeURIComponent(id)}`;
+
+export const pictureAddress = (exampleId) => `${examplePath(exampleId)}/picture`;
+
+export function predict(picture, { top, nearest, onWait }) {
+  const type = picture.type.startsWith("image/") ? picture.type : "application/octet-stream";
+  const path = `v1/predict?top=${top}&nearest=${nearest}`;
+  return call(path, { method: "POST", body: picture, headers: { "Content-Type": type }, onWait });
+}
+
+export const classes = () => call("v1/classes");
+export const examples = (classId) => call(`${classPath(classId)}/examples`);
+
+// Changes; each answers with the version that it made.
+const changing = (path, method, options, onWait) => call(path, { method, change: true, onWait, ...options });
+export const addClass = (name, pictures, onWait) =>
+  changing("v1/classes", "POST", { body: form(pictures, { name }) }, onWait);
+export const addExamples = (classId, pictures, onWait) =>
+  changing(`${classPath(classId)}/examples`, "POST", { body: form(pictures) }, onWait);
+export const renameClass = (classId, name, onWait) => changing(classPath(classId), "PATCH", json({ name }), onWait);
+export const removeClass = (classId, onWait) => changing(classPath(classId), "DELETE", {}, onWait);
+export const removeExample = (exampleId, onWait) => changing(examplePath(exampleId), "DELETE", {}, onWait);

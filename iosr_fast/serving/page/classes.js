@@ -1,0 +1,193 @@
+// The list of classes: find one, look at its pictures, add or take away pictures, rename it, remove it.
+
+import * as api from "./api.js";
+import { confirmed, count, find, make, quoted, say } from "./dom.js";
+import { acceptChoices } from "./pictures.js";
+import { supportPicture } from "./result.js";
+import { preparedAll } from "./upright.js";
+
+const STEP = 12; // Rows at first and with every "more": 1,000 would be 1,000 stops of the Tab key.
+let all = [];
+let rows = STEP;
+let openId = null;
+let change;
+
+const matching = () => {
+  const words = find("filter").value.trim().toLocaleLowerCase();
+  return all.filter(({ name }) => name.toLocaleLowerCase().includes(words));
+};
+
+/**
+ * Read the classes from the server again: its answer, or null where that failed. `keepForms` leaves the list as it is
+ * while a name is being typed in it: somebody else's change is no reason to lose it.
+ */
+export async function refresh({ keepForms = false } = {}) {
+  try {
+    const { data } = await api.classes();
+    all = data.classes;
+    if (!keepForms || !find("classes").querySelector("form")) draw();
+    return data;
+  } catch (error) {
+    say(error.message, { error: true });
+    return null;
+  }
+}
+
+function draw() {
+  const held = find("classes").contains(document.activeElement);
+  const found = matching();
+  const total = count(all.length, "class", "classes");
+  find("matches").textContent = found.length === all.length ? total : `${found.length} of ${total}`;
+  find("classes").replaceChildren(...found.slice(0, rows).map(row));
+  const left = found.length - rows;
+  find("more").hidden = left <= 0;
+  find("more").textContent = `Show ${Math.min(STEP, left)} more of ${left}`;
+  // What had the focus was replaced: its class's row has it now, or the filter where the class is gone.
+  if (held) (find("classes").querySelector('[aria-expanded="true"]') ?? find("filter")).focus();
+}
+
+function row(info) {
+  const open = info.class_id === openId;
+  const toggle = () => {
+    openId = open ? null : info.class_id;
+    draw();
+    find("classes").querySelector(`[data-class="${CSS.escape(info.class_id)}"] button`)?.focus();
+  };
+  return make(
+    "li",
+    { "data-class": info.class_id },
+    make(
+      "button",
+      { type: "button", class: "row-button", "aria-expanded": String(open), click: toggle },
+      make("span", { class: "name" }, info.name),
+      make("span", { class: "quiet" }, count(info.examples, "picture")),
+    ),
+    open ? panel(info) : null,
+  );
+}
+
+function panel(info) {
+  const pictures = make("ul", { class: "strip", "aria-label": `Pictures of ${info.name}` });
+  drawExamples(info, pictures);
+  const actions = make("div", { class: "row" });
+  drawActions(info, actions);
+  return make("div", { class: "panel" }, pictures, actions);
+}
+
+async function drawExamples(info, list) {
+  try {
+    const { data } = await api.examples(info.class_id);
+    const ids = data.example_ids;
+    list.replaceChildren(
+      ...ids.map((id, i) =>
+        make(
+          "li",
+          {},
+          supportPicture(id, `picture ${i + 1} of ${info.name}`),
+          make(
+            "button",
+            {
+              type: "button",
+              class: "drop-one",
+              "aria-label": `Remove picture ${i + 1} of ${info.name}`,
+              click: () => removePicture(info, id, i + 1),
+            },
+            "×",
+          ),
+        ),
+      ),
+    );
+  } catch (error) {
+    say(error.message, { error: true });
+  }
+}
+
+function drawActions(info, actions) {
+  const input = make("input", { type: "file", accept: "image/*", multiple: true });
+  acceptChoices(input, (files) => addPictures(info, files));
+  const rename = make("button", { type: "button", class: "button", click: () => askName(info, actions) }, "Rename");
+  actions.replaceChildren(
+    make("label", { class: "button" }, input, "Add pictures"),
+    rename,
+    make("button", { type: "button", class: "button danger", click: () => removeClass(info) }, "Remove class"),
+  );
+  return rename;
+}
+
+function askName(info, actions) {
+  const input = make("input", { value: info.name, maxlength: 200, "aria-label": `New name of ${info.name}` });
+  const back = () => drawActions(info, actions).focus();
+  const form = make(
+    "form",
+    {
+      class: "row",
+      submit: (event) => {
+        event.preventDefault();
+        rename(info, input.value.trim(), back);
+      },
+      keydown: (event) => {
+        if (event.key === "Escape") back();
+      },
+    },
+    input,
+    make("button", { class: "button strong" }, "Save"),
+    make("button", { type: "button", class: "button", click: back }, "Cancel"),
+  );
+  actions.replaceChildren(form);
+  input.select();
+}
+
+function addPictures(info, files) {
+  return change(
+    async (onWait) => api.addExamples(info.class_id, await preparedAll(files), onWait),
+    ({ version }) => ({
+      words: `${quoted(info.name)} has ${count(files.length, "picture")} more: model version ${version}.`,
+      mark: { classId: info.class_id, name: info.name, word: "more pictures" },
+      look: true,
+    }),
+  );
+}
+
+function rename(info, name, back) {
+  if (name === info.name) return back();
+  if (!name) return say("The class needs a name.", { error: true });
+  return change(
+    (onWait) => api.renameClass(info.class_id, name, onWait),
+    ({ version }) => ({
+      words: `${quoted(info.name)} is called ${quoted(name)} now: model version ${version}.`,
+      mark: { classId: info.class_id, name, word: "renamed" },
+    }),
+  );
+}
+
+async function removeClass(info) {
+  const question = `Remove ${quoted(info.name)} and its ${count(info.examples, "picture")}? This can't be undone.`;
+  if (!(await confirmed(question))) return;
+  await change(
+    (onWait) => api.removeClass(info.class_id, onWait),
+    ({ version }) => ({ words: `${quoted(info.name)} is removed: model version ${version}.` }),
+  );
+}
+
+async function removePicture(info, exampleId, place) {
+  if (!(await confirmed(`Remove picture ${place} of ${quoted(info.name)}? This can't be undone.`))) return;
+  await change(
+    (onWait) => api.removeExample(exampleId, onWait),
+    ({ version }) => ({ words: `A picture of ${quoted(info.name)} is removed: model version ${version}.` }),
+  );
+}
+
+/** `send(request, told)` sends a change and tells of it; see page.js. */
+export function setUp(send) {
+  change = send;
+  find("filter").addEventListener("input", () => {
+    rows = STEP;
+    draw();
+  });
+  find("more").addEventListener("click", () => {
+    const next = rows;
+    rows += STEP;
+    draw();
+    find("classes").children[next]?.querySelector("button").focus();
+  });
+}

@@ -1,0 +1,61 @@
+// Elements, words and numbers. Text goes in as text nodes only, so nothing that came from elsewhere is ever markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+const PER_CENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const COUNT = new Intl.NumberFormat("en");
+
+export const find = (id) => document.getElementById(id);
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value != null) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child != null));
+  return element;
+}
+
+/** An element; a function among the attributes listens to the event of that name; strings become text. */
+export const make = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
+export const makeSvg = (tag, attributes = {}, ...children) =>
+  fill(document.createElementNS(SVG, tag), attributes, children);
+
+/** "1 picture", "1,000 pictures". */
+export const count = (number, one, many = `${one}s`) => `${COUNT.format(number)} ${number === 1 ? one : many}`;
+
+/** A probability to a tenth of a per cent, never rounded to certainty. */
+export function percent(probability) {
+  if (probability > 0.9995 && probability < 1) return "> 99.9%";
+  if (probability < 0.0005 && probability > 0) return "< 0.1%";
+  return PER_CENT.format(probability);
+}
+
+/** A signed number with a true minus, to two digits behind the point. */
+export const signed = (number) => number.toFixed(2).replace("-", "\u2212");
+
+export const quoted = (name) => `\u201c${name}\u201d`;
+
+/** Say something in the bar at the bottom and to screen readers; it stays until it is closed or replaced. */
+export function say(text, { error = false } = {}) {
+  find("notice").hidden = false;
+  find("notice").classList.toggle("error", error);
+  find("notice-text").textContent = text;
+  find("notice-live").textContent = text;
+}
+
+export function sayNothing() {
+  find("notice").hidden = true;
+  find("notice-live").textContent = "";
+}
+
+/** Ask in a modal dialog; true only where "Remove" was pressed. */
+export function confirmed(question) {
+  const dialog = find("confirm");
+  find("confirm-text").textContent = question;
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise((answer) =>
+    dialog.addEventListener("close", () => answer(dialog.returnValue === "yes"), { once: true }),
+  );
+}

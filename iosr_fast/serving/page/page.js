@@ -1,0 +1,174 @@
+// The page: takes pictures, has them classified one after another, and classifies the last one again after a change.
+
+import * as api from "./api.js";
+import * as classes from "./classes.js";
+import { count, find, make, say, sayNothing } from "./dom.js";
+import { acceptChoices, acceptDrops, filesOf } from "./pictures.js";
+import { show } from "./result.js";
+import * as teach from "./teach.js";
+import { drawn, prepared } from "./upright.js";
+
+const TOP = 5;
+const NEAREST = 6;
+const KEPT = 60; // Pictures in the strip, and at most so many at once.
+const PATIENCE_MS = 250; // An answer that takes longer is announced by "Classifying".
+const SIDE = 640;
+
+// {file, name, picture, sent: {file, notes}, busy, prediction, error, latencyMs, roundTripMs, version}, and after a
+// change {before: the prediction that it had, marked: the class that the change was about}
+let items = [];
+const waiting = [];
+let working = false;
+let shown = null;
+let following = true; // Whether the next answer is shown as it comes, or the reader is looking at another.
+let mark = null; // The class of the last change: {classId, name, word}.
+let version = null;
+let classCount = 0;
+
+function bring(files) {
+  const taken = files.slice(0, KEPT);
+  if (taken.length < files.length) say(`The first ${KEPT} of ${count(files.length, "picture")} are taken.`);
+  else sayNothing();
+  const added = taken.map((file) => ({ file, name: file.name || "pasted picture", busy: false }));
+  items = [...items, ...added].slice(-KEPT);
+  following = true;
+  queue(added);
+}
+
+async function queue(added) {
+  waiting.push(...added);
+  if (working) return;
+  working = true;
+  try {
+    while (waiting.length) await classify(waiting.shift());
+  } finally {
+    working = false;
+  }
+}
+
+async function classify(item) {
+  item.busy = true;
+  item.picture ??= await drawn(item.file, SIDE);
+  const slow = setTimeout(() => following && look(item), PATIENCE_MS);
+  let waited = false;
+  const onWait = (seconds) => {
+    waited = true;
+    tellWait(seconds);
+  };
+  try {
+    item.sent ??= await prepared(item.file);
+    const { data, roundTripMs } = await api.predict(item.sent.file, { top: TOP, nearest: NEAREST, onWait });
+    const [answer] = data.predictions;
+    if (waited) sayNothing();
+    item.error = answer.error?.message ?? null;
+    item.prediction = answer.error ? null : answer;
+    Object.assign(item, { roundTripMs, latencyMs: data.latency_ms, version: data.version });
+    if (data.version !== version) refresh({ keepForms: true });
+  } catch (error) {
+    if (waited) sayNothing();
+    item.error = error.message;
+    item.prediction = null;
+  }
+  clearTimeout(slow);
+  item.busy = false;
+  if (following || item === shown) look(item);
+  else drawStrip();
+}
+
+const tellWait = (seconds) =>
+  say(`The server is busy. It is asked once more in ${count(Math.ceil(seconds), "second")}.`);
+
+function look(item) {
+  shown = item;
+  document.body.classList.add("has-picture");
+  show(item, mark, classCount);
+  drawStrip();
+}
+
+function drawStrip() {
+  const strip = find("strip");
+  const held = strip.contains(document.activeElement);
+  strip.hidden = items.length < 2;
+  strip.replaceChildren(...items.filter((item) => item.picture !== undefined).map(thumbnail));
+  const current = strip.querySelector('[aria-current="true"]');
+  if (held) current?.focus();
+  else if (current) strip.scrollLeft = current.parentElement.offsetLeft; // On a phone the strip is one row.
+}
+
+function thumbnail(item) {
+  const words = item.prediction?.label ?? (item.error ? "not classified" : "waiting");
+  const choose = () => {
+    following = false;
+    look(item);
+  };
+  const canvas = make("canvas", { width: 56, height: 56, "aria-hidden": "true" });
+  if (item.picture) {
+    const { width, height } = item.picture;
+    const side = Math.min(width, height);
+    canvas.getContext("2d").drawImage(item.picture, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 56, 56);
+  }
+  const label = make("span", { class: "name" }, words);
+  const current = String(item === shown);
+  return make("li", {}, make("button", { type: "button", "aria-current": current, click: choose }, canvas, label));
+}
+
+async function refresh(how) {
+  const data = await classes.refresh(how);
+  if (!data) return;
+  version = data.version;
+  classCount = data.classes.length;
+  find("model").textContent = `${count(classCount, "class", "classes")}, model version ${version}`;
+}
+
+/**
+ * Send a change, tell of it, and have the last picture classified again. `told(data)` says {words, mark, look}: what to
+ * say, which class to mark, whether to bring the result into view. True where it worked.
+ */
+async function change(request, told) {
+  let data;
+  try {
+    ({ data } = await request(tellWait));
+  } catch (error) {
+    const refused = error.status === 401;
+    say(refused ? `The token was not accepted: ${error.message}` : error.message, { error: true });
+    if (refused) {
+      find("token").setAttribute("aria-invalid", "true");
+      find("token").focus();
+    }
+    return false;
+  }
+  const { words, mark: marked = null, look: bringIntoView = false } = told(data);
+  mark = marked;
+  say(words);
+  await refresh();
+  if (!shown) return true;
+  Object.assign(shown, { before: shown.prediction, marked });
+  following = true;
+  await queue([shown]);
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (bringIntoView) find("result").scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
+  return true;
+}
+
+function setUp() {
+  const complain = (problem) => say(problem, { error: true });
+  acceptChoices(find("choose"), bring);
+  acceptChoices(find("camera"), bring);
+  acceptDrops(document.documentElement, bring, complain); // A picture dropped beside the stage is meant, too.
+  document.addEventListener("paste", (event) => {
+    const { files } = filesOf(event.clipboardData);
+    if (!files.length) {
+      if (!event.target.closest?.("input")) complain("There is no picture in the clipboard.");
+      return;
+    }
+    event.preventDefault();
+    if (find("teach").contains(document.activeElement)) teach.collect(files);
+    else bring(files);
+  });
+  find("notice-close").addEventListener("click", sayNothing);
+  classes.setUp(change);
+  teach.setUp(change);
+  refresh();
+}
+
+setUp();

@@ -1,0 +1,93 @@
+// The form that adds a class: a name, a few pictures, the token.
+
+import * as api from "./api.js";
+import { count, find, make, quoted, say } from "./dom.js";
+import { acceptChoices, acceptDrops } from "./pictures.js";
+import { drawn, preparedAll } from "./upright.js";
+
+const THUMBNAIL = 96;
+let pictures = [];
+
+/** Pictures for the new class, from wherever they came. */
+export async function collect(files) {
+  const added = await Promise.all(files.map(async (file) => ({ file, canvas: await drawn(file, THUMBNAIL) })));
+  pictures.push(...added);
+  draw();
+}
+
+function draw() {
+  const strip = find("new-strip");
+  strip.hidden = !pictures.length;
+  strip.replaceChildren(
+    ...pictures.map((picture) =>
+      make(
+        "li",
+        {},
+        picture.canvas ?? make("span", { class: "missing" }, "no preview"),
+        make(
+          "button",
+          {
+            type: "button",
+            class: "drop-one",
+            "aria-label": `Leave out ${picture.file.name}`,
+            click: () => leaveOut(picture),
+          },
+          "×",
+        ),
+      ),
+    ),
+  );
+  const words = pictures.length ? ` with ${count(pictures.length, "picture")}` : "";
+  find("add-class").textContent = `Add the class${words}`;
+}
+
+function leaveOut(picture) {
+  const place = pictures.indexOf(picture);
+  pictures = pictures.filter((other) => other !== picture);
+  draw();
+  const left = find("new-strip").querySelectorAll("button");
+  (left[Math.min(place, left.length - 1)] ?? find("new-pictures")).focus();
+}
+
+async function send(change) {
+  const name = find("new-name").value.trim();
+  if (!name) return refuse("The class needs a name.", find("new-name"));
+  if (!pictures.length) return refuse("The class needs at least one picture.", find("new-pictures"));
+  const sent = pictures.map((picture) => picture.file);
+  const added = await change(
+    async (onWait) => api.addClass(name, await preparedAll(sent), onWait),
+    ({ version, class_id }) => ({
+      words: `${quoted(name)} is a class now, with ${count(sent.length, "picture")}: model version ${version}.`,
+      mark: { classId: class_id, name, word: "new" },
+      look: true,
+    }),
+  );
+  if (!added) return;
+  find("new-name").value = "";
+  pictures = [];
+  draw();
+}
+
+function refuse(words, field) {
+  say(words, { error: true });
+  field.focus();
+}
+
+/** `change(request, told)` sends a change and tells of it; see page.js. */
+export function setUp(change) {
+  find("token").value = api.token.get();
+  find("token").addEventListener("input", (event) => {
+    api.token.set(event.target.value.trim());
+    event.target.removeAttribute("aria-invalid");
+  });
+  acceptChoices(find("new-pictures"), collect);
+  acceptDrops(find("teach-stage"), collect, (problem) => say(problem, { error: true }));
+  const button = find("add-class");
+  find("teach").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (button.getAttribute("aria-disabled") === "true") return; // A disabled button would lose the focus.
+    button.setAttribute("aria-disabled", "true");
+    await send(change);
+    button.removeAttribute("aria-disabled");
+  });
+}

@@ -1,0 +1,92 @@
+"""What the routes of one application share: the classifier behind its batches, settings, metrics, who may change."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+
+from iosr_fast.serving.body import Budget
+from iosr_fast.serving.errors import ApiError, busy
+from iosr_fast.serving.images import ImageLimits, Refusal, check_image
+from iosr_fast.serving.metrics import Metrics
+from iosr_fast.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from iosr_fast.batching import BatchingClassifier
+    from iosr_fast.classifier import Classifier
+
+Answer = TypeVar("Answer")
+
+
+class Service:
+    """Lives on one event loop. `loading` and `draining` say why it is not ready; setting them is up to the server."""
+
+    def __init__(self, batching: BatchingClassifier, settings: Settings, metrics: Metrics) -> None:
+        self.batching, self.settings, self.metrics = batching, settings, metrics
+        self.budget = Budget(settings.max_buffered_bytes)
+        self.loading = self.draining = False
+        # One thread: what a change looks up and what it then does are not torn apart by another change.
+        self._changes = ThreadPoolExecutor(1, "iosr-fast-changes")
+        self._waiting = 0
+
+    @property
+    def classifier(self) -> Classifier:
+        """The one that answers now; another after BatchingClassifier.replace."""
+        return self.batching.classifier
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        settings = self.settings
+        return ImageLimits(settings.max_image_bytes, settings.max_pixels, self.classifier.encoder.image_size)
+
+    def check(self, images: list[bytes | Refusal]) -> list[bytes | Refusal]:
+        """The same list, with a Refusal for each image that no decoder should see."""
+        limits = self.image_limits
+        return [image if isinstance(image, Refusal) else check_image(image, limits) or image for image in images]
+
+    def admit(self) -> None:
+        """Refuse (503) where an image could not be queued: before its body is read, so that refusing costs little."""
+        if self.batching.closed:
+            raise busy("closed", "the server is shutting down; ask another one")
+        if self.batching.pending >= self.settings.max_queue:
+            self.metrics.on_refused("full_before_body")
+            raise busy("queue_full", f"{self.settings.max_queue} images are waiting already; try again")
+
+    def authorise(self, request: Request) -> None:
+        """Raise 403 where nobody may change classes, 401 without the token. Compared in constant time."""
+        token = self.settings.token
+        if token is None:
+            raise ApiError(
+                403,
+                "changes_disabled",
+                "no token is set, so classes can't be changed: start the server with "
+                "--token-file FILE or IOSR_FAST_TOKEN and send it as `Authorization: Bearer TOKEN`",
+            )
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+            raise ApiError(
+                401,
+                "unauthorized",
+                "expected `Authorization: Bearer TOKEN` with the server's token",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
+        """Run `act` in the thread of changes, one after another; 503 where too many wait."""
+        if self._waiting >= self.settings.max_changes:
+            raise busy("busy", f"{self._waiting} changes are waiting already; try again", 5)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._changes, act, self.classifier)
+        finally:
+            self._waiting -= 1
+            self.metrics.drop_removed(self.classifier.classes())
+
+    def close(self) -> None:
+        """Wait for the change that runs, drop those that wait."""
+        self._changes.shutdown(cancel_futures=True)

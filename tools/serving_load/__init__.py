@@ -1,0 +1,1 @@
+"""Loads for the HTTP server: hostile ones, and heavy ones."""

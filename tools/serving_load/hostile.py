@@ -1,0 +1,151 @@
+"""Uploads that mean no good, and odd ones that are fair: the same ones for the same seed.
+
+for upload in hostile_uploads(300, seed=0): ...      # as HTTP requests that any client could send
+for data in hostile_bytes(50, seed=0): ...           # what no HTTP library would send, for a bare socket
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tools.serving_load.hostile_images import FAIR, IMAGES, Rng, any_image
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class HostileUpload:
+    """A POST to `path`. `fair`: its image is odd but good, so it has to be classified."""
+
+    kind: str
+    body: bytes = field(repr=False)
+    headers: dict[str, str]
+    path: str = "/v1/predict"
+    fair: bool = False
+
+
+def hostile_uploads(count: int, seed: int) -> Iterator[HostileUpload]:
+    """`count` uploads: every kind in turn, each with random details."""
+    kinds: dict[str, Iterable[str]] = {"raw": IMAGES, "fair": FAIR, "form": FORMS, "request": REQUESTS}
+    makers = [(place, name) for place, names in kinds.items() for name in names]
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        place, name = makers[i % len(makers)]
+        if place == "form":
+            yield _form_upload(name, FORMS[name](rng))
+        elif place == "request":
+            yield REQUESTS[name](rng)
+        else:
+            image = (FAIR if place == "fair" else IMAGES)[name](rng)
+            kind = str(rng.choice(["image/png", "image/jpeg", "application/octet-stream", "image/svg+xml"]))
+            yield HostileUpload(name, image, {"Content-Type": kind}, fair=place == "fair")
+
+
+# --- forms ---
+
+_BOUNDARY = b"a-boundary-of-no-meaning"
+_HEADER = b'Content-Disposition: form-data; name="images"; filename="x.png"\r\nContent-Type: image/png\r\n\r\n'
+
+
+def _part(content: bytes, header: bytes = _HEADER) -> bytes:
+    return b"--" + _BOUNDARY + b"\r\n" + header + content + b"\r\n"
+
+
+def _form(*parts: bytes) -> bytes:
+    return b"".join(parts) + b"--" + _BOUNDARY + b"--\r\n"
+
+
+def _good_form(rng: Rng) -> bytes:
+    return _form(*(_part(any_image(rng)) for _ in range(3)))
+
+
+def _mixed_form(rng: Rng) -> bytes:
+    names = rng.choice(sorted(IMAGES), 4).tolist()
+    return _form(*(_part(IMAGES[name](rng)) for name in names), _part(any_image(rng)))
+
+
+def _flipped_form(rng: Rng) -> bytes:
+    data = np.frombuffer(_good_form(rng), np.uint8).copy()
+    data[rng.integers(0, 160, 3)] ^= np.uint8(1 << int(rng.integers(8)))
+    return data.tobytes()
+
+
+FORMS: dict[str, Callable[[Rng], bytes]] = {
+    "form of good and bad": _mixed_form,
+    "form flipped": _flipped_form,
+    "form truncated": lambda rng: (data := _good_form(rng))[: int(rng.integers(1, len(data) - 5))],
+    "form without an end": lambda rng: _part(any_image(rng)),
+    "form of another boundary": lambda rng: _good_form(rng).replace(_BOUNDARY, b"another-boundary"),
+    "form of line feeds": lambda rng: _form(_part(b"x")).replace(b"\r\n", b"\n"),
+    "form without names": lambda rng: _form(_part(any_image(rng), b"Content-Disposition: form-data\r\n\r\n")),
+    "form without headers": lambda rng: _form(_part(any_image(rng), b"\r\n")),
+    "form of another field": lambda rng: _form(_part(any_image(rng), _HEADER.replace(b'"images"', b'"../passwd"'))),
+    "form of a huge header": lambda rng: _form(_part(any_image(rng), b"X-Long: " + b"a" * _MIB + b"\r\n" + _HEADER)),
+    "form of many headers": lambda rng: _form(_part(any_image(rng), b"X-More: a\r\n" * 20_000 + _HEADER)),
+    "form of a strange name": lambda rng: _form(_part(any_image(rng), _HEADER.replace(b"images", rng.bytes(40)))),
+    "form of too many": lambda rng: _form(*[_part(b"x")] * 1_000),
+    "form of empty parts": lambda rng: _form(*[_part(b"")] * 5),
+    "form of nothing": lambda rng: _form(),
+    "form of dashes": lambda rng: b"--" * 200_000,
+    "form of carriage returns": lambda rng: _part(b"\r\n--" * 100_000),
+    "form within a form": lambda rng: _form(_part(_good_form(rng))),
+}
+
+
+def _form_upload(name: str, body: bytes) -> HostileUpload:
+    return HostileUpload(name, body, {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY.decode()}"})
+
+
+def _request(name: str, path: str = "", **headers: str) -> Callable[[Rng], HostileUpload]:
+    given = {key.replace("_", "-"): value for key, value in headers.items()}
+    return lambda rng: HostileUpload(name, any_image(rng), {"Content-Type": "image/png", **given}, f"/v1/predict{path}")
+
+
+REQUESTS: dict[str, Callable[[Rng], HostileUpload]] = {
+    "wrong type": _request("wrong type", Content_Type="text/html"),
+    "JSON": _request("JSON", Content_Type="application/json"),
+    "strange type": _request("strange type", Content_Type=";;;=,\x7f"),
+    "form without a boundary": _request("form without a boundary", Content_Type="multipart/form-data"),
+    "form of a long boundary": _request(
+        "form of a long boundary", Content_Type=f"multipart/form-data; boundary={'b' * 5000}"
+    ),
+    "gzip": _request("gzip", Content_Encoding="gzip"),
+    "top of none": _request("top of none", "?top=0"),
+    "top of words": _request("top of words", "?top=%00%ff&nearest=-1"),
+    "no time": _request("no time", "?deadline_ms=1"),
+    "negative time": _request("negative time", "?deadline_ms=-5"),
+    "long query": _request("long query", "?" + "a" * 20_000),
+    "strange id": _request("strange id", X_Request_ID='"}\x1b[31m{"'),
+}
+
+
+def hostile_bytes(count: int, seed: int) -> Iterator[bytes]:
+    """What a bare socket sends before it closes or falls silent."""
+    post = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    makers: list[Callable[[Rng], bytes]] = [
+        lambda rng: rng.bytes(2_000),
+        lambda rng: post + b"X-Long: " + b"a" * (4 * _MIB) + b"\r\n\r\n",
+        lambda rng: b"GET /" + b"a" * (4 * _MIB),
+        lambda rng: post + b"X-More: a\r\n" * 200_000,
+        lambda rng: post + b"Content-Length: 1000\r\n\r\n" + rng.bytes(500),
+        lambda rng: post + b"Content-Length: -1\r\n\r\n",
+        lambda rng: post + b"Content-Length: 99999999999999999999999\r\n\r\n",
+        lambda rng: post + b"Content-Length: 10000000000\r\n\r\n" + rng.bytes(500),
+        lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\nfffffffff\r\n" + rng.bytes(500),
+        lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X-Trailer: a\r\n" * 200_000,
+        lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * (4 * _MIB),
+        lambda rng: post + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        lambda rng: (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") * 200,
+        lambda rng: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.bytes(300),
+        lambda rng: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        lambda rng: b"GET http://[::1 HTTP/1.1\r\n\r\n",
+        lambda rng: b"GET /static/../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+        lambda rng: b"GET /%ff%fe%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        lambda rng: b"GET /v1/classes HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+    ]
+    for i in range(count):
+        yield makers[i % len(makers)](np.random.default_rng([seed, i]))
