@@ -4,14 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help develop demo test lint sanitize bench gpu-check clean
+.PHONY: help develop demo serve test lint sanitize bench gpu-check clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
 	@echo "make demo       the whole idea on real pictures, in a few minutes, without a GPU or a download of weights"
+	@echo "make serve      the demo's classifier behind HTTP and a page to try it, at http://127.0.0.1:8000 (token: token-of-the-demo)"
 	@echo "make test       ruff, mypy and every test that needs no GPU"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make bench      encoder, scoring, search and training against their rivals, on this machine"
+	@echo "make bench      encoder, scoring, search, training and updates against their rivals, on this machine"
 	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
 
 develop: $(STAMP)
@@ -29,6 +30,10 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo/run.py --out build/demo
+
+serve: $(STAMP)
+	test -f build/demo-bundle/manifest.json || $(BIN)/python tools/demo/bundle.py --out build/demo-bundle
+	IOSR_FAST_TOKEN=$${IOSR_FAST_TOKEN:-token-of-the-demo} $(BIN)/iosr-fast serve build/demo-bundle
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py search --json build/bench-search.json
 	$(BIN)/python tools/benchmark.py encoder --json build/bench-encoder.json
 	$(BIN)/python tools/benchmark.py train --json build/bench-train.json
+	$(BIN)/python tools/benchmark.py updates --json build/bench-updates.json
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py --out benchmarks/results

@@ -1,0 +1,128 @@
+"""Take the picture of the server's page that the documentation shows.
+
+    python tools/page_screenshot.py --out docs/page.png
+
+Fits the demo's classifier, by a method in which texts have a say, serves it on a free port, and drives Chromium by
+playwright (the dev and serve extras). One held-out concept is no class at first: a picture of it is classified, the
+class is added from three others, and the page is photographed as it then stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from iosr_fast import Classifier
+from iosr_fast._require import require
+from iosr_fast.demo.pictures import load_pictures
+from tools.demo.bundle import held_out_queries, make_demo_bundle
+
+CHROMIUM = "/usr/bin/chromium"
+# Chromium asks for nothing by itself, needs no GPU, and runs as root in a container.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+METHOD = "proker++"
+TOKEN = "a-token-for-this-page-only"
+NEWCOMER, BEFORE = "pear", ("dog", "clamp", "new moon")
+
+
+@contextlib.contextmanager
+def served(classifier: Classifier, token: str) -> Iterator[str]:
+    """The address of the server's own application around `classifier`, run by a thread on a free port."""
+    uvicorn = require("uvicorn", "serve")
+    from iosr_fast.batching import BatchingClassifier
+    from iosr_fast.serving import Settings, create_app
+
+    with BatchingClassifier(classifier) as batching:
+        app = create_app(batching, Settings(token=token))
+        server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", ws="none", log_config=None))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise RuntimeError("the server did not start")
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def as_file(image: np.ndarray, name: str) -> Any:
+    """A picture as playwright's set_input_files takes it."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return {"name": f"{name}.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def photograph(page: Any, address: str, out: Path) -> None:
+    """Classify some pictures and one of a class that is missing, add that class, and take the picture."""
+    images, labels = held_out_queries()
+    known = [as_file(images[labels.index(name)], name) for name in BEFORE if name in labels]
+    pictures = load_pictures("held-out")
+    newcomer = pictures.images[pictures.concepts == pictures.names.index(NEWCOMER)]
+    page.goto(address)
+    page.set_input_files("#choose", [*known, as_file(newcomer[3], NEWCOMER)])
+    page.locator("#file-name", has_text=NEWCOMER).wait_for()
+    page.fill("#new-name", NEWCOMER)
+    page.set_input_files("#new-pictures", [as_file(image, str(i)) for i, image in enumerate(newcomer[:3])])
+    page.locator("#new-strip li").nth(2).wait_for()
+    page.fill("#token", TOKEN)
+    page.click("#add-class")
+    page.locator(".tag").wait_for()
+    page.click("#notice-close")
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_load_state("networkidle")
+    page.screenshot(path=out, animations="disabled")
+
+
+def main(
+    out: Path = typer.Option(Path("docs/page.png"), help="the PNG to write"),
+    browser: str = typer.Option(CHROMIUM, help="Chromium's executable"),
+    width: int = typer.Option(1120, help="of the window, in CSS pixels"),
+    height: int = typer.Option(800, help="of the window, in CSS pixels"),
+    dark: bool = typer.Option(False, help="as a reader with a dark desktop sees it"),
+    phone: bool = typer.Option(False, help="as a phone of that width shows it"),
+) -> None:
+    playwright = require("playwright.sync_api", "dev")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Classifier.load(make_demo_bundle(folder, method=METHOD)), TOKEN) as address,
+        playwright.sync_playwright() as driver,
+    ):
+        chromium = driver.chromium.launch(executable_path=browser, args=ARGUMENTS)
+        page = chromium.new_page(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if dark else "light",
+            is_mobile=phone,
+            has_touch=phone,
+            device_scale_factor=2 if phone else 1,
+        )
+        photograph(page, address, out)
+        chromium.close()
+    print(f"{out}: {out.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    typer.run(main)
