@@ -100,7 +100,7 @@ def bounded_protocol(settings: Settings) -> type[asyncio.Protocol]:
             super().resume_writing()
 
         def _cut_off(self) -> None:
-            """Close at once; close() would wait until all is written. What is being answered hears that nobody is there."""
+            """Close at once; close() would wait until all is written. Who answers hears that nobody listens."""
             self._cut = True
             self.pipeline.clear()
             for cycle in (self._running, self.cycle):

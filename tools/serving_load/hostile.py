@@ -139,7 +139,7 @@ def hostile_bytes(count: int, seed: int) -> Iterator[bytes]:
         lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X-Trailer: a\r\n" * 200_000,
         lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * (4 * _MIB),
         lambda rng: post + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        lambda rng: (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") * 200,
+        lambda rng: b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 20_000,
         lambda rng: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.bytes(300),
         lambda rng: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         lambda rng: b"GET http://[::1 HTTP/1.1\r\n\r\n",

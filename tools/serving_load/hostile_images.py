@@ -1,0 +1,188 @@
+"""Images that mean no good, and odd ones that are fair, each drawn with random details."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+Rng = np.random.Generator
+_MIB = 1 << 20
+
+
+def picture(rng: Rng, mode: str = "RGB", side: int | None = None) -> Image.Image:
+    """Coarse patches of random colours, of random sides unless `side` is given."""
+    width, height = (side, side) if side else rng.integers(8, 120, 2).tolist()
+    channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2, "L": 1, "P": 3, "1": 1}[mode]
+    coarse = rng.integers(0, 256, (4, 4, channels), np.uint8)
+    pixels = np.kron(coarse, np.ones((height // 4 + 1, width // 4 + 1, 1), np.uint8))[:height, :width]
+    if mode == "P":
+        return Image.fromarray(pixels).quantize(16)
+    if mode == "1":
+        return Image.fromarray(pixels[..., 0]).convert("1")
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels, mode if mode != "L" else None)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def any_image(rng: Rng) -> bytes:
+    """A good one."""
+    return encoded(picture(rng), str(rng.choice(["JPEG", "PNG", "WEBP"])))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *extra: bytes, rows: bytes = b"", depth: int = 8, colour: int = 0) -> bytes:
+    """A PNG that claims a size, with `extra` chunks, and `rows` as its deflated pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(rows, 9))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + chunk(b"IEND", b"")
+
+
+def webp(kind: bytes, payload: bytes, *extra: bytes) -> bytes:
+    chunks = kind + struct.pack("<I", len(payload)) + payload + b"".join(extra)
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+
+
+def _truncated(rng: Rng) -> bytes:
+    data = any_image(rng)
+    return data[: int(rng.integers(1, len(data)))]
+
+
+def _flipped(rng: Rng) -> bytes:
+    data = np.frombuffer(any_image(rng), np.uint8).copy()
+    places = rng.integers(0, len(data), int(rng.integers(1, 30)))
+    data[places] ^= (1 << rng.integers(0, 8, len(places))).astype(np.uint8)
+    return data.tobytes()
+
+
+def _spliced(rng: Rng) -> bytes:
+    first, second = any_image(rng), any_image(rng)
+    return first[: int(rng.integers(len(first)))] + second[int(rng.integers(len(second))) :]
+
+
+def _claimed(rng: Rng) -> int:
+    return int(rng.choice([20_000, 60_000]))
+
+
+def _jpeg_bomb(rng: Rng) -> bytes:
+    data = bytearray(encoded(picture(rng), "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", _claimed(rng), _claimed(rng))
+    return bytes(data)
+
+
+def _webp_bomb(rng: Rng) -> bytes:
+    side = min(_claimed(rng), 16_383)
+    bits = (side - 1) | (side - 1) << 14
+    canvas = struct.pack("<I", _claimed(rng) - 1)[:3] * 2
+    made = [
+        webp(b"VP8L", b"\x2f" + struct.pack("<I", bits) + rng.bytes(50)),
+        webp(b"VP8 ", b"\x10\x00\x00\x9d\x01\x2a" + struct.pack("<HH", side, side) + rng.bytes(50)),
+        webp(b"VP8X", b"\x02\x00\x00\x00" + canvas, b"ANIM", struct.pack("<IIH", 6, 0, 0)),
+    ]
+    return made[int(rng.integers(3))]
+
+
+def _jpeg_segments(rng: Rng) -> bytes:
+    """Fifty to a hundred segments of metadata, as large as they can be."""
+    data = encoded(picture(rng), "JPEG")
+    segment = bytes([0xFF, int(rng.integers(0xE1, 0xEF))]) + struct.pack(">H", 65_535) + rng.bytes(65_533)
+    return data[:2] + segment * int(rng.integers(50, 100)) + data[2:]
+
+
+def _jpeg_scans(rng: Rng) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    data = encoded(picture(rng), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * 20_000 + data[-2:]
+
+
+def _png_text(rng: Rng) -> bytes:
+    """Text and profiles of some kilobytes that inflate to many megabytes."""
+    bomb = zlib.compress(bytes(48 * _MIB), 9)
+    kinds = [
+        chunk(b"zTXt", b"Comment\0\0" + bomb),
+        chunk(b"iTXt", b"Comment\0\1\0\0\0" + bomb),
+        chunk(b"iCCP", b"profile\0\0" + bomb),
+        chunk(b"eXIf", b"MM\0*\0\0\0\x08" + rng.bytes(_MIB)),
+        chunk(b"tEXt", b"Comment\0" + bytes(4 * _MIB)),
+    ]
+    return png(2, 2, kinds[int(rng.integers(len(kinds)))], rows=b"\0ab" * 2)
+
+
+IMAGES: dict[str, Callable[[Rng], bytes]] = {
+    "truncated": _truncated,
+    "flipped": _flipped,
+    "spliced": _spliced,
+    "PNG bomb": lambda rng: png(_claimed(rng), _claimed(rng), rows=bytes(1000)),
+    "PNG with two headers": lambda rng: png(
+        8, 8, chunk(b"IHDR", struct.pack(">IIBBBBB", _claimed(rng), _claimed(rng), 8, 2, 0, 0, 0)), rows=bytes(1000)
+    ),
+    "PNG bomb that is true": lambda rng: png(8_000, 8_000, rows=bytes(8_000 * 1_001), depth=1),
+    "thin PNG": lambda rng: png(1, 60_000, rows=bytes(120_000)),
+    "PNG of no size": lambda rng: png(0, int(rng.integers(0, 9)), rows=b"\0"),
+    "PNG without rows": lambda rng: png(500, 500, rows=b""),
+    "PNG of many chunks": lambda rng: png(4, 4, chunk(b"teSt", b"") * 50_000, rows=bytes(20)),
+    "PNG text": _png_text,
+    "JPEG bomb": _jpeg_bomb,
+    "JPEG of many markers": lambda rng: b"\xff\xd8" + b"\xff\xe0\x00\x02" * 100_000 + encoded(picture(rng), "JPEG")[2:],
+    "JPEG of many scans": _jpeg_scans,
+    "JPEG of fill bytes": lambda rng: b"\xff\xd8" + b"\xff" * _MIB,
+    "WebP bomb": _webp_bomb,
+    "too many bytes": lambda rng: any_image(rng) + bytes(9 * _MIB),
+    "random": lambda rng: rng.bytes(int(rng.integers(1, 5000))),
+    "empty": lambda rng: b"",
+    "zip": lambda rng: b"PK\x03\x04" + rng.bytes(500),
+    "GIF": lambda rng: encoded(
+        picture(rng, side=32), "GIF", save_all=True, append_images=[picture(rng, side=32) for _ in range(5)]
+    ),
+    "BMP": lambda rng: encoded(picture(rng), "BMP"),
+    "TIFF": lambda rng: encoded(picture(rng), "TIFF"),
+    "PDF": lambda rng: b"%PDF-1.7\n" + rng.bytes(200),
+    "SVG": lambda rng: (
+        b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><image href="file:///etc/passwd"/></svg>'
+    ),
+    "XML entities": lambda rng: b'<!DOCTYPE a [<!ENTITY b "' + b"b" * 5000 + b'">]><svg>' + b"&b;" * 5000 + b"</svg>",
+    "HTML": lambda rng: b"<!doctype html><script>alert(1)</script>",
+    "EPS": lambda rng: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (r) file\n",
+}
+
+
+def _frames(rng: Rng, kind: str) -> bytes:
+    rest = [picture(rng, side=40) for _ in range(int(rng.integers(2, 30)))]
+    return encoded(picture(rng, side=40), kind, save_all=True, append_images=rest, duration=10)
+
+
+def _deep(rng: Rng, colour: int) -> bytes:
+    """16 bits a channel; colour types of PNG: 0 grey, 2 RGB, 6 RGBA."""
+    channels = {0: 1, 2: 3, 6: 4}[colour]
+    return png(6, 5, rows=b"".join(b"\0" + rng.bytes(12 * channels) for _ in range(5)), depth=16, colour=colour)
+
+
+FAIR: dict[str, Callable[[Rng], bytes]] = {
+    "animated WebP": lambda rng: _frames(rng, "WEBP"),
+    "animated PNG": lambda rng: _frames(rng, "PNG"),
+    "CMYK JPEG": lambda rng: encoded(picture(rng, "CMYK"), "JPEG"),
+    "grey JPEG": lambda rng: encoded(picture(rng, "L"), "JPEG"),
+    "progressive JPEG": lambda rng: encoded(picture(rng), "JPEG", progressive=True),
+    "JPEG of many segments": _jpeg_segments,
+    "16-bit PNG": lambda rng: _deep(rng, int(rng.choice([0, 2, 6]))),
+    "palette PNG": lambda rng: encoded(picture(rng, "P"), "PNG", transparency=0),
+    "1-bit PNG": lambda rng: encoded(picture(rng, "1"), "PNG"),
+    "PNG with alpha": lambda rng: encoded(picture(rng, str(rng.choice(["RGBA", "LA"]))), "PNG"),
+    "1x1": lambda rng: encoded(picture(rng, side=1), str(rng.choice(["JPEG", "PNG", "WEBP"]))),
+    "lossless WebP": lambda rng: encoded(picture(rng, "RGBA"), "WEBP", lossless=True),
+    "long PNG": lambda rng: encoded(picture(rng).resize((3, 900)), "PNG"),
+}
