@@ -18,6 +18,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.precision import Precision
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan
+from tests import demo_cache as shared
 from tools.source_tree import use_source_tree
 
 use_source_tree()  # so that the tests run where nothing is installed, too
@@ -106,9 +107,9 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(scope="session")
-def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_cache() -> Path:
     """For IOSR_FAST_CACHE: what is built of the demo's CLIP is built once for all tests that take it."""
-    return tmp_path_factory.mktemp("demo-cache")
+    return shared.demo_cache()
 
 
 @pytest.fixture(scope="session")

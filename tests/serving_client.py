@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import functools
 import io
-import os
 import shutil
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
 from iosr_fast.demo.pictures import load_pictures
 from iosr_fast.serving import Settings
+from tests.demo_cache import shared_cache
 
 # Whoever imports this module is skipped where a package is missing.
 for _module, _extra in {
@@ -62,14 +62,8 @@ def bundle() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="iosr-fast-serving-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     images, labels, _, _, names = _drawn()
-    before = os.environ.get("IOSR_FAST_CACHE")
-    os.environ["IOSR_FAST_CACHE"] = str(folder / "cache")
-    try:
+    with shared_cache():
         classifier = Classifier.from_pretrained("demo", runtime="onnxruntime")
-    finally:
-        os.environ.pop("IOSR_FAST_CACHE")
-        if before is not None:
-            os.environ["IOSR_FAST_CACHE"] = before
     classifier.fit(images, labels, class_names=names, views=1, method="tip-adapter++")
     classifier.save(folder / "bundle")
     return folder / "bundle"

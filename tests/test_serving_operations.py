@@ -148,7 +148,7 @@ def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) ->
     page = shared.get("/")
     assert page.status_code == 200 and page.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
-    assert "img-src 'self' blob: data:" in page.headers["Content-Security-Policy"]
+    assert "require-trusted-types-for 'script'" in page.headers["Content-Security-Policy"]
     script = shared.get("/static/page.js")
     assert script.status_code == 200 and script.headers["Content-Type"].startswith("text/javascript")
     for response in (page, script, shared.get("/v1/classes"), shared.get("/nowhere")):
