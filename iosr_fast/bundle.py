@@ -83,10 +83,10 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
         return write_manifest(temporary, KIND, facts)
 
 
-def load_bundle(folder: str | Path, verify: bool = True) -> Bundle:
+def load_bundle(folder: str | Path, verify: bool = True, threads: int | None = None) -> Bundle:
     """Read what `save_bundle` wrote. Raises FileNotFoundError or ValueError, naming the file and what is wrong.
 
-    `files.stable_read` reads again where the folder is replaced meanwhile.
+    `threads` of the text encoder. `files.stable_read` reads again where the folder is replaced meanwhile.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -131,7 +131,7 @@ def load_bundle(folder: str | Path, verify: bool = True) -> Bundle:
             SupportViews(**views),
             folder / ENGINE,
             manifest["encoder_fingerprint"],
-            None if text is None else SavedText(folder / TEXT, text),
+            None if text is None else SavedText(folder / TEXT, text, threads),
         )
     except (KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a complete classifier ({error}); save it again") from error

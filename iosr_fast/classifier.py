@@ -282,19 +282,22 @@ class Classifier(LiveUpdates):
         save_bundle(Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text), folder)
 
     @classmethod
-    def load(cls, folder: str | Path, runtime: str = "auto", verify: bool = True) -> Classifier:
+    def load(
+        cls, folder: str | Path, runtime: str = "auto", verify: bool = True, threads: int | None = None
+    ) -> Classifier:
         """A fitted classifier from `save`. Checks every file's hash (unless `verify` is False); needs no torch.
 
-        Raises FileNotFoundError or ValueError naming what is missing, damaged or foreign, and what open_engine raises.
+        `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
+        missing, damaged or foreign, and what open_engine raises.
         """
-        return stable_read(folder, lambda: cls._open(folder, runtime, verify))
+        return stable_read(folder, lambda: cls._open(folder, runtime, verify, threads))
 
     @classmethod
-    def _open(cls, folder: str | Path, runtime: str, verify: bool) -> Classifier:
+    def _open(cls, folder: str | Path, runtime: str, verify: bool, threads: int | None) -> Classifier:
         from iosr_fast.runtimes import open_engine
 
-        bundle = load_bundle(folder, verify)
-        encoder = open_engine(bundle.engine, runtime=runtime, verify=False)
+        bundle = load_bundle(folder, verify, threads)
+        encoder = open_engine(bundle.engine, runtime=runtime, verify=False, threads=threads)
         if encoder.fingerprint != bundle.encoder_fingerprint:
             raise ValueError(
                 f"the engine in {bundle.engine} is of another export: the support set was encoded with "

@@ -85,7 +85,7 @@ def test_somebody_elses_folder_and_a_second_run_are_refused(engine: Path, pictur
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     refused = run(engine, tmp_path / "in", other)
-    assert refused.exit_code == 1 and "holds other things than embeddings" in refused.output
+    assert refused.exit_code == 1 and "holds other things than a run's parts" in refused.output
     refused = run(engine, tmp_path / "in", tmp_path / "in" / "out")
     assert refused.exit_code == 1 and "expected --out outside the input" in refused.output
     with plans.locked(tmp_path / "out"):
@@ -117,7 +117,7 @@ def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: p
     ("options", "told"),
     [
         (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
-        (("--batch", "0"), "expected --batch and --threads of at least 1, got 0 and 1"),
+        (("--batch", "0"), "expected --batch of at least 1, got 0"),
         (("--format", "csv"), "expected --format safetensors or parquet, got csv"),
         (("--dtype", "int8"), "expected --dtype float32 or float16, got int8"),
         (("--workers", "2"), "expected --ray with --workers"),

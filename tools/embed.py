@@ -16,35 +16,28 @@ this tree, the input, the engine and --out at the same paths (a shared folder), 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast._require import require
 from iosr_fast.embedding_files import DTYPES, FORMATS, Format
-from iosr_fast.files import MANIFEST, read_manifest
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.files import read_manifest
 from iosr_fast.runtimes import open_engine
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool, run_on_ray
 from tools.embedding.inputs import check_apart, open_source
-from tools.embedding.items import Source
+from tools.embedding.items import Chunk, Source
 from tools.embedding.local import run_chunks
-
-MAX_CHUNK = 65536  # keys of a part stand in one JSON header
-CLUSTER_THREADS = 4
+from tools.embedding.plan import Done
+from tools.embedding.run import advancing, check_faults, check_sizes, complete, make_pool, summary, told_errors
 
 
 @dataclass(frozen=True)
@@ -59,10 +52,6 @@ class Options:
     threads: int
     skip_bad: bool
     pool: Pool | None
-
-
-def say(told: str) -> None:
-    print(told, file=sys.stderr, flush=True)
 
 
 def find_engine(engine: str) -> Path:
@@ -93,66 +82,25 @@ def embed(engine: Path, source: Source, out: Path, options: Options) -> dict[str
         dtype=options.dtype,
         file_format=options.format,
     )
-    with plans.locked(out):
-        plans.enter_plan(out, plan)
-        missing, errors = plans.missing_parts(out, plan, chunks, options.skip_bad, say)
-        if not missing and (out / MANIFEST).is_file():
-            say(f"all {len(chunks)} parts are there")
-            try:
-                return read_manifest(out, plans.KIND)
-            except (ValueError, FileNotFoundError) as error:  # a kill while it was written; the parts have been read
-                say(f"{MANIFEST} is written again: {error}")
-                return plans.finish(out, plan, errors)
-        say(f"{plan.images:,} images in {plan.chunks} parts, {len(chunks) - len(missing)} of them there already")
-        with progress(sum(len(chunk.items) for chunk in missing)) as advance:
-            if not missing:
-                found: Iterator[plans.Done] = iter(())
-            elif options.pool is None:
-                assert encoder is not None
-                found = run_chunks(encoder, plan, missing, out, options.threads, options.skip_bad, advance)
-            else:
-                found = run_on_ray(engine, plan, missing, out, options.pool, options.skip_bad)
-            for done in found:
-                plans.log_done(out, done)
-                errors += done.errors
-                if options.pool is not None:
-                    advance(done.images)
-        return plans.finish(out, plan, errors)
 
+    def compute(missing: Sequence[Chunk], advance: Callable[[int], None]) -> Iterator[Done]:
+        if options.pool is not None:
+            return advancing(run_on_ray(engine, plan, missing, out, options.pool, options.skip_bad), advance)
+        assert encoder is not None
+        return run_chunks(encoder, plan, missing, out, options.threads, options.skip_bad, advance)
 
-class Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} images/s")
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with images/s and the time left, on stderr; gives what moves it on by so many images."""
-    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=60) as bar:
-        task = bar.add_task("embed", total=total)
-        yield lambda images: bar.advance(task, images)
+    return complete(out, plan, chunks, compute, options.skip_bad, "embed")
 
 
 def check(options: Options) -> None:
     """Raise ValueError for options that can't be, ImportError for packages they need; before any work."""
-    if not 1 <= options.chunk <= MAX_CHUNK:
-        raise ValueError(f"expected --chunk from 1 to {MAX_CHUNK}, got {options.chunk}")
-    if options.batch < 1 or options.threads < 1:
-        raise ValueError(f"expected --batch and --threads of at least 1, got {options.batch} and {options.threads}")
+    check_sizes(options.chunk, options.batch)
     if options.format not in FORMATS:
         raise ValueError(f"expected --format {' or '.join(FORMATS)}, got {options.format}")
     if options.dtype not in DTYPES:
         raise ValueError(f"expected --dtype {' or '.join(DTYPES)}, got {options.dtype}")
     if options.format == "parquet":
         require("pyarrow", "train")
-    if options.pool is not None:
-        if options.pool.workers < 1 or options.pool.gpus < 0:
-            raise ValueError(
-                f"expected --workers of at least 1 and --gpus of at least 0, got {options.pool.workers} and "
-                f"{options.pool.gpus}"
-            )
-        require("ray", "ray")
 
 
 def main(
@@ -176,14 +124,8 @@ def main(
     address: str | None = typer.Option(None, help="with --ray: join this cluster ('auto': the one on this machine)"),
 ) -> None:
     started = time.perf_counter()
-    try:
-        if not ray and (workers is not None or address is not None or gpus):
-            raise ValueError("expected --ray with --workers, --gpus and --address")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 2 if workers is None else workers
-        if threads is None:
-            threads = cores if not ray else CLUSTER_THREADS if address else max(1, cores // max(1, workers))
-        pool = Pool(workers, threads, gpus, address) if ray else None
+    with told_errors(out):
+        threads, pool = make_pool(ray, workers, threads, gpus, address)
         options = Options(chunk, batch, cast(Format, format), dtype, runtime, threads, skip_bad, pool)
         check(options)
         kept = [name for name in keep_columns.split(",") if name]
@@ -192,23 +134,9 @@ def main(
         check_apart(given, out)
         plans.check_folder(out)
         source = open_source(given, kind, path_column=path_column, keep_columns=kept, image_field=image_field)
-        if (faults := source.faults()) and not skip_bad:
-            raise ValueError(
-                f"{len(faults)} of {len(source.items)} images can't be had, the first is {faults[0].key}: "
-                f"{faults[0].fault}; mend the input, or give --skip-bad"
-            )
+        check_faults(source, skip_bad)
         manifest = embed(find_engine(engine), source, out, options)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        more = "; the parts written so far are kept. Mend it and start again, or give --skip-bad"
-        say(f"error: {error}{more if isinstance(error, BadImageError) else ''}")
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        say(f"stopped; start again with the same options to go on in {out}")
-        raise typer.Exit(130) from None
-    print(
-        f"{manifest['embedded']:,} of {manifest['images']:,} images in {len(manifest['parts'])} parts in {out}, after "
-        f"{time.perf_counter() - started:.0f} s" + (f"; {manifest['errors']:,} unread" if manifest["errors"] else "")
-    )
+        print(summary(manifest, "embedded", out, time.perf_counter() - started))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ class Settings:
     Who may change classes: who sends `token`; None: nobody.
 
     Batches: `max_batch` images, for which the first one waits at most `max_wait_ms`; `max_queue` images accepted and
-    not yet answered, `decode_threads` decoders (None: batching's own choice).
+    not yet answered, `decode_threads` decoders (None: batching's own choice); `engine_threads` of the encoder on a CPU
+    (None: all cores but one, which is left to requests and decoders: an engine on every core keeps them waiting).
 
     A request: a body of `max_body_bytes` that comes within `body_timeout_s`; `max_images` images of `max_image_bytes`
     and `max_pixels` each; all requests together hold `max_buffered_bytes` of bodies. A client's deadline is
@@ -43,6 +44,7 @@ class Settings:
     max_wait_ms: float = 2.0
     max_queue: int = 256
     decode_threads: int | None = None
+    engine_threads: int | None = None
     max_body_bytes: int = 32 * MIB
     body_timeout_s: float = 20.0
     max_images: int = 64

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast._require import require
+from iosr_fast.encoder import Encoder
 from iosr_fast.preprocess import BadImageError
 from iosr_fast.runtimes import open_engine
 from tools.embedding.items import Chunk, Item
-from tools.embedding.local import run_chunks
+from tools.embedding.local import Write, run_chunks
 from tools.embedding.plan import PLAN, Done, Plan, check_part
-from tools.source_tree import ROOT
+from tools.ray_cluster import EXTRA, joined
 
-EXTRA = "ray"
 ATTEMPTS = 5  # at one chunk: when so many workers died at it, it is taken for what kills them
 
 
@@ -41,10 +41,15 @@ class Pool:
 
 
 class Worker:
-    """An actor. Opens the engine once; __call__ computes the chunk of one row, or finds it done by one that died."""
+    """An actor. Opens the engine once; __call__ computes the chunk of one row, or finds it done by one that died.
+
+    Another kind of run is a subclass with its kind of plan and its `open`.
+    """
+
+    plan_type: type[Plan] = Plan
 
     def __init__(self, engine: str, plan: str, out: str, threads: int, skip_bad: bool) -> None:
-        self.plan, self.out = Plan(**json.loads(plan)), Path(out)
+        self.plan, self.out = self.plan_type(**json.loads(plan)), Path(out)
         self.threads, self.skip_bad = threads, skip_bad
         host = socket.gethostname()
         there = self.out / PLAN
@@ -53,12 +58,18 @@ class Worker:
                 f"expected {out} to be one folder on all machines, but {host} sees another or none there"
             )
         if not (Path(engine) / "manifest.json").is_file():
+            raise RuntimeError(f"expected {engine} on all machines, but {host} has none; put it on the share")
+        self.encoder, self.write = self.open(engine)
+
+    def open(self, engine: str) -> tuple[Encoder, Write | None]:
+        """The encoder, and what writes a part (local.run_chunks). Raises RuntimeError where it is another than the
+        plan's."""
+        encoder = open_engine(engine, self.plan.runtime, threads=self.threads)
+        if encoder.fingerprint != self.plan.engine:
             raise RuntimeError(
-                f"expected the engine {engine} on all machines, but {host} has none; put it on the share"
+                f"expected one engine on all machines, but {socket.gethostname()} has another in {engine}"
             )
-        self.encoder = open_engine(engine, self.plan.runtime, threads=threads)
-        if self.encoder.fingerprint != self.plan.engine:
-            raise RuntimeError(f"expected one engine on all machines, but {host} has another in {engine}")
+        return encoder, None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         chunk = Chunk(int(row["number"]), [Item(*values) for values in json.loads(row["items"])], row["rows"])
@@ -72,7 +83,9 @@ class Worker:
             if died >= ATTEMPTS:
                 return _row(nothing, killer=True)
             try:
-                (done,) = run_chunks(self.encoder, self.plan, [chunk], self.out, self.threads, self.skip_bad)
+                (done,) = run_chunks(
+                    self.encoder, self.plan, [chunk], self.out, self.threads, self.skip_bad, write=self.write
+                )
             except BadImageError as error:  # as a row: the driver shall name the image, not show Ray's traceback
                 return _row(nothing, str(error.where), error.reason)
         return _row(done)
@@ -99,7 +112,13 @@ def attempt(path: Path) -> Iterator[int]:
 
 
 def run_on_ray(
-    engine: Path, plan: Plan, chunks: Sequence[Chunk], out: Path, pool: Pool, skip_bad: bool
+    engine: Path,
+    plan: Plan,
+    chunks: Sequence[Chunk],
+    out: Path,
+    pool: Pool,
+    skip_bad: bool,
+    worker: type[Worker] = Worker,
 ) -> Iterator[Done]:
     """Like local.run_chunks, on a pool of actors, in the order in which parts are finished.
 
@@ -116,7 +135,7 @@ def run_on_ray(
         ]
         # One row a block: a block is what Ray hands out, and hands out again when its actor dies.
         dataset = data.from_items(rows, override_num_blocks=len(rows)).map(
-            Worker,
+            worker,
             fn_constructor_args=(str(engine.resolve()), plan.to_json(), str(out.resolve()), pool.threads, skip_bad),
             compute=data.ActorPoolStrategy(size=min(workers, len(rows)), max_tasks_in_flight_per_actor=2),
             num_cpus=pool.threads,
@@ -144,26 +163,8 @@ def _values(item: Item) -> list[Any]:
 
 @contextmanager
 def started(pool: Pool) -> Iterator[tuple[Any, int]]:
-    """Ray, joined or started without dashboard and telemetry, left at the end; and how many workers have room in it."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray = require("ray", EXTRA)
-    # Machines that see this tree at the same place import it from there.
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},
-    }
-    if pool.address is None:
-        ray.init(address="local", num_cpus=pool.workers * pool.threads, include_dashboard=False, **options)
-    else:
-        try:
-            ray.init(address=pool.address, **options)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"expected a cluster of Ray at {pool.address}: {error}; where it is there and asks for tokens (its "
-                "'ray start' said so), set RAY_AUTH_MODE=token here"
-            ) from error
-    try:
+    """Ray, joined or started, left at the end; and how many workers have room in it."""
+    with joined(pool.address, pool.workers * pool.threads) as ray:
         room = ray.cluster_resources()
         workers = int(room.get("CPU", 0) // pool.threads)
         if pool.gpus:
@@ -174,5 +175,3 @@ def started(pool: Pool) -> Iterator[tuple[Any, int]]:
                 f"{room.get('CPU', 0):.0f} cores and {room.get('GPU', 0):.0f} GPUs; give fewer --threads or --gpus"
             )
         yield ray, min(workers, pool.workers)
-    finally:
-        ray.shutdown()

@@ -36,7 +36,7 @@ def open_source(
         return shard_source(given, image_field)
     path = Path(given).resolve()
     if not path.exists():
-        raise FileNotFoundError(f"expected something to embed at {given}, found nothing")
+        raise FileNotFoundError(f"expected images at {given}, found nothing")
     if kind == "parquet":
         from tools.embedding.tables import table_source
 
@@ -55,9 +55,7 @@ def kind_of(given: str) -> str:
         if given.endswith(".tar"):
             return "webdataset"
         if path.exists():
-            raise ValueError(
-                f"expected a folder, a .tar or a .parquet, got the file {given}; a folder embeds its images"
-            )
+            raise ValueError(f"expected a folder, a .tar or a .parquet, got the file {given}; give the folder it is in")
         raise FileNotFoundError(f"expected a folder, .tar shards or .parquet files at {given}, found nothing")
     by_suffix = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
     example: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Embedding chunks in one process: threads decode ahead of the encoder, each chunk becomes one part file."""
+"""Computing chunks in one process: threads decode ahead of the encoder, each chunk becomes one part file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tools.embedding.plan import Done, Plan
 
 AHEAD = 4  # batches decoded before they are asked for, at most
 Pixels = np.ndarray | BadImageError
+Write = Callable[[Path, Part], None]
 
 
 def run_chunks(
@@ -31,10 +32,12 @@ def run_chunks(
     threads: int,
     skip_bad: bool,
     advance: Callable[[int], None] = lambda images: None,
+    write: Write | None = None,
 ) -> Iterator[Done]:
     """Compute the parts of `chunks` one after another and write them to `out`; yields each when its file is there.
 
-    Raises BadImageError for the first unreadable image, unless `skip_bad`. Parts written before stay.
+    `write` makes the file of a chunk's embeddings, whole or not at all; None writes the embeddings themselves. Raises
+    BadImageError for the first unreadable image, unless `skip_bad`. Parts written before stay.
     """
     pixels = decode_ahead(chain.from_iterable(chunk.items for chunk in chunks), plan.image_size, threads, plan.batch)
     try:
@@ -42,7 +45,10 @@ def run_chunks(
             started = time.perf_counter()
             part = embed_chunk(encoder, plan, chunk, pixels, skip_bad, advance)
             name = plan.part_name(chunk.number)
-            write_part(out / name, part, plan.format)
+            if write is None:
+                write_part(out / name, part, plan.format)
+            else:
+                write(out / name, part)
             errors = sum(error is not None for error in part.errors)
             seconds = round(time.perf_counter() - started, 3)
             yield Done(name, len(part.keys), errors, seconds, os.getpid(), socket.gethostname())

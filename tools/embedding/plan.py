@@ -1,8 +1,9 @@
 """The folder that a run writes: its plan, which of its parts are there, and its manifest when all are.
 
-plan.json fixes what decides a part's bytes (input, membership of chunks, engine, batch, dtype, format), so that a run
-that was stopped goes on with the same plan or not at all. log.jsonl has a line for each part written: who wrote it and
-how long it took; parts themselves hold nothing of the kind, so the same plan gives the same files.
+plan.json fixes what decides a part's bytes (input, membership of chunks, engine, batch, dtype, format; what
+tools/classify.py adds), so that a run that was stopped goes on with the same plan or not at all. log.jsonl has a line
+for each part written: who wrote it and how long it took; parts themselves hold nothing of the kind, so the same plan
+gives the same files.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from iosr_fast import __version__
-from iosr_fast.embedding_files import KIND, Format, read_part
+from iosr_fast.embedding_files import KIND, Format, Part, read_part
 from iosr_fast.files import MANIFEST, new_file, write_manifest
 from tools.embedding.items import Chunk, Source
 
@@ -30,7 +31,13 @@ PACKAGES = ("numpy", "pillow", "onnxruntime", "torch", "safetensors", "pyarrow",
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a part's bytes but the images themselves, whose stamps stand in the parts."""
+    """All that decides a part's bytes but the images themselves, whose stamps stand in the parts.
+
+    `kind` is that of the manifest, `counted` what the manifest calls the images that were read.
+    """
+
+    kind: ClassVar[str] = KIND
+    counted: ClassVar[str] = "embedded"
 
     input: dict[str, Any]
     images: int
@@ -65,6 +72,17 @@ class Plan:
             "engine": self.engine,
             "iosr_fast": __version__,
         }
+
+    def read(self, path: Path) -> Any:
+        """A part with `keys`, `errors` and `facts`. Raises OSError or ValueError where it can't be read."""
+        return read_part(path)
+
+    def unfit(self, part: Part) -> str | None:
+        """What of a part's content is not as this plan has it; None: nothing."""
+        plain, adapted = part.embeddings.plain, part.embeddings.adapted
+        if plain.shape[1] == self.width and str(plain.dtype) == self.dtype and (adapted is not None) == self.adapted:
+            return None
+        return f"expected embeddings of width {self.width} and {self.dtype}, got {plain.shape[1]} and {plain.dtype}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,7 @@ def check_folder(out: Path) -> None:
         raise NotADirectoryError(f"expected a folder to write to, got the file {out}")
     # A run that was killed at its very beginning leaves hidden files only.
     if out.exists() and not (out / PLAN).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise FileExistsError(f"{out} exists and holds other things than embeddings ({PLAN}); choose another folder")
+        raise FileExistsError(f"{out} exists and holds other things than a run's parts ({PLAN}); choose another folder")
 
 
 @contextmanager
@@ -164,7 +182,7 @@ def enter_plan(out: Path, plan: Plan) -> None:
     ]
     if different:
         raise ValueError(
-            f"{out} holds embeddings of another plan, which differs in {'; '.join(different)}: go on with the same "
+            f"{out} holds parts of another plan, which differs in {'; '.join(different)}: go on with the same "
             "input and options, or choose another folder"
         )
 
@@ -213,7 +231,7 @@ def remove_leftovers(out: Path) -> None:
 def check_part(path: Path, plan: Plan, chunk: Chunk) -> tuple[str | None, int]:
     """Why a part can't be kept (None: it can), and how many of its images could not be read."""
     try:
-        part = read_part(path)
+        part = plan.read(path)
     except (ValueError, OSError) as error:
         return str(error), 0
     facts, expected = part.facts or {}, plan.part_facts(chunk)
@@ -224,9 +242,8 @@ def check_part(path: Path, plan: Plan, chunk: Chunk) -> tuple[str | None, int]:
             return told[name], 0
     if part.keys != [item.key for item in chunk.items]:
         return "it holds other images", 0
-    plain, adapted = part.embeddings.plain, part.embeddings.adapted
-    if plain.shape[1] != plan.width or str(plain.dtype) != plan.dtype or (adapted is not None) != plan.adapted:
-        return f"expected embeddings of width {plan.width} and {plan.dtype}, got {plain.shape[1]} and {plain.dtype}", 0
+    if (unfit := plan.unfit(part)) is not None:
+        return unfit, 0
     return None, sum(error is not None for error in part.errors)
 
 
@@ -246,12 +263,12 @@ def finish(out: Path, plan: Plan, errors: int) -> dict[str, Any]:
     facts = {
         **{name: value for name, value in asdict(plan).items() if name != "schema"},
         "plan": plan.digest(),
-        "embedded": plan.images - errors,
+        plan.counted: plan.images - errors,
         "errors": errors,
         "parts": parts,
         "versions": _versions(),
     }
-    return write_manifest(out, KIND, facts)
+    return write_manifest(out, plan.kind, facts)
 
 
 def _versions() -> dict[str, str]:

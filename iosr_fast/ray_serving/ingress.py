@@ -1,0 +1,185 @@
+"""The HTTP API in front of the replicas: iosr_fast.serving's, but for what only one process can offer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+from fastapi import APIRouter, FastAPI, Path
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from iosr_fast import __version__
+from iosr_fast.batching import DeadlineExceededError
+from iosr_fast.ray_serving.remote import Remote, over_handle
+from iosr_fast.serving import errors, predict, schemas, static
+from iosr_fast.serving.errors import ApiError, busy
+from iosr_fast.serving.health import Probe
+from iosr_fast.serving.metrics import Metrics
+from iosr_fast.serving.middleware import RequestMiddleware
+from iosr_fast.serving.service import Service
+from iosr_fast.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from iosr_fast.batching import BatchingClassifier
+
+_CHANGES = (
+    ("POST", "/v1/classes"),
+    ("PATCH", "/v1/classes/{class_id}"),
+    ("DELETE", "/v1/classes/{class_id}"),
+    ("POST", "/v1/classes/{class_id}/examples"),
+    ("DELETE", "/v1/examples/{example_id}"),
+    ("POST", "/v1/retune"),
+)
+_READY_S = 2.0  # that a replica has to say that it is there
+
+
+class Ingress:
+    """The deployment that takes HTTP requests. It has started when a replica has answered it.
+
+    It computes nothing, so that little can make it fail. Where it dies all the same, with its machine, the requests it
+    had end without a prediction, and clients have to send them again.
+    """
+
+    async def __init__(self, replicas: Any, settings: Settings) -> None:  # type: ignore[misc]
+        metrics = Metrics()
+        remote = Remote(over_handle(replicas), settings.max_deadline_ms / 1e3, metrics)
+        while True:
+            try:
+                await remote.describe()
+                break
+            except DeadlineExceededError:
+                continue  # Ray Serve says of replicas that never start why they don't
+        self._app = make_app(remote, settings, metrics)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def make_app(remote: Remote, settings: Settings, metrics: Metrics) -> FastAPI:
+    """The application. `remote` has to have described itself; `app.state.service` is a serving.service.Service.
+
+    There is no /metrics: behind a proxy each scrape would be of another process, and Ray exports its own.
+    """
+    service = Service(cast("BatchingClassifier", remote), settings, metrics)
+    app = FastAPI(
+        title="iosr_fast",
+        version=__version__,
+        summary="Few-shot image classification, on several replicas",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(RequestMiddleware, service=service)
+    app.include_router(predict.make_router(service))
+    app.include_router(_lists(remote))
+    app.include_router(_refused_changes())
+    app.include_router(_health(remote, service))
+    app.include_router(static.make_router())
+    return app
+
+
+def _lists(remote: Remote) -> APIRouter:
+    """What a replica says of its classes; during an update that is the old bundle or the new one."""
+    router = APIRouter(tags=["classes"])
+    told = schemas.errors(404, 422, 500, 503)
+
+    @router.get(
+        "/v1/classes", response_model=schemas.ClassesAnswer, responses=schemas.errors(500, 503), summary="All classes"
+    )
+    async def classes() -> Response:
+        return JSONResponse(await _asked(remote, "classes"))
+
+    @router.get(
+        "/v1/classes/{class_id}/examples",
+        response_model=schemas.ExamplesAnswer,
+        responses=told,
+        summary="A class's support images",
+    )
+    async def examples(class_id: str = Path(max_length=40)) -> Response:
+        found = await _asked(remote, "examples", class_id)
+        if found is None:
+            raise ApiError(404, "no_class", f"no class has the id {class_id!r}; /v1/classes lists those that are there")
+        return JSONResponse(found)
+
+    @router.get(
+        "/v1/examples/{example_id}/picture",
+        response_class=Response,
+        responses={
+            200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}},
+            **told,
+        },
+        summary="A support image, small",
+    )
+    async def picture(example_id: str = Path(max_length=40)) -> Response:
+        kept = await _asked(remote, "picture", example_id)
+        if kept is None:
+            raise ApiError(404, "no_picture", f"there is no picture of a support image {example_id!r}")
+        # Not to be cached: another bundle may call another picture so.
+        return Response(kept, media_type="image/webp", headers={"Cache-Control": "no-store"})
+
+    return router
+
+
+async def _asked(remote: Remote, method: str, *values: Any) -> Any:
+    try:
+        return await remote.ask(method, *values)
+    except DeadlineExceededError:
+        raise busy("no_replica", "no replica has answered; try again", 5) from None
+
+
+def _refused_changes() -> APIRouter:
+    """405 for what iosr_fast.serving changes here."""
+    router = APIRouter(include_in_schema=False)
+
+    async def refuse(request: Request) -> Response:
+        allowed = "GET" if request.url.path == "/v1/classes" or request.url.path.endswith("/examples") else ""
+        raise ApiError(
+            405,
+            "changes_elsewhere",
+            "classes are not changed on replicas, for a change would be one replica's: change them on one classifier "
+            "(`iosr-fast serve`, or Python), save it and roll the bundle out (tools/serve_ray.py)",
+            {"Allow": allowed},
+        )
+
+    for method, path in _CHANGES:
+        router.add_api_route(path, refuse, methods=[method])
+    return router
+
+
+def _health(remote: Remote, service: Service) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+    probe = Probe(service)
+
+    @router.get(
+        "/healthz",
+        response_model=schemas.StateAnswer,
+        responses={503: {"model": schemas.StateAnswer, "description": "No replica classifies"}},
+        summary="Are images classified?",
+    )
+    async def healthz() -> Response:
+        failure = await probe.failure()
+        return _state(failure == "", "failed", failure)
+
+    @router.get(
+        "/readyz",
+        response_model=schemas.StateAnswer,
+        responses={503: {"model": schemas.StateAnswer, "description": "No replica answers"}},
+        summary="Should it get requests?",
+    )
+    async def readyz() -> Response:
+        try:
+            async with asyncio.timeout(_READY_S):
+                facts = await remote.describe()
+        except (TimeoutError, ApiError):  # DeadlineExceededError is a TimeoutError
+            return _state(False, "no replica", f"none answered within {_READY_S:g} s")
+        return _state(True, "ok", f"an update was refused: {facts.refused}" if facts.refused else "")
+
+    return router
+
+
+def _state(good: bool, status: str, detail: str = "") -> Response:
+    body = {"status": "ok" if good else status, "detail": detail}
+    return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})

@@ -1,0 +1,58 @@
+"""Opening a classifier for many images, here or in an actor of Ray, and writing what it says of a chunk."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import numpy as np
+
+from iosr_fast.bundle import Bundle, load_bundle
+from iosr_fast.embedding_files import Part
+from iosr_fast.encoder import Encoder
+from iosr_fast.live.state import State
+from iosr_fast.predictions import Prediction
+from iosr_fast.runtimes import open_engine
+from tools.classification.parts import write_answers
+from tools.classification.plan import ClassifyPlan
+from tools.embedding.cluster import Worker
+from tools.embedding.local import Write
+
+
+def open_encoder(bundle: Bundle, runtime: str, threads: int) -> Encoder:
+    """The encoder of a bundle on `threads` cores. Raises ValueError where its folder was replaced meanwhile."""
+    encoder = open_engine(bundle.engine, runtime, verify=False, threads=threads)
+    if encoder.fingerprint != bundle.encoder_fingerprint:
+        raise ValueError(f"{bundle.engine.parent} was replaced while it was read; start again")
+    return encoder
+
+
+def writer(state: State, plan: ClassifyPlan) -> Write:
+    """What makes a part file of a chunk's embeddings: a batch of rows at a time, so that what is scored together
+    depends on the chunk alone."""
+
+    def write(path: Path, part: Part) -> None:
+        predictions: list[Prediction | None] = [None] * len(part.keys)
+        good = np.flatnonzero([error is None for error in part.errors])
+        for start in range(0, len(good), plan.batch):
+            rows = good[start : start + plan.batch]
+            for row, made in zip(rows, state.explain(part.embeddings[rows], top=plan.top), strict=True):
+                predictions[row] = made
+        write_answers(path, part.keys, predictions, part.errors, part.columns, part.facts or {})
+
+    return write
+
+
+class ClassifyWorker(Worker):
+    """An actor with the classifier open."""
+
+    plan_type = ClassifyPlan
+
+    def open(self, engine: str) -> tuple[Encoder, Write | None]:
+        assert isinstance(self.plan, ClassifyPlan)
+        bundle = load_bundle(engine, verify=False)
+        if bundle.state.fingerprint() != self.plan.bundle:
+            raise RuntimeError(
+                f"expected one classifier on all machines, but {socket.gethostname()} has another in {engine}"
+            )
+        return open_encoder(bundle, self.plan.runtime, self.threads), writer(bundle.state, self.plan)
