@@ -22,6 +22,8 @@ from iosr_fast.batching.item import ClosedError, Hooks, Item, QueueFullError, St
 
 _NEWEST = 0.25  # weight of the newest batch in the measured seconds an image
 _LEAST_RETRY_S = 0.01
+# An estimate is refused by the deadline that it would only just meet: who is accepted is owed an answer in time.
+_MARGIN = 1.25
 
 
 @dataclass
@@ -228,7 +230,7 @@ class BatchQueue:
             )
             return "full", QueueFullError(told, retry_after_s)
         # An empty house takes everybody: a single slow batch must not shut it for good.
-        wait_s = (ahead + count) * self._item_s if ahead else 0.0
+        wait_s = _MARGIN * (ahead + count) * self._item_s if ahead else 0.0
         if deadline_s is not None and wait_s > deadline_s:
             retry_after_s = max(_LEAST_RETRY_S, wait_s - deadline_s)
             told = (

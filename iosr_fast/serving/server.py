@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -19,6 +20,7 @@ from PIL import Image
 from iosr_fast import __version__
 from iosr_fast.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.classifier import Classifier
+from iosr_fast.info import usable_threads
 from iosr_fast.serving.app import create_app
 from iosr_fast.serving.logs import json_logs, log, logger
 from iosr_fast.serving.metrics import Metrics
@@ -26,6 +28,7 @@ from iosr_fast.serving.protocol import protocol_for
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
 
+_SWITCH_S = 1e-3
 _BACKLOG = 2048  # connections that the kernel holds until they are taken
 
 
@@ -36,13 +39,16 @@ def run(bundle: str | Path, settings: Settings) -> None:
     where the engine fails as it is warmed up.
     """
     start = time.perf_counter()
-    classifier = Classifier.load(bundle, runtime=settings.runtime, verify=settings.verify)
+    threads = settings.engine_threads or max(1, usable_threads() - 1)
+    classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads)
     if settings.log is not None:
         classifier.open_log(settings.log)
     listener = _listen(settings)
     # Pillow refuses twice this: a second look at what decoders, those of changes too, are told by a file's inside.
     Image.MAX_IMAGE_PIXELS = max(1, settings.max_pixels // 2)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # The event loop waits for the threads that decode and score no longer than this when they hold the interpreter.
+    sys.setswitchinterval(_SWITCH_S)
     with json_logs():
         metrics = Metrics()
         batching = BatchingClassifier(
