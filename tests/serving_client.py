@@ -137,10 +137,11 @@ class Client:
 @contextmanager
 def serving(classifier: Any = None, batching: dict[str, Any] | None = None, **settings: Any) -> Iterator[Client]:
     """A client of an application; `settings` as Settings has them, `batching` for BatchingClassifier."""
+    classifier = load() if classifier is None else classifier
     metrics = Metrics()
     made = Settings(**{"token": TOKEN, **settings})
-    options = {"max_batch": made.max_batch, "max_queue": made.max_queue, **(batching or {})}
-    batches = BatchingClassifier(load() if classifier is None else classifier, observer=metrics, **options)
+    options = {"max_batch": made.batch_for(classifier.encoder), "max_queue": made.max_queue, **(batching or {})}
+    batches = BatchingClassifier(classifier, observer=metrics, **options)
     client = Client(create_app(batches, made, metrics))
     try:
         yield client

@@ -93,7 +93,7 @@ def main(
     host: str = typer.Option(_SETTINGS.host, help="the address to listen on; 0.0.0.0 for all"),
     port: int = typer.Option(_SETTINGS.port),
     runtime: str = typer.Option(_SETTINGS.runtime),
-    max_batch: int = typer.Option(_SETTINGS.max_batch, help="images a batch"),
+    max_batch: int = typer.Option(None, help="images a batch [default: 8 on a CPU, the engine's own on a GPU]"),
     max_wait_ms: float = typer.Option(_SETTINGS.max_wait_ms, help="that a batch waits for more images"),
     max_queue: int = typer.Option(_SETTINGS.max_queue, help="images that a replica accepts and has not answered"),
     max_images: int = typer.Option(_SETTINGS.max_images, help="images a request"),

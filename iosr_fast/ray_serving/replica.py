@@ -65,7 +65,7 @@ class ClassifierReplica:
         settings = self._settings
         self._batching = BatchingClassifier(
             classifier,
-            max_batch=settings.max_batch,
+            max_batch=settings.batch_for(classifier.encoder),
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
             decode_threads=settings.decode_threads or self._threads,

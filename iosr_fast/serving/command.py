@@ -20,7 +20,7 @@ def serve(
     token_file: Path = typer.Option(None, help=f"who sends its content may change classes [or {TOKEN}; none: nobody]"),
     log: Path = typer.Option(None, help="the file that changes of classes are written to, and made again from"),
     runtime: str = typer.Option(_DEFAULT.runtime),
-    max_batch: int = typer.Option(_DEFAULT.max_batch, help="images a batch"),
+    max_batch: int = typer.Option(None, help="images a batch [default: 8 on a CPU, the engine's own on a GPU]"),
     max_wait_ms: float = typer.Option(_DEFAULT.max_wait_ms, help="that a batch waits for more images"),
     max_queue: int = typer.Option(_DEFAULT.max_queue, help="images accepted and not yet answered; more get a 503"),
     decode_threads: int = typer.Option(None, help="threads that decode images [default: chosen]"),

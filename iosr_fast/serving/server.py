@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
@@ -23,12 +23,12 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.info import usable_threads
 from iosr_fast.serving.app import create_app
 from iosr_fast.serving.logs import json_logs, log, logger
+from iosr_fast.serving.memory import keep_freed_memory
 from iosr_fast.serving.metrics import Metrics
 from iosr_fast.serving.protocol import protocol_for
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
 
-_SWITCH_S = 1e-3
 _BACKLOG = 2048  # connections that the kernel holds until they are taken
 
 
@@ -39,6 +39,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     where the engine fails as it is warmed up.
     """
     start = time.perf_counter()
+    keep_freed_memory()
     threads = settings.engine_threads or max(1, usable_threads() - 1)
     classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads)
     if settings.log is not None:
@@ -47,13 +48,11 @@ def run(bundle: str | Path, settings: Settings) -> None:
     # Pillow refuses twice this: a second look at what decoders, those of changes too, are told by a file's inside.
     Image.MAX_IMAGE_PIXELS = max(1, settings.max_pixels // 2)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    # The event loop waits for the threads that decode and score no longer than this when they hold the interpreter.
-    sys.setswitchinterval(_SWITCH_S)
     with json_logs():
         metrics = Metrics()
         batching = BatchingClassifier(
             classifier,
-            max_batch=settings.max_batch,
+            max_batch=settings.batch_for(classifier.encoder),
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
             decode_threads=settings.decode_threads,
@@ -140,6 +139,9 @@ class _Server(uvicorn.Server):
             self.failure = error
             logger.exception("warm_up_failed", extra={"facts": {}})
             return
+        # What there is now stays: a full collection would look at all of it, and hold up requests for that long.
+        gc.collect()
+        gc.freeze()
         self._service.loading = False
         log("ready")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from iosr_fast.encoder import Encoder
+
 MIB = 1 << 20
+CPU_BATCH = 8
 _MIN_TOKEN = 16
 
 
@@ -17,7 +20,8 @@ class Settings:
     `header_timeout_s` for a request's headers and `max_header_bytes` of them; `keep_alive_s` without a request.
     Who may change classes: who sends `token`; None: nobody.
 
-    Batches: `max_batch` images, for which the first one waits at most `max_wait_ms`; `max_queue` images accepted and
+    Batches: `max_batch` images (None: 8 on a CPU, where more only keep each other waiting, and what the engine takes on
+    a GPU), for which the first one waits at most `max_wait_ms`; `max_queue` images accepted and
     not yet answered, `decode_threads` decoders (None: batching's own choice); `engine_threads` of the encoder on a CPU
     (None: all cores but one, which is left to requests and decoders: an engine on every core keeps them waiting).
 
@@ -40,7 +44,7 @@ class Settings:
     header_timeout_s: float = 10.0
     max_header_bytes: int = 64 << 10
     keep_alive_s: int = 65
-    max_batch: int = 32
+    max_batch: int | None = None
     max_wait_ms: float = 2.0
     max_queue: int = 256
     decode_threads: int | None = None
@@ -63,6 +67,13 @@ class Settings:
     runtime: str = "auto"
     verify: bool = True
     log: Path | None = None
+
+    def batch_for(self, encoder: Encoder) -> int:
+        """`max_batch`, or where it is None what suits the engine."""
+        if self.max_batch is not None:
+            return self.max_batch
+        # Only engines on a GPU have sizes of batches that they prepare.
+        return encoder.max_batch if getattr(encoder, "buckets", None) else CPU_BATCH  # type: ignore[attr-defined]
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -1,0 +1,177 @@
+"""Load the HTTP server of a classifier, and say what it holds: latency, capacity, refusals, memory, changes.
+
+python tools/load_test.py --seconds 60 --json build/load-test.json
+
+It starts `iosr-fast serve` itself. Latency counts from the time at which a request was due, not from when it could be
+sent; every label is compared with what Classifier.predict says of the same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib.util
+import secrets
+import shlex
+import sys
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from iosr_fast.info import usable_threads
+from iosr_fast.serving import Settings
+from iosr_fast.serving.settings import CPU_BATCH
+from tools.serving_load.churn import is_rebuilt, measure_churn
+from tools.serving_load.measure import Load, measure_alone, measure_load, measure_memory
+from tools.serving_load.open_loop import Arrivals
+from tools.serving_load.queries import Queries, make_queries, open_bundle
+from tools.serving_load.report import goals, print_report, provenance, write
+from tools.serving_load.server_process import ServerDied, ServerProcess
+from tools.serving_load.throughput import measure_throughput
+
+_SETTINGS = Settings()
+_DEMO = Path(__file__).resolve().parent.parent / "build" / "demo-bundle"
+_QUERIES = 128
+_LOADS = (0.5, 0.8, 1.2)
+_THROUGHPUT_S, _ROUNDS = 4.0, 7
+
+Arriving = Annotated[Arrivals, typer.Option(help="At a constant rate, or as a Poisson process.")]
+Serve = Annotated[
+    list[str] | None,
+    typer.Option(help="More options of `iosr-fast serve`, like '--decode-threads 1'. Repeatable."),
+]
+
+
+def main(
+    json_path: Annotated[Path, typer.Option("--json", help="Write the report here.")],
+    bundle: Annotated[Path | None, typer.Option(help="A saved classifier; else build/demo-bundle, made anew.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each load.")] = 60.0,
+    arrivals: Arriving = Arrivals.EVEN,
+    loads: Annotated[list[float] | None, typer.Option("--load", help="Shares of the capacity. Repeatable.")] = None,
+    deadline_ms: Annotated[int, typer.Option(min=1, help="Of every request.")] = 1000,
+    lone: Annotated[int, typer.Option(min=1, help="Requests one at a time.")] = 300,
+    capacity_seconds: Annotated[float, typer.Option(min=0.5, help="Of the closed loop.")] = 10.0,
+    memory_minutes: Annotated[float, typer.Option(min=0, help="Minutes at 0.8 x capacity after the runs.")] = 0.0,
+    throughput: Annotated[bool, typer.Option("--throughput", help="Batches over HTTP, and the engine alone.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a request of --throughput, and a batch.")] = 64,
+    churn: Annotated[bool, typer.Option("--churn", help="Add and remove classes at 0.5 x capacity.")] = False,
+    max_batch: Annotated[int, typer.Option(help="Of the server.")] = CPU_BATCH,
+    max_wait_ms: Annotated[float, typer.Option(help="Of the server.")] = _SETTINGS.max_wait_ms,
+    max_queue: Annotated[int, typer.Option(help="Of the server.")] = _SETTINGS.max_queue,
+    engine_threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the server, and of the engine alone [default: all cores but one].")
+    ] = None,
+    serve: Serve = None,
+) -> None:
+    """Start a server on a bundle and load it. Exit code 1, and the report so far, where the server dies."""
+    try:
+        served, classifier = open_bundle(bundle, _DEMO)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(f"expected a saved classifier: {error}") from error
+    queries = make_queries(classifier, _QUERIES)
+    threads = engine_threads or max(1, usable_threads() - 1)
+    options = [
+        "--engine-threads",
+        str(threads),
+        "--max-batch",
+        str(max_batch),
+        "--max-wait-ms",
+        str(max_wait_ms),
+        "--max-queue",
+        str(max_queue),
+    ]
+    options += [word for given in serve or () for word in shlex.split(given)]
+    load = Load(seconds, deadline_ms, arrivals, tuple(loads or _LOADS), lone, capacity_seconds)
+    report: dict[str, Any] = {
+        **provenance(),
+        "bundle": {"classes": len(classifier.classes_), "method": classifier.method_, "queries": len(queries)},
+        "server_options": options,
+        "max_wait_ms": max_wait_ms,
+        "max_batch": max_batch,
+        "max_queue": max_queue,
+        "engine_threads": threads,
+        "deadline_ms": deadline_ms,
+        "arrivals": arrivals.value,
+        "seconds": seconds,
+        "client_cpu_share": None,
+        "runs": [],
+    }
+    del classifier
+    gc.collect()
+    gc.freeze()  # the modules' many objects are not to be looked through while requests are timed
+    try:
+        _run(_alone(report, served, queries, load, options, memory_minutes))
+        if churn:
+            _run(_churn(report, served, queries, load, options, threads))
+        if throughput:
+            _run(_throughput(report, served, queries, options, batch, threads, min(seconds, _THROUGHPUT_S)))
+    except (ServerDied, RuntimeError) as error:
+        report["error"] = str(error)
+    except BaseException as error:
+        write({**report, "error": repr(error)}, json_path)  # what was measured is not lost
+        raise
+    shares = [run["client_cpu_share"] for run in report["runs"]]
+    report["client_cpu_share"] = max(shares, default=None)
+    if "error" not in report:
+        report["goals"] = goals(report)
+    write(report, json_path)
+    print_report(report)
+    if "error" in report:
+        typer.echo(f"load_test: {report['error']}", err=True)
+        raise typer.Exit(1)
+
+
+async def _alone(
+    report: dict[str, Any], bundle: Path, queries: Queries, load: Load, options: list[str], memory_minutes: float
+) -> None:
+    """lone_ms, capacity_rps, runs, memory: one server for them all, so that what it keeps of one load is seen."""
+    with ServerProcess(bundle, *options) as server:
+        report |= await server.alongside(measure_alone(server, queries, load))
+        capacity_rps = report["capacity_rps"]
+        for share in load.loads:
+            row = await server.alongside(measure_load(server, queries, load, share, capacity_rps))
+            report["runs"].append(row)
+        if memory_minutes:
+            work = measure_memory(server, queries, load, memory_minutes, capacity_rps)
+            report["memory"] = await server.alongside(work)
+        server.stop()
+
+
+async def _churn(
+    report: dict[str, Any], bundle: Path, queries: Queries, load: Load, options: list[str], threads: int
+) -> None:
+    token = secrets.token_urlsafe(24)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "changes.jsonl"
+        with ServerProcess(bundle, *options, "--log", str(log), environment={"IOSR_FAST_TOKEN": token}) as server:
+            work = measure_churn(server, queries, load, report["capacity_rps"], token)
+            report["churn"], last = await server.alongside(work)
+            server.stop()
+        report["churn"]["rebuilt"] = is_rebuilt(bundle, log, report["churn"]["last_version"], queries, last, threads)
+
+
+async def _throughput(
+    report: dict[str, Any], bundle: Path, queries: Queries, options: list[str], batch: int, threads: int, seconds: float
+) -> None:
+    """On a server of its own, whose batches are as large as the engine's."""
+    with ServerProcess(bundle, *options, "--max-batch", str(batch)) as server:
+        work = measure_throughput(server, queries, bundle, batch, threads, seconds, _ROUNDS)
+        report["throughput"] = await server.alongside(work)
+        server.stop()
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """On uvloop where it is installed: the lighter the client, the more is left of the machine for the server."""
+    fast = importlib.util.find_spec("uvloop") is not None
+    loop_factory = importlib.import_module("uvloop").new_event_loop if fast else asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(work)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,120 @@
+"""From answers to the rows of the report, and what the rows are to show."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.info import package_version
+from tools.bench.harness import commit, cpu_description
+from tools.serving_load.client import Answer
+
+_PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "fastapi", "uvicorn", "uvloop", "httptools")
+_REFUSAL_GOAL_MS = 50.0
+
+
+def provenance() -> dict[str, Any]:
+    """What a number needs to be believed."""
+    versions = {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
+    load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    return {"device": cpu_description(), "versions": versions, "commit": commit(), "load_average_at_start": load}
+
+
+def percentile_ms(seconds: Sequence[float] | np.ndarray, q: float) -> float | None:
+    """In milliseconds; None of nothing."""
+    return round(float(np.percentile(seconds, q)) * 1e3, 3) if len(seconds) else None
+
+
+def row_of(answers: Sequence[Answer], deadline_s: float) -> dict[str, Any]:
+    """Counts and latencies of an open loop: sent = ok + refused + errors.
+
+    `late` counts answers of 200 that came after their deadline, `wrong` those with another label than the classifier's
+    own. Latencies count from the time at which a request was due; `send_lag_p99_ms` is how late it was sent.
+    """
+    accepted = [answer.latency_s for answer in answers if answer.ok]
+    refused = [answer.latency_s for answer in answers if answer.refused]
+    kinds = Counter(answer.error for answer in answers if answer.error)
+    seconds = max(answer.due for answer in answers) - min(answer.due for answer in answers)
+    finished = max(answer.done for answer in answers) - min(answer.due for answer in answers)
+    return {
+        "sent": len(answers),
+        "ok": len(accepted),
+        "refused": len(refused),
+        "errors": sum(kinds.values()),
+        "p50_ms": percentile_ms(accepted, 50),
+        "p99_ms": percentile_ms(accepted, 99),
+        "refusal_p99_ms": percentile_ms(refused, 99),
+        "refusal_p50_ms": percentile_ms(refused, 50),
+        "p999_ms": percentile_ms(accepted, 99.9),
+        "max_ms": percentile_ms(accepted, 100),
+        "late": sum(latency > deadline_s for latency in accepted),
+        "wrong": sum(answer.wrong for answer in answers),
+        "error_kinds": dict(kinds),
+        "sent_rps": round((len(answers) - 1) / seconds, 2) if seconds > 0 else None,
+        "ok_rps": round(len(accepted) / finished, 2),
+        "send_lag_p99_ms": percentile_ms([answer.sent - answer.due for answer in answers], 99),
+    }
+
+
+def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the measured parts of a report should show, and whether they do: {"goal", "limit", "measured", "met"}."""
+    made: list[dict[str, Any]] = []
+
+    def at_most(goal: str, limit: float, measured: float | None) -> None:
+        made.append({"goal": goal, "limit": limit, "measured": measured, "met": (measured or 0) <= limit})
+
+    limit_ms = round(3 * report["lone_ms"] + report["max_wait_ms"], 3)
+    for run in report["runs"]:
+        at = f"at {run['load']:g} x capacity"
+        if run["load"] < 1:
+            at_most(f"p99_ms <= 3 lone_ms + max_wait_ms {at}", limit_ms, run["p99_ms"])
+            at_most(f"nothing refused {at}", 0, run["refused"])
+        else:
+            at_most(f"refusal_p99_ms <= {_REFUSAL_GOAL_MS:g} {at}", _REFUSAL_GOAL_MS, run["refusal_p99_ms"])
+        at_most(f"no error {at}", 0, run["errors"])
+        at_most(f"no answer after its deadline {at}", 0, run["late"])
+        at_most(f"no label but the classifier's own {at}", 0, run["wrong"])
+    if "throughput" in report:
+        ratio = report["throughput"]["ratio"]
+        made.append({"goal": "throughput ratio >= 0.9", "limit": 0.9, "measured": ratio, "met": ratio >= 0.9})
+    if "churn" in report:
+        at_most("no change failed", 0, report["churn"]["failed"])
+        at_most("no torn answer", 0, report["churn"]["torn"])
+        rebuilt = report["churn"]["rebuilt"]
+        made.append({"goal": "the log makes the same state again", "limit": True, "measured": rebuilt, "met": rebuilt})
+    return made
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 150)
+    versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
+    console.print(f"{report['device']}; {versions}; {report['commit']}; load average {report['load_average_at_start']}")
+    for name in ("lone_ms", "max_wait_ms", "capacity_rps", "memory", "throughput", "churn", "error"):
+        if name in report:
+            console.print(f"{name}: {report[name]}", markup=False)
+    shown = (
+        *("load", "sent", "ok", "refused", "errors", "late", "wrong", "p50_ms", "p99_ms", "max_ms", "refusal_p99_ms"),
+        *("rss_mb_end", "client_cpu_share", "server_cpu_share", "others_cpu_share"),
+    )
+    table = Table(*shown)
+    for run in report.get("runs", []):
+        table.add_row(*(str(run[name]) for name in shown))
+    console.print(table)
+    for goal in report.get("goals", []):
+        told = "met" if goal["met"] else "NOT MET"
+        console.print(f"{told}: {goal['goal']} (limit {goal['limit']}, measured {goal['measured']})", markup=False)
