@@ -259,11 +259,11 @@ def test_goals_that_are_missed_are_named() -> None:
     made = report.goals(
         {"lone_ms": 3.0, "max_wait_ms": 2.0, "runs": [good, {**good, "load": 0.8, "p99_ms": 11.5}, over]}
     )
-    missed = [goal["goal"] for goal in made if not goal["met"]]
+    missed = [goal["goal"] for goal in made if goal["met"] is False]
     assert missed == ["p99_ms <= 3 lone_ms + max_wait_ms at 0.8 x capacity", "refusal_p99_ms <= 50 at 1.2 x capacity"]
     told = {"lone_ms": 3.0, "max_wait_ms": 2.0, "runs": [], "throughput": {"ratio": 0.89}}
     told["churn"] = {"failed": 0, "torn": 1, "rebuilt": False}
-    missed = [goal["goal"] for goal in report.goals(told) if not goal["met"]]
+    missed = [goal["goal"] for goal in report.goals(told) if goal["met"] is False]
     assert missed == ["throughput ratio >= 0.9", "no torn answer", "the log makes the same state again"]
 
 

@@ -29,6 +29,7 @@ from iosr_fast.serving.protocol import protocol_for
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
 
+_COLLECTIONS = (5_000, 20, 100)
 _BACKLOG = 2048  # connections that the kernel holds until they are taken
 
 
@@ -139,9 +140,11 @@ class _Server(uvicorn.Server):
             self.failure = error
             logger.exception("warm_up_failed", extra={"facts": {}})
             return
-        # What there is now stays: a full collection would look at all of it, and hold up requests for that long.
+        # What there is now stays: a full collection would look at all of it, and hold up requests for that long. Those
+        # of what comes later are rarer than by default, for the same reason.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_COLLECTIONS)
         self._service.loading = False
         log("ready")
 

@@ -68,7 +68,9 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
 
     def at_most(goal: str, limit: float, measured: float | None) -> None:
-        made.append({"goal": goal, "limit": limit, "measured": measured, "met": (measured or 0) <= limit})
+        made.append(
+            {"goal": goal, "limit": limit, "measured": measured, "met": None if measured is None else measured <= limit}
+        )
 
     limit_ms = round(3 * report["lone_ms"] + report["max_wait_ms"], 3)
     for run in report["runs"]:
@@ -116,5 +118,5 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_row(*(str(run[name]) for name in shown))
     console.print(table)
     for goal in report.get("goals", []):
-        told = "met" if goal["met"] else "NOT MET"
+        told = {None: "not measured", True: "met", False: "NOT MET"}[goal["met"]]
         console.print(f"{told}: {goal['goal']} (limit {goal['limit']}, measured {goal['measured']})", markup=False)
