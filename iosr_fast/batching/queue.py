@@ -23,7 +23,7 @@ from iosr_fast.batching.item import ClosedError, Hooks, Item, QueueFullError, St
 _NEWEST = 0.25  # weight of the newest batch in the measured seconds an image
 _LEAST_RETRY_S = 0.01
 # An estimate is refused by the deadline that it would only just meet: who is accepted is owed an answer in time.
-_MARGIN = 1.25
+_MARGIN = 1.5
 
 
 @dataclass
