@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.batching import BatchingClassifier
 from iosr_fast.encoder import Embeddings
 from iosr_fast.predictions import ClassScore, Neighbour, Prediction
 
@@ -135,3 +136,13 @@ class Watcher:
 
     def on_refused(self, reason: str) -> None:
         self.refused.append(reason)
+
+
+@contextmanager
+def running(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
+    """A BatchingClassifier with small batches, which leaves nothing behind."""
+    before = threads()
+    with BatchingClassifier(classifier, max_batch=4, max_queue=64, decode_threads=2) as made:
+        yield made
+        classifier.encoder.open.set()
+    assert made.pending == 0 and made.closed and threads() <= before

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.batching import BatchingClassifier, ClosedError, QueueFullError
-from tests.batching_fakes import PATIENCE_S, FakeClassifier, labels, picture, threads, until
+from tests.batching_fakes import PATIENCE_S, FakeClassifier, labels, picture, running, threads, until
 
 
 @pytest.fixture
@@ -23,11 +23,8 @@ def classifier() -> FakeClassifier:
 
 @pytest.fixture
 def batching(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
-    before = threads()
-    with BatchingClassifier(classifier, max_batch=4, max_queue=64, decode_threads=2) as made:
+    with running(classifier) as made:
         yield made
-        classifier.encoder.open.set()
-    assert made.pending == 0 and made.closed and threads() <= before
 
 
 def test_asyncio(batching, classifier: FakeClassifier) -> None:

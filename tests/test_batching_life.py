@@ -26,6 +26,7 @@ from tests.batching_fakes import (
     Watcher,
     labels,
     picture,
+    running,
     threads,
     until,
 )
@@ -40,11 +41,8 @@ def classifier() -> FakeClassifier:
 
 @pytest.fixture
 def batching(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
-    before = threads()
-    with BatchingClassifier(classifier, max_batch=4, max_queue=64, decode_threads=2) as made:
+    with running(classifier) as made:
         yield made
-        classifier.encoder.open.set()
-    assert made.pending == 0 and made.closed and threads() <= before
 
 
 def test_close_answers_everything_accepted(batching, classifier: FakeClassifier) -> None:
@@ -256,9 +254,9 @@ def test_after_a_fork_it_says_so(batching, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_errors_keep_what_they_know() -> None:
-    import pickle
+    import copy
 
-    full = pickle.loads(pickle.dumps(QueueFullError("full", 0.5)))
+    full = copy.copy(QueueFullError("full", 0.5))  # as other processes get it: through __reduce__
     assert (str(full), full.retry_after_s) == ("full", 0.5)
     assert issubclass(DeadlineExceededError, TimeoutError) and not issubclass(ClosedError, QueueFullError)
     assert FakeEncoder().open.is_set() and CancelledError is not ClosedError

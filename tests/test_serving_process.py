@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import queue
 import signal
 import socket
@@ -22,6 +23,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from iosr_fast.batching import BatchingClassifier
+from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving import Settings
 from tests.serving_client import AUTHORISED, CLASSES, TOKEN, bundle, encode, form, httpx
@@ -259,3 +261,21 @@ def test_what_it_cannot_start_with_is_said_at_once(tmp_path: Path, process: Proc
         done = CliRunner().invoke(app, ["serve", *options])
         assert done.exit_code == 2 and told in done.output, (options, done.output)
         assert "hunter" not in done.output
+
+
+def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iosr_fast.serving import memory
+
+    program = "from iosr_fast.serving.memory import keep_freed_memory as keep; print(keep())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    assert memory.keep_freed_memory() is False
+
+
+def test_batches_and_threads_suit_the_engine() -> None:
+    classifier = Classifier.load(bundle(), threads=1)
+    assert classifier.encoder._session.get_session_options().intra_op_num_threads == 1
+    assert Settings().batch_for(classifier.encoder) == 8 and Settings(max_batch=5).batch_for(classifier.encoder) == 5
+    classifier.encoder.buckets = (1, 32)  # as an engine on a GPU has them
+    assert Settings().batch_for(classifier.encoder) == classifier.encoder.max_batch == 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from iosr_fast.preprocess import as_image_list
 from iosr_fast.validation import check_unit_rows
 
 
-class LiveUpdates:
+class LiveUpdates(ABC):
     """The part of Classifier that takes classes and examples in and out.
 
     Who classifies never waits for a change, and is answered by one state or the other, whole. Changes wait for one
@@ -41,13 +42,13 @@ class LiveUpdates:
     _log: AuditLog | None
     _changing: threading.Lock
 
+    @abstractmethod
     def snapshot(self) -> State:
         """What is classified with now: hold on to it and nothing changes. Raises ValueError before a fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _text_of(self, name: str) -> np.ndarray:
         """A class name's text embedding (D,). Raises ValueError where there is no text encoder."""
-        raise NotImplementedError
 
     @property
     def version(self) -> int:

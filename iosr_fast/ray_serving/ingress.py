@@ -9,14 +9,13 @@ from fastapi import APIRouter, FastAPI, Path
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from iosr_fast import __version__
 from iosr_fast.batching import DeadlineExceededError
 from iosr_fast.ray_serving.remote import Remote, over_handle
-from iosr_fast.serving import errors, predict, schemas, static
+from iosr_fast.serving import schemas
+from iosr_fast.serving.app import assemble
 from iosr_fast.serving.errors import ApiError, busy
-from iosr_fast.serving.health import Probe
+from iosr_fast.serving.health import Probe, state_answer
 from iosr_fast.serving.metrics import Metrics
-from iosr_fast.serving.middleware import RequestMiddleware
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
 
@@ -62,23 +61,8 @@ def make_app(remote: Remote, settings: Settings, metrics: Metrics) -> FastAPI:
     There is no /metrics: behind a proxy each scrape would be of another process, and Ray exports its own.
     """
     service = Service(cast("BatchingClassifier", remote), settings, metrics)
-    app = FastAPI(
-        title="iosr_fast",
-        version=__version__,
-        summary="Few-shot image classification, on several replicas",
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    app.state.service = service
-    errors.install(app)
-    app.add_middleware(RequestMiddleware, service=service)
-    app.include_router(predict.make_router(service))
-    app.include_router(_lists(remote))
-    app.include_router(_refused_changes())
-    app.include_router(_health(remote, service))
-    app.include_router(static.make_router())
-    return app
+    routers = (_lists(remote), _refused_changes(), _health(remote, service))
+    return assemble(service, "Few-shot image classification, on several replicas", routers)
 
 
 def _lists(remote: Remote) -> APIRouter:
@@ -161,7 +145,7 @@ def _health(remote: Remote, service: Service) -> APIRouter:
     )
     async def healthz() -> Response:
         failure = await probe.failure()
-        return _state(failure == "", "failed", failure)
+        return state_answer(failure == "", "failed", failure)
 
     @router.get(
         "/readyz",
@@ -174,12 +158,7 @@ def _health(remote: Remote, service: Service) -> APIRouter:
             async with asyncio.timeout(_READY_S):
                 facts = await remote.describe()
         except (TimeoutError, ApiError):  # DeadlineExceededError is a TimeoutError
-            return _state(False, "no replica", f"none answered within {_READY_S:g} s")
-        return _state(True, "ok", f"an update was refused: {facts.refused}" if facts.refused else "")
+            return state_answer(False, "no replica", f"none answered within {_READY_S:g} s")
+        return state_answer(True, "ok", f"an update was refused: {facts.refused}" if facts.refused else "")
 
     return router
-
-
-def _state(good: bool, status: str, detail: str = "") -> Response:
-    body = {"status": "ok" if good else status, "detail": detail}
-    return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})

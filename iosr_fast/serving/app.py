@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from iosr_fast import __version__
 from iosr_fast.serving import classes, errors, health, predict, static
@@ -25,11 +26,17 @@ def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metric
     """
     service = Service(batching, settings, metrics or Metrics())
     service.metrics.watch(service)
+    routers = (classes.make_router(service), health.make_router(service))
+    return assemble(service, "Few-shot image classification", routers)
+
+
+def assemble(service: Service, summary: str, routers: Iterable[APIRouter]) -> FastAPI:
+    """An application with predictions, the page, errors and middleware, and besides what `routers` have."""
     # The framework's own pages of documentation load scripts from elsewhere; /openapi.json has all they say.
     app = FastAPI(
         title="iosr_fast",
         version=__version__,
-        summary="Few-shot image classification",
+        summary=summary,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -37,8 +44,6 @@ def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metric
     app.state.service = service
     errors.install(app)
     app.add_middleware(RequestMiddleware, service=service)
-    app.include_router(predict.make_router(service))
-    app.include_router(classes.make_router(service))
-    app.include_router(health.make_router(service))
-    app.include_router(static.make_router())
+    for router in (predict.make_router(service), *routers, static.make_router()):
+        app.include_router(router)
     return app

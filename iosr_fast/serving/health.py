@@ -73,7 +73,7 @@ def make_router(service: Service) -> APIRouter:
     )
     async def healthz() -> Response:
         failure = await probe.failure()
-        return _state(failure == "", "failed", failure)
+        return state_answer(failure == "", "failed", failure)
 
     @router.get(
         "/readyz",
@@ -83,8 +83,10 @@ def make_router(service: Service) -> APIRouter:
     )
     async def readyz() -> Response:
         if service.draining or service.batching.closed:
-            return _state(False, "shutting down")
-        return _state(not service.loading and service.batching.healthy, "loading" if service.loading else "failed")
+            return state_answer(False, "shutting down")
+        return state_answer(
+            not service.loading and service.batching.healthy, "loading" if service.loading else "failed"
+        )
 
     # Not `async`: rendering thousands of classes' series takes a while, which is then a thread's.
     @router.get(
@@ -99,6 +101,7 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def _state(good: bool, status: str, detail: str = "") -> Response:
+def state_answer(good: bool, status: str, detail: str = "") -> Response:
+    """200 where all is `good`, 503 with `status` otherwise; for nobody's cache."""
     body = {"status": "ok" if good else status, "detail": detail}
     return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})
