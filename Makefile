@@ -20,6 +20,8 @@ develop: $(STAMP)
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e ".[train,cpu,serve,dev]"
+	$(BIN)/python -m pip install --quiet openvino \
+		|| echo "OpenVINO does not install here: the tests and benchmarks go on without it"
 	$(BIN)/python -m pip install --quiet triton \
 		|| echo "triton does not install here: the tests go on without its kernels"
 	$(BIN)/python -m pip install --quiet tensorrt-rtx \

@@ -14,6 +14,7 @@ from iosr_fast.methods import METHODS
 OPTIONAL_PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "torch",
     "torchvision",
     "open_clip_torch",

@@ -97,8 +97,11 @@ def test_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--adapter", "a.safetensors"], "no adapter at a.safetensors"),
         (["--model", "ViT-B-17"], "ViT-B-17"),
         (["--first-adapted-block", "99"], "got 99"),
-        (["--adapter", "none", "--precision", "int8"], "got 'int8'"),
-        (["--adapter", "none", "--runtime", "openvino"], "got 'openvino'"),
+        (["--adapter", "none", "--precision", "int4"], "got 'int4'"),
+        (["--adapter", "none", "--runtime", "tvm"], "got 'tvm'"),
+        (["--calibration", "photos"], "--calibration is for int8 and fp8, got --precision fp32"),
+        (["--precision", "int8", "--calibration", "photos"], "found no folder photos"),
+        (["--model", "RN50", "--pretrained", "none", "--precision", "int8"], "RN50"),
     ],
 )
 def test_refusals_are_one_line(

@@ -41,14 +41,16 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "engine", THERE)
 
 
-def write_folder(folder: Path, *targets: Target, onnx: bytes = b"a graph") -> Path:
-    """What open_plan reads of an engine: plans, which are never loaded here, and the graph."""
+def write_folder(folder: Path, *targets: Target, onnx: bytes = b"a graph", weights: bytes = b"") -> Path:
+    """What open_plan reads of an engine: plans, which are never loaded here, the graph and its weights."""
     with new_folder(folder) as made:
         (made / "plans").mkdir()
         for one in targets:
             (made / one.file).write_bytes(f"for {one}".encode())
         if onnx:
             (made / "encoder.onnx").write_bytes(onnx)
+        if weights:
+            (made / "encoder.weights").write_bytes(weights)
         write_manifest(made, "engine", {"max_batch": 8, "plans": {one.file: one.facts() for one in targets}})
     return folder
 
@@ -136,10 +138,12 @@ def test_what_is_kept_depends_on_all_that_decides_a_plan(folder: Path, tmp_path:
     opened(folder, Target("tensorrt", "10.14", H100), build)
     opened(folder, Target("tensorrt", HERE.version, RTX), build)
     opened(write_folder(tmp_path / "other", onnx=b"another graph"), HERE, build)
+    for weights in (b"these", b"others", b"these"):
+        opened(write_folder(tmp_path / "weighed", weights=weights), HERE, build)
     rewrite_manifest(folder, max_batch=16)
     opened(folder, HERE, build)
-    assert build.built == [b"a graph"] * 3 + [b"another graph", b"a graph"]
-    assert len(list((cache / "plans").iterdir())) == 5
+    assert build.built == [b"a graph"] * 3 + [b"another graph"] + [b"a graph"] * 3
+    assert len(list((cache / "plans").iterdir())) == 7
     opened(write_folder(tmp_path / "copy", HERE, onnx=b"x"), HERE, never)
 
 
@@ -190,6 +194,11 @@ def test_what_can_not_be_built_is_named_with_all_there_is(folder: Path, tmp_path
     manifest = read_manifest(folder, "engine")
     (folder / "encoder.onnx").write_bytes(b"b graph")
     with pytest.raises(ValueError, match=r"encoder\.onnx in .* does not match its manifest"):
+        open_plan(folder, manifest, HERE, never)
+    write_folder(folder, THERE, weights=b"right")
+    manifest = read_manifest(folder, "engine")
+    (folder / "encoder.weights").write_bytes(b"wrong")
+    with pytest.raises(ValueError, match=r"encoder\.weights in .* does not match its manifest"):
         open_plan(folder, manifest, HERE, never)
     assert not cache.exists()
 

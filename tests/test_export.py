@@ -18,6 +18,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.files import read_manifest  # noqa: E402
 from iosr_fast.offline import export  # noqa: E402
 from iosr_fast.offline.dual_encoder import build_dual_encoder  # noqa: E402
+from iosr_fast.offline.engine_precision import quantised_by  # noqa: E402
 from iosr_fast.offline.export import engine_fingerprint, export_onnx, random_adapter, write_engine  # noqa: E402
 from tests.test_dual_encoder import random_pixels, run, small_clip, two_passes  # noqa: E402
 
@@ -43,9 +44,9 @@ def test_every_batch_gives_pytorchs_numbers(
 def test_fp16_graph_is_strongly_typed_and_names_no_local_path(tmp_path: Path) -> None:
     clip = small_clip()
     export_onnx(build_dual_encoder(clip, random_adapter(clip, 1), "fp16"), tmp_path / "encoder.onnx")
-    content = (tmp_path / "encoder.onnx").read_bytes()
+    content = (tmp_path / "encoder.onnx").read_bytes() + (tmp_path / "encoder.weights").read_bytes()
     assert b".py" not in content and str(Path(export.__file__).parent).encode() not in content
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(content))
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "encoder.onnx"))
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
     types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
     types |= {v.name: v.data_type for v in model.graph.initializer}
@@ -81,15 +82,19 @@ def test_write_engine_checks_and_records(runtime: str, precision: str, tmp_path:
 
 def test_fingerprint_follows_what_changes_embeddings() -> None:
     clip, other = small_clip(), small_clip(fingerprint="other")
+    black, white = np.zeros((2, 32, 32, 3), np.uint8), np.full((2, 32, 32, 3), 255, np.uint8)
+    quantised = (("onnxruntime", "int8", black), ("onnxruntime", "int8", white), ("tensorrt", "int8", black))
     prints = [
         engine_fingerprint(clip, None, "fp32"),
         engine_fingerprint(clip, None, "fp16"),
         engine_fingerprint(other, None, "fp32"),
         engine_fingerprint(clip, random_adapter(clip, 0), "fp32"),
         engine_fingerprint(clip, random_adapter(clip, 1), "fp32"),
+        *(engine_fingerprint(clip, None, "int8", quantised_by(clip, *given)) for given in quantised),
     ]
     assert len(set(prints)) == len(prints)
-    assert engine_fingerprint(clip, random_adapter(clip, 1), "fp32") == prints[-1]
+    assert engine_fingerprint(clip, random_adapter(clip, 1), "fp32") == prints[4]
+    assert quantised_by(clip, "openvino", "int8", black) == quantised_by(clip, "onnxruntime", "int8", black)
 
 
 def test_the_random_adapter_changes_the_embedding() -> None:
@@ -116,8 +121,19 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = small_clip()
     with pytest.raises(ValueError, match="max_batch >= 1"):
         write_engine(clip, None, tmp_path / "engine", max_batch=0)
-    with pytest.raises(ValueError, match="got 'openvino'"):
-        write_engine(clip, None, tmp_path / "engine", "openvino")
+    with pytest.raises(ValueError, match="got 'tvm'"):
+        write_engine(clip, None, tmp_path / "engine", "tvm")
+    for runtime, precision, message in (
+        ("auto", "int4", "expected a precision of .* got 'int4'"),
+        ("torch", "int8", "which compute in int8, got the runtime 'torch'"),
+        ("onnxruntime", "bf16", r"\['openvino'\], which compute in bf16"),
+        ("onnxruntime", "fp8", "which compute in fp8, got the runtime 'onnxruntime'"),
+        ("onnxruntime", "int8", "expected calibration pictures as uint8 .* for int8, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_engine(clip, None, tmp_path / "engine", runtime, precision)
+    with pytest.raises(ValueError, match=r"got uint8 \(4, 31, 32, 3\)"):
+        write_engine(clip, None, tmp_path / "engine", "onnxruntime", "int8", calibration=np.zeros((4, 31, 32, 3), "u1"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
     with pytest.raises(FileExistsError, match="choose another place"):

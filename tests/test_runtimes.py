@@ -6,6 +6,8 @@ import logging
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     adapter = random_adapter(clip, 1)
     for runtime in ("onnxruntime", "torch"):
         write_engine(clip, adapter, folder / runtime, runtime, max_batch=MAX_BATCH)
+    if find_spec("openvino") is not None:
+        write_engine(clip, adapter, folder / "openvino", "openvino", "bf16", max_batch=MAX_BATCH)
     write_engine(clip, None, folder / "plain", "torch", max_batch=MAX_BATCH)
     return {path.name: path for path in folder.iterdir()}
 
@@ -44,10 +48,12 @@ def copied(engines: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(engines["onnxruntime"], tmp_path / "engine"))
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
 @pytest.mark.parametrize("batch", [1, 3, 4, 7])
 def test_encodes_any_batch(engines: dict[str, Path], runtime: str, batch: int) -> None:
-    encoder = open_engine(engines[runtime], runtime, threads=1)
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    encoder = open_engine(engines["torch" if runtime == "torch" else "onnxruntime"], runtime, threads=1)
     assert (encoder.runtime, encoder.image_size, encoder.width) == (runtime, 32, 24)
     clip, pixels = small_clip(), random_pixels(batch, 32)
     embeddings = encoder.encode(pixels)
@@ -56,6 +62,63 @@ def test_encodes_any_batch(engines: dict[str, Path], runtime: str, batch: int) -
     ):
         assert got is not None and got.dtype == np.float32
         np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+class Core:
+    """OpenVINO's Core on a processor of which it says that it has bf16, or has not."""
+
+    def __init__(self, capabilities: list[str]) -> None:
+        import openvino
+
+        self.core, self.capabilities = openvino.Core(), capabilities
+        self.options: dict[str, str] = {}
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return self.capabilities
+
+    def compile_model(self, path: str, device: str, options: dict[str, str]) -> Any:
+        self.options = dict(options)
+        return self.core.compile_model(path, device, options)
+
+
+def test_bf16_is_computed_where_the_processor_has_it(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    encoder = open_engine(engines["openvino"])
+    assert encoder.runtime == "openvino", "the runtime that it was built for comes first"
+    found = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert encoder.computes_in == ("bf16" if found else "fp32")
+    pixels = random_pixels(5, 32)
+    for got, expected in zip(
+        (encoder.encode(pixels).plain, encoder.encode(pixels).adapted),
+        two_passes(small_clip(), random_adapter(small_clip(), 1), pixels),
+        strict=True,
+    ):
+        assert got is not None and (got * expected).sum(1).min() > 0.999
+        assert np.abs(got - expected).max() > 1e-5 or not found, "bf16 rounds"
+    core = Core(["FP32", "BF16"])
+    monkeypatch.setattr(openvino, "Core", lambda: core)
+    open_engine(engines["onnxruntime"], "openvino", threads=1)
+    assert core.options["INFERENCE_PRECISION_HINT"] == "f32", "bf16 is never taken without being asked for"
+    assert core.options["INFERENCE_NUM_THREADS"] == "1"
+    core.capabilities = ["FP32"]
+    encoder = open_engine(engines["openvino"])
+    assert encoder.computes_in == "fp32" and "no bf16 instructions" in caplog.text
+    caplog.clear()
+    assert open_engine(engines["openvino"], "onnxruntime").runtime == "onnxruntime"
+    assert "ONNX Runtime computes this bf16 engine in fp32" in caplog.text
+
+
+def test_threads_share_an_openvino_engine(engines: dict[str, Path]) -> None:
+    pytest.importorskip("openvino")
+    encoder = open_engine(engines["onnxruntime"], "openvino")
+    pixels = random_pixels(40, 32)
+    expected = encoder.encode(pixels).plain
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(lambda i: encoder.encode(pixels[i : i + 1]).plain[0], range(40))):
+            np.testing.assert_allclose(got, expected[i], atol=1e-6)
 
 
 def test_large_batches_are_split(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,20 +210,25 @@ def test_missing_and_foreign_folders(copied: Path, tmp_path: Path) -> None:
 
 
 def test_the_wrong_runtime_is_refused(engines: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"\['onnxruntime'\], got 'torch'"):
+    with pytest.raises(ValueError, match=r"\['onnxruntime', 'openvino'\], got 'torch'"):
         open_engine(engines["onnxruntime"], "torch")
-    with pytest.raises(ValueError, match="got 'openvino'"):
-        open_engine(engines["onnxruntime"], "openvino")
+    with pytest.raises(ValueError, match="got 'tvm'"):
+        open_engine(engines["onnxruntime"], "tvm")
+    with pytest.raises(ValueError, match=r"\['torch'\], got 'openvino'"):
+        open_engine(engines["torch"], "openvino")
 
 
 def test_auto_takes_the_best_and_says_why_not_the_others(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    missing = {"tensorrt": "no GPU", "onnxruntime": None, "torch": None, "tensorrt_rtx": None}
+    missing = {"tensorrt": "no GPU", "onnxruntime": None, "openvino": None, "torch": None, "tensorrt_rtx": None}
     monkeypatch.setattr(engine, "refusal", missing.get)
     caplog.set_level(logging.INFO, "iosr_fast.runtimes.engine")
     assert choose_runtime("auto") == "tensorrt_rtx"
     assert choose_runtime("auto", {"torch", "onnxruntime", "tensorrt"}) == "onnxruntime"
+    assert choose_runtime("auto", {"onnxruntime", "openvino"}) == "onnxruntime"
+    assert choose_runtime("auto", {"onnxruntime", "openvino"}, "openvino") == "openvino"
+    assert choose_runtime("auto", {"onnxruntime", "openvino", "tensorrt_rtx"}, "openvino") == "tensorrt_rtx"
     assert "no GPU" in caplog.text and "not built for it" in caplog.text
     with pytest.raises(RuntimeError, match="tensorrt: no GPU"):
         choose_runtime("auto", {"tensorrt"})
@@ -200,7 +268,9 @@ def test_tensorrt_rtx_compiles_without_a_gpu(
     clip = small_clip()
     manifest = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "tensorrt_rtx", precision, MAX_BATCH)
     (name,) = manifest["plans"]
-    assert set(manifest["files"]) == {"encoder.onnx", name} and name.startswith("plans/tensorrt_rtx-any-")
+    assert set(manifest["files"]) == {"encoder.onnx", "encoder.weights", name} and name.startswith(
+        "plans/tensorrt_rtx-any-"
+    )
     plan = manifest["plans"][name]
     assert (plan["runtime"], plan["version"]) == ("tensorrt_rtx", manifest["versions"]["tensorrt_rtx"])
     assert (plan["gpu"], plan["compute_capability"], plan["precision"]) == (None, None, precision)

@@ -120,6 +120,7 @@ def test_what_is_written(bundle: Path, demo: Demo, tmp_path: Path) -> None:
     assert written == {
         "README.txt",
         "manifest.json",
+        "encoder/1/encoder.weights",
         "encoder/1/model.onnx",
         "encoder/config.pbtxt",
         "iosr_fast/1/ensemble.txt",
@@ -136,6 +137,8 @@ def test_what_is_written(bundle: Path, demo: Demo, tmp_path: Path) -> None:
     assert manifest["check"]["logits_max_error"] < 1e-5 and manifest["max_batch"] == 8
     original = (bundle / "engine" / "encoder.onnx").read_bytes()
     assert (tmp_path / "models/encoder/1/model.onnx").read_bytes() == original
+    weights = (bundle / "engine" / "encoder.weights").read_bytes()
+    assert (tmp_path / "models/encoder/1/encoder.weights").read_bytes() == weights
     for name in ("scoring", "iosr_fast"):
         assert (tmp_path / "models" / name / "labels.txt").read_text("utf-8").splitlines() == demo.names
     models = Repository(tmp_path / "models")
@@ -315,6 +318,7 @@ def test_an_engine_without_an_onnx_file_is_refused(demo: Demo, tmp_path: Path) -
     demo.save(tmp_path / "bundle", method="zero-shot", tune="none")
     engine = tmp_path / "bundle" / "engine"
     (engine / "encoder.onnx").rename(engine / "encoder.safetensors")
+    (engine / "encoder.weights").unlink()
     reseal(engine, "engine", runtime="torch")
     reseal(tmp_path / "bundle", "classifier")
     with pytest.raises(ValueError, match=r"runtimes this engine was built for.*\['torch'\], got 'onnxruntime'"):

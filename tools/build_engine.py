@@ -4,6 +4,8 @@
     python tools/build_engine.py --model ViT-B-16 --pretrained openai --adapter adapter.safetensors \\
         --runtime tensorrt --precision fp16 --max-batch 64 --out build/b16
 
+    python tools/build_engine.py --model ViT-B-16 --pretrained openai --adapter adapter.safetensors \\
+        --runtime onnxruntime --precision int8 --calibration photos/ --out build/b16-int8
     python tools/build_engine.py --add-plan --runtime tensorrt --out build/b16      # for this GPU, beside those there
 
 The demo takes its shipped adapter. With --first-adapted-block in the place of --adapter a random adapter is fused, to
@@ -23,8 +25,11 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.offline.adapter import Adapter
+from iosr_fast.offline.calibration import calibration_pictures
 from iosr_fast.offline.clip import load_clip
-from iosr_fast.offline.export import CHECKED_PICTURES, add_plan, random_adapter, write_engine
+from iosr_fast.offline.engine_precision import QUANTISED
+from iosr_fast.offline.export import add_plan, random_adapter, write_engine
+from iosr_fast.offline.export_check import CHECKED_PICTURES
 from iosr_fast.offline.pretrained import choose_adapter
 from iosr_fast.runtimes.plans import told
 
@@ -75,8 +80,13 @@ def main(
     first_adapted_block: int | None = typer.Option(
         None, help="fuse a random adapter from this block on, to measure speed"
     ),
-    runtime: str = typer.Option("auto", help="auto, onnxruntime, tensorrt, tensorrt_rtx or torch"),
-    precision: str = typer.Option("fp32", help="fp32 or fp16"),
+    runtime: str = typer.Option("auto", help="auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch"),
+    precision: str = typer.Option(
+        "fp32", help="fp32, fp16 (GPUs), bf16 (openvino), int8 (all but torch) or fp8 (tensorrt, tensorrt_rtx)"
+    ),
+    calibration: Path | None = typer.Option(
+        None, help="int8, fp8: a folder of pictures like those to come [demo: its generic ones]"
+    ),
     max_batch: int = typer.Option(32, help="the largest batch of one run; larger ones are split"),
     add: bool = typer.Option(
         False, "--add-plan", help="add a plan for --runtime and this machine to the engine at --out, and change no more"
@@ -86,6 +96,8 @@ def main(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     if adapter not in (None, "none") and first_adapted_block is not None:
         raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
+    if calibration is not None and precision not in QUANTISED:
+        raise typer.BadParameter(f"--calibration is for {' and '.join(QUANTISED)}, got --precision {precision}")
     if add and (adapter or pretrained or first_adapted_block is not None):
         raise typer.BadParameter("--add-plan compiles the engine at --out as it is; leave model and adapter out")
     try:
@@ -97,7 +109,9 @@ def main(
             fused: Adapter | None = random_adapter(clip, first_adapted_block)
         else:
             fused = choose_adapter(clip, None if adapter == "none" else adapter or "auto")
-        manifest = write_engine(clip, fused, out, runtime, precision, max_batch, real_pictures(clip.image_size))
+        pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
+        real = real_pictures(clip.image_size)
+        manifest = write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures)
     except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

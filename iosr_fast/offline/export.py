@@ -1,18 +1,21 @@
-"""From a CLIP and an adapter to an engine folder: fuse, export, check against PyTorch, compile, write the manifest."""
+"""From a CLIP and an adapter to an engine folder: fuse, export, quantise, check against PyTorch, compile, write the
+manifest."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import platform
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +23,15 @@ import torch
 from iosr_fast._require import require
 from iosr_fast.files import new_folder, read_manifest, write_manifest
 from iosr_fast.info import cpu_model, package_version
-from iosr_fast.offline.dual_encoder import DualEncoder, Precision, build_dual_encoder
-from iosr_fast.runtimes import choose_runtime
+from iosr_fast.offline.dual_encoder import DualEncoder, build_dual_encoder
+from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
+from iosr_fast.offline.export_check import check, pictures_of, two_passes
+from iosr_fast.offline.onnx_files import save_onnx
 from iosr_fast.runtimes.batched import BatchedEncoder
 from iosr_fast.runtimes.engine import refusal
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.runtimes.torch import TorchEncoder
@@ -37,20 +43,15 @@ if TYPE_CHECKING:
 EXPORT_VERSION = 1  # goes up when the same weights give other embeddings than before
 OPSET = 20  # the first with Gelu as one operator
 LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, less some room for the graph
-FP32_MAX_ERROR = 1e-4
-FP16_MIN_COSINE = 0.999
-CHECKED_PICTURES = 8
 
 
 def export_onnx(encoder: DualEncoder, path: Path) -> None:
-    """Write `encoder` as one ONNX file, opset 20: "pixels" uint8 (batch, S, S, 3) -> "plain" and "adapted" (batch, D)
-    fp32.
+    """Write `encoder` as ONNX, opset 20: "pixels" uint8 (batch, S, S, 3) -> "plain" and "adapted" (batch, D) fp32.
 
-    The batch is dynamic and weights are in the file, in the encoder's precision. Raises ValueError where they take 2 GB
-    or more, RuntimeError where the exported graph has a fixed batch.
+    The batch is dynamic; weights are in a second file beside it (save_onnx), in the encoder's precision. Raises
+    ValueError where they take 2 GB or more, RuntimeError where the exported graph has a fixed batch.
     """
     require("onnxscript", "train")
-    onnx = require("onnx", "train")
     size = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
     if size > LARGEST_FILE:
         raise ValueError(
@@ -77,7 +78,7 @@ def export_onnx(encoder: DualEncoder, path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise RuntimeError(f"{value.name} was exported with a fixed batch; expected a dynamic one")
-    onnx.save(model, str(path))
+    save_onnx(model, path)
 
 
 @contextlib.contextmanager
@@ -96,9 +97,14 @@ def quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def engine_fingerprint(clip: LoadedClip, adapter: Adapter | None, precision: str) -> str:
-    """SHA-256 over CLIP, adapter, precision and export version: the same for every runtime, so one cache fits all."""
-    parts = (clip.fingerprint, "" if adapter is None else adapter.fingerprint(), precision, str(EXPORT_VERSION))
+def engine_fingerprint(
+    clip: LoadedClip, adapter: Adapter | None, precision: str, quantised: dict[str, Any] | None = None
+) -> str:
+    """SHA-256 over CLIP, adapter, precision and export version, and how it was quantised: the same for every runtime
+    that computes the same embeddings, so one cache fits all of them."""
+    parts = [clip.fingerprint, "" if adapter is None else adapter.fingerprint(), precision, str(EXPORT_VERSION)]
+    if quantised is not None:
+        parts.append(json.dumps(quantised, sort_keys=True))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -122,22 +128,27 @@ def write_engine(
     precision: str = "fp32",
     max_batch: int = 32,
     real_images: np.ndarray | None = None,
+    calibration: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Build an engine folder and return its manifest.
 
-    onnxruntime: encoder.onnx. torch: encoder.safetensors. tensorrt, tensorrt_rtx: a plan in plans/, named after its
-    runtime, GPU and version, and encoder.onnx, so that the engine also opens where no GPU or another one is (`add_plan`
-    adds further plans). Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3) where given, are
-    compared with the two literal passes in fp32 PyTorch first. `out` appears complete or not at all.
+    onnxruntime, openvino: encoder.onnx and encoder.weights. torch: encoder.safetensors. tensorrt, tensorrt_rtx: a plan
+    in plans/, named after its runtime, GPU and version, and encoder.onnx, so that the engine also opens where no GPU or
+    another one is (`add_plan` adds further plans). "int8" and "fp8" are quantised (quantize.quantize_onnx) with ranges
+    measured on `calibration` pictures, uint8 (N, S, S, 3), which should look like those to come. Embeddings of random
+    pictures, and of `real_images` uint8 (N, S, S, 3) where given, are compared with the two literal passes in fp32
+    PyTorch first. `out` appears complete or not at all.
 
-    Raises ValueError for an encoder that can't be fused or exported, ArithmeticError where an embedding is off by more
-    than 1e-4 (fp32) or its cosine is below 0.999 (fp16), RuntimeError with TensorRT's own words.
+    Raises ValueError for an encoder that can't be fused or exported, for a precision that the runtime doesn't compute
+    in and for missing calibration pictures, ArithmeticError where an embedding is off by more than 1e-4 (fp32) or its
+    cosine is below 0.999 (fp16, bf16) or 0.99 (int8, fp8), RuntimeError with TensorRT's own words.
     """
     if max_batch < 1:
         raise ValueError(f"expected max_batch >= 1, got {max_batch}")
     started = time.perf_counter()
-    runtime = choose_runtime(runtime)
-    encoder = build_dual_encoder(clip, adapter, cast(Precision, precision))
+    runtime = choose_builder(runtime, precision)
+    quantised = quantised_by(clip, runtime, precision, calibration)
+    encoder = build_dual_encoder(clip, adapter, graph_precision(precision, runtime))
     facts: dict[str, Any] = {
         "model": clip.name,
         "image_size": clip.image_size,
@@ -154,7 +165,7 @@ def write_engine(
         "runtime": runtime,
         "precision": precision,
         "max_batch": max_batch,
-        "fingerprint": engine_fingerprint(clip, adapter, precision),
+        "fingerprint": engine_fingerprint(clip, adapter, precision, quantised),
         "export_version": EXPORT_VERSION,
         "opset": None if runtime == "torch" else OPSET,
         "dual_encoder": encoder.config,
@@ -165,23 +176,46 @@ def write_engine(
     }
     if runtime in EXTRAS:
         _ = target(runtime).file  # refuses where no plan can be built, before any work
-    pictures = _pictures(clip.image_size, real_images)
-    truth = {kind: _two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
+    pictures = pictures_of(clip.image_size, real_images, noise=precision not in QUANTISED)
+    truth = {kind: two_passes(clip, adapter, given) for kind, given in pictures.items()}
     with new_folder(out) as folder:
         if runtime == "torch":
             from safetensors.torch import save_file
 
             save_file(encoder.state_dict(), folder / TORCH_FILE)
-            facts["check"][runtime] = _check(TorchEncoder(folder, facts), pictures, truth, precision)
+            facts["check"][runtime] = check(TorchEncoder(folder, facts), pictures, truth, precision)
         else:
-            export_onnx(encoder, folder / ONNX_FILE)
-            if runtime == "onnxruntime" or not torch.cuda.is_available() or package_version("onnxruntime"):
-                facts["check"]["onnxruntime"] = _check(OnnxRuntimeEncoder(folder, facts), pictures, truth, precision)
-            if runtime != "onnxruntime":
+            if quantised is None:
+                export_onnx(encoder, folder / ONNX_FILE)
+            else:
+                assert calibration is not None
+                made_of = _export_quantised(encoder, folder, calibration, QUANTISED[precision], quantised["scheme"])
+                facts["quantised"] = quantised | made_of
+            if runtime == "openvino":
+                facts["check"][runtime] = check(OpenVINOEncoder(folder, facts), pictures, truth, precision)
+            elif runtime == "onnxruntime" or not torch.cuda.is_available() or package_version("onnxruntime"):
+                facts["check"]["onnxruntime"] = check(OnnxRuntimeEncoder(folder, facts), pictures, truth, precision)
+            if runtime in EXTRAS:
                 made = _write_plan(folder, facts, runtime)
-                facts["check"][runtime] = None if made is None else _check(made, pictures, truth, precision)
+                facts["check"][runtime] = None if made is None else check(made, pictures, truth, precision)
         facts["build_seconds"] = round(time.perf_counter() - started, 2)
         return write_manifest(folder, "engine", facts)
+
+
+def _export_quantised(
+    encoder: DualEncoder,
+    folder: Path,
+    calibration: np.ndarray,
+    kind: Literal["int8", "fp8"],
+    scheme: Literal["cpu", "tensorrt"],
+) -> dict[str, Any]:
+    """encoder.onnx with quantised products; returns what quantize_onnx says of it."""
+    from iosr_fast.offline.quantize import quantize_onnx
+
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / ONNX_FILE
+        export_onnx(encoder, source)
+        return quantize_onnx(source, folder / ONNX_FILE, calibration, kind, scheme)
 
 
 def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
@@ -204,10 +238,10 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
             shutil.copyfile(engine / name, folder / name)
         made, facts["check"][runtime] = _write_plan(folder, facts, runtime), None
         if made is not None:
-            pictures = _pictures(manifest["image_size"], None)
+            pictures = pictures_of(manifest["image_size"], None)
             expected = OnnxRuntimeEncoder(folder, facts).encode(pictures["random"])
             truth = {"random": {name: getattr(expected, name) for name in made.outputs}}
-            facts["check"][runtime] = _check(made, pictures, truth, facts["precision"])
+            facts["check"][runtime] = check(made, pictures, truth, facts["precision"])
         facts["versions"] |= {runtime: package_version(runtime)}
         return write_manifest(folder, "engine", facts)
 
@@ -220,52 +254,6 @@ def _write_plan(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEnc
     (folder / here.file).write_bytes(data)
     facts["plans"][here.file] = {**here.facts(), "precision": facts["precision"], **built}
     return TensorRTEncoder(folder, facts, runtime) if refusal(runtime) is None else None
-
-
-def _pictures(size: int, real_images: np.ndarray | None) -> dict[str, np.ndarray]:
-    """An odd number of random pictures, which no batch of the export has, and some of the real ones."""
-    pictures = {"random": np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)}
-    if real_images is not None:
-        chosen = np.unique(np.linspace(0, len(real_images) - 1, CHECKED_PICTURES).astype(int))
-        pictures["real"] = real_images[chosen]
-    return pictures
-
-
-@torch.inference_mode()
-def _two_passes(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The truth of the check: the public code's way, with nothing fused or folded, in fp32."""
-    from iosr_fast.offline.adapter import encode_adapted, encode_plain
-
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-    x = (torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255 - mean) / std
-    features = {"plain": encode_plain(clip, x)}
-    if adapter is not None:
-        features["adapted"] = encode_adapted(clip, adapter, x)
-    return {name: torch.nn.functional.normalize(value, dim=-1).numpy() for name, value in features.items()}
-
-
-def _check(
-    encoder: BatchedEncoder, pictures: dict[str, np.ndarray], truth: dict[str, dict[str, np.ndarray]], precision: str
-) -> dict[str, Any]:
-    """Largest error and smallest cosine of each kind of picture and embedding; ArithmeticError where one is too bad."""
-    made: dict[str, Any] = {}
-    for kind, pixels in pictures.items():
-        embeddings = encoder.encode(pixels)
-        made[kind] = {"pictures": len(pixels)}
-        for name, expected in truth[kind].items():
-            got = getattr(embeddings, name)
-            error = float(np.abs(got - expected).max())
-            norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-            cosine = float(((got * expected).sum(1) / norms).min())
-            made[kind][name] = {"max_abs_error": error, "min_cosine": cosine}
-            # Written so that a NaN is refused too.
-            if not (error <= FP32_MAX_ERROR if precision == "fp32" else cosine >= FP16_MIN_COSINE):
-                allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {FP16_MIN_COSINE}"
-                raise ArithmeticError(
-                    f"{name} embeddings of {kind} pictures by {encoder.runtime} in {precision} are wrong: expected "
-                    f"{allowed}, got an error of {error:.2g} and a cosine of {cosine:.6f}; nothing was written"
-                )
-    return made
 
 
 def _versions(runtime: str) -> dict[str, str | None]:

@@ -51,9 +51,11 @@ def open_pretrained(
     engine: str | Path | None,
 ) -> Opened:
     """Load the CLIP, open its engine (building it once if none is given) and hold its text encoder."""
+    from iosr_fast.offline.calibration import calibration_pictures
+    from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, quantised_by
     from iosr_fast.offline.export import engine_fingerprint, write_engine
     from iosr_fast.offline.text import ClipText
-    from iosr_fast.runtimes import choose_runtime, open_engine
+    from iosr_fast.runtimes import open_engine
 
     clip = load_clip(model, pretrained)
     if engine is not None:
@@ -67,12 +69,14 @@ def open_pretrained(
         encoder = open_engine(folder, runtime)
     else:
         chosen = choose_adapter(clip, adapter)
-        runtime = choose_runtime(runtime)
-        fingerprint = engine_fingerprint(clip, chosen, precision)
+        runtime = choose_builder(runtime, precision)
+        calibration = calibration_pictures(clip) if precision in QUANTISED else None
+        quantised = quantised_by(clip, runtime, precision, calibration)
+        fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
         # Another schema is another folder: what an older version kept is left to it.
         folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}-v{SCHEMA}"
         if not _is_whole(folder):
-            write_engine(clip, chosen, folder, runtime, precision)
+            write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
         encoder = open_engine(folder, runtime, verify=False)
     return Opened(encoder, folder, ClipText(clip, cache_folder() / "text"), clip.logit_scale)
 

@@ -13,11 +13,12 @@ from iosr_fast.files import read_manifest
 from iosr_fast.runtimes import plans
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.runtimes.torch import TorchEncoder
 
-RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "torch")  # best first
+RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # best first
 NEEDED = {"model", "image_size", "width", "fingerprint", "runtime", "precision", "max_batch", "first_adapted_block"}
 NEEDED |= {"dual_encoder", "plans"}
 log = logging.getLogger(__name__)
@@ -33,10 +34,11 @@ def open_engine(
     """Open an engine folder of tools/build_engine.py.
 
     "auto" takes TensorRT or TensorRT-RTX where the engine has plans for it, its module is installed and PyTorch sees a
-    GPU, else ONNX Runtime, else PyTorch; what it chose, and why not the others, is logged. Where the plans are for
-    another GPU or version of the runtime, one is built from encoder.onnx, once, in the user's cache (plans.open_plan).
-    `verify` compares every file's SHA-256 with the manifest. `threads` is for ONNX Runtime and PyTorch on the CPU;
-    `buckets`, the batch sizes that are executed, for GPUs (None: powers of two).
+    GPU, else OpenVINO where the engine was built for it and it is installed, else ONNX Runtime, OpenVINO, PyTorch; what
+    it chose, and why not the others, is logged. Where the plans are for another GPU or version of the runtime, one is
+    built from encoder.onnx, once, in the user's cache (plans.open_plan). `verify` compares every file's SHA-256 with
+    the manifest. `threads` is for ONNX Runtime, OpenVINO and PyTorch on the CPU; `buckets`, the batch sizes that are
+    executed, for GPUs (None: powers of two).
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime the engine
     was not built for, RuntimeError where nothing here can execute it, ImportError for a missing package.
@@ -47,20 +49,27 @@ def open_engine(
         raise ValueError(f"the manifest in {folder} lacks {sorted(missing)}; build the engine again")
     if threads is not None and threads < 1:
         raise ValueError(f"expected threads >= 1, got {threads}")
-    runtime = choose_runtime(runtime, _runtimes_of(manifest))
+    runtime = choose_runtime(runtime, _runtimes_of(manifest), manifest["runtime"])
+    if runtime in ("onnxruntime", "openvino") and manifest["precision"] in ("fp16", "fp8"):
+        log.warning("an %s engine gains nothing on a CPU, which computes in fp32; build another", manifest["precision"])
+    if runtime == "openvino":
+        return OpenVINOEncoder(folder, manifest, threads)
     if runtime == "onnxruntime":
-        if manifest["precision"] == "fp16":
-            log.warning("an fp16 engine gains nothing on a CPU, where ONNX Runtime computes in fp32; build it in fp32")
+        if manifest["precision"] == "bf16":
+            log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
         return OnnxRuntimeEncoder(folder, manifest, threads)
     if runtime == "torch":
         return TorchEncoder(folder, manifest, threads, buckets=buckets)
     return TensorRTEncoder(folder, manifest, runtime, buckets)
 
 
-def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = None) -> str:
+def choose_runtime(
+    runtime: str = "auto", built_for: Collection[str] | None = None, preferred: str | None = None
+) -> str:
     """A runtime's name for "auto", the same name for any other.
 
-    `built_for`: what an engine has files for; None where it is still to be built. Raises ValueError for an unknown name
+    `built_for`: what an engine has files for; None where it is still to be built. `preferred`: the runtime of a CPU
+    that "auto" takes before the others. Raises ValueError for an unknown name
     and for one that is not in `built_for`, RuntimeError where "auto" finds none.
     """
     if runtime not in ("auto", *RUNTIMES):
@@ -73,7 +82,7 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
             )
         return runtime
     refusals: dict[str, str] = {}
-    for name in RUNTIMES:
+    for name in sorted(RUNTIMES, key=lambda name: (name not in EXTRAS, name != preferred)):
         reason = (
             "this engine was not built for it" if built_for is not None and name not in built_for else refusal(name)
         )
@@ -85,14 +94,14 @@ def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = No
 
 
 def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
-    by_file = {ONNX_FILE: "onnxruntime", TORCH_FILE: "torch"}
-    held = {name for file, name in by_file.items() if file in manifest["files"]}
+    by_file = {ONNX_FILE: ("onnxruntime", "openvino"), TORCH_FILE: ("torch",)}
+    held = {name for file, names in by_file.items() if file in manifest["files"] for name in names}
     return held | {facts["runtime"] for facts in manifest["plans"].values()}
 
 
 def refusal(runtime: str) -> str | None:
     """Why this runtime can't be used here, or None."""
-    extra = EXTRAS.get(runtime, {"onnxruntime": "cpu", "torch": "train"}.get(runtime))
+    extra = EXTRAS.get(runtime, {"onnxruntime": "cpu", "openvino": "openvino", "torch": "train"}.get(runtime))
     if find_spec(runtime) is None:
         return f"{runtime} is not installed (pip install 'iosr_fast[{extra}]')"
     if runtime not in EXTRAS:

@@ -10,7 +10,9 @@ import numpy as np
 from iosr_fast._require import require
 from iosr_fast.runtimes.batched import BatchedEncoder
 
+WEIGHTS_SUFFIX = ".weights"
 FILE = "encoder.onnx"
+WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"  # beside it and mapped into memory; engines of earlier versions have all in one
 
 
 class OnnxRuntimeEncoder(BatchedEncoder):

@@ -6,6 +6,8 @@ TensorRT-RTX supports). An engine may hold several; a machine that none of them 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import shutil
@@ -18,6 +20,7 @@ from typing import Any
 from iosr_fast.cache_folder import cache_folder
 from iosr_fast.files import new_folder, read_manifest, recover, sha256, write_manifest
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
+from iosr_fast.runtimes.onnxruntime import WEIGHTS
 
 FOLDER = "plans"
 PORTABLE = ("tensorrt_rtx",)  # its plans are compiled to the end by the GPU's own machine
@@ -89,9 +92,9 @@ class Target:
             "compute_capability": capability,
         }
 
-    def kept(self, max_batch: int, onnx_sha256: str) -> Path:
-        """The folder in the cache of a plan for batches of up to `max_batch`, built from this ONNX file."""
-        return cache_folder() / FOLDER / f"{self._slug(self.built_for)}-b{max_batch}-{onnx_sha256[:32]}"
+    def kept(self, max_batch: int, source_sha256: str) -> Path:
+        """The folder in the cache of a plan for batches of up to `max_batch`, built from this graph and weights."""
+        return cache_folder() / FOLDER / f"{self._slug(self.built_for)}-b{max_batch}-{source_sha256[:32]}"
 
     def _slug(self, gpu: Gpu | None) -> str:
         name = "any" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
@@ -132,20 +135,22 @@ def open_plan(folder: Path, manifest: Mapping[str, Any], target: Target, build: 
     advice += "runtime='onnxruntime'"
     if ONNX_FILE not in manifest["files"]:
         raise RuntimeError(f"{misfit}; and {folder} has no {ONNX_FILE} to build a plan from: {advice}")
-    expected = manifest["files"][ONNX_FILE]["sha256"]
-    kept = target.kept(manifest["max_batch"], expected)
+    expected = {name: manifest["files"][name]["sha256"] for name in (ONNX_FILE, WEIGHTS) if name in manifest["files"]}
+    source = hashlib.sha256(json.dumps(expected).encode()).hexdigest()
+    kept = target.kept(manifest["max_batch"], source)
     found = _read_kept(kept)
     if found is not None:
         log.info("%s: taking the plan that was built from %s, %s", misfit, ONNX_FILE, kept)
         return found
     log.warning("%s: building again from %s, once, kept in %s", misfit, ONNX_FILE, kept)
-    if sha256(folder / ONNX_FILE) != expected:
-        raise ValueError(f"{ONNX_FILE} in {folder} does not match its manifest: it is damaged or was changed")
+    for name, digest in expected.items():
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} in {folder} does not match its manifest: it is damaged or was changed")
     try:
         data, built = build(folder / ONNX_FILE)
     except RuntimeError as error:
         raise RuntimeError(f"{misfit}; building again from {ONNX_FILE} failed: {error}; {advice}") from error
-    return _keep(kept, data, {**target.facts(), **built, "onnx_sha256": expected})
+    return _keep(kept, data, {**target.facts(), **built, "source_sha256": source})
 
 
 def _read_kept(kept: Path) -> Plan | None:

@@ -15,6 +15,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.files import MANIFEST, new_folder, read_manifest, sha256, write_manifest
 from iosr_fast.labels import some
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
+from iosr_fast.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.scoring import ScoringPlan, score
 from iosr_fast.triton_export import configs
 from iosr_fast.triton_export.configs import Served
@@ -104,7 +105,10 @@ def _write_models(
 ) -> None:
     (_model(folder, configs.preprocess_config(served)) / ONNX).write_bytes(preprocess_model(served.image_size))
     (_model(folder, configs.scoring_config(served)) / ONNX).write_bytes(scoring)
-    copies = {engine / ONNX_FILE: _model(folder, configs.encoder_config(served)) / ONNX}
+    encoder = _model(folder, configs.encoder_config(served))
+    copies = {engine / ONNX_FILE: encoder / ONNX}
+    if WEIGHTS in facts["files"]:
+        copies[engine / WEIGHTS] = encoder / WEIGHTS  # the graph knows it by this name
     if served.plans:
         compiled = _model(folder, configs.plan_config(served))
         copies |= {plan.path: compiled / plan.path.name for plan in served.plans}

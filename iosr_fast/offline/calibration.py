@@ -1,0 +1,46 @@
+"""The pictures on which ranges of activations are measured before an encoder is quantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iosr_fast.preprocess import IMAGE_SUFFIXES, to_pixels
+
+if TYPE_CHECKING:
+    from iosr_fast.offline.clip import LoadedClip
+
+PICTURES = 256
+
+
+def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, count: int = PICTURES) -> np.ndarray:
+    """At most `count` pictures, evenly out of `folder` (with its sub-folders), as uint8 (N, S, S, 3).
+
+    Without a folder the demo's CLIP takes generic pictures of its own, none of a concept that it is tested on.
+
+    Raises ValueError for another CLIP without a folder and for a folder without pictures, FileNotFoundError where the
+    folder is missing.
+    """
+    if folder is None:
+        if clip.name != "demo":
+            raise ValueError(
+                f"expected calibration pictures to quantise {clip.name}, got none; give a folder of some hundred that "
+                "look like those to come (tools/build_engine.py --calibration DIR)"
+            )
+        from iosr_fast.demo.pictures import load_pictures
+
+        return _evenly(load_pictures("generic").images, count)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder of calibration pictures, found no folder {folder}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} has no pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return to_pixels(_evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)
+
+
+def _evenly(items: np.ndarray, count: int) -> np.ndarray:
+    chosen: np.ndarray = items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))]
+    return chosen

@@ -1,0 +1,49 @@
+"""OpenVINO on the CPU: the same encoder.onnx, in bf16 too where the processor has it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast._require import require
+from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.runtimes.onnxruntime import FILE
+
+log = logging.getLogger(__name__)
+
+
+class OpenVINOEncoder(BatchedEncoder):
+    """Executes encoder.onnx; `threads` of one stream (None: one a core). Safe to share: callers take turns.
+
+    An engine of precision "bf16" has weights in fp32, and OpenVINO computes products in bf16 where the processor can
+    (AVX512_BF16 or AMX), else in fp32, with a warning. For any other engine bf16 is switched off, which OpenVINO would
+    take by itself.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+        super().__init__(manifest, "openvino")
+        openvino = require("openvino", "openvino")
+        core = openvino.Core()
+        bf16 = manifest["precision"] == "bf16"
+        if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            log.warning("this processor has no bf16 instructions: the engine in %s is computed in fp32", folder)
+            bf16 = False
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        try:
+            self._compiled = core.compile_model(str(folder / FILE), "CPU", options)
+        except RuntimeError as error:
+            raise RuntimeError(f"OpenVINO can't load {FILE} in {folder}: {error}; build the engine again") from error
+        self.computes_in = "bf16" if bf16 else "fp32"
+        self._request = self._compiled.create_infer_request()
+        self._lock = threading.Lock()
+
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+        with self._lock:
+            found = self._request.infer({"pixels": pixels})
+            return tuple(np.array(found[name]) for name in self.outputs)  # the request's own memory is written again
