@@ -17,7 +17,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.cache_folder import cache_folder  # noqa: E402
 from iosr_fast.files import SCHEMA, new_folder, read_manifest, write_manifest  # noqa: E402
 from iosr_fast.offline import pretrained  # noqa: E402
-from iosr_fast.offline.export import add_plan, random_adapter, write_engine  # noqa: E402
+from iosr_fast.offline.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
 from iosr_fast.runtimes import engine, open_engine, plans  # noqa: E402
 from iosr_fast.runtimes.plans import Gpu, Target, open_plan  # noqa: E402
 from iosr_fast.runtimes.tensorrt import target  # noqa: E402
@@ -267,7 +267,7 @@ def test_the_cached_engine_is_built_again_where_it_is_damaged_or_of_another_sche
     assert engine_folder() == folder and "damaged and built again: encoder.safetensors" in caplog.text
     (folder / "manifest.json").unlink()
     assert engine_folder() == folder and caplog.text.count("damaged and built again") == 2
-    older = folder.with_name(folder.name.removesuffix(f"-v{SCHEMA}") + "-v1")
+    older = folder.with_name(folder.name.removesuffix(f"-v{SCHEMA}.{LAYOUT}") + "-v1")
     rewrite_manifest(folder, schema=1)
     folder.rename(older)
     assert engine_folder() == folder and older.exists() and caplog.text.count("damaged and built again") == 2

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from iosr_fast.offline.clip import LoadedClip
 
 EXPORT_VERSION = 1  # goes up when the same weights give other embeddings than before
+LAYOUT = 2  # goes up when the same embeddings come from other files than before
 OPSET = 20  # the first with Gelu as one operator
 LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, less some room for the graph
 

@@ -53,7 +53,7 @@ def open_pretrained(
     """Load the CLIP, open its engine (building it once if none is given) and hold its text encoder."""
     from iosr_fast.offline.calibration import calibration_pictures
     from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, quantised_by
-    from iosr_fast.offline.export import engine_fingerprint, write_engine
+    from iosr_fast.offline.export import LAYOUT, engine_fingerprint, write_engine
     from iosr_fast.offline.text import ClipText
     from iosr_fast.runtimes import open_engine
 
@@ -73,8 +73,8 @@ def open_pretrained(
         calibration = calibration_pictures(clip) if precision in QUANTISED else None
         quantised = quantised_by(clip, runtime, precision, calibration)
         fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
-        # Another schema is another folder: what an older version kept is left to it.
-        folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}-v{SCHEMA}"
+        # Another schema or layout is another folder: what an older version kept is left to it.
+        folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}-v{SCHEMA}.{LAYOUT}"
         if not _is_whole(folder):
             write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
         encoder = open_engine(folder, runtime, verify=False)
