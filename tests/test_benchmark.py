@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -60,11 +61,45 @@ def test_rows_hold_medians_ratios_and_the_share_of_the_ceiling(tmp_path: Path) -
     assert (ours["share_of_ceiling"], rival["share_of_ceiling"]) == (0.5, 0.125)
     assert (ours["threads"], rival["threads"]) == (1, 2)
     assert ours["versions"]["numpy"] == np.__version__
-    fields = {"bench", "case", "impl", "runtime_ms", "runtime_ms_spread", "ratios", "share_of_ceiling"}
-    assert set(ours) == fields | {"device", "precision", "threads", "versions", "commit"}
+    fields = {"bench", "case", "impl", "runtime_ms", "runtime_ms_spread", "repeats", "ratios", "share_of_ceiling"}
+    fields |= {"rate", "rate_unit", "ceiling", "device", "precision", "threads", "versions", "commit"}
+    assert set(ours) == fields and ours["repeats"] == 3
+    assert (ours["rate"], rival["rate"], ours["rate_unit"], ours["ceiling"]) == (1.0, 0.25, "GFLOP/s", 2.0)
     harness.write_json(tmp_path / "rows.json", made)
     assert json.loads((tmp_path / "rows.json").read_text()) == made
-    assert harness.rows("score", "q1", times, rivals=[], threads=1)[0]["share_of_ceiling"] is None
+    bare = harness.rows("score", "q1", times, rivals=["never timed"], threads=1)[0]
+    assert bare["ratios"] == {} and {bare[name] for name in ("rate", "rate_unit", "ceiling", "share_of_ceiling")} == {
+        None
+    }
+
+
+def test_rates_of_other_work_and_fields_of_one_implementation(tmp_path: Path) -> None:
+    made = harness.rows(
+        "pipeline",
+        "p",
+        {"ours": [500.0], "alone": [400.0]},
+        rivals=["alone"],
+        threads=1,
+        rates={"ours": 100.0},
+        rate_unit="images/s",
+        ceiling={"ours": 125.0},
+        extra={"ours": {"images": 50, "checks": {"pixels": 0.5}}},
+    )
+    ours, alone = made
+    assert (ours["rate"], ours["rate_unit"], ours["ceiling"], ours["share_of_ceiling"]) == (100, "images/s", 125, 0.8)
+    assert ours["images"] == 50 and "images" not in alone and alone["rate"] is None
+    harness.write_csv(tmp_path / "rows.csv", made)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["impl"], first["rate"], first["images"], second["images"]) == ("ours", "100.0", "50", "")
+    assert (first["ratios.alone"], first["checks.pixels"], first["runtime_ms_spread.1"]) == ("0.8", "0.5", "500.0")
+    assert first["versions.numpy"] == np.__version__
+
+
+def test_ceilings_are_rates_that_a_machine_can_have() -> None:
+    pytest.importorskip("torch")
+    assert 1e8 < harness.memory_bandwidth(1, megabytes=16, repeats=1) < 1e13
+    assert 1e8 < harness.gemm_ceiling_flops(1, size=256, repeats=1) < 1e15
 
 
 def test_the_table_names_each_case_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,3 +235,30 @@ def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, 
     embeddings = Embeddings(np.resize(keys, (batch, width)))
     extra = harness.extra_memory_mb(lambda: score(plan, embeddings, "cpp"))
     assert extra is not None and extra - 8 * batch / 1e6 < 64
+
+
+def test_all_goes_on_after_a_bench_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from tools import benchmark
+
+    ran: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable and not check
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, int(command[2] == "score"))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    out = tmp_path / "new" / "rows"
+    done = CliRunner().invoke(benchmark.app, ["all", "--out", str(out)])
+    assert done.exit_code == 1 and done.stderr.splitlines()[-1] == "failed: score"
+    assert tuple(command[0] for command in ran) == benchmark.BENCHES
+    commands = {command.name or command.callback.__name__ for command in benchmark.app.registered_commands}
+    assert commands - {"run_all", "all"} == set(benchmark.BENCHES)
+    assert ran[0][1:] == ["--json", str(out / "cpu-encoder.json"), "--csv", str(out / "cpu-encoder.csv")]
+    ran.clear()
+    done = CliRunner().invoke(benchmark.app, ["all", "--out", str(out), "--only", "cold-start"])
+    assert done.exit_code == 0 and [command[0] for command in ran] == ["cold-start"]
+    done = CliRunner().invoke(benchmark.app, ["all", "--out", str(out), "--only", "gpu"])
+    assert done.exit_code == 2 and len(ran) == 1

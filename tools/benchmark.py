@@ -1,8 +1,12 @@
-"""Verify, then time, then compare with rivals and with the machine's GEMM rate."""
+"""Verify, then time, then compare with rivals and with what the machine can do at best.
+
+python tools/benchmark.py all --out benchmarks/results     # then python tools/report.py
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +21,27 @@ use_source_tree()
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
+# What `all` runs, in this order; a bench a process, so that none inherits another's threads and memory.
+BENCHES = (
+    "encoder",
+    "precision",
+    "pipeline",
+    "classifier",
+    "cold-start",
+    "score",
+    "scaling",
+    "search",
+    "train",
+    "updates",
+)
+
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here, as JSON.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows here, as CSV.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch; all that may be used where left out.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implementation, interleaved.")]
+Models = Annotated[list[str] | None, typer.Option("--model", help="An open_clip ViT, or demo. Repeatable.")]
 
 
 def limit_blas(threads: int | None) -> None:
@@ -35,17 +55,20 @@ def limit_blas(threads: int | None) -> None:
     os.environ["IOSR_FAST_THREADS"] = str(threads)
 
 
-def report(made: list[dict[str, Any]], json_path: Path | None) -> None:
+def report(made: list[dict[str, Any]], json_path: Path | None, csv_path: Path | None) -> None:
     from tools.bench import harness
 
     harness.print_rows(made)
     if json_path is not None:
         harness.write_json(json_path, made)
+    if csv_path is not None:
+        harness.write_csv(csv_path, made)
 
 
 @app.command()
 def score(
     json_path: Json = None,
+    csv_path: Csv = None,
     cases: Annotated[
         list[str] | None,
         typer.Option(help="Like q256-k16000-d512-c1000: queries, keys, channels, classes. Repeatable."),
@@ -58,31 +81,93 @@ def score(
     limit_blas(threads)
     from tools.bench import score as bench
 
-    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats, device=device), json_path)
+    made = bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats, device=device)
+    report(made, json_path, csv_path)
 
 
 @app.command()
 def encoder(
     json_path: Json = None,
-    model: Annotated[str, typer.Option(help="An open_clip ViT.")] = "ViT-B-16",
-    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 8,
-    first_adapted_block: Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")] = 8,
+    csv_path: Csv = None,
+    models: Models = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images a call; 8, and 64 for the demo.")] = None,
+    first_adapted_block: Annotated[
+        list[int] | None, typer.Option(min=0, help="Of ours: the first block that holds an adapter. Repeatable.")
+    ] = None,
     threads: Threads = None,
-    repeats: Repeats = 7,
+    repeats: Repeats = 5,
 ) -> None:
-    """Both embeddings of a batch: fused in one pass, and in two passes as the papers' code takes them."""
+    """Both embeddings of a batch: fused in one pass, and in two passes by all that compiles them."""
     limit_blas(threads)
     from tools.bench import encoder as bench
 
-    made = bench.run(
-        model=model, batch=batch, first_adapted_block=first_adapted_block, threads=threads, repeats=repeats
-    )
-    report(made, json_path)
+    made = []
+    for model in models or ["ViT-B-16", "ViT-B-32", "demo"]:
+        size = batch or (64 if model == "demo" else 8)
+        made += bench.run(model, size, first_adapted_block, threads=threads, repeats=repeats)
+    report(made, json_path, csv_path)
+
+
+@app.command()
+def precision(
+    json_path: Json = None, csv_path: Csv = None, models: Models = None, threads: Threads = None, repeats: Repeats = 7
+) -> None:
+    """The encoder in fewer bits: its speed, how far its embeddings are from fp32's, the demo's accuracy."""
+    limit_blas(threads)
+    from tools.bench import precision as bench
+
+    made = bench.run(tuple(models or ("demo", "ViT-B-16")), threads=threads, repeats=repeats)
+    report(made, json_path, csv_path)
+
+
+@app.command()
+def pipeline(
+    json_path: Json = None,
+    csv_path: Csv = None,
+    model: Annotated[str, typer.Option(help="An open_clip ViT, or demo.")] = "ViT-B-32",
+    pictures: Annotated[int, typer.Option(min=1, help="JPEG files.")] = 500,
+    first_adapted_block: Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")] = 8,
+    threads: Threads = None,
+    repeats: Repeats = 3,
+) -> None:
+    """JPEG files to labels: predict_folder, the encoder alone, and the script that anyone would write."""
+    limit_blas(threads)
+    from tools.bench import pipeline as bench
+
+    made = bench.run(model, pictures, first_adapted_block, threads=threads, repeats=repeats)
+    report(made, json_path, csv_path)
+
+
+@app.command()
+def classifier(json_path: Json = None, csv_path: Csv = None, threads: Threads = None, repeats: Repeats = 7) -> None:
+    """The demo's classifier, pictures to labels, one at a time and in batches, against two passes."""
+    limit_blas(threads)
+    from tools.bench import classifier as bench
+
+    report(bench.run(threads=threads, repeats=repeats), json_path, csv_path)
+
+
+@app.command("cold-start")
+def cold_start(json_path: Json = None, csv_path: Csv = None, models: Models = None, repeats: Repeats = 5) -> None:
+    """From nothing to the first label, in a new process each time."""
+    from tools.bench import cold_start as bench
+
+    report(bench.run(tuple(models or ("demo", "ViT-B-16")), repeats=repeats), json_path, csv_path)
+
+
+@app.command()
+def scaling(json_path: Json = None, csv_path: Csv = None, threads: Threads = None, repeats: Repeats = 5) -> None:
+    """How time grows with batches, classes, keys and queries."""
+    limit_blas(threads)
+    from tools.bench import scaling as bench
+
+    report(bench.run(threads=threads, repeats=repeats), json_path, csv_path)
 
 
 @app.command()
 def search(
     json_path: Json = None,
+    csv_path: Csv = None,
     cases: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,12 +182,13 @@ def search(
     limit_blas(threads)
     from tools.bench import search as bench
 
-    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path)
+    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path, csv_path)
 
 
 @app.command()
 def train(
     json_path: Json = None,
+    csv_path: Csv = None,
     model: Annotated[str, typer.Option(help="An open_clip ViT, or demo.")] = "ViT-B-16",
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,
     first_adapted_block: Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")] = 8,
@@ -114,12 +200,13 @@ def train(
     limit_blas(threads)
     from tools.bench import train as bench
 
-    report(bench.run(model, batch, first_adapted_block, pictures, threads, repeats), json_path)
+    report(bench.run(model, batch, first_adapted_block, pictures, threads, repeats), json_path, csv_path)
 
 
 @app.command()
 def updates(
     json_path: Json = None,
+    csv_path: Csv = None,
     cases: Annotated[
         list[str] | None,
         typer.Option(help="Like tip-adapter++-k100000-c100-d512: method, keys, classes, channels. Repeatable."),
@@ -131,7 +218,27 @@ def updates(
     limit_blas(threads)
     from tools.bench import updates as bench
 
-    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path)
+    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path, csv_path)
+
+
+@app.command("all")
+def run_all(
+    out: Annotated[Path, typer.Option(help="The folder for cpu-BENCH.json and cpu-BENCH.csv.")],
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(BENCHES)}. Repeatable.")] = None,
+) -> None:
+    """Every bench in a process of its own. One that fails leaves its old rows alone, and the others run."""
+    if unknown := sorted(set(only or ()) - set(BENCHES)):
+        raise typer.BadParameter(f"expected --only of {', '.join(BENCHES)}, got {', '.join(unknown)}")
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in [bench for bench in BENCHES if not only or bench in only]:
+        typer.echo(f"== {name}", err=True)
+        files = ("--json", str(out / f"cpu-{name}.json"), "--csv", str(out / f"cpu-{name}.csv"))
+        if subprocess.run([sys.executable, str(Path(__file__).resolve()), name, *files], check=False).returncode:
+            failed.append(name)
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -1,65 +1,43 @@
-"""Both embeddings of a batch: fused in one pass, against the two passes of the papers' code.
+"""Both embeddings of a batch: fused in one pass, against every way that takes two, all in one run.
 
-    onnxruntime     the dual encoder, fused
-    two-pass        the plain and the adapted encoder exported each for itself, in the same ONNX Runtime
-    eager-two-pass  the public way in PyTorch: open_clip's own forward, then the forward with the adapter
-    one-pass        the plain encoder alone: what no adapted embedding at all costs
+    onnxruntime-sN, openvino-sN    ours: the dual encoder with adapters from block N on, the same file in two runtimes
+    encoder_rivals                 what it is measured against; "-sN" of a rival is where its adapters begin
 
 Weights are random: they change no speed. Everything is checked against the eager two passes before it is timed.
+
+Rivals take two passes at the first and at one late first adapted block only: of twelve blocks an adapter less changes
+two passes by less than a hundredth. Other rows are compared with those of the nearest block. ratios has
+
+    eager-two-pass           the public way's time over this row's
+    best-compiled-two-pass   the fastest of the compiled two passes
+    best-compiled-one-pass   the fastest compiled plain pass: 1 / this is what both embeddings cost in plain passes
 """
 
 from __future__ import annotations
 
+import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from iosr_fast.info import usable_threads
-from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain
+from iosr_fast.offline.adapter import Adapter
 from iosr_fast.offline.clip import LoadedClip, load_clip
-from iosr_fast.offline.dual_encoder import DualEncoder, DualEncoderConfig, build_dual_encoder
-from iosr_fast.offline.export import export_onnx, quiet_exporter, random_adapter
+from iosr_fast.offline.dual_encoder import DualEncoderConfig, build_dual_encoder
+from iosr_fast.offline.export import random_adapter
+from tools.bench import encoder_rivals as rivals
 from tools.bench import harness
+from tools.bench.encoder_rivals import Embed
 
-RIVALS = ("two-pass", "eager-two-pass", "one-pass")
 TOLERANCE = 1e-4
-Embed = Callable[[], tuple[np.ndarray, ...]]
-
-
-class Pass(nn.Module):
-    """One whole pass, nothing shared or left out: uint8 (B, S, S, 3) -> (B, D), L2-normalised. The rival's module.
-
-    Preprocessing is as in open_clip. Attention is written with scaled_dot_product_attention, because
-    nn.MultiheadAttention exports a fixed batch; the rest is open_clip's own.
-    """
-
-    def __init__(self, clip: LoadedClip, adapter: Adapter | None) -> None:
-        super().__init__()
-        self.visual = clip.model.visual
-        self.adapters = {} if adapter is None else dict(adapter.blocks.items())
-        self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = self.visual._embeds((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
-        for i, block in enumerate(self.visual.transformer.resblocks):
-            x = x + self._attention(block.attn, block.ln_1(x))
-            update = block.mlp(block.ln_2(x))
-            x = x + (update + self.adapters[str(i)](x) if str(i) in self.adapters else update)
-        pooled, _ = self.visual._pool(x)
-        return nn.functional.normalize(pooled @ self.visual.proj, dim=-1)
-
-    @staticmethod
-    def _attention(attn: Any, x: torch.Tensor) -> torch.Tensor:
-        length, width = x.shape[1:]
-        parts = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
-        q, k, v = (part.reshape(-1, length, attn.num_heads, width // attn.num_heads).transpose(1, 2) for part in parts)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        return attn.out_proj(mixed.transpose(1, 2).reshape(-1, length, width))
+# By the number of blocks: first adapted blocks of ours, and the two of them at which rivals take two passes.
+FIRST_BLOCKS = {12: (0, 6, 8, 9), 6: (0, 3, 4)}
+RIVALS_AT = {12: (0, 8), 6: (0, 3)}
 
 
 def fused_flops(config: DualEncoderConfig, batch: int) -> float:
@@ -80,88 +58,129 @@ def fused_flops(config: DualEncoderConfig, batch: int) -> float:
     return 2.0 * macs * batch
 
 
-def session(module: nn.Module, folder: Path, name: str, threads: int, pixels: np.ndarray) -> Any:
-    """`module` in ONNX Runtime on the CPU."""
-    import onnxruntime as ort
-
-    path = folder / f"{name}.onnx"
-    if isinstance(module, DualEncoder):
-        export_onnx(module, path)
-    else:
-        dynamic = {"pixels": {0: torch.export.Dim("batch", min=1)}}
-        example = (torch.from_numpy(pixels[:1]).repeat(2, 1, 1, 1),)
-        with quiet_exporter():
-            torch.onnx.export(
-                module, example, path, dynamo=True, verbose=False, external_data=False, dynamic_shapes=dynamic
-            )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def candidates(clip: LoadedClip, adapter: Adapter, pixels: np.ndarray, threads: int, folder: Path) -> dict[str, Embed]:
-    """What is timed; each returns (plain, adapted), one-pass (plain,)."""
-    fused = session(build_dual_encoder(clip, adapter), folder, "fused", threads, pixels)
-    plain = session(Pass(clip, None).eval(), folder, "plain", threads, pixels)
-    adapted = session(Pass(clip, adapter).eval(), folder, "adapted", threads, pixels)
-
-    def one(compiled: Any) -> np.ndarray:
-        result: np.ndarray = compiled.run(None, {compiled.get_inputs()[0].name: pixels})[0]
-        return result
-
-    @torch.inference_mode()
-    def eager() -> tuple[np.ndarray, ...]:
-        mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-        x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        features = (encode_plain(clip, x), encode_adapted(clip, adapter, x))
-        return tuple(nn.functional.normalize(feature, dim=-1).numpy() for feature in features)
-
-    return {
-        "onnxruntime": lambda: tuple(fused.run(["plain", "adapted"], {"pixels": pixels})),
-        "two-pass": lambda: (one(plain), one(adapted)),
-        "eager-two-pass": eager,
-        "one-pass": lambda: (one(plain),),
-    }
-
-
-def verify(runs: dict[str, Embed]) -> None:
-    """Raise ArithmeticError unless every candidate agrees with the eager two passes."""
-    truth = runs["eager-two-pass"]()
-    for name, run in runs.items():
-        got = run()
-        error = max(float(np.abs(a - b).max()) for a, b in zip(got, truth, strict=name != "one-pass"))
-        if not error <= TOLERANCE:
-            raise ArithmeticError(f"{name} is off by {error:.2g} (allowed: {TOLERANCE}); not timed")
-
-
 def run(
     model: str = "ViT-B-16",
     batch: int = 8,
-    first_adapted_block: int = 8,
+    first_adapted_blocks: Sequence[int] | None = None,
     threads: int | None = None,
-    repeats: int = 7,
+    repeats: int = 5,
 ) -> list[dict[str, Any]]:
-    """Verify and time one case, interleaved; one row an implementation."""
+    """Verify and time one model at one batch, interleaved; one row an implementation.
+
+    `first_adapted_blocks`: None for FIRST_BLOCKS. Rivals that can't run here are left out, and told on standard error.
+    """
     threads = threads or usable_threads()
     clip = load_clip(model, None if model == "demo" else "none")
-    adapter = random_adapter(clip, first_adapted_block)
-    config = build_dual_encoder(clip, adapter).shapes
+    blocks = len(clip.model.visual.transformer.resblocks)
+    wanted = tuple(first_adapted_blocks or FIRST_BLOCKS.get(blocks, (0, 2 * blocks // 3)))
+    late = [s for s in RIVALS_AT.get(blocks, wanted) if s in wanted]
     shape = (batch, clip.image_size, clip.image_size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder, harness.torch_threads(threads):
-        runs = candidates(clip, adapter, pixels, threads, Path(folder))
-        verify(runs)
+        adapters = {s: random_adapter(clip, s) for s in wanted}
+        runs, flops = candidates(clip, adapters, late or wanted, pixels, threads, Path(folder))
+        verify(runs, {s: rivals.eagerly(clip, adapter, pixels)() for s, adapter in adapters.items()})
         ceiling = harness.gemm_ceiling_flops(threads)
         runtimes_ms = harness.measure(runs, repeats)
         # Minutes lie between; a ceiling taken in a slow spell alone would be passed.
         ceiling = max(ceiling, harness.gemm_ceiling_flops(threads))
-    return harness.rows(
+    made = harness.rows(
         "encoder",
-        f"{model.lower()}-b{batch}-s{first_adapted_block}",
+        f"{model.lower()}-b{batch}",
         runtimes_ms,
-        rivals=RIVALS,
+        rivals=(),
         threads=threads,
-        flops={"onnxruntime": fused_flops(config, batch)},
+        flops={name: work * batch for name, work in flops.items()},
         ceiling_flops=ceiling,
-        packages=("onnxruntime", "torch", "open_clip_torch"),
+        packages=("onnxruntime", "openvino", "torch", "open_clip_torch"),
     )
+    medians = {name: statistics.median(times) for name, times in runtimes_ms.items()}
+    for row in made:
+        row["ratios"] = ratios(row["impl"], medians)
+        if (first := first_block(row["impl"])) is not None:
+            row["first_adapted_block"] = first
+    return made
+
+
+def candidates(
+    clip: LoadedClip,
+    adapters: Mapping[int, Adapter],
+    late: Sequence[int],
+    pixels: np.ndarray,
+    threads: int,
+    folder: Path,
+) -> tuple[dict[str, Embed], dict[str, float]]:
+    """What is timed, and the FLOP of a picture of ours. Each returns (plain, adapted), a one-pass (plain,).
+
+    Ours at the first adapted block of each of `adapters`, rivals at those in `late`.
+    """
+    execute: dict[str, Callable[[Path], Embed]] = {
+        "onnxruntime": lambda path: rivals.in_onnxruntime(path, pixels, threads)
+    }
+    if find_spec("openvino") is None:
+        left_out("openvino", "it is not installed (pip install openvino)")
+    else:
+        execute["openvino"] = lambda path: rivals.in_openvino(path, pixels, threads)
+    plain = rivals.Pass(clip, None).eval()
+    files = {"plain": rivals.write(plain, folder / "plain.onnx")}
+    files |= {f"s{s}": rivals.write(rivals.Pass(clip, adapters[s]).eval(), folder / f"adapted-s{s}.onnx") for s in late}
+    runs: dict[str, Embed] = {}
+    flops: dict[str, float] = {}
+    for s, adapter in adapters.items():
+        fused = build_dual_encoder(clip, adapter)
+        path = rivals.write(fused, folder / f"fused-s{s}.onnx")
+        for runtime, opened in execute.items():
+            runs[f"{runtime}-s{s}"] = opened(path)
+            flops[f"{runtime}-s{s}"] = fused_flops(fused.shapes, 1)
+    for runtime, opened in execute.items():
+        one = runs[f"{runtime}-one-pass"] = opened(files["plain"])
+        for s in late:
+            runs[f"{runtime}-two-pass-s{s}"] = rivals.both(one, opened(files[f"s{s}"]))
+    runs["open-clip-one-pass"] = rivals.eagerly(clip, None, pixels)
+    for s in late:
+        runs[f"eager-two-pass-s{s}"] = rivals.eagerly(clip, adapters[s], pixels)
+        modules = (plain, rivals.Pass(clip, adapters[s]).eval())
+        try:
+            compiled = rivals.in_torch_compile(modules, pixels)
+            compiled()
+            runs[f"torch-compile-two-pass-s{s}"] = compiled
+        except Exception as error:  # without a C++ compiler, and of much else that a compiler can meet
+            left_out(f"torch-compile-two-pass-s{s}", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    return runs, flops
+
+
+def left_out(name: str, reason: str) -> None:
+    print(f"left out: {name}: {reason}", file=sys.stderr)
+
+
+def first_block(name: str) -> int | None:
+    """The first adapted block in an implementation's name; None for those with a plain pass only."""
+    _, found, digits = name.rpartition("-s")
+    return int(digits) if found and digits.isdigit() else None
+
+
+def ratios(name: str, medians: Mapping[str, float]) -> dict[str, float]:
+    """The rivals' medians over this row's, by the names in the module's docstring."""
+    first = first_block(name)
+    found: dict[str, str] = {}
+    ones = [other for other in medians if other.endswith("-one-pass") and not other.startswith("open-clip")]
+    if first is not None:
+        at = min(
+            (s for other in medians if "-two-pass-" in other and (s := first_block(other)) is not None),
+            key=lambda s: (abs(s - first), s),
+        )
+        compiled = [other for runtime in rivals.COMPILED if (other := f"{runtime}-two-pass-s{at}") in medians]
+        found["eager-two-pass"] = f"eager-two-pass-s{at}"
+        found["best-compiled-two-pass"] = min(compiled, key=medians.__getitem__)
+    found["best-compiled-one-pass"] = min(ones, key=medians.__getitem__)
+    return {rival: round(medians[other] / medians[name], 3) for rival, other in found.items() if other != name}
+
+
+def verify(runs: Mapping[str, Embed], truths: Mapping[int, tuple[np.ndarray, ...]]) -> None:
+    """Raise ArithmeticError unless every candidate agrees with `truths`, eager two passes by first adapted block."""
+    for name, run in runs.items():
+        first = first_block(name)
+        expected = next(iter(truths.values()))[:1] if first is None else truths[first]
+        error = max(float(np.abs(got - right).max()) for got, right in zip(run(), expected, strict=True))
+        if not error <= TOLERANCE:
+            raise ArithmeticError(f"{name} is off by {error:.2g} (allowed: {TOLERANCE}); not timed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import gc
 import json
@@ -86,15 +87,27 @@ def rows(
     ceiling_flops: float | None = None,
     packages: Iterable[str] = ("numpy",),
     device: str | None = None,
+    rates: Mapping[str, float] | None = None,
+    rate_unit: str = "GFLOP/s",
+    ceiling: float | Mapping[str, float] | None = None,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """One row an implementation, JSON-ready.
 
-    runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios holds rival's median / own median
-    (above 1: this row is the faster one). share_of_ceiling is flops / runtime / ceiling_flops, where `flops` is the
-    work that the case asks for, however much an implementation does, or what each one does; None where either is
-    unknown. `threads` and `precision` are one for all, or one for each implementation.
+    runtime_ms is the median of `repeats`, runtime_ms_spread the 10th and 90th percentile. ratios holds rival's median /
+    own median (above 1: this row is the faster one), for those of `rivals` that were timed. rate is work done in a
+    second, in rate_unit, and share_of_ceiling its share of `ceiling`, what the machine reaches in the same run: of
+    `rates` and `ceiling`, or in GFLOP/s of `flops` and `ceiling_flops`, where `flops` is the work that the case asks
+    for, however much an implementation does, or what each one does. They are None where they are not known. `threads`,
+    `precision`, `flops` and `ceiling` are one for all, or one for each implementation. `extra` has further fields.
     """
     medians = {name: statistics.median(times) for name, times in runtimes_ms.items()}
+    if rates is None:
+        each = flops if isinstance(flops, Mapping) else dict.fromkeys(medians, flops)
+        rates = {
+            name: work / medians[name] / 1e6 for name, work in each.items() if work is not None and name in medians
+        }
+        ceiling = None if ceiling_flops is None else ceiling_flops / 1e9
     common = {
         "device": device or cpu_description(),
         "versions": {
@@ -106,10 +119,7 @@ def rows(
     }
     made = []
     for name, times in runtimes_ms.items():
-        share = None
-        work = flops.get(name) if isinstance(flops, Mapping) else flops
-        if work is not None and ceiling_flops is not None:
-            share = round(work / (medians[name] * 1e-3) / ceiling_flops, 4)
+        rate, top = rates.get(name), ceiling.get(name) if isinstance(ceiling, Mapping) else ceiling
         made.append(
             {
                 "bench": bench,
@@ -118,10 +128,19 @@ def rows(
                 "precision": precision if isinstance(precision, str) else precision[name],
                 "runtime_ms": round(medians[name], 4),
                 "runtime_ms_spread": [round(float(np.percentile(times, q)), 4) for q in (10, 90)],
-                "ratios": {rival: round(medians[rival] / medians[name], 3) for rival in rivals if rival != name},
-                "share_of_ceiling": share,
+                "repeats": len(times),
+                "ratios": {
+                    rival: round(medians[rival] / medians[name], 3)
+                    for rival in rivals
+                    if rival != name and rival in medians
+                },
+                "rate": None if rate is None else round(rate, 3),
+                "rate_unit": None if rate is None else rate_unit,
+                "ceiling": None if rate is None or top is None else round(top, 3),
+                "share_of_ceiling": None if rate is None or top is None else round(rate / top, 4),
                 "threads": threads if isinstance(threads, int) else threads[name],
                 **common,
+                **(extra or {}).get(name, {}),
             }
         )
     return made
@@ -136,7 +155,7 @@ def print_rows(made: Sequence[Mapping[str, Any]]) -> None:
         return
     first = made[0]
     versions = ", ".join(f"{name} {found}" for name, found in first["versions"].items())
-    console = Console(width=None if Console().is_terminal else 130)
+    console = Console(width=None if Console().is_terminal else 160)
     console.print(f"{first['device']}; {versions}; {first['commit']}")
     rivals = list(dict.fromkeys(rival for row in made for rival in row["ratios"]))
     heads = (
@@ -145,6 +164,7 @@ def print_rows(made: Sequence[Mapping[str, Any]]) -> None:
         "runtime_ms",
         "p10..p90",
         *(f"{rival} / this" for rival in rivals),
+        "rate",
         "of ceiling",
     )
     table = Table(*heads)
@@ -155,17 +175,42 @@ def print_rows(made: Sequence[Mapping[str, Any]]) -> None:
             table.add_section()
             table.add_row(f"[bold]{case}[/bold]")
         low, high = row["runtime_ms_spread"]
-        ratios = [f"{row['ratios'][rival]:.2f}" if rival in row["ratios"] else "1" for rival in rivals]
+        ratios = [_ratio(row, rival) for rival in rivals]
+        rate = "" if row.get("rate") is None else f"{row['rate']:.4g} {row['rate_unit']}"
         share = "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}"
         runtime = (f"{row['runtime_ms']:.2f}", f"{low:.2f}..{high:.2f}")
-        table.add_row(row["impl"], str(row["threads"]), *runtime, *ratios, share)
+        table.add_row(row["impl"], str(row["threads"]), *runtime, *ratios, rate, share)
     console.print(table)
+
+
+def _ratio(row: Mapping[str, Any], rival: str) -> str:
+    return f"{row['ratios'][rival]:.2f}" if rival in row["ratios"] else "1" if row["impl"] == rival else ""
 
 
 def write_json(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
     """The rows as a JSON list, one row a line."""
     lines = ",\n".join(json.dumps(row) for row in made)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def write_csv(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
+    """The rows as a table: a column a field, of dictionaries and lists one for each of their entries."""
+    flat = [dict(_flattened(row)) for row in made]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flattened(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, list):
+            value = dict(zip(map(str, range(len(value))), value, strict=True))
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
 
 
 def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> float:
@@ -184,6 +229,19 @@ def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> floa
     with torch_threads(threads):
         best_ms = min(min(times) for times in measure(candidates, repeats, warmup=2).values())
     return 2.0 * size**3 / (best_ms * 1e-3)
+
+
+def memory_bandwidth(threads: int, megabytes: int = 512, repeats: int = 5) -> float:
+    """Bytes/s at which memory is read: the best of a few float32 sums over `megabytes`, which no cache holds.
+
+    Measured in the run it is compared with, at the threads it is compared at; every byte is counted once.
+    """
+    import torch
+
+    data = torch.ones(megabytes * 250_000)
+    with torch_threads(threads):
+        best_ms = min(measure({"sum": data.sum}, repeats, warmup=2)["sum"])
+    return data.numel() * 4 / (best_ms * 1e-3)
 
 
 @contextlib.contextmanager

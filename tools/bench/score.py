@@ -6,6 +6,7 @@ Each is checked against the float64 reference before it is timed, and refused if
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ DEFAULT_CASES = (
 TOLERANCES = {"cpu": 2e-5, "cuda": 2e-3}
 VERIFIED = 16  # queries, and classes
 CHUNK = 65536
+KEY_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+OUT_OF_CACHE = 256e6  # bytes: above what the last caches of a few cores hold
 
 
 @dataclass(frozen=True)
@@ -181,16 +184,24 @@ def only_classes(plan: ScoringPlan, classes: np.ndarray) -> ScoringPlan:
 
 
 def run(
-    cases: Sequence[str] = DEFAULT_CASES, threads: int | None = None, repeats: int = 7, device: str = "cpu"
+    cases: Sequence[str] = DEFAULT_CASES,
+    threads: int | None = None,
+    repeats: int = 7,
+    device: str = "cpu",
+    bench: str = "score",
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> list[dict[str, Any]]:
-    """Verify and time each case; one row a case and implementation.
+    """Verify and time each case; one row a case and implementation that is `wanted`.
 
+    rate is of the products' FLOP and its ceiling that of a GEMM; or, of one query on a CPU against more keys than its
+    caches hold, of the bytes that are read, and its ceiling that of a plain sum over as much memory.
     extra_memory_mb is what a call takes beside its inputs and its (B, C) logits; None where it isn't measured.
     """
     threads = threads or usable_threads()
     made: list[dict[str, Any]] = []
     with harness.torch_threads(threads):
         ceiling = harness.gemm_ceiling_flops(threads) if device == "cpu" else None
+        bandwidth: float | None = None
         for text in cases:
             case = Case.parse(text)
             plan, embeddings = case.build()
@@ -201,18 +212,31 @@ def run(
                     f"{text}: papers-formula is left out, its one-hot matrix and affinity would take {size:.1f} GB "
                     f"(limit: {PAPERS_LIMIT_BYTES / 1e9:.0f})"
                 )
+            runs = {name: candidate for name, candidate in runs.items() if wanted(name)}
             for name, candidate in runs.items():
                 if candidate.verified:
                     verify(name, candidate, embeddings, device)
+            runtimes_ms = harness.measure(
+                {name: _timed(candidate, device) for name, candidate in runs.items()}, repeats
+            )
+            work: dict[str, Any] = {
+                "flops": {name: case.flops if c.verified else case.product_flops for name, c in runs.items()},
+                "ceiling_flops": ceiling,
+            }
+            if device == "cpu" and case.queries == 1 and 4 * case.keys * case.width > OUT_OF_CACHE:
+                bandwidth = bandwidth or harness.memory_bandwidth(threads)
+                seconds = {name: statistics.median(times) / 1e3 for name, times in runtimes_ms.items()}
+                read = {name: KEY_BYTES[c.precision] * case.keys * case.width for name, c in runs.items()}
+                rates = {name: read[name] / seconds[name] / 1e9 for name in runs}
+                work = {"rates": rates, "rate_unit": "GB/s", "ceiling": bandwidth / 1e9}
             rows = harness.rows(
-                "score",
+                bench,
                 text,
-                harness.measure({name: _timed(candidate, device) for name, candidate in runs.items()}, repeats),
+                runtimes_ms,
                 rivals=[name for name in RIVALS if name in runs],
                 threads=threads,
                 precision={name: candidate.precision for name, candidate in runs.items()},
-                flops={name: case.flops if c.verified else case.product_flops for name, c in runs.items()},
-                ceiling_flops=ceiling,
+                **work,
                 packages=("numpy", "torch") if device == "cpu" else ("torch", "triton"),
                 device=None if device == "cpu" else _gpu_name(),
             )

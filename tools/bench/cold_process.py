@@ -1,0 +1,114 @@
+"""One cold start, in a process of its own: from a bundle to the first label.
+
+    python tools/bench/cold_process.py iosr-fast BUNDLE PICTURE            # the runtime alone
+    python tools/bench/cold_process.py open-clip BUNDLE PICTURE MODEL WEIGHTS ADAPTER    # the public way
+
+Prints one line of JSON: the label, seconds of importing, loading and predicting, the peak of resident memory, and
+whether PyTorch was imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def with_iosr_fast(bundle: Path, picture: Path) -> tuple[str, list[float]]:
+    """The label, and the moments at which importing, loading and predicting were done."""
+    from iosr_fast import Classifier
+
+    imported = time.perf_counter()
+    classifier = Classifier.load(bundle)
+    loaded = time.perf_counter()
+    label = str(classifier.predict(picture)[0])
+    return label, [imported, loaded, time.perf_counter()]
+
+
+def with_open_clip(
+    bundle: Path, picture: Path, model: str, weights: Path, adapter_path: Path
+) -> tuple[str, list[float]]:
+    """The same classifier by open_clip's own model in eager PyTorch, encoded twice, and the papers' formula."""
+    import open_clip
+    import torch
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    from iosr_fast.offline.adapter import encode_adapted, encode_plain, load_adapter
+    from iosr_fast.offline.clip import DEMO_FOLDER, DEMO_NAME, LoadedClip
+
+    imported = time.perf_counter()
+    facts = json.loads((bundle / "manifest.json").read_bytes())
+    if model == DEMO_NAME:
+        open_clip.add_model_config(DEMO_FOLDER / f"{DEMO_NAME}.json")
+    clip, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=str(weights))
+    clip.eval()
+    engine = json.loads((bundle / "engine" / "manifest.json").read_bytes())
+    mean, std = tuple(engine["mean"]), tuple(engine["std"])
+    loaded_clip = LoadedClip(
+        model=clip,
+        tokenizer=None,
+        name=engine["model"],
+        image_size=engine["image_size"],
+        mean=mean,
+        std=std,
+        interpolation=engine["interpolation"],
+        logit_scale=engine["logit_scale"],
+        fingerprint=engine["clip_fingerprint"],
+    )
+    adapter, support = load_adapter(adapter_path), load_file(bundle / "support.safetensors")
+    loaded = time.perf_counter()
+    with torch.inference_mode():
+        image = preprocess(Image.open(picture).convert("RGB"))[None]
+        plain, adapted = encode_plain(loaded_clip, image), encode_adapted(loaded_clip, adapter, image)
+        plain, adapted = (torch.nn.functional.normalize(feature, dim=-1) for feature in (plain, adapted))
+        parameters = facts["parameters"]
+        numbers = {number: c for c, number in enumerate(facts["class_numbers"])}
+        one_hot = torch.nn.functional.one_hot(
+            torch.tensor([numbers[int(owner)] for owner in support["owners"]]), len(numbers)
+        ).float()
+        affinity = torch.exp(-parameters["beta"] * (1 - adapted @ support["adapted"].T))
+        logits = facts["tau"] * plain @ support["text"].T + parameters["alpha"] * affinity @ one_hot
+        label = facts["class_names"][int(logits.argmax())]
+    return label, [imported, loaded, time.perf_counter()]
+
+
+def peak_memory_mb() -> float | None:
+    """The peak of this process's resident memory, memory-mapped pages among it; None off Linux."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
+    except (OSError, StopIteration):
+        return None
+
+
+def main(way: str, *arguments: str) -> None:
+    started = time.perf_counter()
+    ways: dict[str, Callable[[], tuple[str, list[float]]]] = {
+        "iosr-fast": lambda: with_iosr_fast(Path(arguments[0]), Path(arguments[1])),
+        "open-clip": lambda: with_open_clip(
+            Path(arguments[0]), Path(arguments[1]), arguments[2], Path(arguments[3]), Path(arguments[4])
+        ),
+    }
+    label, (imported, loaded, predicted) = ways[way]()
+    print(
+        json.dumps(
+            {
+                "label": label,
+                "import_s": imported - started,
+                "load_s": loaded - imported,
+                "predict_s": predicted - loaded,
+                "peak_memory_mb": peak_memory_mb(),
+                "torch_imported": "torch" in sys.modules,
+            }
+        ),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

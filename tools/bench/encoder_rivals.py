@@ -1,0 +1,141 @@
+"""What the fused encoder is measured against, and the runtimes that execute either.
+
+eager-two-pass          the public way: open_clip's own forward, then the forward with the adapter, in eager PyTorch
+torch-compile-two-pass  the two passes, each compiled by torch.compile with its weights frozen
+onnxruntime-two-pass    the two passes exported each for itself, in the same ONNX Runtime as the fused encoder
+openvino-two-pass       the same two files in OpenVINO
+open-clip-one-pass      open_clip's own single pass in eager PyTorch: no adapted embedding at all
+onnxruntime-one-pass, openvino-one-pass    the exported plain pass alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain
+from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.offline.dual_encoder import DualEncoder
+from iosr_fast.offline.export import OPSET, export_onnx, quiet_exporter
+from iosr_fast.offline.onnx_files import save_onnx
+
+COMPILED = ("torch-compile", "onnxruntime", "openvino")
+Embed = Callable[[], tuple[np.ndarray, ...]]
+
+
+class Pass(nn.Module):
+    """One whole pass, nothing shared or left out: uint8 (B, S, S, 3) -> (B, D), L2-normalised. The rival's module.
+
+    Preprocessing is as in open_clip. Attention is written with scaled_dot_product_attention, because
+    nn.MultiheadAttention exports a fixed batch; the rest is open_clip's own.
+    """
+
+    def __init__(self, clip: LoadedClip, adapter: Adapter | None) -> None:
+        super().__init__()
+        self.visual = clip.model.visual
+        self.adapters = {} if adapter is None else dict(adapter.blocks.items())
+        self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.visual._embeds((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
+        for i, block in enumerate(self.visual.transformer.resblocks):
+            x = x + self._attention(block.attn, block.ln_1(x))
+            update = block.mlp(block.ln_2(x))
+            x = x + (update + self.adapters[str(i)](x) if str(i) in self.adapters else update)
+        pooled, _ = self.visual._pool(x)
+        return nn.functional.normalize(pooled @ self.visual.proj, dim=-1)
+
+    @staticmethod
+    def _attention(attn: Any, x: torch.Tensor) -> torch.Tensor:
+        length, width = x.shape[1:]
+        parts = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = (part.reshape(-1, length, attn.num_heads, width // attn.num_heads).transpose(1, 2) for part in parts)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return attn.out_proj(mixed.transpose(1, 2).reshape(-1, length, width))
+
+
+def write(module: nn.Module, path: Path) -> Path:
+    """`module`, a Pass or a fused encoder, as ONNX."""
+    if isinstance(module, DualEncoder):
+        export_onnx(module, path)
+        return path
+    assert isinstance(module, Pass)
+    size = module.visual.image_size
+    side = size if isinstance(size, int) else size[0]
+    with quiet_exporter():
+        program = torch.onnx.export(
+            module,
+            (torch.zeros(2, side, side, 3, dtype=torch.uint8),),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
+        )
+    assert program is not None
+    save_onnx(program.model_proto, path)
+    return path
+
+
+def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int) -> Embed:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda: tuple(session.run(None, {"pixels": pixels}))
+
+
+def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "f32") -> Embed:
+    """`precision` f32 or bf16; OpenVINO would choose bf16 by itself where the processor has it."""
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+
+    def call() -> tuple[np.ndarray, ...]:
+        found = request.infer([pixels])
+        return tuple(np.array(found[output]) for output in found)
+
+    return call
+
+
+def in_torch_compile(modules: tuple[nn.Module, ...], pixels: np.ndarray) -> Embed:
+    """The modules one after another, each compiled for these pixels' shape; compiled by the first call."""
+    batch = torch.from_numpy(pixels)
+    compiled = [torch.compile(module, dynamic=False, options={"freezing": True}) for module in modules]
+
+    def call() -> tuple[np.ndarray, ...]:
+        with torch.no_grad():
+            return tuple(module(batch).numpy() for module in compiled)
+
+    return call
+
+
+def eagerly(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> Embed:
+    """open_clip's own forward, and, with an adapter, a second one with it."""
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
+
+    @torch.inference_mode()
+    def call() -> tuple[np.ndarray, ...]:
+        x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        features = [encode_plain(clip, x)]
+        if adapter is not None:
+            features.append(encode_adapted(clip, adapter, x))
+        return tuple(nn.functional.normalize(feature, dim=-1).numpy() for feature in features)
+
+    return call
+
+
+def both(first: Embed, second: Embed) -> Embed:
+    return lambda: (*first(), *second())
