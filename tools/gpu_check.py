@@ -1,193 +1,100 @@
-"""Everything that needs an NVIDIA GPU, on the machine's own Python: tests, parity, timings, into one JSON file.
+"""Everything that needs an NVIDIA GPU, on the machine's own Python: build, tests, parity, timings, into one JSON file.
 
     python tools/gpu_check.py --out benchmarks/results
 
-Makes no environment and fetches nothing; what is missing is named and skipped.
+Ends within 8 minutes. Makes no environment and fetches nothing; what is missing is named and skipped. Each part runs in
+a process of its own with a time limit (tools/gpu/parts.py); the file is whole after each of them. Exits with 1 where a
+part failed or was stopped at its limit.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
+import re
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-WANTED = (
-    "torch",
-    "triton",
-    "open_clip",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "tensorrt",
-    "tensorrt_rtx",
-    "pytest",
-    "hypothesis",
-    "pybind11",
-    "typer",
-    "rich",
-)
+from tools.gpu.parts import BUDGET_S, PARTS, Part, run_parts  # noqa: E402
+from tools.gpu.report import write_whole  # noqa: E402
 
 
-def run(command: list[str], limit_s: int, **environment: str) -> dict[str, Any]:
-    """Exit code (None: it ran past the limit), seconds and the last lines of a command."""
-    started = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
-        code, said = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired:
-        code, said = None, f"stopped after {limit_s} s"
-    return {
-        "command": " ".join(["python" if word == sys.executable else word for word in command]),
-        "exit_code": code,
-        "seconds": round(time.perf_counter() - started, 1),
-        "last_lines": said.splitlines()[-15:],
-    }
+class Results:
+    """The JSON file: rows of all parts together, and of each part how it went and whatever else it found."""
+
+    def __init__(self, folder: Path, trial: bool) -> None:
+        self.folder, self.trial = folder, trial
+        self.path: Path | None = None
+        self.found: dict[str, Any] = {"kind": "gpu-check", "trial": trial, "complete": False}
+        self.found |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": None}
+        self.found |= {"missing": [], "skipped": [], "failed": [], "rows": [], "parts": {}}
+
+    def add(self, name: str, result: dict[str, Any]) -> bool:
+        """Note a part's result; False where there is no GPU, and so nothing to go on with."""
+        facts = result.get("facts", {})
+        self.found["rows"] += result.pop("rows", [])
+        self.found["skipped"] += [f"{name}: {why.removeprefix(f'{name}: ')}" for why in result.get("skipped", [])]
+        if not result.pop("good"):
+            self.found["failed"].append(name)
+        self.found["parts"][name] = result
+        if name == "machine":
+            self.found["device"], self.found["missing"] = facts.get("device"), facts.get("missing", [])
+            self.found["commit"] = facts.get("commit")
+            if self.found["device"] is None:
+                return False
+        if self.path is None:
+            slug = re.sub(r"[^a-z0-9]+", "-", str(self.found["device"]).lower()).strip("-")
+            self.path = self.folder / f"{'trial' if self.trial else 'gpu-check'}-{slug}.json"
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+        return True
+
+    def write(self) -> None:
+        assert self.path is not None
+        write_whole(self.path, self.found)
 
 
-def build(result: dict[str, Any]) -> None:
-    """The C++ module and, with nvcc, the CUDA module for this GPU's architecture, into the source tree."""
-    if "pybind11" in result["missing"]:
-        result["skipped"].append("both extensions: pybind11 is not installed")
-        return
-    import torch
-
-    # The tree's metadata tells the package its version, which the extensions must match.
-    result["metadata"] = run([sys.executable, "setup.py", "-q", "egg_info"], 30)
-    cuda = shutil.which("nvcc") is not None
-    if not cuda:
-        result["skipped"].append("the CUDA module: nvcc is not on PATH")
-    architecture = "".join(map(str, torch.cuda.get_device_capability()))
-    arguments = f"{os.environ.get('CMAKE_ARGS', '')} -DCMAKE_CUDA_ARCHITECTURES={architecture}"
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    result["build"] = run(command, 150, IOSR_FAST_CUDA="1" if cuda else "0", CMAKE_ARGS=arguments)
-
-
-def time_scoring(result: dict[str, Any]) -> None:
-    """tools/benchmark.py score on the device, which verifies before it times."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "score.json"
-        command = [
-            sys.executable,
-            "tools/benchmark.py",
-            "score",
-            "--device",
-            "cuda",
-            "--repeats",
-            "20",
-            "--json",
-            str(rows),
-        ]
-        result["benchmark"] = run(command, 120)
-        result["score"] = json.loads(rows.read_text()) if rows.exists() else []
-
-
-def time_encoders(batch: int = 64, repeats: int = 20) -> list[dict[str, Any]]:
-    """Fused against two passes in eager PyTorch, fp16, ViT-B/16 with random weights, verified before it is timed."""
-    import torch
-
-    from iosr_fast.offline.adapter import encode_adapted, encode_plain
-    from iosr_fast.offline.clip import load_clip
-    from iosr_fast.offline.dual_encoder import build_dual_encoder
-    from iosr_fast.offline.export import random_adapter
-    from tools.bench import harness
-
-    clip = load_clip("ViT-B-16", "none")
-    adapter = random_adapter(clip, 8)
-    fused = build_dual_encoder(clip, adapter, "fp16").cuda()
-    model, two = clip.model.cuda().half(), adapter.cuda().half()
-    pixels = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8, device="cuda")
-    mean, std = (torch.tensor(value, device="cuda").view(3, 1, 1) for value in (clip.mean, clip.std))
-    floats = ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).half()
-    assert next(model.parameters()).is_cuda
-
-    def synced(function: Any) -> Any:
-        def call() -> Any:
-            with torch.inference_mode():
-                out = function()
-            torch.cuda.synchronize()
-            return out
-
-        return call
-
-    candidates = {
-        "fused": synced(lambda: fused(pixels)),
-        "eager-two-pass": synced(lambda: (encode_plain(clip, floats), encode_adapted(clip, two, floats))),
-    }
-    for ours, theirs in zip(candidates["fused"](), candidates["eager-two-pass"](), strict=True):
-        cosine = torch.nn.functional.cosine_similarity(ours.float(), theirs.float()).min().item()
-        if cosine < 0.999:
-            raise SystemExit(f"the fused encoder is wrong on this GPU: cosine {cosine:.5f} with the two passes")
-    return harness.rows(
-        "encoder",
-        f"vit-b-16-b{batch}-s8",
-        harness.measure(candidates, repeats, warmup=5),
-        rivals=["eager-two-pass"],
-        threads=1,
-        precision="fp16",
-        packages=("numpy", "torch"),
-        device=torch.cuda.get_device_name(),
-    )
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> None:
+    """`parts` begin with "machine". Raises SystemExit with what went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    out = parser.parse_args().out
-    missing = [name for name in WANTED if find_spec(name) is None]
-    if "torch" in missing:
-        raise SystemExit("gpu-check needs PyTorch with CUDA, and this Python has no torch")
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu-check needs an NVIDIA GPU, and PyTorch sees none here; `make test` is for this machine")
-    name = torch.cuda.get_device_name()
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "missing": missing, "skipped": []}
-    print(f"{name}, torch {torch.__version__}; not installed: {', '.join(missing) or 'nothing'}")
-    build(result)
-    if {"pytest", "hypothesis"} & set(missing):
-        result["skipped"].append("the GPU tests: pytest or hypothesis is not installed")
-    else:
-        result["tests"] = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], 200)
-    if {"typer", "rich"} & set(missing):
-        result["skipped"].append("the scoring benchmark: typer or rich is not installed")
-    else:
-        time_scoring(result)
-    if "open_clip" in missing:
-        result["skipped"].append("the encoder's timings: open_clip is not installed")
-    else:
-        result["encoder"] = time_encoders()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name.replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for skipped in result["skipped"]:
-        print(f"skipped {skipped}")
-    print(f"wrote {path}")
-    failed = [
-        part
-        for part in ("metadata", "build", "tests", "benchmark")
-        if result.get(part, {}).get("exit_code", 0) not in (0, 5)
-    ]
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; the JSON file has their last lines")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON file; benchmarks/results, of a trial build/gpu-check"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all parts together")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(part.name for part in parts)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial with tiny shapes")
+    given = parser.parse_args(arguments)
+    trial = given.device == "cpu"
+    chosen = [part for part in parts if given.only is None or part.name in ("machine", *given.only)]
+    if unknown := set(given.only or ()) - {part.name for part in parts}:
+        parser.error(
+            f"expected parts out of {', '.join(part.name for part in parts)}, got {', '.join(sorted(unknown))}"
+        )
+    if (refusal := parts[0].refusal()) is not None:
+        raise SystemExit(f"gpu-check needs PyTorch with CUDA: {refusal}")
+    started = time.monotonic()
+    folder = ROOT / "build" / "gpu-check" if trial else ROOT / "benchmarks" / "results"
+    results = Results(given.out or folder, trial)
+    with tempfile.TemporaryDirectory(prefix="iosr-fast-gpu-check-", ignore_cleanup_errors=True) as work:
+        run_parts(chosen, given.device, trial, Path(work), given.budget, results.add)
+    found = results.found
+    if results.path is None:
+        lines = "\n".join(found["parts"]["machine"].get("last_lines", found["skipped"]))
+        raise SystemExit(f"{lines}\ngpu-check needs an NVIDIA GPU that PyTorch sees; `make test` is for other machines")
+    found["complete"], found["seconds"] = True, round(time.monotonic() - started, 1)
+    results.write()
+    print(f"{found['device']}; not installed: {', '.join(found['missing']) or 'nothing'}")
+    print(f"{len(found['rows'])} rows, {len(found['skipped'])} things skipped, in {found['seconds']} s")
+    print(f"wrote {results.path}")
+    if found["failed"]:
+        raise SystemExit(f"failed: {', '.join(found['failed'])}; the JSON file has what was wrong and the last lines")
 
 
 if __name__ == "__main__":
