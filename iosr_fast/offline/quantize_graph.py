@@ -1,0 +1,206 @@
+"""The ONNX graph of a dual encoder for its quantisation: its products, what flows into them, Q/DQ nodes put around."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from iosr_fast._require import require
+
+SAMPLED_ROWS = 512
+_PIXELS = 2**18  # of a batch while ranges are measured: each activation of it is in memory at once
+
+
+@dataclass
+class Product:
+    """A MatMul or Gemm, x @ W + bias, with a constant W; `weight` is (inputs, outputs) in float32."""
+
+    node: Any
+    name: str
+    weight: np.ndarray
+    transposed: bool  # the graph stores W'
+
+
+@dataclass
+class Group:
+    """Products that read one activation; `norm`, the LayerNormalization it is from, where nobody else reads that."""
+
+    tensor: str
+    products: list[Product] = field(default_factory=list)
+    norm: Any | None = None
+
+    @property
+    def weight(self) -> np.ndarray:
+        """(inputs, outputs of all products)."""
+        return np.concatenate([product.weight for product in self.products], axis=1)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What calibration pictures gave for one tensor (..., channels)."""
+
+    rows: np.ndarray  # (SAMPLED_ROWS or a few more, channels) float32, at random
+    low: np.ndarray  # (channels,), of all rows
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What stands for a float tensor: `values` (None for an activation), `scale`, `zero`, the axis of the scales."""
+
+    scale: np.ndarray
+    zero: np.ndarray
+    values: np.ndarray | None = None
+    axis: int | None = None
+
+
+class EncoderGraph:
+    """A ModelProto with what is asked of it by name, to be changed in place."""
+
+    def __init__(self, model: Any) -> None:
+        self._onnx = require("onnx", "train")
+        self.model = model
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._readers: dict[str, list[Any]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+        self._maker = {name: node for node in model.graph.node for name in node.output}
+        self._before: dict[str, list[Any]] = {}
+
+    def groups(self) -> tuple[list[Group], dict[str, str]]:
+        """Products with a constant matrix by what they read, in the graph's order; the others by name, and why not."""
+        made: dict[str, Group] = {}
+        others: dict[str, str] = {}
+        attention = 0
+        for node in self.model.graph.node:
+            if node.op_type not in ("MatMul", "Gemm"):
+                continue
+            if node.input[1] not in self.constants:
+                attention += 1
+            elif (weight := self.value(node.input[1])).ndim != 2:
+                others[node.input[1]] = "a matrix for each head, for the CLS token alone"
+            else:
+                transposed = any(a.name == "transB" and a.i == 1 for a in node.attribute)
+                product = Product(
+                    node, self._name(node), (weight.T if transposed else weight).astype(np.float32), transposed
+                )
+                made.setdefault(node.input[0], Group(node.input[0])).products.append(product)
+        for group in made.values():
+            group.norm = self._norm(group)
+        if attention:
+            others["attention"] = f"no constant factor ({attention} products)"
+        return list(made.values()), others
+
+    def value(self, name: str) -> np.ndarray:
+        found: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name])
+        return found
+
+    def dtype(self, group: Group) -> Any:
+        """Of a group's products: float32 or float16."""
+        return self.value(group.products[0].node.input[1]).dtype
+
+    def activations(self, tensors: list[str], pictures: np.ndarray) -> dict[str, Activation]:
+        """Run the graph over `pictures` in ONNX Runtime and look at `tensors`."""
+        ort = require("onnxruntime", "cpu")
+        probe = self._onnx.ModelProto()
+        probe.CopyFrom(self.model)
+        probe.graph.output.extend(self._onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        rng = np.random.default_rng(0)
+        batch = max(1, _PIXELS // (pictures.shape[1] * pictures.shape[2]))
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
+        ranges: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for start in range(0, len(pictures), batch):
+            given = np.ascontiguousarray(pictures[start : start + batch])
+            wanted = -(-SAMPLED_ROWS * len(given) // len(pictures))
+            for name, found in zip(tensors, session.run(tensors, {"pixels": given}), strict=True):
+                x = found.reshape(-1, found.shape[-1])
+                low, high = ranges.get(name, (np.inf, -np.inf))
+                ranges[name] = np.minimum(low, x.min(0)), np.maximum(high, x.max(0))
+                rows[name].append(x[rng.permutation(len(x))[:wanted]].astype(np.float32))
+        return {
+            name: Activation(np.concatenate(rows[name]), *(limit.astype(np.float32) for limit in ranges[name]))
+            for name in tensors
+        }
+
+    def divide(self, norm: Any, by: np.ndarray) -> None:
+        """Divide what a LayerNormalization puts out, each channel by its own number."""
+        for i in (1, 2):
+            value = self.value(norm.input[i])
+            norm.input[i] = self._add(f"{norm.input[i]}_smoothed", (value / by).astype(value.dtype))
+
+    def put(self, group: Group, activation: Quantised, weights: list[Quantised]) -> None:
+        """Q/DQ on the activation, one pair for all that read it, and DQ on each product's quantised matrix."""
+        maker = self._maker.get(group.tensor)
+        if maker is not None and maker.op_type == "Relu" and activation.zero.dtype.kind not in "iu":
+            # ONNX Runtime 1.32 drops a float32 Relu before Q to fp8, as if a zero point of 0 meant no negative values.
+            maker.op_type = "Max"
+            maker.input.append(self._add(f"{group.tensor}_least", np.zeros((), activation.scale.dtype)))
+        pair = self._pair(group.tensor, activation)
+        for product, weight in zip(group.products, weights, strict=True):
+            product.node.input[0], product.node.input[1] = pair, self._pair(product.node.input[1], weight)
+
+    def finish(self) -> Any:
+        """The model with the new nodes in their places, and without constants that nobody reads any more."""
+        graph = self.model.graph
+        nodes: list[Any] = []
+        for node in graph.node:
+            for name in node.input:
+                nodes += self._before.pop(name, [])
+            nodes.append(node)
+        del graph.node[:]
+        graph.node.extend(nodes)
+        read = {name for node in nodes for name in node.input}
+        kept = [tensor for name, tensor in self.constants.items() if name in read]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        self._onnx.checker.check_model(self.model)
+        return self.model
+
+    def _pair(self, name: str, made: Quantised) -> str:
+        """Adds the nodes, once for each tensor; returns the name of what the dequantisation puts out."""
+        result = f"{name}_dequantized"
+        if result in self._before:
+            return result
+        parameters = [self._add(f"{name}_scale", made.scale), self._add(f"{name}_zero", made.zero)]
+        quantised = f"{name}_quantized"
+        axis = {} if made.axis is None else {"axis": made.axis}
+        node = self._onnx.helper.make_node
+        self._before[result] = []
+        if made.values is None:
+            self._before[result].append(node("QuantizeLinear", [name, *parameters], [quantised], f"{name}_Q"))
+        else:
+            self._add(quantised, made.values)
+        self._before[result].append(node("DequantizeLinear", [quantised, *parameters], [result], f"{name}_DQ", **axis))
+        return result
+
+    def _add(self, name: str, value: np.ndarray) -> str:
+        self.constants[name] = self._onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+    def _norm(self, group: Group) -> Any | None:
+        """Behind a cast, in fp16. None where anything but the group's products reads it."""
+        name, readers = group.tensor, {product.node.name for product in group.products}
+        while (maker := self._maker.get(name)) is not None:
+            if {node.name for node in self._readers[name]} != readers:
+                return None
+            if maker.op_type == "LayerNormalization":
+                return maker
+            if maker.op_type != "Cast":
+                return None
+            name, readers = maker.input[0], {maker.name}
+        return None
+
+    def _name(self, node: Any) -> str:
+        """After the encoder's own weight or bias, which names the layer; the graph's name where there is neither."""
+        readers = self._readers.get(node.output[0], [])
+        added = [name for reader in readers if reader.op_type == "Add" for name in reader.input]
+        for name in (*node.input[1:], *added):
+            if name in self.constants and name.endswith((".weight", ".bias")):
+                return name.rpartition(".")[0]
+        return str(node.name)

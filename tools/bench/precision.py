@@ -1,0 +1,211 @@
+"""The fused encoder in fewer bits: speed, and what it costs in the embeddings and in the demo's accuracy.
+
+    onnxruntime-fp32, -int8    one encoder.onnx, and its quantised form (iosr_fast/offline/quantize.py)
+    openvino-fp32, -bf16, -int8  the same two files; in bf16 OpenVINO rounds by itself, where the processor has bf16
+
+Cosines are with the fp32 encoder in PyTorch. The demo is calibrated on generic pictures and judged on its test
+concepts, keys and queries encoded alike, parameters by leave-one-out on each support set. Any other CLIP has random
+weights, which change no speed but say little of what trained ones lose; its pictures are made like photographs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoder import Embeddings
+from iosr_fast.info import usable_threads
+from iosr_fast.offline.calibration import calibration_pictures
+from iosr_fast.offline.clip import LoadedClip, load_clip
+from iosr_fast.offline.dual_encoder import build_dual_encoder
+from iosr_fast.offline.export import export_onnx, random_adapter
+from iosr_fast.offline.export_check import FP32_MAX_ERROR, MIN_COSINES
+from iosr_fast.offline.pretrained import choose_adapter
+from iosr_fast.offline.quantize import quantize_onnx
+from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.runtimes.onnxruntime import FILE, OnnxRuntimeEncoder
+from iosr_fast.runtimes.openvino import OpenVINOEncoder
+from tools.bench import harness
+from tools.bench.encoder import fused_flops
+from tools.evaluation.demo import held_out, torch_encoder
+from tools.evaluation.tasks import Encoded
+
+RIVALS = ("onnxruntime-fp32", "openvino-fp32")
+DEMO_BATCH = 64
+SHOTS, SEEDS = (4, 1), (0, 1, 2)
+METHODS = ("tip-adapter++", "proker++")
+CALIBRATED, JUDGED = 32, 24  # pictures of a CLIP that has none of its own
+
+
+def run(
+    models: tuple[str, ...] = ("demo", "ViT-B-16"),
+    batch: int = 8,
+    threads: int | None = None,
+    repeats: int = 7,
+    first_adapted_block: int = 8,
+) -> list[dict[str, Any]]:
+    """Verify and time one case a model, interleaved; one row a runtime and precision.
+
+    The demo has its own adapter and batches of 64; any other CLIP one with random weights from `first_adapted_block`
+    on. Raises ArithmeticError, and times nothing, where an embedding is off: by more than 1e-4 in fp32, by a cosine
+    below 0.999 in bf16, 0.99 in int8.
+    """
+    threads = threads or usable_threads()
+    made = []
+    for model in models:
+        clip = load_clip(model, None if model == "demo" else "none")
+        size = DEMO_BATCH if model == "demo" else batch
+        adapter = choose_adapter(clip, "auto") if model == "demo" else random_adapter(clip, first_adapted_block)
+        with tempfile.TemporaryDirectory() as folder:
+            made += _rows(clip, adapter, size, threads, repeats, Path(folder))
+    return made
+
+
+def _rows(clip: LoadedClip, adapter: Any, batch: int, threads: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
+    calibration, judged = pictures_of(clip)
+    encoders = candidates(clip, adapter, calibration, threads, folder)
+    with harness.torch_threads(threads):
+        truth = in_batches(torch_encoder(clip, adapter), judged)
+        found = {name: in_batches(encoder.encode, judged) for name, encoder in encoders.items()}
+        extra = {name: verify(name, embeddings, truth) for name, embeddings in found.items()}
+        for name in found:
+            extra[name]["file_mb"] = round(sum(p.stat().st_size for p in (folder / kind_of(name)).iterdir()) / 1e6, 2)
+        if clip.name == "demo":
+            for name, facts in accuracies(clip, found).items():
+                extra[name] |= facts
+        pixels = judged[:batch]
+        ceiling = harness.gemm_ceiling_flops(threads)
+        calls = {name: partial(encoder.encode, pixels) for name, encoder in encoders.items()}
+        runtimes_ms = harness.measure(calls, repeats)
+        # Minutes lie between; a ceiling taken in a slow spell alone would be passed.
+        ceiling = max(ceiling, harness.gemm_ceiling_flops(threads))
+    config = build_dual_encoder(clip, adapter).shapes
+    flops = fused_flops(config, batch)
+    return harness.rows(
+        "precision",
+        f"{clip.name.lower()}-b{batch}-s{config.first_adapted_block}",
+        runtimes_ms,
+        rivals=RIVALS,
+        threads=threads,
+        precision={name: precision_of(name) for name in runtimes_ms},
+        rates={name: flops / median(times) / 1e6 for name, times in runtimes_ms.items()},
+        ceiling={name: ceiling / 1e9 for name in runtimes_ms if precision_of(name) == "fp32"},
+        packages=("onnxruntime", "openvino", "onnx"),
+        extra=extra,
+    )
+
+
+def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
+    """(calibrated on, judged on), uint8 (N, S, S, 3): of the demo's generic concepts and of its test concepts."""
+    if clip.name == "demo":
+        return calibration_pictures(clip), held_out()[0].images
+    from iosr_fast.demo.pictures import load_pictures
+    from iosr_fast.preprocess import resize_and_crop
+    from tools.bench.photographs import photograph
+
+    made = []
+    for pictures, count in ((load_pictures("generic").images, CALIBRATED), (held_out()[0].images, JUDGED)):
+        chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
+        views = [resize_and_crop(photograph(pictures[i], seed=int(i)), clip.image_size) for i in chosen]
+        made.append(np.stack(views))
+    return made[0], made[1]
+
+
+def candidates(
+    clip: LoadedClip, adapter: Any, calibration: np.ndarray, threads: int, folder: Path
+) -> dict[str, BatchedEncoder]:
+    """Encoders by runtime and precision; OpenVINO's where it is installed, bf16 where this processor has it."""
+    encoder = build_dual_encoder(clip, adapter)
+    facts = {
+        "model": clip.name,
+        "image_size": clip.image_size,
+        "width": encoder.shapes.embedding_width,
+        "fingerprint": clip.fingerprint,
+        "max_batch": DEMO_BATCH,
+        "first_adapted_block": encoder.shapes.first_adapted_block,
+    }
+    for kind in ("fp32", "int8"):
+        (folder / kind).mkdir()
+    export_onnx(encoder, folder / "fp32" / FILE)
+    quantize_onnx(folder / "fp32" / FILE, folder / "int8" / FILE, calibration)
+    made: dict[str, BatchedEncoder] = {}
+    for precision in ("fp32", "int8"):
+        manifest = facts | {"precision": precision}
+        made[f"onnxruntime-{precision}"] = OnnxRuntimeEncoder(folder / precision, manifest, threads)
+    if find_spec("openvino") is not None:
+        for precision in ("fp32", "bf16", "int8"):
+            manifest = facts | {"precision": precision}
+            opened = OpenVINOEncoder(folder / kind_of(precision), manifest, threads)
+            if precision != "bf16" or opened.computes_in == "bf16":
+                made[f"openvino-{precision}"] = opened
+    return made
+
+
+def precision_of(name: str) -> str:
+    return name.rpartition("-")[2]
+
+
+def kind_of(name: str) -> str:
+    """The folder of the file that it executes."""
+    return "int8" if precision_of(name) == "int8" else "fp32"
+
+
+def in_batches(run: Callable[[np.ndarray], Embeddings], pictures: np.ndarray) -> Embeddings:
+    parts = [run(pictures[start : start + DEMO_BATCH]) for start in range(0, len(pictures), DEMO_BATCH)]
+    return Embeddings(np.concatenate([p.plain for p in parts]), np.concatenate([p.adapted for p in parts]))
+
+
+def verify(name: str, found: Embeddings, truth: Embeddings) -> dict[str, Any]:
+    """The least cosines with `truth`; ArithmeticError where an embedding is off."""
+    precision = precision_of(name)
+    cosines: dict[str, float] = {}
+    for kind in ("plain", "adapted"):
+        got, expected = getattr(found, kind), getattr(truth, kind)
+        cosines[kind] = float(((got * expected).sum(1) / np.linalg.norm(got, axis=1)).min())
+        error = float(np.abs(got - expected).max())
+        # Written so that a NaN is refused too.
+        if not (error <= FP32_MAX_ERROR if precision == "fp32" else cosines[kind] >= MIN_COSINES[precision]):
+            allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {MIN_COSINES[precision]}"
+            raise ArithmeticError(
+                f"{name}: {kind} embeddings have an error of {error:.2g} and a cosine of {cosines[kind]:.6f} "
+                f"(allowed: {allowed}); nothing is timed"
+            )
+    return {
+        "min_cosine": round(min(cosines.values()), 7),
+        "min_cosine_plain": round(cosines["plain"], 7),
+        "min_cosine_adapted": round(cosines["adapted"], 7),
+        "pictures": len(found.plain),
+    }
+
+
+def accuracies(clip: LoadedClip, found: Mapping[str, Embeddings]) -> dict[str, dict[str, Any]]:
+    """Few-shot accuracy on the demo's test concepts; `accuracy` is that of the first of METHODS and SHOTS."""
+    from iosr_fast.offline.text import embed_classes
+    from tools.demo.few_shot import evaluate
+
+    pictures, _ = held_out()
+    text = embed_classes(clip, pictures.names)
+    made: dict[str, dict[str, Any]] = {}
+    for name, embeddings in found.items():
+        encoded = Encoded(embeddings, pictures.concepts, text, clip.logit_scale, pictures.styles)
+        results = {method: evaluate(encoded, method, "none", SHOTS, SEEDS) for method in METHODS}
+        first = results[METHODS[0]][SHOTS[0]]
+        made[name] = {
+            "accuracy": first.mean,
+            "accuracy_std": first.std,
+            "accuracy_of": f"{METHODS[0]}, {SHOTS[0]} shots",
+            "test_images": first.draws[0].images,
+            "seeds": len(SEEDS),
+        } | {
+            f"accuracy_{method.rstrip('+')}_{shots}_shot": round(of_shots[shots].mean, 6)
+            for method, of_shots in results.items()
+            for shots in SHOTS
+        }
+    return made
