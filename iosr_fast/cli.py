@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from iosr_fast.pipeline.command import classify
 from iosr_fast.serving.command import serve
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
 
-_BATCH = 64
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command()(serve)
+app.command()(classify)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -104,44 +103,6 @@ def _chosen(classifier: Classifier) -> str:
     if tuned.scored == 0:
         return f"{told} (one image a class leaves nothing to leave out: a rule of thumb)"
     return f"{told}: {tuned.accuracy:.1%} right by leave-one-out on {tuned.scored} images ({tuned.seconds:.1f} s)"
-
-
-@app.command()
-def classify(
-    classifier: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
-    images: list[Path] = typer.Argument(..., help="images, or folders of images"),
-    runtime: str = typer.Option("auto"),
-    skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out and count them"),
-) -> None:
-    """Classify images; writes CSV (path, label, probability) to standard output."""
-    from iosr_fast.classifier import Classifier
-    from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError, open_image
-
-    paths: list[Path] = []
-    for given in images:
-        inside = (p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if given.is_dir() else [given]
-        paths += sorted(inside)
-    left_out = 0
-    try:
-        loaded = Classifier.load(classifier, runtime=runtime)
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["path", "label", "probability"])
-        for start in range(0, len(paths), _BATCH):
-            readable = []
-            for path in paths[start : start + _BATCH]:
-                try:
-                    readable.append((path, open_image(path)))
-                except BadImageError as error:
-                    if not skip_bad:
-                        raise
-                    left_out += 1
-                    typer.echo(f"left out: {error}", err=True)
-            for (path, _), row in zip(readable, loaded.predict_proba([image for _, image in readable]), strict=True):
-                writer.writerow([path, loaded.classes_[row.argmax()], f"{row.max():.4f}"])
-    except (ValueError, OSError, ImportError) as error:
-        _fail(error)
-    if left_out:
-        typer.echo(f"left out {left_out} of {len(paths)} images", err=True)
 
 
 @app.command("export-triton")

@@ -17,6 +17,7 @@ from iosr_fast.batching import decode as batch_decode
 from iosr_fast.batching import workers as batch_workers
 from iosr_fast.batching.engine import bucket_sizes
 from iosr_fast.encoder import Embeddings
+from iosr_fast.pipeline import decoding
 from iosr_fast.preprocess import BadImageError
 from tests.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, FakeEncoder, FakeState, Watcher, picture, until
 
@@ -69,16 +70,16 @@ def raising(error: Callable[[], BaseException], when: Callable[[list[int]], bool
 
 
 def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
-    def opened(source: Any, position: int = 0) -> Any:
+    def opened(source: Any, *given: Any, **options: Any) -> Any:
         data = source if isinstance(source, bytes) else b""
         if data == b"memory":
             raise MemoryError("no room for it")
         if data == b"exit":
             raise SystemExit(3)
-        return batch_decode_open(source, position)
+        return decode_pixels(source, *given, **options)
 
-    batch_decode_open = batch_decode.open_image
-    monkeypatch.setattr(batch_decode, "open_image", opened)
+    decode_pixels = batch_decode.decode_pixels
+    monkeypatch.setattr(batch_decode, "decode_pixels", opened)
     images = [picture(1), b"no image", b"memory", "missing.png", picture(2, 9), b"exit", picture(3).astype(float), 17]
     futures = batching.submit_many(images)
     bad, memory, ended = "BadImageError", "MemoryError", "RuntimeError"
@@ -101,8 +102,8 @@ def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatc
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)).save(noise, "PNG")
     opened: list[Any] = []
-    open_image = batch_decode.open_image
-    monkeypatch.setattr(batch_decode, "open_image", lambda *given: opened.append(given) or open_image(*given))
+    crop_pixels = decoding.crop_pixels
+    monkeypatch.setattr(decoding, "crop_pixels", lambda *given: opened.append(given) or crop_pixels(*given))
     with BatchingClassifier(classifier, limits=limits) as batching:
         good = [encoded(30, 30), Image.new("L", (30, 30), 7), picture(7, 30), encoded(10, 60)]
         assert outcomes(batching.submit_many(good)) == [7] * 4 and len(opened) == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
+from iosr_fast.pipeline.decoding import decode_pixels
+from iosr_fast.preprocess import BadImageError
 
 ENCODED = (bytes, bytearray, memoryview)
 
@@ -43,23 +43,28 @@ def decode(image: Any, position: int, size: int, limits: Limits) -> np.ndarray:
     if is_pixels(image, size):
         pixels: np.ndarray = image
         return pixels
-    if told := _beyond(image, size, limits):
-        raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, told)
-    return resize_and_crop(open_image(image, position), size)
-
-
-def _beyond(image: Any, size: int, limits: Limits) -> str:
-    """Which limit an image is beyond, by its header alone: a few hundred bytes can claim billions of pixels."""
+    path = Path(image) if isinstance(image, str | Path) else None
     count = _encoded_bytes(image)
     if limits.max_bytes is not None and count > limits.max_bytes:
-        return f"expected at most {limits.max_bytes} encoded bytes, got {count}; send a smaller one"
-    if limits.max_pixels is None:
-        return ""
-    width, height = _dimensions(image)
+        told = f"expected at most {limits.max_bytes} encoded bytes, got {count}; send a smaller one"
+        raise BadImageError(path, position, told)
+
+    def beyond(width: int, height: int) -> str:
+        return _beyond(width, height, size, limits.max_pixels)
+
+    if path is None and not isinstance(image, ENCODED) and (told := beyond(*_dimensions(image))):
+        raise BadImageError(None, position, told)
+    return decode_pixels(image, size, position, check=beyond, exact=True)
+
+
+def _beyond(width: int, height: int, size: int, max_pixels: int | None) -> str:
+    """Which limit an image is beyond, by its header alone: a few hundred bytes can claim billions of pixels."""
     short, long = min(width, height), max(width, height)
-    if short * long > limits.max_pixels:
-        return f"expected at most {limits.max_pixels} pixels, got {width} x {height}; send a smaller one"
-    if size * size * long > limits.max_pixels * short:
+    if max_pixels is None:
+        return ""
+    if short * long > max_pixels:
+        return f"expected at most {max_pixels} pixels, got {width} x {height}; send a smaller one"
+    if size * size * long > max_pixels * short:
         return f"expected sides that are less unlike, got {width} x {height}; crop what matters"
     return ""
 
@@ -73,17 +78,11 @@ def _encoded_bytes(image: Any) -> int:
 
 
 def _dimensions(image: Any) -> tuple[int, int]:
-    """(width, height); (0, 0) where open_image will say what is wrong."""
+    """(width, height) of what is no file; (0, 0) where open_image will say what is wrong."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
         return image.size
-    if isinstance(image, np.ndarray):
-        return (image.shape[1], image.shape[0]) if image.ndim >= 2 else (0, 0)
-    if not isinstance(image, (str, Path, *ENCODED)):
-        return 0, 0
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, ENCODED) else image) as opened:
-            return opened.size
-    except Exception:
-        return 0, 0
+    if isinstance(image, np.ndarray) and image.ndim >= 2:
+        return image.shape[1], image.shape[0]
+    return 0, 0

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from iosr_fast.embedding_files import Part, write_part
 from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.pipeline.ordered import map_ordered
 from iosr_fast.preprocess import BadImageError
 from tools.embedding.items import Chunk, Item, load_pixels
 from tools.embedding.plan import Done, Plan
@@ -58,17 +57,7 @@ def run_chunks(
 
 def decode_ahead(items: Iterable[Item], size: int, threads: int, batch: int) -> Generator[Pixels, None, None]:
     """Pixels (size, size, 3) uint8 of each item in order, or why there are none; at most AHEAD batches wait decoded."""
-    waiting: deque[Future[Pixels]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    try:
-        for item in items:
-            waiting.append(pool.submit(load_pixels, item, size))
-            if len(waiting) > AHEAD * batch:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return map_ordered(items, lambda item: load_pixels(item, size), threads, AHEAD * batch + 1)
 
 
 def embed_chunk(

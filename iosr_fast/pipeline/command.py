@@ -1,0 +1,71 @@
+"""The command `iosr-fast classify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from iosr_fast.preprocess import BadImageError
+
+if TYPE_CHECKING:
+    from iosr_fast.pipeline.job import Job
+
+
+def classify(
+    classifier: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
+    images: list[Path] = typer.Argument(..., help="images, or folders of images"),
+    out: Path = typer.Option(None, help="a .csv or .parquet file to write instead; a killed run of it is gone on with"),
+    top: int = typer.Option(1, help="classes to tell of each image"),
+    batch: int = typer.Option(None, help="images encoded at a time [default: 16 on a CPU, 64 on a GPU]"),
+    threads: int = typer.Option(None, help="cores to use on a CPU [default: all]"),
+    decoder: str = typer.Option("auto", help="auto, cpu, cpu-exact, torchvision-cuda or nvimagecodec"),
+    runtime: str = typer.Option("auto"),
+    skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out (with --out: say why)"),
+) -> None:
+    """Classify images; writes CSV (path, label, probability) to standard output, or a file with --out."""
+    try:
+        job = _job(classifier, images, decoder, runtime, batch, top, threads, skip_bad)
+        unread = job.stream(sys.stdout, lambda told: typer.echo(told, err=True)) if out is None else job.write(out)
+    except KeyboardInterrupt:
+        typer.echo("iosr-fast: stopped" + ("" if out is None else f"; the same command goes on with {out}"), err=True)
+        raise typer.Exit(130) from None
+    except BadImageError as error:
+        kept = (
+            "" if out is None else "; what was classified before is kept: mend it or give --skip-bad, and start again"
+        )
+        typer.echo(f"iosr-fast: {error}{kept}", err=True)
+        raise typer.Exit(2) from error
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        typer.echo(f"iosr-fast: {error}", err=True)
+        raise typer.Exit(2) from error
+    if unread:
+        typer.echo(f"{'left out' if out is None else 'could not read'} {unread} of {len(job.paths)} images", err=True)
+
+
+def _job(
+    bundle: Path,
+    images: list[Path],
+    decoder: str,
+    runtime: str,
+    batch: int | None,
+    top: int,
+    threads: int | None,
+    skip_bad: bool,
+) -> Job:
+    """The options, checked, with the images listed and the classifier opened."""
+    from iosr_fast.classifier import Classifier
+    from iosr_fast.pipeline.decoders import choose_decoder
+    from iosr_fast.pipeline.job import Job
+    from iosr_fast.pipeline.listing import list_images
+    from iosr_fast.pipeline.stream import choose_batch
+
+    if top < 1:
+        raise ValueError(f"expected --top of at least 1, got {top}")
+    paths = [path for given in images for path in (list_images(given) if given.is_dir() else [str(given)])]
+    loaded = Classifier.load(bundle, runtime=runtime, threads=threads)
+    chosen = choose_decoder(decoder, loaded.encoder.runtime)
+    batch = choose_batch(loaded.encoder, batch)
+    return Job(loaded, paths, chosen, batch, min(top, len(loaded.classes_)), threads, skip_bad)

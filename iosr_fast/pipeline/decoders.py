@@ -1,0 +1,100 @@
+"""What turns encoded pictures into pixels: the CPU, or a GPU's decoders where they are installed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+
+from iosr_fast.pipeline.decoding import decode_pixels
+from iosr_fast.preprocess import BadImageError
+
+Decoded = np.ndarray | BadImageError
+DECODERS = ("cpu", "cpu-exact", "torchvision-cuda", "nvimagecodec")
+_NEEDS = {"torchvision-cuda": ("torchvision",), "nvimagecodec": ("nvidia.nvimgcodec",)}
+_MEND = {
+    "torchvision-cuda": "pip install 'iosr_fast[train]' brings it",
+    "nvimagecodec": "pip install nvidia-nvimgcodec-cu12 (or -cu13, as PyTorch's CUDA) brings it",
+}
+log = logging.getLogger(__name__)
+
+
+class Decoder(Protocol):
+    """Batches of images, as open_image takes them, to pixels. Any number of threads may call one; more than `threads`
+    (None: no such number) gain nothing."""
+
+    name: str
+    threads: int | None
+
+    def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
+        """(size, size, 3) uint8 of each in order, or why there are none; positions in errors count from `start`."""
+        ...
+
+
+class CpuDecoder:
+    """Pillow, in the thread that calls it (pipeline.decoding). `exact`: large JPEGs are not decoded at a fraction."""
+
+    threads: int | None = None
+
+    def __init__(self, exact: bool = False) -> None:
+        self.name, self._exact = "cpu-exact" if exact else "cpu", exact
+
+    def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
+        return [try_decode(source, size, start + i, self._exact) for i, source in enumerate(sources)]
+
+
+def try_decode(source: Any, size: int, position: int, exact: bool = False) -> Decoded:
+    try:
+        return decode_pixels(source, size, position, exact=exact)
+    except BadImageError as error:
+        return error
+
+
+def choose_decoder(name: str = "auto", runtime: str = "") -> Decoder:
+    """The named decoder; for "auto" a GPU's where the encoder's `runtime` is one for GPUs and it can run, else the CPU.
+
+    Raises ValueError for an unknown name, RuntimeError for a known one that can't run here.
+    """
+    if name not in ("auto", *DECODERS):
+        raise ValueError(f"expected a decoder out of {', '.join(('auto', *DECODERS))}, got {name!r}")
+    if name != "auto":
+        if (told := refusal(name)) is not None:
+            raise RuntimeError(f"decoder={name!r} can't run here: {told}")
+        return _make(name)
+    refused = {}
+    for candidate in reversed(DECODERS[2:]) if runtime.startswith("tensorrt") else ():
+        if (told := refusal(candidate)) is None:
+            return _make(candidate)
+        refused[candidate] = told
+    log.info("decoding on the CPU; refused: %s", refused or "none")
+    return CpuDecoder()
+
+
+def refusal(name: str) -> str | None:
+    """Why this decoder can't run here, or None."""
+    from iosr_fast.runtimes.plans import this_gpu
+
+    if name not in _NEEDS:
+        return None
+    missing = [module for module in ("torch", *_NEEDS[name]) if _missing(module)]
+    if missing:
+        return f"{' and '.join(missing)} can't be found; {_MEND[name]}"
+    return "PyTorch sees no NVIDIA GPU" if this_gpu() is None else None
+
+
+def _missing(module: str) -> bool:
+    try:
+        return find_spec(module) is None
+    except ModuleNotFoundError:  # of a package within one that is not there
+        return True
+
+
+def _make(name: str) -> Decoder:
+    if name not in _NEEDS:
+        return CpuDecoder(exact=name == "cpu-exact")
+    from iosr_fast.pipeline.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder
+
+    return TorchvisionDecoder() if name == "torchvision-cuda" else NvImageCodecDecoder()

@@ -1,0 +1,66 @@
+"""What Classifier.predict_folder gives: a folder's images with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iosr_fast.pipeline.decoders import choose_decoder
+from iosr_fast.pipeline.listing import list_images
+from iosr_fast.pipeline.stream import choose_batch, classify, stage_of
+from iosr_fast.preprocess import BadImageError
+
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class FolderPredictions:
+    """The images of a folder, in the order of their paths, and what they were taken for.
+
+    paths          of the B images that could be read
+    labels         (B,) class names
+    probabilities  (B,) float32, of the labels
+    errors         of the other images, in their order; each names its path and the reason
+    """
+
+    paths: list[Path]
+    labels: np.ndarray
+    probabilities: np.ndarray
+    errors: list[BadImageError]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[tuple[Path, str, float]]:
+        """(path, label, probability) of each image."""
+        return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
+
+
+def predict_folder(
+    classifier: Classifier, folder: str | Path, batch: int | None, skip_bad: bool, threads: int | None, decoder: str
+) -> FolderPredictions:
+    """Classifier.predict_folder."""
+    batch = choose_batch(classifier.encoder, batch)
+    state, chosen = classifier.snapshot(), choose_decoder(decoder, classifier.encoder.runtime)
+    paths = list_images(folder)
+    stage = stage_of(classifier.encoder, classifier.engine, chosen, len(paths), batch, threads)
+    read, labels, probabilities, errors = [], [], [], []
+    left = iter(paths)
+    with closing(classify(state, stage, chosen, paths, batch)) as answers:
+        for answer in (answer for answered in answers for answer in answered):
+            path = next(left)
+            if not isinstance(answer, BadImageError):
+                read.append(Path(path))
+                labels.append(answer.label)
+                probabilities.append(answer.probability)
+            elif skip_bad:
+                errors.append(answer)
+            else:
+                raise answer
+    return FolderPredictions(read, np.array(labels, dtype=str), np.array(probabilities, np.float32), errors)

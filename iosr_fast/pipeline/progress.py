@@ -1,0 +1,28 @@
+"""A bar on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(verb: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar with images/s and the time left, on stderr where that is a terminal; gives what moves it on by so many
+    images."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda images: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed or 0:,.0f} images/s")
+
+    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=60) as bar:
+        task = bar.add_task(verb, total=total, completed=done)
+        yield lambda images: bar.advance(task, images)

@@ -1,0 +1,112 @@
+"""Classifier.predict_folder on the demo: what predict says of the same files, in order, bad ones told."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("open_clip")
+
+from iosr_fast import runtimes
+from iosr_fast.classifier import Classifier
+from iosr_fast.pipeline import stream
+from iosr_fast.pipeline.decoders import CpuDecoder
+from iosr_fast.pipeline.listing import list_images
+from iosr_fast.preprocess import BadImageError
+from tools.bench.photographs import write_photographs
+from tools.demo.bundle import make_demo_bundle
+
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
+        return make_demo_bundle(tmp_path_factory.mktemp("folder") / "bundle", classes=12, shots=3)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    write_photographs(folder, COUNT)
+    return folder
+
+
+def test_labels_are_those_of_predict(bundle: Path, photographs: Path) -> None:
+    classifier = Classifier.load(bundle, threads=1)
+    found = classifier.predict_folder(photographs, batch=16, threads=3)
+    assert [str(path) for path in found.paths] == list_images(photographs) and len(found) == COUNT
+    expected = classifier.predict_proba(found.paths)
+    assert (found.labels == classifier.classes_[expected.argmax(1)]).mean() >= 0.999
+    assert found.probabilities.dtype == np.float32
+    np.testing.assert_allclose(found.probabilities, expected.max(1), atol=0.01)
+    assert not found.errors and list(found)[7] == (found.paths[7], found.labels[7], found.probabilities[7])
+
+
+def test_labels_of_large_jpegs_differ_between_near_equals_only(bundle: Path, tmp_path: Path) -> None:
+    write_photographs(tmp_path, 60, 533, 400)  # the demo takes 64 pixels, so they are decoded at half their size
+    classifier = Classifier.load(bundle, threads=1)
+    found = classifier.predict_folder(tmp_path, batch=16)
+    expected = classifier.predict_proba(found.paths)
+    first, second = np.sort(expected)[:, :-3:-1].T
+    same = found.labels == classifier.classes_[expected.argmax(1)]
+    assert same[first - second > 0.02].all() and same.mean() >= 0.95
+    assert 0 < np.abs(found.probabilities - first).mean() < 0.01
+    exact = classifier.predict_folder(tmp_path, batch=16, decoder="cpu-exact")
+    np.testing.assert_allclose(exact.probabilities, first, atol=0.005)
+
+
+def test_unreadable_images_are_raised_or_told(bundle: Path, tmp_path: Path) -> None:
+    classifier = Classifier.load(bundle)
+    paths = write_photographs(tmp_path, 12)
+    paths[3].write_bytes(b"no picture")
+    paths[9].write_bytes(paths[9].read_bytes()[:9000])
+    before = threading.active_count()
+    with pytest.raises(BadImageError, match=str(paths[3])):
+        classifier.predict_folder(tmp_path, batch=4)
+    assert threading.active_count() == before
+    found = classifier.predict_folder(tmp_path, batch=4, skip_bad=True)
+    assert [error.path for error in found.errors] == [paths[3], paths[9]]
+    assert found.paths == [path for i, path in enumerate(paths) if i not in (3, 9)]
+    assert (found.labels == classifier.predict(found.paths)).mean() >= 0.9
+
+
+def test_the_stage_fits_the_runtime(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, cpu = Classifier.load(bundle, threads=2), CpuDecoder()
+    encoder, engine = classifier.encoder, classifier.engine
+    side_by_side = stream.stage_of(encoder, engine, cpu, 1024, 32, 8)
+    assert (side_by_side.callers, side_by_side.held()) == (8, 8) and side_by_side.encoder is not encoder
+    opened: list[int] = []
+    monkeypatch.setattr(runtimes, "open_engine", lambda *_, threads, **__: opened.append(threads) or encoder)
+    assert stream.stage_of(encoder, engine, cpu, 10_000, 32, 33).callers == 8 and opened == [4]
+    few = stream.stage_of(encoder, engine, cpu, 1000, 32, 8)
+    assert few == stream.Stage(encoder, 1, 2)
+    monkeypatch.setattr(encoder, "runtime", "openvino")
+    assert stream.stage_of(encoder, engine, cpu, 10_000, 32, 8) == few
+    monkeypatch.setattr(encoder, "buckets", (1, 2, 4))  # a GPU's: the cores are free to decode
+    assert stream.stage_of(encoder, engine, cpu, 1000, 32, 8) == stream.Stage(encoder, 1, 8)
+    monkeypatch.setattr(cpu, "threads", 2)
+    assert stream.stage_of(encoder, engine, cpu, 1000, 32, 8) == stream.Stage(encoder, 1, 2)
+
+
+def test_what_can_not_be_is_refused_before_any_work(bundle: Path, tmp_path: Path) -> None:
+    classifier = Classifier.load(bundle)
+    with pytest.raises(FileNotFoundError, match="found no folder"):
+        classifier.predict_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="expected a batch of at least 1 image, got 0"):
+        classifier.predict_folder(tmp_path, batch=0)
+    with pytest.raises(ValueError, match="expected threads of at least 1, got 0"):
+        classifier.predict_folder(tmp_path, threads=0)
+    with pytest.raises(
+        ValueError, match="expected a decoder out of auto, cpu, cpu-exact, torchvision-cuda, nvimagecodec"
+    ):
+        classifier.predict_folder(tmp_path, decoder="abacus")
+    nothing = classifier.predict_folder(tmp_path)
+    assert len(nothing) == 0 and list(nothing) == [] and nothing.probabilities.shape == (0,)

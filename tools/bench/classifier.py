@@ -1,0 +1,124 @@
+"""The demo's classifier from pixels to labels: uint8 pictures of its size, both embeddings, the scores, the label.
+
+    iosr_fast        Classifier.predict: the fused encoder in ONNX Runtime, the compiled kernel
+    two-pass         the plain and the adapted encoder, each exported for itself, in the same ONNX Runtime, and the
+                     papers' formula in PyTorch
+    eager-two-pass   the public way: open_clip's own forward, then the forward with the adapter, in eager PyTorch, and
+                     the papers' formula
+
+100 held-out concepts with 4 pictures each, tip-adapter++. Labels are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.info import usable_threads
+from iosr_fast.offline.adapter import load_adapter
+from iosr_fast.offline.clip import load_clip
+from iosr_fast.offline.pretrained import DEMO_ADAPTER
+from tools.bench import harness
+from tools.bench.encoder_rivals import Embed, Pass, both, eagerly, in_onnxruntime, write
+from tools.bench.pipeline import PapersFormula
+from tools.demo.bundle import held_out_queries, make_demo_bundle
+
+RIVALS = ("eager-two-pass", "two-pass")
+BATCHES = (1, 8, 64)
+CLASSES, SHOTS = 100, 4
+CALLS = 200  # of one picture, for percentiles
+LABELS_EQUAL = 0.999
+Label = Callable[[], np.ndarray]
+
+
+def candidates(classifier: Classifier, pixels: np.ndarray, threads: int, folder: Path) -> dict[str, Label]:
+    """What is timed: `pixels` (B, S, S, 3) to class numbers (B,), on the demo's CLIP and its shipped adapter."""
+    clip, adapter = load_clip("demo", None), load_adapter(DEMO_ADAPTER)
+    formula = PapersFormula(classifier.plan_)
+    state = classifier.snapshot()
+
+    @torch.inference_mode()
+    def by_formula(embed: Embed) -> np.ndarray:
+        plain, adapted = (torch.from_numpy(part) for part in embed())
+        found: np.ndarray = formula(plain, adapted).argmax(1).numpy()
+        return found
+
+    files = [folder / "plain.onnx", folder / "adapted.onnx"]
+    for file, chosen in zip(files, (None, adapter), strict=True):
+        if not file.exists():
+            write(Pass(clip, chosen).eval(), file)
+    two_passes = both(*(in_onnxruntime(file, pixels, threads) for file in files))
+    eager = eagerly(clip, adapter, pixels)
+    numbers = {name: number for number, name in enumerate(state.class_names)}
+    return {
+        "iosr_fast": lambda: np.array([numbers[name] for name in classifier.predict(pixels).tolist()]),
+        "two-pass": lambda: by_formula(two_passes),
+        "eager-two-pass": lambda: by_formula(eager),
+    }
+
+
+def verify(runs: dict[str, Label]) -> None:
+    """Raise ArithmeticError unless labels are those of the public way."""
+    truth = runs["eager-two-pass"]()
+    for name, run in runs.items():
+        equal = float((run() == truth).mean())
+        if equal < LABELS_EQUAL:
+            raise ArithmeticError(
+                f"{name}: {equal:.2%} of the labels are right (expected: {LABELS_EQUAL:.1%}); not timed"
+            )
+
+
+def percentiles(runs: dict[str, Label], calls: int = CALLS, block: int = 20) -> dict[str, dict[str, Any]]:
+    """Milliseconds of single calls, in blocks that take turns, so that a slow spell meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    while min(map(len, times.values())) < calls:
+        for name, run in runs.items():
+            time.sleep(harness.PAUSE_S)
+            run()
+            for _ in range(block):
+                start = time.perf_counter()
+                run()
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {
+        name: {"calls": len(taken), **{f"p{q}_ms": round(float(np.percentile(taken, q)), 4) for q in (50, 99)}}
+        for name, taken in times.items()
+    }
+
+
+def run(threads: int | None = None, repeats: int = 7) -> list[dict[str, Any]]:
+    """Verify and time each batch size, interleaved; one row an implementation and a size, in pictures/s.
+
+    Rows of one picture have p50_ms and p99_ms of CALLS calls each, too.
+    """
+    threads = threads or usable_threads()
+    made: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name, harness.torch_threads(threads):
+        folder = Path(name)
+        bundle = make_demo_bundle(folder / "bundle", CLASSES, SHOTS, "tip-adapter++")
+        classifier = Classifier.load(bundle, runtime="onnxruntime", threads=threads)
+        queries, _ = held_out_queries(CLASSES, SHOTS)
+        for batch in BATCHES:
+            runs = candidates(classifier, queries[:batch], threads, folder)
+            verify(candidates(classifier, queries, threads, folder) if batch == 1 else runs)
+            runtimes_ms = harness.measure(runs, repeats)
+            told = percentiles(runs) if batch == 1 else {}
+            rates = {impl: batch / (float(np.median(times)) / 1e3) for impl, times in runtimes_ms.items()}
+            made += harness.rows(
+                "classifier",
+                f"demo-b{batch}",
+                runtimes_ms,
+                rivals=RIVALS,
+                threads=threads,
+                rates=rates,
+                rate_unit="images/s",
+                packages=("onnxruntime", "torch", "open_clip_torch"),
+                extra={impl: {"images": batch, **told.get(impl, {})} for impl in runs},
+            )
+    return made

@@ -1,0 +1,277 @@
+"""A folder of photographs to labels: files are read, decoded, encoded and scored.
+
+    predict-folder   Classifier.predict_folder: decoding beside the fused encoder, scoring by the compiled kernel
+    encoder-only     the same encoder on pictures that are decoded already, called the faster of our two ways: the
+                     ceiling
+    decode-only      our decoder alone, in as many threads
+    obvious-script   what the papers' code does: PIL and open_clip's transform, then two passes of eager PyTorch in
+                     batches of 32, and the formula with its one-hot matrix
+    two-pass         the same transform and formula, the two passes compiled in ONNX Runtime
+
+The photographs are made from the demo's pictures (tools.bench.photographs), 65 to 80 KB each. Weights are random, which
+changes no speed; class names are stood in for by pictures, and each class has 16 keys near the embedding of one. The
+keys are centred, as random weights leave all pictures near one another. Labels are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.encoder import Embeddings
+from iosr_fast.info import usable_threads
+from iosr_fast.live.examples import Examples
+from iosr_fast.live.recipe import fit_recipe
+from iosr_fast.live.state import State
+from iosr_fast.live.support_images import SupportViews
+from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain
+from iosr_fast.offline.clip import LoadedClip, load_clip
+from iosr_fast.offline.export import random_adapter, write_engine
+from iosr_fast.pipeline.decoders import CpuDecoder
+from iosr_fast.pipeline.ordered import map_ordered
+from iosr_fast.pipeline.stream import Stage, choose_batch, stage_of
+from iosr_fast.preprocess import open_image, resize_and_crop
+from iosr_fast.runtimes import open_engine
+from iosr_fast.scoring import ScoringPlan
+from tools.bench import harness
+from tools.bench.encoder_rivals import Pass, write
+from tools.bench.photographs import write_photographs
+
+RIVALS = ("obvious-script", "two-pass", "encoder-only")
+CLASSES, SHOTS = 100, 16
+RIVALS_BATCH = 32
+LABELS_EQUAL, LEVELS = 0.999, 1.0
+Embed = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Label = Callable[[], np.ndarray]
+
+
+def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
+    """A tip-adapter++ of CLASSES classes with SHOTS keys each, around the embeddings of CLASSES of the pictures."""
+    encoder = open_engine(engine, "onnxruntime", verify=False, threads=threads)
+    classes = min(CLASSES, len(paths))
+    pixels = np.stack([resize_and_crop(open_image(path), encoder.image_size) for path in paths[:classes]])
+    found = encoder.encode(pixels)
+    rng = np.random.default_rng(0)
+
+    def keys(rows: np.ndarray) -> np.ndarray:
+        # Noise a fifth of what lies between two pictures: their 16 views, as it were.
+        apart = float(np.linalg.norm(rows - rows.mean(0), axis=1).mean())
+        noise = rng.standard_normal((classes * SHOTS, rows.shape[1])) * 0.2 * apart / rows.shape[1] ** 0.5
+        made = np.repeat(rows, SHOTS, 0) + noise
+        return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True), np.float32)
+
+    count = classes * SHOTS
+    embeddings = Embeddings(keys(found.plain), keys(found.adapted))
+    examples = Examples(embeddings, np.repeat(np.arange(classes), SHOTS), np.arange(count), (None,) * count)
+    support = examples.as_support(range(classes), found.plain, 100.0)
+    recipe = fit_recipe("tip-adapter++", {"alpha": 1.0, "beta": 5.5}, "centre", 1.0, "fp32", support)
+    classifier = Classifier(encoder, engine, tau=100.0)
+    state = State.first([f"picture {c}" for c in range(classes)], found.plain, 100.0, examples, recipe)
+    classifier._replace(state, None, SupportViews())
+    return classifier
+
+
+class PapersFormula:
+    """A tip-adapter++ plan in eager PyTorch, with the (B, N) affinity and the (N, C) one-hot matrix: logits (B, C)."""
+
+    def __init__(self, plan: ScoringPlan) -> None:
+        assert plan.text is not None and plan.class_offsets is not None
+        self.text, self.keys = (torch.from_numpy(np.array(array)) for array in (plan.text, plan.keys))
+        self.shift = None if plan.reducer is None else torch.from_numpy(np.array(plan.reducer.shift))
+        labels = np.repeat(np.arange(plan.n_classes), np.diff(plan.class_offsets))
+        self.onehot = nn.functional.one_hot(torch.from_numpy(labels), plan.n_classes).float()
+        self.tau, self.alpha, self.beta = plan.tau, plan.alpha, plan.beta
+
+    def __call__(self, plain: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+        query = adapted if self.shift is None else nn.functional.normalize(adapted - self.shift, dim=-1)
+        affinity = ((-1) * (self.beta - self.beta * (query @ self.keys.T))).exp()
+        return self.tau * plain @ self.text.T + self.alpha * (affinity @ self.onehot)
+
+
+@dataclass
+class Rival:
+    """Files to labels one batch after another: PIL and open_clip's transform, `embed`, the papers' formula."""
+
+    paths: list[Path]
+    clip: LoadedClip
+    embed: Embed
+    formula: PapersFormula
+
+    @torch.inference_mode()
+    def __call__(self) -> np.ndarray:
+        import open_clip
+        from PIL import Image
+
+        transform = open_clip.image_transform(
+            self.clip.image_size, is_train=False, mean=self.clip.mean, std=self.clip.std
+        )
+        labels = []
+        for start in range(0, len(self.paths), RIVALS_BATCH):
+            pixels = torch.stack([transform(Image.open(path)) for path in self.paths[start : start + RIVALS_BATCH]])
+            labels.append(self.formula(*self.embed(pixels)).argmax(1).numpy())
+        return np.concatenate(labels)
+
+
+def eager(clip: LoadedClip, adapter: Adapter) -> Embed:
+    """The public way: open_clip's own forward, then the forward with the adapter."""
+
+    def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        plain, adapted = encode_plain(clip, pixels), encode_adapted(clip, adapter, pixels)
+        return nn.functional.normalize(plain, dim=-1), nn.functional.normalize(adapted, dim=-1)
+
+    return embed
+
+
+def compiled(clip: LoadedClip, adapter: Adapter, threads: int, folder: Path) -> Embed:
+    """Two passes in ONNX Runtime. The modules normalise by themselves, so the transform's floats go back to uint8."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions = [
+        ort.InferenceSession(
+            write(Pass(clip, chosen).eval(), folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        for name, chosen in (("plain", None), ("adapted", adapter))
+    ]
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
+
+    def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = ((pixels * std + mean) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        plain, adapted = (s.run(None, {"pixels": levels})[0] for s in sessions)
+        return torch.from_numpy(plain), torch.from_numpy(adapted)
+
+    return embed
+
+
+def verify(paths: list[Path], size: int, labels: dict[str, np.ndarray]) -> None:
+    """Raise ArithmeticError unless labels are those of the obvious script and pixels those of the reference."""
+    truth = labels["obvious-script"]
+    for name, found in labels.items():
+        equal = float((found == truth).mean())
+        if equal < LABELS_EQUAL:
+            raise ArithmeticError(
+                f"{name}: {equal:.2%} of the labels are right (expected: {LABELS_EQUAL:.1%}); not timed"
+            )
+    decoded = CpuDecoder().decode(paths[:50], size)
+    off = [
+        np.abs(a.astype(int) - resize_and_crop(open_image(b), size)).mean()
+        for a, b in zip(decoded, paths[:50], strict=True)
+    ]
+    if not np.mean(off) <= LEVELS:
+        raise ArithmeticError(f"pixels are off by {np.mean(off):.2f} levels on average (allowed: {LEVELS}); not timed")
+
+
+def encoder_only(stage: Stage, whole: Any, batches: list[np.ndarray]) -> Callable[[], object]:
+    """The faster of the two ways to encode what is decoded: one call on all cores, or callers of one core each."""
+
+    def one() -> object:
+        return [whole.encode(batch) for batch in batches]
+
+    def many() -> object:
+        with closing(map_ordered(batches, stage.encoder.encode, stage.callers, 2 * stage.callers)) as made:
+            return list(made)
+
+    if stage.callers == 1:
+        return one
+    few = batches[: 2 * stage.callers]
+    tried = {
+        one: lambda: [whole.encode(batch) for batch in few],
+        many: lambda: list(map_ordered(few, stage.encoder.encode, stage.callers, 2 * stage.callers)),
+    }
+    times = {way: min(harness.measure({"": run}, 2)[""]) for way, run in tried.items()}
+    return min(times, key=lambda way: times[way])
+
+
+def run(
+    model: str = "ViT-B-32",
+    pictures: int = 500,
+    first_adapted_block: int = 8,
+    threads: int | None = None,
+    repeats: int = 3,
+) -> list[dict[str, Any]]:
+    """Verify and time one case, interleaved; one row an implementation, in images/s and of encoder-only's rate.
+
+    Checking the labels is each one's first run, which also says what memory it takes.
+    """
+    threads = threads or usable_threads()
+    clip = load_clip(model, None if model == "demo" else "none")
+    adapter = random_adapter(clip, first_adapted_block)
+    with tempfile.TemporaryDirectory() as name, harness.torch_threads(threads):
+        folder = Path(name)
+        paths = write_photographs(folder / "photographs", pictures)
+        write_engine(clip, adapter, folder / "engine", "onnxruntime")
+        classifier = fit(folder / "engine", paths, threads)
+        formula = PapersFormula(classifier.plan_)
+        cpu, size = CpuDecoder(), clip.image_size
+        batch = choose_batch(classifier.encoder, None)
+        stage = stage_of(classifier.encoder, classifier.engine, cpu, pictures, batch, threads)
+        groups = [paths[start : start + batch] for start in range(0, pictures, batch)]
+
+        def decoded() -> list[np.ndarray]:
+            with closing(map_ordered(groups, lambda group: cpu.decode(group, size), threads, 2 * threads)) as made:
+                return [np.stack(batch) for batch in made]
+
+        def ours() -> np.ndarray:
+            found = classifier.predict_folder(folder / "photographs", threads=threads)
+            return np.array([int(label.split()[1]) for label in found.labels.tolist()])
+
+        labelling: dict[str, Label] = {
+            "predict-folder": ours,
+            "obvious-script": Rival(paths, clip, eager(clip, adapter), formula),
+            "two-pass": Rival(paths, clip, compiled(clip, adapter, threads, folder), formula),
+        }
+        labels: dict[str, np.ndarray] = {}
+        memory_mb = {
+            impl: harness.extra_memory_mb(lambda impl=impl, label=label: labels.update({impl: label()}))
+            for impl, label in labelling.items()
+        }
+        verify(paths, size, labels)
+        impls: dict[str, Callable[[], object]] = {
+            "predict-folder": ours,
+            "encoder-only": encoder_only(stage, classifier.encoder, decoded()),
+            "decode-only": decoded,
+            **{impl: labelling[impl] for impl in ("obvious-script", "two-pass")},
+        }
+        runtimes_ms = _interleaved(impls, repeats)
+    seconds = {impl: statistics.median(times) / 1e3 for impl, times in runtimes_ms.items()}
+    rates = {impl: pictures / taken for impl, taken in seconds.items()}
+    extra = {
+        impl: {"images": pictures, "images_per_s": round(rate, 2), "memory_mb": memory_mb.get(impl)}
+        for impl, rate in rates.items()
+    }
+    return harness.rows(
+        "pipeline",
+        f"{model.lower()}-{pictures}-photographs-s{first_adapted_block}",
+        runtimes_ms,
+        rivals=RIVALS,
+        threads=threads,
+        rates=rates,
+        rate_unit="images/s",
+        ceiling={impl: rates["encoder-only"] for impl in rates if impl != "decode-only"},
+        packages=("onnxruntime", "torch", "open_clip_torch", "pillow"),
+        extra=extra,
+    )
+
+
+def _interleaved(impls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds a run. Unlike harness.measure it has no runs to warm up, each of which takes a minute here."""
+    runtimes_ms: dict[str, list[float]] = {impl: [] for impl in impls}
+    for _ in range(repeats):
+        for impl, call in impls.items():
+            time.sleep(harness.PAUSE_S)
+            start = time.perf_counter()
+            call()
+            runtimes_ms[impl].append((time.perf_counter() - start) * 1e3)
+    return runtimes_ms
