@@ -12,7 +12,7 @@ help:
 	@echo "make serve      the demo's classifier behind HTTP and a page to try it, at http://127.0.0.1:8000 (token: token-of-the-demo)"
 	@echo "make test       ruff, mypy and every test that needs no GPU"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make bench      encoder, scoring, search, training and updates against their rivals, on this machine"
+	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
 	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
 
 develop: $(STAMP)
@@ -51,11 +51,7 @@ sanitize: $(STAMP)
 	$(BIN)/python tools/sanitize.py thread
 
 bench: $(STAMP)
-	$(BIN)/python tools/benchmark.py score --json build/bench-score.json
-	$(BIN)/python tools/benchmark.py search --json build/bench-search.json
-	$(BIN)/python tools/benchmark.py encoder --json build/bench-encoder.json
-	$(BIN)/python tools/benchmark.py train --json build/bench-train.json
-	$(BIN)/python tools/benchmark.py updates --json build/bench-updates.json
+	$(BIN)/python tools/benchmark.py all --out build/bench
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py --out benchmarks/results

@@ -271,7 +271,8 @@ class Classifier(LiveUpdates):
 
         Pictures are decoded while others are encoded, few at a time, so that any number fits; hidden files are left
         out. A JPEG 6 times larger than the encoder's pictures is decoded at a fraction of its size, which changes its
-        pixels by less than 1 level on average; with the `decoder` "cpu-exact" it isn't (pipeline.decoders has all).
+        pixels by about 1 level or less on average, and a label that was as good as tied; the `decoder` "cpu-exact"
+        gives the pixels of `predict` (pipeline.decoders has all).
         `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use on a CPU
         (None: all). All is of one state of the classifier.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +72,21 @@ def open_bytes(data: bytes, path: Path, position: int = 0) -> Image:
 
 
 def _decode(source: Path | io.BytesIO, path: Path | None, position: int) -> Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    with naming(path, position), Image.open(source) as opened:
+        return opened.convert("RGB")
+
+
+@contextmanager
+def naming(path: Path | None, position: int) -> Iterator[None]:
+    """What decoders raise within the block, as BadImageError of this image."""
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(source) as opened:
-            return opened.convert("RGB")
+        yield
+    except BadImageError:
+        raise
     except UnidentifiedImageError as error:
         raise BadImageError(path, position, "it is not an image of a known format, or it is damaged") from error
     except Exception as error:  # damaged files make decoders raise all sorts: of a TIFF that may be a TypeError

@@ -102,8 +102,8 @@ def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatc
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)).save(noise, "PNG")
     opened: list[Any] = []
-    crop_pixels = decoding.crop_pixels
-    monkeypatch.setattr(decoding, "crop_pixels", lambda *given: opened.append(given) or crop_pixels(*given))
+    resize_and_crop = decoding.resize_and_crop
+    monkeypatch.setattr(decoding, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given))
     with BatchingClassifier(classifier, limits=limits) as batching:
         good = [encoded(30, 30), Image.new("L", (30, 30), 7), picture(7, 30), encoded(10, 60)]
         assert outcomes(batching.submit_many(good)) == [7] * 4 and len(opened) == 4

@@ -15,7 +15,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.offline.dual_encoder import build_dual_encoder  # noqa: E402
 from iosr_fast.offline.export import random_adapter  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip  # noqa: E402
-from tools.bench import encoder, harness, scaling, score  # noqa: E402
+from tools.bench import encoder, harness  # noqa: E402
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, None])
@@ -106,35 +106,3 @@ def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyP
         encoder.run("Small", batch=2, first_adapted_blocks=(1,), threads=1, repeats=1)
     with pytest.raises(ArithmeticError, match="nan"):
         encoder.verify({"a-one-pass": lambda: (np.full((1, 2), np.nan),)}, {0: (np.zeros((1, 2)),) * 2})
-
-
-def test_time_by_batch(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "load_clip", lambda *_: small_clip())
-    made = scaling.encoders("Small", 1, (1, 3), threads=1, repeats=1)
-    assert {row["case"] for row in made} == {"small-b1-s1", "small-b3-s1"}
-    for row in made:
-        batch = int(row["case"].split("-")[1][1:])
-        assert (
-            row["rate"] == pytest.approx(batch / row["runtime_ms"] * 1e3, rel=1e-2) and row["rate_unit"] == "images/s"
-        )
-
-
-def test_scoring_by_size_times_ours_and_the_two_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "gemm_ceiling_flops", lambda threads: 1e12)
-    for name, sizes in (("QUERIES", (1, 2)), ("KEYS", ()), ("CLASSES", (3,))):
-        monkeypatch.setattr(scaling, name, sizes)
-    monkeypatch.setattr(score, "Case", SmallCase)
-    made = scaling.scoring(threads=1, repeats=1)
-    assert {row["case"] for row in made} == {f"q{q}-k16000-d512-c1000" for q in (1, 2)} | {"q64-k16000-d512-c3"}
-    for row in made:
-        assert row["bench"] == "scaling-score"
-        assert row["impl"] in scaling.IMPLEMENTATIONS or row["impl"].startswith("cpp/")
-
-
-class SmallCase(score.Case):
-    """A case of the sizes that its name says, but a thousandth of the keys."""
-
-    @classmethod
-    def parse(cls, text: str) -> score.Case:
-        case = super().parse(text)
-        return score.Case(case.queries, case.keys // 1000, case.width, min(case.classes, 50))

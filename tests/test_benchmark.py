@@ -253,7 +253,7 @@ def test_all_goes_on_after_a_bench_that_fails(tmp_path: Path, monkeypatch: pytes
     out = tmp_path / "new" / "rows"
     done = CliRunner().invoke(benchmark.app, ["all", "--out", str(out)])
     assert done.exit_code == 1 and done.stderr.splitlines()[-1] == "failed: score"
-    assert tuple(command[0] for command in ran) == benchmark.BENCHES
+    assert [command[0] for command in ran] == list(benchmark.BENCHES)
     commands = {command.name or command.callback.__name__ for command in benchmark.app.registered_commands}
     assert commands - {"run_all", "all"} == set(benchmark.BENCHES)
     assert ran[0][1:] == ["--json", str(out / "cpu-encoder.json"), "--csv", str(out / "cpu-encoder.csv")]
@@ -262,3 +262,24 @@ def test_all_goes_on_after_a_bench_that_fails(tmp_path: Path, monkeypatch: pytes
     assert done.exit_code == 0 and [command[0] for command in ran] == ["cold-start"]
     done = CliRunner().invoke(benchmark.app, ["all", "--out", str(out), "--only", "gpu"])
     assert done.exit_code == 2 and len(ran) == 1
+
+
+def test_a_smoke_run_gives_options_that_each_bench_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from tools import benchmark
+
+    ran: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    done = CliRunner().invoke(benchmark.app, ["all", "--out", str(tmp_path), "--quick"])
+    assert done.exit_code == 0 and len(ran) == len(benchmark.BENCHES)
+    commands = get_command(benchmark.app).commands  # type: ignore[attr-defined]
+    for name, *arguments in ran:
+        given = commands[name].make_context(name, list(arguments)).params
+        assert given["repeats"] == 1 and given["json_path"] == tmp_path / f"cpu-{name}.json"

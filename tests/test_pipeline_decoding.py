@@ -13,6 +13,7 @@ from PIL import Image
 
 from iosr_fast.demo.pictures import load_pictures
 from iosr_fast.pipeline import decoding
+from iosr_fast.pipeline.decoders import CpuDecoder
 from iosr_fast.pipeline.decoding import MARGIN, crop_pixels, decode_pixels
 from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
 from tools.bench.photographs import photograph
@@ -111,6 +112,16 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(pictures: np.ndarray, monkeypatch
     assert all(min(shape) >= MARGIN * size for _, shape in seen)
     difference(encoded(photograph(pictures[3], 701, 701), "PNG", compress_level=1), size)
     assert seen[-1] == (1, (701, 701))
+
+
+@pytest.mark.parametrize(("width", "height", "mode"), [(300, 700, "RGB"), (701, 500, "L"), (40, 90, "RGBA")])
+def test_exact_is_the_reference_to_the_last_bit(rng: np.random.Generator, width: int, height: int, mode: str) -> None:
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA").convert(mode)
+    data = encoded(image.convert("RGB") if mode == "RGB" else image, "JPEG" if mode == "RGB" else "PNG")
+    for source in (data, image):
+        expected = resize_and_crop(open_image(source), 64)
+        assert (decode_pixels(source, 64, exact=True) == expected).all()
+        assert (CpuDecoder(exact=True).decode([source], 64)[0] == expected).all()
 
 
 def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,7 @@ def test_the_stage_fits_the_runtime(bundle: Path, monkeypatch: pytest.MonkeyPatc
     encoder, engine = classifier.encoder, classifier.engine
     side_by_side = stream.stage_of(encoder, engine, cpu, 1024, 32, 8)
     assert (side_by_side.callers, side_by_side.held()) == (8, 8) and side_by_side.encoder is not encoder
+    assert stream.stage_of(side_by_side.encoder, engine, cpu, 1024, 32, 8).encoder is side_by_side.encoder
     opened: list[int] = []
     monkeypatch.setattr(runtimes, "open_engine", lambda *_, threads, **__: opened.append(threads) or encoder)
     assert stream.stage_of(encoder, engine, cpu, 10_000, 32, 33).callers == 8 and opened == [4]

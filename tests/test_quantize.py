@@ -74,6 +74,11 @@ def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
     return outputs
 
 
+def off(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Squared error, as a share of the embeddings' variance: random weights give all pictures cosines above 0.9."""
+    return max(float(((a - b) ** 2).sum() / ((b - b.mean(0)) ** 2).sum()) for a, b in zip(got, expected, strict=True))
+
+
 def least_cosine(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
     return min(float(((a * b).sum(1) / np.linalg.norm(a, axis=1)).min()) for a, b in zip(got, expected, strict=True))
 
@@ -127,7 +132,7 @@ def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str, str],
     expected = encode(sources["fp32"], pixels)
     got = encode(made[form][0], pixels)
     assert all(output.dtype == np.float32 for output in got)
-    assert least_cosine(got, expected) >= (0.99 if form[1] == "fp8" else 0.998)
+    assert off(got, expected) <= (0.1 if form[1] == "fp8" else 0.01)
     for start, batch in ((0, 1), (1, 3), (4, 7)):
         part = encode(made[form][0], pixels[start : start + batch])
         for alone, together in zip(part, got, strict=True):
@@ -142,7 +147,7 @@ def test_openvino_computes_the_same_file(made: Any, sources: Any) -> None:
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
         compiled = openvino.Core().compile_model(str(made[form][0]), "CPU", options)
         found = compiled.create_infer_request().infer([pixels])
-        assert least_cosine([found["plain"], found["adapted"]], expected) >= 0.998
+        assert off([found["plain"], found["adapted"]], expected) <= 0.01
 
 
 @pytest.mark.parametrize("form", FORMS[1:], ids="-".join)
@@ -194,10 +199,10 @@ def test_large_channels_are_shifted_into_the_weights(
 
     def loss() -> tuple[float, dict[str, Any]]:
         told = quantize_onnx(source, target, emoji("generic", 64))
-        return 1 - least_cosine(encode(target, pixels), expected), told
+        return off(encode(target, pixels), expected), told
 
     smooth, told = loss()
-    assert smooth < 0.005 and told["smoothed"] == 5  # not the last block's first: attention reads it, too
+    assert smooth < 0.01 and told["smoothed"] == 5  # not the last block's first: attention reads it, too
     assert "blocks.1.c_fc" not in told["kept"]
     monkeypatch.setattr(quantize, "EXPONENTS", ())
     left_out, told = loss()
@@ -205,7 +210,20 @@ def test_large_channels_are_shifted_into_the_weights(
     monkeypatch.setattr(quantize, "LARGEST_ERROR", np.inf)
     rough, told = loss()
     assert told["smoothed"] == 0 and "blocks.1.c_fc" not in told["kept"]
-    assert rough > 5 * smooth and rough > 2 * left_out
+    assert left_out < 0.01 and rough > 0.1
+
+
+def test_constants_that_layers_share_are_not_changed_for_all(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The exporter stores equal constants once: those of LayerNorms and biases as they are before any training."""
+    model = onnx.load(sources["fp32"])
+    norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    for node in norms:
+        node.input[1], node.input[2] = norms[0].input[1], norms[0].input[2]
+    onnx.save(model, tmp_path / "shared.onnx")
+    told = quantize_onnx(tmp_path / "shared.onnx", tmp_path / "int8.onnx", emoji("generic", 64))
+    assert told["smoothed"] >= 2
+    pixels = emoji("held-out", 20)
+    assert off(encode(tmp_path / "int8.onnx", pixels), encode(tmp_path / "shared.onnx", pixels)) <= 0.01
 
 
 def test_what_would_be_too_far_off_stays_as_it_is(

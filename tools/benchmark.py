@@ -21,19 +21,20 @@ use_source_tree()
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-# What `all` runs, in this order; a bench a process, so that none inherits another's threads and memory.
-BENCHES = (
-    "encoder",
-    "precision",
-    "pipeline",
-    "classifier",
-    "cold-start",
-    "score",
-    "scaling",
-    "search",
-    "train",
-    "updates",
-)
+# What `all` runs, in this order, with what makes a smoke run of it. A bench a process: none inherits another's threads
+# and memory.
+BENCHES = {
+    "encoder": "--model demo --batch 2 --repeats 1",
+    "precision": "--model demo --repeats 1",
+    "pipeline": "--model demo --first-adapted-block 3 --pictures 16 --repeats 1",
+    "classifier": "--repeats 1",
+    "cold-start": "--model demo --repeats 1",
+    "score": "--cases q1-k1600-d512-c100 --cases q8-k1600-d512-c100 --repeats 1",
+    "scaling": "--quick --repeats 1",
+    "search": "--cases tip-adapter-v60-c6-s3-d24 --repeats 1",
+    "train": "--model demo --first-adapted-block 3 --batch 4 --pictures 8 --repeats 1",
+    "updates": "--cases tip-adapter++-k1000-c100-d512 --repeats 1",
+}
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here, as JSON.")]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows here, as CSV.")]
@@ -41,6 +42,7 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch; all that may be used where left out.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implementation, interleaved.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small cases only, to see that everything runs.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="An open_clip ViT, or demo. Repeatable.")]
 
 
@@ -156,12 +158,18 @@ def cold_start(json_path: Json = None, csv_path: Csv = None, models: Models = No
 
 
 @app.command()
-def scaling(json_path: Json = None, csv_path: Csv = None, threads: Threads = None, repeats: Repeats = 5) -> None:
+def scaling(
+    json_path: Json = None,
+    csv_path: Csv = None,
+    threads: Threads = None,
+    repeats: Repeats = 5,
+    quick: Quick = False,
+) -> None:
     """How time grows with batches, classes, keys and queries."""
     limit_blas(threads)
     from tools.bench import scaling as bench
 
-    report(bench.run(threads=threads, repeats=repeats), json_path, csv_path)
+    report(bench.run(threads, repeats, bench.QUICK if quick else bench.SIZES), json_path, csv_path)
 
 
 @app.command()
@@ -225,6 +233,7 @@ def updates(
 def run_all(
     out: Annotated[Path, typer.Option(help="The folder for cpu-BENCH.json and cpu-BENCH.csv.")],
     only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(BENCHES)}. Repeatable.")] = None,
+    quick: Quick = False,
 ) -> None:
     """Every bench in a process of its own. One that fails leaves its old rows alone, and the others run."""
     if unknown := sorted(set(only or ()) - set(BENCHES)):
@@ -233,8 +242,9 @@ def run_all(
     failed = []
     for name in [bench for bench in BENCHES if not only or bench in only]:
         typer.echo(f"== {name}", err=True)
-        files = ("--json", str(out / f"cpu-{name}.json"), "--csv", str(out / f"cpu-{name}.csv"))
-        if subprocess.run([sys.executable, str(Path(__file__).resolve()), name, *files], check=False).returncode:
+        arguments = ["--json", str(out / f"cpu-{name}.json"), "--csv", str(out / f"cpu-{name}.csv")]
+        arguments += BENCHES[name].split() if quick else []
+        if subprocess.run([sys.executable, str(Path(__file__).resolve()), name, *arguments], check=False).returncode:
             failed.append(name)
     if failed:
         typer.echo(f"failed: {', '.join(failed)}", err=True)

@@ -132,7 +132,8 @@ class EncoderGraph:
         """Divide what a LayerNormalization puts out, each channel by its own number."""
         for i in (1, 2):
             value = self.value(norm.input[i])
-            norm.input[i] = self._add(f"{norm.input[i]}_smoothed", (value / by).astype(value.dtype))
+            # Named after the node: the exporter stores equal constants once, and others may read this one.
+            norm.input[i] = self._add(f"{norm.name}_{i}_divided", (value / by).astype(value.dtype))
 
     def put(self, group: Group, activation: Quantised, weights: list[Quantised]) -> None:
         """Q/DQ on the activation, one pair for all that read it, and DQ on each product's quantised matrix."""
@@ -143,7 +144,7 @@ class EncoderGraph:
             maker.input.append(self._add(f"{group.tensor}_least", np.zeros((), activation.scale.dtype)))
         pair = self._pair(group.tensor, activation)
         for product, weight in zip(group.products, weights, strict=True):
-            product.node.input[0], product.node.input[1] = pair, self._pair(product.node.input[1], weight)
+            product.node.input[0], product.node.input[1] = pair, self._pair(f"{product.node.name}_matrix", weight)
 
     def finish(self) -> Any:
         """The model with the new nodes in their places, and without constants that nobody reads any more."""
@@ -163,10 +164,8 @@ class EncoderGraph:
         return self.model
 
     def _pair(self, name: str, made: Quantised) -> str:
-        """Adds the nodes, once for each tensor; returns the name of what the dequantisation puts out."""
+        """Adds the nodes; returns the name of what the dequantisation puts out."""
         result = f"{name}_dequantized"
-        if result in self._before:
-            return result
         parameters = [self._add(f"{name}_scale", made.scale), self._add(f"{name}_zero", made.zero)]
         quantised = f"{name}_quantized"
         axis = {} if made.axis is None else {"axis": made.axis}
@@ -180,6 +179,7 @@ class EncoderGraph:
         return result
 
     def _add(self, name: str, value: np.ndarray) -> str:
+        assert name not in self.constants, name
         self.constants[name] = self._onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
@@ -197,10 +197,10 @@ class EncoderGraph:
         return None
 
     def _name(self, node: Any) -> str:
-        """After the encoder's own weight or bias, which names the layer; the graph's name where there is neither."""
+        """After the encoder's own weight or bias, which names the layer; the node's where there is none for it alone."""
         readers = self._readers.get(node.output[0], [])
         added = [name for reader in readers if reader.op_type == "Add" for name in reader.input]
         for name in (*node.input[1:], *added):
-            if name in self.constants and name.endswith((".weight", ".bias")):
+            if name in self.constants and len(self._readers[name]) == 1 and name.endswith((".weight", ".bias")):
                 return name.rpartition(".")[0]
         return str(node.name)

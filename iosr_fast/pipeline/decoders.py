@@ -35,7 +35,7 @@ class Decoder(Protocol):
 
 
 class CpuDecoder:
-    """Pillow, in the thread that calls it (pipeline.decoding). `exact`: large JPEGs are not decoded at a fraction."""
+    """Pillow, in the thread that calls it (pipeline.decoding). `exact`: preprocess.resize_and_crop, to the last bit."""
 
     threads: int | None = None
 

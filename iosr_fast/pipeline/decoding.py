@@ -7,14 +7,13 @@ applied, as CLIP's own transform doesn't.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.preprocess import BadImageError, open_image
+from iosr_fast.preprocess import BadImageError, naming, open_image, resize_and_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
 # filter would have let fade, and rounds once more. Mean absolute difference to the reference by how many times the
 # wanted side is left after it, on textures with a photograph's spectrum (amplitude 1/f, standard deviation 40 levels),
 # qualities 75 to 95, 4:4:4 and 4:2:0, at 64 and 224 pixels: 1: 2.2 to 3.8 levels; 1.5: 1.1 to 1.5; 2: 0.8 to 1.1;
-# 2.5: 0.6 to 0.9; 3: 0.5 to 0.9. At a deviation of 24 it is 0.36 at 3 and 0.21 at 5: less than a rounding each, and of
-# 1,000 such pictures 6 and 11 got another label of 100, all where the first two were within 0.011 in probability.
+# 2.5: 0.6 to 0.9; 3: 0.5 to 0.9. Much rougher textures (1/f^0.6) are off by 0.9 to 1.9 at 3. At a deviation of 24 it is
+# 0.36 at 3; of 1,000 such pictures 6 then got another of 100 labels (8 at 2.5, 4 at 4, 11 at 5), all of them where the
+# first two were within 0.011 in probability: no margin helps labels that are as good as tied.
 MARGIN = 3.0
 _SCALES = (8, 4, 2)
 # Of (width, height): what is wrong with them, or nothing.
@@ -41,11 +41,11 @@ def decode_pixels(
 ) -> np.ndarray:
     """One image as open_image takes it -> (size, size, 3) uint8, C-contiguous.
 
-    Within 1 level of resize_and_crop(open_image(source), size) on average over a photograph's pixels. It differs by
-    roundings alone where nothing is decoded at a fraction of its size: of all but JPEGs whose shorter side is at least
-    2 * MARGIN * size, and of those too with `exact`. What it costs depends on the pixels that are decoded, not on how
-    unlike the sides are. `name` is what encoded bytes are called in errors. `check` is asked of the size of encoded
-    images before anything is decoded. Raises BadImageError.
+    Within 1 level of resize_and_crop(open_image(source), size) on average over a photograph's pixels: it differs by
+    roundings, and by what decoding at a fraction of the size costs, which is done to JPEGs whose shorter side is at
+    least 2 * MARGIN * size. Work depends on the pixels that are decoded, not on how unlike the sides are. `exact` is
+    resize_and_crop itself, to the last bit. `name` is what encoded bytes are called in errors. `check` is asked of the
+    size of encoded images before anything is decoded. Raises BadImageError.
     """
     if isinstance(source, str | Path):
         path = Path(source)
@@ -54,7 +54,8 @@ def decode_pixels(
         return _decode(path, size, position, path, check, exact)
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(source), size, position, name, check, exact)
-    return crop_pixels(open_image(source, position), size)
+    image = open_image(source, position)
+    return resize_and_crop(image, size) if exact else crop_pixels(image, size)
 
 
 def crop_pixels(image: Image, size: int, fraction: int = 1, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -85,11 +86,13 @@ def _decode(
 ) -> np.ndarray:
     from PIL import Image
 
-    with _naming(name, position), Image.open(source) as opened:
+    with naming(name, position), Image.open(source) as opened:
         shape = opened.size
         if check is not None and (told := check(*shape)):
             raise BadImageError(name, position, told)
-        return crop_pixels(opened, size, 1 if exact else _draft(opened, size), shape)
+        if exact:
+            return resize_and_crop(opened.convert("RGB"), size)
+        return crop_pixels(opened, size, _draft(opened, size), shape)
 
 
 def _draft(image: Image, size: int) -> int:
@@ -98,18 +101,3 @@ def _draft(image: Image, size: int) -> int:
     scale = next((scale for scale in _SCALES if min(width, height) >= MARGIN * size * scale), 1)
     done = image.draft(None, (width // scale, height // scale)) if scale > 1 else None  # None for all but JPEGs
     return 1 if done is None else round(width / done[1][2])
-
-
-@contextmanager
-def _naming(path: Path | None, position: int) -> Iterator[None]:
-    """What decoders raise, as BadImageError."""
-    from PIL import UnidentifiedImageError
-
-    try:
-        yield
-    except BadImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImageError(path, position, "it is not an image of a known format, or it is damaged") from error
-    except Exception as error:  # damaged files make decoders raise all sorts: of a TIFF that may be a TypeError
-        raise BadImageError(path, position, str(error)) from error

@@ -52,8 +52,8 @@ def stage_of(
 ) -> Stage:
     """How to use `threads` cores (None: all) for so many images.
 
-    Opens the engine again, with few threads, where several callers gain by it; for a few batches it isn't worth the
-    wait. Raises ValueError for threads below 1.
+    Opens the engine again, with few threads, where several callers gain by it and it has not so few already; for a
+    few batches it isn't worth the wait. Raises ValueError for threads below 1.
     """
     from iosr_fast.runtimes import open_engine
 
@@ -62,7 +62,9 @@ def stage_of(
     threads = usable_threads() if threads is None else threads
     callers = min(threads, _CALLERS)
     if encoder.runtime in _PARALLEL and callers > 1 and images >= _WORTH * callers * batch:
-        return Stage(open_engine(engine, encoder.runtime, verify=False, threads=threads // callers), callers, 0)
+        if getattr(encoder, "threads", None) != threads // callers:
+            encoder = open_engine(engine, encoder.runtime, verify=False, threads=threads // callers)
+        return Stage(encoder, callers, 0)
     if getattr(encoder, "buckets", None) is None:  # on a CPU, of which the encoder needs most
         threads = max(1, threads // 4)
     return Stage(encoder, 1, threads if decoder.threads is None else min(threads, decoder.threads))

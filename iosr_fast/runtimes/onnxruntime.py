@@ -21,6 +21,7 @@ class OnnxRuntimeEncoder(BatchedEncoder):
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
         super().__init__(manifest, "onnxruntime")
+        self.threads = threads
         ort = require("onnxruntime", "cpu")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0

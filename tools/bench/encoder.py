@@ -137,15 +137,17 @@ def candidates(
         for s in late:
             runs[f"{runtime}-two-pass-s{s}"] = rivals.both(one, opened(files[f"s{s}"]))
     runs["open-clip-one-pass"] = rivals.eagerly(clip, None, pixels)
+    in_common: Embed | None = None
     for s in late:
         runs[f"eager-two-pass-s{s}"] = rivals.eagerly(clip, adapters[s], pixels)
-        modules = (plain, rivals.Pass(clip, adapters[s]).eval())
         try:
-            compiled = rivals.in_torch_compile(modules, pixels)
+            in_common = in_common or rivals.in_torch_compile(plain, pixels)
+            compiled = rivals.both(in_common, rivals.in_torch_compile(rivals.Pass(clip, adapters[s]).eval(), pixels))
             compiled()
             runs[f"torch-compile-two-pass-s{s}"] = compiled
         except Exception as error:  # without a C++ compiler, and of much else that a compiler can meet
-            left_out(f"torch-compile-two-pass-s{s}", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            reason = str(error).partition("\n")[0]
+            left_out(f"torch-compile-two-pass-s{s}", f"{type(error).__name__}: {reason}")
     return runs, flops
 
 

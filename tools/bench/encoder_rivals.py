@@ -110,14 +110,14 @@ def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "
     return call
 
 
-def in_torch_compile(modules: tuple[nn.Module, ...], pixels: np.ndarray) -> Embed:
-    """The modules one after another, each compiled for these pixels' shape; compiled by the first call."""
+def in_torch_compile(module: nn.Module, pixels: np.ndarray) -> Embed:
+    """`module` compiled for these pixels' shape, by the first call."""
     batch = torch.from_numpy(pixels)
-    compiled = [torch.compile(module, dynamic=False, options={"freezing": True}) for module in modules]
+    compiled = torch.compile(module, dynamic=False, options={"freezing": True})
 
     def call() -> tuple[np.ndarray, ...]:
         with torch.no_grad():
-            return tuple(module(batch).numpy() for module in compiled)
+            return (compiled(batch).numpy(),)
 
     return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import ctypes
 import gc
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.info import cpu_model, package_version, usable_threads
+from tools.bench.ceilings import gemm_ceiling_flops, memory_bandwidth, torch_threads  # noqa: F401 (a bench needs one module)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,50 +211,6 @@ def _flattened(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield from _flattened(value, f"{before}{name}.")
         else:
             yield f"{before}{name}", value
-
-
-def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of the best of a few float32 GEMMs, NumPy's or PyTorch's, whichever is faster here.
-
-    Measured in the run it is compared with, at the threads it is compared at. NumPy's BLAS takes its threads from
-    OMP_NUM_THREADS or the machine, so NumPy takes part only where it would use no more than `threads`.
-    """
-    import torch
-
-    left = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
-    left_torch, out_torch, out = torch.from_numpy(left), torch.empty(size, size), np.empty_like(left)
-    candidates: dict[str, Callable[[], object]] = {"torch": lambda: torch.mm(left_torch, left_torch, out=out_torch)}
-    if threads >= usable_threads():
-        candidates["numpy"] = lambda: np.matmul(left, left, out=out)
-    with torch_threads(threads):
-        best_ms = min(min(times) for times in measure(candidates, repeats, warmup=2).values())
-    return 2.0 * size**3 / (best_ms * 1e-3)
-
-
-def memory_bandwidth(threads: int, megabytes: int = 512, repeats: int = 5) -> float:
-    """Bytes/s at which memory is read: the best of a few float32 sums over `megabytes`, which no cache holds.
-
-    Measured in the run it is compared with, at the threads it is compared at; every byte is counted once.
-    """
-    import torch
-
-    data = torch.ones(megabytes * 250_000)
-    with torch_threads(threads):
-        best_ms = min(measure({"sum": data.sum}, repeats, warmup=2)["sum"])
-    return data.numel() * 4 / (best_ms * 1e-3)
-
-
-@contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """PyTorch's thread count for the length of a with block."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def cpu_description() -> str:

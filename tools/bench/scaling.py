@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,45 @@ from iosr_fast.offline.dual_encoder import build_dual_encoder
 from iosr_fast.offline.export import random_adapter
 from tools.bench import encoder, encoder_rivals, harness, score
 
-# Model, first adapted block, batches.
-ENCODERS = (("ViT-B-32", 8, (1, 2, 4, 8, 16, 32)), ("demo", 3, (1, 2, 4, 8, 16, 32, 64)))
-QUERIES, KEYS, CLASSES = (1, 8, 64, 256, 1024), (1000, 4000, 16000, 64000, 256000), (10, 100, 1000, 10000)
 IMPLEMENTATIONS = ("eager-best", "papers-formula")  # beside ours
 
 
-def run(threads: int | None = None, repeats: int = 5) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Sizes:
+    """What is varied. `encoders` has models, their first adapted block and the batches."""
+
+    encoders: tuple[tuple[str, int, tuple[int, ...]], ...]
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    classes: tuple[int, ...]
+
+    @property
+    def cases(self) -> list[str]:
+        made = [
+            *(f"q{queries}-k16000-d512-c1000" for queries in self.queries),
+            *(f"q64-k{keys}-d512-c1000" for keys in self.keys),
+            *(f"q64-k16000-d512-c{classes}" for classes in self.classes),
+        ]
+        return list(dict.fromkeys(made))
+
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = Sizes(
+    (("ViT-B-32", 8, BATCHES), ("demo", 3, BATCHES)),
+    queries=(1, 8, 64, 256, 1024),
+    keys=(1000, 4000, 16_000, 64_000, 256_000, 1_000_000),
+    classes=(10, 100, 1000, 10_000),
+)
+QUICK = Sizes((("demo", 3, (1, 2)),), queries=(1, 2), keys=(1000,), classes=(10,))
+
+
+def run(threads: int | None = None, repeats: int = 5, sizes: Sizes = SIZES) -> list[dict[str, Any]]:
     """Both kinds of rows, verified and timed."""
     threads = threads or usable_threads()
-    made = [row for model, first, batches in ENCODERS for row in encoders(model, first, batches, threads, repeats)]
-    return made + scoring(threads, repeats)
+    made: list[dict[str, Any]] = []
+    for model, first, batches in sizes.encoders:
+        made += encoders(model, first, batches, threads, repeats)
+    return made + scoring(sizes.cases, threads, repeats)
 
 
 def encoders(model: str, first: int, batches: Sequence[int], threads: int, repeats: int) -> list[dict[str, Any]]:
@@ -75,14 +104,9 @@ def encoders(model: str, first: int, batches: Sequence[int], threads: int, repea
     return made
 
 
-def scoring(threads: int, repeats: int) -> list[dict[str, Any]]:
-    cases = [
-        *(f"q{queries}-k16000-d512-c1000" for queries in QUERIES),
-        *(f"q64-k{keys}-d512-c1000" for keys in KEYS),
-        *(f"q64-k16000-d512-c{classes}" for classes in CLASSES),
-    ]
+def scoring(cases: Sequence[str], threads: int, repeats: int) -> list[dict[str, Any]]:
     return score.run(
-        list(dict.fromkeys(cases)),
+        cases,
         threads,
         repeats,
         bench="scaling-score",

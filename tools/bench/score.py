@@ -218,9 +218,10 @@ def run(
                     if candidate.verified:
                         verify(name, candidate, embeddings, device)
                 except ArithmeticError as error:
-                    if name not in RIVALS:
+                    # PyTorch's segment sums on a GPU lose digits in fp16. On a CPU nothing excuses a wrong rival.
+                    if device == "cpu" or name not in RIVALS:
                         raise
-                    print(f"{text}: {error}")  # PyTorch's segment sums on a GPU lose digits in fp16
+                    print(f"{text}: {error}")
                     del runs[name]
             runtimes_ms = harness.measure(
                 {name: _timed(candidate, device) for name, candidate in runs.items()}, repeats
