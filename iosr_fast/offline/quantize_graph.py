@@ -174,12 +174,13 @@ class EncoderGraph:
         if made.values is None:
             self._before[result].append(node("QuantizeLinear", [name, *parameters], [quantised], f"{name}_Q"))
         else:
-            self._add(quantised, made.values)
+            quantised = self._add(quantised, made.values)
         self._before[result].append(node("DequantizeLinear", [quantised, *parameters], [result], f"{name}_DQ", **axis))
         return result
 
     def _add(self, name: str, value: np.ndarray) -> str:
-        assert name not in self.constants, name
+        while name in self.constants:
+            name += "_"
         self.constants[name] = self._onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
@@ -197,7 +198,7 @@ class EncoderGraph:
         return None
 
     def _name(self, node: Any) -> str:
-        """After the encoder's own weight or bias, which names the layer; the node's where there is none for it alone."""
+        """After the encoder's weight or bias, which names the layer; the node's where it has none for itself."""
         readers = self._readers.get(node.output[0], [])
         added = [name for reader in readers if reader.op_type == "Add" for name in reader.input]
         for name in (*node.input[1:], *added):
