@@ -125,6 +125,9 @@ def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: p
     git("commit", "-q", "--allow-empty", "-m", "first")
     head = git("rev-parse", "HEAD").strip()
     assert harness.commit() == head[:12]
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "rows.json").write_text("")
+    assert harness.commit() == head[:12], "rows are what a run writes"
     (tmp_path / "new").write_text("")
     assert harness.commit() == f"{head[:12]}+dirty"
 

@@ -320,3 +320,22 @@ def test_plans_run(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert (embeddings.adapted * adapted).sum(1).min() > 0.999
     assert len(list((tmp_path / "cache").rglob("*.cache"))) == (runtime == "tensorrt_rtx")
     assert sorted((tmp_path / "engine").rglob("*")) == files, "running an engine leaves its folder as it is"
+
+
+def test_int8_products_are_added_without_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime as ort
+
+    set_to: list[tuple[str, str]] = []
+
+    class Options(ort.SessionOptions):
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            set_to.append((name, value))
+            super().add_session_config_entry(name, value)
+
+    monkeypatch.setattr(ort, "SessionOptions", Options)
+    clip, pixels = small_clip(), random_pixels(12, 32)
+    write_engine(clip, None, tmp_path / "int8", "onnxruntime", "int8", calibration=pixels, real_images=pixels)
+    assert set(set_to) == {("session.x64quantprecision", "1")}
+    encoder = open_engine(tmp_path / "int8")
+    expected = two_passes(clip, random_adapter(clip, 1), pixels)[0]
+    assert (encoder.encode(pixels).plain * expected).sum(1).min() > 0.99

@@ -26,6 +26,9 @@ class OnnxRuntimeEncoder(BatchedEncoder):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
+        if manifest["precision"] == "int8":
+            # Else processors without VNNI add products of 8 bits in 16, which can overflow.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class

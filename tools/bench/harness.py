@@ -218,7 +218,10 @@ def cpu_description() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with +dirty where tracked or new files differ from it; "unknown" outside a repository."""
+    """The checked-out commit, with +dirty where tracked or new files differ from it; "unknown" outside a repository.
+
+    benchmarks/ isn't looked at: it is what a run writes.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -230,4 +233,4 @@ def commit() -> str:
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return "unknown"
-    return head + ("+dirty" if git("status", "--porcelain") else "")
+    return head + ("+dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks") else "")
