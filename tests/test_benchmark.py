@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import _C
-from tools.bench import harness
+from tools.bench import ceilings, harness
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,6 +100,21 @@ def test_ceilings_are_rates_that_a_machine_can_have() -> None:
     pytest.importorskip("torch")
     assert 1e8 < harness.memory_bandwidth(1, megabytes=16, repeats=1) < 1e13
     assert 1e8 < harness.gemm_ceiling_flops(1, size=256, repeats=1) < 1e15
+
+
+def test_the_gemm_is_each_librarys_own_and_the_product(rng: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    left, weight = rng.standard_normal((2, 33, 33), dtype=np.float32)
+    made = {make.__name__: [call() for call in make(left, weight, 4096)] for make in ceilings._GEMMS}
+    assert {name for name, found in made.items() if found} >= {"_torch_gemm", "_numpy_gemm", "_onnxruntime_gemm"}
+    assert not list(ceilings._numpy_gemm(left, weight, 0)), "NumPy's threads can't be bounded"
+    session = ort.InferenceSession(ceilings._product(weight), providers=["CPUExecutionProvider"])
+    products = [torch.Tensor.numpy(made["_torch_gemm"][0]), made["_numpy_gemm"][0], *session.run(None, {"x": left})]
+    products += [found[0] for found in made["_openvino_gemm"]]
+    for product in products:
+        np.testing.assert_allclose(product, left.astype(np.float64) @ weight, atol=1e-4)
 
 
 def test_the_table_names_each_case_once(capsys: pytest.CaptureFixture[str]) -> None:
