@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from iosr_fast.pipeline.listing import walk
 from iosr_fast.preprocess import IMAGE_SUFFIXES
-from tools.embedding.items import Source, folder_source, walk
+from tools.embedding.items import Source, folder_source
 
 KINDS = ("folder", "webdataset", "parquet")
 

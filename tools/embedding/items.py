@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.pipeline.listing import walk
 from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError, open_bytes, resize_and_crop
 
 
@@ -112,25 +113,6 @@ def folder_source(folder: Path) -> Source:
     items.sort(key=lambda item: item.key)
     check_keys(items, str(folder))
     return Source({"kind": "folder", "path": str(folder)}, items)
-
-
-def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below `folder` with its status. Hidden ones are left out; a link to a folder above is not followed."""
-    pending = [(str(folder), frozenset[tuple[int, int]]())]
-    while pending:
-        place, above = pending.pop()
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in above:
-            continue
-        above |= {(status.st_dev, status.st_ino)}
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append((entry.path, above))
-                elif entry.is_file():
-                    yield entry.path, entry.stat()
 
 
 def stamp_of(status: os.stat_result) -> str:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-from rich.text import Text
 
 from iosr_fast._require import require
 from iosr_fast.files import MANIFEST, read_manifest
+from iosr_fast.pipeline.progress import progress
 from iosr_fast.preprocess import BadImageError
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool
@@ -55,20 +53,6 @@ def complete(
                 plans.log_done(out, done)
                 errors += done.errors
         return plans.finish(out, plan, errors)
-
-
-class Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} images/s")
-
-
-@contextmanager
-def progress(verb: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with images/s and the time left, on stderr; gives what moves it on by so many images."""
-    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=60) as bar:
-        task = bar.add_task(verb, total=total)
-        yield lambda images: bar.advance(task, images)
 
 
 def advancing(found: Iterator[Done], advance: Callable[[int], None]) -> Iterator[Done]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast._require import require
+from iosr_fast.pipeline.listing import walk
 from iosr_fast.preprocess import IMAGE_SUFFIXES
-from tools.embedding.items import Item, Source, check_keys, stamp_of, walk
+from tools.embedding.items import Item, Source, check_keys, stamp_of
 
 EXTRA = "train"  # brings webdataset
 READERS = 8  # shards indexed at a time: reading headers is waiting for the disk

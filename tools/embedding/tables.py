@@ -9,7 +9,8 @@ from pathlib import Path
 
 from iosr_fast._require import require
 from iosr_fast.embedding_files import check_names
-from tools.embedding.items import Item, Source, check_keys, stamp_of, walk
+from iosr_fast.pipeline.listing import walk
+from tools.embedding.items import Item, Source, check_keys, stamp_of
 
 EXTRA = "train"  # brings pyarrow
 READERS = 16  # files looked up at a time: on a network file system each waits
