@@ -19,7 +19,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.pipeline.decoders import CpuDecoder
 from iosr_fast.pipeline.listing import list_images
 from iosr_fast.pipeline.ordered import map_ordered
-from iosr_fast.pipeline.stream import Stage, choose_batch, classify
+from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, classify
 from iosr_fast.preprocess import BadImageError
 
 SIZE = 8
@@ -136,6 +136,29 @@ def test_predictions_come_in_order_with_the_unreadable_in_their_places(callers: 
         else:
             assert answer == ("seen", i)
     assert sorted(encoder.batches) == [3, 3, *[4] * 7]
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "callers"), [(500, 16, 2), (61, 7, 3), (5, 16, 2), (100, 3, 8), (0, 16, 2)]
+)
+def test_the_last_batches_are_smaller_so_that_callers_end_together(images: int, batch: int, callers: int) -> None:
+    sizes = list(batch_sizes(images, batch, callers))
+    assert sum(sizes) == images and all(0 < size <= batch for size in sizes)
+    # One caller has no other to wait for; of several, none begins more than half its share of what is left.
+    assert list(batch_sizes(images, batch, 1)) == [batch] * (images // batch) + [images % batch] * (images % batch > 0)
+    for done in range(len(sizes)):
+        left = images - sum(sizes[:done])
+        assert sizes[done] <= max(4, -(-left // (2 * callers)))
+        assert list(batch_sizes(left, batch, callers)) == sizes[done:]  # a run that goes on there has the same ones
+
+
+def test_a_stream_without_a_length_is_cut_evenly() -> None:
+    encoder = CountingEncoder()
+    sources = [grey(i) for i in range(40)]
+    stage = Stage(encoder, 2, 0)
+    known = [len(made) for made in classify(STATE, stage, CpuDecoder(), sources, batch=8)]
+    assert known == list(batch_sizes(40, 8, 2)) and known[0] == 8 and known[-1] < 8 and sum(known) == 40
+    assert [len(made) for made in classify(STATE, stage, CpuDecoder(), iter(sources), batch=8)] == [8] * 5
 
 
 @TWO_WAYS

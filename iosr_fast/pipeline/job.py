@@ -98,7 +98,7 @@ class Job:
         }
 
     def _complete(self, journal: Journal) -> None:
-        done = journal.chunks * self.batch
+        done = sum(map(len, journal.read()))
         with closing(self._answers(done)) as answers, progress("classify", len(self.paths), done) as advance:
             for answered in _telling(answers, advance):
                 for answer in answered:
@@ -120,8 +120,7 @@ class Job:
             return
         encoder, engine = self.classifier.encoder, self.classifier.engine
         stage: Stage = stage_of(encoder, engine, self.decoder, len(self.paths), self.batch, self.threads)
-        left = (self.paths[i] for i in range(first, len(self.paths)))
-        yield from classify(self.classifier.snapshot(), stage, self.decoder, left, self.batch, self.top)
+        yield from classify(self.classifier.snapshot(), stage, self.decoder, self.paths[first:], self.batch, self.top)
 
 
 def _telling(answers: Iterator[list[Answer]], advance: Callable[[int], None]) -> Iterator[list[Answer]]:

@@ -8,10 +8,11 @@ GPU, one caller encodes with all there is, and threads decode ahead of it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Answer: TypeAlias = Prediction | BadImageError
 _CALLERS = 8  # at most: each holds a batch and all that is computed of it; beyond, sessions get more threads
 _WORTH = 4  # batches a caller
+_LEAST = 4  # images in a batch, where the last ones are made smaller
 _PARALLEL = frozenset({"onnxruntime"})  # runtimes of which several threads may run one session at once
 
 
@@ -83,10 +85,11 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
 def classify(
     state: State, stage: Stage, decoder: Decoder, sources: Iterable[Any], batch: int, top: int = 1
 ) -> Generator[list[Answer], None, None]:
-    """For each `batch` of sources, in order, what State.explain says of each, or why it can't be read.
+    """For each batch of sources, in order, what State.explain says of each, or why it can't be read.
 
-    What is encoded together is a batch less what is unreadable: it depends on the sources alone. At most stage.held()
-    batches of pixels exist at once. The generator's end, by close() too, ends its threads.
+    What is encoded together is a batch less what is unreadable. Batches are of `batch` sources; where several callers
+    share sources of a known number, the last are smaller (`batch_sizes`). At most stage.held() batches of pixels exist
+    at once. The generator's end, by close() too, ends its threads.
     """
 
     def decode(given: tuple[int, list[Any]]) -> list[np.ndarray | BadImageError]:
@@ -98,7 +101,7 @@ def classify(
         made = iter(state.explain(stage.encoder.encode(np.stack(good)), top) if good else ())
         return [told if isinstance(told, BadImageError) else next(made) for told in decoded]
 
-    batches = _batches(sources, batch)
+    batches = _batches(sources, batch, stage.callers)
     if stage.callers > 1:
         yield from map_ordered(batches, lambda given: answer(decode(given)), stage.callers, 2 * stage.callers)
         return
@@ -109,9 +112,26 @@ def classify(
             yield answered
 
 
-def _batches(sources: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
-    """Runs of `size` sources, each with the number of its first."""
+def batch_sizes(images: int, batch: int, callers: int) -> Iterator[int]:
+    """How many images each batch takes: `batch`, and near the end half of a caller's even share of what is left, so
+    that several callers finish together (guided self-scheduling: Polychronopoulos and Kuck, 1987).
+
+    Sizes depend on what is left alone, so a run that is gone on with at a batch's end has the same ones to come.
+    """
+    while images:
+        share = batch if callers == 1 else max(_LEAST, ceil(images / (2 * callers)))
+        size = min(batch, share, images)
+        yield size
+        images -= size
+
+
+def _batches(sources: Iterable[Any], batch: int, callers: int) -> Iterator[tuple[int, list[Any]]]:
+    """Runs of sources, each with the number of its first."""
+    sizes = batch_sizes(len(sources), batch, callers) if isinstance(sources, Sized) else repeat(batch)
     left, start = iter(sources), 0
-    while taken := list(islice(left, size)):
+    for size in sizes:
+        taken = list(islice(left, size))
+        if not taken:
+            return
         yield start, taken
         start += len(taken)

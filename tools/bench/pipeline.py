@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from iosr_fast.offline.clip import LoadedClip, load_clip
 from iosr_fast.offline.export import random_adapter, write_engine
 from iosr_fast.pipeline.decoders import CpuDecoder
 from iosr_fast.pipeline.ordered import map_ordered
-from iosr_fast.pipeline.stream import Stage, choose_batch, stage_of
+from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
 from iosr_fast.preprocess import open_image, resize_and_crop
 from iosr_fast.runtimes import open_engine
 from iosr_fast.scoring import ScoringPlan
@@ -217,7 +218,8 @@ def run(
         cpu, size = CpuDecoder(), clip.image_size
         batch = choose_batch(classifier.encoder, None)
         stage = stage_of(classifier.encoder, classifier.engine, cpu, pictures, batch, threads)
-        groups = [paths[start : start + batch] for start in range(0, pictures, batch)]
+        ends = list(accumulate(batch_sizes(pictures, batch, stage.callers)))
+        groups = [paths[start:end] for start, end in pairwise([0, *ends])]
 
         def decoded() -> list[np.ndarray]:
             with closing(map_ordered(groups, lambda group: cpu.decode(group, size), threads, 2 * threads)) as made:
