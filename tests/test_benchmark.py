@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,14 +108,27 @@ def test_the_gemm_is_each_librarys_own_and_the_product(rng: np.random.Generator)
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     left, weight = rng.standard_normal((2, 33, 33), dtype=np.float32)
-    made = {make.__name__: [call() for call in make(left, weight, 4096)] for make in ceilings._GEMMS}
-    assert {name for name, found in made.items() if found} >= {"_torch_gemm", "_numpy_gemm", "_onnxruntime_gemm"}
-    assert not list(ceilings._numpy_gemm(left, weight, 0)), "NumPy's threads can't be bounded"
+    calls = {name: make(left, weight, 4096) for name, make in ceilings._GEMMS.items()}
+    made = {name: call() for name, call in calls.items() if call is not None}
+    assert set(made) >= {"torch", "numpy", "onnxruntime"}
+    assert ceilings._numpy_gemm(left, weight, 0) is None, "NumPy's threads can't be bounded"
     session = ort.InferenceSession(ceilings._product(weight), providers=["CPUExecutionProvider"])
-    products = [torch.Tensor.numpy(made["_torch_gemm"][0]), made["_numpy_gemm"][0], *session.run(None, {"x": left})]
-    products += [found[0] for found in made["_openvino_gemm"]]
+    products = [torch.Tensor.numpy(made["torch"]), made["numpy"], *session.run(None, {"x": left})]
+    products += [made["openvino"][0]] if "openvino" in made else []
     for product in products:
         np.testing.assert_allclose(product, left.astype(np.float64) @ weight, atol=1e-4)
+
+
+def test_a_gemm_takes_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    gemm = ceilings.Gemm("stub", 3e6, lambda: turns.append("gemm") or time.sleep(0.001))
+    monkeypatch.setattr(harness, "best_gemm", lambda threads: gemm)
+    monkeypatch.setattr(harness, "GEMMS_A_TURN", 2)
+    monkeypatch.setattr(harness, "BURST_S", 0)
+    found, flops, library = harness.measure_beside_gemm({"ours": lambda: turns.append("ours")}, 3, threads=1)
+    assert list(found) == ["ours"] and len(found["ours"]) == 3 and library == "stub"
+    assert turns[-9:] == ["ours", "gemm", "gemm"] * 3
+    assert 0 < flops < 3e9
 
 
 def test_the_table_names_each_case_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from iosr_fast.pipeline.listing import list_images
 from iosr_fast.preprocess import IMAGE_SUFFIXES, to_pixels
 
 if TYPE_CHECKING:
@@ -32,10 +33,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
         from iosr_fast.demo.pictures import load_pictures
 
         return _evenly(load_pictures("generic").images, count)
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a folder of calibration pictures, found no folder {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = list_images(folder)
     if not paths:
         raise ValueError(f"{folder} has no pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return to_pixels(_evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)

@@ -1,4 +1,5 @@
-"""What executes an engine folder written by tools/build_engine.py: ONNX Runtime, PyTorch, TensorRT or TensorRT-RTX."""
+"""What executes an engine folder written by tools/build_engine.py: ONNX Runtime, OpenVINO, PyTorch, TensorRT or
+TensorRT-RTX."""
 
 from iosr_fast.runtimes.engine import choose_runtime, open_engine
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
@@ -15,35 +16,58 @@ from iosr_fast.info import usable_threads
 WARMUP = 2
 
 
-def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of the best of a few float32 GEMMs of (size, size), by whichever library is fastest here.
+@dataclass(frozen=True)
+class Gemm:
+    """A float32 product that does `flops` each time it is called, by the library that is fastest here.
 
-    No one library is on every processor: on one with AVX-512, oneDNN's kernels in OpenVINO have done 1.8 times what
-    PyTorch's MKL does. One factor is constant, as weights are. NumPy's BLAS takes its threads from OMP_NUM_THREADS or
-    the machine, so NumPy takes part only where it would use no more than `threads`.
+    `operands` are held because a library may read them where they lie without holding them itself.
+    """
+
+    library: str
+    flops: float
+    call: Callable[[], object]
+    operands: tuple[np.ndarray, ...] = ()
+
+
+def best_gemm(threads: int, size: int = 2048, repeats: int = 7) -> Gemm:
+    """The product of two (size, size) matrices, one of them constant, as weights are.
+
+    No one library is on every processor: on one with AVX-512, OpenVINO's kernels have done 1.9 times what NumPy's and
+    PyTorch's do. NumPy's BLAS takes its threads from OMP_NUM_THREADS or the machine, so NumPy takes part only where it
+    would use no more than `threads`.
     """
     left, weight = np.random.default_rng(0).standard_normal((2, size, size), dtype=np.float32)
     with torch_threads(threads):
-        found = [call for make in _GEMMS for call in make(left, weight, threads)]
-        return 2.0 * size**3 / min(_best_s(call, repeats) for call in found)
+        found = {name: call for name, make in _GEMMS.items() if (call := make(left, weight, threads)) is not None}
+        seconds = {name: _best_s(call, repeats) for name, call in found.items()}
+    library = min(seconds, key=lambda name: seconds[name])
+    return Gemm(library, 2.0 * size**3, found[library], (left, weight))
 
 
-def _torch_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Iterator[Callable[[], object]]:
+def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> float:
+    """FLOP/s of the best of a few calls of best_gemm."""
+    gemm = best_gemm(threads, size, repeats)
+    with torch_threads(threads):
+        return gemm.flops / _best_s(gemm.call, repeats)
+
+
+def _torch_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callable[[], object] | None:
     import torch
 
     left_torch, weight_torch, out = torch.from_numpy(left), torch.from_numpy(weight), torch.empty(left.shape)
-    yield lambda: torch.mm(left_torch, weight_torch, out=out)
+    return lambda: torch.mm(left_torch, weight_torch, out=out)
 
 
-def _numpy_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Iterator[Callable[[], object]]:
-    if threads >= usable_threads():
-        out = np.empty_like(left)
-        yield lambda: np.matmul(left, weight, out=out)
+def _numpy_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callable[[], object] | None:
+    if threads < usable_threads():
+        return None
+    out = np.empty_like(left)
+    return lambda: np.matmul(left, weight, out=out)
 
 
-def _onnxruntime_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Iterator[Callable[[], object]]:
+def _onnxruntime_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callable[[], object] | None:
     if find_spec("onnxruntime") is None or find_spec("onnx") is None:
-        return
+        return None
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -52,12 +76,12 @@ def _onnxruntime_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Ite
     binding = session.io_binding()
     binding.bind_cpu_input("x", left)
     binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_shape_and_type(left.shape, np.float32))
-    yield lambda: session.run_with_iobinding(binding)
+    return lambda: session.run_with_iobinding(binding)
 
 
-def _openvino_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Iterator[Callable[[], object]]:
+def _openvino_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callable[[], object] | None:
     if find_spec("openvino") is None or find_spec("onnx") is None:
-        return
+        return None
     import openvino
 
     options = {
@@ -69,7 +93,7 @@ def _openvino_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Iterat
     compiled = core.compile_model(core.read_model(io.BytesIO(_product(weight))), "CPU", options)
     request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(left, shared_memory=True))
-    yield request.infer
+    return lambda: request.infer()
 
 
 def _product(weight: np.ndarray) -> bytes:
@@ -83,7 +107,7 @@ def _product(weight: np.ndarray) -> bytes:
     return bytes(model.SerializeToString())
 
 
-_GEMMS = (_torch_gemm, _numpy_gemm, _onnxruntime_gemm, _openvino_gemm)
+_GEMMS = {"torch": _torch_gemm, "numpy": _numpy_gemm, "onnxruntime": _onnxruntime_gemm, "openvino": _openvino_gemm}
 
 
 def memory_bandwidth(threads: int, megabytes: int = 512, repeats: int = 5) -> float:

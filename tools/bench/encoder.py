@@ -80,10 +80,7 @@ def run(
         adapters = {s: random_adapter(clip, s) for s in wanted}
         runs, flops = candidates(clip, adapters, late or wanted, pixels, threads, Path(folder))
         verify(runs, {s: rivals.eagerly(clip, adapter, pixels)() for s, adapter in adapters.items()})
-        ceiling = harness.gemm_ceiling_flops(threads)
-        runtimes_ms = harness.measure(runs, repeats)
-        # Minutes lie between; a ceiling taken in a slow spell alone would be passed.
-        ceiling = max(ceiling, harness.gemm_ceiling_flops(threads))
+        runtimes_ms, ceiling, library = harness.measure_beside_gemm(runs, repeats, threads)
     made = harness.rows(
         "encoder",
         f"{model.lower()}-b{batch}",
@@ -93,6 +90,7 @@ def run(
         flops={name: work * batch for name, work in flops.items()},
         ceiling_flops=ceiling,
         packages=("onnxruntime", "openvino", "torch", "open_clip_torch"),
+        extra={name: {"ceiling_library": library} for name in flops},
     )
     medians = {name: statistics.median(times) for name, times in runtimes_ms.items()}
     for row in made:

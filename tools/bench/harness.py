@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.info import cpu_model, package_version, usable_threads
-from tools.bench.ceilings import gemm_ceiling_flops, memory_bandwidth, torch_threads  # noqa: F401 (a bench needs one module)
+from tools.bench.ceilings import (  # noqa: F401 (a bench needs one module)
+    best_gemm,
+    gemm_ceiling_flops,
+    memory_bandwidth,
+    torch_threads,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAUSE_S = 0.02
 # Calls shorter than this are timed in bursts: what is wanted is the time of one among many, with threads awake.
 BURST_S = 0.02
+GEMMS_A_TURN = 8  # a quarter of a second on two cores: as long as what it is compared with
 
 
 def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -54,6 +60,18 @@ def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup
                 run()
             runtimes_ms[name].append((time.perf_counter() - start) * 1e3 / burst[name])
     return runtimes_ms
+
+
+def measure_beside_gemm(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, threads: int
+) -> tuple[dict[str, list[float]], float, str]:
+    """As measure, with a GEMM's turn in every round: milliseconds a call, the FLOP/s of its median turn, its library.
+
+    A ceiling that is taken before or after is one of other minutes, which on a shared machine differ by a tenth.
+    """
+    gemm = best_gemm(threads)
+    runtimes_ms = measure({**candidates, "": lambda: [gemm.call() for _ in range(GEMMS_A_TURN)]}, repeats)
+    return runtimes_ms, GEMMS_A_TURN * gemm.flops / statistics.median(runtimes_ms.pop("")) * 1e3, gemm.library
 
 
 def extra_memory_mb(run: Callable[[], object]) -> float | None:

@@ -81,11 +81,11 @@ def _rows(clip: LoadedClip, adapter: Any, batch: int, threads: int, repeats: int
             for name, facts in accuracies(clip, found).items():
                 extra[name] |= facts
         pixels = judged[:batch]
-        ceiling = harness.gemm_ceiling_flops(threads)
         calls = {name: partial(encoder.encode, pixels) for name, encoder in encoders.items()}
-        runtimes_ms = harness.measure(calls, repeats)
-        # Minutes lie between; a ceiling taken in a slow spell alone would be passed.
-        ceiling = max(ceiling, harness.gemm_ceiling_flops(threads))
+        runtimes_ms, ceiling, library = harness.measure_beside_gemm(calls, repeats, threads)
+    for name in runtimes_ms:
+        if precision_of(name) == "fp32":
+            extra[name]["ceiling_library"] = library
     config = build_dual_encoder(clip, adapter).shapes
     flops = fused_flops(config, batch)
     return harness.rows(
