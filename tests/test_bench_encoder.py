@@ -36,6 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny CLIP, a ceiling that takes no time, and torch.compile without its compiler, which takes seconds."""
     monkeypatch.setattr(encoder, "load_clip", lambda *_: small_clip())
     monkeypatch.setattr(harness, "best_gemm", lambda threads: ceilings.best_gemm(threads, size=64, repeats=1))
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
 
 

@@ -34,6 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "load_clip", lambda *_: small_clip())
     monkeypatch.setattr(precision, "pictures_of", lambda clip: (pictures[:40], pictures[40:]))
     monkeypatch.setattr(harness, "best_gemm", lambda threads: ceilings.best_gemm(threads, size=64, repeats=1))
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
 
 
 def test_rows_and_nothing_wrong_is_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

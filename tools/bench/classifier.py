@@ -54,7 +54,7 @@ def candidates(classifier: Classifier, pixels: np.ndarray, threads: int, folder:
     for file, chosen in zip(files, (None, adapter), strict=True):
         if not file.exists():
             write(Pass(clip, chosen).eval(), file)
-    two_passes = both(*(in_onnxruntime(file, pixels, threads) for file in files))
+    two_passes = both(*(in_onnxruntime(file, pixels, threads, spin=False) for file in files))
     eager = eagerly(clip, adapter, pixels)
     numbers = {name: number for number, name in enumerate(state.class_names)}
     return {

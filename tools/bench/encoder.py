@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,9 @@ def candidates(
             flops[f"{runtime}-s{s}"] = fused_flops(fused.shapes, 1)
     for runtime, opened in execute.items():
         one = runs[f"{runtime}-one-pass"] = opened(files["plain"])
+        if runtime == "onnxruntime":
+            opened = partial(rivals.in_onnxruntime, pixels=pixels, threads=threads, spin=False)
+            one = opened(files["plain"])
         for s in late:
             runs[f"{runtime}-two-pass-s{s}"] = rivals.both(one, opened(files[f"s{s}"]))
     runs["open-clip-one-pass"] = rivals.eagerly(clip, None, pixels)

@@ -82,10 +82,14 @@ def write(module: nn.Module, path: Path) -> Path:
     return path
 
 
-def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int) -> Embed:
+def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int, spin: bool = True) -> Embed:
+    """Without `spin` the session's threads sleep when they have nothing to do: where two sessions take turns, the
+    threads of one would spin on the cores of the other."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -140,6 +140,7 @@ def compiled(clip: LoadedClip, adapter: Adapter, threads: int, folder: Path) -> 
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # they and PyTorch take turns
     sessions = [
         ort.InferenceSession(
             write(Pass(clip, chosen).eval(), folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]

@@ -82,8 +82,8 @@ def encoders(model: str, first: int, batches: Sequence[int], threads: int, repea
             runs = {
                 f"onnxruntime-s{first}": encoder_rivals.in_onnxruntime(fused, given, threads),
                 f"onnxruntime-two-pass-s{first}": encoder_rivals.both(
-                    encoder_rivals.in_onnxruntime(plain, given, threads),
-                    encoder_rivals.in_onnxruntime(adapted, given, threads),
+                    encoder_rivals.in_onnxruntime(plain, given, threads, spin=False),
+                    encoder_rivals.in_onnxruntime(adapted, given, threads, spin=False),
                 ),
             }
             if find_spec("openvino") is not None:
