@@ -19,7 +19,7 @@ from tools.bench import classifier, harness  # noqa: E402
 from tools.bench.encoder_rivals import Embed, eagerly  # noqa: E402
 
 
-def in_eager(file: Path, pixels: np.ndarray, threads: int) -> Embed:
+def in_eager(file: Path, pixels: np.ndarray, threads: int, spin: bool = True) -> Embed:
     """Instead of two exports: tests/test_bench_pipeline.py and tests/test_bench_encoder.py make those."""
     one = eagerly(load_clip("demo", None), load_adapter(DEMO_ADAPTER), pixels)
     return lambda: one()[file.name == "adapted.onnx" :][:1]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # The threads of an OpenMP pool, and ONNX Runtime's, spin on for a while after their last call, on cores that the next
-# candidate needs: after a pause of 0.02 s small batches in ONNX Runtime took three times as long, after 0.1 s they don't.
+# candidate needs: after a pause of 0.02 s small batches took three times as long as after one of 0.1 s.
 PAUSE_S = 0.2
 # Calls shorter than this are timed in bursts: what is wanted is the time of one among many, with threads awake.
 BURST_S = 0.02
@@ -66,13 +66,14 @@ def measure(candidates: Mapping[str, Callable[[], object]], repeats: int, warmup
 def measure_beside_gemm(
     candidates: Mapping[str, Callable[[], object]], repeats: int, threads: int
 ) -> tuple[dict[str, list[float]], float, str]:
-    """As measure, with a GEMM's turn in every round: milliseconds a call, the FLOP/s of its median turn, its library.
+    """As measure, with a GEMM's turn in every round: milliseconds a call, the FLOP/s of its best turn, its library.
 
-    A ceiling that is taken before or after is one of other minutes, which on a shared machine differ by a tenth.
+    A ceiling that is taken before or after is one of other minutes, which on a shared machine differ by a tenth. The
+    best turn, because a ceiling is what the machine can do.
     """
     gemm = best_gemm(threads)
     runtimes_ms = measure({**candidates, "": lambda: [gemm.call() for _ in range(GEMMS_A_TURN)]}, repeats)
-    return runtimes_ms, GEMMS_A_TURN * gemm.flops / statistics.median(runtimes_ms.pop("")) * 1e3, gemm.library
+    return runtimes_ms, GEMMS_A_TURN * gemm.flops / min(runtimes_ms.pop("")) * 1e3, gemm.library
 
 
 def extra_memory_mb(run: Callable[[], object]) -> float | None:
