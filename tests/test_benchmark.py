@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import _C
+from iosr_fast.info import usable_threads
 from tools.bench import ceilings, harness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,7 @@ def test_the_gemm_is_each_librarys_own_and_the_product(rng: np.random.Generator)
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     left, weight = rng.standard_normal((2, 33, 33), dtype=np.float32)
-    calls = {name: make(left, weight, 4096) for name, make in ceilings._GEMMS.items()}
+    calls = {name: make(left, weight, usable_threads()) for name, make in ceilings._GEMMS.items()}
     made = {name: call() for name, call in calls.items() if call is not None}
     assert set(made) >= {"torch", "numpy", "onnxruntime"}
     assert ceilings._numpy_gemm(left, weight, 0) is None, "NumPy's threads can't be bounded"

@@ -92,7 +92,7 @@ def _openvino_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callab
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(io.BytesIO(_product(weight))), "CPU", options)
     request = compiled.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(left, shared_memory=True))
+    request.set_input_tensor(openvino.Tensor(left))
     return lambda: request.infer()
 
 
