@@ -12,6 +12,7 @@ import numpy as np
 from iosr_fast._require import require
 from iosr_fast.runtimes.batched import BatchedEncoder
 from iosr_fast.runtimes.onnxruntime import FILE
+from iosr_fast.runtimes.signal_stack import kept_signal_stack
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,15 @@ class OpenVINOEncoder(BatchedEncoder):
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         try:
-            self._compiled = core.compile_model(str(folder / FILE), "CPU", options)
+            with kept_signal_stack():
+                self._compiled = core.compile_model(str(folder / FILE), "CPU", options)
+                self._request = self._compiled.create_infer_request()
         except RuntimeError as error:
             raise RuntimeError(f"OpenVINO can't load {FILE} in {folder}: {error}; build the engine again") from error
         self.computes_in = "bf16" if bf16 else "fp32"
-        self._request = self._compiled.create_infer_request()
         self._lock = threading.Lock()
 
     def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-        with self._lock:
+        with self._lock, kept_signal_stack():
             found = self._request.infer({"pixels": pixels})
             return tuple(np.array(found[name]) for name in self.outputs)  # the request's own memory is written again

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from iosr_fast.info import usable_threads
+from iosr_fast.runtimes.signal_stack import kept_signal_stack
 
 WARMUP = 2
 
@@ -90,10 +91,16 @@ def _openvino_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callab
         "PERFORMANCE_HINT": "LATENCY",
     }
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(io.BytesIO(_product(weight))), "CPU", options)
-    request = compiled.create_infer_request()
+    with kept_signal_stack():
+        compiled = core.compile_model(core.read_model(io.BytesIO(_product(weight))), "CPU", options)
+        request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(left))
-    return lambda: request.infer()
+
+    def call() -> object:
+        with kept_signal_stack():
+            return request.infer()
+
+    return call
 
 
 def _product(weight: np.ndarray) -> bytes:

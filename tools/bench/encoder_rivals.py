@@ -23,6 +23,7 @@ from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.dual_encoder import DualEncoder
 from iosr_fast.offline.export import OPSET, export_onnx, quiet_exporter
 from iosr_fast.offline.onnx_files import save_onnx
+from iosr_fast.runtimes.signal_stack import kept_signal_stack
 
 COMPILED = ("torch-compile", "onnxruntime", "openvino")
 Embed = Callable[[], tuple[np.ndarray, ...]]
@@ -105,10 +106,12 @@ def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+    with kept_signal_stack():
+        request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
 
     def call() -> tuple[np.ndarray, ...]:
-        found = request.infer([pixels])
+        with kept_signal_stack():
+            found = request.infer([pixels])
         return tuple(np.array(found[output]) for output in found)
 
     return call

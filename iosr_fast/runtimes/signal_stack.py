@@ -1,0 +1,38 @@
+"""The calling thread's signal stack, kept as it was.
+
+OpenVINO 2026.4 puts a stack of its own in place of it (sigaltstack) and, when a model is released, puts back what it
+had found there. Of two models that are released in the order in which they were made, the second so puts back the
+first's, which is gone: the next signal, for which Python asks to be called on that stack, ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> tuple[int, int, int]:
+    """(address, flags, bytes) of the calling thread's. Linux only."""
+    found = _Stack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found.sp or 0, found.flags, found.size
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Within the block others may change it; at its end it is what it was. Nothing is done off Linux."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = signal_stack()
+    try:
+        yield
+    finally:
+        if signal_stack() != before:
+            ctypes.CDLL(None).sigaltstack(ctypes.byref(_Stack(*before)), None)
