@@ -8,6 +8,7 @@ first's, which is gone: the next signal, for which Python asks to be called on t
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,15 @@ class _Stack(ctypes.Structure):
     _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def signal_stack() -> tuple[int, int, int]:
     """(address, flags, bytes) of the calling thread's. Linux only."""
     found = _Stack()
-    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    _libc().sigaltstack(None, ctypes.byref(found))
     return found.sp or 0, found.flags, found.size
 
 
@@ -35,4 +41,4 @@ def kept_signal_stack() -> Iterator[None]:
         yield
     finally:
         if signal_stack() != before:
-            ctypes.CDLL(None).sigaltstack(ctypes.byref(_Stack(*before)), None)
+            _libc().sigaltstack(ctypes.byref(_Stack(*before)), None)
