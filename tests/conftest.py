@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from iosr_fast import dispatch
 from iosr_fast.encoder import Embeddings
 from iosr_fast.precision import Precision
 from iosr_fast.reducers import Reducer
+from iosr_fast.runtimes.signal_stack import signal_stack
 from iosr_fast.scoring import ScoringPlan
 from tests import demo_cache as shared
 from tools.source_tree import use_source_tree
@@ -140,3 +142,14 @@ def _free_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._best.cache_clear()
     yield
     dispatch._best.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _signal_stack_is_kept() -> Iterator[None]:
+    """A test that leaves another signal stack is named here, and not by a crash in one of the tests behind it."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = signal_stack()
+    yield
+    assert signal_stack() == before, "the thread's signal stack was replaced (see iosr_fast.runtimes.signal_stack)"

@@ -24,6 +24,7 @@ from iosr_fast.offline.pretrained import open_pretrained  # noqa: E402
 from iosr_fast.offline.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
 from iosr_fast.offline.quantize_graph import EncoderGraph  # noqa: E402
 from iosr_fast.runtimes.onnxruntime import FILE  # noqa: E402
+from iosr_fast.runtimes.openvino import openvino_core  # noqa: E402
 from tests.test_dual_encoder import random_adapter, small_clip  # noqa: E402
 
 TYPES = onnx.TensorProto
@@ -140,12 +141,12 @@ def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str, str],
 
 
 def test_openvino_computes_the_same_file(made: Any, sources: Any) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     pixels = emoji("held-out", 20)
     expected = encode(sources["fp32"], pixels)
     for form in (("fp32", "int8", "cpu"), ("fp32", "int8", "tensorrt")):
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        compiled = openvino.Core().compile_model(str(made[form][0]), "CPU", options)
+        compiled = openvino_core().compile_model(str(made[form][0]), "CPU", options)
         found = compiled.create_infer_request().infer([pixels])
         assert off([found["plain"], found["adapted"]], expected) <= 0.01
 

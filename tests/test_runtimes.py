@@ -21,7 +21,8 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.files import SCHEMA  # noqa: E402
 from iosr_fast.offline.export import random_adapter, write_engine  # noqa: E402
-from iosr_fast.runtimes import choose_runtime, engine, open_engine  # noqa: E402
+from iosr_fast.runtimes import choose_runtime, engine, open_engine, openvino  # noqa: E402
+from iosr_fast.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.runtimes.tensorrt import build_plan  # noqa: E402
 from tests.manifests import rewrite_manifest  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip, two_passes  # noqa: E402
@@ -68,9 +69,7 @@ class Core:
     """OpenVINO's Core on a processor of which it says that it has bf16, or has not."""
 
     def __init__(self, capabilities: list[str]) -> None:
-        import openvino
-
-        self.core, self.capabilities = openvino.Core(), capabilities
+        self.core, self.capabilities = openvino_core(), capabilities
         self.options: dict[str, str] = {}
 
     def get_property(self, device: str, name: str) -> list[str]:
@@ -85,10 +84,10 @@ class Core:
 def test_bf16_is_computed_where_the_processor_has_it(
     engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     encoder = open_engine(engines["openvino"])
     assert encoder.runtime == "openvino", "the runtime that it was built for comes first"
-    found = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    found = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert encoder.computes_in == ("bf16" if found else "fp32")
     pixels = random_pixels(5, 32)
     for got, expected in zip(
@@ -99,7 +98,7 @@ def test_bf16_is_computed_where_the_processor_has_it(
         assert got is not None and (got * expected).sum(1).min() > 0.999
         assert np.abs(got - expected).max() > 1e-5 or not found, "bf16 rounds"
     core = Core(["FP32", "BF16"])
-    monkeypatch.setattr(openvino, "Core", lambda: core)
+    monkeypatch.setattr(openvino, "openvino_core", lambda: core)
     open_engine(engines["onnxruntime"], "openvino", threads=1)
     assert core.options["INFERENCE_PRECISION_HINT"] == "f32", "bf16 is never taken without being asked for"
     assert core.options["INFERENCE_NUM_THREADS"] == "1"

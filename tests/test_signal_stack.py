@@ -1,4 +1,4 @@
-"""OpenVINO's models leave the thread's signal stack as it was, in whichever order they are released."""
+"""OpenVINO leaves the thread's signal stack as it was, and models may be released in any order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import faulthandler, gc, os, signal
 import numpy as np
+from iosr_fast.runtimes.openvino import openvino_core
 from iosr_fast.runtimes.signal_stack import signal_stack
 from tools.bench.ceilings import _openvino_gemm
 
@@ -22,17 +23,26 @@ left, weight = np.ones((2, 128, 128), np.float32)
 models = [_openvino_gemm(left, weight, 1) for _ in range(3)]
 for model in models:
     model()
+assert openvino_core() is openvino_core()
 while models:
     models.pop(0)
     gc.collect()
 assert signal_stack() == before, (signal_stack(), before)
 os.kill(os.getpid(), signal.SIGUSR1)
 assert seen == [1]
+openvino_core.cache_clear()  # as if the plugin were loaded by two, in the order in which they release it
+first, second = openvino_core(), openvino_core.__wrapped__()
+openvino_core.cache_clear()
+del first
+gc.collect()
+del second
+gc.collect()
+assert signal_stack() == before, (signal_stack(), before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sigaltstack is asked for on Linux only")
-def test_models_released_in_the_order_they_were_made_leave_the_signal_stack() -> None:
+def test_openvino_leaves_the_signal_stack() -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("onnx")
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,8 +1,9 @@
 """The calling thread's signal stack, kept as it was.
 
-OpenVINO 2026.4 puts a stack of its own in place of it (sigaltstack) and, when a model is released, puts back what it
-had found there. Of two models that are released in the order in which they were made, the second so puts back the
-first's, which is gone: the next signal, for which Python asks to be called on that stack, ends the process.
+OpenVINO 2026.4 puts a stack of its own in place of it (sigaltstack) where a Core loads its CPU plugin, and puts back
+what it had found there when the plugin is released. Of two plugins that are released in the order in which they were
+loaded, the second so puts back the first's, which is gone: the next signal, for which Python asks to be called on that
+stack, ends the process.
 """
 
 from __future__ import annotations

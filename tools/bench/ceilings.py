@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from iosr_fast.info import usable_threads
-from iosr_fast.runtimes.signal_stack import kept_signal_stack
+from iosr_fast.runtimes.openvino import openvino_core
 
 WARMUP = 2
 
@@ -90,17 +90,11 @@ def _openvino_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callab
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    core = openvino.Core()
-    with kept_signal_stack():
-        compiled = core.compile_model(core.read_model(io.BytesIO(_product(weight))), "CPU", options)
-        request = compiled.create_infer_request()
+    core = openvino_core()
+    compiled = core.compile_model(core.read_model(io.BytesIO(_product(weight))), "CPU", options)
+    request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(left))
-
-    def call() -> object:
-        with kept_signal_stack():
-            return request.infer()
-
-    return call
+    return request.infer
 
 
 def _product(weight: np.ndarray) -> bytes:

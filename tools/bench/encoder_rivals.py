@@ -23,7 +23,7 @@ from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.dual_encoder import DualEncoder
 from iosr_fast.offline.export import OPSET, export_onnx, quiet_exporter
 from iosr_fast.offline.onnx_files import save_onnx
-from iosr_fast.runtimes.signal_stack import kept_signal_stack
+from iosr_fast.runtimes.openvino import openvino_core
 
 COMPILED = ("torch-compile", "onnxruntime", "openvino")
 Embed = Callable[[], tuple[np.ndarray, ...]]
@@ -99,19 +99,15 @@ def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int, spin: bool = Tr
 
 def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "f32") -> Embed:
     """`precision` f32 or bf16; OpenVINO would choose bf16 by itself where the processor has it."""
-    import openvino
-
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    with kept_signal_stack():
-        request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+    request = openvino_core().compile_model(path, "CPU", options).create_infer_request()
 
     def call() -> tuple[np.ndarray, ...]:
-        with kept_signal_stack():
-            found = request.infer([pixels])
+        found = request.infer([pixels])
         return tuple(np.array(found[output]) for output in found)
 
     return call
