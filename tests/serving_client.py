@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
-import io
 import shutil
 import tempfile
 import threading
@@ -17,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
 from iosr_fast.demo.pictures import load_pictures
 from iosr_fast.serving import Settings
 from tests.demo_cache import shared_cache
+from tests.images import encode
 
 # Whoever imports this module is skipped where a package is missing.
 for _module, _extra in {
@@ -82,12 +81,6 @@ def queries() -> list[bytes]:
 def query_labels() -> list[str]:
     _, _, _, labels, names = _drawn()
     return [names[label] for label in labels]
-
-
-def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, kind, **options)
-    return out.getvalue()
 
 
 def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
@@ -17,6 +16,7 @@ from iosr_fast.batching import front as batching
 from iosr_fast.batching import item as batch_item
 from iosr_fast.batching import queue as batch_queue
 from tests.batching_fakes import PATIENCE_S, FakeClassifier, Gated, Watcher, labels, picture, until
+from tests.images import encode
 
 NEVER_MS = 3_600_000.0  # a wait that no test sits out
 
@@ -51,12 +51,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_every_form_of_image(make, tmp_path: Path) -> None:
-    encoded = io.BytesIO()
-    Image.fromarray(picture(7, 9)).save(encoded, "PNG")
+    encoded = encode(picture(7, 9))
     path = tmp_path / "seven.png"
-    path.write_bytes(encoded.getvalue())
+    path.write_bytes(encoded)
     forms = [picture(7), picture(7, 9), picture(7, 9)[..., 0], Image.fromarray(picture(7, 6)), path, str(path)]
-    forms += [encoded.getvalue(), bytearray(encoded.getvalue()), memoryview(encoded.getvalue())]
+    forms += [encoded, bytearray(encoded), memoryview(encoded)]
     assert labels(make().submit_many(forms)) == [7] * len(forms)
 
 

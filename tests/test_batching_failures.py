@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from iosr_fast.encoder import Embeddings
 from iosr_fast.pipeline import decoding
 from iosr_fast.preprocess import BadImageError
 from tests.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, FakeEncoder, FakeState, Watcher, picture, until
+from tests.images import encode
 
 BLACK = 0  # what an engine that failed is tried with; none of the pictures here
 FIRST = 200
@@ -94,13 +94,10 @@ def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: 
 
 def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatch) -> None:
     def encoded(width: int, height: int) -> bytes:
-        out = io.BytesIO()
-        Image.new("RGB", (width, height), (7, 7, 7)).save(out, "PNG")
-        return out.getvalue()
+        return encode(np.full((height, width, 3), 7, np.uint8))
 
     limits = DecodeLimits(max_bytes=500, max_pixels=1000)
-    noise = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)).save(noise, "PNG")
+    noise = encode(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
     opened: list[Any] = []
     resize_and_crop = decoding.resize_and_crop
     monkeypatch.setattr(decoding, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given))
@@ -112,7 +109,7 @@ def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatc
             "expected at most 1000 pixels, got 40 x 40": Image.new("L", (40, 40)),
             "got 32 x 33": np.zeros((33, 32), np.uint8),
             "sides that are less unlike, got 1 x 64": encoded(1, 64),
-            r"at most 500 encoded bytes, got \d+": noise.getvalue(),
+            r"at most 500 encoded bytes, got \d+": noise,
         }.items():
             with pytest.raises(BadImageError, match=said):
                 batching.submit(image).result(PATIENCE_S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image
 from iosr_fast import Classifier
 from iosr_fast.batching import BatchingClassifier
 from iosr_fast.preprocess import BadImageError
+from tests.images import encode
 from tools.demo.bundle import held_out_queries, make_demo_bundle
 
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
@@ -29,12 +29,6 @@ def classifier(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Cl
         return Classifier.load(make_demo_bundle(tmp_path_factory.mktemp("bundle"), CLASSES, SHOTS))
 
 
-def encoded(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG")
-    return out.getvalue()
-
-
 def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) -> None:
     images, _labels = held_out_queries(CLASSES, SHOTS)
     images = images[:40]
@@ -42,7 +36,7 @@ def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) ->
     names = classifier.classes_.tolist()
     for forms, expected in (
         (list(images), classifier.predict_proba(images)),
-        ([encoded(image) for image in wide], classifier.predict_proba(wide)),
+        ([encode(image) for image in wide], classifier.predict_proba(wide)),
     ):
         with (
             BatchingClassifier(classifier, max_batch=7, decode_threads=2, warm=True) as batching,

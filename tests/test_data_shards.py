@@ -19,15 +19,14 @@ pytest.importorskip("webdataset", reason="webdataset comes with the train extra"
 from iosr_fast.offline.data import ShardPictures, shards, split  # noqa: E402
 from iosr_fast.offline.data.shard_index import INDEX, read_samples  # noqa: E402
 from iosr_fast.preprocess import BadImageError  # noqa: E402
+from tests.images import encode  # noqa: E402
 
 SIZE = 8
 
 
 def png(number: int) -> bytes:
     """A picture that tells which it is: `number` in its first channel."""
-    data = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE), (number, 7, 9)).save(data, "PNG")
-    return data.getvalue()
+    return encode(Image.new("RGB", (SIZE, SIZE), (number, 7, 9)))
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> None:
@@ -153,19 +152,14 @@ def test_labels_in_json_and_text_and_names_of_any_kind(tmp_path: Path) -> None:
     members = [(f"{i}.json", json.dumps({"class": names[i % 3], "x": 1}).encode()) for i in range(4)]
     joined = [member for i in range(4) for member in (members[i], (f"{i}.png", png(i)))]
     write_tar(tmp_path / "a.tar", joined)
-    write_tar(tmp_path / "b.tar.gz", [("k.webp", webp()), ("k.txt", "日本\n".encode())], "w:gz")
+    webp = encode(Image.new("RGB", (SIZE, SIZE)), "WEBP")
+    write_tar(tmp_path / "b.tar.gz", [("k.webp", webp), ("k.txt", "日本\n".encode())], "w:gz")
     source = ShardPictures(tmp_path, SIZE)
     assert source.class_names == sorted(names)
     assert [source.class_names[label] for label in source.labels] == [*names, names[0], "日本"]
     assert [rows.tolist() for rows, _ in source.iterate(torch.arange(5), 2)] == [[0, 1], [2, 3], [4]]
     listed = ShardPictures([tmp_path / "b.tar.gz", tmp_path / "a.tar"], SIZE, class_names=[*names, "unused"])
     assert listed.labels.tolist() == [1, 0, 1, 2, 0]
-
-
-def webp() -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE)).save(data, "WEBP")
-    return data.getvalue()
 
 
 def test_class_names_come_from_a_file_beside_the_shards(folder: Path) -> None:

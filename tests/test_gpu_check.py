@@ -8,35 +8,20 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from tests import gpu_report  # noqa: E402
+from tests.gpu_report import kept  # noqa: E402
 from tools import gpu_check  # noqa: E402
 from tools.gpu import build, ceiling, machine  # noqa: E402
 from tools.gpu.parts import BUDGET_S, PARTS, Part, allowance  # noqa: E402
 from tools.gpu.report import Report, Setting  # noqa: E402
 
+report, setting = gpu_report.report, gpu_report.setting  # pytest finds fixtures by these names
 FAKES = "tests.gpu_check_parts"
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> Report:
-    return Report(tmp_path / "report.json")
-
-
-@pytest.fixture
-def setting(tmp_path: Path) -> Setting:
-    return Setting("cpu", True, tmp_path, time.monotonic() + 100)
-
-
-def kept(report: Report) -> dict[str, Any]:
-    """What is in the report's file."""
-    found: dict[str, Any] = json.loads(report._path.read_text())
-    assert found["rows"] == json.loads(json.dumps(report.rows)) and not found["planned"]
-    return found
 
 
 # The whole of it, with parts that go wrong.

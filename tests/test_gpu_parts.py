@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("open_clip")
 
+from tests import gpu_report  # noqa: E402
+from tests.gpu_report import kept  # noqa: E402
 from tests.test_cuda_graphs import Replaying  # noqa: E402
 from tests.test_dual_encoder import random_adapter, small_clip  # noqa: E402
 from tools.bench import score as score_bench  # noqa: E402
@@ -24,6 +25,7 @@ from tools.gpu import compiled, encoder, latency, models, parity, score  # noqa:
 from tools.gpu import device as gpu  # noqa: E402
 from tools.gpu.report import Report, Setting  # noqa: E402
 
+report, setting = gpu_report.report, gpu_report.setting  # pytest finds fixtures by these names
 FAKES = "tests.gpu_check_parts"
 
 
@@ -60,23 +62,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> Report:
-    return Report(tmp_path / "report.json")
-
-
-@pytest.fixture
-def setting(tmp_path: Path) -> Setting:
-    return Setting("cpu", True, tmp_path, time.monotonic() + 100)
-
-
-def kept(report: Report) -> dict[str, Any]:
-    """What is in the report's file."""
-    found: dict[str, Any] = json.loads(report._path.read_text())
-    assert found["rows"] == json.loads(json.dumps(report.rows)) and not found["planned"]
-    return found
 
 
 @pytest.mark.usefixtures("small")

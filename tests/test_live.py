@@ -12,6 +12,7 @@ from PIL import Image
 
 from iosr_fast.encoder import Embeddings
 from iosr_fast.preprocess import BadImageError
+from tests.images import encode
 from tests.live_parts import WIDTH, PixelEncoder, pictures, small_classifier, unit
 
 
@@ -22,16 +23,10 @@ def images() -> np.ndarray:
     return made.reshape(8, 4, *made.shape[1:])
 
 
-def encoded(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
 def test_a_class_that_comes_later_is_told_apart(images: np.ndarray) -> None:
     classifier = small_classifier()
     assert not set(classifier.predict(images[6])) & {"motif 6"}
-    change = classifier.add_class("motif 6", [encoded(image) for image in images[6, :3]])
+    change = classifier.add_class("motif 6", [encode(image) for image in images[6, :3]])
     assert (change.version, change.class_id, change.example_ids) == (2, "~5", ("e15", "e16", "e17"))
     assert classifier.predict(images[6, 3]).tolist() == ["motif 6"] and classifier.version == 2
     assert classifier.predict(images[2]).tolist() == ["motif 2"] * 4
@@ -79,7 +74,7 @@ def test_the_same_image_makes_the_same_key_whenever_it_comes(images: np.ndarray,
     one, other = (small_classifier(views=views, tune="loo", alpha=None, beta=None) for _ in range(2))
     one.add_examples("motif 1", images[1, :1])
     one.add_examples("motif 2", images[2, :1])
-    other.add_examples("motif 2", encoded(images[2, 0]))
+    other.add_examples("motif 2", encode(images[2, 0]))
     kept, late = one.snapshot().examples, other.snapshot().examples
     assert (kept.queries is not None) == (late.queries is not None) == (views > 1)
     for rows in ("embeddings", "queries"):

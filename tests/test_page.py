@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from tests import page_server
+from tests.images import encode
 from tests.page_server import Visit, file
-from tests.serving_client import encode
 
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
 PAGE = Path(__file__).resolve().parent.parent / "iosr_fast" / "serving" / "page"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from iosr_fast.pipeline import decoding
 from iosr_fast.pipeline.decoders import CpuDecoder
 from iosr_fast.pipeline.decoding import MARGIN, crop_pixels, decode_pixels
 from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
+from tests.images import encode
 from tools.bench.photographs import photograph
 
 
@@ -23,12 +23,6 @@ from tools.bench.photographs import photograph
 def pictures() -> np.ndarray:
     images: np.ndarray = load_pictures("held-out").images
     return images
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def difference(data: bytes, size: int) -> np.ndarray:
@@ -46,7 +40,7 @@ def test_photographs_are_within_a_level(pictures: np.ndarray, shape: tuple[int, 
     image = photograph(pictures[sum(shape)], *shape, deviation=40)
     ways = itertools.cycle(itertools.product((75, 85, 95), (0, 2)))
     for size, (quality, subsampling) in zip((32, 64, 224), ways, strict=False):
-        error = difference(encoded(image, quality=quality, subsampling=subsampling), size)
+        error = difference(encode(image, "JPEG", quality=quality, subsampling=subsampling), size)
         assert error.mean() <= 1 and np.percentile(error, 99.9) <= 8
 
 
@@ -73,7 +67,7 @@ def test_every_kind_of_file_is_within_a_level(
     image = photograph(pictures[7], *shape, deviation=40)
     if mode == "RGBA":
         image.putalpha(image.convert("L"))
-    error = difference(encoded(image.convert(mode), kind, **options), 64)
+    error = difference(encode(image.convert(mode), kind, **options), 64)
     assert error.mean() <= 1
 
 
@@ -106,18 +100,18 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(pictures: np.ndarray, monkeypatch
     monkeypatch.setattr(decoding, "crop_pixels", crop)
     size = 32
     for short in (int(MARGIN * size * 2) - 1, int(MARGIN * size * 2), int(MARGIN * size * 4), int(MARGIN * size * 8)):
-        error = difference(encoded(photograph(pictures[3], short + 301, short), quality=90), size)
+        error = difference(encode(photograph(pictures[3], short + 301, short), "JPEG", quality=90), size)
         assert error.mean() <= 1
     assert [fraction for fraction, _ in seen] == [1, 2, 4, 8]
     assert all(min(shape) >= MARGIN * size for _, shape in seen)
-    difference(encoded(photograph(pictures[3], 701, 701), "PNG", compress_level=1), size)
+    difference(encode(photograph(pictures[3], 701, 701), "PNG", compress_level=1), size)
     assert seen[-1] == (1, (701, 701))
 
 
 @pytest.mark.parametrize(("width", "height", "mode"), [(300, 700, "RGB"), (701, 500, "L"), (40, 90, "RGBA")])
 def test_exact_is_the_reference_to_the_last_bit(rng: np.random.Generator, width: int, height: int, mode: str) -> None:
     image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA").convert(mode)
-    data = encoded(image.convert("RGB") if mode == "RGB" else image, "JPEG" if mode == "RGB" else "PNG")
+    data = encode(image.convert("RGB") if mode == "RGB" else image, "JPEG" if mode == "RGB" else "PNG")
     for source in (data, image):
         expected = resize_and_crop(open_image(source), 64)
         assert (decode_pixels(source, 64, exact=True) == expected).all()
@@ -135,7 +129,7 @@ def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pyte
 
     monkeypatch.setattr(Image.Image, "resize", counted)
     column = rng.integers(0, 256, (60_000, 1, 3), dtype=np.uint8)
-    pixels = decode_pixels(encoded(Image.fromarray(column), "PNG"), 224)
+    pixels = decode_pixels(encode(column), 224)
     assert made == [224 * 224]
     middle = column[29_998:30_002, 0].astype(int)
     assert (pixels.min((0, 1)) >= middle.min(0) - 40).all() and (pixels.max((0, 1)) <= middle.max(0) + 40).all()
@@ -144,11 +138,11 @@ def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pyte
 def test_orientation_is_not_applied(pictures: np.ndarray) -> None:
     image, exif = photograph(pictures[5], 120, 90), Image.Exif()
     exif[0x0112] = 6
-    assert (decode_pixels(encoded(image, exif=exif), 32) == decode_pixels(encoded(image), 32)).all()
+    assert (decode_pixels(encode(image, "JPEG", exif=exif), 32) == decode_pixels(encode(image, "JPEG"), 32)).all()
 
 
 def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
-    data = encoded(photograph(pictures[5], 500, 375))
+    data = encode(photograph(pictures[5], 500, 375), "JPEG")
     text, cut, nowhere = tmp_path / "text.jpg", tmp_path / "cut.jpg", tmp_path / "nowhere.jpg"
     text.write_text("this is no image")
     cut.write_bytes(data[: len(data) // 2])
@@ -167,4 +161,4 @@ def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
 def test_a_check_is_asked_before_anything_is_decoded(pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "crop_pixels", lambda *_: pytest.fail("decoded what was to be refused"))
     with pytest.raises(BadImageError, match="number 2: 500 by 375 is too large"):
-        decode_pixels(encoded(photograph(pictures[5])), 32, 2, check=lambda w, h: f"{w} by {h} is too large")
+        decode_pixels(encode(photograph(pictures[5]), "JPEG"), 32, 2, check=lambda w, h: f"{w} by {h} is too large")

@@ -21,6 +21,7 @@ from iosr_fast.pipeline.decoders import choose_decoder  # noqa: E402
 from iosr_fast.pipeline.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder, shrink  # noqa: E402
 from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop  # noqa: E402
 from iosr_fast.runtimes import plans  # noqa: E402
+from tests.images import encode  # noqa: E402
 from tools.bench.photographs import photograph  # noqa: E402
 
 GPU = plans.Gpu("a stand-in", (9, 0))
@@ -32,19 +33,13 @@ def pictures() -> np.ndarray:
     return images
 
 
-def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 @pytest.fixture
 def batch(pictures: np.ndarray, tmp_path: Path) -> list[Any]:
     """JPEGs as paths and bytes; a PNG, a thin and a cut JPEG, no image, no file, an array."""
     image = photograph(pictures[0], 300, 200)
-    (tmp_path / "a.jpg").write_bytes(encoded(photograph(pictures[1], 200, 260), quality=90))
-    data = encoded(image, quality=90)
-    sources: list[Any] = [tmp_path / "a.jpg", data, encoded(image, "PNG"), encoded(image.resize((1500, 20)))]
+    (tmp_path / "a.jpg").write_bytes(encode(photograph(pictures[1], 200, 260), "JPEG", quality=90))
+    data = encode(image, "JPEG", quality=90)
+    sources: list[Any] = [tmp_path / "a.jpg", data, encode(image), encode(image.resize((1500, 20)), "JPEG")]
     return [*sources, data[:3000], b"no picture", str(tmp_path / "nowhere.jpg"), np.asarray(image)]
 
 

@@ -31,8 +31,9 @@ from iosr_fast.ray_serving.replica import ClassifierReplica
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving import Settings
 from iosr_fast.serving.metrics import Metrics
+from tests.images import encode
 from tests.ray_serving_load import ROOT, error_of, save_broken, save_renamed
-from tests.serving_client import CLASSES, Client, Gate, bundle, encode, load, queries
+from tests.serving_client import CLASSES, Client, Gate, bundle, load, queries
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, 64, 2)

@@ -27,8 +27,9 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.files import seal
 from iosr_fast.ray_serving import Scale, deploy, rollout
 from iosr_fast.serving import Settings
+from tests.images import encode
 from tests.ray_serving_load import ROOT, Load, error_of, save_renamed, served, wait_for
-from tests.serving_client import bundle, encode, form, httpx, queries
+from tests.serving_client import bundle, form, httpx, queries
 from tools.ray_cluster import joined
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from iosr_fast.serving.logs import JsonFormatter
+from tests.images import encode
 from tests.serving_client import (
     CLASSES,
     Client,
     Gate,
-    encode,
     error_of,
     form,
     load,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.images import encode
 from tests.serving_client import (
     AUTHORISED,
     CLASSES,
@@ -14,7 +15,6 @@ from tests.serving_client import (
     TOKEN,
     Client,
     Gate,
-    encode,
     error_of,
     form,
     load,

@@ -14,6 +14,7 @@ from iosr_fast.batching import BatchingClassifier
 from iosr_fast.serving import Settings
 from iosr_fast.serving.logs import JsonFormatter
 from iosr_fast.serving.logs import logger as serving_logger
+from tests.images import encode
 from tests.serving_client import (
     AUTHORISED,
     CLASSES,
@@ -21,7 +22,6 @@ from tests.serving_client import (
     Client,
     Gate,
     create_app,
-    encode,
     error_of,
     load,
     queries,

@@ -26,7 +26,8 @@ from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving import Settings
-from tests.serving_client import AUTHORISED, CLASSES, TOKEN, bundle, encode, form, httpx
+from tests.images import encode
+from tests.serving_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
 from tools.serving_load.hostile import hostile_bytes
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from iosr_fast.serving.images import ImageLimits, check_image
-from tests.serving_client import AUTHORISED, Client, encode, form, queries, serving
+from tests.images import encode
+from tests.serving_client import AUTHORISED, Client, form, queries, serving
 from tools.serving_load.hostile_images import FAIR, IMAGES, chunk, encoded, picture, png, webp
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
