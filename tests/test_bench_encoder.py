@@ -15,7 +15,8 @@ pytest.importorskip("open_clip")
 from iosr_fast.offline.dual_encoder import build_dual_encoder  # noqa: E402
 from iosr_fast.offline.export import random_adapter  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip  # noqa: E402
-from tools.bench import ceilings, encoder, harness  # noqa: E402
+from tools.bench import ceilings, encoder, encoder_rivals, harness  # noqa: E402
+from tools.gpu import device as gpu  # noqa: E402
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, None])
@@ -91,6 +92,21 @@ def test_what_cannot_run_is_left_out_and_told(
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("left out: openvino: it is not installed")
     assert told[1] == "left out: torch-compile-two-pass-s1: RuntimeError: no C++ compiler"
+
+
+@pytest.mark.parametrize("opened", ["rival", "gpu"])
+def test_what_stays_eager_is_not_taken_for_compiled(opened: str) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            torch._dynamo.graph_break()
+            return (pixels.float(),)
+
+    pixels = random_pixels(1, 32)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        if opened == "rival":
+            encoder_rivals.in_torch_compile(Broken(), pixels)()
+        else:
+            gpu.compile_module(Broken(), "reduce-overhead")(torch.from_numpy(pixels))
 
 
 def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,9 +114,9 @@ def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "
 
 
 def in_torch_compile(module: nn.Module, pixels: np.ndarray) -> Embed:
-    """`module` compiled for these pixels' shape, by the first call."""
+    """`module` compiled for these pixels' shape, by the first call; whatever of it would stay eager is an error."""
     batch = torch.from_numpy(pixels)
-    compiled = torch.compile(module, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(module, fullgraph=True, dynamic=False, options={"freezing": True})
 
     def call() -> tuple[np.ndarray, ...]:
         with torch.no_grad():

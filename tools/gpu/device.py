@@ -78,8 +78,8 @@ def recorded(run: Run, name: str, device: str, report: Report) -> Run | None:
 
 
 def compile_module(module: torch.nn.Module, mode: str) -> Run:
-    """For the shapes that come, each a compilation of its own."""
-    compiled: Run = torch.compile(module, mode=mode, dynamic=False)
+    """For the shapes that come, each a compilation of its own; whatever of it would stay eager is an error."""
+    compiled: Run = torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
     return compiled
 
 
