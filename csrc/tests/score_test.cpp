@@ -2,16 +2,21 @@
 //
 // Every path that this processor can run, and the wide one in plain C++, against the formula in double.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__unix__)
 #include <sys/wait.h>
 #include <unistd.h>
@@ -218,6 +223,26 @@ void test_threads_change_nothing() {
     }
 }
 
+// A thread that leaves the core of its caller is forbidden it for a moment, and for no longer.
+void test_threads_may_run_wherever_they_might() {
+#if defined(__linux__)
+    const Problem problem({0, 700, 1400, 3000}, 64, 40, KeyType::kFloat32);
+    const iosr::Microkernels& kernels = *iosr::choose_score_path("").kernels;
+    const std::vector<float> alone = problem.run(kernels, 1);
+    cpu_set_t expected;
+    check(sched_getaffinity(0, sizeof(expected), &expected) == 0, "the affinity can be asked for");
+    for (int i = 0; i < 20; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(3));  // longer than threads of the pool stay awake
+        check(problem.run(kernels, 3) == alone, "threads that slept change nothing");
+        for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+            cpu_set_t found;
+            const pid_t id = std::stoi(task.path().filename());
+            check(sched_getaffinity(id, sizeof(found), &found) != 0 || CPU_EQUAL(&found, &expected), "affinity is kept");
+        }
+    }
+#endif
+}
+
 void test_many_callers_at_once() {
     const Problem problem({0, 700, 1400, 3000}, 64, 40, KeyType::kFloat32);
     const iosr::Microkernels& kernels = *iosr::choose_score_path("").kernels;
@@ -311,6 +336,7 @@ int main() {
     test_a_path_is_chosen_or_refused();
     test_against_the_formula();
     test_threads_change_nothing();
+    test_threads_may_run_wherever_they_might();
     test_many_callers_at_once();
     test_after_fork();
     std::string names;
