@@ -56,10 +56,10 @@ int this_core() {
 #endif
 }
 
-// In a virtual machine, Linux takes an idle core for one that the host has given to others (vcpu_is_preempted), and puts
-// a thread that wakes up on the core of the one that woke it, behind it, for milliseconds: two together take as long as
-// one. So who wakes others lets them start (yield), and who finds itself there leaves: to be forbidden a core for a
-// moment moves a thread at once.
+// Seen in a virtual machine: Linux puts a thread that wakes up on the core of the one that woke it, behind it, for
+// milliseconds, though another core is idle (a halted virtual core probably counts as preempted by the host): two
+// together take as long as one. So who wakes others lets them start (yield), and who finds itself there leaves: to be
+// forbidden a core for a moment moves a thread at once.
 void leave([[maybe_unused]] int core) {
 #ifdef __linux__
     cpu_set_t allowed;

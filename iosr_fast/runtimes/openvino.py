@@ -36,8 +36,8 @@ class OpenVINOEncoder(BatchedEncoder):
 
     An engine of precision "bf16" has weights in fp32, and OpenVINO computes products in bf16 where the processor can
     (AVX512_BF16 or AMX), else in fp32, with a warning. It is not always faster: on an Intel Xeon with AVX512_BF16 and
-    without AMX it took 1.8 times as long as fp32, on an AMD EPYC 0.53 times. For any other engine bf16 is switched off,
-    which OpenVINO would take by itself.
+    without AMX ViT-B/16 took 1.8 times as long as in fp32, on an AMD EPYC 0.53 times (tools/benchmark.py precision).
+    For any other engine bf16 is switched off, which OpenVINO would take by itself.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
