@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import shlex
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +48,38 @@ def torchscript_archive(state: dict, path: Path) -> None:
     torch.jit.script(root).save(str(path))
 
 
+def publish(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let open_clip's table name the file at `path` as what OpenAI published."""
+    url = f"https://openaipublic.azureedge.net/clip/models/{hashlib.sha256(path.read_bytes()).hexdigest()}/{path.name}"
+    monkeypatch.setattr(open_clip, "get_pretrained_url", lambda name, tag: url if tag == "openai" else "")
+
+
+class Writing(torch.nn.Module):
+    """TorchScript that writes a file when the archive is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        super().__init__()
+        self.weight, self.target = torch.zeros(2), str(target)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, str, bool]:
+        return self.weight, self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
+        self.weight, self.target, self.training = state
+        torch.save(self.weight, self.target)
+
+
+class Mapping(Writing):
+    """Makes a file by mapping it into memory."""
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
+        self.target, self.training = state[1], state[2]
+        self.weight = torch.from_file(state[1], True, 4)
+
+
 def test_demo_has_trained_weights() -> None:
     clip = load_clip("demo")
     assert clip.name == "demo" and clip.image_size == 64
@@ -68,19 +105,80 @@ def test_state_dict_in_pt(tiny_state: dict, tmp_path: Path, wrapped: bool) -> No
     assert same_weights(load_clip(TINY, tmp_path / "weights.pt"), tiny_state)
 
 
-def test_openai_torchscript_gets_quickgelu(tiny_state: dict, tmp_path: Path) -> None:
+def test_openai_torchscript_gets_quickgelu(tiny_state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchscript_archive(tiny_state, tmp_path / "openai.pt")
+    publish(tmp_path / "openai.pt", monkeypatch)
     clip = load_clip(TINY, str(tmp_path / "openai.pt"))
     assert same_weights(clip, {key: value.half() for key, value in tiny_state.items()})
     assert type(clip.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
 
-def test_activation_is_part_of_the_fingerprint(tiny_state: dict, tmp_path: Path) -> None:
+def test_activation_is_part_of_the_fingerprint(
+    tiny_state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torchscript_archive(tiny_state, tmp_path / "openai.pt")
+    publish(tmp_path / "openai.pt", monkeypatch)
     torch.save({key: value.half().float() for key, value in tiny_state.items()}, tmp_path / "plain.pt")
     quick, gelu = load_clip(TINY, tmp_path / "openai.pt"), load_clip(TINY, tmp_path / "plain.pt")
     assert same_weights(quick, gelu.model.state_dict())
     assert quick.fingerprint != gelu.fingerprint
+
+
+@pytest.mark.parametrize("program", [Writing, Mapping])
+@pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "weights.ckpt", "weights"])
+def test_a_program_in_a_weights_file_is_not_run(program: type[Writing], name: str, tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    torch.jit.script(program(target)).save(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"TorchScript archive.*OpenAI published none for .*safetensors"):
+        load_clip(TINY, tmp_path / name)
+    assert not target.exists()
+    torch.jit.load(tmp_path / name)  # it is such a program
+    assert target.exists()
+
+
+@pytest.mark.parametrize("folder", ["code", "Code", "code\\", "constants.pkl"])
+def test_a_program_in_disguise_is_not_run(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of an archive is renamed or left out, nothing hands it to torch.jit.load."""
+    torch.jit.script(Writing(tmp_path / "written")).save(str(tmp_path / "whole.pt"))
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "evil.pt", "w") as evil:
+        for entry in whole.namelist():
+            top, inside = entry.split("/", 1)
+            if inside != folder:
+                evil.writestr(f"{top}/{inside.replace('code/', folder + '/')}", whole.read(entry))
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("the archive is run"))
+    with pytest.raises((ValueError, RuntimeError), match="TorchScript archive"):
+        load_clip(TINY, tmp_path / "evil.pt")
+    assert not (tmp_path / "written").exists()
+
+
+def test_an_archive_that_differs_from_the_published_one_is_not_run(
+    tiny_state: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchscript_archive(tiny_state, tmp_path / "openai.pt")
+    publish(tmp_path / "openai.pt", monkeypatch)
+    with zipfile.ZipFile(tmp_path / "openai.pt", "a") as archive:
+        archive.writestr("openai/code/more.py", "")
+    with pytest.raises(ValueError, match=rf"SHA-256 [0-9a-f]{{64}}; OpenAI published [0-9a-f]{{64}} for {TINY}"):
+        load_clip(TINY, tmp_path / "openai.pt")
+
+
+def test_the_command_that_converts_an_archive_works(tiny_state: dict, tmp_path: Path) -> None:
+    path = tmp_path / "our own.pt"
+    torchscript_archive(tiny_state, path)
+    with pytest.raises(ValueError, match="convert it to safetensors") as refusal:
+        load_clip(TINY, path)
+    python, *arguments = shlex.split(str(refusal.value).splitlines()[1])
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    clip = load_clip(TINY, path.with_suffix(".safetensors"))
+    assert same_weights(clip, {key: value.half() for key, value in tiny_state.items()})
+
+
+@pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {1: torch.zeros(2)}, {"state_dict": 3}])
+def test_a_file_without_a_state_dict_says_so(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"expected a state dict \(names and tensors\) in .*other\.pt"):
+        load_clip(TINY, tmp_path / "other.pt")
 
 
 def test_a_pickle_with_code_in_it_is_refused(tmp_path: Path) -> None:

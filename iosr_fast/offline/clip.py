@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast._require import require
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 DEMO_NAME = "iosr-fast-demo"
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights of OpenAI's archives
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     .pt, or OpenAI's own TorchScript .pt), or "none" for random weights from a fixed seed (to measure speed).
     Models whose weights were trained with QuickGELU get it, also where the name does not say so.
 
-    Raises ValueError for an unknown model or tag, FileNotFoundError for a missing file.
+    No stranger's code runs: a .pt may hold tensors only, and a TorchScript archive, which is a program, is loaded only
+    if its SHA-256 is the one that OpenAI published for `name`.
+
+    Raises ValueError for an unknown model or tag and for a file with anything but its weights, FileNotFoundError for a
+    missing file.
     """
     open_clip = require("open_clip", "train")
     if name == "demo":
@@ -109,12 +116,15 @@ def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
         return open_clip.create_model(name, pretrained=str(path))
     if not _is_torchscript(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise ValueError(f"expected a state dict (names and tensors) in {path}")
         state = {key.removeprefix("module."): value for key, value in state.items()}
         model = open_clip.create_model(name)
     else:
-        state = dict(torch.jit.load(path, map_location="cpu").state_dict())
-        for key in ("input_resolution", "context_length", "vocab_size"):
+        archive = _published_archive(open_clip, name, path)
+        state = dict(torch.jit.load(archive, map_location="cpu").state_dict())
+        for key in NO_WEIGHTS:
             state.pop(key, None)
         model = open_clip.create_model(name, force_quick_gelu=True)
     try:
@@ -125,10 +135,38 @@ def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
 
 
 def _is_torchscript(path: Path) -> bool:
+    """Whether PyTorch takes the file for a program. torch.load(weights_only=True) refuses what only PyTorch does."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(entry.split("/")[1:2] == ["code"] for entry in archive.namelist())
+        inside = {entry.split("/")[1] for entry in archive.namelist() if "/" in entry}
+    return not inside.isdisjoint({"code", "constants.pkl"})
+
+
+def _published_archive(open_clip: Any, name: str, path: Path) -> io.BytesIO:
+    """The bytes of a TorchScript archive if they are OpenAI's own for `name`: torch.jit.load runs code of the archive.
+
+    What is hashed and what is loaded are the same bytes in memory, so the file can't be exchanged in between.
+    """
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    url = open_clip.get_pretrained_url(name, "openai")  # .../<SHA-256 of the file>/ViT-B-32.pt
+    published = url.split("/")[-2] if url else None
+    if digest != published:
+        expected = f"OpenAI published {published} for {name}" if published else f"OpenAI published none for {name}"
+        script = (
+            "import sys, torch, safetensors.torch as s; "
+            "w = torch.jit.load(sys.argv[1], map_location='cpu').state_dict(); "
+            f"s.save_file({{k: v.contiguous() for k, v in w.items() if k not in {NO_WEIGHTS}}}, sys.argv[2])"
+        )
+        raise ValueError(
+            f"{path} is a TorchScript archive, a program that loading would run, with SHA-256 {digest}; {expected}. "
+            "If you trust it, convert it to safetensors where it may run:\n"
+            f'python -c "{script}" {quote(str(path))} {quote(str(path.with_suffix(".safetensors")))}\n'
+            "Weights that were trained with QuickGELU (all of OpenAI's) are then loaded by the name "
+            f"{name.removesuffix('-quickgelu')}-quickgelu"
+        )
+    return io.BytesIO(content)
 
 
 def _activation(model: Any) -> str:
