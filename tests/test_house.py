@@ -21,7 +21,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 def modules_after(statement: str, cwd: Path) -> set[str]:
     """Top-level modules that are loaded after `statement` in a fresh interpreter."""
-    code = f"{statement}; import json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    loaded = "{name.split('.')[0] for name, module in sys.modules.items() if module is not None}"
+    code = f"{statement}; import json, sys; print(json.dumps(sorted({loaded})))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
     return set(json.loads(out.stdout.splitlines()[-1]))
 

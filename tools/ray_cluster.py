@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +16,11 @@ EXTRA = "ray"
 @contextmanager
 def joined(address: str | None, cores: int) -> Iterator[Any]:
     """The module ray, connected to the cluster at `address` ("auto": the one on this machine) or, with None, to one
-    that is started here with `cores` cores, without dashboard and telemetry, and ends with the block.
+    that is started here with `cores` cores, without dashboard, and ends with the block.
 
     Workers import from this tree: machines have to see it at the same place. Raises ImportError without Ray,
     ConnectionError where there is no such cluster.
     """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = require("ray", EXTRA)
     options: dict[str, Any] = {
         "log_to_driver": False,
