@@ -23,16 +23,17 @@ SETTINGS |= {"RAY_USAGE_STATS_ENABLED", "CI", "TF_BUILD", "JENKINS_URL"}
 
 # In a network namespace whose only device is the loopback the kernel counts what finds no route to another machine.
 COUNTED = """
-import fcntl, socket, struct, time
+import fcntl, pathlib, socket, struct, time
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as device:
     fcntl.ioctl(device, 0x8914, struct.pack("16sh", b"lo", 0x41))  # SIOCSIFFLAGS: up and running
 def attempts():
-    counters = dict(line.split() for line in open("/proc/net/snmp6"))
+    six = pathlib.Path("/proc/net/snmp6")  # is there only with IPv6
+    counters = dict(line.split() for line in six.read_text().splitlines()) if six.exists() else {}
     lines = [line.split() for line in open("/proc/net/snmp")]
     for names, values in zip(lines[::2], lines[1::2]):
         counters.update((names[0] + name, value) for name, value in zip(names[1:], values[1:]))
     watched = ("Ip:OutNoRoutes", "Ip6OutNoRoutes", "Udp:OutDatagrams", "Udp6OutDatagrams")
-    return {name: counters[name] for name in watched if counters[name] != "0"}
+    return {name: counters[name] for name in watched if counters.get(name, "0") != "0"}
 WORK
 deadline = time.monotonic() + 0.5
 while time.monotonic() < deadline and not attempts():
