@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The versions that `develop` installs; `make develop CONSTRAINTS=` takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
+# PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
+UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test lint sanitize bench gpu-check clean
+.PHONY: help develop demo serve test lint sanitize bench gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -13,20 +18,22 @@ help:
 	@echo "make test       ruff, mypy and every test that needs no GPU"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
+	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
+	@echo "make audit      known vulnerabilities of what is installed in $(VENV), and its SBOM into build/sbom.json"
 	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
 
 develop: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+$(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e ".[train,cpu,serve,dev]"
-	$(BIN)/python -m pip install --quiet openvino \
+	$(PIP_INSTALL) -e ".[train,cpu,serve,dev]"
+	$(PIP_INSTALL) openvino \
 		|| echo "OpenVINO does not install here: the tests and benchmarks go on without it"
-	$(BIN)/python -m pip install --quiet triton \
+	$(PIP_INSTALL) triton \
 		|| echo "triton does not install here: the tests go on without its kernels"
-	$(BIN)/python -m pip install --quiet tensorrt-rtx \
+	$(PIP_INSTALL) tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
-	$(BIN)/python -m pip install --quiet "ray[data,serve]" \
+	$(PIP_INSTALL) "ray[data,serve]" \
 		|| echo "Ray does not install here: the tests go on without several workers"
 	touch $@
 
@@ -55,6 +62,21 @@ bench: $(STAMP)
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py --out benchmarks/results
+
+constraints: $(STAMP)
+	{ echo "# Made by make constraints: what the tests passed with. Not here, because platforms differ: $(UNCONSTRAINED)."; \
+	$(BIN)/python -m pip list --format=freeze --exclude-editable $(addprefix --exclude ,$(UNCONSTRAINED)); } > $@.new
+	mv $@.new constraints.txt
+
+# The tools have an environment of their own, so that they are not in the SBOM. Only pip-audit needs a network: it sends
+# names and versions to osv.dev.
+audit: $(STAMP)
+	test -x build/audit/bin/pip-audit || $(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit cyclonedx-bom
+	build/audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --mc-type library \
+		--output-reproducible --output-file build/sbom.json
+	build/audit/bin/pip-audit --vulnerability-service osv --progress-spinner off \
+		--path $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 
 clean:
 	rm -rf build dist *.egg-info iosr_fast/*.so

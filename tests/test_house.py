@@ -12,6 +12,8 @@ from importlib.metadata import entry_points, metadata, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import iosr_fast
 
@@ -83,6 +85,33 @@ def test_the_core_asks_for_few_packages() -> None:
         "triton-server"
     }
     assert [entry.value for entry in entry_points(group="console_scripts", name="iosr-fast")] == ["iosr_fast.cli:app"]
+
+
+def requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    return [
+        Requirement(line)
+        for lines in (project["dependencies"], *project["optional-dependencies"].values())
+        for line in lines
+    ]
+
+
+def test_what_is_used_beyond_its_promises_has_an_upper_bound() -> None:
+    bounded = {each.name for each in requirements() if "<" in str(each.specifier)}
+    assert bounded >= {"uvicorn", "open_clip_torch", "ray", "webdataset", "lightning-fabric", "triton"}
+    torch = next(each for each in requirements() if each.name == "torch")
+    assert "2.5.1" not in torch.specifier, "before 2.6 torch.load runs code by default"
+
+
+def test_constraints_are_versions_that_pyproject_allows() -> None:
+    """No path, no local label like +cpu: the file holds on every machine. `make constraints` makes it."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[0-9][0-9a-z.]*", line)] == []
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    unpinned = {"torch", "torchvision", "triton", "tensorrt"}  # differ by platform
+    for each in requirements():
+        assert (each.name in unpinned) == (canonicalize_name(each.name) not in pinned), each
+        assert each.name in unpinned or pinned[canonicalize_name(each.name)] in each.specifier, each
 
 
 def test_every_folder_of_the_package_is_packaged() -> None:
