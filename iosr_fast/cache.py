@@ -89,12 +89,19 @@ def make_support_set(
 
 
 def encode_support(
-    encoder: Encoder, images: Sequence[Any], views: int, mirror: bool, rng: np.random.Generator, batch: int = 64
+    encoder: Encoder,
+    images: Sequence[Any],
+    views: int,
+    mirror: bool,
+    rng: np.random.Generator,
+    batch: int = 64,
+    exif_orientation: bool = True,
 ) -> Embeddings:
     """One row an image: the mean of its views' embeddings, L2-normalised again.
 
     With `views` 1 the one view is CLIP's resize and centre crop; with more, random crops of half to all of the image
     (mirrored half of the time if asked), as Tip-Adapter builds its cache (Zhang et al., ECCV 2022, section 3.1).
+    `exif_orientation` as for preprocess.open_image.
     """
     plain: list[np.ndarray] = []
     adapted: list[np.ndarray] = []
@@ -102,7 +109,7 @@ def encode_support(
     for start in range(0, len(images), group):
         pixels = []
         for i, source in enumerate(images[start : start + group], start):
-            image = open_image(source, i)
+            image = open_image(source, i, exif_orientation)
             if views == 1:
                 pixels.append(resize_and_crop(image, encoder.image_size))
             else:

@@ -28,7 +28,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
-from iosr_fast.preprocess import BadImageError, as_image_list, list_folder, to_pixels
+from iosr_fast.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
 from iosr_fast.scoring import ScoringPlan
 from iosr_fast.text_source import TextSource
 from iosr_fast.tune import Tuned
@@ -40,7 +40,8 @@ class Classifier(LiveUpdates):
     """A few-shot image classifier in scikit-learn's manner: fit, predict, predict_proba, score, classes_.
 
     Make one with `from_pretrained` (then `fit` or `fit_folder`) or `load` (ready to predict). Images are paths, encoded
-    bytes, PIL images or uint8 arrays (H, W, 3), one or a sequence of them, or one uint8 array (B, H, W, 3).
+    bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3), one or a sequence of them, or one
+    array or tensor of a batch (preprocess.as_image_list); `iosr_fast.pixels` has the rules by which they become RGB.
 
     After fitting: `classes_` (C,) the class names; `plan_`, what the kernels execute; `support_`, the encoded support
     set; `method_`, `reducer_` and `parameters_`; `tuned_`, how they were chosen, or None where they were given or
@@ -91,6 +92,11 @@ class Classifier(LiveUpdates):
         return dict(self.snapshot().recipe.parameters)
 
     @property
+    def exif_orientation(self) -> bool:
+        """Whether images are turned upright by EXIF, as they were at the fit."""
+        return self._views.exif_orientation
+
+    @property
     def key_precision_(self) -> Precision:
         return self.snapshot().recipe.key_precision
 
@@ -134,6 +140,7 @@ class Classifier(LiveUpdates):
         skip_bad: bool = False,
         key_precision: Precision = "fp32",
         thumbnails: int = 96,
+        exif_orientation: bool = True,
     ) -> Classifier:
         """Encode the support images and class names and compile a method; nothing is trained.
 
@@ -149,7 +156,8 @@ class Classifier(LiveUpdates):
         images may be left out. `skip_bad` leaves unreadable images out (`skipped_`) instead of refusing them.
         `key_precision` stores the keys in "fp16", "bf16" or "int8" for scoring: less memory, and faster where there are
         many keys. `thumbnails` is the longer side in pixels of the picture that is kept of each support image, to show
-        what a prediction rests on; 0 keeps none.
+        what a prediction rests on; 0 keeps none. `exif_orientation` turns images upright by EXIF, at this fit and for
+        all images that the classifier is given later, loaded from a bundle too; False takes them as they are stored.
 
         Raises ValueError, before anything is encoded, for fewer than two classes, duplicate class names, labels
         without a name, classes without an image, unreadable images or an unknown method, parameter, reducer or
@@ -159,7 +167,7 @@ class Classifier(LiveUpdates):
             raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
         parameters = check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
         chosen_templates = None if templates is None else tuple(templates)
-        settings = SupportViews(views, mirror, seed, templates=chosen_templates, thumbnail=thumbnails)
+        settings = SupportViews(views, mirror, seed, False, chosen_templates, thumbnails, exif_orientation)
         if self._text is None:
             raise ValueError(
                 "this classifier was loaded and has no text encoder; from_pretrained makes one that can be fit"
@@ -178,9 +186,9 @@ class Classifier(LiveUpdates):
         rng = np.random.default_rng(seed)
         queries = None
         if len(given):
-            embeddings = encode_support(self.encoder, given, views, mirror, rng)
+            embeddings = encode_support(self.encoder, given, views, mirror, rng, exif_orientation=exif_orientation)
             if searched and views > 1:  # what is asked later is one view, so that is what leave-one-out has to ask
-                queries = encode_support(self.encoder, given, 1, mirror, rng)
+                queries = encode_support(self.encoder, given, 1, mirror, rng, exif_orientation=exif_orientation)
         else:
             nothing = np.zeros((0, self.encoder.width), np.float32)
             embeddings = Embeddings(nothing, nothing)
@@ -218,7 +226,8 @@ class Classifier(LiveUpdates):
         if images is not None:
             given = as_image_list(images)
             _, ids = check_labels(given, labels, list(state.class_names))
-            queries = encode_support(self.encoder, given, 1, False, np.random.default_rng(0))
+            rng = np.random.default_rng(0)
+            queries = encode_support(self.encoder, given, 1, False, rng, exif_orientation=self.exif_orientation)
         reducer = state.recipe.reducer_name if reducer is None and method == state.recipe.method else reducer
         with self._changing:
             state = self._same_classes(state)
@@ -360,11 +369,11 @@ class Classifier(LiveUpdates):
 
     def _chunks(self, images: Any) -> Iterator[np.ndarray]:
         # A batch array stays one: pixels of the right size then reach the encoder without being touched.
-        batched = isinstance(images, np.ndarray) and images.ndim == 4
-        listed = images if batched else as_image_list(images)
+        array = as_array(images)
+        listed = array if array is not None and array.ndim == 4 else as_image_list(images)
         for start in range(0, len(listed), _CHUNK):
             try:
-                yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size)
+                yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size, self.exif_orientation)
             except BadImageError as error:
                 raise error.moved(start) from error.__cause__
 

@@ -1,4 +1,4 @@
-"""From whatever users hold (paths, PIL images, arrays) to the uint8 pixels an encoder takes.
+"""From whatever users hold (paths, PIL images, arrays, tensors) to the uint8 pixels an encoder takes.
 
 The geometry is CLIP's: resize the shorter side (bicubic, antialiased), crop the centre. Mean and standard deviation are
 folded into the encoder, so pixels stay uint8.
@@ -6,7 +6,6 @@ folded into the encoder, so pixels stay uint8.
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.pipeline.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from iosr_fast.pipeline.listing import list_folder as list_folder
+from iosr_fast.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+ENCODED = (bytes, bytearray, memoryview)  # what an encoded image may come in
 
 
 class BadImageError(ValueError):
@@ -40,42 +43,45 @@ class BadImageError(ValueError):
         return BadImageError(self.path, self.position + offset, self.reason)
 
 
-def open_image(source: Any, position: int = 0) -> Image:
-    """One image as RGB, decoded. `source`: path, bytes of an encoded image, PIL image, or uint8 array (H, W), (H, W, 3)
-    or (H, W, 4)."""
+def open_image(source: Any, position: int = 0, exif_orientation: bool = True) -> Image:
+    """One image as upright 8-bit RGB, decoded by the rules of `iosr_fast.pixels`: the one way in for all images.
+
+    `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
+    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation` False takes pixels as they are stored.
+    Raises BadImageError.
+    """
     from PIL import Image
 
-    if isinstance(source, (str, Path)):
+    if isinstance(source, str | Path):
         path = Path(source)
-        if not path.is_file():
-            raise BadImageError(path, position, "no such file")
-        return _decode(path, path, position)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source), None, position)
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    array = np.asarray(source)
-    if array.dtype != np.uint8:
-        raise BadImageError(
-            None, position, f"expected a path, bytes, a PIL image or a uint8 array, got {_describe(source, array)}"
-        )
-    if array.ndim == 3 and array.shape[2] in (3, 4) and min(array.shape[:2]) > 0:
-        return Image.fromarray(array).convert("RGB")
-    if array.ndim == 2 and array.size > 0:
-        return Image.fromarray(array).convert("RGB")
-    raise BadImageError(None, position, f"expected shape (H, W), (H, W, 3) or (H, W, 4), got {array.shape}")
+        with naming(path, position), opened(check_path(path)) as image:
+            return upright_rgb(image, exif_orientation)
+    with naming(None, position):
+        if isinstance(source, ENCODED):
+            with opened(source) as image:
+                return upright_rgb(image, exif_orientation)
+        if isinstance(source, Image.Image):
+            return upright_rgb(source, exif_orientation)
+        array = as_array(source, position)
+        if array is None or array.ndim == 0:
+            expected = "expected a path, bytes, a PIL image, a uint8 array or a uint8 tensor"
+            raise ValueError(f"{expected}, got {type(source).__name__}")
+        return from_array(array)
 
 
-def open_bytes(data: bytes, path: Path, position: int = 0) -> Image:
-    """An encoded image as RGB, decoded. `path` is what BadImageError calls it: it may lie within an archive."""
-    return _decode(io.BytesIO(data), path, position)
+def open_bytes(data: bytes, path: Path, position: int = 0, exif_orientation: bool = True) -> Image:
+    """An encoded image as open_image gives it. `path` is what BadImageError calls it: it may lie within an archive."""
+    with naming(path, position), opened(data) as image:
+        return upright_rgb(image, exif_orientation)
 
 
-def _decode(source: Path | io.BytesIO, path: Path | None, position: int) -> Image:
-    from PIL import Image
-
-    with naming(path, position), Image.open(source) as opened:
-        return opened.convert("RGB")
+def check_path(path: Path) -> Path:
+    """The path of a file. Raises ValueError for a folder, for what is no regular file and where there is nothing."""
+    if path.is_dir():
+        raise ValueError("it is a folder, not an image")
+    if not path.is_file():
+        raise ValueError("it is not a regular file" if path.exists() else "no such file")
+    return path
 
 
 @contextmanager
@@ -88,13 +94,10 @@ def naming(path: Path | None, position: int) -> Iterator[None]:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(path, position, "it is not an image of a known format, or it is damaged") from error
+        told = f"it is not an image of a known format ({', '.join(FORMATS)}, HEIC), or it is damaged"
+        raise BadImageError(path, position, told) from error
     except Exception as error:  # damaged files make decoders raise all sorts: of a TIFF that may be a TypeError
         raise BadImageError(path, position, str(error)) from error
-
-
-def _describe(source: Any, array: np.ndarray) -> str:
-    return f"an array of {array.dtype}" if isinstance(source, np.ndarray) else type(source).__name__
 
 
 def resize_and_crop(image: Image, size: int) -> np.ndarray:
@@ -128,49 +131,43 @@ def random_view(image: Image, size: int, rng: np.random.Generator, mirror: bool)
     return np.ascontiguousarray(view[:, ::-1]) if mirror and rng.random() < 0.5 else view
 
 
+def as_array(images: Any, position: int = 0) -> np.ndarray | None:
+    """The numbers of an array, of a tensor (channels last: `pixels.tensor_array`) or of anything that NumPy takes for
+    an array; None for what holds none, as paths do. Raises BadImageError for a tensor that holds no uint8 pixels."""
+    if is_tensor(images):
+        with naming(None, position):
+            return tensor_array(images)
+    if isinstance(images, list | tuple) or not hasattr(images, "__array__"):
+        return None
+    array = np.asarray(images)
+    return array if array.dtype.kind in "biufc" else None
+
+
 def as_image_list(images: Any) -> Sequence[Any]:
-    """One image or many, as a sequence. An array (B, H, W, C) is many; a path, bytes, a PIL image or (H, W[, C]) is
-    one."""
-    if isinstance(images, (str, Path, bytes, bytearray, memoryview)) or hasattr(images, "getbands"):
+    """One image or many, as a sequence.
+
+    A path, bytes, a PIL image, an array (H, W[, C]) or a tensor (H, W), (C, H, W) or (H, W, C) is one image; an array
+    (B, H, W, C), a tensor (B, C, H, W) or (B, H, W, C), and any other iterable are many.
+    """
+    if isinstance(images, (str, Path, *ENCODED)) or hasattr(images, "getbands"):
         return [images]
-    if isinstance(images, np.ndarray):
-        return list(images) if images.ndim == 4 else [images]
+    array = as_array(images)
+    if array is not None:
+        return list(array) if array.ndim == 4 else [array]
     if not isinstance(images, Iterable):
         raise TypeError(f"expected an image or a sequence of images, got {type(images).__name__}")
     return list(images)
 
 
-def to_pixels(images: Any, size: int) -> np.ndarray:
+def to_pixels(images: Any, size: int, exif_orientation: bool = True) -> np.ndarray:
     """One image or many -> (B, size, size, 3) uint8, in order. Raises BadImageError for the first unreadable one."""
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
         return images
     listed = as_image_list(images)
     pixels = np.empty((len(listed), size, size, 3), np.uint8)
     for i, image in enumerate(listed):
-        pixels[i] = resize_and_crop(open_image(image, i), size)
+        pixels[i] = resize_and_crop(open_image(image, i, exif_orientation), size)
     return pixels
-
-
-def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
-    """Images of a folder with one sub-folder a class: paths, the class name of each, and all class names, sorted.
-
-    Raises FileNotFoundError without the folder, ValueError for fewer than two classes or a class without images.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a folder with one sub-folder of images a class, found no folder {folder}")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(classes) < 2:
-        raise ValueError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
-    paths: list[Path] = []
-    names: list[str] = []
-    for name in classes:
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not found:
-            raise ValueError(f"the class folder {folder / name} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        paths += found
-        names += [name] * len(found)
-    return paths, names, classes
 
 
 def find_bad(images: Sequence[Any]) -> dict[int, BadImageError]:

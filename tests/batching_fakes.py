@@ -96,6 +96,8 @@ class FakeState:
 class FakeClassifier:
     """`asked`: (numbers, top, nearest) of each call of explain. Each snapshot has another version."""
 
+    exif_orientation = True
+
     def __init__(self, size: int = SIZE) -> None:
         self.encoder: Any = FakeEncoder(size)
         self.asked: list[tuple[list[int], int, int]] = []

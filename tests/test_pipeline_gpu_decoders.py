@@ -61,9 +61,9 @@ def test_torchvision_decodes_what_it_can_and_the_cpu_the_rest(
     left: list[int] = []
     right = gpu_decoders.try_decode
 
-    def noted(source: Any, size: int, position: int) -> Any:
+    def noted(source: Any, size: int, position: int, *rest: Any) -> Any:
         left.append(position - 30)
-        return right(source, size, position)
+        return right(source, size, position, *rest)
 
     monkeypatch.setattr(gpu_decoders, "try_decode", noted)
     assert_decoded(TorchvisionDecoder("cpu").decode(batch, 64, 30), batch)

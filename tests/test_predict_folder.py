@@ -42,7 +42,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_labels_are_those_of_predict(bundle: Path, photographs: Path) -> None:
     classifier = Classifier.load(bundle, threads=1)
     found = classifier.predict_folder(photographs, batch=16, threads=3)
-    assert [str(path) for path in found.paths] == list_images(photographs) and len(found) == COUNT
+    assert [str(path) for path in found.paths] == list_images(photographs).paths and len(found) == COUNT
     expected = classifier.predict_proba(found.paths)
     assert (found.labels == classifier.classes_[expected.argmax(1)]).mean() >= 0.999
     assert found.probabilities.dtype == np.float32

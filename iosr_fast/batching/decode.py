@@ -10,9 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from iosr_fast.pipeline.decoding import decode_pixels
-from iosr_fast.preprocess import BadImageError
-
-ENCODED = (bytes, bytearray, memoryview)
+from iosr_fast.preprocess import ENCODED, BadImageError, as_array
 
 
 class Limits(Protocol):
@@ -38,7 +36,7 @@ def is_pixels(image: Any, size: int) -> bool:
     return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)
 
 
-def decode(image: Any, position: int, size: int, limits: Limits) -> np.ndarray:
+def decode(image: Any, position: int, size: int, limits: Limits, exif_orientation: bool = True) -> np.ndarray:
     """An image as open_image takes it -> pixels (size, size, 3) uint8. Raises BadImageError, also beyond the limits."""
     if is_pixels(image, size):
         pixels: np.ndarray = image
@@ -52,9 +50,12 @@ def decode(image: Any, position: int, size: int, limits: Limits) -> np.ndarray:
     def beyond(width: int, height: int) -> str:
         return _beyond(width, height, size, limits.max_pixels)
 
-    if path is None and not isinstance(image, ENCODED) and (told := beyond(*_dimensions(image))):
-        raise BadImageError(None, position, told)
-    return decode_pixels(image, size, position, check=beyond, exact=True)
+    if path is None and not isinstance(image, ENCODED):
+        array = as_array(image, position)  # of a tensor, with the channels last
+        image = image if array is None or hasattr(image, "getbands") else array
+        if told := beyond(*_dimensions(image)):
+            raise BadImageError(None, position, told)
+    return decode_pixels(image, size, position, check=beyond, exact=True, exif_orientation=exif_orientation)
 
 
 def _beyond(width: int, height: int, size: int, max_pixels: int | None) -> str:

@@ -19,6 +19,7 @@ from iosr_fast.batching.item import Hooks, Item, Observer
 from iosr_fast.batching.queue import BatchQueue
 from iosr_fast.batching.workers import Workers
 from iosr_fast.info import usable_threads
+from iosr_fast.preprocess import as_image_list
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
@@ -33,7 +34,7 @@ class BatchingClassifier:
     with BatchingClassifier(classifier) as batching:
         batching.submit("a.jpg").result().label
 
-    Images are paths, `bytes` of an encoded image, PIL images or uint8 arrays; leave them alone until they are answered.
+    Images are as Classifier.predict takes them; leave them alone until they are answered.
     `decode_threads` threads bring them to pixels while the batch before is encoded. A batch of at most `max_batch`
     leaves as soon as the engine is free and it is full, its first image has been ready for `max_wait_ms`, or no other
     image is being decoded that could join: one that is alone leaves at once. Each batch is answered by one state of the
@@ -109,7 +110,7 @@ class BatchingClassifier:
             raise ValueError(f"expected deadline_s > 0 or None, got {deadline_s!r}")
         now = time.monotonic()
         deadline = math.inf if deadline_s is None else now + deadline_s
-        items = [Item(image, i, top, nearest, now, deadline) for i, image in enumerate(images)]
+        items = [Item(image, i, top, nearest, now, deadline) for i, image in enumerate(as_image_list(images))]
         if len(items) > self._queue.max_queue:
             raise ValueError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"
@@ -142,7 +143,7 @@ class BatchingClassifier:
     def replace(self, classifier: Classifier) -> Classifier:
         """Classify with another classifier from the next batch on; a batch in flight finishes on the old one.
 
-        Images that wait are decoded again where the other takes another size. With `warm`, the other is warmed here
+        Images that wait are decoded again where the other takes other pixels. With `warm`, the other is warmed here
         first, while the old one serves. Returns the old one. Raises ClosedError; ValueError, or what warming raised,
         and then the old one stays.
         """

@@ -52,6 +52,7 @@ class BatchQueue:
     def __init__(self, classifier: Any, max_batch: int, max_wait_s: float, max_queue: int, hooks: Hooks) -> None:
         self.classifier = classifier
         self.image_size: int = classifier.encoder.image_size
+        self.exif_orientation: bool = classifier.exif_orientation
         self.max_queue = max_queue
         self.closed = False
         self._max_batch, self._max_wait_s, self._hooks = max_batch, max_wait_s, hooks
@@ -103,12 +104,13 @@ class BatchQueue:
             self.fail(item, item.late(now))
         return item.stage is Stage.DECODING
 
-    def decoded(self, item: Item, pixels: np.ndarray) -> None:
-        """An item's pixels (S, S, 3). Where the classifier was replaced by one of another size, it is decoded again."""
+    def decoded(self, item: Item, pixels: np.ndarray, exif_orientation: bool) -> None:
+        """An item's pixels (S, S, 3). Where the classifier was replaced by one that takes other pixels, it is decoded
+        again."""
         with self._changed:
             if item.stage is not Stage.DECODING:
                 return
-            if len(pixels) != self.image_size:
+            if (len(pixels), exif_orientation) != (self.image_size, self.exif_orientation):
                 self._to_decode.put(item)
                 return
             self._decoding -= 1
@@ -177,8 +179,9 @@ class BatchQueue:
             if self.closed:
                 raise _closed()
             old, self.classifier = self.classifier, classifier
-            if self.image_size != classifier.encoder.image_size:
-                self.image_size = classifier.encoder.image_size
+            wanted = classifier.encoder.image_size, classifier.exif_orientation
+            if (self.image_size, self.exif_orientation) != wanted:
+                self.image_size, self.exif_orientation = wanted
                 again = list(self._ready)
                 self._ready.clear()
                 for item in again:

@@ -129,23 +129,24 @@ def _decode(queue: BatchQueue, limits: Limits) -> None:
     # An error's traceback holds the frames that it went through and, by way of them, this one. So nothing here may
     # know an item any longer than it takes: its future would hold itself, and all of the image.
     while (item := queue.next_to_decode()) is not None:
-        made = _pixels(item.image, item.position, queue.image_size, limits)
-        _hand_over(queue, item, made)
+        exif_orientation = queue.exif_orientation
+        made = _pixels(item.image, item.position, queue.image_size, limits, exif_orientation)
+        _hand_over(queue, item, made, exif_orientation)
         del item, made
 
 
-def _pixels(image: Any, position: int, size: int, limits: Limits) -> np.ndarray | BaseException:
+def _pixels(image: Any, position: int, size: int, limits: Limits, exif_orientation: bool) -> np.ndarray | BaseException:
     try:
-        return decode(image, position, size, limits)
+        return decode(image, position, size, limits, exif_orientation)
     except BaseException as error:  # MemoryError too: it concerns this image alone
         return error
 
 
-def _hand_over(queue: BatchQueue, item: Item, made: np.ndarray | BaseException) -> None:
+def _hand_over(queue: BatchQueue, item: Item, made: np.ndarray | BaseException, exif_orientation: bool) -> None:
     try:
         if isinstance(made, BaseException):
             queue.fail(item, made)
         else:
-            queue.decoded(item, made)
+            queue.decoded(item, made, exif_orientation)
     except BaseException as error:
         queue.fail(item, without_frames(error))

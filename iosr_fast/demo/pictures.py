@@ -41,7 +41,10 @@ def load_pictures(split: Split, min_styles: int = 4) -> Pictures:
         raise ValueError(f"expected split 'generic' or 'held-out', got {split!r}")
     index = load_index()
     tile, columns, style_names = index["tile"], index["columns"], list(index["styles"])
-    sheets = {style: np.asarray(Image.open(FOLDER / f"{style}.webp").convert("RGB")) for style in style_names}
+    sheets = {
+        style: np.asarray(Image.open(FOLDER / f"{style}.webp", formats=["WEBP"]).convert("RGB"))
+        for style in style_names
+    }
     images: list[np.ndarray] = []
     concepts: list[int] = []
     styles: list[int] = []

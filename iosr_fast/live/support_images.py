@@ -27,6 +27,8 @@ class SupportViews:
     single     whether a single view is kept beside the mean of several: what leave-one-out asks with
     templates  prompts for class names; None: the CLIP's own
     thumbnail  pixels of the longer side of the picture that is kept; 0 keeps none
+    exif_orientation  whether images are turned upright by EXIF, those to be classified too; a fit turns them, and False
+               is how bundles were fitted that don't say it
     """
 
     views: int = 1
@@ -35,6 +37,7 @@ class SupportViews:
     single: bool = False
     templates: tuple[str, ...] | None = None
     thumbnail: int = 96
+    exif_orientation: bool = False
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -46,17 +49,17 @@ class SupportViews:
         """WebP, one an image."""
         if not self.thumbnail:
             return (None,) * len(images)
-        return tuple(_thumbnail(image, i, self.thumbnail) for i, image in enumerate(images))
+        return tuple(_thumbnail(image, i, self.thumbnail, self.exif_orientation) for i, image in enumerate(images))
 
     def encode_later(self, encoder: Encoder, images: Sequence[Any]) -> tuple[Embeddings, Embeddings | None]:
         """Embeddings of images that are added, and of their single views. The draws follow from seed and pixels, so
         that the same image gives the same key whenever it comes."""
         parts = []
         for image in images:
-            pixels = np.asarray(open_image(image))
+            pixels = np.asarray(open_image(image, 0, self.exif_orientation))
             drawn = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "little")
             rng = np.random.default_rng([self.seed, drawn])
-            mean = encode_support(encoder, [pixels], self.views, self.mirror, rng)
+            mean = encode_support(encoder, [pixels], self.views, self.mirror, rng)  # of pixels that are upright
             one = encode_support(encoder, [pixels], 1, self.mirror, rng) if self.single else None
             parts.append((mean, one))
         means = _stacked([mean for mean, _ in parts])
@@ -68,10 +71,10 @@ def _stacked(parts: Sequence[Embeddings]) -> Embeddings:
     return Embeddings(plain, None if parts[0].adapted is None else np.concatenate([part.adapted for part in parts]))
 
 
-def _thumbnail(source: Any, position: int, side: int) -> bytes:
+def _thumbnail(source: Any, position: int, side: int, exif_orientation: bool) -> bytes:
     from PIL import Image
 
-    image = open_image(source, position)
+    image = open_image(source, position, exif_orientation)
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     image.save(file, "WEBP", quality=_QUALITY)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.pipeline.listing import list_images
-from iosr_fast.preprocess import IMAGE_SUFFIXES, to_pixels
+from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, list_images
+from iosr_fast.preprocess import to_pixels
 
 if TYPE_CHECKING:
     from iosr_fast.offline.clip import LoadedClip
@@ -33,7 +33,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
         from iosr_fast.demo.pictures import load_pictures
 
         return _evenly(load_pictures("generic").images, count)
-    paths = list_images(folder)
+    paths = list_images(folder).paths
     if not paths:
         raise ValueError(f"{folder} has no pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return to_pixels(_evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)

@@ -64,8 +64,8 @@ def _job(
 
     if top < 1:
         raise ValueError(f"expected --top of at least 1, got {top}")
-    paths = [path for given in images for path in (list_images(given) if given.is_dir() else [str(given)])]
+    paths = [path for given in images for path in (list_images(given).paths if given.is_dir() else [str(given)])]
     loaded = Classifier.load(bundle, runtime=runtime, threads=threads)
-    chosen = choose_decoder(decoder, loaded.encoder.runtime)
+    chosen = choose_decoder(decoder, loaded.encoder.runtime, loaded.exif_orientation)
     batch = choose_batch(loaded.encoder, batch)
     return Job(loaded, paths, chosen, batch, min(top, len(loaded.classes_)), threads, skip_bad)

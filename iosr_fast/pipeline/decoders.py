@@ -35,27 +35,31 @@ class Decoder(Protocol):
 
 
 class CpuDecoder:
-    """Pillow, in the thread that calls it (pipeline.decoding). `exact`: preprocess.resize_and_crop, to the last bit."""
+    """Pillow, in the thread that calls it (pipeline.decoding). `exact`: preprocess.resize_and_crop, to the last bit.
+    `exif_orientation` as for preprocess.open_image."""
 
     threads: int | None = None
 
-    def __init__(self, exact: bool = False) -> None:
-        self.name, self._exact = "cpu-exact" if exact else "cpu", exact
+    def __init__(self, exact: bool = False, exif_orientation: bool = True) -> None:
+        self.name, self._exact, self._exif_orientation = "cpu-exact" if exact else "cpu", exact, exif_orientation
 
     def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
-        return [try_decode(source, size, start + i, self._exact) for i, source in enumerate(sources)]
+        return [
+            try_decode(source, size, start + i, self._exif_orientation, self._exact) for i, source in enumerate(sources)
+        ]
 
 
-def try_decode(source: Any, size: int, position: int, exact: bool = False) -> Decoded:
+def try_decode(source: Any, size: int, position: int, exif_orientation: bool, exact: bool = False) -> Decoded:
     try:
-        return decode_pixels(source, size, position, exact=exact)
+        return decode_pixels(source, size, position, exact=exact, exif_orientation=exif_orientation)
     except BadImageError as error:
         return error
 
 
-def choose_decoder(name: str = "auto", runtime: str = "") -> Decoder:
+def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool = True) -> Decoder:
     """The named decoder; for "auto" a GPU's where the encoder's `runtime` is one for GPUs and it can run, else the CPU.
 
+    `exif_orientation` as for preprocess.open_image: a classifier's own (Classifier.exif_orientation).
     Raises ValueError for an unknown name, RuntimeError for a known one that can't run here.
     """
     if name not in ("auto", *DECODERS):
@@ -63,14 +67,14 @@ def choose_decoder(name: str = "auto", runtime: str = "") -> Decoder:
     if name != "auto":
         if (told := refusal(name)) is not None:
             raise RuntimeError(f"decoder={name!r} can't run here: {told}")
-        return _make(name)
+        return _make(name, exif_orientation)
     refused = {}
     for candidate in reversed(DECODERS[2:]) if runtime.startswith("tensorrt") else ():
         if (told := refusal(candidate)) is None:
-            return _make(candidate)
+            return _make(candidate, exif_orientation)
         refused[candidate] = told
     log.info("decoding on the CPU; refused: %s", refused or "none")
-    return CpuDecoder()
+    return CpuDecoder(exif_orientation=exif_orientation)
 
 
 def refusal(name: str) -> str | None:
@@ -92,9 +96,10 @@ def _missing(module: str) -> bool:
         return True
 
 
-def _make(name: str) -> Decoder:
+def _make(name: str, exif_orientation: bool) -> Decoder:
     if name not in _NEEDS:
-        return CpuDecoder(exact=name == "cpu-exact")
+        return CpuDecoder(name == "cpu-exact", exif_orientation)
     from iosr_fast.pipeline.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder
 
-    return TorchvisionDecoder() if name == "torchvision-cuda" else NvImageCodecDecoder()
+    made = TorchvisionDecoder if name == "torchvision-cuda" else NvImageCodecDecoder
+    return made(exif_orientation=exif_orientation)

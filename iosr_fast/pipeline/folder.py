@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iosr_fast.pipeline.decoders import choose_decoder
-from iosr_fast.pipeline.listing import list_images
+from iosr_fast.pipeline.listing import Skipped, list_images
 from iosr_fast.pipeline.stream import choose_batch, classify, stage_of
 from iosr_fast.preprocess import BadImageError
 
@@ -27,12 +27,14 @@ class FolderPredictions:
     labels         (B,) class names
     probabilities  (B,) float32, of the labels
     errors         of the other images, in their order; each names its path and the reason
+    skipped        files that are no images, hidden, linked twice, ..., counted by reason
     """
 
     paths: list[Path]
     labels: np.ndarray
     probabilities: np.ndarray
     errors: list[BadImageError]
+    skipped: Skipped
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -47,8 +49,12 @@ def predict_folder(
 ) -> FolderPredictions:
     """Classifier.predict_folder."""
     batch = choose_batch(classifier.encoder, batch)
-    state, chosen = classifier.snapshot(), choose_decoder(decoder, classifier.encoder.runtime)
-    paths = list_images(folder)
+    state, chosen = (
+        classifier.snapshot(),
+        choose_decoder(decoder, classifier.encoder.runtime, classifier.exif_orientation),
+    )
+    listing = list_images(folder)
+    paths = listing.paths
     stage = stage_of(classifier.encoder, classifier.engine, chosen, len(paths), batch, threads)
     read, labels, probabilities, errors = [], [], [], []
     left = iter(paths)
@@ -63,4 +69,6 @@ def predict_folder(
                 errors.append(answer)
             else:
                 raise answer
-    return FolderPredictions(read, np.array(labels, dtype=str), np.array(probabilities, np.float32), errors)
+    return FolderPredictions(
+        read, np.array(labels, dtype=str), np.array(probabilities, np.float32), errors, listing.skipped
+    )

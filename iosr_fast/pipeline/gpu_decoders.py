@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosr_fast._require import require
 from iosr_fast.pipeline.decoders import Decoded, try_decode
+from iosr_fast.pixels import opened, orientation_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,31 +23,33 @@ _JPEG = b"\xff\xd8\xff"
 
 
 class GpuDecoder(ABC):
-    """Reads the files of a batch, decodes its JPEGs by `_decode` and resizes them by `shrink`; two threads let one
-    batch be read while another is decoded."""
+    """Reads the files of a batch, decodes its JPEGs by `_decode`, turns them upright unless `exif_orientation` is False
+    and resizes them by `shrink`; two threads let one batch be read while another is decoded."""
 
     name: str
     threads: int | None = 2
 
-    def __init__(self, device: str = "cuda") -> None:
-        self.device = device
+    def __init__(self, device: str = "cuda", exif_orientation: bool = True) -> None:
+        self.device, self._exif_orientation = device, exif_orientation
 
     def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
         """As Decoder.decode: within 1 level of it on average."""
         found: list[Decoded | None] = [None] * len(sources)
         data = [_jpeg(source) for source in sources]
         chosen = [i for i, given in enumerate(data) if given is not None]
-        for i, image in zip(chosen, self._decode([given for given in data if given is not None]), strict=True):
-            if image is not None and _fits(image.shape[1], image.shape[2]):
-                found[i] = shrink(image, size).permute(1, 2, 0).contiguous().cpu().numpy()
+        jpegs = [given for given in data if given is not None]
+        for i, jpeg, image in zip(chosen, jpegs, self._decode(jpegs), strict=True):
+            orientation = _orientation(jpeg) if self._exif_orientation else 1
+            if image is not None and orientation is not None and _fits(image.shape[1], image.shape[2]):
+                found[i] = shrink(turned(image, orientation), size).permute(1, 2, 0).contiguous().cpu().numpy()
         return [
-            try_decode(source, size, start + i) if done is None else done
+            try_decode(source, size, start + i, self._exif_orientation) if done is None else done
             for i, (source, done) in enumerate(zip(sources, found, strict=True))
         ]
 
     @abstractmethod
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
-        """Each JPEG as uint8 (3, H, W), RGB, on `device`; None for one that can't be decoded here."""
+        """Each JPEG as uint8 (3, H, W), RGB, as it is stored, on `device`; None for one that can't be decoded here."""
 
 
 class TorchvisionDecoder(GpuDecoder):
@@ -78,11 +81,11 @@ class NvImageCodecDecoder(GpuDecoder):
 
     name = "nvimagecodec"
 
-    def __init__(self, device: str = "cuda") -> None:
-        super().__init__(device)
+    def __init__(self, device: str = "cuda", exif_orientation: bool = True) -> None:
+        super().__init__(device, exif_orientation)
         self._codec = require("nvidia.nvimgcodec", "train")
         self._decoder = self._codec.Decoder()
-        # No rotation, as on the CPU. RGB is its default, under names that differ between its versions.
+        # `turned` does it for both decoders. RGB is its default, under names that differ between its versions.
         self._params = self._codec.DecodeParams(apply_exif_orientation=False)
 
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
@@ -92,6 +95,23 @@ class NvImageCodecDecoder(GpuDecoder):
         made = self._decoder.decode(data, self._params)
         images = [None if image is None else torch.as_tensor(image, device=self.device) for image in made]
         return [None if image is None or image.shape[2] != 3 else image.permute(2, 0, 1) for image in images]
+
+
+def turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    """pixels.turn on (3, H, W)."""
+    if orientation > 4:  # the stored x is the upright y
+        image = image.transpose(1, 2)
+    axes = [axis for axis, reversing in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in reversing]
+    return image.flip(axes) if axes else image
+
+
+def _orientation(jpeg: bytes) -> int | None:
+    """By the header alone; None where it can't be read: the CPU's decoder says why."""
+    try:
+        with opened(jpeg) as image:
+            return orientation_of(image)
+    except Exception:  # damaged headers make Pillow raise all sorts
+        return None
 
 
 def shrink(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from iosr_fast.pipeline.journal import Journal, open_journal
 from iosr_fast.pipeline.progress import progress
 from iosr_fast.pipeline.stream import Answer, Stage, classify, stage_of
 from iosr_fast.pipeline.tables import check_output, csv_cells, csv_writer, write_table
+from iosr_fast.pixels import VERSION
 from iosr_fast.preprocess import BadImageError
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Job:
             "engine": self.classifier.encoder.fingerprint,
             "runtime": self.classifier.encoder.runtime,
             "decoder": self.decoder.name,
+            "pixels": VERSION,
+            "exif_orientation": self.classifier.exif_orientation,
             "images": f"{len(self.paths)} ({digest.hexdigest()[:16]})",
             "batch": self.batch,
             "top": self.top,

@@ -1,40 +1,268 @@
-"""Which images a folder holds, in an order that depends on their names alone."""
+"""Which images a folder holds: one rule for everything that lists images, in an order that depends on names alone.
+
+An image is told by its suffix, in whatever case. Links are followed: each folder is listed once and each picture once,
+by its own path where it lies below the folder too. What is left out is counted by reason, and a warning says so.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from iosr_fast.preprocess import IMAGE_SUFFIXES
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (
+    frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+    | frozenset({".ppm", ".pgm", ".pbm", ".pnm"})
+    | frozenset({".avif", ".heic", ".heif"})
+)
+# What operating systems and stores put beside pictures, some of it named like pictures.
+_SYSTEM = (
+    frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"})
+    | frozenset({"$recycle.bin", "system volume information"})
+    | frozenset({"@eadir", "lost+found"})
+)
+_BROKEN = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"})
+_SHOWN = 6  # suffixes that a summary names
 
 
-def list_images(folder: str | Path) -> list[str]:
-    """Paths of the images in a folder and in all below it, sorted name by name.
+@dataclass
+class Skipped:
+    """Files and folders that a listing left out: counts by reason, and by suffix of those that are no images."""
 
-    Told by their suffix; what begins with a dot is left out, links are followed. Raises FileNotFoundError without the
-    folder.
+    reasons: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        return self.reasons.total() + self.suffixes.total()
+
+    def summary(self) -> str:
+        """Such as "12 not images (.txt, .xmp), 2 hidden"; empty where nothing was left out."""
+        told = []
+        if self.suffixes:
+            names = [name for name, _ in sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))]
+            more = ", ..." if len(names) > _SHOWN else ""
+            told.append(f"{self.suffixes.total()} not images ({', '.join(names[:_SHOWN])}{more})")
+        return ", ".join([*told, *(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))])
+
+    def warn(self, folder: str | Path, kept: int) -> None:
+        """Log what was left out beside the `kept` images of a folder, where anything was."""
+        if self.total:
+            logger.warning("%s: skipped %d of %d files: %s", folder, self.total, self.total + kept, self.summary())
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a folder, sorted name by name, and what was left out."""
+
+    paths: list[str]
+    skipped: Skipped
+
+
+def list_images(folder: str | Path) -> Listing:
+    """The images in a folder and in all below it.
+
+    Raises FileNotFoundError without the folder, PermissionError naming a folder that can't be read.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"expected a folder of images, found no folder {folder}")
-    found = [path for path, _ in walk(folder) if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
-    return sorted(found, key=lambda path: path.split(os.sep))
+    skipped = Skipped()
+    found = sorted((path for path, _ in walk(folder, skipped=skipped)), key=lambda path: path.split(os.sep))
+    skipped.warn(folder, len(found))
+    return Listing(found, skipped)
 
 
-def walk(folder: str | Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below `folder` with its status. Hidden ones are left out; a link to a folder above is not followed."""
-    pending = [(str(folder), frozenset[tuple[int, int]]())]
-    while pending:
-        place, above = pending.pop()
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in above:
+def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
+    """Images of a folder with one sub-folder a class: paths, the class name of each, and all class names, sorted.
+
+    Raises FileNotFoundError without the folder, PermissionError naming a folder that can't be read, ValueError for
+    fewer than two classes, a class without images, names that are not UTF-8, and where the sub-folders are not classes
+    but sets of them, such as train/ and test/.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder with one sub-folder of images a class, found no folder {folder}")
+    skipped = Skipped()
+    classes = class_folders(folder, skipped)
+    paths: dict[str, list[Path]] = {}
+    empty: dict[str, str] = {}
+    for name in classes:
+        own = Skipped()
+        found = sorted(Path(path) for path, _ in walk(folder / name, skipped=own))
+        if found:
+            paths[name] = found
+        else:
+            empty[name] = own.summary() or "it is empty"
+        skipped.reasons += own.reasons
+        skipped.suffixes += own.suffixes
+    _refuse_splits(folder, classes, paths)
+    if len(classes) < 2:
+        raise ValueError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
+    for name, told in empty.items():
+        raise ValueError(f"the class folder {folder / name} has no images ({told})")
+    listed = [path for name in classes for path in paths[name]]
+    skipped.warn(folder, len(listed))
+    return listed, [name for name in classes for _ in paths[name]], classes
+
+
+def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[str]:
+    """Names of the sub-folders that may be classes, sorted. Raises ValueError for one that is not UTF-8."""
+    skipped, names = Skipped() if skipped is None else skipped, []
+    for entry in _entries(str(folder), skipped):
+        status = _status(entry, skipped)
+        if status is None:
             continue
-        above |= {(status.st_dev, status.st_ino)}
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append((entry.path, above))
-                elif entry.is_file():
-                    yield entry.path, entry.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            if _is_wanted(entry.name, status, IMAGE_SUFFIXES, skipped):
+                skipped.reasons["not in a class folder"] += 1
+        elif entry.is_symlink() and _is_above(entry.path, status):
+            skipped.reasons["links to a folder above"] += 1
+        elif not entry.name.isascii() and entry.name.encode("utf-8", "replace").decode() != entry.name:
+            raise ValueError(f"expected class folders with names in UTF-8, got {entry.name!r} in {folder}; rename it")
+        else:
+            names.append(entry.name)
+    return names
+
+
+def walk(
+    folder: str | Path, suffixes: Set[str] = IMAGE_SUFFIXES, skipped: Skipped | None = None
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file below `folder` with one of the suffixes, and its status.
+
+    Hidden files, what operating systems leave and special files are left out, and so is what links lead to a second
+    time. Raises PermissionError naming a folder that can't be read.
+    """
+    skipped = Skipped() if skipped is None else skipped
+    seen: set[tuple[int, int]] = set()
+    pending, folder_links, file_links = [str(folder)], list[str](), list[tuple[str, os.stat_result]]()
+    while pending or folder_links:
+        # What lies below the folder itself comes first, so that a picture goes by its own path and not by a link's.
+        linked = not pending
+        if linked:
+            folder_links.sort(key=lambda path: path.split(os.sep))
+        place = folder_links.pop(0) if linked else pending.pop()
+        status = os.stat(place)
+        if linked and _is_above(place, status):
+            skipped.reasons["links to a folder above"] += 1
+            continue
+        if _identity(status) in seen:
+            skipped.reasons["linked twice"] += 1
+            continue
+        seen.add(_identity(status))
+        for entry in _entries(place, skipped):
+            found = _status(entry, skipped)
+            if found is None:
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                (folder_links if entry.is_symlink() else pending).append(entry.path)
+            elif _is_wanted(entry.name, found, suffixes, skipped):
+                if entry.is_symlink():
+                    file_links.append((entry.path, found))
+                else:
+                    yield entry.path, found
+    reached: set[tuple[int, int]] = set()
+    for path, status in sorted(file_links, key=lambda link: link[0].split(os.sep)):
+        place, name = os.path.split(os.path.realpath(path))
+        listed = _identity(os.stat(place)) in seen and _unwanted(name) is None and _suffix(name) in suffixes
+        if listed or _identity(status) in reached:
+            skipped.reasons["linked twice"] += 1
+        else:
+            reached.add(_identity(status))
+            yield path, status
+
+
+def _entries(place: str, skipped: Skipped) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name, without what is left out for its name."""
+    try:
+        with os.scandir(place) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(place, error) from error
+    wanted = []
+    for entry in entries:
+        reason = _unwanted(entry.name)
+        if reason is None:
+            wanted.append(entry)
+        else:
+            skipped.reasons[reason] += 1
+    return wanted
+
+
+def _unwanted(name: str) -> str | None:
+    if name.startswith("."):
+        return "hidden"
+    return "of the operating system" if name.casefold() in _SYSTEM else None
+
+
+def _status(entry: os.DirEntry[str], skipped: Skipped) -> os.stat_result | None:
+    """Of what an entry is or links to; None, counted, for a link to nothing."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in _BROKEN:
+            skipped.reasons["broken links"] += 1
+            return None
+        raise _unreadable(entry.path, error) from error
+
+
+def _unreadable(place: str, error: OSError) -> OSError:
+    kind = PermissionError if isinstance(error, PermissionError) else OSError
+    told = "permission denied" if kind is PermissionError else error.strerror or str(error)
+    return kind(f"can't read {place}: {told}")
+
+
+def _is_wanted(name: str, status: os.stat_result, suffixes: Set[str], skipped: Skipped) -> bool:
+    """Whether a file is wanted by its suffix and kind; counted where not."""
+    if _suffix(name) not in suffixes:
+        skipped.suffixes[_suffix(name) or "no suffix"] += 1
+        return False
+    if not stat.S_ISREG(status.st_mode):
+        skipped.reasons["not regular files"] += 1
+        return False
+    return True
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_above(link: str, status: os.stat_result) -> bool:
+    """Whether a link to a folder with this status leads to one that the link lies in: its listing would have no end."""
+    above = Path(os.path.abspath(link)).parents
+    return any(os.path.samestat(os.stat(place), status) for place in above)
+
+
+def _refuse_splits(folder: Path, classes: list[str], paths: dict[str, list[Path]]) -> None:
+    """Raise ValueError where sub-folders hold class folders each: they are sets to train and test on, not classes."""
+    inner = {
+        name: {path.relative_to(folder / name).parts[0] for path in found}
+        for name, found in paths.items()
+        if all(path.parent != folder / name for path in found)  # a class may have sub-folders, beside pictures or not
+    }
+    named = [name for name in classes if _SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
+    shaped = [name for name in named if name in inner]
+    alike = any(inner[a] & inner[b] for a in shaped for b in shaped if a < b)
+    if shaped and (alike or len(named) == len(classes)):
+        chosen = next((name for name in shaped if "train" in name.lower()), shaped[0])
+        raise ValueError(
+            f"expected class folders in {folder}, got {', '.join(shaped)}, which hold class folders themselves "
+            f"({', '.join(sorted(inner[chosen])[:3])}, ...): give {folder / chosen}"
+        )
+    if len(classes) == 1 and len(inner.get(classes[0], ())) > 1:
+        raise ValueError(
+            f"expected at least two class folders in {folder}, found 1: {classes}; it holds "
+            f"{len(inner[classes[0]])} folders of images itself: give {folder / classes[0]}"
+        )

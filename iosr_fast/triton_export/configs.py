@@ -37,6 +37,7 @@ class Served:
     max_batch: int
     instances: int
     gpu: bool
+    exif_orientation: bool = True
     plans: tuple[EnginePlan, ...] = ()
 
 

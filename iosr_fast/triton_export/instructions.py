@@ -11,11 +11,12 @@ def readme(served: Served, top: int) -> str:
     shown = min(top, served.n_classes)
     volume = f" -v iosr_fast-tensorrt:{ENGINE_CACHE}" if served.gpu and not served.plans else ""
     encoder = ENCODER_TRT if served.plans else ENCODER
+    stored = "" if served.exif_orientation else ", exif_orientation=False"
     text = f"""\
 A few-shot classifier of iosr_fast, {served.n_classes} classes, as a model repository of NVIDIA Triton Inference Server.
 
 {ENSEMBLE}: {PREPROCESS} -> {encoder} -> {SCORING}, up to {served.max_batch} pictures at once
-  IMAGE          uint8 (B, height, width, 3), RGB; all pictures of a request have one size, which may be any
+  IMAGE          uint8 (B, height, width, 3), upright RGB; all pictures of a request have one size, which may be any
   LOGITS         float32 (B, {served.n_classes}), ZERO_SHOT + CACHE
   PROBABILITIES  float32 (B, {served.n_classes})
   ZERO_SHOT      float32 (B, {served.n_classes}), what the class names say
@@ -26,12 +27,12 @@ Start a server (Triton {OLDEST_TRITON} or newer; TRITON_IMAGE is NVIDIA's triton
   docker run --rm {"--gpus all " if served.gpu else ""}-p 8000:8000 -p 8001:8001 -p 8002:8002 \\
     -v "$PWD":/models:ro{volume} "$TRITON_IMAGE" tritonserver --model-repository=/models
 
-Ask it (pip install 'tritonclient[grpc]' pillow); each answer is "value:index:label", best first:
+Ask it (pip install 'tritonclient[grpc]' iosr_fast); each answer is "value:index:label", best first:
 
   import numpy as np, tritonclient.grpc as triton
-  from PIL import Image
+  from iosr_fast.preprocess import open_image  # upright 8-bit RGB, as this classifier was fit with
 
-  picture = np.asarray(Image.open("picture.jpg").convert("RGB"))[None]
+  picture = np.asarray(open_image("picture.jpg"{stored}))[None]
   image = triton.InferInput("IMAGE", picture.shape, "UINT8")
   image.set_data_from_numpy(picture)
   top = triton.InferRequestedOutput("PROBABILITIES", class_count={shown})

@@ -82,6 +82,7 @@ def export_triton(
         max_batch=max_batch,
         instances=instances,
         gpu=gpu,
+        exif_orientation=classifier.exif_orientation,
         plans=choose_plans(classifier.engine, engine, max_batch) if gpu else (),
     )
     scoring = scoring_model(plan)

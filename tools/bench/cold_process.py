@@ -40,6 +40,7 @@ def with_open_clip(
 
     from iosr_fast.offline.adapter import encode_adapted, encode_plain, load_adapter
     from iosr_fast.offline.clip import DEMO_FOLDER, DEMO_NAME, LoadedClip
+    from iosr_fast.pixels import FORMATS
 
     imported = time.perf_counter()
     facts = json.loads((bundle / "manifest.json").read_bytes())
@@ -63,7 +64,7 @@ def with_open_clip(
     adapter, support = load_adapter(adapter_path), load_file(bundle / "support.safetensors")
     loaded = time.perf_counter()
     with torch.inference_mode():
-        image = preprocess(Image.open(picture).convert("RGB"))[None]
+        image = preprocess(Image.open(picture, formats=FORMATS).convert("RGB"))[None]
         plain, adapted = encode_plain(loaded_clip, image), encode_adapted(loaded_clip, adapter, image)
         plain, adapted = (torch.nn.functional.normalize(feature, dim=-1) for feature in (plain, adapted))
         parameters = facts["parameters"]

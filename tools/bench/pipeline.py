@@ -42,6 +42,7 @@ from iosr_fast.offline.export import random_adapter, write_engine
 from iosr_fast.pipeline.decoders import CpuDecoder
 from iosr_fast.pipeline.ordered import map_ordered
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
+from iosr_fast.pixels import FORMATS
 from iosr_fast.preprocess import open_image, resize_and_crop
 from iosr_fast.runtimes import open_engine
 from iosr_fast.scoring import ScoringPlan
@@ -119,7 +120,9 @@ class Rival:
         )
         labels = []
         for start in range(0, len(self.paths), RIVALS_BATCH):
-            pixels = torch.stack([transform(Image.open(path)) for path in self.paths[start : start + RIVALS_BATCH]])
+            pixels = torch.stack(
+                [transform(Image.open(path, formats=FORMATS)) for path in self.paths[start : start + RIVALS_BATCH]]
+            )
             labels.append(self.formula(*self.embed(pixels)).argmax(1).numpy())
         return np.concatenate(labels)
 

@@ -49,7 +49,15 @@ def classify_plan(
 ) -> ClassifyPlan:
     """`engine` is the manifest of the bundle's engine, `runtime` what will execute it."""
     common = make_plan(
-        source, chunks, engine, runtime, chunk=chunk, batch=batch, dtype="float32", file_format="parquet"
+        source,
+        chunks,
+        engine,
+        runtime,
+        chunk=chunk,
+        batch=batch,
+        dtype="float32",
+        file_format="parquet",
+        exif_orientation=bundle.views.exif_orientation,
     )
     return ClassifyPlan(
         **{field.name: getattr(common, field.name) for field in fields(common)},

@@ -93,7 +93,7 @@ def render(icons: dict, name: str) -> np.ndarray:
         f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=TILE, height=TILE))
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    picture = Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGBA")
     canvas = Image.new("RGBA", (TILE, TILE), "white")
     canvas.alpha_composite(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
     return np.asarray(canvas.convert("RGB"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from iosr_fast.pipeline.listing import walk
-from iosr_fast.preprocess import IMAGE_SUFFIXES
+from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, walk
 from tools.embedding.items import Source, folder_source
 
 KINDS = ("folder", "webdataset", "parquet")
@@ -60,10 +59,8 @@ def kind_of(given: str) -> str:
         raise FileNotFoundError(f"expected a folder, .tar shards or .parquet files at {given}, found nothing")
     by_suffix = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
     example: dict[str, str] = {}
-    for name, _ in walk(path):
-        kind = by_suffix.get(Path(name).suffix.lower())
-        if kind is not None:
-            example.setdefault(kind, name)
+    for name, _ in walk(path, by_suffix.keys()):
+        example.setdefault(by_suffix[Path(name).suffix.lower()], name)
     if not example:
         raise ValueError(f"expected images, .tar shards or .parquet files in {given}, found none")
     if len(example) > 1:

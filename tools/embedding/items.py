@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.pipeline.listing import walk
-from iosr_fast.preprocess import IMAGE_SUFFIXES, BadImageError, open_bytes, resize_and_crop
+from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, Skipped, walk
+from iosr_fast.preprocess import BadImageError, open_bytes, resize_and_crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,16 @@ def check_keys(items: Iterable[Item], what: str) -> None:
 
 
 def folder_source(folder: Path) -> Source:
-    """The images of a folder and of all below it; names that start with a dot are left out, links are followed."""
+    """The images of a folder and of all below it (pipeline.listing); a warning says what was left out."""
+    skipped = Skipped()
     items = [
         Item(Path(path).relative_to(folder).as_posix(), path, stamp_of(status))
-        for path, status in walk(folder)
-        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+        for path, status in walk(folder, skipped=skipped)
     ]
     if not items:
-        raise ValueError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none")
+        told = f"; skipped {skipped.summary()}" if skipped.total else ""
+        raise ValueError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none{told}")
+    skipped.warn(folder, len(items))
     items.sort(key=lambda item: item.key)
     check_keys(items, str(folder))
     return Source({"kind": "folder", "path": str(folder)}, items)
@@ -119,7 +121,7 @@ def stamp_of(status: os.stat_result) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def load_pixels(item: Item, size: int) -> np.ndarray | BadImageError:
+def load_pixels(item: Item, size: int, exif_orientation: bool = True) -> np.ndarray | BadImageError:
     """(size, size, 3) uint8 as iosr_fast.preprocess makes them, or why there are none."""
     where = Path(item.key if item.offset or item.size >= 0 else item.path)
     if item.fault is not None:
@@ -130,7 +132,7 @@ def load_pixels(item: Item, size: int) -> np.ndarray | BadImageError:
             data = file.read(item.size)
         if item.size >= 0 and len(data) != item.size:
             return BadImageError(where, 0, f"expected {item.size} bytes of it in {item.path}, found {len(data)}")
-        return resize_and_crop(open_bytes(data, where), size)
+        return resize_and_crop(open_bytes(data, where, 0, exif_orientation), size)
     except BadImageError as error:
         return error
     except OSError as error:

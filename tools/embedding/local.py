@@ -38,7 +38,8 @@ def run_chunks(
     `write` makes the file of a chunk's embeddings, whole or not at all; None writes the embeddings themselves. Raises
     BadImageError for the first unreadable image, unless `skip_bad`. Parts written before stay.
     """
-    pixels = decode_ahead(chain.from_iterable(chunk.items for chunk in chunks), plan.image_size, threads, plan.batch)
+    items = chain.from_iterable(chunk.items for chunk in chunks)
+    pixels = decode_ahead(items, plan.image_size, threads, plan.batch, plan.exif_orientation)
     try:
         for chunk in chunks:
             started = time.perf_counter()
@@ -55,9 +56,11 @@ def run_chunks(
         pixels.close()
 
 
-def decode_ahead(items: Iterable[Item], size: int, threads: int, batch: int) -> Generator[Pixels, None, None]:
+def decode_ahead(
+    items: Iterable[Item], size: int, threads: int, batch: int, exif_orientation: bool = True
+) -> Generator[Pixels, None, None]:
     """Pixels (size, size, 3) uint8 of each item in order, or why there are none; at most AHEAD batches wait decoded."""
-    return map_ordered(items, lambda item: load_pixels(item, size), threads, AHEAD * batch + 1)
+    return map_ordered(items, lambda item: load_pixels(item, size, exif_orientation), threads, AHEAD * batch + 1)
 
 
 def embed_chunk(

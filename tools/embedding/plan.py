@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from iosr_fast import __version__
 from iosr_fast.embedding_files import KIND, Format, Part, read_part
 from iosr_fast.files import MANIFEST, new_file, write_manifest
+from iosr_fast.pixels import VERSION
 from tools.embedding.items import Chunk, Source
 
 PLAN, LOG, LOCK = "plan.json", "log.jsonl", ".lock"
@@ -52,6 +53,8 @@ class Plan:
     adapted: bool
     dtype: str
     format: Format
+    exif_orientation: bool = True
+    pixels: int = VERSION
     schema: int = SCHEMA
 
     def digest(self) -> str:
@@ -107,6 +110,7 @@ def make_plan(
     batch: int,
     dtype: str,
     file_format: Format,
+    exif_orientation: bool = True,
 ) -> Plan:
     """`engine` is the manifest of the engine's folder, `runtime` what will execute it."""
     return Plan(
@@ -123,6 +127,7 @@ def make_plan(
         adapted=engine["first_adapted_block"] is not None,
         dtype=dtype,
         format=file_format,
+        exif_orientation=exif_orientation,
     )
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast._require import require
-from iosr_fast.pipeline.listing import walk
-from iosr_fast.preprocess import IMAGE_SUFFIXES
+from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, walk
 from tools.embedding.items import Item, Source, check_keys, stamp_of
 
 EXTRA = "train"  # brings webdataset
@@ -58,7 +57,7 @@ def find_shards(given: str) -> list[Path]:
     if "://" in given or given.startswith("pipe:"):
         raise ValueError(f"expected shards on a file system, got {given}; mount the store or fetch the shards first")
     if Path(given).is_dir():
-        paths = [Path(path) for path, _ in walk(Path(given)) if path.endswith(".tar")]
+        paths = [Path(path) for path, _ in walk(given, {".tar"})]
     elif Path(given).is_file():
         paths = [Path(given)]
     else:

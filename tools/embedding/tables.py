@@ -26,7 +26,7 @@ def table_source(given: Path, path_column: str = "path", keep_columns: Sequence[
     pa, pq = require("pyarrow", EXTRA), require("pyarrow.parquet", EXTRA)
     check_names(keep_columns)
     folder = given if given.is_dir() else given.parent
-    files = sorted(path for path, _ in walk(given) if path.endswith(".parquet")) if given.is_dir() else [str(given)]
+    files = sorted(path for path, _ in walk(given, {".parquet"})) if given.is_dir() else [str(given)]
     if not files:
         raise FileNotFoundError(f"expected files ending in .parquet in {given}, found none")
     wanted = list(dict.fromkeys([path_column, *keep_columns]))

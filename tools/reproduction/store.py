@@ -22,11 +22,11 @@ from iosr_fast.cache import encode_support
 from iosr_fast.encoder import Embeddings
 from iosr_fast.files import new_folder, read_manifest, remove_leftovers, write_manifest
 from iosr_fast.info import usable_threads
-from iosr_fast.preprocess import BadImageError, resize_and_crop
+from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
 from tools.reproduction.models import Model
 from tools.reproduction.problems import PictureSet
 
-VERSION = 1  # goes up when the same facts give other embeddings than before
+VERSION = 2  # goes up when the same facts give other embeddings than before
 PART = 1024
 KIND, TEXT_KIND = "embeddings", "text embeddings"
 FILE = "embeddings.safetensors"
@@ -202,7 +202,7 @@ class Ahead:
     def _decode(self, position: int) -> Any:
         row = int(self.part.rows[position])
         try:
-            image = self._split.image(row).convert("RGB")
+            image = open_image(self._split.image(row), row)
             return resize_and_crop(image, self.size) if self.part.views == 1 else image
         except Exception as error:  # whatever a decoder raises
             if isinstance(error, BadImageError) and error.path is not None:

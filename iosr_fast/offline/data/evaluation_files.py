@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.preprocess import IMAGE_SUFFIXES, open_image
+from iosr_fast.pipeline.listing import Skipped, walk
+from iosr_fast.preprocess import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,20 +117,17 @@ def spoken(name: str) -> str:
     return re.sub(r"^\d{3}\.", "", name).replace("_", " ")
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Names of the sub-folders, sorted, without hidden ones."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def folder_rows(folder: Path, prefix: str, classes: Iterable[tuple[str, int]]) -> Rows:
     """Rows of every image in FOLDER/PREFIX/CLASS, sorted by name within a class. Raises ValueError for an empty one."""
     rows: Rows = []
+    skipped = Skipped()
     for name, label in classes:
         place = folder / prefix / name
-        images = sorted(entry.name for entry in os.scandir(place) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES)
+        images = sorted(Path(path).relative_to(place).as_posix() for path, _ in walk(place, skipped=skipped))
         if not images:
             raise ValueError(f"expected images in the class folder {place}, found none")
         rows += [((PurePosixPath(prefix) / name / image).as_posix(), label) for image in images]
+    skipped.warn(folder / prefix, len(rows))
     return rows
 
 

@@ -12,13 +12,13 @@ from iosr_fast._require import require
 from iosr_fast.offline.data.evaluation_files import (
     Content,
     Rows,
-    class_folders,
     folder_rows,
     look_up,
     read_lines,
     read_pairs,
     spoken,
 )
+from iosr_fast.pipeline.listing import class_folders
 
 
 def torchvision_set(name: str, splits: dict[str, str]) -> Callable[[Path, list[Path]], Content]:

@@ -14,6 +14,7 @@ from iosr_fast.offline.data._files import digest
 from iosr_fast.offline.data.evaluation_files import read_lines
 from iosr_fast.offline.data.shard_index import Shard, find_shards, index_shards, read_samples
 from iosr_fast.offline.data.sources import to_tensor
+from iosr_fast.pixels import VERSION
 from iosr_fast.preprocess import BadImageError, open_bytes
 
 MOST_OPEN = 64  # shards that one window may span: each is an open file
@@ -54,7 +55,7 @@ class ShardPictures:
         self._shard = np.repeat(np.arange(len(counts)), counts)
         # Which kind of label a shard holds does not show in labels, so its file stands for the shard as a whole.
         stamps = [f"{shard.path.name} {shard.bytes} {shard.mtime_ns}" for shard in self.shards]
-        self.fingerprint = digest([str(size), self.labels.numpy(), str(self.class_names), *stamps])
+        self.fingerprint = digest([str(VERSION), str(size), self.labels.numpy(), str(self.class_names), *stamps])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         """Shards in random order, their samples shuffled within windows: (N,) int64, a function of the generator."""

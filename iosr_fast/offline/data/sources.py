@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from iosr_fast.offline.data._files import digest, stamp
-from iosr_fast.preprocess import BadImageError, list_folder, open_image, resize_and_crop
+from iosr_fast.pipeline.listing import list_folder
+from iosr_fast.pixels import VERSION
+from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
 
 
 class PictureSource(Protocol):
@@ -88,10 +90,11 @@ class FilePictures:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the files' names, sizes and times of change, the labels, class names and size; at first use."""
+        """SHA-256 over the files' names, sizes and times of change, the labels, class names, size and pixels.VERSION;
+        at first use."""
         if not self._fingerprint:
             files = (f"{name}\0{stamp(path)}" for name, path in zip(self._names, self.paths, strict=True))
-            self._fingerprint = digest([str(self.size), self.labels.numpy(), *self.class_names, *files])
+            self._fingerprint = digest([str(VERSION), str(self.size), self.labels.numpy(), *self.class_names, *files])
         return self._fingerprint
 
     def order(self, generator: torch.Generator) -> torch.Tensor:

@@ -1,0 +1,223 @@
+"""From any kind of image to upright 8-bit RGB, by one set of rules.
+
+formats       FORMATS, and HEIC where pillow-heif is installed; no other decoder of Pillow is started, whatever a file
+              is called
+frames        the first one
+orientation   EXIF's, unless the caller asks for pixels as they are stored; an EXIF block that can't be read is ignored
+16-bit grey   value / 257: the whole range of the type, so that 65,535 is white (of 12-bit TIFFs value / 4,095 * 255)
+integers      of 32 bits: those from 0 to 65,535 as 16-bit ones; other ranges are refused
+floats        in [0, 1] times 255; larger ones up to 255 as levels; other ranges and what is not finite are refused
+transparency  composited on white: alpha channels, transparent palette entries and colours
+colours       CMYK, YCbCr, LAB and HSV are converted; colour profiles are not applied
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from iosr_fast._require import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VERSION = 2  # goes up when a file gives other pixels than before: caches of what is derived from pixels depend on it
+# JPEG includes telephones' files with a second picture behind the first, PPM its relatives PGM, PBM and PNM.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+# ISO base media files name their kinds in the first box: https://mp4ra.org/registered-types/brands
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
+_HEAD = 64  # bytes that hold a first box with a dozen brands
+_DEEP = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})  # modes with more than 8 bits
+_ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
+_CHANNELS = (1, 3, 4)
+_SLACK = 1e-3  # by which floats may leave [0, 1]: filters overshoot by rounding
+_DARK = 16.0  # floats between 1 and this are neither: as levels they would be black
+
+
+@contextmanager
+def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
+    """An encoded image with its header read, of FORMATS or HEIC. Raises what Pillow raises, ImportError for HEIC
+    without pillow-heif."""
+    from PIL import Image
+
+    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        head = file.read(_HEAD)
+        formats: tuple[str, ...] = FORMATS
+        if _is_heif(head):
+            _register_heif()
+            formats = ("HEIF",)
+        with Image.open(file, formats=formats) as image:
+            yield image
+
+
+def _is_heif(head: bytes) -> bool:
+    if head[4:8] != b"ftyp":
+        return False
+    box = head[: int.from_bytes(head[:4])]
+    brands = {box[8:12], *(box[at : at + 4] for at in range(16, len(box) - 3, 4))}
+    return not brands & _AVIF_BRANDS and bool(brands & _HEIF_BRANDS)
+
+
+@cache
+def _register_heif() -> None:
+    require("pillow_heif", "heic").register_heif_opener()
+
+
+def orientation_of(image: Image) -> int:
+    """EXIF's orientation of an image, 1 (upright) to 8; 1 where it has none, an impossible one or EXIF that can't be
+    read. Ask after the image is loaded: Pillow turns TIFFs as it loads them."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF raises all sorts, and the picture is good all the same
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def turn(image: Image, orientation: int) -> Image:
+    """The image upright, of an image stored by this orientation."""
+    from PIL.Image import Transpose
+
+    methods = (
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+        Transpose.ROTATE_270,
+        Transpose.TRANSVERSE,
+        Transpose.ROTATE_90,
+    )
+    return image if orientation == 1 else image.transpose(methods[orientation - 2])
+
+
+def upright_rgb(image: Image, exif_orientation: bool = True) -> Image:
+    """A PIL image as RGB, loaded, and turned unless `exif_orientation` is False. Raises ValueError for values of an
+    unknown range."""
+    image.load()
+    return turn(to_rgb(image), orientation_of(image) if exif_orientation else 1)
+
+
+def is_plain(image: Image) -> bool:
+    """Whether an image is 8-bit RGB or grey with nothing transparent."""
+    return image.mode in ("RGB", "L") and "transparency" not in image.info
+
+
+def to_rgb(image: Image) -> Image:
+    """A new RGB image of a PIL image, as it is stored. It has no EXIF left, so that it can't be turned twice."""
+    from PIL import Image
+
+    if image.mode in _DEEP:
+        made = Image.fromarray(_levels(image)).convert("RGB")
+    elif image.mode in _ALPHA or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
+        made = _on_white(image)
+    else:
+        made = image.convert("RGB")
+    made.info = {}
+    return made
+
+
+def _on_white(image: Image) -> Image:
+    from PIL import Image
+
+    layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    canvas = Image.new("RGB", layer.size, "white")
+    canvas.paste(layer, mask=layer.getchannel("A"))
+    return canvas
+
+
+def _levels(image: Image) -> np.ndarray:
+    """(H, W) uint8 of a grey image with more than 8 bits."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        levels = _float_levels(values)
+    else:
+        if image.mode == "I":
+            _check_integers(values, image.format in ("PNG", "PPM"))
+        most = 4095 if tags.get(_BITS) == (12,) else 65535
+        levels = ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow applies to 8 bits only
+        levels = 255 - levels
+    transparent = image.info.get("transparency")  # PNG: one value
+    if isinstance(transparent, int):
+        levels[values == transparent] = 255
+    return levels
+
+
+def _check_integers(values: np.ndarray, sixteen: bool) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535 or (0 < high <= 255 and not sixteen):
+        raise ValueError(
+            f"expected integers that use the range from 0 to 65,535, got {low} to {high} of 32 bits; save it with 8 "
+            "or 16 bits"
+        )
+
+
+def _float_levels(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if low >= -_SLACK and high <= 1 + _SLACK:
+        scale = 255.0
+    elif low >= 0 and _DARK <= high <= 255:
+        scale = 1.0
+    else:  # what is not finite too: every comparison with NaN is false
+        raise ValueError(
+            f"expected floats in [0, 1], or levels up to 255, got {low:g} to {high:g}; scale them to one of these"
+        )
+    levels: np.ndarray = np.clip(np.rint(values * np.float32(scale)), 0, 255).astype(np.uint8)
+    return levels
+
+
+def from_array(array: np.ndarray) -> Image:
+    """uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as RGB. Raises ValueError for anything else."""
+    from PIL import Image
+
+    if array.dtype != np.uint8:
+        raise ValueError(f"expected uint8 pixels, got an array of {array.dtype}{_ADVICE.get(array.dtype.kind, '')}")
+    if array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)):
+        return to_rgb(Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array))
+    first = array.ndim == 3 and array.shape[0] in _CHANNELS
+    advice = "; an array's channels come last: np.moveaxis(array, 0, -1)" if first else ""
+    raise ValueError(f"expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}{advice}")
+
+
+_ADVICE = {
+    "f": ": of floats in [0, 1], (array * 255).round().astype(np.uint8) makes them",
+    "u": ": of 16 bits, (array / 257).round().astype(np.uint8) makes them",
+    "i": ": of levels from 0 to 255, array.astype(np.uint8) makes them",
+    "b": ": array * np.uint8(255) makes them",
+}
+
+
+def tensor_array(tensor: Any) -> np.ndarray:
+    """A PyTorch tensor of uint8 pixels, on any device, as a NumPy array with the channels last.
+
+    (H, W), (C, H, W) or (H, W, C), and batches of the last two, with C of 1, 3 or 4. Where both axes could be the
+    channels the first is, which is PyTorch's convention. Raises ValueError for other shapes and types.
+    """
+    if str(tensor.dtype) != "torch.uint8":
+        raise ValueError(
+            f"expected uint8 pixels, got a tensor of {tensor.dtype}: of floats in [0, 1], "
+            "(tensor * 255).round().to(torch.uint8) makes them; take a normalised one as it was before"
+        )
+    array: np.ndarray = tensor.detach().cpu().numpy()
+    if array.ndim in (3, 4) and array.shape[-3] in _CHANNELS:
+        return np.ascontiguousarray(np.moveaxis(array, -3, -1))
+    if array.ndim == 2 or (array.ndim in (3, 4) and array.shape[-1] in _CHANNELS):
+        return array
+    raise ValueError(
+        f"expected a tensor (H, W), (C, H, W), (H, W, C) or a batch (B, C, H, W) or (B, H, W, C) with C of 1, 3 or 4, "
+        f"got {tuple(array.shape)}"
+    )
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a PyTorch tensor; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor)
