@@ -82,9 +82,18 @@ def test_the_core_asks_for_few_packages() -> None:
     }
     assert core == {"numpy", "pillow", "safetensors", "typer"}
     extras = set(metadata("iosr_fast").get_all("Provides-Extra") or [])
-    assert extras == {"cpu", "dev", "openvino", "ray", "serve", "tensorrt", "tensorrt-rtx", "train", "triton"} | {
-        "triton-server"
-    }
+    assert extras == {
+        "cpu",
+        "dev",
+        "heic",
+        "openvino",
+        "ray",
+        "serve",
+        "tensorrt",
+        "tensorrt-rtx",
+        "train",
+        "triton",
+    } | {"triton-server"}
     assert [entry.value for entry in entry_points(group="console_scripts", name="iosr-fast")] == ["iosr_fast.cli:app"]
 
 
@@ -127,6 +136,17 @@ def test_every_data_file_is_packaged(package: str, folder: str) -> None:
     home = ROOT / "iosr_fast" / package
     kept = {path for pattern in patterns for path in home.glob(pattern)}
     assert {path for path in (home / folder).rglob("*") if path.is_file()} == kept != set()
+
+
+def test_pillow_opens_a_fixed_list_of_formats() -> None:
+    """Without `formats` it starts whatever decoder fits a file's first bytes, Ghostscript for an EPS among them."""
+    opening = re.compile(
+        r"\bImage\.open\((?![^()]*(?:\([^()]*\)[^()]*)*\bformats=)|from PIL\.Image import[^\n]*\bopen\b"
+    )
+    sources = [path for folder in ("iosr_fast", "tools") for path in (ROOT / folder).rglob("*.py")]
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sources}
+    assert [name for name, text in texts.items() if opening.search(text)] == []
+    assert sum("Image.open(" in text for text in texts.values()) >= 3, "the search finds what it looks for"
 
 
 def test_nothing_is_unpickled_or_evaluated() -> None:

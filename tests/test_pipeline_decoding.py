@@ -134,10 +134,13 @@ def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pyte
     assert (pixels.min((0, 1)) >= middle.min(0) - 40).all() and (pixels.max((0, 1)) <= middle.max(0) + 40).all()
 
 
-def test_orientation_is_not_applied(pictures: np.ndarray) -> None:
+def test_orientation_is_applied_unless_pixels_are_wanted_as_stored(pictures: np.ndarray) -> None:
     image, exif = photograph(pictures[5], 120, 90), Image.Exif()
     exif[0x0112] = 6
-    assert (decode_pixels(encode(image, "JPEG", exif=exif), 32) == decode_pixels(encode(image, "JPEG"), 32)).all()
+    turned = encode(image, "JPEG", exif=exif)
+    plain = decode_pixels(encode(image, "JPEG"), 32)
+    assert (decode_pixels(turned, 32, exif_orientation=False) == plain).all()
+    assert np.abs(decode_pixels(turned, 32).astype(int) - np.rot90(plain, -1)).mean() < 1
 
 
 def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:

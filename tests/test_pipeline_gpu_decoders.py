@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
 from iosr_fast.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.pipeline import decoders  # noqa: E402
+from iosr_fast.pipeline import decoders, gpu_decoders  # noqa: E402
 from iosr_fast.pipeline.decoders import choose_decoder  # noqa: E402
 from iosr_fast.pipeline.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder, shrink  # noqa: E402
 from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop  # noqa: E402
@@ -56,8 +56,6 @@ def assert_decoded(made: list[Any], sources: list[Any]) -> None:
 def test_torchvision_decodes_what_it_can_and_the_cpu_the_rest(
     batch: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iosr_fast.pipeline import gpu_decoders
-
     left: list[int] = []
     right = gpu_decoders.try_decode
 
@@ -76,6 +74,23 @@ def test_shrink_is_the_reference(pictures: np.ndarray, shape: tuple[int, int]) -
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     error = np.abs(shrink(tensor, 64).permute(1, 2, 0).numpy().astype(int) - resize_and_crop(image, 64))
     assert error.mean() <= 0.5 and error.max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", [TorchvisionDecoder, "nvimagecodec"])
+def test_a_rotated_jpeg_is_turned_upright_on_a_gpu_too(
+    pictures: np.ndarray, kind: Any, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", StandIn)
+    monkeypatch.setattr(gpu_decoders, "try_decode", lambda *_: pytest.fail("left to the CPU"))
+    made = NvImageCodecDecoder if kind == "nvimagecodec" else kind
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photograph(pictures[4], 201, 150), "JPEG", quality=95, exif=exif)
+    for chosen in (True, False):
+        (found,) = made("cpu", exif_orientation=chosen).decode([data], 64)
+        expected = resize_and_crop(open_image(data, exif_orientation=chosen), 64)
+        assert np.abs(found.astype(int) - expected).mean() <= 1
 
 
 class StandIn:

@@ -137,7 +137,7 @@ def test_odd_images_are_classified_as_the_library_does(roomy: Client, name: str)
     np.testing.assert_allclose([told[n] for n in classifier.classes_], classifier.predict_proba([image])[0], atol=1e-5)
 
 
-def test_only_the_first_frame_counts_and_exif_does_not(small: Client) -> None:
+def test_only_the_first_frame_counts_and_pictures_are_turned_upright(small: Client) -> None:
     rng = np.random.default_rng(3)
     first, second = picture(rng, side=40), picture(rng, side=40)
     still = small.predict(encoded(first, "WEBP", lossless=True)).json()["predictions"]
@@ -145,8 +145,9 @@ def test_only_the_first_frame_counts_and_exif_does_not(small: Client) -> None:
     assert small.predict(moving).json()["predictions"] == still
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    turned = encoded(first, "PNG", exif=exif)
+    turned = encoded(first.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
     assert small.predict(turned).json()["predictions"] == small.predict(encoded(first, "PNG")).json()["predictions"]
+    assert small.predict(encoded(first, "PNG", exif=exif)).json()["predictions"] != still
 
 
 # --- how much, how many, how long ---
