@@ -278,10 +278,10 @@ class Classifier(LiveUpdates):
     ) -> FolderPredictions:
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
-        Pictures are decoded while others are encoded, few at a time, so that any number fits; hidden files are left
-        out. A JPEG 6 times larger than the encoder's pictures is decoded at a fraction of its size, which changes its
-        pixels by about 1 level or less on average, and a label that was as good as tied; the `decoder` "cpu-exact"
-        gives the pixels of `predict` (pipeline.decoders has all).
+        Pictures are decoded while others are encoded, few at a time, so that any number fits; what the folder holds
+        beside them is counted in a warning (pipeline.listing). A JPEG 6 times larger than the encoder's pictures is
+        decoded at a fraction of its size, which changes its pixels by about 1 level or less on average, and a label
+        that was as good as tied; the `decoder` "cpu-exact" gives the pixels of `predict` (pipeline.decoders has all).
         `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use on a CPU
         (None: all). All is of one state of the classifier.
 

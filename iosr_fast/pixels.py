@@ -1,7 +1,7 @@
 """From any kind of image to upright 8-bit RGB, by one set of rules.
 
-formats       FORMATS, and HEIC where pillow-heif is installed; no other decoder of Pillow is started, whatever a file
-              is called
+formats       FORMATS, AVIF, and HEIC where pillow-heif is installed; no other decoder of Pillow is started, whatever a
+              file is called
 frames        the first one
 orientation   EXIF's, unless the caller asks for pixels as they are stored; an EXIF block that can't be read is ignored
 16-bit grey   value / 257: the whole range of the type, so that 65,535 is white (of 12-bit TIFFs value / 4,095 * 255)
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # goes up when a file gives other pixels than before: caches of what is derived from pixels depend on it
 # JPEG includes telephones' files with a second picture behind the first, PPM its relatives PGM, PBM and PNM.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # ISO base media files name their kinds in the first box: https://mp4ra.org/registered-types/brands
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
@@ -45,26 +45,27 @@ _DARK = 16.0  # floats between 1 and this are neither: as levels they would be b
 
 @contextmanager
 def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
-    """An encoded image with its header read, of FORMATS or HEIC. Raises what Pillow raises, ImportError for HEIC
-    without pillow-heif."""
-    from PIL import Image
+    """An encoded image with its header read, of FORMATS, AVIF or HEIC. Raises what Pillow raises, ImportError naming
+    the command for an AVIF or HEIC that nothing here reads."""
+    from PIL import Image, features
 
     with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        head = file.read(_HEAD)
-        formats: tuple[str, ...] = FORMATS
-        if _is_heif(head):
+        kind = _iso_kind(file.read(_HEAD))
+        if kind == "HEIF":
             _register_heif()
-            formats = ("HEIF",)
-        with Image.open(file, formats=formats) as image:
+        elif kind == "AVIF" and not features.check("avif"):
+            raise ImportError("this Pillow reads no AVIF: pip install 'pillow>=11.3' brings one that does")
+        with Image.open(file, formats=FORMATS if kind is None else (kind,)) as image:
             yield image
 
 
-def _is_heif(head: bytes) -> bool:
+def _iso_kind(head: bytes) -> str | None:
+    """AVIF or HEIF, by the brands in a file's first box; None for other files."""
     if head[4:8] != b"ftyp":
-        return False
+        return None
     box = head[: int.from_bytes(head[:4])]
     brands = {box[8:12], *(box[at : at + 4] for at in range(16, len(box) - 3, 4))}
-    return not brands & _AVIF_BRANDS and bool(brands & _HEIF_BRANDS)
+    return "AVIF" if brands & _AVIF_BRANDS else "HEIF" if brands & _HEIF_BRANDS else None
 
 
 @cache

@@ -94,7 +94,7 @@ def naming(path: Path | None, position: int) -> Iterator[None]:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        told = f"it is not an image of a known format ({', '.join(FORMATS)}, HEIC), or it is damaged"
+        told = f"it is not an image of a known format ({', '.join(FORMATS)}, AVIF, HEIC), or it is damaged"
         raise BadImageError(path, position, told) from error
     except Exception as error:  # damaged files make decoders raise all sorts: of a TIFF that may be a TypeError
         raise BadImageError(path, position, str(error)) from error

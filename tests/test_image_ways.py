@@ -19,7 +19,8 @@ from iosr_fast.preprocess import BadImageError, as_image_list, open_image, to_pi
 from tests.images import encode
 from tests.live_parts import LetterText, PixelEncoder, engine_folder, small_classifier
 from tests.manifests import rewrite_manifest
-from tests.test_pixels import heic, oriented, tiff
+from tests.test_formats import heic, oriented
+from tests.test_pixels import tiff
 
 NAMES = ["down", "left", "right", "up"]
 PATIENCE_S = 30.0
@@ -209,3 +210,33 @@ def test_one_array_is_one_picture_however_it_is_submitted() -> None:
     with BatchingClassifier(small_classifier()) as batching:
         assert len(batching.submit_many(np.zeros((16, 24, 3), np.uint8))) == 1
         assert len(batching.submit_many(np.zeros((5, 8, 8, 3), np.uint8))) == 5
+
+
+def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, training's caches and half-done files depend on the rules by which pixels are made."""
+    torch = pytest.importorskip("torch")
+    from iosr_fast.offline.data import sources
+    from iosr_fast.pipeline.decoders import CpuDecoder
+    from iosr_fast.pipeline.job import Job
+    from tools.embedding.items import folder_source
+    from tools.embedding.plan import enter_plan, make_plan
+
+    (tmp_path / "a.png").write_bytes(encode(arrow(0)))
+    facts = {"fingerprint": "f", "image_size": 8, "width": 4, "first_adapted_block": None}
+    source = folder_source(tmp_path)
+    options: dict[str, Any] = {"chunk": 1, "batch": 1, "dtype": "float32", "file_format": "safetensors"}
+    plans = [make_plan(source, [], facts, "test", exif_orientation=upright, **options) for upright in (True, False)]
+    assert plans[0].digest() != plans[1].digest()
+    (tmp_path / "out").mkdir()
+    enter_plan(tmp_path / "out", plans[0])
+    (tmp_path / "out/plan.json").write_text(json.dumps({**json.loads(plans[0].to_json()), "pixels": 1}))
+    with pytest.raises(ValueError, match=r"another plan, which differs in pixels \(there 1, now 2\)"):
+        enter_plan(tmp_path / "out", plans[0])
+
+    made = [sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint]
+    monkeypatch.setattr(sources, "VERSION", 1)
+    made.append(sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint)
+    assert made[0] != made[1]
+
+    jobs = [Job(fitted(exif_orientation=way), [], CpuDecoder(), 1, 1, 1, False).facts() for way in (True, False)]
+    assert jobs[0]["exif_orientation"] is True and jobs[1]["exif_orientation"] is False and jobs[0]["pixels"] == 2

@@ -43,8 +43,8 @@ def make_router(service: Service) -> APIRouter:
         summary="Classify images",
         description=(
             "One image as the body, or several as `images` of a form: JPEG, PNG or WebP, told by their first bytes. Of "
-            "an animated one the first frame counts. Pixels are taken as they are stored: an EXIF orientation is not "
-            "applied. An image that can't be classified is an error in its place and no hindrance to the others: "
+            "an animated one the first frame counts. An EXIF orientation is applied as it was when the classifier was "
+            "fit. An image that can't be classified is an error in its place and no hindrance to the others: "
             "too_large, unsupported_type, too_many_pixels, bad_image."
         ),
     )

@@ -1,5 +1,6 @@
-// What is sent of a file. The server takes JPEG, PNG and WebP, and pixels as they are stored: a phone's photo would lie
-// on its side, and it is far larger than what a classifier looks at.
+// What is sent of a file. The server takes JPEG, PNG and WebP, and a phone's photo is far larger than what a classifier
+// looks at. It is turned upright here, for a classifier may take pixels as they are stored; what is drawn anew has no EXIF
+// left by which the server could turn it again.
 
 const TAKEN = ["image/jpeg", "image/png", "image/webp"];
 const LARGEST = 2 << 20; // Bytes that are sent as they are.
