@@ -14,3 +14,11 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -
     file = io.BytesIO()
     (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
     return file.getvalue()
+
+
+def turned(image: Image.Image, orientation: int, kind: str = "JPEG", **options: Any) -> bytes:
+    """An upright picture as a telephone stores it that was held otherwise: turned, with EXIF orientation 3, 6 or 8."""
+    stored = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image.transpose(stored[orientation]), kind, exif=exif, **options)

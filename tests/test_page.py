@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests import page_server
-from tests.images import encode
+from tests.images import encode, turned
 from tests.page_server import Visit, file
 
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
@@ -151,6 +151,19 @@ def test_a_photo_is_turned_upright_before_it_is_sent(visit: Visit) -> None:
     got = np.asarray(redrawn).astype(int)
     assert got.shape == upright.shape and np.abs(got - upright)[:, [4, 60]].max() < 40
     assert visit.text("#file-name") == "photo.jpg (turned upright before sending)"
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_turned_photo_gets_the_label_of_the_upright_one(visit: Visit, orientation: int) -> None:
+    upright = Image.open(io.BytesIO(visit.site.queries[2])).resize((300, 200), Image.Resampling.BICUBIC)
+    photo = turned(upright, orientation, quality=95)
+    classifier = visit.site.classifier
+    (expected,) = classifier.explain([photo], top=1)
+    assert expected.label == classifier.predict([upright])[0]
+    visit.choose(file(photo, "photo.jpg", "image/jpeg"))
+    assert visit.text("#answer .label").startswith(expected.label)
+    shown = visit.page.locator(".bars li[data-class] .probability").first.inner_text()
+    assert abs(float(shown.strip("<>% ")) - 100 * expected.probability) < 2, "the browser encodes it once more"
 
 
 def test_busy_is_waited_for_once(visit: Visit) -> None:

@@ -1,0 +1,275 @@
+"""Photographs as telephones, scanners and editors store them: one label, whichever way they come in."""
+
+from __future__ import annotations
+
+import csv
+import struct
+import zlib
+from collections.abc import Callable
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, features
+from typer.testing import CliRunner
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("open_clip")
+pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif comes with the heic extra")
+
+from iosr_fast.batching import BatchingClassifier  # noqa: E402
+from iosr_fast.classifier import Classifier  # noqa: E402
+from iosr_fast.cli import app  # noqa: E402
+from iosr_fast.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.preprocess import open_image  # noqa: E402
+from tests.demo_cache import shared_cache  # noqa: E402
+from tests.images import encode, turned  # noqa: E402
+from tests.serving_client import AUTHORISED, form, serving  # noqa: E402
+
+CLASSES, SHOTS, SIZE = 4, 3, (300, 200)
+TOLERANCE = 1e-4  # of probabilities: batches of other sizes round otherwise
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L"))
+
+
+def hidden(image: Image.Image) -> Image.Image:
+    """RGBA whose white is transparent, with noise under it: who looks at the stored colours sees another picture."""
+    pixels = np.asarray(image)
+    white = (pixels == 255).all(2)
+    colours = np.where(white[:, :, None], np.random.default_rng(0).integers(0, 256, pixels.shape), pixels)
+    alpha = np.where(white, 0, 255)[:, :, None]
+    return Image.fromarray(np.concatenate([colours, alpha], 2).astype(np.uint8))
+
+
+def palette(image: Image.Image) -> bytes:
+    """White is a transparent entry of the palette, and green."""
+    made = image.quantize(255, dither=Image.Dither.NONE)
+    indices = np.where((np.asarray(image) == 255).all(2), 255, np.asarray(made)).astype(np.uint8)
+    stored = Image.fromarray(indices).convert("P")
+    stored.putpalette([*(made.getpalette() or [])[:765], 0, 255, 0])
+    return encode(stored, transparency=255)
+
+
+def sixteen_bit(image: Image.Image) -> bytes:
+    """PNG with 16 bits a colour, which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + (row.astype(np.uint16) * 257).astype(">u2").tobytes() for row in np.asarray(image))
+    header = struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def deep_float(image: Image.Image) -> bytes:
+    return encode(Image.fromarray(grey(image).astype(np.float32) / 255), "TIFF")
+
+
+# Each makes a file of an upright RGB picture.
+FORMS: dict[str, Callable[[Image.Image], bytes]] = {
+    "baseline.jpg": lambda image: encode(image, "JPEG", quality=95),
+    "progressive.JPG": lambda image: encode(image, "JPEG", quality=95, progressive=True),
+    "turned-3.jpeg": lambda image: turned(image, 3, quality=95),
+    "turned-6.JPEG": lambda image: turned(image, 6, quality=95),
+    "turned-8.jfif": lambda image: turned(image, 8, quality=95),
+    "cmyk.jpg": lambda image: encode(image.convert("CMYK"), "JPEG", quality=95),
+    "photograph.heic": lambda image: encode(image, "HEIF", quality=95),
+    "photograph.AVIF": lambda image: encode(image, "AVIF", quality=95),
+    "turned-6.png": lambda image: turned(image, 6, "PNG"),
+    "sixteen-bit.png": sixteen_bit,
+    "sixteen-bit-grey.png": lambda image: encode(Image.fromarray(grey(image).astype(np.uint16) * 257)),
+    "sixteen-bit-grey.TIF": lambda image: encode(Image.fromarray(grey(image).astype(np.uint16) * 257), "TIFF"),
+    "floats-grey.tiff": deep_float,
+    "transparent.png": lambda image: encode(hidden(image)),
+    "transparent.webp": lambda image: encode(hidden(image), "WEBP", lossless=True, exact=True),
+    "palette.png": palette,
+}
+LOSSY = (".jpg", ".jpeg", ".jfif", ".heic", ".avif", "palette.png")
+SERVED = (".jpg", ".jpeg", ".jfif", ".png", ".webp")
+
+
+class Photographs:
+    """A folder of class folders for fitting, one to classify, and of each of its files the upright picture.
+
+    `exact` and `served` say of each file whether it gives the upright picture to the last bit, and whether the server
+    takes its format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pillow_heif.register_heif_opener()  # to write HEIC
+        pictures = load_pictures("held-out", min_styles=SHOTS + 1)
+        chosen = np.linspace(0, len(pictures.names) - 1, CLASSES).astype(int)
+        self.support, self.queries = folder / "support", folder / "queries"
+        self.paths: list[Path] = []
+        self.upright: list[np.ndarray] = []
+        self.labels: list[str] = []
+        self.exact: list[bool] = []
+        self.served: list[bool] = []
+        for concept in chosen:
+            rows = np.flatnonzero(pictures.concepts == concept)[: SHOTS + 1]
+            large = [Image.fromarray(pictures.images[row]).resize(SIZE, Image.Resampling.BICUBIC) for row in rows]
+            for i, (name, write) in enumerate(FORMS.items()):
+                self.write(self.support / pictures.names[concept] / name, write(large[i % SHOTS]))
+                path = self.queries / f"{concept}-{name}"
+                self.write(path, write(large[SHOTS]))
+                self.paths.append(path)
+                upright = large[SHOTS].convert("L") if "grey" in name else large[SHOTS]
+                self.upright.append(np.asarray(upright.convert("RGB")))
+                self.labels.append(pictures.names[concept])
+                self.exact.append(not name.lower().endswith(LOSSY))
+                self.served.append(name.lower().endswith(SERVED))
+
+    def write(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    return Photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="module")
+def classifier(photographs: Photographs) -> Classifier:
+    with shared_cache():
+        made = Classifier.from_pretrained("demo", runtime="onnxruntime")
+    return made.fit_folder(photographs.support, views=1, method="tip-adapter++")
+
+
+@pytest.fixture(scope="module")
+def bundle(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "bundle"
+    classifier.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(photographs: Photographs, classifier: Classifier) -> np.ndarray:
+    """(N, C) probabilities of the files by their paths: what every other way has to say."""
+    return classifier.predict_proba(photographs.paths)
+
+
+def assert_same(classifier: Classifier, said: np.ndarray, labels: Any, probabilities: Any) -> None:
+    assert list(labels) == list(classifier.classes_[said.argmax(1)])
+    np.testing.assert_allclose(probabilities, said.max(1), atol=TOLERANCE)
+
+
+def test_every_file_is_the_upright_picture(photographs: Photographs) -> None:
+    for path, upright, exact in zip(photographs.paths, photographs.upright, photographs.exact, strict=True):
+        difference = np.abs(np.asarray(open_image(path)).astype(int) - upright)
+        assert difference.max() == 0 if exact else difference.mean() < 3, path
+
+
+def test_the_label_does_not_depend_on_how_a_photograph_is_stored(
+    photographs: Photographs, classifier: Classifier, said: np.ndarray
+) -> None:
+    upright = classifier.predict_proba(photographs.upright)
+    assert [path for path, a, b in zip(photographs.paths, said, upright, strict=True) if a.argmax() != b.argmax()] == []
+    np.testing.assert_allclose(said[photographs.exact], upright[photographs.exact], atol=TOLERANCE)
+    coloured = ["grey" not in str(path) for path in photographs.paths]
+    right = classifier.classes_[said.argmax(1)] == np.array(photographs.labels)
+    assert right[coloured].mean() > 0.6, "the labels mean something"
+
+
+def test_the_label_does_not_depend_on_how_a_photograph_is_given(
+    photographs: Photographs, classifier: Classifier, said: np.ndarray
+) -> None:
+    images: list[list[Any]] = [
+        [str(path) for path in photographs.paths],
+        [path.read_bytes() for path in photographs.paths],
+        [memoryview(path.read_bytes()) for path in photographs.paths],
+        [Image.open(path) for path in photographs.paths],
+    ]
+    for given in images:
+        np.testing.assert_allclose(classifier.predict_proba(given), said, atol=TOLERANCE)
+    assert list(classifier.predict(images[0])) == list(classifier.classes_[said.argmax(1)])
+    told = classifier.explain(images[1], top=1)
+    assert_same(classifier, said, [each.label for each in told], [each.probability for each in told])
+    with BatchingClassifier(classifier) as batches:
+        for given in images:
+            futures = batches.submit_many(given)
+            wait(futures)
+            told = [future.result() for future in futures]
+            assert_same(classifier, said, [each.label for each in told], [each.probability for each in told])
+
+
+@pytest.mark.parametrize("decoder", ["cpu-exact", "cpu"])
+def test_a_folder_of_photographs_gets_the_same_labels(
+    decoder: str, photographs: Photographs, classifier: Classifier, said: np.ndarray
+) -> None:
+    found = classifier.predict_folder(photographs.queries, decoder=decoder)
+    assert sorted(found.paths) == sorted(photographs.paths) and found.errors == []
+    order = [photographs.paths.index(path) for path in found.paths]
+    if decoder == "cpu-exact":
+        assert_same(classifier, said[order], found.labels, found.probabilities)
+    else:
+        assert list(found.labels) == list(classifier.classes_[said[order].argmax(1)])
+
+
+def test_a_saved_classifier_and_the_command_line_say_the_same(
+    photographs: Photographs, classifier: Classifier, bundle: Path, said: np.ndarray, tmp_path: Path
+) -> None:
+    np.testing.assert_allclose(Classifier.load(bundle).predict_proba(photographs.paths), said, atol=TOLERANCE)
+    words = ["classify", bundle, photographs.queries, "--out", tmp_path / "out.csv"]
+    done = CliRunner().invoke(app, [*map(str, words), "--decoder", "cpu-exact"])
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert len(rows) == len(photographs.paths)
+    ordered = [rows[str(path)] for path in photographs.paths]
+    assert [row["error"] for row in ordered] == [""] * len(ordered)
+    assert_same(classifier, said, [row["label"] for row in ordered], [float(row["probability"]) for row in ordered])
+
+
+def test_the_server_says_the_same_or_names_what_it_takes(
+    photographs: Photographs, classifier: Classifier, said: np.ndarray
+) -> None:
+    with serving(classifier) as client:
+        for path, served, expected in zip(photographs.paths, photographs.served, said, strict=True):
+            answer = client.predict(path.read_bytes())
+            if not served:
+                error = answer.json()["predictions"][0]["error"]
+                assert (answer.status_code, error["code"]) == (422, "unsupported_type")
+                assert "expected a JPEG, PNG or WebP image" in error["message"]
+                continue
+            assert answer.status_code == 200, answer.text
+            (told,) = answer.json()["predictions"]
+            assert_same(classifier, expected[None], [told["label"]], [told["probability"]])
+
+
+def test_examples_may_be_any_photographs(photographs: Photographs, bundle: Path) -> None:
+    """Added as files, as bytes and over HTTP they make the classifier that the upright pictures make."""
+    name = photographs.labels[0]
+    count = photographs.labels.count(name)
+    files = photographs.paths[:count]
+    exact = [i for i in range(count) if photographs.exact[i]]
+
+    def after(images: list[Any]) -> np.ndarray:
+        changed = Classifier.load(bundle)
+        changed.add_examples(name, images)
+        changed.add_class("another", images)
+        return changed.decision_function(photographs.upright)
+
+    expected = after([photographs.upright[i] for i in exact])
+    given = [files[i] if i % 2 else files[i].read_bytes() for i in exact]
+    np.testing.assert_allclose(after(given), expected, atol=1e-3)
+    assert np.isfinite(after([*files])).all()
+
+    sent = [files[i] for i in range(count) if photographs.served[i]]
+    served, direct = Classifier.load(bundle), Classifier.load(bundle)
+    with serving(served) as client:
+        (class_id,) = (info.class_id for info in served.classes() if info.name == name)
+        images = form(*(path.read_bytes() for path in sent))
+        answer = client.ask("POST", f"/v1/classes/{class_id}/examples", files=images, headers=AUTHORISED)
+        assert answer.is_success, answer.text
+    direct.add_examples(name, sent)
+    np.testing.assert_allclose(
+        served.decision_function(photographs.upright), direct.decision_function(photographs.upright), atol=1e-3
+    )
