@@ -25,7 +25,7 @@ from iosr_fast.serving.app import create_app
 from iosr_fast.serving.logs import json_logs, log, logger
 from iosr_fast.serving.memory import keep_freed_memory
 from iosr_fast.serving.metrics import Metrics
-from iosr_fast.serving.protocol import protocol_for
+from iosr_fast.serving.protocol import Edge
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
 
@@ -77,15 +77,13 @@ def run(bundle: str | Path, settings: Settings) -> None:
             log("listening", host=host, port=port, pid=os.getpid(), changes=settings.token is not None)
             config = uvicorn.Config(
                 app,
-                http=protocol_for(settings),
+                http=Edge(settings, metrics).protocol,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=settings.max_connections,
-                timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=settings.grace_s,
             )
             server = _Server(config, service)

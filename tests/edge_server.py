@@ -1,0 +1,131 @@
+"""The server's HTTP edge around a tiny application, in a thread, and bare sockets to talk to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn comes with the serve extra")
+pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
+
+from starlette.requests import ClientDisconnect, Request  # noqa: E402
+from starlette.responses import JSONResponse, Response, StreamingResponse  # noqa: E402
+
+from iosr_fast.serving import Settings  # noqa: E402
+from iosr_fast.serving.metrics import Metrics  # noqa: E402
+from iosr_fast.serving.protocol import Edge  # noqa: E402
+
+BIG = 8 << 20  # bytes of /big, more than a kernel holds
+
+
+class Site:
+    """A server that runs; `seen` are (method, path, bytes of the body) of the requests that reached the application.
+
+    /unread answers without reading the body, /slow after half a second, /big with BIG bytes, /fail not at all.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.seen: list[tuple[str, str, int]] = []
+        self.gone = 0  # clients that left before their answer
+        self.metrics = Metrics()
+        self.settings = Settings(**settings)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.port = listener.getsockname()[1]
+        self.edge = Edge(self.settings, self.metrics)
+        options = {"ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "interface": "asgi3"}
+        config = uvicorn.Config(self._app, http=self.edge.protocol, timeout_graceful_shutdown=3, **options)
+        self.server = uvicorn.Server(config)
+        self.connections = self.server.server_state.connections
+        self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
+        self.thread.start()
+        self.wait_for(lambda: self.server.started)
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        path, body = scope["path"], b""
+        with contextlib.suppress(ClientDisconnect):
+            body = b"" if path == "/unread" else await request.body()
+            self.seen.append((scope["method"], path, len(body)))
+            if path == "/fail":
+                raise ValueError("of the application")
+            if path == "/slow":
+                watch = asyncio.ensure_future(receive())
+                await asyncio.wait({watch}, timeout=0.5)
+                self.gone += watch.done()
+                watch.cancel()
+            response: Response = JSONResponse({"path": path, "size": len(body), "host": request.headers.get("host")})
+            if path == "/big":
+                response = StreamingResponse(bytes(65536) for _ in range(BIG // 65536))
+            await response(scope, receive, send)
+
+    def wait_for(self, condition: Any) -> None:
+        until = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def ask(self, *parts: bytes, pause_s: float = 0.0) -> bytes:
+        """All that comes back for these bytes until the server closes."""
+        with self.connect() as connection:
+            for part in parts:
+                with contextlib.suppress(ConnectionError):
+                    connection.sendall(part)
+                time.sleep(pause_s)
+            return read_all(connection)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(15)
+        assert not self.thread.is_alive()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def read_answers(connection: socket.socket, count: int) -> list[tuple[int, Any]]:
+    """Status and content of so many answers with a Content-Length of JSON; the connection may stay open."""
+    data, answers = b"", []
+    while len(answers) < count:
+        head, end, rest = data.partition(b"\r\n\r\n")
+        size = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line[:15] == b"content-length:"), 0)
+        if end and len(rest) >= size:
+            answers.append((int(head[9:12]), json.loads(rest[:size]) if size else None))
+            data = rest[size:]
+            continue
+        part = connection.recv(65536)
+        assert part, (answers[-3:], data)
+        data += part
+    assert not data
+    return answers
+
+
+def statuses(answer: bytes) -> list[int]:
+    """Of all answers in these bytes."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
+
+
+@contextmanager
+def site(**settings: Any) -> Iterator[Site]:
+    made = Site(**settings)
+    try:
+        yield made
+    finally:
+        made.stop()
