@@ -144,6 +144,68 @@ def test_changes_need_the_token(shared: Client, method: str, path: str) -> None:
     assert shared.service.classifier.version == 1
 
 
+async def answer_unread(app: Any, method: str, path: str, headers: list[tuple[bytes, bytes]]) -> int:
+    """The status that `app` answers with where asking for the body fails the test."""
+    statuses = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body is read")
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    scope = {"type": "http", "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": headers, "scheme": "http", "server": ("x", 80), "client": ("y", 1)}
+    await app(scope, receive, send)
+    return int(statuses[0])
+
+
+def test_no_byte_of_a_body_is_read_before_the_token(shared: Client) -> None:
+    more = [(method, path) for method in ("PUT", "PATCH", "TRACE", "post", "X") for path in ("/", "/v1/predict", "/no")]
+    odd = [("POST", path) for path in ("/v1/predict/", "//v1/predict", "/v1/retune/", "/V1/PREDICT", "*", "")]
+    long = [("PATCH", "/v1/classes/" + "x" * 5_000), ("PATCH", "/v1/classes/\N{ARABIC-INDIC DIGIT THREE}")]
+    kinds = [
+        b"application/json",
+        b"text/plain",
+        b"multipart/form-data; boundary=x",
+        b"multipart/form-data",
+        b"\xff",
+        b"",
+    ]
+    right = b"Bearer " + TOKEN.encode()
+    for given in ([], [b"Bearer wrong"], [right, right], [right, b"Bearer wrong"], [b""]):
+        tokens = [(b"authorization", value) for value in given]
+        for method, path in (*CHANGES, *more, *odd, *long):
+            for kind in kinds:
+                for sized in ([(b"content-length", b"31000000")], [(b"transfer-encoding", b"chunked")], []):
+                    headers = [(b"content-type", kind), (b"content-encoding", b"gzip"), *sized, *tokens]
+                    told = shared.run(answer_unread(shared.app, method, path, headers))
+                    assert told == 401, (method, path, kind, sized)
+
+
+def test_two_tokens_are_none(shared: Client) -> None:
+    for one, two in ((TOKEN, TOKEN), (TOKEN, "x"), ("x", TOKEN)):
+        headers = [("Authorization", f"Bearer {one}"), ("authorization", f"Bearer {two}")]
+        assert error_of(shared.ask("POST", "/v1/retune", headers=headers), 401) == "unauthorized"
+
+
+def test_a_body_without_images_is_small_even_with_the_token(shared: Client) -> None:
+    class_id = shared.service.classifier.classes()[0].class_id
+    padded = b" " * 17_000 + b'{"name": "x"}'
+
+    async def parts() -> Any:
+        for i in range(0, len(padded), 1000):
+            yield padded[i : i + 1000]
+
+    for body in (padded, parts(), b"[" * 100_000, b'{"name": "' + b"x" * 3_000_000 + b'"}'):
+        headers = {**AUTHORISED, "Content-Type": "application/json"}
+        response = shared.ask("PATCH", f"/v1/classes/{class_id}", content=body, headers=headers)
+        assert error_of(response, 413) == "too_large"
+    headers = [(b"authorization", b"Bearer " + TOKEN.encode()), (b"content-length", b"31000000")]
+    assert shared.run(answer_unread(shared.app, "PATCH", f"/v1/classes/{class_id}", headers)) == 413
+    assert shared.service.classifier.version == 1
+
+
 def test_without_a_token_nobody_changes_anything() -> None:
     with serving(token=None) as client:
         for method, path in CHANGES:

@@ -108,7 +108,8 @@ def test_a_good_host_is_taken(shared: Site, host: bytes) -> None:
     "framing",
     [
         *(b"Content-Length: " + bad + b"\r\n" for bad in (
-            b"+5", b"-5", b"5 5", b"5,5", b"5, 5", b"5,6", b"0x5", b"5.0", b"", b"five", b"\xb5", b"9" * 25, b"9" * 5000,
+            b"+5", b"-5", b"5 5", b"5,5", b"5, 5", b"5,6", b"0x5", b"5.0", b"", b"five", b"\xb5", b"9" * 25,
+            b"9" * 5000,
         )),
         b"Content-Length: 5\r\nContent-Length: 5\r\n",
         b"Content-Length: 5\r\ncontent-length: 6\r\n",

@@ -165,7 +165,7 @@ def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) ->
         "/docs",
     ):
         assert error_of(shared.get(path), 404) == "not_found"
-    assert error_of(shared.ask("PUT", "/v1/classes"), 405) == "method_not_allowed"
+    assert error_of(shared.ask("PUT", "/v1/classes", headers=AUTHORISED), 405) == "method_not_allowed"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from iosr_fast import __version__
 from iosr_fast.serving import classes, errors, health, predict, static
 from iosr_fast.serving.metrics import Metrics
-from iosr_fast.serving.middleware import RequestMiddleware
+from iosr_fast.serving.middleware import Authorisation, RequestMiddleware
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
 
@@ -27,11 +27,14 @@ def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metric
     service = Service(batching, settings, metrics or Metrics())
     service.metrics.watch(service)
     routers = (classes.make_router(service), health.make_router(service))
-    return assemble(service, "Few-shot image classification", routers)
+    return assemble(service, "Few-shot image classification", routers, guarded=True)
 
 
-def assemble(service: Service, summary: str, routers: Iterable[APIRouter]) -> FastAPI:
-    """An application with predictions, the page, errors and middleware, and besides what `routers` have."""
+def assemble(service: Service, summary: str, routers: Iterable[APIRouter], guarded: bool = False) -> FastAPI:
+    """An application with predictions, the page, errors and middleware, and besides what `routers` have.
+
+    `guarded` where some of that changes something: it needs the token then.
+    """
     # The framework's own pages of documentation load scripts from elsewhere; /openapi.json has all they say.
     app = FastAPI(
         title="iosr_fast",
@@ -43,7 +46,9 @@ def assemble(service: Service, summary: str, routers: Iterable[APIRouter]) -> Fa
     )
     app.state.service = service
     errors.install(app)
-    app.add_middleware(RequestMiddleware, service=service)
+    if guarded:
+        app.add_middleware(Authorisation, service=service)
+    app.add_middleware(RequestMiddleware, service=service)  # around the other one: refusals are logged and counted
     for router in (predict.make_router(service), *routers, static.make_router()):
         app.include_router(router)
     return app

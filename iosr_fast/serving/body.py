@@ -9,6 +9,8 @@ from starlette.types import Message, Receive, Scope
 from iosr_fast.serving.errors import ApiError, busy
 from iosr_fast.serving.settings import Settings
 
+_MAX_OTHER = 16 << 10  # bytes of a body that has no images, which only a POST has: a name in JSON, or nothing
+
 
 class Budget:
     """Bytes of bodies that are held at this moment, by all requests. For one event loop; not for threads."""
@@ -32,6 +34,8 @@ class BoundedBody:
 
     def __init__(self, scope: Scope, receive: Receive, settings: Settings, budget: Budget) -> None:
         self._receive, self._settings, self._budget = receive, settings, budget
+        limit = settings.max_body_bytes
+        self._limit = limit if scope["method"] == "POST" else min(limit, _MAX_OTHER)
         self._until = asyncio.get_running_loop().time() + settings.body_timeout_s
         self._announced = _content_length(scope)
         self.size = 0
@@ -40,7 +44,7 @@ class BoundedBody:
     async def receive(self) -> Message:
         if self._whole:
             return await self._receive()
-        limit = self._settings.max_body_bytes
+        limit = self._limit
         if self._announced > limit:
             raise self._too_large(f"{self._announced} bytes")
         try:
@@ -69,8 +73,7 @@ class BoundedBody:
         self.size = 0
 
     def _too_large(self, got: str) -> ApiError:
-        limit = self._settings.max_body_bytes
-        return ApiError(413, "too_large", f"expected a body of at most {limit} bytes, got {got}; send fewer images")
+        return ApiError(413, "too_large", f"expected a body of at most {self._limit} bytes, got {got}; send less")
 
 
 def _content_length(scope: Scope) -> int:

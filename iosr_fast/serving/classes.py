@@ -32,12 +32,8 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["classes"])
     _add_lists(router, service)
     bearer = HTTPBearer(auto_error=False, description="the token that the server was started with")
-
-    async def authorised(request: Request) -> None:
-        service.authorise(request)
-
-    # `bearer` documents the scheme; `authorised`, which runs before a body is read, decides.
-    changes = APIRouter(tags=["changes"], dependencies=[Depends(bearer), Depends(authorised)])
+    # It documents the scheme; serving.middleware.Authorisation decides, before a body is read.
+    changes = APIRouter(tags=["changes"], dependencies=[Depends(bearer)])
     _add_changes_of_classes(changes, service, most)
     _add_changes_of_examples(changes, service, most)
     router.include_router(changes)

@@ -1,4 +1,4 @@
-"""Around every request: its id, its bounded body, headers of all answers, one line of log, its metrics."""
+"""Around every request: its id, its bounded body, headers of all answers, one line of log, metrics; who may change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,32 @@ _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds by machines
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 _DISCONNECTED = 499  # as nginx calls it: no answer, the client was gone
+
+
+_OPEN = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
+_PREDICT = "/v1/predict"
+
+
+class Authorisation:
+    """Pure ASGI. Whatever could change something gets 401 (403 where nobody may) without the token, known path or not,
+    before a byte of its body is read. A route is guarded unless this knows it to be open."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_open(scope["method"], scope["path"]):
+            try:
+                self._service.authorise(Headers(scope=scope))
+            except ApiError as error:
+                scope["iosr_fast.code"] = error.code
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _is_open(method: str, path: str) -> bool:
+    return method in _OPEN or (method == "POST" and path == _PREDICT)
 
 
 class RequestMiddleware:
