@@ -143,7 +143,7 @@ def test_a_good_host_is_taken(shared: Site, host: bytes) -> None:
 )  # fmt: skip
 def test_doubtful_framing_is_refused_and_what_follows_is_not_read(shared: Site, framing: bytes) -> None:
     answer = shared.ask(post(framing, b"\r\n5\r\nhello\r\n0\r\n\r\n") + HIDDEN + LAST)
-    assert statuses(answer) == [400] and b"Connection: close" in answer
+    assert statuses(answer) == [400] and b"connection: close" in answer.lower()
     assert not shared.seen
 
 
@@ -230,7 +230,7 @@ def test_100_continue_is_said_when_the_body_is_read_and_only_then(shared: Site) 
     head = b"Content-Length: 5\r\nExpect: 100-continue\r\n"
     with shared.connect() as connection:
         connection.sendall(post(head))
-        assert connection.recv(1000) == b"HTTP/1.1 100 \r\n\r\n"
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"hello")
         assert read_answers(connection, 1)[0][1]["size"] == 5
     refused = shared.ask(post(head, line=b"POST /unread HTTP/1.1"))  # closed: would the body come or a request?

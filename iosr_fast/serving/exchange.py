@@ -77,7 +77,8 @@ class Exchange:
 
     async def receive(self) -> Message:
         if self._connection.they_are_waiting_for_100_continue and not self._gone:
-            await self._client.write(self._connection.send(h11.InformationalResponse(status_code=100, headers=[])))
+            go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            await self._client.write(self._connection.send(go_on))
         while not (self._parts or self._gone or self.complete or (self.body.whole and not self._delivered)):
             self._changed.clear()
             self._client.resume_reading()
