@@ -254,6 +254,7 @@ class Connection(asyncio.Protocol):
         lines = [
             f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}",
             "Content-Type: application/json",
+            "X-Content-Type-Options: nosniff",
             f"Content-Length: {len(body)}",
             "Connection: close",
             *(["Retry-After: 1"] if refused.status == 503 else []),

@@ -30,6 +30,7 @@ from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
 
 _COLLECTIONS = (5_000, 20, 100)
+_FILES = 100  # open beside connections: the bundle's, libraries', pipes
 _BACKLOG = 2048  # connections that the kernel holds until they are taken
 
 
@@ -41,6 +42,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     """
     start = time.perf_counter()
     keep_freed_memory()
+    _allow_files(settings)
     threads = settings.engine_threads or max(1, usable_threads() - 1)
     classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads)
     if settings.log is not None:
@@ -98,6 +100,22 @@ def run(bundle: str | Path, settings: Settings) -> None:
             if settings.log is not None:
                 classifier.close_log()
             log("stopped", seconds=round(time.perf_counter() - start, 3))
+
+
+def _allow_files(settings: Settings) -> None:
+    """Let the process open as many files as the system lets it: the kernel hands over all connections that have come at
+    once, before those that are too many can be closed. ValueError where `max_connections` can't be."""
+    try:
+        import resource
+    except ImportError:
+        return  # not on Windows, which has no such limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and settings.max_connections + _FILES > most:
+        raise ValueError(
+            f"expected max_connections of at most {most - _FILES}, for this process may open {most} files, got "
+            f"{settings.max_connections}; lower --max-connections or raise `ulimit -n`"
+        )
 
 
 def _listen(settings: Settings) -> socket.socket:

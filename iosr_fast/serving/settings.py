@@ -16,8 +16,10 @@ _MIN_TOKEN = 16
 class Settings:
     """Checked when made: ValueError says which setting is wrong and what was expected.
 
-    Where it listens: `host`; `port`, 0 for a free one (the log says which); `max_connections` at a time;
-    `header_timeout_s` for a request's headers and `max_header_bytes` of them; `keep_alive_s` without a request.
+    Where it listens: `host`; `port`, 0 for a free one (the log says which); `max_connections` at a time, of which the
+    one that has waited longest for its client makes room for another; `header_timeout_s` for a request's headers and
+    `max_header_bytes` of them (and 100 in number, 8 KiB for the request line); `keep_alive_s` without a request; an
+    answer is taken within `body_timeout_s`. No byte that comes prolongs a time.
     Who may change classes: who sends `token`; None: nobody.
 
     Batches: `max_batch` images (None: 8 on a CPU, where more only keep each other waiting, and what the engine takes on
@@ -25,9 +27,10 @@ class Settings:
     not yet answered, `decode_threads` decoders (None: batching's own choice); `engine_threads` of the encoder on a CPU
     (None: all cores but one, which is left to requests and decoders: an engine on every core keeps them waiting).
 
-    A request: a body of `max_body_bytes` that comes within `body_timeout_s`; `max_images` images of `max_image_bytes`
-    and `max_pixels` each; all requests together hold `max_buffered_bytes` of bodies. A client's deadline is
-    `deadline_ms` unless it says another, of at most `max_deadline_ms`. `max_changes` changes of classes may wait.
+    A request: a body of `max_body_bytes` (16 KiB where it has no images) that comes within `body_timeout_s`;
+    `max_images` images of `max_image_bytes` and `max_pixels` each; all requests together hold `max_buffered_bytes` of
+    bodies. A client's deadline is `deadline_ms` unless it says another, of at most `max_deadline_ms`. `max_changes`
+    changes of classes may wait.
 
     Health: where no image was classified for `probe_after_s`, /healthz classifies one itself, at most every
     `probe_every_s`, and expects it within `probe_deadline_s`; a full queue is no failure until none was classified for

@@ -125,6 +125,7 @@ REQUESTS: dict[str, Callable[[Rng], HostileUpload]] = {
 def hostile_bytes(count: int, seed: int) -> Iterator[bytes]:
     """What a bare socket sends before it closes or falls silent."""
     post = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    hidden = b"GET /v1/classes HTTP/1.1\r\nHost: x\r\n\r\n"
     makers: list[Callable[[Rng], bytes]] = [
         lambda rng: rng.bytes(2_000),
         lambda rng: post + b"X-Long: " + b"a" * (4 * _MIB) + b"\r\n\r\n",
@@ -139,13 +140,22 @@ def hostile_bytes(count: int, seed: int) -> Iterator[bytes]:
         lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X-Trailer: a\r\n" * 200_000,
         lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * (4 * _MIB),
         lambda rng: post + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        lambda rng: b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 20_000,
+        lambda rng: b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000,
         lambda rng: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.bytes(300),
         lambda rng: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         lambda rng: b"GET http://[::1 HTTP/1.1\r\n\r\n",
         lambda rng: b"GET /static/../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
         lambda rng: b"GET /%ff%fe%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
         lambda rng: b"GET /v1/classes HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+        lambda rng: (
+            post + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n%s" % (len(hidden), hidden)
+        ),
+        lambda rng: post + b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        lambda rng: post + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 50_000 + b"0\r\n\r\n",
+        lambda rng: post + b"Host: y\r\nContent-Length: 0\r\n\r\n",
+        lambda rng: post.replace(b"\r\n", b"\n") + b"Content-Length: 0\n\n",
+        lambda rng: hidden + b"\r\n" * 1_000,
+        lambda rng: b"PATCH /v1/classes/c0 HTTP/1.1\r\nHost: x\r\nContent-Length: 31000000\r\n\r\n" + b"[" * (4 * _MIB),
     ]
     for i in range(count):
         yield makers[i % len(makers)](np.random.default_rng([seed, i]))
