@@ -274,6 +274,7 @@ def test_what_it_cannot_start_with_is_said_at_once(tmp_path: Path, process: Proc
         ([str(bundle()), "--token-file", str(short)], "at least 16"),
         ([str(bundle()), "--token-file", str(tmp_path / "missing")], "missing"),
         ([str(bundle()), "--max-images", "1000"], "max_images of at most max_queue"),
+        ([str(tmp_path / "nothing"), "--max-connections", "1000000000"], "lower --max-connections"),
     ):
         done = CliRunner().invoke(app, ["serve", *options])
         assert done.exit_code == 2 and told in done.output, (options, done.output)

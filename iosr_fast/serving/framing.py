@@ -7,10 +7,14 @@ only gets heads that pass `check_head` and its ends of bodies pass `Body`.
 
 from __future__ import annotations
 
+import json
 import re
+from http import HTTPStatus
 from urllib.parse import unquote
 
 import h11
+
+from iosr_fast.serving.errors import error_body
 
 MAX_LINE = 8 << 10  # bytes of the request line
 MAX_HEADERS = 100
@@ -30,6 +34,19 @@ class Refused(Exception):
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
+
+    def answer(self) -> bytes:
+        """What the client gets before its connection is closed: an error in the form of all others."""
+        body = json.dumps(error_body(self.code, str(self))).encode()
+        lines = [
+            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}",
+            "Content-Type: application/json",
+            "X-Content-Type-Options: nosniff",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+            *(["Retry-After: 1"] if self.status == 503 else []),
+        ]
+        return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def find_head(data: bytearray, searched: int, max_bytes: int) -> int:

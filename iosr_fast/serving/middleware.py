@@ -97,7 +97,7 @@ class RequestMiddleware:
         if code is not None:
             metrics.on_error(code)
         facts = {
-            "method": scope["method"],
+            "method": scope["method"][:20],
             "path": scope["path"][:200],
             "status": status,
             "ms": round(seconds * 1e3, 2),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from http import HTTPStatus
 from typing import Any, cast
 
 import uvicorn
 from uvicorn.server import ServerState
 
-from iosr_fast.serving.errors import error_body
 from iosr_fast.serving.exchange import Exchange
 from iosr_fast.serving.framing import Refused, find_head, read_head, split_target
 from iosr_fast.serving.metrics import Metrics
@@ -113,7 +110,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._writable.set()
-        if not self._drained:
+        if not self._drained and not self.transport.is_closing():
             self._stop_waiting()
 
     # --- what uvicorn.Server calls ---
@@ -250,16 +247,7 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         self._edge.metrics.on_error(refused.code)
-        body = json.dumps(error_body(refused.code, str(refused))).encode()
-        lines = [
-            f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}",
-            "Content-Type: application/json",
-            "X-Content-Type-Options: nosniff",
-            f"Content-Length: {len(body)}",
-            "Connection: close",
-            *(["Retry-After: 1"] if refused.status == 503 else []),
-        ]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.write(refused.answer())
         self._leave()
         self._drain()
 

@@ -16,7 +16,7 @@ from iosr_fast.info import package_version
 from tools.bench.harness import commit, cpu_description
 from tools.serving_load.client import Answer
 
-_PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "fastapi", "uvicorn", "uvloop", "httptools")
+_PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "fastapi", "uvicorn", "uvloop", "h11", "httptools")
 _REFUSAL_GOAL_MS = 50.0
 
 
