@@ -178,9 +178,6 @@ class Connection(asyncio.Protocol):
             del buffer[:2]
         if not buffer or (buffer == b"\r" and not self._blank):
             return
-        if not self._begun:
-            self._begun = True
-            self._wait(self._settings.header_timeout_s)
         try:
             size = find_head(buffer, self._searched, self._settings.max_header_bytes)
             self._searched = len(buffer)
@@ -188,6 +185,9 @@ class Connection(asyncio.Protocol):
                 head = bytes(buffer[:size])
                 del buffer[:size]
                 self._start(head)
+            elif not self._begun:
+                self._begun = True
+                self._wait(self._settings.header_timeout_s)
         except Refused as refused:
             self.refuse(refused)
 
