@@ -17,9 +17,9 @@ from iosr_fast.encoder import Embeddings, Encoder
 from iosr_fast.explain import softmax
 from iosr_fast.files import stable_read
 from iosr_fast.labels import check_labels, leave_out_bad, some
-from iosr_fast.live.audit import AuditLog
 from iosr_fast.live.changes import Update
 from iosr_fast.live.examples import Examples
+from iosr_fast.live.log_writer import AuditLog
 from iosr_fast.live.recipe import Recipe, fit_recipe
 from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+# One form for each number: "~07" and other scripts' digits, which int() takes, are no ids.
+CLASS_ID, EXAMPLE_ID = "~(?:0|[1-9][0-9]{0,17})", "e(?:0|[1-9][0-9]{0,17})"
 
 
 def class_id(uid: int) -> str:
@@ -13,7 +17,17 @@ def class_id(uid: int) -> str:
 
 def uid_of(given: str) -> int | None:
     """The number of a class id; None for what is none."""
-    return int(given[1:]) if given[:1] == "~" and given[1:].isdecimal() else None
+    return int(given[1:]) if re.fullmatch(CLASS_ID, given) else None
+
+
+def example_id(number: int) -> str:
+    """The id of a support image by its number: "e7"."""
+    return f"e{number}"
+
+
+def example_number(given: str) -> int | None:
+    """The number of a support image's id; None for what is none."""
+    return int(given[1:]) if re.fullmatch(EXAMPLE_ID, given) else None
 
 
 @dataclass(frozen=True)

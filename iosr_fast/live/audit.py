@@ -1,151 +1,173 @@
 """The audit log of a running classifier: JSON lines, one a change, from which its state can be made again.
 
-Each line has the change (changes.Update), the version that it made, the time, and `chain`, the SHA-256 over the chain
-of the line before and its own text, so that a line that was altered, left out or moved is found. The first line names
-the state that the changes begin from. A line is on the disk before its change is seen by anybody.
+A change is acknowledged when its line and then the head beside the log (log_head), which counts the lines and has their
+chain, are on the disk. So a log that lost acknowledged changes is refused, whatever happened to it, and what was never
+acknowledged is either whole and kept, or half a line and dropped. Now and then the state is written beside the log,
+which then begins again from it (log_writer.AuditLog.compact).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-from datetime import UTC, datetime
+import re
+import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from iosr_fast.files import remove_leftovers
 from iosr_fast.live.changes import Update
+from iosr_fast.live.log_files import file_of, make_folder, next_number, read_state
+from iosr_fast.live.log_head import Head, open_head, read_head
+from iosr_fast.live.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
+from iosr_fast.live.log_writer import AuditLog
 from iosr_fast.live.state import State
 
-FORMAT = 1
 _log = logging.getLogger("iosr_fast")
 
 
-class AuditLog:
-    """An open log at its end. Made by `open_log`; not safe between threads: a classifier changes one step at a time."""
-
-    def __init__(self, path: Path, file: IO[bytes], chain: str) -> None:
-        self.path = path
-        self._file = file
-        self._chain = chain
-
-    def append(self, update: Update, version: int) -> None:
-        """Write a change and wait until it is on the disk. Raises OSError where that fails; the log is as before."""
-        self._write({**update.to_json(), "version": version})
-
-    def _write(self, record: dict[str, Any]) -> None:
-        line, chain = _line(record, self._chain)
-        before = self._file.tell()
-        try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.seek(before)
-            self._file.truncate()
-            raise OSError(
-                error.errno, f"the change was not made: it can't be logged ({error.strerror})", str(self.path)
-            ) from error
-        self._chain = chain
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def open_log(path: str | Path, state: State) -> tuple[AuditLog, State]:
+def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[AuditLog, State]:
     """Open a log for writing and make its changes on `state`; a new log begins with `state`.
 
-    A last line that a crash cut short is dropped with a warning: its change was never seen. Raises ValueError for a log
-    that begins from another state or is damaged, naming the line; BlockingIOError where another process has it open.
+    Nothing is written before all is checked. What a crash left of a change that was never acknowledged is kept where it
+    is whole, else dropped with a warning. Raises LogDamagedError, a ValueError, where acknowledged changes are missing
+    or damaged (`recover` keeps those that are whole, log_recovery.recover); ValueError for a log that begins from
+    another state and for anything that is no log; BlockingIOError where another process has it open.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    file = os.fdopen(descriptor, "r+b", buffering=0)
+    path = Path(os.path.abspath(path))
+    head_path = path.with_name(f"{path.name}.head")
+    for one in (path, head_path):
+        if os.path.lexists(one) and not stat.S_ISREG(one.lstat().st_mode):
+            raise ValueError(f"expected {one} to be a regular file or not to exist, got something else: name another")
+    if not head_path.exists():
+        _check_ours(path)
+    make_folder(path.parent)
+    log = AuditLog(path, head := open_head(head_path), state.fingerprint())
     try:
-        _lock(file, path)
-        text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            _log.warning("%s ends in half a line, which is dropped: its change was never made", path)
-            file.truncate(len(whole))
-        file.seek(len(whole))
-        if not whole:
-            log = AuditLog(path, file, "")
-            log._write({"op": "open", "format": FORMAT, "base": state.fingerprint(), "version": state.version})
-            return log, state
-        state, chain = _replay(path, whole, state)
-        return AuditLog(path, file, chain), state
+        try:
+            return log, _opened(log, head, state)
+        except LogDamagedError as damage:
+            if not recover:
+                raise
+            from iosr_fast.live.log_recovery import recover as keep
+
+            return log, keep(log, head, state, damage)
     except BaseException:
-        file.close()
+        log.abandon()
         raise
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log as written, verified by their chain; the first is what it begins from. Raises ValueError."""
+    """The lines of a log's file as written, verified by their chain; the first is what it begins from.
+
+    `path` is the file in use or a closed one (".gz"). Raises ValueError for damage, and where the head of the file in
+    use counts more lines.
+    """
     path = Path(path)
-    lines, _ = _verified(path, path.read_bytes())
-    return lines
+    mark = read_head(path.with_name(f"{path.name}.head"))
+    lines = parse(path, read_lines(path))
+    if lines.error:
+        raise ValueError(lines.error)
+    if mark is not None and mark.lines > lines.end:
+        raise ValueError(f"expected {path} to go to line {mark.lines}, as its head says, got {lines.end}")
+    return lines.records
 
 
-def _replay(path: Path, text: bytes, state: State) -> tuple[State, str]:
-    lines, chain = _verified(path, text)
-    first = lines[0]
-    if first.get("op") != "open" or first.get("format") != FORMAT:
-        raise ValueError(f"expected {path} to begin with a line of format {FORMAT}, got {first.get('format')}")
-    if first["base"] != state.fingerprint():
+def check_base(path: Path, base: str, state: str) -> None:
+    if base != state:
         raise ValueError(
-            f"{path} is the log of another state: expected one that begins from {state.fingerprint()[:12]}, got "
-            f"{str(first['base'])[:12]}; load the bundle it was begun with, or begin a new log"
+            f"{path} is the log of another state: expected one that begins from {state[:12]}, got {base[:12]}; load "
+            "the bundle it was begun with, or begin a new log"
         )
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            state = Update.from_json(line, state.text.shape[1]).apply(state)
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"line {number} of {path} can't be applied: {error}") from error
-        if state.version != line["version"]:
-            raise ValueError(f"line {number} of {path}: expected version {state.version}, got {line['version']}")
-    return state, chain
 
 
-def _verified(path: Path, text: bytes) -> tuple[list[dict[str, Any]], str]:
-    made, chain = [], ""
-    for number, raw in enumerate(text.split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(raw)
-            told = line.pop("chain")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"line {number} of {path} is damaged ({error})") from error
-        chain = _chained(line, chain)
-        if told != chain or raw != _text({**line, "chain": chain}):
-            raise ValueError(f"line {number} of {path} was changed, or one before it is missing")
-        made.append(line)
-    return made, chain
-
-
-def _line(record: dict[str, Any], chain: str) -> tuple[bytes, str]:
-    dated = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **record}
-    chain = _chained(dated, chain)
-    return _text({**dated, "chain": chain}) + b"\n", chain
-
-
-def _chained(record: dict[str, Any], chain: str) -> str:
-    return hashlib.sha256(chain.encode() + _text(record)).hexdigest()
-
-
-def _text(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """So that two processes can't write one log. Not on Windows, which has no such lock."""
+def replay(path: Path, record: dict[str, Any], state: State) -> State:
+    """The state after a line's change. Raises LogDamagedError where it doesn't fit."""
     try:
-        import fcntl
-    except ImportError:
+        made = Update.from_json(record, state.text.shape[1]).apply(state)
+        if made.version != record["version"]:
+            raise ValueError(f"expected version {made.version}, got {record['version']}")
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+        raise LogDamagedError(f"a line of {path} can't be applied to version {state.version} ({error})") from error
+    return made
+
+
+def _check_ours(path: Path) -> None:
+    """A file without a head is a log of format 1, or none that this wrote."""
+    if path.exists():
+        with path.open("rb") as file:
+            first = file.read(len(OURS))
+        if first != OURS:
+            raise ValueError(
+                f"expected {path} to be an audit log or not to exist, got "
+                f"{'another file' if first else 'an empty file'}: name another, or remove it to begin a new log"
+            )
+
+
+def _opened(log: AuditLog, head: Head, state: State) -> State:
+    """Check everything, make the changes, and only then write."""
+    path, mark = log.path, head.mark
+    if mark is None and not head.blank:
+        raise LogDamagedError(f"{head.path} is damaged: it can't be said how far {path} should go")
+    if not path.exists():
+        if mark is not None:
+            check_base(path, mark.base, log.base)
+        if mark is not None and mark.lines:
+            raise LogDamagedError(f"{path} is missing: {head.path} says that it has {mark.lines} lines")
+        log.begin(state, Mark(0, "", state.version, log.base), next_number(path), snapshot=False)
+        return state
+    if head.blank:
+        _check_ours(path)
+    lines = parse(path, path.read_bytes())
+    check_base(path, _base_of(lines) or (mark.base if mark is not None else log.base), log.base)
+    if lines.error:
+        raise LogDamagedError(lines.error)
+    _check_extent(path, head, lines)
+    made = _begun(path, lines.records[0], state)
+    for record in lines.records[1:]:
+        made = replay(path, record, made.deferring())
+    made = made.settled()
+    if lines.rest:
+        _log.warning("%s ends in half a line, which is dropped: its change was never acknowledged", path)
+    remove_leftovers(path.parent, of=re.escape(path.name) + r"(?:\.\d+\.\w+)?")
+    log.resume(lines, made)
+    return log.compact(made)
+
+
+def _base_of(lines: Lines) -> str:
+    """What the first line says that the log began from; "" where there is none."""
+    return str(lines.records[0].get("base", "")) if lines.records else ""
+
+
+def _begun(path: Path, first: dict[str, Any], state: State) -> State:
+    """The state that the first line of a log says it begins from: `state`, which is its base, or a snapshot."""
+    if first.get("op") != "open" or first.get("format") not in (1, FORMAT):
+        raise ValueError(f"expected {path} to begin with a line of format {FORMAT}, got {first.get('format')}")
+    snapshot = first.get("snapshot")
+    if snapshot is None:
+        return state
+    kept = file_of(path, snapshot["number"], "state")
+    try:
+        made, about = read_state(kept)
+    except (OSError, ValueError) as error:
+        raise LogDamagedError(f"{path} begins from {kept}, which can't be read ({error})") from error
+    if about["sha256"] != snapshot["sha256"]:
+        raise LogDamagedError(f"{path} begins from another {kept}")
+    return made
+
+
+def _check_extent(path: Path, head: Head, lines: Lines) -> None:
+    """Whether all that the head says was acknowledged is there."""
+    mark = head.mark
+    if mark is None:
+        if not lines.records or lines.records[0].get("format") != 1:
+            raise LogDamagedError(f"{head.path} is missing: it can't be said how far {path} should go")
         return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(error.errno, "another process writes this log", str(path)) from error
+    if lines.end < mark.lines or not lines.records:
+        gone = mark.lines - lines.end
+        raise LogDamagedError(f"{path} ends {gone} lines too early: {gone} of {mark.lines} acknowledged are missing")
+    if lines.chain_at(mark.lines) != mark.chain:
+        raise LogDamagedError(f"{head.path} is of another log than {path}, or older than its first line")
+    # A write of the head that a power cut tore came after that of a line. Where there is none, it is other damage.
+    if None in head.marks and lines.end == mark.lines:
+        raise LogDamagedError(f"{head.path} is damaged: it can't be said that {path} has all it should have")

@@ -7,6 +7,7 @@ size is that of the classes. Other methods are compiled again from the embedding
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from iosr_fast.live.recipe import COMPENSATED_KEYS, Recipe
 from iosr_fast.live.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
 from iosr_fast.methods import METHODS, refusal
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.predictions import ClassInfo, Prediction, class_id, uid_of
+from iosr_fast.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
 from iosr_fast.scoring import ScoringPlan
 
 # Runs of examples up to this many are copied into one: a bound on the work of a change, however large the cache.
@@ -35,12 +36,13 @@ SMALL = 1024
 class State:
     """Classes, their support images, how they are scored, and the plan that does it.
 
-    class_names, uids  of the C classes, in order; a uid, once given, is never given again
+    class_names, uids  of the C classes, in order; uids rise, and one that was given is never given again
     text               (C, D) float32, unit rows; tau the CLIP's logit scale
     segments           the support images, in runs; parts the cache terms of them, for an additive method
     plan               what scores a batch
     next_class, next_example  the numbers that the next ones get
     moments            what "gda" is made of; None until the first change
+    deferred           whether `plan` is of an earlier state, because further changes follow at once (`deferring`)
     """
 
     version: int
@@ -55,6 +57,7 @@ class State:
     next_class: int
     next_example: int
     moments: Moments | None = None
+    deferred: bool = False
 
     @classmethod
     def first(
@@ -124,20 +127,39 @@ class State:
         """A Prediction for each query: its `top` classes and `nearest` support images, as many as there are."""
         return explain(self, embeddings, top, nearest, impl)
 
-    def classes(self) -> list[ClassInfo]:
-        counts = dict.fromkeys(self.uids, 0)
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(C,) int64, the living support images of each class."""
+        counts, uids = np.zeros(len(self.uids), np.int64), np.array(self.uids)
         for part in self.segments:
             owners, numbers = np.unique(part.owners[part.living], return_counts=True)
-            for uid, number in zip(owners.tolist(), numbers.tolist(), strict=True):
-                counts[uid] += number
-        return [
-            ClassInfo(class_id(uid), name, counts[uid]) for uid, name in zip(self.uids, self.class_names, strict=True)
-        ]
+            counts[np.searchsorted(uids, owners)] += numbers
+        return counts
+
+    def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
+        """Classes in their order: all, or at most `limit` of those whose uid is above `after`."""
+        start = bisect_right(self.uids, after)
+        chosen = slice(start, None if limit is None else start + limit)
+        rows = zip(self.uids[chosen], self.class_names[chosen], self.counts[chosen].tolist(), strict=True)
+        return [ClassInfo(class_id(uid), name, count) for uid, name, count in rows]
+
+    def examples_of(self, uid: int) -> list[int]:
+        """The numbers of a class's support images, rising."""
+        found = [part.ids[(part.owners == uid) & part.living] for part in self.segments]
+        return np.sort(np.concatenate(found)).tolist() if found else []
+
+    def name_of(self, given: str) -> str | None:
+        """The name of a class by its id; None where there is no such class."""
+        uid = uid_of(given)
+        if uid is None:
+            return None
+        at = bisect_left(self.uids, uid)
+        return self.class_names[at] if self.uids[at : at + 1] == (uid,) else None
 
     def find_class(self, given: str) -> int:
         """The uid of a class by id ("~7") or name. Raises ValueError where there is none."""
         uid = uid_of(given)
-        if uid is not None and uid in self.uids:
+        if uid is not None and self.name_of(given) is not None:
             return uid
         if given in self.class_names:
             return self.uids[self.class_names.index(given)]
@@ -145,7 +167,7 @@ class State:
 
     def find_examples(self, example_ids: Sequence[str]) -> list[int]:
         """Example numbers of ids ("e7"). Raises ValueError for one that is not there, or twice."""
-        numbers = [int(given[1:]) if given[:1] == "e" and given[1:].isdecimal() else -1 for given in example_ids]
+        numbers = [-1 if (number := example_number(given)) is None else number for given in example_ids]
         here: set[int] = set()
         for part in self.segments:
             here.update(part.ids[np.isin(part.ids, numbers) & part.living].tolist())
@@ -208,6 +230,14 @@ class State:
             self.class_names, self.text, self.tau, self.examples, recipe, None, self.uids, numbers, self.version + 1
         )
 
+    def joined(self) -> State:
+        """The same state in one run and one plan, as it is when it was saved and loaded, to the last bit."""
+        numbers = (self.next_class, self.next_example)
+        names, text, tau = self.class_names, self.text, self.tau
+        return State.first(
+            names, text, tau, self.examples, self.recipe, self.whole_plan, self.uids, numbers, self.version
+        )
+
     def _changed(self, added: Examples | None = None, taken: Examples | None = None, **fields: object) -> State:
         """Another state with these fields, and a plan for it. `added` and `taken` are the images that it differs by."""
         made = replace(self, version=self.version + 1, **fields)  # type: ignore[arg-type]
@@ -217,11 +247,28 @@ class State:
         if self.recipe.additive:
             return self._additive(made)
         if self.recipe.by_moments:
-            return self._by_moments(made, added, taken)
-        told = refusal(self.recipe.method, made.support)
-        if told is not None:
-            raise ValueError(f"that change can't be made: {told}")
-        return replace(made, plan=self.recipe.compile(made.support), parts=())
+            made = replace(made, moments=self._moments_of(made, added, taken))
+        elif not self.deferred and (reason := refusal(self.recipe.method, made.support)) is not None:
+            raise ValueError(f"that change can't be made: {reason}")
+        return made if self.deferred else made._compiled()
+
+    def deferring(self) -> State:
+        """The same state; changes of it make no plan where that costs more than the change. `settled` makes it."""
+        return self if self.recipe.additive else replace(self, deferred=True)
+
+    def settled(self) -> State:
+        """With the plan that changes of a deferring state were not given: the one that each would have ended with."""
+        return self._compiled() if self.deferred else self
+
+    def _compiled(self) -> State:
+        recipe = self.recipe
+        if recipe.by_moments:
+            moments = self.moments or self._all_moments()
+            plan = moments.compile(self.text, self.tau, recipe.which, recipe.reducer, recipe.parameters["alpha"])
+            plan = plan.scaled(recipe.factor)
+        else:
+            plan = recipe.compile(self.support)
+        return replace(self, plan=plan, parts=(), deferred=False)
 
     def _additive(self, made: State) -> State:
         parts = self._parts_of(made.segments) if "alpha" in self.recipe.parameters else ()
@@ -230,8 +277,8 @@ class State:
         columns = [columns_of(segment.classes, uids) for segment in made.segments] if parts else []
         return replace(made, plan=assemble(head, parts, columns), parts=parts)
 
-    def _by_moments(self, made: State, added: Examples | None, taken: Examples | None) -> State:
-        moments, recipe = self.moments or self._all_moments(), self.recipe
+    def _moments_of(self, made: State, added: Examples | None, taken: Examples | None) -> Moments:
+        moments = self.moments or self._all_moments()
         if taken is not None:
             moments = moments.plus(self._rows(taken), np.searchsorted(self.uids, taken.owners), -1)
         if len(made.uids) < len(self.uids):
@@ -243,10 +290,9 @@ class State:
         empty = int((moments.counts == 0).sum())
         if empty:
             raise ValueError(
-                f"that change can't be made: {recipe.method} needs an image of each class, {empty} have none"
+                f"that change can't be made: {self.recipe.method} needs an image of each class, {empty} have none"
             )
-        plan = moments.compile(made.text, self.tau, recipe.which, recipe.reducer, recipe.parameters["alpha"])
-        return replace(made, plan=plan.scaled(recipe.factor), parts=(), moments=moments)
+        return moments
 
     def _all_moments(self) -> Moments:
         none = Moments.none(len(self.uids), self.text.shape[1])

@@ -12,13 +12,14 @@ import numpy as np
 
 from iosr_fast.encoder import Encoder
 from iosr_fast.labels import leave_out_bad
-from iosr_fast.live.audit import AuditLog, open_log
+from iosr_fast.live.audit import open_log
 from iosr_fast.live.changes import Update
 from iosr_fast.live.examples import Examples
+from iosr_fast.live.log_writer import AuditLog
 from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.methods import METHODS
-from iosr_fast.predictions import Change, ClassInfo, class_id, uid_of
+from iosr_fast.predictions import Change, ClassInfo, class_id, example_id, uid_of
 from iosr_fast.preprocess import as_image_list
 from iosr_fast.validation import check_unit_rows
 
@@ -62,19 +63,17 @@ class LiveUpdates(ABC):
     def examples(self, given: str) -> list[str]:
         """The ids of a class's examples. Raises ValueError where there is no such class."""
         state = self.snapshot()
-        uid = state.find_class(given)
-        numbers = [n for part in state.segments for n in part.ids[(part.owners == uid) & part.living].tolist()]
-        return [f"e{number}" for number in sorted(numbers)]
+        return [example_id(number) for number in state.examples_of(state.find_class(given))]
 
-    def picture(self, example_id: str) -> bytes | None:
+    def picture(self, given: str) -> bytes | None:
         """An example's thumbnail, WebP; None where none was kept. Raises ValueError for an unknown id."""
         state = self.snapshot()
-        (number,) = state.find_examples([example_id])
+        (number,) = state.find_examples([given])
         for part in state.segments:
             at = np.flatnonzero(part.ids == number)
             if len(at):
                 return part.pictures[int(at[0])]
-        raise AssertionError(example_id)
+        raise AssertionError(given)
 
     def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> Change:
         """A new class from a few images (none where the method is "zero-shot").
@@ -142,30 +141,47 @@ class LiveUpdates(ABC):
             self._check_name(state, name, uid)
             return self._make(Update("rename_class", uid, name=name, text=row))
 
-    def open_log(self, path: str | Path) -> None:
+    def open_log(self, path: str | Path, recover: bool = False) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`.
 
-        Raises ValueError for a log of another classifier or a damaged one (audit.open_log), or where one is open.
+        Raises ValueError for a log of another classifier or a damaged one, or where one is open. `recover` opens one
+        that lost changes: a warning says which, and the files as they were are kept beside it (audit.open_log).
         """
         with self._changing:
             if self._log is not None:
                 raise ValueError(f"expected no log to be open, got {self._log.path}; close_log closes it")
-            self._log, self._state = open_log(path, self.snapshot())
+            self._log, self._state = open_log(path, self.snapshot(), recover)
 
     def close_log(self) -> None:
         """Close the log; later changes are not written."""
         with self._changing:
             if self._log is not None:
-                self._log.close()
-                self._log = None
+                log, self._log = self._log, None
+                log.close(self._state)
+
+    @property
+    def log_failure(self) -> str:
+        """Why the last change could not be written to the log, and so was not made; "" where it could."""
+        log = self._log
+        return "" if log is None else log.failure
 
     def _make(self, update: Update) -> Change:
-        """Under the lock: the change on the state, into the log, and then, in one step, to everybody."""
-        state = update.apply(self._state)
-        if self._log is not None:
-            self._log.append(update, state.version)
-        self._state = state
-        ids = tuple(f"e{number}" for number in update.example_numbers)
+        """Under the lock: the change on the state, into the log, and then, in one step, to everybody.
+
+        Raises LogWriteError where it can't be written; then, as with any interrupt, it was not made.
+        """
+        if self._log is None:
+            self._state = state = update.apply(self._state)
+        else:
+            self._state = self._log.compact(self._state)
+            state = update.apply(self._state)
+            try:
+                self._log.append(update, self._state, state)
+                self._state = state
+            except BaseException:
+                self._log.try_to_settle(self._state)
+                raise
+        ids = tuple(example_id(number) for number in update.example_numbers)
         return Change(state.version, class_id(update.uid) if update.uid >= 0 else "", ids)
 
     def _encode(self, listed: Sequence[Any]) -> Examples | None:

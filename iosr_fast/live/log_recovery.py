@@ -1,0 +1,133 @@
+"""Opening a damaged audit log: what is whole of it is kept, and what is dropped is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.live.audit import replay
+from iosr_fast.live.changes import OPS
+from iosr_fast.live.log_files import next_number, numbered, private_file, read_state, write_closed
+from iosr_fast.live.log_head import Head
+from iosr_fast.live.log_lines import Lines, LogDamagedError, Mark, parse, read_lines
+from iosr_fast.live.log_writer import AuditLog
+from iosr_fast.live.state import State
+
+_SHOWN = 20
+_log = logging.getLogger("iosr_fast")
+
+
+def recover(log: AuditLog, head: Head, state: State, damage: LogDamagedError) -> State:
+    """Make the changes that are left of a log on `state`, its base, and begin the log again from there.
+
+    Starts from a snapshot or the base, whichever leads further, and makes the changes of all lines that follow on it in
+    the chain, those of closed files included. A warning says how many changes are dropped and all that is known of
+    them; the files as they were stay, as NAME.before-recovery-N.
+    """
+    path, mark = log.path, head.mark
+    text = path.read_bytes() if path.exists() else b""
+    lines = parse(path, text)
+    if lines.rest:  # only its end may be missing
+        lines = parse(path, text + b"\n")
+    sources = [*_closed(path), lines]
+    made, count, chain = max((_made(path, start, sources) for start in _starts(log, state)), key=lambda end: end[1])
+    kept = _copies(path, head)
+    version = max([0 if mark is None else mark.version, *(int(one["version"]) for one in _seen(text, made.version))])
+    dropped = max(0, version - made.version)
+    number = next_number(path)
+    if lines.records:
+        write_closed(path, number, text[: lines.size].removesuffix(b"\n") + b"\n")
+    head.marks = [None, None]
+    log.begin(made, Mark(count, chain, made.version, log.base), number + 1, snapshot=True, dropped=dropped)
+    _log.warning(
+        "%s is recovered at version %d. %s. It was opened with recover because: %s. The files as they were: %s",
+        path,
+        made.version,
+        _summary(dropped, made.version, version, _seen(text, made.version), mark is not None),
+        str(damage).partition(";")[0],
+        ", ".join(str(one) for one in kept) or "none",
+    )
+    return made.joined()
+
+
+def _starts(log: AuditLog, state: State) -> Iterable[tuple[State, int, str]]:
+    """(state, lines, chain) that changes can be made on: the base, and the snapshots of it that can be read."""
+    yield state, 0, ""
+    for file in numbered(log.path, "state").values():
+        try:
+            made, about = read_state(file)
+        except (OSError, ValueError) as error:
+            _log.warning("%s is left out: %s", file, error)
+            continue
+        if about["base"] == log.base:
+            yield made, int(about["lines"]), str(about["previous"])
+
+
+def _closed(path: Path) -> Iterable[Lines]:
+    for file in numbered(path, "gz").values():
+        try:
+            yield parse(file, read_lines(file))
+        except (OSError, EOFError, zlib.error) as error:
+            _log.warning("%s is left out: %s", file, error)
+
+
+def _made(path: Path, start: tuple[State, int, str], sources: Iterable[Lines]) -> tuple[State, int, str]:
+    """How far lines lead on from a start."""
+    state, count, chain = start
+    for lines in sources:
+        for record, after in zip(lines.records, lines.chains, strict=True):
+            if lines.chain_at(count) != chain or lines.chain_at(count + 1) != after:
+                continue
+            try:
+                state = state.joined() if record["op"] == "open" else replay(path, record, state)
+            except LogDamagedError as error:
+                _log.warning("%s", error)
+                break
+            count, chain = count + 1, after
+    return state, count, chain
+
+
+def _copies(path: Path, head: Head) -> list[Path]:
+    """Copies of the files that recovery writes to or removes."""
+    there = [one for one in (path, head.path, *numbered(path, "state").values()) if one.exists()]
+    number = 1
+    while any(_aside(one, number).exists() for one in (path, head.path)):
+        number += 1
+    for one in there:
+        with private_file(_aside(one, number)) as temporary:
+            shutil.copyfile(one, temporary)
+    return [_aside(one, number) for one in there]
+
+
+def _aside(file: Path, number: int) -> Path:
+    return file.with_name(f"{file.name}.before-recovery-{number}")
+
+
+def _seen(text: bytes, after: int) -> list[dict[str, Any]]:
+    """Lines of changes later than a version that can still be read, though they are not proved to be whole."""
+    found = []
+    for raw in text.split(b"\n"):
+        try:
+            line = json.loads(raw)
+            if line["op"] in OPS and int(line["version"]) > after:
+                found.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return found
+
+
+def _summary(dropped: int, first: int, last: int, seen: list[dict[str, Any]], proved: bool) -> str:
+    least = "" if proved else "at least "
+    if not dropped:
+        return "No change is dropped" if proved else "No change is known to be dropped, but the head is damaged"
+    known = [f"version {line['version']}, {line['op']} at {line.get('time')}" for line in seen]
+    listed = "; ".join([*known[:_SHOWN], *([f"{len(known) - _SHOWN} more"] if len(known) > _SHOWN else [])])
+    return (
+        f"Dropped: {least}{dropped} acknowledged changes, versions {first + 1} to {last}"
+        f" ({listed or 'nothing else of them can be read'})"
+    )

@@ -1,0 +1,159 @@
+"""Writing an audit log: a change with its line, and now and then the state that many lines have made."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.live.changes import Update
+from iosr_fast.live.log_files import next_number, numbered, private_file, write_closed, write_state
+from iosr_fast.live.log_head import Head, write_all
+from iosr_fast.live.log_lines import FORMAT, Lines, Mark, make_line
+from iosr_fast.live.state import State
+
+# A snapshot is written after so many changes, or bytes of them: what a restart has to make again.
+MOST_LINES = 256
+MOST_BYTES = 64 << 20
+_log = logging.getLogger("iosr_fast")
+
+
+class LogWriteError(OSError):
+    """A change could not be written to the log, and was not made."""
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    """Where the file of lines ends when all up to `mark` is in it."""
+
+    mark: Mark
+    size: int
+
+
+class AuditLog:
+    """An open log. Made by `open_log`; not safe between threads: a classifier changes one step at a time.
+
+    The caller's state decides: `append` writes the line that leads from it to another, and until the caller has that
+    one, `settle` (which `append` begins with) takes the line back. So an interrupt at any moment leaves a log that goes
+    with the state. `failure` says why the last change could not be written; "" where it could.
+    """
+
+    def __init__(self, path: Path, head: Head, base: str) -> None:
+        self.path, self.failure = path, ""
+        self.base = base
+        self._head = head
+        self._file = -1
+        self._number = 0  # of the file of lines that is written to
+        self._due = (0, 0)  # lines in all, or bytes of the file, at which the next snapshot is written
+        self._ends: dict[int, _End] = {}  # by version: of the caller's state, and of the one it is about to have
+        self._at: _End | None = None  # where files and head are known to end
+        self._next: tuple[int, int, _End] | None = None  # a file that may have taken the log's place
+
+    def append(self, update: Update, before: State, after: State) -> None:
+        """Write the change that leads from one state to the other, and wait until it is on the disk.
+
+        Raises LogWriteError where that fails: the caller keeps the state it has.
+        """
+        try:
+            self.settle(before)
+            end = self._ends[before.version]
+            line, chain = make_line({**update.to_json(), "version": after.version}, end.mark.chain)
+            made = _End(Mark(end.mark.lines + 1, chain, after.version, self.base), end.size + len(line))
+            self._at = None
+            self._ends = {before.version: end, after.version: made}
+            os.lseek(self._file, end.size, os.SEEK_SET)
+            write_all(self._file, line)
+            os.fsync(self._file)
+            self._head.put(made.mark)
+            self._at = made
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+            message = f"the change was not made: it can't be logged ({self.failure})"
+            raise LogWriteError(error.errno, message, str(self.path)) from error
+        self.failure = ""
+
+    def settle(self, state: State) -> None:
+        """Have the files end at `state`: takes back a line that leads on from it. Does nothing where they do."""
+        if self._next is not None:
+            file, number, end = self._next
+            needless = file
+            if self.path.exists() and os.path.samestat(os.fstat(file), self.path.stat()):
+                needless, self._file = self._file, file
+                self._number, self._due, self._at = number, _due_after(end), None
+                self._ends = {end.mark.version: end}
+            self._next = None
+            if needless not in (-1, self._file):  # it is the same where an interrupt came just here
+                os.close(needless)
+        end = self._ends[state.version]
+        if self._at is not end:
+            self._head.put(end.mark)  # before the line goes: a head never counts more than there is
+            os.ftruncate(self._file, end.size)
+            os.fsync(self._file)
+            self._at = end
+
+    def compact(self, state: State) -> State:
+        """Where it is time, write `state` beside the log, which begins again from it; returns the state as it is read
+        from there. A failure costs no change: it is said, and tried again as many changes later."""
+        end = self._ends[state.version]
+        if end.mark.lines < self._due[0] and end.size < self._due[1]:
+            return state
+        try:
+            self.settle(state)
+            write_closed(self.path, self._number, self.path.read_bytes())
+            self.begin(state, end.mark, self._number + 1, snapshot=True)
+        except OSError as error:
+            _log.warning("%s grows on: the state can't be written beside it (%s)", self.path, error)
+            self._due = _due_after(end)
+        return state.joined()
+
+    def begin(self, state: State, mark: Mark, number: int, snapshot: bool, **facts: Any) -> None:
+        """Put a file of lines in the log's place that begins at `mark`, and from a snapshot of `state` or its base."""
+        about = {"base": self.base, "lines": mark.lines, "previous": mark.chain}
+        kept = write_state(self.path, number, state, about) if snapshot else None
+        opening = {"op": "open", "format": FORMAT, "number": number, "version": state.version, "snapshot": kept}
+        line, chain = make_line({**opening, **about, **facts}, mark.chain)
+        self._head.put(mark)
+        with private_file(self.path) as temporary:
+            temporary.write_bytes(line)
+            end = _End(Mark(mark.lines + 1, chain, state.version, self.base), len(line))
+            self._next = (os.open(temporary, os.O_RDWR), number, end)
+        self.settle(state)
+        for other, path in numbered(self.path, "state").items():
+            if other != number:
+                path.unlink()
+
+    def resume(self, lines: Lines, state: State) -> None:
+        """Continue with the file that is there, at the end of its whole lines."""
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+        self._file = os.open(self.path, flags)
+        self._number = lines.records[0].get("number") or next_number(self.path)
+        if lines.records[0]["format"] == FORMAT:
+            self._due = (lines.start[0] + 1 + MOST_LINES, MOST_BYTES)
+        self._ends = {state.version: _End(Mark(lines.end, lines.chains[-1], state.version, self.base), lines.size)}
+        self.settle(state)
+
+    def try_to_settle(self, state: State) -> None:
+        """`settle`; where the disk fails, the next change does it, or is refused."""
+        try:
+            self.settle(state)
+        except OSError as error:
+            _log.warning("%s may end in a change that was not made (%s)", self.path, error)
+
+    def close(self, state: State) -> None:
+        """Settle at `state`, where that is possible, and close the files."""
+        try:
+            self.try_to_settle(state)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for file in {self._file, self._next[0] if self._next else -1} - {-1}:
+            os.close(file)
+        self._head.close()
+
+
+def _due_after(end: _End) -> tuple[int, int]:
+    return end.mark.lines + MOST_LINES, end.size + MOST_BYTES
