@@ -15,6 +15,7 @@ from iosr_fast.serving import schemas
 from iosr_fast.serving.app import assemble
 from iosr_fast.serving.errors import ApiError, busy
 from iosr_fast.serving.health import Probe, state_answer
+from iosr_fast.serving.lists import AFTER_CLASS, AFTER_EXAMPLE, LIMIT
 from iosr_fast.serving.metrics import Metrics
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.settings import Settings
@@ -71,19 +72,24 @@ def _lists(remote: Remote) -> APIRouter:
     told = schemas.errors(404, 422, 500, 503)
 
     @router.get(
-        "/v1/classes", response_model=schemas.ClassesAnswer, responses=schemas.errors(500, 503), summary="All classes"
+        "/v1/classes",
+        response_model=schemas.ClassesAnswer,
+        responses=schemas.errors(422, 500, 503),
+        summary="Classes, page by page",
     )
-    async def classes() -> Response:
-        return JSONResponse(await _asked(remote, "classes"))
+    async def classes(limit: int = LIMIT, after: str | None = AFTER_CLASS) -> Response:
+        return JSONResponse(await _asked(remote, "classes", limit, after))
 
     @router.get(
         "/v1/classes/{class_id}/examples",
         response_model=schemas.ExamplesAnswer,
         responses=told,
-        summary="A class's support images",
+        summary="A class's support images, page by page",
     )
-    async def examples(class_id: str = Path(max_length=40)) -> Response:
-        found = await _asked(remote, "examples", class_id)
+    async def examples(
+        class_id: str = Path(max_length=40), limit: int = LIMIT, after: str | None = AFTER_EXAMPLE
+    ) -> Response:
+        found = await _asked(remote, "examples", class_id, limit, after)
         if found is None:
             raise ApiError(404, "no_class", f"no class has the id {class_id!r}; /v1/classes lists those that are there")
         return JSONResponse(found)

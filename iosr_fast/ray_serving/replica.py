@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import warnings
-from dataclasses import asdict
 from typing import Any
 
 from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, DecodeLimits, QueueFullError
@@ -15,6 +14,7 @@ from iosr_fast.predictions import Prediction
 from iosr_fast.preprocess import BadImageError
 from iosr_fast.ray_serving.messages import Facts, Reply
 from iosr_fast.ray_serving.source import Source
+from iosr_fast.serving.lists import PAGE, class_page, example_page
 from iosr_fast.serving.settings import Settings
 
 log = logging.getLogger("ray.serve")
@@ -109,21 +109,13 @@ class ClassifierReplica:
             return str(error) or type(error).__name__
         return ""
 
-    async def classes(self) -> dict[str, Any]:
+    async def classes(self, limit: int = PAGE, after: str | None = None) -> dict[str, Any]:
         """As GET /v1/classes answers."""
-        state = self._serving.classifier.snapshot()
-        return {"version": state.version, "classes": [asdict(info) for info in state.classes()]}
+        return await asyncio.to_thread(class_page, self._serving.classifier.snapshot(), limit, after)
 
-    async def examples(self, class_id: str) -> dict[str, Any] | None:
+    async def examples(self, class_id: str, limit: int = PAGE, after: str | None = None) -> dict[str, Any] | None:
         """As GET /v1/classes/{class_id}/examples answers; None where there is no such class."""
-        classifier = self._serving.classifier
-        if all(info.class_id != class_id for info in classifier.classes()):
-            return None
-        return {
-            "version": classifier.version,
-            "class_id": class_id,
-            "example_ids": classifier.examples(class_id),
-        }
+        return await asyncio.to_thread(example_page, self._serving.classifier.snapshot(), class_id, limit, after)
 
     async def picture(self, example_id: str) -> bytes | None:
         """A support image's thumbnail, WebP; None where there is none."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
-from dataclasses import asdict
 
 from fastapi import APIRouter, Depends, Path
 from fastapi.security import HTTPBearer
@@ -11,17 +11,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.live.log_writer import LogWriteError
 from iosr_fast.predictions import Change
+from iosr_fast.predictions import class_id as make_class_id
 from iosr_fast.preprocess import BadImageError
 from iosr_fast.serving import schemas
 from iosr_fast.serving.errors import ApiError
 from iosr_fast.serving.images import Refusal
+from iosr_fast.serving.lists import AFTER_CLASS, AFTER_EXAMPLE, LIMIT, class_page, example_page
 from iosr_fast.serving.logs import log
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.uploads import read_form
 
 _MAX_NAME = 200
-_CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503)
+_CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLASS_ID = Path(max_length=40, description="as /v1/classes has it")
 _EXAMPLE_ID = Path(max_length=40, description="as /v1/classes/{class_id}/examples has it")
 _NAME = {"name": {"type": "string", "minLength": 1, "maxLength": _MAX_NAME}}
@@ -41,25 +45,27 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _add_lists(router: APIRouter, service: Service) -> None:
+    # Not `async`: what looks through all classes or images does so in a thread.
     @router.get(
-        "/v1/classes", response_model=schemas.ClassesAnswer, responses=schemas.errors(500), summary="All classes"
+        "/v1/classes",
+        response_model=schemas.ClassesAnswer,
+        responses=schemas.errors(422, 500),
+        summary="Classes, page by page",
     )
-    async def classes() -> Response:
-        state = service.classifier.snapshot()
-        return JSONResponse({"version": state.version, "classes": [asdict(info) for info in state.classes()]})
+    def classes(limit: int = LIMIT, after: str | None = AFTER_CLASS) -> Response:
+        return JSONResponse(class_page(service.classifier.snapshot(), limit, after))
 
     @router.get(
         "/v1/classes/{class_id}/examples",
         response_model=schemas.ExamplesAnswer,
         responses=schemas.errors(404, 422, 500),
-        summary="A class's support images",
+        summary="A class's support images, page by page",
     )
-    async def examples(class_id: str = _CLASS_ID) -> Response:
-        classifier = service.classifier
-        version = classifier.version
-        _require_class(classifier, class_id)
-        ids = classifier.examples(class_id)
-        return JSONResponse({"version": version, "class_id": class_id, "example_ids": ids})
+    def examples(class_id: str = _CLASS_ID, limit: int = LIMIT, after: str | None = AFTER_EXAMPLE) -> Response:
+        found = example_page(service.classifier.snapshot(), class_id, limit, after)
+        if found is None:
+            raise _no_class(class_id)
+        return JSONResponse(found)
 
     @router.get(
         "/v1/examples/{example_id}/picture",
@@ -70,7 +76,7 @@ def _add_lists(router: APIRouter, service: Service) -> None:
         },
         summary="A support image, small",
     )
-    async def picture(example_id: str = _EXAMPLE_ID) -> Response:
+    def picture(example_id: str = _EXAMPLE_ID) -> Response:
         try:
             kept = service.classifier.picture(example_id)
         except ValueError:
@@ -181,6 +187,10 @@ async def _change(service: Service, what: str, act: Callable[[Classifier], Chang
         raise ApiError(422, "bad_image", f"image {error.where}: {error.reason}") from error
     except ValueError as error:
         raise ApiError(422, "refused", str(error)) from error
+    except LogWriteError as error:
+        code = "storage_full" if error.errno in _FULL else "log_failed"
+        message = f"{error.strerror}; predictions are still answered, and a change works again when the log does"
+        raise ApiError(507, code, message) from error
     answer = {"version": change.version, "class_id": change.class_id, "example_ids": list(change.example_ids)}
     log("change", change=what, version=change.version, class_id=change.class_id, examples=len(change.example_ids))
     return JSONResponse(answer, status)
@@ -206,14 +216,18 @@ def _check_name(given: str) -> str:
 
 
 def _require_class(classifier: Classifier, class_id: str) -> None:
-    if all(info.class_id != class_id for info in classifier.classes()):
-        raise ApiError(404, "no_class", f"no class has the id {class_id!r}; /v1/classes lists those that are there")
+    if classifier.snapshot().name_of(class_id) is None:
+        raise _no_class(class_id)
 
 
 def _require_free(classifier: Classifier, name: str, but: str = "") -> None:
-    taken = [info.class_id for info in classifier.classes() if info.name == name and info.class_id != but]
-    if taken:
-        raise ApiError(409, "name_taken", f"the class {taken[0]} is called {name!r} already; choose another name")
+    state = classifier.snapshot()
+    if name in state.class_names and (taken := make_class_id(state.find_class(name))) != but:
+        raise ApiError(409, "name_taken", f"the class {taken} is called {name!r} already; choose another name")
+
+
+def _no_class(class_id: str) -> ApiError:
+    return ApiError(404, "no_class", f"no class has the id {class_id!r}; /v1/classes lists those that are there")
 
 
 def _no_example(example_id: str) -> ApiError:

@@ -84,9 +84,8 @@ def make_router(service: Service) -> APIRouter:
     async def readyz() -> Response:
         if service.draining or service.batching.closed:
             return state_answer(False, "shutting down")
-        return state_answer(
-            not service.loading and service.batching.healthy, "loading" if service.loading else "failed"
-        )
+        ready = not service.loading and service.batching.healthy
+        return state_answer(ready, "loading" if service.loading else "failed", service.read_only if ready else "")
 
     # Not `async`: rendering thousands of classes' series takes a while, which is then a thread's.
     @router.get(

@@ -7,13 +7,13 @@ metrics are safe for that.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from iosr_fast.predictions import ClassInfo, Prediction
+from iosr_fast.predictions import Prediction
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -63,7 +63,8 @@ class Metrics:
         gauge("body_bytes", "Bytes of bodies held", lambda: service.budget.used)
         gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
         gauge("model_version", "Rises with every change of the classes", lambda: service.classifier.version)
-        gauge("classes", "Classes", lambda: len(service.classifier.classes_))
+        gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
+        gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.read_only)))
         about = {"version": __version__, "method": service.classifier.method_}
         about["encoder"] = service.classifier.encoder.fingerprint[:12]
         Gauge("iosr_fast_info", "What runs here", tuple(about), registry=self.registry).labels(**about).set(1)
@@ -96,9 +97,9 @@ class Metrics:
         self._named.add(key)
         self._predictions.labels(*key).inc()
 
-    def drop_removed(self, classes: Iterable[ClassInfo]) -> None:
-        """Forget the series of classes that are gone or renamed."""
-        gone = self._named - {(info.class_id, info.name) for info in classes}
+    def drop_removed(self, name_of: Callable[[str], str | None]) -> None:
+        """Forget the series of classes that are gone or renamed; `name_of` says what an id is called now."""
+        gone = {key for key in self._named.copy() if name_of(key[0]) != key[1]}
         for key in gone:
             self._predictions.remove(*key)
         self._named -= gone

@@ -62,14 +62,22 @@ class ClassInfo(BaseModel):
 
 
 class ClassesAnswer(BaseModel):
+    """A page of the `total` classes in the order of their ids; `next` is the `after` of the next page, null if there
+    is none."""
+
     version: int
+    total: int
     classes: list[ClassInfo]
+    next: str | None
 
 
 class ExamplesAnswer(BaseModel):
+    """A page of a class's support images; `next` as for classes."""
+
     version: int
     class_id: str
     example_ids: list[str]
+    next: str | None
 
 
 class ChangeAnswer(BaseModel):
@@ -107,6 +115,7 @@ _TOLD = {
     500: "The server failed",
     503: "Too much to do, loading, or shutting down: try again after Retry-After seconds",
     504: "The deadline passed before there was an answer",
+    507: "The change was not made, because it can't be logged; predictions are still answered",
 }
 _RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
 

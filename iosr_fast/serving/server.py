@@ -46,7 +46,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
     threads = settings.engine_threads or max(1, usable_threads() - 1)
     classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads)
     if settings.log is not None:
-        classifier.open_log(settings.log)
+        with json_logs():
+            classifier.open_log(settings.log, settings.recover)
     listener = _listen(settings)
     # Pillow refuses twice this: a second look at what decoders, those of changes too, are told by a file's inside.
     Image.MAX_IMAGE_PIXELS = max(1, settings.max_pixels // 2)

@@ -40,6 +40,14 @@ class Service:
         return self.batching.classifier
 
     @property
+    def read_only(self) -> str:
+        """Why classes can't be changed for now: the last change could not be logged. "" where they can."""
+        failure = self.classifier.log_failure
+        return (
+            f"read-only: the last change could not be logged ({failure}); the next one tries again" if failure else ""
+        )
+
+    @property
     def image_limits(self) -> ImageLimits:
         settings = self.settings
         return ImageLimits(settings.max_image_bytes, settings.max_pixels, self.classifier.encoder.image_size)
@@ -83,10 +91,14 @@ class Service:
             raise busy("busy", f"{self._waiting} changes are waiting already; try again", 5)
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._changes, act, self.classifier)
+            return await asyncio.get_running_loop().run_in_executor(self._changes, self._act, act, self.classifier)
         finally:
             self._waiting -= 1
-            self.metrics.drop_removed(self.classifier.classes())
+
+    def _act(self, act: Callable[[Classifier], Answer], classifier: Classifier) -> Answer:
+        answer = act(classifier)
+        self.metrics.drop_removed(classifier.snapshot().name_of)
+        return answer
 
     def close(self) -> None:
         """Wait for the change that runs, drop those that wait."""

@@ -37,7 +37,8 @@ class Settings:
     `stuck_after_s`. On a signal /readyz fails, requests are still taken for `drain_s`, and what was accepted is
     answered within `grace_s`.
 
-    The classifier: `runtime` of its engine, `verify` its files' hashes, `log`, the file that changes are written to.
+    The classifier: `runtime` of its engine, `verify` its files' hashes, `log`, the file that changes are written to;
+    `recover` opens a log of which changes are missing, and says which.
     """
 
     host: str = "127.0.0.1"
@@ -70,6 +71,7 @@ class Settings:
     runtime: str = "auto"
     verify: bool = True
     log: Path | None = None
+    recover: bool = False
 
     def batch_for(self, encoder: Encoder) -> int:
         """`max_batch`, or where it is None what suits the engine."""
@@ -92,6 +94,8 @@ class Settings:
             least = 0 if one.name in ("max_wait_ms", "drain_s") else 1e-3 if one.type == "float" else 1
             if not least <= value < float("inf"):
                 raise ValueError(f"expected {one.name} of at least {least:g}, got {value!r}")
+        if self.recover and self.log is None:
+            raise ValueError("expected the log that is to be recovered, got none: name it with --log")
         if not 0 <= self.port < 65536:
             raise ValueError(f"expected a port of 0 (any free one) to 65535, got {self.port}")
         for small, large in (

@@ -89,8 +89,19 @@ export function predict(picture, { top, nearest, onWait }) {
   return call(path, { method: "POST", body: picture, headers: { "Content-Type": type }, onWait });
 }
 
-export const classes = () => call("v1/classes");
-export const examples = (classId) => call(`${classPath(classId)}/examples`);
+/** A list of all pages, in the answer's `field`. A change in between shows in the version of a later answer. */
+async function allPages(path, field) {
+  const first = await call(path);
+  for (let { next } = first.data; next; ) {
+    const { data } = await call(`${path}?after=${encodeURIComponent(next)}`);
+    first.data[field].push(...data[field]);
+    next = data.next;
+  }
+  return first;
+}
+
+export const classes = () => allPages("v1/classes", "classes");
+export const examples = (classId) => allPages(`${classPath(classId)}/examples`, "example_ids");
 
 // Changes; each answers with the version that it made.
 const changing = (path, method, options, onWait) => call(path, { method, change: true, onWait, ...options });
