@@ -34,7 +34,7 @@ def test_a_log_that_is_cut_at_any_byte_never_loses_a_change_in_silence(path: Pat
     full = path.read_bytes()
     for cut in range(len(full)):
         path.write_bytes(full[:cut])
-        refused(path, r"ends \d lines too early: \d of 4 acknowledged are missing; restore .*--recover")
+        refused(path, r"ends after line \d, but 4 were acknowledged; restore .*--recover")
     with pytest.raises(ValueError, match="as its head says"):
         read_log(path)
     path.write_bytes(full)
@@ -102,7 +102,7 @@ def test_a_head_that_is_missing_or_of_another_log_is_refused(path: Path, tmp_pat
     write_log(foreign := tmp_path / "foreign" / "changes.jsonl", seed=1)
     for swapped in (head_of(other), head_of(longer), head_of(foreign)):
         head.write_bytes(swapped.read_bytes())
-        refused(path, "another log|too early")
+        refused(path, "another log|were acknowledged")
     for damaged in (
         proved + b"\n",
         b"{}",
@@ -234,6 +234,35 @@ def test_a_disk_that_fails_for_good_refuses_changes_until_it_works(path: Path, m
     with failing(monkeypatch, 0, broken, once=False):
         log.close(state)  # it may end in a change that was not made, which a later start may keep or drop
     assert reopened(path).version in (state.version, state.version + 1)
+
+
+def test_a_file_that_is_cut_or_replaced_while_in_use_takes_no_change(path: Path) -> None:
+    """As `> changes.jsonl`, logrotate or an editor do it: what is written to the old file would be lost."""
+    log, state = open_log(path, base())
+    state = renamed(log, state, "first")
+    kept = contents(path.parent)
+    for file in (path, head_of(path)):
+        for damage in (
+            lambda file: file.unlink(),
+            lambda file: file.rename(file.with_name("elsewhere")),
+            lambda file: (file.rename(file.with_name("elsewhere")), file.write_bytes(kept[file])),
+            lambda file: os.truncate(path, 0),
+            lambda file: os.truncate(path, 1 << 20),
+            lambda file: path.open("ab").write(b"a line of somebody else\n"),
+        ):
+            damage(file)
+            there = contents(path.parent)
+            with pytest.raises(LogWriteError, match="while it was in use"):
+                renamed(log, state, "never")
+            assert contents(path.parent) == there and log.failure
+            log.close(state)
+            for other in path.parent.iterdir():
+                other.unlink()
+            for other, content in kept.items():
+                other.write_bytes(content)
+            log, state = open_log(path, base())
+            assert state.version == 2
+    log.close(state)
 
 
 def test_an_interrupt_between_log_and_state_takes_the_line_back(tmp_path: Path, monkeypatch) -> None:

@@ -24,7 +24,7 @@ def test_recovery_says_what_it_drops_and_destroys_nothing(path: Path, caplog) ->
     full, proved = path.read_bytes(), head_of(path).read_bytes()
     ends = np.cumsum([len(line) for line in full.splitlines(keepends=True)]).tolist()
     for damaged, version, said in (
-        (full[: ends[3] + 9], 4, "Dropped: 3 acknowledged changes, versions 5 to 7 (nothing else of them can be read)"),
+        (full[: ends[3] + 9], 4, "Dropped: 3 acknowledged changes, versions 5 to 7 (nothing else of it can be read)"),
         (full[: ends[3] + 9] + b"\0" + full[ends[3] + 10 :], 4, "(version 6, rename_class at 20"),
         (full[:-1], 7, "No change is dropped"),
         (b"", 1, "Dropped: 6 acknowledged changes, versions 2 to 7"),

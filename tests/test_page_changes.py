@@ -139,7 +139,14 @@ def test_all_of_it_by_keyboard(visit: Visit) -> None:
 
 def test_a_thousand_classes(visit: Visit) -> None:
     classes = [{"class_id": f"~{i}", "name": f"class {i}", "examples": i % 3} for i in range(1000)]
-    visit.page.route("**/v1/classes", lambda route: route.fulfill(json={"version": 1, "classes": classes}))
+
+    def page_of(route: Any) -> None:
+        start = int((re.search(r"after=(?:~|%7E)([0-9]+)", route.request.url) or [0, -1])[1]) + 1
+        last = start + 400 >= len(classes)
+        body = {"version": 1, "total": len(classes), "classes": classes[start : start + 400]}
+        route.fulfill(json={**body, "next": None if last else classes[start + 399]["class_id"]})
+
+    visit.page.route(re.compile(r".*/v1/classes(\?.*)?$"), page_of)
     visit.page.reload()
     visit.page.locator("#model", has_text="1,000 classes").wait_for()
     assert visit.page.locator("#classes li").count() == 12

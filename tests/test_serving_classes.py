@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 
+from iosr_fast.live.state import State
 from tests.images import encode
 from tests.serving_client import (
     AUTHORISED,
@@ -228,3 +234,157 @@ def test_few_changes_may_wait() -> None:
         assert error_of(response, 503) == "busy" and int(response.headers["Retry-After"]) >= 1
         gate.open()
         assert [one.result(20).json()["version"] for one in waiting] == [2, 3]
+
+
+OTHER_FORMS = (
+    "٣",
+    "３",
+    "03",
+    "+3",
+    " 3",
+    "3 ",
+    "3\n",
+    "3\0",
+    "-3",
+    "3.0",
+    "1_0",
+    "³",
+    "0x3",
+    "3" * 30,
+    "9" * 19,
+    "",
+    "e3",
+)
+
+
+@pytest.mark.parametrize("digits", OTHER_FORMS)
+def test_another_form_of_a_number_is_no_id(shared: Client, digits: str) -> None:
+    """int() takes digits of every script, signs, spaces and underscores: each would name a class or picture twice."""
+    version = shared.service.classifier.version
+    for method, path in (
+        ("DELETE", f"/v1/examples/{quote('e' + digits)}"),
+        ("GET", f"/v1/examples/{quote('e' + digits)}/picture"),
+        ("DELETE", f"/v1/classes/{quote('~' + digits)}"),
+        ("POST", f"/v1/classes/{quote('~' + digits)}/examples"),
+        ("GET", f"/v1/classes/{quote('~' + digits)}/examples"),
+    ):
+        options = {"files": form(GREY)} if method == "POST" else {}
+        response = shared.ask(method, path, headers=AUTHORISED, **options)
+        assert error_of(response, 404) in ("no_class", "no_example"), (method, path)
+    for query in (f"/v1/classes?after={quote('~' + digits)}", f"/v1/classes/~0/examples?after={quote('e' + digits)}"):
+        assert error_of(shared.get(query), 422) == "invalid_parameters"
+    assert shared.service.classifier.version == version
+    with pytest.raises(ValueError, match="expected ids of examples that are there"):
+        shared.service.classifier.remove_examples(["e" + digits])
+    with pytest.raises(ValueError, match="no class"):
+        shared.service.classifier.remove_class("~" + digits)
+
+
+def test_a_hundred_thousand_classes_are_listed_page_by_page() -> None:
+    classifier = load()
+    state = classifier.snapshot()
+    count = 100_000
+    names = (*state.class_names, *(f"class {number}" for number in range(CLASSES, count)))
+    uids = (*state.uids, *range(2 * CLASSES, 2 * count, 2))[:count]  # as after removals
+    classifier._state = replace(state, class_names=names, uids=uids)
+    with serving(classifier) as client:
+        first = client.get("/v1/classes")
+        body = first.json()
+        assert len(body["classes"]) == 1_000 and body["total"] == count and len(first.content) < 100_000
+        assert body["next"] == body["classes"][-1]["class_id"] and body["classes"][0]["examples"] == SHOTS
+        seen = list(body["classes"])
+        for limit in (1, 999, 1_000):
+            page = client.get(f"/v1/classes?limit={limit}&after={seen[-1]['class_id']}").json()
+            assert len(page["classes"]) == limit
+            seen += page["classes"]
+        assert [one["name"] for one in seen] == list(names[: len(seen)])
+        odd = client.get(f"/v1/classes?limit=1&after=~{uids[50] + 1}").json()  # removed in the meantime
+        assert odd["classes"][0]["class_id"] == f"~{uids[51]}"
+        last = client.get(f"/v1/classes?after=~{uids[-3]}").json()
+        assert [one["name"] for one in last["classes"]] == list(names[-2:]) and last["next"] is None
+        assert client.get(f"/v1/classes?after=~{uids[-1]}").json()["classes"] == []
+        for limit in ("0", "-1", "1001", "100000", "x", ""):
+            assert error_of(client.get(f"/v1/classes?limit={limit}"), 422) == "invalid_parameters"
+
+
+def test_support_images_are_listed_page_by_page(shared: Client) -> None:
+    ids = shared.get("/v1/classes/~1/examples").json()["example_ids"]
+    assert len(ids) == SHOTS == 3
+    page = shared.get("/v1/classes/~1/examples?limit=2").json()
+    assert (page["example_ids"], page["next"]) == (ids[:2], ids[1])
+    page = shared.get(f"/v1/classes/~1/examples?limit=2&after={ids[1]}").json()
+    assert (page["example_ids"], page["next"]) == (ids[2:], None)
+    assert error_of(shared.get("/v1/classes/~1/examples?limit=1001"), 422) == "invalid_parameters"
+
+
+def test_what_looks_through_all_classes_is_off_the_event_loop(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    for name in ("classes", "examples_of", "find_examples", "name_of", "find_class"):
+        real = getattr(State, name)
+
+        def noted(*values: Any, _real: Any = real, **options: Any) -> Any:
+            threads.append(threading.get_ident())
+            return _real(*values, **options)
+
+        monkeypatch.setattr(State, name, noted)
+    loop = shared.run(_thread_of_the_loop())
+    shared.get("/v1/classes")
+    shared.get("/v1/classes/~1/examples")
+    shared.get("/v1/examples/e1/picture")
+    for method, path in (("DELETE", "/v1/classes/~99"), ("DELETE", "/v1/examples/e999"), ("PATCH", "/v1/classes/~99")):
+        body = {"json": {"name": "x"}} if method == "PATCH" else {}
+        shared.ask(method, path, headers=AUTHORISED, **body)
+    assert len(threads) >= 6 and loop not in threads
+
+
+async def _thread_of_the_loop() -> int:
+    return threading.get_ident()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "storage_full"),
+        (errno.EDQUOT, "storage_full"),
+        (errno.EROFS, "log_failed"),
+        (errno.EIO, "log_failed"),
+    ],
+)
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_log_that_can_not_be_written_makes_the_server_read_only(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, call: str, number: int, code: str
+) -> None:
+    classifier = load()
+    classifier.open_log(tmp_path / "changes.jsonl")
+
+    def broken(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with serving(classifier) as client:
+
+        def rename(name: str) -> Any:
+            return client.ask("PATCH", "/v1/classes/~0", json={"name": name, "keep_text": True}, headers=AUTHORISED)
+
+        assert rename("one").status_code == 200
+        version = classifier.version
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, broken)
+            for _ in range(2):
+                response = rename("two")
+                assert error_of(response, 507) == code
+                assert os.strerror(number) in response.text and "predictions are still answered" in response.text
+        assert classifier.version == version and classifier.classes_[0] == "one"
+        assert client.predict(GREY).json()["version"] == version
+        ready = client.get("/readyz")
+        assert ready.status_code == 200 and ready.json()["status"] == "ok"
+        assert ready.json()["detail"].startswith("read-only: ") and os.strerror(number) in ready.json()["detail"]
+        assert client.get("/healthz").json() == {"status": "ok", "detail": ""}
+        assert "iosr_fast_read_only 1.0" in client.get("/metrics").text
+        assert rename("three").json()["version"] == version + 1  # as soon as it works
+        assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
+        assert "iosr_fast_read_only 0.0" in client.get("/metrics").text
+    classifier.close_log()
+    again = load()
+    again.open_log(tmp_path / "changes.jsonl")
+    assert again.classes_[0] == "three" and again.version == version + 1
+    again.close_log()

@@ -148,6 +148,46 @@ def test_a_signal_lets_accepted_requests_finish_and_exits_with_0(tmp_path: Path)
         assert process.exit_code() == 0
 
 
+def test_a_full_disk_stops_changes_and_nothing_else(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits of file sizes are POSIX's")
+    log = tmp_path / "changes.jsonl"
+    with started("--log", str(log), "--drain", "0") as process:
+
+        def add(name: str) -> Any:
+            return process.client.post("/v1/classes", data={"name": name}, files=form(GREY), headers=AUTHORISED)
+
+        assert add("first").status_code == 201
+        pid = process._process.pid
+        _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (log.stat().st_size + 100, most))  # within the next line
+        size = log.stat().st_size
+        for _ in range(2):
+            refused = add("second")
+            assert refused.status_code == 507 and refused.json()["error"]["code"] == "storage_full"
+            assert log.stat().st_size == size
+        assert process.client.post("/v1/predict", content=GREY).json()["version"] == 2
+        ready = process.client.get("/readyz")
+        assert ready.status_code == 200 and ready.json()["detail"].startswith("read-only: ")
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, most))
+        assert add("second").json()["version"] == 3
+        process.signal(signal.SIGKILL)
+        process.exit_code()
+    # A log that lost its last change is refused, and opened on demand.
+    log.write_bytes(log.read_bytes()[:-20])
+    done = CliRunner().invoke(app, ["serve", str(bundle()), "--port", "0", "--log", str(log)])
+    assert (
+        done.exit_code == 2
+        and "ends after line 2, but 3 were acknowledged" in done.output
+        and "--recover" in done.output
+    )
+    with started("--log", str(log), "--recover", "--drain", "0") as process:
+        said = next(line["message"] for line in process.lines if "is recovered at version 2" in line.get("message", ""))
+        assert "Dropped: 1 acknowledged change, version 3" in said and "before-recovery-1" in said
+        assert process.client.get("/v1/classes").json()["total"] == CLASSES + 1
+        process.signal(signal.SIGINT)
+        assert process.exit_code() == 0
+
+
 @pytest.fixture(scope="module")
 def process() -> Any:
     with started("--max-body-mb", "1", "--max-image-mb", "1", "--body-timeout", "2") as running:
@@ -275,6 +315,9 @@ def test_what_it_cannot_start_with_is_said_at_once(tmp_path: Path, process: Proc
         ([str(bundle()), "--token-file", str(tmp_path / "missing")], "missing"),
         ([str(bundle()), "--max-images", "1000"], "max_images of at most max_queue"),
         ([str(tmp_path / "nothing"), "--max-connections", "1000000000"], "lower --max-connections"),
+        ([str(bundle()), "--log", str(short)], "to be an audit log or not to exist, got another file"),
+        ([str(bundle()), "--log", str(tmp_path)], "to be a regular file"),
+        ([str(bundle()), "--recover"], "name it with --log"),
     ):
         done = CliRunner().invoke(app, ["serve", *options])
         assert done.exit_code == 2 and told in done.output, (options, done.output)

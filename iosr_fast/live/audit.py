@@ -164,8 +164,7 @@ def _check_extent(path: Path, head: Head, lines: Lines) -> None:
             raise LogDamagedError(f"{head.path} is missing: it can't be said how far {path} should go")
         return
     if lines.end < mark.lines or not lines.records:
-        gone = mark.lines - lines.end
-        raise LogDamagedError(f"{path} ends {gone} lines too early: {gone} of {mark.lines} acknowledged are missing")
+        raise LogDamagedError(f"{path} ends after line {lines.end}, but {mark.lines} were acknowledged")
     if lines.chain_at(mark.lines) != mark.chain:
         raise LogDamagedError(f"{head.path} is of another log than {path}, or older than its first line")
     # A write of the head that a power cut tore came after that of a line. Where there is none, it is other damage.

@@ -23,7 +23,7 @@ class Head:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         data = os.read(descriptor, 2 * _SLOT + 1)
         self.blank = not data.strip(b"\0")
         self.marks = [_mark(data[i * _SLOT : (i + 1) * _SLOT]) for i in (0, 1)]
@@ -43,13 +43,13 @@ class Head:
         if not wrong and mark not in self.marks:
             wrong = [min((0, 1), key=lambda i: self.marks[i].lines)]  # type: ignore[union-attr]
         if len(wrong) == 2:
-            os.ftruncate(self._descriptor, 2 * _SLOT)
+            os.ftruncate(self.descriptor, 2 * _SLOT)
         for i in wrong:
             self.marks[i] = None
-            os.lseek(self._descriptor, i * _SLOT, os.SEEK_SET)
-            write_all(self._descriptor, _slot(mark))
+            os.lseek(self.descriptor, i * _SLOT, os.SEEK_SET)
+            write_all(self.descriptor, _slot(mark))
         if wrong:
-            os.fsync(self._descriptor)
+            os.fsync(self.descriptor)
         for i in wrong:
             self.marks[i] = mark
         self.blank = False
@@ -58,7 +58,7 @@ class Head:
         """Close it; one that was only just made, and says nothing, goes."""
         if self.blank:
             self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 def open_head(path: Path) -> Head:

@@ -37,8 +37,9 @@ def recover(log: AuditLog, head: Head, state: State, damage: LogDamagedError) ->
     sources = [*_closed(path), lines]
     made, count, chain = max((_made(path, start, sources) for start in _starts(log, state)), key=lambda end: end[1])
     kept = _copies(path, head)
-    version = max([0 if mark is None else mark.version, *(int(one["version"]) for one in _seen(text, made.version))])
-    dropped = max(0, version - made.version)
+    seen = _seen(text, made.version)
+    version = max([made.version, *(line["version"] for line in seen)] if mark is None else [made.version, mark.version])
+    dropped = version - made.version
     number = next_number(path)
     if lines.records:
         write_closed(path, number, text[: lines.size].removesuffix(b"\n") + b"\n")
@@ -48,7 +49,7 @@ def recover(log: AuditLog, head: Head, state: State, damage: LogDamagedError) ->
         "%s is recovered at version %d. %s. It was opened with recover because: %s. The files as they were: %s",
         path,
         made.version,
-        _summary(dropped, made.version, version, _seen(text, made.version), mark is not None),
+        _summary(dropped, made.version, version, seen, mark is not None),
         str(damage).partition(";")[0],
         ", ".join(str(one) for one in kept) or "none",
     )
@@ -114,7 +115,7 @@ def _seen(text: bytes, after: int) -> list[dict[str, Any]]:
     for raw in text.split(b"\n"):
         try:
             line = json.loads(raw)
-            if line["op"] in OPS and int(line["version"]) > after:
+            if line["op"] in OPS and isinstance(line["version"], int) and line["version"] > after:
                 found.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
@@ -127,7 +128,5 @@ def _summary(dropped: int, first: int, last: int, seen: list[dict[str, Any]], pr
         return "No change is dropped" if proved else "No change is known to be dropped, but the head is damaged"
     known = [f"version {line['version']}, {line['op']} at {line.get('time')}" for line in seen]
     listed = "; ".join([*known[:_SHOWN], *([f"{len(known) - _SHOWN} more"] if len(known) > _SHOWN else [])])
-    return (
-        f"Dropped: {least}{dropped} acknowledged changes, versions {first + 1} to {last}"
-        f" ({listed or 'nothing else of them can be read'})"
-    )
+    which = f"changes, versions {first + 1} to {last}" if dropped > 1 else f"change, version {last}"
+    return f"Dropped: {least}{dropped} acknowledged {which} ({listed or 'nothing else of it can be read'})"

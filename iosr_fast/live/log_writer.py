@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class AuditLog:
         try:
             self.settle(before)
             end = self._ends[before.version]
+            self._check_in_place(end)
             line, chain = make_line({**update.to_json(), "version": after.version}, end.mark.chain)
             made = _End(Mark(end.mark.lines + 1, chain, after.version, self.base), end.size + len(line))
             self._at = None
@@ -133,6 +135,14 @@ class AuditLog:
             self._due = (lines.start[0] + 1 + MOST_LINES, MOST_BYTES)
         self._ends = {state.version: _End(Mark(lines.end, lines.chains[-1], state.version, self.base), lines.size)}
         self.settle(state)
+
+    def _check_in_place(self, end: _End) -> None:
+        """What is written to a file that somebody removed, replaced or cut while it was in use would be lost."""
+        for path, file in ((self.path, self._file), (self._head.path, self._head.descriptor)):
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
+                raise OSError(errno.ESTALE, f"{path.name} was moved, replaced or removed while it was in use")
+        if os.fstat(self._file).st_size != end.size:
+            raise OSError(errno.ESTALE, "somebody else wrote to it or cut it while it was in use")
 
     def try_to_settle(self, state: State) -> None:
         """`settle`; where the disk fails, the next change does it, or is refused."""

@@ -96,7 +96,7 @@ async def measure_churn(
     """{"changes", "failed", "versions_seen", "torn", ...}, and the bodies of the last answers, to compare with what
     the log makes (`is_rebuilt`)."""
     async with Client(server.url, queries, load.deadline_ms, check=False) as client:
-        _, first = await client.request("GET", "/v1/classes")
+        first = await _listed(client)
         changes = Changes(client, token)
         for _ in range(_LIVING):
             await changes.add()
@@ -118,7 +118,7 @@ async def measure_churn(
         for number in range(min(_COMPARED, len(queries))):
             answer = await client.predict(number, None, "&top=5&nearest=3", lambda body: body["predictions"][0])
             last.append(answer.told)
-        _, after = await client.request("GET", "/v1/classes")
+        after = await _listed(client)
     versions = classes_by_version(first, changes.made)
     told = [answer.told for answer in answers if answer.told is not None]
     ours = {class_id for _, class_id, _ in changes.made}
@@ -141,6 +141,17 @@ async def measure_churn(
         **shares,
     }
     return made, last
+
+
+async def _listed(client: Client) -> Any:
+    """The classes of all pages, and the version of the first."""
+    _, listed = await client.request("GET", "/v1/classes")
+    after = listed["next"]
+    while after is not None:
+        _, page = await client.request("GET", f"/v1/classes?after={after}")
+        listed["classes"] += page["classes"]
+        after = page["next"]
+    return listed
 
 
 def classes_by_version(first: Any, changes: list[tuple[int, str, str | None]]) -> dict[int, Classes]:
