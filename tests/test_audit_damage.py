@@ -293,6 +293,19 @@ def test_an_interrupt_between_log_and_state_takes_the_line_back(tmp_path: Path, 
     again.close_log()
 
 
+def test_a_log_of_the_first_format_that_is_in_use_is_refused(path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="locks of files are POSIX's")
+    opening = {"op": "open", "format": 1, "base": base().fingerprint(), "version": 1}
+    path.write_bytes(make_line(opening, "")[0])
+    with path.open("rb") as file:  # as earlier versions lock it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = contents(path.parent)
+        with pytest.raises(BlockingIOError, match="another process writes this log"):
+            reopened(path)
+        assert contents(path.parent) == before
+    assert reopened(path).version == 1 and read_log(path)[0]["format"] == 2
+
+
 def test_a_log_of_the_first_format_is_taken_over(path: Path) -> None:
     states = write_log(path)
     lines, chain = read_log(path), ""

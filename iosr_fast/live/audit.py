@@ -17,7 +17,7 @@ from typing import Any
 
 from iosr_fast.files import remove_leftovers
 from iosr_fast.live.changes import Update
-from iosr_fast.live.log_files import file_of, make_folder, next_number, read_state
+from iosr_fast.live.log_files import file_of, make_folder, next_number, numbered, read_state
 from iosr_fast.live.log_head import Head, open_head, read_head
 from iosr_fast.live.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
 from iosr_fast.live.log_writer import AuditLog
@@ -110,10 +110,11 @@ def _opened(log: AuditLog, head: Head, state: State) -> State:
     if mark is None and not head.blank:
         raise LogDamagedError(f"{head.path} is damaged: it can't be said how far {path} should go")
     if not path.exists():
-        if mark is not None:
-            check_base(path, mark.base, log.base)
         if mark is not None and mark.lines:
+            check_base(path, mark.base, log.base)
             raise LogDamagedError(f"{path} is missing: {head.path} says that it has {mark.lines} lines")
+        for snapshot in numbered(path, "state").values():
+            raise LogDamagedError(f"{path} and its head are missing, but its snapshot {snapshot} is there")
         log.begin(state, Mark(0, "", state.version, log.base), next_number(path), snapshot=False)
         return state
     if head.blank:

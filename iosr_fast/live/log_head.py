@@ -66,7 +66,7 @@ def open_head(path: Path) -> Head:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
-            _lock(descriptor, path)
+            lock(descriptor, path)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return Head(path, descriptor)
         except BaseException:
@@ -110,8 +110,8 @@ def _mark(data: bytes) -> Mark | None:
         return None
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    """So that two processes can't write one log. Not on Windows, which has no such lock."""
+def lock(descriptor: int, path: Path) -> None:
+    """Keep other processes out, until the file is closed. Not on Windows, which has no such lock."""
     try:
         import fcntl
     except ImportError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,8 +97,12 @@ def make_line(record: dict[str, Any], chain: str) -> tuple[bytes, str]:
 
 
 def read_lines(path: Path) -> bytes:
-    """The bytes of a file of lines, be it in use or closed (.gz)."""
-    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    """The bytes of a file of lines, be it in use or closed (.gz). OSError, or ValueError for a damaged one."""
+    data = path.read_bytes()
+    try:
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def _chained(record: dict[str, Any], chain: str) -> str:

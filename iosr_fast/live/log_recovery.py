@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def _closed(path: Path) -> Iterable[Lines]:
     for file in numbered(path, "gz").values():
         try:
             yield parse(file, read_lines(file))
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s is left out: %s", file, error)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from iosr_fast.live.changes import Update
 from iosr_fast.live.log_files import next_number, numbered, private_file, write_closed, write_state
-from iosr_fast.live.log_head import Head, write_all
+from iosr_fast.live.log_head import Head, lock, write_all
 from iosr_fast.live.log_lines import FORMAT, Lines, Mark, make_line
 from iosr_fast.live.state import State
 
 # A snapshot is written after so many changes, or bytes of them: what a restart has to make again.
 MOST_LINES = 256
 MOST_BYTES = 64 << 20
+_CUT = "somebody else wrote to it or cut it while it was in use"
 _log = logging.getLogger("iosr_fast")
 
 
@@ -60,7 +61,9 @@ class AuditLog:
         try:
             self.settle(before)
             end = self._ends[before.version]
-            self._check_in_place(end)
+            self._check_in_place()
+            if os.fstat(self._file).st_size != end.size:
+                raise OSError(errno.ESTALE, _CUT)
             line, chain = make_line({**update.to_json(), "version": after.version}, end.mark.chain)
             made = _End(Mark(end.mark.lines + 1, chain, after.version, self.base), end.size + len(line))
             self._at = None
@@ -90,6 +93,9 @@ class AuditLog:
                 os.close(needless)
         end = self._ends[state.version]
         if self._at is not end:
+            self._check_in_place()
+            if os.fstat(self._file).st_size < end.size:
+                raise OSError(errno.ESTALE, _CUT)
             self._head.put(end.mark)  # before the line goes: a head never counts more than there is
             os.ftruncate(self._file, end.size)
             os.fsync(self._file)
@@ -130,19 +136,18 @@ class AuditLog:
         """Continue with the file that is there, at the end of its whole lines."""
         flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
         self._file = os.open(self.path, flags)
+        lock(self._file, self.path)  # which a process of an earlier version, that knows no head, holds
         self._number = lines.records[0].get("number") or next_number(self.path)
         if lines.records[0]["format"] == FORMAT:
             self._due = (lines.start[0] + 1 + MOST_LINES, MOST_BYTES)
         self._ends = {state.version: _End(Mark(lines.end, lines.chains[-1], state.version, self.base), lines.size)}
         self.settle(state)
 
-    def _check_in_place(self, end: _End) -> None:
-        """What is written to a file that somebody removed, replaced or cut while it was in use would be lost."""
+    def _check_in_place(self) -> None:
+        """What is written to a file that somebody removed or replaced while it was in use would be lost."""
         for path, file in ((self.path, self._file), (self._head.path, self._head.descriptor)):
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
                 raise OSError(errno.ESTALE, f"{path.name} was moved, replaced or removed while it was in use")
-        if os.fstat(self._file).st_size != end.size:
-            raise OSError(errno.ESTALE, "somebody else wrote to it or cut it while it was in use")
 
     def try_to_settle(self, state: State) -> None:
         """`settle`; where the disk fails, the next change does it, or is refused."""
