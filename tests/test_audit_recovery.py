@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from iosr_fast.live.audit import open_log, read_log
-from iosr_fast.live.log_lines import LogDamagedError
-from tests.audit_parts import base, contents, head_of, renamed, reopened, write_log
+from iosr_fast.live.log_lines import LogDamagedError, make_line
+from tests.audit_parts import Crash, base, contents, copied, failing, head_of, renamed, reopened, write_log
 
 
 @pytest.fixture
@@ -76,3 +77,58 @@ def test_recovery_does_not_take_another_classifier(path: Path, tmp_path: Path) -
         assert path.read_bytes() == damage
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in before}
     assert not re.search("recovery", "".join(os.listdir(tmp_path)))
+
+
+def nothing(path: Path) -> int:
+    path.parent.mkdir(exist_ok=True)
+    return 1
+
+
+def earlier_format(path: Path) -> int:
+    records, chain, text = read_log_of(path), "", b""
+    for record in [{"op": "open", "format": 1, "base": base().fingerprint(), "version": 1}, *records[1:]]:
+        line, chain = make_line(record, chain)
+        text += line
+    head_of(path).unlink()
+    path.write_bytes(text)
+    return 4
+
+
+def read_log_of(path: Path) -> list:
+    write_log(path)
+    return read_log(path)
+
+
+def damaged(path: Path) -> int:
+    write_log(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    return 3
+
+
+@pytest.mark.parametrize("make", [nothing, earlier_format, damaged])
+def test_a_crash_at_any_call_of_opening_loses_nothing(
+    make: Callable[[Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Creation, the takeover of an earlier format, recovery."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what was written is there for the copy
+    for after in (False, True):
+        for at in range(120):
+            path = tmp_path / f"{after}-{at}" / "changes.jsonl"
+            version = make(path)
+            before = {file.name: content for file, content in contents(path.parent).items()}
+            with failing(monkeypatch, at, Crash(), once=False, after=after) as calls:
+                try:
+                    reopened(path, recover=True)
+                    crashed = False
+                except Crash:
+                    crashed = True
+            there = copied(path.parent, tmp_path / "copy") / path.name
+            assert reopened(there, recover=make is damaged).version == version, (at, after)
+            assert reopened(there).version == version
+            left = contents(there.parent).values()
+            assert make is not damaged or before[path.name] in left, "the file as it was"
+            if not crashed:
+                assert at >= 10 and len(calls) <= at + 1
+                break
+        else:
+            raise AssertionError("opening takes fewer calls")

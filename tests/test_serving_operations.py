@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from iosr_fast.batching import BatchingClassifier
-from iosr_fast.serving import Settings
+from iosr_fast.predictions import Prediction
+from iosr_fast.serving import Settings, metrics
 from iosr_fast.serving.logs import JsonFormatter
 from iosr_fast.serving.logs import logger as serving_logger
 from tests.images import encode
@@ -116,6 +117,20 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
         client.ask("PATCH", f"/v1/classes/{class_id}", json={"name": "other"}, headers=AUTHORISED)
         text = client.get("/metrics").text
         assert label not in text and "iosr_fast_model_version 2.0" in text
+
+
+def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_MOST_CLASSES", 2)
+    made = metrics.Metrics()
+    for number in (1, 2, 3, 1, 4):
+        made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, (), (), 1))
+    text = made.text().decode()
+    assert text.count("iosr_fast_predictions_total{") == 3
+    assert 'iosr_fast_predictions_total{class_id="~1",name="name 1"} 2.0' in text
+    assert 'iosr_fast_predictions_total{class_id="",name="all others"} 2.0' in text
+    made.drop_removed({"~2": "name 2"}.get)
+    text = made.text().decode()
+    assert "name 1" not in text and "name 2" in text and "all others" in text
 
 
 def test_two_applications_in_a_process_count_apart(shared: Client) -> None:

@@ -42,14 +42,15 @@ class Head:
         wrong = [i for i, held in enumerate(self.marks) if held is None or (held.lines >= mark.lines and held != mark)]
         if not wrong and mark not in self.marks:
             wrong = [min((0, 1), key=lambda i: self.marks[i].lines)]  # type: ignore[union-attr]
-        if len(wrong) == 2:
-            os.ftruncate(self.descriptor, 2 * _SLOT)
+        if not wrong:
+            return
         for i in wrong:
             self.marks[i] = None
-            os.lseek(self.descriptor, i * _SLOT, os.SEEK_SET)
-            write_all(self.descriptor, _slot(mark))
-        if wrong:
-            os.fsync(self.descriptor)
+        if len(wrong) == 2:
+            os.ftruncate(self.descriptor, 2 * _SLOT)
+        os.lseek(self.descriptor, wrong[0] * _SLOT, os.SEEK_SET)
+        write_all(self.descriptor, _slot(mark) * len(wrong))
+        os.fsync(self.descriptor)
         for i in wrong:
             self.marks[i] = mark
         self.blank = False

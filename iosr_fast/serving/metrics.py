@@ -18,6 +18,7 @@ from iosr_fast.predictions import Prediction
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_MOST_CLASSES = 10_000  # with a series of their own: more would make every scrape slow
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
 
 
@@ -94,12 +95,14 @@ class Metrics:
 
     def on_prediction(self, prediction: Prediction) -> None:
         key = (prediction.class_id, prediction.label)
+        if key not in self._named and len(self._named) >= _MOST_CLASSES:
+            key = ("", "all others")
         self._named.add(key)
         self._predictions.labels(*key).inc()
 
     def drop_removed(self, name_of: Callable[[str], str | None]) -> None:
         """Forget the series of classes that are gone or renamed; `name_of` says what an id is called now."""
-        gone = {key for key in self._named.copy() if name_of(key[0]) != key[1]}
+        gone = {key for key in self._named.copy() if key[0] and name_of(key[0]) != key[1]}
         for key in gone:
             self._predictions.remove(*key)
         self._named -= gone
