@@ -87,7 +87,7 @@ def test_half_a_line_that_was_never_acknowledged_is_dropped(images: np.ndarray, 
     classifier.remove_class("~0")
     classifier.close_log()
     full = path.read_bytes()
-    for cut in range(len(whole), len(full)):  # a crash before the head was written
+    for cut in range(len(whole), len(full), 3):  # a crash before the head was written
         path.write_bytes(full[:cut])
         head.write_bytes(proved)
         again = small_classifier(thumbnails=0)

@@ -43,22 +43,22 @@ def test_a_log_that_is_cut_at_any_byte_never_loses_a_change_in_silence(path: Pat
 
 def test_a_flipped_byte_of_log_or_head_is_harmless_or_refused(path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    last = write_log(path)[-1].fingerprint()
+    last = write_log(path, changes=2)[-1].fingerprint()
     whole, proved = path.read_bytes(), head_of(path).read_bytes()
     accepted = refusals = 0
     for file in (path, head_of(path)):
         full = file.read_bytes()
-        for at in range(0, len(full), 1 if file == path else 16):
+        for at in range(0, len(full), 1 if file == path else 32):
             file.write_bytes(full[:at] + bytes([full[at] ^ (1 << at % 7)]) + full[at + 1 :])
             try:
                 assert reopened(path).fingerprint() == last
-                assert file == head_of(path) and at >= 512, "only half a write of the head explains itself"
+                assert file == head_of(path) and at < 512, "only half a write of the head explains itself"
                 accepted += 1
             except LogDamagedError:
                 refusals += 1
             path.write_bytes(whole)
             head_of(path).write_bytes(proved)
-    assert refusals == len(whole) + 32 and accepted == 32
+    assert refusals == len(whole) + 16 and accepted == 16
 
 
 def test_a_log_that_was_emptied_or_overwritten_is_refused(path: Path) -> None:
@@ -251,6 +251,7 @@ def test_a_file_that_is_cut_or_replaced_while_in_use_takes_no_change(path: Path)
             lambda file: path.open("ab").write(b"a line of somebody else\n"),
         ):
             damage(file)
+            log._due = (0, 0) if file == path else log._due  # a snapshot would be written, too
             there = contents(path.parent)
             with pytest.raises(LogWriteError, match="while it was in use"):
                 renamed(log, state, "never")

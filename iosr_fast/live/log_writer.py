@@ -18,7 +18,6 @@ from iosr_fast.live.state import State
 # A snapshot is written after so many changes, or bytes of them: what a restart has to make again.
 MOST_LINES = 256
 MOST_BYTES = 64 << 20
-_CUT = "somebody else wrote to it or cut it while it was in use"
 _log = logging.getLogger("iosr_fast")
 
 
@@ -61,9 +60,7 @@ class AuditLog:
         try:
             self.settle(before)
             end = self._ends[before.version]
-            self._check_in_place()
-            if os.fstat(self._file).st_size != end.size:
-                raise OSError(errno.ESTALE, _CUT)
+            self._check_in_place(end, end.size)
             line, chain = make_line({**update.to_json(), "version": after.version}, end.mark.chain)
             made = _End(Mark(end.mark.lines + 1, chain, after.version, self.base), end.size + len(line))
             self._at = None
@@ -93,9 +90,7 @@ class AuditLog:
                 os.close(needless)
         end = self._ends[state.version]
         if self._at is not end:
-            self._check_in_place()
-            if os.fstat(self._file).st_size < end.size:
-                raise OSError(errno.ESTALE, _CUT)
+            self._check_in_place(end)
             self._head.put(end.mark)  # before the line goes: a head never counts more than there is
             os.ftruncate(self._file, end.size)
             os.fsync(self._file)
@@ -109,11 +104,13 @@ class AuditLog:
             return state
         try:
             self.settle(state)
+            self._check_in_place(end, end.size)
             write_closed(self.path, self._number, self.path.read_bytes())
             self.begin(state, end.mark, self._number + 1, snapshot=True)
         except OSError as error:
             _log.warning("%s grows on: the state can't be written beside it (%s)", self.path, error)
             self._due = _due_after(end)
+            return state
         return state.joined()
 
     def begin(self, state: State, mark: Mark, number: int, snapshot: bool, **facts: Any) -> None:
@@ -143,11 +140,14 @@ class AuditLog:
         self._ends = {state.version: _End(Mark(lines.end, lines.chains[-1], state.version, self.base), lines.size)}
         self.settle(state)
 
-    def _check_in_place(self) -> None:
-        """What is written to a file that somebody removed or replaced while it was in use would be lost."""
+    def _check_in_place(self, end: _End, most: float = float("inf")) -> None:
+        """Raise OSError where somebody removed, replaced or cut a file while it was in use, or made it longer than
+        `most`: a change that is written to such a file would be lost."""
         for path, file in ((self.path, self._file), (self._head.path, self._head.descriptor)):
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file)):
                 raise OSError(errno.ESTALE, f"{path.name} was moved, replaced or removed while it was in use")
+        if not end.size <= os.fstat(self._file).st_size <= most:
+            raise OSError(errno.ESTALE, "somebody else wrote to it or cut it while it was in use")
 
     def try_to_settle(self, state: State) -> None:
         """`settle`; where the disk fails, the next change does it, or is refused."""
