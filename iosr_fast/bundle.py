@@ -8,175 +8,152 @@
     engine/               the encoder (tools/build_engine.py)
     text/                 the text encoder, where the CLIP's can be exported
 
-It is written beside its place and renamed: a crash at any byte leaves the old folder or the new one.
+It is written beside its place and renamed: a crash at any byte leaves the old folder or the new one. It is opened once
+and held open: what was verified is what is used and what is saved again.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from iosr_fast.encoder import Embeddings
-from iosr_fast.files import new_folder, read_manifest, write_manifest
-from iosr_fast.live.examples import Examples
-from iosr_fast.live.plan_files import plan_from_files, plan_to_files, reducer_from
-from iosr_fast.live.recipe import Recipe
+from iosr_fast.bundle_schema import ClassifierManifest, EngineManifest, check_files, read_facts, refused
+from iosr_fast.files import MANIFEST, new_folder, write_manifest
+from iosr_fast.held import Held, hold
 from iosr_fast.live.state import State
+from iosr_fast.live.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
 from iosr_fast.live.support_images import SupportViews
-from iosr_fast.methods import check_parameters
+from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine
+from iosr_fast.text_encoder import FILE, TOKENIZER_FILE
 from iosr_fast.text_source import SavedText, TextSource
 
 KIND = "classifier"
-SUPPORT, PLAN, PICTURES = "support.safetensors", "plan.safetensors", "pictures.safetensors"
 ENGINE, TEXT = "engine", "text"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a classifier is made of, apart from the encoder that runs; `engine` is the folder that is opened from."""
+    """What a classifier is made of, apart from the encoder that runs; `engine` is the folder that is opened from, and
+    `files` that folder held open, where it was."""
 
     state: State
     views: SupportViews
     engine: Path
     encoder_fingerprint: str
     text: TextSource | None
+    files: Held | None = None
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
-    """Write `folder` whole or not at all, engine included; returns the manifest."""
+    """Write `folder` whole or not at all, engine included; returns the manifest.
+
+    Raises ValueError, with nothing written, where the engine or the text encoder is not as its manifest says, or
+    another than the one that encoded the support images.
+    """
     from safetensors.numpy import save_file
 
-    state, recipe = bundle.state, bundle.state.recipe
-    engine = read_manifest(bundle.engine, "engine", verify=False)
-    constants, plan_arrays = plan_to_files(state.whole_plan, state.support, recipe)
+    engine = bundle.files or hold(bundle.engine, ENGINE_KIND)
+    facts = check_engine(engine)
+    _check_encoder(engine, facts, bundle.encoder_fingerprint)
+    state_facts, arrays = state_to_files(bundle.state)
     with new_folder(folder) as temporary:
-        save_file(_contiguous(_support_arrays(state)), temporary / SUPPORT)
-        if plan_arrays:
-            save_file(_contiguous(plan_arrays), temporary / PLAN)
-        if any(state.examples.pictures):
-            save_file(_packed(state.examples.pictures), temporary / PICTURES)
-        _copy_engine(bundle.engine, engine, temporary / ENGINE)
-        facts = {
-            "class_names": list(state.class_names),
-            "class_numbers": list(state.uids),
-            "version": state.version,
-            "next": [state.next_class, state.next_example],
-            "method": recipe.method,
-            "parameters": recipe.parameters,
-            "reducer": recipe.reducer_name,
-            "factor": recipe.factor,
-            "key_precision": recipe.key_precision,
-            "tau": state.tau,
-            "plan": constants,
+        for name, held in arrays.items():
+            save_file(held, temporary / name)
+        known = _copy_engine(engine, temporary / ENGINE)
+        written = {
+            **state_facts,
             "views": asdict(bundle.views),
-            "preprocessing": {key: engine[key] for key in ("image_size", "interpolation", "mean", "std")},
-            "clip_fingerprint": engine["clip_fingerprint"],
-            "adapter_fingerprint": engine["adapter_fingerprint"],
+            "preprocessing": {key: engine.manifest[key] for key in ("image_size", "interpolation", "mean", "std")},
+            "clip_fingerprint": facts.clip_fingerprint,
+            "adapter_fingerprint": facts.adapter_fingerprint,
             "encoder_fingerprint": bundle.encoder_fingerprint,
             "text": _write_text(bundle.text, temporary / TEXT),
         }
-        return write_manifest(temporary, KIND, facts)
+        manifest = write_manifest(temporary, KIND, written, known)
+        _read(hold(temporary, KIND, verify=False))  # what can't be loaded is not written
+        return manifest
 
 
-def load_bundle(folder: str | Path, verify: bool = True, threads: int | None = None) -> Bundle:
-    """Read what `save_bundle` wrote. Raises FileNotFoundError or ValueError, naming the file and what is wrong.
+def load_bundle(
+    folder: str | Path | Held, verify: bool = True, threads: int | None = None, expected_digest: str | None = None
+) -> Bundle:
+    """Read what `save_bundle` wrote, a folder or one that is held. Every file is opened now and read once.
 
-    `threads` of the text encoder. `files.stable_read` reads again where the folder is replaced meanwhile.
+    `threads` of the text encoder. Raises FileNotFoundError or ValueError, naming the file and what is wrong, and what
+    `held.hold` raises for another digest than the expected one.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    folder = Path(folder)
-    manifest = read_manifest(folder, KIND, verify)
+    if isinstance(folder, Held):
+        held = folder
+        if expected_digest is not None:
+            held.require(expected_digest)
+    else:
+        held = hold(folder, KIND, verify, expected_digest)
+    facts, engine = _read(held)
+    held.check(but=(SUPPORT, PLAN, PICTURES, f"{ENGINE}/{MANIFEST}"))
     try:
-        arrays = load_file(folder / SUPPORT)
-        derived = load_file(folder / PLAN) if PLAN in manifest["files"] else {}
-        pictures = load_file(folder / PICTURES) if PICTURES in manifest["files"] else None
-        recipe = Recipe(
-            manifest["method"],
-            check_parameters(manifest["method"], **manifest["parameters"]),
-            manifest["reducer"],
-            reducer_from(derived, "reducer"),
-            float(manifest["factor"]),
-            manifest["key_precision"],
+        state = state_from_files(facts, lambda name: held.read(name) if name in held.files else None)
+        views = facts.support_views()
+    except ValueError as error:
+        raise refused(held, str(error)) from error
+    _check_widths(held, facts, engine, state)
+    text = (
+        None if facts.text is None else SavedText(held.folder / TEXT, held.manifest["text"], threads, held.part(TEXT))
+    )
+    return Bundle(state, views, engine.folder, facts.encoder_fingerprint, text, engine)
+
+
+def _read(held: Held) -> tuple[ClassifierManifest, Held]:
+    """Both manifests of a bundle, the engine's held, after checking that they say the same."""
+    facts = read_facts(held, ClassifierManifest)
+    engine = held.inner(ENGINE, ENGINE_KIND)
+    own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}
+    texts = set() if facts.text is None else {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
+    check_files(held, {SUPPORT} | own | texts, {PLAN, PICTURES})
+    inner = check_engine(engine)
+    _check_encoder(engine, inner, facts.encoder_fingerprint)
+    said = {name: getattr(facts.preprocessing, name) for name in facts.preprocessing.__struct_fields__}
+    said |= {"clip_fingerprint": facts.clip_fingerprint, "adapter_fingerprint": facts.adapter_fingerprint}
+    for name, value in said.items():
+        if value != getattr(inner, name):
+            raise refused(held, f"manifest.json: expected the engine's {name}, {getattr(inner, name)}, got {value}")
+    return facts, engine
+
+
+def _check_encoder(engine: Held, facts: EngineManifest, expected: str) -> None:
+    if facts.fingerprint != expected:
+        raise ValueError(
+            f"the engine in {engine.folder} is of another export: the support set was encoded with "
+            f"{expected[:12]}, the engine is {facts.fingerprint[:12]}; fit and save again"
         )
-        examples = _examples(arrays, pictures)
-        plan = plan_from_files(
-            manifest["plan"],
-            derived,
-            examples.as_support(manifest["class_numbers"], arrays["text"], manifest["tau"]),
-            recipe,
+
+
+def _check_widths(held: Held, facts: ClassifierManifest, engine: Held, state: State) -> None:
+    """That embeddings are such as the engine makes, and the text encoder."""
+    width, embeddings = engine.manifest["width"], state.examples.embeddings
+    adapted = engine.manifest["first_adapted_block"] is not None
+    if state.text.shape[1] != width:
+        raise refused(held, f"{SUPPORT}: expected embeddings of {width} channels, got {state.text.shape[1]}")
+    if len(embeddings) and (embeddings.adapted is not None) != adapted:
+        raise refused(
+            held, f"{SUPPORT}: expected {'' if adapted else 'no '}adapted embeddings, as the engine makes them"
         )
-        state = State.first(
-            manifest["class_names"],
-            arrays["text"],
-            float(manifest["tau"]),
-            examples,
-            recipe,
-            plan,
-            manifest["class_numbers"],
-            tuple(manifest["next"]),
-            manifest["version"],
+    text = facts.text
+    if text is not None and (text.width, text.clip_fingerprint) != (width, facts.clip_fingerprint):
+        raise refused(
+            held, f"manifest.json: expected a text encoder of the engine's CLIP, {facts.clip_fingerprint[:12]}"
         )
-        views = dict(manifest["views"])
-        views["templates"] = None if views["templates"] is None else tuple(views["templates"])
-        text = manifest["text"]
-        return Bundle(
-            state,
-            SupportViews(**views),
-            folder / ENGINE,
-            manifest["encoder_fingerprint"],
-            None if text is None else SavedText(folder / TEXT, text, threads),
-        )
-    except (KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is not a complete classifier ({error}); save it again") from error
 
 
-def _support_arrays(state: State) -> dict[str, np.ndarray]:
-    examples = state.examples
-    arrays = {"text": state.text, "owners": examples.owners, "ids": examples.ids, "plain": examples.embeddings.plain}
-    if examples.embeddings.adapted is not None:
-        arrays["adapted"] = examples.embeddings.adapted
-    if examples.queries is not None:
-        arrays["query_plain"] = examples.queries.plain
-        if examples.queries.adapted is not None:
-            arrays["query_adapted"] = examples.queries.adapted
-    return arrays
-
-
-def _examples(arrays: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray] | None) -> Examples:
-    queries = Embeddings(arrays["query_plain"], arrays.get("query_adapted")) if "query_plain" in arrays else None
-    ids = arrays["ids"]
-    shown = (None,) * len(ids) if pictures is None else _unpacked(pictures)
-    return Examples(Embeddings(arrays["plain"], arrays.get("adapted")), arrays["owners"], ids, shown, queries)
-
-
-def _packed(pictures: tuple[bytes | None, ...]) -> dict[str, np.ndarray]:
-    """Pictures of any length in two arrays; an empty one stands for none."""
-    lengths = [0 if picture is None else len(picture) for picture in pictures]
-    data = np.frombuffer(b"".join(picture or b"" for picture in pictures), np.uint8)
-    return {"data": data, "ends": np.cumsum(lengths, dtype=np.int64)}
-
-
-def _unpacked(arrays: Mapping[str, np.ndarray]) -> tuple[bytes | None, ...]:
-    data, ends = arrays["data"].tobytes(), arrays["ends"].tolist()
-    return tuple(data[start:end] or None for start, end in zip([0, *ends], ends, strict=False))
-
-
-def _contiguous(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-
-
-def _copy_engine(source: Path, manifest: Mapping[str, Any], target: Path) -> None:
-    """The files that the engine's manifest names, and no others."""
-    for name in ("manifest.json", *manifest["files"]):
+def _copy_engine(engine: Held, target: Path) -> dict[str, str]:
+    """The files that the engine's manifest names, and no others; their SHA-256 by their names in a bundle."""
+    copied = {}
+    for name in engine.files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        copied[f"{ENGINE}/{name}"] = engine.copy(name, target / name)
+    (target / MANIFEST).write_bytes(engine.content)
+    return copied
 
 
 def _write_text(text: TextSource | None, folder: Path) -> dict[str, Any] | None:

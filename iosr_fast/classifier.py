@@ -15,7 +15,7 @@ from iosr_fast.cache import SupportSet, encode_support
 from iosr_fast.choice import check_choice, search
 from iosr_fast.encoder import Embeddings, Encoder
 from iosr_fast.explain import softmax
-from iosr_fast.files import stable_read
+from iosr_fast.held import Held
 from iosr_fast.labels import check_labels, leave_out_bad, some
 from iosr_fast.live.changes import Update
 from iosr_fast.live.examples import Examples
@@ -64,6 +64,7 @@ class Classifier(LiveUpdates):
         self._text = text
         self._tau = tau
         self._views = SupportViews()
+        self._files: Held | None = None  # of the engine, where it was loaded: what is saved again
         self._log: AuditLog | None = None
         self._changing = threading.Lock()
 
@@ -309,33 +310,34 @@ class Classifier(LiveUpdates):
         """Write everything `load` needs, engine and text encoder included, to `folder`: whole or not at all.
 
         A crash at any moment leaves what was there before, or this. A CLIP whose text encoder can't be exported is
-        saved without it: classes can then be added with `text=` only.
+        saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
+        while they are copied: ValueError for one that was changed, with nothing written.
         """
-        save_bundle(Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text), folder)
+        bundle = Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text, self._files)
+        save_bundle(bundle, folder)
 
     @classmethod
     def load(
-        cls, folder: str | Path, runtime: str = "auto", verify: bool = True, threads: int | None = None
+        cls,
+        folder: str | Path | Held,
+        runtime: str = "auto",
+        verify: bool = True,
+        threads: int | None = None,
+        expected_digest: str | None = None,
     ) -> Classifier:
-        """A fitted classifier from `save`. Checks every file's hash (unless `verify` is False); needs no torch.
+        """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
 
+        Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
+        the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
         `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
         missing, damaged or foreign, and what open_engine raises.
         """
-        return stable_read(folder, lambda: cls._open(folder, runtime, verify, threads))
-
-    @classmethod
-    def _open(cls, folder: str | Path, runtime: str, verify: bool, threads: int | None) -> Classifier:
         from iosr_fast.runtimes import open_engine
 
-        bundle = load_bundle(folder, verify, threads)
-        encoder = open_engine(bundle.engine, runtime=runtime, verify=False, threads=threads)
-        if encoder.fingerprint != bundle.encoder_fingerprint:
-            raise ValueError(
-                f"the engine in {bundle.engine} is of another export: the support set was encoded with "
-                f"{bundle.encoder_fingerprint[:12]}, the engine is {encoder.fingerprint[:12]}; fit and save again"
-            )
+        bundle = load_bundle(folder, verify, threads, expected_digest)
+        encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
         classifier = cls(encoder, bundle.engine, bundle.text, bundle.state.tau)
+        classifier._files = bundle.files
         classifier._replace(bundle.state, None, bundle.views)
         return classifier
 

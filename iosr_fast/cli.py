@@ -32,11 +32,21 @@ def main(
 
 
 @app.command()
-def info() -> None:
-    """Versions, runtimes and scoring kernels of this machine: what a bug report needs."""
-    from iosr_fast.info import format_info
+def info(
+    folder: Path | None = typer.Argument(None, help="a saved classifier or an engine: what it is, and its digest"),
+) -> None:
+    """Versions, runtimes and scoring kernels of this machine, or what a saved classifier is, after verifying it."""
+    if folder is None:
+        from iosr_fast.info import format_info
 
-    typer.echo(format_info())
+        typer.echo(format_info())
+        return
+    from iosr_fast.bundle_info import describe
+
+    try:
+        typer.echo(describe(folder))
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast._require import require
+from iosr_fast.held import Held
 
 FILE = "text.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -23,10 +24,14 @@ _AGAIN = "save the classifier again with its CLIP at hand"
 
 
 class TextEncoder:
-    """A text encoder from `folder`; safe to share between threads. Files are opened at the first use, not before."""
+    """A text encoder from `folder`; safe to share between threads. It is loaded at the first use, not before: from
+    `held`, the folder as it was verified, where it is given, whatever has become of it since."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, facts: dict[str, Any], threads: int | None = None, held: Held | None = None
+    ) -> None:
         self.folder = folder
+        self.held = held
         self.facts = facts
         self.context_length: int = facts["context_length"]
         self.width: int = facts["width"]
@@ -103,8 +108,10 @@ class TextEncoder:
 
     def _load_tokenizer(self) -> Any:
         tokenizers = require("tokenizers", "serve")
+        path = self.folder / TOKENIZER_FILE
+        content = path.read_bytes() if self.held is None else self.held.read(TOKENIZER_FILE)
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(self.folder / TOKENIZER_FILE))
+            tokenizer = tokenizers.Tokenizer.from_buffer(content)
             length = len(tokenizer.encode("").ids)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise RuntimeError(f"tokenizers can't load {TOKENIZER_FILE} in {self.folder}: {error}; {_AGAIN}") from error
@@ -120,10 +127,14 @@ class TextEncoder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
         options.log_severity_level = 3
-        try:
-            session = ort.InferenceSession(str(self.folder / FILE), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise RuntimeError(f"ONNX Runtime can't load {FILE} in {self.folder}: {error}; {_AGAIN}") from error
+
+        def opener(folder: Path) -> Any:
+            try:
+                return ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # ONNX Runtime's exceptions share no public base class
+                raise RuntimeError(f"ONNX Runtime can't load {FILE} in {self.folder}: {error}; {_AGAIN}") from error
+
+        session = opener(self.folder) if self.held is None else self.held.open_with(opener)
         shape = session.get_outputs()[0].shape
         if shape[1:] != [self.width]:
             raise RuntimeError(f"expected {FILE} in {self.folder} to give (T, {self.width}), got {shape}; {_AGAIN}")

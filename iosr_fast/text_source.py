@@ -28,7 +28,10 @@ class SavedText(TextEncoder):
     """The text encoder of a bundle, which goes on into the next bundle as it is."""
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Copy the files; the facts they were opened with."""
+        """Copy the files as they were verified; the facts they were opened with. Raises ValueError for changed ones."""
         for name in (FILE, TOKENIZER_FILE):
-            shutil.copyfile(self.folder / name, folder / name)
+            if self.held is None:
+                shutil.copyfile(self.folder / name, folder / name)
+            else:
+                self.held.copy(name, folder / name)
         return self.facts

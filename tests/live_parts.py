@@ -58,12 +58,40 @@ def pictures(rng: np.random.Generator, classes: int, shots: int) -> tuple[np.nda
     return np.clip(motifs + noise, 0, 255).astype(np.uint8).reshape(-1, SIZE, SIZE, 3), labels
 
 
+# What the manifest of PixelEncoder's engine says.
+ENGINE_FACTS: dict[str, Any] = {
+    "model": "pixels",
+    "image_size": SIZE,
+    "width": WIDTH,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [1.0, 1.0, 1.0],
+    "interpolation": "bicubic",
+    "logit_scale": 20.0,
+    "clip_fingerprint": "c" * 64,
+    "adapter": "random",
+    "adapter_fingerprint": "a" * 64,
+    "first_adapted_block": 0,
+    "bottleneck": 1,
+    "runtime": "onnxruntime",
+    "precision": "fp32",
+    "max_batch": 8,
+    "fingerprint": PixelEncoder.fingerprint,
+    "export_version": 1,
+    "opset": 20,
+    "dual_encoder": {},
+    "versions": {},
+    "device": "any",
+    "plans": {},
+    "check": {},
+    "build_seconds": 0.0,
+}
+
+
 def engine_folder(folder: Path) -> Path:
     """What a bundle needs of an engine to be saved; nothing opens it."""
     folder.mkdir(parents=True)
     (folder / "encoder.onnx").write_bytes(b"no graph")
-    names = ("image_size", "interpolation", "mean", "std", "clip_fingerprint", "adapter_fingerprint")
-    write_manifest(folder, "engine", dict.fromkeys(names))
+    write_manifest(folder, "engine", ENGINE_FACTS)
     return folder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.files import MANIFEST, seal
+from iosr_fast.files import MANIFEST, seal, sha256
 
 
 def rewrite_manifest(folder: Path, remove: Sequence[str] = (), **facts: Any) -> dict[str, Any]:
@@ -20,3 +20,14 @@ def rewrite_manifest(folder: Path, remove: Sequence[str] = (), **facts: Any) -> 
     path.write_bytes(seal({name: value for name, value in manifest.items() if name not in remove}))
     written: dict[str, Any] = json.loads(path.read_bytes())
     return written
+
+
+def sign_again(folder: Path, **facts: Any) -> dict[str, Any]:
+    """`rewrite_manifest` with the sizes and hashes of the files that are there now: nothing but their content tells."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    entries = {
+        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        for name in names
+        if name != MANIFEST
+    }
+    return rewrite_manifest(folder, **{"files": entries, **facts})

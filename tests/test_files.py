@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from iosr_fast import files
 from iosr_fast.exchange import exchange
-from iosr_fast.files import new_folder, read_manifest, recover, remove_leftovers, stable_read, write_manifest
+from iosr_fast.files import new_file, new_folder, read_manifest, recover, remove_leftovers, write_manifest
+from iosr_fast.held import Held, hold
 from tests.manifests import rewrite_manifest
 
 KILLED = """
@@ -79,8 +82,9 @@ while True:
         break
     kills += 1
 write("old")
-for path in Path().glob(".*"):
-    os.utime(path, (0, 0))
+if not exchanges:  # an aside may be the only copy: only its age tells
+    for path in Path().glob(".*.old.*"):
+        os.utime(path, (0, 0))
 write("newer")
 print(kills, *sorted(found), *sorted(os.listdir()))
 """
@@ -166,17 +170,27 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(renaming: str
     assert ("is back" in done.stderr) == (renaming == "two renames")
 
 
-def test_what_a_kill_leaves_is_removed_once_it_is_old(tmp_path: Path) -> None:
+def test_what_a_kill_leaves_is_removed_at_once(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path)
     assert killed.returncode == -9
-    (leftover,) = tmp_path.iterdir()
-    assert leftover.name.startswith(".thing.")
+    leftover, lock = sorted(tmp_path.iterdir())
+    assert lock.name == f"{leftover.name}.lock.tmp" and (leftover / "half").is_file()
+    assert remove_leftovers(tmp_path, of="another") == [] and leftover.exists()
+    assert remove_leftovers(tmp_path, of="thing") == [leftover, lock] and not any(tmp_path.iterdir())
+
+
+def test_what_no_lock_tells_of_is_removed_once_it_is_old(tmp_path: Path) -> None:
     kept = [tmp_path / name for name in (".thing.old.abcdefgh", ".gitignore", "thing.json", ".x.json.abcdefgh.more")]
     for path in kept:
         path.write_text("")
-    half, old_name = tmp_path / ".x.json.abcdefgh", tmp_path / ".my.old.thing.abcdefgh"
+    half, old_name, unlocked = (
+        tmp_path / ".x.json.abcdefgh",
+        tmp_path / ".my.old.thing.abcdefgh",
+        tmp_path / ".t.abcdefgh",
+    )
     half.write_text("")
     old_name.mkdir()
+    unlocked.mkdir()
     partly, whole = tmp_path / ".x.old.abcdefg1", tmp_path / ".x.old.abcdefg2"
     for aside, file in ((partly, "content"), (whole, "manifest.json")):
         (aside / "old").mkdir(parents=True)
@@ -184,11 +198,63 @@ def test_what_a_kill_leaves_is_removed_once_it_is_old(tmp_path: Path) -> None:
     kept.append(whole)
     assert remove_leftovers(tmp_path) == []
     before = time.time() - 2 * 3600
-    for path in (*kept, leftover, half, old_name, partly):
+    for path in (*kept, half, old_name, partly, unlocked):
         os.utime(path, (before, before))
-    assert sorted(remove_leftovers(tmp_path)) == sorted([leftover, half, old_name, partly])
+    assert sorted(remove_leftovers(tmp_path)) == sorted([half, old_name, partly, unlocked])
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     assert remove_leftovers(tmp_path / "nowhere") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("writing", ["file", "folder"])
+def test_twenty_killed_saves_leave_nothing_after_the_next_one(writing: str, tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    for _ in range(20):
+        child = os.fork()
+        if not child:
+            with (new_file if writing == "file" else new_folder)(target) as made:
+                (made if writing == "file" else made / "half").write_bytes(b"half" * 1000)
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert len(os.listdir(tmp_path)) == 2, "what the kill before left is gone"
+    if writing == "file":
+        with new_file(target) as made:
+            made.write_text("whole")
+    else:
+        write(target, "whole")
+    assert os.listdir(tmp_path) == ["thing"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_a_living_writer_has_not_finished_stays(old: bool, tmp_path: Path) -> None:
+    target, done = tmp_path / "thing", tmp_path / "done"
+    with new_folder(target) as made, new_file(done) as file:
+        (made / "content").write_text("mine")
+        file.unlink()
+        file.write_text("mine")  # another file of the same name, as libraries write that rename by themselves
+        write(target, "another's")
+        with new_file(done) as other:
+            other.write_text("another's")
+        if old:
+            for path in (made, file):
+                os.utime(path, (0, 0))
+        assert remove_leftovers(tmp_path) == []
+        write_manifest(made, "thing", {"content": "mine"})
+    assert read(target) == ("mine", "mine") and done.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["done", "thing"]
+
+
+def test_leftovers_go_by_age_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".thing.abcdefgh").mkdir()
+    write(tmp_path / "thing", "one")
+    assert sorted(os.listdir(tmp_path)) == [".thing.abcdefgh", "thing"]
+    os.utime(tmp_path / ".thing.abcdefgh", (0, 0))
+    write(tmp_path / "thing", "two")
+    assert os.listdir(tmp_path) == ["thing"]
 
 
 def test_the_next_save_removes_old_leftovers_of_its_own_place(tmp_path: Path) -> None:
@@ -201,32 +267,46 @@ def test_the_next_save_removes_old_leftovers_of_its_own_place(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == [".other.abcdefgh", ".thing.abcdefg1", "thing"]
 
 
+def content_of(held: Held) -> tuple[str, str]:
+    return held.manifest["content"], held.read("content").decode()
+
+
 @pytest.mark.usefixtures("renaming")
-def test_readers_get_all_of_one_folder_while_it_is_replaced(tmp_path: Path) -> None:
+def test_two_writers_in_turn_fail_neither_each_other_nor_readers(tmp_path: Path) -> None:
     target, ends = tmp_path / "thing", threading.Event()
     write(target, "0")
     seen: set[str] = set()
     failed: list[BaseException] = []
 
-    def reading() -> None:
+    def until_the_end(work: Callable[[int], None]) -> None:
         try:
+            number = 0
             while not ends.is_set():
-                with suppress(RuntimeError):  # replaced three times in a row, as on a machine that is very busy
-                    manifest, content = stable_read(target, lambda: read(target))
-                    assert manifest == content
-                    seen.add(content)
+                number += 1
+                work(number)
         except BaseException as error:
             failed.append(error)
 
-    reader = threading.Thread(target=reading)
-    reader.start()
-    for number in range(1, 30):
-        write(target, str(number))
-        time.sleep(0.01)
+    def reading(_: int) -> None:
+        manifest, content = content_of(hold(target, "thing"))
+        assert manifest == content
+        seen.add(content)
+
+    works: list[Callable[[int], None]] = [
+        lambda number: write(target, f"one {number}"),
+        lambda number: write(target, f"other {number}"),
+        *(reading,) * 3,
+    ]
+    threads = [threading.Thread(target=until_the_end, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
     ends.set()
-    reader.join()
+    for thread in threads:
+        thread.join()
     assert not failed, failed
-    assert len(seen) > 2
+    assert {name.split()[0] for name in seen} >= {"one", "other"}
+    assert os.listdir(tmp_path) == ["thing"], "and nothing is left beside it"
 
 
 def test_an_exchanged_folder_is_never_missing(renaming: str, tmp_path: Path) -> None:
@@ -249,38 +329,112 @@ def test_an_exchanged_folder_is_never_missing(renaming: str, tmp_path: Path) -> 
     assert not missing
 
 
-def test_stable_read_tells_a_failure_from_a_replacement(tmp_path: Path) -> None:
-    target, calls = tmp_path / "thing", []
+def test_what_is_held_is_read_whatever_becomes_of_its_names(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
     write(target, "one")
+    held = hold(target, "thing")
+    write(target, "two")
+    assert content_of(held) == ("one", "one") and content_of(hold(target, "thing")) == ("two", "two")
+    held.copy("content", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "one"
+    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
+    shutil.rmtree(target)
+    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
 
-    def fail() -> None:
-        calls.append(1)
-        raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"):
-        stable_read(target, fail)
-    assert len(calls) == 1, "nothing was replaced, so nothing is gained by another try"
+@pytest.mark.parametrize("how", ["replaced", "renamed and back", "rewritten", "rewritten while it is opened"])
+def test_a_file_that_changes_after_it_was_verified_is_not_opened(how: str, tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    write(target, "one")
+    held = hold(target, "thing")
+    held.check()
+    file, seen = target / "content", []
 
-    def replaced(times: int, fails: bool) -> str:
-        calls.append(1)
-        content = (target / "content").read_text()
-        if len(calls) <= times:
-            write(target, f"number {len(calls)}")
-            if fails:
-                raise OSError(errno.ENOENT, "gone meanwhile")
-        return content
+    def change() -> None:
+        if how.startswith("rewritten"):
+            facts = file.stat()
+            file.write_text("two")
+            os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        else:
+            file.rename(tmp_path / "verified")
+            file.write_text("two")
 
-    for fails in (False, True):
-        calls.clear()
-        assert stable_read(target, lambda fails=fails: replaced(2, fails)) == "number 2"  # type: ignore[misc]
-        assert len(calls) == 3
-    calls.clear()
-    with pytest.raises(RuntimeError, match="replaced each of the 3 times"):
-        stable_read(target, lambda: replaced(9, False))
-    with pytest.raises(RuntimeError, match="replaced each of the 3 times") as told:
-        calls.clear()
-        stable_read(target, lambda: replaced(9, True))
-    assert "gone meanwhile" in str(told.value.__cause__)
+    def opener(folder: Path) -> str:
+        if how == "rewritten while it is opened" and not seen:
+            change()
+        seen.append((folder / "content").read_text())
+        if how == "renamed and back" and len(seen) == 1:
+            file.unlink()
+            (tmp_path / "verified").rename(file)
+        return seen[-1]
+
+    time.sleep(0.02)  # clocks of file systems tick
+    if how != "rewritten while it is opened":
+        change()
+    if how.startswith("rewritten"):
+        with pytest.raises(ValueError, match=r"content in .* does not match its manifest"):
+            held.open_with(opener)
+    else:
+        assert held.open_with(opener) == "one"
+
+
+@pytest.mark.parametrize("name", ["content", "inner", "inner/content", "manifest.json"])
+def test_a_link_in_a_folder_is_not_followed(name: str, tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    with new_folder(target) as made:
+        (made / "inner").mkdir()
+        for path in (made / "content", made / "inner" / "content"):
+            path.write_text("one")
+        write_manifest(made, "thing", {})
+    (target / name).rename(tmp_path / "moved")
+    (target / name).symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        hold(target, "thing")
+    (tmp_path / "way").symlink_to(target)
+    (target / name).unlink()
+    (tmp_path / "moved").rename(target / name)
+    hold(tmp_path / "way", "thing").check()  # the folder itself may have another name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", ["content", "manifest.json"])
+def test_a_pipe_in_a_folder_keeps_nobody_waiting(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "thing", "one")
+    (tmp_path / "thing" / name).unlink()
+    os.mkfifo(tmp_path / "thing" / name)
+    with pytest.raises(FileNotFoundError, match=name):
+        hold(tmp_path / "thing", "thing")
+
+
+def test_a_huge_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "thing", "one")
+    monkeypatch.setattr("iosr_fast.files.LARGEST_MANIFEST", 1 << 10)
+    monkeypatch.setattr("iosr_fast.held.LARGEST_MANIFEST", 1 << 10)
+    rewrite_manifest(tmp_path / "thing", much="x" * 5000)
+    for reading in (hold, read_manifest):
+        with pytest.raises(ValueError, match="got a larger one"):
+            reading(tmp_path / "thing", "thing")
+    rewrite_manifest(tmp_path / "thing", ["much"], files={f"f{i}": {"sha256": "0" * 64, "bytes": 1} for i in range(3)})
+    monkeypatch.setattr("iosr_fast.held._MOST_FILES", 2)
+    with pytest.raises(ValueError, match="expected at most 2 files"):
+        hold(tmp_path / "thing", "thing")
+
+
+def test_a_digest_is_that_of_manifest_json(tmp_path: Path) -> None:
+    write(tmp_path / "thing", "one")
+    digest = f"sha256:{hashlib.sha256((tmp_path / 'thing' / 'manifest.json').read_bytes()).hexdigest()}"
+    assert hold(tmp_path / "thing", "thing", expected_digest=digest).digest == digest
+    write(tmp_path / "thing", "two")
+    with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
+        hold(tmp_path / "thing", "thing", expected_digest=digest)
+    (tmp_path / "thing" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
+        hold(tmp_path / "thing", "thing", expected_digest=digest)  # and nothing of it is parsed
+    for wrong in (digest[:-1], digest.removeprefix("sha256:"), digest.upper(), "", "sha256:"):
+        with pytest.raises(ValueError, match="expected a digest of the form"):
+            hold(tmp_path / "thing", "thing", expected_digest=wrong)
+    with pytest.raises(ValueError, match="not verified"):
+        hold(tmp_path / "thing", "thing", verify=False, expected_digest=digest)
 
 
 def test_what_was_put_aside_is_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_the_core_asks_for_few_packages() -> None:
     core = {
         re.split(r"[ <>=!~;\[(]", line)[0].lower() for line in requires("iosr_fast") or [] if "extra ==" not in line
     }
-    assert core == {"numpy", "pillow", "safetensors", "typer"}
+    assert core == {"msgspec", "numpy", "pillow", "safetensors", "typer"}
     extras = set(metadata("iosr_fast").get_all("Provides-Extra") or [])
     assert extras == {
         "cpu",

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast._require import require
 from iosr_fast.bundle import load_bundle
-from iosr_fast.files import read_manifest
 from tools.classification.parts import check_names
 from tools.classification.plan import classify_plan
 from tools.classification.worker import ClassifyWorker, open_encoder, writer
@@ -59,6 +58,7 @@ class Options:
 def classify(folder: Path, source: Source, out: Path, options: Options) -> dict[str, Any]:
     """Compute the parts that are missing in `out`, write its manifest and return it."""
     bundle = load_bundle(folder)
+    assert bundle.files is not None
     if options.pool is not None and options.runtime != "auto":
         encoder, runtime = None, options.runtime  # this machine may have no GPU where its workers do
     else:
@@ -69,7 +69,7 @@ def classify(folder: Path, source: Source, out: Path, options: Options) -> dict[
         source,
         chunks,
         bundle,
-        read_manifest(bundle.engine, "engine", verify=False),
+        bundle.files.manifest,
         runtime,
         chunk=options.chunk,
         batch=options.batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from iosr_fast.cache import SupportSet
 from iosr_fast.live.recipe import Recipe
+from iosr_fast.methods import METHODS
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan
@@ -38,18 +40,41 @@ def plan_to_files(
 def plan_from_files(
     constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: Recipe
 ) -> ScoringPlan:
-    """The plan that `plan_to_files` took apart. Raises KeyError or ValueError where something doesn't fit."""
+    """The plan that `plan_to_files` took apart. Raises ValueError where something doesn't fit."""
+    _check_fits(constants, arrays, support, recipe)
     given: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
     given |= {name: arrays.get(name) for name in ARRAYS}
     if constants["keys"] == "support":
         given["keys"] = image_rows(support.embeddings, recipe.which, None)
-    return ScoringPlan(
+    plan = ScoringPlan(
         support.n_classes,
         text=support.text,
         class_offsets=support.class_offsets if constants["cache"] == "classes" else None,
         reducer=reducer_from(arrays, "plan_reducer"),
         **given,
     )
+    if plan.key_precision not in (None, recipe.key_precision):
+        raise ValueError(f"expected keys in {recipe.key_precision}, got {plan.key_precision}")
+    return plan
+
+
+def _check_fits(
+    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: Recipe
+) -> None:
+    """That constants, arrays and recipe say the same of what the plan has."""
+    method = METHODS[recipe.method]
+    expected = {
+        "cache": ("dense" if "values" in arrays else "classes") if method.scales == "cache" else "none",
+        "keys": "none" if method.scales != "cache" else "stored" if "keys" in arrays else "support",
+        "query": recipe.which if method.scales == "cache" else constants["query"],
+    }
+    for name, value in expected.items():
+        if constants[name] != value:
+            raise ValueError(f"expected {name} {value!r} in the plan of {recipe.method}, got {constants[name]!r}")
+    if method.scales == "linear" and not ("linear" in arrays and constants["feature"] == recipe.which):
+        raise ValueError(f"expected a linear term on {recipe.which} embeddings in the plan of {recipe.method}")
+    if not math.isclose(constants["tau"], recipe.factor * support.tau, rel_tol=1e-6):
+        raise ValueError(f"expected tau {recipe.factor * support.tau:g} in the plan, got {constants['tau']:g}")
 
 
 def reducer_arrays(reducer: Reducer | None, name: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import platform
-import shutil
 import tempfile
 import time
 import warnings
@@ -21,14 +20,15 @@ import numpy as np
 import torch
 
 from iosr_fast._require import require
-from iosr_fast.files import new_folder, read_manifest, write_manifest
+from iosr_fast.files import new_folder, write_manifest
+from iosr_fast.held import hold
 from iosr_fast.info import cpu_model, package_version
 from iosr_fast.offline.dual_encoder import DualEncoder, build_dual_encoder
 from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.offline.export_check import check, pictures_of, two_passes
 from iosr_fast.offline.onnx_files import save_onnx
 from iosr_fast.runtimes.batched import BatchedEncoder
-from iosr_fast.runtimes.engine import refusal
+from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine, refusal
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
 from iosr_fast.runtimes.openvino import OpenVINOEncoder
@@ -226,7 +226,9 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
     manifest. Raises ValueError for another runtime or an engine without encoder.onnx, and what write_engine raises.
     """
     engine = Path(engine)
-    manifest = read_manifest(engine, "engine")
+    held = hold(engine, ENGINE_KIND)
+    check_engine(held)
+    manifest = held.manifest
     if runtime not in EXTRAS or ONNX_FILE not in manifest["files"]:
         raise ValueError(
             f"expected one of {sorted(EXTRAS)} and an engine with {ONNX_FILE} to add a plan, got {runtime!r} and an "
@@ -234,9 +236,9 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
         )
     facts = {name: value for name, value in manifest.items() if name not in ("schema", "kind", "files", "checksum")}
     with new_folder(engine) as folder:
-        for name in manifest["files"]:
+        for name in held.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(engine / name, folder / name)
+            held.copy(name, folder / name)
         made, facts["check"][runtime] = _write_plan(folder, facts, runtime), None
         if made is not None:
             pictures = pictures_of(manifest["image_size"], None)

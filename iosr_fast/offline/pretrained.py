@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from iosr_fast.cache_folder import cache_folder
 from iosr_fast.encoder import Encoder
-from iosr_fast.files import SCHEMA, read_manifest, recover
+from iosr_fast.files import SCHEMA, recover
+from iosr_fast.held import hold
 from iosr_fast.offline.clip import DEMO_FOLDER, LoadedClip, load_clip
 from iosr_fast.text_source import TextSource
 
@@ -56,15 +57,16 @@ def open_pretrained(
     from iosr_fast.offline.export import LAYOUT, engine_fingerprint, write_engine
     from iosr_fast.offline.text import ClipText
     from iosr_fast.runtimes import open_engine
+    from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine
 
     clip = load_clip(model, pretrained)
     if engine is not None:
         folder = Path(engine)
-        made_for = read_manifest(folder, "engine", verify=False)
-        if made_for["clip_fingerprint"] != clip.fingerprint:
+        made_for = check_engine(hold(folder, ENGINE_KIND))
+        if made_for.clip_fingerprint != clip.fingerprint:
             raise ValueError(
                 f"the engine in {folder} was built for another CLIP: expected {clip.name} with fingerprint "
-                f"{clip.fingerprint[:12]}, got {made_for['model']} with {made_for['clip_fingerprint'][:12]}"
+                f"{clip.fingerprint[:12]}, got {made_for.model} with {made_for.clip_fingerprint[:12]}"
             )
         encoder = open_engine(folder, runtime)
     else:
@@ -85,8 +87,12 @@ def _is_whole(engine: Path) -> bool:
     """Whether an engine in the cache is there as it was written; a damaged one is told and removed."""
     if not engine.exists() and not recover(engine):
         return False
+    from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine
+
     try:
-        read_manifest(engine, "engine")
+        held = hold(engine, ENGINE_KIND)
+        check_engine(held)
+        held.check()
     except (ValueError, FileNotFoundError) as error:
         log.warning("the engine in the cache is damaged and built again: %s", error)
         shutil.rmtree(engine, ignore_errors=True)

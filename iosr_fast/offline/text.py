@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from iosr_fast.files import MANIFEST, SCHEMA, new_folder, read_manifest, write_manifest
+from iosr_fast.files import MANIFEST, SCHEMA, new_folder, write_manifest
+from iosr_fast.held import hold
 from iosr_fast.offline.clip import LoadedClip
 
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
@@ -68,8 +68,8 @@ class ClipText:
             except (ValueError, ArithmeticError, ImportError, RuntimeError) as error:
                 logging.getLogger("iosr_fast").warning("saved without a text encoder: %s", error)
                 return None
-        manifest = read_manifest(kept, TEXT_KIND)
-        for name in manifest["files"]:
-            shutil.copyfile(kept / name, folder / name)
-        facts: dict[str, Any] = manifest["text"]
+        held = hold(kept, TEXT_KIND)
+        for name in held.files:
+            held.copy(name, folder / name)
+        facts: dict[str, Any] = held.manifest["text"]
         return facts

@@ -8,7 +8,8 @@ from typing import Any
 
 from iosr_fast.bundle import KIND
 from iosr_fast.classifier import Classifier
-from iosr_fast.files import read_manifest, stable_read
+from iosr_fast.files import read_manifest
+from iosr_fast.held import hold
 from iosr_fast.serving.settings import Settings
 
 
@@ -38,17 +39,12 @@ class Source:
 
     def load(self, settings: Settings, threads: int) -> tuple[Source, Classifier]:
         """The classifier, and of what checksum it is. Raises ValueError where that is another than expected."""
-        found, classifier = stable_read(self.bundle, lambda: self._load(settings, threads))
+        held = hold(self.bundle, KIND, settings.verify)
+        found: str = held.manifest["checksum"]
         if self.checksum not in (None, found):
             raise ValueError(
                 f"expected the bundle {self.bundle} with checksum {self.checksum:.12}, got {found:.12}: it was "
                 "replaced, or this machine sees another folder there; roll it out again, or save to new folders"
             )
-        return Source(self.bundle, found), classifier
-
-    def _load(self, settings: Settings, threads: int) -> tuple[str, Classifier]:
-        found = Source.of(self.bundle).checksum
         # Without `threads` it would take all cores of the machine, which is shared with other replicas.
-        classifier = Classifier.load(self.bundle, settings.runtime, settings.verify, threads)
-        assert found is not None
-        return found, classifier
+        return Source(self.bundle, found), Classifier.load(held, settings.runtime, settings.verify, threads)

@@ -8,30 +8,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.bundle_schema import EngineManifest, check_files, read_facts
 from iosr_fast.encoder import Encoder
-from iosr_fast.files import read_manifest
+from iosr_fast.held import Held, hold
 from iosr_fast.runtimes import plans
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
-from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.runtimes.onnxruntime import WEIGHTS, OnnxRuntimeEncoder
 from iosr_fast.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.runtimes.torch import TorchEncoder
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # best first
-NEEDED = {"model", "image_size", "width", "fingerprint", "runtime", "precision", "max_batch", "first_adapted_block"}
-NEEDED |= {"dual_encoder", "plans"}
+ENGINE_KIND = "engine"
 log = logging.getLogger(__name__)
 
 
 def open_engine(
-    folder: str | Path,
+    folder: str | Path | Held,
     runtime: str = "auto",
     verify: bool = True,
     threads: int | None = None,
     buckets: Iterable[int] | None = None,
 ) -> Encoder:
-    """Open an engine folder of tools/build_engine.py.
+    """Open an engine folder of tools/build_engine.py, or one that is held and was checked.
 
     "auto" takes TensorRT or TensorRT-RTX where the engine has plans for it, its module is installed and PyTorch sees a
     GPU, else OpenVINO where the engine was built for it and it is installed, else ONNX Runtime, OpenVINO, PyTorch; what
@@ -43,24 +43,38 @@ def open_engine(
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime the engine
     was not built for, RuntimeError where nothing here can execute it, ImportError for a missing package.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder, "engine", verify)
-    if missing := NEEDED - set(manifest):
-        raise ValueError(f"the manifest in {folder} lacks {sorted(missing)}; build the engine again")
     if threads is not None and threads < 1:
         raise ValueError(f"expected threads >= 1, got {threads}")
+    if isinstance(folder, Held):
+        held = folder
+    else:
+        held = hold(folder, ENGINE_KIND, verify)
+        check_engine(held)
+        held.check()
+    manifest = held.manifest
     runtime = choose_runtime(runtime, _runtimes_of(manifest), manifest["runtime"])
     if runtime in ("onnxruntime", "openvino") and manifest["precision"] in ("fp16", "fp8"):
         log.warning("an %s engine gains nothing on a CPU, which computes in fp32; build another", manifest["precision"])
-    if runtime == "openvino":
-        return OpenVINOEncoder(folder, manifest, threads)
-    if runtime == "onnxruntime":
-        if manifest["precision"] == "bf16":
-            log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
-        return OnnxRuntimeEncoder(folder, manifest, threads)
-    if runtime == "torch":
-        return TorchEncoder(folder, manifest, threads, buckets=buckets)
-    return TensorRTEncoder(folder, manifest, runtime, buckets)
+    if runtime == "onnxruntime" and manifest["precision"] == "bf16":
+        log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
+
+    def opener(opened: Path) -> Encoder:
+        if runtime == "openvino":
+            return OpenVINOEncoder(opened, manifest, threads)
+        if runtime == "onnxruntime":
+            return OnnxRuntimeEncoder(opened, manifest, threads)
+        if runtime == "torch":
+            return TorchEncoder(opened, manifest, threads, buckets=buckets)
+        return TensorRTEncoder(opened, manifest, runtime, buckets)
+
+    return held.open_with(opener)
+
+
+def check_engine(held: Held) -> EngineManifest:
+    """The manifest of a held engine. Raises ValueError for a field or a file that no engine has."""
+    facts = read_facts(held, EngineManifest)
+    check_files(held, set(facts.plans), {ONNX_FILE, WEIGHTS, TORCH_FILE})
+    return facts
 
 
 def choose_runtime(

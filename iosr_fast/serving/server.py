@@ -44,7 +44,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
     keep_freed_memory()
     _allow_files(settings)
     threads = settings.engine_threads or max(1, usable_threads() - 1)
-    classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads)
+    classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads, settings.expected_digest)
     if settings.log is not None:
         with json_logs():
             classifier.open_log(settings.log, settings.recover)

@@ -37,8 +37,8 @@ class Settings:
     `stuck_after_s`. On a signal /readyz fails, requests are still taken for `drain_s`, and what was accepted is
     answered within `grace_s`.
 
-    The classifier: `runtime` of its engine, `verify` its files' hashes, `log`, the file that changes are written to;
-    `recover` opens a log of which changes are missing, and says which.
+    The classifier: `runtime` of its engine, `verify` its files' hashes, `expected_digest` of the bundle (None: any),
+    `log`, the file that changes are written to; `recover` opens a log of which changes are missing, and says which.
     """
 
     host: str = "127.0.0.1"
@@ -70,6 +70,7 @@ class Settings:
     grace_s: int = 30
     runtime: str = "auto"
     verify: bool = True
+    expected_digest: str | None = None
     log: Path | None = None
     recover: bool = False
 

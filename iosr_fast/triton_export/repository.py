@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 
 from iosr_fast._require import require
+from iosr_fast.bundle import ENGINE
+from iosr_fast.bundle import KIND as BUNDLE_KIND
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoder import Embeddings
 from iosr_fast.files import MANIFEST, new_folder, read_manifest, sha256, write_manifest
+from iosr_fast.held import hold
 from iosr_fast.labels import some
+from iosr_fast.runtimes.engine import ENGINE_KIND
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.scoring import ScoringPlan, score
@@ -66,8 +70,9 @@ def export_triton(
     for module in ("onnx", "onnxruntime", "tritonclient.grpc.model_config_pb2"):
         require(module, EXTRA)
     _check_places(bundle, out)
-    classifier = Classifier.load(bundle, runtime="onnxruntime")
-    engine = read_manifest(classifier.engine, "engine", verify=False)
+    held = hold(bundle, BUNDLE_KIND)
+    classifier = Classifier.load(held, runtime="onnxruntime")
+    engine = held.inner(ENGINE, ENGINE_KIND).manifest
     plan, labels = classifier.plan_, classifier.classes_.tolist()
     broken = [name for name in labels if len(name.splitlines()) > 1]
     if broken:

@@ -20,11 +20,8 @@ from tools.embedding.local import Write
 
 
 def open_encoder(bundle: Bundle, runtime: str, threads: int) -> Encoder:
-    """The encoder of a bundle on `threads` cores. Raises ValueError where its folder was replaced meanwhile."""
-    encoder = open_engine(bundle.engine, runtime, verify=False, threads=threads)
-    if encoder.fingerprint != bundle.encoder_fingerprint:
-        raise ValueError(f"{bundle.engine.parent} was replaced while it was read; start again")
-    return encoder
+    """The encoder of a bundle on `threads` cores."""
+    return open_engine(bundle.files or bundle.engine, runtime, verify=False, threads=threads)
 
 
 def writer(state: State, plan: ClassifyPlan) -> Write:

@@ -1,0 +1,125 @@
+"""Temporary files beside the place they are written for, and what killed writers leave of them.
+
+A writer of `name` locks `.name.<token>.lock.tmp` as long as it lives, and writes to `.name.<token>` or
+`.name.<token>.tmp`. The lock goes with the process, however that ends: a temporary whose lock nobody holds is a
+leftover, whatever its age. Without a lock file (no flock here, or another version of iosr_fast wrote it) age decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_LOCK = ".lock.tmp"
+_NAME = re.compile(rf"(?P<base>\..+\.[a-z0-9_]{{8}})(?P<kind>{re.escape(_LOCK)}|\.tmp|)")  # tempfile's 8 characters
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def claimed(target: Path) -> Iterator[Path]:
+    """A free name beside `target`, `.name.<token>`, that nobody takes for a leftover before the block ends."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_LOCK, dir=target.parent)
+        lock = Path(name)
+        locked = _try_lock(descriptor)
+        if locked is None:  # no locks on this system or file system: a lock file would say that its writer is dead
+            os.close(descriptor)
+            lock.unlink(missing_ok=True)
+            break
+        if locked and _same(descriptor, lock):
+            break
+        os.close(descriptor)  # somebody took it for a leftover before it was locked
+    try:
+        yield lock.with_name(lock.name.removesuffix(_LOCK))
+    finally:
+        if locked:
+            with suppress(OSError):  # it is a leftover then, which the next writer removes
+                lock.unlink()
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+") -> list[Path]:
+    """Remove what killed processes left in `folder`: hidden temporary files and folders that no living writer holds.
+
+    Those without a lock file go when they are older than `older_than_s`. A folder that `files.new_folder` was about to
+    replace stays: it may be the only copy. `of` is a regular expression of the names that they were to get: where the
+    folder may be somebody's, it keeps their hidden files out of this. Returns what was removed.
+    """
+    groups: dict[str, dict[str, Path]] = {}
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(folder):
+            match = _NAME.fullmatch(entry.name) if entry.name.startswith(".") else None
+            if match is not None:
+                groups.setdefault(match["base"], {})[match["kind"]] = folder / entry.name
+    removed: list[Path] = []
+    for base, paths in groups.items():
+        name, aside = base[1:].rsplit(".", 1)[0], False
+        if _LOCK not in paths and name.endswith(".old"):
+            name, aside = name.removesuffix(".old"), True
+        if not re.fullmatch(of, name):
+            continue
+        with suppress(OSError):  # another process may have removed it, or renamed it into its place
+            if _LOCK in paths:
+                removed += _remove_unlocked(paths.pop(_LOCK), [*paths.values()])
+            else:
+                removed += [path for path in paths.values() if _is_old(path, aside, older_than_s) and remove(path)]
+    return removed
+
+
+def _remove_unlocked(lock: Path, paths: list[Path]) -> list[Path]:
+    """Remove `paths`, and last the lock, unless a living writer holds it."""
+    descriptor = os.open(lock, os.O_RDWR)
+    try:
+        if not (_try_lock(descriptor) and _same(descriptor, lock)):
+            return []
+        return [path for path in (*paths, lock) if remove(path)]
+    finally:
+        os.close(descriptor)
+
+
+def _is_old(path: Path, aside: bool, older_than_s: float) -> bool:
+    only_copy = aside and ((path / "old" / MANIFEST).exists() or not path.is_dir())
+    return not only_copy and time.time() - path.lstat().st_mtime > older_than_s
+
+
+def remove(path: Path) -> bool:
+    """Remove a folder, a file or a link; whether it is gone. What can't be removed is a leftover for later, no reason
+    to fail."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+    return not os.path.lexists(path)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Lock an open file; False where another process has it locked, None where files can't be locked here."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log.debug("files can't be locked here: %s", error)
+        return None
+    return True
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether `path` still leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError:
+        return False

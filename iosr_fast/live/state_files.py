@@ -1,0 +1,138 @@
+"""A State as JSON-ready facts and arrays by file, and made again from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from iosr_fast.bundle_arrays import (
+    PICTURE_ARRAYS,
+    PLAN_ARRAYS,
+    SUPPORT_ARRAYS,
+    check_ends,
+    check_examples,
+    parse_arrays,
+)
+from iosr_fast.bundle_schema import StateFacts, check_classes
+from iosr_fast.encoder import Embeddings
+from iosr_fast.live.examples import Examples
+from iosr_fast.live.plan_files import plan_from_files, plan_to_files, reducer_from
+from iosr_fast.live.recipe import Recipe
+from iosr_fast.live.state import State
+from iosr_fast.methods import METHODS, check_parameters, refusal
+
+SUPPORT, PLAN, PICTURES = "support.safetensors", "plan.safetensors", "pictures.safetensors"
+Arrays = dict[str, np.ndarray]
+
+
+def state_to_files(state: State) -> tuple[dict[str, Any], dict[str, Arrays]]:
+    """Facts (bundle_schema.StateFacts), and the arrays of each file; a file without arrays is left out."""
+    recipe = state.recipe
+    constants, plan_arrays = plan_to_files(state.whole_plan, state.support, recipe)
+    facts = {
+        "class_names": list(state.class_names),
+        "class_numbers": list(state.uids),
+        "version": state.version,
+        "next": [state.next_class, state.next_example],
+        "method": recipe.method,
+        "parameters": recipe.parameters,
+        "reducer": recipe.reducer_name,
+        "factor": recipe.factor,
+        "key_precision": recipe.key_precision,
+        "tau": state.tau,
+        "plan": constants,
+    }
+    arrays = {SUPPORT: _support_arrays(state), PLAN: plan_arrays}
+    if any(state.examples.pictures):
+        arrays[PICTURES] = _packed(state.examples.pictures)
+    contiguous = {file: {n: np.ascontiguousarray(a) for n, a in held.items()} for file, held in arrays.items()}
+    return facts, {file: held for file, held in contiguous.items() if held}
+
+
+def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> State:
+    """The state that `state_to_files` took apart; `read` gives a file's bytes, None where there is none.
+
+    Raises ValueError, naming file or field, for what no state can be.
+    """
+    names, numbers = facts.class_names, facts.class_numbers
+    with _naming("manifest.json"):
+        check_classes(names, numbers, facts.next[0])
+        parameters = check_parameters(facts.method, **facts.parameters)
+        if missing := sorted(set(METHODS[facts.method].parameters) - set(parameters)):
+            raise ValueError(f"expected the parameters {', '.join(missing)} of {facts.method}, got none of that name")
+    sizes = {"C": len(names), "C1": len(names) + 1}
+    arrays = _arrays(SUPPORT, read, SUPPORT_ARRAYS, sizes)
+    derived = _arrays(PLAN, read, PLAN_ARRAYS, sizes)
+    pictures = _arrays(PICTURES, read, PICTURE_ARRAYS, sizes)
+    with _naming(PICTURES):
+        if pictures:
+            check_ends(pictures["ends"], len(pictures["data"]))
+    with _naming(SUPPORT):
+        check_examples(arrays["owners"], arrays["ids"], numbers, facts.next[1])
+        if ("query_adapted" in arrays) > ("query_plain" in arrays):
+            raise ValueError("expected query_plain where query_adapted is given, got it alone")
+        examples = _examples(arrays, pictures or None)
+        support = examples.as_support(numbers, arrays["text"], facts.tau)
+        told = refusal(facts.method, support)
+        if told is not None:
+            raise ValueError(told)
+    with _naming(PLAN):
+        reducer = reducer_from(derived, "reducer")
+        recipe = Recipe(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)
+        if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
+            raise ValueError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
+        plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, recipe)
+    return State.first(names, arrays["text"], facts.tau, examples, recipe, plan, numbers, facts.next, facts.version)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _arrays(file: str, read: Callable[[str], bytes | None], forms: Mapping[str, Any], sizes: dict[str, int]) -> Arrays:
+    content = read(file)
+    with _naming(file):
+        if content is not None:
+            return parse_arrays(content, forms, sizes)
+        if needed := [name for name, form in forms.items() if form.needed and file == SUPPORT]:
+            raise ValueError(f"expected the arrays {', '.join(needed)}, got no such file")
+    return {}
+
+
+def _support_arrays(state: State) -> Arrays:
+    examples = state.examples
+    arrays = {"text": state.text, "owners": examples.owners, "ids": examples.ids, "plain": examples.embeddings.plain}
+    if examples.embeddings.adapted is not None:
+        arrays["adapted"] = examples.embeddings.adapted
+    if examples.queries is not None:
+        arrays["query_plain"] = examples.queries.plain
+        if examples.queries.adapted is not None:
+            arrays["query_adapted"] = examples.queries.adapted
+    return arrays
+
+
+def _examples(arrays: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray] | None) -> Examples:
+    queries = Embeddings(arrays["query_plain"], arrays.get("query_adapted")) if "query_plain" in arrays else None
+    ids = arrays["ids"]
+    shown = (None,) * len(ids) if pictures is None else _unpacked(pictures)
+    return Examples(Embeddings(arrays["plain"], arrays.get("adapted")), arrays["owners"], ids, shown, queries)
+
+
+def _packed(pictures: tuple[bytes | None, ...]) -> Arrays:
+    """Pictures of any length in two arrays; an empty one stands for none."""
+    lengths = [0 if picture is None else len(picture) for picture in pictures]
+    data = np.frombuffer(b"".join(picture or b"" for picture in pictures), np.uint8)
+    return {"data": data, "ends": np.cumsum(lengths, dtype=np.int64)}
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray]) -> tuple[bytes | None, ...]:
+    data, ends = arrays["data"].tobytes(), arrays["ends"].tolist()
+    return tuple(data[start:end] or None for start, end in zip([0, *ends], ends, strict=False))
