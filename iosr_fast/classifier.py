@@ -64,7 +64,6 @@ class Classifier(LiveUpdates):
         self._text = text
         self._tau = tau
         self._views = SupportViews()
-        self._files: Held | None = None  # of the engine, where it was loaded: what is saved again
         self._log: AuditLog | None = None
         self._changing = threading.Lock()
 
@@ -313,7 +312,8 @@ class Classifier(LiveUpdates):
         saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
         while they are copied: ValueError for one that was changed, with nothing written.
         """
-        bundle = Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text, self._files)
+        opened: Held | None = getattr(self.encoder, "held", None)
+        bundle = Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text, opened)
         save_bundle(bundle, folder)
 
     @classmethod
@@ -337,7 +337,6 @@ class Classifier(LiveUpdates):
         bundle = load_bundle(folder, verify, threads, expected_digest)
         encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
         classifier = cls(encoder, bundle.engine, bundle.text, bundle.state.tau)
-        classifier._files = bundle.files
         classifier._replace(bundle.state, None, bundle.views)
         return classifier
 

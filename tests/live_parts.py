@@ -106,6 +106,38 @@ def small_classifier(
     return classifier.fit(images, labels, class_names=names, **options)
 
 
+TEXT_FACTS: dict[str, Any] = {
+    "context_length": 16,
+    "width": WIDTH,
+    "precision": "fp32",
+    "sot": 1,
+    "eot": 2,
+    "pad": 0,
+    "templates": ["{}"],
+    "clip_fingerprint": "c" * 64,
+    "tokens_checked": 1,
+    "max_abs_error": 0.0,
+    "min_cosine": 1.0,
+}
+
+
+class WrittenText(LetterText):
+    """A text encoder that can be saved."""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        (folder / "text.onnx").write_bytes(b"no graph")
+        (folder / "tokenizer.json").write_bytes(b"{}")
+        return dict(TEXT_FACTS)
+
+
+def saved_classifier(folder: Path) -> Path:
+    """A bundle in `folder`, of an engine beside it, with a reducer, pictures and a text encoder."""
+    made = small_classifier(engine_folder(folder / "engine"), reducer="centre")
+    made._text = WrittenText()
+    made.save(folder / "bundle")
+    return folder / "bundle"
+
+
 def random_examples(
     rng: np.random.Generator, owners: Sequence[int] | np.ndarray, first: int, queries: bool = False
 ) -> Examples:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,47 +13,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from iosr_fast.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.bundle import load_bundle
 from iosr_fast.files import seal
 from iosr_fast.held import Held, hold
 from iosr_fast.live.state_files import state_from_files, state_to_files
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.runtimes import open_engine
-from tests.live_parts import LetterText, engine_folder, small_classifier
+from tests.live_parts import engine_folder, saved_classifier, small_classifier
 from tests.manifests import rewrite_manifest, sign_again
 
 Arrays = dict[str, np.ndarray]
-TEXT = {
-    "context_length": 16,
-    "width": 24,
-    "precision": "fp32",
-    "sot": 1,
-    "eot": 2,
-    "pad": 0,
-    "templates": ["{}"],
-    "clip_fingerprint": "c" * 64,
-    "tokens_checked": 1,
-    "max_abs_error": 0.0,
-    "min_cosine": 1.0,
-}
-
-
-class WrittenText(LetterText):
-    """A text encoder that can be saved."""
-
-    def write(self, folder: Path) -> dict[str, Any]:
-        (folder / "text.onnx").write_bytes(b"no graph")
-        (folder / "tokenizer.json").write_bytes(b"{}")
-        return dict(TEXT)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    made = small_classifier(engine_folder(folder / "engine"), reducer="centre")
-    made._text = WrittenText()
-    made.save(folder / "bundle")
-    return folder / "bundle"
+    return saved_classifier(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture
@@ -356,73 +326,6 @@ def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> No
         load_bundle(bundle)
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "another engine"])
-def test_a_damaged_engine_is_not_saved_under_new_hashes(damage: str, loaded: bool, tmp_path: Path) -> None:
-    engine = engine_folder(tmp_path / "engine")
-    made = small_classifier(engine)
-    made.save(tmp_path / "bundle")
-    parts = Bundle(made.snapshot(), made._views, engine, made.encoder.fingerprint, None)
-    if loaded:
-        parts = load_bundle(tmp_path / "bundle", verify=False)
-        engine = parts.engine
-    graph = engine / "encoder.onnx"
-    if damage == "flipped":
-        graph.write_bytes(b"no grapi")
-    elif damage == "cut":
-        graph.write_bytes(b"no")
-    elif damage == "gone":
-        graph.unlink()
-    else:
-        rewrite_manifest(engine, fingerprint="e" * 64)
-    if loaded and damage in ("gone", "another engine"):
-        save_bundle(parts, tmp_path / "again")  # what is held is as it was
-        load_bundle(tmp_path / "again")
-        return
-    with pytest.raises((ValueError, FileNotFoundError), match=r"encoder\.onnx|another export"):
-        save_bundle(parts, tmp_path / "again")
-    assert sorted(os.listdir(tmp_path)) == ["bundle", "engine"]
-
-
-def test_a_damaged_text_encoder_is_not_saved_under_new_hashes(bundle: Path) -> None:
-    parts = load_bundle(bundle)
-    save_bundle(parts, bundle.with_name("again"))
-    assert hold(bundle, "classifier").digest == hold(bundle.with_name("again"), "classifier").digest
-    (bundle / "text" / "text.onnx").write_bytes(b"no grapi")
-    with pytest.raises(ValueError, match=r"text\.onnx in .* does not match its manifest"):
-        save_bundle(parts, bundle.with_name("third"))
-    assert sorted(os.listdir(bundle.parent)) == ["again", "bundle"]
-
-
-def test_the_same_classifier_has_the_same_digest(tmp_path: Path) -> None:
-    made = small_classifier(engine_folder(tmp_path / "engine"))
-    for name in ("one", "other"):
-        made.save(tmp_path / name)
-    digest = hold(tmp_path / "one", "classifier").digest
-    assert load_bundle(tmp_path / "other", expected_digest=digest).state.fingerprint() == made.snapshot().fingerprint()
-    made.remove_class("motif 0")
-    made.save(tmp_path / "other")
-    for given in (tmp_path / "other", hold(tmp_path / "other", "classifier")):
-        with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
-            load_bundle(given, expected_digest=digest)
-
-
-def test_info_prints_the_digest_that_serve_and_load_take(bundle: Path) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "iosr_fast", *words], capture_output=True, text=True)
-
-    said = run("info", str(bundle))
-    assert said.returncode == 0, said.stderr
-    digest = said.stdout.splitlines()[-1].removeprefix("digest ")
-    assert digest == hold(bundle, "classifier").digest and "classes 5, images 15" in said.stdout
-    other = digest[:-1] + ("0" if digest[-1] != "0" else "1")
-    served = run("serve", str(bundle), "--port", "0", "--expected-digest", other)
-    assert served.returncode == 2 and f"with the digest {other}, got {digest}" in served.stderr
-    (bundle / "engine" / "encoder.onnx").write_bytes(b"no grapi")
-    said = run("info", str(bundle))
-    assert said.returncode == 2 and "encoder.onnx in" in said.stderr and "digest" not in said.stdout
-
-
 def test_bundles_of_before_are_read(bundle: Path) -> None:
     views = json.loads((bundle / "manifest.json").read_bytes())["views"]
     rewrite_manifest(bundle, views={"mirror": views["mirror"], "templates": ["a {}"]})  # before the others came
@@ -440,62 +343,3 @@ def test_a_state_is_taken_apart_and_made_again(tmp_path: Path) -> None:
 
     again = state_from_files(read_facts(held, ClassifierManifest), held.read)
     assert again.fingerprint() == made.snapshot().fingerprint()
-
-
-SAVING = """
-import sys
-from pathlib import Path
-from tests.live_parts import small_classifier
-made = small_classifier(Path(sys.argv[1]), seed=int(sys.argv[3]))
-print("begins", flush=True)
-while True:
-    made.save(sys.argv[2])
-"""
-
-
-def test_readers_never_fail_while_two_processes_save(tmp_path: Path) -> None:
-    engine, target = engine_folder(tmp_path / "engine"), tmp_path / "bundle"
-    made = [small_classifier(engine, seed=seed) for seed in (0, 1)]
-    known = {one.snapshot().fingerprint() for one in made}
-    made[0].save(target)
-    root = Path(__file__).parents[1]
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", SAVING, str(engine), str(target), str(seed)],
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for seed in (0, 1)
-    ]
-    seen: list[str] = []
-    failed: list[BaseException] = []
-
-    def reading(until: float) -> None:
-        try:
-            while time.monotonic() < until:
-                parts = load_bundle(target)
-                assert parts.files is not None
-                assert parts.files.open_with(lambda folder: (folder / "encoder.onnx").read_bytes()) == b"no graph"
-                seen.append(parts.state.fingerprint())
-        except BaseException as error:
-            failed.append(error)
-
-    try:
-        for writer in writers:
-            assert writer.stdout is not None and writer.stdout.readline() == "begins\n"
-        readers = [threading.Thread(target=reading, args=(time.monotonic() + 2.5,)) for _ in range(2)]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-        assert [writer.poll() for writer in writers] == [None, None], [writer.stderr for writer in writers]
-    finally:
-        for writer in writers:
-            writer.kill()
-            writer.communicate()
-    assert not failed, failed
-    assert set(seen) == known, "both writers' folders were read"
-    made[0].save(target)
-    assert sorted(os.listdir(tmp_path)) == ["bundle", "engine"], "what the killed writers left is gone"

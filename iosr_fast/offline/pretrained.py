@@ -62,13 +62,15 @@ def open_pretrained(
     clip = load_clip(model, pretrained)
     if engine is not None:
         folder = Path(engine)
-        made_for = check_engine(hold(folder, ENGINE_KIND))
+        held = hold(folder, ENGINE_KIND)
+        made_for = check_engine(held)
         if made_for.clip_fingerprint != clip.fingerprint:
             raise ValueError(
                 f"the engine in {folder} was built for another CLIP: expected {clip.name} with fingerprint "
                 f"{clip.fingerprint[:12]}, got {made_for.model} with {made_for.clip_fingerprint[:12]}"
             )
-        encoder = open_engine(folder, runtime)
+        held.check()
+        encoder = open_engine(held, runtime)
     else:
         chosen = choose_adapter(clip, adapter)
         runtime = choose_builder(runtime, precision)

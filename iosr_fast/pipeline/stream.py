@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoder import Encoder
+from iosr_fast.held import Held
 from iosr_fast.info import usable_threads
 from iosr_fast.pipeline.decoders import Decoder
 from iosr_fast.pipeline.ordered import map_ordered
@@ -65,7 +66,8 @@ def stage_of(
     callers = min(threads, _CALLERS)
     if encoder.runtime in _PARALLEL and callers > 1 and images >= _WORTH * callers * batch:
         if getattr(encoder, "threads", None) != threads // callers:
-            encoder = open_engine(engine, encoder.runtime, verify=False, threads=threads // callers)
+            held: Held | None = getattr(encoder, "held", None)  # the folder may be another one by now
+            encoder = open_engine(held or engine, encoder.runtime, verify=False, threads=threads // callers)
         return Stage(encoder, callers, 0)
     if getattr(encoder, "buckets", None) is None:  # on a CPU, of which the encoder needs most
         threads = max(1, threads // 4)

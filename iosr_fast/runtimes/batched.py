@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoder import Embeddings
+from iosr_fast.held import Held
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
@@ -35,6 +36,8 @@ class BatchedEncoder(ABC):
     `buckets` are the only batch sizes that are executed, where a runtime wants few of them: a GPU's, where each size
     may be prepared and recorded once. On a CPU it is None, as filling up would only cost.
     """
+
+    held: Held | None = None  # what it was opened from, where `runtimes.open_engine` opened it
 
     def __init__(self, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None) -> None:
         self.runtime = runtime

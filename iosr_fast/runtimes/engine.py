@@ -12,6 +12,7 @@ from iosr_fast.bundle_schema import EngineManifest, check_files, read_facts
 from iosr_fast.encoder import Encoder
 from iosr_fast.held import Held, hold
 from iosr_fast.runtimes import plans
+from iosr_fast.runtimes.batched import BatchedEncoder
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.runtimes.onnxruntime import WEIGHTS, OnnxRuntimeEncoder
 from iosr_fast.runtimes.openvino import OpenVINOEncoder
@@ -58,7 +59,7 @@ def open_engine(
     if runtime == "onnxruntime" and manifest["precision"] == "bf16":
         log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
 
-    def opener(opened: Path) -> Encoder:
+    def opener(opened: Path) -> BatchedEncoder:
         if runtime == "openvino":
             return OpenVINOEncoder(opened, manifest, threads)
         if runtime == "onnxruntime":
@@ -67,7 +68,9 @@ def open_engine(
             return TorchEncoder(opened, manifest, threads, buckets=buckets)
         return TensorRTEncoder(opened, manifest, runtime, buckets)
 
-    return held.open_with(opener)
+    encoder = held.open_with(opener)
+    encoder.held = held
+    return encoder
 
 
 def check_engine(held: Held) -> EngineManifest:
