@@ -165,9 +165,9 @@ def read_facts(held: Held, form: type[_T]) -> _T:
         raise refused(held, f"manifest.json: {error}") from error
 
 
-def refused(held: Held, told: str) -> ValueError:
+def refused(held: Held, reason: str) -> ValueError:
     """The error for what was read and can't be right."""
-    return ValueError(f"{held.folder} is not a complete {held.kind}: {told}; {mend(held.kind)}")
+    return ValueError(f"{held.folder} is not a complete {held.kind}: {reason}; {mend(held.kind)}")
 
 
 def check_files(held: Held, needed: set[str], allowed: set[str]) -> None:

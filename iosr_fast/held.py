@@ -87,7 +87,7 @@ class Held:
     @property
     def digest(self) -> str:
         """ "sha256:" and the SHA-256 of manifest.json, which has that of every other file: of all that is here."""
-        return digest_of(self.content)
+        return _digest_of(self.content)
 
     def read(self, name: str) -> bytes:
         """A file's bytes. Raises ValueError, unless this is held without `verify`, where the manifest has others."""
@@ -198,7 +198,7 @@ def hold(folder: str | Path, kind: str, verify: bool = True, expected_digest: st
                 return held
 
 
-def digest_of(content: bytes) -> str:
+def _digest_of(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
@@ -233,7 +233,7 @@ def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) ->
                 f"expected a folder with a {MANIFEST} ({kind}), found none at {folder / MANIFEST}"
             ) from error
         content = b"".join(own.chunks(LARGEST_MANIFEST))
-        _compare_digest(folder, kind, digest_of(content), expected_digest)
+        _compare_digest(folder, kind, _digest_of(content), expected_digest)
         manifest = parse_manifest(content, folder, kind)
         if len(manifest["files"]) > _MOST_FILES:
             raise ValueError(f"expected at most {_MOST_FILES} files in {folder}, got {len(manifest['files'])}")

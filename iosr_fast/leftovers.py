@@ -54,7 +54,7 @@ def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+")
     folder may be somebody's, it keeps their hidden files out of this. Returns what was removed.
     """
     groups: dict[str, dict[str, Path]] = {}
-    with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(OSError):  # no folder, or none that may be listed
         for entry in os.scandir(folder):
             match = _NAME.fullmatch(entry.name) if entry.name.startswith(".") else None
             if match is not None:

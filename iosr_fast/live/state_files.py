@@ -77,9 +77,8 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             raise ValueError("expected query_plain where query_adapted is given, got it alone")
         examples = _examples(arrays, pictures or None)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
-        told = refusal(facts.method, support)
-        if told is not None:
-            raise ValueError(told)
+        if (reason := refusal(facts.method, support)) is not None:
+            raise ValueError(reason)
     with _naming(PLAN):
         reducer = reducer_from(derived, "reducer")
         recipe = Recipe(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)

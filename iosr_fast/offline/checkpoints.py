@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from iosr_fast.files import new_folder, read_manifest, write_manifest
+from iosr_fast.files import new_folder, read_manifest, remove_leftovers, write_manifest
 
 KIND = "training checkpoint"
 FILE = "state.safetensors"
@@ -46,8 +46,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".step-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(self.folder, of=r"step-\d+")  # of processes that were killed while they wrote
         try:
             with new_folder(self.folder / f"step-{step:09d}") as temporary:
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / FILE)
