@@ -21,15 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from iosr_fast.bundle import _contiguous, _examples, _packed, _support_arrays
-from iosr_fast.live.plan_files import plan_from_files, plan_to_files, reducer_from
-from iosr_fast.live.recipe import Recipe
+from iosr_fast.bundle_schema import StateFacts
 from iosr_fast.live.state import State
-
-_PICTURES = "pictures."
-_RECIPE = ("method", "parameters", "reducer_name", "factor", "key_precision")
+from iosr_fast.live.state_files import state_from_files, state_to_files
 
 
 @contextmanager
@@ -94,27 +91,14 @@ def write_closed(path: Path, number: int, text: bytes) -> None:
 
 def write_state(path: Path, number: int, state: State, facts: dict[str, Any]) -> dict[str, Any]:
     """Write a state beside the log, with `facts` of where in the log it stands; returns what the log says of it."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save, save_file
 
-    recipe = state.recipe
-    constants, arrays = plan_to_files(state.whole_plan, state.support, recipe)
-    arrays |= _support_arrays(state)
-    if any(state.examples.pictures):
-        arrays |= {_PICTURES + name: array for name, array in _packed(state.examples.pictures).items()}
-    about = {
-        **facts,
-        "version": state.version,
-        "class_names": state.class_names,
-        "class_numbers": state.uids,
-        "next": [state.next_class, state.next_example],
-        "tau": state.tau,
-        "recipe": {name: getattr(recipe, name) for name in _RECIPE},
-        "plan": constants,
-    }
-    content, arrays = json.dumps(about, sort_keys=True), _contiguous(arrays)
-    seal = _seal(content, arrays)
+    state_facts, arrays = state_to_files(state)
+    content = json.dumps({**facts, "version": state.version, "state": state_facts}, sort_keys=True)
+    files = {name: np.frombuffer(save(held), np.uint8) for name, held in arrays.items()}
+    seal = _seal(content, files)
     with private_file(file_of(path, number, "state")) as temporary:
-        save_file(arrays, temporary, {"about": content, "sha256": seal})
+        save_file(files, temporary, {"about": content, "sha256": seal})
     return {"number": number, "sha256": seal}
 
 
@@ -126,33 +110,20 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        if _seal(metadata["about"], arrays) != metadata["sha256"]:
+            files = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if _seal(metadata["about"], files) != metadata["sha256"]:
             raise ValueError(f"{path} is damaged: it does not match its own checksum")
         about = json.loads(metadata["about"])
-        shown = {name.removeprefix(_PICTURES): arrays.pop(name) for name in list(arrays) if name.startswith(_PICTURES)}
-        recipe = Recipe(**about["recipe"], reducer=reducer_from(arrays, "reducer"))
-        examples = _examples(arrays, shown or None)
-        support = examples.as_support(about["class_numbers"], arrays["text"], about["tau"])
-        state = State.first(
-            about["class_names"],
-            arrays["text"],
-            float(about["tau"]),
-            examples,
-            recipe,
-            plan_from_files(about["plan"], arrays, support, recipe),
-            about["class_numbers"],
-            tuple(about["next"]),
-            about["version"],
-        )
-    except (KeyError, TypeError, SafetensorError) as error:
+        facts = msgspec.convert(about.pop("state"), StateFacts)
+        state = state_from_files(facts, lambda name: files[name].tobytes() if name in files else None)
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged or no state of an audit log ({error})") from error
     return state, {**about, "sha256": metadata["sha256"]}
 
 
-def _seal(about: str, arrays: Mapping[str, np.ndarray]) -> str:
+def _seal(about: str, files: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(about.encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(arrays[name].data)
+    for name in sorted(files):
+        digest.update(f"{name} {files[name].dtype} {files[name].shape}".encode())
+        digest.update(files[name].data)
     return digest.hexdigest()
