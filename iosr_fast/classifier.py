@@ -16,7 +16,7 @@ from iosr_fast.choice import check_choice, search
 from iosr_fast.encoder import Embeddings, Encoder
 from iosr_fast.explain import softmax
 from iosr_fast.held import Held
-from iosr_fast.labels import check_labels, leave_out_bad, some
+from iosr_fast.labels import check_labels, class_ids, leave_out_bad, some
 from iosr_fast.live.changes import Update
 from iosr_fast.live.examples import Examples
 from iosr_fast.live.log_writer import AuditLog
@@ -159,9 +159,10 @@ class Classifier(LiveUpdates):
         what a prediction rests on; 0 keeps none. `exif_orientation` turns images upright by EXIF, at this fit and for
         all images that the classifier is given later, loaded from a bundle too; False takes them as they are stored.
 
-        Raises ValueError, before anything is encoded, for fewer than two classes, duplicate class names, labels
-        without a name, classes without an image, unreadable images or an unknown method, parameter, reducer or
-        precision, and for parameters given where they are to be chosen.
+        Raises ValueError, before anything is encoded, for fewer than two classes, class names that are none or look
+        alike, missing labels or labels without a name, one picture under two labels (copies of its pixels, whatever
+        the file), classes without an image, unreadable images or an unknown method, parameter, reducer or precision,
+        and for parameters given where they are to be chosen. Copies of a picture within a class are warned of.
         """
         if key_precision not in PRECISIONS:
             raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
@@ -174,7 +175,7 @@ class Classifier(LiveUpdates):
             )
         given = [] if images is None else as_image_list(images)
         names, ids = check_labels(given, labels, class_names)
-        given, ids, self.skipped_ = leave_out_bad(given, ids, skip_bad)
+        given, ids, self.skipped_ = leave_out_bad(given, ids, skip_bad, names)
         if method == "auto" or METHODS[method].needs_support:
             empty = [names[c] for c in np.flatnonzero(np.bincount(ids, minlength=len(names)) == 0)]
             if empty:
@@ -225,7 +226,7 @@ class Classifier(LiveUpdates):
         queries, ids = None, None
         if images is not None:
             given = as_image_list(images)
-            _, ids = check_labels(given, labels, list(state.class_names))
+            ids = class_ids(given, labels, state.class_names)
             rng = np.random.default_rng(0)
             queries = encode_support(self.encoder, given, 1, False, rng, exif_orientation=self.exif_orientation)
         reducer = state.recipe.reducer_name if reducer is None and method == state.recipe.method else reducer
@@ -248,7 +249,7 @@ class Classifier(LiveUpdates):
     def fit_folder(self, folder: str | Path, **options: Any) -> Classifier:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces)."""
         paths, names, classes = list_folder(folder)
-        spoken = {name: name.replace("_", " ") for name in classes}
+        spoken = {name: name.replace("_", " ").strip() for name in classes}
         return self.fit(paths, [spoken[n] for n in names], class_names=[spoken[n] for n in classes], **options)
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
@@ -300,7 +301,7 @@ class Classifier(LiveUpdates):
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label (names, or integers into `classes_`)."""
         given = as_image_list(images)
-        _, ids = check_labels(given, labels, list(self.snapshot().class_names))
+        ids = class_ids(given, labels, self.snapshot().class_names)
         if not len(ids):
             raise ValueError("expected at least one image to score, got none")
         return float((self.decision_function(given).argmax(1) == ids).mean())

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Number
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iosr_fast.predictions import uid_of
-from iosr_fast.preprocess import find_bad
+from iosr_fast.preprocess import BadImageError, open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
+
+# What missing values become when NumPy or pandas turn a column into text.
+_MISSING_AS_TEXT = frozenset({"nan", "NaN", "None", "null", "<NA>", "NaT"})
 
 
 def some(values: Sequence[str]) -> str:
@@ -20,55 +30,233 @@ def some(values: Sequence[str]) -> str:
 
 
 def check_labels(images: Sequence[Any], labels: Any, class_names: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
-    """The class names and each image's class id."""
-    given = np.asarray([] if labels is None else labels)
-    if given.shape != (len(images),):
-        raise ValueError(f"expected one label for each of {len(images)} images, got labels of shape {given.shape}")
-    if len(given) and given.dtype.kind not in "iuUS":
-        raise ValueError(f"expected labels to be class names or integers, got {given.dtype}")
-    numbered = given.dtype.kind in "iu"
+    """The class names and each image's class id, for a fit.
+
+    Raises ValueError for labels as `class_ids` does, and for class names that are no names or can't be told apart.
+    """
+    values = _label_values(labels, len(images))
     if class_names is None:
-        if not len(given):
+        if not values:
             raise ValueError("expected labelled images or class_names, got neither: without them there are no classes")
-        if numbered:
+        if isinstance(values[0], int):
             raise ValueError("integer labels have no names: pass class_names, the name of each class in order")
-        class_names = sorted(set(given.tolist()))
-    names = [str(name) for name in class_names]
+        missing = sorted(_MISSING_AS_TEXT.intersection(values))
+        if missing:
+            raise ValueError(
+                f"expected a label for every image, got {some(missing)}, which is what a missing value becomes as "
+                "text; leave those images out, or pass class_names if a class is called so"
+            )
+        class_names = sorted(set(values))
+    names = check_names(class_names)
+    return names, _ids(values, names)
+
+
+def class_ids(images: Sequence[Any], labels: Any, names: Sequence[str]) -> np.ndarray:
+    """Each image's class id (N,) int64; `labels` are names out of `names` or integers into them.
+
+    Raises ValueError, naming the position, for a missing label (None, NaN, NaT), one that is neither text nor an
+    integer, a mixture of both, one without a class, and for another number of labels than images.
+    """
+    return _ids(_label_values(labels, len(images)), names)
+
+
+def _label_values(labels: Any, n_images: int) -> list[Any]:
+    """Labels as Python's str or int, all of one kind. Nothing is turned into text that isn't."""
+    if isinstance(labels, np.ma.MaskedArray):
+        labels = list(labels)  # asarray would drop the mask
+    if not isinstance(labels, list | tuple):
+        labels = np.asarray([] if labels is None else labels)
+        if labels.ndim != 1:
+            raise ValueError(
+                f"expected one label for each of {n_images} images in a sequence, got labels of shape {labels.shape}"
+            )
+    if len(labels) != n_images:
+        raise ValueError(f"expected one label for each of {n_images} images, got {len(labels)} labels")
+    plain = [value.item() if isinstance(value, np.generic) else value for value in labels]
+    for i, value in enumerate(plain):
+        if _is_missing(value):
+            raise ValueError(
+                f"expected a label for every image, got {labels[i]!r} at position {i}: leave that image out or label it"
+            )
+    values = [_label(value, labels[i], i) for i, value in enumerate(plain)]
+    first: dict[type, int] = {}
+    for i, value in enumerate(values):
+        first.setdefault(type(value), i)
+    if len(first) > 1:
+        raise ValueError(
+            f"expected labels to be all class names or all integers, got {values[first[str]]!r} at position "
+            f"{first[str]} and {values[first[int]]!r} at position {first[int]}"
+        )
+    return values
+
+
+def _label(value: Any, given: Any, position: int) -> str | int:
+    """One label; `given` is what it was before NumPy's scalars became Python's."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    hint = {float: "; integers are made by labels.astype(int)", bytes: "; decode it"}.get(type(value), "")
+    raise ValueError(
+        f"expected labels to be class names or integers, got {type(given).__name__} ({given!r}) at position {position}"
+        f"{hint}"
+    )
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN of any kind, NaT, a masked value and pandas.NA (whose comparison has no truth value)."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType", "MaskedConstant"):
+        return True
+    return isinstance(value, Number) and bool(value != value)
+
+
+def check_names(given: Any) -> list[str]:
+    """Class names as a list of str.
+
+    Raises ValueError where they are fewer than two, or where one is no text, is blank, has blanks around it or control
+    characters, looks like an id, or differs from another in nothing that a reader sees. Warns of names that differ in
+    case alone: CLIP's tokenizers read them as one.
+    """
+    if isinstance(given, str | bytes | set | frozenset | dict) or not isinstance(given, Iterable):
+        raise ValueError(f"expected class_names to be a list of names, in order, got {type(given).__name__}")
+    names = []
+    for i, name in enumerate(given):
+        if not isinstance(name, str):
+            raise ValueError(f"expected class names to be text, got {name!r} ({type(name).__name__}) at position {i}")
+        names.append(str.__str__(name))
     if len(names) < 2:
         raise ValueError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"expected class names to differ, got {some(twice)} more than once")
-    reserved = [name for name in names if uid_of(name) is not None or not name.strip()]
-    if reserved:
-        raise ValueError(f"expected class names, got {some(reserved)}: empty ones and ~7 (an id's form) are not names")
-    if not len(given):
-        return names, np.zeros(0, np.int64)
-    if numbered:
-        outside = sorted({str(i) for i in given.tolist() if not 0 <= i < len(names)})
+    for name in names:
+        fault = name_fault(name)
+        if fault:
+            raise ValueError(f"expected class names, got {name!r}, {fault}")
+    twins = _twins(names, as_seen)
+    equal = sorted({one for one, other in twins if one == other})
+    if equal:
+        raise ValueError(f"expected class names to differ, got {some(equal)} more than once")
+    if twins:
+        shown = "; ".join(f"{one!a} and {other!a}" for one, other in twins[:5])
+        raise ValueError(
+            f"expected class names to differ, got names that look alike: {shown} (they differ in Unicode "
+            "normalisation, invisible characters or blanks alone)"
+        )
+    for one, other in _twins(names, lambda name: unicodedata.normalize("NFKC", as_seen(name)).casefold()):
+        logger.warning("the classes %r and %r differ in case or typography alone: is one class meant?", one, other)
+    return names
+
+
+def name_fault(name: str) -> str | None:
+    """Why this text can't be a class name, or None."""
+    if not as_seen(name).strip():
+        return "which is blank"
+    if name != name.strip():
+        return "which has blanks around it"
+    if uid_of(name) is not None:
+        return "which is how ids of classes look"
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
+        return "which has control characters or is no valid Unicode"
+    return None
+
+
+def as_seen(name: str) -> str:
+    """Names that look alike have this in common: one normalisation, no invisible characters, single blanks."""
+    visible = "".join(char for char in name if unicodedata.category(char) != "Cf")
+    return " ".join(unicodedata.normalize("NFC", visible).split())
+
+
+def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Each name with an earlier one of the same key."""
+    first: dict[str, str] = {}
+    found = []
+    for name in names:
+        seen = key(name)
+        if seen in first:
+            found.append((first[seen], name))
+        else:
+            first[seen] = name
+    return found
+
+
+def _ids(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
+    if values and isinstance(values[0], int):
+        outside = sorted({i for i in values if not 0 <= i < len(names)})
         if outside:
-            raise ValueError(f"expected labels in 0..{len(names) - 1}, one for each class name, got {some(outside)}")
-        return names, given.astype(np.int64)
+            shown = some([str(i) for i in outside])
+            raise ValueError(f"expected labels in 0..{len(names) - 1}, one for each class name, got {shown}")
+        return np.array(values, np.int64)
     index = {name: i for i, name in enumerate(names)}
-    unknown = sorted({name for name in given.tolist() if name not in index})
+    unknown = sorted({name for name in values if name not in index})
     if unknown:
         raise ValueError(f"the labels {some(unknown)} are not among the {len(names)} class names")
-    return names, np.array([index[name] for name in given.tolist()])
+    return np.array([index[name] for name in values], np.int64)
 
 
 def leave_out_bad(
-    images: Sequence[Any], ids: np.ndarray, skip_bad: bool
+    images: Sequence[Any],
+    ids: np.ndarray,
+    skip_bad: bool,
+    names: Sequence[str] = (),
+    step: Callable[[int], None] = lambda images: None,
 ) -> tuple[Sequence[Any], np.ndarray, list[str]]:
-    """Decode everything once before any work starts; unreadable images are left out or refused, all of them by name."""
-    bad = find_bad(images)
-    if not bad:
-        return images, ids, []
-    if not skip_bad:
+    """Decode everything once before any work starts; unreadable images are left out or refused, all of them by name.
+
+    Pictures with the same pixels are refused under two labels (`names` of `ids`), and warned of under one. `step` is
+    called with 1 after each image.
+    """
+    bad: dict[int, BadImageError] = {}
+    first: dict[bytes, int] = {}
+    copies: list[tuple[int, int]] = []
+    for i, image in enumerate(images):
+        try:
+            earlier = first.setdefault(_content(open_image(image, i)), i)
+        except BadImageError as error:
+            bad[i] = error
+        else:
+            if earlier != i:
+                copies.append((earlier, i))
+        step(1)
+    if bad and not skip_bad:
         if len(bad) == 1:
             raise next(iter(bad.values()))
         shown = "; ".join(str(error) for error in list(bad.values())[:5])
         raise ValueError(f"{len(bad)} of {len(images)} images can't be read (skip_bad leaves them out): {shown}")
-    for error in bad.values():
-        logger.warning("left out: %s", error)
+    _judge_copies(images, ids, copies, names)
+    if not bad:
+        return images, ids, []
+    for left_out in bad.values():
+        logger.warning("left out: %s", left_out)
     kept = [i for i in range(len(images)) if i not in bad]
-    return [images[i] for i in kept], ids[kept], [error.where for error in bad.values()]
+    return [images[i] for i in kept], ids[kept], [left_out.where for left_out in bad.values()]
+
+
+def _content(image: Image) -> bytes:
+    """A digest of the pixels: the same for copies under other names and in other lossless files."""
+    digest = hashlib.sha256(repr((image.mode, image.size)).encode())
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+def _judge_copies(
+    images: Sequence[Any], ids: np.ndarray, copies: Sequence[tuple[int, int]], names: Sequence[str]
+) -> None:
+    across = [(one, other) for one, other in copies if ids[one] != ids[other]]
+    if across:
+        pairs = (" and ".join(f"{_where(images[i], i)} ({names[ids[i]]!r})" for i in pair) for pair in across[:5])
+        more = f"; and {len(across) - 5} more" if len(across) > 5 else ""
+        raise ValueError(
+            f"expected one label for a picture, got the same picture under two: {'; '.join(pairs)}{more}; remove the "
+            "wrong ones"
+        )
+    if copies:
+        one, other = copies[0]
+        logger.warning(
+            "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s",
+            len(copies),
+            len(images),
+            _where(images[other], other),
+            _where(images[one], one),
+        )
+
+
+def _where(image: Any, position: int) -> str:
+    return str(image) if isinstance(image, str | Path) else f"number {position}"

@@ -170,12 +170,3 @@ def to_pixels(images: Any, size: int, exif_orientation: bool = True) -> np.ndarr
     return pixels
 
 
-def find_bad(images: Sequence[Any]) -> dict[int, BadImageError]:
-    """Decode every image and return the errors by position."""
-    bad: dict[int, BadImageError] = {}
-    for i, image in enumerate(images):
-        try:
-            open_image(image, i)
-        except BadImageError as error:
-            bad[i] = error
-    return bad

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.labels import leave_out_bad
 from iosr_fast.preprocess import (
     BadImageError,
-    find_bad,
     list_folder,
     open_image,
     random_view,
@@ -74,9 +74,9 @@ def test_damaged_files_are_found_by_path(rng: np.random.Generator, tmp_path: Pat
     picture(rng, 64, 64).save(good)
     text.write_text("this is no image")
     cut.write_bytes(good.read_bytes()[:800])
-    bad = find_bad([good, text, cut])
-    assert sorted(bad) == [1, 2]
-    assert bad[1].where == str(text) and bad[2].where == str(cut)
+    kept, ids, bad = leave_out_bad([good, text, cut], np.arange(3), skip_bad=True)
+    assert kept == [good] and ids.tolist() == [0]
+    assert bad == [str(text), str(cut)]
 
 
 def test_views_differ_repeat_with_the_seed_and_mirror_only_if_asked() -> None:

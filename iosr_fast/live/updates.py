@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoder import Encoder
-from iosr_fast.labels import leave_out_bad
+from iosr_fast.labels import as_seen, leave_out_bad, name_fault
 from iosr_fast.live.audit import open_log
 from iosr_fast.live.changes import Update
 from iosr_fast.live.examples import Examples
@@ -19,7 +19,7 @@ from iosr_fast.live.log_writer import AuditLog
 from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.methods import METHODS
-from iosr_fast.predictions import Change, ClassInfo, class_id, example_id, uid_of
+from iosr_fast.predictions import Change, ClassInfo, class_id, example_id
 from iosr_fast.preprocess import as_image_list
 from iosr_fast.validation import check_unit_rows
 
@@ -195,11 +195,11 @@ class LiveUpdates(ABC):
 
     @staticmethod
     def _check_name(state: State, name: str, itself: int | None = None) -> None:
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"expected a class name, got {name!r}")
-        if uid_of(name) is not None:
-            raise ValueError(f"expected a class name, got {name!r}, which is how ids of classes look")
-        taken = [uid for uid, other in zip(state.uids, state.class_names, strict=True) if other == name]
+        fault = name_fault(name) if isinstance(name, str) else "which is no text"
+        if fault:
+            raise ValueError(f"expected a class name, got {name!r}, {fault}")
+        seen = as_seen(name)
+        taken = [uid for uid, other in zip(state.uids, state.class_names, strict=True) if as_seen(other) == seen]
         if taken and taken != [itself]:
             raise ValueError(f"expected class names to differ, got {name!r}, which is class {class_id(taken[0])}")
 

@@ -1,0 +1,190 @@
+"""Labels and class names that are no names, and pictures under two labels: refused before anything is encoded."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast.labels import check_labels, check_names, class_ids, leave_out_bad
+
+NAN = float("nan")
+
+
+def ids_of(labels: Any, names: list[str] | None = None) -> tuple[list[str], list[int]]:
+    found, ids = check_labels([None] * len(labels), labels, names)
+    return found, ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "missing", [NAN, None, np.nan, np.float32("nan"), Decimal("NaN"), complex(NAN, 0), np.datetime64("NaT")]
+)
+@pytest.mark.parametrize("made", [list, tuple, lambda values: np.array(values, dtype=object)])
+def test_a_missing_label_is_not_the_class_nan(missing: Any, made: Any) -> None:
+    for names in (None, ["a", "b", "nan", "None"]):
+        with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 2"):
+            ids_of(made(["a", "b", missing]), names)
+
+
+def test_a_missing_label_in_a_column_of_pandas_is_refused() -> None:
+    pd = pytest.importorskip("pandas", reason="pandas is not installed")
+    for column in (
+        pd.Series(["a", None, "b"]),
+        pd.Series(["a", pd.NA, "b"], dtype="string"),
+        pd.Series(["a", None, "b"], dtype="category"),
+        pd.Series([0, None, 1], dtype="Int64"),
+        [0, pd.NaT, 1],
+    ):
+        with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
+            ids_of(column, ["a", "b"])
+
+
+def test_missing_labels_in_arrays_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 'nan', which is what a missing value becomes as text"):
+        ids_of(np.asarray(["a", NAN, "b"]))
+    with pytest.raises(ValueError, match="got 'None', which is"):
+        ids_of(np.array(["a", None, "b"], dtype=object).astype(str))
+    with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
+        ids_of(np.array([0.0, NAN, 1.0]), ["a", "b"])
+    with pytest.raises(ValueError, match=r"expected a label for every image, got .* at position 1"):
+        ids_of(np.ma.masked_array([0, 1, 1], mask=[False, True, False]), ["a", "b"])
+    assert ids_of(["nan", "roti"], ["nan", "roti"]) == (["nan", "roti"], [0, 1])  # a class that is called so
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([1, "1", 0], "all class names or all integers, got '1' at position 1 and 1 at position 0"),
+        (np.array(["a", 1, "b"], dtype=object), "got 'a' at position 0 and 1 at position 1"),
+        ([0, 1.0, 1], r"got float \(1.0\) at position 1; integers are made by"),
+        (np.array([0.0, 1.0, 1.0]), r"got float64 \(.*0.0.*\) at position 0"),
+        ([True, False, True], r"got bool \(True\) at position 0"),
+        (np.array([True, False, True]), "got bool"),
+        ([b"a", b"b", b"a"], r"got bytes \(b'a'\) at position 0; decode it"),
+        (np.array([b"a", b"b", b"a"]), "got bytes"),
+        ([Path("a"), "b", "a"], "got Posix?.*Path"),
+        ([["a"], ["b"], ["a"]], "got list"),
+        ([["a", "b"], "b", "a"], "got list"),
+        (np.array([["a"], ["b"], ["a"]]), r"got labels of shape \(3, 1\)"),
+        ({"a", "b", "c"}, r"in a sequence, got labels of shape \(\)"),
+        ("abc", r"got labels of shape \(\)"),
+        (["a", "b"], "one label for each of 3 images, got 2"),
+    ],
+)
+def test_labels_that_are_no_labels_are_named_by_position(labels: Any, said: str) -> None:
+    for names in (None, ["a", "b"]):
+        with pytest.raises(ValueError, match=said):
+            check_labels([None] * 3, labels, names)
+    with pytest.raises(ValueError, match=said):
+        class_ids([None] * 3, labels, ["a", "b"])
+
+
+def test_good_labels_of_every_kind_are_taken() -> None:
+    torch = pytest.importorskip("torch")
+    for numbers in ([1, 0, 1], np.array([1, 0, 1], np.uint8), (np.int64(1), 0, 1), torch.tensor([1, 0, 1])):
+        assert ids_of(numbers, ["a", "b"]) == (["a", "b"], [1, 0, 1])
+    for names in (["b", "a", "b"], np.array(["b", "a", "b"]), np.array(["b", "a", "b"], dtype=object)):
+        assert ids_of(names) == (["a", "b"], [1, 0, 1])
+    assert ids_of([], ["a", "b"]) == (["a", "b"], [])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a", " "], "got ' ', which is blank"),
+        (["a", "\u200b\ufeff"], "which is blank"),
+        (["a", ""], "which is blank"),
+        (["a", " b"], "which has blanks around it"),
+        (["a", "b\u00a0"], "which has blanks around it"),
+        (["a", "b\nc"], "control characters"),
+        (["a", "b\x00c"], "control characters"),
+        (["a", "b\x1b[31mc"], "control characters"),
+        (["a", "b\u2028c"], "control characters"),
+        (["a", "caf\udce9"], "no valid Unicode"),
+        (["a", "~7"], "how ids of classes look"),
+        (["a", "a"], "got 'a' more than once"),
+        (["caf\u00e9", "cafe\u0301"], "look alike: .*u0301"),
+        (["\u00c5land", "A\u030aland", "x"], "look alike"),
+        (["hot dog", "hot\u00a0dog"], "look alike"),
+        (["hot dog", "hot  dog"], "look alike"),
+        (["cat", "c\u200bat"], "look alike"),
+        (["a", NAN], r"text, got nan \(float\) at position 1"),
+        (["a", None], "text, got None"),
+        ([0, 1], r"text, got 0 \(int\)"),
+        (["a", b"b"], "text, got b'b'"),
+        ("ab", "a list of names, in order, got str"),
+        ({"a", "b"}, "in order, got set"),
+        ({"a": 0, "b": 1}, "in order, got dict"),
+        (["a"], "at least two classes"),
+    ],
+)
+def test_class_names_that_are_no_names_are_refused(names: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_names(names)
+    with pytest.raises(ValueError, match=said):
+        check_labels([], [], names)
+
+
+def test_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "iosr_fast.labels"):
+        assert check_names(["Apple", "apple", "pear"]) == ["Apple", "apple", "pear"]
+        assert check_names(["\ufb01g", "fig"]) == ["\ufb01g", "fig"]
+    assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 2
+    assert check_names(["\U0001f468\u200d\U0001f33e farmer", "p\u00eache"])  # joined emoji are names
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8))
+
+
+def forms(folder: Path) -> dict[str, Any]:
+    """One picture in every form that an image may come in."""
+    image, out = picture(0), io.BytesIO()
+    image.save(folder / "a.png")
+    shutil.copy(folder / "a.png", folder / "copy.png")
+    (folder / "link.png").symlink_to(folder / "a.png")
+    image.save(folder / "again.bmp")
+    image.save(folder / "again.png", compress_level=1)
+    image.save(out, "TIFF")
+    return {
+        "the same path": folder / "a.png",
+        "text": str(folder / "a.png"),
+        "a copy": folder / "copy.png",
+        "a link": folder / "link.png",
+        "another format": folder / "again.bmp",
+        "saved again": folder / "again.png",
+        "bytes": out.getvalue(),
+        "PIL": image,
+        "array": np.asarray(image),
+    }
+
+
+def test_one_picture_under_two_labels_is_refused(tmp_path: Path) -> None:
+    for kind, same in forms(tmp_path).items():
+        images = [tmp_path / "a.png", picture(1), same]
+        with pytest.raises(
+            ValueError, match=r"the same picture under two: .*a\.png \('cat'\) and .* \('dog'\)"
+        ) as error:
+            leave_out_bad(images, np.array([0, 0, 1]), False, ["cat", "dog"])
+        named = str(same) if isinstance(same, str | Path) else "number 2"
+        assert named in str(error.value), kind
+    images = [picture(i % 7) for i in range(14)]
+    with pytest.raises(ValueError, match=r"number 4 .* and number 11 \('dog'\); and 2 more"):
+        leave_out_bad(images, np.arange(14) // 7, False, ["cat", "dog"])
+
+
+def test_copies_within_a_class_are_warned_of_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [*forms(tmp_path).values(), picture(1)]
+    with caplog.at_level(logging.WARNING, "iosr_fast.labels"):
+        kept, ids, skipped = leave_out_bad(images, np.zeros(10, int), False, ["cat"])
+    assert len(kept) == len(ids) == 10 and not skipped
+    assert "8 of 10 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
+    turned = np.asarray(picture(0)).reshape(17, 12, 3)  # the same bytes in another shape are another picture
+    leave_out_bad([picture(0), turned], np.array([0, 1]), False, ["cat", "dog"])
