@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,12 +96,13 @@ def encode_support(
     rng: np.random.Generator,
     batch: int = 64,
     exif_orientation: bool = True,
+    step: Callable[[int], None] = lambda images: None,
 ) -> Embeddings:
     """One row an image: the mean of its views' embeddings, L2-normalised again.
 
     With `views` 1 the one view is CLIP's resize and centre crop; with more, random crops of half to all of the image
     (mirrored half of the time if asked), as Tip-Adapter builds its cache (Zhang et al., ECCV 2022, section 3.1).
-    `exif_orientation` as for preprocess.open_image.
+    `exif_orientation` as for preprocess.open_image; `step` is called with the number of images after each batch.
     """
     plain: list[np.ndarray] = []
     adapted: list[np.ndarray] = []
@@ -118,6 +119,7 @@ def encode_support(
         plain.append(_mean_of_views(encoded.plain, views))
         if encoded.adapted is not None:
             adapted.append(_mean_of_views(encoded.adapted, views))
+        step(len(images[start : start + group]))
     return Embeddings(np.concatenate(plain), np.concatenate(adapted) if adapted else None)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +29,7 @@ from iosr_fast.live.support_images import SupportViews
 from iosr_fast.live.updates import LiveUpdates
 from iosr_fast.methods import METHODS
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
+from iosr_fast.pipeline.progress import progress as bar
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
 from iosr_fast.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
@@ -34,6 +38,7 @@ from iosr_fast.text_source import TextSource
 from iosr_fast.tune import Tuned
 
 _CHUNK = 256
+log = logging.getLogger(__name__)
 
 
 class Classifier(LiveUpdates):
@@ -103,22 +108,31 @@ class Classifier(LiveUpdates):
     @classmethod
     def from_pretrained(
         cls,
-        model: str = "demo",
+        model: str | None = None,
         pretrained: str | Path | None = None,
         adapter: str | Path | None = "auto",
         runtime: str = "auto",
         precision: str = "fp32",
         engine: str | Path | None = None,
+        progress: bool = False,
     ) -> Classifier:
         """An unfitted classifier on a CLIP: `model` and `pretrained` as in `iosr_fast.offline.clip.load_clip`.
 
+        Without a `model` it is "demo", a toy for trying out, and a warning says that it is near chance on photographs.
         `adapter` is a file of tools/train_adapter.py, None for none; "auto" takes the shipped one for the demo's CLIP.
         The engine is built once and kept in the user's cache folder; `engine` names a folder of tools/build_engine.py
-        instead. Needs the `train` extra (torch, open_clip) for the text encoder; a saved classifier does not.
+        instead. `progress` shows a bar on stderr where that is a terminal. Needs the `train` extra (torch, open_clip)
+        for the text encoder; a saved classifier does not.
+
+        Adapter, engine, runtime, precision and the architecture are checked before a CLIP is downloaded or made.
+        Raises ValueError for those that don't fit, OSError for files that are missing and weights that can't be
+        downloaded, ImportError for a missing package.
         """
         from iosr_fast.offline.pretrained import open_pretrained
 
-        opened = open_pretrained(model, pretrained, adapter, runtime, precision, engine)
+        if model is None:
+            _warn_of_the_demo()
+        opened = open_pretrained(model or "demo", pretrained, adapter, runtime, precision, engine, progress)
         return cls(opened.encoder, opened.engine, opened.text, opened.tau)
 
     def fit(
@@ -141,6 +155,7 @@ class Classifier(LiveUpdates):
         key_precision: Precision = "fp32",
         thumbnails: int = 96,
         exif_orientation: bool = True,
+        progress: bool = False,
     ) -> Classifier:
         """Encode the support images and class names and compile a method; nothing is trained.
 
@@ -158,6 +173,7 @@ class Classifier(LiveUpdates):
         many keys. `thumbnails` is the longer side in pixels of the picture that is kept of each support image, to show
         what a prediction rests on; 0 keeps none. `exif_orientation` turns images upright by EXIF, at this fit and for
         all images that the classifier is given later, loaded from a bundle too; False takes them as they are stored.
+        `progress` shows bars on stderr where that is a terminal.
 
         Raises ValueError, before anything is encoded, for fewer than two classes, class names that are none or look
         alike, missing labels or labels without a name, one picture under two labels (copies of its pixels, whatever
@@ -175,7 +191,8 @@ class Classifier(LiveUpdates):
             )
         given = [] if images is None else as_image_list(images)
         names, ids = check_labels(given, labels, class_names)
-        given, ids, self.skipped_ = leave_out_bad(given, ids, skip_bad, names)
+        with bar("decode", len(given), shown=progress) as step:
+            given, ids, self.skipped_ = leave_out_bad(given, ids, skip_bad, names, step)
         if method == "auto" or METHODS[method].needs_support:
             empty = [names[c] for c in np.flatnonzero(np.bincount(ids, minlength=len(names)) == 0)]
             if empty:
@@ -187,9 +204,12 @@ class Classifier(LiveUpdates):
         rng = np.random.default_rng(seed)
         queries = None
         if len(given):
-            embeddings = encode_support(self.encoder, given, views, mirror, rng, exif_orientation=exif_orientation)
-            if searched and views > 1:  # what is asked later is one view, so that is what leave-one-out has to ask
-                queries = encode_support(self.encoder, given, 1, mirror, rng, exif_orientation=exif_orientation)
+            single = searched and views > 1  # what is asked later is one view, so that is what leave-one-out has to ask
+            with bar("encode", len(given) * (1 + single), shown=progress) as step:
+                encode = partial(encode_support, self.encoder, given, exif_orientation=exif_orientation, step=step)
+                embeddings = encode(views, mirror, rng)
+                if single:
+                    queries = encode(1, mirror, rng)
         else:
             nothing = np.zeros((0, self.encoder.width), np.float32)
             embeddings = Embeddings(nothing, nothing)
@@ -197,7 +217,8 @@ class Classifier(LiveUpdates):
         examples = examples.rows(np.argsort(ids, kind="stable"))
         support = examples.as_support(range(len(names)), text, self._tau)
         if searched and len(given):
-            chosen = search(method, support, reducer, tune)
+            with bar("tune", None, shown=progress):
+                chosen = search(method, support, reducer, tune)
         else:
             parameters = {**METHODS[method].parameters, **parameters}
             chosen = Tuned(method, reducer or "none", parameters, float("nan"), 0, "none")
@@ -378,6 +399,16 @@ class Classifier(LiveUpdates):
                 yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size, self.exif_orientation)
             except BadImageError as error:
                 raise error.moved(start) from error.__cause__
+
+
+@functools.cache
+def _warn_of_the_demo() -> None:
+    """Once a process."""
+    log.warning(
+        "no model was named, so this is the demo's CLIP: a toy that was trained on emoji of 64x64 pixels and is near "
+        "chance on photographs. For photographs take a real one, like from_pretrained('ViT-B-32', "
+        "'laion2b_s34b_b79k') or from_pretrained('ViT-B-16', 'openai'); from_pretrained('demo') silences this"
+    )
 
 
 def _recipe(chosen: Tuned, key_precision: Precision, support: SupportSet | None = None) -> Recipe:

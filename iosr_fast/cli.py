@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from iosr_fast.outputs import check_new_folder
 from iosr_fast.pipeline.command import classify
+from iosr_fast.pipeline.progress import progress
 from iosr_fast.serving.command import serve
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+# Without rich's markup, which takes `[...]` in a help text for a style and leaves it out.
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+)
 app.command()(serve)
 app.command()(classify)
 
@@ -53,8 +58,12 @@ def info(
 def fit(
     folder: Path = typer.Argument(..., help="one sub-folder of images a class"),
     out: Path = typer.Option(..., help="the folder to write the classifier to"),
-    model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
-    pretrained: str = typer.Option(None, help="tag or weights file; not needed for the demo"),
+    model: str = typer.Option(
+        ...,
+        help="a model of open_clip, like ViT-B-32 with --pretrained laion2b_s34b_b79k or ViT-B-16 with --pretrained "
+        "openai; or 'demo', a toy for trying out that is near chance on photographs",
+    ),
+    pretrained: str = typer.Option(None, help="tag (downloaded) or weights file; not needed for the demo"),
     adapter: str = typer.Option("auto", help="a file of tools/train_adapter.py, 'auto' or 'none'"),
     method: str = typer.Option("auto", help="a training-free method (`iosr-fast info` lists them), or 'auto'"),
     alpha: float = typer.Option(None, help="weight of the images against the texts [default: chosen by leave-one-out]"),
@@ -71,11 +80,15 @@ def fit(
     key_precision: str = typer.Option("fp32", help="of the keys when scoring: fp32, fp16, bf16 or int8"),
 ) -> None:
     """Fit a few-shot classifier on a folder and save it."""
-    from iosr_fast.classifier import Classifier
-
     try:
+        from iosr_fast.choice import check_choice
+        from iosr_fast.classifier import Classifier, list_folder
+
+        check_new_folder(out, "classifier")
+        check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
+        list_folder(folder)  # what is amiss with it shows before a CLIP is loaded
         classifier = Classifier.from_pretrained(
-            model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime
+            model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime, progress=True
         )
         classifier.fit_folder(
             folder,
@@ -91,9 +104,11 @@ def fit(
             mirror=mirror,
             skip_bad=skip_bad,
             key_precision=key_precision,
+            progress=True,
         )
-        classifier.save(out)
-    except (ValueError, OSError, ImportError) as error:
+        with progress("save", None):
+            classifier.save(out)
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         _fail(error)
     typer.echo(
         f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {classifier.method_}"

@@ -33,7 +33,7 @@ KIND = "embeddings"  # of the manifest
 COLUMNS = ("key", "plain", "adapted", "error")
 DTYPES = ("float32", "float16")
 _ENTRY = "iosr_fast"
-_EXTRA = "train"  # brings pyarrow
+_EXTRA = "parquet"
 
 
 @dataclass(frozen=True)

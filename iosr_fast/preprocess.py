@@ -78,7 +78,7 @@ def open_bytes(data: bytes, path: Path, position: int = 0, exif_orientation: boo
 def check_path(path: Path) -> Path:
     """The path of a file. Raises ValueError for a folder, for what is no regular file and where there is nothing."""
     if path.is_dir():
-        raise ValueError("it is a folder, not an image")
+        raise ValueError("it is a folder; fit_folder and predict_folder, or `iosr-fast classify`, take folders")
     if not path.is_file():
         raise ValueError("it is not a regular file" if path.exists() else "no such file")
     return path
@@ -168,5 +168,3 @@ def to_pixels(images: Any, size: int, exif_orientation: bool = True) -> np.ndarr
     for i, image in enumerate(listed):
         pixels[i] = resize_and_crop(open_image(image, i, exif_orientation), size)
     return pixels
-
-

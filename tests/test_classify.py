@@ -133,7 +133,7 @@ def test_parts_of_two_classifiers_never_mix(bundle: Path, pictures: list[Path], 
     classifier.save(tmp_path / "other")
     refused = run(tmp_path / "other", tmp_path / "in", out, "--chunk", "10")
     told = [Classifier.load(folder).snapshot().fingerprint() for folder in (bundle, tmp_path / "other")]
-    assert refused.exit_code == 1 and f"bundle (there {told[0]}, now {told[1]})" in refused.output
+    assert refused.exit_code == 2 and f"bundle (there {told[0]}, now {told[1]})" in refused.output
     assert part_bytes(out) == before
     # A part of the other classifier's run, under this one's name.
     classified(tmp_path / "other", tmp_path / "in", tmp_path / "out2", "--chunk", "10")
@@ -175,7 +175,7 @@ def test_a_bad_image_stops_the_run_or_is_a_row_with_its_error(
     for i, content in bad.items():
         pictures[i].write_bytes(content)
     stopped = run(bundle, tmp_path / "in", out, *options)
-    assert stopped.exit_code == 1
+    assert stopped.exit_code == 2
     assert f"can't read image {pictures[3]}: " in stopped.output and "--skip-bad" in stopped.output
     assert not (out / "manifest.json").exists()
     done = run(bundle, tmp_path / "in", out, *options, "--skip-bad")
@@ -190,7 +190,7 @@ def test_a_bad_image_stops_the_run_or_is_a_row_with_its_error(
     assert_answers(bundle, table.take(good), [pictures[i] for i in good])
     # What could not be read is tried again where errors are not accepted any more.
     again = run(bundle, tmp_path / "in", out, *options)
-    assert again.exit_code == 1 and "part-00000.parquet is computed again: 1 of its images" in again.output
+    assert again.exit_code == 2 and "part-00000.parquet is computed again: 1 of its images" in again.output
 
 
 def test_columns_of_the_input_go_with_their_rows(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_columns_of_the_input_go_with_their_rows(bundle: Path, pictures: list[Pa
     assert table["key"].to_pylist() == keys and table["price"].to_pylist() == list(range(30))[::-1]
     assert_answers(bundle, table, pictures)
     refused = run(bundle, given, tmp_path / "other", "--keep-columns", "label")
-    assert refused.exit_code == 1 and "got ['label']; rename them in the input" in refused.output
+    assert refused.exit_code == 2 and "got ['label']; rename them in the input" in refused.output
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_what_can_not_be_is_refused_before_any_work(
     bundle: Path, pictures: list[Path], tmp_path: Path, options: tuple[str, ...], told: str
 ) -> None:
     refused = run(bundle, tmp_path / "in", tmp_path / "out", *options)
-    assert refused.exit_code == 1 and told in refused.output
+    assert refused.exit_code == 2 and told in refused.output
     assert not (tmp_path / "out").exists()
 
 

@@ -228,7 +228,7 @@ def test_another_plan_is_refused(
     embedded(engine, tmp_path / "in", out, "--chunk", "10")
     before = part_bytes(out)
     refused = run(engine, tmp_path / "in", out, "--chunk", "10", *changed)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "another plan" in refused.output and named in refused.output
     assert part_bytes(out) == before
     assert len(read_embeddings(out).keys) == 30
@@ -239,13 +239,13 @@ def test_another_input_or_engine_is_refused(engine: Path, pictures: list[Path], 
     embedded(engine, tmp_path / "in", out)
     Image.new("RGB", (64, 64)).save(tmp_path / "in" / "one-more.png")
     refused = run(engine, tmp_path / "in", out)
-    assert refused.exit_code == 1 and "images (there 30, now 31)" in refused.output
+    assert refused.exit_code == 2 and "images (there 30, now 31)" in refused.output
     (tmp_path / "in" / "one-more.png").unlink()
     other = Path(shutil.copytree(engine, tmp_path / "engine"))
     manifest = json.loads((other / "manifest.json").read_text())
     rewrite_manifest(other, fingerprint="0" * 64)
     refused = run(other, tmp_path / "in", out)
-    assert refused.exit_code == 1 and f"engine (there {manifest['fingerprint']}, now {'0' * 64})" in refused.output
+    assert refused.exit_code == 2 and f"engine (there {manifest['fingerprint']}, now {'0' * 64})" in refused.output
 
 
 def test_a_part_whose_image_was_changed_is_computed_again(engine: Path, pictures: list[Path], tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_sample_without_its_image_is_kept_and_told(
     data = pictures[0].read_bytes()
     write_shard(tmp_path / "a.tar", {"1.png": data, "2.cls": b"3", "3.png": data, "4.png": b"nothing"})
     refused = run(engine, tmp_path / "a.tar", tmp_path / "out")
-    assert refused.exit_code == 1 and not (tmp_path / "out").exists()
+    assert refused.exit_code == 2 and not (tmp_path / "out").exists()
     assert "1 of 4 images can't be had, the first is a.tar#2: the sample has no image among ['cls']" in refused.output
     part = embedded(engine, tmp_path / "a.tar", tmp_path / "out", "--skip-bad")
     assert part.keys == ["a.tar#1", "a.tar#2", "a.tar#3", "a.tar#4"]
@@ -263,7 +263,7 @@ def test_parquet_gives_what_the_encoder_gives_and_keeps_columns(
     for key, label, tags in zip(part.keys, *part.columns.to_pydict().values(), strict=True):
         assert (keys.index(key), tags) == (label, [f"t{label}"] * (label % 3))
     refused = run(engine, given, tmp_path / "out", *options, "--keep-columns", "label")
-    assert refused.exit_code == 1 and "another plan, which differs in input" in refused.output
+    assert refused.exit_code == 2 and "another plan, which differs in input" in refused.output
 
 
 def test_a_folder_of_parquet_is_one_list(
@@ -291,7 +291,7 @@ def test_missing_files_are_told_before_any_work(
     good = pictures[0].relative_to(tmp_path / "in").as_posix()
     pq.write_table(pa.table({"path": [good, "gone.png", "c1"]}), given)
     refused = run(engine, given, tmp_path / "out")
-    assert refused.exit_code == 1 and not (tmp_path / "out").exists()
+    assert refused.exit_code == 2 and not (tmp_path / "out").exists()
     assert "2 of 3 images can't be had, the first is c1: it is no file" in refused.output
     part = embedded(engine, given, tmp_path / "out", "--skip-bad")
     assert dict(zip(part.keys, part.errors, strict=True)) == {

@@ -122,7 +122,7 @@ def test_on_a_cluster_that_is_running(engine: Engine, cluster: dict[str, str], t
         return subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=180)
 
     stopped = run_there(out, "--workers", "2", "--threads", "1")
-    assert stopped.returncode == 1
+    assert stopped.returncode == 2
     assert f"can't read image {paths[12]}: it is not an image of a known format" in stopped.stderr
     assert "part-00002.safetensors" not in part_bytes(out) and not (out / "manifest.json").exists()
     paths[12].write_bytes(good)
@@ -130,7 +130,7 @@ def test_on_a_cluster_that_is_running(engine: Engine, cluster: dict[str, str], t
     assert done.returncode == 0, done.stderr
     assert_encodes(engine, read_embeddings(out), paths)
     refused = run_there(tmp_path / "other", "--threads", "64")
-    assert refused.returncode == 1 and "expected room for a worker of 64 cores" in refused.stderr
+    assert refused.returncode == 2 and "expected room for a worker of 64 cores" in refused.stderr
 
 
 # A worker by itself, without Ray

@@ -33,7 +33,7 @@ def test_a_bad_image_stops_the_run_by_name_and_keeps_the_parts(
     good = bad.read_bytes()
     bad.write_bytes(good[:40])
     stopped = run(engine, tmp_path / "in", out, "--chunk", "5")
-    assert stopped.exit_code == 1
+    assert stopped.exit_code == 2
     assert f"can't read image {bad}: " in stopped.output and "--skip-bad" in stopped.output
     assert list(part_bytes(out)) == [f"part-0000{i}.safetensors" for i in range(3)]
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
@@ -71,7 +71,7 @@ def test_skip_bad_keeps_the_row_and_says_why(
             0,
         ]
     refused = run(engine, tmp_path / "in", out, *options)
-    assert refused.exit_code == 1 and f"can't read image {pictures[3]}" in refused.output
+    assert refused.exit_code == 2 and f"can't read image {pictures[3]}" in refused.output
     for i, data in good.items():
         pictures[i].write_bytes(data)
     before = len(logged(out))
@@ -85,12 +85,12 @@ def test_somebody_elses_folder_and_a_second_run_are_refused(engine: Path, pictur
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     refused = run(engine, tmp_path / "in", other)
-    assert refused.exit_code == 1 and "holds other things than a run's parts" in refused.output
+    assert refused.exit_code == 2 and "holds other things than a run's parts" in refused.output
     refused = run(engine, tmp_path / "in", tmp_path / "in" / "out")
-    assert refused.exit_code == 1 and "expected --out outside the input" in refused.output
+    assert refused.exit_code == 2 and "expected --out outside the input" in refused.output
     with plans.locked(tmp_path / "out"):
         refused = run(engine, tmp_path / "in", tmp_path / "out")
-        assert refused.exit_code == 1 and "another run is writing to" in refused.output
+        assert refused.exit_code == 2 and "another run is writing to" in refused.output
     with plans.locked(tmp_path / "out"):
         (tmp_path / "out" / plans.LOCK).unlink()
         (tmp_path / "out" / plans.LOCK).write_text("the next run's")
@@ -131,5 +131,5 @@ def test_options_that_can_not_be_are_refused_before_any_work(
     engine: Path, pictures: list[Path], tmp_path: Path, options: tuple[str, ...], told: str
 ) -> None:
     refused = run(engine, tmp_path / "in", tmp_path / "out", *options)
-    assert refused.exit_code == 1 and told in refused.output
+    assert refused.exit_code == 2 and told in refused.output
     assert not (tmp_path / "out").exists()

@@ -83,17 +83,9 @@ def test_the_core_asks_for_few_packages() -> None:
     assert core == {"msgspec", "numpy", "pillow", "safetensors", "typer"}
     extras = set(metadata("iosr_fast").get_all("Provides-Extra") or [])
     assert extras == {
-        "cpu",
-        "dev",
-        "heic",
-        "openvino",
-        "ray",
-        "serve",
-        "tensorrt",
-        "tensorrt-rtx",
-        "train",
-        "triton",
-    } | {"triton-server"}
+        *("cpu", "dev", "heic", "openvino", "parquet", "ray", "serve", "tensorrt", "tensorrt-rtx", "train", "triton"),
+        "triton-server",
+    }
     assert [entry.value for entry in entry_points(group="console_scripts", name="iosr-fast")] == ["iosr_fast.cli:app"]
 
 

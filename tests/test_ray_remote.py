@@ -292,4 +292,4 @@ def test_an_application_is_built_or_says_why_not(tmp_path: Path) -> None:
         build_app(tmp_path)
     command = [sys.executable, str(ROOT / "tools" / "serve_ray.py"), "--bundle", str(save_broken(tmp_path / "broken"))]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 1 and "does not match its manifest" in refused.stderr
+    assert refused.returncode == 2 and "does not match its manifest" in refused.stderr

@@ -160,7 +160,7 @@ def test_a_bundle_that_can_not_be_loaded_changes_nothing(
     with Load(url) as under:
         command = [sys.executable, str(ROOT / "tools" / "serve_ray.py"), *words]
         refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert refused.returncode == 1, refused.stdout
+        assert refused.returncode == 2, refused.stdout
         assert "a replica can't load" in refused.stderr and "nothing was changed" in refused.stderr
         # As where only some machine can't load it: it passes the look before, and replicas refuse it.
         monkeypatch.setattr(rollout, "_try", lambda *_: None)

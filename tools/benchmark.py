@@ -15,11 +15,12 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.command import new_app, new_file
 from tools.source_tree import use_source_tree
 
 use_source_tree()
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = new_app(no_args_is_help=True, help=__doc__)
 
 # What `all` runs, in this order, with what makes a smoke run of it. A bench a process: none inherits another's threads
 # and memory.
@@ -36,8 +37,8 @@ BENCHES = {
     "updates": "--cases tip-adapter++-k1000-c100-d512 --repeats 1",
 }
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here, as JSON.")]
-Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows here, as CSV.")]
+Json = Annotated[Path | None, typer.Option("--json", callback=new_file, help="Write the rows here, as JSON.")]
+Csv = Annotated[Path | None, typer.Option("--csv", callback=new_file, help="Write the rows here, as CSV.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch; all that may be used where left out.")
 ]

@@ -25,13 +25,16 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.offline.adapter import Adapter
+from iosr_fast.offline.architecture import check_architecture
 from iosr_fast.offline.calibration import calibration_pictures
 from iosr_fast.offline.clip import load_clip
-from iosr_fast.offline.engine_precision import QUANTISED
+from iosr_fast.offline.engine_precision import QUANTISED, choose_builder
 from iosr_fast.offline.export import add_plan, random_adapter, write_engine
 from iosr_fast.offline.export_check import CHECKED_PICTURES
-from iosr_fast.offline.pretrained import choose_adapter
+from iosr_fast.offline.pretrained import choose_adapter, read_adapter
+from iosr_fast.outputs import check_new_folder
 from iosr_fast.runtimes.plans import told
+from tools.command import run
 
 
 def real_pictures(size: int) -> np.ndarray:
@@ -104,19 +107,24 @@ def main(
         if add:
             describe(add_plan(out, runtime), out)
             return
+        check_new_folder(out, "engine")
+        choose_builder(runtime, precision)
+        check_architecture(model)
+        given = None if adapter == "none" or first_adapted_block is not None else adapter or "auto"
+        read_adapter(model, given)  # what is amiss with it shows before a CLIP is loaded
         clip = load_clip(model, pretrained)
         if first_adapted_block is not None:
             fused: Adapter | None = random_adapter(clip, first_adapted_block)
         else:
-            fused = choose_adapter(clip, None if adapter == "none" else adapter or "auto")
+            fused = choose_adapter(clip, given)
         pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
         real = real_pictures(clip.image_size)
         manifest = write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures)
     except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
     describe(manifest, out)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -33,6 +33,7 @@ from iosr_fast.bundle import load_bundle
 from tools.classification.parts import check_names
 from tools.classification.plan import classify_plan
 from tools.classification.worker import ClassifyWorker, open_encoder, writer
+from tools.command import run
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool, run_on_ray
 from tools.embedding.inputs import check_apart, open_source
@@ -112,7 +113,7 @@ def main(
         check_sizes(chunk, batch)
         if top < 1:
             raise ValueError(f"expected --top of at least 1, got {top}")
-        require("pyarrow", "train")
+        require("pyarrow", "parquet")
         kept = [name for name in keep_columns.split(",") if name]
         check_names(kept)
         check_apart(given, out)
@@ -124,4 +125,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

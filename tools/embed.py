@@ -31,6 +31,7 @@ from iosr_fast._require import require
 from iosr_fast.embedding_files import DTYPES, FORMATS, Format
 from iosr_fast.files import read_manifest
 from iosr_fast.runtimes import open_engine
+from tools.command import run
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool, run_on_ray
 from tools.embedding.inputs import check_apart, open_source
@@ -100,7 +101,7 @@ def check(options: Options) -> None:
     if options.dtype not in DTYPES:
         raise ValueError(f"expected --dtype {' or '.join(DTYPES)}, got {options.dtype}")
     if options.format == "parquet":
-        require("pyarrow", "train")
+        require("pyarrow", "parquet")
 
 
 def main(
@@ -140,4 +141,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

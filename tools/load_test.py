@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iosr_fast.info import usable_threads
 from iosr_fast.serving import Settings
 from iosr_fast.serving.settings import CPU_BATCH
+from tools.command import new_file, run
 from tools.serving_load.churn import is_rebuilt, measure_churn
 from tools.serving_load.measure import Load, measure_alone, measure_load, measure_memory
 from tools.serving_load.open_loop import Arrivals
@@ -48,7 +49,7 @@ Serve = Annotated[
 
 
 def main(
-    json_path: Annotated[Path, typer.Option("--json", help="Write the report here.")],
+    json_path: Annotated[Path, typer.Option("--json", callback=new_file, help="Write the report here.")],
     bundle: Annotated[Path | None, typer.Option(help="A saved classifier; else build/demo-bundle, made anew.")] = None,
     seconds: Annotated[float, typer.Option(min=0.5, help="Of each load.")] = 60.0,
     arrivals: Arriving = Arrivals.EVEN,
@@ -115,6 +116,8 @@ def main(
     except BaseException as error:
         write({**report, "error": repr(error)}, json_path)  # what was measured is not lost
         raise
+    finally:
+        gc.unfreeze()  # else extension modules report at exit, as leaked, what the collector may not look at
     shares = [run["client_cpu_share"] for run in report["runs"]]
     report["client_cpu_share"] = max(shares, default=None)
     if "error" not in report:
@@ -174,4 +177,4 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -11,11 +11,15 @@ The files are at https://storage.googleapis.com/openimages/web/download_v7.html.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import typer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from iosr_fast.offline.data.open_images import balanced_subset, write_download_list, write_subset_csv
+from tools.command import run
 
 
 def main(
@@ -55,4 +59,4 @@ def check_written(files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

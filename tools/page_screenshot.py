@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iosr_fast import Classifier
 from iosr_fast._require import require
 from iosr_fast.demo.pictures import load_pictures
+from tools.command import new_file, run
 from tools.demo.bundle import held_out_queries, make_demo_bundle
 
 CHROMIUM = "/usr/bin/chromium"
@@ -98,7 +99,7 @@ def photograph(page: Any, address: str, out: Path) -> None:
 
 
 def main(
-    out: Path = typer.Option(Path("docs/page.png"), help="the PNG to write"),
+    out: Path = typer.Option(Path("docs/page.png"), callback=new_file, help="the PNG to write"),
     browser: str = typer.Option(CHROMIUM, help="Chromium's executable"),
     width: int = typer.Option(1120, help="of the window, in CSS pixels"),
     height: int = typer.Option(800, help="of the window, in CSS pixels"),
@@ -125,4 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

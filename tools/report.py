@@ -18,11 +18,12 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.command import new_app
 from tools.reporting.load import BrokenResults, read_results
 from tools.reporting.page import PAGE, PLOTS, pages
 from tools.reporting.style import Plot
 
-app = typer.Typer(add_completion=False, help=__doc__)
+app = new_app(help=__doc__)
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -8,7 +8,7 @@
 Without --address it starts Ray here, and names where others can join it. With --address it brings the bundle to that
 cluster and ends; the cluster goes on serving. The same again with another bundle, or with other content in the same
 folder, is a rolling update: replicas load it beside the old one and swap, and no request fails. A bundle that can't be
-loaded is refused (exit code 1), and the old one goes on. Other options than before restart replicas, some at a time.
+loaded is refused (exit code 2), and the old one goes on. Other options than before restart replicas, some at a time.
 
 Machines of a cluster need this tree and the bundle at the same paths (a shared folder), and one version of Ray. Each
 takes requests on --port; iosr_fast.ray_serving says what is answered, and why classes are not changed there.
@@ -31,6 +31,7 @@ from iosr_fast._require import require
 from iosr_fast.ray_serving import Scale, deploy
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving import Settings
+from tools.command import run
 from tools.ray_cluster import joined
 
 _SETTINGS, _SCALE = Settings(), Scale()
@@ -144,8 +145,8 @@ def main(
             serve_there(bundle, settings, scale, name, address)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -23,16 +23,17 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
 from iosr_fast.offline.adapter import init_adapter, load_adapter, save_adapter
+from iosr_fast.offline.architecture import check_architecture
 from iosr_fast.offline.clip import load_clip
 from iosr_fast.offline.dino import local_size
 from iosr_fast.offline.processes import make_fabric
 from iosr_fast.offline.train import train_adapter
 from iosr_fast.offline.train_config import DinoConfig, TrainConfig, dino_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from tools import command
 from tools.training.progress import TrainingBar
 from tools.training.sources import Sources, open_sources
 
@@ -85,6 +86,7 @@ def main(
     demo, dino = data == "demo", objective is Goal.dino
     try:
         check_out(out)
+        check_architecture(model)
         clip = load_clip(model, pretrained)
         adapter = init_adapter(
             clip,
@@ -221,4 +223,4 @@ def write(trained: Any, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from iosr_fast.kernels import launch  # noqa: E402
 from iosr_fast.kernels.launch import Config  # noqa: E402
+from tools import command  # noqa: E402
 
 DEVICE = "cuda"
 WIDTH = 512
@@ -183,4 +184,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main)

@@ -1,1 +1,5 @@
 """Everything that happens before deployment: needs torch and open_clip, which the runtime never imports."""
+
+from iosr_fast._require import require
+
+require("torch", "train")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosr_fast._require import require
 from iosr_fast.demo.pictures import FOLDER as DEMO_FOLDER
+from iosr_fast.offline.architecture import downloading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     if its SHA-256 is the one that OpenAI published for `name`.
 
     Raises ValueError for an unknown model or tag and for a file with anything but its weights, FileNotFoundError for a
-    missing file.
+    missing file, OSError where weights can't be downloaded.
     """
     open_clip = require("open_clip", "train")
     if name == "demo":
@@ -74,7 +75,8 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
             model = _random_model(open_clip, name)
         elif str(pretrained) in tags:
             quick = bool(open_clip.get_pretrained_cfg(name, str(pretrained)).get("quick_gelu"))
-            model = open_clip.create_model(name, pretrained=str(pretrained), force_quick_gelu=quick)
+            with downloading(name, f"the weights {str(pretrained)!r}"):
+                model = open_clip.create_model(name, pretrained=str(pretrained), force_quick_gelu=quick)
         elif Path(pretrained).is_file():
             model = _model_from_file(open_clip, name, Path(pretrained))
         elif Path(pretrained).suffix:
@@ -83,7 +85,8 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
             raise ValueError(
                 f"{name} has no pretrained tag {str(pretrained)!r}: expected one of {tags}, a file, or 'none'"
             )
-        tokenizer = open_clip.get_tokenizer(name)
+        with downloading(name, "the tokenizer"):
+            tokenizer = open_clip.get_tokenizer(name)
     model = model.float().eval().requires_grad_(False)
     size = model.visual.image_size
     size = size if isinstance(size, int) else size[0]

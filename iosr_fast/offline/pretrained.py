@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iosr_fast._require import require
 from iosr_fast.cache_folder import cache_folder
 from iosr_fast.encoder import Encoder
 from iosr_fast.files import SCHEMA, recover
 from iosr_fast.held import hold
-from iosr_fast.offline.clip import DEMO_FOLDER, LoadedClip, load_clip
+from iosr_fast.offline.architecture import check_architecture, vision_config
+from iosr_fast.offline.clip import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
+from iosr_fast.pipeline.progress import progress
 from iosr_fast.text_source import TextSource
 
 if TYPE_CHECKING:
@@ -30,16 +33,37 @@ class Opened:
     tau: float
 
 
-def choose_adapter(clip: LoadedClip, adapter: str | Path | None) -> Adapter | None:
-    """A file's adapter, None, or for "auto" the shipped one if `clip` is the demo's and none otherwise."""
-    from iosr_fast.offline.adapter import check_belongs, load_adapter
+def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
+    """A file's adapter, None, or for "auto" the shipped one if `model` is the demo and none otherwise.
+
+    Raises FileNotFoundError or ValueError for a file that is no adapter, or is one of a CLIP of another shape; the CLIP
+    itself is not looked at (`choose_adapter` compares their weights).
+    """
+    from iosr_fast.offline.adapter import load_adapter
 
     if adapter == "auto":
-        adapter = DEMO_ADAPTER if clip.name == "demo" else None
+        adapter = DEMO_ADAPTER if model in ("demo", DEMO_NAME) else None
     if adapter is None:
         return None
     loaded = load_adapter(adapter)
-    check_belongs(loaded, clip)
+    vision = vision_config(model)
+    if vision is not None:
+        expected, got = (loaded.config.width, loaded.config.blocks), (vision.get("width"), vision.get("layers"))
+        if expected != got:
+            raise ValueError(
+                f"the adapter {adapter} was trained for another CLIP: expected {loaded.config.clip_name} with "
+                f"{expected[1]} blocks of width {expected[0]}, got {model} with {got[1]} of width {got[0]}"
+            )
+    return loaded
+
+
+def choose_adapter(clip: LoadedClip, adapter: str | Path | None) -> Adapter | None:
+    """`read_adapter` of a CLIP that is loaded. Raises ValueError for an adapter of other weights."""
+    from iosr_fast.offline.adapter import check_belongs
+
+    loaded = read_adapter(clip.name, adapter)
+    if loaded is not None:
+        check_belongs(loaded, clip)
     return loaded
 
 
@@ -50,20 +74,39 @@ def open_pretrained(
     runtime: str,
     precision: str,
     engine: str | Path | None,
+    shown: bool = False,
 ) -> Opened:
-    """Load the CLIP, open its engine (building it once if none is given) and hold its text encoder."""
+    """Load the CLIP, open its engine (building it once if none is given) and hold its text encoder.
+
+    Names, files and the architecture are checked before the CLIP is downloaded or made. `shown` has a bar say what
+    takes long.
+    """
+    for module in ("torch", "open_clip"):
+        require(module, "train")
+    from iosr_fast.offline.adapter import check_belongs
     from iosr_fast.offline.calibration import calibration_pictures
     from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, quantised_by
     from iosr_fast.offline.export import LAYOUT, engine_fingerprint, write_engine
     from iosr_fast.offline.text import ClipText
     from iosr_fast.runtimes import open_engine
-    from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine
+    from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine, check_runtime
 
-    clip = load_clip(model, pretrained)
-    if engine is not None:
-        folder = Path(engine)
-        held = hold(folder, ENGINE_KIND)
+    check_architecture(model)
+    chosen = read_adapter(model, adapter)
+    held = None if engine is None else hold(engine, ENGINE_KIND)
+    if held is None:
+        runtime = choose_builder(runtime, precision)
+    else:
         made_for = check_engine(held)
+        if adapter not in ("auto", None) and chosen and made_for.adapter_fingerprint != chosen.fingerprint():
+            raise ValueError(
+                f"the engine in {engine} was built without this adapter, {adapter}; leave one of the two out"
+            )
+    check_runtime(runtime)
+    with progress(f"load {model}", None, shown=shown):
+        clip = load_clip(model, pretrained)
+    if held is not None:
+        folder = held.folder
         if made_for.clip_fingerprint != clip.fingerprint:
             raise ValueError(
                 f"the engine in {folder} was built for another CLIP: expected {clip.name} with fingerprint "
@@ -72,15 +115,16 @@ def open_pretrained(
         held.check()
         encoder = open_engine(held, runtime)
     else:
-        chosen = choose_adapter(clip, adapter)
-        runtime = choose_builder(runtime, precision)
+        if chosen is not None:
+            check_belongs(chosen, clip)
         calibration = calibration_pictures(clip) if precision in QUANTISED else None
         quantised = quantised_by(clip, runtime, precision, calibration)
         fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
         # Another schema or layout is another folder: what an older version kept is left to it.
         folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}-v{SCHEMA}.{LAYOUT}"
         if not _is_whole(folder):
-            write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
+            with progress("build the engine", None, shown=shown):
+                write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
         encoder = open_engine(folder, runtime, verify=False)
     return Opened(encoder, folder, ClipText(clip, cache_folder() / "text"), clip.logit_scale)
 

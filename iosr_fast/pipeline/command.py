@@ -26,9 +26,18 @@ def classify(
     skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out (with --out: say why)"),
 ) -> None:
     """Classify images; writes CSV (path, label, probability) to standard output, or a file with --out."""
+    from iosr_fast.pipeline.job import check_place
+
     try:
-        job = _job(classifier, images, decoder, runtime, batch, top, threads, skip_bad)
+        if top < 1:
+            raise ValueError(f"expected --top of at least 1, got {top}")
+        paths = _list(images, skip_bad)
+        if out is not None:
+            check_place(out, paths)
+        job = _job(classifier, paths, decoder, runtime, batch, top, threads, skip_bad)
         unread = job.stream(sys.stdout, lambda told: typer.echo(told, err=True)) if out is None else job.write(out)
+    except BrokenPipeError:  # `| head` has seen enough: typer ends quietly
+        raise
     except KeyboardInterrupt:
         typer.echo("iosr-fast: stopped" + ("" if out is None else f"; the same command goes on with {out}"), err=True)
         raise typer.Exit(130) from None
@@ -45,9 +54,24 @@ def classify(
         typer.echo(f"{'left out' if out is None else 'could not read'} {unread} of {len(job.paths)} images", err=True)
 
 
+def _list(images: list[Path], skip_bad: bool) -> list[str]:
+    """The images, those of folders listed. Raises ValueError where there are none, FileNotFoundError unless
+    `skip_bad` where some are missing; all of them by name, before the classifier is opened."""
+    from iosr_fast.labels import some
+    from iosr_fast.pipeline.listing import list_images
+
+    paths = [path for given in images for path in (list_images(given).paths if given.is_dir() else [str(given)])]
+    if not paths:
+        raise ValueError(f"expected images to classify, found none in {some([str(given) for given in images])}")
+    missing = [str(given) for given in images if not given.exists()]
+    if missing and not skip_bad:
+        raise FileNotFoundError(f"no such file or folder: {some(missing)}")
+    return paths
+
+
 def _job(
     bundle: Path,
-    images: list[Path],
+    paths: list[str],
     decoder: str,
     runtime: str,
     batch: int | None,
@@ -55,16 +79,12 @@ def _job(
     threads: int | None,
     skip_bad: bool,
 ) -> Job:
-    """The options, checked, with the images listed and the classifier opened."""
+    """The options, checked, with the classifier opened."""
     from iosr_fast.classifier import Classifier
     from iosr_fast.pipeline.decoders import choose_decoder
     from iosr_fast.pipeline.job import Job
-    from iosr_fast.pipeline.listing import list_images
     from iosr_fast.pipeline.stream import choose_batch
 
-    if top < 1:
-        raise ValueError(f"expected --top of at least 1, got {top}")
-    paths = [path for given in images for path in (list_images(given).paths if given.is_dir() else [str(given)])]
     loaded = Classifier.load(bundle, runtime=runtime, threads=threads)
     chosen = choose_decoder(decoder, loaded.encoder.runtime, loaded.exif_orientation)
     batch = choose_batch(loaded.encoder, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -56,14 +56,8 @@ class Job:
         whether a run was stopped, or how often. Raises FileExistsError where `out` is there already, ValueError where
         the journal is of other images, of another classifier or of other options, BadImageError unless `skip_bad`.
         """
-        check_output(out)
-        for path in self.paths:
-            if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
-                raise ValueError(f"expected file names in UTF-8, got {path!r}; rename it")
-        journal_path = out.with_name(out.name + ".journal")
-        if out.exists() and not journal_path.exists():
-            raise FileExistsError(f"{out} is there already; remove it or choose another name")
-        with open_journal(journal_path, self.facts()) as journal:
+        check_place(out, self.paths)
+        with open_journal(_journal_of(out), self.facts()) as journal:
             if not self.skip_bad:
                 self._refuse_errors(journal)
             self._complete(journal)
@@ -124,6 +118,20 @@ class Job:
         encoder, engine = self.classifier.encoder, self.classifier.engine
         stage: Stage = stage_of(encoder, engine, self.decoder, len(self.paths), self.batch, self.threads)
         yield from classify(self.classifier.snapshot(), stage, self.decoder, self.paths[first:], self.batch, self.top)
+
+
+def check_place(out: Path, paths: Iterable[str]) -> None:
+    """What `Job.write` refuses of `out` and of file names, without a classifier."""
+    check_output(out)
+    for path in paths:
+        if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
+            raise ValueError(f"expected file names in UTF-8, got {path!r}; rename it")
+    if out.exists() and not _journal_of(out).exists():
+        raise FileExistsError(f"{out} is there already; remove it or choose another name")
+
+
+def _journal_of(out: Path) -> Path:
+    return out.with_name(out.name + ".journal")
 
 
 def _telling(answers: Iterator[list[Answer]], advance: Callable[[int], None]) -> Iterator[list[Answer]]:

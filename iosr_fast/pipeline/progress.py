@@ -8,21 +8,33 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(verb: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
+def progress(verb: str, total: int | None, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """A bar with images/s and the time left, on stderr where that is a terminal; gives what moves it on by so many
-    images."""
+    images. Without a `total` it shows the time that has passed."""
     if not shown or not sys.stderr.isatty():
         yield lambda images: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text(f"{task.speed or 0:,.0f} images/s")
 
-    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=60) as bar:
+    counted = (MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (BarColumn(), *(counted if total is not None else (TimeElapsedColumn(),)))
+    with Progress(
+        TextColumn("{task.description}"), *columns, console=Console(stderr=True), speed_estimate_period=60
+    ) as bar:
         task = bar.add_task(verb, total=total, completed=done)
         yield lambda images: bar.advance(task, images)

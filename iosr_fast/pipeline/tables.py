@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,21 +11,30 @@ from typing import Any, TextIO
 
 from iosr_fast._require import require
 from iosr_fast.files import new_file
+from iosr_fast.outputs import check_new_file
 
 SUFFIXES = (".csv", ".parquet")
+# Spreadsheets skip blanks, quotes and invisible characters, and some read the full-width signs as well.
+_FORMULA = re.compile("[\\s\"'\u200b\u2060\ufeff]*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 _GROUP = 65_536  # rows of a Parquet file that are in memory at once
 # (path, its classes as [label, probability], best first, or why it could not be read)
 Row = tuple[str, list[list[Any]] | str]
 
 
 def check_output(out: Path) -> None:
-    """Raise ValueError for a file that is neither, ImportError for Parquet without pyarrow."""
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"expected --out to end in {' or '.join(SUFFIXES)}, got {out}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"expected a folder to write {out} to, found none; make it first")
+    """Raise ValueError for a file that is neither, OSError for a place that can't be written to, ImportError for
+    Parquet without pyarrow."""
+    check_new_file(out, SUFFIXES)
     if out.suffix == ".parquet":
-        require("pyarrow.parquet", "train")
+        require("pyarrow.parquet", "parquet")
+
+
+def escaped(text: str) -> str:
+    """`text` with an apostrophe before it where a spreadsheet would take it for a formula (OWASP, CSV injection).
+
+    Programs get `text` back by taking one apostrophe away where what follows is such a text.
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def write_table(out: Path, rows: Iterable[Row], top: int) -> None:
@@ -53,15 +63,15 @@ def csv_writer(file: TextIO, top: int, errors: bool) -> Any:
 
 
 def csv_cells(path: str, told: list[list[Any]] | str, top: int, errors: bool) -> list[str]:
-    """One row; `top` classes wide where it is an error, too."""
+    """One row, its texts `escaped`; `top` classes wide where it is an error, too."""
     if isinstance(told, str):
-        return [path, *[""] * (2 * top), *([told] if errors else [])]
-    cells = [cell for label, probability in told for cell in (label, f"{probability:.4f}")]
-    return [path, *cells, *([""] if errors else [])]
+        return [escaped(path), *[""] * (2 * top), *([escaped(told)] if errors else [])]
+    cells = [cell for label, probability in told for cell in (escaped(label), f"{probability:.4f}")]
+    return [escaped(path), *cells, *([""] if errors else [])]
 
 
 def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
-    pa, pq = require("pyarrow", "train"), require("pyarrow.parquet", "train")
+    pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     scored = [("label", pa.string()), ("probability", pa.float32())]
     schema = pa.schema([("path", pa.string()), *scored, ("top", pa.list_(pa.struct(scored))), ("error", pa.string())])
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:

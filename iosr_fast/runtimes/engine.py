@@ -110,6 +110,15 @@ def choose_runtime(
     raise RuntimeError(f"no runtime for this engine: {'; '.join(f'{name}: {why}' for name, why in refusals.items())}")
 
 
+def check_runtime(runtime: str) -> None:
+    """Raise ValueError for an unknown name, ImportError for the runtime of a CPU whose package is missing."""
+    if runtime == "auto":
+        return
+    reason = refusal(choose_runtime(runtime))
+    if reason is not None and runtime not in EXTRAS:
+        raise ImportError(reason)
+
+
 def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
     by_file = {ONNX_FILE: ("onnxruntime", "openvino"), TORCH_FILE: ("torch",)}
     held = {name for file, names in by_file.items() if file in manifest["files"] for name in names}

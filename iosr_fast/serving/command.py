@@ -73,7 +73,7 @@ def serve(
         from iosr_fast.serving.server import run
 
         run(bundle, settings)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         typer.echo(f"iosr-fast: {error}", err=True)
         raise typer.Exit(2) from error
 

@@ -98,6 +98,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
             listener.close()
             service.close()
             batching.close(settings.grace_s)
+            gc.unfreeze()  # else extension modules report at exit, as leaked, what the collector may not look at
             if settings.log is not None:
                 classifier.close_log()
             log("stopped", seconds=round(time.perf_counter() - start, 3))

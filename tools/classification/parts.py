@@ -24,7 +24,7 @@ KIND = "classifications"  # of the manifest
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache")
 COLUMNS = ("key", *SCORES, "top", "error")
 _ENTRY = "iosr_fast"
-_EXTRA = "train"  # brings pyarrow
+_EXTRA = "parquet"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -22,6 +23,10 @@ import numpy as np
 import resvg_py
 import typer
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.command import run
 
 STYLES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -183,4 +188,4 @@ def main(out: Path = typer.Option(..., help="the folder to write the sheets, ind
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.demo.pictures import Pictures, load_pictures
+from iosr_fast.outputs import check_new_folder
+from tools.command import run
 
 CLASSES, SHOTS, METHOD = 100, 4, "proker++"
 
@@ -60,6 +62,7 @@ def main(
     shots: int = typer.Option(SHOTS, help="pictures of each"),
     method: str = typer.Option(METHOD, help="a method, or 'auto'"),
 ) -> None:
+    check_new_folder(out, "classifier")
     make_demo_bundle(out, classes, shots, method)
     loaded = Classifier.load(out)
     images, labels = held_out_queries(classes, shots)
@@ -71,4 +74,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -19,6 +19,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from iosr_fast.classifier import Classifier
 from iosr_fast.demo.pictures import Pictures
 from iosr_fast.offline.adapter import Adapter, init_adapter, load_adapter, save_adapter
@@ -30,9 +32,7 @@ from iosr_fast.offline.train import train_adapter
 from iosr_fast.offline.train_config import TrainConfig
 from iosr_fast.overlap import auroc, overlap_area, pair_cosines, plot_overlap
 from iosr_fast.runtimes import open_engine
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from tools.command import run
 from tools.demo.few_shot import cell, changed_labels, evaluate
 from tools.evaluation.accuracy import Result
 from tools.evaluation.demo import encode, held_out
@@ -227,4 +227,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -9,6 +9,7 @@ them name a keyword or the group of the pictured thing, few its exact name. Held
 from __future__ import annotations
 
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -17,8 +18,11 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from iosr_fast.demo.pictures import FOLDER, load_index, load_pictures
 from iosr_fast.offline.augment import augment_batch, draw_augmentation
+from tools.command import new_file, run
 
 TEMPLATES = ["{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}"]
 
@@ -36,7 +40,7 @@ def sample_caption(concept: dict, rng: random.Random) -> str:
 
 
 def main(
-    out: Path = typer.Option(..., help="the safetensors file to write (fp16)"),
+    out: Path = typer.Option(..., callback=new_file, help="the safetensors file to write (fp16)"),
     epochs: int = typer.Option(16),
     batch: int = typer.Option(128),
     learning_rate: float = typer.Option(1e-3),
@@ -89,4 +93,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -107,7 +107,7 @@ def told_errors(out: Path) -> Iterator[None]:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         more = "; the parts written so far are kept. Mend it and start again, or give --skip-bad"
         say(f"error: {error}{more if isinstance(error, BadImageError) else ''}")
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
     except KeyboardInterrupt:
         say(f"stopped; start again with the same options to go on in {out}")
         raise typer.Exit(130) from None

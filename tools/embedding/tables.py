@@ -12,7 +12,7 @@ from iosr_fast.embedding_files import check_names
 from iosr_fast.pipeline.listing import walk
 from tools.embedding.items import Item, Source, check_keys, stamp_of
 
-EXTRA = "train"  # brings pyarrow
+EXTRA = "parquet"
 READERS = 16  # files looked up at a time: on a network file system each waits
 
 

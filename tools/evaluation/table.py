@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iosr_fast.info import package_version
+from iosr_fast.pipeline.tables import escaped
 from tools.bench import harness
 from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
 from tools.evaluation.tasks import Source
@@ -147,7 +148,13 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+            writer.writerow({k: _cell(v) for k, v in row.items()})
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return escaped(value)
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 MARKDOWN = (

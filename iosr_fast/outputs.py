@@ -1,0 +1,53 @@
+"""Checks of the place that a command is to write to, made before its work and not after it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from iosr_fast.files import MANIFEST
+
+
+def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
+    """Raise ValueError for another suffix than these, OSError where `out` is a folder or can't be written."""
+    if suffixes and out.suffix not in suffixes:
+        raise ValueError(f"expected --out to end in {' or '.join(suffixes)}, got {out}")
+    if out.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {out}; add a name to it")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"expected a folder to write {out} to, found none; make it first")
+    _check_writable(parent, out)
+
+
+def check_new_folder(out: Path, kind: str | None = None) -> None:
+    """Raise OSError where `files.new_folder` could not write `out`, or would replace what is no `kind` of iosr_fast.
+
+    An empty folder and a folder whose manifest says that it holds a `kind` may be replaced, a missing one (parents
+    included) is made. Without a `kind` nothing is replaced.
+    """
+    if os.path.lexists(out) and not out.is_dir():
+        raise NotADirectoryError(f"expected a folder to write, got the file {out}; choose another place")
+    if out.is_dir() and any(out.iterdir()):
+        found = _kind_of(out)
+        if kind is None or found != kind:
+            held = "other things than iosr_fast writes" if found is None else f"a folder of kind {found!r}"
+            raise FileExistsError(f"{out} exists and holds {held}; choose another place, or remove it")
+    _check_writable(next(folder for folder in out.absolute().parents if os.path.lexists(folder)), out)
+
+
+def _kind_of(folder: Path) -> str | None:
+    """What a folder's manifest says it holds; None where it has none of iosr_fast."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_bytes())["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_writable(folder: Path, out: Path) -> None:
+    if not folder.is_dir():
+        raise NotADirectoryError(f"expected a folder to write {out} to, got the file {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"expected a folder to write {out} to, got {folder}, which can't be written to")

@@ -1,0 +1,42 @@
+"""How a tool starts: plain help, one line for what the user got wrong, exit code 2 for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from iosr_fast.outputs import check_new_file
+
+
+def new_app(**options: Any) -> typer.Typer:
+    """An app whose help shows `[...]` as it is: rich would take it for markup."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a tool of one command. What it raises of bad input, files and missing packages is a line on stderr."""
+    app = new_app()
+    app.command()(main)
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+
+
+def fail(error: object) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def new_file(path: Path | None) -> Path | None:
+    """A callback of options that name a file to write: checked before any work."""
+    if path is not None:
+        try:
+            check_new_file(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from error
+    return path
