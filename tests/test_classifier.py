@@ -333,7 +333,20 @@ def test_command_line(fresh: Classifier, folder: Path, tmp_path: Path) -> None:
 
     (folder / "broken.png").write_bytes(b"broken")
     out = str(tmp_path / "out")
-    said = run("fit", str(folder), "--out", out, "--views", "1", "--runtime", "onnxruntime", "--key-precision", "fp16")
+    said = run(
+        "fit",
+        str(folder),
+        "--model",
+        "demo",
+        "--out",
+        out,
+        "--views",
+        "1",
+        "--runtime",
+        "onnxruntime",
+        "--key-precision",
+        "fp16",
+    )
     assert said.returncode == 0, said.stderr
     assert f"{CLASSES} classes, {3 * CLASSES} images, " in said.stdout
     assert f"right by leave-one-out on {3 * CLASSES} images" in said.stdout

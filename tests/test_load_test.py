@@ -4,6 +4,7 @@ asserted."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ def run_tool(path: Path, *options: str) -> tuple[Any, dict[str, Any]]:
     app.command()(load_test.main)
     done = CliRunner().invoke(app, ["--bundle", str(bundle()), "--json", str(path), *options])
     assert path.exists(), done.output
+    assert gc.get_freeze_count() == 0, "what stays frozen is reported as leaked by extension modules at exit"
     return done, json.loads(path.read_text())
 
 

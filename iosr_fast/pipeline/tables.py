@@ -54,9 +54,19 @@ def write_table(out: Path, rows: Iterable[Row], top: int) -> None:
             _write_parquet(temporary, iter(rows))
 
 
+class _LineFeeds:
+    """Ends rows with a line feed. csv quotes only the line ends that it writes, and names of files may hold both."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
 def csv_writer(file: TextIO, top: int, errors: bool) -> Any:
     """A csv.writer that has written the head."""
-    writer = csv.writer(file, lineterminator="\n")
+    writer = csv.writer(_LineFeeds(file), lineterminator="\r\n")
     more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
     writer.writerow(["path", "label", "probability", *more, *(["error"] if errors else [])])
     return writer
