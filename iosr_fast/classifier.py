@@ -34,6 +34,7 @@ from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
 from iosr_fast.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
 from iosr_fast.scoring import ScoringPlan
+from iosr_fast.text_encoder import checked_templates
 from iosr_fast.text_source import TextSource
 from iosr_fast.tune import Tuned
 
@@ -180,11 +181,8 @@ class Classifier(LiveUpdates):
         the file), classes without an image, unreadable images or an unknown method, parameter, reducer or precision,
         and for parameters given where they are to be chosen. Copies of a picture within a class are warned of.
         """
-        if key_precision not in PRECISIONS:
-            raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
+        settings = check_support(views, mirror, templates, key_precision, seed, thumbnails, exif_orientation)
         parameters = check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
-        chosen_templates = None if templates is None else tuple(templates)
-        settings = SupportViews(views, mirror, seed, False, chosen_templates, thumbnails, exif_orientation)
         if self._text is None:
             raise ValueError(
                 "this classifier was loaded and has no text encoder; from_pretrained makes one that can be fit"
@@ -200,7 +198,7 @@ class Classifier(LiveUpdates):
         if method != "auto" and METHODS[method].needs_adapter and not self.encoder.adapted:
             raise ValueError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
         searched = method == "auto" or tune in ("loo", "loo-single") or (tune is None and not parameters)
-        text = self._text.embed_classes(names, chosen_templates)
+        text = self._text.embed_classes(names, settings.templates)
         rng = np.random.default_rng(seed)
         queries = None
         if len(given):
@@ -399,6 +397,22 @@ class Classifier(LiveUpdates):
                 yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size, self.exif_orientation)
             except BadImageError as error:
                 raise error.moved(start) from error.__cause__
+
+
+def check_support(
+    views: int,
+    mirror: bool,
+    templates: Sequence[str] | None,
+    key_precision: str,
+    seed: int = 0,
+    thumbnails: int = 96,
+    exif_orientation: bool = True,
+) -> SupportViews:
+    """How support images and class names are encoded. Raises ValueError for what can't be, before anything is."""
+    if key_precision not in PRECISIONS:
+        raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
+    prompts = None if templates is None else checked_templates(templates)
+    return SupportViews(views, mirror, seed, False, prompts, thumbnails, exif_orientation)
 
 
 @functools.cache

@@ -82,10 +82,11 @@ def fit(
     """Fit a few-shot classifier on a folder and save it."""
     try:
         from iosr_fast.choice import check_choice
-        from iosr_fast.classifier import Classifier, list_folder
+        from iosr_fast.classifier import Classifier, check_support, list_folder
 
         check_new_folder(out, "classifier")
         check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
+        check_support(views, mirror, template or None, key_precision)
         list_folder(folder)  # what is amiss with it shows before a CLIP is loaded
         classifier = Classifier.from_pretrained(
             model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime, progress=True
@@ -108,6 +109,9 @@ def fit(
         )
         with progress("save", None):
             classifier.save(out)
+    except KeyboardInterrupt:
+        typer.echo("iosr-fast: stopped; nothing was written", err=True)
+        raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         _fail(error)
     typer.echo(

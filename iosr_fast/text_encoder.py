@@ -67,7 +67,7 @@ class TextEncoder:
         RuntimeError for damaged files, ImportError where the `serve` extra is missing.
         """
         names = _checked_names(names)
-        templates = self.templates if templates is None else _checked_templates(templates)
+        templates = self.templates if templates is None else checked_templates(templates)
         sums = np.zeros((len(names), self.width))
         for start in range(0, len(names) * len(templates), _BATCH):
             indices = np.arange(start, min(start + _BATCH, len(names) * len(templates)))
@@ -167,7 +167,8 @@ def _checked_names(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
+def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Prompts as a tuple. Raises ValueError where there are none or one has no `{}` to put the class name into."""
     if isinstance(templates, str) or not len(templates):
         raise ValueError(f"expected a list of one or more templates, got {templates!r}")
     for template in templates:

@@ -308,6 +308,9 @@ def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(
     assert "at least two class folders" in refused("fit", folder / "class_0", *common)
     assert "expected a method of" in refused("fit", folder, *common, "--method", "magic")
     assert "leave alpha out" in refused("fit", folder, *common, "--alpha", "1")
+    assert "views of at least 1, got -1" in refused("fit", folder, *common, "--views", "-1")
+    assert "key_precision of fp32" in refused("fit", folder, *common, "--key-precision", "fp8")
+    assert "expected templates with {}" in refused("fit", folder, *common, "--template", "a photo")
 
 
 def test_classify_names_what_is_missing_before_the_bundle_is_opened(
@@ -328,6 +331,31 @@ def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:
         small_classifier().predict(folder)
     with pytest.raises(ValueError, match="no such file"):
         small_classifier().predict(folder / "nowhere.png")
+
+
+def test_nothing_read_is_no_success(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_classifier(engine_folder(tmp_path / "engine"))
+    monkeypatch.setattr(Classifier, "load", lambda *_, **__: made)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    said = refused("classify", "bundle", tmp_path / "bad.png", "--skip-bad", "--batch", "2", "--threads", "1")
+    assert "none of the images could be read" in said
+    done = run("classify", "bundle", tmp_path / "bad.png", folder, "--skip-bad", "--batch", "2", "--threads", "1")
+    assert done.exit_code == 0 and "left out 1 of 10 images" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--max-body-mb", "nan"), "expected --max-body-mb to be a number of MB, got nan"),
+        (("--max-image-mb", "inf"), "expected --max-image-mb to be a number of MB, got inf"),
+        (("--token-file", "nowhere"), "can't read the token in nowhere"),
+        (("--token-file", "."), "can't read the token in ."),
+        (("--port", "-1"), "expected a port"),
+    ],
+)
+def test_options_of_serve_are_called_by_name(words: tuple[str, ...], said: str) -> None:
+    pytest.importorskip("fastapi")
+    assert said in refused("serve", "bundle", *words)
 
 
 @pytest.mark.parametrize("command", ["classify", "export-triton", "serve"])

@@ -195,7 +195,7 @@ def test_methods_that_the_data_does_not_allow_are_left_out(
         (["--reducers", "center"], "expected a reducer of none, centre, pca"),
         (["--shift"], "expected --data demo with --shift"),
         (["--adapter", "a.safetensors"], "expected --data demo with --adapter"),
-        (["--json", str(tmp_path / "no" / "where.json")], "a folder that exists"),
+        (["--json", str(tmp_path / "no" / "where.json")], "expected a folder to write"),
     ):
         with pytest.raises(SystemExit):
             main(["--features", str(bare), *words])

@@ -76,9 +76,11 @@ def check(options: argparse.Namespace) -> None:
         )
     if options.seeds < 1 or options.repeats < 1:
         raise ValueError(f"expected --seeds and --repeats of at least 1, got {options.seeds} and {options.repeats}")
+    from iosr_fast.outputs import check_new_file
+
     for path in (options.json, options.csv, options.markdown):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"expected a folder that exists to write {path} to; make {path.resolve().parent}")
+        if path is not None:
+            check_new_file(path)
     if options.plots is not None:
         from iosr_fast._require import require
 

@@ -140,12 +140,23 @@ def check_out(out: Path, facts: dict[str, Any]) -> None:
         ]
         if differs:
             raise ValueError(f"{out} is of another run: {'; '.join(differs)}. Choose another --out")
-    # A run that was killed at its very beginning leaves its hidden file only.
-    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(f".{RUN}.") for path in out.iterdir())):
-        raise FileExistsError(f"{out} exists and holds other things than a run's; choose another --out")
     else:
+        check_place(out)
         write_json(held, facts)
     remove_leftovers(out, of=re.escape(RUN))
+
+
+def check_place(out: Path) -> None:
+    """Raise OSError where no run can begin in `out`, or go on."""
+    from iosr_fast.outputs import check_new_folder
+
+    if (out / RUN).is_file():
+        return
+    # A run that was killed at its very beginning leaves its hidden file only.
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(f".{RUN}.") for path in out.iterdir())):
+        raise FileExistsError(f"{out} exists and holds other things than a run's; choose another --out")
+    if not out.exists():
+        check_new_folder(out)
 
 
 def say(told: str) -> None:
@@ -171,6 +182,8 @@ def reproduce(options: argparse.Namespace) -> None:
 
     published = read_published(options.published)
     check_words(options)
+    if options.out is not None:
+        check_place(options.out)
     problems, model = load(options)
     check_shots(options, problems)
     rows, left_out = choose_rows(options, model)

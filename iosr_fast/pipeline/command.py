@@ -52,6 +52,9 @@ def classify(
         raise typer.Exit(2) from error
     if unread:
         typer.echo(f"{'left out' if out is None else 'could not read'} {unread} of {len(job.paths)} images", err=True)
+    if unread == len(job.paths):
+        typer.echo("iosr-fast: none of the images could be read", err=True)
+        raise typer.Exit(2)
 
 
 def _list(images: list[Path], skip_bad: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -59,9 +60,9 @@ def serve(
             decode_threads=decode_threads,
             engine_threads=engine_threads,
             max_images=max_images,
-            max_body_bytes=int(max_body_mb * MIB),
-            max_image_bytes=int(max_image_mb * MIB),
-            max_buffered_bytes=int(max_buffered_mb * MIB),
+            max_body_bytes=_bytes("--max-body-mb", max_body_mb),
+            max_image_bytes=_bytes("--max-image-mb", max_image_mb),
+            max_buffered_bytes=_bytes("--max-buffered-mb", max_buffered_mb),
             max_pixels=max_pixels,
             max_connections=max_connections,
             body_timeout_s=body_timeout,
@@ -73,12 +74,21 @@ def serve(
         from iosr_fast.serving.server import run
 
         run(bundle, settings)
-    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"iosr-fast: {error}", err=True)
         raise typer.Exit(2) from error
 
 
+def _bytes(option: str, mib: float) -> int:
+    if not math.isfinite(mib):
+        raise ValueError(f"expected {option} to be a number of MB, got {mib}")
+    return int(mib * MIB)
+
+
 def _token(file: Path | None) -> str | None:
     if file is not None:
-        return file.read_text(encoding="utf-8").strip()
+        try:
+            return file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"can't read the token in {file}: {error}") from error
     return os.environ.get(TOKEN) or None
