@@ -276,6 +276,20 @@ def test_places_that_can_be_written_are_taken(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
+    "words", [("benchmark.py", "updates", "--cases", "nonsense"), ("report.py", "--results", "empty", "--out", "out")]
+)
+def test_a_mistake_with_a_tool_is_a_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("the page of before")
+    command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: expected "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "out" / "README.md").read_text() == "the page of before"
+
+
+@pytest.mark.parametrize(
     ("tool", "words"),
     [
         ("load_test", ("--json", "nowhere/report.json")),

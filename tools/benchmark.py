@@ -15,7 +15,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.command import new_app, new_file
+from tools.command import new_app, new_file, start
 from tools.source_tree import use_source_tree
 
 use_source_tree()
@@ -253,4 +253,4 @@ def run_all(
 
 
 if __name__ == "__main__":
-    app()
+    start(app)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 
@@ -18,18 +18,19 @@ def new_app(**options: Any) -> typer.Typer:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Run a tool of one command. What it raises of bad input, files and missing packages is a line on stderr."""
+    """`start` a tool of one command."""
     app = new_app()
     app.command()(main)
+    start(app)
+
+
+def start(app: typer.Typer) -> None:
+    """Run a tool. What it raises of bad input, files and missing packages is a line on stderr and exit code 2."""
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        fail(error)
-
-
-def fail(error: object) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def new_file(path: Path | None) -> Path | None:

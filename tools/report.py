@@ -18,7 +18,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.command import new_app
+from tools.command import new_app, start
 from tools.reporting.load import BrokenResults, read_results
 from tools.reporting.page import PAGE, PLOTS, pages
 from tools.reporting.style import Plot
@@ -81,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    start(app)

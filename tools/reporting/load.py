@@ -52,10 +52,16 @@ class Results:
 
 
 def read_results(folder: Path) -> list[Results]:
-    """Every *.json of a folder, by name; BrokenResults names a file that is not JSON, a row that lacks a field."""
+    """Every *.json of a folder, by name.
+
+    BrokenResults names a file that is not JSON, a row that lacks a field, and a folder without any.
+    """
     if not folder.is_dir():
         raise BrokenResults(f"expected a folder of JSON files, and {folder} is none; tools/benchmark.py all makes one")
-    return [read_file(path) for path in sorted(folder.glob("*.json"))]
+    found = [read_file(path) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        raise BrokenResults(f"expected JSON files in {folder}, found none; tools/benchmark.py all makes them")
+    return found
 
 
 def read_file(path: Path) -> Results:
