@@ -131,7 +131,8 @@ def _chosen(classifier: Classifier) -> str:
         return f"{told} (given, or the method's defaults)"
     if tuned.scored == 0:
         return f"{told} (one image a class leaves nothing to leave out: a rule of thumb)"
-    return f"{told}: {tuned.accuracy:.1%} right by leave-one-out on {tuned.scored} images ({tuned.seconds:.1f} s)"
+    note = tuned.note and f"; {tuned.note}"
+    return f"{told}: {tuned.accuracy:.1%} right by leave-one-out on {tuned.scored} images ({tuned.seconds:.1f} s){note}"
 
 
 @app.command("export-triton")

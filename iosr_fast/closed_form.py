@@ -31,7 +31,7 @@ def gda_without(rows: np.ndarray, queries: np.ndarray, class_offsets: np.ndarray
         trace = spectrum.sum() - factor * (v @ v)
         kept = means.copy()
         kept[c] -= v / (counts[c] - 1)
-        if n_rows < 3 or trace <= n_rows * np.finfo(np.float32).eps:
+        if n_rows < 3 or trace <= (n_rows - 1) * np.finfo(np.float32).eps:
             weighted = kept  # P = I
         else:
             inverse = 1.0 / (spectrum + trace / (n_rows - 2))

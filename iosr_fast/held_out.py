@@ -6,7 +6,7 @@ support images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -129,6 +129,20 @@ def in_order_of_folds(held: HeldOut) -> np.ndarray:
     return np.concatenate([np.flatnonzero(held.folds == fold) for fold in range(int(held.folds.max(initial=-1)) + 1)])
 
 
+def plans(
+    held: HeldOut, name: str, reducer: Reducer | None, parameters: Mapping[str, float]
+) -> Iterator[tuple[np.ndarray, ScoringPlan]]:
+    """Rows of the queries and the plan that is compiled to score them, with all parameters: one on a validation set, by
+    leave-one-out one a fold, and every n-th of more than MOST_FOLDS."""
+    method = METHODS[name]
+    if held.folds is None or not method.needs_support:
+        yield in_order_of_folds(held), method.compile(held.support, method.which, reducer, **parameters)
+        return
+    folds = _folds(held)
+    for rows, sub in folds[:: -(-len(folds) // MOST_FOLDS)]:
+        yield rows, method.compile(sub, method.which, reducer, **parameters)
+
+
 def _folds(held: HeldOut) -> list[tuple[np.ndarray, SupportSet]]:
     """For each fold, the rows left out and the support set of the others."""
     assert held.folds is not None
@@ -182,8 +196,9 @@ def _ridge_slope(held: HeldOut, method: Method, reducer: Reducer | None, setting
         return held._slopes[key]
     keys = image_rows(held.support.embeddings, method.which, reducer)
     asked = image_rows(held.queries, method.which, reducer)
+    exact = keys.astype(np.float64)
     kernel, query_kernel = (
-        np.exp(-setting["beta"] * (1.0 - rows @ keys.T), dtype=np.float64) for rows in (keys, asked)
+        np.exp(-setting["beta"] * (1.0 - rows.astype(np.float64) @ exact.T)) for rows in (keys, asked)
     )
     slope = kernel_ridge_without(kernel, query_kernel, residual(held.support), setting["ridge"], held.folds)
     held._slopes[key] = (held.support.tau * slope).astype(np.float32)

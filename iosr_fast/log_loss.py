@@ -6,12 +6,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iosr_fast.numpy_search import ROUNDING
+
 # Elements of z: beyond them, every n-th sample stands for all.
 _LARGEST = 1 << 18
 _STEPS = 30
 _ENOUGH = 1e-6  # nats: a step that gains less is the last
 _SMALL = 1e-9
 _PENALTY = 0.01
+# The least weight of a direction, in units of its spread: beside the other one it then counts for nothing.
+_LEAST = 1e-4
+# The largest alpha and factor: with them float32 logits keep far from overflow (scoring.LARGEST).
+MOST = 1e8
+
+
+def spread(part: np.ndarray) -> float:
+    """The standard deviation over classes of logits (V, C), or 0 where it is no more than their rounding in float32.
+
+    What is constant over classes shifts no softmax and no label: its deviation, were it divided by, is noise.
+    """
+    exact = part[_sample(part)].astype(np.float64)
+    found = float((exact - exact.mean(1, keepdims=True)).std())
+    return found if found > max(ROUNDING * float(np.abs(exact).max()), 1e-12) else 0.0
+
+
+def _sample(logits: np.ndarray) -> slice:
+    """All rows, or every n-th of many."""
+    return slice(None, None, max(1, -(-logits.size // _LARGEST)))
 
 
 @dataclass(frozen=True)
@@ -24,38 +45,55 @@ class Fit:
 
 
 def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Fit:
-    """The alpha >= 0 and the factor > 0 of the least log-loss.
+    """The alpha from 0 to MOST and the factor > 0 of the least log-loss.
 
     Mean over samples of -log softmax(t z + u s)[y], which is convex in (t, u) = (factor, factor * alpha), plus
     0.01 / (2 V) of their squares in units of the spreads of z and s: else the factor would grow without end where all
     samples are right, and every such choice would be as good as another. Newton's method with step halving, both kept
     above zero. base, slope (V, C), labels (V,).
+
+    A direction that is constant over classes (spread) has no part: alpha is 0 where s is, and 1 where z alone is.
     """
-    return _minimise(base, slope, labels, None)
+    if not spread(slope):
+        return fit_factor(base, slope, labels, 0.0)
+    if not spread(base):
+        return fit_factor(base, slope, labels, 1.0)
+    some = _sample(base)
+    (t, u), loss = _minimise([base[some], slope[some]], labels[some])
+    return Fit(u / t, t, loss) if u <= MOST * t else fit_factor(base, slope, labels, MOST)
 
 
 def fit_factor(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: float) -> Fit:
-    """The factor > 0 of the least log-loss at a given alpha."""
-    return _minimise(base, slope, labels, alpha)
+    """The factor > 0 of the least log-loss at a given alpha; 1 where the logits are constant over classes."""
+    some = _sample(base)
+    logits = base[some] + alpha * slope[some].astype(np.float64)
+    if not spread(logits):
+        return Fit(alpha, 1.0, float(np.log(logits.shape[1])))
+    (factor,), loss = _minimise([logits], labels[some], MOST / max(1.0, alpha))
+    return Fit(alpha, factor, loss)
 
 
-def _minimise(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: float | None) -> Fit:
-    every = max(1, -(-base.size // _LARGEST))
-    base, slope, labels = base[::every], slope[::every], labels[::every]
-    parts = [base, slope] if alpha is None else [base + np.float32(alpha) * slope]
-    # In units of their own spread the two directions are alike to Newton's method.
-    spreads = [max(float(part.std()), _SMALL) for part in parts]
-    features = [(part / np.float32(spread)).astype(np.float32) for part, spread in zip(parts, spreads, strict=True)]
-    own = np.stack([part[np.arange(len(labels)), labels] for part in features]).astype(np.float64)
-    weights = np.ones(len(parts))
-    loss, shares = _loss(features, own, weights)
+def _minimise(parts: list[np.ndarray], labels: np.ndarray, largest: float = MOST) -> tuple[list[float], float]:
+    """What each part, none of them without a spread, is multiplied by, up to `largest`, and the loss."""
+    rows = np.arange(len(labels))
+    # In units of their own spread the directions are alike to Newton's method.
+    spreads = np.array([spread(part) for part in parts])
+    exact = [part.astype(np.float64) for part in parts]
+    # The label's own logit is 0 then, so that the loss is a logarithm of a sum that has a 1: never below 0.
+    features = [
+        ((part - part[rows, labels][:, None]) / one).astype(np.float32)
+        for part, one in zip(exact, spreads, strict=True)
+    ]
+    most = largest * spreads
+    weights = np.minimum(np.ones(len(parts)), most)
+    loss, shares = _loss(features, weights)
     for _ in range(_STEPS):
-        gradient, curvature = _derivatives(features, own, shares, weights)
+        gradient, curvature = _derivatives(features, shares, weights)
         step = np.linalg.solve(curvature + _SMALL * np.eye(len(parts)), gradient)
         size = 1.0
         while size > 1e-4:
-            tried = np.maximum(weights - size * step, _SMALL)
-            found, found_shares = _loss(features, own, tried)
+            tried = np.minimum(np.maximum(weights - size * step, _LEAST), most)
+            found, found_shares = _loss(features, tried)
             if found < loss:
                 break
             size /= 2
@@ -64,12 +102,12 @@ def _minimise(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: fl
         gained, weights, loss, shares = loss - found, tried, found, found_shares
         if gained < _ENOUGH:
             break
-    factor = float(weights[0] / spreads[0])
-    return Fit(float(weights[1] / spreads[1]) / factor if alpha is None else alpha, factor, loss)
+    assert loss >= 0, f"a log-loss is never below 0, got {loss}"
+    return (weights / spreads).tolist(), loss
 
 
-def _loss(features: list[np.ndarray], own: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean log-loss, and the softmax that it is taken of."""
+def _loss(features: list[np.ndarray], weights: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean log-loss, and the softmax that it is taken of. The label's own features are 0."""
     logits = np.float32(weights[0]) * features[0]
     for weight, part in zip(weights[1:], features[1:], strict=True):
         logits += np.float32(weight) * part
@@ -77,20 +115,19 @@ def _loss(features: list[np.ndarray], own: np.ndarray, weights: np.ndarray) -> t
     logits -= top
     powers = np.exp(logits, out=logits)
     sums = powers.sum(1, keepdims=True)
-    loss = float((np.log(sums) + top)[:, 0].mean(dtype=np.float64) - (weights @ own).mean())
-    loss += _PENALTY / (2 * own.shape[1]) * float(weights @ weights)
+    loss = float((np.log(sums) + top).mean(dtype=np.float64))
+    loss += _PENALTY / (2 * len(top)) * float(weights @ weights)
     powers /= sums
     return loss, powers
 
 
-def _derivatives(
-    features: list[np.ndarray], own: np.ndarray, shares: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _derivatives(features: list[np.ndarray], shares: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The gradient and the matrix of second derivatives of the loss in the weights."""
     means = np.stack([np.einsum("vc,vc->v", shares, part) for part in features]).astype(np.float64)
     second = np.empty((len(features), len(features)))
     for k, left in enumerate(features):
         weighted = shares * left
         second[k] = [np.vdot(weighted, right) for right in features]
-    gradient = (means - own).mean(1) + _PENALTY / own.shape[1] * weights
-    return gradient, (second - means @ means.T + _PENALTY * np.eye(len(weights))) / own.shape[1]
+    n_samples = means.shape[1]
+    gradient = means.mean(1) + _PENALTY / n_samples * weights
+    return gradient, (second - means @ means.T + _PENALTY * np.eye(len(weights))) / n_samples

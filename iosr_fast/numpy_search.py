@@ -13,6 +13,8 @@ import numpy as np
 LOWER_OPEN = 1
 UPPER_OPEN = 2
 EMPTY = 4
+# Slopes are float32 sums: a difference of this share of them, or less, may be nothing but their rounding.
+ROUNDING = 64 * float(np.finfo(np.float32).eps)
 
 # Elements of the arrays that a chunk of samples takes: a few of 8 MB each.
 _CHUNK = 1 << 20
@@ -44,7 +46,9 @@ def _bounds(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Rows:
     """intervals() of one chunk, in float64. A sample that a class with its own slope beats has lower = inf."""
     own = (np.arange(len(labels)), labels)
     e = base - base[own][:, None]
-    d = slope[own][:, None] - slope
+    own_slope = slope[own][:, None]
+    d = own_slope - slope
+    d[(np.abs(d) <= ROUNDING * (np.abs(own_slope) + np.abs(slope))) & (e != 0)] = 0.0
     strict = np.arange(base.shape[1]) < labels[:, None]
     beaten = (d == 0) & ((e > 0) | ((e == 0) & strict))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -6,6 +6,7 @@ import numpy as np
 
 from iosr_fast.cache import SupportSet
 from iosr_fast.held_out import logits_of, validation
+from iosr_fast.log_loss import MOST, spread
 from iosr_fast.methods import METHODS
 from iosr_fast.reducers import Reducer
 
@@ -17,8 +18,9 @@ def one_shot_parameters(method: str, support: SupportSet, reducer: Reducer | Non
 
         alpha = (1 - a) / a * spread(zero-shot logits) / spread(the term that alpha multiplies)
 
-    where spread is the mean over the images of the standard deviation over classes. ProKeR's closed form has a weight
-    of its own, so alpha stays 1 there and ridge = 3 a^2. A rule of thumb: nothing is fitted.
+    where spread is the mean over the images of the standard deviation over the other classes; where either is no more
+    than rounding (with two classes there is one other) alpha stays the default. ProKeR's closed form has a weight of
+    its own, so alpha stays 1 there and ridge = 3 a^2. A rule of thumb: nothing is fitted.
     """
     made = METHODS[method]
     parameters = dict(made.parameters)
@@ -34,5 +36,8 @@ def one_shot_parameters(method: str, support: SupportSet, reducer: Reducer | Non
     base, slope = logits_of(held, method, reducer, setting)
     # A query that is its own key would see itself: its own class is left out of both spreads.
     keep = np.arange(support.n_classes)[None, :] != support.labels[:, None]
-    spreads = [float(np.std(part[keep].reshape(len(part), -1), axis=1).mean()) for part in (base, slope)]
-    return {**parameters, "alpha": (1 - share) / share * spreads[0] / max(spreads[1], 1e-12)}
+    others = [part[keep].reshape(len(part), -1) for part in (base, slope)]
+    if not all(spread(part) for part in others):
+        return parameters
+    spreads = [float(np.std(part, axis=1).mean()) for part in others]
+    return {**parameters, "alpha": min((1 - share) / share * spreads[0] / spreads[1], MOST)}

@@ -112,7 +112,9 @@ def intervals(base: Any, slope: Any, labels: Any, impl: str = "auto") -> Interva
     The first of equal logits wins, as np.argmax has it. With y = labels[v], d = slope[y] - slope[c] and
     e = base[c] - base[y], each other class c asks for
         alpha >= e / d  where d > 0,    alpha <= e / d  where d < 0,    e <= 0  where d == 0,
-    the bound itself left out where c < y. Differences and quotients are taken in float64.
+    the bound itself left out where c < y. Differences and quotients are taken in float64. Where e != 0, slopes that
+    differ by no more than 64 roundings of float32 count as equal (d = 0): it takes a huge alpha for such a difference
+    to outweigh e, and whether it does is noise.
 
     base, slope (V, C), converted to float32; labels (V,) integers in [0, C).
     """
@@ -151,7 +153,7 @@ def cache_intervals(
     once for all betas, and thrown away block by block.
 
     base, extra    (V, C) float32; extra and gammas (G,) come together, and without them G = 1
-    query, keys    (V, D) and (N, D) float32, unit rows; keys sorted by class
+    query, keys    (V, D) and (N, D) float32, unit rows, or zero where a reducer leaves nothing; keys sorted by class
     class_offsets  (C + 1,); class c owns keys[class_offsets[c]:class_offsets[c + 1]], which may be none
     labels         (V,) integers in [0, C)
     betas          (K,), finite and >= 0
@@ -179,8 +181,8 @@ def cache_intervals(
         _check_shape("weights", weights, (len(betas), len(keys)), "a row for each of betas, a column for each of keys")
     if own is not None:
         own = _integers("own", own, n_samples, -1, len(keys), "rows of keys, or -1 for none")
-    check_unit_rows("query", query)
-    check_unit_rows("keys", keys)
+    check_unit_rows("query", query, or_zero=True)
+    check_unit_rows("keys", keys, or_zero=True)
     if _choose(impl) == "numpy":
         return Intervals(
             *numpy_search.cache_intervals(base, query, keys, offsets, labels, betas, weights, extra, gammas, own),

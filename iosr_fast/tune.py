@@ -18,10 +18,11 @@ import numpy as np
 from iosr_fast.cache import SupportSet
 from iosr_fast.encoder import Embeddings
 from iosr_fast.held_out import HeldOut, Setting, in_order_of_folds, intervals_of, leave_out, logits_of, validation
-from iosr_fast.log_loss import fit_alpha, fit_factor
+from iosr_fast.log_loss import MOST, fit_alpha, fit_factor
 from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.one_shot import one_shot_parameters
+from iosr_fast.plan_check import one_label, right_by_plan, weighing
 from iosr_fast.reducers import Reducer, fit_reducer
 from iosr_fast.scoring import ScoringPlan
 from iosr_fast.search import EMPTY, LOWER_OPEN, UPPER_OPEN, Intervals, step_curve, sweep
@@ -38,7 +39,7 @@ class Tuned:
     """What a search chose, and on what grounds.
 
     parameters    all of the method's, alpha included
-    accuracy      on `scored` held-out images, at these parameters
+    accuracy      on `scored` held-out images, at these parameters: of the compiled plans (plan_check.right_by_plan)
     alpha_range   the widest plateau of best alphas for these other parameters; by leave-one-out alpha may lie beside it
     log_loss      on them, in nats, with logits multiplied by `factor` (None where it was not looked at)
     curve         (edges, right): samples right on each open segment between alphas, for these other parameters
@@ -46,6 +47,7 @@ class Tuned:
     protocol      "validation", "loo" (one image of each class left out at a time), "loo-single", "one-shot" (nothing
                   can be left out: one_shot.py), "none"
     settings      combinations of the other parameters that were tried, with every alpha for each
+    note          what a user has to know of the choice: texts or images that count for nothing; else empty
     """
 
     method: str
@@ -59,6 +61,7 @@ class Tuned:
     factor: float = 1.0
     settings: int = 0
     seconds: float = 0.0
+    note: str = ""
     curve: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     right: np.ndarray | None = field(default=None, repr=False)
 
@@ -81,10 +84,11 @@ def tune(
     leave-one-out the images are few, so that what can't be told from the best (is_level) counts as level, and the
     lowest log-loss wins among it ("loo"; held_out.leave_out says what is left out). "loo-single" leaves out one image
     alone, in closed form, and takes the highest accuracy; APE and Tip-X have no such form and fall back on "loo".
+    Alphas from 0 to log_loss.MOST are looked at.
     Where each class has one image nothing can be left out, and one_shot.one_shot_parameters decides.
 
     Raises ValueError for an unknown method, reducer or protocol, labels that don't fit, or where the support set lacks
-    what the method needs.
+    what the method needs; RuntimeError where the compiled plan doesn't do as the search says (plan_check).
     """
     started = time.perf_counter()
     if method not in METHODS:
@@ -111,11 +115,15 @@ def tune(
     for settings in search.schedule():
         search.add(settings)
     candidate = search.level_with_least_loss() if used == "loo" else search.most_right()
-    return Tuned(
+    parameters = {"alpha": candidate.alpha, **candidate.setting}
+    right = candidate.right_at(candidate.alpha)
+    right = right_by_plan(held, method, fitted, parameters, candidate.factor, right)
+    base, slope = (part[search.rows] for part in logits_of(held, method, fitted, candidate.setting))
+    tuned = Tuned(
         method,
         reducer,
-        {"alpha": candidate.alpha, **candidate.setting},
-        candidate.accuracy,
+        parameters,
+        float(right.mean()),
         search.scored,
         used,
         candidate.alpha_range,
@@ -123,9 +131,12 @@ def tune(
         candidate.factor,
         len(search.tried),
         time.perf_counter() - started,
+        weighing(base, slope, candidate.alpha, support.text is not None),
         candidate.curve,
-        candidate.right_at(candidate.alpha),
+        right,
     )
+    alike = one_label(tuned.compile(support), support, held.labels[search.rows][right])
+    return replace(tuned, note="; ".join(filter(None, (tuned.note, alike))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +189,7 @@ class _Search:
             yield _combinations(values)
 
     def add(self, settings: list[Setting]) -> None:
-        found = intervals_of(self.held, self.method, self.reducer, settings)
+        found = _up_to(MOST, intervals_of(self.held, self.method, self.reducer, settings))
         best = sweep(found)
         for row, setting in enumerate(settings):
             plateau = (float(best.low[row]), float(best.high[row]))
@@ -214,7 +225,17 @@ class _Search:
                     )
                 )
         top = max(measured, key=lambda c: c.accuracy)
-        return min((c for c in measured if is_level(c.right, top.right)), key=lambda c: c.log_loss or 0.0)
+        return min(
+            (c for c in measured if is_level(c.right, top.right)),
+            key=lambda c: c.log_loss if c.log_loss is not None else np.inf,
+        )
+
+
+def _up_to(most: float, found: Intervals) -> Intervals:
+    """The intervals as they are from 0 to `most`: what ends beyond it has no end, what begins beyond it isn't there."""
+    upper = np.where(found.upper > most, np.inf, found.upper)
+    flags = np.where(found.lower > most, np.uint8(EMPTY), found.flags)
+    return replace(found, upper=upper, flags=flags)
 
 
 def is_level(right: np.ndarray | None, best: np.ndarray | None) -> bool:
@@ -240,8 +261,9 @@ def _without_parameters(method: str, held: HeldOut, used: Protocol, started: flo
     """Zero-shot: nothing to choose."""
     base, _ = logits_of(held, method, None, {})
     fit = fit_factor(base, np.zeros_like(base), held.labels, 0.0)
-    seconds = time.perf_counter() - started
     right = (base.argmax(1) == held.labels)[in_order_of_folds(held)]
+    right = right_by_plan(held, method, None, {}, fit.factor, right)
+    seconds = time.perf_counter() - started
     return Tuned(
         method,
         "none",

@@ -408,7 +408,7 @@ def test_the_implementation_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch
         ({"base": np.zeros((4, 0))}, "C >= 1, got C = 0"),
         ({"labels": [0, 1, 2, 3]}, r"expected labels from 0 to 2 \(columns of base\), got 3"),
         ({"labels": [0.0, 1.0, 2.0, 1.0]}, "expected labels of integers, got float64"),
-        ({"query": np.zeros((4, 2))}, "expected query rows of unit norm"),
+        ({"query": np.ones((4, 2))}, "expected query rows of unit norm"),
         ({"query": np.zeros((4, 3))}, r"expected query of shape \(4, 2\)"),
         ({"keys": np.zeros((0, 2))}, "expected at least one key"),
         ({"class_offsets": [0, 1, 2]}, r"shape \(4,\), got int64 of \(3,\)"),

@@ -1,6 +1,7 @@
 #include "search/intervals.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::size_t kThreadWork = 1 << 17;  // differences that are worth waking a thread for
+constexpr double kRounding = 0x1p-17;  // numpy_search.ROUNDING, 64 roundings of float32
 
 // The bounds of one group of lanes so far, those that are left out themselves (strict) apart from the others: whether
 // an end is open is then one comparison at the end, and every step a plain maximum or minimum. The loop over lanes is
@@ -23,7 +25,9 @@ struct Bounds {
 inline void narrow(Bounds& bounds, const double* e, const double* slope, const double* own_slope, const double* label,
                    double c) {
     for (std::size_t i = 0; i < kLaneGroup; ++i) {
-        const double d = own_slope[i] - slope[i];
+        const double exact = own_slope[i] - slope[i];
+        const double size = std::abs(own_slope[i]) + std::abs(slope[i]);
+        const double d = (std::abs(exact) <= kRounding * size) & (e[i] != 0.0) ? 0.0 : exact;
         const double bound = e[i] / d;
         const bool strict = c < label[i];
         const bool beaten = (d == 0.0) & ((e[i] > 0.0) | ((e[i] == 0.0) & strict));

@@ -32,7 +32,8 @@ def proker(
     if n_keys > LARGEST:
         raise ValueError(f"proker solves an (N, N) system: expected at most {LARGEST} support images, got {n_keys}")
     keys = image_rows(support.embeddings, which, reducer)
-    kernel = np.exp(-beta * (1.0 - keys @ keys.T), dtype=np.float64)
+    exact = keys.astype(np.float64)
+    kernel = np.exp(-beta * (1.0 - exact @ exact.T))
     kernel[np.diag_indices(n_keys)] += ridge
     return ScoringPlan(
         n_classes=support.n_classes,

@@ -9,6 +9,7 @@ import numpy as np
 from iosr_fast.cache import SupportSet
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.numpy_scoring import text_distribution
+from iosr_fast.numpy_search import ROUNDING
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan, Which
 
@@ -67,7 +68,9 @@ def divergences(support: SupportSet, keys: np.ndarray) -> tuple[np.ndarray, floa
     log_s = np.log(support.n_classes * s[:, :-1])
     least, most = pair_range(-log_s, s[:, :-1], s[:, -1:])
     low, high = pair_range(keys, keys)
-    slope = (high - low) / (most - least) if most > least else 1.0
+    # Divergences that differ by no more than their rounding in float32 have no range to speak of.
+    resolved = most - least > ROUNDING * float(np.abs(log_s).max(initial=0.0))
+    slope = (high - low) / (most - least) if resolved else 1.0
     return log_s, slope, low - slope * least
 
 
