@@ -33,10 +33,11 @@ from iosr_fast.pipeline.progress import progress as bar
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
 from iosr_fast.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring import RANGES, ScoringPlan
 from iosr_fast.text_encoder import checked_templates
 from iosr_fast.text_source import TextSource
 from iosr_fast.tune import Tuned
+from iosr_fast.validation import check_number
 
 _CHUNK = 256
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Classifier(LiveUpdates):
         self.skipped_: list[str] = []
         self.tuned_: Tuned | None = None
         self._text = text
-        self._tau = tau
+        self._tau = check_number("tau, the CLIP's logit scale,", tau, *RANGES["tau"])
         self._views = SupportViews()
         self._log: AuditLog | None = None
         self._changing = threading.Lock()

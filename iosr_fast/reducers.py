@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.validation import check_finite, frozen
+from iosr_fast.validation import check_size, frozen
 
 REDUCERS = ("none", "centre", "pca")
 # Of the channels, or of what the support set can span, whichever is fewer.
@@ -24,7 +24,8 @@ class Reducer:
     shift       (D,) float32 or None
     projection  (D, D) float32, or (D,) for a diagonal one, or None
 
-    Both are made C-contiguous and read-only. Raises ValueError where a shape is another or a value isn't finite.
+    Both are made C-contiguous and read-only. Raises ValueError where a shape is another, a value isn't finite or
+    is too large.
     """
 
     shift: np.ndarray | None = None
@@ -35,7 +36,11 @@ class Reducer:
             given = getattr(self, name)
             if given is not None:
                 object.__setattr__(self, name, frozen(name, given, np.float32))
-                check_finite(name, getattr(self, name))
+                # Farther away, a unit row is lost in its rounding; larger, and the square of a norm is near overflow.
+                most = 10.0 if name == "shift" else 1e6
+                check_size(
+                    name, getattr(self, name), most, "rows and shift are of unit size, and the norm is divided out"
+                )
         if self.shift is None and self.projection is None:
             raise ValueError("expected a reducer with a shift or a projection, got neither; leave the reducer out")
         if self.shift is not None and self.shift.ndim != 1:

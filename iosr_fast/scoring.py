@@ -13,13 +13,24 @@ from iosr_fast.encoder import Array, Embeddings
 from iosr_fast.int8_keys import compact_int8
 from iosr_fast.precision import Precision, convert_keys, dequantize, precision_of
 from iosr_fast.reducers import Reducer
-from iosr_fast.validation import check_finite, check_unit_rows, frozen
+from iosr_fast.validation import check_number, check_size, check_unit_rows, frozen
 
 Which = Literal["plain", "adapted"]
 Feature = Literal["plain", "adapted", "text-distribution"]
 
 
 _EMBEDDED = ("plain", "adapted")
+# The largest size of a term, and the ranges of constants, in which all implementations agree: far from float32's end,
+# also where embeddings are as far from unit norm as they may be, and beta and 1 / temperature multiply the rounding of
+# a cosine.
+LARGEST = 1e15
+RANGES = {
+    "tau": (0.0, LARGEST),
+    "alpha": (-LARGEST, LARGEST),
+    "beta": (0.0, 1000.0),
+    "temperature": (0.01, 100.0),
+}
+_RESCALE = "scale tau, alpha, linear and bias down together: labels stay the same"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +45,8 @@ class ScoringPlan:
     With `values` the cache term is instead alpha * sum over all keys j: weights[j] * exp(...) * values[j, c].
 
     text           (C, D) float32, unit rows
-    keys           (N, D), unit rows, sorted by class; N >= 1. float32, float16, uint16 (the bits of bfloat16) or int8
+    keys           (N, D), unit rows, or zero where the reducer leaves nothing, sorted by class; N >= 1. float32,
+                   float16, uint16 (the bits of bfloat16) or int8
     key_scales     (N,) float32, positive, with int8 keys and only there: key j is key_scales[j] * keys[j]
     class_offsets  (C + 1,) int64; class c owns keys[class_offsets[c]:class_offsets[c + 1]], which may be none
     weights        (N,) float32; None stands for all ones
@@ -49,7 +61,8 @@ class ScoringPlan:
 
     Arrays are converted to these dtypes (keys of any other to float32), made C-contiguous and read-only (copied only
     where they aren't already). `with_key_precision` stores the keys in fewer bits.
-    Raises ValueError where a shape, a norm, an offset or a constant is wrong or a value isn't finite.
+    Raises ValueError where a shape, a norm or an offset is wrong, a value isn't finite, a constant is out of RANGES or
+    a term larger than LARGEST.
     """
 
     n_classes: int
@@ -107,18 +120,21 @@ class ScoringPlan:
             raise ValueError("expected a width of at least 1, got 0")
         self._check_cache(n_keys)
         self._check_scales()
-        for name in ("weights", "linear", "bias", "query_transform", "values"):
+        for name in ("weights", "linear", "bias", "values"):
             if getattr(self, name) is not None:
-                check_finite(name, getattr(self, name))
+                check_size(name, getattr(self, name), LARGEST, _RESCALE)
+        if self.query_transform is not None:  # moved queries may be kept in float16
+            check_size("query_transform", self.query_transform, 1e3, "let with_key_precision make it")
         if self.text is not None:
             check_unit_rows("text", self.text)
         if self.keys is not None and self.key_precision is not None:
-            check_unit_rows("keys", self.keys, self.key_scales, self.key_precision, self.query_transform)
-        for name, least in (("tau", None), ("alpha", None), ("beta", 0.0), ("temperature", 1e-6)):
-            value = float(getattr(self, name))
-            if not np.isfinite(value) or (least is not None and value < least):
-                raise ValueError(f"expected {name} finite{'' if least is None else f' and >= {least:g}'}, got {value}")
-            object.__setattr__(self, name, value)
+            parts = (self.keys, self.key_scales, self.key_precision, self.query_transform)
+            check_unit_rows("keys", *parts, or_zero=self.reducer is not None)
+        for name, (least, most) in RANGES.items():
+            object.__setattr__(self, name, check_number(name, getattr(self, name), least, most))
+        if self.keys is not None:
+            size = max(abs(self.alpha), 1.0) * self._cache_size(n_keys)
+            check_number("alpha times all weights and values of keys", size, 0.0, LARGEST, _RESCALE)
 
     @property
     def width(self) -> int:
@@ -163,10 +179,10 @@ class ScoringPlan:
     def scaled(self, factor: float) -> ScoringPlan:
         """The plan whose logits are `factor` times these: the same labels, softer or harder probabilities.
 
-        Raises ValueError unless factor is finite and above 0.
+        Raises ValueError unless factor is above 0, and the scaled plan in the ranges of a plan.
         """
-        if not (np.isfinite(factor) and factor > 0):
-            raise ValueError(f"expected a factor above 0, got {factor}")
+        if not 0 < factor <= LARGEST:
+            raise ValueError(f"expected a factor above 0 and up to {LARGEST:g}, got {factor}")
         return replace(
             self,
             tau=factor * self.tau,
@@ -174,6 +190,11 @@ class ScoringPlan:
             linear=None if self.linear is None else np.float32(factor) * self.linear,
             bias=None if self.bias is None else np.float32(factor) * self.bias,
         )
+
+    def _cache_size(self, n_keys: int) -> float:
+        """What the cache term can't exceed at alpha 1."""
+        weights = float(n_keys if self.weights is None else np.abs(self.weights).sum(dtype=np.float64))
+        return weights * (1.0 if self.values is None else float(np.abs(self.values).max()))
 
     def _matrices(self) -> dict[str, np.ndarray]:
         """The arrays that are as wide as an embedding."""
@@ -223,7 +244,7 @@ class ScoringPlan:
             raise ValueError(
                 f"expected key_scales with int8 keys only, got them with {self.key_precision or 'no'} keys"
             )
-        check_finite("key_scales", self.key_scales)
+        check_size("key_scales", self.key_scales, 1e3, "let with_key_precision make them")
         if not (self.key_scales > 0).all():
             raise ValueError(f"expected key_scales > 0, got {self.key_scales.min():.6g}")
 

@@ -16,7 +16,8 @@ def frozen(name: str, given: Any, dtype: type) -> np.ndarray:
     """`given` as a C-contiguous read-only array of `dtype`; copied only where it isn't one already."""
     if dtype is np.int64 and np.asarray(given).dtype.kind not in "iu":
         raise ValueError(f"expected {name} of integers, got {np.asarray(given).dtype}")
-    array: np.ndarray = np.ascontiguousarray(given, dtype=dtype)
+    with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, which check_finite refuses
+        array: np.ndarray = np.ascontiguousarray(given, dtype=dtype)
     if array.flags.writeable:
         # The caller may go on writing to what was passed in; a fresh conversion is nobody else's.
         array = array.copy() if np.may_share_memory(array, given) else array
@@ -24,8 +25,24 @@ def frozen(name: str, given: Any, dtype: type) -> np.ndarray:
     return array
 
 
+def check_number(name: str, value: float, least: float, most: float, mend: str = "") -> float:
+    """`value` as a float. Raises ValueError unless it is from `least` to `most`, which NaN is not; `mend` says how."""
+    number = float(value)
+    if not least <= number <= most:
+        raise ValueError(f"expected {name} from {least:g} to {most:g}, got {number:g}{mend and '; '}{mend}")
+    return number
+
+
+def check_size(name: str, array: np.ndarray, most: float, mend: str) -> None:
+    """Raise ValueError unless every element is finite and at most `most` in magnitude."""
+    check_finite(name, array)
+    largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
+    if largest > most:
+        raise ValueError(f"expected {name} of magnitudes up to {most:g}, got {largest:g}; {mend}")
+
+
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Raise ValueError unless every element is finite."""
+    """Raise ValueError unless every element is finite, in float32."""
     flat = array.reshape(-1)
     wrong = sum(int(np.count_nonzero(~np.isfinite(flat[part]))) for part in chunks(len(flat), 1))
     if wrong:
@@ -38,8 +55,10 @@ def check_unit_rows(
     scales: np.ndarray | None = None,
     precision: Precision = "fp32",
     transform: np.ndarray | None = None,
+    or_zero: bool = False,
 ) -> None:
-    """Raise ValueError unless each row of (M, D) is finite and has norm 1, to within the tolerance of `precision`.
+    """Raise ValueError unless each row of (M, D) is finite and has norm 1, to within the tolerance of `precision`, or,
+    with `or_zero`, is zero.
 
     `rows` may be of any key precision; int8 rows come with their `scales` (M,). With a
     `transform` (D, D), rows @ transform are what must have norm 1.
@@ -54,7 +73,7 @@ def check_unit_rows(
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.einsum("md,md->m", values, values))
         # Written so that NaN, which compares false with everything, counts as wrong.
-        off = np.flatnonzero(~(np.abs(norms - 1.0) <= tolerance))
+        off = np.flatnonzero(~((np.abs(norms - 1.0) <= tolerance) | (or_zero & (norms == 0.0))))
         if len(off):
             if not wrong:
                 first, first_norm = part.start + int(off[0]), float(norms[off[0]])

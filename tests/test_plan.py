@@ -50,8 +50,8 @@ BAD_PLANS = {
     "offsets that end early": ({"class_offsets": np.array([0, 2, 2, 4])}, "rise from 0 to the number of keys, 5"),
     "offsets that fall": ({"class_offsets": np.array([0, 4, 2, 5])}, "fall between"),
     "offsets of floats": ({"class_offsets": np.array([0.0, 2.0, 2.0, 5.0])}, "integers"),
-    "beta negative": ({"beta": -1.0}, "beta finite and >= 0"),
-    "alpha NaN": ({"alpha": float("nan")}, "alpha finite"),
+    "beta negative": ({"beta": -1.0}, "beta from 0 to 1000, got -1"),
+    "alpha NaN": ({"alpha": float("nan")}, "alpha from -1e.15 to 1e.15, got nan"),
     "unknown query": ({"query": "both"}, '"plain" or "adapted"'),
     "query of a feature": ({"query": "text-distribution"}, '"plain" or "adapted", got .text-distribution'),
     "unknown feature": ({"feature": "both"}, '"plain", "adapted" or "text-distribution", got .both'),
@@ -81,9 +81,9 @@ BAD_PLANS = {
         {"text": None, "linear": np.ones((3, 4)), "feature": "text-distribution"},
         'expected text where the feature is "text-distribution", got none',
     ),
-    "temperature zero": ({"temperature": 0.0}, "temperature finite and >= 1e-06, got 0"),
-    "temperature negative": ({"temperature": -0.5}, "temperature finite and >= 1e-06, got -0.5"),
-    "temperature NaN": ({"temperature": float("nan")}, "temperature finite"),
+    "temperature zero": ({"temperature": 0.0}, "temperature from 0.01 to 100, got 0"),
+    "temperature negative": ({"temperature": -0.5}, "temperature from 0.01 to 100, got -0.5"),
+    "temperature NaN": ({"temperature": float("nan")}, "temperature from 0.01 to 100, got nan"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.cache import SupportSet
+from iosr_fast.log_loss import MOST
 from iosr_fast.methods.ape import ape
 from iosr_fast.methods.gda import gda
 from iosr_fast.methods.proker import proker
@@ -17,7 +18,8 @@ from iosr_fast.methods.tip_adapter import tip_adapter
 from iosr_fast.methods.tip_x import tip_x
 from iosr_fast.methods.zero_shot import zero_shot
 from iosr_fast.reducers import Reducer, fit_reducer
-from iosr_fast.scoring import ScoringPlan, Which
+from iosr_fast.scoring import RANGES, ScoringPlan, Which
+from iosr_fast.validation import check_number
 
 __all__ = ["METHODS", "Method", "check_parameters", "compile_method"]
 
@@ -49,6 +51,8 @@ class Method:
 
 # The public grid of the paper's code, and what lies beyond it: an exact search can't then be worse than that grid.
 _BETA = (*np.linspace(0.0, 20.0, 20).tolist(), 27.0, 40.0, 60.0)
+# Within these a plan's float32 logits are usable (scoring.RANGES has those of a plan).
+_RANGES = {"alpha": (0.0, MOST), "beta": RANGES["beta"], "gamma": (0.0, 1000.0), "ridge": (1e-6, 1e6)}
 _MAKERS: dict[str, Method] = {
     "zero-shot": Method(zero_shot, needs_text=True),
     "tip-adapter": Method(tip_adapter, parameters={"alpha": 1.0, "beta": 5.5}, scales="cache", axes={"beta": _BETA}),
@@ -90,7 +94,8 @@ METHODS: dict[str, Method] = _with_adapted()
 
 
 def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
-    """The parameters that are given (not None). Raises ValueError for an unknown method or a parameter it has not."""
+    """The parameters that are given (not None). Raises ValueError for an unknown method, a parameter it has not or a
+    value out of range."""
     method = METHODS.get(name)
     if method is None:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
@@ -98,6 +103,8 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
     unknown = sorted(set(given) - set(method.parameters))
     if unknown:
         raise ValueError(f"{name} has the parameters {sorted(method.parameters)}, got {unknown}")
+    for key, value in given.items():
+        check_number(f"{key} of {name}", value, *_RANGES[key], f"{method.parameters[key]:g} is the default")
     return given
 
 

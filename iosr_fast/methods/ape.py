@@ -36,13 +36,15 @@ def ape(
     powers = np.exp(cosines - cosines.max(1, keepdims=True)).astype(np.float64)
     own = powers[np.arange(len(powers)), support.labels] / powers.sum(1)
     divergence = np.log2((1 + _SMALL) / (own + _SMALL))
+    with np.errstate(over="ignore"):  # the plan refuses weights that are too large
+        weights = np.exp(gamma * divergence)
     return ScoringPlan(
         n_classes=support.n_classes,
         text=support.text,
         tau=support.tau,
         keys=image_rows(support.embeddings, which, narrowed),
         class_offsets=support.class_offsets,
-        weights=np.exp(gamma * divergence),
+        weights=weights,
         query=which,
         reducer=narrowed,
         alpha=alpha,
