@@ -40,6 +40,8 @@ class HeldOut:
     labels: np.ndarray
     folds: np.ndarray | None = None
     _slopes: dict[tuple[float, ...], np.ndarray] = field(default_factory=dict, repr=False)  # ProKeR's, by setting
+    # Logits by folds of methods that have one setting only, by name and reducer.
+    _only: dict[tuple[str, Reducer | None], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
     def scored(self) -> np.ndarray:
@@ -90,10 +92,14 @@ def logits_of(held: HeldOut, name: str, reducer: Reducer | None, setting: Settin
         asked = image_rows(held.queries, method.which, reducer)
         slope = gda_without(rows, asked, held.support.class_offsets).astype(np.float32)
         return _zero_shot(held.support, held.queries), slope
+    if (name, reducer) in held._only:
+        return held._only[name, reducer]
     base = np.full((len(held.labels), held.support.n_classes), np.nan, np.float32)
     slope = base.copy()
     for out, sub in _folds(held):
         base[out], slope[out] = _split_logits(method, sub, reducer, setting, held.queries[out])
+    if not method.axes:
+        held._only[name, reducer] = base, slope
     return base, slope
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,13 +10,11 @@ import numpy as np
 from iosr_fast.cache import SupportSet
 from iosr_fast.encoder import Embeddings
 from iosr_fast.held_out import HeldOut, in_order_of_folds, plans
-from iosr_fast.log_loss import spread
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan, score
 
 # A term whose logits spread over classes this many times less than the other's decides nothing but ties.
 _NOTHING = 1e-4
-_log = logging.getLogger("iosr_fast")
 
 
 def right_by_plan(
@@ -66,13 +63,13 @@ def rounding(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:
     return (256 + 16 * plan.beta) * float(np.finfo(np.float32).eps) * size
 
 
-def weighing(base: np.ndarray, slope: np.ndarray, alpha: float, texts: bool) -> str:
-    """What there is to say of logits base + alpha * slope (V, C) of which one part decides nothing; else nothing.
+def weighing(base: float, slope: float, alpha: float, texts: bool) -> str:
+    """What there is to say of logits base + alpha * slope, by the spreads of both, where one decides nothing; else "".
     `texts` is whether there are any."""
-    without, images = spread(base), alpha * spread(slope)
-    if texts and without <= _NOTHING * images:
+    images = alpha * slope
+    if texts and base <= _NOTHING * images:
         return f"alpha {alpha:.3g}: the texts don't count"
-    return f"alpha {alpha:.3g}: the images don't count" if images <= _NOTHING * without else ""
+    return f"alpha {alpha:.3g}: similarity to support images doesn't count" if images <= _NOTHING * base else ""
 
 
 def one_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:
@@ -81,6 +78,4 @@ def one_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:
     labels = np.unique(score(plan, support.queries or support.embeddings).argmax(1))
     if len(labels) > 1 or len(np.unique(right)) < 2:
         return ""
-    return (
-        f"all {len(support.labels)} support images get the label of class {labels[0]}: they look alike to the encoder"
-    )
+    return f"all {len(support.labels)} support images get the label of class {labels[0]}: the encoder finds them alike"

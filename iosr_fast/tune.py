@@ -18,7 +18,7 @@ import numpy as np
 from iosr_fast.cache import SupportSet
 from iosr_fast.encoder import Embeddings
 from iosr_fast.held_out import HeldOut, Setting, in_order_of_folds, intervals_of, leave_out, logits_of, validation
-from iosr_fast.log_loss import MOST, fit_alpha, fit_factor
+from iosr_fast.log_loss import MOST, fit_alpha, fit_factor, spread
 from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.one_shot import one_shot_parameters
@@ -118,7 +118,7 @@ def tune(
     parameters = {"alpha": candidate.alpha, **candidate.setting}
     right = candidate.right_at(candidate.alpha)
     right = right_by_plan(held, method, fitted, parameters, candidate.factor, right)
-    base, slope = (part[search.rows] for part in logits_of(held, method, fitted, candidate.setting))
+    base, slope = candidate.spreads or search.spreads(candidate.setting)
     tuned = Tuned(
         method,
         reducer,
@@ -150,6 +150,7 @@ class _Candidate:
     log_loss: float | None = None
     factor: float = 1.0
     right: np.ndarray | None = None  # at alpha, where it was looked at
+    spreads: tuple[float, float] | None = None  # of base and slope, likewise
 
     @property
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -196,6 +197,15 @@ class _Search:
             accuracy = float(best.right[row]) / self.scored
             self.tried.append(_Candidate(setting, float(best.alpha[row]), plateau, accuracy, found, row))
 
+    def logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+        """base, slope (V, C) of the scored images, in the order of folds."""
+        base, slope = logits_of(self.held, self.method, self.reducer, setting)
+        return base[self.rows], slope[self.rows]
+
+    def spreads(self, setting: Setting) -> tuple[float, float]:
+        base, slope = self.logits(setting)
+        return spread(base), spread(slope)
+
     def most_right(self) -> _Candidate:
         """The highest accuracy; of equals the one whose alphas may be moved most, in proportion; then the first."""
         return max(self.tried, key=lambda c: (c.accuracy, c.width / max(c.alpha, 1e-30)))
@@ -204,14 +214,12 @@ class _Search:
         """Of the candidates that are level with the best, each at its best alpha and at that of least loss, the one of
         least loss."""
         best = self.most_right().accuracy
-        spread = float(np.sqrt(best * (1 - best) / self.scored))
-        near = sorted((c for c in self.tried if c.accuracy >= best - 3 * spread), key=lambda c: -c.accuracy)
+        error = float(np.sqrt(best * (1 - best) / self.scored))
+        near = sorted((c for c in self.tried if c.accuracy >= best - 3 * error), key=lambda c: -c.accuracy)
         measured: list[_Candidate] = []
         labels = self.held.labels[self.rows]
         for candidate in near[:: -(-len(near) // _SHORTLIST)]:
-            base, slope = (
-                part[self.rows] for part in logits_of(self.held, self.method, self.reducer, candidate.setting)
-            )
+            base, slope = self.logits(candidate.setting)
             for fit in (fit_factor(base, slope, labels, candidate.alpha), fit_alpha(base, slope, labels)):
                 right = candidate.right_at(fit.alpha)
                 measured.append(
@@ -222,6 +230,7 @@ class _Search:
                         log_loss=fit.loss,
                         factor=fit.factor,
                         right=right,
+                        spreads=(spread(base), spread(slope)),
                     )
                 )
         top = max(measured, key=lambda c: c.accuracy)

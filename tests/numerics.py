@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,45 @@ import torch
 
 from iosr_fast import _C
 from iosr_fast.encoder import Embeddings
-from iosr_fast.precision import dequantize, key_rows
+from iosr_fast.precision import Precision, dequantize, key_rows
 from iosr_fast.reference import score_reference
-from iosr_fast.scoring import ScoringPlan, score_with_path
+from iosr_fast.scoring import LARGEST, RANGES, ScoringPlan, score_with_path
+from tests.conftest import random_plan
 
 CPP_PATHS = [f"cpp/{name}" for name, supported in _C.simd_paths() if supported]
 # Every path that needs no GPU.
 PATHS = ["numpy", "torch/cpu", *CPP_PATHS]
+AT_THE_BOUNDS = [
+    {"tau": LARGEST},
+    {"tau": 0.0},
+    {"alpha": 1e8},
+    {"alpha": 1e13},
+    {"beta": 1000.0},
+    {"beta": 1000.0, "alpha": 1e13},
+    {"temperature": 0.01},
+    {"temperature": 100.0},
+    {"linear": 0.999 * LARGEST},
+    {"bias": 0.999 * LARGEST},
+    {"weights": 1e13},
+    {"values": 1e12},
+]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
 
 
 def tensors(embeddings: Embeddings, **to: Any) -> Embeddings:
     """The same embeddings as tensors; `to` is for Tensor.to."""
     return Embeddings(*(torch.from_numpy(array).to(**to) for array in (embeddings.plain, embeddings.adapted)))
+
+
+def plan_at_a_bound(rng: np.random.Generator, case: dict[str, float], precision: Precision) -> ScoringPlan:
+    """A plan whose constants, or the largest elements of its arrays, are those of one of AT_THE_BOUNDS."""
+    feature = "text-distribution" if "temperature" in case else "plain"
+    plan = random_plan(rng, [3, 0, 4], 40, feature=feature, dense="values" in case, precision=precision)
+    change = {
+        name: value if name in RANGES else value * getattr(plan, name) / np.abs(getattr(plan, name)).max()
+        for name, value in case.items()
+    }
+    return replace(plan, **change)
 
 
 def eager_float32(plan: ScoringPlan, embeddings: Embeddings, moved: torch.dtype | None = None) -> np.ndarray:

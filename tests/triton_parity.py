@@ -23,7 +23,7 @@ from iosr_fast.kernels.launch import PRECISIONS, Config
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
-from tests.numerics import linear_size
+from tests.numerics import AT_THE_BOUNDS, linear_size, plan_at_a_bound
 from tests.test_precision import correlated_rows
 from tests.test_scoring import BATCHES, LAYOUTS, TERM_SETS, WIDTHS
 
@@ -259,3 +259,14 @@ def test_an_unknown_path_is_refused(rng: np.random.Generator) -> None:
     plan = device_plan(random_plan(rng, [2, 1], 8), DEVICE)
     with pytest.raises(ValueError, match='expected path "aligned", "ragged" or "split", got "diagonal"'):
         cache_score.score_triton(plan, *tensors(random_embeddings(rng, 2, 8)), path="diagonal")
+
+
+@pytest.mark.parametrize("case", AT_THE_BOUNDS, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_constants_at_their_bounds(case: dict[str, float], precision: str, rng: np.random.Generator) -> None:
+    plan = plan_at_a_bound(rng, case, precision)
+    dense = plan.values is not None
+    logits = assert_close_to_truth(
+        plan, random_embeddings(rng, 9, 40), None if dense else "ragged", SMALL[0], expected="dense" if dense else None
+    )
+    assert torch.isfinite(logits).all()
