@@ -40,7 +40,7 @@ class HeldOut:
     labels: np.ndarray
     folds: np.ndarray | None = None
     _slopes: dict[tuple[float, ...], np.ndarray] = field(default_factory=dict, repr=False)  # ProKeR's, by setting
-    # Logits by folds of methods that have one setting only, by name and reducer.
+    # Logits of methods that have one setting only, by name and reducer.
     _only: dict[tuple[str, Reducer | None], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
@@ -82,6 +82,14 @@ def leave_out(support: SupportSet, single: bool = False) -> HeldOut:
 
 def logits_of(held: HeldOut, name: str, reducer: Reducer | None, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """base, slope (V, C) float32: the logits at alpha are base + alpha * slope. Rows that aren't scored are NaN."""
+    if METHODS[name].axes:
+        return _logits(held, name, reducer, setting)
+    if (name, reducer) not in held._only:
+        held._only[name, reducer] = _logits(held, name, reducer, setting)
+    return held._only[name, reducer]
+
+
+def _logits(held: HeldOut, name: str, reducer: Reducer | None, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     method = METHODS[name]
     if held.folds is None or not method.needs_support:
         return _split_logits(method, held.support, reducer, setting, held.queries)
@@ -92,14 +100,10 @@ def logits_of(held: HeldOut, name: str, reducer: Reducer | None, setting: Settin
         asked = image_rows(held.queries, method.which, reducer)
         slope = gda_without(rows, asked, held.support.class_offsets).astype(np.float32)
         return _zero_shot(held.support, held.queries), slope
-    if (name, reducer) in held._only:
-        return held._only[name, reducer]
     base = np.full((len(held.labels), held.support.n_classes), np.nan, np.float32)
     slope = base.copy()
     for out, sub in _folds(held):
         base[out], slope[out] = _split_logits(method, sub, reducer, setting, held.queries[out])
-    if not method.axes:
-        held._only[name, reducer] = base, slope
     return base, slope
 
 
