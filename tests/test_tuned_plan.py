@@ -15,6 +15,8 @@ from iosr_fast.auto import tune_auto
 from iosr_fast.cache import SupportSet, make_support_set
 from iosr_fast.encoder import Embeddings
 from iosr_fast.held_out import in_order_of_folds, leave_out, plans
+from iosr_fast.live.plan_files import plan_from_files, plan_to_files
+from iosr_fast.live.recipe import Recipe
 from iosr_fast.log_loss import MOST, fit_alpha, fit_factor
 from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
@@ -243,6 +245,24 @@ def test_a_parameter_out_of_range_is_named(method: str, rng: np.random.Generator
         for value in (-1.0, 1e9, 1e39, float("inf"), float("nan")):
             with pytest.raises(ValueError, match=rf"expected {name} of .* from .* to .*, got .*; .* is the default"):
                 compile_method(method, support, **{name: value})
+
+
+@pytest.mark.parametrize("wrong", [1e39, float("nan"), float("inf"), -1.0])
+def test_a_plan_from_a_file_or_a_log_is_held_to_the_same_ranges(wrong: float, rng: np.random.Generator) -> None:
+    support = bad_support(rng, [3] * 3, 16, "random", "random")
+    recipe = Recipe("tip-adapter", {"alpha": 1.0, "beta": 5.5})
+    constants, arrays = plan_to_files(recipe.compile(support), support, recipe)
+    plan_from_files(constants, arrays, support, recipe)
+    for name in ("tau", "beta"):
+        with pytest.raises(ValueError, match=f"expected {name} from"):
+            plan_from_files({**constants, name: wrong}, arrays, support, recipe)
+    for changed in ({"alpha": wrong, "beta": 5.5}, {"alpha": 1.0, "beta": wrong}):
+        with pytest.raises(ValueError, match=r"expected (alpha|beta) of tip-adapter from 0 to"):
+            replace(recipe, parameters=changed).compile(support)
+    with pytest.raises(ValueError, match="expected a factor above 0"):
+        replace(recipe, factor=wrong).compile(support)
+    with pytest.raises(ValueError, match="expected tau from"):
+        recipe.compile(replace(support, tau=wrong))
 
 
 def test_reducers_that_would_overflow_are_refused() -> None:
