@@ -99,6 +99,8 @@ class Item:
     nearest: int
     submitted: float
     deadline: float = math.inf
+    turn: int = 0  # of which request it is: they take turns at decoding
+    cost: int = 0  # of decoding, in pixels; 0 if unknown
     future: Future[Prediction] = field(default_factory=Future)
     stage: Stage = Stage.DECODING
     pixels: np.ndarray | None = None  # (S, S, 3) uint8, from READY on
@@ -123,6 +125,18 @@ class Item:
                 self.future.set_result(outcome)
         except InvalidStateError:
             log.debug("an image's answer came after close() had given it up")
+
+
+@dataclass(slots=True, eq=False)
+class WholeImage:
+    """An image that is decoded and not classified: all of its pixels, (height, width, 3) uint8."""
+
+    image: Any
+    position: int
+    deadline: float
+    turn: int
+    cost: int
+    future: Future[np.ndarray] = field(default_factory=Future)
 
 
 def without_frames(error: BaseException) -> BaseException:
