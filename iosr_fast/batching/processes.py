@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import mmap
 import os
 import signal
@@ -23,6 +24,8 @@ from iosr_fast.batching.item import DeadlineExceededError
 from iosr_fast.decoder_process.headers import claimed_size, work_pixels
 from iosr_fast.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
 from iosr_fast.preprocess import BadImageError
+
+log = logging.getLogger(__name__)
 
 _START_S = 30.0  # a machine that is swapping starts an interpreter slowly
 # A deadline that passes meanwhile kills nothing for so long: starting anew takes about as much time.
@@ -91,10 +94,11 @@ class DecoderProcess:
         if size is None:
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image, or its header is damaged")
         self._revive()
-        self._block = None  # the array keeps the memory
-        pixels = self._ask(Task.WHOLE, image, position, 1, size[0] * size[1] * 3, deadline)
         self._block = None
-        return pixels
+        try:
+            return self._ask(Task.WHOLE, image, position, 1, size[0] * size[1] * 3, deadline)
+        finally:
+            self._block = None  # the array keeps the memory, the process has let go of it
 
     def kill(self) -> None:
         """End the process at once. From any thread."""
@@ -130,6 +134,7 @@ class DecoderProcess:
             self.kill()
             if self._process is not None and self._process.returncode == -signal.SIGXCPU:
                 raise self._too_slow(position) from None
+            log.warning("a decoder ended while it had an image: %s", error)
             raise BadImageError(None, position, "the decoder crashed on it, or was killed by the system") from error
         if answer.status == Status.OK:
             assert self._block is not None

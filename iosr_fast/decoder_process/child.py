@@ -32,6 +32,7 @@ def main() -> None:
             if len(head) < REQUEST.size:
                 return
             request = Request(*REQUEST.unpack(head))
+            confinement.limit(request.work_pixels, request.block + 2 * request.length, request.cpu_s)
             if files:
                 block = mmap.mmap(files[0], request.block)
                 os.close(files[0])
@@ -55,7 +56,6 @@ def _receive(parent: socket.socket, count: int) -> bytearray:
 
 
 def _answer(request: Request, data: bytearray, block: mmap.mmap) -> tuple[Answer, bytes]:
-    confinement.limit(request.work_pixels, request.length, request.cpu_s)
     # Pillow refuses twice this: a second look at what decoders find inside a file.
     Image.MAX_IMAGE_PIXELS = max(1, request.max_pixels // 2)
     try:

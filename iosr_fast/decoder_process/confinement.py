@@ -12,7 +12,7 @@ import time
 
 _SET_DEATH_SIGNAL, _SET_NO_NEW_PRIVILEGES = 1, 38  # of Linux's prctl.h
 _FILES = 16  # open at a time
-_SLACK_BYTES = 128 << 20  # beside the pictures: encoded bytes, tables, what libraries hold
+_SLACK_BYTES = 128 << 20  # beside the pictures: tables, what libraries hold
 # Of a picture as the decoder holds it, converted, resized and copied; the most that was seen is 20 (WebP).
 _BYTES_PER_PIXEL = 32
 _PAGE = resource.getpagesize()
@@ -36,12 +36,12 @@ def confine(parent: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def limit(work_pixels: int, encoded_bytes: int, cpu_s: float) -> None:
-    """For one image: memory beyond what is held now, and CPU seconds beyond those used, whole ones. More memory is
-    refused, more seconds kill."""
+def limit(work_pixels: int, other_bytes: int, cpu_s: float) -> None:
+    """For one image: memory beyond what is held now, for pictures of `work_pixels` and `other_bytes`, and CPU seconds
+    beyond those used, whole ones. More memory is refused, more seconds kill."""
     if _statm is not None:
         held = int(os.pread(_statm, 32, 0).split()[0]) * _PAGE
-        _lower(resource.RLIMIT_AS, held + _SLACK_BYTES + 2 * encoded_bytes + _BYTES_PER_PIXEL * work_pixels)
+        _lower(resource.RLIMIT_AS, held + _SLACK_BYTES + other_bytes + _BYTES_PER_PIXEL * work_pixels)
     _lower(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_s))
 
 
