@@ -138,6 +138,28 @@ class WholeImage:
     cost: int
     future: Future[np.ndarray] = field(default_factory=Future)
 
+    def is_wanted(self, now: float) -> bool:
+        """Whether it is still to be decoded; its future says why not."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        if self.deadline < now:
+            self.future.set_exception(DeadlineExceededError("the deadline was over before the image was decoded"))
+        return self.deadline >= now
+
+
+@dataclass
+class Batch:
+    """What take() gives: `items` to encode with `classifier`, `expired` ones to refuse, `waiting`, how many remain."""
+
+    classifier: Any
+    items: list[Item] = field(default_factory=list)
+    expired: list[Item] = field(default_factory=list)
+    waiting: int = 0
+
+    @property
+    def all_items(self) -> list[Item]:
+        return [*self.expired, *self.items]
+
 
 def without_frames(error: BaseException) -> BaseException:
     """The error without the tracebacks of it and its causes, for one that was logged: their frames know the batch, so

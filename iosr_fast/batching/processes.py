@@ -81,7 +81,7 @@ class DecoderProcess:
         if not isinstance(image, ENCODED):
             return decode(image, position, size, self._limits)
         check_bytes(image, position, self._limits)
-        self._revive()
+        self.start()  # it may have been killed while it had nothing to do, which is not this image's fault
         block = self._ask(Task.CROP, image, position, size, size * size * 3, deadline)
         return block.copy()
 
@@ -93,7 +93,7 @@ class DecoderProcess:
         size = claimed_size(image)
         if size is None:
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image, or its header is damaged")
-        self._revive()
+        self.start()
         self._block = None
         try:
             return self._ask(Task.WHOLE, image, position, 1, size[0] * size[1] * 3, deadline)
@@ -113,11 +113,6 @@ class DecoderProcess:
         """End the process, which has nothing to do."""
         self.kill()
         self._process = self._channel = self._block = None
-
-    def _revive(self) -> None:
-        """It may have been killed from outside while it had nothing to do, which is not this image's fault."""
-        if self._process is None or self._process.poll() is not None:
-            self.start()
 
     def _ask(self, task: Task, image: Any, position: int, side: int, room: int, deadline: float) -> np.ndarray:
         """The pixels, in the shared block. Raises BadImageError, and DeadlineExceededError where that was sooner."""

@@ -10,35 +10,17 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.batching.decode import is_pixels
-from iosr_fast.batching.item import ClosedError, DeadlineExceededError, Hooks, Item, QueueFullError, Stage, WholeImage
+from iosr_fast.batching.item import Batch, ClosedError, Hooks, Item, QueueFullError, Stage, WholeImage
+from iosr_fast.batching.pace import Pace
 from iosr_fast.batching.turns import Turns
 
-_NEWEST = 0.25  # weight of the newest batch in the measured seconds an image
-_MOST_SLOWER = 4.0  # than measured before, for one batch
 _LEAST_RETRY_S = 0.01
-# An estimate is refused by the deadline that it would only just meet: who is accepted is owed an answer in time.
-_MARGIN = 1.5
-
-
-@dataclass
-class Batch:
-    """What take() gives: `items` to encode with `classifier`, `expired` ones to refuse, `waiting`, how many remain."""
-
-    classifier: Any
-    items: list[Item] = field(default_factory=list)
-    expired: list[Item] = field(default_factory=list)
-    waiting: int = 0
-
-    @property
-    def all_items(self) -> list[Item]:
-        return [*self.expired, *self.items]
 
 
 class BatchQueue:
@@ -64,8 +46,7 @@ class BatchQueue:
         self._decoding = 0
         self._turns = turns
         self._ended = threading.Event()
-        self._item_s = 0.0  # seconds an image, from decoding to answer, while there is work; 0 before the first batch
-        self._last_done = -math.inf
+        self._pace = Pace()
         self._process = os.getpid()
         self._itself = weakref.ref(self)
 
@@ -126,11 +107,7 @@ class BatchQueue:
     def _wants_decoding(self, job: Any) -> bool:
         now = time.monotonic()
         if isinstance(job, WholeImage):
-            if not job.future.set_running_or_notify_cancel():
-                return False
-            if job.deadline < now:
-                job.future.set_exception(DeadlineExceededError("the deadline was over before the image was decoded"))
-            return job.deadline >= now
+            return job.is_wanted(now)
         if job.deadline < now:
             self.fail(job, job.late(now))
         return bool(job.stage is Stage.DECODING)
@@ -197,13 +174,9 @@ class BatchQueue:
         with self._changed:
             self._accepted.difference_update(items)
             if measure:
-                # From when there was work to do, so decoding counts where encoding waits for it.
-                since = max(self._last_done, min(item.submitted for item in items))
-                item_s = (now - since) / len(items)
-                if self._item_s:  # one picture that takes seconds to decode says little about those behind it
-                    item_s = min(item_s, _MOST_SLOWER * self._item_s)
-                self._item_s += (item_s - self._item_s) * (_NEWEST if self._item_s else 1.0)
-            self._last_done = now
+                self._pace.measure(now, min(item.submitted for item in items), len(items))
+            else:
+                self._pace.done(now)
             self._wake()
 
     def replace(self, classifier: Any) -> Any:
@@ -260,14 +233,14 @@ class BatchQueue:
             return "closed", _closed()
         ahead = len(self._accepted)
         if ahead + count > self.max_queue:
-            retry_after_s = max(_LEAST_RETRY_S, ahead * self._item_s)
+            retry_after_s = max(_LEAST_RETRY_S, ahead * self._pace.item_s)
             told = (
                 f"the queue is full: {ahead} images are in it, {count} more came, max_queue is {self.max_queue}; "
                 f"try again in {retry_after_s:.2g} s"
             )
             return "full", QueueFullError(told, retry_after_s)
         # An empty house takes everybody: a single slow batch must not shut it for good.
-        wait_s = _MARGIN * (ahead + count) * self._item_s if ahead else 0.0
+        wait_s = self._pace.wait_s(ahead + count) if ahead else 0.0
         if deadline_s is not None and wait_s > deadline_s:
             retry_after_s = max(_LEAST_RETRY_S, wait_s - deadline_s)
             told = (

@@ -15,8 +15,8 @@ import numpy as np
 
 from iosr_fast.batching.decode import Decoder, Limits, ThreadDecoder
 from iosr_fast.batching.engine import Engine
-from iosr_fast.batching.item import ClosedError, Hooks, Item, WholeImage, without_frames
-from iosr_fast.batching.queue import Batch, BatchQueue
+from iosr_fast.batching.item import Batch, ClosedError, Hooks, Item, WholeImage, without_frames
+from iosr_fast.batching.queue import BatchQueue
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +174,8 @@ def _started(
 ) -> bool:
     """Whether the decoder works, which is tried until it does; False where it doesn't and all is closed. Images
     wait meanwhile: another decoder may take them."""
-    pause_s = _PAUSE_S
-    while True:
+    pause_s = 0.0
+    while not queue.wait_for_close(pause_s):
         try:
             decoder.start()
             errors[place] = None
@@ -186,9 +186,8 @@ def _started(
             errors[place] = without_frames(error)
         finally:
             tried.set()
-        if queue.wait_for_close(pause_s):
-            return False
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
+    return False
 
 
 def _decoded(
