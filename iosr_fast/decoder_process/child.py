@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import os
 import socket
@@ -21,7 +22,11 @@ from iosr_fast.preprocess import BadImageError, open_image
 
 def main() -> None:
     """Answer requests until the parent closes the socket."""
-    Image.init()  # all formats that the parent's Pillow has: nothing is imported once memory is limited
+    # All formats that the parent's Pillow has, as nothing should be imported once memory is limited; first those that
+    # come most, as Pillow asks one after another.
+    Image.preinit()
+    importlib.import_module("PIL.WebPImagePlugin")
+    Image.init()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     confinement.confine(int(sys.argv[1]))
     with socket.socket(fileno=0) as parent:
