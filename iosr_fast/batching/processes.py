@@ -56,13 +56,11 @@ class DecoderProcess:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        ours, its = socket.socketpair()
+        self._channel, its = socket.socketpair()
         with tempfile.TemporaryFile() as errors:
             try:
                 with its:
                     self._process = _interpreter(its, errors)
-                self._channel = ours
-                ours.settimeout(_START_S)
                 if self._receive(len(READY), time.monotonic() + _START_S) != READY:
                     raise _Gone("it said something else")
                 # It is to decode, not only to run: a broken library shows here, and not as many broken images.
