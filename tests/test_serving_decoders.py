@@ -16,6 +16,7 @@ from iosr_fast.serving import Settings
 from tests.images import encode
 from tests.jpegs import COMMENT, END, jpeg, scan, segment
 from tests.serving_client import AUTHORISED, Client, error_of, form, load, queries, query_labels, serving, wait_until
+from tests.test_serving_process import started
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are watched by /proc")
 
@@ -57,6 +58,21 @@ def test_jpegs_of_thousands_of_scans_stop_nobody(client: Client, name: str) -> N
         assert answer.status_code == 422
         assert "scans over 7000 x 7000" in answer.json()["predictions"][0]["error"]["message"]
     assert client.get("/healthz").status_code == 200
+
+
+def test_the_command_serves_with_processes_that_end_with_it() -> None:
+    with started("--drain", "0", "--decode-threads", "2") as process:
+        server = process._process.pid
+        tasks = Path(f"/proc/{server}/task")
+        children = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+        assert len(children) == 2 and all(
+            b"decoder_process" in Path(f"/proc/{p}/cmdline").read_bytes() for p in children
+        )
+        answer = process.client.post("/v1/predict", content=ATTACKS["arithmetic"])
+        assert answer.status_code == 422 and "scans over" in answer.text
+        process.signal(signal.SIGINT)
+        assert process.exit_code() == 0
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
 
 
 def test_labels_are_those_of_the_library(client: Client) -> None:
