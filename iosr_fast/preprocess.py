@@ -56,16 +56,17 @@ def open_image(source: Any, position: int = 0, exif_orientation: bool = True) ->
         path = Path(source)
         with naming(path, position), opened(check_path(path)) as image:
             return upright_rgb(image, exif_orientation)
-    with naming(None, position):
-        if isinstance(source, ENCODED):
-            with opened(source) as image:
-                return upright_rgb(image, exif_orientation)
-        if isinstance(source, Image.Image):
+    if isinstance(source, ENCODED):
+        with naming(None, position), opened(source) as image:
+            return upright_rgb(image, exif_orientation)
+    if isinstance(source, Image.Image):
+        with naming(None, position):
             return upright_rgb(source, exif_orientation)
-        array = as_array(source, position)
-        if array is None or array.ndim == 0:
-            expected = "expected a path, bytes, a PIL image, a uint8 array or a uint8 tensor"
-            raise ValueError(f"{expected}, got {type(source).__name__}")
+    array = as_array(source, position)
+    if array is None or array.ndim == 0:
+        expected = "expected a path, bytes, a PIL image, a uint8 array or a uint8 tensor"
+        raise BadImageError(None, position, f"{expected}, got {type(source).__name__}")
+    with naming(None, position):
         return from_array(array)
 
 

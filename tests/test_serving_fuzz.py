@@ -25,7 +25,7 @@ def rss_mb() -> float:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_hostile_uploads_are_answered_and_leave_nothing() -> None:
     limits = DecodeLimits(max_pixels=50_000_000)
-    with serving(batching={"limits": limits, "decode_threads": 2}) as client:
+    with serving(batching={"limits": limits, "decode_threads": 2, "isolated": True}) as client:
         for image in queries()[:3]:
             assert client.predict(image).status_code == 200
         before = rss_mb()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import itertools
 import math
 import operator
 import time
@@ -13,19 +14,23 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.batching.decode import DecodeLimits, Limits
+from iosr_fast.batching.decode import DecodeLimits, Limits, decoding_cost
 from iosr_fast.batching.engine import Engine
-from iosr_fast.batching.item import Hooks, Item, Observer
+from iosr_fast.batching.item import Hooks, Item, Observer, WholeImage
 from iosr_fast.batching.queue import BatchQueue
-from iosr_fast.batching.workers import Workers
+from iosr_fast.batching.turns import Turns
+from iosr_fast.batching.workers import Workers, make_decoders
 from iosr_fast.info import usable_threads
 from iosr_fast.preprocess import as_image_list
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from iosr_fast.classifier import Classifier
     from iosr_fast.predictions import Prediction
 
 _MOST_DECODERS = 8
+_requests = itertools.count()
 
 
 class BatchingClassifier:
@@ -44,6 +49,11 @@ class BatchingClassifier:
     what is decoded. `observer` is told what happens (Observer). `warm` runs the engine at every batch size 1, 2, 4, ...
     before the constructor returns (`warm()`).
 
+    Requests take turns at decoding, an image each, and images above 16 million pixels leave a decoder to the others.
+    `isolated` decodes encoded bytes, which may be strangers', in one process for each decoding thread. An image that
+    takes longer than limits.timeout_s there, or more memory than its header allows, is a BadImageError, as is one that
+    crashes the process: it is killed and another one started.
+
     An image that can't be read or encoded fails alone. Where the engine fails on everything, all get its error and
     `healthy` is False until it works again, which is tried every second while nobody asks.
 
@@ -61,6 +71,7 @@ class BatchingClassifier:
         observer: Observer | None = None,
         limits: Limits | None = None,
         warm: bool = False,
+        isolated: bool = False,
     ) -> None:
         threads = min(_MOST_DECODERS, usable_threads()) if decode_threads is None else decode_threads
         for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": threads}.items():
@@ -74,8 +85,10 @@ class BatchingClassifier:
         self._engine = Engine(max_batch)
         if warm:
             self._engine.warm(classifier)
-        self._queue = BatchQueue(classifier, max_batch, max_wait_ms / 1e3, max_queue, hooks)
-        self._workers = Workers(self._queue, self._engine, hooks, DecodeLimits() if limits is None else limits, threads)
+        limits = DecodeLimits() if limits is None else limits
+        turns = Turns(threads, limits.max_pixels_together)
+        self._queue = BatchQueue(classifier, max_batch, max_wait_ms / 1e3, max_queue, hooks, turns)
+        self._workers = Workers(self._queue, self._engine, hooks, make_decoders(limits, threads, isolated))
         # One that is dropped without close() answers what it accepted and ends its threads. The garbage collector may
         # run in the middle of anything, also under the queue's lock, so the lock is taken on a thread of its own.
         self._dropped = weakref.finalize(self, _thread.start_new_thread, self._queue.close, ())
@@ -110,13 +123,28 @@ class BatchingClassifier:
             raise ValueError(f"expected deadline_s > 0 or None, got {deadline_s!r}")
         now = time.monotonic()
         deadline = math.inf if deadline_s is None else now + deadline_s
-        items = [Item(image, i, top, nearest, now, deadline) for i, image in enumerate(as_image_list(images))]
+        turn, size = next(_requests), self._queue.image_size
+        items = [
+            Item(image, i, top, nearest, now, deadline, turn, decoding_cost(image, size))
+            for i, image in enumerate(as_image_list(images))
+        ]
         if len(items) > self._queue.max_queue:
             raise ValueError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"
             )
         self._queue.admit(items, deadline_s)
         return [item.future for item in items]
+
+    def decode_whole(self, image: Any, position: int = 0, *, deadline_s: float = math.inf) -> Future[np.ndarray]:
+        """All pixels of an image, (height, width, 3) uint8, by the decoders and their limits; it waits its turn.
+
+        The future raises BadImageError, DeadlineExceededError where no decoder was free within `deadline_s` seconds, or
+        ClosedError. Raises ClosedError at once after close().
+        """
+        deadline = time.monotonic() + deadline_s
+        made = WholeImage(image, position, deadline, next(_requests), decoding_cost(image, 1))
+        self._queue.admit_whole(made)
+        return made.future
 
     async def classify(
         self, image: Any, *, top: int = 5, nearest: int = 0, deadline_s: float | None = None
@@ -194,10 +222,17 @@ class BatchingClassifier:
 
     @property
     def healthy(self) -> bool:
-        """False from a batch on which the engine failed altogether, until one that works."""
-        return self._engine.healthy
+        """False from a batch on which the engine failed altogether, until one that works; and while no decoder
+        works."""
+        return self._engine.healthy and self._workers.decoders_error is None
 
     @property
     def last_error(self) -> BaseException | None:
-        """What the engine raised when it failed altogether the last time; None where it never did."""
-        return self._engine.last_error
+        """What the engine raised when it failed altogether the last time, or what no decoder works for; None where
+        neither ever was."""
+        return self._workers.decoders_error or self._engine.last_error
+
+    @property
+    def decoders_are_busy(self) -> bool:
+        """Whether every decoder has an image, or an image waits for one."""
+        return self._queue.decoders_are_busy

@@ -99,6 +99,8 @@ class Item:
     nearest: int
     submitted: float
     deadline: float = math.inf
+    turn: int = 0  # of which request it is: they take turns at decoding
+    cost: int = 0  # of decoding, in pixels; 0 if unknown
     future: Future[Prediction] = field(default_factory=Future)
     stage: Stage = Stage.DECODING
     pixels: np.ndarray | None = None  # (S, S, 3) uint8, from READY on
@@ -123,6 +125,40 @@ class Item:
                 self.future.set_result(outcome)
         except InvalidStateError:
             log.debug("an image's answer came after close() had given it up")
+
+
+@dataclass(slots=True, eq=False)
+class WholeImage:
+    """An image that is decoded and not classified: all of its pixels, (height, width, 3) uint8."""
+
+    image: Any
+    position: int
+    deadline: float
+    turn: int
+    cost: int
+    future: Future[np.ndarray] = field(default_factory=Future)
+
+    def is_wanted(self, now: float) -> bool:
+        """Whether it is still to be decoded; its future says why not."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        if self.deadline < now:
+            self.future.set_exception(DeadlineExceededError("the deadline was over before the image was decoded"))
+        return self.deadline >= now
+
+
+@dataclass
+class Batch:
+    """What take() gives: `items` to encode with `classifier`, `expired` ones to refuse, `waiting`, how many remain."""
+
+    classifier: Any
+    items: list[Item] = field(default_factory=list)
+    expired: list[Item] = field(default_factory=list)
+    waiting: int = 0
+
+    @property
+    def all_items(self) -> list[Item]:
+        return [*self.expired, *self.items]
 
 
 def without_frames(error: BaseException) -> BaseException:

@@ -10,34 +10,17 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.batching.decode import is_pixels
-from iosr_fast.batching.item import ClosedError, Hooks, Item, QueueFullError, Stage
+from iosr_fast.batching.item import Batch, ClosedError, Hooks, Item, QueueFullError, Stage, WholeImage
+from iosr_fast.batching.pace import Pace
+from iosr_fast.batching.turns import Turns
 
-_NEWEST = 0.25  # weight of the newest batch in the measured seconds an image
 _LEAST_RETRY_S = 0.01
-# An estimate is refused by the deadline that it would only just meet: who is accepted is owed an answer in time.
-_MARGIN = 1.5
-
-
-@dataclass
-class Batch:
-    """What take() gives: `items` to encode with `classifier`, `expired` ones to refuse, `waiting`, how many remain."""
-
-    classifier: Any
-    items: list[Item] = field(default_factory=list)
-    expired: list[Item] = field(default_factory=list)
-    waiting: int = 0
-
-    @property
-    def all_items(self) -> list[Item]:
-        return [*self.expired, *self.items]
 
 
 class BatchQueue:
@@ -49,7 +32,9 @@ class BatchQueue:
     DECODING, so that none could join.
     """
 
-    def __init__(self, classifier: Any, max_batch: int, max_wait_s: float, max_queue: int, hooks: Hooks) -> None:
+    def __init__(
+        self, classifier: Any, max_batch: int, max_wait_s: float, max_queue: int, hooks: Hooks, turns: Turns
+    ) -> None:
         self.classifier = classifier
         self.image_size: int = classifier.encoder.image_size
         self.exif_orientation: bool = classifier.exif_orientation
@@ -60,9 +45,9 @@ class BatchQueue:
         self._accepted: set[Item] = set()
         self._ready: deque[Item] = deque()
         self._decoding = 0
-        self._to_decode: SimpleQueue[Item | None] = SimpleQueue()
-        self._item_s = 0.0  # seconds an image, from decoding to answer, while there is work; 0 before the first batch
-        self._last_done = -math.inf
+        self._turns = turns
+        self._ended = threading.Event()
+        self._pace = Pace()
         self._process = os.getpid()
         self._itself = weakref.ref(self)
 
@@ -90,19 +75,43 @@ class BatchQueue:
             self._hooks.refused(refused, len(items))
             raise error
 
-    def next_to_decode(self) -> Item | None:
-        """The next item that still wants decoding; waits for one. None: there will be none."""
-        while True:
-            item = self._to_decode.get()
-            if item is None or self._wants_decoding(item):
-                return item
-            del item  # it would be held until the next one comes
+    def admit_whole(self, image: WholeImage) -> None:
+        """Accept an image that is only decoded. Raises ClosedError at once."""
+        with self._changed:
+            if self.closed:
+                raise _closed()
+            self._turns.put(image)
 
-    def _wants_decoding(self, item: Item) -> bool:
+    def next_to_decode(self) -> Item | WholeImage | None:
+        """The next image that still wants decoding, for which `has_decoded` has to be called; waits for one. None:
+        there will be none."""
+        while True:
+            job = self._turns.get()
+            if job is None or self._wants_decoding(job):
+                return job  # type: ignore[return-value]
+            self._turns.done(job)
+            del job  # it would be held until the next one comes
+
+    def has_decoded(self, job: Item | WholeImage) -> None:
+        """A decoder is done with what next_to_decode gave it."""
+        self._turns.done(job)
+
+    def wait_for_close(self, seconds: float) -> bool:
+        """Whether nothing will be decoded any more, as soon as that is so; waits for at most `seconds`."""
+        return self._ended.wait(seconds)
+
+    @property
+    def decoders_are_busy(self) -> bool:
+        """Whether every decoder has an image, or an image waits for one."""
+        return self._turns.decoders_are_busy
+
+    def _wants_decoding(self, job: Any) -> bool:
         now = time.monotonic()
-        if item.deadline < now:
-            self.fail(item, item.late(now))
-        return item.stage is Stage.DECODING
+        if isinstance(job, WholeImage):
+            return job.is_wanted(now)
+        if job.deadline < now:
+            self.fail(job, job.late(now))
+        return bool(job.stage is Stage.DECODING)
 
     def decoded(self, item: Item, pixels: np.ndarray, exif_orientation: bool) -> None:
         """An item's pixels (S, S, 3). Where the classifier was replaced by one that takes other pixels, it is decoded
@@ -111,7 +120,7 @@ class BatchQueue:
             if item.stage is not Stage.DECODING:
                 return
             if (len(pixels), exif_orientation) != (self.image_size, self.exif_orientation):
-                self._to_decode.put(item)
+                self._turns.put(item)
                 return
             self._decoding -= 1
             self._make_ready(item, pixels)
@@ -137,6 +146,7 @@ class BatchQueue:
                 self._ready.remove(item)
             elif item.stage is Stage.DECODING:
                 self._decoding -= 1
+                self._turns.discard(item)
             if item.stage is not Stage.CANCELLED:
                 item.future.set_running_or_notify_cancel()  # concurrent.futures.wait counts it as done from here on
                 item.stage = Stage.CANCELLED
@@ -166,11 +176,9 @@ class BatchQueue:
         with self._changed:
             self._accepted.difference_update(items)
             if measure:
-                # From when there was work to do, so decoding counts where encoding waits for it.
-                since = max(self._last_done, min(item.submitted for item in items))
-                item_s = (now - since) / len(items)
-                self._item_s += (item_s - self._item_s) * (_NEWEST if self._item_s else 1.0)
-            self._last_done = now
+                self._pace.measure(now, min(item.submitted for item in items), len(items))
+            else:
+                self._pace.done(now)
             self._wake()
 
     def replace(self, classifier: Any) -> Any:
@@ -195,10 +203,12 @@ class BatchQueue:
             self.closed = True
             self._changed.notify_all()
 
-    def stop_decoding(self, threads: int) -> None:
-        """Let the decoders go: called when nothing is left to decode."""
-        for _ in range(threads):
-            self._to_decode.put(None)
+    def stop_decoding(self) -> None:
+        """Let the decoders go: called when nothing is left to classify."""
+        self._ended.set()
+        for job in self._turns.close():
+            if isinstance(job, WholeImage) and job.future.set_running_or_notify_cancel():
+                job.future.set_exception(_closed())
 
     def abandon(self) -> list[Item]:
         """Forget everything that is not answered; returns what may still be answered: by the caller."""
@@ -226,14 +236,14 @@ class BatchQueue:
             return "closed", _closed()
         ahead = len(self._accepted)
         if ahead + count > self.max_queue:
-            retry_after_s = max(_LEAST_RETRY_S, ahead * self._item_s)
+            retry_after_s = max(_LEAST_RETRY_S, ahead * self._pace.item_s)
             told = (
                 f"the queue is full: {ahead} images are in it, {count} more came, max_queue is {self.max_queue}; "
                 f"try again in {retry_after_s:.2g} s"
             )
             return "full", QueueFullError(told, retry_after_s)
         # An empty house takes everybody: a single slow batch must not shut it for good.
-        wait_s = _MARGIN * (ahead + count) * self._item_s if ahead else 0.0
+        wait_s = self._pace.wait_s(ahead + count) if ahead else 0.0
         if deadline_s is not None and wait_s > deadline_s:
             retry_after_s = max(_LEAST_RETRY_S, wait_s - deadline_s)
             told = (
@@ -250,7 +260,7 @@ class BatchQueue:
         else:
             item.stage, item.pixels = Stage.DECODING, None
             self._decoding += 1
-            self._to_decode.put(item)
+            self._turns.put(item)
 
     def _make_ready(self, item: Item, pixels: np.ndarray) -> None:
         item.stage, item.pixels, item.ready_at = Stage.READY, pixels, time.monotonic()

@@ -8,48 +8,74 @@ import math
 import os
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.batching.decode import Limits, decode
+from iosr_fast.batching.decode import Decoder, Limits, ThreadDecoder
 from iosr_fast.batching.engine import Engine
-from iosr_fast.batching.item import ClosedError, Hooks, Item, without_frames
-from iosr_fast.batching.queue import Batch, BatchQueue
+from iosr_fast.batching.item import Batch, ClosedError, Hooks, Item, WholeImage, without_frames
+from iosr_fast.batching.queue import BatchQueue
 
 log = logging.getLogger(__name__)
 
 _PROBE_S = 1.0  # how often an engine that failed is tried while nobody asks: no traffic may come to one that is ill
 _AT_EXIT_S = 5.0  # how long an exiting interpreter waits for what was accepted
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a decoder that does not start is started again
 _alive: set[Workers] = set()
+
+
+def make_decoders(limits: Limits, count: int, isolated: bool) -> list[Decoder]:
+    """One for each decoding thread: in a process of its own where `isolated`, else in the thread."""
+    if not isolated:
+        return [ThreadDecoder(limits) for _ in range(count)]
+    from iosr_fast.batching.processes import DecoderProcess
+
+    return [DecoderProcess(limits) for _ in range(count)]
 
 
 class Workers:
     """Starts the threads, and ends them. They hold no reference to the BatchingClassifier, which may be dropped."""
 
-    def __init__(self, queue: BatchQueue, engine: Engine, hooks: Hooks, limits: Limits, decode_threads: int) -> None:
-        self._queue, self._hooks = queue, hooks
+    def __init__(self, queue: BatchQueue, engine: Engine, hooks: Hooks, decoders: Sequence[Decoder]) -> None:
+        """Returns when every decoder works. Raises what starting one raises."""
+        self._queue, self._hooks, self._decoders = queue, hooks, decoders
         self._process = os.getpid()
+        # Of each decoder, why it does not work.
+        self._errors: list[BaseException | None] = [None] * len(decoders)
+        tried = [threading.Event() for _ in decoders]
         batches = threading.Thread(
-            target=_run_batches,
-            args=(self, queue, engine, hooks, decode_threads),
-            name="iosr-fast-batches",
-            daemon=True,
+            target=_run_batches, args=(self, queue, engine, hooks), name="iosr-fast-batches", daemon=True
         )
-        decoders = [
-            threading.Thread(target=_decode, args=(queue, limits), name=f"iosr-fast-decode-{i}", daemon=True)
-            for i in range(decode_threads)
+        decoding = [
+            threading.Thread(
+                target=_decode,
+                args=(queue, decoder, self._errors, i, tried[i]),
+                name=f"iosr-fast-decode-{i}",
+                daemon=True,
+            )
+            for i, decoder in enumerate(decoders)
         ]
-        self._threads = [batches, *decoders]
+        self._threads = [batches, *decoding]
         _alive.add(self)
         try:
             for thread in self._threads:
                 thread.start()
-        except BaseException:  # no more threads are to be had: those that run shall end
+            for event in tried:
+                event.wait()
+            if error := next((error for error in self._errors if error is not None), None):
+                raise error
+        except BaseException:  # no more threads or processes are to be had: those that run shall end
             _alive.discard(self)
             queue.close()
-            queue.stop_decoding(decode_threads)
+            queue.stop_decoding()
             raise
+
+    @property
+    def decoders_error(self) -> BaseException | None:
+        """Why no decoder works; None where one does."""
+        return next(iter(self._errors)) if all(self._errors) else None
 
     def close(self, timeout: float | None = None) -> None:
         """Accept nothing more, wait until all is answered and the threads have ended.
@@ -68,6 +94,8 @@ class Workers:
             log.warning("closed after %g s with %d images unanswered: they get ClosedError", timeout, len(left))
             for item in left:
                 item.answer(ClosedError("closed before the image could be classified"), self._hooks)
+            for decoder in self._decoders:
+                decoder.kill()
 
 
 @atexit.register
@@ -79,12 +107,12 @@ def _close_all() -> None:
         workers.close(max(0.0, until - time.monotonic()))
 
 
-def _run_batches(workers: Workers, queue: BatchQueue, engine: Engine, hooks: Hooks, decode_threads: int) -> None:
+def _run_batches(workers: Workers, queue: BatchQueue, engine: Engine, hooks: Hooks) -> None:
     try:
         while _run_batch(queue, engine, hooks):
             pass
     finally:
-        queue.stop_decoding(decode_threads)
+        queue.stop_decoding()
         _alive.discard(workers)
 
 
@@ -125,28 +153,63 @@ def _answer(batch: Batch, queue: BatchQueue, engine: Engine, hooks: Hooks) -> No
         item.answer(item.outcome, hooks)
 
 
-def _decode(queue: BatchQueue, limits: Limits) -> None:
+def _decode(
+    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, tried: threading.Event
+) -> None:
     # An error's traceback holds the frames that it went through and, by way of them, this one. So nothing here may
     # know an item any longer than it takes: its future would hold itself, and all of the image.
-    while (item := queue.next_to_decode()) is not None:
-        exif_orientation = queue.exif_orientation
-        made = _pixels(item.image, item.position, queue.image_size, limits, exif_orientation)
-        _hand_over(queue, item, made, exif_orientation)
-        del item, made
-
-
-def _pixels(image: Any, position: int, size: int, limits: Limits, exif_orientation: bool) -> np.ndarray | BaseException:
     try:
-        return decode(image, position, size, limits, exif_orientation)
+        while _started(queue, decoder, errors, place, tried) and (job := queue.next_to_decode()) is not None:
+            size, upright = None if isinstance(job, WholeImage) else queue.image_size, queue.exif_orientation
+            made = _decoded(decoder, job.image, job.position, size, job.deadline, upright)
+            _hand_over(queue, job, made, upright)
+            queue.has_decoded(job)
+            del job, made
+    finally:
+        decoder.close()
+
+
+def _started(
+    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, tried: threading.Event
+) -> bool:
+    """Whether the decoder works, which is tried until it does; False where it doesn't and all is closed. Images
+    wait meanwhile: another decoder may take them."""
+    pause_s = 0.0
+    while not queue.wait_for_close(pause_s):
+        try:
+            decoder.start()
+            errors[place] = None
+            return True
+        except BaseException as error:
+            if errors[place] is None:
+                log.error("a decoder does not start, which is tried again and again: %s", error)
+            errors[place] = without_frames(error)
+        finally:
+            tried.set()
+        pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
+    return False
+
+
+def _decoded(
+    decoder: Decoder, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool
+) -> np.ndarray | BaseException:
+    """Pixels of the encoder's `size`, of the whole image where it is None, or what was raised."""
+    try:
+        if size is None:
+            return decoder.whole(image, position, deadline, exif_orientation)
+        return decoder.pixels(image, position, size, deadline, exif_orientation)
     except BaseException as error:  # MemoryError too: it concerns this image alone
         return error
 
 
-def _hand_over(queue: BatchQueue, item: Item, made: np.ndarray | BaseException, exif_orientation: bool) -> None:
+def _hand_over(queue: BatchQueue, job: Item | WholeImage, made: Any, exif_orientation: bool) -> None:
     try:
-        if isinstance(made, BaseException):
-            queue.fail(item, made)
+        if isinstance(job, WholeImage):
+            (job.future.set_exception if isinstance(made, BaseException) else job.future.set_result)(made)
+        elif isinstance(made, BaseException):
+            queue.fail(job, made)
         else:
-            queue.decoded(item, made, exif_orientation)
+            queue.decoded(job, made, exif_orientation)
     except BaseException as error:
-        queue.fail(item, without_frames(error))
+        if isinstance(job, Item):
+            queue.fail(job, without_frames(error))

@@ -65,12 +65,14 @@ class Remote:
     DEATHS replicas died of is not sent again: it may be what kills them. Which replica is asked, is up to Ray Serve:
     of two that it draws the one with less to do.
 
-    `pending` is 0 and `healthy` True for good: each replica knows these of itself, and refuses by itself.
+    `pending` is 0, `healthy` True and `decoders_are_busy` False for good: each replica knows these of itself, and
+    refuses by itself.
     """
 
     closed = False
     pending = 0
     healthy = True
+    decoders_are_busy = False
     last_error = None
 
     def __init__(self, call: Call, longest_s: float, metrics: Metrics) -> None:

@@ -9,7 +9,7 @@ import socket
 import warnings
 from typing import Any
 
-from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, DecodeLimits, QueueFullError
+from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.predictions import Prediction
 from iosr_fast.preprocess import BadImageError
 from iosr_fast.ray_serving.messages import Facts, Reply
@@ -69,7 +69,8 @@ class ClassifierReplica:
             max_wait_ms=settings.max_wait_ms,
             max_queue=settings.max_queue,
             decode_threads=settings.decode_threads or self._threads,
-            limits=DecodeLimits(settings.max_image_bytes, settings.max_pixels),
+            limits=settings.decode_limits,
+            isolated=True,
             warm=True,
         )
         return source

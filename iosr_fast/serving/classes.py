@@ -20,7 +20,7 @@ from iosr_fast.serving.errors import ApiError
 from iosr_fast.serving.images import Refusal
 from iosr_fast.serving.lists import AFTER_CLASS, AFTER_EXAMPLE, LIMIT, class_page, example_page
 from iosr_fast.serving.logs import log
-from iosr_fast.serving.service import Service
+from iosr_fast.serving.service import Service, UndecodedImage
 from iosr_fast.serving.uploads import read_form
 
 _MAX_NAME = 200
@@ -196,13 +196,13 @@ async def _change(service: Service, what: str, act: Callable[[Classifier], Chang
     return JSONResponse(answer, status)
 
 
-def _all_good(service: Service, images: list[bytes | Refusal]) -> list[bytes]:
+def _all_good(service: Service, images: list[bytes | Refusal]) -> list[UndecodedImage]:
     """Of a change all images have to be good: half a change is none."""
-    good: list[bytes] = []
+    good: list[UndecodedImage] = []
     for i, image in enumerate(service.check(images)):
         if isinstance(image, Refusal):
             raise ApiError(422, image.code, f"image number {i}: {image.message}")
-        good.append(image)
+        good.append(service.to_decode(image, i))
     return good
 
 

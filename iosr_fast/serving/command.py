@@ -33,6 +33,10 @@ def serve(
     max_image_mb: float = typer.Option(_DEFAULT.max_image_bytes / MIB, help="of an image, encoded"),
     max_buffered_mb: float = typer.Option(_DEFAULT.max_buffered_bytes / MIB, help="of all requests' bodies together"),
     max_pixels: int = typer.Option(_DEFAULT.max_pixels, help="of an image"),
+    max_decoding_pixels: int = typer.Option(
+        _DEFAULT.max_decoding_pixels, help="of the images above 16 million that are decoded at a time"
+    ),
+    decode_timeout: float = typer.Option(_DEFAULT.decode_timeout_s, help="seconds of a core that an image may take"),
     max_connections: int = typer.Option(_DEFAULT.max_connections),
     body_timeout: float = typer.Option(_DEFAULT.body_timeout_s, help="seconds for a request's body"),
     deadline_ms: int = typer.Option(_DEFAULT.deadline_ms, help="for requests that name none"),
@@ -64,6 +68,8 @@ def serve(
             max_image_bytes=_bytes("--max-image-mb", max_image_mb),
             max_buffered_bytes=_bytes("--max-buffered-mb", max_buffered_mb),
             max_pixels=max_pixels,
+            max_decoding_pixels=max_decoding_pixels,
+            decode_timeout_s=decode_timeout,
             max_connections=max_connections,
             body_timeout_s=body_timeout,
             deadline_ms=deadline_ms,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
+from functools import cache
 
-import numpy as np
 from fastapi import APIRouter
+from PIL import Image
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.batching import ClosedError, QueueFullError
@@ -16,7 +18,8 @@ from iosr_fast.serving.service import Service
 
 
 class Probe:
-    """Classifies a grey image where no image was classified for a while, and remembers for a while what came of it.
+    """Decodes and classifies a grey PNG where no image was classified for a while, and remembers for a while what came
+    of it.
 
     Those who ask at the same time share one probe, so that asking often costs nothing.
     """
@@ -43,22 +46,32 @@ class Probe:
 
     async def _probe(self, silent: float) -> str:
         service, settings = self._service, self._service.settings
-        side = service.classifier.encoder.image_size
-        grey = np.full((side, side, 3), 128, np.uint8)
         within = settings.probe_deadline_s
         try:
             async with asyncio.timeout(within):
-                await service.batching.classify(grey, top=1, deadline_s=within)
+                await service.batching.classify(_grey_png(), top=1, deadline_s=within)
         except QueueFullError:
-            # So much to do that a probe finds no place is no failure, but nothing done for long is.
-            return "" if silent < settings.stuck_after_s else f"no image was classified for {silent:.0f} s"
+            return self._busy(silent)
         except ClosedError:
             return ""
         except TimeoutError:  # DeadlineExceededError is one
+            if service.batching.decoders_are_busy:  # with images that take long, each within its limits
+                return self._busy(silent)
             return f"a grey image was not classified within {within:g} s"
         except Exception as error:
             return f"a grey image could not be classified: {error}"
         return ""
+
+    def _busy(self, silent: float) -> str:
+        """So much to do that a probe finds no place or no decoder is no failure, but nothing done for long is."""
+        return "" if silent < self._service.settings.stuck_after_s else f"no image was classified for {silent:.0f} s"
+
+
+@cache
+def _grey_png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
 
 
 def make_router(service: Service) -> APIRouter:

@@ -6,7 +6,7 @@ import ctypes
 
 # mallopt's parameters and values, of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-_KEPT = 512 << 20  # bytes of free memory at the top of the heap before any goes back
+_KEPT = 128 << 20  # bytes of free memory at the top of the heap before any goes back
 _MAPPED = 32 << 20  # the largest that glibc allows
 _ARENAS = 2
 

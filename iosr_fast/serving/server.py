@@ -18,7 +18,7 @@ import uvicorn
 from PIL import Image
 
 from iosr_fast import __version__
-from iosr_fast.batching import BatchingClassifier, DecodeLimits
+from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
 from iosr_fast.info import usable_threads
 from iosr_fast.serving.app import create_app
@@ -61,7 +61,8 @@ def run(bundle: str | Path, settings: Settings) -> None:
             max_queue=settings.max_queue,
             decode_threads=settings.decode_threads,
             observer=metrics,
-            limits=DecodeLimits(settings.max_image_bytes, settings.max_pixels),
+            limits=settings.decode_limits,
+            isolated=True,
         )
         app = create_app(batching, settings, metrics)
         service: Service = app.state.service

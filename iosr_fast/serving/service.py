@@ -6,10 +6,12 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from starlette.datastructures import Headers
 
+from iosr_fast.batching import ClosedError, DeadlineExceededError
 from iosr_fast.serving.body import Budget
 from iosr_fast.serving.errors import ApiError, busy
 from iosr_fast.serving.images import ImageLimits, Refusal, check_image
@@ -21,6 +23,18 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
 
 Answer = TypeVar("Answer")
+_DECODE_S = 60.0  # that an image of a change waits for a decoder
+
+
+class UndecodedImage:
+    """An image of a change, as an array: whoever makes one of it has it decoded by the decoders of predictions, which
+    are killed where it takes too long. Not kept, as 64 large ones would be gigabytes. Raises BadImageError then."""
+
+    def __init__(self, batching: BatchingClassifier, data: bytes, position: int) -> None:
+        self._batching, self._data, self._position = batching, data, position
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._batching.decode_whole(self._data, self._position, deadline_s=_DECODE_S).result()
 
 
 class Service:
@@ -85,13 +99,19 @@ class Service:
                 {"WWW-Authenticate": "Bearer"},
             )
 
+    def to_decode(self, image: bytes, position: int) -> UndecodedImage:
+        """What a change takes in place of `image`: a stranger's bytes, which this process does not decode itself."""
+        return UndecodedImage(self.batching, image, position)
+
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
-        """Run `act` in the thread of changes, one after another; 503 where too many wait."""
+        """Run `act` in the thread of changes, one after another; 503 where too many wait, or images for a decoder."""
         if self._waiting >= self.settings.max_changes:
             raise busy("busy", f"{self._waiting} changes are waiting already; try again", 5)
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._changes, self._act, act, self.classifier)
+        except (ClosedError, DeadlineExceededError) as error:
+            raise busy("busy", f"an image could not be decoded: {error}; try again", 5) from error
         finally:
             self._waiting -= 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from iosr_fast.batching import DecodeLimits
 from iosr_fast.encoder import Encoder
 
 MIB = 1 << 20
@@ -26,6 +27,9 @@ class Settings:
     a GPU), for which the first one waits at most `max_wait_ms`; `max_queue` images accepted and
     not yet answered, `decode_threads` decoders (None: batching's own choice); `engine_threads` of the encoder on a CPU
     (None: all cores but one, which is left to requests and decoders: an engine on every core keeps them waiting).
+
+    Decoding, in processes that are killed where an image takes `decode_timeout_s` of a core, or twice as long by the
+    clock: images above 16 million pixels have at most `max_decoding_pixels` together at a time.
 
     A request: a body of `max_body_bytes` (16 KiB where it has no images) that comes within `body_timeout_s`;
     `max_images` images of `max_image_bytes` and `max_pixels` each; all requests together hold `max_buffered_bytes` of
@@ -53,6 +57,8 @@ class Settings:
     max_queue: int = 256
     decode_threads: int | None = None
     engine_threads: int | None = None
+    decode_timeout_s: float = 4.0
+    max_decoding_pixels: int = 100_000_000
     max_body_bytes: int = 32 * MIB
     body_timeout_s: float = 20.0
     max_images: int = 64
@@ -81,6 +87,10 @@ class Settings:
         # Only engines on a GPU have sizes of batches that they prepare.
         return encoder.max_batch if getattr(encoder, "buckets", None) else CPU_BATCH  # type: ignore[attr-defined]
 
+    @property
+    def decode_limits(self) -> DecodeLimits:
+        return DecodeLimits(self.max_image_bytes, self.max_pixels, self.max_decoding_pixels, self.decode_timeout_s)
+
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
@@ -103,6 +113,7 @@ class Settings:
             ("max_images", "max_queue"),
             ("max_image_bytes", "max_body_bytes"),
             ("max_body_bytes", "max_buffered_bytes"),
+            ("max_pixels", "max_decoding_pixels"),
             ("deadline_ms", "max_deadline_ms"),
         ):
             if getattr(self, small) > getattr(self, large):

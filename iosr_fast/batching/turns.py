@@ -1,0 +1,134 @@
+"""The order in which images that wait for a decoder get one: requests take turns, and large images leave room."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from typing import Protocol
+
+LARGE_PIXELS = 16_000_000  # above what most telephones send; decoded in about a quarter of a second
+
+
+class Job(Protocol):
+    """`turn`: the request that it is of; `cost`: pixels of the largest picture that decoding makes, 0 if unknown."""
+
+    @property
+    def turn(self) -> int: ...
+    @property
+    def cost(self) -> int: ...
+
+
+class Turns:
+    """A queue between threads. Requests take turns, an image each. Large images may hold all decoders but one, and as
+    many pixels as there is `room` for (one alone may have more); where there is one decoder, large and small ones
+    alternate while both wait.
+    """
+
+    def __init__(self, decoders: int, room: int) -> None:
+        self._decoders, self._most_large, self._room = decoders, max(1, decoders - 1), room
+        self._changed = threading.Condition()
+        self._small, self._large = _Lane(), _Lane()
+        self._running = 0  # images that are being decoded
+        self._running_large = self._pixels = 0  # large ones among them
+        self._large_was_last = False
+        self._closed = False
+
+    def put(self, job: Job) -> None:
+        with self._changed:
+            self._lane(job).put(job)
+            self._changed.notify()
+
+    def get(self) -> Job | None:
+        """The next one, for which `done` has to be called; waits for it. None: closed."""
+        with self._changed:
+            while not self._closed:
+                large = self._startable()
+                if large or self._small:
+                    return self._take(large and not (self._small and self._large_was_last))
+                self._changed.wait()
+            return None
+
+    def done(self, job: Job) -> None:
+        """A job that `get` gave has ended."""
+        with self._changed:
+            self._running -= 1
+            if job.cost > LARGE_PIXELS:
+                self._running_large -= 1
+                self._pixels -= job.cost
+                self._changed.notify_all()
+
+    def discard(self, job: Job) -> None:
+        """Forget a job that may still wait."""
+        with self._changed:
+            self._lane(job).discard(job)
+
+    def close(self) -> list[Job]:
+        """Let those go who wait in `get`; returns the jobs that nobody will get."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            return [*self._small.clear(), *self._large.clear()]
+
+    @property
+    def decoders_are_busy(self) -> bool:
+        """Whether every decoder has an image, or an image waits."""
+        return self._running >= self._decoders or bool(self._small or self._large)
+
+    def _take(self, large: bool) -> Job:
+        job = (self._large if large else self._small).pop()
+        self._large_was_last = large
+        self._running += 1
+        if large:
+            self._running_large += 1
+            self._pixels += job.cost
+        return job
+
+    def _lane(self, job: Job) -> _Lane:
+        return self._large if job.cost > LARGE_PIXELS else self._small
+
+    def _startable(self) -> bool:
+        if not self._large or self._running_large >= self._most_large:
+            return False
+        return not self._running_large or self._pixels + self._large.first().cost <= self._room
+
+
+class _Lane:
+    """Jobs by request; the request whose turn it is comes first."""
+
+    def __init__(self) -> None:
+        self._requests: OrderedDict[int, deque[Job]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def put(self, job: Job) -> None:
+        self._requests.setdefault(job.turn, deque()).append(job)
+        self._count += 1
+
+    def first(self) -> Job:
+        return next(iter(self._requests.values()))[0]
+
+    def pop(self) -> Job:
+        turn, jobs = next(iter(self._requests.items()))
+        job = jobs.popleft()
+        if jobs:
+            self._requests.move_to_end(turn)
+        else:
+            del self._requests[turn]
+        self._count -= 1
+        return job
+
+    def discard(self, job: Job) -> None:
+        jobs = self._requests.get(job.turn)
+        if jobs is not None and job in jobs:
+            jobs.remove(job)
+            self._count -= 1
+            if not jobs:
+                del self._requests[job.turn]
+
+    def clear(self) -> list[Job]:
+        left = [job for jobs in self._requests.values() for job in jobs]
+        self._requests.clear()
+        self._count = 0
+        return left
