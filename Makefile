@@ -24,6 +24,7 @@ help:
 
 develop: $(STAMP)
 
+# Ray and Triton's client are installed together, as both bound protobuf.
 $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e ".[train,cpu,serve,dev]"
@@ -33,7 +34,7 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake
 		|| echo "triton does not install here: the tests go on without its kernels"
 	$(PIP_INSTALL) tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
-	$(PIP_INSTALL) "ray[data,serve]" \
+	$(PIP_INSTALL) "ray[data,serve]" "tritonclient[grpc]" \
 		|| echo "Ray does not install here: the tests go on without several workers"
 	touch $@
 
