@@ -178,11 +178,14 @@ def optimise(engine: Path) -> None:
     """All of ONNX Runtime's rewritings, done ahead; its weights again in a file beside the graph."""
     import onnxruntime as ort
 
+    made = engine / "optimised"
+    made.mkdir()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.optimized_model_filepath = str(engine / f"optimised-{FILE}")
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"optimised-{WEIGHTS}")
+    options.optimized_model_filepath = str(made / FILE)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     ort.InferenceSession(str(engine / FILE), options, providers=["CPUExecutionProvider"])
-    (engine / WEIGHTS).unlink()
-    (engine / f"optimised-{FILE}").replace(engine / FILE)
+    for name in (FILE, WEIGHTS):
+        (made / name).replace(engine / name)
+    made.rmdir()
