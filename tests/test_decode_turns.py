@@ -26,6 +26,7 @@ class Image_:
     name: str
     turn: int = 0
     cost: int = 0
+    client: str = ""
 
 
 def taken(turns: Turns, count: int) -> list[Any]:
@@ -43,6 +44,18 @@ def test_requests_take_turns_whatever_they_bring() -> None:
     assert names(taken(turns, 4)) == "abca"
     turns.put(Image_("d", 4))
     assert names(taken(turns, 3)) == "bad"
+
+
+def test_many_requests_of_one_client_do_not_keep_another_waiting() -> None:
+    turns = Turns(2, BIG)
+    for turn in range(5):
+        turns.put(Image_("a", turn, client="one"))
+    turns.put(Image_("b", 5, client="other"))
+    turns.put(Image_("c", 5, client="other"))
+    turns.put(gone := Image_("d", 6, client="third"))
+    turns.discard(gone)
+    assert names(taken(turns, 4)) == "abac"
+    assert names(turns.close()) == "aaa"
 
 
 @pytest.mark.parametrize("decoders", [2, 3, 8])

@@ -153,7 +153,7 @@ def test_a_processor_that_is_used_up_ends_it_without_a_parent(decoder: DecoderPr
     os.kill(pid_of(decoder), signal.SIGXCPU)  # what the system sends at the limit
     os.kill(pid_of(decoder), signal.SIGCONT)
     with pytest.raises(BadImageError, match="takes more than 4 s"):
-        decoder._ask(processes.Task.CROP, GREY, 0, 4, 48, FOREVER)
+        decoder._ask(processes.Task.CROP, GREY, 0, 4, 48, FOREVER, True)
     soft = [line.split()[3] for line in Path(f"/proc/{os.getpid()}/limits").read_text().splitlines() if "cpu" in line]
     decoder.start()
     decoder.pixels(GREY, 0, 4, FOREVER)
@@ -196,7 +196,7 @@ def test_an_image_that_crashes_its_decoder_fails_alone(decoder: DecoderProcess, 
         return
     os.kill(pid, signal.SIGCONT)
     with pytest.raises(BadImageError, match="crashed"):
-        decoder._ask(processes.Task.CROP, GREY, 0, 4, 48, FOREVER)
+        decoder._ask(processes.Task.CROP, GREY, 0, 4, 48, FOREVER, True)
     assert len(decoder.pixels(GREY, 0, 4, FOREVER)) == 4 and is_gone(pid)
 
 

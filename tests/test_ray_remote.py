@@ -94,7 +94,7 @@ def test_what_a_replica_had_when_it_died_is_sent_to_another_one() -> None:
         response = client.predict(GREY, query="?top=2&nearest=1&deadline_ms=3000")
         assert response.status_code == 200 and response.json()["predictions"][0]["label"] == "cat"
     lefts = [call[-1] for call in replicas.calls]
-    assert [call[:-1] for call in replicas.calls] == [("classify", [GREY], 2, 1)] * 4
+    assert [call[:-1] for call in replicas.calls] == [("classify", [GREY], 2, 1, "127.0.0.1")] * 4
     assert 3.0 >= lefts[0] > lefts[1] > lefts[2] > lefts[3] > 2.0, "each is told what is left of the deadline"
 
 
@@ -197,7 +197,7 @@ def test_a_replica_takes_a_new_bundle_and_keeps_the_old_one_where_it_can_not(alo
             await one.reconfigure({"bundle": str(save_broken(tmp_path / "first"))})  # there is no old one
 
         async def told() -> list[str]:
-            made = await one.classify(images, 1, 0, 30.0)
+            made = await one.classify(images, 1, 0, "", 30.0)
             assert made.status == "ok"
             return [result.label for result in made.results]
 
@@ -221,7 +221,7 @@ def test_a_replica_takes_a_new_bundle_and_keeps_the_old_one_where_it_can_not(alo
         )
         one.check_health()
         one.__del__()
-        assert (await one.classify(images, 1, 0, None)).status == "closed"
+        assert (await one.classify(images, 1, 0, "", None)).status == "closed"
 
     asyncio.run(lives())
 
@@ -238,21 +238,21 @@ def test_a_replica_says_why_another_one_should_be_asked(alone: None, monkeypatch
         assert (await one.examples("~0"))["example_ids"][0] == "e0" and await one.examples("~99") is None
         assert (await one.picture("e0"))[:4] == b"RIFF" and await one.picture("e999") is None
         gate.shut()
-        first = asyncio.create_task(one.classify([GREY, GREY], 1, 0, None))
+        first = asyncio.create_task(one.classify([GREY, GREY], 1, 0, "", None))
         await asyncio.sleep(0.05)
-        full = await one.classify([GREY], 1, 0, None)
+        full = await one.classify([GREY], 1, 0, "", None)
         assert full.status == "full" and full.retry_after_s > 0
         gate.open()
         assert (await first).status == "ok"
-        bad = await one.classify([b"\x89PNG"], 1, 0, None)
+        bad = await one.classify([b"\x89PNG"], 1, 0, "", None)
         assert bad.status == "ok" and isinstance(bad.results[0], BadImageError)
         gate.error = RuntimeError("out of luck")
-        failed = await one.classify([GREY], 1, 0, None)
+        failed = await one.classify([GREY], 1, 0, "", None)
         assert failed.status == "failed" and "out of luck" in failed.message
         with pytest.raises(RuntimeError, match="the engine failed: out of luck"):
             one.check_health()
         gate.error = None
-        assert (await one.classify([GREY], 1, 0, None)).status == "ok"
+        assert (await one.classify([GREY], 1, 0, "", None)).status == "ok"
         one.check_health()
         one.__del__()
 

@@ -46,10 +46,12 @@ class Decoder(Protocol):
     def start(self) -> None:
         """Called before each image, and quick where there is nothing to do. Raises where it can't decode at all."""
 
-    def pixels(self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool) -> np.ndarray:
+    def pixels(
+        self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
+    ) -> np.ndarray:
         """As `decode`."""
 
-    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool) -> np.ndarray:
+    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
         """As `whole_image`."""
 
     def kill(self) -> None:
@@ -67,10 +69,12 @@ class ThreadDecoder:
 
     def start(self) -> None: ...
 
-    def pixels(self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool) -> np.ndarray:
+    def pixels(
+        self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
+    ) -> np.ndarray:
         return decode(image, position, size, self._limits, exif_orientation)
 
-    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool) -> np.ndarray:
+    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
         return whole_image(image, position, self._limits, exif_orientation)
 
     def kill(self) -> None: ...

@@ -109,9 +109,17 @@ class BatchingClassifier:
         return self.submit_many((image,), top=top, nearest=nearest, deadline_s=deadline_s)[0]
 
     def submit_many(
-        self, images: Iterable[Any], *, top: int = 5, nearest: int = 0, deadline_s: float | None = None
+        self,
+        images: Iterable[Any],
+        *,
+        top: int = 5,
+        nearest: int = 0,
+        deadline_s: float | None = None,
+        client: str = "",
     ) -> list[Future[Prediction]]:
         """Classify the images of one request: a future of each, in order. All are accepted, or none.
+
+        Decoders take one image of each `client` in turn, and of a client's requests likewise.
 
         BadImageError calls an image without a path by its position here. Raises as `submit` does, and ValueError for
         more than `max_queue` images, which would never have a place.
@@ -125,7 +133,7 @@ class BatchingClassifier:
         deadline = math.inf if deadline_s is None else now + deadline_s
         turn, size = next(_requests), self._queue.image_size
         items = [
-            Item(image, i, top, nearest, now, deadline, turn, decoding_cost(image, size))
+            Item(image, i, top, nearest, now, deadline, turn, client, decoding_cost(image, size))
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:
@@ -157,10 +165,16 @@ class BatchingClassifier:
             future.cancel()  # at once, and nothing where it is done
 
     async def classify_many(
-        self, images: Iterable[Any], *, top: int = 5, nearest: int = 0, deadline_s: float | None = None
+        self,
+        images: Iterable[Any],
+        *,
+        top: int = 5,
+        nearest: int = 0,
+        deadline_s: float | None = None,
+        client: str = "",
     ) -> list[Prediction | Exception]:
         """`submit_many` for asyncio: in order, each image's Prediction or what its future raised."""
-        futures = self.submit_many(images, top=top, nearest=nearest, deadline_s=deadline_s)
+        futures = self.submit_many(images, top=top, nearest=nearest, deadline_s=deadline_s, client=client)
         try:
             results: list[Any] = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
             return results

@@ -100,6 +100,7 @@ class Item:
     submitted: float
     deadline: float = math.inf
     turn: int = 0  # of which request it is: they take turns at decoding
+    client: str = ""  # and so do those who send them
     cost: int = 0  # of decoding, in pixels; 0 if unknown
     future: Future[Prediction] = field(default_factory=Future)
     stage: Stage = Stage.DECODING
@@ -136,6 +137,7 @@ class WholeImage:
     deadline: float
     turn: int
     cost: int
+    client: str = ""
     future: Future[np.ndarray] = field(default_factory=Future)
 
     def is_wanted(self, now: float) -> bool:

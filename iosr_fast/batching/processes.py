@@ -74,7 +74,9 @@ class DecoderProcess:
                 wrote = errors.read().decode("utf-8", "replace").strip()[-2000:]
                 raise RuntimeError(f"the process that decodes images does not start: {wrote or error}") from error
 
-    def pixels(self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool) -> np.ndarray:
+    def pixels(
+        self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
+    ) -> np.ndarray:
         """As `decode`. What is no encoded image in memory is the program's own, and is decoded here."""
         if not isinstance(image, ENCODED):
             return decode(image, position, size, self._limits, exif_orientation)
@@ -83,7 +85,7 @@ class DecoderProcess:
         block = self._ask(Task.CROP, image, position, size, size * size * 3, deadline, exif_orientation)
         return block.copy()
 
-    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool) -> np.ndarray:
+    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
         """All of an encoded image, (height, width, 3) uint8."""
         if not isinstance(image, ENCODED):
             return whole_image(image, position, self._limits, exif_orientation)

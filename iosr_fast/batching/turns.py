@@ -1,4 +1,5 @@
-"""The order in which images that wait for a decoder get one: requests take turns, and large images leave room."""
+"""The order in which images that wait for a decoder get one: clients and their requests take turns, and large images
+leave room."""
 
 from __future__ import annotations
 
@@ -10,8 +11,11 @@ LARGE_PIXELS = 16_000_000  # above what most telephones send; decoded in about a
 
 
 class Job(Protocol):
-    """`turn`: the request that it is of; `cost`: pixels of the largest picture that decoding makes, 0 if unknown."""
+    """`client` that sent it, and `turn`, the request that it is of; `cost`: pixels of the largest picture that decoding
+    makes, 0 if unknown."""
 
+    @property
+    def client(self) -> str: ...
     @property
     def turn(self) -> int: ...
     @property
@@ -19,9 +23,9 @@ class Job(Protocol):
 
 
 class Turns:
-    """A queue between threads. Requests take turns, an image each. Large images may hold all decoders but one, and as
-    many pixels as there is `room` for (one alone may have more); where there is one decoder, large and small ones
-    alternate while both wait.
+    """A queue between threads. Clients take turns, an image each, and so do the requests of a client. Large images may
+    hold all decoders but one, and as many pixels as there is `room` for (one alone may have more); where there is one
+    decoder, large and small ones alternate while both wait.
     """
 
     def __init__(self, decoders: int, room: int) -> None:
@@ -93,42 +97,47 @@ class Turns:
 
 
 class _Lane:
-    """Jobs by request; the request whose turn it is comes first."""
+    """Jobs by client, and those of a client by request: the client and the request whose turn it is come first."""
 
     def __init__(self) -> None:
-        self._requests: OrderedDict[int, deque[Job]] = OrderedDict()
+        self._clients: OrderedDict[str, OrderedDict[int, deque[Job]]] = OrderedDict()
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def put(self, job: Job) -> None:
-        self._requests.setdefault(job.turn, deque()).append(job)
+        self._clients.setdefault(job.client, OrderedDict()).setdefault(job.turn, deque()).append(job)
         self._count += 1
 
     def first(self) -> Job:
-        return next(iter(self._requests.values()))[0]
+        requests = next(iter(self._clients.values()))
+        return next(iter(requests.values()))[0]
 
     def pop(self) -> Job:
-        turn, jobs = next(iter(self._requests.items()))
-        job = jobs.popleft()
-        if jobs:
-            self._requests.move_to_end(turn)
-        else:
-            del self._requests[turn]
-        self._count -= 1
+        job = self.first()
+        self.discard(job)
+        requests = self._clients.get(job.client)
+        if requests is not None:
+            self._clients.move_to_end(job.client)
+            if job.turn in requests:
+                requests.move_to_end(job.turn)
         return job
 
     def discard(self, job: Job) -> None:
-        jobs = self._requests.get(job.turn)
-        if jobs is not None and job in jobs:
-            jobs.remove(job)
-            self._count -= 1
-            if not jobs:
-                del self._requests[job.turn]
+        requests = self._clients.get(job.client)
+        jobs = None if requests is None else requests.get(job.turn)
+        if requests is None or jobs is None or job not in jobs:
+            return
+        jobs.remove(job)
+        self._count -= 1
+        if not jobs:
+            del requests[job.turn]
+        if not requests:
+            del self._clients[job.client]
 
     def clear(self) -> list[Job]:
-        left = [job for jobs in self._requests.values() for job in jobs]
-        self._requests.clear()
+        left = [job for requests in self._clients.values() for jobs in requests.values() for job in jobs]
+        self._clients.clear()
         self._count = 0
         return left

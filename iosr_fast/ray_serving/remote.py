@@ -106,7 +106,13 @@ class Remote:
         return result
 
     async def classify_many(
-        self, images: Iterable[Any], *, top: int = 5, nearest: int = 0, deadline_s: float | None = None
+        self,
+        images: Iterable[Any],
+        *,
+        top: int = 5,
+        nearest: int = 0,
+        deadline_s: float | None = None,
+        client: str = "",
     ) -> list[Prediction | Exception]:
         """BatchingClassifier.classify_many. Raises QueueFullError and ClosedError where ASKED replicas refused, and
         ApiError: 503 where their engines failed, 500 where DEATHS replicas died."""
@@ -115,7 +121,7 @@ class Remote:
         replies: list[Reply] = []
         while len(replies) < ASKED:
             try:
-                reply = await self._reach(until, "classify", given, top, nearest)
+                reply = await self._reach(until, "classify", given, top, nearest, client)
             except DeadlineExceededError as error:
                 if replies:
                     break

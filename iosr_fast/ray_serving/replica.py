@@ -75,11 +75,13 @@ class ClassifierReplica:
         )
         return source
 
-    async def classify(self, images: list[Any], top: int, nearest: int, deadline_s: float | None) -> Reply:
+    async def classify(self, images: list[Any], top: int, nearest: int, client: str, deadline_s: float | None) -> Reply:
         """Predictions of images as BatchingClassifier takes them, or why another replica should be asked."""
         batching = self._serving
         try:
-            results = await batching.classify_many(images, top=top, nearest=nearest, deadline_s=deadline_s)
+            results = await batching.classify_many(
+                images, top=top, nearest=nearest, deadline_s=deadline_s, client=client
+            )
         except QueueFullError as error:
             return Reply("full", self._facts(), message=str(error), retry_after_s=error.retry_after_s)
         except ClosedError as error:

@@ -75,8 +75,9 @@ async def _classify(
     service: Service, request: Request, images: list[bytes], top: int, nearest: int, deadline_s: float
 ) -> Sequence[Prediction | BaseException]:
     """Each image's prediction or what is wrong with it. Raises ApiError for what concerns them all."""
+    client = request.client.host if request.client else ""
     task = asyncio.ensure_future(
-        service.batching.classify_many(images, top=top, nearest=nearest, deadline_s=deadline_s)
+        service.batching.classify_many(images, top=top, nearest=nearest, deadline_s=deadline_s, client=client)
     )
     try:
         done, _ = await asyncio.wait({task}, timeout=min(_PATIENCE_S, deadline_s))
