@@ -8,7 +8,7 @@ the environment already is kept.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 from types import ModuleType
@@ -20,6 +20,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
+def require_installed(module: str, extra: str) -> None:
+    """Raise what `require` raises where `module` can't be found, and import nothing."""
+    if importlib.util.find_spec(module) is None:
+        raise _missing(module, extra)
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import `module`, or raise an ImportError that names the extra of iosr_fast which installs it."""
     try:
@@ -27,6 +33,8 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and module.split(".")[0] != error.name.split(".")[0]:
             raise
-        raise ImportError(
-            f"{module} is needed here and is not installed: pip install 'iosr_fast[{extra}]' brings it"
-        ) from error
+        raise _missing(module, extra) from error
+
+
+def _missing(module: str, extra: str) -> ImportError:
+    return ImportError(f"{module} is needed here and is not installed: pip install 'iosr_fast[{extra}]' brings it")

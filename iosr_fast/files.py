@@ -23,6 +23,7 @@ LARGEST_MANIFEST = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MEND = {"engine": "tools/build_engine.py builds it again", "classifier": "fit and save it again"}
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what rename says of a name that stands for something
+_LOOKS = 3  # for a folder that is missing
 _RENAMING_S = 0.05  # much longer than a writer that lives takes from one rename to the next
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ def _replaceable(target: Path) -> bool:
             names = None
         if names == [] or (names and MANIFEST in names):
             return True
+        if before is None and not os.path.islink(target):
+            continue  # another writer renames it
         if before == folder_identity(target):
             return False
     return True
@@ -140,21 +143,22 @@ def recover(folder: str | Path) -> bool:
     Only systems on which `new_folder` can't exchange names leave such a thing: the old folder, whole, beside it.
     """
     folder = Path(os.path.abspath(folder))
-    if os.path.lexists(folder):
-        return True
-    if not _set_aside(folder):
-        return False
-    time.sleep(_RENAMING_S)
-    found = _set_aside(folder)
-    if not os.path.lexists(folder) and found:
-        try:
-            os.rename(found[-1], folder)
-        except OSError as error:
-            log.warning("%s is missing; its last state is %s and can't be renamed: %s", folder, found[-1], error)
-            return os.path.lexists(folder)
-        log.warning("%s was missing: a save was killed, and what it was about to replace is back", folder)
-        with suppress(OSError):
-            found[-1].parent.rmdir()
+    for _ in range(_LOOKS):  # writers that live rename it meanwhile
+        if os.path.lexists(folder):
+            return True
+        if not _set_aside(folder):
+            continue
+        time.sleep(_RENAMING_S)
+        found = _set_aside(folder)
+        if not os.path.lexists(folder) and found:
+            try:
+                os.rename(found[-1], folder)
+            except OSError as error:
+                log.warning("%s is missing; its last state is %s and can't be renamed: %s", folder, found[-1], error)
+                continue
+            log.warning("%s was missing: a save was killed, and what it was about to replace is back", folder)
+            with suppress(OSError):
+                found[-1].parent.rmdir()
     return os.path.lexists(folder)
 
 

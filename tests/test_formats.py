@@ -228,7 +228,7 @@ def test_containers_are_told_apart_by_their_first_box() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"), [("mkdir", "it is a folder, not an image"), ("mkfifo", "not a regular file")]
+    ("make", "said"), [("mkdir", "it is a folder; fit_folder and predict_folder"), ("mkfifo", "not a regular file")]
 )
 def test_what_is_no_file_is_called_what_it_is(make: str, said: str, tmp_path: Path) -> None:
     getattr(os, make)(tmp_path / "a.jpg")

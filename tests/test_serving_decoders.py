@@ -160,7 +160,7 @@ def test_memory_is_back_after_a_burst_of_large_pngs(client: Client) -> None:
     assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200  # in its turn
     assert all(one.result(60).status_code == 200 for one in held)
     everybody = [os.getpid(), *pids(client)]
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30  # 10 where nothing else runs
     while sum(map(resident_mb, everybody)) > before + 60:
         assert time.monotonic() < until
         time.sleep(0.1)

@@ -155,7 +155,10 @@ class DecoderProcess:
         fresh: list[int] = []
         try:
             if self._block is None or len(self._block) < room:
-                file, self._block = _shared(room)
+                try:
+                    file, self._block = _shared(room)
+                except OSError as error:  # of this machine, not of the image
+                    raise RuntimeError(f"no memory to share for pixels of an image: {error}") from error
                 fresh.append(file)
             head = REQUEST.pack(
                 *Request(task, side, room if fresh else 0, len(data), most, work, self._limits.timeout_s, upright)
