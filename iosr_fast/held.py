@@ -56,7 +56,7 @@ class HeldFile:
 
     @property
     def in_place(self) -> bool:
-        """Whether its path still leads to it, and nobody has written to it since it was opened."""
+        """Whether the path still leads to this file, and the file is unchanged since it was opened."""
         try:
             found = _signature(os.stat(self.path, follow_symlinks=False))
         except OSError:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def claimed(target: Path) -> Iterator[Path]:
-    """A free name beside `target`, `.name.<token>`, that nobody takes for a leftover before the block ends."""
+    """A new name beside `target`, `.name.<token>`, that `remove_leftovers` leaves alone until the block ends."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_LOCK, dir=target.parent)
         lock = Path(name)

@@ -6,7 +6,7 @@ import math
 
 _NEWEST = 0.25  # weight of the newest batch
 _MOST_SLOWER = 4.0  # than measured before, for one batch
-# An estimate is refused by the deadline that it would only just meet: who is accepted is owed an answer in time.
+# Refuse an image whose estimate only just meets its deadline: accepted images must be answered in time.
 _MARGIN = 1.5
 
 

@@ -191,7 +191,7 @@ class DecoderProcess:
 
 
 def _interpreter(channel: socket.socket, errors: Any) -> subprocess.Popen[bytes]:
-    """A fresh one: a fork of a process with threads would inherit locks that nobody opens."""
+    """Start a fresh interpreter: a fork would inherit locks that other threads hold."""
     # -I and -S: no variables, no site; the paths are those that this process found its modules in.
     home = str(Path(iosr_fast.__file__).resolve().parent.parent)
     paths = [home, *(path for path in sys.path if path and path != home)]

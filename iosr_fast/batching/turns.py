@@ -53,7 +53,7 @@ class Turns:
             return None
 
     def done(self, job: Job) -> None:
-        """A job that `get` gave has ended."""
+        """A job that `get` returned has ended."""
         with self._changed:
             self._running -= 1
             if job.cost > LARGE_PIXELS:
@@ -67,7 +67,7 @@ class Turns:
             self._lane(job).discard(job)
 
     def close(self) -> list[Job]:
-        """Let those go who wait in `get`; returns the jobs that nobody will get."""
+        """Wake all threads that wait in `get`; return the jobs that still wait."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -61,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._searched = 0  # bytes of it
         self._begun = self._blank = False  # a head; a blank line before it
         self._exchange: Exchange | None = None
-        self._unread = 0  # bytes that came when nobody was to have them
+        self._unread = 0  # bytes received after the answer
         self._closing = False  # after the answer that is under way
         self._drained = False  # nothing is read any more but to be dropped
         self._timer: asyncio.TimerHandle | None = None
@@ -83,7 +83,7 @@ class Connection(asyncio.Protocol):
         self._leave()
 
     def eof_received(self) -> None:
-        """The client is gone, or will say no more, which looks the same: what is under way is for nobody.
+        """The client closed its side: it is gone or sends nothing more, which looks the same. Drop the request.
 
         The transport closes when it has sent what was written. Nothing is read while an answer is made, unless the
         application waits for the client to go: to half-close does no harm before that.
