@@ -27,8 +27,8 @@ _PREDICT = "/v1/predict"
 
 
 class Authorisation:
-    """Pure ASGI. A request that could change something needs the token: 401 without it, 403 where no token is set, before
-    a byte of its body is read and whatever its path. Every route is guarded but those in `_is_open`."""
+    """Pure ASGI. A request that could change something needs the token: 401 without it, 403 where no token is set,
+    before a byte of its body is read and whatever its path. Every route is guarded but those in `_is_open`."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
