@@ -268,9 +268,8 @@ class Classifier(LiveUpdates):
 
     def fit_folder(self, folder: str | Path, **options: Any) -> Classifier:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces)."""
-        paths, names, classes = list_folder(folder)
-        spoken = {name: name.replace("_", " ").strip() for name in classes}
-        return self.fit(paths, [spoken[n] for n in names], class_names=[spoken[n] for n in classes], **options)
+        paths, labels, names = labelled_images(folder)
+        return self.fit(paths, labels, class_names=names, **options)
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
         """Logits (B, C) float32, of any number of images, encoded in chunks."""
@@ -398,6 +397,13 @@ class Classifier(LiveUpdates):
                 yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size, self.exif_orientation)
             except BadImageError as error:
                 raise error.moved(start) from error.__cause__
+
+
+def labelled_images(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
+    """Images of a folder of classes, the label of each, and all class names. Raises as `list_folder` does."""
+    paths, names, classes = list_folder(folder)
+    spoken = {name: name.replace("_", " ").strip() for name in classes}
+    return paths, [spoken[name] for name in names], [spoken[name] for name in classes]
 
 
 def check_support(

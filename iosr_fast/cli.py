@@ -82,17 +82,19 @@ def fit(
     """Fit a few-shot classifier on a folder and save it."""
     try:
         from iosr_fast.choice import check_choice
-        from iosr_fast.classifier import Classifier, check_support, list_folder
+        from iosr_fast.classifier import Classifier, check_support, labelled_images
 
         check_new_folder(out, "classifier")
         check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
         check_support(views, mirror, template or None, key_precision)
-        list_folder(folder)  # what is amiss with it shows before a CLIP is loaded
+        images, labels, names = labelled_images(folder)  # what is amiss with it shows before a CLIP is loaded
         classifier = Classifier.from_pretrained(
             model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime, progress=True
         )
-        classifier.fit_folder(
-            folder,
+        classifier.fit(
+            images,
+            labels,
+            names,
             templates=template or None,
             method=method,
             alpha=alpha,
@@ -100,11 +102,11 @@ def fit(
             gamma=gamma,
             ridge=ridge,
             reducer=reducer,
-            tune=tune,
+            tune=tune,  # type: ignore[arg-type]  # check_choice refuses any other
             views=views,
             mirror=mirror,
             skip_bad=skip_bad,
-            key_precision=key_precision,
+            key_precision=key_precision,  # type: ignore[arg-type]  # check_support, too
             progress=True,
         )
         with progress("save", None):

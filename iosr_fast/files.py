@@ -49,7 +49,7 @@ def new_file(target: str | Path) -> Iterator[Path]:
             yield temporary
             _sync_file(temporary)
             os.replace(temporary, target)
-            _sync_entry(target.parent)
+            sync_folder(target.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -77,7 +77,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             _sync(temporary)
             superseded = _set_aside(target)
             superseded += _put(temporary, target)
-            _sync_entry(target.parent)
+            sync_folder(target.parent)
         except BaseException:
             remove(temporary)
             recover(target)  # an interrupt may have come between two renames
@@ -179,8 +179,8 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             _sync_file(path)
         elif path.is_dir():
-            _sync_entry(path)
-    _sync_entry(folder)
+            sync_folder(path)
+    sync_folder(folder)
 
 
 def _sync_file(path: Path) -> None:
@@ -189,7 +189,8 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_entry(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk."""
     if os.name == "posix":  # elsewhere a folder can't be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -402,6 +402,13 @@ def test_fit_shows_what_it_does(
     assert done.exit_code == 0 and "3 classes, 9 images" in done.output, done.output
 
 
+def test_fit_says_once_what_it_skips(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "notes.txt").write_text("not an image")
+    done = run("fit", folder, "--model", "demo", "--out", tmp_path / "out", "--views", "1")
+    assert done.exit_code == 0, done.output
+    assert caplog.text.count("skipped 1 of") == 1
+
+
 FORMULAS = (
     *('=HYPERLINK("http://x","y")', "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", '"=1', "'=1", "\u00a0=1"),
     *("\ufeff=1", "\u200b=1", "\uff1d1", "\uff20x", "-1", "''+1"),

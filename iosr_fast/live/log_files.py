@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from iosr_fast.bundle_schema import StateFacts
+from iosr_fast.files import sync_folder
 from iosr_fast.live.state import State
 from iosr_fast.live.state_files import state_from_files, state_to_files
 
@@ -46,17 +47,6 @@ def private_file(target: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
-    if os.name != "posix":  # elsewhere a folder can't be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
