@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
 
     def abort(self) -> None:
-        """Close at once; close() would wait until all is written. Who answers hears that nobody listens."""
+        """Close at once, unsent bytes included; the application gets http.disconnect."""
         self._stop_waiting()
         self._leave()
         self.transport.abort()

@@ -80,7 +80,7 @@ class Service:
             raise busy("queue_full", f"{self.settings.max_queue} images are waiting already; try again")
 
     def authorise(self, headers: Headers) -> None:
-        """Raise 403 where nobody may change classes, 401 without the token, or with two. Compared in constant time."""
+        """Raise 403 where the server has no token, 401 for no token, a wrong one or two. Compared in constant time."""
         token = self.settings.token
         if token is None:
             raise ApiError(
