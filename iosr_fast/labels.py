@@ -160,8 +160,9 @@ def name_fault(name: str) -> str | None:
 
 def as_seen(name: str) -> str:
     """Names that look alike have this in common: one normalisation, no invisible characters, single blanks."""
-    visible = "".join(char for char in name if unicodedata.category(char) != "Cf")
-    return " ".join(unicodedata.normalize("NFC", visible).split())
+    if not name.isascii():  # most are, and a change compares its name with those of all classes
+        name = unicodedata.normalize("NFC", "".join(char for char in name if unicodedata.category(char) != "Cf"))
+    return " ".join(name.split())
 
 
 def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
