@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast import _require  # noqa: F401  first of all: it switches the telemetry of other libraries off
+from iosr_fast.utils import require as _require  # noqa: F401  first of all: it switches telemetry off
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier

@@ -99,7 +99,7 @@ def _import(given: Array) -> Array:
     if not hasattr(given, "__dlpack__"):
         return np.asarray(given)
     if given.__dlpack_device__()[0] not in _DLPACK_CPU:
-        from iosr_fast._require import require
+        from iosr_fast.utils.require import require
 
         return require("torch", "train").from_dlpack(given)
     try:

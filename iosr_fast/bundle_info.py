@@ -7,9 +7,9 @@ from pathlib import Path
 
 from iosr_fast.bundle import KIND, load_bundle
 from iosr_fast.bundle_schema import EngineManifest
-from iosr_fast.files import LARGEST_MANIFEST, MANIFEST
-from iosr_fast.held import Held, hold
 from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine
+from iosr_fast.utils.files import LARGEST_MANIFEST, MANIFEST
+from iosr_fast.utils.verified_folder import Held, hold
 
 
 def describe(folder: str | Path) -> str:

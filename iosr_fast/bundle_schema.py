@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from iosr_fast.files import mend
-from iosr_fast.held import Held
 from iosr_fast.labels import some
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.predictions import uid_of
+from iosr_fast.utils.files import mend
+from iosr_fast.utils.verified_folder import Held
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Fingerprint = Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")]  # printable, without spaces

@@ -18,7 +18,6 @@ from iosr_fast.cache import SupportSet, encode_support
 from iosr_fast.choice import check_choice, search
 from iosr_fast.encoder import Embeddings, Encoder
 from iosr_fast.explain import softmax
-from iosr_fast.held import Held
 from iosr_fast.labels import check_labels, class_ids, leave_out_bad, some
 from iosr_fast.live.changes import Update
 from iosr_fast.live.examples import Examples
@@ -29,7 +28,6 @@ from iosr_fast.live.support_images import SupportViews
 from iosr_fast.live.updates import LiveUpdates
 from iosr_fast.methods import METHODS
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
-from iosr_fast.pipeline.progress import progress as bar
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
 from iosr_fast.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
@@ -37,6 +35,8 @@ from iosr_fast.scoring import RANGES, ScoringPlan
 from iosr_fast.text_encoder import checked_templates
 from iosr_fast.text_source import TextSource
 from iosr_fast.tune import Tuned
+from iosr_fast.utils.progress import progress as bar
+from iosr_fast.utils.verified_folder import Held
 from iosr_fast.validation import check_number
 
 _CHUNK = 256

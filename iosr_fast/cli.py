@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from iosr_fast.outputs import check_new_folder
 from iosr_fast.pipeline.command import classify
-from iosr_fast.pipeline.progress import progress
 from iosr_fast.serving.command import serve
+from iosr_fast.utils.outputs import check_new_folder
+from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier

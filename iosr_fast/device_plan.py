@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast._require import require
 from iosr_fast.scoring import ScoringPlan
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     import torch

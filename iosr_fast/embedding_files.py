@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast._require import require
 from iosr_fast.encoder import Embeddings
-from iosr_fast.files import new_file, read_manifest
+from iosr_fast.utils.files import new_file, read_manifest
+from iosr_fast.utils.require import require
 
 Format = Literal["safetensors", "parquet"]
 FORMATS: tuple[Format, ...] = ("safetensors", "parquet")
@@ -90,7 +90,7 @@ def read_part(path: str | Path) -> Part:
 def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
     """The parts of a finished folder of tools/embed.py, in order, one in memory at a time.
 
-    Raises what iosr_fast.files.read_manifest raises for a folder that is unfinished, damaged or something else.
+    Raises what iosr_fast.utils.files.read_manifest raises for a folder that is unfinished, damaged or something else.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, KIND, verify)

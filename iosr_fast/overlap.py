@@ -60,7 +60,7 @@ def feature_variance(embeddings: np.ndarray) -> float:
 
 def plot_overlap(embeddings: dict[str, np.ndarray], labels: np.ndarray, path: str | Path) -> None:
     """One panel an encoder: the two histograms of cosines with the shared area filled. Writes a PNG."""
-    from iosr_fast._require import require
+    from iosr_fast.utils.require import require
 
     matplotlib = require("matplotlib.figure", "train")
     columns = min(len(embeddings), 3)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

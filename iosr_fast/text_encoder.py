@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
-from iosr_fast.held import Held
+from iosr_fast.utils.require import require
+from iosr_fast.utils.verified_folder import Held
 
 FILE = "text.onnx"
 TOKENIZER_FILE = "tokenizer.json"

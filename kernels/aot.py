@@ -21,8 +21,8 @@ from typing import Any
 
 import typer
 
-from iosr_fast._require import require
 from iosr_fast.kernels.launch import PRECISIONS, Config, config_for, dense_config
+from iosr_fast.utils.require import require
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 WIDTH = 512

@@ -11,10 +11,10 @@ import numpy as np
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoder import Embeddings
-from iosr_fast.files import write_manifest
 from iosr_fast.live.examples import Examples
 from iosr_fast.live.recipe import Recipe, fit_recipe
 from iosr_fast.live.state import State
+from iosr_fast.utils.files import write_manifest
 
 SIZE, WIDTH = 8, 24
 

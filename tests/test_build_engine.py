@@ -18,8 +18,8 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from iosr_fast.files import read_manifest
 from iosr_fast.runtimes import open_engine, plans
+from iosr_fast.utils.files import read_manifest
 from tools import build_engine
 
 ROOT = Path(__file__).resolve().parent.parent

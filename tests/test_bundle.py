@@ -12,9 +12,9 @@ import pytest
 
 from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.classifier import Classifier
-from iosr_fast.held import Held
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring import score
+from iosr_fast.utils.verified_folder import Held
 from tests.live_parts import engine_folder, pictures, small_classifier
 from tests.manifests import rewrite_manifest
 

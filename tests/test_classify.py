@@ -26,7 +26,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.files import read_manifest
+from iosr_fast.utils.files import read_manifest
 from tests.test_embed import ROOT, logged, part_bytes, write_pictures
 from tools import classify
 from tools.classification.parts import COLUMNS, SCORES, read_answers, write_answers

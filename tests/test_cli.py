@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 
 from iosr_fast import Classifier, classifier
 from iosr_fast.cli import app
-from iosr_fast.outputs import check_new_file, check_new_folder
-from iosr_fast.pipeline.progress import progress
 from iosr_fast.pipeline.tables import escaped, write_table
+from iosr_fast.utils.outputs import check_new_file, check_new_folder
+from iosr_fast.utils.progress import progress
 from tests.live_parts import LetterText, PixelEncoder, engine_folder, pictures, small_classifier
 from tools.command import new_app
 

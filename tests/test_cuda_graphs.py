@@ -209,8 +209,8 @@ def encode_both(encoder: Any, pixels: np.ndarray) -> np.ndarray:
 def test_the_torch_encoder_replays_what_it_recorded(
     torch_engine: Path, refuses: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from iosr_fast.files import read_manifest
     from iosr_fast.runtimes.torch import TorchEncoder
+    from iosr_fast.utils.files import read_manifest
     from tests.test_dual_encoder import random_pixels
 
     facts, pixels, recorder = read_manifest(torch_engine, "engine"), random_pixels(9, 32), Replaying(refuses)

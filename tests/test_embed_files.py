@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast.embedding_files import FORMATS, Format, Part, read_part, write_part
 from iosr_fast.encoder import Embeddings
-from iosr_fast.files import new_file
+from iosr_fast.utils.files import new_file
 
 BAD = 2
 

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast import files
-from iosr_fast.exchange import exchange
-from iosr_fast.files import new_file, new_folder, read_manifest, recover, remove_leftovers, write_manifest
-from iosr_fast.held import Held, hold
+from iosr_fast.utils import files
+from iosr_fast.utils.exchange import exchange
+from iosr_fast.utils.files import new_file, new_folder, read_manifest, recover, remove_leftovers, write_manifest
+from iosr_fast.utils.verified_folder import Held, hold
 from tests.manifests import rewrite_manifest
 
 KILLED = """
 import os, signal
 from pathlib import Path
-from iosr_fast.files import new_folder
+from iosr_fast.utils.files import new_folder
 with new_folder(Path("thing")) as made:
     (made / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -35,7 +35,7 @@ with new_folder(Path("thing")) as made:
 KILLED_ANYWHERE = """
 import os, signal, sys
 from pathlib import Path
-from iosr_fast import files
+from iosr_fast.utils import files
 
 exchanges = sys.argv[1] == "exchange"
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "os.chmod", "os.scandir", "os.listdir"}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.files import new_folder, read_manifest, write_manifest
-from iosr_fast.held import hold
+from iosr_fast.utils.files import new_folder, read_manifest, write_manifest
+from iosr_fast.utils.verified_folder import hold
 from tests.manifests import rewrite_manifest
 from tests.test_files import content_of, write
 
@@ -95,14 +95,14 @@ def test_a_pipe_in_a_folder_keeps_nobody_waiting(name: str, tmp_path: Path) -> N
 
 def test_a_huge_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "thing", "one")
-    monkeypatch.setattr("iosr_fast.files.LARGEST_MANIFEST", 1 << 10)
-    monkeypatch.setattr("iosr_fast.held.LARGEST_MANIFEST", 1 << 10)
+    monkeypatch.setattr("iosr_fast.utils.files.LARGEST_MANIFEST", 1 << 10)
+    monkeypatch.setattr("iosr_fast.utils.verified_folder.LARGEST_MANIFEST", 1 << 10)
     rewrite_manifest(tmp_path / "thing", much="x" * 5000)
     for reading in (hold, read_manifest):
         with pytest.raises(ValueError, match="got a larger one"):
             reading(tmp_path / "thing", "thing")
     rewrite_manifest(tmp_path / "thing", ["much"], files={f"f{i}": {"sha256": "0" * 64, "bytes": 1} for i in range(3)})
-    monkeypatch.setattr("iosr_fast.held._MOST_FILES", 2)
+    monkeypatch.setattr("iosr_fast.utils.verified_folder._MOST_FILES", 2)
     with pytest.raises(ValueError, match="expected at most 2 files"):
         hold(tmp_path / "thing", "thing")
 

@@ -18,9 +18,9 @@ from PIL import Image
 from iosr_fast.encoder import Embeddings
 from iosr_fast.pipeline.decoders import CpuDecoder
 from iosr_fast.pipeline.listing import list_images
-from iosr_fast.pipeline.ordered import map_ordered
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, classify
 from iosr_fast.preprocess import BadImageError
+from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8
 TWO_WAYS = pytest.mark.parametrize(("callers", "decode_threads"), [(1, 2), (3, 0)])

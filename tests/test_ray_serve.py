@@ -24,9 +24,9 @@ import ray
 from PIL import Image
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.files import seal
 from iosr_fast.ray_serving import Scale, deploy, rollout
 from iosr_fast.serving import Settings
+from iosr_fast.utils.files import seal
 from tests.images import encode
 from tests.ray_serving_load import ROOT, Load, error_of, save_renamed, served, wait_for
 from tests.serving_client import bundle, form, httpx, queries

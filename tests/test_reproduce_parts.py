@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoder import Embeddings
-from iosr_fast.leftovers import claimed
+from iosr_fast.utils.temporaries import claimed
 from tests.test_reproduce import CLASSES, ROOT, Pictures, tiny
 from tools.reproduce_paper import check_out
 from tools.reproduction import cells, problems, report, run, store

@@ -63,12 +63,12 @@ from tests.test_dual_encoder import small_clip
 write_engine(small_clip(), None, pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
 """,
     "tensorrt_rtx": """
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 rtx = require("tensorrt_rtx", "tensorrt-rtx")
 assert rtx.Builder(rtx.Logger()) is not None
 """,
     "ray": """
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 require("ray", "ray")
 from ray._common.usage import usage_lib
 assert not usage_lib.usage_stats_enabled()

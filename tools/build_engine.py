@@ -32,8 +32,8 @@ from iosr_fast.offline.engine_precision import QUANTISED, choose_builder
 from iosr_fast.offline.export import add_plan, random_adapter, write_engine
 from iosr_fast.offline.export_check import CHECKED_PICTURES
 from iosr_fast.offline.pretrained import choose_adapter, read_adapter
-from iosr_fast.outputs import check_new_folder
 from iosr_fast.runtimes.plans import told
+from iosr_fast.utils.outputs import check_new_folder
 from tools.command import run
 
 

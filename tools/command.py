@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from iosr_fast.outputs import check_new_file
+from iosr_fast.utils.outputs import check_new_file
 
 
 def new_app(**options: Any) -> typer.Typer:

@@ -27,10 +27,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast._require import require
 from iosr_fast.embedding_files import DTYPES, FORMATS, Format
-from iosr_fast.files import read_manifest
 from iosr_fast.runtimes import open_engine
+from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.require import require
 from tools.command import run
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool, run_on_ray

@@ -76,13 +76,13 @@ def check(options: argparse.Namespace) -> None:
         )
     if options.seeds < 1 or options.repeats < 1:
         raise ValueError(f"expected --seeds and --repeats of at least 1, got {options.seeds} and {options.repeats}")
-    from iosr_fast.outputs import check_new_file
+    from iosr_fast.utils.outputs import check_new_file
 
     for path in (options.json, options.csv, options.markdown):
         if path is not None:
             check_new_file(path)
     if options.plots is not None:
-        from iosr_fast._require import require
+        from iosr_fast.utils.require import require
 
         require("matplotlib.figure", "train")
         options.plots.mkdir(parents=True, exist_ok=True)

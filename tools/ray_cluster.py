@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 from tools.source_tree import ROOT
 
 EXTRA = "ray"

@@ -126,7 +126,7 @@ def check_shots(options: argparse.Namespace, problems: Sequence[Problem]) -> Non
 
 def check_out(out: Path, facts: dict[str, Any]) -> None:
     """Make `out` this run's. Raises FileExistsError for a folder of other things, ValueError for one of another run."""
-    from iosr_fast.files import remove_leftovers
+    from iosr_fast.utils.files import remove_leftovers
     from tools.reproduction.cells import write_json
 
     held = out / RUN
@@ -148,7 +148,7 @@ def check_out(out: Path, facts: dict[str, Any]) -> None:
 
 def check_place(out: Path) -> None:
     """Raise OSError where no run can begin in `out`, or go on."""
-    from iosr_fast.outputs import check_new_folder
+    from iosr_fast.utils.outputs import check_new_folder
 
     if (out / RUN).is_file():
         return

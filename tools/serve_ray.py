@@ -27,10 +27,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast._require import require
 from iosr_fast.ray_serving import Scale, deploy
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving import Settings
+from iosr_fast.utils.require import require
 from tools.command import run
 from tools.ray_cluster import joined
 

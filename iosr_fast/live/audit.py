@@ -15,13 +15,13 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.files import remove_leftovers
 from iosr_fast.live.changes import Update
 from iosr_fast.live.log_files import file_of, make_folder, next_number, numbered, read_state
 from iosr_fast.live.log_head import Head, open_head, read_head
 from iosr_fast.live.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
 from iosr_fast.live.log_writer import AuditLog
 from iosr_fast.live.state import State
+from iosr_fast.utils.files import remove_leftovers
 
 _log = logging.getLogger("iosr_fast")
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from iosr_fast.files import new_file
 from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.utils.files import new_file
 
 
 @dataclass(frozen=True)

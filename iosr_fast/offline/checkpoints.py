@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from iosr_fast.files import new_folder, read_manifest, remove_leftovers, write_manifest
+from iosr_fast.utils.files import new_folder, read_manifest, remove_leftovers, write_manifest
 
 KIND = "training checkpoint"
 FILE = "state.safetensors"

@@ -13,9 +13,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast._require import require
 from iosr_fast.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.offline.architecture import downloading
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,9 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from iosr_fast._require import require
-from iosr_fast.files import new_folder, write_manifest
-from iosr_fast.held import hold
 from iosr_fast.info import cpu_model, package_version
 from iosr_fast.offline.dual_encoder import DualEncoder, build_dual_encoder
 from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
@@ -35,6 +32,9 @@ from iosr_fast.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.runtimes.torch import TorchEncoder
+from iosr_fast.utils.files import new_folder, write_manifest
+from iosr_fast.utils.require import require
+from iosr_fast.utils.verified_folder import hold
 
 if TYPE_CHECKING:
     from iosr_fast.offline.adapter import Adapter

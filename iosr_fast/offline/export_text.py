@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iosr_fast._require import require
 from iosr_fast.demo.pictures import load_index
 from iosr_fast.offline.dual_encoder import Precision
 from iosr_fast.offline.export import LARGEST_FILE, OPSET, quiet_exporter
 from iosr_fast.offline.export_check import FP32_MAX_ERROR
 from iosr_fast.offline.text import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
 from iosr_fast.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from iosr_fast.offline.clip import LoadedClip

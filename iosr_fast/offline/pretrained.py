@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iosr_fast._require import require
-from iosr_fast.cache_folder import cache_folder
 from iosr_fast.encoder import Encoder
-from iosr_fast.files import SCHEMA, recover
-from iosr_fast.held import hold
 from iosr_fast.offline.architecture import check_architecture, vision_config
 from iosr_fast.offline.clip import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
-from iosr_fast.pipeline.progress import progress
 from iosr_fast.text_source import TextSource
+from iosr_fast.utils.cache_folder import cache_folder
+from iosr_fast.utils.files import SCHEMA, recover
+from iosr_fast.utils.progress import progress
+from iosr_fast.utils.require import require
+from iosr_fast.utils.verified_folder import hold
 
 if TYPE_CHECKING:
     from iosr_fast.offline.adapter import Adapter

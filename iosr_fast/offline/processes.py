@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iosr_fast._require import require
 from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.train_config import TrainConfig
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

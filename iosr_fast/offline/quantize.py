@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from iosr_fast._require import require
 from iosr_fast.offline.onnx_files import save_onnx
 from iosr_fast.offline.quantize_graph import Activation, EncoderGraph, Group, Quantised
+from iosr_fast.utils.require import require
 
 Kind = Literal["int8", "fp8"]
 Scheme = Literal["cpu", "tensorrt"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 
 SAMPLED_ROWS = 512
 _PIXELS = 2**18  # of a batch while ranges are measured: each activation of it is in memory at once

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from iosr_fast.files import MANIFEST, SCHEMA, new_folder, write_manifest
-from iosr_fast.held import hold
 from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.utils.files import MANIFEST, SCHEMA, new_folder, write_manifest
+from iosr_fast.utils.verified_folder import hold
 
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
 TEXT_KIND = "text-encoder"

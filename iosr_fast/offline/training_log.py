@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from iosr_fast._require import require
-from iosr_fast.files import new_file
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.require import require
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast._require import require
 from iosr_fast.pipeline.decoders import Decoded, try_decode
 from iosr_fast.pixels import opened, orientation_of
+from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     import torch

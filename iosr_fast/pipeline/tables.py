@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from iosr_fast._require import require
-from iosr_fast.files import new_file
-from iosr_fast.outputs import check_new_file
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.outputs import check_new_file
+from iosr_fast.utils.require import require
 
 SUFFIXES = (".csv", ".parquet")
 # Spreadsheets skip blanks, quotes and invisible characters, and some read the full-width signs as well.

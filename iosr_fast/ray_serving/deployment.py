@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast import __version__
-from iosr_fast._require import require
 from iosr_fast.ray_serving.scale import Scale
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving.settings import Settings
+from iosr_fast.utils.require import require
 
 EXTRA = "ray"
 CLASSIFIER, INGRESS = "Classifier", "Ingress"  # names of the two deployments

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from iosr_fast._require import require
 from iosr_fast.ray_serving.deployment import CLASSIFIER, EXTRA, application
 from iosr_fast.ray_serving.messages import Facts
 from iosr_fast.ray_serving.scale import Scale
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving.settings import Settings
+from iosr_fast.utils.require import require
 
 NAME = "iosr_fast"  # of the application
 _ANSWER_S = 30.0

@@ -8,9 +8,9 @@ from typing import Any
 
 from iosr_fast.bundle import KIND
 from iosr_fast.classifier import Classifier
-from iosr_fast.files import read_manifest
-from iosr_fast.held import hold
 from iosr_fast.serving.settings import Settings
+from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.verified_folder import hold
 
 
 @dataclass(frozen=True)

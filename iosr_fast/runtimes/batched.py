@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoder import Embeddings
-from iosr_fast.held import Held
+from iosr_fast.utils.verified_folder import Held
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:

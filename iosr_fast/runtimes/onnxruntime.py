@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
 from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.utils.require import require
 
 WEIGHTS_SUFFIX = ".weights"
 FILE = "encoder.onnx"

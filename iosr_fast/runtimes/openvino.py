@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
 from iosr_fast.runtimes.batched import BatchedEncoder
 from iosr_fast.runtimes.onnxruntime import FILE
 from iosr_fast.runtimes.signal_stack import kept_signal_stack
+from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
-from iosr_fast.files import new_file
 from iosr_fast.runtimes import plans
 from iosr_fast.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.runtimes.cuda_graphs import Recorder
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.require import require
 
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
 from iosr_fast.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.runtimes.cuda_graphs import Recorder
+from iosr_fast.utils.require import require
 
 FILE = "encoder.safetensors"
 log = logging.getLogger(__name__)

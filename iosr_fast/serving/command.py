@@ -45,7 +45,7 @@ def serve(
     grace: int = typer.Option(_DEFAULT.grace_s, help="seconds that accepted requests may then take"),
 ) -> None:
     """Serve a classifier over HTTP: predictions for all, changes of its classes for who has the token."""
-    from iosr_fast._require import require
+    from iosr_fast.utils.require import require
 
     try:
         for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from iosr_fast._require import require
 from iosr_fast.triton_export.graph import EXTRA
 from iosr_fast.triton_export.plans import EnginePlan
+from iosr_fast.utils.require import require
 
 PREPROCESS, ENCODER, ENCODER_TRT, SCORING, ENSEMBLE = "preprocess", "encoder", "encoder_trt", "scoring", "iosr_fast"
 SCORES = ("LOGITS", "PROBABILITIES", "ZERO_SHOT", "CACHE")

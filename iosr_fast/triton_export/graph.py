@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 
 EXTRA = "triton-server"
 OPSET = 20  # the encoder's

@@ -9,13 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
 from iosr_fast.bundle import ENGINE
 from iosr_fast.bundle import KIND as BUNDLE_KIND
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoder import Embeddings
-from iosr_fast.files import MANIFEST, new_folder, read_manifest, sha256, write_manifest
-from iosr_fast.held import hold
 from iosr_fast.labels import some
 from iosr_fast.runtimes.engine import ENGINE_KIND
 from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
@@ -28,6 +25,9 @@ from iosr_fast.triton_export.instructions import readme
 from iosr_fast.triton_export.plans import choose_plans
 from iosr_fast.triton_export.preprocess_graph import preprocess_model
 from iosr_fast.triton_export.scoring_graph import scoring_inputs, scoring_model
+from iosr_fast.utils.files import MANIFEST, new_folder, read_manifest, sha256, write_manifest
+from iosr_fast.utils.require import require
+from iosr_fast.utils.verified_folder import hold
 
 KIND = "triton-repository"
 README = "README.txt"

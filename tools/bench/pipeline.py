@@ -40,12 +40,12 @@ from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.offline.clip import LoadedClip, load_clip
 from iosr_fast.offline.export import random_adapter, write_engine
 from iosr_fast.pipeline.decoders import CpuDecoder
-from iosr_fast.pipeline.ordered import map_ordered
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
 from iosr_fast.pixels import FORMATS
 from iosr_fast.preprocess import open_image, resize_and_crop
 from iosr_fast.runtimes import open_engine
 from iosr_fast.scoring import ScoringPlan
+from iosr_fast.utils.ordered import map_ordered
 from tools.bench import harness
 from tools.bench.encoder_rivals import Pass, write
 from tools.bench.photographs import write_photographs

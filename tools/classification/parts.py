@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast._require import require
-from iosr_fast.files import new_file
 from iosr_fast.predictions import Prediction
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.require import require
 
 KIND = "classifications"  # of the manifest
 SCORES = ("label", "class_id", "probability", "zero_shot", "cache")

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast._require import require
 from iosr_fast.encoder import Encoder
 from iosr_fast.preprocess import BadImageError
 from iosr_fast.runtimes import open_engine
+from iosr_fast.utils.require import require
 from tools.embedding.items import Chunk, Item
 from tools.embedding.local import Write, run_chunks
 from tools.embedding.plan import PLAN, Done, Plan, check_part

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 
 from iosr_fast import __version__
 from iosr_fast.embedding_files import KIND, Format, Part, read_part
-from iosr_fast.files import MANIFEST, new_file, write_manifest
 from iosr_fast.pixels import VERSION
+from iosr_fast.utils.files import MANIFEST, new_file, write_manifest
 from tools.embedding.items import Chunk, Source
 
 PLAN, LOG, LOCK = "plan.json", "log.jsonl", ".lock"
@@ -258,7 +258,7 @@ def log_done(out: Path, done: Done) -> None:
 
 
 def finish(out: Path, plan: Plan, errors: int) -> dict[str, Any]:
-    """Write manifest.json (iosr_fast.files): counts, versions, every file's SHA-256. Raises if a part is gone."""
+    """Write manifest.json (iosr_fast.utils.files): counts, versions, every file's SHA-256. Raises if a part is gone."""
     parts = [plan.part_name(number) for number in range(plan.chunks)]
     if gone := [name for name in parts if not (out / name).is_file()]:
         raise FileNotFoundError(f"expected {len(parts)} parts in {out}, {len(gone)} are gone ({gone[0]}); start again")

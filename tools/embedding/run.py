@@ -11,10 +11,10 @@ from typing import Any
 
 import typer
 
-from iosr_fast._require import require
-from iosr_fast.files import MANIFEST, read_manifest
-from iosr_fast.pipeline.progress import progress
 from iosr_fast.preprocess import BadImageError
+from iosr_fast.utils.files import MANIFEST, read_manifest
+from iosr_fast.utils.progress import progress
+from iosr_fast.utils.require import require
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool
 from tools.embedding.items import Chunk, Source

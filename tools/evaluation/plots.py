@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
 
 # The grid of alphas of the paper's public code (akres001/CLIP_fewshot_imo).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast._require import require
+from iosr_fast.utils.require import require
 from tools.reporting.load import Results, Row
 from tools.reporting.text import natural
 

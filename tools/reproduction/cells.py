@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.files import new_file, remove_leftovers
 from iosr_fast.tune import Tuned
+from iosr_fast.utils.files import new_file, remove_leftovers
 from tools.evaluation.accuracy import Draw, finite
 
 VERSION = 1  # goes up when the protocol changes: the same facts would give another number

@@ -11,7 +11,7 @@ from typing import TextIO
 
 import numpy as np
 
-from iosr_fast.files import new_file
+from iosr_fast.utils.files import new_file
 
 
 def digest(parts: Iterable[str | np.ndarray]) -> str:

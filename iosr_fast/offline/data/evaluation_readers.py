@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iosr_fast._require import require
 from iosr_fast.offline.data.evaluation_files import (
     Content,
     Rows,
@@ -19,6 +18,7 @@ from iosr_fast.offline.data.evaluation_files import (
     spoken,
 )
 from iosr_fast.pipeline.listing import class_folders
+from iosr_fast.utils.require import require
 
 
 def torchvision_set(name: str, splits: dict[str, str]) -> Callable[[Path, list[Path]], Content]:

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from iosr_fast.exchange import exchange
-from iosr_fast.leftovers import MANIFEST, claimed, remove, remove_leftovers
+from iosr_fast.utils.exchange import exchange
+from iosr_fast.utils.temporaries import MANIFEST, claimed, remove, remove_leftovers
 
 SCHEMA = 2
 LARGEST_MANIFEST = 64 << 20

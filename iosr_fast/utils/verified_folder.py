@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from iosr_fast.files import LARGEST_MANIFEST, MANIFEST, folder_identity, mend, mismatch, parse_manifest, recover
+from iosr_fast.utils.files import LARGEST_MANIFEST, MANIFEST, folder_identity, mend, mismatch, parse_manifest, recover
 
 _PATIENCE_S = 60.0  # that a folder may be replaced faster than its files are opened
 _MOST_FILES = 256  # all open at a time, of 1,024 that a process may often have
