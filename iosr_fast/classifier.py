@@ -18,6 +18,7 @@ from iosr_fast.cache import SupportSet, encode_support
 from iosr_fast.choice import check_choice, search
 from iosr_fast.encoder import Embeddings, Encoder
 from iosr_fast.explain import softmax
+from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
 from iosr_fast.labels import check_labels, class_ids, leave_out_bad, some
 from iosr_fast.live.changes import Update
 from iosr_fast.live.examples import Examples
@@ -30,7 +31,6 @@ from iosr_fast.methods import METHODS
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
-from iosr_fast.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
 from iosr_fast.scoring import RANGES, ScoringPlan
 from iosr_fast.text_encoder import checked_templates
 from iosr_fast.text_source import TextSource
@@ -48,7 +48,7 @@ class Classifier(LiveUpdates):
 
     Make one with `from_pretrained` (then `fit` or `fit_folder`) or `load` (ready to predict). Images are paths, encoded
     bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3), one or a sequence of them, or one
-    array or tensor of a batch (preprocess.as_image_list); `iosr_fast.pixels` has the rules by which they become RGB.
+    array or tensor of a batch (preprocess.as_image_list); `iosr_fast.images.pixels` has the rules by which they become RGB.
 
     After fitting: `classes_` (C,) the class names; `plan_`, what the kernels execute; `support_`, the encoded support
     set; `method_`, `reducer_` and `parameters_`; `tuned_`, how they were chosen, or None where they were given or

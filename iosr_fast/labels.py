@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.images.preprocess import BadImageError, open_image
 from iosr_fast.predictions import uid_of
-from iosr_fast.preprocess import BadImageError, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,8 +16,8 @@ from iosr_fast.batching import decode as batch_decode
 from iosr_fast.batching import workers as batch_workers
 from iosr_fast.batching.engine import bucket_sizes
 from iosr_fast.encoder import Embeddings
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import decoding
-from iosr_fast.preprocess import BadImageError
 from tests.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, FakeEncoder, FakeState, Watcher, picture, until
 from tests.images import encode
 

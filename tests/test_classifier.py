@@ -85,7 +85,7 @@ def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures, monkeypa
     assert logits.shape == (600, CLASSES)
     np.testing.assert_allclose(logits[len(queries) : 2 * len(queries)], logits[: len(queries)], rtol=1e-5, atol=1e-3)
     # An array of the right size goes to the encoder as it is.
-    monkeypatch.setattr("iosr_fast.preprocess.open_image", lambda *_: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr("iosr_fast.images.preprocess.open_image", lambda *_: pytest.fail("a picture was decoded"))
     np.testing.assert_allclose(fresh.decision_function(queries), logits[: len(queries)], rtol=1e-5, atol=1e-3)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"number 301: expected shape"):

@@ -14,10 +14,10 @@ import pytest
 for module in ("torch", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
 
+from iosr_fast.images.preprocess import BadImageError  # noqa: E402
 from iosr_fast.offline.data.datasets_page import page  # noqa: E402
 from iosr_fast.offline.data.evaluation_sets import check, describe, names, open_evaluation_set  # noqa: E402
 from iosr_fast.offline.data.templates import IMAGENET_SEVEN, PHOTO, one_prompt, templates_for  # noqa: E402
-from iosr_fast.preprocess import BadImageError  # noqa: E402
 from tests.test_data_layouts import aircraft, coop, cub, dogs, dtd, imagenet, in_folder, plantdoc, put_text, shift, ucf  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

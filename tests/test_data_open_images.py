@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
 
+from iosr_fast.images.preprocess import BadImageError  # noqa: E402
 from iosr_fast.offline.data.open_images import (  # noqa: E402
     OpenImagesPictures,
     balanced_subset,
@@ -22,7 +23,6 @@ from iosr_fast.offline.data.open_images import (  # noqa: E402
     write_download_list,
     write_subset_csv,
 )
-from iosr_fast.preprocess import BadImageError  # noqa: E402
 from tools.open_images_subset import main  # noqa: E402
 
 CLASSES = {"/m/011k07": "Tortoise", "/m/0c9ph5": "Blåbär, fresh", "/m/02xwb": "Fruit", "/m/05z87": "Plantain/Banana"}

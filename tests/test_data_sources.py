@@ -11,6 +11,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 
+from iosr_fast.images.preprocess import BadImageError, to_pixels  # noqa: E402
 from iosr_fast.offline.data import (  # noqa: E402
     FolderPictures,
     PictureSource,
@@ -18,7 +19,6 @@ from iosr_fast.offline.data import (  # noqa: E402
     TensorPictures,
     split,
 )
-from iosr_fast.preprocess import BadImageError, to_pixels  # noqa: E402
 
 SIZE = 8
 

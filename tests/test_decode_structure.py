@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.decoder_process.headers import claimed_size
-from iosr_fast.decoder_process.structure import what_is_wrong
+from iosr_fast.images.decoder_process.headers import claimed_size
+from iosr_fast.images.decoder_process.structure import what_is_wrong
 from tests.images import encode
 from tests.jpegs import COMMENT, END, START, frame, jpeg, scan, segment, tables
 from tools.serving_load.hostile_images import FAIR, chunk, png, webp

@@ -18,7 +18,7 @@ from PIL import Image
 from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, DecodeLimits, processes
 from iosr_fast.batching.decode import decode, whole_image
 from iosr_fast.batching.processes import DecoderProcess
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.preprocess import BadImageError
 from tests.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, Gated, labels, picture, threads, until
 from tests.images import encode
 from tests.jpegs import jpeg, scan

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.preprocess import BadImageError, to_pixels
+from iosr_fast.images.preprocess import BadImageError, to_pixels
 from tests.test_embed import assert_encodes, embedded, engine, run, write_pictures  # noqa: F401 (a fixture)
 from tools.embedding.inputs import kind_of, open_source
 from tools.embedding.items import Item, Source, load_pixels

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.embedding_files import read_embeddings
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.preprocess import BadImageError
 from tests.test_embed import (  # noqa: F401 (engine and pictures are fixtures)
     FORMATS,
     assert_encodes,

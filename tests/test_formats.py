@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, TiffImagePlugin, features
 
-from iosr_fast import pixels
-from iosr_fast.pipeline.decoding import decode_pixels
-from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop, to_pixels
+from iosr_fast.images import pixels
+from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop, to_pixels
 from tests.images import encode
 
 ORIENTATIONS = range(1, 9)

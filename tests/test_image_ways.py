@@ -15,7 +15,7 @@ from PIL import Image, features
 from iosr_fast.batching import BatchingClassifier
 from iosr_fast.bundle import load_bundle
 from iosr_fast.classifier import Classifier
-from iosr_fast.preprocess import BadImageError, as_image_list, open_image, to_pixels
+from iosr_fast.images.preprocess import BadImageError, as_image_list, open_image, to_pixels
 from tests.images import encode
 from tests.live_parts import LetterText, PixelEncoder, engine_folder, small_classifier
 from tests.manifests import rewrite_manifest
@@ -199,7 +199,7 @@ def test_arrays_need_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
-        "from iosr_fast.preprocess import to_pixels\n"
+        "from iosr_fast.images.preprocess import to_pixels\n"
         "print(to_pixels(np.zeros((2, 9, 9, 3), np.uint8), 4).shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -215,8 +215,8 @@ def test_one_array_is_one_picture_however_it_is_submitted() -> None:
 def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings, training's caches and half-done files depend on the rules by which pixels are made."""
     torch = pytest.importorskip("torch")
+    from iosr_fast.images.decoders import CpuDecoder
     from iosr_fast.offline.data import sources
-    from iosr_fast.pipeline.decoders import CpuDecoder
     from iosr_fast.pipeline.job import Job
     from tools.embedding.items import folder_source
     from tools.embedding.plan import enter_plan, make_plan

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, Skipped, list_folder, list_images, walk
+from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, list_folder, list_images, walk
 from tests.images import encode
 
 PICTURE = encode(np.zeros((4, 4, 3), np.uint8))

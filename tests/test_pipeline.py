@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from iosr_fast.encoder import Embeddings
-from iosr_fast.pipeline.decoders import CpuDecoder
-from iosr_fast.pipeline.listing import list_images
+from iosr_fast.images.decoders import CpuDecoder
+from iosr_fast.images.listing import list_images
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, classify
-from iosr_fast.preprocess import BadImageError
 from iosr_fast.utils.ordered import map_ordered
 
 SIZE = 8

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.images.decoders import CpuDecoder
+from iosr_fast.images.decoding import MARGIN, crop_pixels, decode_pixels
+from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
 from iosr_fast.pipeline import decoding
-from iosr_fast.pipeline.decoders import CpuDecoder
-from iosr_fast.pipeline.decoding import MARGIN, crop_pixels, decode_pixels
-from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
 from tests.images import encode
 from tools.bench.photographs import photograph
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.pipeline.decoding import decode_pixels
-from iosr_fast.preprocess import BadImageError, as_image_list, open_image, to_pixels
+from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.preprocess import BadImageError, as_image_list, open_image, to_pixels
 from tests.images import encode
 from tests.test_formats import rgb, upright
 

@@ -15,10 +15,10 @@ pytest.importorskip("open_clip")
 
 from iosr_fast import runtimes
 from iosr_fast.classifier import Classifier
+from iosr_fast.images.decoders import CpuDecoder
+from iosr_fast.images.listing import list_images
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import stream
-from iosr_fast.pipeline.decoders import CpuDecoder
-from iosr_fast.pipeline.listing import list_images
-from iosr_fast.preprocess import BadImageError
 from tools.bench.photographs import write_photographs
 from tools.demo.bundle import make_demo_bundle
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.labels import leave_out_bad
-from iosr_fast.preprocess import (
+from iosr_fast.images.preprocess import (
     BadImageError,
     list_folder,
     open_image,
@@ -18,6 +17,7 @@ from iosr_fast.preprocess import (
     resize_and_crop,
     to_pixels,
 )
+from iosr_fast.labels import leave_out_bad
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:

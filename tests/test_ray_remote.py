@@ -20,8 +20,8 @@ pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.predictions import Prediction
-from iosr_fast.preprocess import BadImageError
 from iosr_fast.ray_serving import Scale, build_app, from_config, replica
 from iosr_fast.ray_serving.deployment import code_version
 from iosr_fast.ray_serving.ingress import make_app

@@ -159,7 +159,7 @@ def test_strided_and_read_only_pixels(engines: dict[str, Path]) -> None:
         ),
         (np.zeros((32, 32, 3), np.uint8), ValueError, "expected pixels of shape"),
         (np.zeros((0, 32, 32, 3), np.uint8), ValueError, "B >= 1"),
-        (np.zeros((1, 64, 64, 3), np.uint8), ValueError, "iosr_fast.preprocess"),
+        (np.zeros((1, 64, 64, 3), np.uint8), ValueError, "iosr_fast.images.preprocess"),
     ],
 )
 def test_refuses_other_pixels(engines: dict[str, Path], pixels: Any, error: type[Exception], message: str) -> None:

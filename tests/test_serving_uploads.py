@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.decoder_process.structure import what_is_wrong
+from iosr_fast.images.decoder_process.structure import what_is_wrong
 from iosr_fast.serving.images import ImageLimits, check_image
 from tests.images import encode
 from tests.serving_client import AUTHORISED, Client, form, queries, serving

@@ -18,8 +18,8 @@ import onnx
 
 from iosr_fast.demo.pictures import load_pictures
 from iosr_fast.encoder import Embeddings
+from iosr_fast.images.preprocess import resize_and_crop
 from iosr_fast.precision import PRECISIONS, Precision
-from iosr_fast.preprocess import resize_and_crop
 from iosr_fast.reference import score_reference, softmax
 from iosr_fast.scoring import ScoringPlan
 from iosr_fast.triton_export import graph

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.decoder_process.headers import beyond, claimed_size, image_kind, work_pixels
-from iosr_fast.pipeline.decoding import decode_pixels
-from iosr_fast.preprocess import ENCODED, BadImageError, as_array, open_image
+from iosr_fast.images.decoder_process.headers import beyond, claimed_size, image_kind, work_pixels
+from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.preprocess import ENCODED, BadImageError, as_array, open_image
 
 
 class Limits(Protocol):

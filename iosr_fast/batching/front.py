@@ -20,8 +20,8 @@ from iosr_fast.batching.item import Hooks, Item, Observer, WholeImage
 from iosr_fast.batching.queue import BatchQueue
 from iosr_fast.batching.turns import Turns
 from iosr_fast.batching.workers import Workers, make_decoders
+from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.info import usable_threads
-from iosr_fast.preprocess import as_image_list
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.preprocess import BadImageError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,9 +21,9 @@ import numpy as np
 import iosr_fast
 from iosr_fast.batching.decode import ENCODED, Limits, check_bytes, decode, whole_image
 from iosr_fast.batching.item import DeadlineExceededError
-from iosr_fast.decoder_process.headers import claimed_size, work_pixels
-from iosr_fast.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.decoder_process.headers import claimed_size, work_pixels
+from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
+from iosr_fast.images.preprocess import BadImageError
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _PATIENCE = 2.0
 _NO_LIMIT = 1 << 40  # pixels
 # What an interpreter may need of the environment; tokens and the like are no business of it.
 _ENVIRONMENT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT")
-_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from iosr_fast.decoder_process.child import main; main()"
+_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from iosr_fast.images.decoder_process.child import main; main()"
 
 
 class _Gone(Exception):

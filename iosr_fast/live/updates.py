@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoder import Encoder
+from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.labels import as_seen, leave_out_bad, name_fault
 from iosr_fast.live.audit import open_log
 from iosr_fast.live.changes import Update
@@ -20,7 +21,6 @@ from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.methods import METHODS
 from iosr_fast.predictions import Change, ClassInfo, class_id, example_id
-from iosr_fast.preprocess import as_image_list
 from iosr_fast.validation import check_unit_rows
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, list_images
-from iosr_fast.preprocess import to_pixels
+from iosr_fast.images.listing import IMAGE_SUFFIXES, list_images
+from iosr_fast.images.preprocess import to_pixels
 
 if TYPE_CHECKING:
     from iosr_fast.offline.clip import LoadedClip

@@ -106,7 +106,9 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
         got = pictures.dtype if isinstance(pictures, np.ndarray) else type(pictures).__name__
         raise ValueError(f"expected {expected}, got {got}; give the pictures' bytes, the encoder normalises by itself")
     if pictures.ndim != 4 or pictures.shape[1:] != shape or len(pictures) < MIN_PICTURES:
-        raise ValueError(f"expected {expected}, got shape {pictures.shape}; iosr_fast.preprocess brings them to size")
+        raise ValueError(
+            f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess brings them to size"
+        )
     return EncoderGraph(model)
 
 

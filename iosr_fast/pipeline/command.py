@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.preprocess import BadImageError
 
 if TYPE_CHECKING:
     from iosr_fast.pipeline.job import Job
@@ -60,8 +60,8 @@ def classify(
 def _list(images: list[Path], skip_bad: bool) -> list[str]:
     """The images, those of folders listed. Raises ValueError where there are none, FileNotFoundError unless
     `skip_bad` where some are missing; all of them by name, before the classifier is opened."""
+    from iosr_fast.images.listing import list_images
     from iosr_fast.labels import some
-    from iosr_fast.pipeline.listing import list_images
 
     paths = [path for given in images for path in (list_images(given).paths if given.is_dir() else [str(given)])]
     if not paths:
@@ -84,7 +84,7 @@ def _job(
 ) -> Job:
     """The options, checked, with the classifier opened."""
     from iosr_fast.classifier import Classifier
-    from iosr_fast.pipeline.decoders import choose_decoder
+    from iosr_fast.images.decoders import choose_decoder
     from iosr_fast.pipeline.job import Job
     from iosr_fast.pipeline.stream import choose_batch
 

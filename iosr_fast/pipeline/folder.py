@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.pipeline.decoders import choose_decoder
-from iosr_fast.pipeline.listing import Skipped, list_images
+from iosr_fast.images.decoders import choose_decoder
+from iosr_fast.images.listing import Skipped, list_images
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.stream import choose_batch, classify, stage_of
-from iosr_fast.preprocess import BadImageError
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier

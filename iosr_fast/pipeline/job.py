@@ -11,12 +11,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from iosr_fast.pipeline.decoders import Decoder
+from iosr_fast.images.decoders import Decoder
+from iosr_fast.images.pixels import VERSION
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.journal import Journal, open_journal
 from iosr_fast.pipeline.stream import Answer, Stage, classify, stage_of
 from iosr_fast.pipeline.tables import check_output, csv_cells, csv_writer, write_table
-from iosr_fast.pixels import VERSION
-from iosr_fast.preprocess import BadImageError
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoder import Encoder
+from iosr_fast.images.decoders import Decoder
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.info import usable_threads
-from iosr_fast.pipeline.decoders import Decoder
 from iosr_fast.predictions import Prediction
-from iosr_fast.preprocess import BadImageError
 from iosr_fast.utils.ordered import map_ordered
 from iosr_fast.utils.verified_folder import Held
 

@@ -10,8 +10,8 @@ import warnings
 from typing import Any
 
 from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.predictions import Prediction
-from iosr_fast.preprocess import BadImageError
 from iosr_fast.ray_serving.messages import Facts, Reply
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving.lists import PAGE, class_page, example_page

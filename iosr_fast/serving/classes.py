@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.live.log_writer import LogWriteError
 from iosr_fast.predictions import Change
 from iosr_fast.predictions import class_id as make_class_id
-from iosr_fast.preprocess import BadImageError
 from iosr_fast.serving import schemas
 from iosr_fast.serving.errors import ApiError
 from iosr_fast.serving.images import Refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iosr_fast.decoder_process.headers import DAMAGED, beyond, claimed_size, image_kind
+from iosr_fast.images.decoder_process.headers import DAMAGED, beyond, claimed_size, image_kind
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from iosr_fast.batching import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.predictions import Prediction
-from iosr_fast.preprocess import BadImageError
 from iosr_fast.serving import schemas
 from iosr_fast.serving.errors import ApiError, busy, error_body
 from iosr_fast.serving.images import Refusal

@@ -30,7 +30,7 @@ Start a server (Triton {OLDEST_TRITON} or newer; TRITON_IMAGE is NVIDIA's triton
 Ask it (pip install 'tritonclient[grpc]' iosr_fast); each answer is "value:index:label", best first:
 
   import numpy as np, tritonclient.grpc as triton
-  from iosr_fast.preprocess import open_image  # upright 8-bit RGB, as this classifier was fit with
+  from iosr_fast.images.preprocess import open_image  # upright 8-bit RGB, as this classifier was fit with
 
   picture = np.asarray(open_image("picture.jpg"{stored}))[None]
   image = triton.InferInput("IMAGE", picture.shape, "UINT8")

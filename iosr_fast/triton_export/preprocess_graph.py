@@ -11,7 +11,7 @@ LARGEST_RATIO = 32
 
 
 def preprocess_model(size: int) -> bytes:
-    """IMAGE uint8 (B, H, W, 3) -> PIXELS uint8 (B, size, size, 3), as iosr_fast.preprocess.resize_and_crop does.
+    """IMAGE uint8 (B, H, W, 3) -> PIXELS uint8 (B, size, size, 3), as iosr_fast.images.preprocess.resize_and_crop does.
 
         H', W' = size * (H, W) // min(H, W)
         PIXELS = bicubic(IMAGE to H', W')[top : top + size, left : left + size]

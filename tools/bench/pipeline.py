@@ -31,6 +31,9 @@ from torch import nn
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoder import Embeddings
+from iosr_fast.images.decoders import CpuDecoder
+from iosr_fast.images.pixels import FORMATS
+from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.info import usable_threads
 from iosr_fast.live.examples import Examples
 from iosr_fast.live.recipe import fit_recipe
@@ -39,10 +42,7 @@ from iosr_fast.live.support_images import SupportViews
 from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.offline.clip import LoadedClip, load_clip
 from iosr_fast.offline.export import random_adapter, write_engine
-from iosr_fast.pipeline.decoders import CpuDecoder
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
-from iosr_fast.pixels import FORMATS
-from iosr_fast.preprocess import open_image, resize_and_crop
 from iosr_fast.runtimes import open_engine
 from iosr_fast.scoring import ScoringPlan
 from iosr_fast.utils.ordered import map_ordered

@@ -107,7 +107,7 @@ def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
     if clip.name == "demo":
         return calibration_pictures(clip), held_out()[0].images
     from iosr_fast.demo.pictures import load_pictures
-    from iosr_fast.preprocess import resize_and_crop
+    from iosr_fast.images.preprocess import resize_and_crop
     from tools.bench.photographs import photograph
 
     made = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.encoder import Encoder
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.runtimes import open_engine
 from iosr_fast.utils.require import require
 from tools.embedding.items import Chunk, Item

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, walk
+from iosr_fast.images.listing import IMAGE_SUFFIXES, walk
 from tools.embedding.items import Source, folder_source
 
 KINDS = ("folder", "webdataset", "parquet")

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, Skipped, walk
-from iosr_fast.preprocess import BadImageError, open_bytes, resize_and_crop
+from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, walk
+from iosr_fast.images.preprocess import BadImageError, open_bytes, resize_and_crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def stamp_of(status: os.stat_result) -> str:
 
 
 def load_pixels(item: Item, size: int, exif_orientation: bool = True) -> np.ndarray | BadImageError:
-    """(size, size, 3) uint8 as iosr_fast.preprocess makes them, or why there are none."""
+    """(size, size, 3) uint8 as iosr_fast.images.preprocess makes them, or why there are none."""
     where = Path(item.key if item.offset or item.size >= 0 else item.path)
     if item.fault is not None:
         return BadImageError(where, 0, item.fault)

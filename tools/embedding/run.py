@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.utils.files import MANIFEST, read_manifest
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require

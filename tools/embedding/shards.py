@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.pipeline.listing import IMAGE_SUFFIXES, walk
+from iosr_fast.images.listing import IMAGE_SUFFIXES, walk
 from iosr_fast.utils.require import require
 from tools.embedding.items import Item, Source, check_keys, stamp_of
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from iosr_fast.embedding_files import check_names
-from iosr_fast.pipeline.listing import walk
+from iosr_fast.images.listing import walk
 from iosr_fast.utils.require import require
 from tools.embedding.items import Item, Source, check_keys, stamp_of
 

@@ -89,7 +89,7 @@ def is_shards(data: str) -> bool:
 
 def validation_pictures(size: int) -> TensorPictures:
     """The demo's validation concepts: held out from the training of its CLIP and of its adapter."""
-    from iosr_fast.preprocess import to_pixels
+    from iosr_fast.images.preprocess import to_pixels
     from tools.evaluation.demo import held_out
 
     _, pictures = held_out()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.pipeline.listing import Skipped, walk
-from iosr_fast.preprocess import open_image
+from iosr_fast.images.listing import Skipped, walk
+from iosr_fast.images.preprocess import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

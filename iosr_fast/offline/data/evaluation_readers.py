@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.images.listing import class_folders
 from iosr_fast.offline.data.evaluation_files import (
     Content,
     Rows,
@@ -17,7 +18,6 @@ from iosr_fast.offline.data.evaluation_files import (
     read_pairs,
     spoken,
 )
-from iosr_fast.pipeline.listing import class_folders
 from iosr_fast.utils.require import require
 
 

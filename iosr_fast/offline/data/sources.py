@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from iosr_fast.images.listing import list_folder
+from iosr_fast.images.pixels import VERSION
+from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
 from iosr_fast.offline.data._files import digest, stamp
-from iosr_fast.pipeline.listing import list_folder
-from iosr_fast.pixels import VERSION
-from iosr_fast.preprocess import BadImageError, open_image, resize_and_crop
 
 
 class PictureSource(Protocol):
@@ -174,7 +174,7 @@ def split_order(order: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
 def demo_pictures(size: int) -> TensorPictures:
     """The demo's generic concepts, resized to the encoder's size where that is not their own."""
     from iosr_fast.demo.pictures import load_pictures
-    from iosr_fast.preprocess import to_pixels
+    from iosr_fast.images.preprocess import to_pixels
 
     pictures = load_pictures("generic")
     images = torch.from_numpy(to_pixels(pictures.images, size)).permute(0, 3, 1, 2)

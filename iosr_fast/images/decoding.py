@@ -1,6 +1,6 @@
 """Encoded images to pixels with little work: only what the crop shows is resized, and a large JPEG is decoded small.
 
-The geometry is that of `iosr_fast.preprocess.resize_and_crop` on what `iosr_fast.preprocess.open_image` gives, which
+The geometry is that of `iosr_fast.images.preprocess.resize_and_crop` on what `iosr_fast.images.preprocess.open_image` gives, which
 stay the reference.
 """
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.pixels import is_plain, opened, orientation_of, to_rgb, turn, upright_rgb
-from iosr_fast.preprocess import ENCODED, BadImageError, check_path, naming, open_image, resize_and_crop
+from iosr_fast.images.pixels import is_plain, opened, orientation_of, to_rgb, turn, upright_rgb
+from iosr_fast.images.preprocess import ENCODED, BadImageError, check_path, naming, open_image, resize_and_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image

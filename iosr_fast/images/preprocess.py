@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.pipeline.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-from iosr_fast.pipeline.listing import list_folder as list_folder
-from iosr_fast.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
+from iosr_fast.images.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from iosr_fast.images.listing import list_folder as list_folder
+from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +44,7 @@ class BadImageError(ValueError):
 
 
 def open_image(source: Any, position: int = 0, exif_orientation: bool = True) -> Image:
-    """One image as upright 8-bit RGB, decoded by the rules of `iosr_fast.pixels`: the one way in for all images.
+    """One image as upright 8-bit RGB, decoded by the rules of `iosr_fast.images.pixels`: the one way in for all images.
 
     `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
     uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation` False takes pixels as they are stored.

@@ -12,12 +12,12 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from iosr_fast.decoder_process import confinement
-from iosr_fast.decoder_process.headers import beyond
-from iosr_fast.decoder_process.structure import what_is_wrong
-from iosr_fast.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
-from iosr_fast.pipeline.decoding import decode_pixels
-from iosr_fast.preprocess import BadImageError, open_image
+from iosr_fast.images.decoder_process import confinement
+from iosr_fast.images.decoder_process.headers import beyond
+from iosr_fast.images.decoder_process.structure import what_is_wrong
+from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
+from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.preprocess import BadImageError, open_image
 
 
 def main() -> None:

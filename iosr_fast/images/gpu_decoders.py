@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.pipeline.decoders import Decoded, try_decode
-from iosr_fast.pixels import opened, orientation_of
+from iosr_fast.images.decoders import Decoded, try_decode
+from iosr_fast.images.pixels import opened, orientation_of
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from iosr_fast.decoder_process.headers import (
+from iosr_fast.images.decoder_process.headers import (
     DAMAGED,
     JPEG_ALONE,
     JPEG_FRAMES,

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.pipeline.decoding import decode_pixels
-from iosr_fast.preprocess import BadImageError
+from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.preprocess import BadImageError
 
 Decoded = np.ndarray | BadImageError
 DECODERS = ("cpu", "cpu-exact", "torchvision-cuda", "nvimagecodec")
@@ -99,7 +99,7 @@ def _missing(module: str) -> bool:
 def _make(name: str, exif_orientation: bool) -> Decoder:
     if name not in _NEEDS:
         return CpuDecoder(name == "cpu-exact", exif_orientation)
-    from iosr_fast.pipeline.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder
+    from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder
 
     made = TorchvisionDecoder if name == "torchvision-cuda" else NvImageCodecDecoder
     return made(exif_orientation=exif_orientation)
