@@ -118,7 +118,7 @@ class Classifier(LiveUpdates):
         engine: str | Path | None = None,
         progress: bool = False,
     ) -> Classifier:
-        """An unfitted classifier on a CLIP: `model` and `pretrained` as in `iosr_fast.offline.clip.load_clip`.
+        """An unfitted classifier on a CLIP: `model` and `pretrained` as in `iosr_fast.clip.load.load_clip`.
 
         Without a `model` it is "demo", a toy for trying out, and a warning says that it is near chance on photographs.
         `adapter` is a file of tools/train_adapter.py, None for none; "auto" takes the shipped one for the demo's CLIP.

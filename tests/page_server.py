@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import Classifier
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from tests import serving_client
 from tests.serving_client import TOKEN
 from tools.page_screenshot import ARGUMENTS, CHROMIUM, served

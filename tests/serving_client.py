@@ -19,7 +19,7 @@ import pytest
 
 from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving import Settings
 from tests.demo_cache import shared_cache
 from tests.images import encode

@@ -9,8 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.offline.adapter import (  # noqa: E402
+from iosr_fast.clip.adapter import (  # noqa: E402
     Adapter,
     check_belongs,
     encode_adapted,
@@ -19,8 +18,9 @@ from iosr_fast.offline.adapter import (  # noqa: E402
     load_adapter,
     save_adapter,
 )
+from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
 from iosr_fast.offline.augment import augment_batch, draw_augmentation  # noqa: E402
-from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_bad_adapters_are_named(clip: LoadedClip, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_adapter(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="header has no config"):
-        load_adapter(Path(__file__).parent.parent / "iosr_fast/demo/data/clip.safetensors")
+        load_adapter(Path(__file__).parent.parent / "iosr_fast/clip/demo/data/clip.safetensors")
     with pytest.raises(ValueError, match=r"first_adapted_block in 0\.\.5 .* got 6"):
         init_adapter(clip, 6)
     with pytest.raises(ValueError, match="trained for another CLIP"):

@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
-from iosr_fast.demo.pictures import Pictures, load_pictures
+from iosr_fast.clip.demo.pictures import Pictures, load_pictures
 from iosr_fast.encoder import Embeddings
 from tests.conftest import unit_rows
 from tests.test_dual_encoder import small_clip
@@ -100,7 +100,7 @@ def test_accuracy_is_that_of_the_given_embeddings(monkeypatch: pytest.MonkeyPatc
     width, labels = 16, np.repeat(np.arange(6), 7)
     pictures = Pictures(np.zeros((42, 1, 1, 3), np.uint8), labels, labels * 0, [f"concept {i}" for i in range(6)], [])
     monkeypatch.setattr(precision, "held_out", lambda: (pictures, None))
-    monkeypatch.setattr("iosr_fast.offline.text.embed_classes", lambda clip, names: unit_rows(rng, len(names), width))
+    monkeypatch.setattr("iosr_fast.clip.prompts.embed_classes", lambda clip, names: unit_rows(rng, len(names), width))
     good = np.eye(width, dtype=np.float32)[labels] + 0.05 * unit_rows(rng, 42, width)
     good /= np.linalg.norm(good, axis=1, keepdims=True)
     bad = unit_rows(rng, 42, width)

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
+from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.offline.clip import load_clip  # noqa: E402
 from iosr_fast.offline.train_config import TrainConfig  # noqa: E402
 from tools.bench import train as bench  # noqa: E402
 
@@ -29,7 +29,7 @@ def test_rows_say_what_was_trained_and_how_fast() -> None:
 
 def test_public_recipe_trains_what_ours_trains() -> None:
     """With dropout off, one epoch of each from the same start ends at the same weights."""
-    from iosr_fast.offline.adapter import init_adapter
+    from iosr_fast.clip.adapter import init_adapter
     from iosr_fast.offline.train import train_adapter
 
     clip = load_clip("demo")
@@ -50,7 +50,7 @@ def test_public_recipe_trains_what_ours_trains() -> None:
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_the_public_recipe_differentiates_all_blocks_and_the_pruned_one_does_not(everywhere: bool) -> None:
     """Adapters begin in block 4 of 6: the gradient passes block 1 only in the public code's way."""
-    from iosr_fast.offline.adapter import init_adapter, vision_blocks
+    from iosr_fast.clip.adapter import init_adapter, vision_blocks
 
     clip = load_clip("demo")
     passed: list[int] = []

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.methods import METHODS
 from tests.manifests import rewrite_manifest
 

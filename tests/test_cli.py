@@ -173,8 +173,8 @@ def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.Monk
     torch, open_clip = pytest.importorskip("torch"), pytest.importorskip("open_clip")
     from open_clip.model import _build_vision_tower
 
-    from iosr_fast.offline.architecture import check_architecture, vision_config
-    from iosr_fast.offline.fold import _refuse_other_encoders
+    from iosr_fast.clip.architecture import check_architecture, vision_config
+    from iosr_fast.clip.fuse import _refuse_other_encoders
 
     def says(act: Any) -> bool:
         try:

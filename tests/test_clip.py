@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 
-from iosr_fast.offline.clip import DEMO_FOLDER, load_clip  # noqa: E402
+from iosr_fast.clip.load import DEMO_FOLDER, load_clip  # noqa: E402
 
 TINY = "iosr-fast-demo"
 

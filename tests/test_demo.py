@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.demo.pictures import FOLDER, load_index, load_pictures
+from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,8 +51,8 @@ def test_sizes_and_licences() -> None:
 def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -> None:
     torch = pytest.importorskip("torch", reason="torch comes with the train extra")
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
-    from iosr_fast.offline.clip import load_clip
-    from iosr_fast.offline.dual_encoder import build_dual_encoder
+    from iosr_fast.clip.dual_encoder import build_dual_encoder
+    from iosr_fast.clip.load import load_clip
     from iosr_fast.offline.pretrained import choose_adapter
     from iosr_fast.overlap import auroc, overlap_area, pair_cosines
 
@@ -92,8 +92,8 @@ def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
 def test_another_adapter_is_evaluated_on_the_demo(tmp_path: Path) -> None:
     """One that changes nothing: adapted and plain embeddings are the same."""
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
-    from iosr_fast.offline.adapter import init_adapter, save_adapter
-    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.clip.adapter import init_adapter, save_adapter
+    from iosr_fast.clip.load import load_clip
 
     adapter = init_adapter(load_clip("demo"), 4, 8)
     save_adapter(adapter, tmp_path / "fresh.safetensors")

@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("kornia", reason="kornia comes with the train extra")
 
+from iosr_fast.clip.adapter import encode_adapted, init_adapter  # noqa: E402
+from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.offline.adapter import encode_adapted, init_adapter  # noqa: E402
-from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.offline.data import TensorPictures  # noqa: E402
 from iosr_fast.offline.dino import Dino, local_size  # noqa: E402
 from iosr_fast.offline.train import train_adapter  # noqa: E402

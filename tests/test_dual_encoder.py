@@ -14,9 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
 
-from iosr_fast.offline.adapter import encode_adapted, encode_plain, init_adapter  # noqa: E402
-from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.offline.dual_encoder import DualEncoder, build_dual_encoder  # noqa: E402
+from iosr_fast.clip.adapter import encode_adapted, encode_plain, init_adapter  # noqa: E402
+from iosr_fast.clip.dual_encoder import DualEncoder, build_dual_encoder  # noqa: E402
+from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 
@@ -210,5 +210,5 @@ def test_refuses_another_clips_adapter_and_an_unknown_precision() -> None:
 
 
 def test_the_module_needs_no_open_clip() -> None:
-    code = "import sys; sys.modules['open_clip'] = None; import iosr_fast.offline.dual_encoder"
+    code = "import sys; sys.modules['open_clip'] = None; import iosr_fast.clip.dual_encoder"
     subprocess.run([sys.executable, "-c", code], check=True)

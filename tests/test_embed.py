@@ -26,7 +26,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.embedding_files import Part, iterate_parts, read_embeddings, read_part
 from iosr_fast.encoder import Embeddings
 from iosr_fast.images.preprocess import to_pixels

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.demo.pictures import Pictures
+from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.encoder import Embeddings
 from iosr_fast.methods import compile_method
 from iosr_fast.overlap import auroc, overlap_area, pair_cosines
@@ -334,7 +334,7 @@ def test_sweep_with_given_adapters(
 ) -> None:
     for module in ("torch", "open_clip", "onnxruntime", "onnxscript", "matplotlib"):
         pytest.importorskip(module)
-    from iosr_fast.offline.adapter import save_adapter
+    from iosr_fast.clip.adapter import save_adapter
     from iosr_fast.offline.export import random_adapter
     from tests.test_dual_encoder import small_clip
     from tools.evaluation import block_sweep, plots, table

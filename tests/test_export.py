@@ -15,8 +15,8 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
+from iosr_fast.clip.dual_encoder import build_dual_encoder  # noqa: E402
 from iosr_fast.offline import export  # noqa: E402
-from iosr_fast.offline.dual_encoder import build_dual_encoder  # noqa: E402
 from iosr_fast.offline.engine_precision import quantised_by  # noqa: E402
 from iosr_fast.offline.export import engine_fingerprint, export_onnx, random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils.files import read_manifest  # noqa: E402

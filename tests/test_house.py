@@ -151,7 +151,7 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
         if runs_what_it_reads(node)
     ]
     # The bytes of that archive have the SHA-256 that OpenAI published: tests/test_clip.py.
-    assert hits == ["iosr_fast/offline/clip.py: torch.jit.load(archive, map_location='cpu')"]
+    assert hits == ["iosr_fast/clip/load.py: torch.jit.load(archive, map_location='cpu')"]
 
 
 UNSAFE_LINES = """import pickle

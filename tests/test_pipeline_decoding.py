@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.images.decoders import CpuDecoder
 from iosr_fast.images.decoding import MARGIN, crop_pixels, decode_pixels
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop

@@ -15,7 +15,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
-from iosr_fast.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.images.decoders import choose_decoder  # noqa: E402
 from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder, shrink  # noqa: E402
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop  # noqa: E402

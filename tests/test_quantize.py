@@ -16,9 +16,9 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
-from iosr_fast.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.clip.dual_encoder import build_dual_encoder  # noqa: E402
 from iosr_fast.offline import quantize  # noqa: E402
-from iosr_fast.offline.dual_encoder import build_dual_encoder  # noqa: E402
 from iosr_fast.offline.export import export_onnx  # noqa: E402
 from iosr_fast.offline.pretrained import open_pretrained  # noqa: E402
 from iosr_fast.offline.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.cache import encode_support
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.methods import METHODS
 from tools.reproduction import models, problems, store
 from tools.reproduction.problems import OwnSet, Problem, pose

@@ -236,7 +236,7 @@ def test_data_sets_are_opened_under_their_root_and_all_that_is_missing_is_listed
 def test_a_resnet_is_encoded_by_open_clip_s_own_encoder() -> None:
     torch = pytest.importorskip("torch", reason="torch comes with the train extra")
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
-    from iosr_fast.offline.adapter import encode_plain
+    from iosr_fast.clip.adapter import encode_plain
     from tools.reproduction.models import load_model
 
     made = load_model("RN50", "none", "auto")

@@ -126,8 +126,8 @@ def test_what_can_not_be_is_refused_before_anything_is_made(
 def test_an_adapter_of_another_clip_is_refused(
     run: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], posed: list[Problem]
 ) -> None:
-    from iosr_fast.offline.adapter import init_adapter, save_adapter
-    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.clip.adapter import init_adapter, save_adapter
+    from iosr_fast.clip.load import load_clip
 
     adapter = init_adapter(load_clip("demo"))
     adapter.config = replace(adapter.config, clip_fingerprint="0" * 64)

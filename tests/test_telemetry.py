@@ -53,7 +53,7 @@ WORK = {
     "onnxruntime": PREDICT.replace("RUNTIME", "'onnxruntime'"),
     "openvino": PREDICT.replace("RUNTIME", "'openvino'"),
     "open_clip": """
-from iosr_fast.offline.clip import load_clip
+from iosr_fast.clip.load import load_clip
 load_clip("demo").tokenizer(["a photo"])
 """,
     "onnxscript": """

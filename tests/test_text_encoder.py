@@ -26,11 +26,11 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from hypothesis import strategies as st  # noqa: E402
 
-from iosr_fast.demo.pictures import load_index  # noqa: E402
+from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
+from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.clip.prompts import DEMO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.offline import export_text as module  # noqa: E402
-from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.offline.export_text import export_text  # noqa: E402
-from iosr_fast.offline.text import DEMO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.text_encoder import FILE, TOKENIZER_FILE, TextEncoder  # noqa: E402
 
 VOCABULARY = 49408

@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
+from iosr_fast.clip.adapter import Adapter, encode_plain, init_adapter  # noqa: E402
+from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.offline import probe as probe_module  # noqa: E402
-from iosr_fast.offline.adapter import Adapter, encode_plain, init_adapter  # noqa: E402
 from iosr_fast.offline.batches import cut  # noqa: E402
-from iosr_fast.offline.clip import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.offline.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
 from iosr_fast.offline.train import train_adapter  # noqa: E402
 from iosr_fast.offline.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402

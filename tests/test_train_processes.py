@@ -19,8 +19,8 @@ if not Path("/proc/self/task").is_dir():
 
 from PIL import Image  # noqa: E402
 
-from iosr_fast.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.offline.adapter import load_adapter  # noqa: E402
+from iosr_fast.clip.adapter import load_adapter  # noqa: E402
+from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
-from iosr_fast.offline.clip import LoadedClip  # noqa: E402
+from iosr_fast.clip.load import LoadedClip  # noqa: E402
 from iosr_fast.offline.data import FolderPictures, TensorPictures  # noqa: E402
 from iosr_fast.offline.train import Progress, train_adapter  # noqa: E402
 from iosr_fast.offline.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402

@@ -17,7 +17,7 @@ import typer  # noqa: E402
 from PIL import Image  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
-from iosr_fast.offline.adapter import load_adapter  # noqa: E402
+from iosr_fast.clip.adapter import load_adapter  # noqa: E402
 from tools import train_adapter as tool  # noqa: E402
 
 APP = typer.Typer()

@@ -18,7 +18,7 @@ pytest.importorskip("tritonclient.grpc", reason="tritonclient comes with the tri
 from tritonclient.grpc import model_config_pb2 as schema
 
 from iosr_fast import Classifier
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.offline.pretrained import open_pretrained
 from iosr_fast.text_source import TextSource
 from iosr_fast.triton_export import export_triton, graph, repository

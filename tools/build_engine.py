@@ -24,10 +24,10 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast.offline.adapter import Adapter
-from iosr_fast.offline.architecture import check_architecture
+from iosr_fast.clip.adapter import Adapter
+from iosr_fast.clip.architecture import check_architecture
+from iosr_fast.clip.load import load_clip
 from iosr_fast.offline.calibration import calibration_pictures
-from iosr_fast.offline.clip import load_clip
 from iosr_fast.offline.engine_precision import QUANTISED, choose_builder
 from iosr_fast.offline.export import add_plan, random_adapter, write_engine
 from iosr_fast.offline.export_check import CHECKED_PICTURES
@@ -41,7 +41,7 @@ def real_pictures(size: int) -> np.ndarray:
     """Some of the demo's pictures at the model's size: uint8 (N, size, size, 3)."""
     from PIL import Image
 
-    from iosr_fast.demo.pictures import load_pictures
+    from iosr_fast.clip.demo.pictures import load_pictures
 
     images = load_pictures("held-out").images
     chosen = images[np.linspace(0, len(images) - 1, CHECKED_PICTURES).astype(int)]

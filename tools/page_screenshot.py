@@ -26,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast import Classifier
-from iosr_fast.demo.pictures import load_pictures
+from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.utils.require import require
 from tools.command import new_file, run
 from tools.demo.bundle import held_out_queries, make_demo_bundle

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from iosr_fast.clip.adapter import init_adapter, load_adapter, save_adapter
+from iosr_fast.clip.architecture import check_architecture
+from iosr_fast.clip.load import load_clip
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.adapter import init_adapter, load_adapter, save_adapter
-from iosr_fast.offline.architecture import check_architecture
-from iosr_fast.offline.clip import load_clip
 from iosr_fast.offline.dino import local_size
 from iosr_fast.offline.processes import make_fabric
 from iosr_fast.offline.train import train_adapter

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from iosr_fast.offline.adapter import Adapter, vision_blocks
-from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.clip.adapter import Adapter, vision_blocks
+from iosr_fast.clip.load import LoadedClip
 
 
 class AdaptedEncoder:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
 from iosr_fast.offline.augment import draw_augmentation
-from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource
 from iosr_fast.offline.interrupt import sheltered
 from iosr_fast.offline.kept_prefix import KeptPrefix

@@ -11,7 +11,7 @@ from iosr_fast.images.listing import IMAGE_SUFFIXES, list_images
 from iosr_fast.images.preprocess import to_pixels
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.load import LoadedClip
 
 PICTURES = 256
 
@@ -30,7 +30,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
                 f"expected calibration pictures to quantise {clip.name}, got none; give a folder of some hundred that "
                 "look like those to come (tools/build_engine.py --calibration DIR)"
             )
-        from iosr_fast.demo.pictures import load_pictures
+        from iosr_fast.clip.demo.pictures import load_pictures
 
         return _evenly(load_pictures("generic").images, count)
     paths = list_images(folder).paths

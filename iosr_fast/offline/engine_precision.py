@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from iosr_fast.offline.dual_encoder import Precision
+from iosr_fast.clip.dual_encoder import Precision
 from iosr_fast.runtimes import choose_runtime
 from iosr_fast.runtimes.tensorrt import EXTRAS
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.load import LoadedClip
 
 # Which runtimes execute an engine of a precision; in bf16 it is OpenVINO that rounds, the graph stays fp32.
 RUNTIMES_OF = {

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from iosr_fast.clip.dual_encoder import DualEncoder, build_dual_encoder
 from iosr_fast.info import cpu_model, package_version
-from iosr_fast.offline.dual_encoder import DualEncoder, build_dual_encoder
 from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.offline.export_check import check, pictures_of, two_passes
 from iosr_fast.offline.onnx_files import save_onnx
@@ -37,8 +37,8 @@ from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import hold
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.adapter import Adapter
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.load import LoadedClip
 
 EXPORT_VERSION = 1  # goes up when the same weights give other embeddings than before
 LAYOUT = 2  # goes up when the same embeddings come from other files than before
@@ -111,7 +111,7 @@ def engine_fingerprint(
 
 def random_adapter(clip: LoadedClip, first_adapted_block: int, bottleneck: int = 64) -> Adapter:
     """Random weights, up_proj included, and marked as such: it costs what a trained adapter costs, to measure speed."""
-    from iosr_fast.offline.adapter import init_adapter
+    from iosr_fast.clip.adapter import init_adapter
 
     adapter = init_adapter(clip, first_adapted_block, bottleneck, training={"random": True})
     generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,8 @@ import torch
 from iosr_fast.runtimes.batched import BatchedEncoder
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.adapter import Adapter
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.load import LoadedClip
 
 FP32_MAX_ERROR = 1e-4
 MIN_COSINES = {"fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
@@ -36,7 +36,7 @@ def pictures_of(size: int, real_images: np.ndarray | None, noise: bool = True) -
 @torch.inference_mode()
 def two_passes(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
     """The truth of the check: the public code's way, with nothing fused or folded, in fp32."""
-    from iosr_fast.offline.adapter import encode_adapted, encode_plain
+    from iosr_fast.clip.adapter import encode_adapted, encode_plain
 
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
     x = (torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255 - mean) / std

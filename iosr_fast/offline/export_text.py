@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iosr_fast.demo.pictures import load_index
-from iosr_fast.offline.dual_encoder import Precision
+from iosr_fast.clip.demo.pictures import load_index
+from iosr_fast.clip.dual_encoder import Precision
+from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
 from iosr_fast.offline.export import LARGEST_FILE, OPSET, quiet_exporter
 from iosr_fast.offline.export_check import FP32_MAX_ERROR
-from iosr_fast.offline.text import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
 from iosr_fast.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.load import LoadedClip
 
 PAD = 0  # what open_clip fills rows up with; it comes after the end, where nothing looks
 FP16_MIN_COSINE = 0.9999  # of weights that are only stored in fp16

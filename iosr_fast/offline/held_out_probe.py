@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from iosr_fast.clip.adapter import Adapter
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.adapter import Adapter
 from iosr_fast.offline.batches import KEPT_DTYPES, Normalise, prefix_key
-from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource, SubsetPictures
 from iosr_fast.offline.interrupt import sheltered
 from iosr_fast.offline.kept_prefix import KeptPrefix

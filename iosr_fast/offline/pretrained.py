@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from iosr_fast.clip.architecture import check_architecture, vision_config
+from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
 from iosr_fast.encoder import Encoder
-from iosr_fast.offline.architecture import check_architecture, vision_config
-from iosr_fast.offline.clip import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
 from iosr_fast.text_source import TextSource
 from iosr_fast.utils.cache_folder import cache_folder
 from iosr_fast.utils.files import SCHEMA, recover
@@ -19,7 +19,7 @@ from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import hold
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.adapter import Adapter
+    from iosr_fast.clip.adapter import Adapter
 
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
     Raises FileNotFoundError or ValueError for a file that is no adapter, or is one of a CLIP of another shape; the CLIP
     itself is not looked at (`choose_adapter` compares their weights).
     """
-    from iosr_fast.offline.adapter import load_adapter
+    from iosr_fast.clip.adapter import load_adapter
 
     if adapter == "auto":
         adapter = DEMO_ADAPTER if model in ("demo", DEMO_NAME) else None
@@ -59,7 +59,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
 
 def choose_adapter(clip: LoadedClip, adapter: str | Path | None) -> Adapter | None:
     """`read_adapter` of a CLIP that is loaded. Raises ValueError for an adapter of other weights."""
-    from iosr_fast.offline.adapter import check_belongs
+    from iosr_fast.clip.adapter import check_belongs
 
     loaded = read_adapter(clip.name, adapter)
     if loaded is not None:
@@ -83,11 +83,11 @@ def open_pretrained(
     """
     for module in ("torch", "open_clip"):
         require(module, "train")
-    from iosr_fast.offline.adapter import check_belongs
+    from iosr_fast.clip.adapter import check_belongs
+    from iosr_fast.clip.prompts import ClipText
     from iosr_fast.offline.calibration import calibration_pictures
     from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, quantised_by
     from iosr_fast.offline.export import LAYOUT, engine_fingerprint, write_engine
-    from iosr_fast.offline.text import ClipText
     from iosr_fast.runtimes import open_engine
     from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine, check_runtime
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.offline.train_config import TrainConfig
 from iosr_fast.utils.require import require
 

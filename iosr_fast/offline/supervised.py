@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from iosr_fast.clip.adapter import Adapter
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.adapter import Adapter
 from iosr_fast.offline.augment import augment_batch
 
 Stem = tuple[torch.Tensor, torch.Tensor]

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from iosr_fast.clip.adapter import Adapter, check_belongs
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.adapter import Adapter, check_belongs
 from iosr_fast.offline.batches import Batches, hash_seed, part_size
 from iosr_fast.offline.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
-from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource
 from iosr_fast.offline.dino import Dino
 from iosr_fast.offline.held_out_probe import HeldOut

@@ -41,7 +41,7 @@ class TorchEncoder(BatchedEncoder):
         super().__init__(manifest, "torch", sizes if on_gpu else None)
         from safetensors.torch import load_file
 
-        from iosr_fast.offline.dual_encoder import DualEncoder
+        from iosr_fast.clip.dual_encoder import DualEncoder
 
         encoder = DualEncoder.from_config(manifest["dual_encoder"])
         try:

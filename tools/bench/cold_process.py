@@ -38,9 +38,9 @@ def with_open_clip(
     from PIL import Image
     from safetensors.torch import load_file
 
+    from iosr_fast.clip.adapter import encode_adapted, encode_plain, load_adapter
+    from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip
     from iosr_fast.images.pixels import FORMATS
-    from iosr_fast.offline.adapter import encode_adapted, encode_plain, load_adapter
-    from iosr_fast.offline.clip import DEMO_FOLDER, DEMO_NAME, LoadedClip
 
     imported = time.perf_counter()
     facts = json.loads((bundle / "manifest.json").read_bytes())

@@ -116,7 +116,7 @@ def make_bundle(model: str, folder: Path) -> Path:
     from PIL import Image
 
     from iosr_fast.classifier import Classifier
-    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.clip.load import load_clip
     from iosr_fast.offline.export import random_adapter, write_engine
     from tools.demo.bundle import held_out_queries, make_demo_bundle
 
@@ -126,7 +126,7 @@ def make_bundle(model: str, folder: Path) -> Path:
     if model == "demo":
         make_demo_bundle(folder / "bundle", CLASSES, SHOTS)
         return picture
-    from iosr_fast.offline.adapter import save_adapter
+    from iosr_fast.clip.adapter import save_adapter
 
     clip = load_clip(model, "none")
     adapter = random_adapter(clip, 2 * len(clip.model.visual.transformer.resblocks) // 3)
@@ -143,7 +143,7 @@ def make_bundle(model: str, folder: Path) -> Path:
 
 def _open_clip_arguments(model: str, folder: Path) -> tuple[str, str, str]:
     """What the rival loads: its model's name, weights and the adapter."""
-    from iosr_fast.offline.clip import DEMO_FOLDER, DEMO_NAME, load_clip
+    from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, load_clip
     from iosr_fast.offline.pretrained import DEMO_ADAPTER
 
     if model == "demo":

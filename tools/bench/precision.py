@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.clip.dual_encoder import build_dual_encoder
+from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.encoder import Embeddings
 from iosr_fast.info import usable_threads
 from iosr_fast.offline.calibration import calibration_pictures
-from iosr_fast.offline.clip import LoadedClip, load_clip
-from iosr_fast.offline.dual_encoder import build_dual_encoder
 from iosr_fast.offline.export import export_onnx, random_adapter
 from iosr_fast.offline.export_check import FP32_MAX_ERROR, MIN_COSINES
 from iosr_fast.offline.pretrained import choose_adapter
@@ -106,7 +106,7 @@ def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
     """(calibrated on, judged on), uint8 (N, S, S, 3): of the demo's generic concepts and of its test concepts."""
     if clip.name == "demo":
         return calibration_pictures(clip), held_out()[0].images
-    from iosr_fast.demo.pictures import load_pictures
+    from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.images.preprocess import resize_and_crop
     from tools.bench.photographs import photograph
 
@@ -187,7 +187,7 @@ def verify(name: str, found: Embeddings, truth: Embeddings) -> dict[str, Any]:
 
 def accuracies(clip: LoadedClip, found: Mapping[str, Embeddings]) -> dict[str, dict[str, Any]]:
     """Few-shot accuracy on the demo's test concepts; `accuracy` is that of the first of METHODS and SHOTS."""
-    from iosr_fast.offline.text import embed_classes
+    from iosr_fast.clip.prompts import embed_classes
     from tools.demo.few_shot import evaluate
 
     pictures, _ = held_out()

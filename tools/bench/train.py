@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain, init_adapter, vision_blocks
+from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.info import usable_threads
 from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.adapter import Adapter, encode_adapted, encode_plain, init_adapter, vision_blocks
-from iosr_fast.offline.clip import LoadedClip, load_clip
 from iosr_fast.offline.data import TensorPictures
 from iosr_fast.offline.export import random_adapter
 from iosr_fast.offline.probe import probe

@@ -1,6 +1,6 @@
 """Turn npm's emoji packages into the demo's data: one lossless WebP sheet a style, and one index.
 
-    python tools/demo/build_data.py --out iosr_fast/demo/data
+    python tools/demo/build_data.py --out iosr_fast/clip/demo/data
 
 A *concept* (a class) is an emoji as Unicode defines it; a *style* (a domain) is the font that draws it. Concepts drawn
 in at least four of the seven styles are kept; skin tones, flags and letters that are only half of a flag are left out.

@@ -14,7 +14,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.demo.pictures import Pictures, load_pictures
+from iosr_fast.clip.demo.pictures import Pictures, load_pictures
 from iosr_fast.utils.outputs import check_new_folder
 from tools.command import run
 

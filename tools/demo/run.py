@@ -22,9 +22,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.demo.pictures import Pictures
-from iosr_fast.offline.adapter import Adapter, init_adapter, load_adapter, save_adapter
-from iosr_fast.offline.clip import LoadedClip, load_clip
+from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
+from iosr_fast.clip.demo.pictures import Pictures
+from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.offline.data import demo_pictures
 from iosr_fast.offline.export import write_engine
 from iosr_fast.offline.pretrained import DEMO_ADAPTER

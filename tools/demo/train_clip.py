@@ -1,6 +1,6 @@
 """Train the demo's small CLIP from scratch on the generic concepts (about 12 minutes on 2 cores).
 
-    python tools/demo/train_clip.py --out iosr_fast/demo/data/clip.safetensors
+    python tools/demo/train_clip.py --out iosr_fast/clip/demo/data/clip.safetensors
 
 An ordinary open_clip model and CLIP's own contrastive loss. Captions are loose, as a web-trained CLIP's are: most of
 them name a keyword or the group of the pictured thing, few its exact name. Held-out concepts are seen by neither tower.
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from iosr_fast.demo.pictures import FOLDER, load_index, load_pictures
+from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
 from iosr_fast.offline.augment import augment_batch, draw_augmentation
 from tools.command import new_file, run
 

@@ -17,15 +17,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from iosr_fast.demo.pictures import Pictures
+from iosr_fast.clip.adapter import Adapter, check_belongs, init_adapter, load_adapter, save_adapter
+from iosr_fast.clip.demo.pictures import Pictures
+from iosr_fast.clip.dual_encoder import build_dual_encoder
+from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.encoder import Encoder
 from iosr_fast.info import usable_threads
-from iosr_fast.offline.adapter import Adapter, check_belongs, init_adapter, load_adapter, save_adapter
-from iosr_fast.offline.clip import LoadedClip
 from iosr_fast.offline.data import PictureSource, demo_pictures
-from iosr_fast.offline.dual_encoder import build_dual_encoder
 from iosr_fast.offline.export import write_engine
-from iosr_fast.offline.text import embed_classes
 from iosr_fast.offline.train import train_adapter
 from iosr_fast.offline.train_config import TrainConfig
 from iosr_fast.runtimes import open_engine
@@ -253,7 +253,7 @@ def run(
     say: Say,
 ) -> list[dict[str, Any]]:
     """The sweep on the demo's CLIP and held-out concepts."""
-    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.clip.load import load_clip
     from tools.evaluation.demo import held_out
 
     clip = load_clip("demo")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.demo.pictures import Pictures, load_pictures
+from iosr_fast.clip.demo.pictures import Pictures, load_pictures
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.encoder import Embeddings
-from iosr_fast.offline.clip import LoadedClip
 from tools.evaluation.tasks import POOL, SUPPORT_STYLES, Encoded, Source, Task, only, split_styles
 
 BATCH = 64
@@ -29,7 +29,7 @@ def held_out() -> tuple[Pictures, Pictures]:
 
 def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray | None = None) -> Encoded:
     """Every picture, by `run` in batches, and its concepts' names (unless `text` has them already)."""
-    from iosr_fast.offline.text import embed_classes
+    from iosr_fast.clip.prompts import embed_classes
 
     parts = [run(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // BATCH))]
     adapted = [part.adapted for part in parts if part.adapted is not None]
@@ -44,7 +44,7 @@ def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
     """The dual encoder in PyTorch: nothing is exported."""
     import torch
 
-    from iosr_fast.offline.dual_encoder import build_dual_encoder
+    from iosr_fast.clip.dual_encoder import build_dual_encoder
 
     encoder = build_dual_encoder(clip, adapter).eval()
 
@@ -57,7 +57,7 @@ def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
 
 def encode_test(adapter: str | Path = "auto") -> tuple[Encoded, tuple[str, ...]]:
     """The test concepts with the shipped adapter (or a file's), and the styles' names."""
-    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.clip.load import load_clip
     from iosr_fast.offline.pretrained import choose_adapter
 
     clip = load_clip("demo")

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from iosr_fast.cache import SupportSet, make_support_set
-from iosr_fast.demo.pictures import Pictures
+from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.encoder import Embeddings
 
 # Pictures of a concept that support sets are drawn from: the others are queries, the same for every number of shots.

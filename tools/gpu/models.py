@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from iosr_fast.offline.adapter import Adapter, encode_adapted
-from iosr_fast.offline.clip import LoadedClip, load_clip
-from iosr_fast.offline.dual_encoder import DualEncoder, DualEncoderConfig, Precision, build_dual_encoder
+from iosr_fast.clip.adapter import Adapter, encode_adapted
+from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision, build_dual_encoder
+from iosr_fast.clip.load import LoadedClip, load_clip
 
 FIRST_ADAPTED = 8
 MIN_COSINE = 0.999  # of each embedding in half precision with the one in float32

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from iosr_fast import dispatch
+from iosr_fast.clip.dual_encoder import Precision, build_dual_encoder
 from iosr_fast.encoder import Embeddings
-from iosr_fast.offline.dual_encoder import Precision, build_dual_encoder
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan, score
 from tools.bench import score as bench
@@ -102,8 +102,8 @@ def demo_labels(report: Report, setting: Setting) -> None:
     if missing:
         report.skip(f"the demo's labels: {' and '.join(missing)} not installed")
         return
-    from iosr_fast.demo.pictures import load_pictures
-    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.clip.demo.pictures import load_pictures
+    from iosr_fast.clip.load import load_clip
     from iosr_fast.offline.pretrained import choose_adapter
 
     clip = load_clip("demo")

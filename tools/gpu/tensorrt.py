@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from iosr_fast.offline.dual_encoder import DualEncoder
+from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.offline.export import export_onnx
 from iosr_fast.runtimes.batched import BatchedEncoder
 from iosr_fast.runtimes.cuda_graphs import GraphedScorer

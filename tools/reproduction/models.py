@@ -13,7 +13,7 @@ import numpy as np
 from iosr_fast.encoder import Embeddings, Encoder
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.load import LoadedClip
 
 PRECISION = "fp32"
 
@@ -58,14 +58,14 @@ class Model:
 
     def embed_text(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """(C, D) float32, L2-normalised."""
-        from iosr_fast.offline.text import embed_classes
+        from iosr_fast.clip.prompts import embed_classes
 
         return embed_classes(self.clip, names, templates)
 
 
 def load_model(name: str, pretrained: str | Path | None, adapter: str | Path | None, runtime: str = "auto") -> Model:
     """Load a CLIP and look at its adapter. Raises ValueError for an adapter of another CLIP, or where none can be."""
-    from iosr_fast.offline.clip import load_clip
+    from iosr_fast.clip.load import load_clip
     from iosr_fast.offline.export import engine_fingerprint
     from iosr_fast.offline.pretrained import choose_adapter
     from iosr_fast.runtimes import choose_runtime
@@ -91,7 +91,7 @@ def faster(runtime: str) -> str:
 
 def has_transformer(clip: LoadedClip) -> bool:
     """Whether the dual encoder can be built: ResNets (RN50, of which most published figures are) have none."""
-    from iosr_fast.offline.adapter import vision_blocks
+    from iosr_fast.clip.adapter import vision_blocks
 
     try:
         vision_blocks(clip)

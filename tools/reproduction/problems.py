@@ -224,7 +224,7 @@ class DemoSplit:
 
 def demo() -> Problem:
     """The demo's held-out concepts, drawn as tools/evaluate.py does: a seed's first POOL of each are its support."""
-    from iosr_fast.offline.text import DEMO_TEMPLATES
+    from iosr_fast.clip.prompts import DEMO_TEMPLATES
     from tools.evaluation.demo import held_out
 
     pictures, _ = held_out()

@@ -173,7 +173,7 @@ def split_order(order: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
 
 def demo_pictures(size: int) -> TensorPictures:
     """The demo's generic concepts, resized to the encoder's size where that is not their own."""
-    from iosr_fast.demo.pictures import load_pictures
+    from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.images.preprocess import to_pixels
 
     pictures = load_pictures("generic")

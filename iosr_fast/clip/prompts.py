@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.utils.files import MANIFEST, SCHEMA, new_folder, write_manifest
 from iosr_fast.utils.verified_folder import hold
 

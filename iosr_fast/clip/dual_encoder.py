@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.adapter import Adapter
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.load import LoadedClip
 
 Precision = Literal["fp32", "fp16"]
 
@@ -231,8 +231,8 @@ def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precisi
     LayerNorm, softmax and last normalisation. Raises ValueError, by name, for an image encoder that can't be fused (no
     VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
     """
-    from iosr_fast.offline.adapter import check_belongs
-    from iosr_fast.offline.fold import describe, fold
+    from iosr_fast.clip.adapter import check_belongs
+    from iosr_fast.clip.fuse import describe, fold
 
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")

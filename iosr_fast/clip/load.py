@@ -13,8 +13,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.demo.pictures import FOLDER as DEMO_FOLDER
-from iosr_fast.offline.architecture import downloading
+from iosr_fast.clip.architecture import downloading
+from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iosr_fast.offline.clip import LoadedClip
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.utils.files import new_file
 
 

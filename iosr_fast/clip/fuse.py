@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from iosr_fast.offline.dual_encoder import DualEncoderConfig, Precision
+from iosr_fast.clip.dual_encoder import DualEncoderConfig, Precision
 
 if TYPE_CHECKING:
-    from iosr_fast.offline.adapter import Adapter
-    from iosr_fast.offline.clip import LoadedClip
+    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.load import LoadedClip
 
 State = dict[str, torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""CLIP in torch: loading, the adapter, the dual encoder that both are fused into, and prompts."""
