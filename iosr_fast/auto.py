@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from iosr_fast.cache import SupportSet
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, refusal
 from iosr_fast.reducers import REDUCERS
 from iosr_fast.tune import Tuned, is_level, tune

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from iosr_fast.encoder import Array, Embeddings
+from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.precision import Precision
 from iosr_fast.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 
 

@@ -16,7 +16,9 @@ import numpy as np
 from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.cache import SupportSet, encode_support
 from iosr_fast.choice import check_choice, search
-from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.text_encoder import checked_templates
+from iosr_fast.encoders.text_source import TextSource
 from iosr_fast.explain import softmax
 from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
 from iosr_fast.labels import check_labels, class_ids, leave_out_bad, some
@@ -32,8 +34,6 @@ from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
 from iosr_fast.scoring import RANGES, ScoringPlan
-from iosr_fast.text_encoder import checked_templates
-from iosr_fast.text_source import TextSource
 from iosr_fast.tune import Tuned
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.verified_folder import Held
@@ -352,7 +352,7 @@ class Classifier(LiveUpdates):
         `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
         missing, damaged or foreign, and what open_engine raises.
         """
-        from iosr_fast.runtimes import open_engine
+        from iosr_fast.encoders.runtimes import open_engine
 
         bundle = load_bundle(folder, verify, threads, expected_digest)
         encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)

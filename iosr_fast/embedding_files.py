@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.utils.files import new_file, read_manifest
 from iosr_fast.utils.require import require
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.predictions import ClassScore, Neighbour, Prediction, class_id
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from iosr_fast.cache import SupportSet
 from iosr_fast.closed_form import gda_without, kernel_ridge_without
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, Method
 from iosr_fast.methods.proker import residual
 from iosr_fast.methods.rows import image_rows

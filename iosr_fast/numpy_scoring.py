@@ -9,7 +9,7 @@ import numpy as np
 from iosr_fast.precision import key_rows
 
 if TYPE_CHECKING:
-    from iosr_fast.encoder import Embeddings
+    from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.scoring import ScoringPlan
 
 # One tile of affinities of this shape is held at a time: 16 MB.

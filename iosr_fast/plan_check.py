@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from iosr_fast.cache import SupportSet
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.held_out import HeldOut, in_order_of_folds, plans
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan, score

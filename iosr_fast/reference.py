@@ -10,7 +10,7 @@ from iosr_fast.precision import key_rows
 
 if TYPE_CHECKING:
     from iosr_fast.cache import SupportSet
-    from iosr_fast.encoder import Embeddings
+    from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.scoring import ScoringPlan
 
 

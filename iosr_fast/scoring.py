@@ -9,7 +9,7 @@ import numpy as np
 
 from iosr_fast import dispatch
 from iosr_fast.batch import Batch, make_batch
-from iosr_fast.encoder import Array, Embeddings
+from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.int8_keys import compact_int8
 from iosr_fast.precision import Precision, convert_keys, dequantize, precision_of
 from iosr_fast.reducers import Reducer

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from iosr_fast.cache import SupportSet
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.held_out import HeldOut, Setting, in_order_of_folds, intervals_of, leave_out, logits_of, validation
 from iosr_fast.log_loss import MOST, fit_alpha, fit_factor, spread
 from iosr_fast.methods import METHODS, compile_method, refusal

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.batching import BatchingClassifier
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.predictions import ClassScore, Neighbour, Prediction
 
 SIZE = 4

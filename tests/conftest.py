@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from iosr_fast import dispatch
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.runtimes.signal_stack import signal_stack
 from iosr_fast.precision import Precision
 from iosr_fast.reducers import Reducer
-from iosr_fast.runtimes.signal_stack import signal_stack
 from iosr_fast.scoring import ScoringPlan
 from tests import demo_cache as shared
 from tools.source_tree import use_source_tree
@@ -152,4 +152,6 @@ def _signal_stack_is_kept() -> Iterator[None]:
         return
     before = signal_stack()
     yield
-    assert signal_stack() == before, "the thread's signal stack was replaced (see iosr_fast.runtimes.signal_stack)"
+    assert signal_stack() == before, (
+        "the thread's signal stack was replaced (see iosr_fast.encoders.runtimes.signal_stack)"
+    )

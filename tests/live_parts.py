@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.live.examples import Examples
 from iosr_fast.live.recipe import Recipe, fit_recipe
 from iosr_fast.live.state import State

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from iosr_fast import _C
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.precision import Precision, dequantize, key_rows
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import LARGEST, RANGES, ScoringPlan, score_with_path

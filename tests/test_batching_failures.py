@@ -15,7 +15,7 @@ from iosr_fast.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.batching import decode as batch_decode
 from iosr_fast.batching import workers as batch_workers
 from iosr_fast.batching.engine import bucket_sizes
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import decoding
 from tests.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, FakeEncoder, FakeState, Watcher, picture, until

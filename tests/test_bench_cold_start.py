@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
-from iosr_fast.runtimes.onnxruntime import FILE, WEIGHTS
+from iosr_fast.encoders.runtimes.onnxruntime import FILE, WEIGHTS
 from iosr_fast.utils.files import read_manifest
 from tests.demo_cache import shared_cache
 from tools.bench import cold_start, harness

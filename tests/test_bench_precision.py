@@ -15,7 +15,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
 from iosr_fast.clip.demo.pictures import Pictures, load_pictures
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from tests.conftest import unit_rows
 from tests.test_dual_encoder import small_clip
 from tools.bench import ceilings, harness, precision

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import score
 from tests.conftest import unit_rows
 from tools.bench import harness

@@ -257,7 +257,7 @@ def test_extra_memory_is_the_peak_of_a_call() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("shape", [(4096, 4096), (20000, 64), (3, 8192)])
 def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, int], rng: np.random.Generator) -> None:
-    from iosr_fast.encoder import Embeddings
+    from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.scoring import ScoringPlan, score
     from tests.conftest import unit_rows
 

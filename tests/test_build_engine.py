@@ -18,7 +18,7 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from iosr_fast.runtimes import open_engine, plans
+from iosr_fast.encoders.runtimes import open_engine, plans
 from iosr_fast.utils.files import read_manifest
 from tools import build_engine
 

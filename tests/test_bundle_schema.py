@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from iosr_fast.bundle import load_bundle
+from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.live.state_files import state_from_files, state_to_files
 from iosr_fast.live.support_images import SupportViews
-from iosr_fast.runtimes import open_engine
 from iosr_fast.utils.files import seal
 from iosr_fast.utils.verified_folder import Held, hold
 from tests.live_parts import engine_folder, saved_classifier, small_classifier

@@ -151,8 +151,8 @@ def test_what_was_classified_is_not_classified_again(
     bundle: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad picture stops the run; what came before is kept, and so is all when only the file was not renamed yet."""
+    from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
     from iosr_fast.pipeline import job
-    from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
 
     seen: list[int] = []
     encode = OnnxRuntimeEncoder.encode

@@ -19,7 +19,7 @@ import pytest
 
 from iosr_fast import cuda, cuda_layout
 from iosr_fast.device_plan import device_plan
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.encoder import Embeddings
-from iosr_fast.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
 from iosr_fast.scoring import score
 from tests.conftest import random_embeddings, random_plan
 
@@ -142,7 +142,7 @@ class Replaying:
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 8, 19])
 def test_scoring_replayed_equals_scoring(rng: np.random.Generator, query: str, batch: int) -> None:
     torch = pytest.importorskip("torch")
-    from iosr_fast.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 
     plan = random_plan(rng, [3, 0, 4], 16, query=query)
     recorder: Any = Replaying()
@@ -161,7 +161,7 @@ def test_scoring_replayed_equals_scoring(rng: np.random.Generator, query: str, b
 
 def test_each_plan_is_recorded_for_itself(rng: np.random.Generator) -> None:
     pytest.importorskip("torch")
-    from iosr_fast.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 
     plans = [random_plan(rng, [2, 2], 8), random_plan(rng, [1, 5, 2], 8)]
     recorder: Any = Replaying()
@@ -174,7 +174,7 @@ def test_each_plan_is_recorded_for_itself(rng: np.random.Generator) -> None:
 
 def test_what_does_not_fit_a_graph_is_refused(rng: np.random.Generator) -> None:
     pytest.importorskip("torch")
-    from iosr_fast.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 
     plan, recorder = random_plan(rng, [2, 2], 8), Replaying()
     with pytest.raises(ValueError, match="at least one batch size"):
@@ -209,7 +209,7 @@ def encode_both(encoder: Any, pixels: np.ndarray) -> np.ndarray:
 def test_the_torch_encoder_replays_what_it_recorded(
     torch_engine: Path, refuses: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from iosr_fast.runtimes.torch import TorchEncoder
+    from iosr_fast.encoders.runtimes.torch import TorchEncoder
     from iosr_fast.utils.files import read_manifest
     from tests.test_dual_encoder import random_pixels
 
@@ -235,7 +235,7 @@ def test_torch_graphs_on_a_gpu(torch_engine: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no NVIDIA GPU")
-    from iosr_fast.runtimes import open_engine
+    from iosr_fast.encoders.runtimes import open_engine
     from tests.test_dual_encoder import random_pixels
 
     pixels = random_pixels(9, 32)
@@ -251,8 +251,8 @@ def test_torch_graphs_on_a_gpu(torch_engine: Path) -> None:
 @pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt_rtx"])
 def test_tensorrt_graphs_on_a_gpu(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open_clip")
+    from iosr_fast.encoders.runtimes import engine, open_engine
     from iosr_fast.offline.export import random_adapter, write_engine
-    from iosr_fast.runtimes import engine, open_engine
     from tests.test_dual_encoder import random_pixels, small_clip
 
     if (refusal := engine.refusal(runtime)) is not None:
@@ -276,7 +276,7 @@ def test_scoring_graphs_on_a_gpu(rng: np.random.Generator, impl: str, precision:
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no NVIDIA GPU")
     from iosr_fast.dispatch import choose
-    from iosr_fast.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 
     try:
         choose(impl, "cuda")

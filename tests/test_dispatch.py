@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from iosr_fast import _C, dispatch, info, kernels
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import score_with_path
 from tests.conftest import random_embeddings, random_plan
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.embedding_files import FORMATS, Format, Part, read_part, write_part
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.utils.files import new_file
 
 BAD = 2

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.clip.demo.pictures import Pictures
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import compile_method
 from iosr_fast.overlap import auroc, overlap_area, pair_cosines
 from iosr_fast.reference import score_reference

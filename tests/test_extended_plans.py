@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.reducers import Reducer
 from iosr_fast.reference import score_reference

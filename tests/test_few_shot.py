@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import compile_method
 from iosr_fast.reference import score_reference
 from tests.conftest import unit_rows

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.int8_keys import compact_int8
 from iosr_fast.precision import dequantize, quantize_int8
 from iosr_fast.reference import score_reference

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.preprocess import BadImageError
 from tests.images import encode
 from tests.live_parts import WIDTH, PixelEncoder, pictures, small_classifier, unit

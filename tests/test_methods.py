@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.cache import SupportSet, encode_support, make_support_set
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.overlap import auroc, overlap_area, pair_cosines
 from iosr_fast.scoring import score

@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast.cache import SupportSet, make_support_set
 from iosr_fast.closed_form import gda_without, kernel_ridge_without
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.ape import choose_channels
 from iosr_fast.reference import tip_x_batch, tip_x_literal

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.decoders import CpuDecoder
 from iosr_fast.images.listing import list_images
 from iosr_fast.images.preprocess import BadImageError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import _C
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.precision import dequantize
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import ScoringPlan, score

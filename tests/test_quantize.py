@@ -18,13 +18,13 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.clip.dual_encoder import build_dual_encoder  # noqa: E402
+from iosr_fast.encoders.runtimes.onnxruntime import FILE  # noqa: E402
+from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.offline import quantize  # noqa: E402
 from iosr_fast.offline.export import export_onnx  # noqa: E402
 from iosr_fast.offline.pretrained import open_pretrained  # noqa: E402
 from iosr_fast.offline.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
 from iosr_fast.offline.quantize_graph import EncoderGraph  # noqa: E402
-from iosr_fast.runtimes.onnxruntime import FILE  # noqa: E402
-from iosr_fast.runtimes.openvino import openvino_core  # noqa: E402
 from tests.test_dual_encoder import random_adapter, small_clip  # noqa: E402
 
 TYPES = onnx.TensorProto
@@ -154,7 +154,7 @@ def test_openvino_computes_the_same_file(made: Any, sources: Any) -> None:
 @pytest.mark.parametrize("form", FORMS[1:], ids="-".join)
 def test_tensorrt_rtx_builds_a_plan(form: tuple[str, str, str], made: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from iosr_fast.runtimes.tensorrt import build_plan
+    from iosr_fast.encoders.runtimes.tensorrt import build_plan
 
     plan, facts = build_plan(made[form][0], "tensorrt_rtx", 3)
     assert len(plan) == facts["bytes"] > 0 and facts["profile"]["max"] == 3

@@ -141,7 +141,7 @@ def test_every_cell_is_filled_and_a_second_run_only_reads(run: Main, monkeypatch
 def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Problem]) -> None:
     """Tip-Adapter++ by hand: the same views, averaged by encode_support, tuned on the validation pictures."""
     from iosr_fast.cache import make_support_set
-    from iosr_fast.encoder import Embeddings
+    from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.scoring import score
     from iosr_fast.tune import tune
     from tools.reproduction.store import Wanted

@@ -160,7 +160,7 @@ def test_a_class_without_images_is_refused_in_any_case() -> None:
 def test_embeddings_that_can_not_be_read_for_another_reason_are_not_thrown_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iosr_fast.encoder import Embeddings
+    from iosr_fast.encoders.encoder import Embeddings
 
     rows = np.ones((6, 2), np.float32)
     monkeypatch.setattr(store, "encode", lambda *_: Embeddings(rows, rows))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.utils.temporaries import claimed
 from tests.test_reproduce import CLASSES, ROOT, Pictures, tiny
 from tools.reproduce_paper import check_out

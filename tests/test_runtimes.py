@@ -19,10 +19,10 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
+from iosr_fast.encoders.runtimes import choose_runtime, engine, open_engine, openvino  # noqa: E402
+from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
+from iosr_fast.encoders.runtimes.tensorrt import build_plan  # noqa: E402
 from iosr_fast.offline.export import random_adapter, write_engine  # noqa: E402
-from iosr_fast.runtimes import choose_runtime, engine, open_engine, openvino  # noqa: E402
-from iosr_fast.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.runtimes.tensorrt import build_plan  # noqa: E402
 from iosr_fast.utils.files import SCHEMA  # noqa: E402
 from tests.manifests import rewrite_manifest  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip, two_passes  # noqa: E402
@@ -222,7 +222,7 @@ def test_auto_takes_the_best_and_says_why_not_the_others(
 ) -> None:
     missing = {"tensorrt": "no GPU", "onnxruntime": None, "openvino": None, "torch": None, "tensorrt_rtx": None}
     monkeypatch.setattr(engine, "refusal", missing.get)
-    caplog.set_level(logging.INFO, "iosr_fast.runtimes.engine")
+    caplog.set_level(logging.INFO, "iosr_fast.encoders.runtimes.engine")
     assert choose_runtime("auto") == "tensorrt_rtx"
     assert choose_runtime("auto", {"torch", "onnxruntime", "tensorrt"}) == "onnxruntime"
     assert choose_runtime("auto", {"onnxruntime", "openvino"}) == "onnxruntime"
@@ -241,7 +241,7 @@ def test_auto_without_a_gpu_is_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_torch_runtime_needs_no_open_clip(engines: dict[str, Path]) -> None:
     code = (
         "import sys; sys.modules['open_clip'] = sys.modules['onnxruntime'] = None; import numpy as np; "
-        "from iosr_fast.runtimes import open_engine; "
+        "from iosr_fast.encoders.runtimes import open_engine; "
         f"print(open_engine({str(engines['torch'])!r}).encode(np.zeros((1, 32, 32, 3), np.uint8)).plain.shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -250,7 +250,7 @@ def test_the_torch_runtime_needs_no_open_clip(engines: dict[str, Path]) -> None:
 
 def test_opening_imports_no_torch_for_onnx_runtime(engines: dict[str, Path]) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from iosr_fast.runtimes import open_engine; "
+        "import sys; sys.modules['torch'] = None; from iosr_fast.encoders.runtimes import open_engine; "
         f"print(open_engine({str(engines['onnxruntime'])!r}, 'onnxruntime').runtime)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -263,7 +263,7 @@ def test_tensorrt_rtx_compiles_without_a_gpu(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    caplog.set_level(logging.INFO, "iosr_fast.runtimes.tensorrt")
+    caplog.set_level(logging.INFO, "iosr_fast.encoders.runtimes.tensorrt")
     clip = small_clip()
     manifest = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "tensorrt_rtx", precision, MAX_BATCH)
     (name,) = manifest["plans"]

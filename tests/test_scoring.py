@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iosr_fast import _C
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.precision import PRECISIONS, Precision, dequantize
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan, score, score_with_path

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iosr_fast import _C, dispatch
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan, score
 from iosr_fast.search import EMPTY, Best, Intervals, cache_intervals, intervals, step_curve, sweep

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import faulthandler, gc, os, signal
 import numpy as np
-from iosr_fast.runtimes.openvino import openvino_core
-from iosr_fast.runtimes.signal_stack import signal_stack
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.encoders.runtimes.signal_stack import signal_stack
 from tools.bench.ceilings import _openvino_gemm
 
 faulthandler.enable()

@@ -19,9 +19,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from iosr_fast.runtimes import plans, tensorrt  # noqa: E402
-from iosr_fast.runtimes.plans import Gpu, Target  # noqa: E402
-from iosr_fast.runtimes.tensorrt import TensorRTEncoder  # noqa: E402
+from iosr_fast.encoders.runtimes import plans, tensorrt  # noqa: E402
+from iosr_fast.encoders.runtimes.plans import Gpu, Target  # noqa: E402
+from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder  # noqa: E402
 from tests.test_cuda_graphs import WIDTH, manifest, pictures  # noqa: E402
 
 GPU, VERSION, MAX_BATCH = Gpu("NVIDIA GeForce RTX 4090", (8, 9)), "10.1", 6

@@ -29,9 +29,9 @@ from hypothesis import strategies as st  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, embed_classes  # noqa: E402
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder  # noqa: E402
 from iosr_fast.offline import export_text as module  # noqa: E402
 from iosr_fast.offline.export_text import export_text  # noqa: E402
-from iosr_fast.text_encoder import FILE, TOKENIZER_FILE, TextEncoder  # noqa: E402
 
 VOCABULARY = 49408
 
@@ -247,7 +247,7 @@ def test_it_runs_without_torch(exported: tuple[Path, dict[str, Any]], encoder: T
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     code = (
         "import json, sys\n"
-        "from iosr_fast.text_encoder import TextEncoder\n"
+        "from iosr_fast.encoders.text_encoder import TextEncoder\n"
         "encoder = TextEncoder.open(sys.argv[1], json.load(open(sys.argv[2])))\n"
         "early = [name for name in ('onnxruntime', 'tokenizers', 'ftfy') if name in sys.modules]\n"
         "row = encoder.embed_classes(['red panda'])[0].tolist()\n"

@@ -12,7 +12,7 @@ import torch
 
 from iosr_fast import _C, torch_op
 from iosr_fast.device_plan import device_plan
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.scoring import ScoringPlan
 from tests.conftest import EXTENDED, random_embeddings, random_plan

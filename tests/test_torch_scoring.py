@@ -14,7 +14,7 @@ import torch
 
 from iosr_fast import _C, batch, torch_scoring
 from iosr_fast.device_plan import as_tensor, device_plan
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.precision import PRECISIONS, Precision, dequantize
 from iosr_fast.reducers import Reducer
 from iosr_fast.reference import score_reference, softmax

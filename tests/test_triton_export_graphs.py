@@ -17,7 +17,7 @@ pytest.importorskip("tritonclient.grpc", reason="tritonclient comes with the tri
 import onnx
 
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.preprocess import resize_and_crop
 from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.reference import score_reference, softmax

@@ -10,7 +10,7 @@ import pytest
 
 from iosr_fast.auto import tune_auto
 from iosr_fast.cache import SupportSet, make_support_set
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.held_out import in_order_of_folds, intervals_of, leave_out, logits_of, validation
 from iosr_fast.log_loss import fit_alpha, fit_factor
 from iosr_fast.methods import METHODS, compile_method

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from iosr_fast import plan_check
 from iosr_fast.auto import tune_auto
 from iosr_fast.cache import SupportSet, make_support_set
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.held_out import in_order_of_folds, leave_out, plans
 from iosr_fast.live.plan_files import plan_from_files, plan_to_files
 from iosr_fast.live.recipe import Recipe

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iosr_fast.device_plan import device_plan
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.kernels import cache_score, dense_values, refusal
 from iosr_fast.kernels.launch import PRECISIONS, Config
 from tests.conftest import EXTENDED, random_embeddings, random_plan, random_reducer, unit_rows

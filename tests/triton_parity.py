@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from iosr_fast.device_plan import DevicePlan, device_plan
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.kernels import cache_score, layout, refusal
 from iosr_fast.kernels.launch import PRECISIONS, Config
 from iosr_fast.reference import score_reference

@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.architecture import check_architecture
 from iosr_fast.clip.load import load_clip
+from iosr_fast.encoders.runtimes.plans import told
 from iosr_fast.offline.calibration import calibration_pictures
 from iosr_fast.offline.engine_precision import QUANTISED, choose_builder
 from iosr_fast.offline.export import add_plan, random_adapter, write_engine
 from iosr_fast.offline.export_check import CHECKED_PICTURES
 from iosr_fast.offline.pretrained import choose_adapter, read_adapter
-from iosr_fast.runtimes.plans import told
 from iosr_fast.utils.outputs import check_new_folder
 from tools.command import run
 

@@ -28,7 +28,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.embedding_files import DTYPES, FORMATS, Format
-from iosr_fast.runtimes import open_engine
+from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.utils.files import read_manifest
 from iosr_fast.utils.require import require
 from tools.command import run

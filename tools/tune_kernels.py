@@ -65,7 +65,7 @@ def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Call
     import torch
 
     from iosr_fast.device_plan import device_plan
-    from iosr_fast.encoder import Embeddings
+    from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.kernels.cache_score import affine_terms, score_triton
     from iosr_fast.kernels.dense_values import dense_values
     from iosr_fast.precision import dequantize

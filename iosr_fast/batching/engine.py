@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.batching.item import Item, without_frames
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.predictions import Prediction
 
 log = logging.getLogger(__name__)

@@ -79,7 +79,7 @@ def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool
 
 def refusal(name: str) -> str | None:
     """Why this decoder can't run here, or None."""
-    from iosr_fast.runtimes.plans import this_gpu
+    from iosr_fast.encoders.runtimes.plans import this_gpu
 
     if name not in _NEEDS:
         return None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.live.examples import Examples
 from iosr_fast.live.recipe import Recipe, fit_recipe
 from iosr_fast.live.state import State

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.cache import SupportSet
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import ScoringPlan, score
 from iosr_fast.validation import frozen
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.cache import SupportSet
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.explain import explain
 from iosr_fast.labels import some
 from iosr_fast.live.examples import Examples, absorb, join, no_examples, without

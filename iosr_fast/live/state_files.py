@@ -18,7 +18,7 @@ from iosr_fast.bundle_arrays import (
     parse_arrays,
 )
 from iosr_fast.bundle_schema import StateFacts, check_classes
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.live.examples import Examples
 from iosr_fast.live.plan_files import plan_from_files, plan_to_files, reducer_from
 from iosr_fast.live.recipe import Recipe

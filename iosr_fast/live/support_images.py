@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.cache import encode_support
-from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.images.preprocess import open_image
 
 _QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoder import Encoder
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.labels import as_seen, leave_out_bad, name_fault
 from iosr_fast.live.audit import open_log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.reducers import Reducer
 from iosr_fast.scoring import Which
 

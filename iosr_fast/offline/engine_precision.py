@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from iosr_fast.clip.dual_encoder import Precision
-from iosr_fast.runtimes import choose_runtime
-from iosr_fast.runtimes.tensorrt import EXTRAS
+from iosr_fast.encoders.runtimes import choose_runtime
+from iosr_fast.encoders.runtimes.tensorrt import EXTRAS
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 
 from iosr_fast.clip.dual_encoder import DualEncoder, build_dual_encoder
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, refusal
+from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
+from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
+from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
+from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
+from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.info import cpu_model, package_version
 from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.offline.export_check import check, pictures_of, two_passes
 from iosr_fast.offline.onnx_files import save_onnx
-from iosr_fast.runtimes.batched import BatchedEncoder
-from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine, refusal
-from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
-from iosr_fast.runtimes.onnxruntime import OnnxRuntimeEncoder
-from iosr_fast.runtimes.openvino import OpenVINOEncoder
-from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
-from iosr_fast.runtimes.torch import FILE as TORCH_FILE
-from iosr_fast.runtimes.torch import TorchEncoder
 from iosr_fast.utils.files import new_folder, write_manifest
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import hold

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter

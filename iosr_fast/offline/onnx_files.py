@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.runtimes.onnxruntime import WEIGHTS_SUFFIX
+from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS_SUFFIX
 from iosr_fast.utils.require import require
 
 _LARGE = 1024  # bytes; smaller tensors stay in the graph, where shape inference and constant folding see them

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from iosr_fast.clip.architecture import check_architecture, vision_config
 from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
-from iosr_fast.encoder import Encoder
-from iosr_fast.text_source import TextSource
+from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.text_source import TextSource
 from iosr_fast.utils.cache_folder import cache_folder
 from iosr_fast.utils.files import SCHEMA, recover
 from iosr_fast.utils.progress import progress
@@ -85,11 +85,11 @@ def open_pretrained(
         require(module, "train")
     from iosr_fast.clip.adapter import check_belongs
     from iosr_fast.clip.prompts import ClipText
+    from iosr_fast.encoders.runtimes import open_engine
+    from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, check_runtime
     from iosr_fast.offline.calibration import calibration_pictures
     from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, quantised_by
     from iosr_fast.offline.export import LAYOUT, engine_fingerprint, write_engine
-    from iosr_fast.runtimes import open_engine
-    from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine, check_runtime
 
     check_architecture(model)
     chosen = read_adapter(model, adapter)
@@ -133,7 +133,7 @@ def _is_whole(engine: Path) -> bool:
     """Whether an engine in the cache is there as it was written; a damaged one is told and removed."""
     if not engine.exists() and not recover(engine):
         return False
-    from iosr_fast.runtimes.engine import ENGINE_KIND, check_engine
+    from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
 
     try:
         held = hold(engine, ENGINE_KIND)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from iosr_fast.encoder import Encoder
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.images.decoders import Decoder
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.info import usable_threads
@@ -58,7 +58,7 @@ def stage_of(
     Opens the engine again, with few threads, where several callers gain by it and it has not so few already; for a
     few batches it isn't worth the wait. Raises ValueError for threads below 1.
     """
-    from iosr_fast.runtimes import open_engine
+    from iosr_fast.encoders.runtimes import open_engine
 
     if threads is not None and threads < 1:
         raise ValueError(f"expected threads of at least 1, got {threads}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from iosr_fast.batching import DecodeLimits
-from iosr_fast.encoder import Encoder
+from iosr_fast.encoders.encoder import Encoder
 
 MIB = 1 << 20
 CPU_BATCH = 8

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.info import usable_threads
-from iosr_fast.runtimes.openvino import openvino_core
 
 WARMUP = 2
 

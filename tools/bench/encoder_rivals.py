@@ -21,9 +21,9 @@ from torch import nn
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.offline.export import OPSET, export_onnx, quiet_exporter
 from iosr_fast.offline.onnx_files import save_onnx
-from iosr_fast.runtimes.openvino import openvino_core
 
 COMPILED = ("torch-compile", "onnxruntime", "openvino")
 Embed = Callable[[], tuple[np.ndarray, ...]]

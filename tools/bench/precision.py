@@ -22,16 +22,16 @@ import numpy as np
 
 from iosr_fast.clip.dual_encoder import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.onnxruntime import FILE, OnnxRuntimeEncoder
+from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.info import usable_threads
 from iosr_fast.offline.calibration import calibration_pictures
 from iosr_fast.offline.export import export_onnx, random_adapter
 from iosr_fast.offline.export_check import FP32_MAX_ERROR, MIN_COSINES
 from iosr_fast.offline.pretrained import choose_adapter
 from iosr_fast.offline.quantize import quantize_onnx
-from iosr_fast.runtimes.batched import BatchedEncoder
-from iosr_fast.runtimes.onnxruntime import FILE, OnnxRuntimeEncoder
-from iosr_fast.runtimes.openvino import OpenVINOEncoder
 from tools.bench import harness
 from tools.bench.encoder import fused_flops
 from tools.evaluation.demo import held_out, torch_encoder

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast import dispatch
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.info import usable_threads
 from iosr_fast.precision import PRECISIONS
 from iosr_fast.reference import score_reference

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iosr_fast.device_plan import as_tensor
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import ScoringPlan
 
 if TYPE_CHECKING:

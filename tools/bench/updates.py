@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.info import usable_threads
 from iosr_fast.live.examples import Examples, join
 from iosr_fast.live.recipe import fit_recipe

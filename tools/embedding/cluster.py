@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.encoder import Encoder
+from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.runtimes import open_engine
 from iosr_fast.utils.require import require
 from tools.embedding.items import Chunk, Item
 from tools.embedding.local import Write, run_chunks

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.embedding_files import Part, write_part
-from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.utils.ordered import map_ordered
 from tools.embedding.items import Chunk, Item, load_pixels

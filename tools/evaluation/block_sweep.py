@@ -22,13 +22,13 @@ from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.clip.dual_encoder import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.prompts import embed_classes
-from iosr_fast.encoder import Encoder
+from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.info import usable_threads
 from iosr_fast.offline.data import PictureSource, demo_pictures
 from iosr_fast.offline.export import write_engine
 from iosr_fast.offline.train import train_adapter
 from iosr_fast.offline.train_config import TrainConfig
-from iosr_fast.runtimes import open_engine
 from tools.bench import harness
 from tools.bench.encoder import fused_flops
 from tools.evaluation.accuracy import evaluate

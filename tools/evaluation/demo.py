@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.clip.demo.pictures import Pictures, load_pictures
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from tools.evaluation.tasks import POOL, SUPPORT_STYLES, Encoded, Source, Task, only, split_styles
 
 BATCH = 64

@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from iosr_fast.cache import SupportSet, make_support_set
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from tools.evaluation.tasks import Source, Task
 
 TAU = 100.0

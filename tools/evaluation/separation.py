@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.overlap import auroc, feature_variance, overlap_area, pair_cosines
 from iosr_fast.reducers import fit_reducer
 from tools.evaluation.tasks import Source

@@ -10,7 +10,7 @@ import numpy as np
 
 from iosr_fast.cache import SupportSet, make_support_set
 from iosr_fast.clip.demo.pictures import Pictures
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 
 # Pictures of a concept that support sets are drawn from: the others are queries, the same for every number of shots.
 POOL = 4

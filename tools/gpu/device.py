@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from iosr_fast.runtimes.cuda_graphs import Recorder
+from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
 from tools.gpu.report import Report
 
 Run = Callable[..., Any]

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from iosr_fast.encoder import Embeddings
-from iosr_fast.runtimes.batched import BatchedEncoder
-from iosr_fast.runtimes.cuda_graphs import GraphedScorer
-from iosr_fast.runtimes.torch import FILE, TorchEncoder
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
+from iosr_fast.encoders.runtimes.torch import FILE, TorchEncoder
 from iosr_fast.scoring import ScoringPlan, score
 from tools.bench import harness
 from tools.bench.score import Case

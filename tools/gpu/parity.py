@@ -11,7 +11,7 @@ import torch
 
 from iosr_fast import dispatch
 from iosr_fast.clip.dual_encoder import Precision, build_dual_encoder
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.reference import score_reference
 from iosr_fast.scoring import ScoringPlan, score
 from tools.bench import score as bench

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from iosr_fast.clip.dual_encoder import DualEncoder
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
+from iosr_fast.encoders.runtimes.engine import refusal
+from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.offline.export import export_onnx
-from iosr_fast.runtimes.batched import BatchedEncoder
-from iosr_fast.runtimes.cuda_graphs import GraphedScorer
-from iosr_fast.runtimes.engine import refusal
-from iosr_fast.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from tools.gpu import device as gpu
 from tools.gpu import latency
 from tools.gpu.encoder import candidates, time_rows

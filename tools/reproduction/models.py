@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
@@ -66,9 +66,9 @@ class Model:
 def load_model(name: str, pretrained: str | Path | None, adapter: str | Path | None, runtime: str = "auto") -> Model:
     """Load a CLIP and look at its adapter. Raises ValueError for an adapter of another CLIP, or where none can be."""
     from iosr_fast.clip.load import load_clip
+    from iosr_fast.encoders.runtimes import choose_runtime
     from iosr_fast.offline.export import engine_fingerprint
     from iosr_fast.offline.pretrained import choose_adapter
-    from iosr_fast.runtimes import choose_runtime
 
     if runtime != "auto":
         choose_runtime(runtime)
@@ -82,7 +82,7 @@ def faster(runtime: str) -> str:
     """For "auto", PyTorch where it has a GPU that no TensorRT was installed for: ONNX Runtime here is for the CPU."""
     import torch
 
-    from iosr_fast.runtimes import choose_runtime
+    from iosr_fast.encoders.runtimes import choose_runtime
 
     if runtime == "auto" and torch.cuda.is_available() and choose_runtime("auto") == "onnxruntime":
         return "torch"

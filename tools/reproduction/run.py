@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.cache import make_support_set
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.info import package_version
 from tools.evaluation.accuracy import Draw, Tune, evaluate_draw
 from tools.evaluation.tasks import Task

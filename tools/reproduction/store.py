@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.cache import encode_support
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images import pixels
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
 from iosr_fast.info import usable_threads

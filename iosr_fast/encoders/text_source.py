@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.text_encoder import FILE, TOKENIZER_FILE, TextEncoder
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder
 
 
 class TextSource(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.utils.verified_folder import Held
 
 

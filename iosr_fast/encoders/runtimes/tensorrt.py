@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.runtimes import plans
-from iosr_fast.runtimes.batched import BatchedEncoder, powers_of_two
-from iosr_fast.runtimes.cuda_graphs import Recorder
+from iosr_fast.encoders.runtimes import plans
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
+from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 

@@ -1,6 +1,6 @@
 """What executes an engine folder written by tools/build_engine.py: ONNX Runtime, OpenVINO, PyTorch, TensorRT or
 TensorRT-RTX."""
 
-from iosr_fast.runtimes.engine import choose_runtime, open_engine
+from iosr_fast.encoders.runtimes.engine import choose_runtime, open_engine
 
 __all__ = ["choose_runtime", "open_engine"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.utils.require import require
 
 WEIGHTS_SUFFIX = ".weights"

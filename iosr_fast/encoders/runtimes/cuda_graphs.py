@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.batch import make_batch
-from iosr_fast.encoder import Array, Embeddings
-from iosr_fast.runtimes.batched import bucket_of, check_buckets
+from iosr_fast.encoders.encoder import Array, Embeddings
+from iosr_fast.encoders.runtimes.batched import bucket_of, check_buckets
 from iosr_fast.scoring import ScoringPlan, score
 from iosr_fast.utils.require import require
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.runtimes.batched import BatchedEncoder, powers_of_two
-from iosr_fast.runtimes.cuda_graphs import Recorder
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
+from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
 from iosr_fast.utils.require import require
 
 FILE = "encoder.safetensors"

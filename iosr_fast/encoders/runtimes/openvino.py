@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.runtimes.batched import BatchedEncoder
-from iosr_fast.runtimes.onnxruntime import FILE
-from iosr_fast.runtimes.signal_stack import kept_signal_stack
+from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.onnxruntime import FILE
+from iosr_fast.encoders.runtimes.signal_stack import kept_signal_stack
 from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)

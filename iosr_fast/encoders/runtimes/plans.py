@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.runtimes.onnxruntime import FILE as ONNX_FILE
-from iosr_fast.runtimes.onnxruntime import WEIGHTS
+from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
+from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.utils.cache_folder import cache_folder
 from iosr_fast.utils.files import new_folder, read_manifest, recover, sha256, write_manifest
 

@@ -1,0 +1,1 @@
+"""Pixels and class names to embeddings; runtimes/ executes a compiled encoder."""
