@@ -19,8 +19,8 @@ from iosr_fast.clip.adapter import (  # noqa: E402
     save_adapter,
 )
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.offline.augment import augment_batch, draw_augmentation  # noqa: E402
+from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
+from iosr_fast.training.augment import augment_batch, draw_augmentation  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
 from iosr_fast.clip.load import load_clip  # noqa: E402
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.offline.train_config import TrainConfig  # noqa: E402
+from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
+from iosr_fast.training.train_config import TrainConfig  # noqa: E402
 from tools.bench import train as bench  # noqa: E402
 
 NAMES = ["ours", "ours-unkept", "public-recipe", "pruned-graph"]
@@ -30,7 +30,7 @@ def test_rows_say_what_was_trained_and_how_fast() -> None:
 def test_public_recipe_trains_what_ours_trains() -> None:
     """With dropout off, one epoch of each from the same start ends at the same weights."""
     from iosr_fast.clip.adapter import init_adapter
-    from iosr_fast.offline.train import train_adapter
+    from iosr_fast.training.train import train_adapter
 
     clip = load_clip("demo")
     train, held_out = bench.pictures(clip, 12, 0), bench.pictures(clip, 16, 1)

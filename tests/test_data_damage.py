@@ -12,9 +12,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("webdataset", reason="webdataset comes with the train extra")
 
-from iosr_fast.offline.data import ShardPictures  # noqa: E402
-from iosr_fast.offline.data.evaluation_files import Content  # noqa: E402
-from iosr_fast.offline.data.evaluation_sets import _finish, check, describe, open_evaluation_set  # noqa: E402
+from iosr_fast.training.data import ShardPictures  # noqa: E402
+from iosr_fast.training.data.evaluation_files import Content  # noqa: E402
+from iosr_fast.training.data.evaluation_sets import _finish, check, describe, open_evaluation_set  # noqa: E402
 from tests.test_data_layouts import cars, coop, dogs, in_folder  # noqa: E402
 from tests.test_data_shards import SIZE, cls_members, write_tar  # noqa: E402
 
@@ -80,7 +80,7 @@ def test_whatever_is_wrong_with_a_mat_file_it_is_named(tmp_path: Path, name: str
 def test_an_unknown_name_is_told_before_any_set_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     monkeypatch.setattr(
-        "iosr_fast.offline.data.evaluation_sets.open_evaluation_set", lambda name, root: looked.append(name)
+        "iosr_fast.training.data.evaluation_sets.open_evaluation_set", lambda name, root: looked.append(name)
     )
     with pytest.raises(ValueError, match="got 'dtt'"):
         check(tmp_path, ["imagenet", "dtt"])

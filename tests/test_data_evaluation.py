@@ -15,9 +15,9 @@ for module in ("torch", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
 
 from iosr_fast.images.preprocess import BadImageError  # noqa: E402
-from iosr_fast.offline.data.datasets_page import page  # noqa: E402
-from iosr_fast.offline.data.evaluation_sets import check, describe, names, open_evaluation_set  # noqa: E402
-from iosr_fast.offline.data.templates import IMAGENET_SEVEN, PHOTO, one_prompt, templates_for  # noqa: E402
+from iosr_fast.training.data.datasets_page import page  # noqa: E402
+from iosr_fast.training.data.evaluation_sets import check, describe, names, open_evaluation_set  # noqa: E402
+from iosr_fast.training.data.templates import IMAGENET_SEVEN, PHOTO, one_prompt, templates_for  # noqa: E402
 from tests.test_data_layouts import aircraft, coop, cub, dogs, dtd, imagenet, in_folder, plantdoc, put_text, shift, ucf  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,13 +168,13 @@ def test_prompts() -> None:
 
 def test_the_page_of_data_sets_is_up_to_date() -> None:
     written = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
-    assert written == page(), "run python -m iosr_fast.offline.data.datasets_page > docs/datasets.md"
+    assert written == page(), "run python -m iosr_fast.training.data.datasets_page > docs/datasets.md"
     assert all(f"| `{name}` | {describe(name).title} |" in written for name in names())
 
 
 def test_heavy_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
     code = (
-        "import sys; from iosr_fast.offline.data import evaluation_sets, open_images, shards\n"
+        "import sys; from iosr_fast.training.data import evaluation_sets, open_images, shards\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'pyarrow', 'ray', 'scipy', 'tensorboard', 'torchvision', 'webdataset'}))"
     )

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
 
 from iosr_fast.images.preprocess import BadImageError  # noqa: E402
-from iosr_fast.offline.data.open_images import (  # noqa: E402
+from iosr_fast.training.data.open_images import (  # noqa: E402
     OpenImagesPictures,
     balanced_subset,
     read_class_descriptions,

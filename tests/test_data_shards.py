@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("webdataset", reason="webdataset comes with the train extra")
 
 from iosr_fast.images.preprocess import BadImageError  # noqa: E402
-from iosr_fast.offline.data import ShardPictures, shards, split  # noqa: E402
-from iosr_fast.offline.data.shard_index import INDEX, read_samples  # noqa: E402
+from iosr_fast.training.data import ShardPictures, shards, split  # noqa: E402
+from iosr_fast.training.data.shard_index import INDEX, read_samples  # noqa: E402
 from tests.images import encode  # noqa: E402
 
 SIZE = 8

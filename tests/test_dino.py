@@ -13,11 +13,11 @@ pytest.importorskip("kornia", reason="kornia comes with the train extra")
 
 from iosr_fast.clip.adapter import encode_adapted, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder  # noqa: E402
-from iosr_fast.offline.data import TensorPictures  # noqa: E402
-from iosr_fast.offline.dino import Dino, local_size  # noqa: E402
-from iosr_fast.offline.train import train_adapter  # noqa: E402
-from iosr_fast.offline.train_config import DinoConfig, dino_config  # noqa: E402
+from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
+from iosr_fast.training.data import TensorPictures  # noqa: E402
+from iosr_fast.training.dino import Dino, local_size  # noqa: E402
+from iosr_fast.training.train import train_adapter  # noqa: E402
+from iosr_fast.training.train_config import DinoConfig, dino_config  # noqa: E402
 
 SMALL = DinoConfig(out_dim=24, hidden=16, head_bottleneck=8, local_crops=3)
 

@@ -216,8 +216,8 @@ def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, mon
     """Embeddings, training's caches and half-done files depend on the rules by which pixels are made."""
     torch = pytest.importorskip("torch")
     from iosr_fast.images.decoders import CpuDecoder
-    from iosr_fast.offline.data import sources
     from iosr_fast.pipeline.job import Job
+    from iosr_fast.training.data import sources
     from tools.embedding.items import folder_source
     from tools.embedding.plan import enter_plan, make_plan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.overlap import feature_variance, plot_overlap
+from iosr_fast.training.overlap import feature_variance, plot_overlap
 from tests.conftest import unit_rows
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.overlap import auroc, overlap_area, pair_cosines
+from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 from tests.conftest import unit_rows
 
 pytest.importorskip("torch")
 
-from iosr_fast.offline.probe import RIDGE, Probe, fit_linear_probe, probe
+from iosr_fast.training.probe import RIDGE, Probe, fit_linear_probe, probe
 
 
 def clusters(

@@ -75,7 +75,7 @@ def test_an_image_that_changes_is_encoded_again_though_its_size_is_the_same(
 
 
 def problems_opened(root: Path) -> Any:
-    from iosr_fast.offline.data.evaluation_sets import open_evaluation_set
+    from iosr_fast.training.data.evaluation_sets import open_evaluation_set
 
     return lambda: pose(open_evaluation_set("dtd", root))
 

@@ -20,7 +20,7 @@ from tools.reproduction.store import Store
 
 
 def test_published_figures_have_sources_and_known_names() -> None:
-    from iosr_fast.offline.data.evaluation_sets import names
+    from iosr_fast.training.data.evaluation_sets import names
 
     found = published.read_published()
     assert len(found) > 200

@@ -14,10 +14,10 @@ pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the 
 from iosr_fast.clip.adapter import Adapter, encode_plain, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.offline import probe as probe_module  # noqa: E402
-from iosr_fast.offline.batches import cut  # noqa: E402
-from iosr_fast.offline.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
-from iosr_fast.offline.train import train_adapter  # noqa: E402
-from iosr_fast.offline.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402
+from iosr_fast.training.batches import cut  # noqa: E402
+from iosr_fast.training.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
+from iosr_fast.training.train import train_adapter  # noqa: E402
+from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402
 from tools.training.sources import validation_pictures  # noqa: E402
 
 SUPERVISED = TrainConfig(epochs=3, batch=8, schedule="cosine", augment=True)

@@ -22,9 +22,9 @@ pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
 from iosr_fast.clip.load import LoadedClip  # noqa: E402
-from iosr_fast.offline.data import FolderPictures, TensorPictures  # noqa: E402
-from iosr_fast.offline.train import Progress, train_adapter  # noqa: E402
-from iosr_fast.offline.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402
+from iosr_fast.training.data import FolderPictures, TensorPictures  # noqa: E402
+from iosr_fast.training.train import Progress, train_adapter  # noqa: E402
+from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402
 from tests.test_train import (  # noqa: E402, F401 (clip and pictures are fixtures)
     SUPERVISED,
     clip,

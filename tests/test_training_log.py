@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from iosr_fast.offline import training_log
-from iosr_fast.offline.training_log import TrainingLog
+from iosr_fast.training.training_log import TrainingLog
 
 STEPS_AN_EPOCH = 5
 
@@ -246,7 +246,7 @@ def test_without_tensorboard_it_is_skipped_unless_asked_for(
 
 
 def test_it_costs_nothing_to_import(tmp_path: Path) -> None:
-    code = "import sys, iosr_fast.offline.training_log; print(sorted({'torch', 'tensorboard'} & set(sys.modules)))"
+    code = "import sys, iosr_fast.training.training_log; print(sorted({'torch', 'tensorboard'} & set(sys.modules)))"
     root = Path(__file__).resolve().parent.parent
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "[]"

@@ -131,7 +131,7 @@ def evaluate_methods(options: argparse.Namespace) -> Evaluated:
     table.print_overlap(out, overlap)
 
     def draw(folder: Path) -> None:
-        from iosr_fast.overlap import plot_overlap
+        from iosr_fast.training.overlap import plot_overlap
         from tools.evaluation import plots
 
         plot_overlap(representations, labels, folder / "overlap.png")

@@ -18,7 +18,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast.offline.data.open_images import balanced_subset, write_download_list, write_subset_csv
+from iosr_fast.training.data.open_images import balanced_subset, write_download_list, write_subset_csv
 from tools.command import run
 
 

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from iosr_fast.clip.adapter import init_adapter, load_adapter, save_adapter
 from iosr_fast.clip.architecture import check_architecture
 from iosr_fast.clip.load import load_clip
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.dino import local_size
-from iosr_fast.offline.processes import make_fabric
-from iosr_fast.offline.train import train_adapter
-from iosr_fast.offline.train_config import DinoConfig, TrainConfig, dino_config
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.dino import local_size
+from iosr_fast.training.processes import make_fabric
+from iosr_fast.training.train import train_adapter
+from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config
 from tools import command
 from tools.training.progress import TrainingBar
 from tools.training.sources import Sources, open_sources

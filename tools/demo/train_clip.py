@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
-from iosr_fast.offline.augment import augment_batch, draw_augmentation
+from iosr_fast.training.augment import augment_batch, draw_augmentation
 from tools.command import new_file, run
 
 TEMPLATES = ["{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}"]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.overlap import auroc, feature_variance, overlap_area, pair_cosines
 from iosr_fast.reducers import fit_reducer
+from iosr_fast.training.overlap import auroc, feature_variance, overlap_area, pair_cosines
 from tools.evaluation.tasks import Source
 
 # Every pair of images counts, so that memory and time grow with the square: of more images, every n-th is taken.

@@ -31,7 +31,7 @@ class Split(Protocol):
 
 
 class PictureSet(Protocol):
-    """What is used of an iosr_fast.offline.data.evaluation_sets.EvaluationSet."""
+    """What is used of an iosr_fast.training.data.evaluation_sets.EvaluationSet."""
 
     @property
     def name(self) -> str: ...
@@ -171,7 +171,7 @@ def open_problems(wanted: Sequence[str], root: Path | None) -> list[Problem]:
     """
     if list(wanted) == [DEMO]:
         return [demo()]
-    from iosr_fast.offline.data import evaluation_sets
+    from iosr_fast.training.data import evaluation_sets
 
     known = evaluation_sets.names()
     names = list(dict.fromkeys(name for word in wanted for name in (known if word == "all" else [word])))

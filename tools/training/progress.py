@@ -7,9 +7,9 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from iosr_fast.offline.probe import Probe
-from iosr_fast.offline.train import Progress as Step
-from iosr_fast.offline.train_config import TrainConfig
+from iosr_fast.training.probe import Probe
+from iosr_fast.training.train import Progress as Step
+from iosr_fast.training.train_config import TrainConfig
 
 # Of the rate that is shown: the weight of the newest step.
 SMOOTHING = 0.1

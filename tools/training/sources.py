@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from iosr_fast.offline.data import (
+from iosr_fast.training.data import (
     FolderPictures,
     PictureSource,
     ShardPictures,
@@ -17,7 +17,7 @@ from iosr_fast.offline.data import (
     demo_pictures,
     split,
 )
-from iosr_fast.offline.data.open_images import OpenImagesPictures
+from iosr_fast.training.data.open_images import OpenImagesPictures
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iosr_fast.offline.data import evaluation_readers as readers
-from iosr_fast.offline.data.evaluation_files import Layout, Need, split_json
-from iosr_fast.offline.data.evaluation_official import (
+from iosr_fast.training.data import evaluation_readers as readers
+from iosr_fast.training.data.evaluation_files import Layout, Need, split_json
+from iosr_fast.training.data.evaluation_official import (
     AIRCRAFT_OFFICIAL,
     CARS,
     CARS_OFFICIAL,

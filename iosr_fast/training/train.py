@@ -23,19 +23,19 @@ import torch
 
 from iosr_fast.clip.adapter import Adapter, check_belongs
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.batches import Batches, hash_seed, part_size
-from iosr_fast.offline.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
-from iosr_fast.offline.data import PictureSource
-from iosr_fast.offline.dino import Dino
-from iosr_fast.offline.held_out_probe import HeldOut
-from iosr_fast.offline.interrupt import Interrupt
-from iosr_fast.offline.kept_prefix import prune
-from iosr_fast.offline.probe import Probe
-from iosr_fast.offline.processes import check_same, check_shared, kept_folder, make_fabric, on_device
-from iosr_fast.offline.supervised import Supervised
-from iosr_fast.offline.train_config import TrainConfig
-from iosr_fast.offline.training_log import TrainingLog
+from iosr_fast.training.activation_cache import prune
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.batches import Batches, hash_seed, part_size
+from iosr_fast.training.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
+from iosr_fast.training.data import PictureSource
+from iosr_fast.training.dino import Dino
+from iosr_fast.training.held_out_probe import HeldOut
+from iosr_fast.training.interrupt import Interrupt
+from iosr_fast.training.probe import Probe
+from iosr_fast.training.processes import check_same, check_shared, kept_folder, make_fabric, on_device
+from iosr_fast.training.supervised import Supervised
+from iosr_fast.training.train_config import TrainConfig
+from iosr_fast.training.training_log import TrainingLog
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -5,8 +5,8 @@ Counts of images are those that the sets' authors publish.
 
 from __future__ import annotations
 
-from iosr_fast.offline.data import evaluation_readers as readers
-from iosr_fast.offline.data.evaluation_files import Layout, Need
+from iosr_fast.training.data import evaluation_readers as readers
+from iosr_fast.training.data.evaluation_files import Layout, Need
 
 DRIVE = "https://drive.google.com/file/d/"
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from iosr_fast.clip.adapter import Adapter
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.supervised import Reduce, Stem
-from iosr_fast.offline.train_config import DinoConfig
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.supervised import Reduce, Stem
+from iosr_fast.training.train_config import DinoConfig
 from iosr_fast.utils.require import require
 
 GLOBAL = 2

@@ -12,10 +12,10 @@ import torch
 
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import BadImageError, open_bytes
-from iosr_fast.offline.data._files import digest
-from iosr_fast.offline.data.evaluation_files import read_lines
-from iosr_fast.offline.data.shard_index import Shard, find_shards, index_shards, read_samples
-from iosr_fast.offline.data.sources import to_tensor
+from iosr_fast.training.data._files import digest
+from iosr_fast.training.data.evaluation_files import read_lines
+from iosr_fast.training.data.shard_index import Shard, find_shards, index_shards, read_samples
+from iosr_fast.training.data.sources import to_tensor
 
 MOST_OPEN = 64  # shards that one window may span: each is an open file
 

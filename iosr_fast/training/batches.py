@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.augment import draw_augmentation
-from iosr_fast.offline.data import PictureSource
-from iosr_fast.offline.interrupt import sheltered
-from iosr_fast.offline.kept_prefix import KeptPrefix
-from iosr_fast.offline.supervised import Objective, Stem
-from iosr_fast.offline.train_config import TrainConfig
+from iosr_fast.training.activation_cache import KeptPrefix
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.augment import draw_augmentation
+from iosr_fast.training.data import PictureSource
+from iosr_fast.training.interrupt import sheltered
+from iosr_fast.training.supervised import Objective, Stem
+from iosr_fast.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.images.listing import class_folders
-from iosr_fast.offline.data.evaluation_files import (
+from iosr_fast.training.data.evaluation_files import (
     Content,
     Rows,
     folder_rows,

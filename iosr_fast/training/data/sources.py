@@ -12,7 +12,7 @@ import torch
 from iosr_fast.images.listing import list_folder
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
-from iosr_fast.offline.data._files import digest, stamp
+from iosr_fast.training.data._files import digest, stamp
 
 
 class PictureSource(Protocol):

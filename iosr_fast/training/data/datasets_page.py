@@ -1,15 +1,15 @@
-"""docs/datasets.md, made from the registry: python -m iosr_fast.offline.data.datasets_page > docs/datasets.md"""
+"""docs/datasets.md, made from the registry: python -m iosr_fast.training.data.datasets_page > docs/datasets.md"""
 
 from __future__ import annotations
 
-from iosr_fast.offline.data.evaluation_catalog import Download
-from iosr_fast.offline.data.evaluation_files import Layout
-from iosr_fast.offline.data.evaluation_sets import describe, names
-from iosr_fast.offline.data.templates import IMAGENET_SEVEN, one_prompt
+from iosr_fast.training.data.evaluation_catalog import Download
+from iosr_fast.training.data.evaluation_files import Layout
+from iosr_fast.training.data.evaluation_sets import describe, names
+from iosr_fast.training.data.templates import IMAGENET_SEVEN, one_prompt
 
 HEAD = """# Data sets
 
-<!-- Made by python -m iosr_fast.offline.data.datasets_page > docs/datasets.md; a test compares. -->
+<!-- Made by python -m iosr_fast.training.data.datasets_page > docs/datasets.md; a test compares. -->
 
 ## To train on
 
@@ -29,7 +29,7 @@ once; an epoch shuffles shards, and samples within a window.
 ## To evaluate on
 
 All sets lie under one root. The first layout whose files are all there is used; nothing is downloaded. A set says what
-is missing, with its URL and place, before any work (`iosr_fast.offline.data.evaluation_sets.check`). Counts are of
+is missing, with its URL and place, before any work (`iosr_fast.training.data.evaluation_sets.check`). Counts are of
 train / val / test images.
 """
 

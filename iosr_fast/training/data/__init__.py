@@ -1,15 +1,15 @@
 """Sources of training pictures, and the evaluation sets of the field."""
 
-from iosr_fast.offline.data.open_images import OpenImagesPictures
-from iosr_fast.offline.data.shards import ShardPictures
-from iosr_fast.offline.data.sources import (
+from iosr_fast.training.data.open_images import OpenImagesPictures
+from iosr_fast.training.data.shards import ShardPictures
+from iosr_fast.training.data.sources import (
     FilePictures,
     FolderPictures,
     PictureSource,
     TensorPictures,
     demo_pictures,
 )
-from iosr_fast.offline.data.subsets import SubsetPictures, split
+from iosr_fast.training.data.subsets import SubsetPictures, split
 
 __all__ = [
     "FilePictures",

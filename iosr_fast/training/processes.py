@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.offline.train_config import TrainConfig
+from iosr_fast.training.train_config import TrainConfig
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from iosr_fast.offline.data._files import new_text_file
-from iosr_fast.offline.data.sources import FilePictures
+from iosr_fast.training.data._files import new_text_file
+from iosr_fast.training.data.sources import FilePictures
 from iosr_fast.utils.require import require
 
 SPLITS = ("train", "validation", "test")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from iosr_fast.clip.adapter import Adapter
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.augment import augment_batch
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.augment import augment_batch
 
 Stem = tuple[torch.Tensor, torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]

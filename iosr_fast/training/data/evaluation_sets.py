@@ -4,7 +4,7 @@
     dtd = open_evaluation_set("dtd", root)
     dtd.splits["test"].image(0), dtd.splits["test"].labels[0], dtd.class_names
 
-docs/datasets.md is the table of all of them, made by `iosr_fast.offline.data.datasets_page`.
+docs/datasets.md is the table of all of them, made by `iosr_fast.training.data.datasets_page`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from iosr_fast.offline.data._files import digest
-from iosr_fast.offline.data.evaluation_catalog import CATALOG, Download
-from iosr_fast.offline.data.evaluation_files import Content, FileSplit, Layout
-from iosr_fast.offline.data.templates import templates_for
+from iosr_fast.training.data._files import digest
+from iosr_fast.training.data.evaluation_catalog import CATALOG, Download
+from iosr_fast.training.data.evaluation_files import Content, FileSplit, Layout
+from iosr_fast.training.data.templates import templates_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image

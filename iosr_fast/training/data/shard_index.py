@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from iosr_fast.offline.data._files import new_text_file
+from iosr_fast.training.data._files import new_text_file
 from iosr_fast.utils.require import require
 
 INDEX = ".iosr_fast-shards.json"

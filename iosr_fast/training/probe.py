@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from iosr_fast.overlap import auroc, overlap_area, pair_cosines
+from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _ITERATIONS = 300
 class Probe:
     """What `probe` measured, on `pictures` of `classes`; `classes_left_out` had fewer than two pictures.
 
-    `overlap_area` is in [0, 1], less is better; `auroc` 1 at best, 0.5 by chance (see `iosr_fast.overlap`).
+    `overlap_area` is in [0, 1], less is better; `auroc` 1 at best, 0.5 by chance (see `iosr_fast.training.overlap`).
     `linear_probe` is the share of test pictures labelled correctly; 1 / classes by chance.
     """
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.offline.adapted_encoder import AdaptedEncoder
-from iosr_fast.offline.batches import KEPT_DTYPES, Normalise, prefix_key
-from iosr_fast.offline.data import PictureSource, SubsetPictures
-from iosr_fast.offline.interrupt import sheltered
-from iosr_fast.offline.kept_prefix import KeptPrefix
-from iosr_fast.offline.probe import Probe, probe, probed_rows
-from iosr_fast.offline.supervised import Stem
-from iosr_fast.offline.train_config import TrainConfig
+from iosr_fast.training.activation_cache import KeptPrefix
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.batches import KEPT_DTYPES, Normalise, prefix_key
+from iosr_fast.training.data import PictureSource, SubsetPictures
+from iosr_fast.training.interrupt import sheltered
+from iosr_fast.training.probe import Probe, probe, probed_rows
+from iosr_fast.training.supervised import Stem
+from iosr_fast.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from iosr_fast.offline.data._files import digest
-from iosr_fast.offline.data.sources import PictureSource
+from iosr_fast.training.data._files import digest
+from iosr_fast.training.data.sources import PictureSource
 
 
 class SubsetPictures:
