@@ -130,7 +130,7 @@ class Classifier(LiveUpdates):
         Raises ValueError for those that don't fit, OSError for files that are missing and weights that can't be
         downloaded, ImportError for a missing package.
         """
-        from iosr_fast.offline.pretrained import open_pretrained
+        from iosr_fast.export.pretrained import open_pretrained
 
         if model is None:
             _warn_of_the_demo()

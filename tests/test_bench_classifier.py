@@ -14,7 +14,7 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
 from iosr_fast.clip.load import load_clip  # noqa: E402
-from iosr_fast.offline.pretrained import DEMO_ADAPTER  # noqa: E402
+from iosr_fast.export.pretrained import DEMO_ADAPTER  # noqa: E402
 from tools.bench import classifier, harness  # noqa: E402
 from tools.bench.encoder_rivals import Embed, eagerly  # noqa: E402
 

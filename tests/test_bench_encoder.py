@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
 from iosr_fast.clip.dual_encoder import build_dual_encoder  # noqa: E402
-from iosr_fast.offline.export import random_adapter  # noqa: E402
+from iosr_fast.export.export import random_adapter  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip  # noqa: E402
 from tools.bench import ceilings, encoder, encoder_rivals, harness  # noqa: E402
 from tools.gpu import device as gpu  # noqa: E402

@@ -220,7 +220,7 @@ def test_templates_need_a_place_for_the_name(fresh: Classifier, pictures) -> Non
 def test_engine_or_adapter_of_another_clip_is_refused(fresh: Classifier, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="built for another CLIP"):
         Classifier.from_pretrained("demo", pretrained="none", engine=fresh.engine)
-    from iosr_fast.offline.pretrained import DEMO_ADAPTER
+    from iosr_fast.export.pretrained import DEMO_ADAPTER
 
     with pytest.raises(ValueError, match="trained for another CLIP"):
         Classifier.from_pretrained("demo", pretrained="none", adapter=DEMO_ADAPTER)

@@ -115,7 +115,7 @@ def test_fit_takes_no_toy_without_a_word(folder: Path, tmp_path: Path, monkeypat
 def test_the_demo_that_nobody_named_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pretrained = pytest.importorskip("iosr_fast.offline.pretrained")
+    pretrained = pytest.importorskip("iosr_fast.export.pretrained")
     opened = pretrained.Opened(PixelEncoder(), Path("none"), LetterText(), 20.0)
     monkeypatch.setattr(pretrained, "open_pretrained", lambda model, *_: opened if model == "demo" else never())
     classifier._warn_of_the_demo.cache_clear()
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused_before_a_clip_is_made(
     options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_clip = pytest.importorskip("open_clip")
-    from iosr_fast.offline.pretrained import DEMO_ADAPTER, DEMO_FOLDER
+    from iosr_fast.export.pretrained import DEMO_ADAPTER, DEMO_FOLDER
 
     for name in ("create_model", "create_model_and_transforms", "get_tokenizer", "load_openai_model"):
         monkeypatch.setattr(open_clip, name, never, raising=False)

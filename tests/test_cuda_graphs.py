@@ -192,7 +192,7 @@ def test_what_does_not_fit_a_graph_is_refused(rng: np.random.Generator) -> None:
 @pytest.fixture(scope="module")
 def torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("open_clip")
-    from iosr_fast.offline.export import random_adapter, write_engine
+    from iosr_fast.export.export import random_adapter, write_engine
     from tests.test_dual_encoder import small_clip
 
     clip, folder = small_clip(), tmp_path_factory.mktemp("engine") / "engine"
@@ -252,7 +252,7 @@ def test_torch_graphs_on_a_gpu(torch_engine: Path) -> None:
 def test_tensorrt_graphs_on_a_gpu(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open_clip")
     from iosr_fast.encoders.runtimes import engine, open_engine
-    from iosr_fast.offline.export import random_adapter, write_engine
+    from iosr_fast.export.export import random_adapter, write_engine
     from tests.test_dual_encoder import random_pixels, small_clip
 
     if (refusal := engine.refusal(runtime)) is not None:

@@ -53,7 +53,7 @@ def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
     from iosr_fast.clip.dual_encoder import build_dual_encoder
     from iosr_fast.clip.load import load_clip
-    from iosr_fast.offline.pretrained import choose_adapter
+    from iosr_fast.export.pretrained import choose_adapter
     from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 
     clip = load_clip("demo")

@@ -17,8 +17,8 @@ pytest.importorskip("open_clip")
 from iosr_fast.encoders.runtimes import engine, open_engine, plans  # noqa: E402
 from iosr_fast.encoders.runtimes.plans import Gpu, Target, open_plan  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import target  # noqa: E402
-from iosr_fast.offline import pretrained  # noqa: E402
-from iosr_fast.offline.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
+from iosr_fast.export import pretrained  # noqa: E402
+from iosr_fast.export.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils.cache_folder import cache_folder  # noqa: E402
 from iosr_fast.utils.files import SCHEMA, new_folder, read_manifest, write_manifest  # noqa: E402
 from tests.manifests import rewrite_manifest  # noqa: E402

@@ -335,7 +335,7 @@ def test_sweep_with_given_adapters(
     for module in ("torch", "open_clip", "onnxruntime", "onnxscript", "matplotlib"):
         pytest.importorskip(module)
     from iosr_fast.clip.adapter import save_adapter
-    from iosr_fast.offline.export import random_adapter
+    from iosr_fast.export.export import random_adapter
     from tests.test_dual_encoder import small_clip
     from tools.evaluation import block_sweep, plots, table
 

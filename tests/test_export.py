@@ -16,9 +16,9 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
 from iosr_fast.clip.dual_encoder import build_dual_encoder  # noqa: E402
-from iosr_fast.offline import export  # noqa: E402
-from iosr_fast.offline.engine_precision import quantised_by  # noqa: E402
-from iosr_fast.offline.export import engine_fingerprint, export_onnx, random_adapter, write_engine  # noqa: E402
+from iosr_fast.export import export  # noqa: E402
+from iosr_fast.export.engine_precision import quantised_by  # noqa: E402
+from iosr_fast.export.export import engine_fingerprint, export_onnx, random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils.files import read_manifest  # noqa: E402
 from tests.test_dual_encoder import random_pixels, run, small_clip, two_passes  # noqa: E402
 

@@ -18,7 +18,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from iosr_fast.offline import kept_prefix  # noqa: E402
+from iosr_fast.export import kept_prefix  # noqa: E402
 from iosr_fast.training.activation_cache import KeptPrefix, needed_bytes, prune  # noqa: E402
 
 KEY = {"clip": "c" * 64, "pictures": "p" * 64, "first": 3, "augment": True, "seed": 0}

@@ -20,11 +20,11 @@ from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.clip.dual_encoder import build_dual_encoder  # noqa: E402
 from iosr_fast.encoders.runtimes.onnxruntime import FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
-from iosr_fast.offline import quantize  # noqa: E402
-from iosr_fast.offline.export import export_onnx  # noqa: E402
-from iosr_fast.offline.pretrained import open_pretrained  # noqa: E402
-from iosr_fast.offline.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
-from iosr_fast.offline.quantize_graph import EncoderGraph  # noqa: E402
+from iosr_fast.export import quantize  # noqa: E402
+from iosr_fast.export.export import export_onnx  # noqa: E402
+from iosr_fast.export.pretrained import open_pretrained  # noqa: E402
+from iosr_fast.export.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
+from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
 from tests.test_dual_encoder import random_adapter, small_clip  # noqa: E402
 
 TYPES = onnx.TensorProto

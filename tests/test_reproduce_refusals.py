@@ -159,7 +159,7 @@ def test_without_an_adapter_the_paper_s_methods_are_told_and_a_named_one_is_refu
     run: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(models, "load_model", loaded.__wrapped__)
-    monkeypatch.setattr("iosr_fast.offline.pretrained.DEMO_ADAPTER", None)
+    monkeypatch.setattr("iosr_fast.export.pretrained.DEMO_ADAPTER", None)
     with pytest.raises(SystemExit):
         run("--methods", "tip-adapter++")
     assert "tip-adapter++: no adapter for demo: give --adapter FILE" in capsys.readouterr().err

@@ -22,7 +22,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.encoders.runtimes import choose_runtime, engine, open_engine, openvino  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import build_plan  # noqa: E402
-from iosr_fast.offline.export import random_adapter, write_engine  # noqa: E402
+from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils.files import SCHEMA  # noqa: E402
 from tests.manifests import rewrite_manifest  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip, two_passes  # noqa: E402

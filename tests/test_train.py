@@ -13,7 +13,7 @@ pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the 
 
 from iosr_fast.clip.adapter import Adapter, encode_plain, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.offline import probe as probe_module  # noqa: E402
+from iosr_fast.export import probe as probe_module  # noqa: E402
 from iosr_fast.training.batches import cut  # noqa: E402
 from iosr_fast.training.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
 from iosr_fast.training.train import train_adapter  # noqa: E402

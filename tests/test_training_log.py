@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from iosr_fast.offline import training_log
+from iosr_fast.export import training_log
 from iosr_fast.training.training_log import TrainingLog
 
 STEPS_AN_EPOCH = 5

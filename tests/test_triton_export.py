@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2 as schema
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.text_source import TextSource
-from iosr_fast.offline.pretrained import open_pretrained
+from iosr_fast.export.pretrained import open_pretrained
 from iosr_fast.triton_export import export_triton, graph, repository
 from iosr_fast.triton_export.plans import choose_plans
 from iosr_fast.utils.files import read_manifest, write_manifest

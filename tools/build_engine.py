@@ -28,11 +28,11 @@ from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.architecture import check_architecture
 from iosr_fast.clip.load import load_clip
 from iosr_fast.encoders.runtimes.plans import told
-from iosr_fast.offline.calibration import calibration_pictures
-from iosr_fast.offline.engine_precision import QUANTISED, choose_builder
-from iosr_fast.offline.export import add_plan, random_adapter, write_engine
-from iosr_fast.offline.export_check import CHECKED_PICTURES
-from iosr_fast.offline.pretrained import choose_adapter, read_adapter
+from iosr_fast.export.calibration import calibration_pictures
+from iosr_fast.export.engine_precision import QUANTISED, choose_builder
+from iosr_fast.export.export import add_plan, random_adapter, write_engine
+from iosr_fast.export.export_check import CHECKED_PICTURES
+from iosr_fast.export.pretrained import choose_adapter, read_adapter
 from iosr_fast.utils.outputs import check_new_folder
 from tools.command import run
 

@@ -59,7 +59,7 @@ def find_engine(engine: str) -> Path:
     """The folder; for "demo" that of the demo's engine, built once and kept."""
     if engine != "demo":
         return Path(engine)
-    from iosr_fast.offline.pretrained import open_pretrained
+    from iosr_fast.export.pretrained import open_pretrained
 
     return open_pretrained("demo", None, "auto", "auto", "fp32", None).engine
 

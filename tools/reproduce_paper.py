@@ -191,7 +191,7 @@ def reproduce(options: argparse.Namespace) -> None:
     # Not --pretrained: a file may be called in several ways, and the fingerprint in the model's facts is its content's.
     facts = {**model.facts, "views": views.count, "mirror": views.mirror}
     if options.out is None:
-        from iosr_fast.offline.pretrained import cache_folder
+        from iosr_fast.export.pretrained import cache_folder
 
         options.out = cache_folder() / "reproduction" / f"{model.clip.name}-{digest(facts)[:12]}"
     if options.status and not (options.out / RUN).is_file():

@@ -58,7 +58,7 @@ class ClipText:
 
     def write(self, folder: Path) -> dict[str, Any] | None:
         """Export text encoder and tokenizer into `folder`; None, with a warning, where this CLIP's can't be."""
-        from iosr_fast.offline.export_text import export_text
+        from iosr_fast.export.export_text import export_text
 
         kept = self.kept_in / f"{self.clip.fingerprint[:16]}-v{SCHEMA}.{TEXT_EXPORT}"
         if not (kept / MANIFEST).is_file():

@@ -23,8 +23,8 @@ import torch
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import load_adapter
 from iosr_fast.clip.load import load_clip
+from iosr_fast.export.pretrained import DEMO_ADAPTER
 from iosr_fast.info import usable_threads
-from iosr_fast.offline.pretrained import DEMO_ADAPTER
 from tools.bench import harness
 from tools.bench.encoder_rivals import Embed, Pass, both, eagerly, in_onnxruntime, write
 from tools.bench.pipeline import PapersFormula

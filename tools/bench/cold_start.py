@@ -117,7 +117,7 @@ def make_bundle(model: str, folder: Path) -> Path:
 
     from iosr_fast.classifier import Classifier
     from iosr_fast.clip.load import load_clip
-    from iosr_fast.offline.export import random_adapter, write_engine
+    from iosr_fast.export.export import random_adapter, write_engine
     from tools.demo.bundle import held_out_queries, make_demo_bundle
 
     queries, _ = held_out_queries(CLASSES, SHOTS)
@@ -144,7 +144,7 @@ def make_bundle(model: str, folder: Path) -> Path:
 def _open_clip_arguments(model: str, folder: Path) -> tuple[str, str, str]:
     """What the rival loads: its model's name, weights and the adapter."""
     from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, load_clip
-    from iosr_fast.offline.pretrained import DEMO_ADAPTER
+    from iosr_fast.export.pretrained import DEMO_ADAPTER
 
     if model == "demo":
         return DEMO_NAME, str(DEMO_FOLDER / "clip.safetensors"), str(DEMO_ADAPTER)

@@ -30,8 +30,8 @@ import torch
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.dual_encoder import DualEncoderConfig, build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.export.export import random_adapter
 from iosr_fast.info import usable_threads
-from iosr_fast.offline.export import random_adapter
 from tools.bench import encoder_rivals as rivals
 from tools.bench import harness
 from tools.bench.encoder_rivals import Embed

@@ -22,8 +22,8 @@ from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.offline.export import OPSET, export_onnx, quiet_exporter
-from iosr_fast.offline.onnx_files import save_onnx
+from iosr_fast.export.export import OPSET, export_onnx, quiet_exporter
+from iosr_fast.export.onnx_files import save_onnx
 
 COMPILED = ("torch-compile", "onnxruntime", "openvino")
 Embed = Callable[[], tuple[np.ndarray, ...]]

@@ -34,6 +34,7 @@ from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.export.export import random_adapter, write_engine
 from iosr_fast.images.decoders import CpuDecoder
 from iosr_fast.images.pixels import FORMATS
 from iosr_fast.images.preprocess import open_image, resize_and_crop
@@ -42,7 +43,6 @@ from iosr_fast.live.examples import Examples
 from iosr_fast.live.recipe import fit_recipe
 from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews
-from iosr_fast.offline.export import random_adapter, write_engine
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
 from iosr_fast.scoring import ScoringPlan
 from iosr_fast.utils.ordered import map_ordered

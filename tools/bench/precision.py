@@ -1,6 +1,6 @@
 """The fused encoder in fewer bits: speed, and what it costs in the embeddings and in the demo's accuracy.
 
-    onnxruntime-fp32, -int8    one encoder.onnx, and its quantised form (iosr_fast/offline/quantize.py)
+    onnxruntime-fp32, -int8    one encoder.onnx, and its quantised form (iosr_fast/export/quantize.py)
     openvino-fp32, -bf16, -int8  the same two files; in bf16 OpenVINO rounds by itself, where the processor has bf16
 
 Cosines are with the fp32 encoder in PyTorch. The demo is calibrated on generic pictures and judged on its test
@@ -26,12 +26,12 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
+from iosr_fast.export.calibration import calibration_pictures
+from iosr_fast.export.export import export_onnx, random_adapter
+from iosr_fast.export.export_check import FP32_MAX_ERROR, MIN_COSINES
+from iosr_fast.export.pretrained import choose_adapter
+from iosr_fast.export.quantize import quantize_onnx
 from iosr_fast.info import usable_threads
-from iosr_fast.offline.calibration import calibration_pictures
-from iosr_fast.offline.export import export_onnx, random_adapter
-from iosr_fast.offline.export_check import FP32_MAX_ERROR, MIN_COSINES
-from iosr_fast.offline.pretrained import choose_adapter
-from iosr_fast.offline.quantize import quantize_onnx
 from tools.bench import harness
 from tools.bench.encoder import fused_flops
 from tools.evaluation.demo import held_out, torch_encoder

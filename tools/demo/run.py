@@ -26,8 +26,8 @@ from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_ada
 from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.offline.export import write_engine
-from iosr_fast.offline.pretrained import DEMO_ADAPTER
+from iosr_fast.export.export import write_engine
+from iosr_fast.export.pretrained import DEMO_ADAPTER
 from iosr_fast.training.data import demo_pictures
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines, plot_overlap
 from iosr_fast.training.train import train_adapter

@@ -24,8 +24,8 @@ from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.export.export import write_engine
 from iosr_fast.info import usable_threads
-from iosr_fast.offline.export import write_engine
 from iosr_fast.training.data import PictureSource, demo_pictures
 from iosr_fast.training.train import train_adapter
 from iosr_fast.training.train_config import TrainConfig

@@ -58,7 +58,7 @@ def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
 def encode_test(adapter: str | Path = "auto") -> tuple[Encoded, tuple[str, ...]]:
     """The test concepts with the shipped adapter (or a file's), and the styles' names."""
     from iosr_fast.clip.load import load_clip
-    from iosr_fast.offline.pretrained import choose_adapter
+    from iosr_fast.export.pretrained import choose_adapter
 
     clip = load_clip("demo")
     pictures, _ = held_out()

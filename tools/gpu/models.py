@@ -132,7 +132,7 @@ class Models:
 @functools.cache
 def loaded(name: str) -> tuple[LoadedClip, Adapter]:
     """open_clip's model with random weights from a fixed seed (the demo's own for the demo), and a random adapter."""
-    from iosr_fast.offline.export import random_adapter
+    from iosr_fast.export.export import random_adapter
 
     clip = load_clip(name, None if name == "demo" else "none")
     first = CONFIGS[name]("fp32").first_adapted_block

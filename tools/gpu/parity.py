@@ -104,7 +104,7 @@ def demo_labels(report: Report, setting: Setting) -> None:
         return
     from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.clip.load import load_clip
-    from iosr_fast.offline.pretrained import choose_adapter
+    from iosr_fast.export.pretrained import choose_adapter
 
     clip = load_clip("demo")
     adapter = choose_adapter(clip, "auto")

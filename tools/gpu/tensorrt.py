@@ -14,7 +14,7 @@ from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 from iosr_fast.encoders.runtimes.engine import refusal
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
-from iosr_fast.offline.export import export_onnx
+from iosr_fast.export.export import export_onnx
 from tools.gpu import device as gpu
 from tools.gpu import latency
 from tools.gpu.encoder import candidates, time_rows

@@ -46,7 +46,7 @@ class Model:
 
         Raises ValueError where files have changed since this was made: embeddings would be filed under wrong names.
         """
-        from iosr_fast.offline.pretrained import open_pretrained
+        from iosr_fast.export.pretrained import open_pretrained
 
         name, pretrained, adapter, runtime = self.given
         if not has_transformer(self.clip):
@@ -67,8 +67,8 @@ def load_model(name: str, pretrained: str | Path | None, adapter: str | Path | N
     """Load a CLIP and look at its adapter. Raises ValueError for an adapter of another CLIP, or where none can be."""
     from iosr_fast.clip.load import load_clip
     from iosr_fast.encoders.runtimes import choose_runtime
-    from iosr_fast.offline.export import engine_fingerprint
-    from iosr_fast.offline.pretrained import choose_adapter
+    from iosr_fast.export.export import engine_fingerprint
+    from iosr_fast.export.pretrained import choose_adapter
 
     if runtime != "auto":
         choose_runtime(runtime)

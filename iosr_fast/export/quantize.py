@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from iosr_fast.offline.onnx_files import save_onnx
-from iosr_fast.offline.quantize_graph import Activation, EncoderGraph, Group, Quantised
+from iosr_fast.export.onnx_files import save_onnx
+from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, Quantised
 from iosr_fast.utils.require import require
 
 Kind = Literal["int8", "fp8"]

@@ -87,9 +87,9 @@ def open_pretrained(
     from iosr_fast.clip.prompts import ClipText
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, check_runtime
-    from iosr_fast.offline.calibration import calibration_pictures
-    from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, quantised_by
-    from iosr_fast.offline.export import LAYOUT, engine_fingerprint, write_engine
+    from iosr_fast.export.calibration import calibration_pictures
+    from iosr_fast.export.engine_precision import QUANTISED, choose_builder, quantised_by
+    from iosr_fast.export.export import LAYOUT, engine_fingerprint, write_engine
 
     check_architecture(model)
     chosen = read_adapter(model, adapter)

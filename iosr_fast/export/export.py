@@ -28,10 +28,10 @@ from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
+from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
+from iosr_fast.export.export_check import check, pictures_of, two_passes
+from iosr_fast.export.onnx_files import save_onnx
 from iosr_fast.info import cpu_model, package_version
-from iosr_fast.offline.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
-from iosr_fast.offline.export_check import check, pictures_of, two_passes
-from iosr_fast.offline.onnx_files import save_onnx
 from iosr_fast.utils.files import new_folder, write_manifest
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import hold
@@ -211,7 +211,7 @@ def _export_quantised(
     scheme: Literal["cpu", "tensorrt"],
 ) -> dict[str, Any]:
     """encoder.onnx with quantised products; returns what quantize_onnx says of it."""
-    from iosr_fast.offline.quantize import quantize_onnx
+    from iosr_fast.export.quantize import quantize_onnx
 
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / ONNX_FILE

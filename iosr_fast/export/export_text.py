@@ -14,8 +14,8 @@ from iosr_fast.clip.demo.pictures import load_index
 from iosr_fast.clip.dual_encoder import Precision
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
 from iosr_fast.encoders.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
-from iosr_fast.offline.export import LARGEST_FILE, OPSET, quiet_exporter
-from iosr_fast.offline.export_check import FP32_MAX_ERROR
+from iosr_fast.export.export import LARGEST_FILE, OPSET, quiet_exporter
+from iosr_fast.export.export_check import FP32_MAX_ERROR
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
