@@ -13,7 +13,7 @@ from iosr_fast.utils import require as _require  # noqa: F401  first of all: it 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.scoring import ScoringPlan, score
+    from iosr_fast.scoring.plan import ScoringPlan, score
 
     __version__: str
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.validation import check_finite, check_unit_rows
+from iosr_fast.scoring.validation import check_finite, check_unit_rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from iosr_fast.auto import tune_auto
 from iosr_fast.cache import SupportSet
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import check_parameters
-from iosr_fast.reducers import check_reducer
+from iosr_fast.scoring.reducers import check_reducer
 from iosr_fast.tune import Tuned, tune
 
 

@@ -31,13 +31,13 @@ from iosr_fast.live.support_images import SupportViews
 from iosr_fast.live.updates import LiveUpdates
 from iosr_fast.methods import METHODS
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
-from iosr_fast.precision import PRECISIONS, Precision
 from iosr_fast.predictions import Change, Prediction
-from iosr_fast.scoring import RANGES, ScoringPlan
+from iosr_fast.scoring.plan import RANGES, ScoringPlan
+from iosr_fast.scoring.precision import PRECISIONS, Precision
+from iosr_fast.scoring.validation import check_number
 from iosr_fast.tune import Tuned
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.verified_folder import Held
-from iosr_fast.validation import check_number
 
 _CHUNK = 256
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, Method
 from iosr_fast.methods.proker import residual
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.search import Intervals, cache_intervals, intervals
 
 MOST_FOLDS = 16

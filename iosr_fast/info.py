@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from iosr_fast import dispatch
 from iosr_fast.methods import METHODS
+from iosr_fast.scoring import dispatch
 
 OPTIONAL_PACKAGES = (
     "onnxruntime",

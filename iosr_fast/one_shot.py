@@ -8,7 +8,7 @@ from iosr_fast.cache import SupportSet
 from iosr_fast.held_out import logits_of, validation
 from iosr_fast.log_loss import MOST, spread
 from iosr_fast.methods import METHODS
-from iosr_fast.reducers import Reducer
+from iosr_fast.scoring.reducers import Reducer
 
 
 def one_shot_parameters(method: str, support: SupportSet, reducer: Reducer | None) -> dict[str, float]:

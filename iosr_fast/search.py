@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast import dispatch, numpy_search
+from iosr_fast import numpy_search
 from iosr_fast.numpy_search import EMPTY, LOWER_OPEN, UPPER_OPEN
-from iosr_fast.validation import check_finite, check_unit_rows
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.validation import check_finite, check_unit_rows
 
 __all__ = [
     "EMPTY",

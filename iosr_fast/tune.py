@@ -23,8 +23,8 @@ from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.one_shot import one_shot_parameters
 from iosr_fast.plan_check import one_label, right_by_plan, weighing
-from iosr_fast.reducers import Reducer, fit_reducer
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reducers import Reducer, fit_reducer
 from iosr_fast.search import EMPTY, LOWER_OPEN, UPPER_OPEN, Intervals, step_curve, sweep
 
 Protocol = Literal["loo", "loo-single", "validation", "one-shot", "none"]

@@ -24,7 +24,7 @@ from iosr_fast.kernels.launch import Config, config_for, load_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iosr_fast.device_plan import DevicePlan
+    from iosr_fast.scoring.device_plan import DevicePlan
 
 # A tile of aligned classes may hold missing shots; this much more work than the ragged path's is worth its simplicity.
 ALIGNED_OVERHEAD = 1.25

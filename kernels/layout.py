@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iosr_fast.device_plan import DevicePlan
+    from iosr_fast.scoring.device_plan import DevicePlan
 
 _T = TypeVar("_T")
 _kept: weakref.WeakKeyDictionary[DevicePlan, dict[Any, Any]] = weakref.WeakKeyDictionary()

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast import dispatch
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.signal_stack import signal_stack
-from iosr_fast.precision import Precision
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.reducers import Reducer
 from tests import demo_cache as shared
 from tools.source_tree import use_source_tree
 

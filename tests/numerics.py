@@ -12,9 +12,9 @@ import torch
 
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.precision import Precision, dequantize, key_rows
-from iosr_fast.reference import score_reference
-from iosr_fast.scoring import LARGEST, RANGES, ScoringPlan, score_with_path
+from iosr_fast.scoring.plan import LARGEST, RANGES, ScoringPlan, score_with_path
+from iosr_fast.scoring.precision import Precision, dequantize, key_rows
+from iosr_fast.scoring.reference import score_reference
 from tests.conftest import random_plan
 
 CPP_PATHS = [f"cpp/{name}" for name, supported in _C.simd_paths() if supported]

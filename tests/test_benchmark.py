@@ -225,7 +225,7 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_few_classes_stand_for_all_in_the_verification() -> None:
-    from iosr_fast.reference import score_reference
+    from iosr_fast.scoring.reference import score_reference
     from tools.bench.score import Case, only_classes
 
     plan, embeddings = Case(3, 40, 16, 9).build()
@@ -258,7 +258,7 @@ def test_extra_memory_is_the_peak_of_a_call() -> None:
 @pytest.mark.parametrize("shape", [(4096, 4096), (20000, 64), (3, 8192)])
 def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, int], rng: np.random.Generator) -> None:
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.scoring import ScoringPlan, score
+    from iosr_fast.scoring.plan import ScoringPlan, score
     from tests.conftest import unit_rows
 
     batch, width = shape

@@ -13,7 +13,7 @@ import pytest
 from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
-from iosr_fast.scoring import score
+from iosr_fast.scoring.plan import score
 from iosr_fast.utils.verified_folder import Held
 from tests.live_parts import engine_folder, pictures, small_classifier
 from tests.manifests import rewrite_manifest
@@ -103,7 +103,7 @@ def test_int8_codes_are_stored_not_found_again(engine: Path, tmp_path: Path, mon
     def never(*_: object) -> None:
         raise AssertionError("codes were searched again")
 
-    monkeypatch.setattr("iosr_fast.scoring.compact_int8", never)
+    monkeypatch.setattr("iosr_fast.scoring.plan.compact_int8", never)
     plan = load_bundle(tmp_path / "bundle").state.plan
     assert plan.key_precision == "int8"
 

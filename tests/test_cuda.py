@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast import cuda, cuda_layout
-from iosr_fast.device_plan import device_plan
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.reference import score_reference
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring import cuda_layout
+from iosr_fast.scoring import cuda_scorer as cuda
+from iosr_fast.scoring.device_plan import device_plan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reference import score_reference
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.numerics import cache_size, eager_float32, linear_size, needs_gpu
 from tests.test_cuda_binding import linear_arguments
@@ -68,7 +69,7 @@ def assert_right(plan: ScoringPlan, embeddings: Embeddings, queries: str, device
     assert path == (expected or expected_path(plan.key_precision or "", queries, len(embeddings)))
     truth = score_reference(plan, embeddings)
     if device == "cuda":
-        from iosr_fast.torch_scoring import score_torch
+        from iosr_fast.scoring.torch_scorer import score_torch
 
         tensors = [torch.from_numpy(x).to(device=device, dtype=dtype) for x in (embeddings.plain, embeddings.adapted)]
         eager = score_torch(device_plan(plan, device), *tensors)[0].cpu().numpy()

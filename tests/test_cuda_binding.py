@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from iosr_fast import cuda
+from iosr_fast.scoring import cuda_scorer as cuda
 
 torch = pytest.importorskip("torch")
 
@@ -117,7 +117,7 @@ def test_refusal_names_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_loads_neither_torch_nor_the_extension() -> None:
     code = (
-        "import sys, iosr_fast.cuda; "
+        "import sys, iosr_fast.scoring.cuda_scorer; "
         "raise SystemExit(any(name in sys.modules for name in ('torch', 'iosr_fast._C_cuda')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

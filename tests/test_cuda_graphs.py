@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
-from iosr_fast.scoring import score
+from iosr_fast.scoring.plan import score
 from tests.conftest import random_embeddings, random_plan
 
 SIZE, WIDTH = 4, 3
@@ -275,8 +275,8 @@ def test_scoring_graphs_on_a_gpu(rng: np.random.Generator, impl: str, precision:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no NVIDIA GPU")
-    from iosr_fast.dispatch import choose
     from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.scoring.dispatch import choose
 
     try:
         choose(impl, "cuda")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast import _C, dispatch, info, kernels
+from iosr_fast import _C, info, kernels
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring import score_with_path
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.plan import score_with_path
 from tests.conftest import random_embeddings, random_plan
 
 CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
@@ -135,7 +136,7 @@ def test_triton_takes_the_cpu_under_its_interpreter(monkeypatch: pytest.MonkeyPa
 
 def test_scoring_arrays_on_auto_never_loads_torch() -> None:
     code = (
-        "import json, sys, numpy as np; from iosr_fast.scoring import *; from iosr_fast import dispatch; "
+        "import json, sys, numpy as np; from iosr_fast.scoring.plan import *; from iosr_fast.scoring import dispatch; "
         "rows = np.eye(4); "
         "plan = ScoringPlan(2, text=rows[:2], keys=rows[:3], class_offsets=[0, 2, 3]); "
         "paths = [score_with_path(plan.with_key_precision(p), Embeddings(rows))[1] for p in ('fp32', 'bf16', 'int8')]; "

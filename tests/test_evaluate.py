@@ -16,7 +16,7 @@ import pytest
 from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import compile_method
-from iosr_fast.reference import score_reference
+from iosr_fast.scoring.reference import score_reference
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 from tests.conftest import unit_rows
 from tools.evaluate import main

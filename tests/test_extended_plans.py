@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.precision import PRECISIONS, Precision
-from iosr_fast.reducers import Reducer
-from iosr_fast.reference import score_reference
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import PRECISIONS, Precision
+from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.reference import score_reference
 from tests.conftest import EXTENDED, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.numerics import PATHS, allowed_error, assert_as_good_as_eager, assert_close_to_truth, run_path
 from tests.test_precision import correlated_rows

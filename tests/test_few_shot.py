@@ -9,7 +9,7 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import compile_method
-from iosr_fast.reference import score_reference
+from iosr_fast.scoring.reference import score_reference
 from tests.conftest import unit_rows
 from tools.demo.few_shot import cell, changed_labels, evaluate
 from tools.evaluation.tasks import POOL, Encoded

@@ -53,12 +53,12 @@ def test_kernels_are_found_from_anywhere(where: str, tmp_path: Path) -> None:
     assert not loaded & {"triton", "torch"}
 
 
-@pytest.mark.parametrize("statement", ["import iosr_fast.torch_op", "device_plan(plan, 'cpu')"])
+@pytest.mark.parametrize("statement", ["import iosr_fast.scoring.torch_op", "device_plan(plan, 'cpu')"])
 def test_what_needs_torch_says_how_to_get_it(statement: str, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from iosr_fast.device_plan import device_plan\n"
-        "from iosr_fast.scoring import ScoringPlan\n"
+        "from iosr_fast.scoring.device_plan import device_plan\n"
+        "from iosr_fast.scoring.plan import ScoringPlan\n"
         "plan = ScoringPlan(1, text=[[1.0]])\n"
         f"{statement}"
     )

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.int8_keys import compact_int8
-from iosr_fast.precision import dequantize, quantize_int8
-from iosr_fast.reference import score_reference
-from iosr_fast.scoring import ScoringPlan, score_with_path
+from iosr_fast.scoring.int8_keys import compact_int8
+from iosr_fast.scoring.plan import ScoringPlan, score_with_path
+from iosr_fast.scoring.precision import dequantize, quantize_int8
+from iosr_fast.scoring.reference import score_reference
 from tests.conftest import unit_rows
 from tests.numerics import CPP_PATHS, assert_close_to_truth
 from tests.test_precision import correlated_rows
@@ -83,7 +83,7 @@ def test_every_path_transforms_the_query(path: str, batch: int, rng: np.random.G
 
 def test_the_module_transforms_the_query(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
-    from iosr_fast.torch_op import ScoringModule
+    from iosr_fast.scoring.torch_op import ScoringModule
 
     plan = plan_in_a_basis(rng)
     rows = torch.from_numpy(correlated_rows(rng, 9, 48))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast import precision
-from iosr_fast.precision import convert_keys, dequantize, from_bfloat16, quantize_int8, to_bfloat16
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring import precision
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import convert_keys, dequantize, from_bfloat16, quantize_int8, to_bfloat16
 from tests.conftest import unit_rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iosr_fast.reducers import REDUCERS, Reducer, fit_reducer
+from iosr_fast.scoring.reducers import REDUCERS, Reducer, fit_reducer
 from tests.conftest import unit_rows
 
 SHAPES = ((1, 1), (5, 3), (3, 7), (40, 33), (20, 64))

@@ -142,7 +142,7 @@ def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Pr
     """Tip-Adapter++ by hand: the same views, averaged by encode_support, tuned on the validation pictures."""
     from iosr_fast.cache import make_support_set
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.scoring import score
+    from iosr_fast.scoring.plan import score
     from iosr_fast.tune import tune
     from tools.reproduction.store import Wanted
 

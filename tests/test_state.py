@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast import reference
 from iosr_fast.live.examples import absorb
 from iosr_fast.live.segmented import SegmentedPlan
 from iosr_fast.live.state import SMALL, State
 from iosr_fast.methods import METHODS
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring import reference
+from iosr_fast.scoring.plan import ScoringPlan
 from tests.live_parts import random_examples, random_queries, random_state, unit
 
 # How far scores of narrow keys may be from the truth, of the largest logit.

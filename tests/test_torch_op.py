@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast import _C, torch_op
-from iosr_fast.device_plan import device_plan
+from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.precision import PRECISIONS, Precision
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring import torch_op
+from iosr_fast.scoring.device_plan import device_plan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import PRECISIONS, Precision
 from tests.conftest import EXTENDED, random_embeddings, random_plan
 from tests.numerics import assert_close_to_truth, needs_gpu, run_path, tensors
 

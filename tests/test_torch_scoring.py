@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast import _C, batch, torch_scoring
-from iosr_fast.device_plan import as_tensor, device_plan
+from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.precision import PRECISIONS, Precision, dequantize
-from iosr_fast.reducers import Reducer
-from iosr_fast.reference import score_reference, softmax
-from iosr_fast.scoring import ScoringPlan, score, score_with_path
+from iosr_fast.scoring import inputs as batch
+from iosr_fast.scoring import torch_scorer as torch_scoring
+from iosr_fast.scoring.device_plan import as_tensor, device_plan
+from iosr_fast.scoring.plan import ScoringPlan, score, score_with_path
+from iosr_fast.scoring.precision import PRECISIONS, Precision, dequantize
+from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.reference import score_reference, softmax
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, unit_rows
 from tests.numerics import allowed_error, assert_as_good_as_eager, assert_close_to_truth, needs_gpu, tensors
 
@@ -290,7 +292,7 @@ def test_extended_plans_on_a_gpu(name: str, dtype: torch.dtype, rng: np.random.G
 def test_arrays_go_to_the_gpu_and_back(rng: np.random.Generator) -> None:
     plan, embeddings = random_plan(rng, [16] * 20, 64), random_embeddings(rng, 33, 64)
     for impl in ("cuda", "triton"):
-        from iosr_fast import dispatch
+        from iosr_fast.scoring import dispatch
 
         if next(row.refusal for row in dispatch.available() if row.name == impl) is not None:
             continue

@@ -92,8 +92,8 @@ def test_equal_calls_give_equal_bits_on_the_gpu(rng: np.random.Generator) -> Non
     cuda_or_skip()
     import torch
 
-    from iosr_fast.device_plan import device_plan
     from iosr_fast.kernels.cache_score import score_triton
+    from iosr_fast.scoring.device_plan import device_plan
     from tests.triton_parity import tensors
 
     plan = device_plan(random_plan(rng, [5000, 3, 0, 900], 512).with_key_precision("fp16"), "cuda")

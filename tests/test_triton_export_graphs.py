@@ -19,9 +19,9 @@ import onnx
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.preprocess import resize_and_crop
-from iosr_fast.precision import PRECISIONS, Precision
-from iosr_fast.reference import score_reference, softmax
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import PRECISIONS, Precision
+from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.triton_export import graph
 from iosr_fast.triton_export.preprocess_graph import LARGEST_RATIO, preprocess_model
 from iosr_fast.triton_export.scoring_graph import scoring_inputs, scoring_model

@@ -15,9 +15,9 @@ from iosr_fast.held_out import in_order_of_folds, intervals_of, leave_out, logit
 from iosr_fast.log_loss import fit_alpha, fit_factor
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.one_shot import one_shot_parameters
-from iosr_fast.reducers import fit_reducer
-from iosr_fast.reference import score_reference
-from iosr_fast.scoring import score
+from iosr_fast.scoring.plan import score
+from iosr_fast.scoring.reducers import fit_reducer
+from iosr_fast.scoring.reference import score_reference
 from iosr_fast.tune import is_level, tune
 from tests.conftest import unit_rows
 

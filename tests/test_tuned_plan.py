@@ -21,9 +21,9 @@ from iosr_fast.log_loss import MOST, fit_alpha, fit_factor
 from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.one_shot import one_shot_parameters
-from iosr_fast.precision import dequantize
-from iosr_fast.reducers import Reducer, fit_reducer
-from iosr_fast.scoring import RANGES, ScoringPlan, score
+from iosr_fast.scoring.plan import RANGES, ScoringPlan, score
+from iosr_fast.scoring.precision import dequantize
+from iosr_fast.scoring.reducers import Reducer, fit_reducer
 from iosr_fast.search import cache_intervals, intervals, sweep
 from iosr_fast.tune import Tuned, tune
 from tests.conftest import random_embeddings, random_plan, unit_rows

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast.device_plan import device_plan
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.kernels import cache_score, dense_values, refusal
 from iosr_fast.kernels.launch import PRECISIONS, Config
+from iosr_fast.scoring.device_plan import device_plan
 from tests.conftest import EXTENDED, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.test_precision import correlated_rows
 from tests.triton_parity import BATCHES, DEVICE, HALF, LAYOUTS, SMALL, WIDTHS, assert_close_to_truth, tensors

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from iosr_fast.device_plan import DevicePlan, device_plan
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.kernels import cache_score, layout, refusal
 from iosr_fast.kernels.launch import PRECISIONS, Config
-from iosr_fast.reference import score_reference
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.device_plan import DevicePlan, device_plan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reference import score_reference
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.numerics import AT_THE_BOUNDS, linear_size, plan_at_a_bound
 from tests.test_precision import correlated_rows

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 def check_words(options: argparse.Namespace) -> None:
     """Raise ValueError for what can't be, whatever the data: it is known before a large set has been looked through."""
     from iosr_fast.encoders.runtimes import choose_runtime
-    from iosr_fast.reducers import check_reducer
+    from iosr_fast.scoring.reducers import check_reducer
 
     method_names(options)
     for reducer in options.reducers:

@@ -64,13 +64,13 @@ def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Call
     """A call that runs one configuration on one shape, and the truth of its result."""
     import torch
 
-    from iosr_fast.device_plan import device_plan
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.kernels.cache_score import affine_terms, score_triton
     from iosr_fast.kernels.dense_values import dense_values
-    from iosr_fast.precision import dequantize
-    from iosr_fast.reference import score_reference
-    from iosr_fast.scoring import ScoringPlan
+    from iosr_fast.scoring.device_plan import device_plan
+    from iosr_fast.scoring.plan import ScoringPlan
+    from iosr_fast.scoring.precision import dequantize
+    from iosr_fast.scoring.reference import score_reference
 
     rng = np.random.default_rng(0)
     n_keys, n_classes = sum(counts), len(counts)

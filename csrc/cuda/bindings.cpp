@@ -151,7 +151,7 @@ std::string linear(int device, uintptr_t stream, const std::string& precision, i
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-    module.doc() = "CUDA kernels of iosr_fast; iosr_fast.cuda calls them";
+    module.doc() = "CUDA kernels of iosr_fast; iosr_fast.scoring.cuda_scorer calls them";
     module.attr("version") = IOSR_FAST_VERSION;
     module.attr("chunk") = kChunk;
     module.def("cache", &cache, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("key_precision"),

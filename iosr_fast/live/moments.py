@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from iosr_fast.methods.gda import gda_plan, shrunk_precision
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan, Which
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
 
 
 @dataclass(frozen=True, eq=False)

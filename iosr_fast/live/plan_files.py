@@ -12,8 +12,8 @@ from iosr_fast.cache import SupportSet
 from iosr_fast.live.recipe import Recipe
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reducers import Reducer
 
 CONSTANTS = ("tau", "alpha", "beta", "temperature", "query", "feature")
 ARRAYS = ("keys", "key_scales", "query_transform", "weights", "values", "linear", "bias")

@@ -10,9 +10,9 @@ from iosr_fast.cache import SupportSet
 from iosr_fast.live.examples import Examples
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.precision import Precision
-from iosr_fast.reducers import Reducer, fit_reducer
-from iosr_fast.scoring import ScoringPlan, Which
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.reducers import Reducer, fit_reducer
 
 # Methods of which each support image is a key of its own, whatever the others are: a key more is a product more.
 ADDITIVE = frozenset({"zero-shot", "tip-adapter", "tip-adapter++"})

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring import ScoringPlan, score
-from iosr_fast.validation import frozen
+from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.validation import frozen
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from iosr_fast.live.segmented import SegmentedPlan, assemble, columns_of, score_
 from iosr_fast.methods import METHODS, refusal
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.plan import ScoringPlan
 
 # Runs of examples up to this many are copied into one: a bound on the work of a change, however large the cache.
 SMALL = 1024

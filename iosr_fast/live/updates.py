@@ -21,7 +21,7 @@ from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.methods import METHODS
 from iosr_fast.predictions import Change, ClassInfo, class_id, example_id
-from iosr_fast.validation import check_unit_rows
+from iosr_fast.scoring.validation import check_unit_rows
 
 
 class LiveUpdates(ABC):

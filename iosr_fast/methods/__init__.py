@@ -17,9 +17,9 @@ from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.tip_adapter import tip_adapter
 from iosr_fast.methods.tip_x import tip_x
 from iosr_fast.methods.zero_shot import zero_shot
-from iosr_fast.reducers import Reducer, fit_reducer
-from iosr_fast.scoring import RANGES, ScoringPlan, Which
-from iosr_fast.validation import check_number
+from iosr_fast.scoring.plan import RANGES, ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer, fit_reducer
+from iosr_fast.scoring.validation import check_number
 
 __all__ = ["METHODS", "Method", "check_parameters", "compile_method"]
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from iosr_fast.cache import SupportSet
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan, Which
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
 
 # Kernel ridge solves an (N, N) system and keeps (N, C) values: beyond this it is neither seconds nor small.
 LARGEST = 8192

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import Which
+from iosr_fast.scoring.plan import Which
+from iosr_fast.scoring.reducers import Reducer
 
 
 def image_rows(embeddings: Embeddings, which: Which, reducer: Reducer | None) -> np.ndarray:

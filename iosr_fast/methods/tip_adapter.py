@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from iosr_fast.cache import SupportSet
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan, Which
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
 
 
 def tip_adapter(

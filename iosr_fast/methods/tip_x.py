@@ -8,10 +8,10 @@ import numpy as np
 
 from iosr_fast.cache import SupportSet
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.numpy_scoring import text_distribution
 from iosr_fast.numpy_search import ROUNDING
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan, Which
+from iosr_fast.scoring.numpy_scorer import text_distribution
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
 
 TEMPERATURE = 0.5
 _TILE = 1 << 23  # elements of a block of products: 64 MB

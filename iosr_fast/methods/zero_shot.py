@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from iosr_fast.cache import SupportSet
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan, Which
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
 
 
 def zero_shot(support: SupportSet, which: Which = "plain", reducer: Reducer | None = None) -> ScoringPlan:

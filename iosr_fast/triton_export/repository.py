@@ -17,7 +17,7 @@ from iosr_fast.encoders.runtimes.engine import ENGINE_KIND
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.labels import some
-from iosr_fast.scoring import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan, score
 from iosr_fast.triton_export import configs
 from iosr_fast.triton_export.configs import Served
 from iosr_fast.triton_export.graph import EXTRA

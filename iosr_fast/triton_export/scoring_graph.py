@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.triton_export.graph import Graph
 
 # bfloat16's bits are uint16 in a plan.

@@ -44,7 +44,7 @@ from iosr_fast.live.recipe import fit_recipe
 from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.ordered import map_ordered
 from tools.bench import harness
 from tools.bench.encoder_rivals import Pass, write

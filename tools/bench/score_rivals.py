@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.device_plan import as_tensor
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring.device_plan import as_tensor
+from iosr_fast.scoring.plan import ScoringPlan
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from iosr_fast.live.examples import Examples, join
 from iosr_fast.live.recipe import fit_recipe
 from iosr_fast.live.state import State
 from iosr_fast.methods import METHODS
-from iosr_fast.scoring import score
+from iosr_fast.scoring.plan import score
 from tools.bench import harness
 
 DEFAULT_CASES = (

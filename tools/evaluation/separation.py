@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.reducers import fit_reducer
+from iosr_fast.scoring.reducers import fit_reducer
 from iosr_fast.training.overlap import auroc, feature_variance, overlap_area, pair_cosines
 from tools.evaluation.tasks import Source
 

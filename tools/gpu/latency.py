@@ -23,7 +23,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 from iosr_fast.encoders.runtimes.torch import FILE, TorchEncoder
-from iosr_fast.scoring import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan, score
 from tools.bench import harness
 from tools.bench.score import Case
 from tools.gpu import device as gpu

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.batch import make_batch
 from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.encoders.runtimes.batched import bucket_of, check_buckets
-from iosr_fast.scoring import ScoringPlan, score
+from iosr_fast.scoring.inputs import make_batch
+from iosr_fast.scoring.plan import ScoringPlan, score
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -137,6 +137,6 @@ class GraphedScorer:
 
 
 def _tensor(rows: Any) -> Tensor:
-    from iosr_fast.device_plan import as_tensor
+    from iosr_fast.scoring.device_plan import as_tensor
 
     return as_tensor(rows) if isinstance(rows, np.ndarray) else rows

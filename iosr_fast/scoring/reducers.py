@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.validation import check_size, frozen
+from iosr_fast.scoring.validation import check_size, frozen
 
 REDUCERS = ("none", "centre", "pca")
 # Of the channels, or of what the support set can span, whichever is fewer.

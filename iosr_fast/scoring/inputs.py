@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from iosr_fast.encoders.encoder import Array, Embeddings
-from iosr_fast.precision import Precision
-from iosr_fast.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
+from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
 
 if TYPE_CHECKING:
     from torch import Tensor

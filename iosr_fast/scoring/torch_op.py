@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast import dispatch
-from iosr_fast.batch import make_batch
-from iosr_fast.device_plan import DevicePlan, as_tensor, device_plan
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.reducers import Reducer
-from iosr_fast.scoring import ScoringPlan
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.device_plan import DevicePlan, as_tensor, device_plan
+from iosr_fast.scoring.inputs import make_batch
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.utils.require import require
 
 require("torch", "train")

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.precision import key_rows
+from iosr_fast.scoring.precision import key_rows
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.scoring import ScoringPlan
+    from iosr_fast.scoring.plan import ScoringPlan
 
 # One tile of affinities of this shape is held at a time: 16 MB.
 _KEYS_PER_TILE = 4096
@@ -144,6 +144,6 @@ def _cache(plan: ScoringPlan, alpha: float, class_offsets: np.ndarray | None) ->
 
 def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
     """reference.py, rounded to float32 at the end."""
-    from iosr_fast import reference
+    from iosr_fast.scoring import reference
 
     return reference.score_reference(plan, embeddings).astype(np.float32), "reference"

@@ -109,7 +109,7 @@ def _cuda_refusal() -> str | None:
     refusal = _driver_refusal()
     if refusal is not None:
         return refusal
-    from iosr_fast import cuda
+    from iosr_fast.scoring import cuda_scorer as cuda
 
     told: str | None = cuda.refusal()
     return told
@@ -117,9 +117,9 @@ def _cuda_refusal() -> str | None:
 
 # For the CPU, then for GPUs. PyTorch never runs on its own account for NumPy arrays: loading it takes seconds.
 REGISTRY: tuple[Implementation, ...] = (
-    Implementation("cpp", "iosr_fast.numpy_scoring:score_cpp", "arrays", _cpp_refusal, ("cpu",), ("cpu",)),
-    Implementation("numpy", "iosr_fast.numpy_scoring:score_numpy", "arrays", _never, ("cpu",), ("cpu",)),
-    Implementation("cuda", "iosr_fast.cuda:score_cuda", "tensors", _cuda_refusal, ("cuda",), ("cuda",)),
+    Implementation("cpp", "iosr_fast.scoring.numpy_scorer:score_cpp", "arrays", _cpp_refusal, ("cpu",), ("cpu",)),
+    Implementation("numpy", "iosr_fast.scoring.numpy_scorer:score_numpy", "arrays", _never, ("cpu",), ("cpu",)),
+    Implementation("cuda", "iosr_fast.scoring.cuda_scorer:score_cuda", "tensors", _cuda_refusal, ("cuda",), ("cuda",)),
     Implementation(
         "triton",
         "iosr_fast.kernels.cache_score:score_triton",
@@ -130,9 +130,9 @@ REGISTRY: tuple[Implementation, ...] = (
         interpreter="TRITON_INTERPRET",
     ),
     Implementation(
-        "torch", "iosr_fast.torch_scoring:score_torch", "tensors", _torch_refusal, ("cpu", "cuda"), ("cuda",)
+        "torch", "iosr_fast.scoring.torch_scorer:score_torch", "tensors", _torch_refusal, ("cpu", "cuda"), ("cuda",)
     ),
-    Implementation("reference", "iosr_fast.numpy_scoring:score_reference", "arrays", _never, ("cpu",)),
+    Implementation("reference", "iosr_fast.scoring.numpy_scorer:score_reference", "arrays", _never, ("cpu",)),
 )
 
 

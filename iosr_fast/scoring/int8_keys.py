@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.precision import (
+from iosr_fast.scoring.precision import (
     LARGEST_CODE,
     chunks,
     convert_keys,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.precision import Precision, chunks, key_rows
+from iosr_fast.scoring.precision import Precision, chunks, key_rows
 
 # How far a row's norm may be from 1, by the precision that its channels are stored in.
 UNIT_NORM_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}

@@ -7,13 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from iosr_fast import dispatch
-from iosr_fast.batch import Batch, make_batch
 from iosr_fast.encoders.encoder import Array, Embeddings
-from iosr_fast.int8_keys import compact_int8
-from iosr_fast.precision import Precision, convert_keys, dequantize, precision_of
-from iosr_fast.reducers import Reducer
-from iosr_fast.validation import check_number, check_size, check_unit_rows, frozen
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.inputs import Batch, make_batch
+from iosr_fast.scoring.int8_keys import compact_int8
+from iosr_fast.scoring.precision import Precision, convert_keys, dequantize, precision_of
+from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.validation import check_number, check_size, check_unit_rows, frozen
 
 Which = Literal["plain", "adapted"]
 Feature = Literal["plain", "adapted", "text-distribution"]
@@ -277,14 +277,14 @@ def score_with_path(
         return _score_tensors(plan, batch, entry)
     logits, path = entry.load()(plan, batch.embeddings)
     if batch.torch:
-        from iosr_fast.device_plan import as_tensor
+        from iosr_fast.scoring.device_plan import as_tensor
 
         return as_tensor(logits), path
     return logits, path
 
 
 def _score_tensors(plan: ScoringPlan, batch: Batch, entry: dispatch.Implementation) -> tuple[Array, str]:
-    from iosr_fast.device_plan import as_tensor, device_plan
+    from iosr_fast.scoring.device_plan import as_tensor, device_plan
 
     plain, adapted = batch.embeddings.plain, batch.embeddings.adapted
     if batch.device == "cuda":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from iosr_fast.device_plan import DevicePlan
+    from iosr_fast.scoring.device_plan import DevicePlan
 
 PART_SCALE_UP = 2.0**11  # between two parts in float16, which has 11 significant bits
 _COPY = 16  # bytes; the kernels copy rows in pieces of this size, so rows are padded to a multiple of it

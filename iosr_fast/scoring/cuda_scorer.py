@@ -9,13 +9,21 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.cuda_layout import PART_SCALE_UP, ClassLayout, class_layout, kept, padded, query_parts, split_rows
+from iosr_fast.scoring.cuda_layout import (
+    PART_SCALE_UP,
+    ClassLayout,
+    class_layout,
+    kept,
+    padded,
+    query_parts,
+    split_rows,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from iosr_fast.device_plan import DevicePlan
+    from iosr_fast.scoring.device_plan import DevicePlan
 
 # Bytes of class sums that wait to be merged; a batch that would need more is scored in slices.
 _WORKSPACE = 64 << 20
@@ -108,7 +116,7 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     """
     import torch
 
-    from iosr_fast.torch_scoring import add_cache_term, add_linear_term
+    from iosr_fast.scoring.torch_scorer import add_cache_term, add_linear_term
 
     logits = torch.empty((len(plain), plan.n_classes), dtype=torch.float32, device=plan.device)
     if not len(plain):

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.precision import key_rows
+from iosr_fast.scoring.precision import key_rows
 
 if TYPE_CHECKING:
     from iosr_fast.cache import SupportSet
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.scoring import ScoringPlan
+    from iosr_fast.scoring.plan import ScoringPlan
 
 
 def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from iosr_fast.scoring import ScoringPlan
+    from iosr_fast.scoring.plan import ScoringPlan
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 

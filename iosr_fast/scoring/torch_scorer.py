@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from iosr_fast.device_plan import DevicePlan
+    from iosr_fast.scoring.device_plan import DevicePlan
 
 # Elements: an affinity tile of 16 MB, 8 MB of keys made float32, 4 MB of class sums.
 _TILE = 1 << 22

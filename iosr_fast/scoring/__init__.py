@@ -1,0 +1,1 @@
+"""ScoringPlan, and what executes it."""
