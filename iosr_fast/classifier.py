@@ -14,8 +14,6 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.cache import SupportSet, encode_support
-from iosr_fast.choice import check_choice, search
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.text_encoder import checked_templates
 from iosr_fast.encoders.text_source import TextSource
@@ -30,12 +28,14 @@ from iosr_fast.live.state import State
 from iosr_fast.live.support_images import SupportViews
 from iosr_fast.live.updates import LiveUpdates
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.support_set import SupportSet, encode_support
+from iosr_fast.methods.tuning.choice import check_choice, search
+from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.predictions import Change, Prediction
 from iosr_fast.scoring.plan import RANGES, ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.validation import check_number
-from iosr_fast.tune import Tuned
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.verified_folder import Held
 

@@ -81,8 +81,8 @@ def fit(
 ) -> None:
     """Fit a few-shot classifier on a folder and save it."""
     try:
-        from iosr_fast.choice import check_choice
         from iosr_fast.classifier import Classifier, check_support, labelled_images
+        from iosr_fast.methods.tuning.choice import check_choice
 
         check_new_folder(out, "classifier")
         check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast.cache import SupportSet, encode_support, make_support_set
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods.support_set import SupportSet, encode_support, make_support_set
 from iosr_fast.scoring.plan import score
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 from tests.conftest import random_embeddings, unit_rows

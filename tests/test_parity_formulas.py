@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from iosr_fast.cache import SupportSet, make_support_set
-from iosr_fast.closed_form import gda_without, kernel_ridge_without
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.ape import choose_channels
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tuning.closed_form import gda_without, kernel_ridge_without
 from iosr_fast.scoring.plan import score
 from iosr_fast.scoring.reference import tip_x_batch, tip_x_literal
 from tests.conftest import random_embeddings, unit_rows

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.cache import encode_support
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.support_set import encode_support
 from tools.reproduction import models, problems, store
 from tools.reproduction.problems import OwnSet, Problem, pose
 
@@ -140,10 +140,10 @@ def test_every_cell_is_filled_and_a_second_run_only_reads(run: Main, monkeypatch
 
 def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Problem]) -> None:
     """Tip-Adapter++ by hand: the same views, averaged by encode_support, tuned on the validation pictures."""
-    from iosr_fast.cache import make_support_set
     from iosr_fast.encoders.encoder import Embeddings
+    from iosr_fast.methods.support_set import make_support_set
+    from iosr_fast.methods.tuning.tune import tune
     from iosr_fast.scoring.plan import score
-    from iosr_fast.tune import tune
     from tools.reproduction.store import Wanted
 
     out = run("--methods", "tip-adapter++", "--seeds", "2", "--shots", "2")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from iosr_fast.methods import METHODS
-from iosr_fast.tune import Tuned
+from iosr_fast.methods.tuning.tune import Tuned
 from tests.test_reproduce import tiny
 from tests.test_reproduce_parts import model
 from tools.evaluation.accuracy import Draw, Result

@@ -8,17 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast.auto import tune_auto
-from iosr_fast.cache import SupportSet, make_support_set
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.held_out import in_order_of_folds, intervals_of, leave_out, logits_of, validation
-from iosr_fast.log_loss import fit_alpha, fit_factor
 from iosr_fast.methods import METHODS, compile_method
-from iosr_fast.one_shot import one_shot_parameters
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tuning.auto import tune_auto
+from iosr_fast.methods.tuning.held_out import in_order_of_folds, intervals_of, leave_out, logits_of, validation
+from iosr_fast.methods.tuning.log_loss import fit_alpha, fit_factor
+from iosr_fast.methods.tuning.one_shot import one_shot_parameters
+from iosr_fast.methods.tuning.tune import is_level, tune
 from iosr_fast.scoring.plan import score
 from iosr_fast.scoring.reducers import fit_reducer
 from iosr_fast.scoring.reference import score_reference
-from iosr_fast.tune import is_level, tune
 from tests.conftest import unit_rows
 
 CLASSES, WIDTH = 7, 24
@@ -207,7 +207,7 @@ def test_auto_with_one_image_a_class(rng: np.random.Generator, monkeypatch: pyte
     assert (score(tuned.compile(support), queries).argmax(1) == labels).mean() > 1.5 / CLASSES
     plain = tune_auto(replace(support, embeddings=Embeddings(support.embeddings.plain)))
     assert plain.method == "proker"
-    monkeypatch.setattr("iosr_fast.auto.MOST_FOR_PROKER", CLASSES - 1)
+    monkeypatch.setattr("iosr_fast.methods.tuning.auto.MOST_FOR_PROKER", CLASSES - 1)
     assert tune_auto(support).method == "tip-adapter++"
     nothing = support.only(np.zeros(CLASSES, bool))
     assert tune_auto(nothing).method == "zero-shot"

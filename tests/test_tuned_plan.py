@@ -10,22 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iosr_fast import plan_check
-from iosr_fast.auto import tune_auto
-from iosr_fast.cache import SupportSet, make_support_set
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.held_out import in_order_of_folds, leave_out, plans
 from iosr_fast.live.plan_files import plan_from_files, plan_to_files
 from iosr_fast.live.recipe import Recipe
-from iosr_fast.log_loss import MOST, fit_alpha, fit_factor
 from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.one_shot import one_shot_parameters
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tuning import plan_check
+from iosr_fast.methods.tuning.auto import tune_auto
+from iosr_fast.methods.tuning.held_out import in_order_of_folds, leave_out, plans
+from iosr_fast.methods.tuning.log_loss import MOST, fit_alpha, fit_factor
+from iosr_fast.methods.tuning.one_shot import one_shot_parameters
+from iosr_fast.methods.tuning.search import cache_intervals, intervals, sweep
+from iosr_fast.methods.tuning.tune import Tuned, tune
 from iosr_fast.scoring.plan import RANGES, ScoringPlan, score
 from iosr_fast.scoring.precision import dequantize
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
-from iosr_fast.search import cache_intervals, intervals, sweep
-from iosr_fast.tune import Tuned, tune
 from tests.conftest import random_embeddings, random_plan, unit_rows
 from tests.numerics import AT_THE_BOUNDS, PATHS, assert_close_to_truth, plan_at_a_bound
 

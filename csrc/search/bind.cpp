@@ -147,7 +147,7 @@ void bind_search(py::module_& module) {
                py::arg("weights") = py::none(), py::arg("extra") = py::none(), py::arg("gammas") = py::none(),
                py::arg("own") = py::none(), py::arg("threads") = 0,
                "intervals for a cache at K betas and G gammas: lower, upper, flags (K * G, V) and the name of the\n"
-               "path that ran. betas (K,) and gammas (G,) float64, weights (K, N), else as iosr_fast.search says.");
+               "path that ran. betas (K,) and gammas (G,) float64, weights (K, N), else as iosr_fast.methods.tuning.search says.");
     module.def("sweep", &py_sweep, py::kw_only(), py::arg("lower"), py::arg("upper"), py::arg("flags"),
                py::arg("alpha_max") = py::none(), py::arg("threads") = 0,
                "For each setting of intervals (S, V) the best alpha, the low and high end of its plateau, flags of\n"

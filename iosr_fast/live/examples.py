@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.support_set import SupportSet
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
 from iosr_fast.live.examples import Examples
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.rows import image_rows
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer, fit_reducer

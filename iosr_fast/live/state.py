@@ -14,7 +14,6 @@ from functools import cached_property
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.explain import explain
 from iosr_fast.labels import some
@@ -25,6 +24,7 @@ from iosr_fast.live.recipe import COMPENSATED_KEYS, Recipe
 from iosr_fast.live.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
 from iosr_fast.methods import METHODS, refusal
 from iosr_fast.methods.rows import image_rows
+from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
 from iosr_fast.scoring.plan import ScoringPlan
 

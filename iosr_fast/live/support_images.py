@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.cache import encode_support
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.images.preprocess import open_image
+from iosr_fast.methods.support_set import encode_support
 
 _QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB
 

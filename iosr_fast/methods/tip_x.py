@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.numpy_search import ROUNDING
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.numpy_search import ROUNDING
 from iosr_fast.scoring.numpy_scorer import text_distribution
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer

@@ -9,8 +9,8 @@ import numpy as np
 from iosr_fast.scoring.precision import key_rows
 
 if TYPE_CHECKING:
-    from iosr_fast.cache import SupportSet
     from iosr_fast.encoders.encoder import Embeddings
+    from iosr_fast.methods.support_set import SupportSet
     from iosr_fast.scoring.plan import ScoringPlan
 
 

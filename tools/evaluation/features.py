@@ -9,8 +9,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet, make_support_set
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 from tools.evaluation.tasks import Source, Task
 
 TAU = 100.0

@@ -8,9 +8,9 @@ from itertools import combinations
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet, make_support_set
 from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.support_set import SupportSet, make_support_set
 
 # Pictures of a concept that support sets are drawn from: the others are queries, the same for every number of shots.
 POOL = 4

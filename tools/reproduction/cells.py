@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.tune import Tuned
+from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.utils.files import new_file, remove_leftovers
 from tools.evaluation.accuracy import Draw, finite
 

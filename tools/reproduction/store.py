@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.cache import encode_support
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images import pixels
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
 from iosr_fast.info import usable_threads
+from iosr_fast.methods.support_set import encode_support
 from iosr_fast.utils.files import new_folder, read_manifest, remove_leftovers, write_manifest
 from tools.reproduction.models import Model
 from tools.reproduction.problems import PictureSet

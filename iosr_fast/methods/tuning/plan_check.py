@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.held_out import HeldOut, in_order_of_folds, plans
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.held_out import HeldOut, in_order_of_folds, plans
 from iosr_fast.scoring.plan import ScoringPlan, score
 from iosr_fast.scoring.reducers import Reducer
 

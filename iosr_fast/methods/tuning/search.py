@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast import numpy_search
-from iosr_fast.numpy_search import EMPTY, LOWER_OPEN, UPPER_OPEN
+from iosr_fast.methods.tuning import numpy_search
+from iosr_fast.methods.tuning.numpy_search import EMPTY, LOWER_OPEN, UPPER_OPEN
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.numpy_search import ROUNDING
+from iosr_fast.methods.tuning.numpy_search import ROUNDING
 
 # Elements of z: beyond them, every n-th sample stands for all.
 _LARGEST = 1 << 18

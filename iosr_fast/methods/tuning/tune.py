@@ -15,17 +15,25 @@ from typing import Literal
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.held_out import HeldOut, Setting, in_order_of_folds, intervals_of, leave_out, logits_of, validation
-from iosr_fast.log_loss import MOST, fit_alpha, fit_factor, spread
 from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.one_shot import one_shot_parameters
-from iosr_fast.plan_check import one_label, right_by_plan, weighing
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.held_out import (
+    HeldOut,
+    Setting,
+    in_order_of_folds,
+    intervals_of,
+    leave_out,
+    logits_of,
+    validation,
+)
+from iosr_fast.methods.tuning.log_loss import MOST, fit_alpha, fit_factor, spread
+from iosr_fast.methods.tuning.one_shot import one_shot_parameters
+from iosr_fast.methods.tuning.plan_check import one_label, right_by_plan, weighing
+from iosr_fast.methods.tuning.search import EMPTY, LOWER_OPEN, UPPER_OPEN, Intervals, step_curve, sweep
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
-from iosr_fast.search import EMPTY, LOWER_OPEN, UPPER_OPEN, Intervals, step_curve, sweep
 
 Protocol = Literal["loo", "loo-single", "validation", "one-shot", "none"]
 # Standard errors of the difference up to which two candidates are level; log-loss then decides.

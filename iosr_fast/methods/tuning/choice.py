@@ -6,12 +6,12 @@ from typing import Literal
 
 import numpy as np
 
-from iosr_fast.auto import tune_auto
-from iosr_fast.cache import SupportSet
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import check_parameters
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.auto import tune_auto
+from iosr_fast.methods.tuning.tune import Tuned, tune
 from iosr_fast.scoring.reducers import check_reducer
-from iosr_fast.tune import Tuned, tune
 
 
 def check_choice(method: str, reducer: str | None, tuning: str | None, **parameters: float | None) -> dict[str, float]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
-from iosr_fast.held_out import logits_of, validation
-from iosr_fast.log_loss import MOST, spread
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.held_out import logits_of, validation
+from iosr_fast.methods.tuning.log_loss import MOST, spread
 from iosr_fast.scoring.reducers import Reducer
 
 

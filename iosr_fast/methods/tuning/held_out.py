@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
-from iosr_fast.closed_form import gda_without, kernel_ridge_without
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, Method
 from iosr_fast.methods.proker import residual
 from iosr_fast.methods.rows import image_rows
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.closed_form import gda_without, kernel_ridge_without
+from iosr_fast.methods.tuning.search import Intervals, cache_intervals, intervals
 from iosr_fast.scoring.plan import ScoringPlan, score
 from iosr_fast.scoring.reducers import Reducer
-from iosr_fast.search import Intervals, cache_intervals, intervals
 
 MOST_FOLDS = 16
 Setting = Mapping[str, float]  # a method's parameters but alpha

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from iosr_fast.cache import SupportSet
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, refusal
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.tune import Tuned, is_level, tune
 from iosr_fast.scoring.reducers import REDUCERS
-from iosr_fast.tune import Tuned, is_level, tune
 
 # Of what can't be told apart on the support set, the one that the field's comparisons find stronger.
 PREFERENCE = ("proker", "gda", "ape", "tip-x", "tip-adapter", "zero-shot")
