@@ -13,29 +13,29 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.text_encoder import checked_templates
 from iosr_fast.encoders.text_source import TextSource
-from iosr_fast.explain import softmax
 from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
-from iosr_fast.labels import check_labels, class_ids, leave_out_bad, some
-from iosr_fast.live.changes import Update
-from iosr_fast.live.examples import Examples
-from iosr_fast.live.log_writer import AuditLog
-from iosr_fast.live.recipe import Recipe, fit_recipe
-from iosr_fast.live.state import State
-from iosr_fast.live.support_images import SupportViews
-from iosr_fast.live.updates import LiveUpdates
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.support_set import SupportSet, encode_support
 from iosr_fast.methods.tuning.choice import check_choice, search
 from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
-from iosr_fast.predictions import Change, Prediction
 from iosr_fast.scoring.plan import RANGES, ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.validation import check_number
+from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.state.changes import Update
+from iosr_fast.state.examples import Examples
+from iosr_fast.state.explain import softmax
+from iosr_fast.state.labels import check_labels, class_ids, leave_out_bad, some
+from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.predictions import Change, Prediction
+from iosr_fast.state.recipe import Recipe, fit_recipe
+from iosr_fast.state.state import State
+from iosr_fast.state.support_images import SupportViews
+from iosr_fast.state.updates import LiveUpdates
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.verified_folder import Held
 

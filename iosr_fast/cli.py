@@ -46,7 +46,7 @@ def info(
 
         typer.echo(format_info())
         return
-    from iosr_fast.bundle_info import describe
+    from iosr_fast.state.bundle_info import describe
 
     try:
         typer.echo(describe(folder))

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.live.audit import open_log
-from iosr_fast.live.changes import Update
-from iosr_fast.live.log_writer import AuditLog
-from iosr_fast.live.state import State
+from iosr_fast.state.audit import open_log
+from iosr_fast.state.changes import Update
+from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.state import State
 from tests.live_parts import random_state
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from iosr_fast.batching import BatchingClassifier
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.predictions import ClassScore, Neighbour, Prediction
+from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction
 
 SIZE = 4
 PATIENCE_S = 20.0  # how long a test waits before it fails; none is meant to

@@ -11,9 +11,9 @@ import numpy as np
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.live.examples import Examples
-from iosr_fast.live.recipe import Recipe, fit_recipe
-from iosr_fast.live.state import State
+from iosr_fast.state.examples import Examples
+from iosr_fast.state.recipe import Recipe, fit_recipe
+from iosr_fast.state.state import State
 from iosr_fast.utils.files import write_manifest
 
 SIZE, WIDTH = 8, 24

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.live.audit import read_log
 from iosr_fast.methods import METHODS
+from iosr_fast.state.audit import read_log
 from tests.live_parts import pictures, small_classifier
 
 
@@ -139,7 +139,7 @@ def test_what_can_not_be_logged_is_not_done(images: np.ndarray, tmp_path: Path, 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("iosr_fast.live.audit.os.fsync", full)
+    monkeypatch.setattr("iosr_fast.state.audit.os.fsync", full)
     with pytest.raises(OSError, match=r"the change was not made: it can't be logged \(No space left"):
         classifier.remove_class("~1")
     assert classifier.snapshot() is state and path.read_bytes() == written
@@ -175,7 +175,7 @@ def test_lines_hold_embeddings_without_loss(images: np.ndarray, tmp_path: Path) 
     classifier.open_log(path := tmp_path / "changes.jsonl")
     classifier.add_class("sixth", images[6, :2])
     line = json.loads(path.read_bytes().split(b"\n")[1])
-    from iosr_fast.live.changes import Update
+    from iosr_fast.state.changes import Update
 
     made = Update.from_json(line, 24)
     kept = classifier.snapshot().examples.rows(np.array([15, 16]))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.live.audit import open_log, read_log
-from iosr_fast.live.log_lines import LogDamagedError, make_line
-from iosr_fast.live.log_writer import LogWriteError
+from iosr_fast.state.audit import open_log, read_log
+from iosr_fast.state.log_lines import LogDamagedError, make_line
+from iosr_fast.state.log_writer import LogWriteError
 from tests.audit_parts import base, contents, failing, head_of, renamed, reopened, write_log
 from tests.live_parts import small_classifier
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.live.audit import open_log, read_log
-from iosr_fast.live.log_lines import LogDamagedError, make_line
+from iosr_fast.state.audit import open_log, read_log
+from iosr_fast.state.log_lines import LogDamagedError, make_line
 from tests.audit_parts import Crash, base, contents, copied, failing, head_of, renamed, reopened, write_log
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.live import log_writer
-from iosr_fast.live.audit import open_log, read_log
-from iosr_fast.live.changes import Update
-from iosr_fast.live.log_files import numbered
-from iosr_fast.live.log_lines import LogDamagedError
-from iosr_fast.live.log_writer import LogWriteError
-from iosr_fast.live.moments import Moments
-from iosr_fast.live.recipe import Recipe
+from iosr_fast.state import log_writer
+from iosr_fast.state.audit import open_log, read_log
+from iosr_fast.state.changes import Update
+from iosr_fast.state.log_files import numbered
+from iosr_fast.state.log_lines import LogDamagedError
+from iosr_fast.state.log_writer import LogWriteError
+from iosr_fast.state.moments import Moments
+from iosr_fast.state.recipe import Recipe
 from tests.audit_parts import Crash, base, copied, failing, head_of, renamed, reopened
 from tests.live_parts import pictures, random_queries, random_state, small_classifier
 
@@ -266,7 +266,7 @@ def test_a_killed_process_keeps_every_acknowledged_change(path: Path) -> None:
 import sys
 from contextlib import suppress
 from pathlib import Path
-from iosr_fast.live import log_writer
+from iosr_fast.state import log_writer
 from tests.audit_parts import base, open_log, renamed
 log_writer.MOST_LINES = 7
 log, state = open_log(sys.argv[1], base())

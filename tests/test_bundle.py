@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.plan import score
+from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.utils.verified_folder import Held
 from tests.live_parts import engine_folder, pictures, small_classifier
 from tests.manifests import rewrite_manifest
@@ -22,7 +22,7 @@ from tests.manifests import rewrite_manifest
 SAVING = """
 import os, random, signal, sys, time
 from pathlib import Path
-from iosr_fast.bundle import load_bundle
+from iosr_fast.state.bundle import load_bundle
 from tests.live_parts import engine_folder, small_classifier
 
 folder = Path(sys.argv[1])
@@ -81,7 +81,7 @@ def test_what_is_loaded_is_what_was_saved(method: str, precision: str, engine: P
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_runs_and_removed_rows_are_saved_as_one(precision: str, engine: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("iosr_fast.live.state.SMALL", 4)
+    monkeypatch.setattr("iosr_fast.state.state.SMALL", 4)
     images, _ = pictures(np.random.default_rng(1), 7, 2)
     made = small_classifier(engine, key_precision=precision)
     made.remove_examples(made.examples("motif 2")[1:])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from iosr_fast.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.cli import app
+from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.utils.verified_folder import hold
 from tests.live_parts import engine_folder, saved_classifier, small_classifier
 from tests.manifests import rewrite_manifest

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from iosr_fast.bundle import load_bundle
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.live.state_files import state_from_files, state_to_files
-from iosr_fast.live.support_images import SupportViews
+from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.state_files import state_from_files, state_to_files
+from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.files import seal
 from iosr_fast.utils.verified_folder import Held, hold
 from tests.live_parts import engine_folder, saved_classifier, small_classifier
@@ -339,7 +339,7 @@ def test_a_state_is_taken_apart_and_made_again(tmp_path: Path) -> None:
     facts, arrays = state_to_files(made.snapshot())
     assert {name: held.manifest[name] for name in facts} == json.loads(json.dumps(facts))
     assert set(arrays) == {"support.safetensors", "plan.safetensors", "pictures.safetensors"}
-    from iosr_fast.bundle_schema import ClassifierManifest, read_facts
+    from iosr_fast.state.bundle_schema import ClassifierManifest, read_facts
 
     again = state_from_files(read_facts(held, ClassifierManifest), held.read)
     assert again.fingerprint() == made.snapshot().fingerprint()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.bundle import load_bundle
 from iosr_fast.classifier import Classifier
+from iosr_fast.state.bundle import load_bundle
 from iosr_fast.utils.files import read_manifest
 from tests.test_classify import assert_answers, bundle, classified, read_all  # noqa: F401 (bundle is a fixture)
 from tests.test_embed import ROOT, logged, part_bytes, write_pictures

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.labels import check_labels, check_names, class_ids, leave_out_bad
+from iosr_fast.state.labels import check_labels, check_names, class_ids, leave_out_bad
 
 NAN = float("nan")
 
@@ -133,7 +133,7 @@ def test_class_names_that_are_no_names_are_refused(names: Any, said: str) -> Non
 
 
 def test_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "iosr_fast.labels"):
+    with caplog.at_level(logging.WARNING, "iosr_fast.state.labels"):
         assert check_names(["Apple", "apple", "pear"]) == ["Apple", "apple", "pear"]
         assert check_names(["\ufb01g", "fig"]) == ["\ufb01g", "fig"]
     assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 2
@@ -182,7 +182,7 @@ def test_one_picture_under_two_labels_is_refused(tmp_path: Path) -> None:
 
 def test_copies_within_a_class_are_warned_of_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [*forms(tmp_path).values(), picture(1)]
-    with caplog.at_level(logging.WARNING, "iosr_fast.labels"):
+    with caplog.at_level(logging.WARNING, "iosr_fast.state.labels"):
         kept, ids, skipped = leave_out_bad(images, np.zeros(10, int), False, ["cat"])
     assert len(kept) == len(ids) == 10 and not skipped
     assert "8 of 10 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text

@@ -17,7 +17,7 @@ from iosr_fast.images.preprocess import (
     resize_and_crop,
     to_pixels,
 )
-from iosr_fast.labels import leave_out_bad
+from iosr_fast.state.labels import leave_out_bad
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:

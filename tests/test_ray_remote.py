@@ -21,7 +21,6 @@ pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.predictions import Prediction
 from iosr_fast.ray_serving import Scale, build_app, from_config, replica
 from iosr_fast.ray_serving.deployment import code_version
 from iosr_fast.ray_serving.ingress import make_app
@@ -31,6 +30,7 @@ from iosr_fast.ray_serving.replica import ClassifierReplica
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving import Settings
 from iosr_fast.serving.metrics import Metrics
+from iosr_fast.state.predictions import Prediction
 from tests.images import encode
 from tests.ray_serving_load import ROOT, error_of, save_broken, save_renamed
 from tests.serving_client import CLASSES, Client, Gate, bundle, load, queries

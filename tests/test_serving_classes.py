@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
-from iosr_fast.live.state import State
+from iosr_fast.state.state import State
 from tests.images import encode
 from tests.serving_client import (
     AUTHORISED,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from iosr_fast.batching import BatchingClassifier
-from iosr_fast.predictions import Prediction
 from iosr_fast.serving import Settings, metrics
 from iosr_fast.serving.logs import JsonFormatter
 from iosr_fast.serving.logs import logger as serving_logger
+from iosr_fast.state.predictions import Prediction
 from tests.images import encode
 from tests.serving_client import (
     AUTHORISED,

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast.live.examples import absorb
-from iosr_fast.live.segmented import SegmentedPlan
-from iosr_fast.live.state import SMALL, State
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring import reference
 from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.state.examples import absorb
+from iosr_fast.state.segmented import SegmentedPlan
+from iosr_fast.state.state import SMALL, State
 from tests.live_parts import random_examples, random_queries, random_state, unit
 
 # How far scores of narrow keys may be from the truth, of the largest logit.
@@ -47,7 +47,7 @@ def change(state: State, rng: np.random.Generator) -> State:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize(("method", "reducer"), [("tip-adapter", "none"), ("tip-adapter++", "centre")])
 def test_additive_methods_after_many_changes(method: str, reducer: str, precision: str, monkeypatch) -> None:
-    monkeypatch.setattr("iosr_fast.live.state.SMALL", 8)  # several runs from the start
+    monkeypatch.setattr("iosr_fast.state.state.SMALL", 8)  # several runs from the start
     rng = np.random.default_rng(3)
     state = random_state(rng, 6, 5, method, {"alpha": 1.5, "beta": 4.0}, reducer, precision)
     queries, kept = random_queries(rng, 7), []

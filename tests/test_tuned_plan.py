@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.live.plan_files import plan_from_files, plan_to_files
-from iosr_fast.live.recipe import Recipe
 from iosr_fast.methods import METHODS, compile_method, refusal
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet, make_support_set
@@ -26,6 +24,8 @@ from iosr_fast.methods.tuning.tune import Tuned, tune
 from iosr_fast.scoring.plan import RANGES, ScoringPlan, score
 from iosr_fast.scoring.precision import dequantize
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
+from iosr_fast.state.plan_files import plan_from_files, plan_to_files
+from iosr_fast.state.recipe import Recipe
 from tests.conftest import random_embeddings, random_plan, unit_rows
 from tests.numerics import AT_THE_BOUNDS, PATHS, assert_close_to_truth, plan_at_a_bound
 

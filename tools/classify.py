@@ -28,7 +28,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast.bundle import load_bundle
+from iosr_fast.state.bundle import load_bundle
 from iosr_fast.utils.require import require
 from tools.classification.parts import check_names
 from tools.classification.plan import classify_plan

@@ -14,7 +14,7 @@ import numpy as np
 
 from iosr_fast.batching.item import Item, without_frames
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.predictions import Prediction
+from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger(__name__)
 

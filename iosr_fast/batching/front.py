@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from iosr_fast.classifier import Classifier
-    from iosr_fast.predictions import Prediction
+    from iosr_fast.state.predictions import Prediction
 
 _MOST_DECODERS = 8
 _requests = itertools.count()

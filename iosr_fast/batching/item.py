@@ -15,7 +15,7 @@ from iosr_fast.images.preprocess import BadImageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from iosr_fast.predictions import Prediction
+    from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger(__name__)
 

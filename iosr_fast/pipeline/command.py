@@ -61,7 +61,7 @@ def _list(images: list[Path], skip_bad: bool) -> list[str]:
     """The images, those of folders listed. Raises ValueError where there are none, FileNotFoundError unless
     `skip_bad` where some are missing; all of them by name, before the classifier is opened."""
     from iosr_fast.images.listing import list_images
-    from iosr_fast.labels import some
+    from iosr_fast.state.labels import some
 
     paths = [path for given in images for path in (list_images(given).paths if given.is_dir() else [str(given)])]
     if not paths:

@@ -22,12 +22,12 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.images.decoders import Decoder
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.info import usable_threads
-from iosr_fast.predictions import Prediction
+from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.ordered import map_ordered
 from iosr_fast.utils.verified_folder import Held
 
 if TYPE_CHECKING:
-    from iosr_fast.live.state import State
+    from iosr_fast.state.state import State
 
 Answer: TypeAlias = Prediction | BadImageError
 _CALLERS = 8  # at most: each holds a batch and all that is computed of it; beyond, sessions get more threads

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from iosr_fast.predictions import Prediction
 from iosr_fast.ray_serving.source import Source
+from iosr_fast.state.predictions import Prediction
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from iosr_fast.batching import ClosedError, DeadlineExceededError, QueueFullError
-from iosr_fast.predictions import Prediction
 from iosr_fast.ray_serving.messages import Facts, Reply
 from iosr_fast.serving.errors import ApiError, busy
 from iosr_fast.serving.metrics import Metrics
+from iosr_fast.state.predictions import Prediction
 
 ASKED = 3  # replicas that a request is offered to before it is refused
 DEATHS = 3  # replicas that may die while they have one request, before it is taken for what kills them

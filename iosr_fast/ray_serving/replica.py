@@ -11,11 +11,11 @@ from typing import Any
 
 from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.predictions import Prediction
 from iosr_fast.ray_serving.messages import Facts, Reply
 from iosr_fast.ray_serving.source import Source
 from iosr_fast.serving.lists import PAGE, class_page, example_page
 from iosr_fast.serving.settings import Settings
+from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger("ray.serve")
 

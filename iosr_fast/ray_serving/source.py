@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from iosr_fast.bundle import KIND
 from iosr_fast.classifier import Classifier
 from iosr_fast.serving.settings import Settings
+from iosr_fast.state.bundle import KIND
 from iosr_fast.utils.files import read_manifest
 from iosr_fast.utils.verified_folder import hold
 

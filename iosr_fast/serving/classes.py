@@ -12,9 +12,6 @@ from starlette.responses import JSONResponse, Response
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.live.log_writer import LogWriteError
-from iosr_fast.predictions import Change
-from iosr_fast.predictions import class_id as make_class_id
 from iosr_fast.serving import schemas
 from iosr_fast.serving.errors import ApiError
 from iosr_fast.serving.images import Refusal
@@ -22,6 +19,9 @@ from iosr_fast.serving.lists import AFTER_CLASS, AFTER_EXAMPLE, LIMIT, class_pag
 from iosr_fast.serving.logs import log
 from iosr_fast.serving.service import Service, UndecodedImage
 from iosr_fast.serving.uploads import read_form
+from iosr_fast.state.log_writer import LogWriteError
+from iosr_fast.state.predictions import Change
+from iosr_fast.state.predictions import class_id as make_class_id
 
 _MAX_NAME = 200
 _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastapi import Query
 
-from iosr_fast.live.state import State
-from iosr_fast.predictions import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
+from iosr_fast.state.predictions import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
+from iosr_fast.state.state import State
 
 PAGE = 1_000
 _NEXT = "the `next` of the page before; none for the first page"

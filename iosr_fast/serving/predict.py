@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from iosr_fast.batching import ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.predictions import Prediction
 from iosr_fast.serving import schemas
 from iosr_fast.serving.errors import ApiError, busy, error_body
 from iosr_fast.serving.images import Refusal
 from iosr_fast.serving.service import Service
 from iosr_fast.serving.uploads import read_images
+from iosr_fast.state.predictions import Prediction
 
 _PATIENCE_S = 0.1  # an answer that takes longer is dropped where its client is gone by then
 _GRACE_S = 0.25  # beyond the deadline, for a batch that was under way when it passed

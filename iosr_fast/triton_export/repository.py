@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.bundle import ENGINE
-from iosr_fast.bundle import KIND as BUNDLE_KIND
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
-from iosr_fast.labels import some
 from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.state.bundle import ENGINE
+from iosr_fast.state.bundle import KIND as BUNDLE_KIND
+from iosr_fast.state.labels import some
 from iosr_fast.triton_export import configs
 from iosr_fast.triton_export.configs import Served
 from iosr_fast.triton_export.graph import EXTRA

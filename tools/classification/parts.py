@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.predictions import Prediction
+from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 

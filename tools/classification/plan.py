@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from iosr_fast.bundle import Bundle
+from iosr_fast.state.bundle import Bundle
 from tools.classification.parts import COLUMNS, KIND, read_answers
 from tools.embedding.items import Chunk, Source
 from tools.embedding.plan import Plan, make_plan

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.bundle_schema import EngineManifest, check_files, read_facts
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import plans
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
@@ -18,6 +17,7 @@ from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
+from iosr_fast.state.bundle_schema import EngineManifest, check_files, read_facts
 from iosr_fast.utils.verified_folder import Held, hold
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # best first

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from iosr_fast.bundle_arrays import (
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods import METHODS, check_parameters, refusal
+from iosr_fast.state.bundle_arrays import (
     PICTURE_ARRAYS,
     PLAN_ARRAYS,
     SUPPORT_ARRAYS,
@@ -17,13 +19,11 @@ from iosr_fast.bundle_arrays import (
     check_examples,
     parse_arrays,
 )
-from iosr_fast.bundle_schema import StateFacts, check_classes
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.live.examples import Examples
-from iosr_fast.live.plan_files import plan_from_files, plan_to_files, reducer_from
-from iosr_fast.live.recipe import Recipe
-from iosr_fast.live.state import State
-from iosr_fast.methods import METHODS, check_parameters, refusal
+from iosr_fast.state.bundle_schema import StateFacts, check_classes
+from iosr_fast.state.examples import Examples
+from iosr_fast.state.plan_files import plan_from_files, plan_to_files, reducer_from
+from iosr_fast.state.recipe import Recipe
+from iosr_fast.state.state import State
 
 SUPPORT, PLAN, PICTURES = "support.safetensors", "plan.safetensors", "pictures.safetensors"
 Arrays = dict[str, np.ndarray]

@@ -8,10 +8,10 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.rows import image_rows
-from iosr_fast.predictions import ClassScore, Neighbour, Prediction, class_id
+from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction, class_id
 
 if TYPE_CHECKING:
-    from iosr_fast.live.state import State
+    from iosr_fast.state.state import State
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -15,18 +15,18 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.explain import explain
-from iosr_fast.labels import some
-from iosr_fast.live.examples import Examples, absorb, join, no_examples, without
-from iosr_fast.live.fingerprint import fingerprint
-from iosr_fast.live.moments import Moments
-from iosr_fast.live.recipe import COMPENSATED_KEYS, Recipe
-from iosr_fast.live.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
 from iosr_fast.methods import METHODS, refusal
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
 from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
+from iosr_fast.state.explain import explain
+from iosr_fast.state.fingerprint import fingerprint
+from iosr_fast.state.labels import some
+from iosr_fast.state.moments import Moments
+from iosr_fast.state.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
+from iosr_fast.state.recipe import COMPENSATED_KEYS, Recipe
+from iosr_fast.state.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
 
 # Runs of examples up to this many are copied into one: a bound on the work of a change, however large the cache.
 SMALL = 1024

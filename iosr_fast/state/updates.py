@@ -12,16 +12,16 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.labels import as_seen, leave_out_bad, name_fault
-from iosr_fast.live.audit import open_log
-from iosr_fast.live.changes import Update
-from iosr_fast.live.examples import Examples
-from iosr_fast.live.log_writer import AuditLog
-from iosr_fast.live.state import State
-from iosr_fast.live.support_images import SupportViews
 from iosr_fast.methods import METHODS
-from iosr_fast.predictions import Change, ClassInfo, class_id, example_id
 from iosr_fast.scoring.validation import check_unit_rows
+from iosr_fast.state.audit import open_log
+from iosr_fast.state.changes import Update
+from iosr_fast.state.examples import Examples
+from iosr_fast.state.labels import as_seen, leave_out_bad, name_fault
+from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.predictions import Change, ClassInfo, class_id, example_id
+from iosr_fast.state.state import State
+from iosr_fast.state.support_images import SupportViews
 
 
 class LiveUpdates(ABC):

@@ -15,12 +15,12 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.live.changes import Update
-from iosr_fast.live.log_files import file_of, make_folder, next_number, numbered, read_state
-from iosr_fast.live.log_head import Head, open_head, read_head
-from iosr_fast.live.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
-from iosr_fast.live.log_writer import AuditLog
-from iosr_fast.live.state import State
+from iosr_fast.state.changes import Update
+from iosr_fast.state.log_files import file_of, make_folder, next_number, numbered, read_state
+from iosr_fast.state.log_head import Head, open_head, read_head
+from iosr_fast.state.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
+from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.state import State
 from iosr_fast.utils.files import remove_leftovers
 
 _log = logging.getLogger("iosr_fast")
@@ -49,7 +49,7 @@ def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[Aud
         except LogDamagedError as damage:
             if not recover:
                 raise
-            from iosr_fast.live.log_recovery import recover as keep
+            from iosr_fast.state.log_recovery import recover as keep
 
             return log, keep(log, head, state, damage)
     except BaseException:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.live.recipe import Recipe
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.state.recipe import Recipe
 
 CONSTANTS = ("tau", "alpha", "beta", "temperature", "query", "feature")
 ARRAYS = ("keys", "key_scales", "query_transform", "weights", "values", "linear", "bias")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.live.changes import Update
-from iosr_fast.live.log_files import next_number, numbered, private_file, write_closed, write_state
-from iosr_fast.live.log_head import Head, lock, write_all
-from iosr_fast.live.log_lines import FORMAT, Lines, Mark, make_line
-from iosr_fast.live.state import State
+from iosr_fast.state.changes import Update
+from iosr_fast.state.log_files import next_number, numbered, private_file, write_closed, write_state
+from iosr_fast.state.log_head import Head, lock, write_all
+from iosr_fast.state.log_lines import FORMAT, Lines, Mark, make_line
+from iosr_fast.state.state import State
 
 # A snapshot is written after so many changes, or bytes of them: what a restart has to make again.
 MOST_LINES = 256

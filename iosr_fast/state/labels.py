@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.images.preprocess import BadImageError, open_image
-from iosr_fast.predictions import uid_of
+from iosr_fast.state.predictions import uid_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

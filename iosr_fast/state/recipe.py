@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.live.examples import Examples
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
+from iosr_fast.state.examples import Examples
 
 # Methods of which each support image is a key of its own, whatever the others are: a key more is a product more.
 ADDITIVE = frozenset({"zero-shot", "tip-adapter", "tip-adapter++"})

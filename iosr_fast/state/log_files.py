@@ -24,9 +24,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from iosr_fast.bundle_schema import StateFacts
-from iosr_fast.live.state import State
-from iosr_fast.live.state_files import state_from_files, state_to_files
+from iosr_fast.state.bundle_schema import StateFacts
+from iosr_fast.state.state import State
+from iosr_fast.state.state_files import state_from_files, state_to_files
 from iosr_fast.utils.files import sync_folder
 
 

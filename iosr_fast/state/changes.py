@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.live.examples import Examples
-from iosr_fast.live.recipe import Recipe, fit_recipe
-from iosr_fast.live.state import State
+from iosr_fast.state.examples import Examples
+from iosr_fast.state.recipe import Recipe, fit_recipe
+from iosr_fast.state.state import State
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
 OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")

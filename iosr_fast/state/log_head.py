@@ -12,7 +12,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from iosr_fast.live.log_lines import Mark
+from iosr_fast.state.log_lines import Mark
 
 _SLOT = 512
 

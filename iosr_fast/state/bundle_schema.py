@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from iosr_fast.labels import some
-from iosr_fast.live.support_images import SupportViews
-from iosr_fast.predictions import uid_of
+from iosr_fast.state.labels import some
+from iosr_fast.state.predictions import uid_of
+from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.files import mend
 from iosr_fast.utils.verified_folder import Held
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.live.audit import replay
-from iosr_fast.live.changes import OPS
-from iosr_fast.live.log_files import next_number, numbered, private_file, read_state, write_closed
-from iosr_fast.live.log_head import Head
-from iosr_fast.live.log_lines import Lines, LogDamagedError, Mark, parse, read_lines
-from iosr_fast.live.log_writer import AuditLog
-from iosr_fast.live.state import State
+from iosr_fast.state.audit import replay
+from iosr_fast.state.changes import OPS
+from iosr_fast.state.log_files import next_number, numbered, private_file, read_state, write_closed
+from iosr_fast.state.log_head import Head
+from iosr_fast.state.log_lines import Lines, LogDamagedError, Mark, parse, read_lines
+from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.state import State
 
 _SHOWN = 20
 _log = logging.getLogger("iosr_fast")

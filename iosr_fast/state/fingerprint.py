@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from iosr_fast.live.state import State
+    from iosr_fast.state.state import State
 
 
 def fingerprint(state: State) -> str:
