@@ -27,10 +27,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.embedding_files import Part, iterate_parts, read_embeddings, read_part
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.preprocess import to_pixels
+from iosr_fast.pipeline.embedding_files import Part, iterate_parts, read_embeddings, read_part
 from iosr_fast.utils.files import read_manifest
 from tests.manifests import rewrite_manifest
 from tools import embed

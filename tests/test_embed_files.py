@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.embedding_files import FORMATS, Format, Part, read_part, write_part
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.pipeline.embedding_files import FORMATS, Format, Part, read_part, write_part
 from iosr_fast.utils.files import new_file
 
 BAD = 2
@@ -123,7 +123,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 
 def test_importing_loads_nothing_heavy() -> None:
     heavy = {"torch", "pyarrow", "ray", "webdataset", "pandas"}
-    code = f"import sys, iosr_fast.embedding_files, tools.embed; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, iosr_fast.pipeline.embedding_files, tools.embed; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.embedding_files import read_embeddings
+from iosr_fast.pipeline.embedding_files import read_embeddings
 from tests.test_embed import (  # noqa: F401 (engine is a fixture)
     ROOT,
     assert_encodes,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.embedding_files import read_embeddings
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.pipeline.embedding_files import read_embeddings
 from tests.test_embed import (  # noqa: F401 (engine and pictures are fixtures)
     FORMATS,
     assert_encodes,

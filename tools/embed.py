@@ -6,7 +6,7 @@
         --out embeddings --format parquet --ray --workers 8 --address auto
 
 Writes part-*.safetensors or .parquet with keys, plain and adapted embeddings, and manifest.json when all are there
-(iosr_fast.embedding_files says what is in them; its read_embeddings reads the folder). The list of images is cut into
+(iosr_fast.pipeline.embedding_files says what is in them; its read_embeddings reads the folder). The list of images is cut into
 chunks of fixed membership, and a part exists whole or not at all: a run that was stopped goes on when it is started
 again with the same options, and every image is embedded exactly once.
 
@@ -27,8 +27,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast.embedding_files import DTYPES, FORMATS, Format
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.pipeline.embedding_files import DTYPES, FORMATS, Format
 from iosr_fast.utils.files import read_manifest
 from iosr_fast.utils.require import require
 from tools.command import run

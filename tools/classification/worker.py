@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from iosr_fast.embedding_files import Part
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.pipeline.embedding_files import Part
 from iosr_fast.state.bundle import Bundle, load_bundle
 from iosr_fast.state.predictions import Prediction
 from iosr_fast.state.state import State

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from iosr_fast.embedding_files import Part, write_part
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.pipeline.embedding_files import Part, write_part
 from iosr_fast.utils.ordered import map_ordered
 from tools.embedding.items import Chunk, Item, load_pixels
 from tools.embedding.plan import Done, Plan

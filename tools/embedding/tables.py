@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from iosr_fast.embedding_files import check_names
 from iosr_fast.images.listing import walk
+from iosr_fast.pipeline.embedding_files import check_names
 from iosr_fast.utils.require import require
 from tools.embedding.items import Item, Source, check_keys, stamp_of
 
