@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from iosr_fast.pipeline.command import classify
-from iosr_fast.serving.command import serve
+from iosr_fast.serving.http.command import serve
 from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.progress import progress
 
@@ -148,7 +148,7 @@ def export_triton(
 ) -> None:
     """Write a classifier as a model repository of NVIDIA Triton Inference Server."""
     try:
-        from iosr_fast.triton_export import export_triton as export
+        from iosr_fast.serving.triton import export_triton as export
 
         export(classifier, out, max_batch=max_batch, instances=instances, gpu=gpu, top=top)
     except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.batching import BatchingClassifier
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction
 
 SIZE = 4

@@ -1,4 +1,4 @@
-"""Shared by the tests of iosr_fast.ray_serving: bundles to roll out, serve_ray.py as a process, and load on it."""
+"""Shared by the tests of iosr_fast.serving.ray: bundles to roll out, serve_ray.py as a process, and load on it."""
 
 from __future__ import annotations
 

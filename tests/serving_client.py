@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.serving import Settings
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.http import Settings
 from tests.demo_cache import shared_cache
 from tests.images import encode
 
@@ -36,8 +36,8 @@ fastapi = pytest.importorskip("fastapi", reason="fastapi comes with the serve ex
 httpx = pytest.importorskip("httpx", reason="httpx comes with the dev extra")
 pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
 
-from iosr_fast.serving import create_app  # noqa: E402
-from iosr_fast.serving.metrics import Metrics  # noqa: E402
+from iosr_fast.serving.http import create_app  # noqa: E402
+from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
 
 CLASSES, SHOTS = 8, 3
 TOKEN = "a-token-for-tests-only"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from iosr_fast.batching import BatchingClassifier, DeadlineExceededError, QueueFullError
-from iosr_fast.batching import front as batching
-from iosr_fast.batching import item as batch_item
-from iosr_fast.batching import queue as batch_queue
+from iosr_fast.serving.batching import BatchingClassifier, DeadlineExceededError, QueueFullError
+from iosr_fast.serving.batching import front as batching
+from iosr_fast.serving.batching import item as batch_item
+from iosr_fast.serving.batching import queue as batch_queue
 from tests.batching_fakes import PATIENCE_S, FakeClassifier, Gated, Watcher, labels, picture, until
 from tests.images import encode
 

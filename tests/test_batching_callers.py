@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.batching import BatchingClassifier, ClosedError, QueueFullError
+from iosr_fast.serving.batching import BatchingClassifier, ClosedError, QueueFullError
 from tests.batching_fakes import PATIENCE_S, FakeClassifier, labels, picture, running, threads, until
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.batching import BatchingClassifier, DecodeLimits
-from iosr_fast.batching import decode as batch_decode
-from iosr_fast.batching import workers as batch_workers
-from iosr_fast.batching.engine import bucket_sizes
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import decoding
+from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
+from iosr_fast.serving.batching import decode as batch_decode
+from iosr_fast.serving.batching import workers as batch_workers
+from iosr_fast.serving.batching.engine import bucket_sizes
 from tests.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, FakeEncoder, FakeState, Watcher, picture, until
 from tests.images import encode
 

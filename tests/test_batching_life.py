@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.serving.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
 from tests.batching_fakes import (
     PATIENCE_S,
     FakeClassifier,
@@ -226,8 +226,8 @@ def test_dropped_without_close_it_answers_and_ends(classifier: FakeClassifier) -
 def test_an_interpreter_that_ends_without_close_does_not_hang(engine: str) -> None:
     program = f"""
 import threading
-from iosr_fast.batching import workers as batch_workers
-from iosr_fast.batching import BatchingClassifier
+from iosr_fast.serving.batching import workers as batch_workers
+from iosr_fast.serving.batching import BatchingClassifier
 from tests.batching_fakes import FakeClassifier, picture
 classifier = FakeClassifier()
 batching = BatchingClassifier(classifier)

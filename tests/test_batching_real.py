@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
-from iosr_fast.batching import BatchingClassifier
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.serving.batching import BatchingClassifier
 from tests.images import encode
 from tools.demo.bundle import held_out_queries, make_demo_bundle
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.batching import BatchingClassifier
-from iosr_fast.batching.decode import decoding_cost
-from iosr_fast.batching.turns import LARGE_PIXELS, Turns
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.batching.decode import decoding_cost
+from iosr_fast.serving.batching.turns import LARGE_PIXELS, Turns
 from tests.batching_fakes import PATIENCE_S, FakeClassifier, Gated, labels, picture, until
 from tests.images import encode
 from tests.jpegs import jpeg, scan

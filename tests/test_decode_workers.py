@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.batching import BatchingClassifier, ClosedError, DeadlineExceededError, DecodeLimits, processes
-from iosr_fast.batching.decode import decode, whole_image
-from iosr_fast.batching.processes import DecoderProcess
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.serving.batching import BatchingClassifier, ClosedError, DeadlineExceededError, DecodeLimits, processes
+from iosr_fast.serving.batching.decode import decode, whole_image
+from iosr_fast.serving.batching.processes import DecoderProcess
 from tests.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, Gated, labels, picture, threads, until
 from tests.images import encode
 from tests.jpegs import jpeg, scan
@@ -293,7 +293,7 @@ def test_close_ends_all_processes() -> None:
 def test_nothing_is_left_of_a_server_that_is_killed() -> None:
     program = f"""
 import os, signal, time
-from iosr_fast.batching import BatchingClassifier
+from iosr_fast.serving.batching import BatchingClassifier
 from tests.batching_fakes import FakeClassifier
 batching = BatchingClassifier(FakeClassifier(), decode_threads=2, isolated=True)
 batching.submit({GREY!r}).result()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
 from iosr_fast.images.preprocess import BadImageError, as_image_list, open_image, to_pixels
+from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.state.bundle import load_bundle
 from tests.images import encode
 from tests.live_parts import LetterText, PixelEncoder, engine_folder, small_classifier

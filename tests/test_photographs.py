@@ -20,11 +20,11 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("open_clip")
 pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif comes with the heic extra")
 
-from iosr_fast.batching import BatchingClassifier  # noqa: E402
 from iosr_fast.classifier import Classifier  # noqa: E402
 from iosr_fast.cli import app  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.images.preprocess import open_image  # noqa: E402
+from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
 from tests.demo_cache import shared_cache  # noqa: E402
 from tests.images import encode, turned  # noqa: E402
 from tests.serving_client import AUTHORISED, form, serving  # noqa: E402

@@ -1,4 +1,4 @@
-"""The parts of iosr_fast.ray_serving without Ray running: what is sent again, and what one replica does."""
+"""The parts of iosr_fast.serving.ray without Ray running: what is sent again, and what one replica does."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.ray_serving import Scale, build_app, from_config, replica
-from iosr_fast.ray_serving.deployment import code_version
-from iosr_fast.ray_serving.ingress import make_app
-from iosr_fast.ray_serving.messages import Facts, Reply
-from iosr_fast.ray_serving.remote import ASKED, DEATHS, Remote
-from iosr_fast.ray_serving.replica import ClassifierReplica
-from iosr_fast.ray_serving.source import Source
-from iosr_fast.serving import Settings
-from iosr_fast.serving.metrics import Metrics
+from iosr_fast.serving.http import Settings
+from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.ray import Scale, build_app, from_config, replica
+from iosr_fast.serving.ray.deployment import code_version
+from iosr_fast.serving.ray.ingress import make_app
+from iosr_fast.serving.ray.messages import Facts, Reply
+from iosr_fast.serving.ray.remote import ASKED, DEATHS, Remote
+from iosr_fast.serving.ray.replica import ClassifierReplica
+from iosr_fast.serving.ray.source import Source
 from iosr_fast.state.predictions import Prediction
 from tests.images import encode
 from tests.ray_serving_load import ROOT, error_of, save_broken, save_renamed

@@ -1,4 +1,4 @@
-"""iosr_fast.ray_serving on Ray, under load: nothing that was accepted is lost, whoever dies, and a bundle is taken by
+"""iosr_fast.serving.ray on Ray, under load: nothing that was accepted is lost, whoever dies, and a bundle is taken by
 all replicas or by none. tests/test_ray_remote.py has what needs no Ray running."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import ray
 from PIL import Image
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.ray_serving import Scale, deploy, rollout
-from iosr_fast.serving import Settings
+from iosr_fast.serving.http import Settings
+from iosr_fast.serving.ray import Scale, deploy, rollout
 from iosr_fast.utils.files import seal
 from tests.images import encode
 from tests.ray_serving_load import ROOT, Load, error_of, save_renamed, served, wait_for

@@ -22,7 +22,7 @@ LONG_S = 6.0  # until a test gives up on a deadline
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch, site(header_timeout_s=SHORT_S, keep_alive_s=1, body_timeout_s=1) as it:
-        patch.setattr("iosr_fast.serving.protocol._LINGER_S", SHORT_S)
+        patch.setattr("iosr_fast.serving.http.protocol._LINGER_S", SHORT_S)
         yield it
 
 

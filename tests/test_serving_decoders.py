@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.serving import Settings
+from iosr_fast.serving.http import Settings
 from tests.images import encode
 from tests.jpegs import COMMENT, END, jpeg, scan, segment
 from tests.serving_client import AUTHORISED, Client, error_of, form, load, queries, query_labels, serving, wait_until
@@ -137,7 +137,7 @@ def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure() -> None:
 
 
 def test_health_shows_that_no_decoder_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from iosr_fast.batching import processes
+    from iosr_fast.serving.batching import processes
 
     with serving(batching={"isolated": True, "decode_threads": 1}) as client:
         assert client.predict(GREY).status_code == 200

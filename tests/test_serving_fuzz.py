@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.batching import DecodeLimits
+from iosr_fast.serving.batching import DecodeLimits
 from tests.serving_client import queries, serving
 from tools.serving_load.hostile import hostile_uploads
 from tools.serving_load.hostile_images import FAIR

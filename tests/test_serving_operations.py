@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.batching import BatchingClassifier
-from iosr_fast.serving import Settings, metrics
-from iosr_fast.serving.logs import JsonFormatter
-from iosr_fast.serving.logs import logger as serving_logger
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.http import Settings, metrics
+from iosr_fast.serving.http.logs import JsonFormatter
+from iosr_fast.serving.http.logs import logger as serving_logger
 from iosr_fast.state.predictions import Prediction
 from tests.images import encode
 from tests.serving_client import (
@@ -146,7 +146,7 @@ def test_two_applications_in_a_process_count_apart(shared: Client) -> None:
 
 
 def test_a_request_is_one_line_of_json_without_image_or_token(shared: Client, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "iosr_fast.serving"):
+    with caplog.at_level(logging.INFO, "iosr_fast.serving.http"):
         shared.predict(GREY, b"zip", headers={"X-Request-ID": "id.1"})
         shared.ask("POST", "/v1/retune?token=x", headers={"Authorization": f"Bearer {TOKEN}-not"})
         odd = shared.get("/v1/classes", headers={"X-Request-ID": 'evil"\t{'})

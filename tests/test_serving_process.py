@@ -23,10 +23,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from iosr_fast.batching import BatchingClassifier
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
-from iosr_fast.serving import Settings
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.http import Settings
 from tests.images import encode
 from tests.serving_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
 from tools.serving_load.hostile import hostile_bytes
@@ -295,7 +295,7 @@ def test_requests_ahead_of_their_turn_are_all_answered(process: Process) -> None
 
 
 def test_an_engine_that_fails_at_once_ends_the_process(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    from iosr_fast.serving import run
+    from iosr_fast.serving.http import run
 
     def fail(_: Any) -> None:
         raise RuntimeError("no kernel image")
@@ -329,9 +329,9 @@ def test_what_it_cannot_start_with_is_said_at_once(tmp_path: Path, process: Proc
 
 
 def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
-    from iosr_fast.serving import memory
+    from iosr_fast.serving.http import memory
 
-    program = "from iosr_fast.serving.memory import keep_freed_memory as keep; print(keep())"
+    program = "from iosr_fast.serving.http.memory import keep_freed_memory as keep; print(keep())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())

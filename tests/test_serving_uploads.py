@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.images.decoder_process.structure import what_is_wrong
-from iosr_fast.serving.images import ImageLimits, check_image
+from iosr_fast.serving.http.images import ImageLimits, check_image
 from tests.images import encode
 from tests.serving_client import AUTHORISED, Client, form, queries, serving
 from tools.serving_load.hostile_images import FAIR, IMAGES, chunk, encoded, picture, png, webp

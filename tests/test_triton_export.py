@@ -21,8 +21,8 @@ from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.text_source import TextSource
 from iosr_fast.export.pretrained import open_pretrained
-from iosr_fast.triton_export import export_triton, graph, repository
-from iosr_fast.triton_export.plans import choose_plans
+from iosr_fast.serving.triton import export_triton, graph, repository
+from iosr_fast.serving.triton.plans import choose_plans
 from iosr_fast.utils.files import read_manifest, write_manifest
 from tests.triton_repository import Repository
 

@@ -22,9 +22,9 @@ from iosr_fast.images.preprocess import resize_and_crop
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.reference import score_reference, softmax
-from iosr_fast.triton_export import graph
-from iosr_fast.triton_export.preprocess_graph import LARGEST_RATIO, preprocess_model
-from iosr_fast.triton_export.scoring_graph import scoring_inputs, scoring_model
+from iosr_fast.serving.triton import graph
+from iosr_fast.serving.triton.preprocess_graph import LARGEST_RATIO, preprocess_model
+from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
 from tests.conftest import EXTENDED, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.numerics import allowed_error, assert_as_good_as_eager
 from tests.test_precision import correlated_rows

@@ -51,8 +51,8 @@ NEWCOMER, BEFORE = "pear", ("dog", "clamp", "new moon")
 def served(classifier: Classifier, token: str) -> Iterator[str]:
     """The address of the server's own application around `classifier`, run by a thread on a free port."""
     uvicorn = require("uvicorn", "serve")
-    from iosr_fast.batching import BatchingClassifier
-    from iosr_fast.serving import Settings, create_app
+    from iosr_fast.serving.batching import BatchingClassifier
+    from iosr_fast.serving.http import Settings, create_app
 
     with BatchingClassifier(classifier) as batching:
         app = create_app(batching, Settings(token=token))

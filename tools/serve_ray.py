@@ -11,7 +11,7 @@ folder, is a rolling update: replicas load it beside the old one and swap, and n
 loaded is refused (exit code 2), and the old one goes on. Other options than before restart replicas, some at a time.
 
 Machines of a cluster need this tree and the bundle at the same paths (a shared folder), and one version of Ray. Each
-takes requests on --port; iosr_fast.ray_serving says what is answered, and why classes are not changed there.
+takes requests on --port; iosr_fast.serving.ray says what is answered, and why classes are not changed there.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast.ray_serving import Scale, deploy
-from iosr_fast.ray_serving.source import Source
-from iosr_fast.serving import Settings
+from iosr_fast.serving.http import Settings
+from iosr_fast.serving.ray import Scale, deploy
+from iosr_fast.serving.ray.source import Source
 from iosr_fast.utils.require import require
 from tools.command import run
 from tools.ray_cluster import joined

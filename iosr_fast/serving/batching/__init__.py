@@ -1,0 +1,14 @@
+"""Many callers, one engine. BatchingClassifier is `front.py`; the other files are its parts."""
+
+from iosr_fast.serving.batching.decode import DecodeLimits
+from iosr_fast.serving.batching.front import BatchingClassifier
+from iosr_fast.serving.batching.item import ClosedError, DeadlineExceededError, Observer, QueueFullError
+
+__all__ = [
+    "BatchingClassifier",
+    "ClosedError",
+    "DeadlineExceededError",
+    "DecodeLimits",
+    "Observer",
+    "QueueFullError",
+]

@@ -1,0 +1,83 @@
+"""A request's body as it arrives, bounded in bytes and in seconds; all bodies together bounded in bytes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import Message, Receive, Scope
+
+from iosr_fast.serving.http.errors import ApiError, busy
+from iosr_fast.serving.http.settings import Settings
+
+_MAX_OTHER = 16 << 10  # bytes of a body that has no images, which only a POST has: a name in JSON, or nothing
+
+
+class Budget:
+    """Bytes of bodies that are held at this moment, by all requests. For one event loop; not for threads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+
+    def take(self, count: int) -> bool:
+        if self.used + count > self.limit:
+            return False
+        self.used += count
+        return True
+
+    def give(self, count: int) -> None:
+        self.used -= count
+
+
+class BoundedBody:
+    """`receive` of an ASGI application, which raises ApiError where a body is too long (413), too slow (408) or finds
+    no room (503). Every reader is bounded by it, frameworks included; the bytes are counted, announced or not."""
+
+    def __init__(self, scope: Scope, receive: Receive, settings: Settings, budget: Budget) -> None:
+        self._receive, self._settings, self._budget = receive, settings, budget
+        limit = settings.max_body_bytes
+        self._limit = limit if scope["method"] == "POST" else min(limit, _MAX_OTHER)
+        self._until = asyncio.get_running_loop().time() + settings.body_timeout_s
+        self._announced = _content_length(scope)
+        self.size = 0
+        self._whole = False
+
+    async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()
+        limit = self._limit
+        if self._announced > limit:
+            raise self._too_large(f"{self._announced} bytes")
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            seconds = self._settings.body_timeout_s
+            raise ApiError(
+                408,
+                "body_too_slow",
+                f"expected the whole body within {seconds:g} s, got {self.size} bytes in that time",
+            ) from None
+        if message["type"] == "http.request":
+            count = len(message.get("body", b""))
+            if self.size + count > limit:
+                raise self._too_large("more")
+            if not self._budget.take(count):
+                raise busy("busy", "too many bodies are being received at this moment; try again")
+            self.size += count
+            self._whole = not message.get("more_body", False)
+        return message
+
+    def release(self) -> None:
+        """Give the bytes back: the request is over."""
+        self._budget.give(self.size)
+        self.size = 0
+
+    def _too_large(self, got: str) -> ApiError:
+        return ApiError(413, "too_large", f"expected a body of at most {self._limit} bytes, got {got}; send less")
+
+
+def _content_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < 20 else 0
+    return 0

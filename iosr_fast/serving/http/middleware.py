@@ -1,0 +1,109 @@
+"""Around every request: its id, its bounded body, headers of all answers, one line of log, metrics; who may change."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from iosr_fast.serving.http.body import BoundedBody
+from iosr_fast.serving.http.errors import ApiError, error_response
+from iosr_fast.serving.http.logs import log, logger
+from iosr_fast.serving.http.service import Service
+
+_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds by machines
+_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+_DISCONNECTED = 499  # as nginx calls it: no answer, the client was gone
+
+
+_OPEN = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
+_PREDICT = "/v1/predict"
+
+
+class Authorisation:
+    """Pure ASGI. A request that could change something needs the token: 401 without it, 403 where no token is set,
+    before a byte of its body is read and whatever its path. Every route is guarded but those in `_is_open`."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_open(scope["method"], scope["path"]):
+            try:
+                self._service.authorise(Headers(scope=scope))
+            except ApiError as error:
+                scope["iosr_fast.code"] = error.code
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _is_open(method: str, path: str) -> bool:
+    return method in _OPEN or (method == "POST" and path == _PREDICT)
+
+
+class RequestMiddleware:
+    """Pure ASGI. An exception that nobody expected is logged with its trace and answered as 500 in the usual form."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        body = BoundedBody(scope, receive, self._service.settings, self._service.budget)
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], *_HEADERS, (b"x-request-id", request_id)]
+                if self._service.draining:
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
+            await send(message)
+
+        try:
+            await self._app(scope, body.receive, answer)
+        except ClientDisconnect:
+            status = status or _DISCONNECTED
+        except Exception:
+            logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
+            scope["iosr_fast.code"] = "internal"
+            if not status:
+                told = ApiError(500, "internal", "the server failed at this request; its log says why")
+                await error_response(told)(scope, receive, answer)
+        finally:
+            received = body.size
+            body.release()
+            self._record(scope, status or _DISCONNECTED, time.perf_counter() - start, request_id, received)
+
+    def _record(self, scope: Scope, status: int, seconds: float, request_id: bytes, received: int) -> None:
+        metrics = self._service.metrics
+        route = getattr(scope.get("route"), "path", "other")
+        metrics.on_request(route, scope["method"], status, seconds)
+        code = scope.get("iosr_fast.code")
+        if code is not None:
+            metrics.on_error(code)
+        facts = {
+            "method": scope["method"][:20],
+            "path": scope["path"][:200],
+            "status": status,
+            "ms": round(seconds * 1e3, 2),
+            "images": scope.get("iosr_fast.images", 0),
+            "bytes": received,
+            "request_id": request_id.decode(),
+            **({} if code is None else {"code": code}),
+        }
+        log("request", level=logging.DEBUG if route in _QUIET and status == 200 else logging.INFO, **facts)

@@ -1,0 +1,70 @@
+"""The page at / and its files at /static/: read once, served from memory, with headers that let nothing else in."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from iosr_fast.serving.http.errors import ApiError
+
+FOLDER = Path(__file__).parent / "page"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".ico": "image/x-icon",
+}
+_POLICY = (
+    "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'"
+)
+
+
+@dataclass(frozen=True)
+class _File:
+    content: bytes
+    headers: dict[str, str]
+
+
+def _read(path: Path) -> _File:
+    content = path.read_bytes()
+    headers = {
+        "Content-Type": _TYPES[path.suffix],
+        "Content-Security-Policy": _POLICY,
+        "Cache-Control": "no-cache",
+        "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+    }
+    return _File(content, headers)
+
+
+def make_router(folder: Path = FOLDER) -> APIRouter:
+    """Only what lies in the folder now can be asked for: a name is a key of a dict, never a path."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = {path.name: _read(path) for path in found if path.suffix in _TYPES and path.is_file()}
+    router = APIRouter(include_in_schema=False)
+
+    def answer(request: Request, name: str) -> Response:
+        file = files.get(name)
+        if file is None:
+            raise ApiError(404, "not_found", f"there is no file {name[:80]!r} here")
+        if request.headers.get("if-none-match") == file.headers["ETag"]:
+            return Response(status_code=304, headers=file.headers)
+        return Response(file.content, headers=file.headers)
+
+    @router.get("/")
+    async def page(request: Request) -> Response:
+        return answer(request, "index.html")
+
+    @router.get("/static/{name}")
+    async def static(request: Request, name: str) -> Response:
+        return answer(request, name)
+
+    return router

@@ -1,0 +1,164 @@
+"""Images out of a request: the body itself, or the parts of a multipart form. Nothing is written to disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from iosr_fast.serving.http.errors import ApiError
+from iosr_fast.serving.http.images import Refusal, too_large
+from iosr_fast.serving.http.settings import Settings
+
+_MAX_TEXT = 4096  # bytes of a field that is no image
+_FORMS = "multipart/form-data with file fields `images`"
+
+
+@dataclass
+class Upload:
+    """What came: `images` in order, each its bytes or why it was not kept; `texts`, the other fields."""
+
+    images: list[bytes | Refusal] = field(default_factory=list, repr=False)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+async def read_images(request: Request, settings: Settings) -> Upload:
+    """The images of a prediction: one as the body (image/*, application/octet-stream, or no type), or a form."""
+    kind, options = _content_type(request)
+    if kind == b"multipart/form-data":
+        upload = await _read_form(request, options, settings, ())
+    elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
+        body = await request.body()
+        large = len(body) > settings.max_image_bytes
+        upload = Upload([too_large(len(body), settings.max_image_bytes) if large else body] if body else [])
+    else:
+        raise _wrong_type(kind, f"an image (image/* or application/octet-stream) or {_FORMS}")
+    if not upload.images:
+        raise ApiError(400, "no_image", f"expected an image as the body, or {_FORMS}; got none")
+    return upload
+
+
+async def read_form(request: Request, settings: Settings, texts: tuple[str, ...] = ()) -> Upload:
+    """A form with images and text fields, all of which have to be there. 400 for fields of other names."""
+    kind, options = _content_type(request)
+    if kind != b"multipart/form-data":
+        raise _wrong_type(kind, _FORMS)
+    upload = await _read_form(request, options, settings, texts)
+    missing = [name for name in texts if name not in upload.texts]
+    if missing:
+        raise ApiError(400, "missing_field", f"expected the form field {missing[0]!r}, got none")
+    return upload
+
+
+def _wrong_type(kind: bytes, expected: str) -> ApiError:
+    got = kind.decode("latin-1")[:100] or "none"
+    return ApiError(415, "unsupported_type", f"expected a Content-Type of {expected}, got {got}")
+
+
+def _content_type(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, "unsupported_encoding", f"expected a body without Content-Encoding, got {encoding[:40]!r}")
+    return parse_options_header(request.headers.get("content-type"))
+
+
+async def _read_form(
+    request: Request, options: dict[bytes, bytes], settings: Settings, texts: tuple[str, ...]
+) -> Upload:
+    form = _Form(settings, texts)
+    try:
+        parser = MultipartParser(options.get(b"boundary", b""), form.callbacks())  # type: ignore[arg-type]
+        if not options.get(b"boundary"):
+            raise FormParserError("its Content-Type names no boundary")
+        async for chunk in request.stream():
+            parser.write(chunk)
+        parser.finalize()
+        if not form.ended:
+            raise FormParserError("it ends before its last boundary")
+    except FormParserError as error:
+        raise ApiError(400, "bad_form", f"the multipart form is damaged: {error}") from error
+    return form.upload
+
+
+class _Form:
+    """What python-multipart calls while it parses: collects the parts, each up to its own limit."""
+
+    def __init__(self, settings: Settings, texts: tuple[str, ...]) -> None:
+        self._settings, self._allowed = settings, texts
+        self.upload = Upload()
+        self.ended = False
+        self._header, self._value, self._disposition = b"", b"", b""
+        self._name = ""
+        self._parts: list[bytes] = []
+        self._size = self._limit = 0
+
+    def callbacks(self) -> dict[str, object]:
+        names = (
+            "part_begin",
+            "part_data",
+            "part_end",
+            "header_field",
+            "header_value",
+            "header_end",
+            "headers_finished",
+        )
+        return {**{f"on_{name}": getattr(self, f"_{name}") for name in names}, "on_end": self._end}
+
+    def _part_begin(self) -> None:
+        self._disposition, self._parts, self._size = b"", [], 0
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header = self._value = b""
+
+    def _headers_finished(self) -> None:
+        kind, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if kind != b"form-data" or not self._name:
+            raise FormParserError("a part has no Content-Disposition: form-data with a name")
+        if self._name == "images":
+            if len(self.upload.images) >= self._settings.max_images:
+                most = self._settings.max_images
+                raise ApiError(413, "too_many_images", f"expected at most {most} images a request, got more")
+            self._limit = self._settings.max_image_bytes
+        elif self._name in self._allowed and self._name not in self.upload.texts:
+            self._limit = _MAX_TEXT
+        else:
+            expected = ", ".join(repr(name) for name in ("images", *self._allowed))
+            raise ApiError(
+                400,
+                "unexpected_field",
+                f"expected form fields {expected} (all but images once), got {self._name[:80]!r}",
+            )
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        self._size += end - start
+        if self._size <= self._limit:
+            self._parts.append(data[start:end])
+        elif self._parts:
+            self._parts = []  # it will be refused, so it need not be held
+
+    def _part_end(self) -> None:
+        content = b"".join(self._parts)
+        if self._name == "images":
+            self.upload.images.append(content if self._size <= self._limit else too_large(self._size, self._limit))
+        elif self._size > self._limit:
+            raise ApiError(413, "too_large", f"expected a field {self._name!r} of at most {self._limit} bytes")
+        else:
+            try:
+                self.upload.texts[self._name] = content.decode()
+            except UnicodeDecodeError:
+                raise ApiError(400, "bad_form", f"expected UTF-8 in the field {self._name!r}") from None
+        self._parts = []
+
+    def _end(self) -> None:
+        self.ended = True

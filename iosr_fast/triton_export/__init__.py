@@ -1,5 +1,0 @@
-"""A saved classifier as a model repository of NVIDIA Triton Inference Server (extra triton-server)."""
-
-from iosr_fast.triton_export.repository import export_triton
-
-__all__ = ["export_triton"]
