@@ -13,11 +13,17 @@ from iosr_fast.utils import require as _require  # noqa: F401  first of all: it 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.scoring.plan import ScoringPlan, score
+    from iosr_fast.scoring.plan import ScoringPlan
+    from iosr_fast.scoring.score import score
 
     __version__: str
 
-_HOME = {"Classifier": "classifier", "Embeddings": "encoder", "ScoringPlan": "scoring", "score": "scoring"}
+_HOME = {
+    "Classifier": "classifier",
+    "Embeddings": "encoders.encoder",
+    "ScoringPlan": "scoring.plan",
+    "score": "scoring.score",
+}
 __all__ = ["Classifier", "Embeddings", "ScoringPlan", "__version__", "score"]
 
 

@@ -29,7 +29,7 @@ from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.state.changes import Update
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.explain import softmax
-from iosr_fast.state.labels import check_labels, class_ids, leave_out_bad, some
+from iosr_fast.state.labels import check_labels, class_ids, leave_out_bad
 from iosr_fast.state.log_writer import AuditLog
 from iosr_fast.state.predictions import Change, Prediction
 from iosr_fast.state.recipe import Recipe, fit_recipe
@@ -37,6 +37,7 @@ from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.state.updates import LiveUpdates
 from iosr_fast.utils.progress import progress as bar
+from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import Held
 
 _CHUNK = 256
@@ -48,7 +49,7 @@ class Classifier(LiveUpdates):
 
     Make one with `from_pretrained` (then `fit` or `fit_folder`) or `load` (ready to predict). Images are paths, encoded
     bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3), one or a sequence of them, or one
-    array or tensor of a batch (preprocess.as_image_list); `iosr_fast.images.pixels` has the rules by which they become RGB.
+    array or tensor of a batch; `iosr_fast.images.pixels` has the rules by which they become RGB.
 
     After fitting: `classes_` (C,) the class names; `plan_`, what the kernels execute; `support_`, the encoded support
     set; `method_`, `reducer_` and `parameters_`; `tuned_`, how they were chosen, or None where they were given or
@@ -195,7 +196,7 @@ class Classifier(LiveUpdates):
         if method == "auto" or METHODS[method].needs_support:
             empty = [names[c] for c in np.flatnonzero(np.bincount(ids, minlength=len(names)) == 0)]
             if empty:
-                raise ValueError(f"{method} needs at least one image of each class, got none of {some(empty)}")
+                raise ValueError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
         if method != "auto" and METHODS[method].needs_adapter and not self.encoder.adapted:
             raise ValueError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
         searched = method == "auto" or tune in ("loo", "loo-single") or (tune is None and not parameters)

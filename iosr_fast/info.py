@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring import dispatch
+from iosr_fast.utils.machine import cpu_model, package_version, usable_threads
 
 OPTIONAL_PACKAGES = (
     "onnxruntime",
@@ -66,14 +65,6 @@ def format_info() -> str:
     return "\n".join(lines)
 
 
-def package_version(name: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def simd_paths() -> dict[str, bool]:
     """Compiled paths of the C++ kernels, best first, each with whether this processor can run it."""
     if next(row.refusal for row in dispatch.available() if row.name == "cpp") is not None:
@@ -81,18 +72,3 @@ def simd_paths() -> dict[str, bool]:
     from iosr_fast import _C
 
     return dict(_C.simd_paths())
-
-
-def cpu_model() -> str:
-    """The processor's name, as well as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_threads() -> int:
-    """Hardware threads that this process may use, which a container or an affinity mask can make fewer than exist."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring.plan import score
+from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
 from tools.bench import harness
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from iosr_fast import _C
-from iosr_fast.info import usable_threads
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import ceilings, harness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,7 +258,8 @@ def test_extra_memory_is_the_peak_of_a_call() -> None:
 @pytest.mark.parametrize("shape", [(4096, 4096), (20000, 64), (3, 8192)])
 def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, int], rng: np.random.Generator) -> None:
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.scoring.plan import ScoringPlan, score
+    from iosr_fast.scoring.plan import ScoringPlan
+    from iosr_fast.scoring.score import score
     from tests.conftest import unit_rows
 
     batch, width = shape

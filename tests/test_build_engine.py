@@ -18,7 +18,8 @@ pytest.importorskip("open_clip")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from iosr_fast.encoders.runtimes import open_engine, plans
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.utils import machine
 from iosr_fast.utils.files import read_manifest
 from tools import build_engine
 
@@ -66,7 +67,7 @@ def test_a_random_adapter_is_named_and_the_numbers_are_printed(built: tuple[Path
 
 def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(plans, "this_gpu", lambda: None)
+    monkeypatch.setattr(machine, "this_gpu", lambda: None)
     shutil.copytree(built[0] / "engine", tmp_path / "engine")
     for options, message in (
         (["--runtime", "torch"], "expected one of ['tensorrt', 'tensorrt_rtx'] and an engine with encoder.onnx"),

@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
-from iosr_fast.scoring.plan import score
+from iosr_fast.scoring.score import score
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.utils.verified_folder import Held
 from tests.live_parts import engine_folder, pictures, small_classifier

@@ -339,7 +339,8 @@ def test_a_state_is_taken_apart_and_made_again(tmp_path: Path) -> None:
     facts, arrays = state_to_files(made.snapshot())
     assert {name: held.manifest[name] for name in facts} == json.loads(json.dumps(facts))
     assert set(arrays) == {"support.safetensors", "plan.safetensors", "pictures.safetensors"}
-    from iosr_fast.state.bundle_schema import ClassifierManifest, read_facts
+    from iosr_fast.state.bundle_schema import ClassifierManifest
+    from iosr_fast.utils.schema import read_facts
 
     again = state_from_files(read_facts(held, ClassifierManifest), held.read)
     assert again.fingerprint() == made.snapshot().fingerprint()

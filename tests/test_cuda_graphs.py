@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
-from iosr_fast.scoring.plan import score
+from iosr_fast.scoring.score import score
 from tests.conftest import random_embeddings, random_plan
 
 SIZE, WIDTH = 4, 3
@@ -142,7 +142,7 @@ class Replaying:
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 8, 19])
 def test_scoring_replayed_equals_scoring(rng: np.random.Generator, query: str, batch: int) -> None:
     torch = pytest.importorskip("torch")
-    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.scoring.graphed_scorer import GraphedScorer
 
     plan = random_plan(rng, [3, 0, 4], 16, query=query)
     recorder: Any = Replaying()
@@ -161,7 +161,7 @@ def test_scoring_replayed_equals_scoring(rng: np.random.Generator, query: str, b
 
 def test_each_plan_is_recorded_for_itself(rng: np.random.Generator) -> None:
     pytest.importorskip("torch")
-    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.scoring.graphed_scorer import GraphedScorer
 
     plans = [random_plan(rng, [2, 2], 8), random_plan(rng, [1, 5, 2], 8)]
     recorder: Any = Replaying()
@@ -174,7 +174,7 @@ def test_each_plan_is_recorded_for_itself(rng: np.random.Generator) -> None:
 
 def test_what_does_not_fit_a_graph_is_refused(rng: np.random.Generator) -> None:
     pytest.importorskip("torch")
-    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
+    from iosr_fast.scoring.graphed_scorer import GraphedScorer
 
     plan, recorder = random_plan(rng, [2, 2], 8), Replaying()
     with pytest.raises(ValueError, match="at least one batch size"):
@@ -275,8 +275,8 @@ def test_scoring_graphs_on_a_gpu(rng: np.random.Generator, impl: str, precision:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no NVIDIA GPU")
-    from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
     from iosr_fast.scoring.dispatch import choose
+    from iosr_fast.scoring.graphed_scorer import GraphedScorer
 
     try:
         choose(impl, "cuda")

@@ -15,12 +15,14 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
 from iosr_fast.encoders.runtimes import engine, open_engine, plans  # noqa: E402
-from iosr_fast.encoders.runtimes.plans import Gpu, Target, open_plan  # noqa: E402
+from iosr_fast.encoders.runtimes.plans import Target, open_plan  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import target  # noqa: E402
 from iosr_fast.export import pretrained  # noqa: E402
 from iosr_fast.export.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
+from iosr_fast.utils import machine  # noqa: E402
 from iosr_fast.utils.cache_folder import cache_folder  # noqa: E402
 from iosr_fast.utils.files import SCHEMA, new_folder, read_manifest, write_manifest  # noqa: E402
+from iosr_fast.utils.machine import Gpu  # noqa: E402
 from tests.manifests import rewrite_manifest  # noqa: E402
 from tests.test_dual_encoder import random_pixels, small_clip  # noqa: E402
 
@@ -211,10 +213,10 @@ def test_gpus_are_asked_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
         Gpu("NVIDIA T4", (7, 5)): "from compute capability",
     }
     for gpu, words in told.items():
-        monkeypatch.setattr(plans, "this_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(machine, "this_gpu", lambda gpu=gpu: gpu)
         assert words in (engine.refusal("tensorrt_rtx") or "")
         assert target("tensorrt_rtx").gpu == gpu
-    monkeypatch.setattr(plans, "this_gpu", lambda: RTX)
+    monkeypatch.setattr(machine, "this_gpu", lambda: RTX)
     assert engine.refusal("tensorrt_rtx") is None
     assert engine.choose_runtime("auto", {"tensorrt_rtx", "onnxruntime"}) == "tensorrt_rtx"
 
@@ -237,7 +239,7 @@ def test_tensorrt_rtx_is_built_again_for_its_own_version(
     (folder / name).rename(folder / old)
     files = {old if file == name else file: entry for file, entry in manifest["files"].items()}
     rewrite_manifest(folder, plans={old: {**manifest["plans"][name], "version": "0.9"}}, files=files)
-    monkeypatch.setattr(plans, "this_gpu", lambda: RTX)
+    monkeypatch.setattr(machine, "this_gpu", lambda: RTX)
     for _ in range(2):  # what comes after building needs the GPU that is made up here
         with pytest.raises(RuntimeError, match=rf"RTX 4090 .* with tensorrt_rtx {version} can't load .*cudaError"):
             open_engine(folder, "tensorrt_rtx")
@@ -245,7 +247,7 @@ def test_tensorrt_rtx_is_built_again_for_its_own_version(
     (kept,) = (cache / "plans").iterdir()
     facts = read_manifest(kept, plans.KEPT_KIND)
     assert facts["version"] == version and facts["bytes"] == (kept / plans.KEPT_FILE).stat().st_size > 10_000
-    monkeypatch.setattr(plans, "this_gpu", lambda: None)
+    monkeypatch.setattr(machine, "this_gpu", lambda: None)
     both = add_plan(folder, "tensorrt_rtx")
     assert set(both["plans"]) == {old, name} and open_engine(folder).encode(random_pixels(3, 32)).adapted is not None
 

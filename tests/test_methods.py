@@ -10,7 +10,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.support_set import SupportSet, encode_support, make_support_set
-from iosr_fast.scoring.plan import score
+from iosr_fast.scoring.score import score
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 from tests.conftest import random_embeddings, unit_rows
 

@@ -15,9 +15,9 @@ from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.ape import choose_channels
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.closed_form import gda_without, kernel_ridge_without
-from iosr_fast.scoring.plan import score
-from iosr_fast.scoring.reference import tip_x_batch, tip_x_literal
+from iosr_fast.scoring.score import score
 from tests.conftest import random_embeddings, unit_rows
+from tests.tip_x_reference import tip_x_batch, tip_x_literal
 
 IMPLS = ("reference", "numpy", "cpp")
 TOLERANCE = 1e-5  # of the largest logit

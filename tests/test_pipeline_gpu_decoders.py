@@ -21,6 +21,7 @@ from iosr_fast.images.decoders import choose_decoder  # noqa: E402
 from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder, shrink  # noqa: E402
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop  # noqa: E402
 from iosr_fast.pipeline import decoders, gpu_decoders  # noqa: E402
+from iosr_fast.utils import machine  # noqa: E402
 from tests.images import encode  # noqa: E402
 from tools.bench.photographs import photograph  # noqa: E402
 
@@ -125,14 +126,14 @@ def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected a decoder out of auto, cpu, cpu-exact, torchvision-cuda"):
         choose_decoder("abacus")
     monkeypatch.setattr(decoders, "_missing", lambda module: module.startswith("nvidia"))
-    monkeypatch.setattr(plans, "this_gpu", lambda: None)
+    monkeypatch.setattr(machine, "this_gpu", lambda: None)
     assert choose_decoder("cpu").name == choose_decoder().name == choose_decoder("auto", "tensorrt").name == "cpu"
     assert choose_decoder("cpu-exact").name == "cpu-exact"
     with pytest.raises(RuntimeError, match="decoder='torchvision-cuda' can't run here: PyTorch sees no NVIDIA GPU"):
         choose_decoder("torchvision-cuda")
     with pytest.raises(RuntimeError, match=r"nvidia\.nvimgcodec can't be found; pip install nvidia-nvimgcodec-cu12"):
         choose_decoder("nvimagecodec")
-    monkeypatch.setattr(plans, "this_gpu", lambda: GPU)
+    monkeypatch.setattr(machine, "this_gpu", lambda: GPU)
     assert choose_decoder("auto", "tensorrt").name == "torchvision-cuda"
     assert choose_decoder("auto", "onnxruntime").name == "cpu"
     monkeypatch.setattr(decoders, "_missing", lambda module: False)

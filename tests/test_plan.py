@@ -10,9 +10,10 @@ import pytest
 
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import dequantize
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.score import score
 from tests.conftest import EXTENDED, random_embeddings, random_plan, unit_rows
 from tests.numerics import assert_close_to_truth
 

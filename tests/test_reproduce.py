@@ -143,7 +143,7 @@ def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Pr
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.methods.support_set import make_support_set
     from iosr_fast.methods.tuning.tune import tune
-    from iosr_fast.scoring.plan import score
+    from iosr_fast.scoring.score import score
     from tools.reproduction.store import Wanted
 
     out = run("--methods", "tip-adapter++", "--seeds", "2", "--shots", "2")

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring.plan import ScoringPlan, score, score_with_path
+from iosr_fast.scoring.plan import ScoringPlan, score_with_path
 from iosr_fast.scoring.precision import PRECISIONS, Precision, dequantize
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.scoring.score import score
 from tests.conftest import EXTENDED, TERMS, random_embeddings, random_plan, unit_rows
 from tests.numerics import PATHS, allowed_error, assert_as_good_as_eager, assert_close_to_truth, eager_float32, run_path
 

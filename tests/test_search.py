@@ -16,8 +16,9 @@ from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.tuning.search import EMPTY, Best, Intervals, cache_intervals, intervals, step_curve, sweep
 from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
 from tools.bench.harness import extra_memory_mb
 

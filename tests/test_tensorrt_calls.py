@@ -19,9 +19,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from iosr_fast.encoders.runtimes import plans, tensorrt  # noqa: E402
-from iosr_fast.encoders.runtimes.plans import Gpu, Target  # noqa: E402
+from iosr_fast.encoders.runtimes import tensorrt  # noqa: E402
+from iosr_fast.encoders.runtimes.plans import Target  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import TensorRTEncoder  # noqa: E402
+from iosr_fast.utils import machine as machine_facts  # noqa: E402
+from iosr_fast.utils.machine import Gpu  # noqa: E402
 from tests.test_cuda_graphs import WIDTH, manifest, pictures  # noqa: E402
 
 GPU, VERSION, MAX_BATCH = Gpu("NVIDIA GeForce RTX 4090", (8, 9)), "10.1", 6
@@ -139,7 +141,7 @@ def machine(runtime: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ma
     made = Machine(runtime == "tensorrt_rtx")
     monkeypatch.setattr(tensorrt, "require", made.require)
     monkeypatch.setattr(tensorrt, "Recorder", lambda stream: made)
-    monkeypatch.setattr(plans, "this_gpu", lambda: GPU)
+    monkeypatch.setattr(machine_facts, "this_gpu", lambda: GPU)
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     return made
 

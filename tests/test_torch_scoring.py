@@ -17,10 +17,11 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import inputs as batch
 from iosr_fast.scoring import torch_scorer as torch_scoring
 from iosr_fast.scoring.device_plan import as_tensor, device_plan
-from iosr_fast.scoring.plan import ScoringPlan, score, score_with_path
+from iosr_fast.scoring.plan import ScoringPlan, score_with_path
 from iosr_fast.scoring.precision import PRECISIONS, Precision, dequantize
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.reference import score_reference, softmax
+from iosr_fast.scoring.score import score
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, unit_rows
 from tests.numerics import allowed_error, assert_as_good_as_eager, assert_close_to_truth, needs_gpu, tensors
 

@@ -16,9 +16,9 @@ from iosr_fast.methods.tuning.held_out import in_order_of_folds, intervals_of, l
 from iosr_fast.methods.tuning.log_loss import fit_alpha, fit_factor
 from iosr_fast.methods.tuning.one_shot import one_shot_parameters
 from iosr_fast.methods.tuning.tune import is_level, tune
-from iosr_fast.scoring.plan import score
 from iosr_fast.scoring.reducers import fit_reducer
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
 
 CLASSES, WIDTH = 7, 24

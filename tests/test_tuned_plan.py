@@ -21,9 +21,10 @@ from iosr_fast.methods.tuning.log_loss import MOST, fit_alpha, fit_factor
 from iosr_fast.methods.tuning.one_shot import one_shot_parameters
 from iosr_fast.methods.tuning.search import cache_intervals, intervals, sweep
 from iosr_fast.methods.tuning.tune import Tuned, tune
-from iosr_fast.scoring.plan import RANGES, ScoringPlan, score
+from iosr_fast.scoring.plan import RANGES, ScoringPlan
 from iosr_fast.scoring.precision import dequantize
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
+from iosr_fast.scoring.score import score
 from iosr_fast.state.plan_files import plan_from_files, plan_to_files
 from iosr_fast.state.recipe import Recipe
 from tests.conftest import random_embeddings, random_plan, unit_rows

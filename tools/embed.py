@@ -6,7 +6,7 @@
         --out embeddings --format parquet --ray --workers 8 --address auto
 
 Writes part-*.safetensors or .parquet with keys, plain and adapted embeddings, and manifest.json when all are there
-(iosr_fast.pipeline.embedding_files says what is in them; its read_embeddings reads the folder). The list of images is cut into
+(iosr_fast.pipeline.embedding_files says what is in them; its read_embeddings reads the folder). The list is cut into
 chunks of fixed membership, and a part exists whole or not at all: a run that was stopped goes on when it is started
 again with the same options, and every image is embedded exactly once.
 

@@ -23,9 +23,9 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from iosr_fast.info import usable_threads
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.http.settings import CPU_BATCH
+from iosr_fast.utils.machine import usable_threads
 from tools.command import new_file, run
 from tools.serving_load.churn import is_rebuilt, measure_churn
 from tools.serving_load.measure import Load, measure_alone, measure_load, measure_memory

@@ -31,8 +31,8 @@ from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.export.export_check import check, pictures_of, two_passes
 from iosr_fast.export.onnx_files import save_onnx
-from iosr_fast.info import cpu_model, package_version
 from iosr_fast.utils.files import new_folder, write_manifest
+from iosr_fast.utils.machine import cpu_model, package_version
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import hold
 

@@ -84,10 +84,10 @@ def open_pretrained(
     for module in ("torch", "open_clip"):
         require(module, "train")
     from iosr_fast.clip.adapter import check_belongs
-    from iosr_fast.clip.prompts import ClipText
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, check_runtime
     from iosr_fast.export.calibration import calibration_pictures
+    from iosr_fast.export.clip_text import ClipText
     from iosr_fast.export.engine_precision import QUANTISED, choose_builder, quantised_by
     from iosr_fast.export.export import LAYOUT, engine_fingerprint, write_engine
 

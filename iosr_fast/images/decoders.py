@@ -11,6 +11,7 @@ import numpy as np
 
 from iosr_fast.images.decoding import decode_pixels
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.utils import machine
 
 Decoded = np.ndarray | BadImageError
 DECODERS = ("cpu", "cpu-exact", "torchvision-cuda", "nvimagecodec")
@@ -79,14 +80,12 @@ def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool
 
 def refusal(name: str) -> str | None:
     """Why this decoder can't run here, or None."""
-    from iosr_fast.encoders.runtimes.plans import this_gpu
-
     if name not in _NEEDS:
         return None
     missing = [module for module in ("torch", *_NEEDS[name]) if _missing(module)]
     if missing:
         return f"{' and '.join(missing)} can't be found; {_MEND[name]}"
-    return "PyTorch sees no NVIDIA GPU" if this_gpu() is None else None
+    return "PyTorch sees no NVIDIA GPU" if machine.this_gpu() is None else None
 
 
 def _missing(module: str) -> bool:

@@ -1,7 +1,6 @@
 """Encoded images to pixels with little work: only what the crop shows is resized, and a large JPEG is decoded small.
 
-The geometry is that of `iosr_fast.images.preprocess.resize_and_crop` on what `iosr_fast.images.preprocess.open_image` gives, which
-stay the reference.
+The geometry is that of `preprocess.resize_and_crop` on what `preprocess.open_image` gives, which stay the reference.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def tip_x(
 
     The public code takes both ranges over the whole test set, so that a label depends on its batch. Here they are those
     of the pairs of different support images, frozen in the plan (a single image has none: then the term is left
-    unscaled); reference.tip_x_batch is the literal form.
+    unscaled); tests/methods/tip_x_reference.py has the literal form.
     """
     keys = image_rows(support.embeddings, which, reducer)
     log_s, slope, offset = divergences(support, keys)

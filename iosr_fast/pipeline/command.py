@@ -61,14 +61,14 @@ def _list(images: list[Path], skip_bad: bool) -> list[str]:
     """The images, those of folders listed. Raises ValueError where there are none, FileNotFoundError unless
     `skip_bad` where some are missing; all of them by name, before the classifier is opened."""
     from iosr_fast.images.listing import list_images
-    from iosr_fast.state.labels import some
+    from iosr_fast.utils.text import abbreviate
 
     paths = [path for given in images for path in (list_images(given).paths if given.is_dir() else [str(given)])]
     if not paths:
-        raise ValueError(f"expected images to classify, found none in {some([str(given) for given in images])}")
+        raise ValueError(f"expected images to classify, found none in {abbreviate([str(given) for given in images])}")
     missing = [str(given) for given in images if not given.exists()]
     if missing and not skip_bad:
-        raise FileNotFoundError(f"no such file or folder: {some(missing)}")
+        raise FileNotFoundError(f"no such file or folder: {abbreviate(missing)}")
     return paths
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.images.decoders import Decoder
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.info import usable_threads
 from iosr_fast.state.predictions import Prediction
+from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 from iosr_fast.utils.verified_folder import Held
 

@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
+from iosr_fast.encoders.runtimes.engine_manifest import EngineManifest
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE
 from iosr_fast.encoders.text_source import SavedText, TextSource
-from iosr_fast.state.bundle_schema import ClassifierManifest, EngineManifest, check_files, read_facts, refused
+from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.files import MANIFEST, new_folder, write_manifest
+from iosr_fast.utils.schema import check_files, read_facts, refused
 from iosr_fast.utils.verified_folder import Held, hold
 
 KIND = "classifier"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
+from iosr_fast.encoders.runtimes.engine_manifest import EngineManifest
 from iosr_fast.state.bundle import KIND, load_bundle
-from iosr_fast.state.bundle_schema import EngineManifest
 from iosr_fast.utils.files import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.verified_folder import Held, hold
 

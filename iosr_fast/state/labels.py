@@ -14,6 +14,7 @@ import numpy as np
 
 from iosr_fast.images.preprocess import BadImageError, open_image
 from iosr_fast.state.predictions import uid_of
+from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,11 +23,6 @@ logger = logging.getLogger(__name__)
 
 # What missing values become when NumPy or pandas turn a column into text.
 _MISSING_AS_TEXT = frozenset({"nan", "NaN", "None", "null", "<NA>", "NaT"})
-
-
-def some(values: Sequence[str]) -> str:
-    shown = ", ".join(repr(value) for value in values[:5])
-    return shown if len(values) <= 5 else f"{shown} and {len(values) - 5} more"
 
 
 def check_labels(images: Sequence[Any], labels: Any, class_names: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
@@ -43,8 +39,8 @@ def check_labels(images: Sequence[Any], labels: Any, class_names: Sequence[str] 
         missing = sorted(_MISSING_AS_TEXT.intersection(values))
         if missing:
             raise ValueError(
-                f"expected a label for every image, got {some(missing)}, which is what a missing value becomes as "
-                "text; leave those images out, or pass class_names if a class is called so"
+                f"expected a label for every image, got {abbreviate(missing)}, which is what a missing value becomes "
+                "as text; leave those images out, or pass class_names if a class is called so"
             )
         class_names = sorted(set(values))
     names = check_names(class_names)
@@ -133,7 +129,7 @@ def check_names(given: Any) -> list[str]:
     twins = _twins(names, as_seen)
     equal = sorted({one for one, other in twins if one == other})
     if equal:
-        raise ValueError(f"expected class names to differ, got {some(equal)} more than once")
+        raise ValueError(f"expected class names to differ, got {abbreviate(equal)} more than once")
     if twins:
         shown = "; ".join(f"{one!a} and {other!a}" for one, other in twins[:5])
         raise ValueError(
@@ -182,13 +178,13 @@ def _ids(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
     if values and isinstance(values[0], int):
         outside = sorted({i for i in values if not 0 <= i < len(names)})
         if outside:
-            shown = some([str(i) for i in outside])
+            shown = abbreviate([str(i) for i in outside])
             raise ValueError(f"expected labels in 0..{len(names) - 1}, one for each class name, got {shown}")
         return np.array(values, np.int64)
     index = {name: i for i, name in enumerate(names)}
     unknown = sorted({name for name in values if name not in index})
     if unknown:
-        raise ValueError(f"the labels {some(unknown)} are not among the {len(names)} class names")
+        raise ValueError(f"the labels {abbreviate(unknown)} are not among the {len(names)} class names")
     return np.array([index[name] for name in values], np.int64)
 
 

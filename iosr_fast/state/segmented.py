@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import frozen
 
 

@@ -22,11 +22,11 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
 from iosr_fast.state.explain import explain
 from iosr_fast.state.fingerprint import fingerprint
-from iosr_fast.state.labels import some
 from iosr_fast.state.moments import Moments
 from iosr_fast.state.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
 from iosr_fast.state.recipe import COMPENSATED_KEYS, Recipe
 from iosr_fast.state.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
+from iosr_fast.utils.text import abbreviate
 
 # Runs of examples up to this many are copied into one: a bound on the work of a change, however large the cache.
 SMALL = 1024
@@ -163,7 +163,7 @@ class State:
             return uid
         if given in self.class_names:
             return self.uids[self.class_names.index(given)]
-        raise ValueError(f"no class {given!r}; there are {some(self.class_names)}")
+        raise ValueError(f"no class {given!r}; there are {abbreviate(self.class_names)}")
 
     def find_examples(self, example_ids: Sequence[str]) -> list[int]:
         """Example numbers of ids ("e7"). Raises ValueError for one that is not there, or twice."""
@@ -173,7 +173,9 @@ class State:
             here.update(part.ids[np.isin(part.ids, numbers) & part.living].tolist())
         wrong = [given for given, number in zip(example_ids, numbers, strict=True) if number not in here]
         if wrong or not numbers or len(set(numbers)) < len(numbers):
-            raise ValueError(f"expected ids of examples that are there, each once, got {some(wrong or example_ids)}")
+            raise ValueError(
+                f"expected ids of examples that are there, each once, got {abbreviate(wrong or example_ids)}"
+            )
         return numbers
 
     # --- changes: each returns another state ---

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.info import usable_threads
+from iosr_fast.utils.machine import usable_threads
 
 WARMUP = 2
 

@@ -24,7 +24,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import load_adapter
 from iosr_fast.clip.load import load_clip
 from iosr_fast.export.pretrained import DEMO_ADAPTER
-from iosr_fast.info import usable_threads
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 from tools.bench.encoder_rivals import Embed, Pass, both, eagerly, in_onnxruntime, write
 from tools.bench.pipeline import PapersFormula

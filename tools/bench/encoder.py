@@ -31,7 +31,7 @@ from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.dual_encoder import DualEncoderConfig, build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.export.export import random_adapter
-from iosr_fast.info import usable_threads
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import encoder_rivals as rivals
 from tools.bench import harness
 from tools.bench.encoder_rivals import Embed

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.info import cpu_model, package_version, usable_threads
+from iosr_fast.utils.machine import cpu_model, package_version, usable_threads
 from tools.bench.ceilings import (  # noqa: F401 (a bench needs one module)
     best_gemm,
     gemm_ceiling_flops,

@@ -38,13 +38,13 @@ from iosr_fast.export.export import random_adapter, write_engine
 from iosr_fast.images.decoders import CpuDecoder
 from iosr_fast.images.pixels import FORMATS
 from iosr_fast.images.preprocess import open_image, resize_and_crop
-from iosr_fast.info import usable_threads
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.recipe import fit_recipe
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
+from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 from tools.bench import harness
 from tools.bench.encoder_rivals import Pass, write

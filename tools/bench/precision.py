@@ -31,7 +31,7 @@ from iosr_fast.export.export import export_onnx, random_adapter
 from iosr_fast.export.export_check import FP32_MAX_ERROR, MIN_COSINES
 from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.export.quantize import quantize_onnx
-from iosr_fast.info import usable_threads
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 from tools.bench.encoder import fused_flops
 from tools.evaluation.demo import held_out, torch_encoder

@@ -19,7 +19,7 @@ import numpy as np
 from iosr_fast.clip.dual_encoder import build_dual_encoder
 from iosr_fast.clip.load import load_clip
 from iosr_fast.export.export import random_adapter
-from iosr_fast.info import usable_threads
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import encoder, encoder_rivals, harness, score
 
 IMPLEMENTATIONS = ("eager-best", "papers-formula")  # beside ours

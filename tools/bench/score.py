@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.info import usable_threads
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan, score_with_path
 from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 from tools.bench.score_rivals import PAPERS_LIMIT_BYTES, RIVALS, onehot_bytes, torch_rivals
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.info import usable_threads
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.tune import Tuned, tune
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 
 DEFAULT_CASES = ("tip-adapter", "tip-x")

@@ -30,13 +30,13 @@ from torch import nn
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain, init_adapter, vision_blocks
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.export.export import random_adapter
-from iosr_fast.info import usable_threads
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.data import TensorPictures
 from iosr_fast.training.probe import probe
 from iosr_fast.training.supervised import Supervised
 from iosr_fast.training.train import train_adapter
 from iosr_fast.training.train_config import TrainConfig
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 
 RIVALS = ("public-recipe", "pruned-graph")

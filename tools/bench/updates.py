@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.info import usable_threads
 from iosr_fast.methods import METHODS
-from iosr_fast.scoring.plan import score
+from iosr_fast.scoring.score import score
 from iosr_fast.state.examples import Examples, join
 from iosr_fast.state.recipe import fit_recipe
 from iosr_fast.state.state import State
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 
 DEFAULT_CASES = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iosr_fast.scoring.plan import score
+from iosr_fast.scoring.score import score
 from tools.evaluation.accuracy import Result
 from tools.evaluation.accuracy import evaluate as evaluate_source
 from tools.evaluation.demo import in_domain

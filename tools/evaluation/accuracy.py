@@ -13,8 +13,9 @@ import numpy as np
 from iosr_fast.methods import METHODS, refusal
 from iosr_fast.methods.tuning.auto import tune_auto
 from iosr_fast.methods.tuning.tune import Tuned, tune
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import fit_reducer
+from iosr_fast.scoring.score import score
 from tools.evaluation.tasks import Source, Task
 
 AUTO = "auto"

@@ -25,10 +25,10 @@ from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export.export import write_engine
-from iosr_fast.info import usable_threads
 from iosr_fast.training.data import PictureSource, demo_pictures
 from iosr_fast.training.train import train_adapter
 from iosr_fast.training.train_config import TrainConfig
+from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 from tools.bench.encoder import fused_flops
 from tools.evaluation.accuracy import evaluate

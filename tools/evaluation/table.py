@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from iosr_fast.info import package_version
 from iosr_fast.pipeline.tables import escaped
+from iosr_fast.utils.machine import package_version
 from tools.bench import harness
 from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
 from tools.evaluation.tasks import Source

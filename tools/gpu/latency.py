@@ -21,9 +21,10 @@ import torch
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 from iosr_fast.encoders.runtimes.torch import FILE, TorchEncoder
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.graphed_scorer import GraphedScorer
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.score import score
 from tools.bench import harness
 from tools.bench.score import Case
 from tools.gpu import device as gpu

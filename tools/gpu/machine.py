@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from iosr_fast.info import cpu_model, package_version, usable_threads
 from iosr_fast.scoring import dispatch
+from iosr_fast.utils.machine import cpu_model, package_version, usable_threads
 from tools.bench.harness import commit
 from tools.gpu.device import name_of
 from tools.gpu.report import Report, Setting

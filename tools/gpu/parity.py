@@ -12,8 +12,9 @@ import torch
 from iosr_fast.clip.dual_encoder import Precision, build_dual_encoder
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.scoring.score import score
 from tools.bench import score as bench
 from tools.gpu.device import synced
 from tools.gpu.models import MAX_ERROR, MIN_COSINE, WITHOUT_OPEN_CLIP, make

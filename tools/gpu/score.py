@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
+from iosr_fast.scoring.graphed_scorer import GraphedScorer
 from tools.bench import harness
 from tools.bench import score as bench
 from tools.gpu import device as gpu

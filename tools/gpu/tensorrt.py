@@ -11,10 +11,10 @@ import torch
 
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.cuda_graphs import GraphedScorer
 from iosr_fast.encoders.runtimes.engine import refusal
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.export.export import export_onnx
+from iosr_fast.scoring.graphed_scorer import GraphedScorer
 from tools.gpu import device as gpu
 from tools.gpu import latency
 from tools.gpu.encoder import candidates, time_rows

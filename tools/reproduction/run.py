@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.info import package_version
 from iosr_fast.methods.support_set import make_support_set
+from iosr_fast.utils.machine import package_version
 from tools.evaluation.accuracy import Draw, Tune, evaluate_draw
 from tools.evaluation.tasks import Task
 from tools.reproduction import cells as cells_module

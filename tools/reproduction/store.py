@@ -21,9 +21,9 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images import pixels
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
-from iosr_fast.info import usable_threads
 from iosr_fast.methods.support_set import encode_support
 from iosr_fast.utils.files import new_folder, read_manifest, remove_leftovers, write_manifest
+from iosr_fast.utils.machine import usable_threads
 from tools.reproduction.models import Model
 from tools.reproduction.problems import PictureSet
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.info import package_version
+from iosr_fast.utils.machine import package_version
 from tools.bench.harness import commit, cpu_description
 from tools.serving_load.client import Answer
 

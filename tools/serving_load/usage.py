@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from iosr_fast.info import usable_threads
+from iosr_fast.utils.machine import usable_threads
 from tools.serving_load.server_process import ServerProcess
 
 

@@ -64,7 +64,7 @@ class BatchedEncoder(ABC):
             )
         if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
-                f"expected pixels of shape {expected}, got {pixels.shape}; iosr_fast.images.preprocess brings pictures to size"
+                f"expected pixels of shape {expected}, got {pixels.shape}; iosr_fast.images.preprocess resizes pictures"
             )
         starts = range(0, len(pixels), self.max_batch)
         parts = [self._part(np.ascontiguousarray(pixels[start : start + self.max_batch])) for start in starts]

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.runtimes import plans
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.encoders.runtimes.engine_manifest import EngineManifest
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS, OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
-from iosr_fast.state.bundle_schema import EngineManifest, check_files, read_facts
+from iosr_fast.utils import machine
+from iosr_fast.utils.schema import check_files, read_facts
 from iosr_fast.utils.verified_folder import Held, hold
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # best first
@@ -134,7 +135,7 @@ def refusal(runtime: str) -> str | None:
         return None
     if find_spec("torch") is None:
         return "PyTorch, whose tensors are its buffers, is not installed"
-    gpu = plans.this_gpu()
+    gpu = machine.this_gpu()
     if gpu is None:
         return "PyTorch sees no NVIDIA GPU"
     if runtime == "tensorrt_rtx" and (gpu.capability < (8, 0) or gpu.capability[0] in (9, 10)):

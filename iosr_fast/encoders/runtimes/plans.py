@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +20,13 @@ from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.utils.cache_folder import cache_folder
 from iosr_fast.utils.files import new_folder, read_manifest, recover, sha256, write_manifest
+from iosr_fast.utils.machine import Gpu
 
 FOLDER = "plans"
 PORTABLE = ("tensorrt_rtx",)  # its plans are compiled to the end by the GPU's own machine
 KEPT_KIND, KEPT_FILE = "compiled plan", "encoder.plan"
 Build = Callable[[Path], tuple[bytes, dict[str, Any]]]  # an ONNX file -> a plan, and what there is to say of it
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU by its name in the driver's words and its compute capability, (9, 0) on an H100."""
-
-    name: str
-    capability: tuple[int, int]
-
-    def __str__(self) -> str:
-        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
-
-
-def this_gpu() -> Gpu | None:
-    """The GPU that PyTorch computes on here; None where it sees none, or is not installed."""
-    if find_spec("torch") is None:
-        return None
-    import torch
-
-    return Gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 from iosr_fast.encoders.runtimes import plans
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+from iosr_fast.utils import machine
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def target(runtime: str) -> plans.Target:
     """What plans are built for here: the installed version of the runtime, this GPU. ImportError without the module."""
-    return plans.Target(runtime, _load(runtime).__version__, plans.this_gpu())
+    return plans.Target(runtime, _load(runtime).__version__, machine.this_gpu())
 
 
 def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes, dict[str, Any]]:

@@ -20,8 +20,9 @@ from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.closed_form import gda_without, kernel_ridge_without
 from iosr_fast.methods.tuning.search import Intervals, cache_intervals, intervals
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.score import score
 
 MOST_FOLDS = 16
 Setting = Mapping[str, float]  # a method's parameters but alpha

@@ -10,8 +10,9 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.held_out import HeldOut, in_order_of_folds, plans
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
+from iosr_fast.scoring.score import score
 
 # A term whose logits spread over classes this many times less than the other's decides nothing but ties.
 _NOTHING = 1e-4

@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.info import usable_threads
 from iosr_fast.serving.batching.decode import DecodeLimits, Limits, decoding_cost
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import Hooks, Item, Observer, WholeImage
 from iosr_fast.serving.batching.queue import BatchQueue
 from iosr_fast.serving.batching.turns import Turns
 from iosr_fast.serving.batching.workers import Workers, make_decoders
+from iosr_fast.utils.machine import usable_threads
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,6 @@ from PIL import Image
 
 from iosr_fast import __version__
 from iosr_fast.classifier import Classifier
-from iosr_fast.info import usable_threads
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.logs import json_logs, log, logger
@@ -28,6 +27,7 @@ from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.protocol import Edge
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
+from iosr_fast.utils.machine import usable_threads
 
 _COLLECTIONS = (5_000, 20, 100)
 _FILES = 100  # open beside connections: the bundle's, libraries', pipes

@@ -14,7 +14,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
-from iosr_fast.scoring.plan import ScoringPlan, score
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.score import score
 from iosr_fast.serving.triton import configs
 from iosr_fast.serving.triton.configs import Served
 from iosr_fast.serving.triton.graph import EXTRA
@@ -24,9 +25,9 @@ from iosr_fast.serving.triton.preprocess_graph import preprocess_model
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
 from iosr_fast.state.bundle import ENGINE
 from iosr_fast.state.bundle import KIND as BUNDLE_KIND
-from iosr_fast.state.labels import some
 from iosr_fast.utils.files import MANIFEST, new_folder, read_manifest, sha256, write_manifest
 from iosr_fast.utils.require import require
+from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import hold
 
 KIND = "triton-repository"
@@ -76,7 +77,7 @@ def export_triton(
     plan, labels = classifier.plan_, classifier.classes_.tolist()
     broken = [name for name in labels if len(name.splitlines()) > 1]
     if broken:
-        raise ValueError(f"expected class names of one line each, as in a file of labels, got {some(broken)}")
+        raise ValueError(f"expected class names of one line each, as in a file of labels, got {abbreviate(broken)}")
     served = Served(
         image_size=engine["image_size"],
         width=engine["width"],
@@ -165,7 +166,7 @@ def _check_places(bundle: Path, out: Path) -> None:
     kept = {name for name, entry in manifest["files"].items() if sha256(out / name) == entry["sha256"]}
     if others := sorted(found - kept - {MANIFEST}):
         raise FileExistsError(
-            f"{out} holds {some(others)}, added or changed since it was exported, which would be lost; "
+            f"{out} holds {abbreviate(others)}, added or changed since it was exported, which would be lost; "
             "move that away or choose another place"
         )
 

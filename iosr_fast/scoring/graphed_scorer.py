@@ -1,0 +1,88 @@
+"""A plan's scoring recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Array, Embeddings
+from iosr_fast.encoders.runtimes.batched import bucket_of, check_buckets
+from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+from iosr_fast.scoring.device_plan import as_tensor
+from iosr_fast.scoring.inputs import make_batch
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.score import score
+from iosr_fast.utils.require import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GraphedScorer:
+    """score(plan, embeddings) on a GPU as one launch, for batches that are filled up to one of a few sizes.
+
+    Each of `buckets` is recorded when this is made, with all that the plan's first scoring does besides (Triton reads
+    the class offsets back once). A graph holds its plan's arrays: another plan takes another GraphedScorer. Larger
+    batches than the largest bucket go in several runs. Calls from several threads take turns.
+    Not yet run on a GPU.
+    """
+
+    def __init__(
+        self,
+        plan: ScoringPlan,
+        buckets: Iterable[int],
+        impl: str = "auto",
+        device: str = "cuda",
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`impl` as for scoring.score. Raises ValueError without a bucket, RuntimeError where it can't be recorded."""
+        torch = require("torch", "train")
+        given = list(buckets)
+        if not given:
+            raise ValueError("expected at least one batch size to record, got none")
+        self.plan, self.buckets = plan, check_buckets(given, max(given))
+        names = ("plain", "adapted") if plan.needs_adapted else ("plain",)
+        shape = (self.buckets[-1], plan.width)
+        with torch.inference_mode(False):  # or they could not be written to outside of it
+            self._queries = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in names}
+        self._impl = impl
+        self._recorder = recorder or Recorder()
+        self._replay = {size: self._recorder.record(partial(self._score, size)) for size in self.buckets}
+
+    def __call__(self, embeddings: Embeddings) -> Array:
+        """Logits (B, C) float32: a NumPy array for NumPy arrays, for tensors a tensor where they are.
+
+        Finiteness and norms are not checked, as score(check=False). Raises ValueError where the embeddings don't fit.
+        """
+        torch = require("torch", "train")
+        batch = make_batch(self.plan, embeddings, check=False)
+        given = {name: _tensor(getattr(batch.embeddings, name)) for name in self._queries}
+        n_queries, most = len(given["plain"]), self.buckets[-1]
+        with self._recorder.turn():
+            parts = [
+                self._part({name: rows[start : start + most] for name, rows in given.items()})
+                for start in range(0, n_queries, most)
+            ]
+            logits = torch.cat(parts) if parts else self._queries["plain"].new_empty((0, self.plan.n_classes))
+            if not batch.torch:
+                return logits.cpu().numpy()
+            return logits.cpu() if batch.device == "cpu" else logits
+
+    def _part(self, rows: dict[str, Tensor]) -> Tensor:
+        n_queries = len(rows["plain"])
+        for name, static in self._queries.items():
+            static[:n_queries].copy_(rows[name])
+        logits: Tensor = self._replay[bucket_of(n_queries, self.buckets)]()
+        return logits[:n_queries].clone()  # the next replay writes where this one wrote
+
+    def _score(self, size: int) -> Tensor:
+        queries = {name: static[:size] for name, static in self._queries.items()}
+        logits: Tensor = score(self.plan, Embeddings(queries["plain"], queries.get("adapted")), self._impl, check=False)
+        return logits
+
+
+def _tensor(rows: Any) -> Tensor:
+    return as_tensor(rows) if isinstance(rows, np.ndarray) else rows

@@ -1,0 +1,54 @@
+"""score(): execute a plan with the best implementation for where the embeddings are."""
+
+from __future__ import annotations
+
+from iosr_fast.encoders.encoder import Array, Embeddings
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.inputs import Batch, make_batch
+from iosr_fast.scoring.plan import ScoringPlan
+
+
+def score(plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, check: bool = True) -> Array:
+    """Execute `plan` on a batch: logits of shape (B, C), float32. argmax over axis 1 gives the labels.
+
+    Equals the formula of ScoringPlan (reference.py spells it out) without forming the (B, N) affinity or a one-hot
+    matrix. Torch tensors give a tensor on their device; NumPy arrays, and what else offers DLPack in CPU memory, give a
+    NumPy array. No gradients are kept.
+
+    `impl` names an implementation (`iosr-fast info` lists them); "auto" takes the best one for the embeddings' device,
+    or the one that the environment variable IOSR_FAST_IMPL names. One for GPUs takes embeddings on the CPU there and
+    the logits back. `check=False` leaves out the check of finiteness and norms, which reads each embedding once more
+    and, on a GPU, waits for it: CUDA graphs can't record that.
+
+    Raises ValueError where the embeddings don't fit the plan or aren't finite and of unit norm, or where no such
+    implementation exists; RuntimeError where it exists and can't run.
+    """
+    return score_with_path(plan, embeddings, impl, check=check)[0]
+
+
+def score_with_path(
+    plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, check: bool = True
+) -> tuple[Array, str]:
+    """score(), and the path that computed it: "numpy", "cpp/scalar", "torch/cuda", "reference"."""
+    batch = make_batch(plan, embeddings, check)
+    entry = dispatch.choose(impl, batch.device)
+    if entry.kind == "tensors":
+        return _score_tensors(plan, batch, entry)
+    logits, path = entry.load()(plan, batch.embeddings)
+    if batch.torch:
+        from iosr_fast.scoring.device_plan import as_tensor
+
+        return as_tensor(logits), path
+    return logits, path
+
+
+def _score_tensors(plan: ScoringPlan, batch: Batch, entry: dispatch.Implementation) -> tuple[Array, str]:
+    from iosr_fast.scoring.device_plan import as_tensor, device_plan
+
+    plain, adapted = batch.embeddings.plain, batch.embeddings.adapted
+    if batch.device == "cuda":
+        return entry.load()(device_plan(plan, plain.device), plain, adapted)
+    on_device = device_plan(plan, "cpu" if "cpu" in entry.devices else "cuda")
+    moved = [None if array is None else as_tensor(array).to(on_device.device) for array in (plain, adapted)]
+    logits, path = entry.load()(on_device, *moved)
+    return (logits.cpu() if batch.torch else logits.cpu().numpy()), path

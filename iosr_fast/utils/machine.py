@@ -1,0 +1,53 @@
+"""Facts about this machine: installed packages, processor, threads, GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name, as well as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_threads() -> int:
+    """Hardware threads that this process may use, which a container or an affinity mask can make fewer than exist."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its name in the driver's words and its compute capability, (9, 0) on an H100."""
+
+    name: str
+    capability: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+
+
+def this_gpu() -> Gpu | None:
+    """The GPU that PyTorch computes on here; None where it sees none, or is not installed."""
+    if find_spec("torch") is None:
+        return None
+    import torch
+
+    return Gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
