@@ -49,6 +49,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy iosr_fast
+	$(BIN)/lint-imports
 
 test: lint
 	$(BIN)/python -m pytest

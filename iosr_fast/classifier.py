@@ -26,13 +26,13 @@ from iosr_fast.scoring.plan import RANGES, ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.state.changes import Update
+from iosr_fast.state.changes import Change
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.explain import softmax
 from iosr_fast.state.labels import check_labels, class_ids, leave_out_bad
 from iosr_fast.state.log_writer import AuditLog
-from iosr_fast.state.predictions import Change, Prediction
-from iosr_fast.state.recipe import Recipe, fit_recipe
+from iosr_fast.state.method_config import MethodConfig, fit_recipe
+from iosr_fast.state.predictions import ChangeResult, Prediction
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.state.updates import LiveUpdates
@@ -254,16 +254,16 @@ class Classifier(LiveUpdates):
         with self._changing:
             state = self._same_classes(state)
             tuned = search(method, state.support, reducer, None, queries, ids)
-            self._make(Update("retune", recipe=_recipe(tuned, state.recipe.key_precision)))
+            self._make(Change("retune", recipe=_recipe(tuned, state.recipe.key_precision)))
             self.tuned_ = tuned
         return tuned
 
-    def retune(self) -> Change:
+    def retune(self) -> ChangeResult:
         """Choose the parameters of the method again, by leave-one-out on the examples as they are now (`tune`)."""
         with self._changing:
             recipe = self.snapshot().recipe
             tuned = search(recipe.method, self.snapshot().support, recipe.reducer_name, None)
-            change = self._make(Update("retune", recipe=_recipe(tuned, recipe.key_precision)))
+            change = self._make(Change("retune", recipe=_recipe(tuned, recipe.key_precision)))
             self.tuned_ = tuned
         return change
 
@@ -433,8 +433,8 @@ def _warn_of_the_demo() -> None:
     )
 
 
-def _recipe(chosen: Tuned, key_precision: Precision, support: SupportSet | None = None) -> Recipe:
+def _recipe(chosen: Tuned, key_precision: Precision, support: SupportSet | None = None) -> MethodConfig:
     """What a search chose; without `support` its reducer is still to be fitted."""
     if support is None:
-        return Recipe(chosen.method, dict(chosen.parameters), chosen.reducer, None, chosen.factor, key_precision)
+        return MethodConfig(chosen.method, dict(chosen.parameters), chosen.reducer, None, chosen.factor, key_precision)
     return fit_recipe(chosen.method, chosen.parameters, chosen.reducer, chosen.factor, key_precision, support)

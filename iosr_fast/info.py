@@ -37,7 +37,8 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in ("numpy", "pillow", "safetensors", *OPTIONAL_PACKAGES)},
         "implementations": {
-            row.name: {"devices": list(row.devices), "refusal": row.refusal} for row in dispatch.available()
+            row.name: {"devices": list(row.devices), "unavailable_reason": row.unavailable_reason}
+            for row in dispatch.available()
         },
         "simd_paths": simd_paths(),
         "methods": list(METHODS),
@@ -54,7 +55,7 @@ def format_info() -> str:
     lines.append(f"cpu: {facts['cpu']}, {facts['threads']} threads")
     lines.append("scoring implementations, best first for each device:")
     for name, row in facts["implementations"].items():
-        answer = "yes" if row["refusal"] is None else f"no: {row['refusal']}"
+        answer = "yes" if row["unavailable_reason"] is None else f"no: {row['unavailable_reason']}"
         lines.append(f"  {name:<12} {', '.join(row['devices']):<10} {answer}")
     paths = [name if supported else f"{name} (this processor can't)" for name, supported in facts["simd_paths"].items()]
     lines.append(f"SIMD paths of cpp: {', '.join(paths) or 'none'}")
@@ -67,7 +68,7 @@ def format_info() -> str:
 
 def simd_paths() -> dict[str, bool]:
     """Compiled paths of the C++ kernels, best first, each with whether this processor can run it."""
-    if next(row.refusal for row in dispatch.available() if row.name == "cpp") is not None:
+    if next(row.unavailable_reason for row in dispatch.available() if row.name == "cpp") is not None:
         return {}
     from iosr_fast import _C
 

@@ -9,7 +9,7 @@ import os
 from importlib.util import find_spec
 
 
-def refusal() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the Triton kernels can't run here, or None where they can.
 
     They need Triton, PyTorch and a CUDA device; under TRITON_INTERPRET=1, Triton's interpreter, any device will do.

@@ -20,12 +20,13 @@ from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
+from tests import ROOT
 from tests import demo_cache as shared
 from tools.source_tree import use_source_tree
 
 use_source_tree()  # so that the tests run where nothing is installed, too
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+SOURCES = ROOT / "csrc" / "cuda"
 TERMS = ("text", "cache", "linear")
 REDUCERS = ("centre", "projection", "diagonal")
 # What random_plan is told of plans with more than their terms; a method names what is like the plans that it compiles.

@@ -14,7 +14,7 @@ from PIL import Image
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.methods import METHODS
-from tests.manifests import rewrite_manifest
+from tests.state.manifests import rewrite_manifest
 
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")

@@ -24,10 +24,10 @@ from iosr_fast.cli import app
 from iosr_fast.pipeline.tables import escaped, write_table
 from iosr_fast.utils.outputs import check_new_file, check_new_folder
 from iosr_fast.utils.progress import progress
-from tests.live_parts import LetterText, PixelEncoder, engine_folder, pictures, small_classifier
+from tests import ROOT
+from tests.state.live_parts import LetterText, PixelEncoder, engine_folder, pictures, small_classifier
 from tools.command import new_app
 
-ROOT = Path(__file__).resolve().parent.parent
 TOOLS = (
     *("build_engine", "classify", "embed", "load_test", "open_images_subset", "serve_ray", "train_adapter"),
     *("tune_kernels", "demo.bundle", "demo.run", "demo.train_clip"),

@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import iosr_fast
+from tests import ROOT
 from tests.unsafe_code import runs_what_it_reads
 
-ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -122,10 +122,10 @@ def test_every_folder_of_the_package_is_packaged() -> None:
     assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
-@pytest.mark.parametrize(("package", "folder"), [("demo", "data"), ("serving", "page")])
+@pytest.mark.parametrize(("package", "folder"), [("clip.demo", "data"), ("serving.http", "page")])
 def test_every_data_file_is_packaged(package: str, folder: str) -> None:
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"][f"iosr_fast.{package}"]
-    home = ROOT / "iosr_fast" / package
+    home = ROOT / "iosr_fast" / package.replace(".", "/")
     kept = {path for pattern in patterns for path in home.glob(pattern)}
     assert {path for path in (home / folder).rglob("*") if path.is_file()} == kept != set()
 
@@ -150,7 +150,7 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if runs_what_it_reads(node)
     ]
-    # The bytes of that archive have the SHA-256 that OpenAI published: tests/test_clip.py.
+    # The bytes of that archive have the SHA-256 that OpenAI published: tests/clip/test_load.py.
     assert hits == ["iosr_fast/clip/load.py: torch.jit.load(archive, map_location='cpu')"]
 
 
@@ -175,7 +175,7 @@ def test_an_unsafe_line_is_found(line: str) -> None:
 
 
 def test_every_test_that_a_promise_names_exists() -> None:
-    tests = "\n".join(path.name + path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.name + path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"test_\w+", (ROOT / "docs" / "production.md").read_text(encoding="utf-8")))
     assert len(named) > 50
     assert [name for name in sorted(named) if f"def {name}(" not in tests and f"{name}.py" not in tests] == []

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
         parser.error(
             f"expected parts out of {', '.join(part.name for part in parts)}, got {', '.join(sorted(unknown))}"
         )
-    if (refusal := parts[0].refusal()) is not None:
+    if (refusal := parts[0].unavailable_reason()) is not None:
         raise SystemExit(f"gpu-check needs PyTorch with CUDA: {refusal}")
     started = time.monotonic()
     folder = ROOT / "build" / "gpu-check" if trial else ROOT / "benchmarks" / "results"

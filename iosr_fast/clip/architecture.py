@@ -18,8 +18,8 @@ def vision_config(name: str) -> dict[str, Any] | None:
 
 
 def check_architecture(name: str) -> None:
-    """Raise ValueError for a model of open_clip whose image encoder can't be fused (fold.describe says so of a model
-    that is there): another than open_clip's own VisionTransformer with the CLS token's output."""
+    """Raise ValueError for a model of open_clip whose image encoder can't be fused (fuse.infer_config
+    says so of a loaded model): another than open_clip's own VisionTransformer with the CLS token's output."""
     vision = vision_config(name)
     if vision is None:
         return

@@ -26,8 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.load import LoadedClip
+    pass
 
 Precision = Literal["fp32", "fp16"]
 
@@ -222,23 +221,3 @@ class DualEncoder(nn.Module):
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(2B, ...) -> two times (B, ...); a reshape first, so that the exported graph computes no sizes."""
     return x.reshape(2, -1, *x.shape[1:]).unbind(0)
-
-
-def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
-    """Fuse an open_clip image encoder and its adapter; on the CPU, in evaluation mode.
-
-    Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
-    LayerNorm, softmax and last normalisation. Raises ValueError, by name, for an image encoder that can't be fused (no
-    VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
-    """
-    from iosr_fast.clip.adapter import check_belongs
-    from iosr_fast.clip.fuse import describe, fold
-
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
-    if adapter is not None:
-        check_belongs(adapter, clip)
-    config = describe(clip, adapter, precision)
-    encoder = DualEncoder.from_config(asdict(config))
-    encoder.load_state_dict(fold(clip, adapter, config))
-    return encoder

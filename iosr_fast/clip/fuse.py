@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from iosr_fast.clip.dual_encoder import DualEncoderConfig, Precision
+from iosr_fast.clip.adapter import Adapter, check_belongs
+from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.load import LoadedClip
 
 State = dict[str, torch.Tensor]
 
 
-def describe(clip: LoadedClip, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
+def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
     """The shapes of the dual encoder for this CLIP; ValueError where the image encoder has a part it can't express."""
     visual = clip.model.visual
     _refuse_other_encoders(clip.name, visual)
@@ -71,7 +72,7 @@ def _activation(name: str, module: nn.Module) -> Any:
     raise ValueError(f"{name} can't be fused: expected GELU or QuickGELU in its MLPs, got {type(module).__name__}")
 
 
-def fold(clip: LoadedClip, adapter: Adapter | None, config: DualEncoderConfig) -> State:
+def fused_state_dict(clip: LoadedClip, adapter: Adapter | None, config: DualEncoderConfig) -> State:
     """The dual encoder's state dict: preprocessing, scales and biases folded in float64, returned in fp32."""
     visual = clip.model.visual
     state: State = {}
@@ -136,3 +137,21 @@ def _copy(state: State, prefix: str, module: Any, scale: float | torch.Tensor = 
 def _layer_scale(module: Any) -> float | torch.Tensor:
     """LayerScale's gamma in float64; 1 where the block has none."""
     return 1.0 if isinstance(module, nn.Identity) else module.gamma.double()
+
+
+def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
+    """Fuse an open_clip image encoder and its adapter; on the CPU, in evaluation mode.
+
+    Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
+    LayerNorm, softmax and last normalisation. Raises ValueError, by name, for an image encoder that can't be fused (no
+    VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
+    """
+
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
+    if adapter is not None:
+        check_belongs(adapter, clip)
+    config = infer_config(clip, adapter, precision)
+    encoder = DualEncoder.from_config(asdict(config))
+    encoder.load_state_dict(fused_state_dict(clip, adapter, config))
+    return encoder

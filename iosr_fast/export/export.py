@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from iosr_fast.clip.dual_encoder import DualEncoder, build_dual_encoder
+from iosr_fast.clip.dual_encoder import DualEncoder
+from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, refusal
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, unavailable_reason
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
@@ -256,7 +257,7 @@ def _write_plan(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEnc
     (folder / here.file).parent.mkdir(exist_ok=True)
     (folder / here.file).write_bytes(data)
     facts["plans"][here.file] = {**here.facts(), "precision": facts["precision"], **built}
-    return TensorRTEncoder(folder, facts, runtime) if refusal(runtime) is None else None
+    return TensorRTEncoder(folder, facts, runtime) if unavailable_reason(runtime) is None else None
 
 
 def _versions(runtime: str) -> dict[str, str | None]:

@@ -66,19 +66,19 @@ def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool
     if name not in ("auto", *DECODERS):
         raise ValueError(f"expected a decoder out of {', '.join(('auto', *DECODERS))}, got {name!r}")
     if name != "auto":
-        if (told := refusal(name)) is not None:
+        if (told := unavailable_reason(name)) is not None:
             raise RuntimeError(f"decoder={name!r} can't run here: {told}")
         return _make(name, exif_orientation)
     refused = {}
     for candidate in reversed(DECODERS[2:]) if runtime.startswith("tensorrt") else ():
-        if (told := refusal(candidate)) is None:
+        if (told := unavailable_reason(candidate)) is None:
             return _make(candidate, exif_orientation)
         refused[candidate] = told
     log.info("decoding on the CPU; refused: %s", refused or "none")
     return CpuDecoder(exif_orientation=exif_orientation)
 
 
-def refusal(name: str) -> str | None:
+def unavailable_reason(name: str) -> str | None:
     """Why this decoder can't run here, or None."""
     if name not in _NEEDS:
         return None

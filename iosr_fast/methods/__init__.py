@@ -108,7 +108,7 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
     return given
 
 
-def refusal(name: str, support: SupportSet) -> str | None:
+def unavailable_reason(name: str, support: SupportSet) -> str | None:
     """Why a method can't be compiled for a support set, or None where it can."""
     method = METHODS[name]
     if method.needs_text and support.text is None:
@@ -132,7 +132,7 @@ def compile_method(
     lacks what the method needs: images, texts, adapted embeddings.
     """
     given = check_parameters(name, **parameters)
-    told = refusal(name, support)
+    told = unavailable_reason(name, support)
     if told is not None:
         raise ValueError(told)
     method = METHODS[name]

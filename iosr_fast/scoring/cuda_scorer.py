@@ -30,7 +30,7 @@ _WORKSPACE = 64 << 20
 _BUILD = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
 
 
-def refusal() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the CUDA kernels can't run here, or None where they can.
 
     They need the extension iosr_fast._C_cuda, built for this version, PyTorch, and a GPU of compute capability 8.0.

@@ -24,16 +24,16 @@ class Implementation:
     """One way to execute a ScoringPlan.
 
     `target` is "module:function", imported when chosen. `kind` says what that takes: "arrays" (ScoringPlan, Embeddings
-    of NumPy arrays), "tensors" (DevicePlan, plain, adapted); either returns the logits and the path that ran. `refusal`
-    answers why it can't run here, or None where it can. `automatic` has the devices of the embeddings for which "auto"
-    may take it; the registry's order is the order of preference. `interpreter` is the environment variable that, set,
-    has an implementation for GPUs run on the CPU too.
+    of NumPy arrays), "tensors" (DevicePlan, plain, adapted); either returns the logits and the path that ran.
+    `unavailable_reason` answers why it can't run here, or None where it can. `automatic` has the devices of the
+    embeddings for which "auto" may take it; the registry's order is the order of preference. `interpreter` is the
+    environment variable that, set, has an implementation for GPUs run on the CPU too.
     """
 
     name: str
     target: str
     kind: Literal["arrays", "tensors"]
-    refusal: Callable[[], str | None]
+    unavailable_reason: Callable[[], str | None]
     native: tuple[str, ...]
     automatic: tuple[str, ...] = ()
     interpreter: str | None = None
@@ -51,10 +51,10 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Availability:
-    """A row of the table that `iosr-fast info` prints; `refusal` is None where the implementation can run."""
+    """A row of `iosr-fast info`; `unavailable_reason` is None where the implementation can run."""
 
     name: str
-    refusal: str | None
+    unavailable_reason: str | None
     devices: tuple[str, ...]
 
 
@@ -97,21 +97,21 @@ def _driver_refusal() -> str | None:
 
 
 def _triton_refusal() -> str | None:
-    refusal = None if _is_set("TRITON_INTERPRET") else _driver_refusal()
-    if refusal is not None:
-        return refusal
+    unavailable_reason = None if _is_set("TRITON_INTERPRET") else _driver_refusal()
+    if unavailable_reason is not None:
+        return unavailable_reason
     from iosr_fast import kernels
 
-    return kernels.refusal()
+    return kernels.unavailable_reason()
 
 
 def _cuda_refusal() -> str | None:
-    refusal = _driver_refusal()
-    if refusal is not None:
-        return refusal
+    unavailable_reason = _driver_refusal()
+    if unavailable_reason is not None:
+        return unavailable_reason
     from iosr_fast.scoring import cuda_scorer as cuda
 
-    told: str | None = cuda.refusal()
+    told: str | None = cuda.unavailable_reason()
     return told
 
 
@@ -138,7 +138,7 @@ REGISTRY: tuple[Implementation, ...] = (
 
 def available() -> list[Availability]:
     """Every implementation, in order of preference, with its devices and why it is refused here."""
-    return [Availability(entry.name, entry.refusal(), entry.devices) for entry in REGISTRY]
+    return [Availability(entry.name, entry.unavailable_reason(), entry.devices) for entry in REGISTRY]
 
 
 def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
@@ -156,9 +156,9 @@ def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
         return _best(device)
     for entry in REGISTRY:
         if entry.name == impl:
-            refusal = entry.refusal() or _device_refusal(entry, device)
-            if refusal is not None:
-                raise RuntimeError(f"{asked_by} can't run here: {refusal}")
+            unavailable_reason = entry.unavailable_reason() or _device_refusal(entry, device)
+            if unavailable_reason is not None:
+                raise RuntimeError(f"{asked_by} can't run here: {unavailable_reason}")
             return entry
     names = ", ".join(["auto", *(entry.name for entry in REGISTRY)])
     raise ValueError(f"expected an implementation out of {names}, got {asked_by}")
@@ -183,10 +183,10 @@ def _best(device: str) -> Implementation:
     for entry in REGISTRY:
         if device not in entry.automatic:
             continue
-        refusal = entry.refusal()
-        if refusal is None:
+        unavailable_reason = entry.unavailable_reason()
+        if unavailable_reason is None:
             told = f" (refused: {'; '.join(refused)})" if refused else ""
             _log.info("scoring on %s with %s%s", device, entry.name, told)
             return entry
-        refused.append(f"{entry.name}: {refusal}")
+        refused.append(f"{entry.name}: {unavailable_reason}")
     raise RuntimeError(f"no scoring implementation can run on {device} here: {'; '.join(refused)}")

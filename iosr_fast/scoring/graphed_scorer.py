@@ -12,7 +12,7 @@ from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.encoders.runtimes.batched import bucket_of, check_buckets
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
 from iosr_fast.scoring.device_plan import as_tensor
-from iosr_fast.scoring.inputs import make_batch
+from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from iosr_fast.utils.require import require
@@ -58,7 +58,7 @@ class GraphedScorer:
         Finiteness and norms are not checked, as score(check=False). Raises ValueError where the embeddings don't fit.
         """
         torch = require("torch", "train")
-        batch = make_batch(self.plan, embeddings, check=False)
+        batch = scoring_inputs(self.plan, embeddings, check=False)
         given = {name: _tensor(getattr(batch.embeddings, name)) for name in self._queries}
         n_queries, most = len(given["plain"]), self.buckets[-1]
         with self._recorder.turn():

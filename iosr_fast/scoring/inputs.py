@@ -30,7 +30,7 @@ class Needs(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
+class ScoringInputs:
     """Embeddings that fit a plan: C-contiguous float32 NumPy arrays where `device` is "cpu"; where it is "cuda",
     contiguous tensors of float32, float16 or bfloat16, both of one dtype. `torch` says whether they came as tensors."""
 
@@ -39,7 +39,7 @@ class Batch:
     torch: bool
 
 
-def make_batch(plan: Needs, embeddings: Embeddings, check: bool = True) -> Batch:
+def scoring_inputs(plan: Needs, embeddings: Embeddings, check: bool = True) -> ScoringInputs:
     """Check embeddings against a plan. `check=False` leaves out finiteness and norms, never shapes.
 
     CPU tensors and DLPack objects in CPU memory become NumPy views; a copy is made only of what isn't float32 or not
@@ -72,12 +72,12 @@ def make_batch(plan: Needs, embeddings: Embeddings, check: bool = True) -> Batch
         on_device = _on_device(named)
         if check:
             _check_unit_tensors(on_device, precision)
-        return Batch(Embeddings(on_device["plain"], on_device.get("adapted")), "cuda", True)
+        return ScoringInputs(Embeddings(on_device["plain"], on_device.get("adapted")), "cuda", True)
     arrays = {name: _as_float32(array) for name, array in named.items()}
     if check:
         for name, array in arrays.items():
             check_unit_rows(name, array, precision=precision[name])
-    return Batch(Embeddings(arrays["plain"], arrays.get("adapted")), "cpu", tensors)
+    return ScoringInputs(Embeddings(arrays["plain"], arrays.get("adapted")), "cpu", tensors)
 
 
 def _is_tensor(array: Any) -> bool:

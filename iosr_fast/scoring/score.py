@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.inputs import Batch, make_batch
+from iosr_fast.scoring.inputs import ScoringInputs, scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
 
 
@@ -30,7 +30,7 @@ def score_with_path(
     plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, check: bool = True
 ) -> tuple[Array, str]:
     """score(), and the path that computed it: "numpy", "cpp/scalar", "torch/cuda", "reference"."""
-    batch = make_batch(plan, embeddings, check)
+    batch = scoring_inputs(plan, embeddings, check)
     entry = dispatch.choose(impl, batch.device)
     if entry.kind == "tensors":
         return _score_tensors(plan, batch, entry)
@@ -42,7 +42,7 @@ def score_with_path(
     return logits, path
 
 
-def _score_tensors(plan: ScoringPlan, batch: Batch, entry: dispatch.Implementation) -> tuple[Array, str]:
+def _score_tensors(plan: ScoringPlan, batch: ScoringInputs, entry: dispatch.Implementation) -> tuple[Array, str]:
     from iosr_fast.scoring.device_plan import as_tensor, device_plan
 
     plain, adapted = batch.embeddings.plain, batch.embeddings.adapted

@@ -11,7 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.device_plan import DevicePlan, as_tensor, device_plan
-from iosr_fast.scoring.inputs import make_batch
+from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.utils.require import require
@@ -49,7 +49,7 @@ def score_tensors(
     plain, adapted: (B, D) on plan.device. `impl` as for scoring.score. Raises ValueError where a shape or a device is
     another, RuntimeError where `impl` can't run on this device.
     """
-    batch = make_batch(plan, Embeddings(plain, adapted), check=False)
+    batch = scoring_inputs(plan, Embeddings(plain, adapted), check=False)
     if plain.device != plan.device:
         raise ValueError(f"expected embeddings on {plan.device}, where the plan is, got {plain.device}; move either")
     entry = dispatch.choose(impl, batch.device)

@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.state.changes import Update
+from iosr_fast.state.changes import Change
 from iosr_fast.state.log_files import file_of, make_folder, next_number, numbered, read_state
 from iosr_fast.state.log_head import Head, open_head, read_head
 from iosr_fast.state.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
@@ -84,7 +84,7 @@ def check_base(path: Path, base: str, state: str) -> None:
 def replay(path: Path, record: dict[str, Any], state: State) -> State:
     """The state after a line's change. Raises LogDamagedError where it doesn't fit."""
     try:
-        made = Update.from_json(record, state.text.shape[1]).apply(state)
+        made = Change.from_json(record, state.text.shape[1]).apply(state)
         if made.version != record["version"]:
             raise ValueError(f"expected version {made.version}, got {record['version']}")
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.recipe import Recipe, fit_recipe
+from iosr_fast.state.method_config import MethodConfig, fit_recipe
 from iosr_fast.state.state import State
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
@@ -19,7 +19,7 @@ OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_c
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
+class Change:
     """A change, with all that it takes to make it again on the same state: embeddings, not images.
 
     op       what it is
@@ -37,7 +37,7 @@ class Update:
     text: np.ndarray | None = None
     added: Examples | None = None
     numbers: tuple[int, ...] = ()
-    recipe: Recipe | None = None
+    recipe: MethodConfig | None = None
 
     def apply(self, state: State) -> State:
         """The state after this change. Raises ValueError where it can't be made; nothing has changed then."""
@@ -93,7 +93,7 @@ class Update:
         return made
 
     @classmethod
-    def from_json(cls, line: Mapping[str, Any], width: int) -> Update:
+    def from_json(cls, line: Mapping[str, Any], width: int) -> Change:
         """What `to_json` made, of embeddings `width` wide. KeyError, TypeError or ValueError for anything else."""
         if line["op"] not in OPS:
             raise ValueError(f"expected an op of {', '.join(OPS)}, got {line['op']!r}")
@@ -115,7 +115,7 @@ class Update:
             _unpacked(line["text"], width)[0] if "text" in line else None,
             added,
             tuple(line.get("examples", ())) if added is None else (),
-            Recipe(**line["recipe"]) if "recipe" in line else None,
+            MethodConfig(**line["recipe"]) if "recipe" in line else None,
         )
 
 

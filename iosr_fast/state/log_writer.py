@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.state.changes import Update
+from iosr_fast.state.changes import Change
 from iosr_fast.state.log_files import next_number, numbered, private_file, write_closed, write_state
 from iosr_fast.state.log_head import Head, lock, write_all
 from iosr_fast.state.log_lines import FORMAT, Lines, Mark, make_line
@@ -52,7 +52,7 @@ class AuditLog:
         self._at: _End | None = None  # where files and head are known to end
         self._next: tuple[int, int, _End] | None = None  # a file that may have taken the log's place
 
-    def append(self, update: Update, before: State, after: State) -> None:
+    def append(self, update: Change, before: State, after: State) -> None:
         """Write the change that leads from one state to the other, and wait until it is on the disk.
 
         Raises LogWriteError where that fails: the caller keeps the state it has.

@@ -26,7 +26,7 @@ class Moments:
     def none(cls, classes: int, width: int) -> Moments:
         return cls(np.zeros(classes, np.int64), np.zeros((classes, width)), np.zeros((width, width)))
 
-    def plus(self, rows: np.ndarray, places: np.ndarray, sign: int = 1) -> Moments:
+    def add(self, rows: np.ndarray, places: np.ndarray, sign: int = 1) -> Moments:
         """With rows (n, D) of the classes at `places` (n,) more, or with sign = -1 fewer."""
         exact = rows.astype(np.float64)
         counts, sums = self.counts.copy(), self.sums.copy()
@@ -35,11 +35,11 @@ class Moments:
         sums[counts == 0] = 0.0  # not what rounding leaves
         return Moments(counts, sums, self.second + sign * (exact.T @ exact))
 
-    def keeping(self, kept: np.ndarray) -> Moments:
+    def select_classes(self, kept: np.ndarray) -> Moments:
         """The classes of a mask (C,); those left out have no row."""
         return Moments(self.counts[kept], self.sums[kept], self.second)
 
-    def with_a_class(self) -> Moments:
+    def append_class(self) -> Moments:
         """With one more, that has no row yet."""
         return Moments(
             np.append(self.counts, 0), np.concatenate([self.sums, np.zeros((1, self.sums.shape[1]))]), self.second

@@ -13,14 +13,14 @@ from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
-from iosr_fast.state.recipe import Recipe
+from iosr_fast.state.method_config import MethodConfig
 
 CONSTANTS = ("tau", "alpha", "beta", "temperature", "query", "feature")
 ARRAYS = ("keys", "key_scales", "query_transform", "weights", "values", "linear", "bias")
 
 
 def plan_to_files(
-    plan: ScoringPlan, support: SupportSet, recipe: Recipe
+    plan: ScoringPlan, support: SupportSet, recipe: MethodConfig
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Constants, JSON-ready, and arrays.
 
@@ -38,7 +38,7 @@ def plan_to_files(
 
 
 def plan_from_files(
-    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: Recipe
+    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: MethodConfig
 ) -> ScoringPlan:
     """The plan that `plan_to_files` took apart. Raises ValueError where something doesn't fit."""
     _check_fits(constants, arrays, support, recipe)
@@ -59,7 +59,7 @@ def plan_from_files(
 
 
 def _check_fits(
-    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: Recipe
+    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: MethodConfig
 ) -> None:
     """That constants, arrays and recipe say the same of what the plan has."""
     method = METHODS[recipe.method]

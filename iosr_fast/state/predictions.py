@@ -40,7 +40,7 @@ class ClassInfo:
 
 
 @dataclass(frozen=True)
-class Change:
+class ChangeResult:
     """What an update did: the version it made, the class it was about ("" for none), the examples it added or took."""
 
     version: int

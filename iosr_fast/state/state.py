@@ -15,16 +15,16 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, refusal
+from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
 from iosr_fast.state.explain import explain
 from iosr_fast.state.fingerprint import fingerprint
+from iosr_fast.state.method_config import COMPENSATED_KEYS, MethodConfig
 from iosr_fast.state.moments import Moments
 from iosr_fast.state.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
-from iosr_fast.state.recipe import COMPENSATED_KEYS, Recipe
 from iosr_fast.state.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
 from iosr_fast.utils.text import abbreviate
 
@@ -51,7 +51,7 @@ class State:
     text: np.ndarray
     tau: float
     segments: tuple[Examples, ...]
-    recipe: Recipe
+    recipe: MethodConfig
     parts: tuple[ScoringPlan, ...]
     plan: ScoringPlan | SegmentedPlan
     next_class: int
@@ -66,7 +66,7 @@ class State:
         text: np.ndarray,
         tau: float,
         examples: Examples,
-        recipe: Recipe,
+        recipe: MethodConfig,
         plan: ScoringPlan | None = None,
         uids: Sequence[int] | None = None,
         numbers: tuple[int, int] | None = None,
@@ -225,7 +225,7 @@ class State:
         text[at] = row
         return self._changed(class_names=names, text=text)
 
-    def with_recipe(self, recipe: Recipe) -> State:
+    def with_recipe(self, recipe: MethodConfig) -> State:
         """The same classes and images under another method or other parameters; runs are joined into one."""
         numbers = (self.next_class, self.next_example)
         return State.first(
@@ -250,7 +250,7 @@ class State:
             return self._additive(made)
         if self.recipe.by_moments:
             made = replace(made, moments=self._moments_of(made, added, taken))
-        elif not self.deferred and (reason := refusal(self.recipe.method, made.support)) is not None:
+        elif not self.deferred and (reason := unavailable_reason(self.recipe.method, made.support)) is not None:
             raise ValueError(f"that change can't be made: {reason}")
         return made if self.deferred else made._compiled()
 
@@ -282,13 +282,13 @@ class State:
     def _moments_of(self, made: State, added: Examples | None, taken: Examples | None) -> Moments:
         moments = self.moments or self._all_moments()
         if taken is not None:
-            moments = moments.plus(self._rows(taken), np.searchsorted(self.uids, taken.owners), -1)
+            moments = moments.add(self._rows(taken), np.searchsorted(self.uids, taken.owners), -1)
         if len(made.uids) < len(self.uids):
-            moments = moments.keeping(np.isin(self.uids, made.uids))
+            moments = moments.select_classes(np.isin(self.uids, made.uids))
         elif len(made.uids) > len(self.uids):
-            moments = moments.with_a_class()
+            moments = moments.append_class()
         if added is not None:
-            moments = moments.plus(self._rows(added), np.searchsorted(made.uids, added.owners))
+            moments = moments.add(self._rows(added), np.searchsorted(made.uids, added.owners))
         empty = int((moments.counts == 0).sum())
         if empty:
             raise ValueError(
@@ -298,7 +298,7 @@ class State:
 
     def _all_moments(self) -> Moments:
         none = Moments.none(len(self.uids), self.text.shape[1])
-        return none.plus(self._rows(self.examples), np.searchsorted(self.uids, self.examples.owners))
+        return none.add(self._rows(self.examples), np.searchsorted(self.uids, self.examples.owners))
 
     def _rows(self, examples: Examples) -> np.ndarray:
         """The rows (n, D) that the method compares."""

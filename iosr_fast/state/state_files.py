@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, check_parameters, refusal
+from iosr_fast.methods import METHODS, check_parameters, unavailable_reason
 from iosr_fast.state.bundle_arrays import (
     PICTURE_ARRAYS,
     PLAN_ARRAYS,
@@ -21,8 +21,8 @@ from iosr_fast.state.bundle_arrays import (
 )
 from iosr_fast.state.bundle_schema import StateFacts, check_classes
 from iosr_fast.state.examples import Examples
+from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.plan_files import plan_from_files, plan_to_files, reducer_from
-from iosr_fast.state.recipe import Recipe
 from iosr_fast.state.state import State
 
 SUPPORT, PLAN, PICTURES = "support.safetensors", "plan.safetensors", "pictures.safetensors"
@@ -77,11 +77,11 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             raise ValueError("expected query_plain where query_adapted is given, got it alone")
         examples = _examples(arrays, pictures or None)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
-        if (reason := refusal(facts.method, support)) is not None:
+        if (reason := unavailable_reason(facts.method, support)) is not None:
             raise ValueError(reason)
     with _naming(PLAN):
         reducer = reducer_from(derived, "reducer")
-        recipe = Recipe(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)
+        recipe = MethodConfig(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise ValueError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
         plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, recipe)

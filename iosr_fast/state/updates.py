@@ -15,11 +15,11 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.state.audit import open_log
-from iosr_fast.state.changes import Update
+from iosr_fast.state.changes import Change
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.labels import as_seen, leave_out_bad, name_fault
 from iosr_fast.state.log_writer import AuditLog
-from iosr_fast.state.predictions import Change, ClassInfo, class_id, example_id
+from iosr_fast.state.predictions import ChangeResult, ClassInfo, class_id, example_id
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
 
@@ -75,7 +75,7 @@ class LiveUpdates(ABC):
                 return part.pictures[int(at[0])]
         raise AssertionError(given)
 
-    def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> Change:
+    def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot").
 
         `text` (D,), L2-normalised, is the embedding of its name; None has the text encoder make it. Raises ValueError
@@ -94,9 +94,9 @@ class LiveUpdates(ABC):
             state = self.snapshot()
             self._check_name(state, name)
             added = _numbered(encoded, state.next_class, state.next_example) if encoded is not None else None
-            return self._make(Update("add_class", state.next_class, name=name, text=row, added=added))
+            return self._make(Change("add_class", state.next_class, name=name, text=row, added=added))
 
-    def add_examples(self, given: str, images: Any) -> Change:
+    def add_examples(self, given: str, images: Any) -> ChangeResult:
         """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
         self.snapshot().find_class(given)
         encoded = self._encode(as_image_list(images))
@@ -105,25 +105,27 @@ class LiveUpdates(ABC):
         with self._changing:
             state = self.snapshot()
             uid = state.find_class(given)
-            return self._make(Update("add_examples", uid, added=_numbered(encoded, uid, state.next_example)))
+            return self._make(Change("add_examples", uid, added=_numbered(encoded, uid, state.next_example)))
 
-    def remove_examples(self, example_ids: Sequence[str]) -> Change:
+    def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
         """Take support images out. Raises ValueError for an unknown id, or where the method needs one that would go."""
         listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
         with self._changing:
             numbers = self.snapshot().find_examples(listed)
-            return self._make(Update("remove_examples", numbers=tuple(numbers)))
+            return self._make(Change("remove_examples", numbers=tuple(numbers)))
 
-    def remove_class(self, given: str) -> Change:
+    def remove_class(self, given: str) -> ChangeResult:
         """Take a class out, by id or name, with its images. Raises ValueError where fewer than two would be left."""
         with self._changing:
             state = self.snapshot()
             uid = state.find_class(given)
             if len(state.uids) <= 2:
                 raise ValueError(f"expected at least two classes to tell apart: {given!r} can't be removed")
-            return self._make(Update("remove_class", uid))
+            return self._make(Change("remove_class", uid))
 
-    def rename_class(self, given: str, name: str, text: np.ndarray | None = None, keep_text: bool = False) -> Change:
+    def rename_class(
+        self, given: str, name: str, text: np.ndarray | None = None, keep_text: bool = False
+    ) -> ChangeResult:
         """Another name for a class, by id or name, and so another text embedding; its id stays.
 
         `text` as for `add_class`; `keep_text` changes what is shown and nothing else. Raises ValueError for an unknown
@@ -139,7 +141,7 @@ class LiveUpdates(ABC):
             state = self.snapshot()
             uid = state.find_class(class_id(uid))
             self._check_name(state, name, uid)
-            return self._make(Update("rename_class", uid, name=name, text=row))
+            return self._make(Change("rename_class", uid, name=name, text=row))
 
     def open_log(self, path: str | Path, recover: bool = False) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`.
@@ -165,7 +167,7 @@ class LiveUpdates(ABC):
         log = self._log
         return "" if log is None else log.failure
 
-    def _make(self, update: Update) -> Change:
+    def _make(self, update: Change) -> ChangeResult:
         """Under the lock: the change on the state, into the log, and then, in one step, to everybody.
 
         Raises LogWriteError where it can't be written; then, as with any interrupt, it was not made.
@@ -182,7 +184,7 @@ class LiveUpdates(ABC):
                 self._log.try_to_settle(self._state)
                 raise
         ids = tuple(example_id(number) for number in update.example_numbers)
-        return Change(state.version, class_id(update.uid) if update.uid >= 0 else "", ids)
+        return ChangeResult(state.version, class_id(update.uid) if update.uid >= 0 else "", ids)
 
     def _encode(self, listed: Sequence[Any]) -> Examples | None:
         """The images as examples without numbers yet; None where there are none."""

@@ -35,11 +35,11 @@ _OURS = re.compile(r"[0-9a-f]{32}\.prefix(\.json)?(\.tmp)?")
 
 
 def needed_bytes(count: int, views: int, shapes: Sequence[tuple[int, ...]]) -> int:
-    """The size of the file of a `KeptPrefix` for `count` pictures in `views` views each: 2 bytes a number, 8 a row."""
+    """The size of an `ActivationCache`'s file for `count` pictures in `views` views each: 2 bytes a number, 8 a row."""
     return _layout(count, views, shapes)[1]
 
 
-class KeptPrefix:
+class ActivationCache:
     """A memory-mapped file of the stem's outputs; rows are filled as they are first computed and read ever after.
 
     `key` (JSON-able) says what the outputs depend on: fingerprints of the CLIP and of the pictures, first adapted
@@ -153,7 +153,7 @@ class KeptPrefix:
             self._marks = self._trusted = np.zeros(0, np.uint64)  # the last references: the map goes with them
             self._file.close()
 
-    def __enter__(self) -> KeptPrefix:
+    def __enter__(self) -> ActivationCache:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -196,13 +196,13 @@ class KeptPrefix:
 
     def _check_open(self) -> None:
         if self._file.closed:
-            raise ValueError(f"{self.path} is closed; open a new KeptPrefix")
+            raise ValueError(f"{self.path} is closed; open a new ActivationCache")
 
 
 def prune(folder: Path, keep_bytes: int) -> list[Path]:
     """Remove the least recently used prefix files until the rest takes at most `keep_bytes`; returns those removed.
 
-    Files that a process has open stay (and count), as does everything in `folder` that `KeptPrefix` did not write.
+    Files that a process has open stay (and count), as does everything in `folder` that `ActivationCache` did not write.
     What a killed process left half made goes in any case.
     """
     if keep_bytes < 0:

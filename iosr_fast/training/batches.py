@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.training.activation_cache import KeptPrefix
+from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.augment import draw_augmentation
 from iosr_fast.training.data import PictureSource
@@ -86,7 +86,7 @@ class Batches:
         self.fabric, self.device = fabric, fabric.device
         self.count = len(source.labels)
         self.normalise = Normalise(clip, config.normalise, self.device)
-        self.kept: KeptPrefix | None = None
+        self.kept: ActivationCache | None = None
         self.views_drawn: torch.Tensor | None = None
         if config.cached_views:
             assert folder is not None
@@ -95,7 +95,7 @@ class Batches:
                     draw_augmentation(self.count, _generator(config.seed, -v - 1)) for v in range(config.cached_views)
                 ]
                 self.views_drawn = torch.stack(drawn)
-            self.kept = KeptPrefix(
+            self.kept = ActivationCache(
                 folder,
                 prefix_key(clip, encoder, source, config),
                 self.count,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.training.activation_cache import KeptPrefix
+from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import KEPT_DTYPES, Normalise, prefix_key
 from iosr_fast.training.data import PictureSource, SubsetPictures
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BATCH = 128
 
 
-class HeldOut:
+class HeldOutEvaluator:
     """Encodes held-out pictures (of `source`, which training must not see) as often as it is asked.
 
     Only those that `probe` looks at are encoded. Their frozen part runs once for both embeddings; where training keeps
@@ -55,11 +55,11 @@ class HeldOut:
         self.rows = probed_rows(source.labels.numpy())
         self.source = source = SubsetPictures(source, torch.from_numpy(self.rows))
         self.plain: Probe | None = None
-        self.kept: KeptPrefix | None = None
+        self.kept: ActivationCache | None = None
         if folder is not None:
             key = {**prefix_key(clip, encoder, source, config), "normalise": True, "augment_seed": None}
             dtype = KEPT_DTYPES[config.kept_precision]
-            self.kept = KeptPrefix(folder, key, len(source.labels), 1, encoder.stem_shapes(), dtype)
+            self.kept = ActivationCache(folder, key, len(source.labels), 1, encoder.stem_shapes(), dtype)
 
     @torch.no_grad()
     def measure(self, adapter: Adapter) -> tuple[Probe, Probe]:

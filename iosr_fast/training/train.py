@@ -29,7 +29,7 @@ from iosr_fast.training.batches import Batches, hash_seed, part_size
 from iosr_fast.training.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
 from iosr_fast.training.data import PictureSource
 from iosr_fast.training.dino import Dino
-from iosr_fast.training.held_out_probe import HeldOut
+from iosr_fast.training.held_out_probe import HeldOutEvaluator
 from iosr_fast.training.interrupt import Interrupt
 from iosr_fast.training.probe import Probe
 from iosr_fast.training.processes import check_same, check_shared, kept_folder, make_fabric, on_device
@@ -162,7 +162,7 @@ class _Training:
         self.batches = Batches(clip, encoder, source, config, self.objective, fabric, kept)
         self.held_out = None
         if held_out is not None and fabric.is_global_zero:
-            self.held_out = HeldOut(clip, encoder, held_out, config, fabric, kept)
+            self.held_out = HeldOutEvaluator(clip, encoder, held_out, config, fabric, kept)
         if kept is not None and fabric.is_global_zero:
             prune(kept, 0)  # what other settings have left; files in use stay
         self.log = None

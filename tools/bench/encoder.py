@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from iosr_fast.clip.adapter import Adapter
-from iosr_fast.clip.dual_encoder import DualEncoderConfig, build_dual_encoder
+from iosr_fast.clip.dual_encoder import DualEncoderConfig
+from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.export.export import random_adapter
 from iosr_fast.utils.machine import usable_threads

@@ -41,7 +41,7 @@ from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.recipe import fit_recipe
+from iosr_fast.state.method_config import fit_recipe
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.machine import usable_threads

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.clip.dual_encoder import build_dual_encoder
+from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder

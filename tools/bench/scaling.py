@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.clip.dual_encoder import build_dual_encoder
+from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import load_clip
 from iosr_fast.export.export import random_adapter
 from iosr_fast.utils.machine import usable_threads

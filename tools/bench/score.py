@@ -15,9 +15,10 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.plan import ScoringPlan, score_with_path
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
+from iosr_fast.scoring.score import score_with_path
 from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 from tools.bench.score_rivals import PAPERS_LIMIT_BYTES, RIVALS, onehot_bytes, torch_rivals
@@ -117,7 +118,7 @@ def ours(plan: ScoringPlan, embeddings: Embeddings, device: str) -> dict[str, Ca
             # NumPy and PyTorch widen narrow keys tile by tile on the CPU: nobody would ask for that to be fast.
             widened = device == "cpu" and entry.name != "cpp" and precision != "fp32"
             skipped = entry.name == "reference" or widened
-            if skipped or device not in entry.native or entry.refusal() is not None:
+            if skipped or device not in entry.native or entry.unavailable_reason() is not None:
                 continue
             path = score_with_path(narrow, batch[:1], entry.name)[1] if device == "cpu" else entry.name
             name = path if precision == "fp32" else f"{path}:{precision}"

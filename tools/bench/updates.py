@@ -17,7 +17,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.score import score
 from iosr_fast.state.examples import Examples, join
-from iosr_fast.state.recipe import fit_recipe
+from iosr_fast.state.method_config import fit_recipe
 from iosr_fast.state.state import State
 from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness

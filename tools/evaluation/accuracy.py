@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast.methods import METHODS, refusal
+from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.tuning.auto import tune_auto
 from iosr_fast.methods.tuning.tune import Tuned, tune
 from iosr_fast.scoring.plan import ScoringPlan
@@ -132,7 +132,7 @@ def choose_rows(methods: Sequence[str], reducers: Sequence[str], task: Task) -> 
         raise ValueError(f"expected methods of all, {AUTO}, {', '.join(METHODS)}, got {', '.join(unknown)}")
     for reducer in reducers:
         fit_reducer(reducer, task.support.embeddings.plain)
-    told = {name: refusal(name, task.support) for name in names if name != AUTO}
+    told = {name: unavailable_reason(name, task.support) for name in names if name != AUTO}
     rows = [
         (name, reducer)
         for name in names

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from iosr_fast.clip.adapter import Adapter, check_belongs, init_adapter, load_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import Pictures
-from iosr_fast.clip.dual_encoder import build_dual_encoder
+from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.encoders.encoder import Encoder

@@ -44,7 +44,7 @@ def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
     """The dual encoder in PyTorch: nothing is exported."""
     import torch
 
-    from iosr_fast.clip.dual_encoder import build_dual_encoder
+    from iosr_fast.clip.fuse import build_dual_encoder
 
     encoder = build_dual_encoder(clip, adapter).eval()
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from iosr_fast.clip.adapter import Adapter, encode_adapted
-from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision, build_dual_encoder
+from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision
+from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
 
 FIRST_ADAPTED = 8

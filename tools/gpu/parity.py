@@ -9,7 +9,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from iosr_fast.clip.dual_encoder import Precision, build_dual_encoder
+from iosr_fast.clip.dual_encoder import Precision
+from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
@@ -65,8 +66,8 @@ def scoring(report: Report, setting: Setting) -> None:
     """Every implementation here, at each precision of the keys, against float64; errors are of the largest logit."""
     if setting.device == "cuda":
         for row in dispatch.available():
-            if "cuda" in row.devices and row.refusal is not None:
-                report.skip(f"{row.name} in scoring's parity: {row.refusal}")
+            if "cuda" in row.devices and row.unavailable_reason is not None:
+                report.skip(f"{row.name} in scoring's parity: {row.unavailable_reason}")
     allowed, cases = bench.TOLERANCES[setting.device], TINY if setting.tiny else SHAPES
     report.plan(*(f"scoring's parity in {text}" for text in cases))
     for text in cases:

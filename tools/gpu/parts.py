@@ -32,7 +32,7 @@ class Part:
     one_of: tuple[str, ...] = ()
     may_stop: bool = False
 
-    def refusal(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Which packages it lacks, or None."""
         missing = [name for name in self.needs if find_spec(name) is None]
         if self.one_of and all(find_spec(name) is None for name in self.one_of):
@@ -63,7 +63,7 @@ def allowance(part: Part, later: Sequence[Part], left_s: float) -> float | None:
     """
     if left_s < part.least_s:
         return None
-    kept = sum(other.least_s for other in later if other.refusal() is None)
+    kept = sum(other.least_s for other in later if other.unavailable_reason() is None)
     return max(part.least_s, min(part.limit_s, left_s - kept))
 
 
@@ -133,7 +133,7 @@ def run_parts(
     """Each part in turn; `after_each(name, result)` is told at once and answers whether to go on."""
     deadline = time.monotonic() + budget_s
     for position, part in enumerate(parts):
-        left, refusal = deadline - time.monotonic(), part.refusal()
+        left, refusal = deadline - time.monotonic(), part.unavailable_reason()
         allowed = allowance(part, parts[position + 1 :], left)
         if refusal is None and allowed is None:
             refusal = f"{left:.0f} s are left, and it needs {part.least_s:.0f}"

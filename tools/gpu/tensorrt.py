@@ -11,7 +11,7 @@ import torch
 
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.engine import refusal
+from iosr_fast.encoders.runtimes.engine import unavailable_reason
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.export.export import export_onnx
 from iosr_fast.scoring.graphed_scorer import GraphedScorer
@@ -29,7 +29,7 @@ def run(report: Report, setting: Setting) -> None:
     cases = TINY if setting.tiny else CASES
     runtimes = []
     for runtime in EXTRAS:
-        refused = refusal(runtime)
+        refused = unavailable_reason(runtime)
         if refused is None:
             runtimes.append(runtime)
         else:

@@ -59,7 +59,7 @@ def _last_line(report: Any) -> str:
 
 def files() -> list[str]:
     """Only these are imported: the others need packages that no GPU test needs."""
-    found = sorted((ROOT / "tests").glob("test_*.py"))
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path) for path in found if "@pytest.mark.gpu" in path.read_text(encoding="utf-8")]
 
 

@@ -2,8 +2,7 @@
 
 At small batches the launches of a network's many kernels take longer than the kernels; a graph's launch is one. A graph
 reads and writes the memory it was recorded with, so inputs are copied in and outputs copied out.
-None of this has been run on a GPU yet: what is tested is everything but the recording itself (tests/test_cuda_graphs.py
-has the tests for a GPU, too).
+Not yet run on a GPU: tests/encoders/test_cuda_graphs.py tests everything but the recording, and has tests for a GPU.
 """
 
 from __future__ import annotations

@@ -102,7 +102,9 @@ def choose_runtime(
     refusals: dict[str, str] = {}
     for name in sorted(RUNTIMES, key=lambda name: (name not in EXTRAS, name != preferred)):
         reason = (
-            "this engine was not built for it" if built_for is not None and name not in built_for else refusal(name)
+            "this engine was not built for it"
+            if built_for is not None and name not in built_for
+            else unavailable_reason(name)
         )
         if reason is None:
             log.info("runtime %s chosen; refused: %s", name, refusals or "none")
@@ -115,7 +117,7 @@ def check_runtime(runtime: str) -> None:
     """Raise ValueError for an unknown name, ImportError for the runtime of a CPU whose package is missing."""
     if runtime == "auto":
         return
-    reason = refusal(choose_runtime(runtime))
+    reason = unavailable_reason(choose_runtime(runtime))
     if reason is not None and runtime not in EXTRAS:
         raise ImportError(reason)
 
@@ -126,7 +128,7 @@ def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
     return held | {facts["runtime"] for facts in manifest["plans"].values()}
 
 
-def refusal(runtime: str) -> str | None:
+def unavailable_reason(runtime: str) -> str | None:
     """Why this runtime can't be used here, or None."""
     extra = EXTRAS.get(runtime, {"onnxruntime": "cpu", "openvino": "openvino", "torch": "train"}.get(runtime))
     if find_spec(runtime) is None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, refusal
+from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tune import Tuned, is_level, tune
 from iosr_fast.scoring.reducers import REDUCERS
@@ -54,7 +54,7 @@ def tune_auto(support: SupportSet, queries: Embeddings | None = None, labels: np
 
 
 def _worth_trying(name: str, support: SupportSet) -> bool:
-    told = refusal(name, support)
+    told = unavailable_reason(name, support)
     if told is None and name.startswith("proker") and len(support.embeddings) > MOST_FOR_PROKER:
         told = f"proker is not tried on more than {MOST_FOR_PROKER} images"
     if told is not None:

@@ -29,7 +29,7 @@ Setting = Mapping[str, float]  # a method's parameters but alpha
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutSet:
     """`queries` with `labels` (V,), to be scored by what `support` makes without the images of the query's fold.
 
     `folds` (N,) int64 gives each support image's fold, and then queries are the support images in their order; those of
@@ -55,7 +55,7 @@ class HeldOut:
         return self.folds is not None and np.bincount(self.folds[self.folds >= 0], minlength=1).max() <= 1
 
 
-def validation(support: SupportSet, queries: Embeddings, labels: np.ndarray) -> HeldOut:
+def validation(support: SupportSet, queries: Embeddings, labels: np.ndarray) -> HeldOutSet:
     """A validation set. Raises ValueError where it is empty or its labels don't fit."""
     labels = np.asarray(labels, np.int64)
     if labels.shape != (len(queries),) or not len(labels):
@@ -65,10 +65,10 @@ def validation(support: SupportSet, queries: Embeddings, labels: np.ndarray) -> 
         )
     if labels.min() < 0 or labels.max() >= support.n_classes:
         raise ValueError(f"expected labels in 0..{support.n_classes - 1}, got {labels.min()}..{labels.max()}")
-    return HeldOut(support, queries, labels)
+    return HeldOutSet(support, queries, labels)
 
 
-def leave_out(support: SupportSet, single: bool = False) -> HeldOut:
+def leave_out(support: SupportSet, single: bool = False) -> HeldOutSet:
     """The support images themselves: one of each class left out together, or (`single`) one alone.
 
     Leaving one image out alone leaves its class a key short of all others, which biases whatever sums over keys; with
@@ -78,10 +78,10 @@ def leave_out(support: SupportSet, single: bool = False) -> HeldOut:
     labels, counts = support.labels, support.counts
     rank = np.arange(len(labels)) - support.class_offsets[labels]
     folds = np.arange(len(labels)) if single else rank % min(MOST_FOLDS, int(counts.max(initial=1)))
-    return HeldOut(support, support.queries or support.embeddings, labels, np.where(counts[labels] > 1, folds, -1))
+    return HeldOutSet(support, support.queries or support.embeddings, labels, np.where(counts[labels] > 1, folds, -1))
 
 
-def logits_of(held: HeldOut, name: str, reducer: Reducer | None, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def logits_of(held: HeldOutSet, name: str, reducer: Reducer | None, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """base, slope (V, C) float32: the logits at alpha are base + alpha * slope. Rows that aren't scored are NaN."""
     if METHODS[name].axes:
         return _logits(held, name, reducer, setting)
@@ -90,7 +90,7 @@ def logits_of(held: HeldOut, name: str, reducer: Reducer | None, setting: Settin
     return held._only[name, reducer]
 
 
-def _logits(held: HeldOut, name: str, reducer: Reducer | None, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def _logits(held: HeldOutSet, name: str, reducer: Reducer | None, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     method = METHODS[name]
     if held.folds is None or not method.needs_support:
         return _split_logits(method, held.support, reducer, setting, held.queries)
@@ -108,7 +108,7 @@ def _logits(held: HeldOut, name: str, reducer: Reducer | None, setting: Setting)
     return base, slope
 
 
-def intervals_of(held: HeldOut, name: str, reducer: Reducer | None, settings: Sequence[Setting]) -> Intervals:
+def intervals_of(held: HeldOutSet, name: str, reducer: Reducer | None, settings: Sequence[Setting]) -> Intervals:
     """The alphas at which each scored query is right, for each setting (search.Intervals), in the order of folds.
 
     Methods with keys of their own for each class go through cache_intervals: no affinity is ever formed.
@@ -133,7 +133,7 @@ def intervals_of(held: HeldOut, name: str, reducer: Reducer | None, settings: Se
     )
 
 
-def in_order_of_folds(held: HeldOut) -> np.ndarray:
+def in_order_of_folds(held: HeldOutSet) -> np.ndarray:
     """The rows of the queries in the order in which intervals_of has them."""
     if held.folds is None or held.single:
         return np.flatnonzero(held.scored)
@@ -141,7 +141,7 @@ def in_order_of_folds(held: HeldOut) -> np.ndarray:
 
 
 def plans(
-    held: HeldOut, name: str, reducer: Reducer | None, parameters: Mapping[str, float]
+    held: HeldOutSet, name: str, reducer: Reducer | None, parameters: Mapping[str, float]
 ) -> Iterator[tuple[np.ndarray, ScoringPlan]]:
     """Rows of the queries and the plan that is compiled to score them, with all parameters: one on a validation set, by
     leave-one-out one a fold, and every n-th of more than MOST_FOLDS."""
@@ -154,7 +154,7 @@ def plans(
         yield rows, method.compile(sub, method.which, reducer, **parameters)
 
 
-def _folds(held: HeldOut) -> list[tuple[np.ndarray, SupportSet]]:
+def _folds(held: HeldOutSet) -> list[tuple[np.ndarray, SupportSet]]:
     """For each fold, the rows left out and the support set of the others."""
     assert held.folds is not None
     found = [(np.flatnonzero(held.folds == f), held.support.only(held.folds != f)) for f in range(held.folds.max() + 1)]
@@ -200,7 +200,7 @@ def _zero_shot(support: SupportSet, queries: Embeddings) -> np.ndarray:
     return logits
 
 
-def _ridge_slope(held: HeldOut, method: Method, reducer: Reducer | None, setting: Setting) -> np.ndarray:
+def _ridge_slope(held: HeldOutSet, method: Method, reducer: Reducer | None, setting: Setting) -> np.ndarray:
     assert held.folds is not None
     key = (setting["beta"], setting["ridge"])
     if key in held._slopes:

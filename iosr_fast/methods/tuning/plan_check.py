@@ -9,7 +9,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.held_out import HeldOut, in_order_of_folds, plans
+from iosr_fast.methods.tuning.held_out import HeldOutSet, in_order_of_folds, plans
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
@@ -19,7 +19,12 @@ _NOTHING = 1e-4
 
 
 def right_by_plan(
-    held: HeldOut, name: str, reducer: Reducer | None, parameters: Mapping[str, float], factor: float, found: np.ndarray
+    held: HeldOutSet,
+    name: str,
+    reducer: Reducer | None,
+    parameters: Mapping[str, float],
+    factor: float,
+    found: np.ndarray,
 ) -> np.ndarray:
     """(V,) bool: the held-out images, in the order of folds, that the compiled plans (held_out.plans) get right.
 

@@ -251,12 +251,12 @@ def _choose(impl: str) -> str:
         raise ValueError(f"expected an implementation out of auto, cpp, numpy, got {asked_by}")
     if impl == "numpy":
         return impl
-    refusal = dispatch._cpp_refusal()
-    if refusal is None:
+    unavailable_reason = dispatch._cpp_refusal()
+    if unavailable_reason is None:
         return "cpp"
     if impl == "cpp":
-        raise RuntimeError(f"{asked_by} can't run here: {refusal}")
-    _log.info("searching with numpy (refused: cpp: %s)", refusal)
+        raise RuntimeError(f"{asked_by} can't run here: {unavailable_reason}")
+    _log.info("searching with numpy (refused: cpp: %s)", unavailable_reason)
     return "numpy"
 
 

@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, compile_method, refusal
+from iosr_fast.methods import METHODS, compile_method, unavailable_reason
 from iosr_fast.methods.rows import image_rows
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.held_out import (
-    HeldOut,
+    HeldOutSet,
     Setting,
     in_order_of_folds,
     intervals_of,
@@ -103,7 +103,7 @@ def tune(
         raise ValueError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
     if protocol not in ("loo", "loo-single"):
         raise ValueError(f"expected protocol 'loo' or 'loo-single', got {protocol!r}")
-    told = refusal(method, support)
+    told = unavailable_reason(method, support)
     if told is not None:
         raise ValueError(told)
     made = METHODS[method]
@@ -181,7 +181,7 @@ class _Candidate:
 class _Search:
     """Every setting that was tried, each with its best alpha."""
 
-    def __init__(self, held: HeldOut, method: str, reducer: Reducer | None) -> None:
+    def __init__(self, held: HeldOutSet, method: str, reducer: Reducer | None) -> None:
         self.held, self.method, self.reducer = held, method, reducer
         self.axes = METHODS[method].axes
         self.rows = in_order_of_folds(held)
@@ -274,7 +274,7 @@ def _between(axis: Sequence[float], value: float) -> list[float]:
     return sorted({(value + neighbour) / 2 for neighbour in neighbours})
 
 
-def _without_parameters(method: str, held: HeldOut, used: Protocol, started: float) -> Tuned:
+def _without_parameters(method: str, held: HeldOutSet, used: Protocol, started: float) -> Tuned:
     """Zero-shot: nothing to choose."""
     base, _ = logits_of(held, method, None, {})
     fit = fit_factor(base, np.zeros_like(base), held.labels, 0.0)

@@ -150,7 +150,7 @@ class WholeImage:
 
 
 @dataclass
-class Batch:
+class QueuedBatch:
     """What take() gives: `items` to encode with `classifier`, `expired` ones to refuse, `waiting`, how many remain."""
 
     classifier: Any

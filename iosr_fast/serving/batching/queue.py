@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.serving.batching.decode import is_pixels
-from iosr_fast.serving.batching.item import Batch, ClosedError, Hooks, Item, QueueFullError, Stage, WholeImage
+from iosr_fast.serving.batching.item import ClosedError, Hooks, Item, QueuedBatch, QueueFullError, Stage, WholeImage
 from iosr_fast.serving.batching.pace import Pace
 from iosr_fast.serving.batching.turns import Turns
 
@@ -154,7 +154,7 @@ class BatchQueue:
             self._wake()
         self._hooks.done(time.monotonic() - item.submitted, "cancelled", None)
 
-    def take(self, idle_s: float = math.inf) -> Batch | None:
+    def take(self, idle_s: float = math.inf) -> QueuedBatch | None:
         """The next batch, when it is due; an empty one after `idle_s` seconds without. None: closed, and everything is
         answered."""
         with self._changed:
@@ -163,7 +163,7 @@ class BatchQueue:
                 if due_s > 0:
                     wait_s = min(due_s, idle_s)
                     if not self._changed.wait(wait_s if wait_s < math.inf else None) and idle_s < due_s:
-                        return Batch(self.classifier)
+                        return QueuedBatch(self.classifier)
                     continue
                 batch = self._form()
                 if batch.items or batch.expired:
@@ -279,8 +279,8 @@ class BatchQueue:
             return 0.0
         return self._ready[0].ready_at + self._max_wait_s - time.monotonic()
 
-    def _form(self) -> Batch:
-        batch = Batch(self.classifier)
+    def _form(self) -> QueuedBatch:
+        batch = QueuedBatch(self.classifier)
         now = time.monotonic()
         while self._ready and len(batch.items) < self._max_batch:
             item = self._ready.popleft()

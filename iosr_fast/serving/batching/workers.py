@@ -15,7 +15,7 @@ import numpy as np
 
 from iosr_fast.serving.batching.decode import Decoder, Limits, ThreadDecoder
 from iosr_fast.serving.batching.engine import Engine
-from iosr_fast.serving.batching.item import Batch, ClosedError, Hooks, Item, WholeImage, without_frames
+from iosr_fast.serving.batching.item import ClosedError, Hooks, Item, QueuedBatch, WholeImage, without_frames
 from iosr_fast.serving.batching.queue import BatchQueue
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _run_batches(workers: Workers, queue: BatchQueue, engine: Engine, hooks: Hoo
 
 def _run_batch(queue: BatchQueue, engine: Engine, hooks: Hooks) -> bool:
     """Wait for a batch and answer it; False when there are no more."""
-    batch: Batch | None = None
+    batch: QueuedBatch | None = None
     try:
         batch = queue.take(math.inf if engine.healthy else _PROBE_S)
         if batch is not None:
@@ -132,7 +132,7 @@ def _run_batch(queue: BatchQueue, engine: Engine, hooks: Hooks) -> bool:
         return True
 
 
-def _answer(batch: Batch, queue: BatchQueue, engine: Engine, hooks: Hooks) -> None:
+def _answer(batch: QueuedBatch, queue: BatchQueue, engine: Engine, hooks: Hooks) -> None:
     if batch.expired:
         queue.release(batch.expired, measure=False)
         now = time.monotonic()

@@ -20,7 +20,7 @@ from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.service import Service, UndecodedImage
 from iosr_fast.serving.http.uploads import read_form
 from iosr_fast.state.log_writer import LogWriteError
-from iosr_fast.state.predictions import Change
+from iosr_fast.state.predictions import ChangeResult
 from iosr_fast.state.predictions import class_id as make_class_id
 
 _MAX_NAME = 200
@@ -99,7 +99,7 @@ def _add_changes_of_classes(router: APIRouter, service: Service, most: int) -> N
         upload = await read_form(request, service.settings, ("name",))
         name, images = _check_name(upload.texts["name"]), _all_good(service, upload.images)
 
-        def act(classifier: Classifier) -> Change:
+        def act(classifier: Classifier) -> ChangeResult:
             _require_free(classifier, name)
             return classifier.add_class(name, images)
 
@@ -114,7 +114,7 @@ def _add_changes_of_classes(router: APIRouter, service: Service, most: int) -> N
     async def rename_class(body: schemas.Rename, class_id: str = _CLASS_ID) -> Response:
         name = _check_name(body.name)
 
-        def act(classifier: Classifier) -> Change:
+        def act(classifier: Classifier) -> ChangeResult:
             _require_class(classifier, class_id)
             _require_free(classifier, name, but=class_id)
             return classifier.rename_class(class_id, name, keep_text=body.keep_text)
@@ -128,7 +128,7 @@ def _add_changes_of_classes(router: APIRouter, service: Service, most: int) -> N
         summary="Take a class out, with its support images",
     )
     async def remove_class(class_id: str = _CLASS_ID) -> Response:
-        def act(classifier: Classifier) -> Change:
+        def act(classifier: Classifier) -> ChangeResult:
             _require_class(classifier, class_id)
             return classifier.remove_class(class_id)
 
@@ -157,7 +157,7 @@ def _add_changes_of_examples(router: APIRouter, service: Service, most: int) -> 
         if not images:
             raise ApiError(400, "no_image", "expected file fields `images`, got none")
 
-        def act(classifier: Classifier) -> Change:
+        def act(classifier: Classifier) -> ChangeResult:
             _require_class(classifier, class_id)
             return classifier.add_examples(class_id, images)
 
@@ -170,7 +170,7 @@ def _add_changes_of_examples(router: APIRouter, service: Service, most: int) -> 
         summary="Take a support image out",
     )
     async def remove_example(example_id: str = _EXAMPLE_ID) -> Response:
-        def act(classifier: Classifier) -> Change:
+        def act(classifier: Classifier) -> ChangeResult:
             try:
                 classifier.snapshot().find_examples([example_id])
             except ValueError:
@@ -180,7 +180,9 @@ def _add_changes_of_examples(router: APIRouter, service: Service, most: int) -> 
         return await _change(service, "remove_examples", act)
 
 
-async def _change(service: Service, what: str, act: Callable[[Classifier], Change], status: int = 200) -> Response:
+async def _change(
+    service: Service, what: str, act: Callable[[Classifier], ChangeResult], status: int = 200
+) -> Response:
     try:
         change = await service.change(act)
     except BadImageError as error:

@@ -1,0 +1,81 @@
+"""How a state's support images become logits: a method, its parameters, and what was fitted once and then kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods.rows import image_rows
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.reducers import Reducer, fit_reducer
+from iosr_fast.state.examples import Examples
+
+# Methods of which each support image is a key of its own, whatever the others are: a key more is a product more.
+ADDITIVE = frozenset({"zero-shot", "tip-adapter", "tip-adapter++"})
+# A run of fewer keys than this that comes later takes the nearest int8 codes: compensation costs half a second.
+COMPENSATED_KEYS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class MethodConfig:
+    """A method with its parameters; `reducer`, fitted when they were chosen and kept until they are chosen again;
+    `factor`, that the logits are multiplied by; the keys' precision."""
+
+    method: str
+    parameters: dict[str, float]
+    reducer_name: str = "none"
+    reducer: Reducer | None = None
+    factor: float = 1.0
+    key_precision: Precision = "fp32"
+
+    @property
+    def additive(self) -> bool:
+        return self.method in ADDITIVE
+
+    @property
+    def by_moments(self) -> bool:
+        """Whether counts, sums and second moments say all that the method needs (moments.Moments)."""
+        return self.method in ("gda", "gda++")
+
+    @property
+    def which(self) -> Which:
+        """Which embeddings of support images and queries it compares."""
+        return METHODS[self.method].which
+
+    def compile(self, support: SupportSet) -> ScoringPlan:
+        """The whole plan of a support set."""
+        plan = compile_method(self.method, support, reducer=self.reducer, **self.parameters).scaled(self.factor)
+        return plan if plan.keys is None else plan.with_key_precision(self.key_precision)
+
+    def cache_term(self, examples: Examples, compensate: bool = True) -> ScoringPlan:
+        """The cache term alone of one run of examples, for the classes that it has: an additive method's."""
+        counts = np.bincount(np.searchsorted(examples.classes, examples.owners))
+        plan = ScoringPlan(
+            n_classes=len(counts),
+            keys=image_rows(examples.embeddings, self.which, self.reducer),
+            class_offsets=np.concatenate([[0], np.cumsum(counts)]),
+            weights=None if examples.dead is None else (~examples.dead).astype(np.float32),
+            query=self.which,
+            reducer=self.reducer,
+            alpha=self.factor * self.parameters["alpha"],
+            beta=self.parameters["beta"],
+        )
+        return plan.with_key_precision(self.key_precision, compensate=compensate)
+
+
+def fit_recipe(
+    method: str,
+    parameters: dict[str, float],
+    reducer: str,
+    factor: float,
+    key_precision: Precision,
+    support: SupportSet,
+) -> MethodConfig:
+    """The recipe with its reducer fitted on the support images."""
+    made = METHODS[method]
+    fitted = fit_reducer(reducer, image_rows(support.embeddings, made.which, None)) if made.needs_support else None
+    return MethodConfig(method, dict(parameters), reducer, fitted, factor, key_precision)

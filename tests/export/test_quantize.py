@@ -1,0 +1,293 @@
+"""Quantised encoders: what their graphs hold, how far their embeddings are off, that runtimes take them."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("open_clip")
+
+from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
+from iosr_fast.encoders.runtimes.onnxruntime import FILE  # noqa: E402
+from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
+from iosr_fast.export import quantize  # noqa: E402
+from iosr_fast.export.export import export_onnx  # noqa: E402
+from iosr_fast.export.pretrained import open_pretrained  # noqa: E402
+from iosr_fast.export.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
+from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
+from tests.clip.test_dual_encoder import random_adapter, small_clip  # noqa: E402
+
+TYPES = onnx.TensorProto
+FORMS = [("fp32", "int8", "cpu")] + [(p, k, "tensorrt") for p in ("fp32", "fp16") for k in ("int8", "fp8")]
+
+
+@functools.cache
+def decoded(split: Any) -> np.ndarray:
+    return load_pictures(split).images
+
+
+def emoji(split: Any, count: int) -> np.ndarray:
+    """Real pictures at half size, for the small CLIP."""
+    pictures = decoded(split)
+    chosen: np.ndarray = np.ascontiguousarray(pictures[:: len(pictures) // count][:count, ::2, ::2])
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small CLIP with an adapter from the second of three blocks on, by precision."""
+    folder = tmp_path_factory.mktemp("sources")
+    clip = small_clip()
+    paths: dict[Any, Path] = {precision: folder / f"{precision}.onnx" for precision in ("fp32", "fp16")}
+    for precision, path in paths.items():
+        export_onnx(build_dual_encoder(clip, random_adapter(clip, 1), precision), path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def made(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, dict[str, Any]]]:
+    """By form: the quantised file and what was told of it."""
+    folder = tmp_path_factory.mktemp("quantised")
+    found = {}
+    for precision, kind, scheme in FORMS:
+        target = folder / f"{precision}-{kind}-{scheme}.onnx"
+        told = quantize_onnx(sources[precision], target, emoji("generic", 64), kind, scheme)  # type: ignore[arg-type]
+        found[precision, kind, scheme] = target, told
+    return found
+
+
+def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray] = session.run(["plain", "adapted"], {"pixels": pixels})
+    return outputs
+
+
+def off(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Squared error, as a share of the embeddings' variance: random weights give all pictures cosines above 0.9."""
+    return max(float(((a - b) ** 2).sum() / ((b - b.mean(0)) ** 2).sum()) for a, b in zip(got, expected, strict=True))
+
+
+def least_cosine(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    return min(float(((a * b).sum(1) / np.linalg.norm(a, axis=1)).min()) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_every_constant_product_is_quantised_or_kept_by_name(form: tuple[str, str, str], made: Any) -> None:
+    path, told = made[form]
+    model = onnx.load(path)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    makers = {node.output[0]: node for node in model.graph.node}
+    float_type = TYPES.FLOAT if form[0] == "fp32" else TYPES.FLOAT16
+    narrow = TYPES.INT8 if form[1] == "int8" else TYPES.FLOAT8E4M3FN
+    seen: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        weight = makers.get(node.input[1])
+        if weight is None or weight.op_type != "DequantizeLinear":
+            factor = constants.get(node.input[1])
+            seen["attention" if factor is None else "heads" if len(factor.dims) == 3 else "kept"] += 1
+            continue
+        values, scale, zero = (constants[name] for name in weight.input)
+        axis = next(a.i for a in weight.attribute if a.name == "axis")
+        assert axis == (0 if node.op_type == "Gemm" else 1)
+        assert list(scale.dims) == list(zero.dims) == [values.dims[axis]]
+        assert (values.data_type, zero.data_type, scale.data_type) == (narrow, narrow, float_type)
+        assert not np.any(onnx.numpy_helper.to_array(zero).astype(np.float32))
+        activation = makers[node.input[0]]
+        assert makers[activation.input[0]].op_type == "QuantizeLinear"
+        assert activation.input[1:] == makers[activation.input[0]].input[1:]
+        scale, zero = (constants[name] for name in activation.input[1:])
+        assert list(scale.dims) == list(zero.dims) == []
+        assert scale.data_type == float_type and zero.data_type == (TYPES.UINT8 if form[2] == "cpu" else narrow)
+        assert form[2] == "cpu" or not onnx.numpy_helper.to_array(zero).astype(np.float32)
+        seen["quantised"] += 1
+    # Blocks of 6 matrices and 2 of the adapter from the second block on, keys and values of the last one by heads.
+    assert seen["quantised"] == told["products"] == 6 + 8 + 6 + (form[2] == "cpu")
+    assert seen["heads"] == 2 and seen["kept"] == (1 if form[2] == "cpu" else 2)
+    named = {"blocks.2.k_weight", "blocks.2.v_weight", "proj", "attention"}
+    assert named <= set(told["kept"]) and len(told["kept"]) == seen["heads"] + seen["kept"] + 1
+    assert f"({seen['attention']} products)" in told["kept"]["attention"]
+    quantised = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantised) == len(set(quantised)) < told["products"]  # one pair for queries, keys and values
+    assert (told["kind"], told["scheme"], told["calibration_pictures"]) == (*form[1:], 64)
+    assert path.with_suffix(".weights").stat().st_size > 0
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_embeddings_of_other_pictures_in_every_batch(form: tuple[str, str, str], made: Any, sources: Any) -> None:
+    pixels = emoji("held-out", 40)
+    expected = encode(sources["fp32"], pixels)
+    got = encode(made[form][0], pixels)
+    assert all(output.dtype == np.float32 for output in got)
+    assert off(got, expected) <= (0.1 if form[1] == "fp8" else 0.01)
+    for start, batch in ((0, 1), (1, 3), (4, 7)):
+        part = encode(made[form][0], pixels[start : start + batch])
+        for alone, together in zip(part, got, strict=True):
+            np.testing.assert_allclose(alone, together[start : start + batch], atol=5e-3)
+
+
+def test_openvino_computes_the_same_file(made: Any, sources: Any) -> None:
+    pytest.importorskip("openvino")
+    pixels = emoji("held-out", 20)
+    expected = encode(sources["fp32"], pixels)
+    for form in (("fp32", "int8", "cpu"), ("fp32", "int8", "tensorrt")):
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        compiled = openvino_core().compile_model(str(made[form][0]), "CPU", options)
+        found = compiled.create_infer_request().infer([pixels])
+        assert off([found["plain"], found["adapted"]], expected) <= 0.01
+
+
+@pytest.mark.parametrize("form", FORMS[1:], ids="-".join)
+def test_tensorrt_rtx_builds_a_plan(form: tuple[str, str, str], made: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from iosr_fast.encoders.runtimes.tensorrt import build_plan
+
+    plan, facts = build_plan(made[form][0], "tensorrt_rtx", 3)
+    assert len(plan) == facts["bytes"] > 0 and facts["profile"]["max"] == 3
+
+
+def test_the_demo_with_its_adapter(tmp_path: Path, demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
+    source = open_pretrained("demo", None, "auto", "onnxruntime", "fp32", None).engine / FILE
+    told = quantize_onnx(source, tmp_path / "int8.onnx", decoded("generic")[::50])
+    pixels = decoded("held-out")[::40]
+    assert least_cosine(encode(tmp_path / "int8.onnx", pixels), encode(source, pixels)) >= 0.998
+    assert set(told["kept"]) == {"blocks.5.k_weight", "blocks.5.v_weight", "proj", "attention"}
+    sizes = [path.with_suffix(".weights").stat().st_size for path in (source, tmp_path / "int8.onnx")]
+    assert sizes[1] < 0.35 * sizes[0]
+
+
+def with_large_channels(source: Path, target: Path) -> None:
+    """What trained CLIPs have: LayerNorms with a few channels far above the others, whose weights make up for it."""
+    graph = EncoderGraph(onnx.load(source))
+    for group in graph.groups()[0]:
+        if group.norm is not None:
+            by = np.ones(group.weight.shape[0], np.float32)
+            by[3:5] = 1 / 80
+            graph.divide(group.norm, by)
+            for product in group.products:
+                weight = product.weight * by[:, None]
+                stored = onnx.numpy_helper.from_array(
+                    np.ascontiguousarray(weight.T if product.transposed else weight), product.node.input[1]
+                )
+                graph.constants[product.node.input[1]].CopyFrom(stored)
+    onnx.save(graph.finish(), target)
+
+
+def test_large_channels_are_shifted_into_the_weights(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "large.onnx", tmp_path / "int8.onnx"
+    with_large_channels(sources["fp32"], source)
+    pixels = emoji("held-out", 20)
+    expected = encode(sources["fp32"], pixels)
+    for got, same in zip(encode(source, pixels), expected, strict=True):
+        np.testing.assert_allclose(got, same, atol=1e-5)
+
+    def loss() -> tuple[float, dict[str, Any]]:
+        told = quantize_onnx(source, target, emoji("generic", 64))
+        return off(encode(target, pixels), expected), told
+
+    smooth, told = loss()
+    assert smooth < 0.01 and told["smoothed"] == 5  # not the last block's first: attention reads it, too
+    assert "blocks.1.c_fc" not in told["kept"]
+    monkeypatch.setattr(quantize, "EXPONENTS", ())
+    left_out, told = loss()
+    assert told["smoothed"] == 0 and "of its square" in told["kept"]["blocks.1.c_fc"]
+    monkeypatch.setattr(quantize, "LARGEST_ERROR", np.inf)
+    rough, told = loss()
+    assert told["smoothed"] == 0 and "blocks.1.c_fc" not in told["kept"]
+    assert left_out < 0.01 and rough > 0.1
+
+
+def test_constants_that_layers_share_are_not_changed_for_all(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter stores equal constants once: those of LayerNorms and biases as they are before any training."""
+    model = onnx.load(sources["fp32"])
+    norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    for node in norms:
+        node.input[1], node.input[2] = norms[0].input[1], norms[0].input[2]
+    onnx.save(model, tmp_path / "shared.onnx")
+    monkeypatch.setattr(quantize, "WORTH", 1.0)
+    told = quantize_onnx(tmp_path / "shared.onnx", tmp_path / "int8.onnx", emoji("generic", 64))
+    assert told["smoothed"] >= 2
+    pixels = emoji("held-out", 20)
+    assert off(encode(tmp_path / "int8.onnx", pixels), encode(tmp_path / "shared.onnx", pixels)) <= 0.01
+
+
+def test_what_would_be_too_far_off_stays_as_it_is(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "LARGEST_ERROR", 0.0)
+    told = quantize_onnx(sources["fp32"], tmp_path / "same.onnx", emoji("generic", 8))
+    assert told["products"] == told["smoothed"] == 0 and len(told["kept"]) == 21 + 4
+    pixels = emoji("held-out", 5)
+    for got, expected in zip(encode(tmp_path / "same.onnx", pixels), encode(sources["fp32"], pixels), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_scales_hold_the_largest_value(kind: Any, dtype: Any, rng: np.random.Generator) -> None:
+    weight = (rng.standard_normal((40, 30)) * 10.0 ** rng.uniform(-3, 1, 30)).astype(np.float32)
+    weight[:, 7] = 0
+    for transposed in (False, True):
+        found = quantise_matrix(weight, transposed, kind, dtype)
+        assert found.values is not None and found.values.shape == ((30, 40) if transposed else (40, 30))
+        assert found.scale.dtype == dtype and (found.scale > 0).all()
+        step = found.scale.astype(np.float32)
+        assert (np.abs(weight) <= (127 if kind == "int8" else 448) * step).all()
+        bound = 0.5001 * step if kind == "int8" else np.maximum(np.abs(weight) / 16, step * 2.0**-10) * 1.0001
+        assert (np.abs(dequantised(found) - weight) <= bound).all()
+    x = rng.uniform(-0.5, 3.0, (9, 5)).astype(np.float32)
+    if kind == "int8":
+        cpu = activation_scale(-0.5, 3.0, kind, "cpu", dtype)
+        assert cpu.zero.dtype == np.uint8 and cpu.zero == 36
+        assert np.abs(rounded(x, cpu) - x).max() <= 0.51 * 3.5 / 255 + 1e-3 * (dtype == np.float16)
+        assert not rounded(np.zeros((1, 5), np.float32), cpu).any()
+    bits = activation_scale(-0.5, 3.0, kind, "tensorrt", dtype)
+    assert np.abs(rounded(x, bits) - x).max() <= (0.51 * 3 / 127 if kind == "int8" else 3 / 16)
+
+
+def test_refusals_come_before_any_work(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize.EncoderGraph, "activations", lambda *_: pytest.fail("began to work"))
+    good, target = emoji("generic", 16), tmp_path / "target.onnx"
+    expected = r"expected calibration pictures as uint8 \(N, 32, 32, 3\) with N >= 8, got "
+    for pictures, message in (
+        (good.astype(np.float32) / 255, expected + "float32; give the pictures' bytes"),
+        (list(good), expected + "list"),
+        (good[:7], expected + r"shape \(7, 32, 32, 3\)"),
+        (good[:, :30], expected + r"shape \(16, 30, 32, 3\)"),
+        (good[0], expected + r"shape \(32, 32, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_onnx(sources["fp32"], target, pictures)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got 'int4' and 'cpu'"):
+        quantize_onnx(sources["fp32"], target, good, "int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="for a CPU, which has no products in fp8"):
+        quantize_onnx(sources["fp32"], target, good, "fp8")
+    with pytest.raises(FileNotFoundError, match=r"found no .*missing\.onnx"):
+        quantize_onnx(tmp_path / "missing.onnx", target, good)
+    model = onnx.load(sources["fp32"])
+    model.graph.input[0].name = "images"
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match=r"the one input 'pixels' .*got \['images'\]"):
+        quantize_onnx(tmp_path / "other.onnx", target, good)
+    assert not target.exists()

@@ -1,0 +1,166 @@
+"""Fast decoding against the reference, resize_and_crop of the whole picture."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.images import decoding
+from iosr_fast.images.decoders import CpuDecoder
+from iosr_fast.images.decoding import MARGIN, crop_pixels, decode_pixels
+from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
+from tests.pictures import encode
+from tools.bench.photographs import photograph
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    images: np.ndarray = load_pictures("held-out").images
+    return images
+
+
+def difference(data: bytes, size: int) -> np.ndarray:
+    """Of the pixels to the reference's, in levels."""
+    got = decode_pixels(data, size)
+    assert got.shape == (size, size, 3) and got.dtype == np.uint8 and got.flags.c_contiguous
+    return np.abs(got.astype(int) - resize_and_crop(open_image(data), size))
+
+
+SHAPES = [(500, 375), (375, 500), (224, 224), (300, 224), (640, 427), (427, 640), (1600, 1200), (1250, 1900), (97, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_photographs_are_within_a_level(pictures: np.ndarray, shape: tuple[int, int]) -> None:
+    image = photograph(pictures[sum(shape)], *shape, deviation=40)
+    ways = itertools.cycle(itertools.product((75, 85, 95), (0, 2)))
+    for size, (quality, subsampling) in zip((32, 64, 224), ways, strict=False):
+        error = difference(encode(image, "JPEG", quality=quality, subsampling=subsampling), size)
+        assert error.mean() <= 1 and np.percentile(error, 99.9) <= 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("L", "JPEG", {"quality": 85}),
+        ("CMYK", "JPEG", {"quality": 85}),
+        ("RGB", "JPEG", {"quality": 85, "progressive": True}),
+        ("RGB", "WEBP", {"quality": 85}),
+        ("RGBA", "PNG", {"compress_level": 1}),
+        ("LA", "PNG", {"compress_level": 1}),
+        ("P", "PNG", {"compress_level": 1}),
+        ("P", "GIF", {}),
+        ("1", "PNG", {}),
+        ("RGB", "BMP", {}),
+        ("RGB", "TIFF", {}),
+    ],
+)
+@pytest.mark.parametrize("shape", [(333, 250), (700, 525)])
+def test_every_kind_of_file_is_within_a_level(
+    pictures: np.ndarray, shape: tuple[int, int], mode: str, kind: str, options: dict[str, Any]
+) -> None:
+    image = photograph(pictures[7], *shape, deviation=40)
+    if mode == "RGBA":
+        image.putalpha(image.convert("L"))
+    error = difference(encode(image.convert(mode), kind, **options), 64)
+    assert error.mean() <= 1
+
+
+def test_what_is_not_decoded_small_differs_by_rounding(rng: np.random.Generator) -> None:
+    """The box of the crop in the source's coordinates is the crop of the whole: noise would show any shift."""
+    for width, height, size in [
+        (500, 375, 224),
+        (375, 500, 224),
+        (90, 61, 64),
+        (64, 64, 64),
+        (64, 99, 64),
+        (31, 30, 32),
+    ]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        error = np.abs(crop_pixels(image, size).astype(int) - resize_and_crop(image, size))
+        assert error.max() <= 1 and error.mean() < 0.01
+    # Pillow resizes some tall pictures top to bottom first, and the overshoot of noise is clipped in between.
+    image = Image.fromarray(rng.integers(0, 256, (700, 300, 3), dtype=np.uint8))
+    assert np.abs(crop_pixels(image, 224).astype(int) - resize_and_crop(image, 224)).mean() < 1
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction(pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, tuple[int, int]]] = []
+
+    def crop(image: Image.Image, size: int, fraction: int, shape: tuple[int, int], *rest: int) -> np.ndarray:
+        seen.append((fraction, image.size))
+        return crop_pixels(image, size, fraction, shape, *rest)
+
+    monkeypatch.setattr(decoding, "crop_pixels", crop)
+    size = 32
+    for short in (int(MARGIN * size * 2) - 1, int(MARGIN * size * 2), int(MARGIN * size * 4), int(MARGIN * size * 8)):
+        error = difference(encode(photograph(pictures[3], short + 301, short), "JPEG", quality=90), size)
+        assert error.mean() <= 1
+    assert [fraction for fraction, _ in seen] == [1, 2, 4, 8]
+    assert all(min(shape) >= MARGIN * size for _, shape in seen)
+    difference(encode(photograph(pictures[3], 701, 701), "PNG", compress_level=1), size)
+    assert seen[-1] == (1, (701, 701))
+
+
+@pytest.mark.parametrize(("width", "height", "mode"), [(300, 700, "RGB"), (701, 500, "L"), (40, 90, "RGBA")])
+def test_exact_is_the_reference_to_the_last_bit(rng: np.random.Generator, width: int, height: int, mode: str) -> None:
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA").convert(mode)
+    data = encode(image.convert("RGB") if mode == "RGB" else image, "JPEG" if mode == "RGB" else "PNG")
+    for source in (data, image):
+        expected = resize_and_crop(open_image(source), 64)
+        assert (decode_pixels(source, 64, exact=True) == expected).all()
+        assert (CpuDecoder(exact=True).decode([source], 64)[0] == expected).all()
+
+
+def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized whole, it would have 224 x 13,440,000 pixels."""
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self: Image.Image, size: tuple[int, int], *words: Any, **options: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *words, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    column = rng.integers(0, 256, (60_000, 1, 3), dtype=np.uint8)
+    pixels = decode_pixels(encode(column), 224)
+    assert made == [224 * 224]
+    middle = column[29_998:30_002, 0].astype(int)
+    assert (pixels.min((0, 1)) >= middle.min(0) - 40).all() and (pixels.max((0, 1)) <= middle.max(0) + 40).all()
+
+
+def test_orientation_is_applied_unless_pixels_are_wanted_as_stored(pictures: np.ndarray) -> None:
+    image, exif = photograph(pictures[5], 120, 90), Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(image, "JPEG", exif=exif)
+    plain = decode_pixels(encode(image, "JPEG"), 32)
+    assert (decode_pixels(turned, 32, exif_orientation=False) == plain).all()
+    assert np.abs(decode_pixels(turned, 32).astype(int) - np.rot90(plain, -1)).mean() < 1
+
+
+def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
+    data = encode(photograph(pictures[5], 500, 375), "JPEG")
+    text, cut, nowhere = tmp_path / "text.jpg", tmp_path / "cut.jpg", tmp_path / "nowhere.jpg"
+    text.write_text("this is no image")
+    cut.write_bytes(data[: len(data) // 2])
+    for path, said in ((text, "not an image of a known format"), (cut, "truncated"), (nowhere, "no such file")):
+        with pytest.raises(BadImageError, match=said) as raised:
+            decode_pixels(path, 32, 4)
+        assert raised.value.path == path and raised.value.position == 4
+    with pytest.raises(BadImageError, match="number 4"):
+        decode_pixels(data[:500], 32, 4)
+    with pytest.raises(BadImageError, match=r"inside\.tar/a\.jpg"):
+        decode_pixels(data[:500], 32, 4, Path("inside.tar/a.jpg"))
+    with pytest.raises(BadImageError, match="float32"):
+        decode_pixels(np.zeros((4, 4, 3), np.float32), 32)
+
+
+def test_a_check_is_asked_before_anything_is_decoded(pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "crop_pixels", lambda *_: pytest.fail("decoded what was to be refused"))
+    with pytest.raises(BadImageError, match="number 2: 500 by 375 is too large"):
+        decode_pixels(encode(photograph(pictures[5]), "JPEG"), 32, 2, check=lambda w, h: f"{w} by {h} is too large")

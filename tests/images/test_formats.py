@@ -1,0 +1,237 @@
+"""A fixed list of formats, each picture upright: EXIF orientation, first frames, AVIF and HEIC."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image, TiffImagePlugin, features
+
+from iosr_fast.images import pixels
+from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop, to_pixels
+from tests.pictures import encode
+
+ORIENTATIONS = range(1, 9)
+
+
+def rgb(source: Any, **options: Any) -> np.ndarray:
+    return np.asarray(open_image(source, **options))
+
+
+def upright(width: int = 48, height: int = 32) -> np.ndarray:
+    """Red, green, blue and white quarters: no turn and no mirror leaves them as they are."""
+    made = np.zeros((height, width, 3), np.uint8)
+    made[: height // 2, : width // 2, 0] = made[: height // 2, width // 2 :, 1] = 255
+    made[height // 2 :, : width // 2, 2] = made[height // 2 :, width // 2 :] = 255
+    return made
+
+
+def stored(image: np.ndarray, orientation: int) -> np.ndarray:
+    """An upright picture as a file with this EXIF orientation stores it: EXIF says where its row and column 0 are."""
+    ways: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: a[:, ::-1].transpose(1, 0, 2),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: a[::-1].transpose(1, 0, 2),
+    }
+    return np.ascontiguousarray(ways[orientation](image))
+
+
+def oriented(kind: str, image: np.ndarray, orientation: int, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "TIFF":
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[0x0112] = orientation
+        return encode(stored(image, orientation), kind, tiffinfo=tags)
+    return encode(stored(image, orientation), kind, exif=exif, **options)
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_rotated_picture_is_turned_upright(kind: str, orientation: int, tmp_path: Path) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    data = oriented(kind, upright(), orientation, **({"lossless": True} if kind == "WEBP" else {}))
+    (tmp_path / "picture").write_bytes(data)
+    for source in (data, tmp_path / "picture", Image.open(io.BytesIO(data))):
+        made = open_image(source)
+        assert (
+            made.size == (48, 32)
+            and np.abs(np.asarray(made)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
+        )
+        assert open_image(made).size == (48, 32), "not turned twice"
+        assert (decode_pixels(source, 24, exact=True) == resize_and_crop(open_image(source), 24)).all()
+    if kind != "TIFF":  # which Pillow turns
+        expected = Image.open(io.BytesIO(data)).convert("RGB")
+        assert (rgb(data, exif_orientation=False) == np.asarray(expected)).all()
+        exact = decode_pixels(data, 24, exact=True, exif_orientation=False)
+        assert (exact == resize_and_crop(expected, 24)).all()
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("shape", [(90, 61), (61, 90), (64, 99), (99, 64), (500, 375), (333, 250)])
+def test_turning_the_crop_is_cropping_what_is_turned(
+    rng: np.random.Generator, shape: tuple[int, int], orientation: int
+) -> None:
+    """Noise would show a crop that is off by one pixel, which an odd number of cut pixels gives on one of two sides."""
+    data = oriented("PNG", rng.integers(0, 256, (*shape, 3), dtype=np.uint8), orientation, compress_level=1)
+    found, expected = decode_pixels(data, 64), resize_and_crop(open_image(data), 64)
+    assert found.flags.c_contiguous
+    error = np.abs(found.astype(int) - expected)
+    assert error.mean() < 1 and np.percentile(error, 99) <= 4
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_large_rotated_jpeg_is_decoded_at_a_fraction(orientation: int) -> None:
+    data = oriented("JPEG", upright(700, 500), orientation, quality=90)
+    found = decode_pixels(data, 32)
+    assert np.abs(found.astype(int) - resize_and_crop(open_image(data), 32)).mean() <= 1
+    turned = Image.open(io.BytesIO(data))
+    assert turned.size == ((500, 700) if orientation > 4 else (700, 500))
+
+
+@pytest.mark.parametrize("value", [0, 9, 255, 65535, "6", (6, 6), b"\x06"])
+def test_an_impossible_orientation_is_ignored(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(upright())
+    monkeypatch.setattr(image, "getexif", lambda: {0x0112: value})
+    assert (rgb(image) == upright()).all()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0II*\0",
+        b"Exif\0\0II*\0\xff\xff\xff\x7f",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12",
+        b"Exif\0\0XX*\0\x08\0\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\xff\0\0\0\0",
+        b"Exif\0\0" + bytes(range(256)) * 8,
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(block: bytes, kind: str) -> None:
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
+    data = encode(upright(), kind, exif=block, **options)
+    assert np.abs(rgb(data)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
+    assert decode_pixels(data, 16).shape == (16, 16, 3)
+
+
+# Formats
+
+
+def test_a_renamed_eps_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append("gs"))
+    data = encode(upright(), "EPS")
+    for name in ("a.jpg", "a.eps", "a.png"):
+        (tmp_path / name).write_bytes(data)
+        for read in (open_image, lambda path: decode_pixels(path, 8)):
+            with pytest.raises(BadImageError, match=r"not an image of a known format \(JPEG, PNG"):
+                read(tmp_path / name)
+    with pytest.raises(BadImageError):
+        open_image(data)
+    assert started == []
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "TGA", "PCX", "DDS", "SGI", "IM", "JPEG2000", "ICNS", "SPIDER", "BLP"])
+def test_other_decoders_of_pillow_are_not_started(kind: str) -> None:
+    image = Image.fromarray(upright(64, 64)).convert("F" if kind == "SPIDER" else "P" if kind == "BLP" else "RGB")
+    try:
+        data = encode(image, kind)
+    except (OSError, ValueError, KeyError) as error:
+        pytest.skip(f"this Pillow writes no {kind}: {error}")
+    with pytest.raises(BadImageError, match="not an image of a known format"):
+        open_image(data)
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_its_first() -> None:
+    pictures = [Image.fromarray(upright()), Image.new("RGB", (48, 32), "white")]
+    data = encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:], quality=95)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert np.abs(rgb(data)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_the_first_frame_counts(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    frames = [Image.fromarray(upright()), Image.new("RGB", (48, 32), "black")]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert np.abs(rgb(data)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
+
+
+def heic(image: np.ndarray, orientation: int = 1) -> bytes:
+    library = pytest.importorskip("pillow_heif", reason="pillow-heif comes with the heic extra")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    library.from_pillow(Image.fromarray(stored(image, orientation))).save(file, quality=95, exif=exif.tobytes())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_heic_is_read_and_turned_once(orientation: int, tmp_path: Path) -> None:
+    data = heic(upright(64, 48), orientation)
+    (tmp_path / "a.HEIC").write_bytes(data)
+    for source in (data, tmp_path / "a.HEIC"):
+        made = open_image(source)
+        assert made.size == (64, 48)
+        assert np.abs(np.asarray(made)[4::8, 4::8].astype(int) - upright(64, 48)[4::8, 4::8]).max() < 60
+        assert np.abs(decode_pixels(source, 16).astype(int) - to_pixels(source, 16)[0]).mean() <= 1
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1", b"hevc"])
+def test_heic_without_its_library_names_the_command(
+    brand: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels._register_heif.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "a.heic"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(64))
+    for read in (open_image, lambda path: decode_pixels(path, 8)):
+        with pytest.raises(BadImageError, match=r"a\.heic: pillow_heif is needed .* pip install 'iosr_fast\[heic\]'"):
+            read(path)
+
+
+def test_avif_without_its_decoder_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "check", lambda name: name != "avif")
+    with pytest.raises(BadImageError, match=r"this Pillow reads no AVIF: pip install 'pillow>=11\.3'"):
+        open_image(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(64))
+
+
+def test_containers_are_told_apart_by_their_first_box() -> None:
+    for head, kind in (
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(8), "AVIF"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(8), "HEIF"),
+        (b"\0\0\0\x14ftypisom\0\0\0\0mp42heic", None),  # heic lies behind the box
+        (b"\0\0\0\x14ftypM4V \0\0\0\0mp42", None),
+        (b"\xff\xd8\xff", None),
+        (b"", None),
+    ):
+        assert pixels._iso_kind(head) == kind
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [("mkdir", "it is a folder; fit_folder and predict_folder"), ("mkfifo", "not a regular file")]
+)
+def test_what_is_no_file_is_called_what_it_is(make: str, said: str, tmp_path: Path) -> None:
+    getattr(os, make)(tmp_path / "a.jpg")
+    for read in (open_image, lambda path: decode_pixels(path, 8)):
+        with pytest.raises(BadImageError, match=rf"a\.jpg: it is {said.removeprefix('it is ')}"):
+            read(tmp_path / "a.jpg")

@@ -1,0 +1,144 @@
+"""Which decoder is chosen and why not, and the GPU decoders' batches: torchvision's on the CPU, nvImageCodec's calls
+against a stand-in. None of it needs a GPU; none of it shows that a GPU does it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchvision")
+
+from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.encoders.runtimes import plans  # noqa: E402
+from iosr_fast.images import decoders, gpu_decoders  # noqa: E402
+from iosr_fast.images.decoders import choose_decoder  # noqa: E402
+from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder, shrink  # noqa: E402
+from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop  # noqa: E402
+from iosr_fast.utils import machine  # noqa: E402
+from tests.pictures import encode  # noqa: E402
+from tools.bench.photographs import photograph  # noqa: E402
+
+GPU = plans.Gpu("a stand-in", (9, 0))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    images: np.ndarray = load_pictures("held-out").images
+    return images
+
+
+@pytest.fixture
+def batch(pictures: np.ndarray, tmp_path: Path) -> list[Any]:
+    """JPEGs as paths and bytes; a PNG, a thin and a cut JPEG, no image, no file, an array."""
+    image = photograph(pictures[0], 300, 200)
+    (tmp_path / "a.jpg").write_bytes(encode(photograph(pictures[1], 200, 260), "JPEG", quality=90))
+    data = encode(image, "JPEG", quality=90)
+    sources: list[Any] = [tmp_path / "a.jpg", data, encode(image), encode(image.resize((1500, 20)), "JPEG")]
+    return [*sources, data[:3000], b"no picture", str(tmp_path / "nowhere.jpg"), np.asarray(image)]
+
+
+def assert_decoded(made: list[Any], sources: list[Any]) -> None:
+    for i, (pixels, source) in enumerate(zip(made, sources, strict=True)):
+        if i in (4, 5, 6):
+            assert isinstance(pixels, BadImageError) and pixels.position == 30 + i
+            continue
+        expected = resize_and_crop(open_image(source), 64)
+        assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
+        assert np.abs(pixels.astype(int) - expected).mean() <= 1
+
+
+def test_torchvision_decodes_what_it_can_and_the_cpu_the_rest(
+    batch: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    right = gpu_decoders.try_decode
+
+    def noted(source: Any, size: int, position: int, *rest: Any) -> Any:
+        left.append(position - 30)
+        return right(source, size, position, *rest)
+
+    monkeypatch.setattr(gpu_decoders, "try_decode", noted)
+    assert_decoded(TorchvisionDecoder("cpu").decode(batch, 64, 30), batch)
+    assert left == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (201, 333), (64, 64), (64, 91), (40, 50), (700, 525)])
+def test_shrink_is_the_reference(pictures: np.ndarray, shape: tuple[int, int]) -> None:
+    image = photograph(pictures[2], *shape, deviation=40)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    error = np.abs(shrink(tensor, 64).permute(1, 2, 0).numpy().astype(int) - resize_and_crop(image, 64))
+    assert error.mean() <= 0.5 and error.max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", [TorchvisionDecoder, "nvimagecodec"])
+def test_a_rotated_jpeg_is_turned_upright_on_a_gpu_too(
+    pictures: np.ndarray, kind: Any, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", StandIn)
+    monkeypatch.setattr(gpu_decoders, "try_decode", lambda *_: pytest.fail("left to the CPU"))
+    made = NvImageCodecDecoder if kind == "nvimagecodec" else kind
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photograph(pictures[4], 201, 150), "JPEG", quality=95, exif=exif)
+    for chosen in (True, False):
+        (found,) = made("cpu", exif_orientation=chosen).decode([data], 64)
+        expected = resize_and_crop(open_image(data, exif_orientation=chosen), 64)
+        assert np.abs(found.astype(int) - expected).mean() <= 1
+
+
+class StandIn:
+    """nvidia.nvimgcodec as far as it is called; Pillow decodes. Like it, it gives None for what it can't decode."""
+
+    class DecodeParams:
+        def __init__(self, *, apply_exif_orientation: bool) -> None:
+            assert not apply_exif_orientation
+
+    class Decoder:
+        def decode(self, data: list[bytes], params: Any) -> list[np.ndarray | None]:
+            assert isinstance(params, StandIn.DecodeParams) and data
+            return [self._one(given) for given in data]
+
+        @staticmethod
+        def _one(given: bytes) -> np.ndarray | None:
+            try:
+                return np.array(Image.open(io.BytesIO(given)).convert("RGB"))
+            except OSError:
+                return None
+
+
+def test_nvimagecodec_decodes_what_it_can_and_the_cpu_the_rest(
+    batch: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", StandIn)
+    assert_decoded(NvImageCodecDecoder("cpu").decode(batch, 64, 30), batch)
+    assert isinstance(NvImageCodecDecoder("cpu").decode([b"no picture"], 64)[0], BadImageError)
+
+
+def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="expected a decoder out of auto, cpu, cpu-exact, torchvision-cuda"):
+        choose_decoder("abacus")
+    monkeypatch.setattr(decoders, "_missing", lambda module: module.startswith("nvidia"))
+    monkeypatch.setattr(machine, "this_gpu", lambda: None)
+    assert choose_decoder("cpu").name == choose_decoder().name == choose_decoder("auto", "tensorrt").name == "cpu"
+    assert choose_decoder("cpu-exact").name == "cpu-exact"
+    with pytest.raises(RuntimeError, match="decoder='torchvision-cuda' can't run here: PyTorch sees no NVIDIA GPU"):
+        choose_decoder("torchvision-cuda")
+    with pytest.raises(RuntimeError, match=r"nvidia\.nvimgcodec can't be found; pip install nvidia-nvimgcodec-cu12"):
+        choose_decoder("nvimagecodec")
+    monkeypatch.setattr(machine, "this_gpu", lambda: GPU)
+    assert choose_decoder("auto", "tensorrt").name == "torchvision-cuda"
+    assert choose_decoder("auto", "onnxruntime").name == "cpu"
+    monkeypatch.setattr(decoders, "_missing", lambda module: False)
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", StandIn)
+    assert choose_decoder("auto", "tensorrt_rtx").name == choose_decoder("nvimagecodec").name == "nvimagecodec"
+    monkeypatch.setattr(decoders, "_missing", lambda module: module == "torch")
+    with pytest.raises(RuntimeError, match="torch can't be found"):
+        choose_decoder("torchvision-cuda")

@@ -1,0 +1,242 @@
+"""The same labels whichever way a picture comes in, and a classifier that keeps the way it was fit with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.images.preprocess import BadImageError, as_image_list, open_image, to_pixels
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.state.bundle import load_bundle
+from tests.images.test_formats import heic, oriented
+from tests.images.test_pixels import tiff
+from tests.pictures import encode
+from tests.state.live_parts import LetterText, PixelEncoder, engine_folder, small_classifier
+from tests.state.manifests import rewrite_manifest
+
+NAMES = ["down", "left", "right", "up"]
+PATIENCE_S = 30.0
+
+
+def arrow(direction: int, side: int = 32) -> np.ndarray:
+    """Brightness that falls by one of four directions: turned, it is another class."""
+    ramp = np.tile(np.linspace(250, 5, side).astype(np.uint8), (side, 1))
+    return np.rot90(ramp, direction)[:, :, None].repeat(3, 2)
+
+
+def fitted(**options: Any) -> Classifier:
+    classifier = Classifier(PixelEncoder(), Path("none"), LetterText(), 20.0)
+    chosen = {"method": "tip-adapter", "alpha": 400.0, "beta": 5.0, "views": 1} | options
+    return classifier.fit([arrow(i) for i in range(4)], range(4), class_names=NAMES, **chosen)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An arrow of class 1 in every form of file, and a word beside it."""
+    arrow_1, root = arrow(1), tmp_path / "in"
+    grey = arrow_1[:, :, 0]
+    sixteen = grey.astype(np.uint16) * 257
+    faint = np.dstack([arrow_1, np.full(grey.shape, 255, np.uint8)])
+    faint[0, 0] = (255, 0, 0, 0)
+    files = {
+        "a.jpg": encode(arrow_1, "JPEG", quality=95),
+        "b.PNG": encode(Image.fromarray(sixteen)),
+        "c.tif": tiff(sixteen, 16, 1, ">"),
+        "d.tiff": encode(Image.fromarray(grey.astype(np.float32) / 255), "TIFF"),
+        "e.png": encode(faint),
+        "f.webp": encode(arrow_1, "WEBP", lossless=True),
+        "notes.txt": b"no picture",
+    } | {f"turned {i}.jpeg": oriented("JPEG", arrow_1, i, quality=95) for i in range(1, 9)}
+    files["g.heic"] = heic(np.ascontiguousarray(np.kron(arrow_1, np.ones((2, 2, 1), np.uint8))), 6)
+    if features.check("avif"):
+        files["h.avif"] = oriented("AVIF", arrow_1, 8)
+    root.mkdir()
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    return root
+
+
+def test_every_form_of_a_picture_has_the_same_label_by_every_way(folder: Path) -> None:
+    classifier = fitted()
+    paths = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
+    assert classifier.predict(paths).tolist() == [NAMES[1]] * len(paths)
+    assert classifier.predict([path.read_bytes() for path in paths]).tolist() == [NAMES[1]] * len(paths)
+    for decoder in ("cpu", "cpu-exact"):
+        found = classifier.predict_folder(folder, decoder=decoder)
+        assert found.paths == paths and set(found.labels.tolist()) == {NAMES[1]}
+        assert found.skipped.summary() == "1 not images (.txt)"
+    with BatchingClassifier(classifier) as batching:
+        futures = batching.submit_many([*paths, *(path.read_bytes() for path in paths)])
+        assert {future.result(PATIENCE_S).label for future in futures} == {NAMES[1]}
+    classifier.add_class("other", [arrow(2)], text=LetterText().embed_classes(["other"])[0])
+    classifier.add_examples(NAMES[1], paths)
+    assert classifier.predict(arrow(1)).tolist() == [NAMES[1]]
+    assert open_image(classifier.picture(classifier.examples(NAMES[1])[-1])).size == (32, 32)
+
+
+def test_a_rotated_support_picture_is_fit_upright() -> None:
+    turned = [oriented("PNG", arrow(i), 6) for i in range(4)]
+    classifier = Classifier(PixelEncoder(), Path("none"), LetterText(), 20.0)
+    options: dict[str, Any] = {"class_names": NAMES, "method": "tip-adapter", "alpha": 400.0, "beta": 5.0}
+    for views in (1, 2):
+        classifier.fit(turned, range(4), views=views, mirror=False, **options)
+        assert classifier.predict([arrow(i) for i in range(4)]).tolist() == NAMES
+    shown = np.asarray(open_image(classifier.picture(classifier.examples(NAMES[0])[0]))).astype(int)
+    assert np.abs(shown - arrow(0)).mean() < 8, "the thumbnail too"
+
+
+def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
+    data = oriented("PNG", arrow(1), 6)
+    as_stored = fitted().predict(open_image(data, exif_orientation=False))[0]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(data)
+    assert as_stored != NAMES[1]
+    for chosen, expected in ((True, NAMES[1]), (False, as_stored)):
+        made = fitted(exif_orientation=chosen)
+        made.engine = engine_folder(tmp_path / f"engine {chosen}")
+        made.save(tmp_path / f"bundle {chosen}")
+        bundle = load_bundle(tmp_path / f"bundle {chosen}")
+        loaded = Classifier(PixelEncoder(), bundle.engine, LetterText(), 20.0)
+        loaded._replace(bundle.state, None, bundle.views)
+        assert loaded.exif_orientation is chosen
+        assert loaded.predict([data]).tolist() == [expected]
+        for decoder in ("cpu", "cpu-exact"):
+            assert loaded.predict_folder(tmp_path / "in", decoder=decoder).labels.tolist() == [expected]
+        with BatchingClassifier(loaded) as batching:
+            assert batching.submit(data).result(PATIENCE_S).label == expected
+        speckled = oriented("PNG", np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8), 6)
+        loaded.add_examples(NAMES[1], [speckled])
+        nearest = loaded.explain(open_image(speckled, exif_orientation=chosen), nearest=1)[0].nearest[0]
+        assert nearest.example_id == loaded.examples(NAMES[1])[-1] and nearest.similarity > 0.99
+
+
+def test_a_bundle_of_before_takes_pictures_as_they_are_stored(tmp_path: Path) -> None:
+    made = fitted()
+    made.engine = engine_folder(tmp_path / "engine")
+    made.save(tmp_path / "bundle")
+    views = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())["views"]
+    assert views.pop("exif_orientation") is True
+    rewrite_manifest(tmp_path / "bundle", views=views)
+    assert load_bundle(tmp_path / "bundle").views.exif_orientation is False
+
+
+def test_a_replaced_classifier_decodes_what_waits_its_own_way() -> None:
+    data = oriented("PNG", arrow(1), 6)
+    as_stored = fitted().predict(open_image(data, exif_orientation=False))[0]
+    with BatchingClassifier(fitted()) as batching:
+        assert batching.submit(data).result(PATIENCE_S).label == NAMES[1]
+        batching.replace(fitted(exif_orientation=False))
+        assert batching.submit(data).result(PATIENCE_S).label == as_stored
+
+
+# Tensors
+
+
+def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
+    torch = pytest.importorskip("torch")
+    classifier = fitted()
+    last = torch.from_numpy(np.ascontiguousarray(arrow(1)))  # (H, W, C)
+    first = last.permute(2, 0, 1)
+    batch = torch.stack([torch.from_numpy(np.ascontiguousarray(arrow(i))) for i in range(4)])
+    grey = first[:1]
+    for one in (first, last, first.contiguous(), grey, grey[0], grey.permute(1, 2, 0), [first], (last,)):
+        assert classifier.predict(one).tolist() == [NAMES[1]]
+        assert classifier.decision_function(one).shape == (1, 4) and len(classifier.explain(one)) == 1
+    for many in (batch, batch.permute(0, 3, 1, 2), list(batch), list(batch.permute(0, 3, 1, 2)), batch[:, :, :, :1]):
+        assert classifier.predict(many).tolist() == NAMES
+        assert classifier.score(many, NAMES) == 1
+    assert len(as_image_list(first)) == 1 and len(as_image_list(batch)) == 4
+    alpha = torch.cat([first, torch.zeros_like(first[:1])])
+    assert (np.asarray(open_image(alpha)) == 255).all(), "transparent"
+    exact = to_pixels(batch, 32)
+    assert (exact == batch.numpy()).all() and (to_pixels(batch.permute(0, 3, 1, 2), 32) == batch.numpy()).all()
+    with BatchingClassifier(classifier) as batching:
+        assert batching.submit(first).result(PATIENCE_S).label == NAMES[1]
+        for given, expected in ((first, NAMES[1:2]), (arrow(1), NAMES[1:2]), (batch, NAMES), (list(batch), NAMES)):
+            assert [future.result(PATIENCE_S).label for future in batching.submit_many(given)] == expected
+    refit = Classifier(PixelEncoder(), Path("none"), LetterText(), 20.0)
+    refit.fit(batch.permute(0, 3, 1, 2), NAMES, method="tip-adapter", alpha=400.0, beta=5.0, views=1)
+    assert refit.predict(batch).tolist() == NAMES
+    refit.add_examples(NAMES[0], first)
+    assert len(refit.examples(NAMES[0])) == 2, "one picture, not three"
+
+
+def test_a_tensor_of_anything_but_uint8_pixels_says_what_to_do() -> None:
+    torch = pytest.importorskip("torch")
+    classifier = fitted()
+    for tensor, said in (
+        (torch.rand(3, 8, 8), r"tensor of torch\.float32: .*\(tensor \* 255\)\.round\(\)\.to\(torch\.uint8\)"),
+        (torch.rand(2, 3, 8, 8).half(), r"tensor of torch\.float16"),
+        (torch.zeros(2, 8, 8, 8, dtype=torch.uint8), r"got \(2, 8, 8, 8\)"),
+        (torch.zeros(8, 8, 8, dtype=torch.uint8), r"got \(8, 8, 8\)"),
+        (torch.zeros(8, dtype=torch.uint8), r"got \(8,\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "meta"),
+    ):
+        for given in (tensor, [tensor]):
+            with pytest.raises(BadImageError, match=said):
+                classifier.predict(given)
+    with BatchingClassifier(classifier) as batching, pytest.raises(BadImageError, match="float32"):
+        batching.submit(torch.rand(3, 8, 8)).result(PATIENCE_S)
+
+
+def test_a_tensor_like_subclass_is_a_tensor() -> None:
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    import torch
+
+    image = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(arrow(1))).permute(2, 0, 1))
+    assert fitted().predict(image).tolist() == [NAMES[1]]
+
+
+def test_arrays_need_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np\n"
+        "from iosr_fast.images.preprocess import to_pixels\n"
+        "print(to_pixels(np.zeros((2, 9, 9, 3), np.uint8), 4).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "(2, 4, 4, 3)"
+
+
+def test_one_array_is_one_picture_however_it_is_submitted() -> None:
+    with BatchingClassifier(small_classifier()) as batching:
+        assert len(batching.submit_many(np.zeros((16, 24, 3), np.uint8))) == 1
+        assert len(batching.submit_many(np.zeros((5, 8, 8, 3), np.uint8))) == 5
+
+
+def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, training's caches and half-done files depend on the rules by which pixels are made."""
+    torch = pytest.importorskip("torch")
+    from iosr_fast.images.decoders import CpuDecoder
+    from iosr_fast.pipeline.job import Job
+    from iosr_fast.training.data import sources
+    from tools.embedding.items import folder_source
+    from tools.embedding.plan import enter_plan, make_plan
+
+    (tmp_path / "a.png").write_bytes(encode(arrow(0)))
+    facts = {"fingerprint": "f", "image_size": 8, "width": 4, "first_adapted_block": None}
+    source = folder_source(tmp_path)
+    options: dict[str, Any] = {"chunk": 1, "batch": 1, "dtype": "float32", "file_format": "safetensors"}
+    plans = [make_plan(source, [], facts, "test", exif_orientation=upright, **options) for upright in (True, False)]
+    assert plans[0].digest() != plans[1].digest()
+    (tmp_path / "out").mkdir()
+    enter_plan(tmp_path / "out", plans[0])
+    (tmp_path / "out/plan.json").write_text(json.dumps({**json.loads(plans[0].to_json()), "pixels": 1}))
+    with pytest.raises(ValueError, match=r"another plan, which differs in pixels \(there 1, now 2\)"):
+        enter_plan(tmp_path / "out", plans[0])
+
+    made = [sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint]
+    monkeypatch.setattr(sources, "VERSION", 1)
+    made.append(sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint)
+    assert made[0] != made[1]
+
+    jobs = [Job(fitted(exif_orientation=way), [], CpuDecoder(), 1, 1, 1, False).facts() for way in (True, False)]
+    assert jobs[0]["exif_orientation"] is True and jobs[1]["exif_orientation"] is False and jobs[0]["pixels"] == 2

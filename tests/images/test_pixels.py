@@ -1,0 +1,193 @@
+"""From every kind of pixels to 8-bit RGB: 16 bits, floats, transparency, modes and arrays."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.preprocess import BadImageError, as_image_list, open_image, to_pixels
+from tests.images.test_formats import rgb, upright
+from tests.pictures import encode
+
+
+def png(values: np.ndarray, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 16-bit (H, W[, C]) values; Pillow writes grey ones only."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
+    middle = b"".join(chunk(*one) for one in chunks)
+    return b"\x89PNG\r\n\x1a\n" + header + middle + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(values: np.ndarray, bits: int, photometric: int, order: str = "<", data: bytes | None = None) -> bytes:
+    """An uncompressed TIFF of one channel."""
+    height, width = values.shape
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes() if data is None else data
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height)]
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    entries += struct.pack(f"{order}HHII", 279, 4, 1, len(data))
+    mark = b"II" if order == "<" else b"MM"
+    folder = struct.pack(f"{order}H", len(tags) + 1) + entries + struct.pack(f"{order}I", 0)
+    return mark + struct.pack(f"{order}HI", 42, 8 + len(data)) + data + folder
+
+
+RAMP = (np.arange(16 * 24, dtype=np.uint32).reshape(16, 24) * 65535 // (16 * 24 - 1)).astype(np.uint16)
+LEVELS = np.rint(RAMP / 257).astype(np.uint8)
+
+# 16 bits and floats
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_sixteen_bit_tiff_is_not_white(order: str) -> None:
+    for data in (tiff(RAMP, 16, 1, order), encode(Image.fromarray(RAMP.astype(f"{order}u2")), "TIFF")):
+        assert (rgb(data) == LEVELS[:, :, None]).all()
+        assert np.abs(decode_pixels(data, 8).astype(int) - to_pixels(data, 8)[0]).max() <= 1
+
+
+def test_a_sixteen_bit_png_is_not_white() -> None:
+    for data in (encode(Image.fromarray(RAMP)), png(RAMP, 0)):
+        assert (rgb(data) == LEVELS[:, :, None]).all()
+    colours = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], 2)
+    assert np.abs(rgb(png(colours, 2)).astype(int) - np.rint(colours / 257)).max() <= 1, "Pillow cuts the low bits off"
+    (ppm,) = (b"P5 24 16 65535\n" + RAMP.astype(">u2").tobytes(),)
+    assert (rgb(ppm) == LEVELS[:, :, None]).all()
+
+
+def test_sixteen_bits_with_alpha_are_on_white() -> None:
+    alpha = np.where(np.arange(24) < 12, 0, 65535).astype(np.uint16) * np.ones_like(RAMP)
+    found = rgb(png(np.stack([RAMP, alpha], 2), 4)).astype(int)
+    assert (found[:, :12] == 255).all() and np.abs(found[:, 12:, 0] - LEVELS[:, 12:]).max() <= 1
+    found = rgb(png(np.stack([RAMP, RAMP, RAMP, alpha], 2), 6)).astype(int)
+    assert (found[:, :12] == 255).all() and np.abs(found[:, 12:, 0] - LEVELS[:, 12:]).max() <= 1
+    found = rgb(png(RAMP, 0, (b"tRNS", struct.pack(">H", int(RAMP[3, 5])))))
+    assert (found[3, 5] == 255).all() and (found[0] == LEVELS[0, :, None]).all()
+
+
+def test_white_is_zero_and_twelve_bits_are_read_as_the_tiff_says() -> None:
+    assert (rgb(tiff(RAMP, 16, 0)) == 255 - LEVELS[:, :, None]).all()
+    values = (RAMP >> 4).astype(np.uint32)
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
+    found = rgb(tiff(RAMP, 12, 1, data=packed.astype(np.uint8).tobytes()))
+    assert np.abs(found[:, :, 0].astype(int) - LEVELS).max() <= 1
+
+
+def test_a_float_tiff_is_scaled_or_refused() -> None:
+    unit = RAMP.astype(np.float32) / 65535
+
+    def float_tiff(values: np.ndarray) -> bytes:
+        return encode(Image.fromarray(values), "TIFF")
+
+    for values in (unit, unit * 255, unit * 1.0005 - 0.0002):
+        assert np.abs(rgb(float_tiff(values))[:, :, 0].astype(int) - LEVELS).max() <= 1
+    with_nan, with_infinity = unit.copy(), unit.copy()
+    with_nan[2, 2], with_infinity[3, 3] = np.nan, np.inf
+    for values in (unit * 65535, unit - 0.5, unit * 2, unit * 8, with_nan, with_infinity):
+        with pytest.raises(BadImageError, match=r"number 4: expected floats in \[0, 1\], or levels up to 255, got"):
+            open_image(float_tiff(values), 4)
+
+
+def test_integers_of_an_unknown_range_are_refused() -> None:
+    assert (rgb(encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF")) == LEVELS[:, :, None]).all()
+    for values in (RAMP.astype(np.int32) * 2, RAMP.astype(np.int32) - 5, LEVELS.astype(np.int32)):
+        for source in (Image.fromarray(values), encode(Image.fromarray(values), "TIFF")):
+            with pytest.raises(BadImageError, match="expected integers that use the range from 0 to 65,535"):
+                open_image(source)
+
+
+# Transparency and colours
+
+
+def test_what_is_transparent_is_white() -> None:
+    hidden = np.full((8, 8, 4), (200, 30, 60, 0), np.uint8)
+    hidden[:, 4:, 3] = 255
+    half = hidden.copy()
+    half[:, 4:, 3] = 128
+    image = Image.fromarray(hidden)
+    palette = image.convert("RGB").quantize(4)
+    transparent = palette.getpixel((0, 0))
+    grey = Image.fromarray(hidden[:, :, :1].repeat(2, 2)[:, :, :2], "LA")
+    grey.putalpha(image.getchannel("A"))
+    sources: list[Any] = [
+        image,
+        hidden,
+        encode(image),
+        encode(image, "WEBP", lossless=True),
+        encode(image, "TIFF"),
+        image.convert("RGBa"),
+        grey,
+        grey.convert("La"),
+        encode(grey),
+    ]
+    for source in sources:
+        found = rgb(source)
+        assert (found[:, :4] == 255).all() and (found[:, 4:] != 255).any()
+        assert decode_pixels(source, 8)[0, 0].min() == 255
+    assert np.abs(rgb(half)[0, 7].astype(int) - (227, 142, 157)).max() <= 1
+    for source in (
+        encode(palette, transparency=transparent),
+        encode(palette, "GIF", transparency=transparent),
+        encode(image.convert("RGB"), transparency=(200, 30, 60)),
+        encode(image.convert("L"), transparency=image.convert("L").getpixel((0, 0))),
+    ):
+        assert (rgb(source) == 255).all() and decode_pixels(source, 4).min() == 255
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.fromarray(upright()).convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    assert (rgb(image) == expected).all()
+    assert rgb(image).shape == (32, 48, 3)
+
+
+# Arrays
+
+
+def test_arrays_with_one_channel_are_grey() -> None:
+    grey = upright()[:, :, 0]
+    assert (rgb(grey[:, :, None]) == grey[:, :, None]).all() and (rgb(grey) == grey[:, :, None]).all()
+    assert to_pixels(np.stack([grey[:, :, None]] * 3), 16).shape == (3, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"array of float32: of floats in \[0, 1\], \(array \* 255\)"),
+        (np.zeros((4, 4), np.uint16), r"array of uint16: of 16 bits, \(array / 257\)"),
+        (np.zeros((4, 4), np.int64), r"array of int64: .* array\.astype\(np\.uint8\)"),
+        (np.zeros((4, 4), bool), r"array of bool: array \* np\.uint8\(255\)"),
+        (np.zeros((3, 8, 9), np.uint8), r"got \(3, 8, 9\); an array's channels come last: np\.moveaxis"),
+        (np.zeros((2, 8, 9, 3), np.uint8), r"got \(2, 8, 9, 3\)"),
+        (np.zeros(9, np.uint8), r"got \(9,\)"),
+    ],
+)
+def test_other_arrays_are_refused_with_what_to_do(array: np.ndarray, said: str) -> None:
+    with pytest.raises(BadImageError, match=said):
+        open_image(array)
+
+
+def test_anything_with_an_array_is_an_array() -> None:
+    class Foreign:
+        def __init__(self, array: np.ndarray) -> None:
+            self.array = array
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            return self.array
+
+    assert (rgb(Foreign(upright())) == upright()).all()
+    assert len(as_image_list(Foreign(upright()))) == 1 and len(as_image_list(Foreign(np.stack([upright()] * 5)))) == 5
+    paths = as_image_list(np.array(["a.png", "b.png"]))
+    assert paths == ["a.png", "b.png"]
+    assert as_image_list(np.array([Path("a.png")], dtype=object)) == [Path("a.png")]

@@ -1,0 +1,130 @@
+"""Part files: what goes in comes out, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.pipeline.embedding_files import FORMATS, Format, Part, read_part, write_part
+from iosr_fast.utils.files import new_file
+from tests import ROOT
+
+BAD = 2
+
+
+def make_part(
+    rng: np.random.Generator, n: int = 6, width: int = 5, dtype: str = "float32", adapted: bool = True
+) -> Part:
+    rows = [rng.standard_normal((n, width)).astype(dtype) for _ in range(1 + adapted)]
+    for array in rows:
+        array[BAD] = np.nan
+    errors = ["it is no image" if i == BAD else None for i in range(n)]
+    return Part([f"ä/{i}.png" for i in range(n)], Embeddings(*rows), errors, facts={"plan": "abc", "part": 3})
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_part_comes_back_as_it_was(
+    rng: np.random.Generator, tmp_path: Path, file_format: Format, dtype: str, adapted: bool
+) -> None:
+    if file_format == "parquet":
+        pytest.importorskip("pyarrow")
+    part, path = make_part(rng, dtype=dtype, adapted=adapted), tmp_path / f"part-00000.{file_format}"
+    write_part(path, part, file_format)
+    got = read_part(path)
+    assert (got.keys, got.errors, got.facts) == (part.keys, part.errors, part.facts)
+    np.testing.assert_array_equal(got.embeddings.plain, part.embeddings.plain)
+    assert (got.embeddings.adapted is not None) == adapted
+    if adapted:
+        np.testing.assert_array_equal(got.embeddings.adapted, part.embeddings.adapted)
+    assert str(got.embeddings.plain.dtype) == dtype
+    first = path.read_bytes()
+    write_part(path, part, file_format)
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_any_damaged_byte_is_found_or_harmless(rng: np.random.Generator, tmp_path: Path, file_format: Format) -> None:
+    """A flipped bit anywhere is refused, or changes nothing that is read (bytes that only pad)."""
+    if file_format == "parquet":
+        pytest.importorskip("pyarrow")
+    part, path = make_part(rng), tmp_path / f"part-00000.{file_format}"
+    write_part(path, part, file_format)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            got = read_part(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+            continue
+        assert (got.keys, got.errors, got.facts) == (part.keys, part.errors, part.facts)
+        np.testing.assert_array_equal(got.embeddings.plain, part.embeddings.plain)
+        np.testing.assert_array_equal(got.embeddings.adapted, part.embeddings.adapted)
+    assert refused > 10
+    for length in (0, 8, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="damaged"):
+            read_part(path)
+
+
+def test_carried_columns_keep_their_types(rng: np.random.Generator, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    columns = pa.table({"label": pa.array(range(6), pa.int16()), "tags": [["a"], [], None, ["b", "c"], ["d"], []]})
+    part = replace(make_part(rng), columns=columns)
+    write_part(tmp_path / "part-00000.parquet", part, "parquet")
+    assert read_part(tmp_path / "part-00000.parquet").columns.equals(columns)
+    with pytest.raises(ValueError, match="expected format parquet for a part that carries columns"):
+        write_part(tmp_path / "part-00000.safetensors", part, "safetensors")
+    with pytest.raises(ValueError, match=r"named otherwise than .* got \['plain'\]"):
+        taken = replace(part, columns=columns.rename_columns(["plain", "tags"]))
+        write_part(tmp_path / "part-00001.parquet", taken, "parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
+
+
+def test_what_does_not_fit_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:
+    part, path = make_part(rng), tmp_path / "part-00000.safetensors"
+    plain = part.embeddings.plain
+    with pytest.raises(ValueError, match=r"as many rows everywhere, got \{'keys': 5"):
+        write_part(path, replace(part, keys=part.keys[1:]), "safetensors")
+    with pytest.raises(ValueError, match="expected plain"):
+        write_part(path, replace(part, embeddings=Embeddings(plain.astype(np.float64))), "safetensors")
+    with pytest.raises(ValueError, match="expected adapted"):
+        write_part(path, replace(part, embeddings=Embeddings(plain, plain[:, 1:])), "safetensors")
+    with pytest.raises(ValueError, match="expected format safetensors or parquet, got 'csv'"):
+        write_part(path, part, "csv")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="expected a part"):
+        read_part(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    with pytest.raises(KeyboardInterrupt), new_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"old")
+    with new_file(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    heavy = {"torch", "pyarrow", "ray", "webdataset", "pandas"}
+    code = f"import sys, iosr_fast.pipeline.embedding_files, tools.embed; print(sorted({heavy} & set(sys.modules)))"
+    root = ROOT
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,123 @@
+"""What the CUDA module's functions refuse, and why score_cuda can't run where it can't."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from iosr_fast.scoring import cuda_scorer as cuda
+
+torch = pytest.importorskip("torch")
+
+
+def good_arguments() -> dict[str, Any]:
+    return {
+        "device": 0,
+        "stream": 0,
+        "key_precision": "fp16",
+        "n_queries": 3,
+        "n_keys": 4,
+        "n_classes": 2,
+        "queries": 4096,
+        "query_bytes": 32,
+        "query_parts": 1,
+        "part_scale": 1.0,
+        "keys": 4096,
+        "key_bytes": 32,
+        "key_class": 4096,
+        "class_offsets": 4096,
+        "weights": None,
+        "key_scales": None,
+        "scale": 1.0,
+        "alpha": 1.0,
+        "edges": None,
+        "logits": 4096,
+    }
+
+
+def linear_arguments() -> dict[str, Any]:
+    return {
+        "device": 0,
+        "stream": 0,
+        "precision": "fp16",
+        "n_queries": 3,
+        "n_classes": 2,
+        "operands": [(4096, 32, 8192, 128, 1.0)],
+        "row_parts": 2,
+        "part_scale": 1.0,
+        "bias": None,
+        "class_offsets": None,
+        "logits": 4096,
+    }
+
+
+BAD_ARGUMENTS = [
+    ({"keys": 4104}, "keys at a device address that is a multiple of 16, got 4104"),
+    ({"logits": 0}, "logits at a device address"),
+    ({"n_keys": 0}, "n_keys in 1"),
+    ({"key_bytes": 40}, "key_bytes to be a multiple of 16, got 40"),
+    ({"query_parts": 4}, "query_parts in 1..3, got 4"),
+    ({"query_parts": 2}, "2 parts of 64 bytes in a query, got 32 bytes"),
+    ({"key_precision": "int8"}, "key_scales with int8 keys and only there, got int8 without"),
+    ({"key_precision": "fp8"}, "a key precision of fp32, fp16, bf16 or int8, got fp8"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS)
+def test_the_binding_refuses_what_cannot_be_right(change: dict[str, Any], message: str, emulation: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        emulation.cache(**{**good_arguments(), **change})
+
+
+BAD_LINEAR_ARGUMENTS = [
+    ({"precision": "bf16"}, "a precision of fp32 or fp16, got bf16"),
+    ({"precision": "fp32"}, "row_parts in 1..1, got 2"),
+    ({"operands": [(4096, 32, 8192, 96, 1.0)]}, "2 parts of 64 bytes in a row, got 96 bytes"),
+    ({"operands": [(4096, 32, 8192, 128, 1.0)] * 3}, "at most 2 operands, got 3"),
+    ({"n_classes": 0}, "n_classes in 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_LINEAR_ARGUMENTS)
+def test_the_binding_refuses_wrong_linear_terms(change: dict[str, Any], message: str, emulation: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        emulation.linear(**{**linear_arguments(), **change})
+
+
+def test_refusal_says_how_to_build_what_is_missing_or_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise ImportError("No module named 'iosr_fast._C_cuda'")
+
+    cuda._build_refusal.cache_clear()
+    monkeypatch.setattr(cuda, "_module", missing)
+    assert "IOSR_FAST_CUDA=1 pip install ." in (cuda.unavailable_reason() or "")
+    cuda._build_refusal.cache_clear()
+    monkeypatch.setattr(cuda, "_module", lambda: SimpleNamespace(version="0.0.0"))
+    said = cuda.unavailable_reason() or ""
+    assert "0.0.0" in said and "IOSR_FAST_CUDA=1 pip install ." in said
+    cuda._build_refusal.cache_clear()
+
+
+def test_refusal_names_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_build_refusal", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA device" in (cuda.unavailable_reason() or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "8.0 or newer is needed, got Old GPU (7.5)" in (cuda.unavailable_reason() or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert cuda.unavailable_reason() is None
+
+
+def test_importing_loads_neither_torch_nor_the_extension() -> None:
+    code = (
+        "import sys, iosr_fast.scoring.cuda_scorer; "
+        "raise SystemExit(any(name in sys.modules for name in ('torch', 'iosr_fast._C_cuda')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

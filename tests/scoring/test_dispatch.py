@@ -1,0 +1,212 @@
+"""Which implementation runs, how one is forced, and what is said where that can't be met."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iosr_fast import _C, info, kernels
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.score import score_with_path
+from tests.conftest import random_embeddings, random_plan
+
+CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
+NAMES = ["cpp", "numpy", "cuda", "triton", "torch", "reference"]
+
+
+def path_taken(rng: np.random.Generator, impl: str = "auto") -> str:
+    return score_with_path(random_plan(rng, [2, 1], 8), random_embeddings(rng, 3, 8), impl)[1]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, *names: str, reason: str | None = "no compiler") -> None:
+    """Have `names` refused for `reason`, or by no means refused where that is None."""
+    entries = [
+        replace(entry, unavailable_reason=lambda: reason) if entry.name in names else entry
+        for entry in dispatch.REGISTRY
+    ]
+    monkeypatch.setattr(dispatch, "REGISTRY", tuple(entries))
+    dispatch._best.cache_clear()
+
+
+def test_the_table_lists_every_implementation_and_its_devices() -> None:
+    rows = dispatch.available()
+    assert [row.name for row in rows] == NAMES
+    assert {row.name: row.devices for row in rows} == {
+        "cpp": ("cpu",),
+        "numpy": ("cpu",),
+        "cuda": ("cuda",),
+        "triton": ("cuda",),
+        "torch": ("cpu", "cuda"),
+        "reference": ("cpu",),
+    }
+    assert all(row.unavailable_reason is None for row in rows if "cpu" in row.devices)
+
+
+def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
+    assert path_taken(rng) == CPP
+    names = ("cpp", "numpy", "torch", "reference")
+    assert [path_taken(rng, name) for name in names] == [CPP, "numpy", "torch/cpu", "reference"]
+
+
+def test_the_order_of_preference_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"cpu": ["cpp", "numpy"], "cuda": ["cuda", "triton", "torch"]}
+    refuse(monkeypatch, *NAMES, reason=None)
+    for device, order in expected.items():
+        for name in order:
+            assert dispatch.choose("auto", device).name == name
+            refuse(monkeypatch, name)
+        with pytest.raises(RuntimeError, match=f"can run on {device} here: {order[0]}: no compiler; {order[1]}: no"):
+            dispatch.choose("auto", device)
+
+
+def test_the_environment_takes_the_place_of_auto_only(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, path in (("numpy", "numpy"), ("torch", "torch/cpu"), ("reference", "reference"), ("auto", CPP)):
+        monkeypatch.setenv("IOSR_FAST_IMPL", name)
+        assert path_taken(rng) == path
+        assert path_taken(rng, "numpy") == "numpy"
+
+
+def test_an_unknown_name_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "out of auto, cpp, numpy, cuda, triton, torch, reference, got "
+    with pytest.raises(ValueError, match=f"{message}impl='fortran'"):
+        path_taken(rng, "fortran")
+    monkeypatch.setenv("IOSR_FAST_IMPL", "fortran")
+    with pytest.raises(ValueError, match=f"{message}IOSR_FAST_IMPL=fortran"):
+        path_taken(rng)
+
+
+def test_auto_falls_back_and_says_why_once_a_device(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse(monkeypatch, "cpp", "cuda", "triton")
+    with caplog.at_level(logging.INFO, logger="iosr_fast"):
+        assert [path_taken(rng), path_taken(rng)] == ["numpy", "numpy"]
+        assert [dispatch.choose("auto", "cuda").name for _ in range(2)] == ["torch", "torch"]
+    assert [record.message for record in caplog.records] == [
+        "scoring on cpu with numpy (refused: cpp: no compiler)",
+        "scoring on cuda with torch (refused: cuda: no compiler; triton: no compiler)",
+    ]
+    with pytest.raises(RuntimeError, match="impl='cpp' can't run here: no compiler"):
+        path_taken(rng, "cpp")
+    monkeypatch.setenv("IOSR_FAST_IMPL", "cpp")
+    with pytest.raises(RuntimeError, match="IOSR_FAST_IMPL=cpp can't run here: no compiler"):
+        path_taken(rng)
+
+
+def test_a_name_that_cannot_take_the_device_is_refused(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cpp", "numpy", "reference"):
+        message = f"impl='{name}' can't run here: {name} executes on cpu, and the embeddings are on cuda; move them"
+        with pytest.raises(RuntimeError, match=message):
+            dispatch.choose(name, "cuda")
+    monkeypatch.setenv("IOSR_FAST_IMPL", "cpp")
+    with pytest.raises(RuntimeError, match="IOSR_FAST_IMPL=cpp can't run here: cpp executes on cpu"):
+        dispatch.choose("auto", "cuda")
+    monkeypatch.delenv("IOSR_FAST_IMPL")
+    refuse(monkeypatch, "cuda", "triton", reason=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "triton"):
+        with pytest.raises(
+            RuntimeError, match=f"impl='{name}' can't run here: {name} needs a CUDA device, and PyTorch"
+        ):
+            path_taken(rng, name)
+    # Where there is a GPU, arrays may be named to go there.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dispatch.choose("cuda", "cpu").name == "cuda"
+
+
+def test_triton_takes_the_cpu_under_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
+    for value, devices in (("0", ("cuda",)), ("1", ("cpu", "cuda"))):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        row = next(row for row in dispatch.available() if row.name == "triton")
+        assert row.devices == devices
+    assert row.unavailable_reason is None and dispatch.choose("triton", "cpu").name == "triton"
+    # Never by itself: it is for tests.
+    assert dispatch.choose("auto", "cpu").name == "cpp"
+
+
+def test_scoring_arrays_on_auto_never_loads_torch() -> None:
+    code = (
+        "import json, sys, numpy as np; from iosr_fast.scoring.plan import *; from iosr_fast.scoring import dispatch; "
+        "rows = np.eye(4); "
+        "plan = ScoringPlan(2, text=rows[:2], keys=rows[:3], class_offsets=[0, 2, 3]); "
+        "paths = [score_with_path(plan.with_key_precision(p), Embeddings(rows))[1] for p in ('fp32', 'bf16', 'int8')]; "
+        "[dispatch._torch_refusal(), dispatch._driver_refusal()]; "
+        "print(json.dumps([paths, sorted({'torch', 'triton'} & set(sys.modules))]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == [[CPP] * 3, []]
+
+
+def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "version", "0.0.1")
+    dispatch._cpp_refusal.cache_clear()
+    try:
+        assert "was built for version 0.0.1" in (dispatch._cpp_refusal() or "")
+    finally:
+        dispatch._cpp_refusal.cache_clear()
+
+
+def test_a_missing_package_is_answered_with_what_brings_it(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    dispatch._torch_refusal.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"impl='torch' can't run here: .*pip install 'iosr_fast\[train\]'"):
+            path_taken(rng, "torch")
+    finally:
+        dispatch._torch_refusal.cache_clear()
+
+
+def test_an_instruction_set_is_forced_or_refused_loudly(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOSR_FAST_SIMD", "scalar")
+    assert path_taken(rng, "cpp") == "cpp/scalar"
+    monkeypatch.setenv("IOSR_FAST_SIMD", "altivec")
+    with pytest.raises(RuntimeError, match=r"compiled path \(.*scalar.*\), got 'altivec'"):
+        path_taken(rng, "cpp")
+
+
+def test_info_answers_without_importing_what_it_lists() -> None:
+    code = (
+        "import sys; from iosr_fast.info import format_info; print(format_info()); "
+        "print(sorted({'torch', 'onnxruntime', 'onnx', 'tensorrt_rtx', 'triton', 'PIL'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # Beside NVIDIA's driver PyTorch is asked what the GPU can do.
+    assert set(json.loads(out.splitlines()[-1].replace("'", '"'))) <= (
+        set() if dispatch._driver_refusal() else {"torch"}
+    )
+    for word in (f"numpy              {np.__version__}", "cpp          cpu        yes", "scalar", "cpu: "):
+        assert word in out
+    assert "torch        cpu, cuda  yes" in out and "triton       cuda       " in out
+
+
+def test_info_shows_a_refusal_and_what_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, "cpp")
+    monkeypatch.setenv("IOSR_FAST_IMPL", "numpy")
+    text = info.format_info()
+    assert "cpp          cpu        no: no compiler" in text and "SIMD paths of cpp: none" in text
+    assert "IOSR_FAST_IMPL=numpy" in text
+    assert info.info()["implementations"]["cpp"] == {"devices": ["cpu"], "unavailable_reason": "no compiler"}
+    assert info.package_version("no-such-package-anywhere") is None
+
+
+def test_a_list_is_scored_like_an_array(rng: np.random.Generator) -> None:
+    plan, embeddings = random_plan(rng, [2, 1], 8), random_embeddings(rng, 3, 8)
+    lists = Embeddings(embeddings.plain.tolist(), embeddings.adapted.tolist())
+    np.testing.assert_array_equal(score_with_path(plan, lists)[0], score_with_path(plan, embeddings)[0])

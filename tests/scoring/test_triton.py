@@ -1,0 +1,204 @@
+"""The Triton kernels: parity under the interpreter and on a GPU, layouts, launch configurations, refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iosr_fast import kernels
+from iosr_fast.kernels import launch, layout
+from tests import ROOT
+from tests.conftest import EXTENDED, random_embeddings, random_plan
+from tests.scoring.test_score import LAYOUTS
+
+needs_triton = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")),
+    reason="triton or torch is not installed: pip install 'iosr_fast[triton,train]'",
+)
+
+
+def cuda_or_skip() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    pytest.importorskip("triton")
+
+
+@needs_triton
+def test_parity_under_the_interpreter() -> None:
+    # In a process of its own: triton_parity.py says why. No GPU is shown to it, as the interpreter needs none.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    files = ("tests/scoring/triton_parity.py", "tests/scoring/triton_dense.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"^(\d+) passed in", done.stdout, re.MULTILINE)
+    # Neither a skip nor an empty collection may pass for parity.
+    assert passed is not None and int(passed[1]) > 150, done.stdout[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", launch.PRECISIONS)
+@pytest.mark.parametrize("path", ["aligned", "ragged", "split"])
+def test_parity_on_the_gpu(path: str, precision: str, rng: np.random.Generator) -> None:
+    cuda_or_skip()
+    from tests.scoring.triton_parity import assert_close_to_truth
+
+    cuts = np.diff([0, *np.sort(rng.integers(0, 5001, 96)), 5000]).tolist()
+    cases = ((1, [16] * 100, 512), (300, [16] * 100, 512), (257, cuts, 512), (70, [3000, 1, 0, 5], 123), (5, [9], 17))
+    for batch, counts, width in cases:
+        plan = random_plan(rng, counts, width).with_key_precision(precision)
+        first = assert_close_to_truth(plan, random_embeddings(rng, batch, width), path, device="cuda")
+        assert first.is_cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", launch.PRECISIONS)
+def test_dense_values_on_the_gpu(precision: str, rng: np.random.Generator) -> None:
+    cuda_or_skip()
+    import torch
+
+    from tests.scoring.triton_dense import assert_dense_close
+
+    for shape in ((1, 4000, 512, 100), (300, 1000, 512, 1000), (33, 123, 17, 7)):
+        for values_dtype in (torch.float16, torch.float32):
+            assert_dense_close(rng, shape, precision, values_dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", launch.PRECISIONS)
+@pytest.mark.parametrize("name", EXTENDED)
+def test_extended_plans_on_the_gpu(name: str, precision: str, rng: np.random.Generator) -> None:
+    cuda_or_skip()
+    from tests.scoring.triton_parity import assert_close_to_truth
+
+    parts = EXTENDED[name]
+    expected = "dense" if parts.get("dense") else "aligned" if "cache" in parts.get("terms", ("cache",)) else "no-keys"
+    for batch, counts, width in ((1, [16] * 100, 512), (300, [16] * 100, 512), (33, [8] * 9, 123), (0, [9], 17)):
+        plan = random_plan(rng, counts, width, **parts, precision=precision)
+        embeddings = random_embeddings(rng, batch, width)
+        assert assert_close_to_truth(plan, embeddings, None, device="cuda", expected=expected).is_cuda
+
+
+@pytest.mark.gpu
+def test_equal_calls_give_equal_bits_on_the_gpu(rng: np.random.Generator) -> None:
+    cuda_or_skip()
+    import torch
+
+    from iosr_fast.kernels.cache_score import score_triton
+    from iosr_fast.scoring.device_plan import device_plan
+    from tests.scoring.triton_parity import tensors
+
+    plan = device_plan(random_plan(rng, [5000, 3, 0, 900], 512).with_key_precision("fp16"), "cuda")
+    rows = tensors(random_embeddings(rng, 64, 512), "cuda")
+    for path in ("aligned", "ragged", "split"):
+        first, second = (score_triton(plan, *rows, path=path)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def counts_to_offsets(counts: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+@pytest.mark.parametrize("counts", [*LAYOUTS, [16] * 50, [1000, 0, 1, 1, 300]], ids=lambda counts: f"{len(counts)}c")
+@pytest.mark.parametrize(("block_n", "block_c", "piece"), [(16, 16, None), (64, 16, None), (16, 32, 32), (64, 16, 64)])
+def test_items_hold_every_key_once(counts: list[int], block_n: int, block_c: int, piece: int | None) -> None:
+    offsets = counts_to_offsets(counts)
+    work = layout.cut_items(offsets, block_n, block_c, piece)
+    keys = [key for first, end, *_ in work.table.tolist() for key in range(first, end)]
+    assert keys == list(range(sum(counts)))
+    tiles = 0
+    for first, end, label, n_classes, slot in work.table.tolist():
+        tiles += -(-(end - first) // block_n)
+        if slot < 0:
+            assert (first, end) == (offsets[label], offsets[label + n_classes])
+            assert n_classes == 1 or (n_classes <= block_c and end - first <= block_n)
+            assert piece is None or n_classes > 1 or end - first <= piece
+        else:
+            assert (
+                offsets[label] <= first < end <= offsets[label + 1] and end - first <= (piece or 0) and n_classes == 1
+            )
+    assert tiles == work.tiles
+    # A cut class's pieces are its own, in order, and fill the slots without a gap.
+    slots = [row[4] for row in work.table.tolist() if row[4] >= 0]
+    assert slots == list(range(work.n_slots))
+    of_slot = {row[4]: row[2] for row in work.table.tolist()}
+    assert [
+        slot for label, first, end in work.cut.tolist() for slot in range(first, end) if of_slot[slot] == label
+    ] == slots
+    assert sorted(work.cut[:, 0]) == [c for c, count in enumerate(counts) if piece is not None and count > piece]
+
+
+def test_alignment_rounds_the_largest_class_up() -> None:
+    assert layout.align(counts_to_offsets([16] * 1000), 64) == layout.Aligned(16, 250, 1)
+    assert layout.align(counts_to_offsets([1, 0, 1]), 64) == layout.Aligned(1, 1, 1)
+    assert layout.align(counts_to_offsets([3, 5]), 16) == layout.Aligned(8, 1, 1)
+    assert layout.align(counts_to_offsets([150, 0, 61]), 64) == layout.Aligned(64, 4, 3)
+
+
+def test_every_launch_configuration_is_there_and_right() -> None:
+    for path in launch.PATHS:
+        for precision in ("fp32",) if path == "affine" else launch.PRECISIONS:
+            for load in ("few", "many"):
+                config = launch.config_for("a GPU without an entry", path, precision, load)  # type: ignore[arg-type]
+                assert config == launch.config_for("default", path, precision, load)  # type: ignore[arg-type]
+    for precision in launch.PRECISIONS:
+        config = launch.config_for("default", "dense", precision, "many")
+        halved = launch.dense_config("default", precision, "many", float_values=True)
+        assert halved.block_n == config.block_n // (2 if precision in ("fp16", "int8") else 1)
+        assert launch.dense_config("default", precision, "many", float_values=False) == config
+    for name, paths in launch.read_configs().items():
+        for path, precisions in paths.items():
+            for precision, loads in precisions.items():
+                for load in loads:
+                    launch.config_for(name, path, precision, load)
+    assert launch.load_of(1) == launch.load_of(launch.FEW_QUERIES) == "few"
+    assert launch.load_of(launch.FEW_QUERIES + 1) == "many"
+
+
+def test_a_gpu_of_its_own_entry_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CONFIGS_FILE", tmp_path / "launch_configs.json")
+    entry = {"block_b": 32, "block_n": 64, "block_d": 16, "num_warps": 4, "num_stages": 2}
+    default = {"aligned": {"fp16": {"few": entry, "many": entry}}}
+    try:
+        launch.write_configs({"default": default, "GPU X": {"aligned": {"fp16": {"few": entry | {"block_b": 16}}}}})
+        assert launch.config_for("GPU X", "aligned", "fp16", "few").block_b == 16
+        assert launch.config_for("GPU X", "aligned", "fp16", "many").block_b == 32
+        with pytest.raises(ValueError, match=r"expected a path out of affine, .* got 'diagonal' and 'fp16'"):
+            launch.config_for("GPU X", "diagonal", "fp16", "few")
+        launch.write_configs({"default": default, "GPU X": {"aligned": {"fp16": {"few": entry | {"block_b": 24}}}}})
+        with pytest.raises(ValueError, match=r"'GPU X'/aligned/fp16/few: expected block_b a power of two .* got 24"):
+            launch.config_for("GPU X", "aligned", "fp16", "few")
+        lines = (tmp_path / "launch_configs.json").read_text(encoding="utf-8").splitlines()
+        assert sum("block_b" in line for line in lines) == 3
+    finally:
+        launch.read_configs.cache_clear()
+        launch.config_for.cache_clear()
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda module: None)
+    assert kernels.unavailable_reason() == "triton is not installed; pip install 'iosr_fast[triton]' brings it"
+    monkeypatch.setattr(kernels, "find_spec", lambda module: object())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.unavailable_reason() is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device; TRITON_INTERPRET=1" in str(kernels.unavailable_reason())
+
+
+@needs_triton
+def test_tuning_says_that_there_is_no_gpu() -> None:
+    command = [sys.executable, "tools/tune_kernels.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "needs an NVIDIA GPU" in done.stderr

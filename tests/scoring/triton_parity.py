@@ -1,0 +1,272 @@
+"""The Triton kernels against the float64 reference.
+
+Triton decides when a kernel is defined whether its interpreter will run it, so one process has either the interpreter
+or the compiler. test_triton.py therefore runs this file and triton_dense.py by pytest in a process of its own,
+with TRITON_INTERPRET=1, and imports `assert_close_to_truth` from it for the tests on a GPU. The name keeps it out of
+the main run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.kernels import cache_score, layout, unavailable_reason
+from iosr_fast.kernels.launch import PRECISIONS, Config
+from iosr_fast.scoring.device_plan import DevicePlan, device_plan
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.reference import score_reference
+from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
+from tests.scoring.numerics import AT_THE_BOUNDS, linear_size, plan_at_a_bound
+from tests.scoring.test_precision import correlated_rows
+from tests.scoring.test_score import BATCHES, LAYOUTS, TERM_SETS, WIDTHS
+
+pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATHS = ("aligned", "ragged", "split")
+HALF = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
+# Small tiles, as the interpreter takes its time for each program; both orders of the operands.
+SMALL = (Config(16, 16, 16, 1, 1), Config(16, 32, 16, 1, 1, swap=True, block_c=32))
+CASES = list(itertools.product(BATCHES, LAYOUTS, PRECISIONS))
+
+
+@pytest.fixture(autouse=True)
+def _several_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Enough for the split path to cut classes; the interpreter counts as one, on which nothing need be cut."""
+    monkeypatch.setattr(cache_score, "multiprocessors", lambda device: 16)
+    yield
+
+
+def tensors(embeddings: Embeddings, device: str = DEVICE) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(embeddings.plain, device=device), torch.tensor(embeddings.adapted, device=device)
+
+
+def eager(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+    """The papers' code: full affinity and one-hot matrix or values, in float32 on queries rounded as the kernels round
+    them."""
+    logits = torch.zeros((len(plain), plan.n_classes), device=plan.device)
+    if plan.text is not None:
+        logits += plan.tau * (plain.float() @ plan.text.T)
+    if plan.keys is not None:
+        half = {torch.int8: torch.float16}.get(plan.keys.dtype, plan.keys.dtype)
+        keys = plan.keys.float()
+        keys = keys if plan.key_scales is None else keys * plan.key_scales[:, None]
+        query = plan.query_rows(plain.float(), adapted.float()).to(half).float()
+        affinity = torch.exp(-plan.beta * (1.0 - query @ keys.T))
+        affinity = affinity if plan.weights is None else affinity * plan.weights
+        values = plan.values
+        if values is None:
+            counts = plan.class_offsets.diff().long()
+            labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=plan.device), counts)
+            values = torch.eye(plan.n_classes, device=plan.device)[labels]
+        logits += plan.alpha * (affinity @ values)
+    if plan.linear is not None:
+        logits += plan.feature_rows(plain.float(), adapted.float()) @ plan.linear.T
+    return logits if plan.bias is None else logits + plan.bias
+
+
+def assert_close_to_truth(
+    plan: ScoringPlan,
+    embeddings: Embeddings,
+    path: str | None,
+    config: Config | None = None,
+    device: str = DEVICE,
+    expected: str | None = None,
+) -> torch.Tensor:
+    """Score, see that the path ran, and that the error is at most twice eager's at the keys' precision."""
+    truth = score_reference(plan, embeddings)
+    on_device = device_plan(plan, device)
+    plain, adapted = tensors(embeddings, device)
+    logits, ran = cache_score.score_triton(on_device, plain, adapted, path=path, config=config)
+    assert ran == f"triton/{expected or path}"
+    assert logits.dtype == torch.float32 and logits.shape == truth.shape
+    error = np.abs(logits.cpu().numpy() - truth).max(initial=0.0)
+    eager_error = np.abs(eager(on_device, plain, adapted).cpu().numpy() - truth).max(initial=0.0)
+    scale = np.abs(truth).max(initial=0.0) + (plan.tau if plan.text is not None else 0.0)
+    scale += linear_size(plan)
+    if plan.values is not None:  # whose signs cancel
+        scale += np.abs(cancelled(on_device, plain, adapted)).max(initial=0.0)
+    # Two roundings at the terms' magnitude; on a GPU, where three TF32 products stand for one of float32, four more,
+    # which the exponential magnifies by beta.
+    roundings = 2.0 if device == "cpu" else 6.0 + 4.0 * plan.beta
+    assert error <= 2 * eager_error + roundings * np.finfo(np.float32).eps * scale
+    return logits
+
+
+def cancelled(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor) -> np.ndarray:
+    """The cache term of keys with values, were all their signs the same."""
+    positive = replace(plan, text=None, linear=None, bias=None, values=plan.values.abs())
+    sums: np.ndarray = eager(positive, plain, adapted).cpu().numpy()
+    return sums
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_odd_widths_and_batches(path: str, width: int, rng: np.random.Generator) -> None:
+    # Each width and path meets two other cases out of the 96; 5 has no factor in common with their number.
+    start = 2 * (WIDTHS.index(width) * len(PATHS) + PATHS.index(path))
+    for step in range(2):
+        batch, counts, precision = CASES[(start + step) * 5 % len(CASES)]
+        plan = random_plan(rng, list(counts), width).with_key_precision(precision)
+        assert_close_to_truth(plan, random_embeddings(rng, batch, width), path, SMALL[step % 2])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_layout_at_every_precision(path: str, precision: str, rng: np.random.Generator) -> None:
+    for step, counts in enumerate((*LAYOUTS, [16] * 3, [3] * 9)):
+        plan = random_plan(rng, list(counts), 17, weighted=step % 2 == 0).with_key_precision(precision)
+        assert_close_to_truth(plan, random_embeddings(rng, 5, 17), path, SMALL[sum(counts) > 30])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("batch", "counts", "expected"), [(3, [16] * 9, "aligned"), (40, [1, 0, 37] * 6, "ragged")])
+def test_default_configurations(
+    precision: str, batch: int, counts: list[int], expected: str, rng: np.random.Generator
+) -> None:
+    plan = random_plan(rng, counts, 72).with_key_precision(precision)
+    assert_close_to_truth(plan, random_embeddings(rng, batch, 72), None, expected=expected)
+
+
+def test_many_tiles_of_queries_and_classes(rng: np.random.Generator) -> None:
+    """More than one band of query blocks, and both the rows and the columns of the last tile cut short."""
+    for path, counts in (("aligned", [3] * 5), ("ragged", [5, 0, 12]), ("split", [40, 3])):
+        plan = random_plan(rng, counts, 16)
+        assert_close_to_truth(plan, random_embeddings(rng, 16 * 16 + 3, 16), path, SMALL[0])
+
+
+@pytest.mark.parametrize("terms", TERM_SETS, ids="+".join)
+def test_each_combination_of_terms(terms: tuple[str, ...], rng: np.random.Generator) -> None:
+    embeddings = random_embeddings(rng, 5, 33)
+    path = "aligned" if "cache" in terms else None
+    for query, feature, weighted in itertools.product(("plain", "adapted"), ("plain", "adapted"), (True, False)):
+        plan = random_plan(rng, [2, 0, 3, 1], 33, terms, query=query, feature=feature, weighted=weighted)
+        assert_close_to_truth(plan, embeddings, path, SMALL[0], expected=path or "no-keys")
+    if "linear" in terms:
+        assert_close_to_truth(replace(plan, bias=None), embeddings, path, SMALL[0], expected=path or "no-keys")
+
+
+@pytest.mark.parametrize("name", [name for name, parts in EXTENDED.items() if not parts.get("dense")])
+@pytest.mark.parametrize("path", PATHS)
+def test_reducers_and_distributions_over_texts(path: str, name: str, rng: np.random.Generator) -> None:
+    terms = EXTENDED[name].get("terms", ("cache",))
+    if "cache" not in terms and path != PATHS[0]:
+        return
+    for step, (counts, width, batch) in enumerate((([3, 0, 20], 33, 5), ([5, 1], 1, 1), ([2] * 20, 17, 0))):
+        precision = PRECISIONS[(step + PATHS.index(path)) % len(PRECISIONS)]
+        plan = random_plan(rng, list(counts), width, **EXTENDED[name], precision=precision)
+        taken, expected = (path, path) if "cache" in terms else (None, "no-keys")
+        assert_close_to_truth(plan, random_embeddings(rng, batch, width), taken, SMALL[step % 2], expected=expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_reduced_query_meets_int8_keys_in_a_basis_of_their_own(path: str, rng: np.random.Generator) -> None:
+    keys = correlated_rows(rng, 150, 48)
+    plan = ScoringPlan(3, keys=keys, class_offsets=[0, 90, 90, 150], beta=8.0).with_key_precision("int8")
+    assert plan.query_transform is not None
+    queries = Embeddings(correlated_rows(rng, 5, 48), unit_rows(rng, 5, 48))
+    assert_close_to_truth(plan, queries, path, SMALL[0])
+    for kind in REDUCERS:
+        assert_close_to_truth(replace(plan, reducer=random_reducer(rng, kind, 48)), queries, path, SMALL[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 5.5), (1.7, 0.0), (1.7, 100.0), (-0.5, 1.0), (1e4, 1e3)])
+def test_constants_at_their_ends(path: str, alpha: float, beta: float, rng: np.random.Generator) -> None:
+    embeddings = random_embeddings(rng, 5, 64)
+    plan = random_plan(rng, [4, 0, 29, 1], 64, alpha=alpha, beta=beta)
+    # A query that is a key has affinity 1, where the exponent's rounding shows most.
+    embeddings = Embeddings(embeddings.plain, np.concatenate([plan.keys[:3], embeddings.adapted[3:]]))
+    logits = assert_close_to_truth(plan, embeddings, path, SMALL[0])
+    if beta == 0.0:
+        cache = replace(plan, text=None, linear=None, bias=None, weights=None)
+        sums = assert_close_to_truth(cache, embeddings, path, SMALL[0])
+        np.testing.assert_allclose(sums[0].cpu(), alpha * np.diff(plan.class_offsets), rtol=1e-6)
+    if alpha == 0.0:
+        without = replace(plan, keys=None, class_offsets=None, weights=None)
+        assert torch.equal(logits, assert_close_to_truth(without, embeddings, None, expected="no-keys"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_duplicate_keys_count_twice(path: str, precision: str, rng: np.random.Generator) -> None:
+    key = unit_rows(rng, 1, 32)
+    plan = ScoringPlan(2, keys=np.repeat(key, 3, axis=0), class_offsets=np.array([0, 1, 3]), beta=7.0)
+    logits = assert_close_to_truth(plan.with_key_precision(precision), random_embeddings(rng, 5, 32), path, SMALL[0])
+    torch.testing.assert_close(logits[:, 1], 2 * logits[:, 0], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_empty_batch_has_empty_logits(path: str, rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [2, 1], 8)
+    assert assert_close_to_truth(plan, random_embeddings(rng, 0, 8), path).shape == (0, 2)
+    assert_close_to_truth(plan, random_embeddings(rng, 0, 8), None, expected="aligned")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_embeddings(dtype: torch.dtype, rng: np.random.Generator) -> None:
+    plan = device_plan(random_plan(rng, [3, 2], 24).with_key_precision("fp16"), DEVICE)
+    plain, adapted = (rows.to(dtype) for rows in tensors(random_embeddings(rng, 3, 24)))
+    halves = cache_score.score_triton(plan, plain, adapted)[0]
+    assert torch.equal(halves, cache_score.score_triton(plan, plain.float(), adapted.float())[0])
+    strided = torch.stack([plain, adapted], dim=1)
+    assert torch.equal(halves, cache_score.score_triton(plan, strided[:, 0], strided[:, 1])[0])
+
+
+def test_split_cuts_classes_and_bounds_its_workspace(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, config = random_plan(rng, [150, 0, 61, 3, 2], 16), SMALL[0]
+    embeddings = random_embeddings(rng, 21, 16)
+    on_device = device_plan(plan, DEVICE)
+    piece = cache_score.piece_keys(on_device, 21, config, 16)
+    assert piece < 150
+    work = layout.items(on_device, config.block_n, config.block_c, piece)
+    assert work.n_slots >= 3 and 0 in work.cut[:, 0]
+    whole = assert_close_to_truth(plan, embeddings, "split", config)
+    monkeypatch.setattr(cache_score, "WORKSPACE_BYTES", 4 * work.n_slots * 16)
+    assert torch.equal(whole, assert_close_to_truth(plan, embeddings, "split", config))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_equal_calls_give_equal_bits(path: str, rng: np.random.Generator) -> None:
+    plan = device_plan(random_plan(rng, [40, 3, 0, 9], 31), DEVICE)
+    rows = tensors(random_embeddings(rng, 7, 31))
+    first, second = (cache_score.score_triton(plan, *rows, path=path, config=SMALL[0])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_automatic_path() -> None:
+    def chosen(counts: list[int], batch: int) -> str:
+        keys = np.ones((sum(counts), 1), dtype=np.float32)
+        plan = ScoringPlan(len(counts), keys=keys, class_offsets=np.concatenate([[0], np.cumsum(counts)]))
+        on_device = device_plan(plan.with_key_precision("fp16"), DEVICE)
+        return cache_score.choose_path(on_device, batch, "default", 132)
+
+    assert chosen([16] * 1000, 1) == chosen([16] * 1000, 4096) == "aligned"
+    assert chosen([1] * 1000, 1024) == "aligned"
+    assert chosen([1000] * 100, 4096) == "aligned"
+    assert chosen([1, 2, 60] * 300, 1024) == "ragged"
+    assert chosen([2000] * 10, 1) == chosen([2000] * 10, 64) == "split"
+    assert chosen([10_000] + [4] * 500, 256) == "split"
+
+
+def test_an_unknown_path_is_refused(rng: np.random.Generator) -> None:
+    plan = device_plan(random_plan(rng, [2, 1], 8), DEVICE)
+    with pytest.raises(ValueError, match='expected path "aligned", "ragged" or "split", got "diagonal"'):
+        cache_score.score_triton(plan, *tensors(random_embeddings(rng, 2, 8)), path="diagonal")
+
+
+@pytest.mark.parametrize("case", AT_THE_BOUNDS, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_constants_at_their_bounds(case: dict[str, float], precision: str, rng: np.random.Generator) -> None:
+    plan = plan_at_a_bound(rng, case, precision)
+    dense = plan.values is not None
+    logits = assert_close_to_truth(
+        plan, random_embeddings(rng, 9, 40), None if dense else "ragged", SMALL[0], expected="dense" if dense else None
+    )
+    assert torch.isfinite(logits).all()

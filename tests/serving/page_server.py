@@ -1,0 +1,139 @@
+"""What the page's tests stand on: the real server around the demo's classifier, a browser, and a watch over both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iosr_fast import Classifier
+from iosr_fast.clip.demo.pictures import load_pictures
+from tests.serving import serving_client
+from tests.serving.serving_client import TOKEN
+from tools.page_screenshot import ARGUMENTS, CHROMIUM, served
+
+# Whoever imports this module is skipped where something is missing; serving_client has asked for the server's packages.
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
+if not os.access(CHROMIUM, os.X_OK):
+    pytest.skip(f"no browser: {CHROMIUM} is not there (Debian's package chromium)", allow_module_level=True)
+
+NEWCOMER = "santa claus"
+
+
+def file(image: np.ndarray | bytes, name: str = "picture.png", kind: str = "image/png") -> Any:
+    """A picture as playwright's set_input_files takes it."""
+    return {
+        "name": name,
+        "mimeType": kind,
+        "buffer": image if isinstance(image, bytes) else serving_client.encode(image),
+    }
+
+
+@dataclass
+class Site:
+    """A server that runs, and what it was made of."""
+
+    address: str
+    classifier: Classifier
+    queries: list[bytes]  # one picture of each class, not in the support, as PNG
+    newcomer: list[np.ndarray]  # pictures of NEWCOMER, which is no class
+
+
+@dataclass
+class Visit:
+    """A tab, everything that went wrong in it, and the statuses of answers that were refusals."""
+
+    page: Any
+    site: Site
+    problems: list[str] = field(default_factory=list)
+    refusals: list[int] = field(default_factory=list)
+
+    def watch(self) -> None:
+        """Note console errors (a violated security policy is one), exceptions, and requests to anybody else."""
+        self.page.on("console", self._on_console)
+        self.page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
+        self.page.on("request", self._on_request)
+        # While somebody listens the browser asks the test for files; to begin listening after a key is too late.
+        self.page.on("filechooser", lambda chooser: None)
+        self.page.on("response", lambda it: self.refusals.append(it.status) if it.status >= 400 else None)
+
+    def _on_console(self, message: Any) -> None:
+        # The browser's own line about a status is looked at as a status, in `refusals`.
+        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource: the server"):
+            self.problems.append(f"{message.type}: {message.text}")
+
+    def _on_request(self, request: Any) -> None:
+        if not request.url.startswith(self.site.address):
+            self.problems.append(f"request to {request.url}")
+
+    def open(self) -> Visit:
+        self.page.goto(self.site.address)
+        self.page.locator("#classes li").first.wait_for()
+        return self
+
+    def choose(self, *files: Any) -> Visit:
+        """Choose pictures to classify and wait for the last one's answer."""
+        self.page.set_input_files("#choose", list(files))
+        self.page.locator("#file-name", has_text=files[-1]["name"]).wait_for()
+        self.page.locator("#result[aria-busy=false]").wait_for()
+        return self
+
+    def fill_in(self, name: str, pictures: list[Any], token: str = TOKEN) -> Visit:
+        """Fill in the form of a new class, up to its button."""
+        self.page.fill("#new-name", name)
+        self.page.set_input_files("#new-pictures", pictures)
+        self.page.locator("#new-strip li").nth(len(pictures) - 1).wait_for()
+        self.page.fill("#token", token)
+        return self
+
+    def text(self, selector: str) -> str:
+        return str(self.page.locator(selector).inner_text())
+
+    def notice(self, words: str) -> None:
+        """Wait for the notice to say these words, on the screen and to screen readers."""
+        self.page.locator("#notice-text", has_text=words).wait_for()
+        assert words in self.text("#notice-live")
+
+    def was_refused(self, *statuses: int) -> None:
+        """The server refused just this since it was asked last; all else counts as a problem in the end."""
+        assert self.refusals == list(statuses)
+        self.refusals.clear()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    classifier = serving_client.load()
+    queries = dict(zip(serving_client.query_labels(), serving_client.queries(), strict=True))
+    pictures = load_pictures("held-out")
+    newcomer = list(pictures.images[pictures.concepts == pictures.names.index(NEWCOMER)])
+    assert NEWCOMER not in classifier.classes_
+    with served(classifier, TOKEN) as address:
+        yield Site(address, classifier, list(queries.values()), newcomer)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(site: Site, browser: Any, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """A fresh tab on the page; nothing may go wrong in it. Classes that the test adds are taken out again."""
+    before = {info.class_id for info in site.classifier.classes()}
+    context = browser.new_context(**getattr(request, "param", {}))
+    context.set_default_timeout(20_000)
+    visit = Visit(context.new_page(), site)
+    visit.watch()
+    yield visit.open()
+    context.close()
+    for info in site.classifier.classes():
+        if info.class_id not in before:
+            site.classifier.remove_class(info.class_id)
+    assert visit.problems == [] and visit.refusals == []

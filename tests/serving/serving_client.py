@@ -1,0 +1,184 @@
+"""Shared by the tests of the server: a small classifier, an application around it, and a client in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.http import Settings
+from tests.demo_cache import shared_cache
+from tests.pictures import encode
+
+# Whoever imports this module is skipped where a package is missing.
+for _module, _extra in {
+    "open_clip": "train",
+    "onnxruntime": "cpu",
+    "uvicorn": "serve",
+    "python_multipart": "serve",
+}.items():
+    pytest.importorskip(_module, reason=f"{_module} comes with the {_extra} extra")
+fastapi = pytest.importorskip("fastapi", reason="fastapi comes with the serve extra")
+httpx = pytest.importorskip("httpx", reason="httpx comes with the dev extra")
+pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
+
+from iosr_fast.serving.http import create_app  # noqa: E402
+from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
+
+CLASSES, SHOTS = 8, 3
+TOKEN = "a-token-for-tests-only"
+AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@functools.cache
+def _drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    pictures = load_pictures("held-out", min_styles=5)
+    chosen = np.linspace(0, len(pictures.names) - 1, CLASSES).astype(int)
+    rows = [np.flatnonzero(pictures.concepts == concept) for concept in chosen]
+    support, queries = np.concatenate([r[:SHOTS] for r in rows]), np.concatenate([r[SHOTS:] for r in rows])
+    labels = np.searchsorted(chosen, pictures.concepts)
+    names = [pictures.names[concept] for concept in chosen]
+    return pictures.images[support], labels[support], pictures.images[queries], labels[queries], names
+
+
+@functools.cache
+def bundle() -> Path:
+    """A saved classifier of the demo: CLASSES classes of SHOTS images, fitted once for all test files."""
+    folder = Path(tempfile.mkdtemp(prefix="iosr-fast-serving-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    images, labels, _, _, names = _drawn()
+    with shared_cache():
+        classifier = Classifier.from_pretrained("demo", runtime="onnxruntime")
+    classifier.fit(images, labels, class_names=names, views=1, method="tip-adapter++")
+    classifier.save(folder / "bundle")
+    return folder / "bundle"
+
+
+def load() -> Classifier:
+    """A classifier of one's own, to change."""
+    return Classifier.load(bundle(), verify=False)
+
+
+def queries() -> list[bytes]:
+    """Pictures that are not in the support, as PNG."""
+    return [encode(image) for image in _drawn()[2]]
+
+
+def query_labels() -> list[str]:
+    _, _, _, labels, names = _drawn()
+    return [names[label] for label in labels]
+
+
+def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
+    return [("images", (f"{i}.png", image, "image/png")) for i, image in enumerate(images)]
+
+
+class Client:
+    """Requests to an application in this process, from any thread; the application has an event loop of its own."""
+
+    def __init__(self, app: fastapi.FastAPI) -> None:
+        self.app = app
+        self.service = app.state.service
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        # Errors have to come as answers; one that is raised through the application fails the test.
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+    def run(self, coroutine: Any, timeout: float = 30.0) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+
+    def start(self, method: str, path: str, **options: Any) -> Any:
+        """A Future of the response."""
+        return asyncio.run_coroutine_threadsafe(self._client.request(method, path, **options), self._loop)
+
+    def ask(self, method: str, path: str, **options: Any) -> Any:
+        return self.start(method, path, **options).result(30)
+
+    def get(self, path: str, **options: Any) -> Any:
+        return self.ask("GET", path, **options)
+
+    def predict(self, *images: bytes, query: str = "", **options: Any) -> Any:
+        """One image as the body, several as a form."""
+        if len(images) == 1:
+            options = {"headers": {"Content-Type": "image/png"}, "content": images[0], **options}
+        else:
+            options = {"files": form(*images), **options}
+        return self.ask("POST", f"/v1/predict{query}", **options)
+
+    def close(self) -> None:
+        self.run(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@contextmanager
+def serving(classifier: Any = None, batching: dict[str, Any] | None = None, **settings: Any) -> Iterator[Client]:
+    """A client of an application; `settings` as Settings has them, `batching` for BatchingClassifier."""
+    classifier = load() if classifier is None else classifier
+    metrics = Metrics()
+    made = Settings(**{"token": TOKEN, **settings})
+    options = {"max_batch": made.batch_for(classifier.encoder), "max_queue": made.max_queue, **(batching or {})}
+    batches = BatchingClassifier(classifier, observer=metrics, **options)
+    client = Client(create_app(batches, made, metrics))
+    try:
+        yield client
+    finally:
+        client.close()
+        client.service.close()
+        batches.close()
+
+
+class Gate:
+    """An encoder that waits while the gate is shut, and raises `error` where there is one."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._encoder = classifier.encoder
+        self._open = threading.Event()
+        self._open.set()
+        self.error: Exception | None = None
+        classifier.encoder = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def encode(self, pixels: np.ndarray) -> Any:
+        assert self._open.wait(20)
+        if self.error is not None:
+            raise self.error
+        return self._encoder.encode(pixels)
+
+    def shut(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def error_of(response: Any, status: int) -> str:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"code", "message"} and body["error"]["message"]
+    return body["error"]["code"]
+
+
+def wait_until(condition: Any) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)

@@ -1,0 +1,288 @@
+"""BatchingClassifier when images, engine, observer or the batch itself go wrong: who hears of it, and who must not."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.images import decoding
+from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
+from iosr_fast.serving.batching import decode as batch_decode
+from iosr_fast.serving.batching import workers as batch_workers
+from iosr_fast.serving.batching.engine import bucket_sizes
+from tests.pictures import encode
+from tests.serving.batching_fakes import (
+    PATIENCE_S,
+    SIZE,
+    FakeClassifier,
+    FakeEncoder,
+    FakeState,
+    Watcher,
+    picture,
+    until,
+)
+
+BLACK = 0  # what an engine that failed is tried with; none of the pictures here
+FIRST = 200
+
+
+class EngineError(Exception):
+    pass
+
+
+@pytest.fixture
+def classifier() -> FakeClassifier:
+    return FakeClassifier()
+
+
+@pytest.fixture
+def watcher() -> Watcher:
+    return Watcher()
+
+
+@pytest.fixture
+def batching(classifier: FakeClassifier, watcher: Watcher) -> Iterator[BatchingClassifier]:
+    with BatchingClassifier(classifier, max_batch=8, max_queue=16, decode_threads=2, observer=watcher) as made:
+        yield made
+        classifier.encoder.open.set()
+    assert made.pending == 0
+
+
+def together(batching: BatchingClassifier, classifier: FakeClassifier, numbers: list[int]) -> list[Any]:
+    """Futures of pictures that come in one batch, behind another one on which nothing is raised."""
+    raises = classifier.encoder.raises
+    classifier.encoder.raises = lambda given: None if given == [FIRST] else raises(given)
+    with classifier.held(batching, FIRST):
+        return batching.submit_many([picture(number) for number in numbers])
+
+
+def outcomes(futures: list[Any]) -> list[int | str]:
+    """Labels, and names of errors."""
+    got = [(future.exception(PATIENCE_S), future) for future in futures]
+    return [int(future.result().label) if error is None else type(error).__name__ for error, future in got]
+
+
+def raising(error: Callable[[], BaseException], when: Callable[[list[int]], bool]) -> Callable[[list[int]], None]:
+    def raises(numbers: list[int]) -> None:
+        if when(numbers):
+            raise error()
+
+    return raises
+
+
+def test_a_bad_image_fails_alone(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
+    def opened(source: Any, *given: Any, **options: Any) -> Any:
+        data = source if isinstance(source, bytes) else b""
+        if data == b"memory":
+            raise MemoryError("no room for it")
+        if data == b"exit":
+            raise SystemExit(3)
+        return decode_pixels(source, *given, **options)
+
+    decode_pixels = batch_decode.decode_pixels
+    monkeypatch.setattr(batch_decode, "decode_pixels", opened)
+    images = [picture(1), b"no image", b"memory", "missing.png", picture(2, 9), b"exit", picture(3).astype(float), 17]
+    futures = batching.submit_many(images)
+    bad, memory, ended = "BadImageError", "MemoryError", "RuntimeError"
+    assert outcomes(futures) == [1, bad, memory, bad, 2, ended, bad, bad]
+    assert str(futures[3].exception()) == "can't read image missing.png: no such file"
+    assert "image number 1: it is not an image" in str(futures[1].exception())
+    assert "SystemExit was raised" in str(futures[5].exception())
+    assert batching.healthy and batching.last_error is None and batching.pending == 0
+    counts = {name: [outcome for outcome, _ in watcher.done].count(name) for name in ("ok", "bad_image", "error")}
+    assert counts == {"ok": 2, "bad_image": 4, "error": 2}
+
+
+def test_limits_are_checked_by_the_header(classifier: FakeClassifier, monkeypatch) -> None:
+    def encoded(width: int, height: int) -> bytes:
+        return encode(np.full((height, width, 3), 7, np.uint8))
+
+    limits = DecodeLimits(max_bytes=500, max_pixels=1000)
+    noise = encode(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
+    opened: list[Any] = []
+    resize_and_crop = decoding.resize_and_crop
+    monkeypatch.setattr(decoding, "resize_and_crop", lambda *given: opened.append(given) or resize_and_crop(*given))
+    with BatchingClassifier(classifier, limits=limits) as batching:
+        good = [encoded(30, 30), Image.new("L", (30, 30), 7), picture(7, 30), encoded(10, 60)]
+        assert outcomes(batching.submit_many(good)) == [7] * 4 and len(opened) == 4
+        for said, image in {
+            "expected at most 1000 pixels, got 101 x 10": encoded(101, 10),
+            "expected at most 1000 pixels, got 40 x 40": Image.new("L", (40, 40)),
+            "got 32 x 33": np.zeros((33, 32), np.uint8),
+            "sides that are less unlike, got 1 x 64": encoded(1, 64),
+            r"at most 500 encoded bytes, got \d+": noise,
+        }.items():
+            with pytest.raises(BadImageError, match=said):
+                batching.submit(image).result(PATIENCE_S)
+    assert len(opened) == 4
+
+
+@pytest.mark.parametrize("guilty", [{3}, {1}, {8}, {2, 7}, {1, 2, 3, 4, 5, 6, 7, 8}])
+def test_only_the_guilty_fail(batching, classifier: FakeClassifier, guilty: set[int], caplog) -> None:
+    classifier.encoder.raises = raising(EngineError, lambda numbers: bool(guilty & set(numbers)))
+    futures = together(batching, classifier, list(range(1, 9)))
+    assert outcomes(futures) == ["EngineError" if i in guilty else i for i in range(1, 9)]
+    assert batching.healthy and batching.last_error is None
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+def test_a_passing_error_fails_nobody(batching, classifier: FakeClassifier) -> None:
+    for numbers in ([1], [1, 2, 3]):
+        left = [EngineError("once")]
+        classifier.encoder.raises = raising(lambda left=left: left.pop(), lambda given, left=left: bool(left))
+        assert outcomes(together(batching, classifier, numbers)) == numbers and not left
+
+
+def test_batches_too_large_for_the_engine_are_split(batching, classifier: FakeClassifier) -> None:
+    classifier.encoder.raises = raising(lambda: MemoryError(), lambda numbers: len(numbers) > 2)
+    assert outcomes(together(batching, classifier, list(range(1, 9)))) == list(range(1, 9))
+    assert batching.healthy
+
+
+def test_engine_down_and_up_again(batching, classifier: FakeClassifier, watcher: Watcher, monkeypatch) -> None:
+    monkeypatch.setattr(batch_workers, "_PROBE_S", 3600.0)
+    classifier.encoder.raises = raising(lambda: EngineError("lost"), lambda numbers: True)
+    futures = together(batching, classifier, [1, 2, 3, 4, 5])
+    assert outcomes(futures) == ["EngineError"] * 5
+    assert len({id(future.exception()) for future in futures}) == 5, "each has an exception of its own"
+    assert not batching.healthy and str(batching.last_error) == "lost"
+    assert classifier.encoder.batches[1:] == [[1, 2, 3, 4, 5], [BLACK]], "nothing is tried on an engine that is down"
+    assert outcomes([batching.submit(picture(6))]) == ["EngineError"] and not batching.healthy
+    classifier.encoder.raises = lambda numbers: None
+    assert outcomes([batching.submit(picture(7))]) == [7]
+    assert batching.healthy and str(batching.last_error) == "lost" and batching.pending == 0
+    assert [outcome for outcome, _ in watcher.done].count("error") == 6
+
+
+def test_engine_that_works_again_is_found_without_traffic(batching, classifier: FakeClassifier, monkeypatch) -> None:
+    monkeypatch.setattr(batch_workers, "_PROBE_S", 0.001)
+    classifier.encoder.raises = raising(EngineError, lambda numbers: True)
+    assert outcomes([batching.submit(picture(1))]) == ["EngineError"] and not batching.healthy
+    until(lambda: len(classifier.encoder.batches) > 6)
+    assert not batching.healthy
+    classifier.encoder.raises = lambda numbers: None
+    until(lambda: batching.healthy)
+
+
+def test_engine_that_goes_down_on_the_way(batching, classifier: FakeClassifier) -> None:
+    """What was classified before stays; the rest gets the error."""
+    fails_from = [False]
+
+    def raises(numbers: list[int]) -> None:
+        if numbers == [1, 2]:
+            fails_from[0] = True
+        elif fails_from[0] or len(numbers) > 2:
+            raise EngineError
+
+    classifier.encoder.raises = raises
+    assert outcomes(together(batching, classifier, [1, 2, 3, 4])) == [1, 2, "EngineError", "EngineError"]
+    assert not batching.healthy
+
+
+def test_errors_of_scoring_are_treated_alike(batching, classifier: FakeClassifier, monkeypatch) -> None:
+    explain = FakeState.explain
+
+    def refuses_three(self: FakeState, embeddings: Embeddings, *asked: int) -> list[Any]:
+        if 3.0 in embeddings.plain:
+            raise ValueError("expected finite embeddings")
+        return explain(self, embeddings, *asked)
+
+    monkeypatch.setattr(FakeState, "explain", refuses_three)
+    assert outcomes(together(batching, classifier, [1, 2, 3, 4])) == [1, 2, "ValueError", 4] and batching.healthy
+    monkeypatch.setattr(FakeState, "explain", lambda self, embeddings, *asked: explain(self, embeddings, *asked)[1:])
+    futures = together(batching, classifier, [1, 2])
+    assert outcomes(futures) == ["RuntimeError"] * 2 and not batching.healthy
+    assert "expected 2 predictions, got 1" in str(futures[0].exception())
+
+
+def test_an_encoder_that_loses_images_is_noticed(batching, classifier: FakeClassifier, monkeypatch) -> None:
+    monkeypatch.setattr(FakeEncoder, "encode", lambda self, pixels: Embeddings(np.zeros((len(pixels) + 1, 1))))
+    error = batching.submit(picture(1)).exception(PATIENCE_S)
+    assert "expected 1 embeddings of the encoder, got 2" in str(error) and not batching.healthy
+
+
+def test_an_observer_that_raises_harms_nobody(classifier: FakeClassifier, caplog) -> None:
+    class Broken:
+        def on_batch(self, *_: Any) -> None:
+            raise RuntimeError("full disk")
+
+        def on_done(self, *_: Any) -> None:
+            raise RuntimeError("full disk")
+
+        on_refused = None
+
+    with BatchingClassifier(classifier, observer=Broken(), max_queue=2) as batching:
+        for i in range(3):
+            assert outcomes([batching.submit(picture(i))]) == [i]
+    with pytest.raises(RuntimeError, match="closed"):
+        batching.submit(picture(1))
+    assert caplog.text.count("the observer's") == 1 and "full disk" in caplog.text
+
+
+def test_a_callback_that_raises_harms_nobody(batching, classifier: FakeClassifier) -> None:
+    with classifier.held(batching, 1) as future:
+        future.add_done_callback(lambda _: 1 / 0)
+        others = batching.submit_many([picture(2), picture(3)])
+    assert outcomes([future, *others]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("part", ["run", "take", "batch hook"])
+def test_the_batch_thread_outlives_what_nobody_expects(batching, classifier, part: str, monkeypatch, caplog) -> None:
+    owner, name = {
+        "run": (batching._engine, "run"),
+        "take": (batching._queue, "_until_due_s"),
+        "batch hook": (batch_workers, "_answer"),
+    }[part]
+    works, left = getattr(owner, name), [SystemExit("unexpected")]
+
+    def fails_once(*given: Any) -> Any:
+        if left and (part != "take" or batching._queue._ready):
+            raise left.pop()
+        return works(*given)
+
+    monkeypatch.setattr(owner, name, fails_once)
+    assert outcomes([batching.submit(picture(1))]) == [1 if part == "take" else "RuntimeError"]
+    assert outcomes(batching.submit_many([picture(2), picture(3, 9)])) == [2, 3] and batching.pending == 0
+    assert "a batch could not be run" in caplog.text
+
+
+def test_nothing_is_encoded_by_two_threads_at_once(batching, classifier: FakeClassifier) -> None:
+    with classifier.held(batching, 1) as first:
+        warming = threading.Thread(target=batching.warm)
+        warming.start()
+        warming.join(0.05)
+        assert warming.is_alive() and classifier.encoder.batches == [[1]]
+    warming.join(PATIENCE_S)
+    assert outcomes([first]) == [1] and sorted(map(len, classifier.encoder.batches)) == [1, 1, 2, 4, 8]
+
+
+def test_warming_runs_every_bucket_before_serving(classifier: FakeClassifier) -> None:
+    assert [bucket_sizes(n) for n in (1, 2, 5, 32)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8, 16, 32]]
+    with BatchingClassifier(classifier, max_batch=6, warm=True):
+        assert classifier.encoder.batches == [[0] * n for n in (1, 2, 4, 6)]
+        assert len(classifier.asked) == 4, "scoring is warmed as well"
+
+    class Warmable(FakeEncoder):
+        max_batch = 4
+        warmed: tuple[int, ...] = ()
+
+        def warm(self, sizes: list[int]) -> None:
+            self.warmed = tuple(sizes)
+
+    classifier.encoder = Warmable()
+    with BatchingClassifier(classifier, max_batch=16) as batching:
+        batching.warm()
+        assert classifier.encoder.warmed == (1, 2, 4) and classifier.encoder.batches == [[BLACK]]
+    classifier.encoder.raises = raising(EngineError, lambda numbers: True)
+    before = threading.active_count()
+    with pytest.raises(EngineError):
+        BatchingClassifier(classifier, warm=True)
+    assert threading.active_count() == before and classifier.encoder.image_size == SIZE

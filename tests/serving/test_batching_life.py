@@ -1,0 +1,260 @@
+"""BatchingClassifier from start to end: closing, replacing, what is left behind, the interpreter's end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iosr_fast.serving.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
+from tests import ROOT
+from tests.serving.batching_fakes import (
+    PATIENCE_S,
+    FakeClassifier,
+    FakeEncoder,
+    Gated,
+    Watcher,
+    labels,
+    picture,
+    running,
+    threads,
+    until,
+)
+
+
+@pytest.fixture
+def classifier() -> FakeClassifier:
+    return FakeClassifier()
+
+
+@pytest.fixture
+def batching(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
+    with running(classifier) as made:
+        yield made
+
+
+def test_close_answers_everything_accepted(batching, classifier: FakeClassifier) -> None:
+    slow = Gated(9)
+    with classifier.held(batching) as first:
+        futures = [first, *batching.submit_many([picture(i, 4 + i % 2) for i in range(1, 9)]), batching.submit(slow)]
+        closing = threading.Thread(target=batching.close)
+        closing.start()
+        until(lambda: batching.closed)
+        with pytest.raises(ClosedError, match="closed and takes no more images"):
+            batching.submit(picture(1))
+        with pytest.raises(ClosedError):
+            batching.replace(classifier)
+        assert closing.is_alive()
+    slow.gate.set()
+    closing.join(PATIENCE_S)
+    assert not closing.is_alive() and all(future.done() for future in futures)
+    assert labels(futures) == list(range(10))
+    batching.close()
+    batching.close(timeout=0)
+
+
+def test_close_with_a_timeout_gives_up_what_is_left(classifier: FakeClassifier, caplog) -> None:
+    watcher, slow, before = Watcher(), Gated(2), threads()
+    batching = BatchingClassifier(classifier, max_batch=1, observer=watcher)
+    with classifier.held(batching) as first:
+        futures = [first, batching.submit(picture(1)), batching.submit(slow)]
+        batching.close(timeout=0.01)
+        for future in futures:
+            with pytest.raises(ClosedError, match="closed before the image could be classified"):
+                future.result(0)
+        assert batching.pending == 0 and "with 3 images unanswered" in caplog.text
+    slow.gate.set()
+    batching.close(PATIENCE_S)
+    until(lambda: threads() <= before)
+    assert "could not be run" not in caplog.text, "the batch that was given up ends in peace"
+    assert classifier.encoder.batches == [[0]] and watcher.done.count(("closed", None)) == 3
+
+
+def test_close_in_a_callback_does_not_wait_for_itself(batching, classifier: FakeClassifier) -> None:
+    closed = threading.Event()
+
+    def close(_: Future[Any]) -> None:
+        batching.close()
+        closed.set()
+
+    with classifier.held(batching) as first:
+        first.add_done_callback(close)
+        rest = batching.submit_many([picture(i, 4 + i % 2) for i in range(1, 9)])
+    assert closed.wait(PATIENCE_S) and labels([first, *rest]) == list(range(9))
+    with pytest.raises(ClosedError):
+        batching.submit(picture(1))
+    bad = BatchingClassifier(classifier)
+    future, closed = bad.submit(b"no image"), threading.Event()
+    future.add_done_callback(lambda _: (bad.close(), closed.set()))  # on a decoder's thread, or here
+    assert closed.wait(PATIENCE_S)
+    until(lambda: bad.pending == 0)
+    bad.close(PATIENCE_S)
+
+
+def test_a_callback_may_submit(batching) -> None:
+    more: list[Any] = []
+    done = threading.Event()
+
+    def again(_: Future[Any]) -> None:
+        more.append(batching.submit(picture(2)))
+        done.set()
+
+    batching.submit(picture(1, 9)).add_done_callback(again)
+    assert done.wait(PATIENCE_S) and labels(more) == [2]
+
+
+def test_replace_lets_the_batch_in_flight_finish_on_the_old_one(batching, classifier: FakeClassifier) -> None:
+    other = FakeClassifier(size=6)
+    slow = Gated(7)
+    with classifier.held(batching) as first:
+        waiting = batching.submit_many([picture(1), picture(2, 6), picture(3, 9), slow])
+        assert slow.begun.wait(PATIENCE_S)
+        until(lambda: batching._queue._decoding == 1)
+        assert batching.replace(other) is classifier and batching.classifier is other
+        waiting.append(batching.submit(picture(4)))
+        slow.gate.set()
+        until(lambda: batching._queue._decoding == 0)
+        # FakeEncoder checks the size of what it gets: all of it was brought to 6 x 6.
+    assert labels([first, *waiting]) == [0, 1, 2, 3, 7, 4]
+    assert classifier.encoder.batches == [[0]] and sorted(sum(other.encoder.batches, [])) == [1, 2, 3, 4, 7]  # noqa: RUF017
+    assert batching.healthy and batching.replace(classifier) is other and labels([batching.submit(picture(5))]) == [5]
+
+
+def test_replace_keeps_the_old_one_where_the_other_does_not_work(classifier: FakeClassifier) -> None:
+    class Unfitted(FakeClassifier):
+        def snapshot(self) -> Any:
+            raise ValueError("this classifier is not fitted yet: call fit or fit_folder first")
+
+    broken = FakeClassifier()
+    broken.encoder.raises = lambda numbers: (_ for _ in ()).throw(RuntimeError("no device"))
+    with pytest.raises(ValueError, match="not fitted yet"):
+        BatchingClassifier(Unfitted())
+    with BatchingClassifier(classifier, max_batch=2, warm=True) as batching:
+        with pytest.raises(ValueError, match="not fitted yet"):
+            batching.replace(Unfitted())
+        with pytest.raises(RuntimeError, match="no device"):
+            batching.replace(broken)
+        assert batching.classifier is classifier and labels([batching.submit(picture(1))]) == [1]
+        good = FakeClassifier()
+        batching.replace(good)
+        assert good.encoder.batches == [[0], [0, 0]] and labels([batching.submit(picture(2))]) == [2]
+
+
+def test_a_failing_engine_that_was_replaced_says_nothing_of_the_new_one(batching, classifier: FakeClassifier) -> None:
+    classifier.encoder.raises = lambda numbers: (_ for _ in ()).throw(RuntimeError("lost"))
+    with classifier.held(batching) as first:
+        batching.replace(FakeClassifier())
+    assert "lost" in str(first.exception(PATIENCE_S))
+    assert labels([batching.submit(picture(1))]) == [1] and batching.healthy and batching.last_error is None
+
+
+class Kept(np.ndarray):
+    """An array that can be watched."""
+
+
+def test_nothing_is_left_behind() -> None:
+    classifier = FakeClassifier()
+    batching = BatchingClassifier(classifier, decode_threads=1)
+    images: list[Any] = [picture(i, 4 + i % 2).view(Kept) for i in range(1, 6)]
+    images[2] = images[2][None]
+    watched, slow = [weakref.ref(image) for image in images], Gated(6)
+    with classifier.held(batching):
+        futures = batching.submit_many([*images[:4], slow, images[4]])
+        images.clear()
+        assert slow.begun.wait(PATIENCE_S) and futures[3].cancel() and futures.pop().cancel()
+        slow.gate.set()
+    assert labels(futures[:2]) == [1, 2] and isinstance(futures[2].exception(PATIENCE_S), ValueError)
+    assert labels(futures[-1:]) == [6] and batching.pending == 0
+    error = futures.pop(2)  # its traceback has the frame that holds the image
+    until(lambda: sum(ref() is None for ref in watched) == 4)
+    del error
+    until(lambda: all(ref() is None for ref in watched))
+    batching.close()
+    made = [weakref.ref(classifier), weakref.ref(batching), weakref.ref(batching._queue)]
+    del classifier, batching
+    gc.collect()
+    assert [ref() for ref in made] == [None] * 3, "futures that are kept keep nothing else"
+    assert labels(futures[:2]) == [1, 2]
+
+
+def test_errors_that_are_kept_keep_no_images(classifier: FakeClassifier, caplog) -> None:
+    caplog.set_level(logging.CRITICAL)  # pytest keeps what is logged, traceback and all
+
+    def raises(numbers: list[int]) -> None:
+        try:
+            raise OSError("device")
+        except OSError as error:
+            raise RuntimeError("lost") from error
+
+    classifier.encoder.raises = raises
+    with BatchingClassifier(classifier) as batching:
+        image = picture(1).view(Kept)
+        watched, future = weakref.ref(image), batching.submit(image)
+        del image
+        assert str(future.exception(PATIENCE_S)) == "lost" and not batching.healthy
+        until(lambda: watched() is None)
+        classifier.encoder.raises = lambda numbers: None
+
+
+def test_dropped_without_close_it_answers_and_ends(classifier: FakeClassifier) -> None:
+    before = threads()
+    batching = BatchingClassifier(classifier)
+    classifier.encoder.open.clear()
+    futures = batching.submit_many([picture(1), picture(2, 9), picture(3)])
+    itself = weakref.ref(batching)
+    del batching
+    gc.collect()
+    assert itself() is None
+    classifier.encoder.open.set()
+    assert labels(futures) == [1, 2, 3]
+    until(lambda: threads() <= before)
+
+
+@pytest.mark.parametrize("engine", ["works", "hangs"])
+def test_an_interpreter_that_ends_without_close_does_not_hang(engine: str) -> None:
+    program = f"""
+import threading
+from iosr_fast.serving.batching import workers as batch_workers
+from iosr_fast.serving.batching import BatchingClassifier
+from tests.serving.batching_fakes import FakeClassifier, picture
+classifier = FakeClassifier()
+batching = BatchingClassifier(classifier)
+if {engine == "hangs"}:
+    batch_workers._AT_EXIT_S = 0.1
+    classifier.encoder.open.clear()
+for future in batching.submit_many([picture(i, 4 + i % 2) for i in range(20)]):
+    future.add_done_callback(lambda future: print(type(future.exception()).__name__, flush=True))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["NoneType" if engine == "works" else "ClosedError"] * 20
+
+
+def test_after_a_fork_it_says_so(batching, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: here + 1)
+    with pytest.raises(RuntimeError, match="made before a fork"):
+        batching.submit(picture(1))
+    monkeypatch.undo()
+    assert labels([batching.submit(picture(1))]) == [1]
+
+
+def test_errors_keep_what_they_know() -> None:
+    import copy
+
+    full = copy.copy(QueueFullError("full", 0.5))  # as other processes get it: through __reduce__
+    assert (str(full), full.retry_after_s) == ("full", 0.5)
+    assert issubclass(DeadlineExceededError, TimeoutError) and not issubclass(ClosedError, QueueFullError)
+    assert FakeEncoder().open.is_set() and CancelledError is not ClosedError

@@ -1,0 +1,86 @@
+"""BatchingClassifier on the demo's CLIP in ONNX Runtime: batches, splits and threads change no answer."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast import Classifier
+from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.serving.batching import BatchingClassifier
+from tests.pictures import encode
+from tools.demo.bundle import held_out_queries, make_demo_bundle
+
+pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
+
+CLASSES, SHOTS = 12, 3
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def classifier(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("IOSR_FAST_CACHE", str(demo_cache))
+        return Classifier.load(make_demo_bundle(tmp_path_factory.mktemp("bundle"), CLASSES, SHOTS))
+
+
+def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) -> None:
+    images, _labels = held_out_queries(CLASSES, SHOTS)
+    images = images[:40]
+    wide = [np.asarray(Image.fromarray(image).resize((90, 70))) for image in images]
+    names = classifier.classes_.tolist()
+    for forms, expected in (
+        (list(images), classifier.predict_proba(images)),
+        ([encode(image) for image in wide], classifier.predict_proba(wide)),
+    ):
+        with (
+            BatchingClassifier(classifier, max_batch=7, decode_threads=2, warm=True) as batching,
+            ThreadPoolExecutor(4) as callers,
+        ):
+            ask = lambda form, made=batching: made.submit(form, top=CLASSES, nearest=2).result(PATIENCE_S)  # noqa: E731
+            found = list(callers.map(ask, forms))
+        for prediction, row in zip(found, expected, strict=True):
+            got = {score.label: score.probability for score in prediction.top}
+            np.testing.assert_allclose([got[name] for name in names], row, atol=1e-5)
+            assert prediction.label == names[row.argmax()] and len(prediction.nearest) == 2
+            assert prediction.version == classifier.version
+
+
+def test_what_fails_alone_changes_no_other_answer(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, _labels = held_out_queries(CLASSES, SHOTS)
+    expected = classifier.predict(images[:9])
+    encode = classifier.encoder.encode
+
+    def refuses(pixels: np.ndarray) -> object:
+        if any(np.array_equal(image, images[4]) for image in pixels):
+            raise RuntimeError("no such kernel")
+        return encode(pixels)
+
+    monkeypatch.setattr(classifier.encoder, "encode", refuses)
+    with BatchingClassifier(classifier, max_batch=16) as batching:
+        futures = batching.submit_many([*images[:9], b"no image"])
+        errors = [future.exception(PATIENCE_S) for future in futures]
+        assert [type(error) for error in errors] == [type(None)] * 4 + [RuntimeError] + [type(None)] * 4 + [
+            BadImageError
+        ]
+        found = [future.result().label for i, future in enumerate(futures) if errors[i] is None]
+        assert found == [*expected[:4], *expected[5:]] and batching.healthy
+
+
+def test_changes_of_the_classifier_are_seen_by_the_next_batch_whole(classifier: Classifier) -> None:
+    images, _labels = held_out_queries(CLASSES, SHOTS)
+    with BatchingClassifier(classifier, max_batch=8) as batching:
+        before = batching.submit(images[0], top=99).result(PATIENCE_S)
+        text = np.ones(classifier.encoder.width, np.float32) / np.float32(classifier.encoder.width) ** 0.5
+        change = classifier.add_class("something new", [images[0]], text=text)
+        after = batching.submit(images[0], top=99, nearest=1).result(PATIENCE_S)
+        assert (len(before.top), len(after.top)) == (CLASSES, CLASSES + 1)
+        assert after.version == change.version == before.version + 1
+        assert (after.nearest[0].example_id,) == change.example_ids and after.nearest[0].similarity > 0.99
+        classifier.remove_class(change.class_id)
+        assert len(batching.submit(images[0], top=99).result(PATIENCE_S).top) == CLASSES

@@ -1,0 +1,229 @@
+"""The server's page in a real browser, against the real server: pictures in, and what is shown of them."""
+
+from __future__ import annotations
+
+import io
+import re
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import ROOT
+from tests.pictures import encode, turned
+from tests.serving import page_server
+from tests.serving.page_server import Visit, file
+
+site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
+PAGE = ROOT / "iosr_fast" / "serving" / "page"
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+
+
+def test_comes_whole_from_its_own_server(visit: Visit) -> None:
+    with urllib.request.urlopen(visit.site.address) as answer:
+        policy, markup = answer.headers["Content-Security-Policy"], answer.read().decode()
+    assert "default-src 'self'" in policy and "unsafe" not in policy
+    assert not re.search(r"https?://|<style|style=|<script(?! type=\"module\" src=)|\son\w+=", markup)
+    for path in PAGE.iterdir():
+        if path.suffix != ".py" and path.is_file():
+            assert urllib.request.urlopen(f"{visit.site.address}static/{path.name}").read() == path.read_bytes()
+    forbidden = re.compile(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?://(?!www\.w3\.org/2000/svg\")"
+    )
+    assert [path.name for path in PAGE.glob("*.js") if forbidden.search(path.read_text(encoding="utf-8"))] == []
+    assert re.fullmatch(r"8 classes, model version \d+", visit.text("#model"))
+
+
+def test_a_chosen_picture_is_explained(visit: Visit) -> None:
+    query = visit.site.queries[0]
+    (expected,) = visit.site.classifier.explain([query], top=5, nearest=6)
+    visit.choose(file(query, "chosen.png"))
+    page = visit.page
+    assert visit.text("#answer .label").startswith(expected.label)
+    assert re.search(r"\d+\.\d ms in the server, \d+\.\d ms there and back, model version \d+", visit.text("#times"))
+    rows = page.locator(".bars li[data-class]")
+    assert rows.locator(".name").all_inner_texts() == [score.label for score in expected.top]
+    shown = [float(text.strip("<>% ")) for text in rows.locator(".probability").all_inner_texts()]
+    np.testing.assert_allclose(shown, [100 * score.probability for score in expected.top], atol=0.11)
+    assert visit.text(".bars .rest .name") == "3 other classes"
+
+    parts = np.array([[score.zero_shot, score.cache] for score in expected.top])
+    from_lowest = parts - parts.min(0)
+    lengths = [
+        page.locator(f".bar rect.{part}").evaluate_all("all => all.map(rect => parseFloat(rect.getAttribute('width')))")
+        for part in ("texts", "pictures")
+    ]
+    np.testing.assert_allclose(np.transpose(lengths), 100 * from_lowest / from_lowest.sum(1).max(), atol=0.1)
+
+    page.locator("details.numbers summary").click()
+    cells = page.locator("details.numbers tbody tr").first.locator("td").all_inner_texts()
+    numbers = [float(text.replace("\u2212", "-")) for text in cells]
+    np.testing.assert_allclose(numbers, [expected.zero_shot, expected.cache, expected.logit], atol=0.006)
+
+    near = page.locator(".nearest li")
+    assert near.locator(".name").all_inner_texts() == [neighbour.label for neighbour in expected.nearest]
+    cosines = [float(text.replace("\u2212", "-")) for text in near.locator(".quiet").all_inner_texts()]
+    np.testing.assert_allclose(cosines, [neighbour.similarity for neighbour in expected.nearest], atol=0.006)
+    near.locator("img").first.scroll_into_view_if_needed()
+    page.wait_for_load_state("networkidle")
+    assert near.locator("img").evaluate_all("images => images.every(i => i.complete && i.naturalWidth > 0)")
+
+
+def test_bars_of_any_sign(visit: Visit) -> None:
+    lengths = visit.page.evaluate(
+        """async () => {
+          const { barLengths } = await import("/static/result.js");
+          const top = (...rows) => rows.map(([zero_shot, cache]) => ({ zero_shot, cache }));
+          return [top([-4, 3], [-5, 1], [-2, -3]), top([7, -7]), top([1, 2], [1, 2])].map(barLengths);
+        }"""
+    )
+    mixed, alone, tied = lengths
+    assert mixed["longest"] == 7  # (-4 + 5) + (3 + 3)
+    lengths = [[bar["texts"], bar["pictures"]] for bar in mixed["bars"]]
+    np.testing.assert_allclose(lengths, [[1 / 7, 6 / 7], [0, 4 / 7], [3 / 7, 0]])
+    assert alone["bars"] == [{"texts": 0, "pictures": 0}] and tied["bars"] == [{"texts": 0, "pictures": 0}] * 2
+
+
+@pytest.mark.parametrize("visit", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True)
+def test_paste(visit: Visit) -> None:
+    visit.page.evaluate(
+        """async (bytes) => navigator.clipboard.write(
+          [new ClipboardItem({ "image/png": new Blob([new Uint8Array(bytes)], { type: "image/png" }) })])""",
+        list(visit.site.queries[1]),
+    )
+    visit.page.keyboard.press("Control+V")
+    visit.page.locator(".bars li").first.wait_for()
+    assert visit.text("#answer .label").startswith(visit.site.classifier.predict([visit.site.queries[1]])[0])
+    visit.page.evaluate("navigator.clipboard.writeText('words')")
+    visit.page.keyboard.press("Control+V")
+    visit.notice("no picture in the clipboard")
+
+
+def test_drop_of_several_with_one_that_is_unreadable(visit: Visit) -> None:
+    page, queries = visit.page, visit.site.queries
+    given = [list(queries[2]), list(b"no picture at all"), list(queries[3])]
+    transfer = page.evaluate_handle(
+        """(files) => {
+          const transfer = new DataTransfer();
+          files.forEach((bytes, i) =>
+            transfer.items.add(new File([new Uint8Array(bytes)], `${i}.png`, { type: "image/png" })));
+          return transfer;
+        }""",
+        given,
+    )
+    page.dispatch_event("#stage", "dragover", {"dataTransfer": transfer})
+    page.locator("html.hovered").wait_for()
+    page.dispatch_event("#stage", "drop", {"dataTransfer": transfer})
+    assert page.locator(".hovered").count() == 0
+    page.locator("#file-name", has_text="2.png").wait_for()
+    second, third = (visit.site.classifier.predict([queries[i]])[0] for i in (2, 3))
+    assert page.locator("#strip .name").all_inner_texts() == [second, "not classified", third]
+    assert visit.text("#answer .label").startswith(third)
+
+    page.locator("#strip button").nth(1).click()
+    assert visit.text("#answer .label") == "Not classified" and not page.locator("#scores").is_visible()
+    assert re.search(r"1\.png: .*(expected|image|decode)", visit.text("#answer"))
+    assert page.get_attribute("#answer", "aria-live") == "polite"
+    page.locator("#strip button").nth(0).click()
+    assert visit.text("#answer .label").startswith(second) and visit.text("#file-name") == "0.png"
+    visit.was_refused(422)
+
+
+def test_a_photo_is_turned_upright_before_it_is_sent(visit: Visit) -> None:
+    """A classifier may take pixels as they are stored; a phone stores them as its sensor lies and says how in EXIF."""
+    upright = np.zeros((32, 64, 3), np.uint8)
+    upright[:, :32, 0] = upright[:, 32:, 2] = 255  # red left, blue right
+    stored, exif = Image.fromarray(np.rot90(upright)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    photo = encode(stored, "JPEG", exif=exif, quality=95)
+    sent = visit.page.evaluate(
+        """async (bytes) => {
+          const { prepared } = await import("/static/upright.js");
+          const { file } = await prepared(new File([new Uint8Array(bytes)], "photo.jpg", { type: "image/jpeg" }));
+          return [...new Uint8Array(await file.arrayBuffer())];
+        }""",
+        list(photo),
+    )
+    visit.choose(file(photo, "photo.jpg", "image/jpeg"))
+    redrawn = Image.open(io.BytesIO(bytes(sent)))
+    assert redrawn.getexif().get(0x0112, 1) == 1, "or the server would turn it again"
+    got = np.asarray(redrawn).astype(int)
+    assert got.shape == upright.shape and np.abs(got - upright)[:, [4, 60]].max() < 40
+    assert visit.text("#file-name") == "photo.jpg (turned upright before sending)"
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_turned_photo_gets_the_label_of_the_upright_one(visit: Visit, orientation: int) -> None:
+    upright = Image.open(io.BytesIO(visit.site.queries[2])).resize((300, 200), Image.Resampling.BICUBIC)
+    photo = turned(upright, orientation, quality=95)
+    classifier = visit.site.classifier
+    (expected,) = classifier.explain([photo], top=1)
+    assert expected.label == classifier.predict([upright])[0]
+    visit.choose(file(photo, "photo.jpg", "image/jpeg"))
+    assert visit.text("#answer .label").startswith(expected.label)
+    shown = visit.page.locator(".bars li[data-class] .probability").first.inner_text()
+    assert abs(float(shown.strip("<>% ")) - 100 * expected.probability) < 2, "the browser encodes it once more"
+
+
+def test_busy_is_waited_for_once(visit: Visit) -> None:
+    busy = {
+        "status": 503,
+        "headers": {"Retry-After": "1", "Content-Type": "application/json"},
+        "body": '{"error": {"code": "queue_full", "message": "the queue is full"}}',
+    }
+    visit.page.route("**/v1/predict*", lambda route: route.fulfill(**busy), times=1)
+    visit.page.set_input_files("#choose", [file(visit.site.queries[4], "once.png")])
+    visit.notice("The server is busy. It is asked once more in 1 second.")
+    visit.page.locator(".bars li").first.wait_for()
+    assert not visit.page.locator("#notice").is_visible()
+    visit.was_refused(503)
+    visit.page.route("**/v1/predict*", lambda route: route.fulfill(**busy), times=2)
+    visit.choose(file(visit.site.queries[5], "twice.png"))
+    assert "twice.png: the queue is full" in visit.text("#answer")
+    visit.was_refused(503, 503)
+
+
+@pytest.mark.parametrize("visit", [PHONE], indirect=True)
+def test_phone_scrolls_one_way_only(visit: Visit) -> None:
+    page = visit.page
+    assert page.locator(".camera").is_visible() and page.get_attribute("#camera", "capture") == "environment"
+    width = "document.documentElement.scrollWidth"
+    assert page.evaluate(width) <= 360
+    name = "a-rather-long-name-without-any-break-in-it-at-all"
+    visit.choose(*(file(query, f"{name}-{i}.png") for i, query in enumerate(visit.site.queries)))
+    page.locator("summary").tap()
+    page.locator("#classes button").first.tap()
+    page.locator(".panel img").first.wait_for()
+    page.locator(".panel button", has_text="Rename").tap()
+    visit.fill_in("x" * 200, [file(image, f"{i}.png") for i, image in enumerate(visit.site.newcomer)], token="wrong")
+    page.locator("#add-class").tap()
+    visit.notice("The token was not accepted")
+    assert page.evaluate(width) <= 360
+    visit.was_refused(401)
+
+
+@pytest.mark.parametrize("visit", [{"color_scheme": scheme} for scheme in ("light", "dark")], indirect=True)
+def test_contrast(visit: Visit) -> None:
+    """WCAG 2.2 AA: 4.5 for text, 3 for what is drawn and for the edges of fields."""
+    visit.choose(file(visit.site.queries[6], "contrast.png"))
+    least = {"ink": 7, "quiet": 4.5, "texts": 4.5, "pictures": 4.5, "bad": 4.5, "edge": 3}
+    found = visit.page.evaluate(
+        """(names) => names.map((name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`))""",
+        ["paper", "raised", *least],
+    )
+    paper, raised, *others = [[int(colour.strip()[i : i + 2], 16) for i in (1, 3, 5)] for colour in found]
+
+    def luminance(colour: list[int]) -> float:
+        channels = np.array(colour) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    for ground in (paper, raised):
+        for (name, ratio), colour in zip(least.items(), others, strict=True):
+            dark, light = sorted((luminance(ground), luminance(colour)))
+            assert (light + 0.05) / (dark + 0.05) >= ratio, (ground, name)
+    for name, colour in zip(least, others, strict=True):
+        if name in ("texts", "pictures"):
+            fill = visit.page.locator(f"rect.{name}").first.evaluate("rect => getComputedStyle(rect).fill")
+            assert fill == f"rgb({', '.join(map(str, colour))})"

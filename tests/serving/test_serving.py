@@ -1,0 +1,191 @@
+"""POST /v1/predict on a real classifier of the demo: what it answers, and every way it may refuse."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iosr_fast.serving.http.logs import JsonFormatter
+from tests.pictures import encode
+from tests.serving.serving_client import (
+    CLASSES,
+    Client,
+    Gate,
+    error_of,
+    form,
+    load,
+    queries,
+    query_labels,
+    serving,
+    wait_until,
+)
+
+GREY = encode(np.full((64, 64, 3), 128, np.uint8))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """For tests that change nothing."""
+    with serving() as client:
+        yield client
+
+
+def test_one_image_is_classified_as_the_library_does(shared: Client) -> None:
+    classifier, images = shared.service.classifier, queries()
+    truth = classifier.predict_proba(images)
+    for image, row in zip(images[:5], truth, strict=False):
+        body = shared.predict(image, query=f"?top={CLASSES}").json()
+        assert set(body) == {"version", "latency_ms", "predictions"} and body["version"] == classifier.version
+        (made,) = body["predictions"]
+        told = {one["label"]: one["probability"] for one in made["top"]}
+        np.testing.assert_allclose([told[name] for name in classifier.classes_], row, atol=1e-5)
+        assert made["label"] == classifier.classes_[row.argmax()] == made["top"][0]["label"]
+        assert made["logit"] == pytest.approx(made["zero_shot"] + made["cache"], abs=1e-4)
+        assert made["nearest"] == [] and body["latency_ms"] > 0
+
+
+def test_many_images_come_back_in_order(shared: Client) -> None:
+    images = queries()
+    body = shared.predict(*images, query="?top=2&nearest=3").json()
+    labels = [made["label"] for made in body["predictions"]]
+    assert labels == shared.service.classifier.predict(images).tolist()
+    assert np.mean([a == b for a, b in zip(labels, query_labels(), strict=True)]) > 0.5
+    for made in body["predictions"]:
+        assert len(made["top"]) == 2 and len(made["nearest"]) == 3
+        assert made["nearest"][0]["similarity"] >= made["nearest"][-1]["similarity"]
+        assert set(made["nearest"][0]) == {"example_id", "label", "class_id", "similarity"}
+
+
+def test_requests_at_the_same_time_share_batches_and_get_their_own_answers() -> None:
+    classifier = load()
+    gate, images = Gate(classifier), queries()[:16]
+    with serving(classifier) as client:
+        truth = classifier.predict(images).tolist()
+        gate.shut()
+        asked = [client.start("POST", "/v1/predict", content=image) for image in images]
+        wait_until(lambda: client.service.batching.pending == len(images))
+        gate.open()
+        answers = [one.result(20).json()["predictions"][0]["label"] for one in asked]
+        assert answers == truth
+        lines = client.get("/metrics").text.splitlines()
+        (count,) = [line.split()[1] for line in lines if line.startswith("iosr_fast_batch_images_count")]
+        assert 1 <= float(count) < len(images)
+
+
+def test_a_bad_image_is_an_error_in_its_place(shared: Client) -> None:
+    good, cut = queries()[0], queries()[1][:200]
+    response = shared.predict(good, cut, b"<svg/>", good)
+    assert response.status_code == 200
+    made = response.json()["predictions"]
+    assert made[0] == made[3] and "label" in made[0]
+    assert [one["error"]["code"] for one in made[1:3]] == ["bad_image", "unsupported_type"]
+    response = shared.predict(cut, b"<svg/>")
+    assert response.status_code == 422 and len(response.json()["predictions"]) == 2
+    assert shared.predict(cut).json()["predictions"][0]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "query", ["top=0", "top=101", "top=many", "nearest=-1", "nearest=101", "deadline_ms=0", "deadline_ms=60001"]
+)
+def test_parameters_out_of_range_are_named(shared: Client, query: str) -> None:
+    response = shared.predict(GREY, query=f"?{query}")
+    assert error_of(response, 422) == "invalid_parameters"
+    name, _, value = query.partition("=")
+    assert name in response.json()["error"]["message"] and value in response.json()["error"]["message"]
+
+
+def test_a_deadline_that_passes_is_a_504() -> None:
+    classifier = load()
+    gate = Gate(classifier)
+    with serving(classifier, max_batch=1) as client:
+        gate.shut()
+        first = client.start("POST", "/v1/predict?deadline_ms=60000", content=GREY)
+        wait_until(lambda: client.service.batching.pending == 1)
+        assert error_of(client.predict(GREY, query="?deadline_ms=30"), 504) == "deadline_exceeded"
+        wait_until(lambda: client.service.batching.pending == 1)  # what was given up gives its place back
+        gate.open()
+        assert first.result(20).status_code == 200
+
+
+def test_a_full_queue_is_refused_before_the_body_is_read() -> None:
+    classifier = load()
+    gate = Gate(classifier)
+    with serving(classifier, max_batch=1, max_queue=2, max_images=2) as client:
+        gate.shut()
+        waiting = client.start("POST", "/v1/predict", files=form(GREY, GREY))
+        wait_until(lambda: client.service.batching.pending == 2)
+        read = []
+
+        async def body() -> Any:
+            read.append(1)
+            yield GREY
+
+        response = client.ask("POST", "/v1/predict", content=body())
+        assert error_of(response, 503) == "queue_full" and not read
+        assert int(response.headers["Retry-After"]) >= 1
+        gate.open()
+        assert waiting.result(20).status_code == 200
+        gate.shut()
+        one = client.start("POST", "/v1/predict", content=GREY)
+        wait_until(lambda: client.service.batching.pending == 1)
+        response = client.predict(GREY, GREY)  # one place is left, and it's all or nothing
+        assert error_of(response, 503) == "queue_full" and int(response.headers["Retry-After"]) >= 1
+        gate.open()
+        assert one.result(20).status_code == 200
+        assert 'iosr_fast_refusals_total{reason="full_before_body"} 1.0' in client.get("/metrics").text
+
+
+def test_a_client_that_goes_frees_its_places() -> None:
+    classifier = load()
+    gate = Gate(classifier)
+    with serving(classifier, max_batch=1) as client:
+        gate.shut()
+        held = client.start("POST", "/v1/predict", content=GREY)
+        wait_until(lambda: client.service.batching.pending == 1)
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            if not sent:
+                sent.append(1)
+                return {"type": "http.request", "body": GREY, "more_body": False}
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            pytest.fail(f"nobody is there to hear {message}")
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "headers": []}
+        client.run(
+            client.app({**scope, "http_version": "1.1", "scheme": "http", "server": ("test", 80)}, receive, send)
+        )
+        assert client.service.batching.pending == 1
+        gate.open()
+        assert held.result(20).status_code == 200
+
+
+def test_an_engine_that_fails_is_told_and_recovers() -> None:
+    classifier = load()
+    gate = Gate(classifier)
+    with serving(classifier) as client:
+        gate.error = RuntimeError("CUDA error: out of luck")
+        response = client.predict(GREY)
+        assert error_of(response, 503) == "engine_failed" and "luck" not in response.text
+        response = client.get("/healthz")
+        assert response.status_code == 503 and "out of luck" in response.json()["detail"]
+        assert client.get("/readyz").status_code == 503
+        gate.error = None
+        assert client.predict(GREY).status_code == 200
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+
+
+def test_what_nobody_expected_is_a_500_with_its_trace_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    with serving() as client:
+        monkeypatch.setattr(type(client.service), "check", lambda *_: 1 / 0)
+        with caplog.at_level(logging.INFO, "iosr_fast.serving.http"):
+            response = client.predict(GREY, headers={"X-Request-ID": "abc-1"})
+        assert error_of(response, 500) == "internal" and "division" not in response.text
+        assert response.headers["X-Request-ID"] == "abc-1"
+        failed = next(record for record in caplog.records if record.exc_info)
+        assert "ZeroDivisionError" in JsonFormatter().format(failed)

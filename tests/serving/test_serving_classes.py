@@ -1,0 +1,390 @@
+"""Classes and examples over HTTP: lists, changes while it serves, who may make them, and why not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+
+from iosr_fast.state.state import State
+from tests.pictures import encode
+from tests.serving.serving_client import (
+    AUTHORISED,
+    CLASSES,
+    SHOTS,
+    TOKEN,
+    Client,
+    Gate,
+    error_of,
+    form,
+    load,
+    serving,
+    wait_until,
+)
+
+GREY = encode(np.full((64, 64, 3), 128, np.uint8))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """For tests that change nothing."""
+    with serving() as client:
+        yield client
+
+
+def test_classes_and_examples_are_listed(shared: Client) -> None:
+    classifier = shared.service.classifier
+    body = shared.get("/v1/classes").json()
+    assert [one["name"] for one in body["classes"]] == classifier.classes_.tolist()
+    assert all(one["examples"] == SHOTS for one in body["classes"]) and body["version"] == classifier.version
+    class_id = body["classes"][1]["class_id"]
+    examples = shared.get(f"/v1/classes/{class_id}/examples").json()
+    assert examples["class_id"] == class_id and examples["example_ids"] == classifier.examples(class_id)
+    picture = shared.get(f"/v1/examples/{examples['example_ids'][0]}/picture")
+    assert picture.status_code == 200 and picture.headers["Content-Type"] == "image/webp"
+    assert picture.content == classifier.picture(examples["example_ids"][0])
+    assert error_of(shared.get("/v1/classes/nobody/examples"), 404) == "no_class"
+    assert error_of(shared.get("/v1/examples/e99999/picture"), 404) == "no_example"
+
+
+def test_classes_change_while_it_serves() -> None:
+    with serving() as client:
+        images = [encode(np.full((*size, 3), (250, 10, 250), np.uint8)) for size in ((50, 60), (64, 64))]
+        asked = {"headers": AUTHORISED}
+        made = client.ask("POST", "/v1/classes", data={"name": " magenta "}, files=form(*images), **asked)
+        assert made.status_code == 201
+        change = made.json()
+        assert change["version"] == 2 and len(change["example_ids"]) == 2
+        class_id = change["class_id"]
+        listed = client.get("/v1/classes").json()["classes"]
+        assert listed[-1] == {"class_id": class_id, "name": "magenta", "examples": 2}
+        body = client.predict(images[0]).json()
+        assert body["version"] == 2 and body["predictions"][0]["class_id"] == class_id
+        more = client.ask("POST", f"/v1/classes/{class_id}/examples", files=form(images[0]), **asked).json()
+        assert more["version"] == 3 and len(more["example_ids"]) == 1
+        gone = client.ask("DELETE", f"/v1/examples/{more['example_ids'][0]}", **asked).json()
+        assert gone == {"version": 4, "class_id": "", "example_ids": more["example_ids"]}
+        renamed = client.ask("PATCH", f"/v1/classes/{class_id}", json={"name": "pink"}, **asked)
+        assert renamed.status_code == 200 and renamed.json()["version"] == 5
+        assert client.predict(images[0]).json()["predictions"][0]["label"] == "pink"
+        same = client.ask("PATCH", f"/v1/classes/{class_id}", json={"name": "pink", "keep_text": True}, **asked)
+        assert same.status_code == 200
+        tuned = client.ask("POST", "/v1/retune", **asked)
+        assert tuned.status_code == 200 and tuned.json()["version"] == 7
+        removed = client.ask("DELETE", f"/v1/classes/{class_id}", **asked)
+        assert removed.json()["version"] == 8 and removed.json()["class_id"] == class_id
+        assert len(client.get("/v1/classes").json()["classes"]) == CLASSES
+
+
+def test_changes_are_refused_with_a_reason_and_change_nothing(shared: Client) -> None:
+    classifier = shared.service.classifier
+    version, name = classifier.version, str(classifier.classes_[0])
+    class_id = classifier.classes()[0].class_id
+
+    def ask(method: str, path: str, **options: Any) -> Any:
+        return shared.ask(method, path, headers=AUTHORISED, **options)
+
+    assert error_of(ask("POST", "/v1/classes", data={"name": name}, files=form(GREY)), 409) == "name_taken"
+    assert error_of(ask("PATCH", "/v1/classes/" + classifier.classes()[1].class_id, json={"name": name}), 409)
+    for bad in ("", "  ", "a" * 201, "a\nb"):
+        assert error_of(ask("POST", "/v1/classes", data={"name": bad}, files=form(GREY)), 422) == "bad_name"
+    assert error_of(ask("POST", "/v1/classes", files=form(GREY)), 400) == "missing_field"
+    assert error_of(ask("POST", "/v1/classes", files={"name": ("", b"new")}), 422) == "refused"  # no images
+    assert error_of(ask("POST", "/v1/classes", content=GREY), 415) == "unsupported_type"
+    assert (
+        error_of(ask("POST", "/v1/classes", data={"name": "x", "text": "y"}, files=form(GREY)), 400)
+        == "unexpected_field"
+    )
+    response = ask("POST", "/v1/classes", data={"name": "new"}, files=form(GREY, b"GIF89a"))
+    assert error_of(response, 422) == "unsupported_type" and "number 1" in response.json()["error"]["message"]
+    assert error_of(ask("POST", f"/v1/classes/{class_id}/examples", files=form(GREY[:80])), 422) == "bad_image"
+    assert (
+        error_of(ask("POST", f"/v1/classes/{class_id}/examples", data={}, files={"x": b"y"}), 400) == "unexpected_field"
+    )
+    for method, path, options in (
+        ("POST", "/v1/classes/nobody/examples", {"files": form(GREY)}),
+        ("PATCH", "/v1/classes/nobody", {"json": {"name": "x"}}),
+        ("DELETE", "/v1/classes/nobody", {}),
+        ("DELETE", f"/v1/classes/{name}", {}),  # a name is no id
+        ("DELETE", "/v1/examples/e9999", {}),
+    ):
+        assert error_of(ask(method, path, **options), 404) in ("no_class", "no_example")
+    for body in ({"name": 3}, {}, {"name": "x", "more": 1}, []):
+        assert error_of(ask("PATCH", f"/v1/classes/{class_id}", json=body), 422) == "invalid_parameters"
+    assert error_of(ask("PATCH", f"/v1/classes/{class_id}", content=b"{"), 422)
+    assert classifier.version == version
+
+
+CHANGES = [
+    ("POST", "/v1/classes"),
+    ("PATCH", "/v1/classes/~0"),
+    ("DELETE", "/v1/classes/~0"),
+    ("POST", "/v1/classes/~0/examples"),
+    ("DELETE", "/v1/examples/e0"),
+    ("POST", "/v1/retune"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_changes_need_the_token(shared: Client, method: str, path: str) -> None:
+    for given in (
+        "",
+        TOKEN,
+        "Bearer",
+        "Bearer wrong",
+        f"Basic {TOKEN}",
+        f"Bearer {TOKEN}x",
+        f"Bearer {TOKEN[:-1]}",
+        "Bearer ü",
+    ):
+        headers = {"Authorization": given.encode()} if given else {}
+        response = shared.ask(method, path, headers=headers)
+        assert error_of(response, 401) == "unauthorized" and response.headers["WWW-Authenticate"] == "Bearer"
+        assert TOKEN not in response.text
+    assert shared.service.classifier.version == 1
+
+
+async def answer_unread(app: Any, method: str, path: str, headers: list[tuple[bytes, bytes]]) -> int:
+    """The status that `app` answers with where asking for the body fails the test."""
+    statuses = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body is read")
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    scope = {"type": "http", "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": headers, "scheme": "http", "server": ("x", 80), "client": ("y", 1)}
+    await app(scope, receive, send)
+    return int(statuses[0])
+
+
+def test_no_byte_of_a_body_is_read_before_the_token(shared: Client) -> None:
+    more = [(method, path) for method in ("PUT", "PATCH", "TRACE", "post", "X") for path in ("/", "/v1/predict", "/no")]
+    odd = [("POST", path) for path in ("/v1/predict/", "//v1/predict", "/v1/retune/", "/V1/PREDICT", "*", "")]
+    long = [("PATCH", "/v1/classes/" + "x" * 5_000), ("PATCH", "/v1/classes/\N{ARABIC-INDIC DIGIT THREE}")]
+    kinds = [
+        b"application/json",
+        b"text/plain",
+        b"multipart/form-data; boundary=x",
+        b"multipart/form-data",
+        b"\xff",
+        b"",
+    ]
+    right = b"Bearer " + TOKEN.encode()
+    for given in ([], [b"Bearer wrong"], [right, right], [right, b"Bearer wrong"], [b""]):
+        tokens = [(b"authorization", value) for value in given]
+        for method, path in (*CHANGES, *more, *odd, *long):
+            for kind in kinds:
+                for sized in ([(b"content-length", b"31000000")], [(b"transfer-encoding", b"chunked")], []):
+                    headers = [(b"content-type", kind), (b"content-encoding", b"gzip"), *sized, *tokens]
+                    told = shared.run(answer_unread(shared.app, method, path, headers))
+                    assert told == 401, (method, path, kind, sized)
+
+
+def test_two_tokens_are_none(shared: Client) -> None:
+    for one, two in ((TOKEN, TOKEN), (TOKEN, "x"), ("x", TOKEN)):
+        headers = [("Authorization", f"Bearer {one}"), ("authorization", f"Bearer {two}")]
+        assert error_of(shared.ask("POST", "/v1/retune", headers=headers), 401) == "unauthorized"
+
+
+def test_a_body_without_images_is_small_even_with_the_token(shared: Client) -> None:
+    class_id = shared.service.classifier.classes()[0].class_id
+    padded = b" " * 17_000 + b'{"name": "x"}'
+
+    async def parts() -> Any:
+        for i in range(0, len(padded), 1000):
+            yield padded[i : i + 1000]
+
+    for body in (padded, parts(), b"[" * 100_000, b'{"name": "' + b"x" * 3_000_000 + b'"}'):
+        headers = {**AUTHORISED, "Content-Type": "application/json"}
+        response = shared.ask("PATCH", f"/v1/classes/{class_id}", content=body, headers=headers)
+        assert error_of(response, 413) == "too_large"
+    headers = [(b"authorization", b"Bearer " + TOKEN.encode()), (b"content-length", b"31000000")]
+    assert shared.run(answer_unread(shared.app, "PATCH", f"/v1/classes/{class_id}", headers)) == 413
+    assert shared.service.classifier.version == 1
+
+
+def test_without_a_token_nobody_changes_anything() -> None:
+    with serving(token=None) as client:
+        for method, path in CHANGES:
+            response = client.ask(method, path, headers=AUTHORISED)
+            assert error_of(response, 403) == "changes_disabled" and "--token-file" in response.text
+        assert client.predict(GREY).status_code == 200
+
+
+def test_few_changes_may_wait() -> None:
+    classifier = load()
+    gate = Gate(classifier)
+    with serving(classifier, max_changes=2) as client:
+        gate.shut()
+        waiting = [
+            client.start("POST", "/v1/classes", data={"name": f"new {i}"}, files=form(GREY), headers=AUTHORISED)
+            for i in range(2)
+        ]
+        wait_until(lambda: client.service._waiting == 2)
+        response = client.ask("POST", "/v1/retune", headers=AUTHORISED)
+        assert error_of(response, 503) == "busy" and int(response.headers["Retry-After"]) >= 1
+        gate.open()
+        assert [one.result(20).json()["version"] for one in waiting] == [2, 3]
+
+
+OTHER_FORMS = (
+    "٣",
+    "３",
+    "03",
+    "+3",
+    " 3",
+    "3 ",
+    "3\n",
+    "3\0",
+    "-3",
+    "3.0",
+    "1_0",
+    "³",
+    "0x3",
+    "3" * 30,
+    "9" * 19,
+    "",
+    "e3",
+)
+
+
+@pytest.mark.parametrize("digits", OTHER_FORMS)
+def test_another_form_of_a_number_is_no_id(shared: Client, digits: str) -> None:
+    """int() takes digits of every script, signs, spaces and underscores: each would name a class or picture twice."""
+    version = shared.service.classifier.version
+    for method, path in (
+        ("DELETE", f"/v1/examples/{quote('e' + digits)}"),
+        ("GET", f"/v1/examples/{quote('e' + digits)}/picture"),
+        ("DELETE", f"/v1/classes/{quote('~' + digits)}"),
+        ("POST", f"/v1/classes/{quote('~' + digits)}/examples"),
+        ("GET", f"/v1/classes/{quote('~' + digits)}/examples"),
+    ):
+        options = {"files": form(GREY)} if method == "POST" else {}
+        response = shared.ask(method, path, headers=AUTHORISED, **options)
+        assert error_of(response, 404) in ("no_class", "no_example"), (method, path)
+    for query in (f"/v1/classes?after={quote('~' + digits)}", f"/v1/classes/~0/examples?after={quote('e' + digits)}"):
+        assert error_of(shared.get(query), 422) == "invalid_parameters"
+    assert shared.service.classifier.version == version
+    with pytest.raises(ValueError, match="expected ids of examples that are there"):
+        shared.service.classifier.remove_examples(["e" + digits])
+    with pytest.raises(ValueError, match="no class"):
+        shared.service.classifier.remove_class("~" + digits)
+
+
+def test_a_hundred_thousand_classes_are_listed_page_by_page() -> None:
+    classifier = load()
+    state = classifier.snapshot()
+    count = 100_000
+    names = (*state.class_names, *(f"class {number}" for number in range(CLASSES, count)))
+    uids = (*state.uids, *range(2 * CLASSES, 2 * count, 2))[:count]  # as after removals
+    classifier._state = replace(state, class_names=names, uids=uids)
+    with serving(classifier) as client:
+        first = client.get("/v1/classes")
+        body = first.json()
+        assert len(body["classes"]) == 1_000 and body["total"] == count and len(first.content) < 100_000
+        assert body["next"] == body["classes"][-1]["class_id"] and body["classes"][0]["examples"] == SHOTS
+        seen = list(body["classes"])
+        for limit in (1, 999, 1_000):
+            page = client.get(f"/v1/classes?limit={limit}&after={seen[-1]['class_id']}").json()
+            assert len(page["classes"]) == limit
+            seen += page["classes"]
+        assert [one["name"] for one in seen] == list(names[: len(seen)])
+        odd = client.get(f"/v1/classes?limit=1&after=~{uids[50] + 1}").json()  # removed in the meantime
+        assert odd["classes"][0]["class_id"] == f"~{uids[51]}"
+        last = client.get(f"/v1/classes?after=~{uids[-3]}").json()
+        assert [one["name"] for one in last["classes"]] == list(names[-2:]) and last["next"] is None
+        assert client.get(f"/v1/classes?after=~{uids[-1]}").json()["classes"] == []
+        for limit in ("0", "-1", "1001", "100000", "x", ""):
+            assert error_of(client.get(f"/v1/classes?limit={limit}"), 422) == "invalid_parameters"
+
+
+def test_support_images_are_listed_page_by_page(shared: Client) -> None:
+    ids = shared.get("/v1/classes/~1/examples").json()["example_ids"]
+    assert len(ids) == SHOTS == 3
+    page = shared.get("/v1/classes/~1/examples?limit=2").json()
+    assert (page["example_ids"], page["next"]) == (ids[:2], ids[1])
+    page = shared.get(f"/v1/classes/~1/examples?limit=2&after={ids[1]}").json()
+    assert (page["example_ids"], page["next"]) == (ids[2:], None)
+    assert error_of(shared.get("/v1/classes/~1/examples?limit=1001"), 422) == "invalid_parameters"
+
+
+def test_what_looks_through_all_classes_is_off_the_event_loop(shared: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    for name in ("classes", "examples_of", "find_examples", "name_of", "find_class"):
+        real = getattr(State, name)
+
+        def noted(*values: Any, _real: Any = real, **options: Any) -> Any:
+            threads.append(threading.get_ident())
+            return _real(*values, **options)
+
+        monkeypatch.setattr(State, name, noted)
+    loop = shared.run(_thread_of_the_loop())
+    shared.get("/v1/classes")
+    shared.get("/v1/classes/~1/examples")
+    shared.get("/v1/examples/e1/picture")
+    for method, path in (("DELETE", "/v1/classes/~99"), ("DELETE", "/v1/examples/e999"), ("PATCH", "/v1/classes/~99")):
+        body = {"json": {"name": "x"}} if method == "PATCH" else {}
+        shared.ask(method, path, headers=AUTHORISED, **body)
+    assert len(threads) >= 6 and loop not in threads
+
+
+async def _thread_of_the_loop() -> int:
+    return threading.get_ident()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "storage_full"),
+        (errno.EDQUOT, "storage_full"),
+        (errno.EROFS, "log_failed"),
+        (errno.EIO, "log_failed"),
+    ],
+)
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_log_that_can_not_be_written_makes_the_server_read_only(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, call: str, number: int, code: str
+) -> None:
+    classifier = load()
+    classifier.open_log(tmp_path / "changes.jsonl")
+
+    def broken(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with serving(classifier) as client:
+
+        def rename(name: str) -> Any:
+            return client.ask("PATCH", "/v1/classes/~0", json={"name": name, "keep_text": True}, headers=AUTHORISED)
+
+        assert rename("one").status_code == 200
+        version = classifier.version
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, broken)
+            for _ in range(2):
+                response = rename("two")
+                assert error_of(response, 507) == code
+                assert os.strerror(number) in response.text and "predictions are still answered" in response.text
+        assert classifier.version == version and classifier.classes_[0] == "one"
+        assert client.predict(GREY).json()["version"] == version
+        ready = client.get("/readyz")
+        assert ready.status_code == 200 and ready.json()["status"] == "ok"
+        assert ready.json()["detail"].startswith("read-only: ") and os.strerror(number) in ready.json()["detail"]
+        assert client.get("/healthz").json() == {"status": "ok", "detail": ""}
+        assert "iosr_fast_read_only 1.0" in client.get("/metrics").text
+        assert rename("three").json()["version"] == version + 1  # as soon as it works
+        assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
+        assert "iosr_fast_read_only 0.0" in client.get("/metrics").text
+    classifier.close_log()
+    again = load()
+    again.open_log(tmp_path / "changes.jsonl")
+    assert again.classes_[0] == "three" and again.version == version + 1
+    again.close_log()

@@ -1,0 +1,257 @@
+"""No state of a connection lasts: deadlines that no byte prolongs, room for the next client, answers in order."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.serving.edge_server import BIG, Site, read_all, read_answers, site, statuses
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+CLOSE = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+SHORT_S = 0.3  # the server's deadlines here, but for those of whole seconds
+LONG_S = 6.0  # until a test gives up on a deadline
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Site]:
+    with pytest.MonkeyPatch.context() as patch, site(header_timeout_s=SHORT_S, keep_alive_s=1, body_timeout_s=1) as it:
+        patch.setattr("iosr_fast.serving.http.protocol._LINGER_S", SHORT_S)
+        yield it
+
+
+def ended(connection: socket.socket, trickle: bytes = b"", every_s: float = 0.02) -> bytes:
+    """What comes until the server has closed, while `trickle` is sent again and again."""
+    until, answer = time.monotonic() + LONG_S, b""
+    connection.settimeout(every_s)
+    while time.monotonic() < until:
+        try:
+            if trickle:
+                connection.sendall(trickle)
+            part = connection.recv(65536)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return answer
+        if not part and not trickle:
+            return answer
+        answer += part
+        if not part:
+            time.sleep(every_s)  # half closed by the server; to be closed wholly, whatever we send
+    raise AssertionError(f"still open after {LONG_S} s: {answer!r}")
+
+
+def test_a_connection_without_a_request_is_closed(shared: Site) -> None:
+    with shared.connect() as connection:
+        assert ended(connection) == b""
+
+
+def test_headers_that_trickle_prolong_nothing(shared: Site) -> None:
+    def answer_to(case: tuple[int, bytes]) -> list[int]:
+        before, begun = case
+        with shared.connect() as connection:
+            connection.sendall(GET * before)
+            read_answers(connection, before)
+            connection.sendall(begun)
+            return statuses(ended(connection, b"X: a\r\n" if begun.startswith(b"GET") else b"A"))
+
+    cases = [(i, begun) for i in (0, 1) for begun in (b"", b"G", b"\r\n", b"GET / HTTP/1.1\r\n", GET[:-2])]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        assert list(pool.map(answer_to, cases)) == [[408]] * len(cases)
+
+
+def test_what_is_no_request_after_an_answer_keeps_no_connection(shared: Site) -> None:
+    def answer_to(trickle: bytes) -> list[int]:
+        with shared.connect() as connection:
+            connection.sendall(GET)
+            read_answers(connection, 1)
+            connection.sendall(b"\r\n")  # one blank line is ignored, and is no request that has begun
+            return statuses(ended(connection, trickle))
+
+    trickles = [b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\0"]
+    with ThreadPoolExecutor(len(trickles)) as pool:
+        assert list(pool.map(answer_to, trickles)) == [[], *[[400]] * (len(trickles) - 1)]
+
+
+def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
+    assert statuses(shared.ask(b"\r\n" + GET + b"\r\n" + CLOSE)) == [200, 200]
+    assert statuses(shared.ask(GET + b"\r", b"\n", CLOSE, pause_s=0.02)) == [200, 200]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
+def test_a_body_that_trickles_after_its_answer_is_cut_off(shared: Site, framing: bytes) -> None:
+    for last in (b"", b"Connection: close\r\n"):
+        with shared.connect() as connection:
+            connection.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\n" + last + framing)
+            trickle = b"a" if b"Length" in framing else b"1\r\na\r\n"
+            assert statuses(ended(connection, trickle)) == [200]
+
+
+def test_a_client_that_takes_its_answer_slowly_is_cut_off(shared: Site) -> None:
+    for takes in (0, 512):
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.connect(("127.0.0.1", shared.port))
+            connection.settimeout(LONG_S)
+            connection.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+            shared.wait_for(lambda: len(shared.connections) == 1)
+            until = time.monotonic() + LONG_S
+            while shared.connections:
+                assert time.monotonic() < until
+                connection.recv(takes)
+                time.sleep(0.02)
+    with shared.connect() as connection:
+        connection.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert len(read_all(connection)) > BIG
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT", POST, POST + b"abc", GET + POST])
+def test_a_half_closed_connection_ends(shared: Site, sent: bytes) -> None:
+    with shared.connect() as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        assert statuses(read_all(connection)) == [200] * sent.count(GET)
+    shared.wait_for(lambda: not shared.connections)
+
+
+def test_who_half_closes_after_whole_requests_is_answered(shared: Site) -> None:
+    with shared.connect() as connection:
+        connection.sendall(GET * 50)
+        connection.shutdown(socket.SHUT_WR)
+        assert statuses(read_all(connection)) == [200] * 50
+
+
+def test_the_application_hears_of_a_client_that_is_gone(shared: Site) -> None:
+    before = shared.gone
+    for request in (GET.replace(b"/", b"/slow", 1), POST.replace(b"/", b"/slow", 1) + bytes(1000)):
+        with shared.connect() as connection:
+            connection.sendall(request)
+            time.sleep(0.05)
+    shared.wait_for(lambda: shared.gone == before + 2)
+    with shared.connect() as connection:
+        connection.sendall(request + GET)
+        assert [one["path"] for _, one in read_answers(connection, 2)] == ["/slow", "/"]
+    assert shared.gone == before + 2
+
+
+def test_pipelined_requests_are_all_answered_in_their_order(shared: Site) -> None:
+    post = b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n" + GET * 60 + bytes(2000 - 60 * len(GET))
+    assert post.index(b"\r\n\r\n") + 4 + 2000 == len(post)
+    requests = b"".join(post % i if i % 3 else GET.replace(b"/", b"/%d" % i, 1) for i in range(2000))
+    with shared.connect() as connection:
+        connection.settimeout(20)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(connection.sendall, requests + CLOSE)
+            answers = read_answers(connection, 2001)
+    assert [one["path"] for _, one in answers] == [f"/{i}" for i in range(2000)] + ["/"]
+
+
+def test_requests_ahead_of_their_turn_are_not_read(shared: Site) -> None:
+    with shared.connect() as connection:
+        connection.settimeout(0.2)
+        connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < 64 << 20:
+                sent += connection.send(GET * 1000)
+        assert sent < 64 << 20  # the kernels' buffers are full
+        (kept,) = shared.connections
+        assert len(kept._buffer) < 1 << 20  # type: ignore[attr-defined]
+
+
+def test_an_error_reaches_a_client_that_still_sends(shared: Site) -> None:
+    for bad in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        POST.replace(b"1000", b"x"),
+        b"GET /" + b"a" * 20_000,
+        POST[:-2] + b"a b\r\n",
+    ):
+        with shared.connect() as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(bad + bytes(3 << 20))
+            time.sleep(0.05)
+            assert statuses(read_all(connection)) in ([400], [414], [431])
+
+
+def test_who_sends_on_after_a_refusal_is_cut_off() -> None:
+    with site(max_body_bytes=1 << 20, max_image_bytes=1 << 20) as small, small.connect() as connection:
+        connection.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+        read_answers(connection, 1)
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                connection.sendall(bytes(1 << 20))
+                time.sleep(0.01)
+
+
+def test_an_application_that_fails_is_a_500_and_the_end(shared: Site) -> None:
+    answer = shared.ask(GET.replace(b"/", b"/fail", 1) + GET)
+    assert statuses(answer) == [500] and b'"internal"' in answer
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", b"GET / HT", POST, GET, GET + b"\r\n", GET + POST, b"BAD\r\n\r\n", CLOSE, POST.replace(b"/ ", b"/unread ")],
+)
+def test_connections_that_wait_for_their_clients_make_room(begun: bytes) -> None:
+    with site(max_connections=20) as crowded, contextlib.ExitStack() as opened:
+        many = [opened.enter_context(crowded.connect()) for _ in range(60)]
+        for connection in many:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(begun)
+        for _ in range(3):
+            assert statuses(crowded.ask(CLOSE)) == [200]
+        with many[-1] as newest, contextlib.suppress(ConnectionError):  # the oldest went first
+            newest.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                while newest.recv(65536):
+                    pass
+        crowded.wait_for(lambda: len(crowded.connections) <= 20)
+
+
+def test_where_all_are_being_answered_the_next_is_told_to_come_again() -> None:
+    with site(max_connections=4) as crowded, contextlib.ExitStack() as opened:
+        many = [opened.enter_context(crowded.connect()) for _ in range(4)]
+        for connection in many:
+            connection.sendall(GET.replace(b"/", b"/slow", 1))
+        crowded.wait_for(lambda: len(crowded.seen) == 4)
+        refused = crowded.ask(GET)
+        assert statuses(refused) == [503] and b"Retry-After: 1\r\n" in refused
+        assert [read_answers(connection, 1)[0][0] for connection in many] == [200] * 4
+        assert statuses(crowded.ask(CLOSE)) == [200]
+
+
+def test_a_thousand_silent_connections_keep_nobody_out() -> None:
+    with site() as crowded, contextlib.ExitStack() as opened:
+        for i in range(950):
+            with contextlib.suppress(ConnectionError):
+                connection = opened.enter_context(crowded.connect())
+                connection.sendall((b"", b"GET", POST, GET)[i % 4])
+        for _ in range(5):
+            assert statuses(crowded.ask(CLOSE)) == [200]
+        crowded.wait_for(lambda: len(crowded.connections) <= crowded.settings.max_connections)
+
+
+def test_a_stop_answers_what_is_under_way_and_closes_the_rest() -> None:
+    running = Site()
+    with running.connect() as idle, running.connect() as partial, running.connect() as busy, running.connect() as body:
+        idle.sendall(GET)
+        read_answers(idle, 1)
+        partial.sendall(b"GET / HT")
+        busy.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + GET)
+        body.sendall(POST)
+        running.wait_for(lambda: ("GET", "/slow", 0) in running.seen)
+        running.server.should_exit = True
+        assert read_all(idle) == b"" and read_all(partial) == b""
+        body.sendall(bytes(1000))
+        for connection, size in ((busy, 0), (body, 1000)):
+            answer = read_all(connection)
+            assert (
+                statuses(answer) == [200] and b"connection: close" in answer.lower() and b'"size":%d' % size in answer
+            )
+    running.stop()

@@ -1,0 +1,176 @@
+"""Images that mean no good, sent to a server whose decoders are processes: others are answered, memory comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast.serving.http import Settings
+from tests.images.jpegs import COMMENT, END, jpeg, scan, segment
+from tests.pictures import encode
+from tests.serving.serving_client import (
+    AUTHORISED,
+    Client,
+    error_of,
+    form,
+    load,
+    queries,
+    query_labels,
+    serving,
+    wait_until,
+)
+from tests.serving.test_serving_process import started
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are watched by /proc")
+
+GREY = encode(np.full((64, 64, 3), 128, np.uint8))
+LIMITS = Settings().decode_limits
+# 80 KB each; a decoder has a pass over 49 million pixels for each of 8,000 scans.
+_DC, _HIDDEN = scan(1, 2, 3, band=(0, 0, 0)), segment(COMMENT, END)
+ATTACKS = {
+    "progressive behind a comment": jpeg(0xC2, 7000, 7000, _DC, _HIDDEN, *[scan(1, band=(1, 63, 0))] * 8000),
+    "baseline": jpeg(0xC0, 7000, 7000, *[scan(1)] * 8000),
+    "extended": jpeg(0xC1, 7000, 7000, _HIDDEN, *[scan(1)] * 8000),
+    "arithmetic": jpeg(0xC9, 7000, 7000, *[scan(1)] * 8000),
+    "arithmetic progressive": jpeg(0xCA, 7000, 7000, _DC, *[scan(1, band=(1, 63, 0)) + _HIDDEN] * 8000),
+}
+SLOW = encode(Image.new("RGB", (7000, 7000)))  # fair, and far longer than a tenth of a second
+
+
+@pytest.fixture(scope="module")
+def client() -> Any:
+    with serving(batching={"isolated": True, "decode_threads": 2, "limits": LIMITS}) as made:
+        yield made
+
+
+def pids(client: Client) -> list[int]:
+    return [decoder._process.pid for decoder in client.service.batching._workers._decoders]
+
+
+def resident_mb(process: int) -> float:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.parametrize("name", list(ATTACKS))
+def test_jpegs_of_thousands_of_scans_stop_nobody(client: Client, name: str) -> None:
+    held = [client.start("POST", "/v1/predict", content=ATTACKS[name]) for _ in range(4)]
+    good = client.predict(queries()[0], query="?deadline_ms=20000")
+    assert good.json()["predictions"][0]["label"] == query_labels()[0]
+    for one in held:
+        answer = one.result(20)
+        assert answer.status_code == 422
+        assert "scans over 7000 x 7000" in answer.json()["predictions"][0]["error"]["message"]
+    assert client.get("/healthz").status_code == 200
+
+
+def test_the_command_serves_with_processes_that_end_with_it() -> None:
+    with started("--drain", "0", "--decode-threads", "2") as process:
+        server = process._process.pid
+        tasks = Path(f"/proc/{server}/task")
+        children = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+        assert len(children) == 2 and all(
+            b"decoder_process" in Path(f"/proc/{p}/cmdline").read_bytes() for p in children
+        )
+        answer = process.client.post("/v1/predict", content=ATTACKS["arithmetic"])
+        assert answer.status_code == 422 and "scans over" in answer.text
+        process.signal(signal.SIGINT)
+        assert process.exit_code() == 0
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+def test_labels_are_those_of_the_library(client: Client) -> None:
+    photo = encode(Image.effect_noise((500, 333), 60).convert("RGB"), "JPEG")
+    for image in (photo, *queries()[:3]):
+        (told,) = client.predict(image, query="?top=8").json()["predictions"]
+        probabilities = {one["label"]: one["probability"] for one in told["top"]}
+        wanted = client.service.classifier.predict_proba([image])[0]
+        np.testing.assert_allclose([probabilities[n] for n in client.service.classifier.classes_], wanted, atol=1e-5)
+
+
+def test_an_image_in_a_request_fails_alone() -> None:
+    limits = Settings(decode_timeout_s=0.2).decode_limits
+    with serving(batching={"isolated": True, "decode_threads": 2, "limits": limits}) as client:
+        answer = client.predict(GREY, SLOW, GREY, query="?deadline_ms=30000").json()["predictions"]
+        assert "label" in answer[0] and "label" in answer[2]
+        assert answer[1]["error"]["code"] == "bad_image" and "takes more than 0.2 s" in answer[1]["error"]["message"]
+
+
+def test_images_of_changes_are_decoded_by_processes_too() -> None:
+    limits = Settings(decode_timeout_s=0.2).decode_limits
+    photos = [encode(Image.effect_noise((90, 70), 50 + i).convert("RGB"), "JPEG") for i in range(2)]
+    with serving(batching={"isolated": True, "decode_threads": 1, "limits": limits}) as client:
+        for bad in (ATTACKS["baseline"], SLOW):
+            added = client.ask(
+                "POST", "/v1/classes", data={"name": "x"}, files=form(photos[0], bad), headers=AUTHORISED
+            )
+            assert error_of(added, 422) == "bad_image" and "number 1" in added.json()["error"]["message"]
+        assert client.service.classifier.version == 1
+        added = client.ask("POST", "/v1/classes", data={"name": "x"}, files=form(*photos), headers=AUTHORISED)
+        assert added.status_code == 201, added.text
+        class_id = added.json()["class_id"]
+        more = client.ask("POST", f"/v1/classes/{class_id}/examples", files=form(photos[1]), headers=AUTHORISED)
+        assert more.status_code == 200
+        library = load()
+        library.add_class("x", photos)
+        library.add_examples(class_id, photos[1:])
+        made, wanted = (c.predict_proba(photos) for c in (client.service.classifier, library))
+        np.testing.assert_allclose(made, wanted, atol=1e-6)
+        assert client.service.classifier.picture(added.json()["example_ids"][0]) == library.picture("e24")
+
+
+def test_health_goes_through_a_decoder_and_a_busy_one_is_no_failure() -> None:
+    probing = {"probe_after_s": 0.01, "probe_every_s": 0.01, "probe_deadline_s": 0.3, "stuck_after_s": 60}
+    limits = Settings(decode_timeout_s=1.5).decode_limits
+    with serving(batching={"isolated": True, "decode_threads": 1, "limits": limits}, **probing) as client:
+        time.sleep(0.02)
+        assert client.get("/healthz").status_code == 200
+        (pid,) = pids(client)
+        os.kill(pid, signal.SIGSTOP)  # it never answers
+        held = client.start("POST", "/v1/predict?deadline_ms=30000", content=GREY)
+        wait_until(lambda: client.service.batching.decoders_are_busy)
+        time.sleep(0.02)
+        assert client.get("/healthz").status_code == 200  # it takes long, within its limits
+        client.service.metrics.last_answer -= 61
+        time.sleep(0.02)
+        assert "no image was classified for" in client.get("/healthz").json()["detail"]
+        assert held.result(20).status_code == 422
+        assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200 and pids(client) != [pid]
+        time.sleep(0.02)
+        assert client.get("/healthz").status_code == 200  # it was killed, another one works
+
+
+def test_health_shows_that_no_decoder_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iosr_fast.serving.batching import processes
+
+    with serving(batching={"isolated": True, "decode_threads": 1}) as client:
+        assert client.predict(GREY).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "_MAIN", "raise ImportError('gone')")
+            os.kill(pids(client)[0], signal.SIGKILL)
+            client.predict(GREY)
+            wait_until(lambda: client.get("/healthz").status_code == 503)
+            assert "does not start" in client.get("/healthz").json()["detail"]
+            assert client.get("/readyz").status_code == 503
+        wait_until(lambda: client.get("/healthz").status_code == 200)
+
+
+def test_memory_is_back_after_a_burst_of_large_pngs(client: Client) -> None:
+    assert client.predict(GREY).status_code == 200
+    everybody = [os.getpid(), *pids(client)]
+    before = sum(map(resident_mb, everybody))
+    burst = encode(Image.new("RGB", (5000, 5000)), compress_level=9)
+    held = [client.start("POST", "/v1/predict?deadline_ms=60000", files=form(*[burst] * 2)) for _ in range(2)]
+    assert client.predict(GREY, query="?deadline_ms=30000").status_code == 200  # in its turn
+    assert all(one.result(60).status_code == 200 for one in held)
+    everybody = [os.getpid(), *pids(client)]
+    until = time.monotonic() + 30  # 10 where nothing else runs
+    while sum(map(resident_mb, everybody)) > before + 60:
+        assert time.monotonic() < until
+        time.sleep(0.1)

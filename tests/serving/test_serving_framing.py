@@ -1,0 +1,254 @@
+"""Where a request ends is never in doubt: upgrades, lengths, chunks, hosts and targets, over bare sockets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving.edge_server import Site, read_all, read_answers, site, statuses
+
+HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+SIZED = b"Content-Length: %d\r\n\r\n%s" % (len(HIDDEN), HIDDEN)
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Site]:
+    with site() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(shared: Site) -> None:
+    shared.seen.clear()
+
+
+def post(headers: bytes = b"", rest: bytes = b"\r\n", line: bytes = b"POST / HTTP/1.1", host: bytes = b"x") -> bytes:
+    return line + b"\r\nHost: " + host + b"\r\n" + headers + rest
+
+
+@pytest.mark.parametrize("body", [SIZED, CHUNKED], ids=["sized", "chunked"])
+@pytest.mark.parametrize(
+    "upgrade",
+    [
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAA\r\nSec-WebSocket-Version: 13\r\n",
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n",
+        b"connection: keep-alive, UPGRADE\r\nupgrade: TLS/1.0, something/9\r\n",
+        b"Connection: x\r\nConnection: upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket\r\n",
+        b"Connection: upgrade\r\n",
+        b"Upgrade: websocket\r\n",
+    ],
+    ids=["websocket", "h2c", "list", "twice", "connection only", "upgrade only"],
+)
+def test_the_body_of_an_upgrade_does_not_run_as_a_request(shared: Site, upgrade: bytes, body: bytes) -> None:
+    assert statuses(shared.ask(post(upgrade, body) + LAST)) == [200, 200]
+    assert shared.seen == [("POST", "/", len(HIDDEN)), ("GET", "/last", 0)]
+    # Unread, answered before it has come, and byte by byte, it is no request either.
+    data = post(upgrade, body, b"POST /unread HTTP/1.1")
+    assert statuses(shared.ask(data[:-20], data[-20:] + LAST, pause_s=0.05)) == [200, 200]
+    with shared.connect() as connection:
+        for i in range(0, len(data), 7):
+            connection.sendall(data[i : i + 7])
+        connection.sendall(LAST)
+        assert statuses(read_all(connection)) == [200, 200]
+    assert "/hidden" not in {path for _, path, _ in shared.seen}
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"OPTIONS", b"DELETE"])
+def test_a_body_of_any_method_is_a_body(shared: Site, method: bytes) -> None:
+    for body in (SIZED, CHUNKED):
+        for path in (b" / ", b" /unread "):
+            assert statuses(shared.ask(post(b"", body, method + path + b"HTTP/1.1") + LAST)) == [200, 200]
+    assert "/hidden" not in {path for _, path, _ in shared.seen}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_that_offers_http2_gets_a_plain_answer(shared: Site) -> None:
+    url = f"http://127.0.0.1:{shared.port}/curl"
+    for options in ([], ["--data-binary", "x" * 5000], ["-H", "Expect: 100-continue", "-d", "abc"]):
+        command = ["curl", "--http2", "-s", "-o", "/dev/null", "-w", "%{http_code} %{http_version}", *options, url]
+        assert subprocess.run(command, capture_output=True, text=True, timeout=20).stdout == "200 1.1"
+
+
+def test_an_offer_of_http2_gets_a_plain_answer(shared: Site) -> None:
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    answer = shared.ask(post(offer, line=b"GET /h2 HTTP/1.1") + LAST)
+    assert statuses(answer) == [200, 200] and b"101" not in answer[:12]
+    assert statuses(shared.ask(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")) == [400]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nhOST: a\r\n",
+        b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n",
+        *(b"GET / HTTP/1.1\r\nHost:" + bad + b"\r\n" for bad in (
+            b"", b" ", b" a b", b" a,b", b" a/b", b" user@a", b" a:b", b" a:80:80", b" a:999999", b" [::1", b" ::1",
+            b" http://a", b" a?b", b" a#b", b" \xe9", b' "a"', b" a\\b",
+        )),
+    ],
+)  # fmt: skip
+def test_a_request_for_no_host_or_two_is_refused(shared: Site, head: bytes) -> None:
+    assert statuses(shared.ask(head + b"\r\n" + LAST)) == [400]
+    assert not shared.seen
+
+
+@pytest.mark.parametrize("host", [b"a", b"a.b-c_d:80", b"127.0.0.1:8000", b"[::1]:80", b"  a  ", b"a:"])
+def test_a_good_host_is_taken(shared: Site, host: bytes) -> None:
+    assert statuses(shared.ask(post(line=b"GET / HTTP/1.1", host=host) + LAST)) == [200, 200]
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        *(b"Content-Length: " + bad + b"\r\n" for bad in (
+            b"+5", b"-5", b"5 5", b"5,5", b"5, 5", b"5,6", b"0x5", b"5.0", b"", b"five", b"\xb5", b"9" * 25,
+            b"9" * 5000,
+        )),
+        b"Content-Length: 5\r\nContent-Length: 5\r\n",
+        b"Content-Length: 5\r\ncontent-length: 6\r\n",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 0\r\n",
+        *(b"Transfer-Encoding: " + bad + b"\r\n" for bad in (
+            b"gzip, chunked", b"chunked, chunked", b"chunked, gzip", b"gzip", b"identity", b"xchunked", b"chunkedx",
+            b"", b",chunked", b"chunked,", b"chunked;a=b", b'"chunked"', b"\x0bchunked",
+        )),
+        b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\ntransfer-encoding: identity\r\n",
+        b"Transfer-Encoding:\r\n chunked\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b"Content-Length : 5\r\n",
+        b" Content-Length: 5\r\n",
+        b"X: a\r\n\tContent-Length: 5\r\n",
+        b"X: a\nContent-Length: 5\r\n",
+        b"X: a\rContent-Length: 5\r\n",
+        b"Content-Length: 5\n",
+        b"Content-Length\r\n",
+        b": a\r\n",
+        b"X: a\x00b\r\n",
+        b"X: a\x01b\r\n",
+        b"X: a\x7fb\r\n",
+        b"X\x00: a\r\n",
+        b"X Y: a\r\n",
+        b"X\xe9: a\r\n",
+        b"(X): a\r\n",
+    ],
+)  # fmt: skip
+def test_doubtful_framing_is_refused_and_what_follows_is_not_read(shared: Site, framing: bytes) -> None:
+    answer = shared.ask(post(framing, b"\r\n5\r\nhello\r\n0\r\n\r\n") + HIDDEN + LAST)
+    assert statuses(answer) == [400] and b"connection: close" in answer.lower()
+    assert not shared.seen
+
+
+def test_transfer_encoding_is_none_of_http_1_0(shared: Site) -> None:
+    assert statuses(shared.ask(post(line=b"POST / HTTP/1.0", rest=CHUNKED))) == [400]
+    assert not shared.seen
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"+5\r\nhello\r\n0\r\n\r\n",
+        b"-5\r\nhello\r\n0\r\n\r\n",
+        b" 5\r\nhello\r\n0\r\n\r\n",
+        b"0x5\r\nhello\r\n0\r\n\r\n",
+        b"5_0\r\nhello\r\n0\r\n\r\n",
+        b"\r\nhello\r\n0\r\n\r\n",
+        b";a\r\nhello\r\n0\r\n\r\n",
+        b"5\nhello\r\n0\r\n\r\n",
+        b"5\r\nhello\n0\r\n\r\n",
+        b"5\r\nhelloo\r\n0\r\n\r\n",
+        b"5\r\nhell\r\n0\r\n\r\n\r\n",
+        b"5\r\nhello0\r\n\r\n",
+        b"5;a\nb\r\nhello\r\n0\r\n\r\n",
+        b"10000000000000000000000005\r\nhello\r\n0\r\n\r\n",
+        b"5;" + b"a" * 100_000 + b"\r\nhello\r\n0\r\n\r\n",
+        b"5\r\nhello\r\n0\r\n\n",
+        b"0\r\n\n",
+        b"0\r\nX: a\n\n",
+        b"5\r\nhello\r\n0\r\nX: a\r\n\r\n",
+        b"5\r\nhello\r\n0\r\nContent-Length: 5\r\n\r\n",
+        b"5\r\nhello\r\n0\r\n" + b"X: a\r\n" * 20_000 + b"\r\n",
+        b"1\r\na\r\n" * 10_000 + b"0\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_doubtful_chunks_are_refused_and_what_follows_is_not_read(shared: Site, body: bytes) -> None:
+    for split in (len(body), len(body) - 1, len(body) // 2, 2):
+        data = post(b"Transfer-Encoding: chunked\r\n", b"\r\n" + body + HIDDEN + LAST)
+        at = data.index(b"\r\n\r\n") + 4 + split
+        assert statuses(shared.ask(data[:at], data[at:], pause_s=0.01)) in ([400], [431])
+    assert not shared.seen
+
+
+def test_chunks_of_many_sizes_are_joined(shared: Site) -> None:
+    body = b"".join(b"%X;name=value\r\n%s\r\n" % (size, bytes(size)) for size in [1] * 500 + [300] * 2000 + [70_000])
+    data = post(b"Transfer-Encoding: Chunked\r\n", b"\r\n" + body + b"000\r\n\r\n")
+    assert statuses(shared.ask(data + LAST)) == [200, 200]
+    assert shared.seen[0] == ("POST", "/", 500 + 600_000 + 70_000)
+
+
+@pytest.mark.parametrize("line", [
+    b"GET /", b"GET / HTTP/1.1 ", b"GET  / HTTP/1.1", b"GET / HTTP/1.1x", b"GET /\tHTTP/1.1", b" GET / HTTP/1.1",
+    b"GET / HTTP/1", b"GET / HTTP/1.2", b"GET / HTTP/2.0", b"GET / http/1.1", b"GET / HTTP/01.1", b"GET /a b HTTP/1.1",
+    b"GET /\x00 HTTP/1.1", b"GET /\xe9 HTTP/1.1", b"GET /#a HTTP/1.1", b"GET a HTTP/1.1", b"G(T / HTTP/1.1",
+    b"GET * HTTP/1.1", b"OPTIONS * HTTP/1.1", b"GET x:80 HTTP/1.1", b"CONNECT x:80 HTTP/1.1", b"CONNECT / HTTP/1.1",
+    b"GET http:///a HTTP/1.1", b"GET http://[::1 HTTP/1.1", b"GET http://u@x/ HTTP/1.1", b"GET ftp://x/ HTTP/1.1", b"",
+])  # fmt: skip
+def test_a_line_that_asks_for_nothing_is_refused(shared: Site, line: bytes) -> None:
+    assert statuses(shared.ask(b"\r\n" * (not line) + post(line=line) + LAST)) == [400]
+    assert not shared.seen
+
+
+def test_a_target_may_be_a_url_whose_host_counts(shared: Site) -> None:
+    with shared.connect() as connection:
+        connection.sendall(post(line=b"GET http://a.b:80/c?d=e HTTP/1.1") + post(line=b"GET HTTP://a HTTP/1.1"))
+        (_, first), (_, second) = read_answers(connection, 2)
+    assert (first["path"], first["host"], second["path"], second["host"]) == ("/c", "a.b:80", "/", "a")
+
+
+def test_http_1_0_is_answered_and_closed(shared: Site) -> None:
+    for headers in (b"", b"Host: x\r\n", b"Connection: keep-alive\r\n"):
+        answer = shared.ask(b"GET /old HTTP/1.0\r\n" + headers + b"\r\n")
+        assert statuses(answer) == [200] and b"connection: close" in answer.lower()
+    assert b"chunked" not in shared.ask(b"GET /big HTTP/1.0\r\n\r\n")[:500]
+    assert statuses(shared.ask(b"GET /\r\n\r\n")) == [400]  # HTTP/0.9
+
+
+def test_an_answer_to_head_has_no_body(shared: Site) -> None:
+    head, _, rest = shared.ask(post(line=b"HEAD /a HTTP/1.1") + LAST).partition(b"\r\n\r\n")
+    assert b"content-length: " in head.lower() and rest.startswith(b"HTTP/1.1 200")
+
+
+def test_100_continue_is_said_when_the_body_is_read_and_only_then(shared: Site) -> None:
+    head = b"Content-Length: 5\r\nExpect: 100-continue\r\n"
+    with shared.connect() as connection:
+        connection.sendall(post(head))
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"hello")
+        assert read_answers(connection, 1)[0][1]["size"] == 5
+    refused = shared.ask(post(head, line=b"POST /unread HTTP/1.1"))  # closed: would the body come or a request?
+    assert statuses(refused) == [200] and b"connection: close" in refused.lower()
+    assert statuses(shared.ask(post(head, b"\r\nhello") + LAST)) == [200, 200]
+
+
+def test_headers_are_bounded_in_number_and_bytes(shared: Site) -> None:
+    assert statuses(shared.ask(post(b"X: a\r\n" * 99) + LAST)) == [200, 200]
+    assert statuses(shared.ask(post(b"X: a\r\n" * 100) + LAST)) == [431]
+    for count in (5_000, 20_000):
+        assert statuses(shared.ask(post(b"X: a\r\n" * count))) == [431]
+    assert statuses(shared.ask(post(b"X: " + b"a" * 60_000 + b"\r\n") + LAST)) == [200, 200]
+    for long in (b"X: ", b"X"):
+        assert statuses(shared.ask(post(long + b"a" * 70_000))) == [431]
+    assert statuses(shared.ask(post(line=b"GET /" + b"a" * 8_000 + b" HTTP/1.1") + LAST)) == [200, 200]
+    for length in (8_200, 70_000, 3_000_000):
+        assert statuses(shared.ask(b"GET /" + b"a" * length)) == [414]
+        assert statuses(shared.ask(post(line=b"GET /" + b"a" * length + b" HTTP/1.1"))) == [414]
+    assert statuses(shared.ask(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")) == [400]  # TLS
+    assert statuses(shared.ask(b"GET / HTTP/1.1\nHost: x\n\n")) == [400]

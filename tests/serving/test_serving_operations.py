@@ -1,0 +1,203 @@
+"""What operations look at: health, readiness, metrics, logs, the page's headers, settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.http import Settings, metrics
+from iosr_fast.serving.http.logs import JsonFormatter
+from iosr_fast.serving.http.logs import logger as serving_logger
+from iosr_fast.state.predictions import Prediction
+from tests.pictures import encode
+from tests.serving.serving_client import (
+    AUTHORISED,
+    CLASSES,
+    TOKEN,
+    Client,
+    Gate,
+    create_app,
+    error_of,
+    load,
+    queries,
+    serving,
+    wait_until,
+)
+
+GREY = encode(np.full((64, 64, 3), 128, np.uint8))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """For tests that change nothing."""
+    with serving() as client:
+        yield client
+
+
+def test_health_probes_where_nothing_else_is_classified() -> None:
+    classifier = load()
+    gate = Gate(classifier)
+    with serving(
+        classifier,
+        max_batch=1,
+        max_queue=2,
+        max_images=1,
+        probe_after_s=0.01,
+        probe_every_s=0.01,
+        probe_deadline_s=0.3,
+        stuck_after_s=60,
+    ) as client:
+        time.sleep(0.02)
+        assert client.get("/healthz").json() == {"status": "ok", "detail": ""}
+        assert 'iosr_fast_image_seconds_count{outcome="ok"} 1.0' in client.get("/metrics").text
+        assert "iosr_fast_predictions_total{" not in client.get("/metrics").text  # a probe is nobody's image
+        gate.shut()
+        time.sleep(0.02)
+        response = client.get("/healthz")
+        assert response.status_code == 503 and "not classified within 0.3 s" in response.json()["detail"]
+        gate.open()
+        wait_until(lambda: client.service.batching.pending == 0)
+        time.sleep(0.02)
+        assert client.get("/healthz").status_code == 200
+        gate.shut()
+        full = [client.start("POST", "/v1/predict", content=GREY) for _ in range(2)]
+        wait_until(lambda: client.service.batching.pending == 2)
+        time.sleep(0.02)
+        assert client.get("/healthz").status_code == 200  # much to do is no failure
+        client.service.metrics.last_answer -= 61
+        time.sleep(0.02)
+        assert client.get("/healthz").status_code == 503  # nothing done for a minute is one
+        gate.open()
+        assert all(one.result(20).status_code == 200 for one in full)
+
+
+def test_readiness_says_why_not() -> None:
+    with serving() as client:
+        assert client.get("/readyz").json() == {"status": "ok", "detail": ""}
+        client.service.loading = True
+        response = client.get("/readyz")
+        assert response.status_code == 503 and response.json()["status"] == "loading"
+        client.service.loading, client.service.draining = False, True
+        assert client.get("/readyz").json()["status"] == "shutting down"
+        assert client.get("/healthz").status_code == 200  # no reason to restart it
+        client.service.batching.close()
+        response = client.predict(GREY)
+        assert error_of(response, 503) == "closed" and int(response.headers["Retry-After"]) >= 1
+
+
+def test_metrics_count_and_forget_classes_that_are_gone() -> None:
+    with serving() as client:
+        image = queries()[0]
+        label = client.predict(image).json()["predictions"][0]["label"]
+        client.predict(image, b"zip")
+        client.get("/nowhere")
+        text = client.get("/metrics").text
+        class_id = next(info.class_id for info in client.service.classifier.classes() if info.name == label)
+        for line in (
+            f'iosr_fast_predictions_total{{class_id="{class_id}",name="{label}"}} 2.0',
+            'iosr_fast_errors_total{code="unsupported_type"} 1.0',
+            'iosr_fast_errors_total{code="not_found"} 1.0',
+            'iosr_fast_request_seconds_count{method="POST",route="/v1/predict",status="200"} 2.0',
+            'iosr_fast_request_seconds_count{method="GET",route="other",status="404"} 1.0',
+            'iosr_fast_image_seconds_count{outcome="ok"} 2.0',
+            "iosr_fast_model_version 1.0",
+            f"iosr_fast_classes {CLASSES}.0",
+            "iosr_fast_queue_images 0.0",
+            "iosr_fast_body_bytes 0.0",
+            "iosr_fast_healthy 1.0",
+        ):
+            assert line in text, line
+        assert "iosr_fast_batch_images_sum 2.0" in text and 'iosr_fast_info{encoder="' in text
+        client.ask("PATCH", f"/v1/classes/{class_id}", json={"name": "other"}, headers=AUTHORISED)
+        text = client.get("/metrics").text
+        assert label not in text and "iosr_fast_model_version 2.0" in text
+
+
+def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_MOST_CLASSES", 2)
+    made = metrics.Metrics()
+    for number in (1, 2, 3, 1, 4):
+        made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, (), (), 1))
+    text = made.text().decode()
+    assert text.count("iosr_fast_predictions_total{") == 3
+    assert 'iosr_fast_predictions_total{class_id="~1",name="name 1"} 2.0' in text
+    assert 'iosr_fast_predictions_total{class_id="",name="all others"} 2.0' in text
+    made.drop_removed({"~2": "name 2"}.get)
+    text = made.text().decode()
+    assert "name 1" not in text and "name 2" in text and "all others" in text
+
+
+def test_two_applications_in_a_process_count_apart(shared: Client) -> None:
+    with BatchingClassifier(load()) as batching:
+        apps = [create_app(batching, Settings()) for _ in range(2)]
+        clients = [Client(app) for app in apps]
+        clients[0].predict(GREY)
+        texts = [client.get("/metrics").text for client in clients]
+        for client in clients:
+            client.close()
+    counted = 'iosr_fast_request_seconds_count{method="POST",route="/v1/predict",status="200"} 1.0'
+    assert [counted in text for text in texts] == [True, False]
+
+
+def test_a_request_is_one_line_of_json_without_image_or_token(shared: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "iosr_fast.serving.http"):
+        shared.predict(GREY, b"zip", headers={"X-Request-ID": "id.1"})
+        shared.ask("POST", "/v1/retune?token=x", headers={"Authorization": f"Bearer {TOKEN}-not"})
+        odd = shared.get("/v1/classes", headers={"X-Request-ID": 'evil"\t{'})
+    lines = [JsonFormatter().format(record) for record in caplog.records if record.name == serving_logger.name]
+    first, second, third = (json.loads(line) for line in lines)
+    assert first["event"] == "request" and first["images"] == 2 and first["request_id"] == "id.1"
+    assert (first["method"], first["path"], first["status"]) == ("POST", "/v1/predict", 200) and first["ms"] > 0
+    assert (second["status"], second["code"]) == (401, "unauthorized")
+    assert third["request_id"] == odd.headers["X-Request-ID"] and len(third["request_id"]) == 32
+    assert TOKEN not in "".join(lines) and "PNG" not in "".join(lines)
+
+
+def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) -> None:
+    page = shared.get("/")
+    assert page.status_code == 200 and page.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+    assert "require-trusted-types-for 'script'" in page.headers["Content-Security-Policy"]
+    script = shared.get("/static/page.js")
+    assert script.status_code == 200 and script.headers["Content-Type"].startswith("text/javascript")
+    for response in (page, script, shared.get("/v1/classes"), shared.get("/nowhere")):
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+    again = shared.get("/static/page.js", headers={"If-None-Match": script.headers["ETag"]})
+    assert again.status_code == 304 and not again.content
+    for path in (
+        "/static/",
+        "/static/nothing.js",
+        "/static/..%2fapp.py",
+        "/static/../app.py",
+        "/static/app.py",
+        "/docs",
+    ):
+        assert error_of(shared.get(path), 404) == "not_found"
+    assert error_of(shared.ask("PUT", "/v1/classes", headers=AUTHORISED), 405) == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"port": 70000}, "port"),
+        ({"max_queue": 0}, "max_queue of at least 1"),
+        ({"max_wait_ms": -1}, "max_wait_ms"),
+        ({"deadline_ms": "5"}, "deadline_ms to be a number"),
+        ({"max_images": 300}, "max_images of at most max_queue"),
+        ({"max_image_bytes": 1 << 30}, "lower --max-image-bytes|max_image_bytes"),
+        ({"deadline_ms": 90_000}, "max_deadline_ms"),
+        ({"token": "short"}, "at least 16"),
+        ({"token": "a token with spaces in it"}, "without spaces"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Settings(**wrong)
+    assert TOKEN not in repr(Settings(token=TOKEN))

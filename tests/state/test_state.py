@@ -1,0 +1,213 @@
+"""States: what they say after any run of changes, what they share, and that none is ever written to."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from iosr_fast.methods import METHODS
+from iosr_fast.scoring import reference
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.state.examples import absorb
+from iosr_fast.state.segmented import SegmentedPlan
+from iosr_fast.state.state import SMALL, State
+from tests.state.live_parts import random_examples, random_queries, random_state, unit
+
+# How far scores of narrow keys may be from the truth, of the largest logit.
+NARROW = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2, "int8": 3e-2}
+
+
+def change(state: State, rng: np.random.Generator) -> State:
+    """One change drawn at random, that the state can take."""
+    uids = list(state.uids)
+    kind = rng.choice(["examples", "class", "drop", "drop class", "rename"])
+    if kind == "examples":
+        owner = int(rng.choice(uids))
+        return state.adding(random_examples(rng, [owner] * int(rng.integers(1, 5)), state.next_example))
+    if kind == "class":
+        added = random_examples(rng, [state.next_class] * int(rng.integers(1, 4)), state.next_example)
+        return state.adding_class(
+            f"later {state.next_class}", unit(rng.standard_normal(added.embeddings.plain.shape[1])), added
+        )
+    if kind == "rename":
+        return state.renaming(int(rng.choice(uids)), f"renamed {state.version}", unit(rng.standard_normal(24)))
+    if kind == "drop class" and len(uids) > 3:
+        return state.removing_class(int(rng.choice(uids)))
+    crowded = [info for info in state.classes() if info.examples > 1]
+    if not crowded:
+        return state
+    uid = int(rng.choice([int(info.class_id[1:]) for info in crowded]))
+    ids = np.concatenate([part.ids[(part.owners == uid) & part.living] for part in state.segments])
+    return state.removing([int(rng.choice(ids))])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize(("method", "reducer"), [("tip-adapter", "none"), ("tip-adapter++", "centre")])
+def test_additive_methods_after_many_changes(method: str, reducer: str, precision: str, monkeypatch) -> None:
+    monkeypatch.setattr("iosr_fast.state.state.SMALL", 8)  # several runs from the start
+    rng = np.random.default_rng(3)
+    state = random_state(rng, 6, 5, method, {"alpha": 1.5, "beta": 4.0}, reducer, precision)
+    queries, kept = random_queries(rng, 7), []
+    kinds = set()
+    for _ in range(60):
+        logits = state.score(queries)
+        kept.append((state, logits))
+        kinds.add(type(state.plan))
+        truth = reference.score_reference(truth_plan(state), queries)
+        assert np.abs(logits - truth).max() <= NARROW[precision] * np.abs(truth).max()
+        state = change(state, rng)
+    assert kinds == {ScoringPlan, SegmentedPlan}
+    for old, logits in kept:  # nobody wrote to what they were made of
+        np.testing.assert_array_equal(old.score(queries), logits)
+
+
+def truth_plan(state: State) -> ScoringPlan:
+    """The state's plan made from nothing, in fp32."""
+    return replace(state.recipe, key_precision="fp32").compile(state.support)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("tip-adapter")])
+def test_other_methods_are_fit_again(method: str) -> None:
+    rng = np.random.default_rng(4)
+    state = random_state(rng, 5, 4, method)
+    queries = random_queries(rng, 5)
+    for _ in range(15):
+        truth = reference.score_reference(truth_plan(state), queries)
+        np.testing.assert_allclose(state.score(queries), truth, atol=2e-5 * np.abs(truth).max())
+        state = change(state, rng)
+
+
+def test_adding_shares_what_is_there() -> None:
+    """The cost of a change is of what it adds: no row and no key of the others is copied or looked at."""
+    rng = np.random.default_rng(0)
+    state = random_state(rng, 10, SMALL // 5)
+    base, part = state.segments[0], state.parts[0]
+    after = state.adding(random_examples(rng, [3, 3], state.next_example))
+    after = after.adding_class("new", unit(rng.standard_normal(24)), random_examples(rng, [10], after.next_example))
+    assert after.segments[0] is base and after.parts[0] is part and len(after.segments) == 2
+    assert len(after.segments[1]) == 3 and after.class_names[-1] == "new"
+    fewer = after.removing([int(base.ids[0])])
+    assert np.shares_memory(fewer.segments[0].embeddings.plain, base.embeddings.plain)
+    assert np.shares_memory(fewer.parts[0].keys, part.keys) and fewer.parts[0].weights[0] == 0
+    assert fewer.parts[1] is after.parts[1]
+    gone = fewer.removing_class(3)
+    assert np.shares_memory(gone.segments[0].embeddings.plain, base.embeddings.plain)
+    assert gone.score(random_queries(rng, 2)).shape == (2, 10)
+
+
+def test_a_run_is_copied_once_half_of_it_is_gone() -> None:
+    rng = np.random.default_rng(0)
+    state = random_state(rng, 4, SMALL)
+    for uid in (0, 1):
+        state = state.removing_class(uid)
+        rows = len(state.segments[0])
+    assert rows == 2 * SMALL and state.segments[0].dead is None
+    truth = reference.score_reference(truth_plan(state), queries := random_queries(rng, 3))
+    np.testing.assert_allclose(state.score(queries), truth, atol=1e-4)
+
+
+def test_runs_stay_few_and_each_row_is_copied_few_times() -> None:
+    rng = np.random.default_rng(0)
+    segments, copied = (random_examples(rng, [0] * 64, 0),), 0
+    for i in range(2000):
+        before = {id(part.ids) for part in segments}
+        segments = absorb((*segments, random_examples(rng, [0], 64 + i)), small=16)
+        copied += sum(len(part) for part in segments if id(part.ids) not in before)
+    assert sum(map(len, segments)) == 2064 and len(segments) <= 2 + np.log2(2064 / 16)
+    # Up to `small` rows a change, and log2 of the number of runs for each row above that.
+    assert copied <= 2000 * (16 + np.log2(2064))
+
+
+def test_what_is_near_is_what_the_method_compares() -> None:
+    rng = np.random.default_rng(1)
+    state = random_state(rng, 5, SMALL // 4, reducer="centre")
+    state = state.adding(random_examples(rng, [2] * 5, state.next_example)).removing([0, 1, 2])
+    queries = random_queries(rng, 4)
+    rows = state.recipe.reducer(np.asarray(state.support.embeddings.adapted))
+    cosines = state.recipe.reducer(queries.adapted) @ rows.T
+    ids, owners = state.examples.ids, state.examples.owners
+    for made, row in zip(state.explain(queries, nearest=6), cosines, strict=True):
+        best = np.argsort(-row, kind="stable")[:6]
+        assert [n.example_id for n in made.nearest] == [f"e{ids[j]}" for j in best]
+        assert [n.class_id for n in made.nearest] == [f"~{owners[j]}" for j in best]
+        np.testing.assert_allclose([n.similarity for n in made.nearest], row[best], atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+@pytest.mark.parametrize("method", ["zero-shot", "tip-adapter", "gda++", "tip-x", "proker++"])
+def test_predictions_add_up(method: str, classes: int) -> None:
+    rng = np.random.default_rng(2)
+    state = random_state(rng, classes, 2, method)
+    queries = random_queries(rng, 9)
+    logits = state.score(queries)
+    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    probabilities = powers / powers.sum(1, keepdims=True)
+    zero_shot = 0.7 * 20.0 * queries.plain.astype(np.float64) @ state.text.T
+    for b, made in enumerate(state.explain(queries, top=4)):
+        order = np.argsort(-logits[b], kind="stable")[: min(4, classes)]
+        assert [one.label for one in made.top] == [f"class {c}" for c in order]
+        assert made.top[0].label == made.label == f"class {logits[b].argmax()}" and made.version == state.version
+        assert (made.logit, made.cache, made.nearest) == (made.top[0].logit, made.top[0].cache, ())
+        for one, c in zip(made.top, order, strict=True):
+            assert one.probability == pytest.approx(probabilities[b, c], abs=1e-5)
+            assert one.zero_shot == pytest.approx(zero_shot[b, c], abs=1e-4)
+            assert one.zero_shot + one.cache == pytest.approx(one.logit, abs=1e-4) == logits[b, c]
+    if method == "zero-shot":
+        assert max(abs(one.cache) for made in state.explain(queries) for one in made.top) < 1e-5
+    with pytest.raises(ValueError, match="top >= 1 and nearest >= 0, got 0 and 0"):
+        state.explain(queries, top=0)
+
+
+@pytest.mark.parametrize("method", ["gda", "gda++"])
+def test_gda_looks_at_no_image_twice(method: str, monkeypatch) -> None:
+    rng = np.random.default_rng(7)
+    state = random_state(rng, 5, 30, method, reducer="centre").adding(random_examples(rng, [2], 150))
+    monkeypatch.setattr(State, "support", property(lambda _: pytest.fail("all images were gathered")))
+    looked = []
+    rows = State._rows
+    monkeypatch.setattr(State, "_rows", lambda self, examples: looked.append(len(examples)) or rows(self, examples))
+    state = state.adding(random_examples(rng, [1, 1], 151)).removing([0, 40])
+    state = state.adding_class("new", unit(rng.standard_normal(24)), random_examples(rng, [5] * 3, 153))
+    state.removing_class(5)
+    assert looked == [2, 2, 3, 3]
+    monkeypatch.undo()
+    truth = reference.score_reference(truth_plan(state), queries := random_queries(rng, 5))
+    np.testing.assert_allclose(state.score(queries), truth, atol=1e-5 * np.abs(truth).max())
+
+
+def test_changes_that_a_method_can_not_take(monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    state = random_state(rng, 3, 1, "gda")
+    with pytest.raises(ValueError, match="gda needs an image of each class, 1 have none"):
+        state.removing([0])
+    state = random_state(rng, 3, 1)
+    with pytest.raises(ValueError, match="expected to keep at least one, got none left"):
+        state.removing([0, 1, 2])
+    assert state.removing([0, 1]).classes()[0].examples == 0
+    monkeypatch.setattr(sys.modules["iosr_fast.methods.proker"], "LARGEST", 4)
+    state = random_state(rng, 2, 2, "proker")
+    with pytest.raises(ValueError, match="at most 4 support images, got 5"):
+        state.adding(random_examples(rng, [1], 4))
+
+
+def test_the_fingerprint_says_whether_two_states_answer_alike() -> None:
+    def made() -> State:
+        return random_state(np.random.default_rng(0), 4, 2)
+
+    state, same = made(), made()
+    assert state.fingerprint() == same.fingerprint()
+    rng = np.random.default_rng(1)
+    added = random_examples(rng, [1], 8)
+    others = [
+        state.adding(added),
+        state.renaming(1, "other", None),
+        state.removing([3]),
+        state.removing_class(2),
+        random_state(np.random.default_rng(0), 4, 2, parameters={"alpha": 1.01}),
+        random_state(np.random.default_rng(0), 4, 2, reducer="centre"),
+        random_state(np.random.default_rng(1), 4, 2),
+    ]
+    assert len({state.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)

@@ -1,0 +1,53 @@
+"""The benchmark of growing sizes: its cases, its rows and their rates."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("open_clip")
+
+from tests.clip.test_dual_encoder import small_clip
+from tools.bench import harness, scaling, score
+
+
+def test_time_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "load_clip", lambda *_: small_clip())
+    made = scaling.encoders("Small", 1, (1, 3), threads=1, repeats=1)
+    assert {row["case"] for row in made} == {"small-b1-s1", "small-b3-s1"}
+    for row in made:
+        batch = int(row["case"].split("-")[1][1:])
+        assert (
+            row["rate"] == pytest.approx(batch / row["runtime_ms"] * 1e3, rel=1e-2) and row["rate_unit"] == "images/s"
+        )
+
+
+def test_scoring_by_size_times_ours_and_the_two_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "gemm_ceiling_flops", lambda threads: 1e12)
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
+    monkeypatch.setattr(score, "Case", SmallCase)
+    made = scaling.run(1, 1, scaling.Sizes((), queries=(1, 2), keys=(16000,), classes=(3,)))
+    expected = {f"q{q}-k16000-d512-c1000" for q in (1, 2, 64)} | {"q64-k16000-d512-c3"}
+    assert {row["case"] for row in made} == expected
+    for row in made:
+        assert row["bench"] == "scaling-score"
+        assert row["impl"] in scaling.IMPLEMENTATIONS or row["impl"].startswith("cpp/")
+
+
+def test_a_case_that_two_sizes_share_is_timed_once() -> None:
+    cases = scaling.SIZES.cases
+    sizes = len(scaling.SIZES.queries) + len(scaling.SIZES.keys) + len(scaling.SIZES.classes)
+    assert cases.count("q64-k16000-d512-c1000") == 1 and len(cases) == sizes - 2
+    for case in cases:
+        assert score.Case.parse(case).width == 512
+
+
+class SmallCase(score.Case):
+    """A case of the sizes that its name says, but a thousandth of the keys."""
+
+    @classmethod
+    def parse(cls, text: str) -> score.Case:
+        case = super().parse(text)
+        return score.Case(case.queries, case.keys // 1000, case.width, min(case.classes, 50))

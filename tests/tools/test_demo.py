@@ -1,0 +1,142 @@
+"""What ships with the package: the pictures, the CLIP and its adapter, and the demo that uses them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
+from tests import ROOT
+
+
+def run(*words: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return done
+
+
+def test_splits_share_no_concept_and_every_picture_is_there() -> None:
+    index = load_index()
+    generic, held_out = load_pictures("generic"), load_pictures("held-out")
+    assert len(generic.names) == 1000 and not set(generic.names) & set(held_out.names)
+    assert len(generic.names) + len(held_out.names) == len(index["concepts"])
+    for pictures in (generic, held_out):
+        assert pictures.images.shape[1:] == (64, 64, 3) and pictures.images.dtype == np.uint8
+        assert np.bincount(pictures.concepts).min() >= 4
+        blank = (pictures.images == 255).all((1, 2, 3))
+        assert not blank.any(), f"{blank.sum()} blank pictures"
+    fewer = load_pictures("held-out", min_styles=5)
+    assert np.bincount(fewer.concepts).min() >= 5 and len(fewer.names) < len(held_out.names)
+    with pytest.raises(ValueError, match="'generic' or 'held-out'"):
+        load_pictures("test")  # type: ignore[arg-type]
+
+
+def test_sizes_and_licences() -> None:
+    index = load_index()
+    pictures = sum((FOLDER / f"{style}.webp").stat().st_size for style in index["styles"])
+    assert pictures + (FOLDER / "index.json").stat().st_size < 12e6
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.safetensors")) < 16e6
+    for style, entry in index["styles"].items():
+        text = (FOLDER / f"LICENSE-{entry['licence']}.txt").read_text()
+        assert f"{style}.webp" in text and entry["author"] in text and "<year>" not in text
+    assert "index.json" in (FOLDER / "LICENSE-emojibase.txt").read_text()
+
+
+def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -> None:
+    torch = pytest.importorskip("torch", reason="torch comes with the train extra")
+    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    from iosr_fast.clip.fuse import build_dual_encoder
+    from iosr_fast.clip.load import load_clip
+    from iosr_fast.export.pretrained import choose_adapter
+    from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
+
+    clip = load_clip("demo")
+    adapter = choose_adapter(clip, "auto")
+    assert adapter is not None and adapter.config.training["pictures"] == len(load_pictures("generic").images)
+    held_out = load_pictures("held-out", min_styles=5)
+    rows = held_out.concepts < 200
+    with torch.inference_mode():
+        parts = [build_dual_encoder(clip, adapter)(torch.from_numpy(held_out.images[rows]))]
+    plain, adapted = (pair_cosines(part.numpy(), held_out.concepts[rows]) for part in parts[0])
+    assert overlap_area(*adapted) < overlap_area(*plain)
+    assert auroc(*adapted) > auroc(*plain)
+
+
+def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (70, 80), name).save(tmp_path / "data" / name / f"{i}.png")
+    out = tmp_path / "new" / "adapter.safetensors"
+    words = ("tools/train_adapter.py", "--data", str(tmp_path / "data"), "--out", str(out), "--workers", "0")
+    done = run(*words, "--first-adapted-block", "5", "--bottleneck", "8")
+    assert done.returncode == 0, done.stderr
+    assert "4 pictures of 2 classes, 1 epochs" in done.stdout and out.is_file()
+    assert "nothing is measured between epochs" in done.stdout
+    training = out.with_name("adapter.safetensors.training")
+    assert sorted(path.name for path in training.iterdir()) == ["epochs.csv", "steps.csv"], "checkpoints go"
+    done = run(*words, "--first-adapted-block", "9")
+    assert done.returncode == 2 and "0..5" in done.stderr and "Traceback" not in done.stderr
+    done = run("tools/train_adapter.py", "--out", str(tmp_path))
+    assert done.returncode == 2 and "got the folder" in " ".join(done.stderr.replace("│", " ").split())
+    done = run("tools/train_adapter.py", "--data", str(tmp_path / "nowhere"), "--out", str(out))
+    assert done.returncode == 2 and "found no folder" in done.stderr.replace("\n", " ").replace("│ ", "")
+
+
+def test_another_adapter_is_evaluated_on_the_demo(tmp_path: Path) -> None:
+    """One that changes nothing: adapted and plain embeddings are the same."""
+    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    from iosr_fast.clip.adapter import init_adapter, save_adapter
+    from iosr_fast.clip.load import load_clip
+
+    adapter = init_adapter(load_clip("demo"), 4, 8)
+    save_adapter(adapter, tmp_path / "fresh.safetensors")
+    rows_file = tmp_path / "rows.json"
+    words = ("--methods", "tip-adapter", "tip-adapter++", "--reducers", "none", "--shots", "2", "--seeds", "1")
+    done = run(
+        "tools/evaluate.py",
+        *("--data", "demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(rows_file.read_text())
+    assert {row["adapter"] for row in rows} == {"fresh.safetensors"}
+    plain, adapted = (row["mean"] for row in rows if row["bench"] == "accuracy")
+    assert plain == adapted
+    done = run("tools/evaluate.py", "--data", "demo", "--adapter", str(tmp_path / "none.safetensors"))
+    assert done.returncode == 2 and "no adapter at" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_demo_briefly(tmp_path: Path) -> None:
+    """With one epoch instead of many: every step runs and the report has what it promises."""
+    words = ("--epochs", "1", "--views", "1", "--seeds", "2", "--auto-shots", "1")
+    done = run("tools/demo/run.py", "--out", str(tmp_path), *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"plain", "adapted"} <= set(report["overlap"])
+    assert set(report["accuracy"]) == {"1", "2", "4"}
+    assert ["auto (shipped)" in shots for shots in report["accuracy"].values()] == [True, False, False]
+    for shots in report["accuracy"].values():
+        assert {"zero-shot", "tip-adapter", "tip-adapter, centred", "tip-adapter++"} <= set(shots)
+        assert all(0 < cell["mean"] < 1 for cell in shots.values())
+        assert {cell["seeds"] for name, cell in shots.items() if name != "auto (shipped)"} == {2}
+        if "auto (shipped)" in shots:
+            assert shots["auto (shipped)"]["seeds"] == 1
+            assert shots["auto (shipped)"]["mean"] > shots["tip-adapter"]["mean"]
+        assert shots["tip-adapter++ (shipped)"]["mean"] > shots["tip-adapter"]["mean"] > shots["zero-shot"]["mean"]
+    assert set(report["labels_changed_by_narrow_keys"]) == {"fp16", "bf16", "int8"}
+    assert "folder" in report["engines"]["onnxruntime"] and "tensorrt_rtx" in report["engines"]
+    assert {cell["tuned_on"] for cell in report["accuracy"]["4"].values()} == {"none", "loo"}
+    assert report["latency_ms"] > 0 and report["images_per_s"] > 0
+    for name in ("overlap.png", "adapter.safetensors", "classifier/manifest.json", "engine-onnxruntime/encoder.onnx"):
+        assert (tmp_path / name).is_file()
+        assert name.split("/")[0] in done.stdout
+    pictures = sorted((tmp_path / "pictures").glob("*.png"))
+    assert len(pictures) == 5
+    done = run("-m", "iosr_fast", "classify", str(tmp_path / "classifier"), str(tmp_path / "pictures"))
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr

@@ -1,0 +1,216 @@
+"""Evaluation sets: what is missing or damaged is named before any work, and the page of data sets is up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+for module in ("torch", "scipy"):
+    pytest.importorskip(module, reason=f"{module} comes with the train extra")
+
+from iosr_fast.images.preprocess import BadImageError  # noqa: E402
+from iosr_fast.training.data.datasets_page import page  # noqa: E402
+from iosr_fast.training.data.evaluation_sets import check, describe, names, open_evaluation_set  # noqa: E402
+from iosr_fast.training.data.templates import IMAGENET_SEVEN, PHOTO, one_prompt, templates_for  # noqa: E402
+from tests.training.test_data_layouts import (  # noqa: E402
+    aircraft,
+    coop,
+    cub,
+    dogs,
+    dtd,
+    imagenet,
+    in_folder,
+    plantdoc,
+    put_text,
+    shift,
+    ucf,
+)
+
+EUROSAT = coop("eurosat", ("AnnualCrop", "Annual Crop Land", ""), ("Highway", "Highway or Road", ""))
+
+
+@pytest.mark.parametrize("name", names())
+def test_everything_missing_is_listed_with_its_url_and_place(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        open_evaluation_set(name, tmp_path)
+    for layout in describe(name).layouts:
+        assert layout.title in str(caught.value)
+        for need in layout.needs:
+            assert f"{tmp_path / need.paths[0]}  from {need.url}" in str(caught.value)
+            assert need.url.startswith(("http://", "https://"))
+
+
+def test_only_what_is_missing_is_listed(tmp_path: Path) -> None:
+    aircraft(tmp_path)
+    (tmp_path / "fgvc_aircraft/images_variant_val.txt").unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        open_evaluation_set("fgvc_aircraft", tmp_path)
+    assert str(caught.value).count("\n    ") == 1 and "images_variant_val.txt" in str(caught.value)
+
+
+def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
+    EUROSAT(tmp_path)
+    for path in ("AnnualCrop/valé_0.jpg", "Highway/testé_1.jpg"):
+        (tmp_path / "eurosat/2750" / path).unlink()
+    expected = (
+        r"2 images of EuroSAT are missing from .*2750: AnnualCrop/valé_0.jpg, Highway/testé_1.jpg; get them from http"
+    )
+    with pytest.raises(FileNotFoundError, match=expected):
+        open_evaluation_set("eurosat", tmp_path)
+
+
+def test_check_tells_of_every_set_what_keeps_it(tmp_path: Path) -> None:
+    cub(tmp_path)
+    EUROSAT(tmp_path)
+    (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text("{", encoding="utf-8")
+    found = check(tmp_path, ["cub", "eurosat", "dtd"])
+    assert list(found) == ["cub", "eurosat", "dtd"] and found["cub"] is None
+    assert "split_zhou_EuroSAT.json is damaged" in (found["eurosat"] or "")
+    assert "split_zhou_DescribableTextures.json" in (found["dtd"] or "")
+    with pytest.raises(ValueError, match=r"expected an evaluation set among caltech101, .*, got 'cifar'"):
+        check(tmp_path, ["cub", "cifar"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"train": [["a.jpg", 0', "is damaged or no split file"),
+        ("[1, 2]", "is damaged or no split file"),
+        ('{"test": [["a.jpg", 0]]}', "is damaged or no split file"),
+        ('{"test": [["a.jpg", "x", "a"]]}', "is damaged or no split file"),
+        ('{"train": [["a.jpg", 0, "a"]]}', "expected a split 'test' in .*, found train"),
+        ('{"test": [["a.jpg", 0, "a"], ["b.jpg", 0, "b"]]}', "gives label 0 two names, 'a' and 'b'"),
+        ('{"test": [["a.jpg", 0, "a"], ["b.jpg", 2, "b"]]}', r"has 2 classes, expected labels 0 to 1, got \[0, 2\]"),
+        ('{"test": [["../a.jpg", 0, "a"]]}', r"a path that leaves the folder of images: '../a.jpg'"),
+        ('{"test": [["/etc/a.jpg", 0, "a"]]}', "a path that leaves the folder of images"),
+    ],
+)
+def test_a_bad_split_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    EUROSAT(tmp_path)
+    file = tmp_path / "eurosat/split_zhou_EuroSAT.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        open_evaluation_set("eurosat", tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_a_split_file_without_val_has_no_val(tmp_path: Path) -> None:
+    EUROSAT(tmp_path)
+    file = tmp_path / "eurosat/split_zhou_EuroSAT.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, "val": []}), encoding="utf-8")
+    assert set(open_evaluation_set("eurosat", tmp_path).splits) == {"train", "test"}
+
+
+def test_coops_split_is_used_where_both_are_there(tmp_path: Path) -> None:
+    class_names, rows = dtd(tmp_path)
+    in_folder(tmp_path, class_names, rows)
+    assert open_evaluation_set("dtd", tmp_path).layout == "official split 1, through torchvision"
+    coop("dtd", ("banded", "banded", ""), ("dotted", "dotted", ""))(tmp_path)
+    assert open_evaluation_set("dtd", tmp_path).layout == "CoOp's split"
+
+
+def test_damaged_official_lists_are_named(tmp_path: Path) -> None:
+    aircraft(tmp_path)
+    put_text(tmp_path / "fgvc_aircraft/images_variant_test.txt", "1 F/A-18", "2 Spitfire")
+    with pytest.raises(ValueError, match=r"images_variant_test.txt names 'Spitfire', which is none of the 2 classes"):
+        open_evaluation_set("fgvc_aircraft", tmp_path)
+    cub(tmp_path)
+    put_text(tmp_path / "cub/CUB_200_2011/train_test_split.txt", "1 1", "2 0")
+    with pytest.raises(ValueError, match=r"train_test_split.txt do not list the same images"):
+        open_evaluation_set("cub", tmp_path)
+    dogs(tmp_path)
+    mat = tmp_path / "stanford_dogs/lists/test_list.mat"
+    mat.write_bytes(mat.read_bytes()[:150])
+    with pytest.raises(ValueError, match=r"test_list.mat is damaged"):
+        open_evaluation_set("stanford_dogs", tmp_path)
+    ucf(tmp_path)
+    (tmp_path / "ucf101/ucfTrainTestlist/classInd.txt").write_bytes(b"1 \xff\xfe\n")
+    with pytest.raises(ValueError, match=r"classInd.txt is damaged or no text file"):
+        open_evaluation_set("ucf101", tmp_path)
+
+
+def test_folders_of_imagenet_have_to_be_its_classes(tmp_path: Path) -> None:
+    imagenet(tmp_path)
+    (tmp_path / "imagenet/images/val/n99999999").mkdir()
+    with pytest.raises(ValueError, match=r"1 class folders of .*val are not in .*classnames.txt: \['n99999999'\]"):
+        open_evaluation_set("imagenet", tmp_path)
+    (tmp_path / "imagenet/images/val/n99999999").rename(tmp_path / "elsewhere")
+    for path in (tmp_path / "imagenet/images/train/n01443537").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"expected images in the class folder .*n01443537, found none"):
+        open_evaluation_set("imagenet", tmp_path)
+    (tmp_path / "imagenet/images/train/n01443537").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 class folders are missing from .*train: \['n01443537'\]"):
+        open_evaluation_set("imagenet", tmp_path)
+    put_text(tmp_path / "imagenet/classnames.txt", "n01440764 tench", "n01443537")
+    with pytest.raises(ValueError, match=r"two words at least in line 2 of .*classnames.txt"):
+        open_evaluation_set("imagenet", tmp_path)
+
+
+def test_imagenet_v2_needs_a_folder_for_each_number(tmp_path: Path) -> None:
+    folder = "imagenetv2/imagenetv2-matched-frequency-format-val"
+    shift(folder, ("n01440764", "n01443537"), numbered=True)(tmp_path)
+    with pytest.raises(ValueError, match=r"expected folders 0 to 2 in .*format-val"):
+        open_evaluation_set("imagenet_v2", tmp_path)
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    cub(tmp_path)
+    image = tmp_path / "cub/CUB_200_2011/images/002.C/y.jpg"
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(BadImageError, match=re.escape(str(image))):
+        open_evaluation_set("cub", tmp_path).splits["test"].image(0)
+
+
+def test_prompts() -> None:
+    for name in names():
+        assert templates_for(name) == (list(IMAGENET_SEVEN) if name.startswith("imagenet") else [one_prompt(name)])
+        assert all(template.count("{}") == 1 for template in (*templates_for(name), one_prompt(name)))
+    assert one_prompt("imagenet") == PHOTO and len(set(IMAGENET_SEVEN)) == 7
+    assert one_prompt("ucf101") == "a photo of a person doing {}."
+
+
+def test_the_page_of_data_sets_is_up_to_date() -> None:
+    written = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    assert written == page(), "run python -m iosr_fast.training.data.datasets_page > docs/datasets.md"
+    assert all(f"| `{name}` | {describe(name).title} |" in written for name in names())
+
+
+def test_heavy_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
+    code = (
+        "import sys; from iosr_fast.training.data import evaluation_sets, open_images, shards\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'pyarrow', 'ray', 'scipy', 'tensorboard', 'torchvision', 'webdataset'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "moved", "to"),
+    [
+        ("imagenet", imagenet, "imagenet/images/val", "imagenet/val"),
+        ("plantdoc", plantdoc, "plantdoc/PlantDoc-Dataset/test", "plantdoc/test"),
+    ],
+)
+def test_train_and_test_need_not_lie_side_by_side(
+    tmp_path: Path, name: str, make: Callable[[Path], object], moved: str, to: str
+) -> None:
+    make(tmp_path)
+    before = open_evaluation_set(name, tmp_path).splits
+    pixels = {split: before[split].image(0).tobytes() for split in ("train", "test")}
+    (tmp_path / moved).rename(tmp_path / to)
+    after = open_evaluation_set(name, tmp_path).splits
+    for split in ("train", "test"):
+        assert after[split].labels.tolist() == before[split].labels.tolist()
+        assert [Path(key).name for key in after[split].keys] == [Path(key).name for key in before[split].keys]
+        assert after[split].image(0).tobytes() == pixels[split]

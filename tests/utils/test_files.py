@@ -1,0 +1,417 @@
+"""Folders written whole or not at all, whoever is killed or reads meanwhile; manifests in which no byte may differ."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from iosr_fast.utils import files
+from iosr_fast.utils.exchange import exchange
+from iosr_fast.utils.files import new_file, new_folder, read_manifest, recover, remove_leftovers, write_manifest
+from iosr_fast.utils.verified_folder import Held, hold
+from tests.state.manifests import rewrite_manifest
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from iosr_fast.utils.files import new_folder
+with new_folder(Path("thing")) as made:
+    (made / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+# Forks a writer of "new" over "old" again and again, and kills it at its first, second, ... touch of the file system.
+KILLED_ANYWHERE = """
+import os, signal, sys
+from pathlib import Path
+from iosr_fast.utils import files
+
+exchanges = sys.argv[1] == "exchange"
+EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "os.chmod", "os.scandir", "os.listdir"}
+
+def write(content):
+    with files.new_folder("thing") as made:
+        (made / "inner").mkdir()
+        (made / "content").write_text(content)
+        (made / "inner" / "content").write_text(content)
+        files.write_manifest(made, "thing", {"content": content})
+
+def wrapped(function):
+    def after(*names):
+        done = function(*names)
+        touch("exchanged")
+        return done
+    return after
+
+def touch(event, *_):
+    global left
+    if event in EVENTS or event == "exchanged":
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+files.exchange = wrapped(files.exchange) if exchanges else lambda *_: False
+files._RENAMING_S = 0.0
+left, found, kills = 1 << 60, set(), 0
+while True:
+    write("old")
+    child = os.fork()
+    if not child:
+        left = kills
+        sys.addaudithook(touch)
+        write("new")
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    content = files.read_manifest("thing", "thing")["content"]
+    assert {path.read_text() for path in Path("thing").rglob("content")} == {content}
+    found.add(content)
+    if not os.WIFSIGNALED(status):
+        assert content == "new"
+        break
+    kills += 1
+write("old")
+if not exchanges:  # an aside may be the only copy: only its age tells
+    for path in Path().glob(".*.old.*"):
+        os.utime(path, (0, 0))
+write("newer")
+print(kills, *sorted(found), *sorted(os.listdir()))
+"""
+
+
+def write(target: Path, content: str) -> None:
+    with new_folder(target) as made:
+        (made / "content").write_text(content)
+        write_manifest(made, "thing", {"content": content})
+
+
+def read(target: Path) -> tuple[str, str]:
+    manifest = read_manifest(target, "thing", verify=False)
+    time.sleep(0.001)
+    return manifest["content"], (target / "content").read_text()
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Whether names are exchanged, where this machine can, or renamed twice as elsewhere."""
+    chosen: str = request.param
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").write_text("")
+    able = exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one").is_file() == able
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    if chosen == "two renames":
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+    elif not able:
+        pytest.skip("this file system can't exchange names")
+    return chosen
+
+
+@pytest.mark.usefixtures("renaming")
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    write(target, "one")
+    with pytest.raises(RuntimeError), new_folder(target) as made:
+        (made / "content").write_text("two")
+        raise RuntimeError
+    read_manifest(target, "thing")
+    assert (target / "content").read_text() == "one" and os.listdir(tmp_path) == ["thing"]
+    write(target, "three")
+    read_manifest(target, "thing")
+    assert (target / "content").read_text() == "three" and os.listdir(tmp_path) == ["thing"]
+
+
+@pytest.mark.usefixtures("renaming")
+def test_a_link_is_replaced_and_what_it_leads_to_is_kept(tmp_path: Path) -> None:
+    write(tmp_path / "first", "one")
+    (tmp_path / "thing").symlink_to("first")
+    write(tmp_path / "thing", "two")
+    assert read(tmp_path / "thing") == ("two", "two") and read(tmp_path / "first") == ("one", "one")
+    assert sorted(os.listdir(tmp_path)) == ["first", "thing"]
+    (tmp_path / "nowhere").symlink_to("gone")
+    with pytest.raises(FileExistsError, match="choose another place"):
+        write(tmp_path / "nowhere", "three")
+
+
+def test_the_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    write(Path("."), "one")
+    assert read(tmp_path / "empty") == ("one", "one") and os.listdir(tmp_path) == ["empty"]
+
+
+def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "thing") as made:
+        (made / "content").touch(0o600)
+    assert (tmp_path / "thing").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "thing" / "content").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(renaming: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_ANYWHERE, renaming], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    kills, *found = done.stdout.split()
+    assert int(kills) > 30 and found == ["new", "old", "thing"], "both states were met and no leftover stays"
+    assert ("is back" in done.stderr) == (renaming == "two renames")
+
+
+def test_what_a_kill_leaves_is_removed_at_once(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path)
+    assert killed.returncode == -9
+    leftover, lock = sorted(tmp_path.iterdir())
+    assert lock.name == f"{leftover.name}.lock.tmp" and (leftover / "half").is_file()
+    assert remove_leftovers(tmp_path, of="another") == [] and leftover.exists()
+    assert remove_leftovers(tmp_path, of="thing") == [leftover, lock] and not any(tmp_path.iterdir())
+
+
+def test_what_no_lock_tells_of_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    kept = [tmp_path / name for name in (".thing.old.abcdefgh", ".gitignore", "thing.json", ".x.json.abcdefgh.more")]
+    for path in kept:
+        path.write_text("")
+    half, old_name, unlocked = (
+        tmp_path / ".x.json.abcdefgh",
+        tmp_path / ".my.old.thing.abcdefgh",
+        tmp_path / ".t.abcdefgh",
+    )
+    half.write_text("")
+    old_name.mkdir()
+    unlocked.mkdir()
+    partly, whole = tmp_path / ".x.old.abcdefg1", tmp_path / ".x.old.abcdefg2"
+    for aside, file in ((partly, "content"), (whole, "manifest.json")):
+        (aside / "old").mkdir(parents=True)
+        (aside / "old" / file).write_text("")
+    kept.append(whole)
+    assert remove_leftovers(tmp_path) == []
+    before = time.time() - 2 * 3600
+    for path in (*kept, half, old_name, partly, unlocked):
+        os.utime(path, (before, before))
+    assert sorted(remove_leftovers(tmp_path)) == sorted([half, old_name, partly, unlocked])
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert remove_leftovers(tmp_path / "nowhere") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("writing", ["file", "folder"])
+def test_twenty_killed_saves_leave_nothing_after_the_next_one(writing: str, tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    for _ in range(20):
+        child = os.fork()
+        if not child:
+            with (new_file if writing == "file" else new_folder)(target) as made:
+                (made if writing == "file" else made / "half").write_bytes(b"half" * 1000)
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert len(os.listdir(tmp_path)) == 2, "what the kill before left is gone"
+    if writing == "file":
+        with new_file(target) as made:
+            made.write_text("whole")
+    else:
+        write(target, "whole")
+    assert os.listdir(tmp_path) == ["thing"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_a_living_writer_has_not_finished_stays(old: bool, tmp_path: Path) -> None:
+    target, done = tmp_path / "thing", tmp_path / "done"
+    with new_folder(target) as made, new_file(done) as file:
+        (made / "content").write_text("mine")
+        file.unlink()
+        file.write_text("mine")  # another file of the same name, as libraries write that rename by themselves
+        write(target, "another's")
+        with new_file(done) as other:
+            other.write_text("another's")
+        if old:
+            for path in (made, file):
+                os.utime(path, (0, 0))
+        assert remove_leftovers(tmp_path) == []
+        write_manifest(made, "thing", {"content": "mine"})
+    assert read(target) == ("mine", "mine") and done.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["done", "thing"]
+
+
+def test_leftovers_go_by_age_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".thing.abcdefgh").mkdir()
+    write(tmp_path / "thing", "one")
+    assert sorted(os.listdir(tmp_path)) == [".thing.abcdefgh", "thing"]
+    os.utime(tmp_path / ".thing.abcdefgh", (0, 0))
+    write(tmp_path / "thing", "two")
+    assert os.listdir(tmp_path) == ["thing"]
+
+
+def test_the_next_save_removes_old_leftovers_of_its_own_place(tmp_path: Path) -> None:
+    names = (".thing.abcdefgh", ".thing.abcdefg1", ".other.abcdefgh", ".thing.old.abcdefgh")
+    for name in names:
+        (tmp_path / name).mkdir()
+        if name != ".thing.abcdefg1":
+            os.utime(tmp_path / name, (0, 0))
+    write(tmp_path / "thing", "one")
+    assert sorted(os.listdir(tmp_path)) == [".other.abcdefgh", ".thing.abcdefg1", "thing"]
+
+
+def content_of(held: Held) -> tuple[str, str]:
+    return held.manifest["content"], held.read("content").decode()
+
+
+@pytest.mark.usefixtures("renaming")
+def test_two_writers_in_turn_fail_neither_each_other_nor_readers(tmp_path: Path) -> None:
+    target, ends = tmp_path / "thing", threading.Event()
+    write(target, "0")
+    seen: set[str] = set()
+    failed: list[BaseException] = []
+
+    def until_the_end(work: Callable[[int], None]) -> None:
+        try:
+            number = 0
+            while not ends.is_set():
+                number += 1
+                work(number)
+        except BaseException as error:
+            failed.append(error)
+
+    def reading(_: int) -> None:
+        manifest, content = content_of(hold(target, "thing"))
+        assert manifest == content
+        seen.add(content)
+
+    works: list[Callable[[int], None]] = [
+        lambda number: write(target, f"one {number}"),
+        lambda number: write(target, f"other {number}"),
+        *(reading,) * 3,
+    ]
+    threads = [threading.Thread(target=until_the_end, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    ends.set()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    assert {name.split()[0] for name in seen} >= {"one", "other"}
+    assert os.listdir(tmp_path) == ["thing"], "and nothing is left beside it"
+
+
+def test_an_exchanged_folder_is_never_missing(renaming: str, tmp_path: Path) -> None:
+    if renaming != "exchange":
+        pytest.skip("two renames leave a moment without a folder")
+    target, ends, missing = tmp_path / "thing", threading.Event(), []
+
+    def looking() -> None:
+        while not ends.is_set():
+            if not (target / "manifest.json").is_file():
+                missing.append(time.time())
+
+    write(target, "one")
+    looker = threading.Thread(target=looking)
+    looker.start()
+    for number in range(25):
+        write(target, str(number))
+    ends.set()
+    looker.join()
+    assert not missing
+
+
+def test_what_was_put_aside_is_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = tmp_path / "thing"
+    for number, content in enumerate(("older", "newer")):
+        write(target, content)
+        os.utime(target / "manifest.json", (number, number))
+        aside = tmp_path / f".thing.old.abcdefg{number}"
+        aside.mkdir()
+        target.rename(aside / "old")
+        write(tmp_path / "keeper", content)
+    empty = tmp_path / ".thing.old.abcdefg9"  # of a kill before the first rename
+    empty.mkdir()
+    assert not recover(tmp_path / "another")
+    with caplog.at_level(logging.WARNING):
+        assert read_manifest(target, "thing")["content"] == "newer"
+    assert "was missing" in caplog.text and recover(target)
+    write(target, "newest")
+    assert sorted(os.listdir(tmp_path)) == [empty.name, "keeper", "thing"], "a whole save supersedes what was put aside"
+    shutil.rmtree(target)
+    with pytest.raises(FileNotFoundError, match="found none at"):
+        read_manifest(target, "thing")
+
+
+def test_every_flipped_byte_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    with new_folder(target) as made:
+        (made / "content").write_text("one")
+        write_manifest(made, "thing", {"number": 1.5, "names": ["Käfer", "a b"], "none": None, 7: "seven"})  # type: ignore[dict-item]
+    path = target / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with pytest.raises(ValueError, match=r"manifest\.json"):
+                read_manifest(target, "thing", verify=False)
+    for changed in (
+        whole[:-1],
+        whole + b"\n",
+        whole.replace(b"\n", b"\r\n"),
+        b"",
+        b"[]",
+        b"[" * 9999,
+        b"\xef\xbb\xbf" + whole,
+    ):
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+            read_manifest(target, "thing")
+    manifest = json.loads(whole)
+    path.write_text(json.dumps({**manifest, "number": 2}, indent=2, ensure_ascii=False) + "\n")
+    with pytest.raises(
+        ValueError, match=r"was changed by hand: it does not match its own checksum; make the thing again"
+    ):
+        read_manifest(target, "thing")
+    path.write_bytes(whole)
+    assert read_manifest(target, "thing") == manifest and manifest["names"] == ["Käfer", "a b"]
+
+
+def test_what_a_manifest_may_not_say(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    write(target, "one")
+    files_of = json.loads((target / "manifest.json").read_bytes())["files"]
+    rewrite_manifest(target, schema=1)
+    with pytest.raises(
+        ValueError, match=r"has schema 1, this version of iosr_fast reads schema 2; make the thing again"
+    ):
+        read_manifest(target, "thing")
+    rewrite_manifest(target, schema=2, kind="engine")
+    with pytest.raises(ValueError, match="to hold a thing, got a engine"):
+        read_manifest(target, "thing")
+    rewrite_manifest(target, ["checksum"], kind="thing")
+    read_manifest(target, "thing")
+    (tmp_path / "outside").write_text("one")
+    for name in ("../outside", "inner/../../outside", str(tmp_path / "outside"), "C:/outside", "..\\outside", "\\x"):
+        rewrite_manifest(target, files={**files_of, name: files_of["content"]})
+        with pytest.raises(ValueError, match="names a file outside its folder"):
+            read_manifest(target, "thing")
+    for wrong in (3, [], {"content": 3}, {"content": {}}):
+        rewrite_manifest(target, files=wrong)
+        with pytest.raises(ValueError, match="damaged or no manifest"):
+            read_manifest(target, "thing")
+    rewrite_manifest(target, files=files_of)
+    (target / "content").write_text("two")
+    with pytest.raises(ValueError, match=r"content in .* does not match its manifest"):
+        read_manifest(target, "thing")
+    read_manifest(target, "thing", verify=False)
+    (target / "content").unlink()
+    with pytest.raises(FileNotFoundError, match="content is missing from"):
+        read_manifest(target, "thing", verify=False)

@@ -1,0 +1,124 @@
+"""Folders that are held open: what was verified is what is read, links and pipes are refused, a digest pins all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from iosr_fast.utils.files import new_folder, read_manifest, write_manifest
+from iosr_fast.utils.verified_folder import hold
+from tests.state.manifests import rewrite_manifest
+from tests.utils.test_files import content_of, write
+
+
+def test_what_is_held_is_read_whatever_becomes_of_its_names(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    write(target, "one")
+    held = hold(target, "thing")
+    write(target, "two")
+    assert content_of(held) == ("one", "one") and content_of(hold(target, "thing")) == ("two", "two")
+    held.copy("content", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "one"
+    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
+    shutil.rmtree(target)
+    assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
+
+
+@pytest.mark.parametrize("how", ["replaced", "renamed and back", "rewritten", "rewritten while it is opened"])
+def test_a_file_that_changes_after_it_was_verified_is_not_opened(how: str, tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    write(target, "one")
+    held = hold(target, "thing")
+    held.check()
+    file, seen = target / "content", []
+
+    def change() -> None:
+        if how.startswith("rewritten"):
+            facts = file.stat()
+            file.write_text("two")
+            os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        else:
+            file.rename(tmp_path / "verified")
+            file.write_text("two")
+
+    def opener(folder: Path) -> str:
+        if how == "rewritten while it is opened" and not seen:
+            change()
+        seen.append((folder / "content").read_text())
+        if how == "renamed and back" and len(seen) == 1:
+            file.unlink()
+            (tmp_path / "verified").rename(file)
+        return seen[-1]
+
+    time.sleep(0.02)  # clocks of file systems tick
+    if how != "rewritten while it is opened":
+        change()
+    if how.startswith("rewritten"):
+        with pytest.raises(ValueError, match=r"content in .* does not match its manifest"):
+            held.open_with(opener)
+    else:
+        assert held.open_with(opener) == "one"
+
+
+@pytest.mark.parametrize("name", ["content", "inner", "inner/content", "manifest.json"])
+def test_a_link_in_a_folder_is_not_followed(name: str, tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    with new_folder(target) as made:
+        (made / "inner").mkdir()
+        for path in (made / "content", made / "inner" / "content"):
+            path.write_text("one")
+        write_manifest(made, "thing", {})
+    (target / name).rename(tmp_path / "moved")
+    (target / name).symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        hold(target, "thing")
+    (tmp_path / "way").symlink_to(target)
+    (target / name).unlink()
+    (tmp_path / "moved").rename(target / name)
+    hold(tmp_path / "way", "thing").check()  # the folder itself may have another name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", ["content", "manifest.json"])
+def test_a_pipe_in_a_folder_keeps_nobody_waiting(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "thing", "one")
+    (tmp_path / "thing" / name).unlink()
+    os.mkfifo(tmp_path / "thing" / name)
+    with pytest.raises(FileNotFoundError, match=name):
+        hold(tmp_path / "thing", "thing")
+
+
+def test_a_huge_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "thing", "one")
+    monkeypatch.setattr("iosr_fast.utils.files.LARGEST_MANIFEST", 1 << 10)
+    monkeypatch.setattr("iosr_fast.utils.verified_folder.LARGEST_MANIFEST", 1 << 10)
+    rewrite_manifest(tmp_path / "thing", much="x" * 5000)
+    for reading in (hold, read_manifest):
+        with pytest.raises(ValueError, match="got a larger one"):
+            reading(tmp_path / "thing", "thing")
+    rewrite_manifest(tmp_path / "thing", ["much"], files={f"f{i}": {"sha256": "0" * 64, "bytes": 1} for i in range(3)})
+    monkeypatch.setattr("iosr_fast.utils.verified_folder._MOST_FILES", 2)
+    with pytest.raises(ValueError, match="expected at most 2 files"):
+        hold(tmp_path / "thing", "thing")
+
+
+def test_a_digest_is_that_of_manifest_json(tmp_path: Path) -> None:
+    write(tmp_path / "thing", "one")
+    digest = f"sha256:{hashlib.sha256((tmp_path / 'thing' / 'manifest.json').read_bytes()).hexdigest()}"
+    assert hold(tmp_path / "thing", "thing", expected_digest=digest).digest == digest
+    write(tmp_path / "thing", "two")
+    with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
+        hold(tmp_path / "thing", "thing", expected_digest=digest)
+    (tmp_path / "thing" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
+        hold(tmp_path / "thing", "thing", expected_digest=digest)  # and nothing of it is parsed
+    for wrong in (digest[:-1], digest.removeprefix("sha256:"), digest.upper(), "", "sha256:"):
+        with pytest.raises(ValueError, match="expected a digest of the form"):
+            hold(tmp_path / "thing", "thing", expected_digest=wrong)
+    with pytest.raises(ValueError, match="not verified"):
+        hold(tmp_path / "thing", "thing", verify=False, expected_digest=digest)
