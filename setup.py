@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -54,8 +54,11 @@ class CMakeBuild(build_ext):
         subprocess.run([*cmake, "--build", str(build), *target, "--config", "Release", "--parallel"], check=True)
 
 
+# An editable install finds the command lines' own modules, too; a wheel has only the package.
+TOOLS = find_namespace_packages(include=["tools", "tools.*"]) if "editable_wheel" in sys.argv else []
+
 setup(
-    packages=[*find_packages(include=["iosr_fast", "iosr_fast.*"]), "iosr_fast.kernels"],
+    packages=[*find_packages(include=["iosr_fast", "iosr_fast.*"]), "iosr_fast.kernels", *TOOLS],
     package_dir={"iosr_fast.kernels": "kernels"},
     ext_modules=[CMakeExtension("iosr_fast._C"), *([CMakeExtension("iosr_fast._C_cuda")] if CUDA else [])],
     cmdclass={"build_ext": CMakeBuild},

@@ -13,12 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools.command import new_app, new_file, start
-from tools.source_tree import use_source_tree
-
-use_source_tree()
 
 app = new_app(no_args_is_help=True, help=__doc__)
 

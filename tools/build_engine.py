@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.architecture import check_architecture
 from iosr_fast.clip.load import load_clip

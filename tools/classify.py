@@ -17,7 +17,6 @@ this tree, the input, the bundle and --out at the same paths (a shared folder), 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.utils.require import require

@@ -16,7 +16,6 @@ this tree, the input, the engine and --out at the same paths (a shared folder), 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import typer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.pipeline.embedding_files import DTYPES, FORMATS, Format

@@ -16,12 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tools.source_tree import use_source_tree
-
-use_source_tree()
-
 DEMO_SHOTS = (1, 2, 4)
 # Rows, and what draws them into a folder.
 Evaluated = tuple[list[dict[str, Any]], Callable[[Path], None]]

@@ -28,12 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools.serving_load.hostile import HostileUpload, hostile_bytes, hostile_uploads
-from tools.source_tree import ROOT, use_source_tree
-
-use_source_tree()
+from tools.source_tree import ROOT
 
 HANG_S = 30.0
 WARM_UP = 70  # uploads, one of each kind, after which memory is looked at for the first time

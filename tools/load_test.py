@@ -13,15 +13,12 @@ import gc
 import importlib.util
 import secrets
 import shlex
-import sys
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.http.settings import CPU_BATCH

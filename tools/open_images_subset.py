@@ -11,12 +11,9 @@ The files are at https://storage.googleapis.com/openimages/web/download_v7.html.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import typer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast.training.data.open_images import balanced_subset, write_download_list, write_subset_csv
 from tools.command import run

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 import tempfile
 import threading
 import time
@@ -22,8 +21,6 @@ from typing import Any
 import numpy as np
 import typer
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures

@@ -10,13 +10,10 @@ looks that each figure is there and that there is no other.
 from __future__ import annotations
 
 import difflib
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.command import new_app, start
 from tools.reporting.load import BrokenResults, read_results

@@ -22,12 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tools.source_tree import use_source_tree
-
-use_source_tree()
-
 if TYPE_CHECKING:
     from tools.evaluation.accuracy import Draw
     from tools.reproduction.models import Model

@@ -25,8 +25,6 @@ from typing import Any
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.ray import Scale, deploy
 from iosr_fast.serving.ray.source import Source

@@ -23,8 +23,6 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from iosr_fast.clip.adapter import init_adapter, load_adapter, save_adapter
 from iosr_fast.clip.architecture import check_architecture
 from iosr_fast.clip.load import load_clip

@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import typer
 
+from iosr_fast.kernels import launch
+from iosr_fast.kernels.launch import Config
+from tools import command
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from iosr_fast.kernels import launch  # noqa: E402
-from iosr_fast.kernels.launch import Config  # noqa: E402
-from tools import command  # noqa: E402
-
 DEVICE = "cuda"
 WIDTH = 512
 BATCHES = {"few": (1, 32), "many": (256, 1024)}

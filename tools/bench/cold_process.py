@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 
 def with_iosr_fast(bundle: Path, picture: Path) -> tuple[str, list[float]]:
     """The label, and the moments at which importing, loading and predicting were done."""

@@ -14,7 +14,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -23,8 +22,6 @@ import numpy as np
 import resvg_py
 import typer
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.command import run
 

@@ -5,13 +5,10 @@ python tools/demo/bundle.py --out build/demo-bundle
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import typer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import Pictures, load_pictures

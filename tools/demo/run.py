@@ -19,8 +19,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import Pictures

@@ -9,7 +9,6 @@ them name a keyword or the group of the pictured thing, few its exact name. Held
 from __future__ import annotations
 
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +16,6 @@ import open_clip
 import torch
 import typer
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
 from iosr_fast.training.augment import augment_batch, draw_augmentation

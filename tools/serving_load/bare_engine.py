@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from iosr_fast.classifier import Classifier
 from tools.demo.bundle import held_out_queries
 
