@@ -9,13 +9,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test lint sanitize bench gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast lint sanitize bench gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
 	@echo "make demo       the whole idea on real pictures, in a few minutes, without a GPU or a download of weights"
 	@echo "make serve      the demo's classifier behind HTTP and a page to try it, at http://127.0.0.1:8000 (token: token-of-the-demo)"
-	@echo "make test       ruff, mypy and every test that needs no GPU"
+	@echo "make test       ruff, mypy, import-linter and every test that needs no GPU"
+	@echo "make test-fast  the same without the tests that take long: for the daily loop"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
 	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
@@ -51,8 +52,14 @@ lint: $(STAMP)
 	$(BIN)/mypy iosr_fast
 	$(BIN)/lint-imports
 
+# One thread a worker: more would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: lint
+	$(PYTEST) -m "not slow"
 
 # The second run is apart because the two sanitizers exclude each other.
 sanitize: $(STAMP)
