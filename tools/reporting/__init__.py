@@ -1,1 +1,1 @@
-"""The page of benchmarks: rows read, tables and figures made from them. tools/report.py is its command."""
+"""The page of benchmarks: rows are read, then tables and figures are made from them. tools/report.py is its command."""

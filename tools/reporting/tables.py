@@ -1,156 +1,169 @@
-"""Tables of what is not a timing row: serving under load, accuracy, overlap, the adapter's place, compiled kernels."""
+"""Tables of rows without times: serving under load, accuracy, overlap, the adapter's place, kernels, GPU files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.reporting.load import Row
-from tools.reporting.text import folded, natural, number, percent, plain, provenance, same, table, words
+from tools.reporting.load import Results, Row
+from tools.reporting.text import by_origin, natural, number, origin, percent, plain, sentence, table, title, words
+from tools.reporting.timings import timing_tables
 
 RUN = ("load", "ok", "refused", "errors", "late", "wrong", "p50_ms", "p99_ms", "p999_ms", "refusal_p99_ms", "ok_rps")
-# What of a serving file stands in its tables; all else that is one number or word stands below them.
-PARTS = ("runs", "goals", "churn", "throughput", "memory")
+# The longest value of a GPU file that is shown in full.
+LONGEST = 300
 
 
-def serving_tables(name: str, link: str, facts: Row) -> list[str]:
-    """Runs and goals as tables; what else was measured as a line each."""
-    heads = ["load, of capacity" if key == "load" else words(key) for key in RUN]
+def serving_tables(part: Results, link: str) -> list[str]:
+    """Runs and goals as tables, all else that was measured in a sentence each."""
+    facts, goals = part.facts, part.facts.get("goals") or []
     runs = sorted(facts["runs"], key=lambda run: run["load"])
-    lines = ["", *table(heads, [[plain(run.get(key)) for key in RUN] for run in runs])]
-    lines += [
-        "",
-        provenance([facts], name, link),
-        "",
-        _sentence("Settings and capacity", facts, (*PARTS, "device", "commit", "versions")),
-    ]
-    for part in ("throughput", "churn", "memory"):
-        if isinstance(facts.get(part), Mapping):
-            lines += ["", _sentence(words(part).capitalize(), facts[part], ())]
-    goals = facts.get("goals") or []
+    heads = {key: "load, of capacity" if key == "load" else words(key) for key in RUN}
+    lines = table({head: [plain(run.get(key)) for run in runs] for key, head in heads.items()}, f"runs of {part.name}")
+    groups = {name: facts[name] for name in ("throughput", "churn", "memory") if isinstance(facts.get(name), Mapping)}
+    placed = ("runs", "goals", "device", "commit", "versions", *groups)
+    lines += ["", origin([facts], part.name, link), "", sentence("Settings and capacity", facts, placed)]
+    for name, values in groups.items():
+        lines += ["", sentence(title(name), values)]
     if goals:
-        cells = [[str(goal["goal"]), *(plain(goal.get(key)) for key in ("limit", "measured", "met"))] for goal in goals]
-        lines += ["", *folded(table(("goal", "limit", "measured", "met"), cells), f"goals of {name}", len(cells))]
+        columns = {"goal": [str(goal["goal"]) for goal in goals]}
+        columns |= {key: [plain(goal.get(key)) for goal in goals] for key in ("limit", "measured", "met")}
+        lines += ["", *table(columns, f"goals of {part.name}")]
     return lines
 
 
-def _sentence(title: str, facts: Row, without: Sequence[str]) -> str:
-    told = [
-        f"{words(key)} {plain(value)}"
-        for key, value in facts.items()
-        if key not in without and value not in (None, {}, [])
-    ]
-    return f"{title}: {'; '.join(told)}."
-
-
-def evaluation_tables(name: str, link: str, rows: Mapping[str, Sequence[Row]]) -> list[str]:
+def evaluation_tables(part: Results, link: str) -> list[str]:
     lines: list[str] = []
     for bench, make in (("accuracy", accuracy_table), ("overlap", overlap_table), ("block-sweep", sweep_table)):
-        for group in same(rows.get(bench, [])):
+        for group in by_origin(part.rows.get(bench, [])):
             for data in sorted({str(row.get("data", "")) for row in group}):
-                chosen = [row for row in group if str(row.get("data", "")) == data]
-                lines += [
-                    "",
-                    *make(name, chosen),
-                    "",
-                    " ".join(part for part in (_what(chosen), provenance(chosen, name, link)) if part),
-                ]
-    return lines
+                rows = [row for row in group if str(row.get("data", "")) == data]
+                about = f"{_describe(rows)} {origin(rows, part.name, link)}"
+                lines += ["", *make(f"{bench} in {part.name}", rows), "", about]
+    return lines[1:]
 
 
-def _what(rows: Sequence[Row]) -> str:
-    """The data, how many images, classes and seeds; what ± is."""
+def _describe(rows: Sequence[Row]) -> str:
+    """The data, the numbers of images, classes and seeds, and the meaning of ±."""
     first = rows[0]
     if first["bench"] == "block-sweep":
         return "Demo; accuracy on test concepts."
-    told = [f"Data: {first['data']}"]
+    parts = [f"Data: {first['data']}"]
     for key, what in (("test_images", "test images"), ("images", "images"), ("classes", "classes")):
-        found = sorted({n for row in rows for n in _several(row.get(key))})
-        if found:
-            told.append(f"{number(found[0])}{f' to {number(found[-1])}' if len(found) > 1 else ''} {what}")
+        if counts := sorted({count for row in rows for count in _as_list(row.get(key))}):
+            parts.append(f"{number(counts[0])}{f' to {number(counts[-1])}' * (len(counts) > 1)} {what}")
     if first["bench"] == "accuracy":
-        seeds = len(_several(first.get("seeds")))
-        std = any(row.get("std") is not None for row in rows)
-        told.append(f"± std over {seeds} seeds" if std else "± binomial standard error of one draw")
-    return "; ".join(told) + "."
+        seeds = len(_as_list(first.get("seeds")))
+        with_std = any(row.get("std") is not None for row in rows)
+        parts.append(f"± std over {seeds} seeds" if with_std else "± binomial standard error of one draw")
+    return "; ".join(parts) + "."
 
 
-def _several(value: Any) -> list[int]:
+def _as_list(value: Any) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def spread(row: Row) -> float | None:
-    return row["std"] if row.get("std") is not None else row.get("se")
+def _accuracy(row: Row | None) -> str:
+    """The mean in percent ± its standard deviation, or its standard error where only one draw was made."""
+    if row is None:
+        return ""
+    return percent(row["mean"], row["std"] if row.get("std") is not None else row.get("se"))
 
 
-def accuracy_table(name: str, rows: Sequence[Row]) -> list[str]:
-    """Accuracy in %, a line a method and reducer, a column a number of shots."""
-    shots = sorted({row["shots"] for row in rows})
-    named = len({row.get("adapter") for row in rows}) > 1
-    cells: dict[tuple[str, ...], dict[int, str]] = {}
-    tuned: dict[tuple[str, ...], set[str]] = {}
+def _adapter(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """A column with the adapter of each row, or none where all rows have the same."""
+    names = [row.get("adapter") or "the package's" for row in rows]
+    return {"adapter": names} if len(set(names)) > 1 else {}
+
+
+def accuracy_table(summary: str, rows: Sequence[Row]) -> list[str]:
+    """Accuracy in %: one line for a method, reducer and adapter, one column for a number of shots."""
+    lines: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        key = (row["method"], row["reducer"], *([row.get("adapter") or "the package's"] if named else []))
-        cells.setdefault(key, {})[row["shots"]] = percent(row["mean"], spread(row))
-        tuned.setdefault(key, set()).add(str(row.get("tuned_on", "")))
-    heads = ("method", "reducer", *(["adapter"] if named else []), "tuned on")
-    lines = [
-        [*key, ", ".join(sorted(tuned[key])), *(cells[key].get(k, "") for k in shots)] for key in sorted(cells, key=str)
-    ]
-    made = table([*heads, *(f"{k} shot{'' if k == 1 else 's'}, %" for k in shots)], lines, len(heads))
-    return folded(made, f"accuracy in {name}", len(lines))
+        lines.setdefault((row["method"], row["reducer"], row.get("adapter") or ""), []).append(row)
+    groups = [lines[key] for key in sorted(lines)]
+    first = [group[0] for group in groups]
+    columns = {key: [row[key] for row in first] for key in ("method", "reducer")} | _adapter(first)
+    columns["tuned on"] = [", ".join(sorted({str(row.get("tuned_on", "")) for row in group})) for group in groups]
+    texts = len(columns)
+    for k in sorted({row["shots"] for row in rows}):
+        cells = [next((row for row in group if row["shots"] == k), None) for group in groups]
+        columns[f"{k} shot{'s' * (k != 1)}, %"] = [_accuracy(row) for row in cells]
+    return table(columns, summary, texts)
 
 
-def overlap_table(name: str, rows: Sequence[Row]) -> list[str]:
-    keys = ("overlap_area", "auroc", "feature_variance")
-    named = len({row.get("adapter") for row in rows}) > 1
-    cells = sorted(
-        [
-            row["embeddings"],
-            *([row.get("adapter") or "the package's"] if named else []),
-            *(number(row[key]) for key in keys),
-        ]
-        for row in rows
-    )
-    heads = ["embeddings", *(["adapter"] if named else []), "overlap area", "AUROC", "feature variance"]
-    return folded(table(heads, cells, 1 + named), f"overlap in {name}", len(cells))
+def overlap_table(summary: str, rows: Sequence[Row]) -> list[str]:
+    rows = sorted(rows, key=lambda row: (row["embeddings"], row.get("adapter") or ""))
+    columns = {"embeddings": [row["embeddings"] for row in rows]} | _adapter(rows)
+    texts = len(columns)
+    columns |= {words(key): [number(row[key]) for row in rows] for key in ("overlap_area", "auroc", "feature_variance")}
+    return table(columns, summary, texts)
 
 
-def sweep_table(name: str, rows: Sequence[Row]) -> list[str]:
-    """A line a place and width of the adapter: what it costs, what it gives at the most shots that were tested."""
-    methods = sorted({method for row in rows for method in row["test_accuracy"]})
+def sweep_table(summary: str, rows: Sequence[Row]) -> list[str]:
+    """One line for a place and width of the adapter: its cost, and the accuracy at the most shots that were tested."""
+    place = "first_adapted_block"
+    rows = sorted(rows, key=lambda row: (row["bottleneck"] or 0, natural(str(row[place])), str(row.get("epochs"))))
+    columns = {words(place): ["no adapter" if row[place] is None else str(row[place]) for row in rows]}
+    columns |= {key: [plain(row.get(key)) for row in rows] for key in ("bottleneck", "epochs")}
+    for key in ("cost", "cost_arithmetic", "ms_per_image", "overlap_area", "auroc"):
+        columns[words(key)] = [number(row.get(key)) for row in rows]
     shots = max(int(k) for row in rows for by_shots in row["test_accuracy"].values() for k in by_shots)
-    keys = ("cost", "cost_arithmetic", "ms_per_image", "overlap_area", "auroc")
-    heads = [
-        "first adapted block",
-        "bottleneck",
-        "epochs",
-        *map(words, keys),
-        *(f"{method}, {shots} shots, %" for method in methods),
-    ]
-    cells = []
-    for row in sorted(
-        rows, key=lambda row: (row["bottleneck"] or 0, natural(str(row["first_adapted_block"])), str(row.get("epochs")))
-    ):
-        found = [row["test_accuracy"].get(method, {}).get(str(shots)) for method in methods]
-        place = "no adapter" if row["first_adapted_block"] is None else str(row["first_adapted_block"])
-        accuracies = ["" if cell is None else percent(cell["mean"], spread(cell)) for cell in found]
-        about = [place, plain(row["bottleneck"]), plain(row.get("epochs"))]
-        cells.append([*about, *(number(row.get(key)) for key in keys), *accuracies])
-    return folded(table(heads, cells), f"block-sweep in {name}", len(cells))
+    for method in sorted({method for row in rows for method in row["test_accuracy"]}):
+        cells = [row["test_accuracy"].get(method, {}).get(str(shots)) for row in rows]
+        columns[f"{method}, {shots} shots, %"] = [_accuracy(cell) for cell in cells]
+    return table(columns, summary)
 
 
-def compiled_table(files: Sequence[tuple[str, str, Sequence[Row]]]) -> list[str]:
-    """Kernels compiled ahead of time, a line a file: a summary, all rows are in the file."""
-    cells = []
-    for name, link, rows in files:
-        registers, shared = (
-            [row[key] for row in rows if row.get(key) is not None] for key in ("registers", "shared_bytes")
-        )
-        spills = sum(bool(row["spills"]) for row in rows)
-        span = [f"{number(min(found))} to {number(max(found))}" if found else "" for found in (registers, shared)]
-        architectures = ", ".join(str(arch) for arch in sorted({row["arch"] for row in rows}))
-        kernels = len({(row["kernel"], row.get("precision")) for row in rows})
-        cells.append([f"[{name}]({link})", architectures, number(kernels), number(len(rows)), *span, number(spills)])
-    heads = ("file", "sm", "kernels", "rows", "registers a thread", "shared bytes", "rows that spill")
-    return ["", *table(heads, cells, 2), "", "Compiled, not run; these rows name no device or commit."]
+def compiled_table(parts: Sequence[Results], link: str) -> list[str]:
+    """Kernels compiled ahead of time, summarised in one line for each file."""
+
+    def span(rows: Sequence[Row], key: str) -> str:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        return f"{number(min(values))} to {number(max(values))}" if values else ""
+
+    files = [part.rows["aot"] for part in parts]
+    columns = {
+        "file": [f"[{part.name}]({link}/{part.name})" for part in parts],
+        "sm": [", ".join(map(str, sorted({row["arch"] for row in rows}))) for rows in files],
+        "kernels": [number(len({(row["kernel"], row.get("precision")) for row in rows})) for rows in files],
+        "rows": [number(len(rows)) for rows in files],
+        "registers a thread": [span(rows, "registers") for rows in files],
+        "shared bytes": [span(rows, "shared_bytes") for rows in files],
+        "rows that spill": [number(sum(bool(row["spills"]) for row in rows)) for rows in files],
+    }
+    return [*table(columns, "compiled kernels", 2), "", "Compiled, not run; these rows name no device or commit."]
+
+
+def gpu_tables(part: Results, link: str) -> list[str]:
+    """A file of the GPU check: the machine, what is missing, a table for each bench, then the result of each part."""
+    facts = part.facts
+    about = {key: facts[key] for key in ("torch", "commit", "started", "seconds", "complete") if key in facts}
+    lines = [f"### {facts.get('device') or 'device not given'}", "", sentence(f"[{part.name}]({link})", about)]
+    if facts.get("trial"):
+        lines += ["", "**A trial of the program with tiny shapes, not on a GPU: its times are meaningless.**"]
+    for key, heading in (("missing", "Not installed"), ("skipped", "Skipped"), ("failed", "Failed")):
+        if key in facts:
+            items = [f"- {plain(item)}" for item in facts[key] or []]
+            lines += ["", f"{heading}:", "", *items] if items else ["", f"{heading}: nothing."]
+    for bench in sorted(part.rows):
+        lines += ["", f"#### {title(bench)}", *timing_tables(part.name, link, part.rows[bench])]
+    for name, result in (facts.get("parts") or {}).items():
+        shown = {key: value for key, value in result.items() if key not in ("tables", "facts", "skipped", "limit_s")}
+        shown |= {"last_lines": [line for line in result.get("last_lines") or [] if line.strip(" =")][-1:]}
+        shown |= result.get("facts") or {}
+        lines += [
+            "",
+            sentence(title(name), {key: _cut(value) for key, value in shown.items() if value not in ([], {})}),
+        ]
+        for heading, rows in (result.get("tables") or {}).items():
+            keys = list(dict.fromkeys(key for row in rows for key in row))
+            columns = {words(key): [_cut(row.get(key)) for row in rows] for key in keys}
+            lines += ["", f"{title(name)}, {words(heading)}:", "", *table(columns, f"{heading} in {part.name}")]
+    return lines
+
+
+def _cut(value: Any) -> str:
+    """A value as text, or its length if that is long."""
+    text = plain(value)
+    return text if len(text) <= LONGEST else f"{len(text)} characters, in the file"
