@@ -11,8 +11,7 @@ import numpy as np
 from iosr_fast.methods.ape import ape
 from iosr_fast.methods.gda import gda
 from iosr_fast.methods.proker import proker
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tip_adapter import tip_adapter
 from iosr_fast.methods.tip_x import tip_x
 from iosr_fast.methods.tuning.log_loss import MOST

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
 

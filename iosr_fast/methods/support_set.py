@@ -10,6 +10,8 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
+from iosr_fast.scoring.plan import Which
+from iosr_fast.scoring.reducers import Reducer
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class SupportSet:
         counts = np.bincount(self.labels[rows], minlength=self.n_classes)
         queries = None if self.queries is None else self.queries[rows]
         return replace(self, embeddings=self.embeddings[rows], class_offsets=_offsets(counts), queries=queries)
+
+
+def image_rows(embeddings: Embeddings, which: Which, reducer: Reducer | None) -> np.ndarray:
+    """The embeddings that are compared with other images, (N, D) float32: plain or adapted, after the reducer."""
+    rows: np.ndarray = np.asarray(embeddings.plain if which == "plain" else embeddings.adapted, np.float32)
+    return rows if reducer is None else reducer(rows)
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.numpy_search import ROUNDING
 from iosr_fast.scoring.numpy_scorer import text_distribution
 from iosr_fast.scoring.plan import ScoringPlan, Which

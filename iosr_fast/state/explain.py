@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.rows import image_rows
+from iosr_fast.methods.support_set import image_rows
 from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction, class_id
 
 if TYPE_CHECKING:

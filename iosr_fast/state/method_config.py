@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iosr_fast.methods import METHODS, compile_method
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer, fit_reducer

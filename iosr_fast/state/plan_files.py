@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.state.method_config import MethodConfig

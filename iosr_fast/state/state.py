@@ -16,8 +16,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
 from iosr_fast.state.explain import explain

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method, unavailable_reason
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.tuning import plan_check
 from iosr_fast.methods.tuning.auto import tune_auto
 from iosr_fast.methods.tuning.held_out import in_order_of_folds, leave_out, plans

@@ -16,8 +16,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, Method
 from iosr_fast.methods.proker import residual
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.closed_form import gda_without, kernel_ridge_without
 from iosr_fast.methods.tuning.search import Intervals, cache_intervals, intervals
 from iosr_fast.scoring.plan import ScoringPlan

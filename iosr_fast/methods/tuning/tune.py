@@ -17,8 +17,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method, unavailable_reason
-from iosr_fast.methods.rows import image_rows
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.held_out import (
     HeldOutSet,
     Setting,
