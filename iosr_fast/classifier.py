@@ -309,7 +309,17 @@ class Classifier(LiveUpdates):
         Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
         ValueError for an unknown decoder or numbers below 1, RuntimeError for a decoder that can't run here.
         """
-        return predict_folder(self, folder, batch, skip_bad, threads, decoder)
+        return predict_folder(
+            self.snapshot(),
+            self.encoder,
+            self.engine,
+            folder,
+            exif_orientation=self.exif_orientation,
+            batch=batch,
+            skip_bad=skip_bad,
+            threads=threads,
+            decoder=decoder,
+        )
 
     def explain(self, images: Any, top: int = 5, nearest: int = 0) -> list[Prediction]:
         """A Prediction for each image: label and probability, the `top` classes with what texts say of each and what

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tools.command import new_app, new_file, start
+from iosr_fast.utils.command import new_app, new_file
 
 app = new_app(no_args_is_help=True, help=__doc__)
 
@@ -248,4 +248,4 @@ def run_all(
 
 
 if __name__ == "__main__":
-    start(app)
+    app()

@@ -22,17 +22,21 @@ from typing import Any
 import numpy as np
 import typer
 
-from iosr_fast.clip.adapter import Adapter
-from iosr_fast.clip.architecture import check_architecture
-from iosr_fast.clip.load import load_clip
-from iosr_fast.encoders.runtimes.plans import told
-from iosr_fast.export.calibration import calibration_pictures
-from iosr_fast.export.engine_precision import QUANTISED, choose_builder
-from iosr_fast.export.export import add_plan, random_adapter, write_engine
-from iosr_fast.export.export_check import CHECKED_PICTURES
-from iosr_fast.export.pretrained import choose_adapter, read_adapter
+from iosr_fast.utils.command import one_line_errors, run
 from iosr_fast.utils.outputs import check_new_folder
-from tools.command import run
+from iosr_fast.utils.require import require_installed
+
+with one_line_errors():
+    require_installed("torch", "train")
+    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.architecture import check_architecture
+    from iosr_fast.clip.load import load_clip
+    from iosr_fast.encoders.runtimes.plans import told
+    from iosr_fast.export.calibration import calibration_pictures
+    from iosr_fast.export.engine_precision import QUANTISED, choose_builder
+    from iosr_fast.export.export import add_plan, random_adapter, write_engine
+    from iosr_fast.export.export_check import CHECKED_PICTURES
+    from iosr_fast.export.pretrained import choose_adapter, read_adapter
 
 
 def real_pictures(size: int) -> np.ndarray:

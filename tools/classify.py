@@ -26,11 +26,11 @@ from typing import Any
 import typer
 
 from iosr_fast.state.bundle import load_bundle
+from iosr_fast.utils.command import run
 from iosr_fast.utils.require import require
 from tools.classification.parts import check_names
 from tools.classification.plan import classify_plan
 from tools.classification.worker import ClassifyWorker, open_encoder, writer
-from tools.command import run
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool, run_on_ray
 from tools.embedding.inputs import check_apart, open_source

@@ -22,8 +22,8 @@ import typer
 
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.http.settings import CPU_BATCH
+from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.machine import usable_threads
-from tools.command import new_file, run
 from tools.serving_load.churn import is_rebuilt, measure_churn
 from tools.serving_load.measure import Load, measure_alone, measure_load, measure_memory
 from tools.serving_load.open_loop import Arrivals

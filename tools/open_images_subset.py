@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from iosr_fast.training.data.open_images import balanced_subset, write_download_list, write_subset_csv
-from tools.command import run
+from iosr_fast.utils.command import run
 
 
 def main(

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from tools.command import new_app, start
+from iosr_fast.utils.command import new_app
 from tools.reporting.charts import Chart
 from tools.reporting.load import BrokenResults, read_results
 from tools.reporting.page import PAGE, PLOTS, pages
@@ -69,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    start(app)
+    app()

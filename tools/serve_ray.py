@@ -28,8 +28,8 @@ import typer
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.ray import Scale, deploy
 from iosr_fast.serving.ray.source import Source
+from iosr_fast.utils.command import run
 from iosr_fast.utils.require import require
-from tools.command import run
 from tools.ray_cluster import joined
 
 _SETTINGS, _SCALE = Settings(), Scale()

@@ -23,17 +23,21 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
-from iosr_fast.clip.adapter import init_adapter, load_adapter, save_adapter
-from iosr_fast.clip.architecture import check_architecture
-from iosr_fast.clip.load import load_clip
-from iosr_fast.training.adapted_encoder import AdaptedEncoder
-from iosr_fast.training.dino import local_size
-from iosr_fast.training.processes import make_fabric
-from iosr_fast.training.train import train_adapter
-from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config
-from tools import command
-from tools.training.progress import TrainingBar
-from tools.training.sources import Sources, open_sources
+from iosr_fast.utils import command
+from iosr_fast.utils.require import require_installed
+
+with command.one_line_errors():
+    require_installed("torch", "train")
+    from iosr_fast.clip.adapter import init_adapter, load_adapter, save_adapter
+    from iosr_fast.clip.architecture import check_architecture
+    from iosr_fast.clip.load import load_clip
+    from iosr_fast.training.adapted_encoder import AdaptedEncoder
+    from iosr_fast.training.dino import local_size
+    from iosr_fast.training.processes import make_fabric
+    from iosr_fast.training.train import train_adapter
+    from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config
+    from tools.training.progress import TrainingBar
+    from tools.training.sources import Sources, open_sources
 
 # Leaves room for random crops: DINO's are taken from pictures this much larger than the encoder's own size.
 DINO_MARGIN = 10 / 7

@@ -19,7 +19,7 @@ import typer
 
 from iosr_fast.kernels import launch
 from iosr_fast.kernels.launch import Config
-from tools import command
+from iosr_fast.utils import command
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda"

@@ -29,6 +29,7 @@ class Decoder(Protocol):
 
     name: str
     threads: int | None
+    exif_orientation: bool
 
     def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
         """(size, size, 3) uint8 of each in order, or why there are none; positions in errors count from `start`."""
@@ -42,11 +43,11 @@ class CpuDecoder:
     threads: int | None = None
 
     def __init__(self, exact: bool = False, exif_orientation: bool = True) -> None:
-        self.name, self._exact, self._exif_orientation = "cpu-exact" if exact else "cpu", exact, exif_orientation
+        self.name, self._exact, self.exif_orientation = "cpu-exact" if exact else "cpu", exact, exif_orientation
 
     def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
         return [
-            try_decode(source, size, start + i, self._exif_orientation, self._exact) for i, source in enumerate(sources)
+            try_decode(source, size, start + i, self.exif_orientation, self._exact) for i, source in enumerate(sources)
         ]
 
 

@@ -30,7 +30,7 @@ class GpuDecoder(ABC):
     threads: int | None = 2
 
     def __init__(self, device: str = "cuda", exif_orientation: bool = True) -> None:
-        self.device, self._exif_orientation = device, exif_orientation
+        self.device, self.exif_orientation = device, exif_orientation
 
     def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
         """As Decoder.decode: within 1 level of it on average."""
@@ -39,11 +39,11 @@ class GpuDecoder(ABC):
         chosen = [i for i, given in enumerate(data) if given is not None]
         jpegs = [given for given in data if given is not None]
         for i, jpeg, image in zip(chosen, jpegs, self._decode(jpegs), strict=True):
-            orientation = _orientation(jpeg) if self._exif_orientation else 1
+            orientation = _orientation(jpeg) if self.exif_orientation else 1
             if image is not None and orientation is not None and _fits(image.shape[1], image.shape[2]):
                 found[i] = shrink(turned(image, orientation), size).permute(1, 2, 0).contiguous().cpu().numpy()
         return [
-            try_decode(source, size, start + i, self._exif_orientation) if done is None else done
+            try_decode(source, size, start + i, self.exif_orientation) if done is None else done
             for i, (source, done) in enumerate(zip(sources, found, strict=True))
         ]
 

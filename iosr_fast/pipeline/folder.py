@@ -16,7 +16,8 @@ from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.stream import choose_batch, classify, stage_of
 
 if TYPE_CHECKING:
-    from iosr_fast.classifier import Classifier
+    from iosr_fast.encoders.encoder import Encoder
+    from iosr_fast.state.state import State
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,23 @@ class FolderPredictions:
 
 
 def predict_folder(
-    classifier: Classifier, folder: str | Path, batch: int | None, skip_bad: bool, threads: int | None, decoder: str
+    state: State,
+    encoder: Encoder,
+    engine: Path,
+    folder: str | Path,
+    *,
+    exif_orientation: bool,
+    batch: int | None,
+    skip_bad: bool,
+    threads: int | None,
+    decoder: str,
 ) -> FolderPredictions:
-    """Classifier.predict_folder."""
-    batch = choose_batch(classifier.encoder, batch)
-    state, chosen = (
-        classifier.snapshot(),
-        choose_decoder(decoder, classifier.encoder.runtime, classifier.exif_orientation),
-    )
+    """As Classifier.predict_folder. `engine` is `encoder`'s folder."""
+    batch = choose_batch(encoder, batch)
+    chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
     listing = list_images(folder)
     paths = listing.paths
-    stage = stage_of(classifier.encoder, classifier.engine, chosen, len(paths), batch, threads)
+    stage = stage_of(encoder, engine, chosen, len(paths), batch, threads)
     read, labels, probabilities, errors = [], [], [], []
     left = iter(paths)
     with closing(classify(state, stage, chosen, paths, batch)) as answers:

@@ -20,16 +20,19 @@ from iosr_fast.pipeline.tables import check_output, csv_cells, csv_writer, write
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
-    from iosr_fast.classifier import Classifier
+    from iosr_fast.encoders.encoder import Encoder
+    from iosr_fast.state.state import State
 
 
 @dataclass(frozen=True)
 class Job:
-    """`paths` by a classifier, `batch` at a time; `top` classes are told of each, of those that there are."""
+    """Classifies `paths`, `batch` at a time, and reports the `top` classes of each. `engine` is `encoder`'s folder."""
 
-    classifier: Classifier
-    paths: list[str]
+    state: State
+    encoder: Encoder
+    engine: Path
     decoder: Decoder
+    paths: list[str]
     batch: int
     top: int
     threads: int | None
@@ -83,12 +86,12 @@ class Job:
             digest.update(f"{path}\0{_stamp(path)}\0".encode())
         return {
             "iosr_fast": __version__,
-            "classifier": self.classifier.snapshot().fingerprint(),
-            "engine": self.classifier.encoder.fingerprint,
-            "runtime": self.classifier.encoder.runtime,
+            "classifier": self.state.fingerprint(),
+            "engine": self.encoder.fingerprint,
+            "runtime": self.encoder.runtime,
             "decoder": self.decoder.name,
             "pixels": VERSION,
-            "exif_orientation": self.classifier.exif_orientation,
+            "exif_orientation": self.decoder.exif_orientation,
             "images": f"{len(self.paths)} ({digest.hexdigest()[:16]})",
             "batch": self.batch,
             "top": self.top,
@@ -115,9 +118,8 @@ class Job:
         """Of the images from number `first` on. The stage is that of all, so that going on changes no digit."""
         if first >= len(self.paths):
             return
-        encoder, engine = self.classifier.encoder, self.classifier.engine
-        stage: Stage = stage_of(encoder, engine, self.decoder, len(self.paths), self.batch, self.threads)
-        yield from classify(self.classifier.snapshot(), stage, self.decoder, self.paths[first:], self.batch, self.top)
+        stage: Stage = stage_of(self.encoder, self.engine, self.decoder, len(self.paths), self.batch, self.threads)
+        yield from classify(self.state, stage, self.decoder, self.paths[first:], self.batch, self.top)
 
 
 def check_place(out: Path, paths: Iterable[str]) -> None:

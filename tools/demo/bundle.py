@@ -12,8 +12,8 @@ import typer
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import Pictures, load_pictures
+from iosr_fast.utils.command import run
 from iosr_fast.utils.outputs import check_new_folder
-from tools.command import run
 
 CLASSES, SHOTS, METHOD = 100, 4, "proker++"
 

@@ -30,7 +30,7 @@ from iosr_fast.training.data import demo_pictures
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines, plot_overlap
 from iosr_fast.training.train import train_adapter
 from iosr_fast.training.train_config import TrainConfig
-from tools.command import run
+from iosr_fast.utils.command import run
 from tools.demo.few_shot import cell, changed_labels, evaluate
 from tools.evaluation.accuracy import Result
 from tools.evaluation.demo import encode, held_out

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
 from iosr_fast.training.augment import augment_batch, draw_augmentation
-from tools.command import new_file, run
+from iosr_fast.utils.command import new_file, run
 
 TEMPLATES = ["{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}"]
 

@@ -1,0 +1,80 @@
+"""How every command line starts: plain help, one line for an error, exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from iosr_fast.utils.outputs import check_new_file
+
+
+@contextmanager
+def one_line_errors(prefix: str = "error") -> Iterator[None]:
+    """Print bad input, file errors and missing packages as one line on stderr and exit with code 2.
+
+    Wrap imports at the top of a tool in it where they need an optional package.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # typer ends quietly: after --help, or when `| head` closes
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def stop_message(message: str, prefix: str = "error") -> Iterator[None]:
+    """On Ctrl-C print the message and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def new_app(prefix: str = "error", **options: Any) -> typer.Typer:
+    """An app with `one_line_errors`. Its help shows `[...]` as written, which rich would take for markup."""
+
+    class Group(TyperGroup):
+        def invoke(self, ctx: Any) -> Any:
+            with one_line_errors(prefix):
+                return super().invoke(ctx)
+
+    return typer.Typer(
+        cls=Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
+    )
+
+
+class _Command(TyperCommand):
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_errors():
+            return super().invoke(ctx)
+
+
+def command_app(main: Callable[..., None]) -> typer.Typer:
+    """The app of a tool with one command."""
+    app = new_app()
+    app.command(cls=_Command)(main)
+    return app
+
+
+def run(main: Callable[..., None]) -> None:
+    """Run a tool with one command."""
+    command_app(main)()
+
+
+def new_file(path: Path | None) -> Path | None:
+    """Callback of options that name a file to write: checks the path before any work."""
+    if path is not None:
+        try:
+            check_new_file(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from error
+    return path
