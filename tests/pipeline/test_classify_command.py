@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
         process.send_signal(stop)
         _, told = process.communicate(timeout=60)
     if stop == signal.SIGINT:
-        assert process.returncode == 130 and f"the same command goes on with {out}" in told
+        assert process.returncode == 130 and f"the same command resumes {out}" in told
         assert "Traceback" not in told
     else:
         assert process.returncode == -signal.SIGKILL
@@ -161,7 +161,7 @@ def test_what_was_classified_is_not_classified_again(
     pictures[32].write_bytes(b"no picture")
     stopped = run(bundle, tmp_path / "in", "--out", tmp_path / "labels.csv")
     assert stopped.exit_code == 2 and f"can't read image {pictures[32]}" in stopped.output
-    assert "what was classified before is kept" in stopped.output
+    assert "earlier results are kept" in stopped.output
     seen.clear()
     skipped = run(bundle, tmp_path / "in", "--out", tmp_path / "labels.csv", "--skip-bad")
     assert skipped.exit_code == 0 and f"could not read 1 of {COUNT} images" in skipped.output
