@@ -343,8 +343,8 @@ class Classifier(LiveUpdates):
         saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
         while they are copied: ValueError for one that was changed, with nothing written.
         """
-        opened: Held | None = getattr(self.encoder, "held", None)
-        bundle = Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text, opened)
+        source = self.encoder.source
+        bundle = Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text, source)
         save_bundle(bundle, folder)
 
     @classmethod

@@ -1,34 +1,85 @@
-"""Where all tests together keep what is built of the demo's CLIP: its engine is built and exported once."""
+"""The demo's engine and saved classifiers, built once for all tests, workers and runs of one state of the sources."""
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests import ROOT
+
 VARIABLE = "IOSR_FAST_CACHE"
+CACHES = ROOT / "build" / "test-cache"
+UNUSED_S = 24 * 3600
+# What an engine, a text encoder and a saved classifier are computed by.
+SOURCES = ("clip", "encoders", "export", "images", "methods", "scoring", "state", "utils")
 
 
 @functools.cache
 def demo_cache() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="iosr-fast-cache-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """A folder for IOSR_FAST_CACHE, named after the sources; it holds whatever an earlier test built of the demo."""
+    digest = hashlib.sha256()
+    files = [path for room in SOURCES for path in (ROOT / "iosr_fast" / room).rglob("*")]
+    for path in sorted([*files, ROOT / "iosr_fast" / "classifier.py", ROOT / "tools" / "demo" / "bundle.py"]):
+        if path.suffix in (".py", ".json", ".safetensors", ".webp"):
+            digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+    folder = CACHES / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    for other in CACHES.iterdir():
+        if other.is_dir() and other.stat().st_mtime < time.time() - UNUSED_S:
+            shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
 @contextmanager
 def shared_cache() -> Iterator[None]:
-    """IOSR_FAST_CACHE as demo_cache() for the length of a with block."""
+    """Set IOSR_FAST_CACHE to demo_cache() within the block, in which one process at a time builds."""
     before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = str(demo_cache())
-    try:
-        yield
-    finally:
-        del os.environ[VARIABLE]
-        if before is not None:
-            os.environ[VARIABLE] = before
+    with _locked():
+        os.environ[VARIABLE] = str(demo_cache())
+        try:
+            yield
+        finally:
+            del os.environ[VARIABLE]
+            if before is not None:
+                os.environ[VARIABLE] = before
+
+
+def demo_bundle(classes: int = 12, shots: int = 3, method: str = "tip-adapter++") -> Path:
+    """A saved classifier of the demo, written once (tools.demo.bundle.make_demo_bundle). Read it, never change it."""
+    from tools.demo.bundle import make_demo_bundle
+
+    folder = demo_cache() / "bundles" / f"{classes}-{shots}-{method}"
+    with shared_cache():
+        if not (folder / "manifest.json").is_file():
+            make_demo_bundle(folder, classes, shots, method)
+    return folder
+
+
+def demo_engine() -> Path:
+    """The demo's ONNX Runtime engine with the shipped adapter, in fp32. Read it, never change it."""
+    return demo_bundle() / "engine"
+
+
+_depth = 0
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """One process at a time. A block within a block of the same process enters at once."""
+    global _depth
+    with (demo_cache().with_suffix(".lock")).open("w") as file:
+        if _depth == 0:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1

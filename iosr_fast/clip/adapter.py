@@ -1,4 +1,4 @@
-"""The bottleneck adapter of Kravets & Namboodiri (BMVC 2024), its files, and the literal two-pass encoding with it.
+"""The bottleneck adapter of Kravets & Namboodiri (BMVC 2024), its files, and the literal encoding with it.
 
 In each adapted block, beside the MLP and on the residual stream after attention (the input of ln_2):
 
@@ -173,12 +173,15 @@ def encode_plain(clip: LoadedClip, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def encode_adapted(clip: LoadedClip, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
-    """The image embedding with the adapter, written like the paper's code: one whole pass of its own.
+    """The image embedding with the adapter, by a whole pass of its own, as in the paper's code.
 
-    `pixels` (B, 3, S, S) normalised floats; returns (B, D), not L2-normalised. The dual encoder equals this; training
-    and tests compare with it.
+    `pixels` (B, 3, S, S) normalised floats; returns (B, D), not L2-normalised.
     """
-    visual = clip.model.visual
+    return adapted_pass(clip.model.visual, adapter, pixels)
+
+
+def adapted_pass(visual: Any, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
+    """`encode_adapted` of an open_clip VisionTransformer."""
     x = visual._embeds(pixels)
     for i, block in enumerate(visual.transformer.resblocks):
         x = x + block.ls_1(block.attention(block.ln_1(x)))

@@ -1,11 +1,16 @@
-"""What every runtime offers: uint8 pictures in, both embeddings out."""
+"""The interface of every runtime: uint8 pixels in, both embeddings out."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from iosr_fast.utils.verified_folder import Held
 
 # A NumPy array, a torch tensor on any device, or an object with __dlpack__. Encoders return NumPy arrays.
 Array: TypeAlias = Any
@@ -15,9 +20,9 @@ Array: TypeAlias = Any
 class Embeddings:
     """L2-normalised image embeddings of one batch.
 
-    `plain` (B, D) float32 meets text; `adapted` (B, D) float32, from the encoder with the adapter, meets other images.
-    `adapted` is None where the encoder has no adapter. Both are NumPy arrays, or both torch tensors on one device
-    (which `score` leaves there; there float16 and bfloat16 do as well), or both other objects with `__dlpack__`.
+    `plain` (B, D) float32 is compared with text, `adapted` (B, D) float32, computed with the adapter, with images.
+    `adapted` is None for an encoder without an adapter. Both are NumPy arrays, or both torch tensors on one device
+    (float32, float16 or bfloat16; `score` computes there), or both other objects with `__dlpack__`.
     """
 
     plain: Array
@@ -31,11 +36,16 @@ class Embeddings:
 
 
 class Encoder(Protocol):
-    """A compiled (or eager) image encoder.
+    """An image encoder, compiled or eager. A subclass inherits the defaults below.
 
-    `fingerprint` names the exact export it was built from, so that a cache of keys is never used with another encoder's
-    queries; `runtime` names what executes it ("onnxruntime", "torch", "tensorrt", "tensorrt_rtx"); `adapted` says
-    whether it gives adapted embeddings.
+    image_size, width  side of the square pixels that it takes; channels D of its embeddings
+    fingerprint        names the exact export, so that keys are never compared with another encoder's queries
+    runtime            "onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx", or a name of your own
+    adapted            whether it returns adapted embeddings
+    max_batch          the largest batch of one run; `encode` splits larger ones
+    buckets            the only batch sizes that a GPU executes; None on a CPU, which executes any size
+    threads            CPU threads of one run; None for the runtime's choice
+    source             the verified engine folder that it was opened from; None for any other origin
     """
 
     image_size: int
@@ -43,7 +53,16 @@ class Encoder(Protocol):
     fingerprint: str
     runtime: str
     adapted: bool
+    max_batch: int = 64
+    buckets: tuple[int, ...] | None = None
+    threads: int | None = None
+    source: Held | None = None
 
+    @abstractmethod
     def encode(self, pixels: np.ndarray) -> Embeddings:
-        """Encode uint8 pixels (B, image_size, image_size, 3), RGB; B >= 1."""
-        ...
+        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1."""
+
+    def warm(self, sizes: Iterable[int] | None = None) -> None:
+        """Run each batch size once (None: the buckets, or 1), so that no request pays for a first run."""
+        for size in (self.buckets or (1,)) if sizes is None else sizes:
+            self.encode(np.zeros((size, self.image_size, self.image_size, 3), np.uint8))

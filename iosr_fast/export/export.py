@@ -21,6 +21,7 @@ import torch
 
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, unavailable_reason
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
@@ -30,7 +31,7 @@ from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
-from iosr_fast.export.export_check import check, pictures_of, two_passes
+from iosr_fast.export.export_check import check, pictures_of
 from iosr_fast.export.onnx_files import save_onnx
 from iosr_fast.utils.files import new_folder, write_manifest
 from iosr_fast.utils.machine import cpu_model, package_version
@@ -244,7 +245,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
         if made is not None:
             pictures = pictures_of(manifest["image_size"], None)
             expected = OnnxRuntimeEncoder(folder, facts).encode(pictures["random"])
-            truth = {"random": {name: getattr(expected, name) for name in made.outputs}}
+            truth = {"random": tuple(getattr(expected, name) for name in made.outputs)}
             facts["check"][runtime] = check(made, pictures, truth, facts["precision"])
         facts["versions"] |= {runtime: package_version(runtime)}
         return write_manifest(folder, "engine", facts)

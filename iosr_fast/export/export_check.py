@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-
-if TYPE_CHECKING:
-    from iosr_fast.clip.adapter import Adapter
-    from iosr_fast.clip.load import LoadedClip
 
 FP32_MAX_ERROR = 1e-4
 MIN_COSINES = {"fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
@@ -33,28 +28,15 @@ def pictures_of(size: int, real_images: np.ndarray | None, noise: bool = True) -
     return pictures
 
 
-@torch.inference_mode()
-def two_passes(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The truth of the check: the public code's way, with nothing fused or folded, in fp32."""
-    from iosr_fast.clip.adapter import encode_adapted, encode_plain
-
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-    x = (torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255 - mean) / std
-    features = {"plain": encode_plain(clip, x)}
-    if adapter is not None:
-        features["adapted"] = encode_adapted(clip, adapter, x)
-    return {name: torch.nn.functional.normalize(value, dim=-1).numpy() for name, value in features.items()}
-
-
 def check(
-    encoder: BatchedEncoder, pictures: dict[str, np.ndarray], truth: dict[str, dict[str, np.ndarray]], precision: str
+    encoder: BatchedEncoder, pictures: dict[str, np.ndarray], truth: dict[str, tuple[np.ndarray, ...]], precision: str
 ) -> dict[str, Any]:
     """Largest error and smallest cosine of each kind of picture and embedding; ArithmeticError where one is too bad."""
     made: dict[str, Any] = {}
     for kind, pixels in pictures.items():
         embeddings = encoder.encode(pixels)
         made[kind] = {"pictures": len(pixels)}
-        for name, expected in truth[kind].items():
+        for name, expected in zip(encoder.outputs, truth[kind], strict=True):
             got = getattr(embeddings, name)
             error = float(np.abs(got - expected).max())
             norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)

@@ -24,7 +24,6 @@ from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
-from iosr_fast.utils.verified_folder import Held
 
 if TYPE_CHECKING:
     from iosr_fast.state.state import State
@@ -65,11 +64,11 @@ def stage_of(
     threads = usable_threads() if threads is None else threads
     callers = min(threads, _CALLERS)
     if encoder.runtime in _PARALLEL and callers > 1 and images >= _WORTH * callers * batch:
-        if getattr(encoder, "threads", None) != threads // callers:
-            held: Held | None = getattr(encoder, "held", None)  # the folder may be another one by now
-            encoder = open_engine(held or engine, encoder.runtime, verify=False, threads=threads // callers)
+        if encoder.threads != threads // callers:
+            # The folder may have been replaced since the encoder was opened from it.
+            encoder = open_engine(encoder.source or engine, encoder.runtime, verify=False, threads=threads // callers)
         return Stage(encoder, callers, 0)
-    if getattr(encoder, "buckets", None) is None:  # on a CPU, of which the encoder needs most
+    if encoder.buckets is None:  # on a CPU, of which the encoder needs most
         threads = max(1, threads // 4)
     return Stage(encoder, 1, threads if decoder.threads is None else min(threads, decoder.threads))
 
@@ -78,7 +77,7 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
     """How many images to encode at a time, where that is left open: 16 on a CPU, which a core does as fast as 8 or 32
     and holds less, and up to 64 on a GPU. Raises ValueError below 1."""
     if batch is None:
-        return 16 if getattr(encoder, "buckets", None) is None else min(64, getattr(encoder, "max_batch", 64))
+        return 16 if encoder.buckets is None else min(64, encoder.max_batch)
     if batch < 1:
         raise ValueError(f"expected a batch of at least 1 image, got {batch}")
     return batch

@@ -14,10 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
 
-from iosr_fast.clip.adapter import encode_adapted, encode_plain, init_adapter  # noqa: E402
+from iosr_fast.clip.adapter import init_adapter  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 
@@ -66,16 +67,6 @@ def random_adapter(clip: LoadedClip, first: int, bottleneck: int = 7) -> Any:
 
 def random_pixels(batch: int, size: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-
-
-def two_passes(clip: LoadedClip, adapter: Any, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The public code's way: normalise, one pass without the adapter, one with it, L2-normalise each."""
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255
-    mean, std = (torch.tensor(value, dtype=torch.float64).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-    x = ((x - mean) / std).float()
-    with torch.no_grad():
-        features = [encode_plain(clip, x)] + ([] if adapter is None else [encode_adapted(clip, adapter, x)])
-    return tuple(torch.nn.functional.normalize(f, dim=-1).numpy() for f in features)
 
 
 def run(encoder: DualEncoder, pixels: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.support_set import SupportSet, encode_support, make_support_set
 from iosr_fast.scoring.score import score
@@ -117,7 +117,7 @@ def test_without_texts_the_number_of_classes_must_be_told(rng: np.random.Generat
         make_support_set(embeddings, np.array([0, 1, 1]), None, 1.0)
 
 
-class MeanColour:
+class MeanColour(Encoder):
     """An encoder whose embedding is easy to predict: the mean colour, normalised; the adapted one is its reverse."""
 
     image_size, width, fingerprint, runtime = 8, 3, "mean-colour", "numpy"

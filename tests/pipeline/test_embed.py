@@ -29,7 +29,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.pipeline.embedding_files import Part, iterate_parts, read_embeddings, read_part
@@ -263,7 +263,7 @@ def test_a_part_whose_image_was_changed_is_computed_again(engine: Path, pictures
 def test_an_engine_without_adapter_gives_plain_embeddings(
     engine: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Plain:
+    class Plain(Encoder):
         """The demo's engine less its adapted output."""
 
         runtime, adapted = "onnxruntime", False

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.images.decoders import CpuDecoder
 from iosr_fast.images.listing import list_images
 from iosr_fast.images.preprocess import BadImageError
@@ -33,7 +33,7 @@ def _no_thread_is_left() -> Iterator[None]:
     assert set(threading.enumerate()) <= before
 
 
-class CountingEncoder:
+class CountingEncoder(Encoder):
     """plain = the mean of a picture's pixels. Counts pictures it was given, and batches that were with it at once."""
 
     image_size, width, fingerprint, runtime, adapted = SIZE, 1, "counting", "counting", False

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction
 
@@ -57,7 +57,7 @@ class Gated:
         return self.pixels
 
 
-class FakeEncoder:
+class FakeEncoder(Encoder):
     """`batches`: the numbers it was given; `raises`: called with them, may raise; `open`: cleared, it holds batches."""
 
     def __init__(self, size: int = SIZE) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig, fit_recipe
 from iosr_fast.state.state import State
@@ -24,7 +24,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return made
 
 
-class PixelEncoder:
+class PixelEncoder(Encoder):
     """An Encoder by two fixed random projections of the pixels."""
 
     image_size, width, fingerprint, runtime, adapted = SIZE, WIDTH, "f" * 64, "test", True

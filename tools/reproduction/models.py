@@ -100,7 +100,7 @@ def has_transformer(clip: LoadedClip) -> bool:
     return True
 
 
-class EagerEncoder:
+class EagerEncoder(Encoder):
     """open_clip's own image encoder in PyTorch, plain embeddings alone; on the GPU where PyTorch sees one."""
 
     runtime, adapted = "torch", False

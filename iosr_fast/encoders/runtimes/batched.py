@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.utils.verified_folder import Held
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
@@ -30,14 +29,12 @@ def bucket_of(size: int, buckets: Sequence[int]) -> int:
     return next(bucket for bucket in buckets if bucket >= size)
 
 
-class BatchedEncoder(ABC):
+class BatchedEncoder(Encoder):
     """An Encoder over `_run`, which takes at most `max_batch` pictures at a time.
 
     `buckets` are the only batch sizes that are executed, where a runtime wants few of them: a GPU's, where each size
     may be prepared and recorded once. On a CPU it is None, as filling up would only cost.
     """
-
-    held: Held | None = None  # what it was opened from, where `runtimes.open_engine` opened it
 
     def __init__(self, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None) -> None:
         self.runtime = runtime
@@ -99,5 +96,5 @@ class BatchedEncoder(ABC):
         """C-contiguous uint8 pixels of n <= max_batch pictures, executed as a batch of `size` >= n -> float32 arrays of
         at least n rows, one for each of `outputs`. Where there are no buckets, size is n."""
 
-    def _prepare(self, size: int) -> None:  # noqa: B027 (a CPU has nothing to prepare)
+    def _prepare(self, size: int) -> None:
         """What is done once for a batch size, ahead of its first run."""

@@ -70,7 +70,7 @@ def open_engine(
         return TensorRTEncoder(opened, manifest, runtime, buckets)
 
     encoder = held.open_with(opener)
-    encoder.held = held
+    encoder.source = held
     return encoder
 
 

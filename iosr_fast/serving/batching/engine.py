@@ -37,14 +37,10 @@ class Engine:
     def warm(self, classifier: Any) -> None:
         """Run each bucket size once, so that no request pays for an engine's beginnings. Raises what it raises."""
         encoder = classifier.encoder
-        sizes = bucket_sizes(min(self._max_batch, getattr(encoder, "max_batch", self._max_batch)))
-        if hasattr(encoder, "warm"):
-            with self._encoding:
-                encoder.warm(sizes)
-            sizes = sizes[:1]
-        run = Run(classifier, self._encoding)
-        for size in sizes:
-            run.compute(np.zeros((size, encoder.image_size, encoder.image_size, 3), np.uint8))
+        sizes = bucket_sizes(min(self._max_batch, encoder.max_batch))
+        with self._encoding:
+            encoder.warm(sizes)
+        Run(classifier, self._encoding).compute(np.zeros((1, encoder.image_size, encoder.image_size, 3), np.uint8))
 
     def run(self, classifier: Any, items: Sequence[Item]) -> Run:
         """Give every item its outcome: a Prediction, or what was raised on it."""

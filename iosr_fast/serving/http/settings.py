@@ -85,7 +85,7 @@ class Settings:
         if self.max_batch is not None:
             return self.max_batch
         # Only engines on a GPU have sizes of batches that they prepare.
-        return encoder.max_batch if getattr(encoder, "buckets", None) else CPU_BATCH  # type: ignore[attr-defined]
+        return encoder.max_batch if encoder.buckets else CPU_BATCH
 
     @property
     def decode_limits(self) -> DecodeLimits:
