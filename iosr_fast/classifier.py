@@ -26,13 +26,12 @@ from iosr_fast.scoring.plan import RANGES, ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.state.changes import Change
+from iosr_fast.state.changes import Change, ChangeResult
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.explain import softmax
 from iosr_fast.state.labels import check_labels, class_ids, leave_out_bad
 from iosr_fast.state.log_writer import AuditLog
-from iosr_fast.state.method_config import MethodConfig, fit_recipe
-from iosr_fast.state.predictions import ChangeResult, Prediction
+from iosr_fast.state.method_config import MethodConfig, fit_config
+from iosr_fast.state.predictions import Prediction, predict, softmax
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.state.updates import LiveUpdates
@@ -89,15 +88,15 @@ class Classifier(LiveUpdates):
 
     @property
     def method_(self) -> str:
-        return self.snapshot().recipe.method
+        return self.snapshot().config.method
 
     @property
     def reducer_(self) -> str:
-        return self.snapshot().recipe.reducer_name
+        return self.snapshot().config.reducer_name
 
     @property
     def parameters_(self) -> dict[str, float]:
-        return dict(self.snapshot().recipe.parameters)
+        return dict(self.snapshot().config.parameters)
 
     @property
     def exif_orientation(self) -> bool:
@@ -106,7 +105,7 @@ class Classifier(LiveUpdates):
 
     @property
     def key_precision_(self) -> Precision:
-        return self.snapshot().recipe.key_precision
+        return self.snapshot().config.key_precision
 
     @classmethod
     def from_pretrained(
@@ -222,8 +221,8 @@ class Classifier(LiveUpdates):
         else:
             parameters = {**METHODS[method].parameters, **parameters}
             chosen = Tuned(method, reducer or "none", parameters, float("nan"), 0, "none")
-        recipe = _recipe(chosen, key_precision, support)
-        state = State.first(names, text, self._tau, examples, recipe)
+        config = _config(chosen, key_precision, support)
+        state = State.first(names, text, self._tau, examples, config)
         self._replace(state, chosen, replace(settings, single=queries is not None))
         return self
 
@@ -240,7 +239,7 @@ class Classifier(LiveUpdates):
         was chosen and why (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
         """
         state = self.snapshot()
-        method = state.recipe.method if method is None else method
+        method = state.config.method if method is None else method
         check_choice(method, reducer, None)
         if (images is None) != (labels is None):
             raise ValueError("expected validation images and their labels together, got one without the other")
@@ -250,20 +249,20 @@ class Classifier(LiveUpdates):
             ids = class_ids(given, labels, state.class_names)
             rng = np.random.default_rng(0)
             queries = encode_support(self.encoder, given, 1, False, rng, exif_orientation=self.exif_orientation)
-        reducer = state.recipe.reducer_name if reducer is None and method == state.recipe.method else reducer
+        reducer = state.config.reducer_name if reducer is None and method == state.config.method else reducer
         with self._changing:
             state = self._same_classes(state)
             tuned = search(method, state.support, reducer, None, queries, ids)
-            self._make(Change("retune", recipe=_recipe(tuned, state.recipe.key_precision)))
+            self._make(Change("retune", config=_config(tuned, state.config.key_precision)))
             self.tuned_ = tuned
         return tuned
 
     def retune(self) -> ChangeResult:
         """Choose the parameters of the method again, by leave-one-out on the examples as they are now (`tune`)."""
         with self._changing:
-            recipe = self.snapshot().recipe
-            tuned = search(recipe.method, self.snapshot().support, recipe.reducer_name, None)
-            change = self._make(Change("retune", recipe=_recipe(tuned, recipe.key_precision)))
+            config = self.snapshot().config
+            tuned = search(config.method, self.snapshot().support, config.reducer_name, None)
+            change = self._make(Change("retune", config=_config(tuned, config.key_precision)))
             self.tuned_ = tuned
         return change
 
@@ -280,10 +279,7 @@ class Classifier(LiveUpdates):
 
     def predict(self, images: Any) -> np.ndarray:
         """Class names (B,). Raises BadImageError for an image that can't be read."""
-        state = self.snapshot()
-        best = [state.score(self.encoder.encode(pixels)).argmax(1) for pixels in self._chunks(images)]
-        names: np.ndarray = np.array(state.class_names)[np.concatenate(best) if best else np.zeros(0, np.int64)]
-        return names
+        return np.array([prediction.label for prediction in self.explain(images, top=1)], dtype=str)
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """softmax of the logits, (B, C) float32."""
@@ -325,8 +321,8 @@ class Classifier(LiveUpdates):
         """A Prediction for each image: label and probability, the `top` classes with what texts say of each and what
         the examples add, and the `nearest` support images. All of one state of the classifier."""
         state = self.snapshot()
-        made = (state.explain(self.encoder.encode(pixels), top, nearest) for pixels in self._chunks(images))
-        return [prediction for chunk in made for prediction in chunk]
+        chunks = (predict(state, self.encoder.encode(pixels), top, nearest) for pixels in self._chunks(images))
+        return [prediction for chunk in chunks for prediction in chunk]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label (names, or integers into `classes_`)."""
@@ -443,8 +439,8 @@ def _warn_of_the_demo() -> None:
     )
 
 
-def _recipe(chosen: Tuned, key_precision: Precision, support: SupportSet | None = None) -> MethodConfig:
+def _config(chosen: Tuned, key_precision: Precision, support: SupportSet | None = None) -> MethodConfig:
     """What a search chose; without `support` its reducer is still to be fitted."""
     if support is None:
         return MethodConfig(chosen.method, dict(chosen.parameters), chosen.reducer, None, chosen.factor, key_precision)
-    return fit_recipe(chosen.method, chosen.parameters, chosen.reducer, chosen.factor, key_precision, support)
+    return fit_config(chosen.method, chosen.parameters, chosen.reducer, chosen.factor, key_precision, support)

@@ -17,6 +17,7 @@ from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.journal import Journal, open_journal
 from iosr_fast.pipeline.stream import Answer, Stage, classify, stage_of
 from iosr_fast.pipeline.tables import check_output, csv_cells, csv_writer, write_table
+from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Job:
             digest.update(f"{path}\0{_stamp(path)}\0".encode())
         return {
             "iosr_fast": __version__,
-            "classifier": self.state.fingerprint(),
+            "classifier": fingerprint(self.state),
             "engine": self.encoder.fingerprint,
             "runtime": self.encoder.runtime,
             "decoder": self.decoder.name,

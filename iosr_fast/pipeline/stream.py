@@ -21,7 +21,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.images.decoders import Decoder
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.state.predictions import Prediction
+from iosr_fast.state.predictions import Prediction, predict
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 
@@ -86,7 +86,7 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
 def classify(
     state: State, stage: Stage, decoder: Decoder, sources: Iterable[Any], batch: int, top: int = 1
 ) -> Generator[list[Answer], None, None]:
-    """For each batch of sources, in order, what State.explain says of each, or why it can't be read.
+    """For each batch of sources, in order, the Prediction of each, or why it can't be read.
 
     What is encoded together is a batch less what is unreadable. Batches are of `batch` sources; where several callers
     share sources of a known number, the last are smaller (`batch_sizes`). At most stage.held() batches of pixels exist
@@ -99,7 +99,7 @@ def classify(
 
     def answer(decoded: list[np.ndarray | BadImageError]) -> list[Answer]:
         good = [pixels for pixels in decoded if not isinstance(pixels, BadImageError)]
-        made = iter(state.explain(stage.encoder.encode(np.stack(good)), top) if good else ())
+        made = iter(predict(state, stage.encoder.encode(np.stack(good)), top) if good else ())
         return [told if isinstance(told, BadImageError) else next(made) for told in decoded]
 
     batches = _batches(sources, batch, stage.callers)

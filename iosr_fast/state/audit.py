@@ -21,6 +21,7 @@ from iosr_fast.state.log_head import Head, open_head, read_head
 from iosr_fast.state.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
 from iosr_fast.state.log_writer import AuditLog
 from iosr_fast.state.state import State
+from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.files import remove_leftovers
 
 _log = logging.getLogger("iosr_fast")
@@ -42,7 +43,7 @@ def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[Aud
     if not head_path.exists():
         _check_ours(path)
     make_folder(path.parent)
-    log = AuditLog(path, head := open_head(head_path), state.fingerprint())
+    log = AuditLog(path, head := open_head(head_path), fingerprint(state))
     try:
         try:
             return log, _opened(log, head, state)

@@ -35,16 +35,16 @@ def _kind(folder: Path) -> str:
 
 def _classifier_lines(held: Held) -> list[str]:
     bundle = load_bundle(held)
-    state, recipe = bundle.state, bundle.state.recipe
+    state, config = bundle.state, bundle.state.config
     examples = state.examples
-    parameters = ", ".join(f"{name} {value:.6g}" for name, value in sorted(recipe.parameters.items()))
+    parameters = ", ".join(f"{name} {value:.6g}" for name, value in sorted(config.parameters.items()))
     engine = bundle.files
     assert engine is not None
     return [
         f"classes {len(state.uids):,}, images {len(examples):,}, "
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {state.version}",
-        f"method {recipe.method}, reducer {recipe.reducer_name}{', ' if parameters else ''}{parameters}, "
-        f"keys in {recipe.key_precision}",
+        f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
+        f"keys in {config.key_precision}",
         *_facts(check_engine(engine)),
         f"text encoder {'none' if bundle.text is None else 'included'}",
     ]

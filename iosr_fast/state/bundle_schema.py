@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from iosr_fast.state.predictions import uid_of
+from iosr_fast.state.ids import uid_of
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.schema import (
     Above0,

@@ -11,11 +11,20 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.method_config import MethodConfig, fit_recipe
+from iosr_fast.state.method_config import MethodConfig, fit_config
 from iosr_fast.state.state import State
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
 OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")
+
+
+@dataclass(frozen=True)
+class ChangeResult:
+    """The version that a change made, its class ("" for none), and the examples that it added or removed."""
+
+    version: int
+    class_id: str = ""
+    example_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +37,7 @@ class Change:
     text     (D,) float32, the class's text embedding: add_class, and rename_class where it changes
     added    add_class and add_examples: the support images, numbered
     numbers  remove_examples: which
-    recipe   retune: the method, its parameters, the reducer's name; its reducer is fitted when it is applied
+    config   retune: the method, its parameters, the reducer's name; its reducer is fitted when it is applied
     """
 
     op: Op
@@ -37,7 +46,7 @@ class Change:
     text: np.ndarray | None = None
     added: Examples | None = None
     numbers: tuple[int, ...] = ()
-    recipe: MethodConfig | None = None
+    config: MethodConfig | None = None
 
     def apply(self, state: State) -> State:
         """The state after this change. Raises ValueError where it can't be made; nothing has changed then."""
@@ -53,10 +62,10 @@ class Change:
             return state.removing_class(self.uid)
         if self.op == "rename_class":
             return state.renaming(self.uid, self.name, self.text)
-        assert self.recipe is not None
-        r = self.recipe
-        return state.with_recipe(
-            fit_recipe(r.method, r.parameters, r.reducer_name, r.factor, r.key_precision, state.support)
+        assert self.config is not None
+        r = self.config
+        return state.with_config(
+            fit_config(r.method, r.parameters, r.reducer_name, r.factor, r.key_precision, state.support)
         )
 
     @property
@@ -85,9 +94,9 @@ class Change:
                         for part, array in (("plain", rows.plain), ("adapted", rows.adapted))
                         if array is not None
                     }
-        if self.recipe is not None:
+        if self.config is not None:
             made["recipe"] = {
-                name: getattr(self.recipe, name)
+                name: getattr(self.config, name)
                 for name in ("method", "parameters", "reducer_name", "factor", "key_precision")
             }
         return made

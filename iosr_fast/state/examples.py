@@ -17,19 +17,19 @@ class Examples:
     """n support images.
 
     embeddings  (n, D) float32, plain and (where the encoder has an adapter) adapted
-    owners      (n,) int64, non-decreasing: the number of each image's class
+    class_ids      (n,) int64, non-decreasing: the number of each image's class
     ids         (n,) int64: each image's own number
     pictures    n thumbnails (WebP), or None where none is kept
     queries     (n, D), the same images as a user would ask for them, where `embeddings` are means of several views
-    dead        (n,) bool, images that were removed and whose rows stay for now; None: none
+    removed        (n,) bool, images that were removed and whose rows stay for now; None: none
     """
 
     embeddings: Embeddings
-    owners: np.ndarray
+    class_ids: np.ndarray
     ids: np.ndarray
     pictures: tuple[bytes | None, ...]
     queries: Embeddings | None = None
-    dead: np.ndarray | None = None
+    removed: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,33 +37,33 @@ class Examples:
     @cached_property
     def classes(self) -> np.ndarray:
         """The numbers of the classes that have a row here, rising."""
-        return np.unique(self.owners)
+        return np.unique(self.class_ids)
 
     @property
-    def living(self) -> np.ndarray:
+    def active(self) -> np.ndarray:
         """(n,) bool."""
-        return np.ones(len(self), bool) if self.dead is None else ~self.dead
+        return np.ones(len(self), bool) if self.removed is None else ~self.removed
 
     def rows(self, chosen: np.ndarray) -> Examples:
         """Some of the images, by index or mask; a mark of death is not taken along."""
         picked = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return Examples(
             self.embeddings[picked],
-            self.owners[picked],
+            self.class_ids[picked],
             self.ids[picked],
             tuple(self.pictures[i] for i in picked.tolist()),
             None if self.queries is None else self.queries[picked],
         )
 
     def as_support(self, uids: Sequence[int], text: np.ndarray, tau: float) -> SupportSet:
-        """What methods are compiled from: the images by the place of their class among `uids`. None may be dead."""
-        counts = np.bincount(np.searchsorted(np.array(uids), self.owners), minlength=len(uids))
+        """What methods are compiled from: the images by the place of their class among `uids`. None may be removed."""
+        counts = np.bincount(np.searchsorted(np.array(uids), self.class_ids), minlength=len(uids))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return SupportSet(self.embeddings, offsets, np.ascontiguousarray(text, np.float32), tau, self.queries)
 
-    def killing(self, gone: np.ndarray) -> Examples:
+    def mark_removed(self, gone: np.ndarray) -> Examples:
         """The same rows, those of the mask `gone` (n,) marked as removed."""
-        return replace(self, dead=gone if self.dead is None else self.dead | gone)
+        return replace(self, removed=gone if self.removed is None else self.removed | gone)
 
 
 def no_examples(width: int) -> Examples:
@@ -73,15 +73,15 @@ def no_examples(width: int) -> Examples:
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """The living images of all parts in one run, sorted by class; within a class in the order of the parts."""
-    kept = [part if part.dead is None else part.rows(part.living) for part in parts]
+    """The active images of all parts in one run, sorted by class; within a class in the order of the parts."""
+    kept = [part if part.removed is None else part.rows(part.active) for part in parts]
     if len(kept) == 1:
         return kept[0]
-    order = np.argsort(np.concatenate([part.owners for part in kept]), kind="stable")
+    order = np.argsort(np.concatenate([part.class_ids for part in kept]), kind="stable")
     pictures = [picture for part in kept for picture in part.pictures]
     return Examples(
         _join_embeddings([part.embeddings for part in kept], order),
-        np.concatenate([part.owners for part in kept])[order],
+        np.concatenate([part.class_ids for part in kept])[order],
         np.concatenate([part.ids for part in kept])[order],
         tuple(pictures[i] for i in order.tolist()),
         None
@@ -120,15 +120,15 @@ def without(
     """
     made, taken = [], []
     for part in segments:
-        gone = gone_of(part) & part.living
+        gone = gone_of(part) & part.active
         if not gone.any():
             made.append(part)
             continue
         taken.append(part.rows(gone))
-        marked = part.killing(gone)
-        left = int(marked.living.sum())
+        marked = part.mark_removed(gone)
+        left = int(marked.active.sum())
         if len(part) <= small or left <= len(part) // 2:
-            marked = marked.rows(marked.living)
+            marked = marked.rows(marked.active)
         if left:
             made.append(marked)
     return tuple(made), join(taken) if taken else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.images.preprocess import BadImageError, open_image
-from iosr_fast.state.predictions import uid_of
+from iosr_fast.state.ids import uid_of
 from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:

@@ -52,12 +52,12 @@ class MethodConfig:
 
     def cache_term(self, examples: Examples, compensate: bool = True) -> ScoringPlan:
         """The cache term alone of one run of examples, for the classes that it has: an additive method's."""
-        counts = np.bincount(np.searchsorted(examples.classes, examples.owners))
+        counts = np.bincount(np.searchsorted(examples.classes, examples.class_ids))
         plan = ScoringPlan(
             n_classes=len(counts),
             keys=image_rows(examples.embeddings, self.which, self.reducer),
             class_offsets=np.concatenate([[0], np.cumsum(counts)]),
-            weights=None if examples.dead is None else (~examples.dead).astype(np.float32),
+            weights=None if examples.removed is None else (~examples.removed).astype(np.float32),
             query=self.which,
             reducer=self.reducer,
             alpha=self.factor * self.parameters["alpha"],
@@ -66,7 +66,7 @@ class MethodConfig:
         return plan.with_key_precision(self.key_precision, compensate=compensate)
 
 
-def fit_recipe(
+def fit_config(
     method: str,
     parameters: dict[str, float],
     reducer: str,
@@ -74,7 +74,7 @@ def fit_recipe(
     key_precision: Precision,
     support: SupportSet,
 ) -> MethodConfig:
-    """The recipe with its reducer fitted on the support images."""
+    """The config with its reducer fitted on the support images."""
     made = METHODS[method]
     fitted = fit_reducer(reducer, image_rows(support.embeddings, made.which, None)) if made.needs_support else None
     return MethodConfig(method, dict(parameters), reducer, fitted, factor, key_precision)

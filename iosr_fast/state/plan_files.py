@@ -19,7 +19,7 @@ ARRAYS = ("keys", "key_scales", "query_transform", "weights", "values", "linear"
 
 
 def plan_to_files(
-    plan: ScoringPlan, support: SupportSet, recipe: MethodConfig
+    plan: ScoringPlan, support: SupportSet, config: MethodConfig
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Constants, JSON-ready, and arrays.
 
@@ -30,21 +30,21 @@ def plan_to_files(
     constants["cache"] = "none" if plan.keys is None else "dense" if plan.values is not None else "classes"
     arrays = {name: value for name in ARRAYS if (value := getattr(plan, name)) is not None}
     constants["keys"] = "none" if plan.keys is None else "stored"
-    if plan.keys is not None and plan.key_precision == "fp32" and recipe.reducer is None and plan.reducer is None:
+    if plan.keys is not None and plan.key_precision == "fp32" and config.reducer is None and plan.reducer is None:
         constants["keys"] = "support"
         del arrays["keys"]
-    return constants, arrays | reducer_arrays(plan.reducer, "plan_reducer") | reducer_arrays(recipe.reducer, "reducer")
+    return constants, arrays | reducer_arrays(plan.reducer, "plan_reducer") | reducer_arrays(config.reducer, "reducer")
 
 
 def plan_from_files(
-    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: MethodConfig
+    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, config: MethodConfig
 ) -> ScoringPlan:
     """The plan that `plan_to_files` took apart. Raises ValueError where something doesn't fit."""
-    _check_fits(constants, arrays, support, recipe)
+    _check_fits(constants, arrays, support, config)
     given: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
     given |= {name: arrays.get(name) for name in ARRAYS}
     if constants["keys"] == "support":
-        given["keys"] = image_rows(support.embeddings, recipe.which, None)
+        given["keys"] = image_rows(support.embeddings, config.which, None)
     plan = ScoringPlan(
         support.n_classes,
         text=support.text,
@@ -52,28 +52,28 @@ def plan_from_files(
         reducer=reducer_from(arrays, "plan_reducer"),
         **given,
     )
-    if plan.key_precision not in (None, recipe.key_precision):
-        raise ValueError(f"expected keys in {recipe.key_precision}, got {plan.key_precision}")
+    if plan.key_precision not in (None, config.key_precision):
+        raise ValueError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
     return plan
 
 
 def _check_fits(
-    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, recipe: MethodConfig
+    constants: Mapping[str, Any], arrays: Mapping[str, np.ndarray], support: SupportSet, config: MethodConfig
 ) -> None:
-    """That constants, arrays and recipe say the same of what the plan has."""
-    method = METHODS[recipe.method]
+    """That constants, arrays and config say the same of what the plan has."""
+    method = METHODS[config.method]
     expected = {
         "cache": ("dense" if "values" in arrays else "classes") if method.scales == "cache" else "none",
         "keys": "none" if method.scales != "cache" else "stored" if "keys" in arrays else "support",
-        "query": recipe.which if method.scales == "cache" else constants["query"],
+        "query": config.which if method.scales == "cache" else constants["query"],
     }
     for name, value in expected.items():
         if constants[name] != value:
-            raise ValueError(f"expected {name} {value!r} in the plan of {recipe.method}, got {constants[name]!r}")
-    if method.scales == "linear" and not ("linear" in arrays and constants["feature"] == recipe.which):
-        raise ValueError(f"expected a linear term on {recipe.which} embeddings in the plan of {recipe.method}")
-    if not math.isclose(constants["tau"], recipe.factor * support.tau, rel_tol=1e-6):
-        raise ValueError(f"expected tau {recipe.factor * support.tau:g} in the plan, got {constants['tau']:g}")
+            raise ValueError(f"expected {name} {value!r} in the plan of {config.method}, got {constants[name]!r}")
+    if method.scales == "linear" and not ("linear" in arrays and constants["feature"] == config.which):
+        raise ValueError(f"expected a linear term on {config.which} embeddings in the plan of {config.method}")
+    if not math.isclose(constants["tau"], config.factor * support.tau, rel_tol=1e-6):
+        raise ValueError(f"expected tau {config.factor * support.tau:g} in the plan, got {constants['tau']:g}")
 
 
 def reducer_arrays(reducer: Reducer | None, name: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """What a fitted classifier is at one moment. Every change makes another one; nobody writes to one that is there.
 
 A request holds on to a State and is answered by it whole, whatever happens meanwhile. A change of an additive method
-(recipe.ADDITIVE) costs what is added: arrays of the others are shared, not copied. "gda" is made from moments, whose
+(config.ADDITIVE) costs what is added: arrays of the others are shared, not copied. "gda" is made from moments, whose
 size is that of the classes. Other methods are compiled again from the embeddings; nothing is ever encoded again.
 """
 
@@ -19,16 +19,23 @@ from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
-from iosr_fast.state.explain import explain
-from iosr_fast.state.fingerprint import fingerprint
+from iosr_fast.state.ids import class_id, example_number, uid_of
 from iosr_fast.state.method_config import COMPENSATED_KEYS, MethodConfig
 from iosr_fast.state.moments import Moments
-from iosr_fast.state.predictions import ClassInfo, Prediction, class_id, example_number, uid_of
 from iosr_fast.state.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
 from iosr_fast.utils.text import abbreviate
 
 # Runs of examples up to this many are copied into one: a bound on the work of a change, however large the cache.
 SMALL = 1024
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """A class: `class_id` stays through renames, `examples` counts its support images."""
+
+    class_id: str
+    name: str
+    examples: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +57,7 @@ class State:
     text: np.ndarray
     tau: float
     segments: tuple[Examples, ...]
-    recipe: MethodConfig
+    config: MethodConfig
     parts: tuple[ScoringPlan, ...]
     plan: ScoringPlan | SegmentedPlan
     next_class: int
@@ -65,7 +72,7 @@ class State:
         text: np.ndarray,
         tau: float,
         examples: Examples,
-        recipe: MethodConfig,
+        config: MethodConfig,
         plan: ScoringPlan | None = None,
         uids: Sequence[int] | None = None,
         numbers: tuple[int, int] | None = None,
@@ -76,10 +83,10 @@ class State:
         next_class, next_example = numbers or (len(class_names), int(examples.ids.max(initial=-1)) + 1)
         segments = (examples,) if len(examples) else ()
         if plan is None:
-            plan = recipe.compile(examples.as_support(owned, text, tau))
+            plan = config.compile(examples.as_support(owned, text, tau))
         parts: tuple[ScoringPlan, ...] = ()
-        if recipe.additive and plan.keys is not None:
-            counts = np.bincount(np.searchsorted(examples.classes, examples.owners))
+        if config.additive and plan.keys is not None:
+            counts = np.bincount(np.searchsorted(examples.classes, examples.class_ids))
             offsets = np.concatenate([[0], np.cumsum(counts)])
             parts = (with_arrays(plan, n_classes=len(counts), text=None, class_offsets=offsets),)
         return cls(
@@ -89,7 +96,7 @@ class State:
             text,
             tau,
             segments,
-            recipe,
+            config,
             parts,
             plan,
             next_class,
@@ -98,12 +105,12 @@ class State:
 
     @cached_property
     def support(self) -> SupportSet:
-        """All living support images, sorted by class: made at first use and kept."""
+        """All active support images, sorted by class: made at first use and kept."""
         return self.examples.as_support(self.uids, self.text, self.tau)
 
     @cached_property
     def examples(self) -> Examples:
-        """The living images as one run, in the order of `support`."""
+        """The active images as one run, in the order of `support`."""
         return join(self.segments) if self.segments else no_examples(self.text.shape[1])
 
     @cached_property
@@ -114,25 +121,21 @@ class State:
     @cached_property
     def whole_plan(self) -> ScoringPlan:
         """One plan for all, its keys those of `support` in that order: what is saved and exported."""
-        if isinstance(self.plan, ScoringPlan) and all(part.dead is None for part in self.segments):
+        if isinstance(self.plan, ScoringPlan) and all(part.removed is None for part in self.segments):
             return self.plan
-        return self.recipe.compile(self.support)
+        return self.config.compile(self.support)
 
     def score(self, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
         """Logits (B, C) float32."""
         return score_plan(self.plan, embeddings, impl)
 
-    def explain(self, embeddings: Embeddings, top: int = 5, nearest: int = 0, impl: str = "auto") -> list[Prediction]:
-        """A Prediction for each query: its `top` classes and `nearest` support images, as many as there are."""
-        return explain(self, embeddings, top, nearest, impl)
-
     @cached_property
     def counts(self) -> np.ndarray:
-        """(C,) int64, the living support images of each class."""
+        """(C,) int64, the active support images of each class."""
         counts, uids = np.zeros(len(self.uids), np.int64), np.array(self.uids)
         for part in self.segments:
-            owners, numbers = np.unique(part.owners[part.living], return_counts=True)
-            counts[np.searchsorted(uids, owners)] += numbers
+            class_ids, numbers = np.unique(part.class_ids[part.active], return_counts=True)
+            counts[np.searchsorted(uids, class_ids)] += numbers
         return counts
 
     def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
@@ -144,7 +147,7 @@ class State:
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
-        found = [part.ids[(part.owners == uid) & part.living] for part in self.segments]
+        found = [part.ids[(part.class_ids == uid) & part.active] for part in self.segments]
         return np.sort(np.concatenate(found)).tolist() if found else []
 
     def name_of(self, given: str) -> str | None:
@@ -169,7 +172,7 @@ class State:
         numbers = [-1 if (number := example_number(given)) is None else number for given in example_ids]
         here: set[int] = set()
         for part in self.segments:
-            here.update(part.ids[np.isin(part.ids, numbers) & part.living].tolist())
+            here.update(part.ids[np.isin(part.ids, numbers) & part.active].tolist())
         wrong = [given for given, number in zip(example_ids, numbers, strict=True) if number not in here]
         if wrong or not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(
@@ -205,7 +208,7 @@ class State:
         """Without a class and its support images."""
         at = self.uids.index(uid)
         keep = np.arange(len(self.uids)) != at
-        segments, taken = without(self.segments, lambda part: part.owners == uid, SMALL)
+        segments, taken = without(self.segments, lambda part: part.class_ids == uid, SMALL)
         return self._changed(
             taken=taken,
             class_names=tuple(name for i, name in enumerate(self.class_names) if i != at),
@@ -224,11 +227,11 @@ class State:
         text[at] = row
         return self._changed(class_names=names, text=text)
 
-    def with_recipe(self, recipe: MethodConfig) -> State:
+    def with_config(self, config: MethodConfig) -> State:
         """The same classes and images under another method or other parameters; runs are joined into one."""
         numbers = (self.next_class, self.next_example)
         return State.first(
-            self.class_names, self.text, self.tau, self.examples, recipe, None, self.uids, numbers, self.version + 1
+            self.class_names, self.text, self.tau, self.examples, config, None, self.uids, numbers, self.version + 1
         )
 
     def joined(self) -> State:
@@ -236,44 +239,44 @@ class State:
         numbers = (self.next_class, self.next_example)
         names, text, tau = self.class_names, self.text, self.tau
         return State.first(
-            names, text, tau, self.examples, self.recipe, self.whole_plan, self.uids, numbers, self.version
+            names, text, tau, self.examples, self.config, self.whole_plan, self.uids, numbers, self.version
         )
 
     def _changed(self, added: Examples | None = None, taken: Examples | None = None, **fields: object) -> State:
         """Another state with these fields, and a plan for it. `added` and `taken` are the images that it differs by."""
         made = replace(self, version=self.version + 1, **fields)  # type: ignore[arg-type]
         made = replace(made, segments=absorb(made.segments, SMALL))
-        if not made.segments and METHODS[self.recipe.method].needs_support:
-            raise ValueError(f"{self.recipe.method} needs support images: expected to keep at least one, got none left")
-        if self.recipe.additive:
+        if not made.segments and METHODS[self.config.method].needs_support:
+            raise ValueError(f"{self.config.method} needs support images: expected to keep at least one, got none left")
+        if self.config.additive:
             return self._additive(made)
-        if self.recipe.by_moments:
+        if self.config.by_moments:
             made = replace(made, moments=self._moments_of(made, added, taken))
-        elif not self.deferred and (reason := unavailable_reason(self.recipe.method, made.support)) is not None:
+        elif not self.deferred and (reason := unavailable_reason(self.config.method, made.support)) is not None:
             raise ValueError(f"that change can't be made: {reason}")
         return made if self.deferred else made._compiled()
 
     def deferring(self) -> State:
         """The same state; changes of it make no plan where that costs more than the change. `settled` makes it."""
-        return self if self.recipe.additive else replace(self, deferred=True)
+        return self if self.config.additive else replace(self, deferred=True)
 
     def settled(self) -> State:
         """With the plan that changes of a deferring state were not given: the one that each would have ended with."""
         return self._compiled() if self.deferred else self
 
     def _compiled(self) -> State:
-        recipe = self.recipe
-        if recipe.by_moments:
+        config = self.config
+        if config.by_moments:
             moments = self.moments or self._all_moments()
-            plan = moments.compile(self.text, self.tau, recipe.which, recipe.reducer, recipe.parameters["alpha"])
-            plan = plan.scaled(recipe.factor)
+            plan = moments.compile(self.text, self.tau, config.which, config.reducer, config.parameters["alpha"])
+            plan = plan.scaled(config.factor)
         else:
-            plan = recipe.compile(self.support)
+            plan = config.compile(self.support)
         return replace(self, plan=plan, parts=(), deferred=False)
 
     def _additive(self, made: State) -> State:
-        parts = self._parts_of(made.segments) if "alpha" in self.recipe.parameters else ()
-        head = ScoringPlan(len(made.uids), text=made.text, tau=self.recipe.factor * self.tau)
+        parts = self._parts_of(made.segments) if "alpha" in self.config.parameters else ()
+        head = ScoringPlan(len(made.uids), text=made.text, tau=self.config.factor * self.tau)
         uids = np.array(made.uids)
         columns = [columns_of(segment.classes, uids) for segment in made.segments] if parts else []
         return replace(made, plan=assemble(head, parts, columns), parts=parts)
@@ -281,27 +284,27 @@ class State:
     def _moments_of(self, made: State, added: Examples | None, taken: Examples | None) -> Moments:
         moments = self.moments or self._all_moments()
         if taken is not None:
-            moments = moments.add(self._rows(taken), np.searchsorted(self.uids, taken.owners), -1)
+            moments = moments.add(self._rows(taken), np.searchsorted(self.uids, taken.class_ids), -1)
         if len(made.uids) < len(self.uids):
             moments = moments.select_classes(np.isin(self.uids, made.uids))
         elif len(made.uids) > len(self.uids):
             moments = moments.append_class()
         if added is not None:
-            moments = moments.add(self._rows(added), np.searchsorted(made.uids, added.owners))
+            moments = moments.add(self._rows(added), np.searchsorted(made.uids, added.class_ids))
         empty = int((moments.counts == 0).sum())
         if empty:
             raise ValueError(
-                f"that change can't be made: {self.recipe.method} needs an image of each class, {empty} have none"
+                f"that change can't be made: {self.config.method} needs an image of each class, {empty} have none"
             )
         return moments
 
     def _all_moments(self) -> Moments:
         none = Moments.none(len(self.uids), self.text.shape[1])
-        return none.add(self._rows(self.examples), np.searchsorted(self.uids, self.examples.owners))
+        return none.add(self._rows(self.examples), np.searchsorted(self.uids, self.examples.class_ids))
 
     def _rows(self, examples: Examples) -> np.ndarray:
         """The rows (n, D) that the method compares."""
-        return image_rows(examples.embeddings, self.recipe.which, self.recipe.reducer)
+        return image_rows(examples.embeddings, self.config.which, self.config.reducer)
 
     def _parts_of(self, segments: tuple[Examples, ...]) -> tuple[ScoringPlan, ...]:
         """A cache term for each run: the one that is there, or that one reweighted, or a new one."""
@@ -310,13 +313,9 @@ class State:
         for segment in segments:
             old, part = known.get(id(segment.ids), (None, None))
             if part is None:
-                made.append(self.recipe.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS))
-            elif old is not None and old.dead is segment.dead:
+                made.append(self.config.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS))
+            elif old is not None and old.removed is segment.removed:
                 made.append(part)
             else:
-                made.append(with_arrays(part, weights=segment.living.astype(np.float32)))
+                made.append(with_arrays(part, weights=segment.active.astype(np.float32)))
         return tuple(made)
-
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides what is predicted and said: two states with the same one answer alike."""
-        return fingerprint(self)

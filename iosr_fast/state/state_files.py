@@ -1,7 +1,9 @@
-"""A State as JSON-ready facts and arrays by file, and made again from them."""
+"""A State as JSON-ready facts and arrays by file, the State made of them, and its fingerprint."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,18 +33,18 @@ Arrays = dict[str, np.ndarray]
 
 def state_to_files(state: State) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """Facts (bundle_schema.StateFacts), and the arrays of each file; a file without arrays is left out."""
-    recipe = state.recipe
-    constants, plan_arrays = plan_to_files(state.whole_plan, state.support, recipe)
+    config = state.config
+    constants, plan_arrays = plan_to_files(state.whole_plan, state.support, config)
     facts = {
         "class_names": list(state.class_names),
         "class_numbers": list(state.uids),
         "version": state.version,
         "next": [state.next_class, state.next_example],
-        "method": recipe.method,
-        "parameters": recipe.parameters,
-        "reducer": recipe.reducer_name,
-        "factor": recipe.factor,
-        "key_precision": recipe.key_precision,
+        "method": config.method,
+        "parameters": config.parameters,
+        "reducer": config.reducer_name,
+        "factor": config.factor,
+        "key_precision": config.key_precision,
         "tau": state.tau,
         "plan": constants,
     }
@@ -81,11 +83,35 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             raise ValueError(reason)
     with _naming(PLAN):
         reducer = reducer_from(derived, "reducer")
-        recipe = MethodConfig(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)
+        config = MethodConfig(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise ValueError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
-        plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, recipe)
-    return State.first(names, arrays["text"], facts.tau, examples, recipe, plan, numbers, facts.next, facts.version)
+        plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, config)
+    return State.first(names, arrays["text"], facts.tau, examples, config, plan, numbers, facts.next, facts.version)
+
+
+def fingerprint(state: State) -> str:
+    """SHA-256, in hex, over classes, support images and their pictures, method, parameters and reducer."""
+    config, examples = state.config, state.examples
+    facts = {
+        "names": state.class_names,
+        "uids": state.uids,
+        "tau": state.tau,
+        "numbers": [state.next_class, state.next_example],
+        "recipe": [config.method, config.parameters, config.reducer_name, config.factor, config.key_precision],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    arrays = [state.text]
+    if config.reducer is not None:
+        arrays += [a for a in (config.reducer.shift, config.reducer.projection) if a is not None]
+    arrays += [examples.class_ids, examples.ids]
+    for rows in (examples.embeddings, examples.queries):
+        arrays += [] if rows is None else [a for a in (rows.plain, rows.adapted) if a is not None]
+    digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in examples.pictures))
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -108,7 +134,7 @@ def _arrays(file: str, read: Callable[[str], bytes | None], forms: Mapping[str, 
 
 def _support_arrays(state: State) -> Arrays:
     examples = state.examples
-    arrays = {"text": state.text, "owners": examples.owners, "ids": examples.ids, "plain": examples.embeddings.plain}
+    arrays = {"text": state.text, "owners": examples.class_ids, "ids": examples.ids, "plain": examples.embeddings.plain}
     if examples.embeddings.adapted is not None:
         arrays["adapted"] = examples.embeddings.adapted
     if examples.queries is not None:

@@ -15,12 +15,12 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.state.audit import open_log
-from iosr_fast.state.changes import Change
+from iosr_fast.state.changes import Change, ChangeResult
 from iosr_fast.state.examples import Examples
+from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.labels import as_seen, leave_out_bad, name_fault
 from iosr_fast.state.log_writer import AuditLog
-from iosr_fast.state.predictions import ChangeResult, ClassInfo, class_id, example_id
-from iosr_fast.state.state import State
+from iosr_fast.state.state import ClassInfo, State
 from iosr_fast.state.support_images import SupportViews
 
 
@@ -84,9 +84,9 @@ class LiveUpdates(ABC):
         state = self.snapshot()
         self._check_name(state, name)
         listed = as_image_list(images)
-        if not listed and METHODS[state.recipe.method].needs_support:
+        if not listed and METHODS[state.config.method].needs_support:
             raise ValueError(
-                f"expected at least one image of {name!r}, got none: {state.recipe.method} compares images"
+                f"expected at least one image of {name!r}, got none: {state.config.method} compares images"
             )
         encoded = self._encode(listed)
         row = self._check_text(state, text) if text is not None else self._text_of(name)
@@ -216,5 +216,5 @@ class LiveUpdates(ABC):
 
 def _numbered(encoded: Examples, uid: int, first: int) -> Examples:
     numbers = np.arange(first, first + len(encoded))
-    owners = np.full(len(encoded), uid, np.int64)
-    return Examples(encoded.embeddings, owners, numbers, encoded.pictures, encoded.queries)
+    class_ids = np.full(len(encoded), uid, np.int64)
+    return Examples(encoded.embeddings, class_ids, numbers, encoded.pictures, encoded.queries)

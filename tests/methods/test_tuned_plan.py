@@ -250,19 +250,19 @@ def test_a_parameter_out_of_range_is_named(method: str, rng: np.random.Generator
 @pytest.mark.parametrize("wrong", [1e39, float("nan"), float("inf"), -1.0])
 def test_a_plan_from_a_file_or_a_log_is_held_to_the_same_ranges(wrong: float, rng: np.random.Generator) -> None:
     support = bad_support(rng, [3] * 3, 16, "random", "random")
-    recipe = MethodConfig("tip-adapter", {"alpha": 1.0, "beta": 5.5})
-    constants, arrays = plan_to_files(recipe.compile(support), support, recipe)
-    plan_from_files(constants, arrays, support, recipe)
+    config = MethodConfig("tip-adapter", {"alpha": 1.0, "beta": 5.5})
+    constants, arrays = plan_to_files(config.compile(support), support, config)
+    plan_from_files(constants, arrays, support, config)
     for name in ("tau", "beta"):
         with pytest.raises(ValueError, match=f"expected {name} "):
-            plan_from_files({**constants, name: wrong}, arrays, support, recipe)
+            plan_from_files({**constants, name: wrong}, arrays, support, config)
     for changed in ({"alpha": wrong, "beta": 5.5}, {"alpha": 1.0, "beta": wrong}):
         with pytest.raises(ValueError, match=r"expected (alpha|beta) of tip-adapter from 0 to"):
-            replace(recipe, parameters=changed).compile(support)
+            replace(config, parameters=changed).compile(support)
     with pytest.raises(ValueError, match="expected a factor above 0"):
-        replace(recipe, factor=wrong).compile(support)
+        replace(config, factor=wrong).compile(support)
     with pytest.raises(ValueError, match="expected tau from"):
-        recipe.compile(replace(support, tau=wrong))
+        config.compile(replace(support, tau=wrong))
 
 
 def test_reducers_that_would_overflow_are_refused() -> None:

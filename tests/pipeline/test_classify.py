@@ -26,6 +26,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.files import read_manifest
 from tests.pipeline.test_embed import ROOT, logged, part_bytes, write_pictures
 from tools import classify
@@ -93,7 +94,7 @@ def test_rows_are_what_the_classifier_says(bundle: Path, pictures: list[Path], t
     manifest = read_manifest(out, "classifications")
     assert (manifest["images"], manifest["classified"], manifest["errors"], manifest["top"]) == (30, 30, 0, 4)
     classifier = Classifier.load(bundle)
-    assert manifest["bundle"] == classifier.snapshot().fingerprint() and manifest["classes"] == CLASSES
+    assert manifest["bundle"] == fingerprint(classifier.snapshot()) and manifest["classes"] == CLASSES
     assert manifest["method"] == classifier.method_ and manifest["engine"] == classifier.encoder.fingerprint
 
 
@@ -132,7 +133,7 @@ def test_parts_of_two_classifiers_never_mix(bundle: Path, pictures: list[Path], 
     classifier.rename_class("~0", "another name", keep_text=True)
     classifier.save(tmp_path / "other")
     refused = run(tmp_path / "other", tmp_path / "in", out, "--chunk", "10")
-    told = [Classifier.load(folder).snapshot().fingerprint() for folder in (bundle, tmp_path / "other")]
+    told = [fingerprint(Classifier.load(folder).snapshot()) for folder in (bundle, tmp_path / "other")]
     assert refused.exit_code == 2 and f"bundle (there {told[0]}, now {told[1]})" in refused.output
     assert part_bytes(out) == before
     # A part of the other classifier's run, under this one's name.

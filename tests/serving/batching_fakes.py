@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction
+from iosr_fast.serving.batching import BatchingClassifier, engine
+from iosr_fast.state.predictions import ClassScore, Neighbour, Prediction, predict
 
 SIZE = 4
 PATIENCE_S = 20.0  # how long a test waits before it fails; none is meant to
@@ -82,7 +82,7 @@ class FakeState:
     def __init__(self, version: int, asked: list[tuple[list[int], int, int]]) -> None:
         self.version, self._asked = version, asked
 
-    def explain(self, embeddings: Embeddings, top: int = 5, nearest: int = 0) -> list[Prediction]:
+    def predict(self, embeddings: Embeddings, top: int = 5, nearest: int = 0) -> list[Prediction]:
         numbers = [int(number) for number in embeddings.plain[:, 0]]
         self._asked.append((numbers, top, nearest))
         return [self._say(number, top, nearest) for number in numbers]
@@ -93,8 +93,15 @@ class FakeState:
         return Prediction(str(number), f"~{number}", 0.5, 2.0, 1.0, 1.0, scores, near, self.version)
 
 
+def _predict(state: Any, embeddings: Embeddings, *asked: int) -> list[Prediction]:
+    return state.predict(embeddings, *asked) if isinstance(state, FakeState) else predict(state, embeddings, *asked)
+
+
+engine.predict = _predict  # a fake state answers by itself
+
+
 class FakeClassifier:
-    """`asked`: (numbers, top, nearest) of each call of explain. Each snapshot has another version."""
+    """`asked`: (numbers, top, nearest) of each call of predict. Each snapshot has another version."""
 
     exif_orientation = True
 

@@ -188,16 +188,16 @@ def test_engine_that_goes_down_on_the_way(batching, classifier: FakeClassifier) 
 
 
 def test_errors_of_scoring_are_treated_alike(batching, classifier: FakeClassifier, monkeypatch) -> None:
-    explain = FakeState.explain
+    predict = FakeState.predict
 
     def refuses_three(self: FakeState, embeddings: Embeddings, *asked: int) -> list[Any]:
         if 3.0 in embeddings.plain:
             raise ValueError("expected finite embeddings")
-        return explain(self, embeddings, *asked)
+        return predict(self, embeddings, *asked)
 
-    monkeypatch.setattr(FakeState, "explain", refuses_three)
+    monkeypatch.setattr(FakeState, "predict", refuses_three)
     assert outcomes(together(batching, classifier, [1, 2, 3, 4])) == [1, 2, "ValueError", 4] and batching.healthy
-    monkeypatch.setattr(FakeState, "explain", lambda self, embeddings, *asked: explain(self, embeddings, *asked)[1:])
+    monkeypatch.setattr(FakeState, "predict", lambda self, embeddings, *asked: predict(self, embeddings, *asked)[1:])
     futures = together(batching, classifier, [1, 2])
     assert outcomes(futures) == ["RuntimeError"] * 2 and not batching.healthy
     assert "expected 2 predictions, got 1" in str(futures[0].exception())

@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.method_config import MethodConfig, fit_recipe
+from iosr_fast.state.method_config import MethodConfig, fit_config
 from iosr_fast.state.state import State
 from iosr_fast.utils.files import write_manifest
 
@@ -139,14 +139,14 @@ def saved_classifier(folder: Path) -> Path:
 
 
 def random_examples(
-    rng: np.random.Generator, owners: Sequence[int] | np.ndarray, first: int, queries: bool = False
+    rng: np.random.Generator, class_ids: Sequence[int] | np.ndarray, first: int, queries: bool = False
 ) -> Examples:
-    """Support images of random embeddings, with ids from `first` on; owners must not fall."""
-    n = len(owners)
+    """Support images of random embeddings, with ids from `first` on; class_ids must not fall."""
+    n = len(class_ids)
     rows = [Embeddings(unit(rng.standard_normal((n, WIDTH))), unit(rng.standard_normal((n, WIDTH)))) for _ in "ab"]
     ids = np.arange(first, first + n)
     shown = tuple(f"picture {i}".encode() for i in ids)
-    return Examples(rows[0], np.asarray(owners, np.int64), ids, shown, rows[1] if queries else None)
+    return Examples(rows[0], np.asarray(class_ids, np.int64), ids, shown, rows[1] if queries else None)
 
 
 def random_state(
@@ -167,8 +167,8 @@ def random_state(
     names = [f"class {i}" for i in range(classes)]
     chosen = {**METHODS[method].parameters, **(parameters or {})}
     support = examples.as_support(range(classes), text, 20.0)
-    recipe: MethodConfig = fit_recipe(method, chosen, reducer, factor, key_precision, support)
-    return State.first(names, text, 20.0, examples, recipe)
+    config: MethodConfig = fit_config(method, chosen, reducer, factor, key_precision, support)
+    return State.first(names, text, 20.0, examples, config)
 
 
 def random_queries(rng: np.random.Generator, n: int) -> Embeddings:

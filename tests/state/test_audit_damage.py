@@ -12,6 +12,7 @@ import pytest
 from iosr_fast.state.audit import open_log, read_log
 from iosr_fast.state.log_lines import LogDamagedError, make_line
 from iosr_fast.state.log_writer import LogWriteError
+from iosr_fast.state.state_files import fingerprint
 from tests.state.audit_parts import base, contents, failing, head_of, renamed, reopened, write_log
 from tests.state.live_parts import small_classifier
 
@@ -38,12 +39,12 @@ def test_a_log_that_is_cut_at_any_byte_never_loses_a_change_in_silence(path: Pat
     with pytest.raises(ValueError, match="as its head says"):
         read_log(path)
     path.write_bytes(full)
-    assert reopened(path).fingerprint() == last.fingerprint() and len(read_log(path)) == 4
+    assert fingerprint(reopened(path)) == fingerprint(last) and len(read_log(path)) == 4
 
 
 def test_a_flipped_byte_of_log_or_head_is_harmless_or_refused(path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    last = write_log(path, changes=2)[-1].fingerprint()
+    last = fingerprint(write_log(path, changes=2)[-1])
     whole, proved = path.read_bytes(), head_of(path).read_bytes()
     accepted = refusals = 0
     for file in (path, head_of(path)):
@@ -51,7 +52,7 @@ def test_a_flipped_byte_of_log_or_head_is_harmless_or_refused(path: Path, monkey
         for at in range(0, len(full), 1 if file == path else 32):
             file.write_bytes(full[:at] + bytes([full[at] ^ (1 << at % 7)]) + full[at + 1 :])
             try:
-                assert reopened(path).fingerprint() == last
+                assert fingerprint(reopened(path)) == last
                 assert file == head_of(path) and at < 512, "only half a write of the head explains itself"
                 accepted += 1
             except LogDamagedError:
@@ -131,7 +132,7 @@ def test_an_older_head_loses_nothing(path: Path) -> None:
         state = renamed(log, state, name)
     log.close(state)
     head_of(path).write_bytes(older)
-    assert reopened(path).fingerprint() == state.fingerprint()
+    assert fingerprint(reopened(path)) == fingerprint(state)
 
 
 def test_what_is_no_log_is_refused_and_not_touched(path: Path, tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_change_that_fails_at_any_call_is_not_made(
         raise AssertionError("a change takes fewer calls")
     assert at >= 5
     log.close(state)
-    assert reopened(path).fingerprint() == state.fingerprint()
+    assert fingerprint(reopened(path)) == fingerprint(state)
 
 
 def test_a_disk_that_fails_for_good_refuses_changes_until_it_works(path: Path, monkeypatch) -> None:
@@ -296,7 +297,7 @@ def test_an_interrupt_between_log_and_state_takes_the_line_back(tmp_path: Path, 
 
 def test_a_log_of_the_first_format_that_is_in_use_is_refused(path: Path) -> None:
     fcntl = pytest.importorskip("fcntl", reason="locks of files are POSIX's")
-    opening = {"op": "open", "format": 1, "base": base().fingerprint(), "version": 1}
+    opening = {"op": "open", "format": 1, "base": fingerprint(base()), "version": 1}
     path.write_bytes(make_line(opening, "")[0])
     with path.open("rb") as file:  # as earlier versions lock it
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -312,14 +313,14 @@ def test_a_log_of_the_first_format_is_taken_over(path: Path) -> None:
     lines, chain = read_log(path), ""
     head_of(path).unlink()
     text = b""
-    for record in [{"op": "open", "format": 1, "base": states[0].fingerprint(), "version": 1}, *lines[1:]]:
+    for record in [{"op": "open", "format": 1, "base": fingerprint(states[0]), "version": 1}, *lines[1:]]:
         line, chain = make_line(record, chain)
         text += line
     for content in (text, text + b'{"half'):
         for file in path.parent.iterdir():
             file.unlink()
         path.write_bytes(content)
-        assert reopened(path).fingerprint() == states[-1].fingerprint()
+        assert fingerprint(reopened(path)) == fingerprint(states[-1])
         assert [line["format"] for line in read_log(path)] == [2]
         assert [line["version"] for line in read_log(path.with_name("changes.jsonl.1.gz"))] == [1, 2, 3, 4]
         head = head_of(path)

@@ -13,6 +13,7 @@ import pytest
 
 from iosr_fast.state.audit import open_log, read_log
 from iosr_fast.state.log_lines import LogDamagedError, make_line
+from iosr_fast.state.state_files import fingerprint
 from tests.state.audit_parts import Crash, base, contents, copied, failing, head_of, renamed, reopened, write_log
 
 
@@ -39,14 +40,14 @@ def test_recovery_says_what_it_drops_and_destroys_nothing(path: Path, caplog) ->
         with pytest.raises(LogDamagedError):
             reopened(path)
         caplog.clear()
-        assert reopened(path, recover=True).fingerprint() == states[version - 1].fingerprint()
+        assert fingerprint(reopened(path, recover=True)) == fingerprint(states[version - 1])
         assert said in caplog.text and f"is recovered at version {version}" in caplog.text
         assert path.with_name("changes.jsonl.before-recovery-1").read_bytes() == damaged
         assert path.with_name("changes.jsonl.head.before-recovery-1").read_bytes() == proved
         log, state = open_log(path, base())  # and it continues without
         state = renamed(log, state, "later")
         log.close(state)
-        assert reopened(path).fingerprint() == state.fingerprint() and state.version == version + 1
+        assert fingerprint(reopened(path)) == fingerprint(state) and state.version == version + 1
         assert read_log(path)[0]["dropped"] == 7 - version
     caplog.clear()
     assert reopened(path, recover=True).version == state.version and not caplog.text  # nothing to recover
@@ -59,12 +60,12 @@ def test_recovery_without_a_head_drops_nothing_that_can_be_read(path: Path, capl
         if content is not None:
             head_of(path).write_bytes(content)
         caplog.clear()
-        assert reopened(path, recover=True).fingerprint() == states[-1].fingerprint()
+        assert fingerprint(reopened(path, recover=True)) == fingerprint(states[-1])
         assert "No change is known to be dropped, but the head is damaged" in caplog.text
-        assert reopened(path).fingerprint() == states[-1].fingerprint()
+        assert fingerprint(reopened(path)) == fingerprint(states[-1])
     path.unlink()
     head_of(path).write_bytes(b"damaged")
-    assert reopened(path, recover=True).fingerprint() == states[-1].fingerprint()  # from what was written beside it
+    assert fingerprint(reopened(path, recover=True)) == fingerprint(states[-1])  # from what was written beside it
 
 
 def test_recovery_does_not_take_another_classifier(path: Path, tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def nothing(path: Path) -> int:
 def earlier_format(path: Path) -> int:
     write_log(path)
     records, chain, text = read_log(path), "", b""
-    for record in [{"op": "open", "format": 1, "base": base().fingerprint(), "version": 1}, *records[1:]]:
+    for record in [{"op": "open", "format": 1, "base": fingerprint(base()), "version": 1}, *records[1:]]:
         line, chain = make_line(record, chain)
         text += line
     head_of(path).unlink()

@@ -22,6 +22,7 @@ from iosr_fast.state.log_lines import LogDamagedError
 from iosr_fast.state.log_writer import LogWriteError
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.moments import Moments
+from iosr_fast.state.state_files import fingerprint
 from tests import ROOT
 from tests.state.audit_parts import Crash, base, copied, failing, head_of, renamed, reopened
 from tests.state.live_parts import pictures, random_queries, random_state, small_classifier
@@ -58,7 +59,7 @@ def test_a_restart_after_many_changes_makes_few_of_them_again(path: Path, monkey
         state = renamed(log, state, f"name {number}")
     log.close(state)
     applied = count_of(monkeypatch)
-    assert reopened(path).fingerprint() == state.fingerprint()
+    assert fingerprint(reopened(path)) == fingerprint(state)
     assert len(applied) <= log_writer.MOST_LINES and path.stat().st_size < 300 * (log_writer.MOST_LINES + 2)
     # One snapshot is kept, and all the lines, which any can read.
     assert len(numbered(path, "state")) == 1
@@ -85,7 +86,7 @@ def test_a_restart_from_a_snapshot_answers_as_before_to_the_last_bit(method: str
     assert len(numbered(path, "gz")) >= 3
     again.open_log(path)
     again.close_log()
-    assert again.snapshot().fingerprint() == classifier.snapshot().fingerprint()
+    assert fingerprint(again.snapshot()) == fingerprint(classifier.snapshot())
     assert again.classes() == classifier.classes() and again.version == classifier.version
     np.testing.assert_array_equal(again.decision_function(images), classifier.decision_function(images))
     assert again.explain(images[:4], nearest=3) == classifier.explain(images[:4], nearest=3)
@@ -121,7 +122,7 @@ def test_narrow_keys_come_back_from_a_snapshot(precision: str, path: Path, few: 
     log, again = open_log(path, first)
     log.close(again)
     queries = random_queries(rng, 9)
-    assert again.fingerprint() == state.fingerprint()
+    assert fingerprint(again) == fingerprint(state)
     np.testing.assert_array_equal(again.score(queries), state.score(queries))
 
 
@@ -142,7 +143,7 @@ def test_a_crash_at_any_call_of_a_snapshot_loses_nothing(path: Path, tmp_path: P
         again = reopened(there)
         assert again.version in (state.version, state.version + 1), at
         assert again.class_names[1] in ("name 4", "the change that compacts")
-        assert reopened(there).fingerprint() == again.fingerprint()
+        assert fingerprint(reopened(there)) == fingerprint(again)
         if not crashed:
             assert at >= 20 and len(calls) == at and again.version == state.version + 1
             return
@@ -167,7 +168,7 @@ def test_a_failure_at_any_call_of_a_snapshot_costs_no_change(
         raise AssertionError("a snapshot takes fewer calls")
     assert at >= 20
     log.close(state)
-    assert reopened(path).fingerprint() == state.fingerprint()
+    assert fingerprint(reopened(path)) == fingerprint(state)
     assert len(numbered(path, "state")) == 1
     if not after:  # an interrupt right after a file is made leaves it, until it is an hour old
         assert not [file for file in path.parent.iterdir() if file.name.endswith(".tmp")]
@@ -188,7 +189,7 @@ def test_a_snapshot_that_finds_no_room_is_tried_again_later(path: Path, few: int
         state = renamed(log, state, f"later {number}")
     assert len(numbered(path, "gz")) == 1
     log.close(state)
-    assert reopened(path).fingerprint() == state.fingerprint()
+    assert fingerprint(reopened(path)) == fingerprint(state)
 
 
 def test_a_second_process_is_refused_after_a_snapshot_too(path: Path, few: int) -> None:
@@ -220,8 +221,8 @@ def test_a_damaged_snapshot_is_refused_and_recovered_from_closed_lines(path: Pat
             snapshot.write_bytes(damaged)
         with pytest.raises(LogDamagedError, match="can't be read"):
             reopened(path)
-    assert reopened(path, recover=True).fingerprint() == state.fingerprint() and "No change is dropped" in caplog.text
-    assert reopened(path).fingerprint() == state.fingerprint()
+    assert fingerprint(reopened(path, recover=True)) == fingerprint(state) and "No change is dropped" in caplog.text
+    assert fingerprint(reopened(path)) == fingerprint(state)
 
 
 def test_recovery_of_a_lost_log_begins_at_its_snapshot(path: Path, few: int, caplog) -> None:
@@ -250,7 +251,7 @@ def test_old_closed_lines_may_be_deleted_and_are_never_overwritten(path: Path, f
     for file in list(numbered(path, "gz").values())[:-1]:
         file.unlink()
     state = more(2 * few)
-    assert reopened(path).fingerprint() == state.fingerprint()
+    assert fingerprint(reopened(path)) == fingerprint(state)
     kept = {file: file.read_bytes() for file in numbered(path, "gz").values()}
     for file in (path, head_of(path)):
         file.unlink()

@@ -14,6 +14,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.score import score
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.verified_folder import Held
 from tests import ROOT
 from tests.state.live_parts import engine_folder, pictures, small_classifier
@@ -24,12 +25,13 @@ SAVING = """
 import os, random, signal, sys, time
 from pathlib import Path
 from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.state_files import fingerprint
 from tests.state.live_parts import engine_folder, small_classifier
 
 folder = Path(sys.argv[1])
 engine = engine_folder(folder / "engine")
 one, other = small_classifier(engine), small_classifier(engine, seed=1)
-known = {made.snapshot().fingerprint(): name for name, made in (("one", one), ("other", other))}
+known = {fingerprint(made.snapshot()): name for name, made in (("one", one), ("other", other))}
 one.save(folder / "bundle")
 began = time.perf_counter()
 one.save(folder / "bundle")
@@ -45,7 +47,7 @@ for kill in range(int(sys.argv[2])):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     during += any(path.name.startswith(".bundle.") for path in folder.iterdir())
-    seen.append(known[load_bundle(folder / "bundle").state.fingerprint()])
+    seen.append(known[fingerprint(load_bundle(folder / "bundle").state)])
     for path in folder.iterdir():
         if path.name.startswith(".bundle."):
             os.system(f"rm -r {path}")
@@ -72,7 +74,7 @@ def test_what_is_loaded_is_what_was_saved(method: str, precision: str, engine: P
         made.save(tmp_path / "bundle")
         loaded = load_bundle(tmp_path / "bundle")
         state = made.snapshot()
-        assert loaded.state.fingerprint() == state.fingerprint() and loaded.state.version == state.version
+        assert fingerprint(loaded.state) == fingerprint(state) and loaded.state.version == state.version
         assert loaded.views == made._views and loaded.state.examples.pictures == state.examples.pictures
         embeddings = made.encoder.encode(images)
         np.testing.assert_array_equal(loaded.state.score(embeddings), score(state.whole_plan, embeddings))
@@ -86,11 +88,11 @@ def test_runs_and_removed_rows_are_saved_as_one(precision: str, engine: Path, tm
     images, _ = pictures(np.random.default_rng(1), 7, 2)
     made = small_classifier(engine, key_precision=precision)
     made.remove_examples(made.examples("motif 2")[1:])
-    assert made.snapshot().segments[0].dead.sum() == 2  # the rows are still there
+    assert made.snapshot().segments[0].removed.sum() == 2  # the rows are still there
     for i in range(2):
         made.save(tmp_path / "bundle")
         loaded = load_bundle(tmp_path / "bundle").state
-        assert loaded.fingerprint() == made.snapshot().fingerprint() and loaded.segments[0].dead is None
+        assert fingerprint(loaded) == fingerprint(made.snapshot()) and loaded.segments[0].removed is None
         embeddings = made.encoder.encode(images)
         logits = made.snapshot().score(embeddings)
         np.testing.assert_allclose(loaded.score(embeddings), logits, atol=2e-2 * np.abs(logits).max())
@@ -144,10 +146,10 @@ def test_a_folder_that_is_replaced_while_it_is_read(engine: Path, tmp_path: Path
         return read(self, name)
 
     monkeypatch.setattr(Held, "read", replaced_meanwhile)
-    assert load_bundle(tmp_path / "bundle").state.fingerprint() == one.snapshot().fingerprint()
+    assert fingerprint(load_bundle(tmp_path / "bundle").state) == fingerprint(one.snapshot())
     assert files == ["engine/manifest.json", "support.safetensors", "pictures.safetensors"]
     monkeypatch.undo()
-    assert load_bundle(tmp_path / "bundle").state.fingerprint() == other.snapshot().fingerprint()
+    assert fingerprint(load_bundle(tmp_path / "bundle").state) == fingerprint(other.snapshot())
 
 
 def test_every_damage_is_named(engine: Path, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_every_damage_is_named(engine: Path, tmp_path: Path) -> None:
 def test_what_is_there_stays_where_saving_fails(engine: Path, tmp_path: Path, monkeypatch) -> None:
     made = small_classifier(engine)
     made.save(tmp_path / "bundle")
-    before = made.snapshot().fingerprint()
+    before = fingerprint(made.snapshot())
     made.remove_class("~0")
 
     def full(*_: object, **__: object) -> None:
@@ -209,7 +211,7 @@ def test_what_is_there_stays_where_saving_fails(engine: Path, tmp_path: Path, mo
     with pytest.raises(OSError, match="No space left"):
         made.save(tmp_path / "bundle")
     monkeypatch.undo()
-    assert load_bundle(tmp_path / "bundle").state.fingerprint() == before
+    assert fingerprint(load_bundle(tmp_path / "bundle").state) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     bundle = Bundle(made.snapshot(), made._views, tmp_path / "nowhere", "f" * 64, None)
     with pytest.raises(FileNotFoundError, match="found none at"):

@@ -12,8 +12,10 @@ from iosr_fast.methods import METHODS
 from iosr_fast.scoring import reference
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import absorb
+from iosr_fast.state.predictions import predict
 from iosr_fast.state.segmented import SegmentedPlan
 from iosr_fast.state.state import SMALL, State
+from iosr_fast.state.state_files import fingerprint
 from tests.state.live_parts import random_examples, random_queries, random_state, unit
 
 # How far scores of narrow keys may be from the truth, of the largest logit.
@@ -40,7 +42,7 @@ def change(state: State, rng: np.random.Generator) -> State:
     if not crowded:
         return state
     uid = int(rng.choice([int(info.class_id[1:]) for info in crowded]))
-    ids = np.concatenate([part.ids[(part.owners == uid) & part.living] for part in state.segments])
+    ids = np.concatenate([part.ids[(part.class_ids == uid) & part.active] for part in state.segments])
     return state.removing([int(rng.choice(ids))])
 
 
@@ -66,7 +68,7 @@ def test_additive_methods_after_many_changes(method: str, reducer: str, precisio
 
 def truth_plan(state: State) -> ScoringPlan:
     """The state's plan made from nothing, in fp32."""
-    return replace(state.recipe, key_precision="fp32").compile(state.support)
+    return replace(state.config, key_precision="fp32").compile(state.support)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("tip-adapter")])
@@ -104,7 +106,7 @@ def test_a_run_is_copied_once_half_of_it_is_gone() -> None:
     for uid in (0, 1):
         state = state.removing_class(uid)
         rows = len(state.segments[0])
-    assert rows == 2 * SMALL and state.segments[0].dead is None
+    assert rows == 2 * SMALL and state.segments[0].removed is None
     truth = reference.score_reference(truth_plan(state), queries := random_queries(rng, 3))
     np.testing.assert_allclose(state.score(queries), truth, atol=1e-4)
 
@@ -126,13 +128,13 @@ def test_what_is_near_is_what_the_method_compares() -> None:
     state = random_state(rng, 5, SMALL // 4, reducer="centre")
     state = state.adding(random_examples(rng, [2] * 5, state.next_example)).removing([0, 1, 2])
     queries = random_queries(rng, 4)
-    rows = state.recipe.reducer(np.asarray(state.support.embeddings.adapted))
-    cosines = state.recipe.reducer(queries.adapted) @ rows.T
-    ids, owners = state.examples.ids, state.examples.owners
-    for made, row in zip(state.explain(queries, nearest=6), cosines, strict=True):
+    rows = state.config.reducer(np.asarray(state.support.embeddings.adapted))
+    cosines = state.config.reducer(queries.adapted) @ rows.T
+    ids, class_ids = state.examples.ids, state.examples.class_ids
+    for made, row in zip(predict(state, queries, nearest=6), cosines, strict=True):
         best = np.argsort(-row, kind="stable")[:6]
         assert [n.example_id for n in made.nearest] == [f"e{ids[j]}" for j in best]
-        assert [n.class_id for n in made.nearest] == [f"~{owners[j]}" for j in best]
+        assert [n.class_id for n in made.nearest] == [f"~{class_ids[j]}" for j in best]
         np.testing.assert_allclose([n.similarity for n in made.nearest], row[best], atol=1e-6)
 
 
@@ -146,7 +148,7 @@ def test_predictions_add_up(method: str, classes: int) -> None:
     powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     probabilities = powers / powers.sum(1, keepdims=True)
     zero_shot = 0.7 * 20.0 * queries.plain.astype(np.float64) @ state.text.T
-    for b, made in enumerate(state.explain(queries, top=4)):
+    for b, made in enumerate(predict(state, queries, top=4)):
         order = np.argsort(-logits[b], kind="stable")[: min(4, classes)]
         assert [one.label for one in made.top] == [f"class {c}" for c in order]
         assert made.top[0].label == made.label == f"class {logits[b].argmax()}" and made.version == state.version
@@ -156,9 +158,9 @@ def test_predictions_add_up(method: str, classes: int) -> None:
             assert one.zero_shot == pytest.approx(zero_shot[b, c], abs=1e-4)
             assert one.zero_shot + one.cache == pytest.approx(one.logit, abs=1e-4) == logits[b, c]
     if method == "zero-shot":
-        assert max(abs(one.cache) for made in state.explain(queries) for one in made.top) < 1e-5
+        assert max(abs(one.cache) for made in predict(state, queries) for one in made.top) < 1e-5
     with pytest.raises(ValueError, match="top >= 1 and nearest >= 0, got 0 and 0"):
-        state.explain(queries, top=0)
+        predict(state, queries, top=0)
 
 
 @pytest.mark.parametrize("method", ["gda", "gda++"])
@@ -198,7 +200,7 @@ def test_the_fingerprint_says_whether_two_states_answer_alike() -> None:
         return random_state(np.random.default_rng(0), 4, 2)
 
     state, same = made(), made()
-    assert state.fingerprint() == same.fingerprint()
+    assert fingerprint(state) == fingerprint(same)
     rng = np.random.default_rng(1)
     added = random_examples(rng, [1], 8)
     others = [
@@ -210,4 +212,4 @@ def test_the_fingerprint_says_whether_two_states_answer_alike() -> None:
         random_state(np.random.default_rng(0), 4, 2, reducer="centre"),
         random_state(np.random.default_rng(1), 4, 2),
     ]
-    assert len({state.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
+    assert len({fingerprint(state), *(fingerprint(other) for other in others)}) == 1 + len(others)

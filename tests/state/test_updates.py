@@ -12,6 +12,7 @@ from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.state.predictions import predict
 from tests.pictures import encode
 from tests.state.live_parts import WIDTH, PixelEncoder, pictures, small_classifier, unit
 
@@ -136,12 +137,12 @@ def test_classes_by_name_alone(images: np.ndarray) -> None:
 
 def test_retune_and_tune_begin_from_what_is_there_now(images: np.ndarray) -> None:
     classifier = small_classifier(reducer="centre")
-    before = classifier.snapshot().recipe.reducer
+    before = classifier.snapshot().config.reducer
     classifier.add_class("motif 6", images[6])
-    assert classifier.snapshot().recipe.reducer is before
+    assert classifier.snapshot().config.reducer is before
     change = classifier.retune()
     assert change.version == classifier.version == 3 and classifier.tuned_.scored == 19
-    assert not np.array_equal(classifier.snapshot().recipe.reducer.shift, before.shift)
+    assert not np.array_equal(classifier.snapshot().config.reducer.shift, before.shift)
     assert classifier.reducer_ == "centre" and classifier.parameters_ == classifier.tuned_.parameters
     tuned = classifier.tune(method="gda")
     assert classifier.method_ == tuned.method == "gda" and classifier.version == 4
@@ -157,7 +158,7 @@ def test_no_reader_sees_half_a_change(images: np.ndarray) -> None:
     def read() -> None:
         try:
             while not stop.is_set():
-                told.append(classifier.snapshot().explain(queries, top=3, nearest=2))
+                told.append(predict(classifier.snapshot(), queries, top=3, nearest=2))
                 classifier.predict(images[0])
         except Exception as error:
             failures.append(error)
@@ -177,7 +178,7 @@ def test_no_reader_sees_half_a_change(images: np.ndarray) -> None:
     assert not failures and len(states) == 61
     versions = {made.version for predictions in told for made in predictions}
     assert len(versions) > 5
-    expected = {version: states[version].explain(queries, top=3, nearest=2) for version in versions}
+    expected = {version: predict(states[version], queries, top=3, nearest=2) for version in versions}
     for predictions in told:
         assert len({made.version for made in predictions}) == 1
         assert predictions == expected[predictions[0].version]
@@ -216,4 +217,4 @@ def test_embeddings_of_queries_without_an_adapter() -> None:
     classifier = small_classifier(method="tip-adapter")
     state = classifier.snapshot()
     plain = Embeddings(state.support.embeddings.plain[:2])
-    assert [made.label for made in state.explain(plain, nearest=1)] == ["motif 0", "motif 0"]
+    assert [made.label for made in predict(state, plain, nearest=1)] == ["motif 0", "motif 0"]

@@ -17,7 +17,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.score import score
 from iosr_fast.state.examples import Examples, join
-from iosr_fast.state.method_config import fit_recipe
+from iosr_fast.state.method_config import fit_config
 from iosr_fast.state.state import State
 from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
@@ -66,20 +66,20 @@ def run(cases: Sequence[str], threads: int | None = None, repeats: int = 7) -> l
 
 def _rows(case: Case, threads: int, repeats: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
-    owners = np.sort(rng.integers(0, case.classes, case.keys - case.classes))
-    owners = np.sort(np.concatenate([np.arange(case.classes), owners]))
+    class_ids = np.sort(rng.integers(0, case.classes, case.keys - case.classes))
+    class_ids = np.sort(np.concatenate([np.arange(case.classes), class_ids]))
     text = _unit(rng, case.classes, case.width)
-    examples = _examples(rng, owners, 0, case.width)
+    examples = _examples(rng, class_ids, 0, case.width)
     support = examples.as_support(range(case.classes), text, TAU)
-    recipe = fit_recipe(case.method, dict(METHODS[case.method].parameters), "none", 1.0, "fp32", support)
-    state = State.first([str(i) for i in range(case.classes)], text, TAU, examples, recipe)
+    config = fit_config(case.method, dict(METHODS[case.method].parameters), "none", 1.0, "fp32", support)
+    state = State.first([str(i) for i in range(case.classes)], text, TAU, examples, config)
     state = state.adding(_examples(rng, np.array([0]), state.next_example, case.width))  # moments are made once
     more = _examples(rng, np.array([1]), state.next_example, case.width)
     new = _examples(rng, np.array([state.next_class]), state.next_example, case.width)
     row = _unit(rng, 1, case.width)[0]
 
     def fit_again() -> Any:
-        return recipe.compile(join([*state.segments, more]).as_support(range(case.classes), text, TAU))
+        return config.compile(join([*state.segments, more]).as_support(range(case.classes), text, TAU))
 
     queries = Embeddings(_unit(rng, 8, case.width), _unit(rng, 8, case.width))
     got, expected = state.adding(more).score(queries), score(fit_again(), queries)
@@ -96,10 +96,10 @@ def _rows(case: Case, threads: int, repeats: int) -> list[dict[str, Any]]:
     return harness.rows("updates", str(case), runtimes_ms, rivals=[RIVAL], threads=threads)
 
 
-def _examples(rng: np.random.Generator, owners: np.ndarray, first: int, width: int) -> Examples:
-    n = len(owners)
+def _examples(rng: np.random.Generator, class_ids: np.ndarray, first: int, width: int) -> Examples:
+    n = len(class_ids)
     embeddings = Embeddings(_unit(rng, n, width), _unit(rng, n, width))
-    return Examples(embeddings, owners.astype(np.int64), np.arange(first, first + n), (None,) * n)
+    return Examples(embeddings, class_ids.astype(np.int64), np.arange(first, first + n), (None,) * n)
 
 
 def _unit(rng: np.random.Generator, n: int, width: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from iosr_fast.state.bundle import Bundle
+from iosr_fast.state.state_files import fingerprint
 from tools.classification.parts import COLUMNS, KIND, read_answers
 from tools.embedding.items import Chunk, Source
 from tools.embedding.plan import Plan, make_plan
@@ -61,8 +62,8 @@ def classify_plan(
     )
     return ClassifyPlan(
         **{field.name: getattr(common, field.name) for field in fields(common)},
-        bundle=bundle.state.fingerprint(),
+        bundle=fingerprint(bundle.state),
         classes=len(bundle.state.uids),
-        method=bundle.state.recipe.method,
+        method=bundle.state.config.method,
         top=top,
     )

@@ -11,8 +11,9 @@ from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.pipeline.embedding_files import Part
 from iosr_fast.state.bundle import Bundle, load_bundle
-from iosr_fast.state.predictions import Prediction
+from iosr_fast.state.predictions import Prediction, predict
 from iosr_fast.state.state import State
+from iosr_fast.state.state_files import fingerprint
 from tools.classification.parts import write_answers
 from tools.classification.plan import ClassifyPlan
 from tools.embedding.cluster import Worker
@@ -33,7 +34,7 @@ def writer(state: State, plan: ClassifyPlan) -> Write:
         good = np.flatnonzero([error is None for error in part.errors])
         for start in range(0, len(good), plan.batch):
             rows = good[start : start + plan.batch]
-            for row, made in zip(rows, state.explain(part.embeddings[rows], top=plan.top), strict=True):
+            for row, made in zip(rows, predict(state, part.embeddings[rows], plan.top), strict=True):
                 predictions[row] = made
         write_answers(path, part.keys, predictions, part.errors, part.columns, part.facts or {})
 
@@ -48,7 +49,7 @@ class ClassifyWorker(Worker):
     def open(self, engine: str) -> tuple[Encoder, Write | None]:
         assert isinstance(self.plan, ClassifyPlan)
         bundle = load_bundle(engine, verify=False)
-        if bundle.state.fingerprint() != self.plan.bundle:
+        if fingerprint(bundle.state) != self.plan.bundle:
             raise RuntimeError(
                 f"expected one classifier on all machines, but {socket.gethostname()} has another in {engine}"
             )

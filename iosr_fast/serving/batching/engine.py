@@ -14,7 +14,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.serving.batching.item import Item, without_frames
-from iosr_fast.state.predictions import Prediction
+from iosr_fast.state.predictions import Prediction, predict
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Run:
 
     def _explain(self, embeddings: Embeddings, asked: Sequence[tuple[int, int]]) -> list[Prediction]:
         most = max(top for top, _ in asked), max(nearest for _, nearest in asked)
-        predictions = self.state.explain(embeddings, *most)
+        predictions = predict(self.state, embeddings, *most)
         if len(predictions) != len(embeddings):
             raise RuntimeError(f"expected {len(embeddings)} predictions, got {len(predictions)}")
         return [_trimmed(made, *one) for made, one in zip(predictions, asked, strict=True)]

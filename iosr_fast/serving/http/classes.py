@@ -19,9 +19,9 @@ from iosr_fast.serving.http.lists import AFTER_CLASS, AFTER_EXAMPLE, LIMIT, clas
 from iosr_fast.serving.http.logs import log
 from iosr_fast.serving.http.service import Service, UndecodedImage
 from iosr_fast.serving.http.uploads import read_form
+from iosr_fast.state.changes import ChangeResult
+from iosr_fast.state.ids import class_id as make_class_id
 from iosr_fast.state.log_writer import LogWriteError
-from iosr_fast.state.predictions import ChangeResult
-from iosr_fast.state.predictions import class_id as make_class_id
 
 _MAX_NAME = 200
 _CHANGE_ERRORS = (400, 401, 403, 408, 413, 415, 422, 500, 503, 507)

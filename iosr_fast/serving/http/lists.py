@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Query
 
-from iosr_fast.state.predictions import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
+from iosr_fast.state.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
 from iosr_fast.state.state import State
 
 PAGE = 1_000
