@@ -22,7 +22,8 @@ from iosr_fast.methods.support_set import SupportSet, encode_support
 from iosr_fast.methods.tuning.choice import check_choice, search
 from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
-from iosr_fast.scoring.plan import RANGES, ScoringPlan
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle

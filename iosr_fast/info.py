@@ -37,8 +37,8 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in ("numpy", "pillow", "safetensors", *OPTIONAL_PACKAGES)},
         "implementations": {
-            row.name: {"devices": list(row.devices), "unavailable_reason": row.unavailable_reason}
-            for row in dispatch.available()
+            entry.name: {"devices": list(entry.devices), "unavailable_reason": entry.unavailable_reason()}
+            for entry in dispatch.REGISTRY
         },
         "simd_paths": simd_paths(),
         "methods": list(METHODS),
@@ -68,7 +68,7 @@ def format_info() -> str:
 
 def simd_paths() -> dict[str, bool]:
     """Compiled paths of the C++ kernels, best first, each with whether this processor can run it."""
-    if next(row.unavailable_reason for row in dispatch.available() if row.name == "cpp") is not None:
+    if next(entry.unavailable_reason() for entry in dispatch.REGISTRY if entry.name == "cpp") is not None:
         return {}
     from iosr_fast import _C
 

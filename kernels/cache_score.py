@@ -16,10 +16,10 @@ from iosr_fast.kernels.device import (
     exponent_scale,
     gpu_name,
     multiprocessors,
-    on_gpu,
     pointer,
 )
 from iosr_fast.kernels.launch import Config, config_for, load_of
+from iosr_fast.scoring.device_plan import on_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,8 +1,7 @@
-"""What a launch wants to know: the types of keys and queries, the GPU's name and size, constants of the exponent."""
+"""Facts for a launch: types of keys and queries, the GPU's name and size, the scale of the exponent."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 
@@ -14,28 +13,23 @@ PRECISION = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16
 QUERY_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 
 
-def on_gpu(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes `device` the one that Triton launches on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def exponent_scale(beta: float) -> float:
     """beta * log2(e): exp(-beta * (1 - x)) = exp2(scale * (x - 1))."""
     return beta * math.log2(math.e)
 
 
 def pointer(tensor: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
-    """The tensor, or any other in its place as an argument that the kernel won't read."""
+    """The tensor, or in its place any other, as an argument that the kernel doesn't read."""
     return unread if tensor is None else tensor
 
 
 @functools.cache
 def gpu_name(device: torch.device) -> str:
-    """The GPU's name as launch_configs.json has it; under the interpreter, "default"."""
+    """The GPU's name, as in launch_configs.json; "default" under the interpreter."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """The GPU's multiprocessors; under the interpreter, where programs run one after another, 1."""
+    """The GPU's multiprocessors; 1 under the interpreter, which runs programs one after another."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,33 +1,28 @@
 """How a plan's keys are dealt to programs: tables of a few integers per tile. No key is ever copied or padded.
 
-A table costs 20 bytes a work item and is made once per DevicePlan and tile shape, and kept as long as the plan lives.
+A table takes 20 bytes per work item. It is computed once per plan and tile shape and cached with the plan's offsets.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from iosr_fast.scoring.device_plan import cached, is_recording
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from iosr_fast.scoring.device_plan import DevicePlan
 
-_T = TypeVar("_T")
-_kept: weakref.WeakKeyDictionary[DevicePlan, dict[Any, Any]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
 
 @dataclass(frozen=True)
 class Aligned:
     """Classes seen as `shots` keys each, block_n // shots of them to a tile.
 
-    tiles counts tiles of block_n keys over the whole plan, longest those of the program that has most.
+    tiles counts tiles of block_n keys over the whole plan, longest those of the longest program.
     """
 
     shots: int
@@ -39,8 +34,8 @@ class Aligned:
 class Items:
     """Work items: table (M, 5) int32 of first key, end key, first class, number of classes, slot.
 
-    An item holds whole classes, at least one with keys, and slot -1; or a piece of one class, and the row of the
-    partial sums that it fills. cut (K, 3) int32 lists the classes in pieces: class, first slot, end slot.
+    An item holds whole classes, at least one with keys, and slot -1; or a piece of one class and the row of partial
+    sums that it fills. cut (K, 3) int32 lists the classes in pieces: class, first slot, end slot.
     """
 
     table: np.ndarray
@@ -51,7 +46,7 @@ class Items:
 
 
 def align(offsets: np.ndarray, block_n: int) -> Aligned:
-    """Whole classes to tiles of block_n keys, the largest class's size rounded up to a power of two."""
+    """Deal whole classes to tiles of block_n keys, with the largest class rounded up to a power of two."""
     counts = np.diff(offsets)
     shots = 1 << int(counts.max() - 1).bit_length()
     if shots < block_n:
@@ -63,8 +58,8 @@ def align(offsets: np.ndarray, block_n: int) -> Aligned:
 def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None = None) -> Items:
     """Runs of at most block_c classes and block_n keys; a class of more than block_n keys is an item of its own.
 
-    With `piece`, classes of more than that many keys are cut into pieces of it. Classes without keys are left out but
-    where they stand between two others of a run.
+    With `piece`, larger classes are cut into pieces of that many keys. Classes without keys are left out except between
+    two others of a run.
     """
     table: list[list[int]] = []
     cut: list[tuple[int, int, int]] = []
@@ -91,41 +86,42 @@ def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None
 
 
 def class_offsets(plan: DevicePlan) -> np.ndarray:
-    """The plan's class offsets on the host, (C + 1,) int64."""
-    assert plan.class_offsets is not None
+    """The plan's class offsets on the host, (C + 1,) int64.
+
+    Raises RuntimeError if a CUDA graph is recorded before the plan was scored once: reading them must wait.
+    """
     offsets = plan.class_offsets
-    return keep(plan, "offsets", lambda: offsets.cpu().numpy().astype(np.int64))
+    assert offsets is not None
+
+    def read() -> np.ndarray:
+        if is_recording(plan.device):
+            raise RuntimeError("expected the plan to be scored with Triton once before a CUDA graph is recorded")
+        return offsets.cpu().numpy().astype(np.int64)
+
+    return cached(offsets, "host", read)
 
 
 def aligned(plan: DevicePlan, block_n: int) -> Aligned:
-    """align() for a plan, kept with it."""
-    return keep(plan, ("aligned", block_n), lambda: align(class_offsets(plan), block_n))
+    """align() of a plan, cached."""
+    assert plan.class_offsets is not None
+    return cached(plan.class_offsets, ("aligned", block_n), lambda: align(class_offsets(plan), block_n))
 
 
 def items(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None) -> Items:
-    """cut_items() for a plan, kept with it."""
+    """cut_items() of a plan, cached."""
+    assert plan.class_offsets is not None
     key = ("items", block_n, block_c, piece)
-    return keep(plan, key, lambda: cut_items(class_offsets(plan), block_n, block_c, piece))
+    return cached(plan.class_offsets, key, lambda: cut_items(class_offsets(plan), block_n, block_c, piece))
 
 
 def tables(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None) -> tuple[Tensor, Tensor]:
-    """The tables of items() on the plan's device, kept with it."""
-    made = items(plan, block_n, block_c, piece)
+    """The tables of items() on the plan's device, cached."""
+    assert plan.class_offsets is not None
+    work = items(plan, block_n, block_c, piece)
 
     def move() -> tuple[Tensor, Tensor]:
         import torch
 
-        return torch.from_numpy(made.table).to(plan.device), torch.from_numpy(made.cut).to(plan.device)
+        return torch.from_numpy(work.table).to(plan.device), torch.from_numpy(work.cut).to(plan.device)
 
-    return keep(plan, ("tables", block_n, block_c, piece), move)
-
-
-def keep(plan: DevicePlan, key: Any, make: Callable[[], _T]) -> _T:
-    """What `make` returned when this plan was first asked for `key`."""
-    with _lock:
-        known = _kept.setdefault(plan, {})
-    if key not in known:
-        # Made outside the lock, as one table needs another; two threads may both make it, and the first is kept.
-        known.setdefault(key, make())
-    kept: _T = known[key]
-    return kept
+    return cached(plan.class_offsets, ("tables", block_n, block_c, piece), move)

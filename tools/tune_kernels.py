@@ -67,7 +67,6 @@ def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Call
     from iosr_fast.kernels.dense_values import dense_values
     from iosr_fast.scoring.device_plan import device_plan
     from iosr_fast.scoring.plan import ScoringPlan
-    from iosr_fast.scoring.precision import dequantize
     from iosr_fast.scoring.reference import score_reference
 
     rng = np.random.default_rng(0)
@@ -93,7 +92,7 @@ def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Call
             score_reference(plan, embeddings),
         )
     values = torch.tensor(rng.random((n_keys, 256)), device=DEVICE, dtype=torch.float16)
-    cosine = embeddings.plain.astype(np.float64) @ dequantize(plan).T.astype(np.float64)
+    cosine = embeddings.plain.astype(np.float64) @ plan.dequantize().T.astype(np.float64)
     truth = np.exp(-plan.beta * (1.0 - cosine)) @ values.cpu().double().numpy()
     keys, scales = on_device.keys, on_device.key_scales
     assert keys is not None

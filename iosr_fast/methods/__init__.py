@@ -16,7 +16,8 @@ from iosr_fast.methods.tip_adapter import tip_adapter
 from iosr_fast.methods.tip_x import tip_x
 from iosr_fast.methods.tuning.log_loss import MOST
 from iosr_fast.methods.zero_shot import zero_shot
-from iosr_fast.scoring.plan import RANGES, ScoringPlan, Which
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
 from iosr_fast.scoring.validation import check_number
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from iosr_fast.scoring.device_plan import cached, is_recording
 
 if TYPE_CHECKING:
     import torch
@@ -16,16 +15,16 @@ if TYPE_CHECKING:
     from iosr_fast.scoring.device_plan import DevicePlan
 
 PART_SCALE_UP = 2.0**11  # between two parts in float16, which has 11 significant bits
-_COPY = 16  # bytes; the kernels copy rows in pieces of this size, so rows are padded to a multiple of it
-_STAGE = 32  # channels of half queries that a pipeline stage holds; parts of queries are padded to a multiple of it
+_COPY = 16  # bytes that a kernel copies at once; rows are padded to a multiple of it
+_STAGE = 32  # channels of half queries in a pipeline stage; parts of queries are padded to a multiple of it
 
 
 def query_parts(query: Tensor, key_dtype: torch.dtype) -> tuple[Tensor, int, float]:
-    """Queries as the kernels read them beside keys of a dtype: rows, parts in a row, scale between two parts.
+    """Queries in the precision of the keys: rows, parts in a row, scale between two parts.
 
-    query = part 2 + scale * (part 1 + scale * part 0): of float16, float32 takes two, the lower one scaled up by 2**11,
-    lest it be subnormal; of bfloat16, which has 8 significant bits and float32's range, three. Beside int8 and float16
-    keys bfloat16 queries become float16: a channel of a unit row loses at most 2**-25 by that.
+    query = part 2 + scale * (part 1 + scale * part 0). float32 takes two parts of float16, the lower one multiplied by
+    2**11 so that it isn't subnormal, or three of bfloat16, which has 8 significant bits and float32's range. With int8
+    and float16 keys bfloat16 queries become float16: a channel of a unit row loses at most 2**-25.
     """
     import torch
 
@@ -42,8 +41,8 @@ def query_parts(query: Tensor, key_dtype: torch.dtype) -> tuple[Tensor, int, flo
 
 
 def split_rows(rows: Tensor) -> tuple[Tensor, float] | None:
-    """rows = scale * (part 1 + part 0 / 2**11) in float16, side by side, and scale, a power of two that puts them into
-    float16's range. None while a graph is recorded, when their largest value can't be waited for."""
+    """rows = scale * (part 1 + part 0 / 2**11) in float16, side by side, and scale, the power of two that brings them
+    into float16's range. None while a graph is recorded, because the largest value must be waited for."""
     import torch
 
     if is_recording(rows.device):
@@ -66,8 +65,7 @@ def _parts(rows: Tensor, half: torch.dtype, n_parts: int, up: float) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassLayout:
-    """Facts about a plan's classes: the class of each key (N,) int32; whether a class may have keys in several chunks,
-    and whether one may have none."""
+    """The class of each key (N,) int32; whether a class has keys in several chunks, and whether one has none."""
 
     key_class: Tensor
     has_spanning: bool
@@ -75,63 +73,27 @@ class ClassLayout:
 
 
 def class_layout(plan: DevicePlan, chunk: int) -> ClassLayout:
-    """The layout of a plan's classes in chunks of keys, kept with the plan's offsets."""
-    assert plan.class_offsets is not None and plan.keys is not None
-    n_keys = len(plan.keys)
+    """The layout of a plan's classes in chunks of keys, cached with its offsets."""
+    offsets, keys = plan.class_offsets, plan.keys
+    assert offsets is not None and keys is not None
 
-    def make(offsets: Tensor) -> ClassLayout:
+    def compute() -> ClassLayout:
         import torch
 
         classes = torch.arange(plan.n_classes, dtype=torch.int32, device=offsets.device)
         counts = offsets.diff()
-        key_class = torch.repeat_interleave(classes, counts, output_size=n_keys)
+        key_class = torch.repeat_interleave(classes, counts, output_size=len(keys))
         if is_recording(plan.device):
-            return ClassLayout(key_class, True, True)  # an answer would have to be waited for
+            return ClassLayout(key_class, True, True)  # the true values must be waited for
         spanning = (counts > 0) & (offsets[:-1] // chunk != (offsets[1:] - 1) // chunk)
         has_spanning, has_empty = torch.stack([spanning.any(), (counts == 0).any()]).tolist()
         return ClassLayout(key_class, has_spanning, has_empty)
 
-    layout: ClassLayout = kept(plan.class_offsets, "layout", make)
-    return layout
-
-
-_lock = threading.Lock()
-
-
-@functools.cache
-def _store() -> Any:
-    from torch.utils.weak import WeakTensorKeyDictionary
-
-    return WeakTensorKeyDictionary()
-
-
-def kept(tensor: Tensor, name: str, make: Callable[[Tensor], Any]) -> Any:
-    """make(tensor), made once and kept as long as the tensor lives. It is keyed by the plan's tensors, not by the plan,
-    since torch.ops.iosr_fast.score makes a DevicePlan anew for every call."""
-    with _lock:
-        known = _store().get(tensor, {})
-    if name in known:
-        return known[name]
-    made = make(tensor)
-    # What is computed while a graph is recorded exists only when the graph has run; and a tensor kept for itself would
-    # live for ever.
-    if made is tensor or is_recording(tensor.device):
-        return made
-    if tensor.is_cuda:
-        _wait(tensor.device)
-    with _lock:
-        return _store().setdefault(tensor, {}).setdefault(name, made)
-
-
-def _wait(device: torch.device) -> None:
-    """Until what was queued is done: the next call may come on another stream, which waits for nothing of this one."""
-    import torch
-
-    torch.cuda.current_stream(device).synchronize()
+    return cached(offsets, ("classes", chunk), compute)
 
 
 def padded(rows: Tensor) -> Tensor:
-    """Contiguous rows that begin and end at multiples of 16 bytes; the tensor itself where they do so already."""
+    """Contiguous rows that begin and end at multiples of 16 bytes; the tensor itself if they do so already."""
     import torch
 
     missing = -rows.shape[1] % (_COPY // rows.element_size())
@@ -139,10 +101,3 @@ def padded(rows: Tensor) -> Tensor:
         return torch.nn.functional.pad(rows, (0, missing))
     rows = rows.contiguous()
     return rows if rows.data_ptr() % _COPY == 0 else rows.clone()
-
-
-def is_recording(device: torch.device) -> bool:
-    """Whether a CUDA graph is being recorded: nothing may be waited for then."""
-    import torch
-
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -6,18 +6,10 @@ import functools
 import importlib
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.scoring.cuda_layout import (
-    PART_SCALE_UP,
-    ClassLayout,
-    class_layout,
-    kept,
-    padded,
-    query_parts,
-    split_rows,
-)
+from iosr_fast.scoring.cuda_layout import PART_SCALE_UP, ClassLayout, class_layout, padded, query_parts, split_rows
+from iosr_fast.scoring.device_plan import cached, on_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -27,58 +19,6 @@ if TYPE_CHECKING:
 
 # Bytes of class sums that wait to be merged; a batch that would need more is scored in slices.
 _WORKSPACE = 64 << 20
-_BUILD = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
-
-
-def unavailable_reason() -> str | None:
-    """Why the CUDA kernels can't run here, or None where they can.
-
-    They need the extension iosr_fast._C_cuda, built for this version, PyTorch, and a GPU of compute capability 8.0.
-    """
-    if find_spec("torch") is None:
-        return "PyTorch is not installed; pip install 'iosr_fast[train]' brings it"
-    refused = _build_refusal()
-    if refused is not None:
-        return refused
-    import torch
-
-    if torch.version.hip is not None:
-        return "the kernels are written for NVIDIA GPUs and this PyTorch is built for ROCm"
-    if not torch.cuda.is_available():
-        return f"PyTorch {torch.__version__} sees no CUDA device{_why_no_device()}"
-    if torch.cuda.get_device_capability() < (8, 0):
-        major, minor = torch.cuda.get_device_capability()
-        return (
-            f"a GPU of compute capability 8.0 or newer is needed, got {torch.cuda.get_device_name()} ({major}.{minor})"
-        )
-    return None
-
-
-@functools.cache
-def _build_refusal() -> str | None:
-    try:
-        module = _module()
-    except ImportError as error:
-        return f"the extension iosr_fast._C_cuda can't be imported ({error}); {_BUILD}"
-    from iosr_fast import _C
-
-    if module.version != _C.version:
-        return (
-            f"iosr_fast._C_cuda was built for version {module.version}, iosr_fast._C for {_C.version}; {_BUILD} again"
-        )
-    return None
-
-
-def _why_no_device() -> str:
-    import torch
-
-    if torch.version.cuda is None:
-        return ": it is built for CPUs alone; install a CUDA build from pytorch.org"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return f": {error}"
-    return ""
 
 
 @functools.cache
@@ -91,27 +31,26 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
                  + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
                  + <feature[b], linear[c]> + bias[c]
 
-    plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, unit rows, already checked; adapted may be
-    None where the plan doesn't read it. Returns logits (B, C) float32 and the path of the cache term:
+    plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, checked unit rows; adapted may be None if
+    the plan doesn't read it. Returns logits (B, C) float32 and the path of the cache term:
 
     "cuda/mma"        half or int8 keys on the tensor cores, sums in float32. int8 is converted to float16 in registers.
-    "cuda/mma-split"  the same where queries have more bits than keys: they come as a sum of 2 or 3 half matrices
+    "cuda/mma-split"  the same for queries with more bits than the keys: they are a sum of 2 or 3 half matrices
     "cuda/fp32"       float32 keys, by fused multiply-adds
-    "cuda/dense-torch"  keys with values in place of classes, for which there is no kernel here: the term is that of
-                      torch_scoring, in PyTorch's operations
+    "cuda/dense-torch"  keys with values in place of classes: there is no kernel for them, torch_scorer adds the term
     "cuda/linear", "cuda/linear-mma"  the plan has no cache term; queries are float32, or half
     "cuda/empty"      there is no query
 
-    those of kernels with "-small" behind it up to 16 queries. Neither the (B, N) affinity nor a one-hot matrix reaches
-    memory ("dense-torch": the affinity does, in tiles). Sums of classes that span several runs of 64 keys do, in at
+    Paths of kernels end in "-small" for up to 16 queries. Neither the (B, N) affinity nor a one-hot matrix reaches
+    memory (with "dense-torch" the affinity does, in tiles). Sums of classes that span several runs of 64 keys do, in at
     most 64 MB, and are merged in order: equal calls give equal bits. The linear terms keep float32's precision: float32
-    queries, and those that a reducer has made float32, meet them by fused multiply-adds, half ones on the tensor cores
-    ("cuda/linear-mma"). A linear term over the distribution over texts is a product of PyTorch's on top.
+    queries, including those that a reducer has converted, take fused multiply-adds, half ones the tensor cores
+    ("cuda/linear-mma"). A linear term over the distribution over texts is added by PyTorch.
 
-    The first call for a plan reads back whether classes are empty or large and how large its rows are, and keeps that;
-    later ones neither wait for the device nor read from it. A CUDA graph may record even the first call, which then
-    keeps nothing, assumes that classes are empty and large, and takes the linear terms in float32.
-    Raises RuntimeError, with CUDA's own words, where a launch fails.
+    The first call for a plan reads back whether classes are empty or large and how large its rows are, and caches that;
+    later calls neither wait for the device nor read from it. A CUDA graph may record even the first call, which then
+    caches nothing, assumes empty and large classes, and computes the linear terms in float32.
+    Raises RuntimeError, with CUDA's own words, if a launch fails.
     Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
     """
     import torch
@@ -121,17 +60,27 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     logits = torch.empty((len(plain), plan.n_classes), dtype=torch.float32, device=plan.device)
     if not len(plain):
         return logits, "cuda/empty"
+    with on_gpu(plan.device):
+        path = _run_kernels(plan, plain, adapted, logits)
+    if plan.linear is not None and plan.feature == "text-distribution":
+        add_linear_term(plan, plain, adapted, logits)
+    if plan.values is not None:
+        add_cache_term(plan, plain, adapted, logits)
+        path = "dense-torch"
+    return logits, f"cuda/{path}"
+
+
+def _run_kernels(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, logits: Tensor) -> str:
     module = _module()
     device, stream = _place(plan.device)
     call = {"device": device, "stream": stream, "n_classes": plan.n_classes, "n_queries": len(plain)}
-    path, layout = None, None
+    path, layout = "", None
     if plan.class_offsets is not None:
         layout = class_layout(plan, module.chunk)
-        query = plan.query_rows(plain, adapted)
-        path = _cache_term(module, plan, layout, query, logits, call)
+        path = _cache_term(module, plan, layout, plan.query_rows(plain, adapted), logits, call)
     terms = _linear_terms(plan, plain, adapted)
     if terms.operands or plan.bias is not None or layout is None or layout.has_empty:
-        linear_path = module.linear(
+        linear_path: str = module.linear(
             **call,
             precision=terms.precision,
             operands=terms.operands,
@@ -142,12 +91,7 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
             logits=logits.data_ptr(),
         )
         path = path or linear_path
-    if plan.linear is not None and plan.feature == "text-distribution":
-        add_linear_term(plan, plain, adapted, logits)
-    if plan.values is not None:
-        add_cache_term(plan, plain, adapted, logits)
-        path = "dense-torch"
-    return logits, f"cuda/{path}"
+    return path
 
 
 def _cache_term(
@@ -156,7 +100,7 @@ def _cache_term(
     import torch
 
     assert plan.keys is not None
-    keys = kept(plan.keys, "rows", padded)
+    keys = _padded(plan.keys)
     queries, parts, part_scale = query_parts(query, plan.keys.dtype)
     n_slots = 2 * -(-len(keys) // module.chunk)
     n_slices = -(-4 * n_slots * len(queries) // _WORKSPACE) if layout.has_spanning else 1
@@ -191,7 +135,7 @@ def _cache_term(
 
 @dataclass(frozen=True)
 class _LinearTerms:
-    """The text and linear terms as the module takes them, and the tensors that must outlive the launch."""
+    """The arguments of module.linear, and the tensors that must outlive the launch."""
 
     precision: str
     row_parts: int
@@ -200,9 +144,9 @@ class _LinearTerms:
 
 
 def _linear_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> _LinearTerms:
-    """Half queries meet rows as a sum of two float16 matrices, on the tensor cores; float32 ones as they are.
+    """Half queries multiply rows split into two float16 matrices, on the tensor cores; float32 ones multiply the rows.
 
-    The linear term is left out where its rows aren't as wide as an embedding.
+    A linear term over the distribution over texts isn't as wide as an embedding and is left out.
     """
     import torch
 
@@ -210,18 +154,22 @@ def _linear_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> _L
     if plan.linear is not None and plan.feature != "text-distribution":
         terms.append((plan.linear, plan.feature_rows(plain, adapted), 1.0))
     narrow = all(queries.dtype != torch.float32 for _, queries, _ in terms)
-    split = [kept(rows, "split", split_rows) for rows, _, _ in terms] if narrow else []
+    split = [cached(rows, "split", functools.partial(split_rows, rows)) for rows, _, _ in terms] if narrow else []
     half = bool(split) and None not in split
-    made: dict[int, Tensor] = {}
+    converted: dict[int, Tensor] = {}
     operands, tensors = [], []
     for index, (rows, queries, factor) in enumerate(terms):
-        if id(queries) not in made:
-            made[id(queries)] = padded(queries.half() if half else queries.float())
-        left = made[id(queries)]
-        right, scale = split[index] if half else (kept(rows, "rows", padded), 1.0)
+        if id(queries) not in converted:
+            converted[id(queries)] = padded(queries.half() if half else queries.float())
+        left, parts = converted[id(queries)], split[index] if half else None
+        right, scale = (_padded(rows), 1.0) if parts is None else parts
         operands.append((left.data_ptr(), _row_bytes(left), right.data_ptr(), _row_bytes(right), factor * scale))
         tensors += [left, right]
     return _LinearTerms("fp16" if half else "fp32", 2 if half else 1, operands, tensors)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return cached(rows, "padded", lambda: padded(rows))
 
 
 def _row_bytes(rows: Tensor) -> int:

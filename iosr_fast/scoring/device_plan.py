@@ -1,14 +1,18 @@
-"""A ScoringPlan as torch tensors on one device, made once for each plan and device."""
+"""A ScoringPlan as torch tensors on one device, and what is computed from these tensors once."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from iosr_fast.scoring.fields import ARRAYS, CONSTANT_NAMES, PlanTerms
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.require import require
 
@@ -16,58 +20,44 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True, eq=False)
-class DevicePlan:
-    """What kernels on tensors execute; the formula, and which arrays may be None, are ScoringPlan's.
+class DevicePlan(PlanTerms):
+    """A ScoringPlan for kernels on tensors: the same formula, fields and shapes (fields.py), on `device`.
 
-    text           (C, D) float32
-    keys           (N, D) float32, float16, bfloat16 or int8; key_scales (N,) float32 with int8
-    class_offsets  (C + 1,) int32
-    weights        (N,) float32
-    linear, bias   (C, D) and (C,) float32, linear (C, C + 1) where the feature is "text-distribution"
-    query, feature ScoringPlan's names
-    query_transform (D, D) float32 or None: query_rows
-    values         (N, C) float32, in place of class_offsets
-    reducer_shift, reducer_projection  the reducer's (D,) and (D, D) or (D,) float32, both None without one
-    temperature    of the distribution over texts
-
-    All on `device`, contiguous, and never written to: on the CPU they are the plan's own memory.
+    Keys are float32, float16, bfloat16 or int8; class_offsets are int32. The reducer's arrays stand as reducer_shift
+    and reducer_projection, both None without one. Tensors are contiguous and must never be written to: on the CPU they
+    are the plan's own memory.
     """
 
     n_classes: int
     width: int
+    device: torch.device
     text: Tensor | None
     tau: float
     keys: Tensor | None
     key_scales: Tensor | None
     class_offsets: Tensor | None
     weights: Tensor | None
+    values: Tensor | None
+    query_transform: Tensor | None
     alpha: float
     beta: float
+    query: str
     linear: Tensor | None
     bias: Tensor | None
-    query: str
     feature: str
-    device: torch.device
-    query_transform: Tensor | None = None
-    values: Tensor | None = None
-    reducer_shift: Tensor | None = None
-    reducer_projection: Tensor | None = None
-    temperature: float = 0.5
-
-    @property
-    def needs_adapted(self) -> bool:
-        """Whether a term reads the adapted embedding."""
-        return (self.keys is not None and self.query == "adapted") or (
-            self.linear is not None and self.feature == "adapted"
-        )
+    temperature: float
+    reducer_shift: Tensor | None
+    reducer_projection: Tensor | None
 
     def query_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
-        """What meets the keys, (B, D): the plan's query, reduced and then transformed where it says so.
+        """The queries (B, D) of the cache term: reduced and transformed if the plan says so, else the given rows.
 
-        Where it says neither, the rows that came; else float32, rounded to the half type that meets such keys (float16
-        for int8, none for float32) where half rows came.
+        Moved rows are float32, or the half type of the keys (float16 for int8) if the given rows are half and the keys
+        aren't float32.
         """
         import torch
 
@@ -81,8 +71,9 @@ class DevicePlan:
         return moved.to(torch.bfloat16 if self.keys.dtype == torch.bfloat16 else torch.float16)
 
     def feature_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
-        """What meets the linear term: the rows that came, (B, D); those reduced, float32; or for a text distribution
-        [s, H], (B, C + 1) float32, with s = softmax(<plain, text> / temperature) and H = sum of s * log(C s)."""
+        """The features of the linear term: the given rows (B, D), or those reduced, float32; or, for a text
+        distribution, [s, H], (B, C + 1) float32, with s = softmax(<plain, text> / temperature) and H = sum of
+        s * log(C s)."""
         import torch
 
         if self.feature != "text-distribution":
@@ -96,7 +87,7 @@ class DevicePlan:
         return torch.cat([shares, negentropy], dim=1)
 
     def _reduced(self, rows: Tensor) -> Tensor:
-        """unit(projection @ (rows - shift)), float32; the rows that came where there is no reducer."""
+        """unit(projection @ (rows - shift)), float32; without a reducer the given rows."""
         import torch
 
         shift, projection = self.reducer_shift, self.reducer_projection
@@ -105,31 +96,33 @@ class DevicePlan:
         moved = rows.float() if shift is None else rows.float() - shift
         if projection is not None:
             moved = moved * projection if projection.ndim == 1 else moved @ projection.T
-        return torch.nn.functional.normalize(moved, dim=1, eps=1e-12)  # Reducer's, under which zero rows stay zero
+        return torch.nn.functional.normalize(moved, dim=1, eps=1e-12)  # as Reducer: zero rows stay zero
 
 
 def _rows(which: str, plain: Tensor, adapted: Tensor | None) -> Tensor:
     rows = plain if which == "plain" else adapted
-    assert rows is not None  # whoever made the batch has seen to it
+    assert rows is not None  # guaranteed by scoring_inputs()
     return rows
 
 
-_made: weakref.WeakKeyDictionary[ScoringPlan, dict[Any, DevicePlan]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_plans: weakref.WeakKeyDictionary[ScoringPlan, dict[Any, DevicePlan]] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakValueDictionary[tuple[int, Any], Tensor] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
 
 
 def device_plan(plan: ScoringPlan, device: Any) -> DevicePlan:
-    """`plan` on `device`, a torch.device or its name: copied there once, and kept as long as the plan lives.
+    """`plan` on `device`, a torch.device or its name: copied once and cached as long as the plan lives.
 
-    On the CPU the tensors share the plan's memory (class_offsets excepted, which become int32). Raises ImportError
-    without PyTorch, ValueError for 2**31 keys or more.
+    On the CPU the tensors share the plan's memory (except class_offsets, which become int32). On a GPU, plans with the
+    same array share one copy of it, so that a live change doesn't upload all keys again. Raises ImportError without
+    PyTorch, ValueError for 2**31 keys or more.
     """
     torch = require("torch", "train")
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     with _lock:
-        known = _made.setdefault(plan, {})
+        known = _plans.setdefault(plan, {})
         if place not in known:
             known[place] = _move(plan, place)
         return known[place]
@@ -138,46 +131,40 @@ def device_plan(plan: ScoringPlan, device: Any) -> DevicePlan:
 def _move(plan: ScoringPlan, device: torch.device) -> DevicePlan:
     if plan.keys is not None and len(plan.keys) >= 2**31:
         raise ValueError(f"expected fewer than 2**31 keys on a device, got {len(plan.keys)}; split the plan")
+    tensors: dict[str, Any] = {}
+    for field in ARRAYS:
+        array = field.of(plan)
+        if array is not None and field.device_dtype is not None:
+            array = array.astype(field.device_dtype)
+        tensors[field.name] = None if array is None else _copy_to(array, device)
+    constants = {name: getattr(plan, name) for name in CONSTANT_NAMES}
+    return DevicePlan(width=plan.width, device=device, **constants, **tensors)
 
-    def move(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else as_tensor(array).to(device)
 
-    offsets = plan.class_offsets
-    return DevicePlan(
-        n_classes=plan.n_classes,
-        width=plan.width,
-        text=move(plan.text),
-        tau=plan.tau,
-        keys=move(plan.keys),
-        key_scales=move(plan.key_scales),
-        class_offsets=None if offsets is None else move(offsets.astype(np.int32)),
-        weights=move(plan.weights),
-        alpha=plan.alpha,
-        beta=plan.beta,
-        linear=move(plan.linear),
-        bias=move(plan.bias),
-        query=plan.query,
-        feature=plan.feature,
-        device=device,
-        query_transform=move(plan.query_transform),
-        values=move(plan.values),
-        reducer_shift=None if plan.reducer is None else move(plan.reducer.shift),
-        reducer_projection=None if plan.reducer is None else move(plan.reducer.projection),
-        temperature=plan.temperature,
-    )
+def _copy_to(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device; one copy for all plans that have this very array."""
+    if device.type == "cpu":
+        return as_tensor(array)
+    place = (id(array), device)
+    copy = _copies.get(place)
+    if copy is None:
+        copy = _copies[place] = as_tensor(array).to(device)
+        # Another array may get this id later.
+        weakref.finalize(array, _copies.pop, place, None)
+    return copy
 
 
 class _Writable:
-    """Memory of a read-only array, described as writable: torch knows no read-only tensors and warns of such arrays."""
+    """Memory of a read-only array, described as writable: torch has no read-only tensors and warns of such arrays."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self._array = array  # keeps the memory alive for whatever is made from this
+        self._array = array  # keeps the memory alive
         interface = array.__array_interface__
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """A CPU tensor on the array's memory, which must then not be written to; uint16 is taken as bfloat16's bits."""
+    """A CPU tensor on the array's memory, which must not be written to; uint16 is read as bfloat16's bits."""
     torch = require("torch", "train")
     shared: np.ndarray = array if array.flags.writeable else np.asarray(_Writable(array))
     if array.dtype == np.uint16:
@@ -185,3 +172,51 @@ def as_tensor(array: np.ndarray) -> Tensor:
         return bits
     tensor: Tensor = torch.from_numpy(shared)
     return tensor
+
+
+@functools.cache
+def _derived() -> Any:
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
+
+
+def cached(tensor: Tensor, key: Any, compute: Callable[[], _T]) -> _T:
+    """compute(), cached under `key` as long as `tensor` lives: what kernels derive from a plan's tensors.
+
+    The cache belongs to the tensors and not to the DevicePlan, because torch.ops.iosr_fast.score makes a DevicePlan at
+    every call. While a CUDA graph is recorded nothing is cached.
+    """
+    import torch
+
+    with _lock:
+        known = _derived().get(tensor, {})
+    if key in known:
+        found: _T = known[key]
+        return found
+    value = compute()
+    # A result recorded into a graph exists only once the graph has run. A tensor cached under itself never dies.
+    if value is tensor or is_recording(tensor.device):
+        return value
+    if tensor.is_cuda:  # the next call may come on another stream, which doesn't wait for this one
+        torch.cuda.current_stream(tensor.device).synchronize()
+    with _lock:
+        first: _T = _derived().setdefault(tensor, {}).setdefault(key, value)
+    return first
+
+
+def is_recording(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded: nothing may wait for the device then."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_gpu(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make `device` the current GPU for a with block.
+
+    PyTorch's guard restores the device before without creating a context on it, which cudaSetDevice would do.
+    """
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,6 +1,6 @@
-"""Which scoring implementations exist here, why one is refused, and which one runs.
+"""The scoring implementations: which exist, why one is unavailable, and which one runs.
 
-IOSR_FAST_IMPL=NAME forces one wherever the caller leaves the choice open; it fails loudly where it can't be met.
+IOSR_FAST_IMPL=NAME forces one wherever the caller leaves the choice open; it raises if that one can't run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 ENVIRONMENT = "IOSR_FAST_IMPL"
+_BUILD_CUDA = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
 _log = logging.getLogger("iosr_fast")
 
 
@@ -23,11 +24,13 @@ _log = logging.getLogger("iosr_fast")
 class Implementation:
     """One way to execute a ScoringPlan.
 
-    `target` is "module:function", imported when chosen. `kind` says what that takes: "arrays" (ScoringPlan, Embeddings
-    of NumPy arrays), "tensors" (DevicePlan, plain, adapted); either returns the logits and the path that ran.
-    `unavailable_reason` answers why it can't run here, or None where it can. `automatic` has the devices of the
-    embeddings for which "auto" may take it; the registry's order is the order of preference. `interpreter` is the
-    environment variable that, set, has an implementation for GPUs run on the CPU too.
+    target       "module:function", imported when chosen
+    kind         the function's arguments: "arrays" (ScoringPlan, Embeddings of NumPy arrays) or "tensors" (DevicePlan,
+                 plain, adapted); either returns the logits and the path that ran
+    unavailable_reason  returns why it can't run on this machine, or None
+    native       the devices it executes on
+    automatic    the devices of embeddings for which "auto" may choose it; the registry's order is the preference
+    interpreter  the environment variable that makes an implementation for GPUs run on the CPU too
     """
 
     name: str
@@ -49,25 +52,17 @@ class Implementation:
         return loaded
 
 
-@dataclass(frozen=True)
-class Availability:
-    """A row of `iosr-fast info`; `unavailable_reason` is None where the implementation can run."""
-
-    name: str
-    unavailable_reason: str | None
-    devices: tuple[str, ...]
-
-
 def _is_set(variable: str) -> bool:
+    """As Triton reads its variables."""
     return os.environ.get(variable, "0").lower() in ("1", "y", "yes", "on", "true")
 
 
-def _never() -> None:
+def _always() -> None:
     return None
 
 
 @functools.cache
-def _cpp_refusal() -> str | None:
+def cpp_unavailable_reason() -> str | None:
     try:
         from iosr_fast import _C
     except ImportError as error:
@@ -79,14 +74,20 @@ def _cpp_refusal() -> str | None:
     return None
 
 
-@functools.cache
-def _torch_refusal() -> str | None:
-    return "PyTorch is not installed; pip install 'iosr_fast[train]' brings it" if find_spec("torch") is None else None
+def _torch_unavailable_reason() -> str | None:
+    return _missing_package("torch", "train")
 
 
 @functools.cache
-def _driver_refusal() -> str | None:
-    """Whether NVIDIA's driver is missing, told without the seconds that loading PyTorch takes."""
+def _missing_package(package: str, extra: str) -> str | None:
+    if find_spec(package) is not None:
+        return None
+    return f"{package} is not installed; pip install 'iosr_fast[{extra}]' brings it"
+
+
+@functools.cache
+def _driver_unavailable_reason() -> str | None:
+    """Whether NVIDIA's driver is missing, without the seconds that importing PyTorch takes."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
             ctypes.CDLL(library)
@@ -96,75 +97,137 @@ def _driver_refusal() -> str | None:
     return "no NVIDIA driver can be loaded here (libcuda); on a GPU machine, install the driver"
 
 
-def _triton_refusal() -> str | None:
-    unavailable_reason = None if _is_set("TRITON_INTERPRET") else _driver_refusal()
-    if unavailable_reason is not None:
-        return unavailable_reason
-    from iosr_fast import kernels
+def _gpu_unavailable_reason() -> str | None:
+    """Why PyTorch can't use an NVIDIA GPU of compute capability 8.0 or newer here."""
+    reason = _driver_unavailable_reason() or _torch_unavailable_reason()
+    if reason is not None:
+        return reason
+    import torch
 
-    return kernels.unavailable_reason()
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs and this PyTorch is built for ROCm"
+    if not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} sees no CUDA device{_why_no_device(torch)}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        return f"a GPU of compute capability 8.0 or newer is needed, got {name} ({major}.{minor})"
+    return None
 
 
-def _cuda_refusal() -> str | None:
-    unavailable_reason = _driver_refusal()
-    if unavailable_reason is not None:
-        return unavailable_reason
-    from iosr_fast.scoring import cuda_scorer as cuda
+def _why_no_device(torch: Any) -> str:
+    if torch.version.cuda is None:
+        return ": it is built for CPUs alone; install a CUDA build from pytorch.org"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f": {error}"
+    return ""
 
-    told: str | None = cuda.unavailable_reason()
-    return told
+
+def _triton_unavailable_reason() -> str | None:
+    """Triton's interpreter needs no GPU."""
+    missing = _missing_package("triton", "triton") or _torch_unavailable_reason()
+    return missing or (None if _is_set("TRITON_INTERPRET") else _gpu_unavailable_reason())
 
 
-# For the CPU, then for GPUs. PyTorch never runs on its own account for NumPy arrays: loading it takes seconds.
+def _cuda_unavailable_reason() -> str | None:
+    # The build first: asking for the GPU imports PyTorch.
+    return _driver_unavailable_reason() or _cuda_build_unavailable_reason() or _gpu_unavailable_reason()
+
+
+@functools.cache
+def _cuda_build_unavailable_reason() -> str | None:
+    try:
+        module = importlib.import_module("iosr_fast._C_cuda")
+    except ImportError as error:
+        return f"the extension iosr_fast._C_cuda can't be imported ({error}); {_BUILD_CUDA}"
+    from iosr_fast import __version__
+
+    if module.version != __version__:
+        built = f"iosr_fast._C_cuda was built for version {module.version}, this is {__version__}"
+        return f"{built}; {_BUILD_CUDA} again"
+    return None
+
+
+# First the CPU's, then the GPU's, in order of preference. The CUDA kernels use mma.sync only, Triton compiles to the
+# newer tensor-core instructions too. PyTorch is never chosen for NumPy arrays: importing it takes seconds.
 REGISTRY: tuple[Implementation, ...] = (
-    Implementation("cpp", "iosr_fast.scoring.numpy_scorer:score_cpp", "arrays", _cpp_refusal, ("cpu",), ("cpu",)),
-    Implementation("numpy", "iosr_fast.scoring.numpy_scorer:score_numpy", "arrays", _never, ("cpu",), ("cpu",)),
-    Implementation("cuda", "iosr_fast.scoring.cuda_scorer:score_cuda", "tensors", _cuda_refusal, ("cuda",), ("cuda",)),
+    Implementation(
+        "cpp",
+        "iosr_fast.scoring.numpy_scorer:score_cpp",
+        kind="arrays",
+        unavailable_reason=cpp_unavailable_reason,
+        native=("cpu",),
+        automatic=("cpu",),
+    ),
+    Implementation(
+        "numpy",
+        "iosr_fast.scoring.numpy_scorer:score_numpy",
+        kind="arrays",
+        unavailable_reason=_always,
+        native=("cpu",),
+        automatic=("cpu",),
+    ),
     Implementation(
         "triton",
         "iosr_fast.kernels.cache_score:score_triton",
-        "tensors",
-        _triton_refusal,
-        ("cuda",),
-        ("cuda",),
+        kind="tensors",
+        unavailable_reason=_triton_unavailable_reason,
+        native=("cuda",),
+        automatic=("cuda",),
         interpreter="TRITON_INTERPRET",
     ),
     Implementation(
-        "torch", "iosr_fast.scoring.torch_scorer:score_torch", "tensors", _torch_refusal, ("cpu", "cuda"), ("cuda",)
+        "cuda",
+        "iosr_fast.scoring.cuda_scorer:score_cuda",
+        kind="tensors",
+        unavailable_reason=_cuda_unavailable_reason,
+        native=("cuda",),
+        automatic=("cuda",),
     ),
-    Implementation("reference", "iosr_fast.scoring.numpy_scorer:score_reference", "arrays", _never, ("cpu",)),
+    Implementation(
+        "torch",
+        "iosr_fast.scoring.torch_scorer:score_torch",
+        kind="tensors",
+        unavailable_reason=_torch_unavailable_reason,
+        native=("cpu", "cuda"),
+        automatic=("cuda",),
+    ),
+    Implementation(
+        "reference",
+        "iosr_fast.scoring.numpy_scorer:score_reference",
+        kind="arrays",
+        unavailable_reason=_always,
+        native=("cpu",),
+    ),
 )
 
 
-def available() -> list[Availability]:
-    """Every implementation, in order of preference, with its devices and why it is refused here."""
-    return [Availability(entry.name, entry.unavailable_reason(), entry.devices) for entry in REGISTRY]
-
-
 def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
-    """What executes plans for embeddings on `device`: the named implementation, or for "auto" the best that can.
+    """What executes plans for embeddings on `device`: the named implementation, or for "auto" the best available one.
 
-    IOSR_FAST_IMPL takes the place of "auto", never of a name that the caller gave. An implementation for GPUs alone may
-    be named for embeddings on the CPU, where there is a GPU to take them to. Raises ValueError for an unknown name and
-    RuntimeError for a known one that can't run here, or not on this device.
+    IOSR_FAST_IMPL replaces "auto", never a name that the caller gave. An implementation for GPUs only may be named for
+    embeddings on the CPU if there is a GPU to copy them to. Raises ValueError for an unknown name, RuntimeError for a
+    known one that can't run here or not on this device.
     """
     forced = os.environ.get(ENVIRONMENT, "")
-    asked_by = f"impl={impl!r}"
+    source = f"impl={impl!r}"
     if impl == "auto" and forced:
-        impl, asked_by = forced, f"{ENVIRONMENT}={forced}"
+        impl, source = forced, f"{ENVIRONMENT}={forced}"
     if impl == "auto":
         return _best(device)
     for entry in REGISTRY:
         if entry.name == impl:
-            unavailable_reason = entry.unavailable_reason() or _device_refusal(entry, device)
-            if unavailable_reason is not None:
-                raise RuntimeError(f"{asked_by} can't run here: {unavailable_reason}")
+            reason = entry.unavailable_reason() or _device_unavailable_reason(entry, device)
+            if reason is not None:
+                raise RuntimeError(f"{source} can't run here: {reason}")
             return entry
     names = ", ".join(["auto", *(entry.name for entry in REGISTRY)])
-    raise ValueError(f"expected an implementation out of {names}, got {asked_by}")
+    raise ValueError(f"expected an implementation out of {names}, got {source}")
 
 
-def _device_refusal(entry: Implementation, device: str) -> str | None:
+def _device_unavailable_reason(entry: Implementation, device: str) -> str | None:
     if device in entry.devices:
         return None
     if device == "cuda":
@@ -179,14 +242,14 @@ def _device_refusal(entry: Implementation, device: str) -> str | None:
 
 @functools.cache
 def _best(device: str) -> Implementation:
-    refused: list[str] = []
+    unavailable: list[str] = []
     for entry in REGISTRY:
         if device not in entry.automatic:
             continue
-        unavailable_reason = entry.unavailable_reason()
-        if unavailable_reason is None:
-            told = f" (refused: {'; '.join(refused)})" if refused else ""
-            _log.info("scoring on %s with %s%s", device, entry.name, told)
+        reason = entry.unavailable_reason()
+        if reason is None:
+            note = f" (unavailable: {'; '.join(unavailable)})" if unavailable else ""
+            _log.info("scoring on %s with %s%s", device, entry.name, note)
             return entry
-        refused.append(f"{entry.name}: {unavailable_reason}")
-    raise RuntimeError(f"no scoring implementation can run on {device} here: {'; '.join(refused)}")
+        unavailable.append(f"{entry.name}: {reason}")
+    raise RuntimeError(f"no scoring implementation can run on {device} here: {'; '.join(unavailable)}")

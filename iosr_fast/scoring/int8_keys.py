@@ -1,30 +1,30 @@
-"""int8 keys in a basis of their own, where channels that carry little give their bytes to those that carry much."""
+"""int8 keys in an adapted basis: channels with little energy give their bytes to those with much."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from iosr_fast.scoring.precision import (
     LARGEST_CODE,
     chunks,
-    convert_keys,
     key_rows,
+    quantize_int8,
     round_channels,
     second_moment,
     upper_factor,
 )
 
 _SAMPLE = 2048
-_NARROW = 32  # channels; below, there is nothing to give
+_NARROW = 32  # channels; below, no channel can be spared
 
 
 @dataclass(frozen=True)
 class _Basis:
     """Orthonormal columns: `main` (D, D - r), coded once, and `top` (D, r), whose error is coded again in finer steps.
 
-    `gain` is the fine step over the coarse one; `moment` and `factor` are what round_channels wants in `main`.
+    `gain` is the ratio of the fine step to the coarse one; `moment` and `factor` are round_channels' for `main`.
     """
 
     main: np.ndarray
@@ -35,7 +35,7 @@ class _Basis:
 
     @property
     def transform(self) -> np.ndarray:
-        """(D, D): transform @ query meets codes * scale."""
+        """(D, D): <transform @ query, codes> * scale approximates <query, key>."""
         return np.concatenate([self.main.T, self.gain * self.top.T]).astype(np.float32)
 
 
@@ -44,29 +44,30 @@ def compact_int8(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """codes (N, D) int8, scales (N,) float32 and a query transform T (D, D) float32 or None, read-only.
 
-    key[j] is nearly scales[j] * codes[j] @ T, so that <query, key[j]> is nearly scales[j] * <T @ query, codes[j]>.
+    key[j] is approximately scales[j] * codes[j] @ T, so <query, key[j]> is about scales[j] * <T @ query, codes[j]>.
 
-    Let H be the keys' second moment. What scoring sees of an error e is <query, e>, and queries vary like keys: much
-    along H's leading eigenvectors, hardly along its last ones. So the last r are left out, and the r channels that this
-    frees hold what rounding has got wrong along the first r, in steps so fine that nothing of it is left there. The
-    other D - r channels are those of a random rotation, in which no channel is larger than others, rounded with
-    compensation (precision.quantize_int8) for what H has beside its first r eigenvectors. r, and whether to transform
-    at all, is what gives a sample of the keys the smallest mean e' H e. No data but the keys are looked at.
+    Let H be the keys' second moment. Scoring reads an error e as <query, e>, and queries vary like keys: strongly along
+    H's leading eigenvectors, hardly along its last ones. So the last r eigenvectors are dropped, and the r channels
+    that this frees store the rounding error along the first r, in steps fine enough to remove it. The other D - r
+    channels are those of a random rotation, which spreads the keys evenly over them, rounded with compensation
+    (precision.quantize_int8) for H without its first r eigenvectors. r, and whether to transform at all, minimises the
+    mean e' H e of a sample of the keys. The result depends on the keys only.
 
-    keys: (N, D) of any key precision, key_scales with int8. Raises ValueError for a row that is zero or not finite.
+    keys: (N, D) of any precision, key_scales with int8. Raises ValueError for a row that is zero or not finite.
     """
     n_keys, width = keys.shape
     if width < _NARROW:
-        return (*_untransformed(keys, key_scales), None)
-    moment = second_moment(lambda rows: key_rows(keys, key_scales, rows), n_keys, width)
+        return (*quantize_int8(keys, key_scales), None)
+    moment = second_moment(keys, key_scales)
     sample = key_rows(keys, key_scales, slice(0, n_keys, max(1, n_keys // _SAMPLE)))
     if not np.isfinite(moment).all() or not sample.any(axis=1).all():
-        return (*_untransformed(keys, key_scales), None)  # which says what is wrong with them
-    bases = [_basis(moment, sample, r) for r in range(width // 32, width // 3, width // 32)]
+        return (*quantize_int8(keys, key_scales), None)  # raises the ValueError
+    spectrum = np.linalg.eigh(moment)
+    bases = [_basis(moment, *spectrum, sample, r) for r in range(width // 32, width // 3, width // 32)]
     costs = [_cost(_decoded(sample, basis) - sample, moment) for basis in bases]
-    codes, scales = _untransformed(sample, None)
+    codes, scales = quantize_int8(sample)
     if _cost(scales[:, None] * codes - sample, moment) <= min(costs):
-        return (*_untransformed(keys, key_scales), None)
+        return (*quantize_int8(keys, key_scales), None)
     basis = bases[int(np.argmin(costs))]
     codes, scales = np.empty(keys.shape, np.int8), np.empty(n_keys, np.float32)
     for part in chunks(n_keys, width):
@@ -77,31 +78,23 @@ def compact_int8(
     return codes, scales, transform
 
 
-def _untransformed(keys: np.ndarray, key_scales: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    codes, scales = convert_keys(keys, key_scales, "int8")
-    assert scales is not None
-    return codes, scales
-
-
-def _basis(moment: np.ndarray, sample: np.ndarray, r: int) -> _Basis:
+def _basis(moment: np.ndarray, values: np.ndarray, vectors: np.ndarray, sample: np.ndarray, r: int) -> _Basis:
+    """The basis with r top channels; values and vectors are those of `moment`, in ascending order."""
     width = len(moment)
-    values, vectors = np.linalg.eigh(moment)
     values, vectors = values[::-1], vectors[:, ::-1]
     top = vectors[:, :r]
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((width - r, width - r)))[0]
     main = vectors[:, : width - r] @ rotation
-    # What is left to compensate for: all of H but its first r eigenvectors, which keep the least value of the others.
+    # Compensate for H without its first r eigenvectors; their eigenvalues become the smallest one.
     rest = moment - (top * (values[:r] - values[-1])) @ top.T
     inner = main.T @ rest @ main
     basis = _Basis(main.astype(np.float32), top.astype(np.float32), inner, upper_factor(inner))
     _, step, residual = _round_main(sample, basis)
-    return _Basis(
-        basis.main, basis.top, inner, basis.factor, float(np.abs(residual / step[:, None]).max() / LARGEST_CODE)
-    )
+    return replace(basis, gain=float(np.abs(residual / step[:, None]).max() / LARGEST_CODE))
 
 
 def _round_main(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes (M, D - r) of `rows` in the main basis, their steps (M,), and what they get wrong along `top`, (M, r)."""
+    """Codes (M, D - r) of `rows` in the main basis, their steps (M,), and their error along `top`, (M, r)."""
     target = np.ascontiguousarray((rows @ basis.main).T)
     largest = np.abs(target).max(axis=0)
     step = np.maximum(largest, np.finfo(np.float32).tiny) / np.float32(LARGEST_CODE)
@@ -112,14 +105,14 @@ def _round_main(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray
 def _encode(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray]:
     codes, step, residual = _round_main(rows, basis)
     fine = np.clip(np.rint(residual / (step[:, None] * basis.gain)), -LARGEST_CODE, LARGEST_CODE)
-    every = np.concatenate([codes, fine], axis=1)
+    combined = np.concatenate([codes, fine], axis=1)
     # The scale that makes a key's error orthogonal to the key, as in quantize_int8.
-    decoded = every @ basis.transform
+    decoded = combined @ basis.transform
     along = np.einsum("md,md->m", decoded, rows)
     norms = np.einsum("md,md->m", rows, rows)
     if not (np.isfinite(norms) & (norms > 0)).all():
         raise ValueError("expected keys without zero rows, NaN or infinity, got such a row")
-    return every.astype(np.int8), norms / along
+    return combined.astype(np.int8), norms / along
 
 
 def _decoded(rows: np.ndarray, basis: _Basis) -> np.ndarray:

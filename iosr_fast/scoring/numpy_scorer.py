@@ -6,31 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.scoring.fields import ARRAYS
 from iosr_fast.scoring.precision import key_rows
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.scoring.plan import ScoringPlan
 
-# One tile of affinities of this shape is held at a time: 16 MB.
+# A tile of affinities takes 16 MB.
 _KEYS_PER_TILE = 4096
 _QUERIES_PER_TILE = 1024
 
 
 def _rows(embeddings: Embeddings, which: str) -> np.ndarray:
     rows = embeddings.plain if which == "plain" else embeddings.adapted
-    assert isinstance(rows, np.ndarray)  # score() has seen to it
+    assert isinstance(rows, np.ndarray)  # guaranteed by scoring_inputs()
     return rows
 
 
 def query_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    """What meets the keys, (B, D) float32: the plan's query, reduced where it says so, before any query_transform."""
+    """The queries (B, D) float32 of the cache term, reduced if the plan says so, before any query_transform."""
     rows = _rows(embeddings, plan.query)
     return rows if plan.reducer is None else plan.reducer(rows)
 
 
 def feature_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    """What meets the linear term: (B, D) float32, or (B, C + 1) for the distribution over texts."""
+    """The features of the linear term: (B, D) float32, or (B, C + 1) for the distribution over texts."""
     if plan.feature == "text-distribution":
         assert plan.text is not None
         return text_distribution(embeddings.plain @ plan.text.T, plan.temperature)
@@ -51,9 +52,9 @@ def text_distribution(cosines: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def score_numpy(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
-    """float32 NumPy: one GEMM, one exponential and one segment sum a tile of keys, in bounded memory.
+    """float32 NumPy: per tile of keys one GEMM, one exponential and one segment sum, in bounded memory.
 
-    Keys of another precision become float32 a tile at a time.
+    Keys of another precision are converted to float32 tile by tile.
     """
     logits = np.zeros((len(embeddings), plan.n_classes), dtype=np.float32)
     if plan.text is not None:
@@ -87,7 +88,7 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
             logits += np.float32(plan.alpha) * (affinity.T @ plan.values[begin:end])
             continue
         assert offsets is not None
-        # reduceat gives a[i] for an empty segment rather than 0, so only classes with keys in this tile take part.
+        # reduceat gives a[i] for an empty segment rather than 0, so classes without keys in this tile are left out.
         starts = np.clip(offsets[:-1], begin, end)
         classes = np.flatnonzero(np.clip(offsets[1:], begin, end) > starts)
         sums = np.add.reduceat(affinity, starts[classes] - begin, axis=0)
@@ -97,13 +98,15 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
 def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
     """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets.
 
-    What a plan asks for beyond it is one product more: dense values meet affinities that the kernel has computed, and a
-    linear term over the distribution over texts is added to its logits.
+    Two terms take one more product: dense values multiply affinities that the kernel has computed, and a linear term
+    over the distribution over texts is added to its logits.
     """
     from iosr_fast import _C
 
     query = None if plan.keys is None else query_rows(plan, embeddings)
     linear = plan.linear if plan.feature != "text-distribution" else None
+    cache: dict[str, Any] = {"beta": plan.beta}
+    cache |= {field.name: field.of(plan) for field in ARRAYS if field.term == "cache" and field.name != "values"}
     classes = plan.class_offsets is not None
     logits, path = _C.score(
         n_classes=plan.n_classes,
@@ -114,36 +117,24 @@ def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, st
         tau=plan.tau,
         linear=linear,
         bias=plan.bias,
-        **(_cache(plan, plan.alpha, plan.class_offsets) if classes else {}),
+        **({**cache, "alpha": plan.alpha} if classes else {}),
     )
     if plan.linear is not None and linear is None:
         logits += feature_rows(plan, embeddings) @ plan.linear.T
     if plan.values is not None:
         assert query is not None
-        one_each = np.arange(len(plan.values) + 1)
-        step = max(1, _KEYS_PER_TILE * _QUERIES_PER_TILE // len(plan.values))
+        n_keys = len(plan.values)
+        cache |= {"alpha": 1.0, "class_offsets": np.arange(n_keys + 1)}  # a class for each key: its affinity
+        step = max(1, _KEYS_PER_TILE * _QUERIES_PER_TILE // n_keys)
         for first in range(0, len(query), step):
             block = slice(first, first + step)
-            cache = _cache(plan, 1.0, one_each)
-            affinity, _ = _C.score(n_classes=len(plan.values), query=query[block], **cache)
+            affinity, _ = _C.score(n_classes=n_keys, query=query[block], **cache)
             logits[block] += np.float32(plan.alpha) * (affinity @ plan.values)
     return logits, f"cpp/{path}"
 
 
-def _cache(plan: ScoringPlan, alpha: float, class_offsets: np.ndarray | None) -> dict[str, Any]:
-    return {
-        "keys": plan.keys,
-        "class_offsets": class_offsets,
-        "weights": plan.weights,
-        "alpha": alpha,
-        "beta": plan.beta,
-        "key_scales": plan.key_scales,
-        "query_transform": plan.query_transform,
-    }
-
-
 def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
-    """reference.py, rounded to float32 at the end."""
+    """reference.score_reference, rounded to float32."""
     from iosr_fast.scoring import reference
 
     return reference.score_reference(plan, embeddings).astype(np.float32), "reference"

@@ -1,4 +1,4 @@
-"""ScoringPlan: what every training-free method compiles to, and score(), which executes it."""
+"""ScoringPlan: the arrays and constants that every training-free method compiles to."""
 
 from __future__ import annotations
 
@@ -7,59 +7,49 @@ from typing import Literal
 
 import numpy as np
 
+from iosr_fast.scoring.fields import ARRAYS, CONSTANTS, EMBEDDINGS, LARGEST, RANGES, Embedding, PlanTerms
 from iosr_fast.scoring.int8_keys import compact_int8
-from iosr_fast.scoring.precision import Precision, convert_keys, dequantize, precision_of
+from iosr_fast.scoring.precision import Precision, convert_keys, precision_of
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.validation import check_number, check_size, check_unit_rows, frozen
 
-Which = Literal["plain", "adapted"]
+Which = Embedding
 Feature = Literal["plain", "adapted", "text-distribution"]
 
-
-_EMBEDDED = ("plain", "adapted")
-# The largest size of a term, and the ranges of constants, in which all implementations agree: far from float32's end,
-# also where embeddings are as far from unit norm as they may be, and beta and 1 / temperature multiply the rounding of
-# a cosine.
-LARGEST = 1e15
-RANGES = {
-    "tau": (0.0, LARGEST),
-    "alpha": (-LARGEST, LARGEST),
-    "beta": (0.0, 1000.0),
-    "temperature": (0.01, 100.0),
-}
 _RESCALE = "scale tau, alpha, linear and bias down together: labels stay the same"
 
 
 @dataclass(frozen=True, eq=False)
-class ScoringPlan:
+class ScoringPlan(PlanTerms):
     """Arrays and constants of
 
         logits[b, c] = tau * <plain[b], text[c]>
                      + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
                      + <feature[b], linear[c]> + bias[c]
 
-    with C classes, D channels and N keys. A term whose arrays are None is left out; text, keys or linear must be there.
-    With `values` the cache term is instead alpha * sum over all keys j: weights[j] * exp(...) * values[j, c].
+    with C classes, D channels and N keys. A term whose arrays are None is left out; text, keys or linear is required.
+    With `values` the cache term is alpha * sum over all keys j: weights[j] * exp(...) * values[j, c] instead.
+    fields.py lists every field with its shape, dtype and limits.
 
     text           (C, D) float32, unit rows
-    keys           (N, D), unit rows, or zero where the reducer leaves nothing, sorted by class; N >= 1. float32,
+    keys           (N, D), unit rows (or zero, where a reducer maps a row to zero), sorted by class; N >= 1. float32,
                    float16, uint16 (the bits of bfloat16) or int8
-    key_scales     (N,) float32, positive, with int8 keys and only there: key j is key_scales[j] * keys[j]
-    class_offsets  (C + 1,) int64; class c owns keys[class_offsets[c]:class_offsets[c + 1]], which may be none
-    weights        (N,) float32; None stands for all ones
-    values         (N, C) float32, in place of class_offsets: what each key says of each class
+    key_scales     (N,) float32, positive, with int8 keys only: key j is key_scales[j] * keys[j]
+    class_offsets  (C + 1,) int64; class c owns keys[class_offsets[c]:class_offsets[c + 1]], possibly none
+    weights        (N,) float32; None means all ones
+    values         (N, C) float32, in place of class_offsets: a row of class values for each key
     linear, bias   (C, D) and (C,) float32
-    query, feature which embedding meets the keys, and which the linear term
-    reducer        where given, it moves both of these embeddings before they are read (and the keys are in its space)
+    query, feature the embedding that is compared with the keys, and the one that the linear term reads
+    reducer        applied to both of these embeddings before they are read; the keys are stored reduced
     feature        may also be "text-distribution": [s, H] with s = softmax(<plain, text> / temperature) and H = sum of
                    s * log(C s), C + 1 channels, so that linear is (C, C + 1)
-    query_transform (D, D) float32; where given, query_transform @ query[b] meets the keys in place of query[b], and
+    query_transform (D, D) float32; query_transform @ query[b] is compared with the keys in place of query[b], and
                    keys[j] @ query_transform are the unit rows
 
-    Arrays are converted to these dtypes (keys of any other to float32), made C-contiguous and read-only (copied only
-    where they aren't already). `with_key_precision` stores the keys in fewer bits.
-    Raises ValueError where a shape, a norm or an offset is wrong, a value isn't finite, a constant is out of RANGES or
-    a term larger than LARGEST.
+    Arrays are converted to these dtypes (keys of any other to float32), made C-contiguous and read-only, and copied
+    only if necessary. `with_key_precision` stores the keys in fewer bits.
+    Raises ValueError if a shape, a norm or an offset is wrong, a value isn't finite, a constant is outside RANGES or a
+    term may exceed LARGEST.
     """
 
     n_classes: int
@@ -83,45 +73,21 @@ class ScoringPlan:
     def __post_init__(self) -> None:
         if self.n_classes < 1:
             raise ValueError(f"expected n_classes >= 1, got {self.n_classes}")
-        if self.query not in _EMBEDDED:
-            raise ValueError(f'expected query to be "plain" or "adapted", got {self.query!r}')
-        if self.feature not in (*_EMBEDDED, "text-distribution"):
-            raise ValueError(f'expected feature to be "plain", "adapted" or "text-distribution", got {self.feature!r}')
+        for constant in CONSTANTS:
+            if constant.choices and (value := getattr(self, constant.name)) not in constant.choices:
+                *others, last = (f'"{choice}"' for choice in constant.choices)
+                raise ValueError(f"expected {constant.name} to be {', '.join(others)} or {last}, got {value!r}")
         if self.linear is not None and self.feature == "text-distribution" and self.text is None:
-            raise ValueError('expected text where the feature is "text-distribution", got none')
-        given_keys = None if self.keys is None else np.asarray(self.keys).dtype
-        key_dtype = np.float32 if given_keys is None or precision_of(given_keys) is None else given_keys.type
-        for name in ("text", "weights", "linear", "bias", "key_scales", "query_transform", "values"):
-            self._freeze(name, np.float32)
-        self._freeze("keys", key_dtype)
-        self._freeze("class_offsets", np.int64)
-        widths = {name: array.shape[1] for name, array in self._matrices().items() if array.ndim == 2}
-        if not self._matrices():
-            raise ValueError("expected at least one term: give text, keys (with class_offsets) or linear; got none")
-        if len(set(widths.values())) > 1:
-            raise ValueError(f"expected text, keys and linear of one width, got {widths}; one encoder makes them all")
-        width = next(iter(widths.values()), 0)
-        n_keys = len(self.keys) if self.keys is not None else 0
-        self._check_shape("text", (self.n_classes, width))
-        self._check_shape("keys", (n_keys, width))
-        self._check_shape("linear", (self.n_classes, width if self.feature in _EMBEDDED else self.n_classes + 1))
-        self._check_shape("bias", (self.n_classes,))
-        self._check_shape("weights", (n_keys,))
-        self._check_shape("key_scales", (n_keys,))
-        self._check_shape("query_transform", (width, width))
-        self._check_shape("values", (n_keys, self.n_classes))
-        if self.reducer is not None and self.reducer.width != width:
-            raise ValueError(f"expected a reducer of {width} channels, got one of {self.reducer.width}")
-        self._check_shape("class_offsets", (self.n_classes + 1,))
-        if width < 1:
-            raise ValueError("expected a width of at least 1, got 0")
-        self._check_cache(n_keys)
+            raise ValueError('expected text with feature "text-distribution", got none')
+        self._freeze_arrays()
+        self._check_shapes()
+        self._check_cache()
         self._check_scales()
         for name in ("weights", "linear", "bias", "values"):
             if getattr(self, name) is not None:
                 check_size(name, getattr(self, name), LARGEST, _RESCALE)
-        if self.query_transform is not None:  # moved queries may be kept in float16
-            check_size("query_transform", self.query_transform, 1e3, "let with_key_precision make it")
+        if self.query_transform is not None:  # transformed queries may be stored in float16
+            check_size("query_transform", self.query_transform, 1e3, "let with_key_precision compute it")
         if self.text is not None:
             check_unit_rows("text", self.text)
         if self.keys is not None and self.key_precision is not None:
@@ -130,7 +96,7 @@ class ScoringPlan:
         for name, (least, most) in RANGES.items():
             object.__setattr__(self, name, check_number(name, getattr(self, name), least, most))
         if self.keys is not None:
-            size = max(abs(self.alpha), 1.0) * self._cache_size(n_keys)
+            size = max(abs(self.alpha), 1.0) * self._largest_cache_term()
             check_number("alpha times all weights and values of keys", size, 0.0, LARGEST, _RESCALE)
 
     @property
@@ -139,31 +105,33 @@ class ScoringPlan:
         return int(next(iter(self._matrices().values())).shape[1])
 
     @property
-    def needs_adapted(self) -> bool:
-        """Whether a term reads the adapted embedding."""
-        return (self.keys is not None and self.query == "adapted") or (
-            self.linear is not None and self.feature == "adapted"
-        )
-
-    @property
     def key_precision(self) -> Precision | None:
-        """What the keys are stored in: "fp32", "fp16", "bf16" or "int8"; None without keys."""
+        """The precision of the keys: "fp32", "fp16", "bf16" or "int8"; None without keys."""
         return None if self.keys is None else precision_of(self.keys.dtype)
+
+    def dequantize(self) -> np.ndarray:
+        """The float32 keys (N, D) that the stored keys represent, with query_transform undone.
+
+        <query @ query_transform', stored> = <query, stored @ query_transform>. Raises ValueError without keys.
+        """
+        if self.keys is None:
+            raise ValueError("expected a plan with keys, got one without a cache term")
+        keys = convert_keys(self.keys, self.key_scales, "fp32")[0]
+        return keys if self.query_transform is None else keys @ self.query_transform
 
     def with_key_precision(self, precision: Precision, *, compensate: bool = True) -> ScoringPlan:
         """The same plan with its keys stored in `precision`: "fp32", "fp16", "bf16" or "int8".
 
-        On the way to a finer precision a key is brought to unit norm again (precision.dequantize leaves it as it is).
-        int8 keys come with a query_transform where that lowers their error (int8_keys.compact_int8);
-        `compensate=False` takes the nearest codes, many times sooner. Raises ValueError where the plan has no keys or
-        the precision is unknown.
+        Converting to a finer precision normalises each key again (`dequantize` doesn't). int8 keys get a
+        query_transform if it lowers their error (int8_keys.compact_int8); `compensate=False` takes the nearest codes,
+        which is many times faster. Raises ValueError without keys or for an unknown precision.
         """
         if self.keys is None:
             raise ValueError(f"expected a plan with keys to store in {precision}, got one without a cache term")
         if precision == self.key_precision:
             return self
         if self.query_transform is not None:
-            keys = dequantize(self)
+            keys = self.dequantize()
             keys /= np.linalg.norm(keys, axis=1, keepdims=True)
             plain = replace(self, keys=keys, key_scales=None, query_transform=None)
             return plain.with_key_precision(precision, compensate=compensate)
@@ -176,7 +144,7 @@ class ScoringPlan:
     def scaled(self, factor: float) -> ScoringPlan:
         """The plan whose logits are `factor` times these: the same labels, softer or harder probabilities.
 
-        Raises ValueError unless factor is above 0, and the scaled plan in the ranges of a plan.
+        Raises ValueError unless factor is above 0 and the scaled plan is within RANGES.
         """
         if not 0 < factor <= LARGEST:
             raise ValueError(f"expected a factor above 0 and up to {LARGEST:g}, got {factor}")
@@ -188,38 +156,60 @@ class ScoringPlan:
             bias=None if self.bias is None else np.float32(factor) * self.bias,
         )
 
-    def _cache_size(self, n_keys: int) -> float:
-        """What the cache term can't exceed at alpha 1."""
+    def _largest_cache_term(self) -> float:
+        """An upper bound of the cache term at alpha 1."""
+        n_keys = 0 if self.keys is None else len(self.keys)
         weights = float(n_keys if self.weights is None else np.abs(self.weights).sum(dtype=np.float64))
         return weights * (1.0 if self.values is None else float(np.abs(self.values).max()))
 
     def _matrices(self) -> dict[str, np.ndarray]:
         """The arrays that are as wide as an embedding."""
-        names = ("text", "keys", "linear") if self.feature in _EMBEDDED else ("text", "keys")
+        names = ("text", "keys", "linear") if self.feature in EMBEDDINGS else ("text", "keys")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def _freeze(self, name: str, dtype: type) -> None:
-        given = getattr(self, name)
-        if given is not None:
-            object.__setattr__(self, name, frozen(name, given, dtype))
+    def _freeze_arrays(self) -> None:
+        for field in ARRAYS:
+            value = field.of(self)
+            if value is None or field.term == "reducer":  # Reducer freezes its own arrays
+                continue
+            dtype = field.dtype
+            if dtype is None:
+                stored = np.asarray(value).dtype
+                dtype = np.float32 if precision_of(stored) is None else stored.type
+            object.__setattr__(self, field.name, frozen(field.name, value, dtype))
 
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        array = getattr(self, name)
-        if array is not None and array.shape != shape:
-            raise ValueError(f"expected {name} of shape {shape}, got {array.shape}")
+    def _check_shapes(self) -> None:
+        matrices = self._matrices()
+        if not matrices:
+            raise ValueError("expected at least one term: give text, keys (with class_offsets) or linear; got none")
+        widths = {name: array.shape[1] for name, array in matrices.items() if array.ndim == 2}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"expected text, keys and linear of one width, got {widths}; take them from one encoder")
+        width = next(iter(widths.values()), 0)
+        sizes = {"C": self.n_classes, "C + 1": self.n_classes + 1, "D": width}
+        sizes["N"] = 0 if self.keys is None else len(self.keys)
+        sizes["F"] = width if self.feature in EMBEDDINGS else self.n_classes + 1
+        for field in ARRAYS:
+            array, shape = field.of(self), tuple(sizes[axis] for axis in field.shape)
+            if array is not None and field.term != "reducer" and array.shape != shape:
+                raise ValueError(f"expected {field.name} of shape {shape}, got {array.shape}")
+        if self.reducer is not None and self.reducer.width != width:
+            raise ValueError(f"expected a reducer of {width} channels, got one of {self.reducer.width}")
+        if width < 1:
+            raise ValueError("expected a width of at least 1, got 0")
 
-    def _check_cache(self, n_keys: int) -> None:
+    def _check_cache(self) -> None:
         offsets = self.class_offsets
         if self.keys is not None and self.values is not None and offsets is not None:
             raise ValueError("expected keys with class_offsets or with values, got both")
         if (self.keys is None) != (offsets is None and self.values is None):
             raise ValueError("expected keys together with class_offsets or values, got one without the other")
         if self.keys is None:
-            if self.query_transform is not None:
-                raise ValueError("expected keys where a query_transform is given, got it alone")
-            if self.weights is not None:
-                raise ValueError("expected keys where weights are given, got weights alone")
+            for name in ("query_transform", "weights"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"expected keys together with {name}, got {name} alone")
             return
+        n_keys = len(self.keys)
         if n_keys < 1:
             raise ValueError("expected at least one key, got 0; leave keys and class_offsets out instead")
         if offsets is None:
@@ -238,9 +228,7 @@ class ScoringPlan:
         if self.key_scales is None:
             return
         if not quantized:
-            raise ValueError(
-                f"expected key_scales with int8 keys only, got them with {self.key_precision or 'no'} keys"
-            )
-        check_size("key_scales", self.key_scales, 1e3, "let with_key_precision make them")
+            raise ValueError(f"expected key_scales with int8 keys only, got {self.key_precision or 'no'} keys")
+        check_size("key_scales", self.key_scales, 1e3, "let with_key_precision compute them")
         if not (self.key_scales > 0).all():
             raise ValueError(f"expected key_scales > 0, got {self.key_scales.min():.6g}")

@@ -1,17 +1,14 @@
-"""Keys in fewer bits: float16, bfloat16 (as uint16, since NumPy has no bfloat16) and int8 with one scale a key.
+"""Keys in fewer bits: float16, bfloat16 (as uint16, since NumPy has no bfloat16) and int8 with one scale per key.
 
-A conversion works through the keys in chunks, so that it needs little memory beside its result.
+Conversions process the keys in chunks, so that they need little memory beside the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from iosr_fast.scoring.plan import ScoringPlan
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -24,36 +21,36 @@ _BY_DTYPE: dict[np.dtype, Precision] = {
 }
 # Elements of a chunk: 4 MB of float32.
 _CHUNK = 1 << 20
-# Channels that are rounded one after another before one product carries their errors to all later channels.
+# Channels that are rounded one by one before a matrix product carries their errors to all later channels.
 _BLOCK = 64
 LARGEST_CODE = 127
-# Room for codes to move away from the nearest value without being clipped.
+# Headroom for compensated codes, which may exceed the nearest ones.
 HEADROOM = 1.05
 _DAMPING = 1e-3
 
 
 def precision_of(dtype: np.dtype) -> Precision | None:
-    """The precision that keys of this dtype have, None where it is none of keys' dtypes."""
+    """The precision of keys of this dtype; None if keys can't have it."""
     return _BY_DTYPE.get(np.dtype(dtype))
 
 
 def chunks(n_rows: int, width: int) -> Iterator[slice]:
-    """Slices that cover n_rows rows, of about 4 MB of float32 each."""
+    """Slices that cover n_rows rows, about 4 MB of float32 each."""
     step = max(1, _CHUNK // max(1, width))
     for begin in range(0, n_rows, step):
         yield slice(begin, min(begin + step, n_rows))
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The bits of float32 values rounded to bfloat16, to nearest and ties to even: uint16 of the same shape.
+    """float32 values rounded to bfloat16, to nearest and ties to even: its bits as uint16, in the same shape.
 
-    Infinities and values that round beyond the largest bfloat16 become infinite; a NaN stays one.
+    Infinities and values that round beyond the largest bfloat16 become infinite; NaN stays NaN.
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(
         np.uint16
     )
-    # Rounding could carry a NaN's mantissa over into the sign; its quiet bit keeps it a NaN.
+    # Rounding could carry a NaN's mantissa into its sign; setting the quiet bit keeps it NaN.
     nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     return np.where(nan, ((bits >> np.uint32(16)) | np.uint32(0x40)).astype(np.uint16), rounded).reshape(values.shape)
 
@@ -64,7 +61,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def key_rows(keys: np.ndarray, key_scales: np.ndarray | None, rows: slice) -> np.ndarray:
-    """keys[rows] as float32 (M, D), whatever precision they are stored in; a view where that is float32 already."""
+    """keys[rows] as float32 (M, D); a view if they are stored in float32."""
     stored = keys[rows]
     if stored.dtype == np.uint16:
         return from_bfloat16(stored)
@@ -72,17 +69,6 @@ def key_rows(keys: np.ndarray, key_scales: np.ndarray | None, rows: slice) -> np
     if key_scales is not None:
         values *= key_scales[rows, None]
     return values
-
-
-def dequantize(plan: ScoringPlan) -> np.ndarray:
-    """The float32 keys (N, D) that a plan's stored keys stand for, where its query_transform is undone.
-
-    <query @ query_transform', stored> = <query, stored @ query_transform>. Raises ValueError without keys.
-    """
-    if plan.keys is None:
-        raise ValueError("expected a plan with keys, got one without a cache term")
-    keys = convert_keys(plan.keys, plan.key_scales, "fp32")[0]
-    return keys if plan.query_transform is None else keys @ plan.query_transform
 
 
 def convert_keys(
@@ -93,10 +79,10 @@ def convert_keys(
     compensate: bool = True,
     unit: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Keys (N, D) of any precision to `precision`: (keys, scales (N,) float32 for int8, or else None), read-only.
+    """Convert keys (N, D): returns keys in `precision` and, for int8, scales (N,) float32 (else None), read-only.
 
-    `compensate` is for int8 only: see quantize_int8. `unit` divides each key by its norm on the way to a finer
-    precision, for which the coarser one's rounding would leave it too far from 1. Raises ValueError for an unknown
+    `compensate` applies to int8: see quantize_int8. `unit` normalises each key when converting to a finer precision,
+    because the rounding of the coarser one may exceed the finer one's tolerance. Raises ValueError for an unknown
     precision.
     """
     if precision not in PRECISIONS:
@@ -104,7 +90,7 @@ def convert_keys(
     if precision_of(keys.dtype) == precision:
         return keys, key_scales
     if precision == "int8":
-        return _quantize(lambda rows: key_rows(keys, key_scales, rows), keys.shape[0], keys.shape[1], compensate)
+        return quantize_int8(keys, key_scales, compensate=compensate)
     finer = unit and precision_of(keys.dtype) in PRECISIONS[PRECISIONS.index(precision) + 1 :]
     dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}[precision]
     converted: np.ndarray = np.empty(keys.shape, dtype)
@@ -117,38 +103,32 @@ def convert_keys(
     return converted, None
 
 
-def quantize_int8(keys: np.ndarray, *, compensate: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """codes (N, D) int8 in -127..127 and scales (N,) float32 with key[j] = scales[j] * codes[j], nearly.
+def quantize_int8(
+    keys: np.ndarray, key_scales: np.ndarray | None = None, *, compensate: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """codes (N, D) int8 in -127..127 and scales (N,) float32 with key[j] approximately scales[j] * codes[j].
 
-    Plain rounding errs alike in all directions. What scoring sees of an error e_j is <query, e_j>, and queries are
+    Rounding to nearest errs alike in all directions. Scoring reads an error e_j as <query, e_j>, and queries are
     distributed much like keys, so its expected square is e_j' H e_j with H = K'K/N, plus 1e-3 of its mean diagonal.
-    Channels are rounded one after another, and each error is made up for in the channels still to come:
+    Channels are rounded one after another, and each error is compensated in the channels that follow:
 
         z_i = round(w_i / s) * s,   w_k -= (w_i - z_i) * U_ik / U_ii for k > i,   inv(H) = U'U
 
-    which is GPTQ's recursion (Frantar et al., ICLR 2023, section 3), or Babai's nearest plane in the lattice of codes
-    under H. A key keeps whichever of compensated and nearest codes has the smaller e' H e. The scale, at first
-    1.05 * max|key| / 127, is then <key, key> / <z, key> times that, so that the error is orthogonal to the key.
+    This is GPTQ's recursion (Frantar et al., ICLR 2023, section 3), or Babai's nearest plane in the lattice of codes
+    under H. Each key takes whichever of compensated and nearest codes has the smaller e' H e. The scale, initially
+    1.05 * max|key| / 127, is multiplied by <key, key> / <z, key>, so that the error is orthogonal to the key.
     `compensate=False` takes the nearest codes for all keys.
 
-    keys: (N, D) float32, no row of zeros. Raises ValueError where the shape is another or a row is zero or not finite.
+    keys: (N, D) of any precision. Raises ValueError if a row is zero or not finite.
     """
-    keys = np.ascontiguousarray(keys, dtype=np.float32)
-    if keys.ndim != 2 or 0 in keys.shape:
-        raise ValueError(f"expected keys of shape (N, D) with N, D >= 1, got {keys.shape}")
-    return _quantize(lambda rows: keys[rows], keys.shape[0], keys.shape[1], compensate)
-
-
-def _quantize(
-    rows_of: Callable[[slice], np.ndarray], n_keys: int, width: int, compensate: bool
-) -> tuple[np.ndarray, np.ndarray]:
+    n_keys, width = keys.shape
     codes = np.empty((n_keys, width), np.int8)
     scales = np.empty(n_keys, np.float32)
-    moment = second_moment(rows_of, n_keys, width) if compensate else None
+    moment = second_moment(keys, key_scales) if compensate else None
     factor = None if moment is None else upper_factor(moment)
     for rows in chunks(n_keys, width):
-        # Channels by keys: a step reads and writes one channel of every key, contiguous this way.
-        target = np.ascontiguousarray(rows_of(rows).T)
+        # Channels by keys, because a step reads and writes one channel of every key.
+        target = np.ascontiguousarray(key_rows(keys, key_scales, rows).T)
         largest = np.abs(target).max(axis=0)
         if not (np.isfinite(largest) & (largest > 0)).all():
             row = rows.start + int(np.flatnonzero(~(np.isfinite(largest) & (largest > 0)))[0])
@@ -161,7 +141,7 @@ def _quantize(
 
 
 def upper_factor(moment: np.ndarray) -> np.ndarray:
-    """U (D, D) float32 with inv(H) = U'U, upper triangular."""
+    """U (D, D) float32, upper triangular, with inv(H) = U'U."""
     factor: np.ndarray = np.linalg.cholesky(np.linalg.inv(moment)).T.astype(np.float32)
     return factor
 
@@ -169,7 +149,7 @@ def upper_factor(moment: np.ndarray) -> np.ndarray:
 def round_channels(
     target: np.ndarray, step: np.ndarray, moment: np.ndarray | None, factor: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (D, M) and scales (M,) of keys given channel by channel, (D, M), as quantize_int8 describes them."""
+    """Codes (D, M) and scales (M,) of keys with their channels first, (D, M), as in quantize_int8."""
     best = np.rint(target / step)
     scale, error = _fit_scale(best, target, step, moment)
     if factor is not None:
@@ -181,11 +161,12 @@ def round_channels(
     return best, scale
 
 
-def second_moment(rows_of: Callable[[slice], np.ndarray], n_keys: int, width: int) -> np.ndarray:
-    """H = K'K / N, plus 1e-3 of its mean diagonal, in float64."""
+def second_moment(keys: np.ndarray, key_scales: np.ndarray | None) -> np.ndarray:
+    """H = K'K / N, plus 1e-3 of its mean diagonal, in float64. keys (N, D) of any precision."""
+    n_keys, width = keys.shape
     moment = np.zeros((width, width))
     for rows in chunks(n_keys, width):
-        chunk = rows_of(rows).astype(np.float64)
+        chunk = key_rows(keys, key_scales, rows).astype(np.float64)
         moment += chunk.T @ chunk
     moment /= n_keys
     moment[np.diag_indices(width)] += _DAMPING * np.trace(moment) / width
@@ -193,7 +174,7 @@ def second_moment(rows_of: Callable[[slice], np.ndarray], n_keys: int, width: in
 
 
 def _compensated_codes(target: np.ndarray, step: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Codes (D, M) float32 for target (D, M), by the recursion of quantize_int8 in blocks of channels."""
+    """Codes (D, M) float32 of target (D, M): the recursion of quantize_int8 in blocks of channels."""
     width = len(target)
     work = target.copy()
     errors = np.empty((_BLOCK, target.shape[1]), np.float32)
@@ -212,13 +193,13 @@ def _compensated_codes(target: np.ndarray, step: np.ndarray, factor: np.ndarray)
 def _fit_scale(
     codes: np.ndarray, target: np.ndarray, step: np.ndarray, moment: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scale that makes each key's error orthogonal to the key, and e' H e with it (0 where H is None)."""
+    """The scale that makes each key's error orthogonal to the key, and the resulting e' H e (0 without H)."""
     along = np.einsum("dm,dm->m", codes, target)
-    # Where compensation has turned a key round there is no such scale, and the codes must not be taken.
-    sound = along > 0
-    scale = np.where(sound, np.einsum("dm,dm->m", target, target) / np.where(sound, along, 1.0), step)
+    # Compensation may reverse a key's direction. No such scale exists then, and an infinite cost rejects the codes.
+    valid = along > 0
+    scale = np.where(valid, np.einsum("dm,dm->m", target, target) / np.where(valid, along, 1.0), step)
     if moment is None:
         return scale, np.zeros_like(scale)
     error = codes * scale - target
     cost = np.einsum("dm,dm->m", moment.astype(np.float32) @ error, error)
-    return scale, np.where(sound, cost, np.inf)
+    return scale, np.where(valid, cost, np.inf)

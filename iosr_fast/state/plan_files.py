@@ -10,12 +10,16 @@ import numpy as np
 
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.scoring.fields import ARRAYS as ARRAY_FIELDS
+from iosr_fast.scoring.fields import CONSTANT_NAMES
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.state.method_config import MethodConfig
 
-CONSTANTS = ("tau", "alpha", "beta", "temperature", "query", "feature")
-ARRAYS = ("keys", "key_scales", "query_transform", "weights", "values", "linear", "bias")
+# A bundle has these from its support set.
+_FROM_SUPPORT = ("n_classes", "text", "class_offsets")
+CONSTANTS = tuple(name for name in CONSTANT_NAMES if name not in _FROM_SUPPORT)
+ARRAYS = tuple(field.name for field in ARRAY_FIELDS if field.name not in _FROM_SUPPORT and field.term != "reducer")
 
 
 def plan_to_files(

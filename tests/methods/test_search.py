@@ -392,7 +392,7 @@ def test_the_implementation_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("IOSR_FAST_IMPL", forced)
         assert intervals(*arrays).path == path
     monkeypatch.delenv("IOSR_FAST_IMPL")
-    monkeypatch.setattr(dispatch, "_cpp_refusal", lambda: "it is not built")
+    monkeypatch.setattr(dispatch, "cpp_unavailable_reason", lambda: "it is not built")
     assert intervals(*arrays).path == "numpy"
     with pytest.raises(RuntimeError, match="impl='cpp' can't run here: it is not built"):
         sweep(intervals(*arrays), impl="cpp")

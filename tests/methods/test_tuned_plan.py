@@ -20,8 +20,8 @@ from iosr_fast.methods.tuning.log_loss import MOST, fit_alpha, fit_factor
 from iosr_fast.methods.tuning.one_shot import one_shot_parameters
 from iosr_fast.methods.tuning.search import cache_intervals, intervals, sweep
 from iosr_fast.methods.tuning.tune import Tuned, tune
-from iosr_fast.scoring.plan import RANGES, ScoringPlan
-from iosr_fast.scoring.precision import dequantize
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer, fit_reducer
 from iosr_fast.scoring.score import score
 from iosr_fast.state.method_config import MethodConfig
@@ -199,7 +199,7 @@ def test_a_tie_is_no_error_and_counts_as_the_plan_has_it(rng: np.random.Generato
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_implementations_agree_at_the_bounds(case: dict[str, float], precision: str, rng: np.random.Generator) -> None:
     plan = plan_at_a_bound(rng, case, precision)
-    near = replace(random_embeddings(rng, 9, 40), adapted=unit(dequantize(plan)[:7][[0, 1, 2, 3, 4, 5, 6, 0, 1]]))
+    near = replace(random_embeddings(rng, 9, 40), adapted=unit(plan.dequantize()[:7][[0, 1, 2, 3, 4, 5, 6, 0, 1]]))
     for embeddings in (random_embeddings(rng, 30, 40), near):
         for path in PATHS:
             assert np.isfinite(score(plan, embeddings, path.partition("/")[0])).all()

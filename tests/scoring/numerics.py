@@ -12,8 +12,9 @@ import torch
 
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring.plan import LARGEST, RANGES, ScoringPlan
-from iosr_fast.scoring.precision import Precision, dequantize, key_rows
+from iosr_fast.scoring.fields import LARGEST, RANGES
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import Precision, key_rows
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score_with_path
 from tests.conftest import random_plan
@@ -75,7 +76,7 @@ def _rows(plan: ScoringPlan, embeddings: Embeddings, which: str) -> Any:
 
 
 def _eager_affinity(plan: ScoringPlan, embeddings: Embeddings, moved: torch.dtype | None = None) -> np.ndarray:
-    query, keys = _rows(plan, embeddings, plan.query), dequantize(plan)
+    query, keys = _rows(plan, embeddings, plan.query), plan.dequantize()
     if moved is not None and plan.query_transform is not None:
         query, keys = query @ plan.query_transform.T, key_rows(plan.keys, plan.key_scales, slice(None))
     if moved is not None and not (plan.reducer is None and plan.query_transform is None):

@@ -1,17 +1,12 @@
-"""What the CUDA module's functions refuse, and why score_cuda can't run where it can't."""
+"""Arguments that the CUDA module's functions refuse."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from iosr_fast.scoring import cuda_scorer as cuda
-
-torch = pytest.importorskip("torch")
 
 
 def good_arguments() -> dict[str, Any]:
@@ -86,33 +81,6 @@ BAD_LINEAR_ARGUMENTS = [
 def test_the_binding_refuses_wrong_linear_terms(change: dict[str, Any], message: str, emulation: Any) -> None:
     with pytest.raises(ValueError, match=message):
         emulation.linear(**{**linear_arguments(), **change})
-
-
-def test_refusal_says_how_to_build_what_is_missing_or_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Any:
-        raise ImportError("No module named 'iosr_fast._C_cuda'")
-
-    cuda._build_refusal.cache_clear()
-    monkeypatch.setattr(cuda, "_module", missing)
-    assert "IOSR_FAST_CUDA=1 pip install ." in (cuda.unavailable_reason() or "")
-    cuda._build_refusal.cache_clear()
-    monkeypatch.setattr(cuda, "_module", lambda: SimpleNamespace(version="0.0.0"))
-    said = cuda.unavailable_reason() or ""
-    assert "0.0.0" in said and "IOSR_FAST_CUDA=1 pip install ." in said
-    cuda._build_refusal.cache_clear()
-
-
-def test_refusal_names_torchs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_build_refusal", lambda: None)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA device" in (cuda.unavailable_reason() or "")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "8.0 or newer is needed, got Old GPU (7.5)" in (cuda.unavailable_reason() or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    assert cuda.unavailable_reason() is None
 
 
 def test_importing_loads_neither_torch_nor_the_extension() -> None:

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring import cuda_layout
 from iosr_fast.scoring import cuda_scorer as cuda
-from iosr_fast.scoring.device_plan import device_plan
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.device_plan import _derived, device_plan
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
@@ -214,28 +214,27 @@ def test_what_is_made_for_a_plan_is_made_once_and_goes_with_it(
     width: int, emulated: Any, rng: np.random.Generator
 ) -> None:
     gc.collect()
-    before = len(cuda_layout._store())
+    before = len(_derived())
     plan = random_plan(rng, [5, 6], width)
     embeddings = random_embeddings(rng, 4, width)
     run(plan, embeddings, torch.float16, "cpu")
     parts = device_plan(plan, "cpu")
-    first = {
-        name: dict(cuda_layout._store().get(getattr(parts, name), {})) for name in ("keys", "text", "class_offsets")
-    }
+    first = {name: dict(_derived().get(getattr(parts, name), {})) for name in ("keys", "text", "class_offsets")}
     # Keys of 8 channels need no padding, and a copy of them would be waste.
-    assert [list(made) for made in first.values()] == [["rows"] if width == 7 else [], ["split"], ["layout"]]
+    assert [list(made) for made in first.values()] == [["padded"] if width == 7 else [], ["split"], [("classes", 64)]]
     run(plan, embeddings, torch.float16, "cpu")
     for name, made in first.items():
-        assert all(cuda_layout._store()[getattr(parts, name)][kind] is thing for kind, thing in made.items())
-    assert len(cuda_layout._store()) > before
+        assert all(_derived()[getattr(parts, name)][kind] is thing for kind, thing in made.items())
+    assert len(_derived()) > before
     del plan, parts, first, made
     gc.collect()
-    assert len(cuda_layout._store()) == before
+    assert len(_derived()) == before
 
 
 @pytest.fixture
 def gpu() -> None:
-    refused = cuda.unavailable_reason()
+    (entry,) = (entry for entry in dispatch.REGISTRY if entry.name == "cuda")
+    refused = entry.unavailable_reason()
     if refused is not None:
         pytest.skip(refused)
 

@@ -7,19 +7,20 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from iosr_fast import _C, info, kernels
+from iosr_fast import _C, info
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.score import score_with_path
 from tests.conftest import random_embeddings, random_plan
 
 CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
-NAMES = ["cpp", "numpy", "cuda", "triton", "torch", "reference"]
+NAMES = ["cpp", "numpy", "triton", "cuda", "torch", "reference"]
 
 
 def path_taken(rng: np.random.Generator, impl: str = "auto") -> str:
@@ -37,9 +38,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *names: str, reason: str | None = "n
 
 
 def test_the_table_lists_every_implementation_and_its_devices() -> None:
-    rows = dispatch.available()
-    assert [row.name for row in rows] == NAMES
-    assert {row.name: row.devices for row in rows} == {
+    assert [entry.name for entry in dispatch.REGISTRY] == NAMES
+    assert {entry.name: entry.devices for entry in dispatch.REGISTRY} == {
         "cpp": ("cpu",),
         "numpy": ("cpu",),
         "cuda": ("cuda",),
@@ -47,7 +47,7 @@ def test_the_table_lists_every_implementation_and_its_devices() -> None:
         "torch": ("cpu", "cuda"),
         "reference": ("cpu",),
     }
-    assert all(row.unavailable_reason is None for row in rows if "cpu" in row.devices)
+    assert all(entry.unavailable_reason() is None for entry in dispatch.REGISTRY if "cpu" in entry.devices)
 
 
 def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
@@ -57,7 +57,7 @@ def test_each_name_takes_its_path(rng: np.random.Generator) -> None:
 
 
 def test_the_order_of_preference_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {"cpu": ["cpp", "numpy"], "cuda": ["cuda", "triton", "torch"]}
+    expected = {"cpu": ["cpp", "numpy"], "cuda": ["triton", "cuda", "torch"]}
     refuse(monkeypatch, *NAMES, reason=None)
     for device, order in expected.items():
         for name in order:
@@ -77,7 +77,7 @@ def test_the_environment_takes_the_place_of_auto_only(
 
 
 def test_an_unknown_name_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "out of auto, cpp, numpy, cuda, triton, torch, reference, got "
+    message = "out of auto, cpp, numpy, triton, cuda, torch, reference, got "
     with pytest.raises(ValueError, match=f"{message}impl='fortran'"):
         path_taken(rng, "fortran")
     monkeypatch.setenv("IOSR_FAST_IMPL", "fortran")
@@ -93,8 +93,8 @@ def test_auto_falls_back_and_says_why_once_a_device(
         assert [path_taken(rng), path_taken(rng)] == ["numpy", "numpy"]
         assert [dispatch.choose("auto", "cuda").name for _ in range(2)] == ["torch", "torch"]
     assert [record.message for record in caplog.records] == [
-        "scoring on cpu with numpy (refused: cpp: no compiler)",
-        "scoring on cuda with torch (refused: cuda: no compiler; triton: no compiler)",
+        "scoring on cpu with numpy (unavailable: cpp: no compiler)",
+        "scoring on cuda with torch (unavailable: triton: no compiler; cuda: no compiler)",
     ]
     with pytest.raises(RuntimeError, match="impl='cpp' can't run here: no compiler"):
         path_taken(rng, "cpp")
@@ -127,23 +127,24 @@ def test_a_name_that_cannot_take_the_device_is_refused(
 
 
 def test_triton_takes_the_cpu_under_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(dispatch, "_missing_package", lambda package, extra: None)
+    (triton,) = (entry for entry in dispatch.REGISTRY if entry.name == "triton")
     for value, devices in (("0", ("cuda",)), ("1", ("cpu", "cuda"))):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        row = next(row for row in dispatch.available() if row.name == "triton")
-        assert row.devices == devices
-    assert row.unavailable_reason is None and dispatch.choose("triton", "cpu").name == "triton"
+        assert triton.devices == devices
+    assert triton.unavailable_reason() is None and dispatch.choose("triton", "cpu") is triton
     # Never by itself: it is for tests.
     assert dispatch.choose("auto", "cpu").name == "cpp"
 
 
 def test_scoring_arrays_on_auto_never_loads_torch() -> None:
     code = (
-        "import json, sys, numpy as np; from iosr_fast.scoring.plan import *; from iosr_fast.scoring import dispatch; "
+        "import json, sys, numpy as np; from iosr_fast import Embeddings, ScoringPlan; "
+        "from iosr_fast.scoring import dispatch; from iosr_fast.scoring.score import score_with_path; "
         "rows = np.eye(4); "
         "plan = ScoringPlan(2, text=rows[:2], keys=rows[:3], class_offsets=[0, 2, 3]); "
         "paths = [score_with_path(plan.with_key_precision(p), Embeddings(rows))[1] for p in ('fp32', 'bf16', 'int8')]; "
-        "[dispatch._torch_refusal(), dispatch._driver_refusal()]; "
+        "[dispatch._torch_unavailable_reason(), dispatch._driver_unavailable_reason()]; "
         "print(json.dumps([paths, sorted({'torch', 'triton'} & set(sys.modules))]))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -152,23 +153,60 @@ def test_scoring_arrays_on_auto_never_loads_torch() -> None:
 
 def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_C, "version", "0.0.1")
-    dispatch._cpp_refusal.cache_clear()
+    dispatch.cpp_unavailable_reason.cache_clear()
     try:
-        assert "was built for version 0.0.1" in (dispatch._cpp_refusal() or "")
+        assert "was built for version 0.0.1" in (dispatch.cpp_unavailable_reason() or "")
     finally:
-        dispatch._cpp_refusal.cache_clear()
+        dispatch.cpp_unavailable_reason.cache_clear()
 
 
 def test_a_missing_package_is_answered_with_what_brings_it(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    dispatch._torch_refusal.cache_clear()
+    dispatch._missing_package.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"impl='torch' can't run here: .*pip install 'iosr_fast\[train\]'"):
             path_taken(rng, "torch")
     finally:
-        dispatch._torch_refusal.cache_clear()
+        dispatch._missing_package.cache_clear()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with NVIDIA's driver and every package."""
+    monkeypatch.setattr(dispatch, "_driver_unavailable_reason", lambda: None)
+    monkeypatch.setattr(dispatch, "_missing_package", lambda package, extra: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+def test_the_gpu_decides_for_triton_and_cuda(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_cuda_build_unavailable_reason", lambda: None)
+    reasons = (dispatch._triton_unavailable_reason, dispatch._cuda_unavailable_reason)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert all("sees no CUDA device" in str(reason()) for reason in reasons)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert all("8.0 or newer is needed, got Old GPU (7.5)" in str(reason()) for reason in reasons)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert [reason() for reason in reasons] == [None, None]
+
+
+def test_a_missing_or_stale_cuda_build_is_answered_with_how_to_build(
+    driver: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch._cuda_build_unavailable_reason.cache_clear()
+    monkeypatch.setitem(sys.modules, "iosr_fast._C_cuda", None)
+    try:
+        assert "IOSR_FAST_CUDA=1 pip install ." in str(dispatch._cuda_unavailable_reason())
+        dispatch._cuda_build_unavailable_reason.cache_clear()
+        monkeypatch.setitem(sys.modules, "iosr_fast._C_cuda", SimpleNamespace(version="0.0.0"))
+        reason = str(dispatch._cuda_unavailable_reason())
+        assert "built for version 0.0.0" in reason and "IOSR_FAST_CUDA=1 pip install ." in reason
+    finally:
+        dispatch._cuda_build_unavailable_reason.cache_clear()
 
 
 def test_an_instruction_set_is_forced_or_refused_loudly(
@@ -189,7 +227,7 @@ def test_info_answers_without_importing_what_it_lists() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     # Beside NVIDIA's driver PyTorch is asked what the GPU can do.
     assert set(json.loads(out.splitlines()[-1].replace("'", '"'))) <= (
-        set() if dispatch._driver_refusal() else {"torch"}
+        set() if dispatch._driver_unavailable_reason() else {"torch"}
     )
     for word in (f"numpy              {np.__version__}", "cpp          cpu        yes", "scalar", "cpu: "):
         assert word in out

@@ -10,7 +10,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.int8_keys import compact_int8
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import dequantize, quantize_int8
+from iosr_fast.scoring.precision import quantize_int8
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score_with_path
 from tests.conftest import unit_rows
@@ -64,7 +64,7 @@ def test_a_plan_stands_for_its_dequantized_keys(rng: np.random.Generator) -> Non
     plan = plan_in_a_basis(rng)
     queries = correlated_rows(rng, 20, 48)
     embeddings = Embeddings(queries, queries[::-1])
-    exact = replace(plan, keys=dequantize(plan), key_scales=None, query_transform=None)
+    exact = replace(plan, keys=plan.dequantize(), key_scales=None, query_transform=None)
     np.testing.assert_allclose(score_reference(plan, embeddings), score_reference(exact, embeddings), rtol=1e-5)
     back = plan.with_key_precision("fp32")
     assert back.query_transform is None and back.key_precision == "fp32"
@@ -98,7 +98,7 @@ def test_what_makes_no_sense_is_refused(rng: np.random.Generator) -> None:
     plan = plan_in_a_basis(rng)
     with pytest.raises(ValueError, match=r"query_transform of shape \(48, 48\), got \(48, 47\)"):
         replace(plan, query_transform=plan.query_transform[:, :47])
-    with pytest.raises(ValueError, match="expected keys where a query_transform is given"):
+    with pytest.raises(ValueError, match="expected keys together with query_transform, got query_transform alone"):
         ScoringPlan(4, text=plan.text, query_transform=plan.query_transform)
     with pytest.raises(ValueError, match="keys rows of unit norm"):
         replace(plan, query_transform=2 * plan.query_transform)

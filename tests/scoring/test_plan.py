@@ -11,7 +11,6 @@ import pytest
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import dequantize
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
 from tests.conftest import EXTENDED, random_embeddings, random_plan, unit_rows
@@ -60,7 +59,7 @@ BAD_PLANS = {
     "scales of another length": ({"keys": CODES, "key_scales": np.ones(4)}, r"key_scales of shape \(5,\), got \(4,\)"),
     "scales of zero": ({"keys": CODES, "key_scales": np.zeros(5)}, "key_scales > 0, got 0"),
     "scales NaN": ({"keys": CODES, "key_scales": np.full(5, np.nan)}, "key_scales to be finite"),
-    "scales with float keys": ({"key_scales": np.ones(5)}, "key_scales with int8 keys only, got them with fp32 keys"),
+    "scales with float keys": ({"key_scales": np.ones(5)}, "key_scales with int8 keys only, got fp32 keys"),
     "int8 keys unnormalised": ({"keys": CODES, "key_scales": np.ones(5)}, "keys rows of unit norm.*norm 127"),
     "float16 keys infinite": ({"keys": np.full((5, 8), np.inf, np.float16)}, "NaN or infinite"),
     "bfloat16 keys NaN": ({"keys": np.full((5, 8), 0x7FC0, np.uint16)}, "NaN or infinite"),
@@ -80,7 +79,7 @@ BAD_PLANS = {
     "linear over texts alone": ({"linear": np.ones((3, 4))}, "one width, got .*'linear': 4"),
     "a distribution over no texts": (
         {"text": None, "linear": np.ones((3, 4)), "feature": "text-distribution"},
-        'expected text where the feature is "text-distribution", got none',
+        'expected text with feature "text-distribution", got none',
     ),
     "temperature zero": ({"temperature": 0.0}, "temperature from 0.01 to 100, got 0"),
     "temperature negative": ({"temperature": -0.5}, "temperature from 0.01 to 100, got -0.5"),
@@ -214,7 +213,7 @@ def test_a_plan_without_keys_has_no_precision_to_change(rng: np.random.Generator
     with pytest.raises(ValueError, match="expected a plan with keys"):
         plan.with_key_precision("fp16")
     with pytest.raises(ValueError, match="expected a plan with keys"):
-        dequantize(plan)
+        plan.dequantize()
 
 
 def test_norms_are_left_unchecked_on_request_and_shapes_never(rng: np.random.Generator) -> None:

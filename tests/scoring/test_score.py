@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import PRECISIONS, Precision, dequantize
+from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score, score_with_path
 from tests.conftest import EXTENDED, TERMS, random_embeddings, random_plan, unit_rows
@@ -98,7 +98,7 @@ def test_constants_at_their_ends(
     embeddings = random_embeddings(rng, 33, 64)
     plan = random_plan(rng, [4, 0, 9, 1], 64, alpha=alpha, beta=beta, precision=precision)
     # A query that is a key has affinity 1, where the exponent's rounding shows most.
-    keys = dequantize(plan)
+    keys = plan.dequantize()
     adapted = np.concatenate([keys / np.linalg.norm(keys, axis=1, keepdims=True), embeddings.adapted])[:33]
     embeddings = Embeddings(embeddings.plain, adapted)
     assert_close_to_truth(path, plan, embeddings)

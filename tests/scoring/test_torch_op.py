@@ -23,7 +23,7 @@ CPP = f"cpp/{next(name for name, supported in _C.simd_paths() if supported)}"
 
 
 def op_arguments(module: torch_op.ScoringModule, embeddings: Embeddings) -> tuple[Any, ...]:
-    parts = [getattr(module, name) for name in (*torch_op._ARRAYS, *torch_op._CONSTANTS)]
+    parts = [getattr(module, name) for name in torch_op._FIELDS]
     return (embeddings.plain, embeddings.adapted, *parts, module.impl)
 
 
@@ -82,14 +82,14 @@ def test_a_module_of_an_extended_plan_compiles(impl: str, name: str, rng: np.ran
 
 def test_a_reducer_is_rebuilt_for_arrays_without_a_look_at_them(rng: np.random.Generator) -> None:
     plan = random_plan(rng, [3, 2], 24, reducer="projection", dense=True, feature="text-distribution")
-    views = torch_op._arrays(device_plan(plan, "cpu"))
+    views = torch_op._host_view(device_plan(plan, "cpu"))
     assert np.shares_memory(views.reducer.shift, plan.reducer.shift)
     assert np.shares_memory(views.reducer.projection, plan.reducer.projection)
     assert np.shares_memory(views.values, plan.values) and views.class_offsets is None
     assert (views.temperature, views.feature, views.reducer.width) == (plan.temperature, plan.feature, 24)
     rows = random_embeddings(rng, 5, 24).plain
     np.testing.assert_array_equal(views.reducer(rows), plan.reducer(rows))
-    assert torch_op._arrays(device_plan(random_plan(rng, [3, 2], 24), "cpu")).reducer is None
+    assert torch_op._host_view(device_plan(random_plan(rng, [3, 2], 24), "cpu")).reducer is None
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -18,7 +18,7 @@ from iosr_fast.scoring import inputs as batch
 from iosr_fast.scoring import torch_scorer as torch_scoring
 from iosr_fast.scoring.device_plan import as_tensor, device_plan
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import PRECISIONS, Precision, dequantize
+from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.scoring.score import score, score_with_path
@@ -129,7 +129,7 @@ def test_a_plan_on_the_cpu_is_the_plans_own_memory(precision: Precision, rng: np
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
     assert moved.keys.dtype == dtypes[precision] and moved.class_offsets.dtype == torch.int32
     scales = 1.0 if moved.key_scales is None else moved.key_scales[:, None]
-    np.testing.assert_array_equal((moved.keys.float() * scales).numpy(), dequantize(plan))
+    np.testing.assert_array_equal((moved.keys.float() * scales).numpy(), plan.dequantize())
     facts = ("n_classes", "width", "tau", "alpha", "beta", "query", "feature", "needs_adapted")
     assert [getattr(moved, name) for name in facts] == [getattr(plan, name) for name in facts]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast import kernels
 from iosr_fast.kernels import launch, layout
 from tests import ROOT
 from tests.conftest import EXTENDED, random_embeddings, random_plan
@@ -181,18 +180,6 @@ def test_a_gpu_of_its_own_entry_takes_it(tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         launch.read_configs.cache_clear()
         launch.config_for.cache_clear()
-
-
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda module: None)
-    assert kernels.unavailable_reason() == "triton is not installed; pip install 'iosr_fast[triton]' brings it"
-    monkeypatch.setattr(kernels, "find_spec", lambda module: object())
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.unavailable_reason() is None
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device; TRITON_INTERPRET=1" in str(kernels.unavailable_reason())
 
 
 @needs_triton

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.kernels import cache_score, dense_values, unavailable_reason
+from iosr_fast.kernels import cache_score, dense_values
 from iosr_fast.kernels.launch import PRECISIONS, Config
 from iosr_fast.scoring.device_plan import device_plan
 from tests.conftest import EXTENDED, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.scoring.test_precision import correlated_rows
 from tests.scoring.triton_parity import BATCHES, DEVICE, HALF, LAYOUTS, SMALL, WIDTHS, assert_close_to_truth, tensors
 
-pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 DENSE = [name for name, parts in EXTENDED.items() if parts.get("dense")]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.kernels import cache_score, layout, unavailable_reason
+from iosr_fast.kernels import cache_score, layout
 from iosr_fast.kernels.launch import PRECISIONS, Config
 from iosr_fast.scoring.device_plan import DevicePlan, device_plan
 from iosr_fast.scoring.plan import ScoringPlan
@@ -27,7 +27,6 @@ from tests.scoring.numerics import AT_THE_BOUNDS, linear_size, plan_at_a_bound
 from tests.scoring.test_precision import correlated_rows
 from tests.scoring.test_score import BATCHES, LAYOUTS, TERM_SETS, WIDTHS
 
-pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = ("aligned", "ragged", "split")
 HALF = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}

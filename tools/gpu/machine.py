@@ -129,4 +129,4 @@ def run(report: Report, setting: Setting) -> None:
         except (OSError, subprocess.SubprocessError) as error:
             report.skip(f"nvcc's version: {error}")
     # Before anything was built: what a stranger's checkout can do.
-    report.fact(implementations={row.name: row.unavailable_reason for row in dispatch.available()})
+    report.fact(implementations={entry.name: entry.unavailable_reason() for entry in dispatch.REGISTRY})

@@ -65,9 +65,9 @@ def encoders(report: Report, setting: Setting) -> None:
 def scoring(report: Report, setting: Setting) -> None:
     """Every implementation here, at each precision of the keys, against float64; errors are of the largest logit."""
     if setting.device == "cuda":
-        for row in dispatch.available():
-            if "cuda" in row.devices and row.unavailable_reason is not None:
-                report.skip(f"{row.name} in scoring's parity: {row.unavailable_reason}")
+        for entry in dispatch.REGISTRY:
+            if "cuda" in entry.devices and (reason := entry.unavailable_reason()) is not None:
+                report.skip(f"{entry.name} in scoring's parity: {reason}")
     allowed, cases = bench.TOLERANCES[setting.device], TINY if setting.tiny else SHAPES
     report.plan(*(f"scoring's parity in {text}" for text in cases))
     for text in cases:

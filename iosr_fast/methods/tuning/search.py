@@ -251,12 +251,12 @@ def _choose(impl: str) -> str:
         raise ValueError(f"expected an implementation out of auto, cpp, numpy, got {asked_by}")
     if impl == "numpy":
         return impl
-    unavailable_reason = dispatch._cpp_refusal()
+    unavailable_reason = dispatch.cpp_unavailable_reason()
     if unavailable_reason is None:
         return "cpp"
     if impl == "cpp":
         raise RuntimeError(f"{asked_by} can't run here: {unavailable_reason}")
-    _log.info("searching with numpy (refused: cpp: %s)", unavailable_reason)
+    _log.info("searching with numpy (unavailable: cpp: %s)", unavailable_reason)
     return "numpy"
 
 

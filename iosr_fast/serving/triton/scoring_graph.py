@@ -16,12 +16,7 @@ _TINY = 1e-12  # the floor of a norm, as in Reducer
 
 def scoring_inputs(plan: ScoringPlan) -> list[str]:
     """The embeddings that a term of the plan reads, of "PLAIN" and "ADAPTED"; at least one."""
-    read = {"PLAIN"} if plan.text is not None else set()
-    if plan.keys is not None:
-        read.add(_EMBEDDINGS[plan.query])
-    if plan.linear is not None:
-        read.add(_EMBEDDINGS.get(plan.feature, "PLAIN"))
-    return sorted(read, reverse=True)
+    return [_EMBEDDINGS[name] for name in plan.embeddings_read]
 
 
 def scoring_model(plan: ScoringPlan) -> bytes:
