@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +16,11 @@ from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
-from tests import ROOT
 from tests import demo_cache as shared
 from tools.source_tree import use_source_tree
 
 use_source_tree()  # so that the tests run where nothing is installed, too
 
-SOURCES = ROOT / "csrc" / "cuda"
 TERMS = ("text", "cache", "linear")
 REDUCERS = ("centre", "projection", "diagonal")
 # What random_plan is told of plans with more than their terms; a method names what is like the plans that it compiles.
@@ -113,26 +107,6 @@ def rng() -> np.random.Generator:
 def demo_cache() -> Path:
     """For IOSR_FAST_CACHE: what is built of the demo's CLIP is built once for all tests that take it."""
     return shared.demo_cache()
-
-
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """_C_cuda for host memory: the CUDA module with its block programs run thread by thread on the CPU."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++ or clang++) on PATH")
-    binary = tmp_path_factory.mktemp("emulation") / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [str(SOURCES / name) for name in ("bindings.cpp", "host_launch.cpp")]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DIOSR_FAST_VERSION="emulation"', *includes]
-    done = subprocess.run([*command, "-o", str(binary), *sources], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    spec = importlib.util.spec_from_file_location("_C_cuda", binary)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)

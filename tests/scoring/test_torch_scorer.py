@@ -295,7 +295,7 @@ def test_arrays_go_to_the_gpu_and_back(rng: np.random.Generator) -> None:
     for impl in ("cuda", "triton"):
         from iosr_fast.scoring import dispatch
 
-        if next(row.unavailable_reason for row in dispatch.available() if row.name == impl) is not None:
+        if next(entry.unavailable_reason() for entry in dispatch.REGISTRY if entry.name == impl) is not None:
             continue
         logits, path = score_with_path(plan, embeddings, impl)
         assert path.startswith(f"{impl}/") and isinstance(logits, np.ndarray)
