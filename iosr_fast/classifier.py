@@ -38,7 +38,7 @@ from iosr_fast.state.support_images import SupportViews
 from iosr_fast.state.updates import LiveUpdates
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
-from iosr_fast.utils.verified_folder import Held
+from iosr_fast.utils.verified_folder import VerifiedFolder
 
 _CHUNK = 256
 log = logging.getLogger(__name__)
@@ -347,7 +347,7 @@ class Classifier(LiveUpdates):
     @classmethod
     def load(
         cls,
-        folder: str | Path | Held,
+        folder: str | Path | VerifiedFolder,
         runtime: str = "auto",
         verify: bool = True,
         threads: int | None = None,

@@ -27,7 +27,7 @@ import typer
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.pipeline.embedding_files import DTYPES, FORMATS, Format
 from iosr_fast.utils.command import run
-from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.manifest import read_manifest
 from iosr_fast.utils.require import require
 from tools.embedding import plan as plans
 from tools.embedding.cluster import Pool, run_on_ray

@@ -120,7 +120,7 @@ def check_shots(options: argparse.Namespace, problems: Sequence[Problem]) -> Non
 
 def check_out(out: Path, facts: dict[str, Any]) -> None:
     """Make `out` this run's. Raises FileExistsError for a folder of other things, ValueError for one of another run."""
-    from iosr_fast.utils.files import remove_leftovers
+    from iosr_fast.utils.temporaries import remove_leftovers
     from tools.reproduction.cells import write_json
 
     held = out / RUN

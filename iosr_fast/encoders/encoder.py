@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 if TYPE_CHECKING:
-    from iosr_fast.utils.verified_folder import Held
+    from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # A NumPy array, a torch tensor on any device, or an object with __dlpack__. Encoders return NumPy arrays.
 Array: TypeAlias = Any
@@ -56,7 +56,7 @@ class Encoder(Protocol):
     max_batch: int = 64
     buckets: tuple[int, ...] | None = None
     threads: int | None = None
-    source: Held | None = None
+    source: VerifiedFolder | None = None
 
     @abstractmethod
     def encode(self, pixels: np.ndarray) -> Embeddings:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.utils.require import require
-from iosr_fast.utils.verified_folder import Held
+from iosr_fast.utils.verified_folder import VerifiedFolder
 
 FILE = "text.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -28,7 +28,7 @@ class TextEncoder:
     `held`, the folder as it was verified, where it is given, whatever has become of it since."""
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], threads: int | None = None, held: Held | None = None
+        self, folder: Path, facts: dict[str, Any], threads: int | None = None, held: VerifiedFolder | None = None
     ) -> None:
         self.folder = folder
         self.held = held

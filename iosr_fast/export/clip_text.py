@@ -13,8 +13,9 @@ import numpy as np
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.export.export_text import export_text
-from iosr_fast.utils.files import MANIFEST, SCHEMA, new_folder, write_manifest
-from iosr_fast.utils.verified_folder import hold
+from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
+from iosr_fast.utils.verified_folder import open_verified
 
 TEXT_KIND = "text-encoder"
 TEXT_EXPORT = 1  # raise it when export_text writes other files for the same CLIP
@@ -41,7 +42,7 @@ class ClipText:
             except (ValueError, ArithmeticError, ImportError, RuntimeError) as error:
                 logging.getLogger("iosr_fast").warning("saved without a text encoder: %s", error)
                 return None
-        held = hold(kept, TEXT_KIND)
+        held = open_verified(kept, TEXT_KIND)
         for name in held.files:
             held.copy(name, folder / name)
         facts: dict[str, Any] = held.manifest["text"]

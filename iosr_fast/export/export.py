@@ -33,10 +33,11 @@ from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.export.export_check import check, pictures_of
 from iosr_fast.export.onnx_files import save_onnx
-from iosr_fast.utils.files import new_folder, write_manifest
+from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.machine import cpu_model, package_version
+from iosr_fast.utils.manifest import write_manifest
 from iosr_fast.utils.require import require
-from iosr_fast.utils.verified_folder import hold
+from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
@@ -228,7 +229,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
     manifest. Raises ValueError for another runtime or an engine without encoder.onnx, and what write_engine raises.
     """
     engine = Path(engine)
-    held = hold(engine, ENGINE_KIND)
+    held = open_verified(engine, ENGINE_KIND)
     check_engine(held)
     manifest = held.manifest
     if runtime not in EXTRAS or ONNX_FILE not in manifest["files"]:

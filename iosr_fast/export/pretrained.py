@@ -12,11 +12,11 @@ from iosr_fast.clip.architecture import check_architecture, vision_config
 from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.text_source import TextSource
-from iosr_fast.utils.cache_folder import cache_folder
-from iosr_fast.utils.files import SCHEMA, recover
+from iosr_fast.utils.files import cache_folder, recover
+from iosr_fast.utils.manifest import SCHEMA
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require
-from iosr_fast.utils.verified_folder import hold
+from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
@@ -93,7 +93,7 @@ def open_pretrained(
 
     check_architecture(model)
     chosen = read_adapter(model, adapter)
-    held = None if engine is None else hold(engine, ENGINE_KIND)
+    held = None if engine is None else open_verified(engine, ENGINE_KIND)
     if held is None:
         runtime = choose_builder(runtime, precision)
     else:
@@ -136,7 +136,7 @@ def _is_whole(engine: Path) -> bool:
     from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
 
     try:
-        held = hold(engine, ENGINE_KIND)
+        held = open_verified(engine, ENGINE_KIND)
         check_engine(held)
         held.check()
     except (ValueError, FileNotFoundError) as error:

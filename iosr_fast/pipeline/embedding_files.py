@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.utils.files import new_file, read_manifest
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.manifest import read_manifest
 from iosr_fast.utils.require import require
 
 Format = Literal["safetensors", "parquet"]
@@ -90,7 +91,7 @@ def read_part(path: str | Path) -> Part:
 def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
     """The parts of a finished folder of tools/embed.py, in order, one in memory at a time.
 
-    Raises what iosr_fast.utils.files.read_manifest raises for a folder that is unfinished, damaged or something else.
+    Raises as `read_manifest` does for a folder that is unfinished, damaged or of another kind.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, KIND, verify)

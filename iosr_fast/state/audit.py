@@ -22,7 +22,7 @@ from iosr_fast.state.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark
 from iosr_fast.state.log_writer import AuditLog
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import fingerprint
-from iosr_fast.utils.files import remove_leftovers
+from iosr_fast.utils.temporaries import remove_leftovers
 
 _log = logging.getLogger("iosr_fast")
 

@@ -27,9 +27,10 @@ from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
-from iosr_fast.utils.files import MANIFEST, new_folder, write_manifest
+from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.manifest import MANIFEST, write_manifest
 from iosr_fast.utils.schema import check_files, read_facts, refused
-from iosr_fast.utils.verified_folder import Held, hold
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 KIND = "classifier"
 ENGINE, TEXT = "engine", "text"
@@ -45,7 +46,7 @@ class Bundle:
     engine: Path
     encoder_fingerprint: str
     text: TextSource | None
-    files: Held | None = None
+    files: VerifiedFolder | None = None
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     """
     from safetensors.numpy import save_file
 
-    engine = bundle.files or hold(bundle.engine, ENGINE_KIND)
+    engine = bundle.files or open_verified(bundle.engine, ENGINE_KIND)
     facts = check_engine(engine)
     _check_encoder(engine, facts, bundle.encoder_fingerprint)
     state_facts, arrays = state_to_files(bundle.state)
@@ -74,24 +75,27 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
             "text": _write_text(bundle.text, temporary / TEXT),
         }
         manifest = write_manifest(temporary, KIND, written, known)
-        _read(hold(temporary, KIND, verify=False))  # what can't be loaded is not written
+        _read(open_verified(temporary, KIND, verify=False))  # what can't be loaded is not written
         return manifest
 
 
 def load_bundle(
-    folder: str | Path | Held, verify: bool = True, threads: int | None = None, expected_digest: str | None = None
+    folder: str | Path | VerifiedFolder,
+    verify: bool = True,
+    threads: int | None = None,
+    expected_digest: str | None = None,
 ) -> Bundle:
     """Read what `save_bundle` wrote, a folder or one that is held. Every file is opened now and read once.
 
     `threads` of the text encoder. Raises FileNotFoundError or ValueError, naming the file and what is wrong, and what
-    `held.hold` raises for another digest than the expected one.
+    `verified_folder.open_verified` raises for another digest than the expected one.
     """
-    if isinstance(folder, Held):
+    if isinstance(folder, VerifiedFolder):
         held = folder
         if expected_digest is not None:
             held.require(expected_digest)
     else:
-        held = hold(folder, KIND, verify, expected_digest)
+        held = open_verified(folder, KIND, verify, expected_digest)
     facts, engine = _read(held)
     held.check(but=(SUPPORT, PLAN, PICTURES, f"{ENGINE}/{MANIFEST}"))
     try:
@@ -106,7 +110,7 @@ def load_bundle(
     return Bundle(state, views, engine.folder, facts.encoder_fingerprint, text, engine)
 
 
-def _read(held: Held) -> tuple[ClassifierManifest, Held]:
+def _read(held: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
     """Both manifests of a bundle, the engine's held, after checking that they say the same."""
     facts = read_facts(held, ClassifierManifest)
     engine = held.inner(ENGINE, ENGINE_KIND)
@@ -123,7 +127,7 @@ def _read(held: Held) -> tuple[ClassifierManifest, Held]:
     return facts, engine
 
 
-def _check_encoder(engine: Held, facts: EngineManifest, expected: str) -> None:
+def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str) -> None:
     if facts.fingerprint != expected:
         raise ValueError(
             f"the engine in {engine.folder} is of another export: the support set was encoded with "
@@ -131,7 +135,7 @@ def _check_encoder(engine: Held, facts: EngineManifest, expected: str) -> None:
         )
 
 
-def _check_widths(held: Held, facts: ClassifierManifest, engine: Held, state: State) -> None:
+def _check_widths(held: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, state: State) -> None:
     """That embeddings are such as the engine makes, and the text encoder."""
     width, embeddings = engine.manifest["width"], state.examples.embeddings
     adapted = engine.manifest["first_adapted_block"] is not None
@@ -148,7 +152,7 @@ def _check_widths(held: Held, facts: ClassifierManifest, engine: Held, state: St
         )
 
 
-def _copy_engine(engine: Held, target: Path) -> dict[str, str]:
+def _copy_engine(engine: VerifiedFolder, target: Path) -> dict[str, str]:
     """The files that the engine's manifest names, and no others; their SHA-256 by their names in a bundle."""
     copied = {}
     for name in engine.files:

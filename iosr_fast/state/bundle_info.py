@@ -8,8 +8,8 @@ from pathlib import Path
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
 from iosr_fast.encoders.runtimes.engine_manifest import EngineManifest
 from iosr_fast.state.bundle import KIND, load_bundle
-from iosr_fast.utils.files import LARGEST_MANIFEST, MANIFEST
-from iosr_fast.utils.verified_folder import Held, hold
+from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 
 def describe(folder: str | Path) -> str:
@@ -17,7 +17,7 @@ def describe(folder: str | Path) -> str:
 
     Raises FileNotFoundError and ValueError as `Classifier.load` does.
     """
-    held = hold(folder, _kind(Path(folder)))
+    held = open_verified(folder, _kind(Path(folder)))
     size = sum(file.size for file in held.files.values())
     lines = [f"{folder}: {held.kind}, {len(held.files) + 1} files, {size / 1e6:,.1f} MB"]
     lines += _engine_lines(held) if held.kind == ENGINE_KIND else _classifier_lines(held)
@@ -33,7 +33,7 @@ def _kind(folder: Path) -> str:
         return KIND
 
 
-def _classifier_lines(held: Held) -> list[str]:
+def _classifier_lines(held: VerifiedFolder) -> list[str]:
     bundle = load_bundle(held)
     state, config = bundle.state, bundle.state.config
     examples = state.examples
@@ -50,7 +50,7 @@ def _classifier_lines(held: Held) -> list[str]:
     ]
 
 
-def _engine_lines(held: Held) -> list[str]:
+def _engine_lines(held: VerifiedFolder) -> list[str]:
     facts = check_engine(held)
     held.check()
     return _facts(facts)

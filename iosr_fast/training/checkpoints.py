@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from iosr_fast.utils.files import new_folder, read_manifest, remove_leftovers, write_manifest
+from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.manifest import read_manifest, write_manifest
+from iosr_fast.utils.temporaries import remove_leftovers
 
 KIND = "training checkpoint"
 FILE = "state.safetensors"

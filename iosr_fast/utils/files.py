@@ -1,49 +1,50 @@
-"""Files and folders that are written whole or not at all; folders with a manifest, which hashes every file in them."""
+"""Atomic writes: a file or folder appears whole under its name or not at all. Also: where caches are stored."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import hashlib
-import json
+import functools
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from iosr_fast.utils.exchange import exchange
 from iosr_fast.utils.temporaries import MANIFEST, claimed, remove, remove_leftovers
 
-SCHEMA = 2
-LARGEST_MANIFEST = 64 << 20
-_SHA256 = re.compile("[0-9a-f]{64}")
-_MEND = {"engine": "tools/build_engine.py builds it again", "classifier": "fit and save it again"}
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # what rename says of a name that stands for something
-_LOOKS = 3  # for a folder that is missing
-_RENAMING_S = 0.05  # much longer than a writer that lives takes from one rename to the next
+_NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of rename when the target name exists
+_RECOVER_ATTEMPTS = 3
+_RENAME_PAUSE_S = 0.05  # much longer than a running writer needs from one rename to the next
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h and stdio.h
 log = logging.getLogger(__name__)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def cache_folder() -> Path:
+    """The folder of rebuildable files: engines, and plans compiled for this GPU. It may be deleted at any time.
+
+    IOSR_FAST_CACHE, else iosr_fast in XDG_CACHE_HOME, else ~/.cache/iosr_fast. It need not exist yet.
+    """
+    chosen = os.environ.get("IOSR_FAST_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iosr_fast"
 
 
 @contextmanager
 def new_file(target: str | Path) -> Iterator[Path]:
-    """A temporary file beside `target` to write to: it takes its place when the block ends well, and goes otherwise.
+    """A temporary file beside `target` that replaces it when the block succeeds, and is removed when it fails.
 
-    The bytes reach the disk before the name does, and whoever can read the folder can read the file. What killed
-    writers left of it goes.
+    The bytes reach the disk before the name does. Whoever can read the folder can read the file. Leftovers of killed
+    writers of `target` are removed first.
     """
     target = Path(target)
     remove_leftovers(target.parent, of=re.escape(target.name))
-    with claimed(target) as free:
-        temporary = free.with_name(f"{free.name}.tmp")
+    with claimed(target) as claim:
+        temporary = claim.with_name(f"{claim.name}.tmp")
         try:
             temporary.touch(0o600, exist_ok=False)
             yield temporary
@@ -57,37 +58,37 @@ def new_file(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well; a failure leaves it alone.
+    """A temporary folder beside `target` that replaces it when the block succeeds; a failure leaves `target` alone.
 
     Where Linux can exchange two names, `target` is the old folder or the new one at every moment. Elsewhere there are
-    two renames, and `recover` mends what a kill between them leaves. An existing `target` is replaced only if it is a
-    folder with a manifest (or empty), never somebody's other files. What killed writers left of it goes. Writers of
-    one target don't hinder each other: the last one's folder stays.
+    two renames, and `recover` repairs a kill between them. An existing `target` is replaced only if it is empty or has
+    a manifest; FileExistsError protects other files. Leftovers of killed writers are removed. Concurrent writers of
+    one target don't disturb each other: the last one's folder stays.
     """
-    given, target = target, Path(os.path.abspath(target))
-    if not _replaceable(target):
-        raise FileExistsError(f"{given} exists and holds other things than iosr_fast writes; choose another place")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target.parent, of=re.escape(target.name))
-    with claimed(target) as temporary:
+    path = Path(os.path.abspath(target))
+    if not _replaceable(path):
+        raise FileExistsError(f"{target} exists and holds other things than iosr_fast writes; choose another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, of=re.escape(path.name))
+    with claimed(path) as temporary:
         try:
             temporary.mkdir(0o755)
             temporary.chmod(0o755)  # whatever the umask says
             yield temporary
-            _sync(temporary)
-            superseded = _set_aside(target)
-            superseded += _put(temporary, target)
-            sync_folder(target.parent)
+            _sync_tree(temporary)
+            superseded = _set_aside(path)
+            superseded += _rename_to(temporary, path)
+            sync_folder(path.parent)
         except BaseException:
             remove(temporary)
-            recover(target)  # an interrupt may have come between two renames
+            recover(path)  # an interrupt may have come between two renames
             raise
         for old in superseded:
-            remove(old.parent)  # `target` is whole, so none of them is the only copy
+            remove(old.parent)  # `path` is complete, so none of them is the only copy
 
 
 def _replaceable(target: Path) -> bool:
-    """Whether nothing has the name, or an empty folder or one with a manifest."""
+    """Whether `target` is missing, an empty folder or a folder with a manifest."""
     while os.path.lexists(target):
         before = folder_identity(target)
         try:
@@ -97,34 +98,34 @@ def _replaceable(target: Path) -> bool:
         if names == [] or (names and MANIFEST in names):
             return True
         if before is None and not os.path.islink(target):
-            continue  # another writer renames it
+            continue  # another writer is renaming it
         if before == folder_identity(target):
             return False
     return True
 
 
 def folder_identity(folder: Path) -> tuple[int, int, int] | None:
-    """What tells a folder from another one that takes its place; None where there is none."""
+    """Distinguishes a folder from another one that replaces it; None where there is none."""
     try:
-        facts = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    return facts.st_dev, facts.st_ino, facts.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
-def _put(made: Path, target: Path) -> list[Path]:
-    """Give `made` the name `target`. What had the name before is gone, or is returned where it was set aside."""
-    asides: list[Path] = []
-    while True:  # where other writers rename, the name comes and goes
+def _rename_to(source: Path, target: Path) -> list[Path]:
+    """Rename `source` to `target`; returns the folders set aside for it, where names can't be exchanged."""
+    aside_paths: list[Path] = []
+    while True:  # concurrent writers rename, so the name comes and goes
         try:
-            os.rename(made, target)  # where nothing has the name, or an empty folder
-            return asides
+            os.rename(source, target)  # works if the name is free or an empty folder
+            return aside_paths
         except OSError as error:
-            if error.errno not in _TAKEN and not os.path.lexists(target):
+            if error.errno not in _NAME_TAKEN and not os.path.lexists(target):
                 raise
-        if exchange(made, target):
-            remove(made)
-            return asides
+        if exchange(source, target):
+            remove(source)
+            return aside_paths
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         try:
             os.rename(target, aside / "old")
@@ -134,47 +135,75 @@ def _put(made: Path, target: Path) -> list[Path]:
             aside.rmdir()
             raise
         else:
-            asides.append(aside / "old")
+            aside_paths.append(aside / "old")
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names of one file system atomically, with Linux's renameat2.
+
+    Returns False, with nothing changed, where that is impossible: other systems than Linux, an old C library, a file
+    system without support, a missing name.
+    """
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    log.debug("%s and %s can't be exchanged: %s", one, other, os.strerror(ctypes.get_errno()))
+    return False
+
+
+@functools.cache
+def _renameat2() -> Any:
+    """The C library's function, or None."""
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+        function.restype = ctypes.c_int
+    return function
 
 
 def recover(folder: str | Path) -> bool:
-    """Put the missing `folder` back from where a kill between two renames left it. Returns whether it is there now.
+    """Restore a missing `folder` that a kill between two renames left set aside. Returns whether it exists now.
 
-    Only systems on which `new_folder` can't exchange names leave such a thing: the old folder, whole, beside it.
+    Only systems where `new_folder` can't exchange names leave one: the old folder, complete, beside `folder`.
     """
     folder = Path(os.path.abspath(folder))
-    for _ in range(_LOOKS):  # writers that live rename it meanwhile
+    for _ in range(_RECOVER_ATTEMPTS):  # a running writer may rename it meanwhile
         if os.path.lexists(folder):
             return True
         if not _set_aside(folder):
             continue
-        time.sleep(_RENAMING_S)
-        found = _set_aside(folder)
-        if not os.path.lexists(folder) and found:
+        time.sleep(_RENAME_PAUSE_S)
+        aside_paths = _set_aside(folder)
+        if not os.path.lexists(folder) and aside_paths:
+            newest = aside_paths[-1]
             try:
-                os.rename(found[-1], folder)
+                os.rename(newest, folder)
             except OSError as error:
-                log.warning("%s is missing; its last state is %s and can't be renamed: %s", folder, found[-1], error)
+                log.warning("%s is missing; its last state is %s and can't be renamed: %s", folder, newest, error)
                 continue
-            log.warning("%s was missing: a save was killed, and what it was about to replace is back", folder)
+            log.warning("%s was missing: a save was killed, and the folder it was about to replace is back", folder)
             with suppress(OSError):
-                found[-1].parent.rmdir()
+                newest.parent.rmdir()
     return os.path.lexists(folder)
 
 
 def _set_aside(folder: Path) -> list[Path]:
-    """Folders with a manifest that were to be replaced when a writer of `folder` was killed; the newest is last."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.old\.[a-z0-9_]{{8}}")
-    found = []
+    """Complete folders that killed writers of `folder` set aside, oldest first."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.old\.[a-z0-9_]{{8}}")
+    aged = []
     for aside in folder.parent.iterdir() if folder.parent.is_dir() else ():
-        if name.fullmatch(aside.name):
-            with suppress(OSError):  # another process may be at it
-                found.append(((aside / "old" / MANIFEST).stat().st_mtime_ns, aside / "old"))
-    return [path for _, path in sorted(found)]
+        if pattern.fullmatch(aside.name):
+            with suppress(OSError):  # another process may remove it
+                aged.append(((aside / "old" / MANIFEST).stat().st_mtime_ns, aside / "old"))
+    return [path for _, path in sorted(aged)]
 
 
-def _sync(folder: Path) -> None:
-    """Have all that lies in `folder` reach the disk before the folder gets its name: a power cut leaves no half."""
+def _sync_tree(folder: Path) -> None:
+    """Flush a folder's content to the disk before the rename, so that a power cut leaves no half folder."""
     for path in folder.rglob("*"):
         if path.is_file():
             _sync_file(path)
@@ -184,110 +213,16 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_file(path: Path) -> None:
-    path.chmod(0o644)  # tempfile and safetensors write for the owner's eyes only
+    path.chmod(0o644)  # tempfile and safetensors create files that only the owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
+    """Flush the names in a folder to the disk."""
     if os.name == "posix":  # elsewhere a folder can't be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def seal(facts: dict[str, Any]) -> bytes:
-    """The bytes of manifest.json: `facts` and, last, "checksum", the SHA-256 of their JSON with sorted keys."""
-    held = json.loads(json.dumps({name: value for name, value in facts.items() if name != "checksum"}))
-    canonical = json.dumps(held, sort_keys=True, separators=(",", ":")).encode()
-    whole = {**held, "checksum": hashlib.sha256(canonical).hexdigest()}
-    return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def write_manifest(
-    folder: Path, kind: str, facts: dict[str, Any], known: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Write manifest.json with the facts and the size and SHA-256 of every other file in `folder` (recursively).
-
-    `known`: SHA-256 of files that are not read again, since the writer saw their bytes.
-    """
-    known = known or {}
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {
-        name: {"sha256": known.get(name) or sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()
-    }
-    content = seal({"schema": SCHEMA, "kind": kind, **facts, "files": files})
-    (folder / MANIFEST).write_bytes(content)
-    manifest: dict[str, Any] = json.loads(content)
-    return manifest
-
-
-def read_manifest(folder: str | Path, kind: str, verify: bool = True) -> dict[str, Any]:
-    """The manifest of `folder`, after checking that it is of this kind and schema and that every file is as written.
-
-    Without `verify` the files' hashes are left out, never the manifest's own checksum. `held.hold` reads a folder that
-    may be replaced meanwhile. Raises FileNotFoundError without the folder, its manifest or one of its files, ValueError
-    for anything else amiss.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file() and not (recover(folder) and path.is_file()):
-        raise FileNotFoundError(f"expected a folder with a {MANIFEST} ({kind}), found none at {path}")
-    with path.open("rb") as opened:
-        manifest = parse_manifest(opened.read(LARGEST_MANIFEST + 1), folder, kind)
-    for name, entry in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise FileNotFoundError(f"{name} is missing from {folder}; {mend(kind)}")
-        if verify and (got := sha256(file)) != entry["sha256"]:
-            raise ValueError(mismatch(name, folder, kind, entry["sha256"], got))
-    return manifest
-
-
-def parse_manifest(content: bytes, folder: Path, kind: str) -> dict[str, Any]:
-    """The facts in the bytes of `folder`'s manifest.json. Raises ValueError unless they are what `seal` made of facts
-    of this kind and schema, with a size and a SHA-256 for each file, none of them outside the folder."""
-    path = folder / MANIFEST
-    if len(content) > LARGEST_MANIFEST:
-        raise ValueError(f"expected {path} of at most {LARGEST_MANIFEST >> 20} MiB, got a larger one; {mend(kind)}")
-    try:
-        manifest: dict[str, Any] = json.loads(content.decode("utf-8"))
-        schema, found, sealed = manifest["schema"], manifest["kind"], seal(manifest)
-        for entry in manifest["files"].values():
-            if not (_SHA256.fullmatch(entry["sha256"]) and type(entry["bytes"]) is int and entry["bytes"] >= 0):
-                raise ValueError(f"expected the SHA-256 and the size of each file, got {entry}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no manifest of iosr_fast ({error!r}); {mend(kind)}") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version of iosr_fast reads schema {SCHEMA}; {mend(kind)}")
-    if sealed != content:
-        raise ValueError(f"{path} is damaged or was changed by hand: it does not match its own checksum; {mend(kind)}")
-    if found != kind:
-        raise ValueError(f"expected {folder} to hold a {kind}, got a {found}")
-    for name in manifest["files"]:
-        if _leaves(name):
-            raise ValueError(
-                f"{path} names a file outside its folder, {name!r}: nothing of iosr_fast wrote that; {mend(kind)}"
-            )
-    return manifest
-
-
-def mend(kind: str) -> str:
-    """How to get another folder of this kind."""
-    return _MEND.get(kind, f"make the {kind} again")
-
-
-def mismatch(name: str, folder: Path, kind: str, expected: str, got: str) -> str:
-    """What to say of a file with another SHA-256 than its manifest has."""
-    return (
-        f"{name} in {folder} does not match its manifest (expected sha256 {expected[:12]}..., got {got[:12]}...): "
-        f"it is damaged or was changed; {mend(kind)}"
-    )
-
-
-def _leaves(name: str) -> bool:
-    """Whether a file's name in a manifest leads out of the folder, on any system."""
-    return any(".." in path.parts or path.anchor for path in (PurePosixPath(name), PureWindowsPath(name)))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from iosr_fast.utils.files import MANIFEST
+from iosr_fast.utils.manifest import MANIFEST
 
 
 def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The manifest of a verified folder in its schema: every field has a type and a range, and no field is unknown."""
+"""Schemas of manifests: every field has a type and a range, and unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from iosr_fast.utils.files import mend
+from iosr_fast.utils.manifest import advice
 from iosr_fast.utils.text import abbreviate
-from iosr_fast.utils.verified_folder import Held
+from iosr_fast.utils.verified_folder import VerifiedFolder
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Fingerprint = Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")]  # printable, without spaces
-Name = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,512}\Z")]  # nothing that steers a terminal
+Name = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,512}\Z")]  # no control characters, which steer terminals
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
-# JSON has no way to write what isn't finite, and msgspec takes no number that doesn't fit.
+# JSON can't express infinite numbers, and msgspec refuses overflowing ones.
 Above0 = Annotated[float, Meta(gt=0)]
 Channels = Annotated[list[float], Meta(min_length=3, max_length=3)]
 Deviations = Annotated[list[Above0], Meta(min_length=3, max_length=3)]
@@ -25,7 +25,7 @@ _T = TypeVar("_T", bound="Strict")
 
 
 class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A JSON object with these fields and no others."""
+    """A JSON object with exactly these fields."""
 
 
 class Entry(Strict, frozen=True, kw_only=True):
@@ -33,23 +33,23 @@ class Entry(Strict, frozen=True, kw_only=True):
     bytes: Natural
 
 
-def read_facts(held: Held, form: type[_T]) -> _T:
-    """The manifest of a held folder in its form. Raises ValueError naming manifest, field and what was expected."""
+def read_facts(folder: VerifiedFolder, schema: type[_T]) -> _T:
+    """Parse the manifest of a folder. Raises ValueError naming the manifest, the field and the expectation."""
     try:
-        return msgspec.json.decode(held.content, type=form)
+        return msgspec.json.decode(folder.content, type=schema)
     except (ValueError, RecursionError) as error:  # msgspec's own errors are ValueErrors
-        raise refused(held, f"manifest.json: {error}") from error
+        raise refused(folder, f"manifest.json: {error}") from error
 
 
-def refused(held: Held, reason: str) -> ValueError:
-    """The error for what was read and can't be right."""
-    return ValueError(f"{held.folder} is not a complete {held.kind}: {reason}; {mend(held.kind)}")
+def refused(folder: VerifiedFolder, reason: str) -> ValueError:
+    """The error for content that can't be right."""
+    return ValueError(f"{folder.folder} is not a complete {folder.kind}: {reason}; {advice(folder.kind)}")
 
 
-def check_files(held: Held, needed: set[str], allowed: set[str]) -> None:
-    """Raise ValueError unless a manifest names the files that are needed, and none that nothing reads."""
-    found = set(held.files)
-    if missing := sorted(needed - found):
-        raise refused(held, f"manifest.json: expected the files {abbreviate(missing)}, got none of that name")
-    if others := sorted(found - needed - allowed):
-        raise refused(held, f"manifest.json: expected no other files, got {abbreviate(others)}")
+def check_files(folder: VerifiedFolder, needed: set[str], allowed: set[str]) -> None:
+    """Raise ValueError unless the manifest lists all `needed` files and no others but `allowed` ones."""
+    listed = set(folder.files)
+    if missing := sorted(needed - listed):
+        raise refused(folder, f"manifest.json: expected the files {abbreviate(missing)}, got none of that name")
+    if others := sorted(listed - needed - allowed):
+        raise refused(folder, f"manifest.json: expected no other files, got {abbreviate(others)}")

@@ -1,8 +1,8 @@
-"""Temporary files beside the place they are written for, and what killed writers leave of them.
+"""Temporary files beside their targets, and the removal of those that killed writers leave.
 
-A writer of `name` locks `.name.<token>.lock.tmp` as long as it lives, and writes to `.name.<token>` or
-`.name.<token>.tmp`. The lock goes with the process, however that ends: a temporary whose lock nobody holds is a
-leftover, whatever its age. Without a lock file (no flock here, or another version of iosr_fast wrote it) age decides.
+A writer of `name` locks `.name.<token>.lock.tmp` while it runs, and writes to `.name.<token>` or `.name.<token>.tmp`.
+The operating system releases the lock when the process ends: a temporary with an unlocked lock file is a leftover,
+whatever its age. Without a lock file (no flock on this system, or another version of iosr_fast) the age decides.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ def claimed(target: Path) -> Iterator[Path]:
     while True:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_LOCK, dir=target.parent)
         lock = Path(name)
-        locked = _try_lock(descriptor)
-        if locked is None:  # no locks on this system or file system: a lock file would say that its writer is dead
+        locked = try_lock(descriptor)
+        if locked is None:  # no locks on this file system: an unlocked lock file would mark its writer as dead
             os.close(descriptor)
             lock.unlink(missing_ok=True)
             break
-        if locked and _same(descriptor, lock):
+        if locked and is_open_at(descriptor, lock):
             break
-        os.close(descriptor)  # somebody took it for a leftover before it was locked
+        os.close(descriptor)  # removed as a leftover before it was locked
     try:
         yield lock.with_name(lock.name.removesuffix(_LOCK))
     finally:
         if locked:
-            with suppress(OSError):  # it is a leftover then, which the next writer removes
+            with suppress(OSError):  # the next writer removes it
                 lock.unlink()
             os.close(descriptor)
 
 
 def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+") -> list[Path]:
-    """Remove what killed processes left in `folder`: hidden temporary files and folders that no living writer holds.
+    """Remove temporary files and folders in `folder` that no running writer holds. Returns the removed paths.
 
-    Those without a lock file go when they are older than `older_than_s`. A folder that `files.new_folder` was about to
-    replace stays: it may be the only copy. `of` is a regular expression of the names that they were to get: where the
-    folder may be somebody's, it keeps their hidden files out of this. Returns what was removed.
+    Without a lock file they are removed when older than `older_than_s`. A folder that `files.new_folder` was about to
+    replace stays: it may be the only copy. `of` is a regular expression of target names: it protects other hidden
+    files in a user's folder.
     """
     groups: dict[str, dict[str, Path]] = {}
     with suppress(OSError):  # no folder, or none that may be listed
@@ -75,10 +75,10 @@ def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+")
 
 
 def _remove_unlocked(lock: Path, paths: list[Path]) -> list[Path]:
-    """Remove `paths`, and last the lock, unless a living writer holds it."""
+    """Remove `paths`, and the lock last, unless a running writer holds it."""
     descriptor = os.open(lock, os.O_RDWR)
     try:
-        if not (_try_lock(descriptor) and _same(descriptor, lock)):
+        if not (try_lock(descriptor) and is_open_at(descriptor, lock)):
             return []
         return [path for path in (*paths, lock) if remove(path)]
     finally:
@@ -91,8 +91,7 @@ def _is_old(path: Path, aside: bool, older_than_s: float) -> bool:
 
 
 def remove(path: Path) -> bool:
-    """Remove a folder, a file or a link; whether it is gone. What can't be removed is a leftover for later, no reason
-    to fail."""
+    """Remove a folder, a file or a link. Returns whether it is gone; never raises."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -101,8 +100,8 @@ def remove(path: Path) -> bool:
     return not os.path.lexists(path)
 
 
-def _try_lock(descriptor: int) -> bool | None:
-    """Lock an open file; False where another process has it locked, None where files can't be locked here."""
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file; False if another process holds the lock, None if files can't be locked here."""
     try:
         import fcntl
     except ImportError:
@@ -117,8 +116,8 @@ def _try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _same(descriptor: int, path: Path) -> bool:
-    """Whether `path` still leads to the open file."""
+def is_open_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except OSError:

@@ -1,7 +1,7 @@
-"""A folder with a manifest, held open: what was verified is what is read, whatever becomes of its names meanwhile.
+"""A folder with a manifest whose files stay open: the bytes that were verified are the bytes that are read.
 
-Every file is opened once, through the folder that was opened first, and links below that folder are not followed. A
-writer that replaces the folder, or removes the old one, changes nothing of what is held.
+Every file is opened once, relative to the opened folder, and links below it are not followed. A writer that replaces
+or removes the folder has no effect on the open files.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from iosr_fast.utils.files import LARGEST_MANIFEST, MANIFEST, folder_identity, mend, mismatch, parse_manifest, recover
+from iosr_fast.utils.files import folder_identity, recover
+from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, parse_manifest
 
-_PATIENCE_S = 60.0  # that a folder may be replaced faster than its files are opened
-_MOST_FILES = 256  # all open at a time, of 1,024 that a process may often have
+_RETRY_S = 60.0  # how long to retry while the folder is replaced faster than its files are opened
+_MOST_FILES = 256  # all open at once; a process may often have 1,024
 _CHUNK = 1 << 20
 _AT_FOLDERS = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-# Without O_NONBLOCK, opening a pipe that somebody put there would wait for its writer.
+# Without O_NONBLOCK, opening a pipe in the place of a file would wait for its writer.
 _FILE = _READ | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _Signature = tuple[int, int, int, int, int]
 _T = TypeVar("_T")
 
 
-class HeldFile:
-    """An open file of a held folder, and what its manifest says of it. Safe to share between threads."""
+class _OpenFile:
+    """An open file of a verified folder. Threads may share it."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -41,7 +42,7 @@ class HeldFile:
         self._lock = threading.Lock()
 
     def chunks(self, largest: int) -> Iterator[bytes]:
-        """Its first `largest` bytes, and one more where there are more; another thread waits for the last."""
+        """The first `largest` bytes, and one more if the file is longer. Threads take turns, one whole read each."""
         left = largest + 1
         with self._lock:
             self._file.seek(0)
@@ -51,67 +52,67 @@ class HeldFile:
 
     @property
     def size(self) -> int:
-        """In bytes, when it was opened."""
+        """Bytes when it was opened."""
         return self.signature[2]
 
     @property
     def in_place(self) -> bool:
-        """Whether the path still leads to this file, and the file is unchanged since it was opened."""
+        """Whether the path still names this file, and the file is unchanged since it was opened."""
         try:
-            found = _signature(os.stat(self.path, follow_symlinks=False))
+            current = _signature(os.stat(self.path, follow_symlinks=False))
         except OSError:
             return False
-        return found == self.signature == _signature(os.fstat(self._file.fileno()))
+        return current == self.signature == _signature(os.fstat(self._file.fileno()))
 
     def __del__(self) -> None:
         self._file.close()
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A folder of one kind with its manifest and the files that it names, by their names, all open."""
+class VerifiedFolder:
+    """A folder of one kind: its manifest, and the files it lists, by name, all open."""
 
     folder: Path
     kind: str
     manifest: dict[str, Any]
     content: bytes
-    files: Mapping[str, HeldFile]
+    files: Mapping[str, _OpenFile]
     folders: Mapping[Path, _Signature]
     verify: bool = True
 
     def require(self, expected_digest: str) -> None:
-        """Raise ValueError for another digest, and where `check_digest` does."""
+        """Raise ValueError for another digest, and as `check_digest` does."""
         check_digest(expected_digest, self.verify)
         _compare_digest(self.folder, self.kind, self.digest, expected_digest)
 
     @property
     def digest(self) -> str:
-        """ "sha256:" and the SHA-256 of manifest.json, which has that of every other file: of all that is here."""
+        """ "sha256:" and the SHA-256 of manifest.json, which covers all files."""
         return _digest_of(self.content)
 
     def read(self, name: str) -> bytes:
-        """A file's bytes. Raises ValueError, unless this is held without `verify`, where the manifest has others."""
+        """A file's bytes. Raises ValueError if they differ from the manifest (never with verify=False)."""
         if not self.verify:
             return b"".join(self.files[name].chunks(self.files[name].size))
         return b"".join(self._verified(name))
 
     def check(self, but: Collection[str] = ()) -> None:
-        """Compare every file with the manifest, without those that are `read`. Raises ValueError."""
+        """Compare every file but those in `but` with the manifest. Raises ValueError."""
         for name in self.files:
             if self.verify and name not in but:
                 for _ in self._verified(name):
                     pass
 
     def copy(self, name: str, target: Path) -> str:
-        """Copy a file to `target`; its SHA-256, which is the manifest's. Raises ValueError where it is not."""
-        with target.open("xb") as copied:
+        """Copy a file to `target`; returns its SHA-256. Raises ValueError if it differs from the manifest's."""
+        with target.open("xb") as file:
             for chunk in self._verified(name):
-                copied.write(chunk)
+                file.write(chunk)
         sha256: str = self.manifest["files"][name]["sha256"]
         return sha256
 
     def _verified(self, name: str) -> Iterator[bytes]:
-        """A file's bytes; ValueError at their end where the manifest has others."""
+        """A file's bytes. Raises ValueError at the end if they differ from the manifest."""
         entry, digest = self.manifest["files"][name], hashlib.sha256()
         for chunk in self.files[name].chunks(entry["bytes"]):
             digest.update(chunk)
@@ -119,46 +120,46 @@ class Held:
         if (got := digest.hexdigest()) != entry["sha256"]:
             raise ValueError(mismatch(name, self.folder, self.kind, entry["sha256"], got))
 
-    def part(self, name: str) -> Held:
-        """The folder `name` in this one, as this one's manifest has it."""
+    def part(self, name: str) -> VerifiedFolder:
+        """The sub-folder `name`, as listed in this folder's manifest."""
         prefix = f"{name}/"
         entries = {n.removeprefix(prefix): e for n, e in self.manifest["files"].items() if n.startswith(prefix)}
         files = {n: self.files[f"{prefix}{n}"] for n in entries}
-        return Held(self.folder / name, self.kind, {"files": entries}, b"", files, self.folders, self.verify)
+        return VerifiedFolder(self.folder / name, self.kind, {"files": entries}, b"", files, self.folders, self.verify)
 
-    def inner(self, name: str, kind: str) -> Held:
-        """The folder `name` in this one, which has a manifest of its own. Raises ValueError where the two differ."""
+    def inner(self, name: str, kind: str) -> VerifiedFolder:
+        """The sub-folder `name`, which has its own manifest. Raises ValueError if the two manifests differ."""
         part = self.part(name)
         if MANIFEST not in part.files:
-            raise ValueError(f"expected {self.folder} to hold {name}/{MANIFEST}, got none; {mend(self.kind)}")
+            raise ValueError(f"expected {self.folder} to hold {name}/{MANIFEST}, got none; {advice(self.kind)}")
         content = self.read(f"{name}/{MANIFEST}")
         manifest = parse_manifest(content, part.folder, kind)
         own, outer = manifest["files"], {n: e for n, e in part.manifest["files"].items() if n != MANIFEST}
         if own != outer:
             differing = sorted(n for n in {*own, *outer} if own.get(n) != outer.get(n))
             raise ValueError(
-                f"expected {part.folder / MANIFEST} and {self.folder / MANIFEST} to say the same of each file, got two "
-                f"answers about {', '.join(differing)}; {mend(self.kind)}"
+                f"expected {part.folder / MANIFEST} and {self.folder / MANIFEST} to agree on every file, got two "
+                f"entries for {', '.join(differing)}; {advice(self.kind)}"
             )
         files = {n: part.files[n] for n in own}
-        return Held(part.folder, kind, manifest, content, files, self.folders, self.verify)
+        return VerifiedFolder(part.folder, kind, manifest, content, files, self.folders, self.verify)
 
     def open_with(self, opener: Callable[[Path], _T]) -> _T:
-        """What `opener` makes of this folder, for libraries that take nothing but paths.
+        """Call `opener` with a path of this folder, for libraries that only take paths.
 
-        Where the folder was replaced or touched since it was held, before or while `opener` runs, that is made again
-        from a private copy, which is compared with the manifest. Raises what `opener` raises, and ValueError.
+        If the folder was changed since it was opened, before or while `opener` runs, `opener` is called again with a
+        private copy, which is compared with the manifest. Raises what `opener` raises, and ValueError.
         """
         if self._in_place:
             try:
-                made = opener(self.folder)
+                result = opener(self.folder)
             except Exception:
                 if self._in_place:
                     raise
             else:
                 if self._in_place:
-                    return made
-        with tempfile.TemporaryDirectory(prefix="iosr-fast-held-", ignore_cleanup_errors=True) as private:
+                    return result
+        with tempfile.TemporaryDirectory(prefix="iosr-fast-copy-", ignore_cleanup_errors=True) as private:
             for name in self.files:
                 (Path(private) / name).parent.mkdir(parents=True, exist_ok=True)
                 self.copy(name, Path(private) / name)
@@ -167,35 +168,37 @@ class Held:
     @property
     def _in_place(self) -> bool:
         try:
-            found = {path: _signature(path.stat()) for path in self.folders}
+            current = {path: _signature(path.stat()) for path in self.folders}
         except OSError:
             return False
-        return found == self.folders and all(file.in_place for file in self.files.values())
+        return current == self.folders and all(file.in_place for file in self.files.values())
 
 
-def hold(folder: str | Path, kind: str, verify: bool = True, expected_digest: str | None = None) -> Held:
-    """Open a folder of this kind and all files that its manifest names, all of them of one writer.
+def open_verified(
+    folder: str | Path, kind: str, verify: bool = True, expected_digest: str | None = None
+) -> VerifiedFolder:
+    """Open a folder of this kind and all files that its manifest lists, all written by one writer.
 
-    Nothing but the manifest is read yet: `Held.read` and `Held.check` compare files with it (unless `verify` is False).
-    `expected_digest` is what `Held.digest` has to be, compared before anything is parsed. Where the folder is replaced
-    meanwhile, it is opened again. Raises FileNotFoundError without the folder, its manifest or one of its files,
-    ValueError for a link, a file of another kind and what `files.parse_manifest` and `check_digest` refuse.
+    Only the manifest is read now: `read`, `copy` and `check` compare files with it (unless `verify` is False).
+    `expected_digest` is compared with `digest` before anything is parsed. A folder that is replaced meanwhile is opened
+    again. Raises FileNotFoundError without the folder, its manifest or one of its files, ValueError for a link, a
+    special file, and as `manifest.parse_manifest` and `check_digest` do.
     """
     folder = Path(folder)
     if expected_digest is not None:
         check_digest(expected_digest, verify)
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _RETRY_S
     while True:
         before = folder_identity(folder)
         try:
-            held = _open(folder, kind, verify, expected_digest)
+            opened = _open(folder, kind, verify, expected_digest)
         except Exception:
             standing = folder_identity(folder) == before and (before is not None or not recover(folder))
             if standing or time.monotonic() > deadline:
                 raise
         else:
             if _AT_FOLDERS or folder_identity(folder) == before:
-                return held
+                return opened
 
 
 def _digest_of(content: bytes) -> str:
@@ -205,34 +208,34 @@ def _digest_of(content: bytes) -> str:
 def _compare_digest(folder: Path, kind: str, got: str, expected: str | None) -> None:
     if expected not in (None, got):
         raise ValueError(
-            f"expected {folder} with the digest {expected}, got {got}: it is another {kind} than the one that was "
-            "pinned, or was changed"
+            f"expected {folder} with the digest {expected}, got {got}: it is another {kind} than the pinned "
+            "one, or was changed"
         )
 
 
 def check_digest(expected: str, verify: bool) -> None:
-    """Raise ValueError for what is no digest, and where files would not be compared with it."""
-    letters = expected.removeprefix("sha256:")
-    if letters == expected or len(letters) != 64 or set(letters) - set("0123456789abcdef"):
+    """Raise ValueError for a malformed digest, and for verify=False, which would not compare the files with it."""
+    digits = expected.removeprefix("sha256:")
+    if digits == expected or len(digits) != 64 or set(digits) - set("0123456789abcdef"):
         raise ValueError(
             f"expected a digest of the form sha256:<64 hexadecimal digits>, got {expected!r}; `iosr-fast info FOLDER` "
             "prints it"
         )
     if not verify:
-        raise ValueError("an expected digest says nothing of files that are not verified: leave verify=False out")
+        raise ValueError("expected_digest says nothing about files that are not verified: leave verify=False out")
 
 
-def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) -> Held:
+def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) -> VerifiedFolder:
     opened: dict[Path, int | None] = {}
     try:
         try:
             opened[folder] = os.open(folder, _READ | getattr(os, "O_DIRECTORY", 0)) if _AT_FOLDERS else None
-            own = _open_file(opened, folder, MANIFEST, kind)
+            manifest_file = _open_file(opened, folder, MANIFEST, kind)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(
                 f"expected a folder with a {MANIFEST} ({kind}), found none at {folder / MANIFEST}"
             ) from error
-        content = b"".join(own.chunks(LARGEST_MANIFEST))
+        content = b"".join(manifest_file.chunks(LARGEST_MANIFEST))
         _compare_digest(folder, kind, _digest_of(content), expected_digest)
         manifest = parse_manifest(content, folder, kind)
         if len(manifest["files"]) > _MOST_FILES:
@@ -242,21 +245,21 @@ def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) ->
             try:
                 files[name] = _open_file(opened, folder, name, kind)
             except FileNotFoundError as error:
-                raise FileNotFoundError(f"{name} is missing from {folder}; {mend(kind)}") from error
-        facts = {path: path.stat() if fd is None else os.fstat(fd) for path, fd in opened.items()}
-        return Held(folder, kind, manifest, content, files, {p: _signature(f) for p, f in facts.items()}, verify)
+                raise FileNotFoundError(f"{name} is missing from {folder}; {advice(kind)}") from error
+        folders = {path: _signature(path.stat() if fd is None else os.fstat(fd)) for path, fd in opened.items()}
+        return VerifiedFolder(folder, kind, manifest, content, files, folders, verify)
     finally:
         for descriptor in opened.values():
             if descriptor is not None:
                 os.close(descriptor)
 
 
-def _open_file(opened: dict[Path, int | None], folder: Path, name: str, kind: str) -> HeldFile:
-    """Open a file through the folders above it, which stay in `opened`."""
-    *above, last = PurePosixPath(name).parts or (".",)
+def _open_file(opened: dict[Path, int | None], folder: Path, name: str, kind: str) -> _OpenFile:
+    """Open a file relative to its folder. `opened` collects the folders' descriptors."""
+    *parents, last = PurePosixPath(name).parts or (".",)
     path, at = folder, opened[folder]
     try:
-        for part in above:
+        for part in parents:
             path = path / part
             if path not in opened:
                 _refuse_link(path, at, part)
@@ -269,17 +272,17 @@ def _open_file(opened: dict[Path, int | None], folder: Path, name: str, kind: st
         raise FileNotFoundError(str(error)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FileNotFoundError(f"{name} in {folder} is no file; {mend(kind)}")
-    return HeldFile(path, descriptor)
+        raise FileNotFoundError(f"{name} in {folder} is not a regular file; {advice(kind)}")
+    return _OpenFile(path, descriptor)
 
 
 def _refuse_link(path: Path, at: int | None, name: str) -> None:
-    """With an error that says more than O_NOFOLLOW, which closes the gap between looking and opening."""
-    facts = os.stat(path if at is None else name, dir_fd=at, follow_symlinks=False)
-    if stat.S_ISLNK(facts.st_mode):
+    """Raise ValueError with advice. O_NOFOLLOW covers a link that appears between this check and the opening."""
+    status = os.stat(path if at is None else name, dir_fd=at, follow_symlinks=False)
+    if stat.S_ISLNK(status.st_mode):
         raise ValueError(f"{path} is a link, expected a file or folder of its own: copy it with `cp -rL` to resolve it")
 
 
-def _signature(facts: os.stat_result) -> _Signature:
-    """What changes when a file is replaced or written to; a folder, when it is replaced or names in it change."""
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+def _signature(status: os.stat_result) -> _Signature:
+    """Changes when a file is replaced or written to, and when a folder is replaced or its names change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

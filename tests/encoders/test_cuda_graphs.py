@@ -210,7 +210,7 @@ def test_the_torch_encoder_replays_what_it_recorded(
     torch_engine: Path, refuses: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     from iosr_fast.encoders.runtimes.torch import TorchEncoder
-    from iosr_fast.utils.files import read_manifest
+    from iosr_fast.utils.manifest import read_manifest
     from tests.clip.test_dual_encoder import random_pixels
 
     facts, pixels, recorder = read_manifest(torch_engine, "engine"), random_pixels(9, 32), Replaying(refuses)

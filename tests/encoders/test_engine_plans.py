@@ -20,9 +20,9 @@ from iosr_fast.encoders.runtimes.tensorrt import target  # noqa: E402
 from iosr_fast.export import pretrained  # noqa: E402
 from iosr_fast.export.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
-from iosr_fast.utils.cache_folder import cache_folder  # noqa: E402
-from iosr_fast.utils.files import SCHEMA, new_folder, read_manifest, write_manifest  # noqa: E402
+from iosr_fast.utils.files import cache_folder, new_folder  # noqa: E402
 from iosr_fast.utils.machine import Gpu  # noqa: E402
+from iosr_fast.utils.manifest import SCHEMA, read_manifest, write_manifest  # noqa: E402
 from tests.clip.test_dual_encoder import random_pixels, small_clip  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 

@@ -24,7 +24,7 @@ from iosr_fast.encoders.runtimes import choose_runtime, engine, open_engine, ope
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import build_plan  # noqa: E402
 from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
-from iosr_fast.utils.files import SCHEMA  # noqa: E402
+from iosr_fast.utils.manifest import SCHEMA  # noqa: E402
 from tests.clip.test_dual_encoder import random_pixels, small_clip  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 

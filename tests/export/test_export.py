@@ -20,7 +20,7 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.export import export  # noqa: E402
 from iosr_fast.export.engine_precision import quantised_by  # noqa: E402
 from iosr_fast.export.export import engine_fingerprint, export_onnx, random_adapter, write_engine  # noqa: E402
-from iosr_fast.utils.files import read_manifest  # noqa: E402
+from iosr_fast.utils.manifest import read_manifest  # noqa: E402
 from tests.clip.test_dual_encoder import random_pixels, run, small_clip  # noqa: E402
 
 

@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.state.state_files import fingerprint
-from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.test_embed import ROOT, logged, part_bytes, write_pictures
 from tools import classify
 from tools.classification.parts import COLUMNS, SCORES, read_answers, write_answers

@@ -12,7 +12,7 @@ import pytest
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.state.bundle import load_bundle
-from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.test_classify import assert_answers, bundle, classified, read_all  # noqa: F401 (bundle is a fixture)
 from tests.pipeline.test_embed import ROOT, logged, part_bytes, write_pictures
 from tests.pipeline.test_embed_ray import kill_in_the_middle, row_of

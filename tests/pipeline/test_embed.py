@@ -33,7 +33,7 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.pipeline.embedding_files import Part, iterate_parts, read_embeddings, read_part
-from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.manifest import read_manifest
 from tests.state.manifests import rewrite_manifest
 from tools import embed
 from tools.embedding import plan as plans

@@ -26,7 +26,7 @@ from PIL import Image
 from iosr_fast.classifier import Classifier
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.ray import Scale, deploy, rollout
-from iosr_fast.utils.files import seal
+from iosr_fast.utils.manifest import seal
 from tests.pictures import encode
 from tests.serving.ray_serving_load import ROOT, Load, error_of, save_renamed, served, wait_for
 from tests.serving.serving_client import bundle, form, httpx, queries

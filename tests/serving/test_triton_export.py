@@ -23,7 +23,7 @@ from iosr_fast.encoders.text_source import TextSource
 from iosr_fast.export.pretrained import open_pretrained
 from iosr_fast.serving.triton import export_triton, graph, repository
 from iosr_fast.serving.triton.plans import choose_plans
-from iosr_fast.utils.files import read_manifest, write_manifest
+from iosr_fast.utils.manifest import read_manifest, write_manifest
 from tests.serving.triton_repository import Repository
 
 CLASSES = 8

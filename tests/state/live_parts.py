@@ -14,7 +14,7 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig, fit_config
 from iosr_fast.state.state import State
-from iosr_fast.utils.files import write_manifest
+from iosr_fast.utils.manifest import write_manifest
 
 SIZE, WIDTH = 8, 24
 

@@ -15,7 +15,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.scoring.score import score
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.state.state_files import fingerprint
-from iosr_fast.utils.verified_folder import Held
+from iosr_fast.utils.verified_folder import VerifiedFolder
 from tests import ROOT
 from tests.state.live_parts import engine_folder, pictures, small_classifier
 from tests.state.manifests import rewrite_manifest
@@ -137,15 +137,15 @@ def test_kill_9_at_a_hundred_moments_of_saving(tmp_path: Path) -> None:
 def test_a_folder_that_is_replaced_while_it_is_read(engine: Path, tmp_path: Path, monkeypatch) -> None:
     one, other = small_classifier(engine), small_classifier(engine, seed=1)
     one.save(tmp_path / "bundle")
-    read, files = Held.read, []
+    read, files = VerifiedFolder.read, []
 
-    def replaced_meanwhile(self: Held, name: str) -> bytes:
+    def replaced_meanwhile(self: VerifiedFolder, name: str) -> bytes:
         if self.folder == tmp_path / "bundle":
             files.append(name)
             other.save(tmp_path / "bundle")
         return read(self, name)
 
-    monkeypatch.setattr(Held, "read", replaced_meanwhile)
+    monkeypatch.setattr(VerifiedFolder, "read", replaced_meanwhile)
     assert fingerprint(load_bundle(tmp_path / "bundle").state) == fingerprint(one.snapshot())
     assert files == ["engine/manifest.json", "support.safetensors", "pictures.safetensors"]
     monkeypatch.undo()
@@ -207,7 +207,7 @@ def test_what_is_there_stays_where_saving_fails(engine: Path, tmp_path: Path, mo
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Held, "copy", full)
+    monkeypatch.setattr(VerifiedFolder, "copy", full)
     with pytest.raises(OSError, match="No space left"):
         made.save(tmp_path / "bundle")
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from iosr_fast.cli import app
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.state.state_files import fingerprint
-from iosr_fast.utils.verified_folder import hold
+from iosr_fast.utils.verified_folder import open_verified
 from tests import ROOT
 from tests.state.live_parts import engine_folder, saved_classifier, small_classifier
 from tests.state.manifests import rewrite_manifest
@@ -58,7 +58,7 @@ def test_a_damaged_engine_is_not_saved_under_new_hashes(damage: str, loaded: boo
 def test_a_damaged_text_encoder_is_not_saved_under_new_hashes(bundle: Path) -> None:
     parts = load_bundle(bundle)
     save_bundle(parts, bundle.with_name("again"))
-    assert hold(bundle, "classifier").digest == hold(bundle.with_name("again"), "classifier").digest
+    assert open_verified(bundle, "classifier").digest == open_verified(bundle.with_name("again"), "classifier").digest
     (bundle / "text" / "text.onnx").write_bytes(b"no grapi")
     with pytest.raises(ValueError, match=r"text\.onnx in .* does not match its manifest"):
         save_bundle(parts, bundle.with_name("third"))
@@ -69,11 +69,11 @@ def test_the_same_classifier_has_the_same_digest(tmp_path: Path) -> None:
     made = small_classifier(engine_folder(tmp_path / "engine"))
     for name in ("one", "other"):
         made.save(tmp_path / name)
-    digest = hold(tmp_path / "one", "classifier").digest
+    digest = open_verified(tmp_path / "one", "classifier").digest
     assert fingerprint(load_bundle(tmp_path / "other", expected_digest=digest).state) == fingerprint(made.snapshot())
     made.remove_class("motif 0")
     made.save(tmp_path / "other")
-    for given in (tmp_path / "other", hold(tmp_path / "other", "classifier")):
+    for given in (tmp_path / "other", open_verified(tmp_path / "other", "classifier")):
         with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
             load_bundle(given, expected_digest=digest)
 
@@ -83,9 +83,9 @@ def test_info_prints_the_digest_that_serve_and_load_take(bundle: Path) -> None:
     said = run.invoke(app, ["info", str(bundle)])
     assert said.exit_code == 0, said.output
     digest = said.stdout.splitlines()[-1].removeprefix("digest ")
-    assert digest == hold(bundle, "classifier").digest and "classes 5, images 15" in said.stdout
+    assert digest == open_verified(bundle, "classifier").digest and "classes 5, images 15" in said.stdout
     engine = run.invoke(app, ["info", str(bundle / "engine")]).stdout.splitlines()[-1]
-    assert engine == f"digest {hold(bundle / 'engine', 'engine').digest}"
+    assert engine == f"digest {open_verified(bundle / 'engine', 'engine').digest}"
     other = digest[:-1] + ("0" if digest[-1] != "0" else "1")
     served = run.invoke(app, ["serve", str(bundle), "--port", "0", "--expected-digest", other])
     assert served.exit_code == 2 and f"with the digest {other}, got {digest}" in served.output

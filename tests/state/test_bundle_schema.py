@@ -17,8 +17,8 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.state.state_files import fingerprint, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
-from iosr_fast.utils.files import seal
-from iosr_fast.utils.verified_folder import Held, hold
+from iosr_fast.utils.manifest import seal
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 from tests.state.live_parts import engine_folder, saved_classifier, small_classifier
 from tests.state.manifests import rewrite_manifest, sign_again
 
@@ -311,14 +311,14 @@ def test_facts_that_no_engine_has_are_refused(what: str, bundle: Path) -> None:
 def test_the_hashes_of_the_engines_own_manifest_are_compared(bundle: Path) -> None:
     (bundle / "engine" / "encoder.onnx").write_bytes(b"another graph")
     sign_again(bundle)  # the outer manifest says that all is well
-    with pytest.raises(ValueError, match=r"to say the same of each file, got two answers about encoder\.onnx"):
+    with pytest.raises(ValueError, match=r"to agree on every file, got two entries for encoder\.onnx"):
         load_bundle(bundle, verify=False)
     sign_again(bundle / "engine")
     sign_again(bundle)
     load_bundle(bundle)
     sign_again(bundle / "engine", files={})
     sign_again(bundle)
-    with pytest.raises(ValueError, match=r"two answers about encoder\.onnx"):
+    with pytest.raises(ValueError, match=r"two entries for encoder\.onnx"):
         load_bundle(bundle)
     sign_again(bundle / "engine", fingerprint="e" * 64)
     sign_again(bundle)
@@ -335,7 +335,7 @@ def test_bundles_of_before_are_read(bundle: Path) -> None:
 def test_a_state_is_taken_apart_and_made_again(tmp_path: Path) -> None:
     made = small_classifier(engine_folder(tmp_path / "engine"), key_precision="int8")
     made.save(tmp_path / "bundle")
-    held: Held = hold(tmp_path / "bundle", "classifier")
+    held: VerifiedFolder = open_verified(tmp_path / "bundle", "classifier")
     facts, arrays = state_to_files(made.snapshot())
     assert {name: held.manifest[name] for name in facts} == json.loads(json.dumps(facts))
     assert set(arrays) == {"support.safetensors", "plan.safetensors", "pictures.safetensors"}

@@ -14,7 +14,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, WEIGHTS
-from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.manifest import read_manifest
 from tests.demo_cache import shared_cache
 from tools.bench import cold_start, harness
 

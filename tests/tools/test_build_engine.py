@@ -22,7 +22,7 @@ pytest.importorskip("onnxscript")
 
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.utils import machine
-from iosr_fast.utils.files import read_manifest
+from iosr_fast.utils.manifest import read_manifest
 from tools import build_engine
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.utils import files
-from iosr_fast.utils.exchange import exchange
-from iosr_fast.utils.files import new_file, new_folder, read_manifest, recover, remove_leftovers, write_manifest
-from iosr_fast.utils.verified_folder import Held, hold
+from iosr_fast.utils.files import new_file, new_folder, recover
+from iosr_fast.utils.manifest import read_manifest, write_manifest
+from iosr_fast.utils.temporaries import remove_leftovers
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 from tests.state.manifests import rewrite_manifest
 
 KILLED = """
@@ -36,6 +37,7 @@ KILLED_ANYWHERE = """
 import os, signal, sys
 from pathlib import Path
 from iosr_fast.utils import files
+from iosr_fast.utils.manifest import read_manifest, write_manifest
 
 exchanges = sys.argv[1] == "exchange"
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "os.chmod", "os.scandir", "os.listdir"}
@@ -45,7 +47,7 @@ def write(content):
         (made / "inner").mkdir()
         (made / "content").write_text(content)
         (made / "inner" / "content").write_text(content)
-        files.write_manifest(made, "thing", {"content": content})
+        write_manifest(made, "thing", {"content": content})
 
 def wrapped(function):
     def after(*names):
@@ -62,7 +64,7 @@ def touch(event, *_):
             os.kill(os.getpid(), signal.SIGKILL)
 
 files.exchange = wrapped(files.exchange) if exchanges else lambda *_: False
-files._RENAMING_S = 0.0
+files._RENAME_PAUSE_S = 0.0
 left, found, kills = 1 << 60, set(), 0
 while True:
     write("old")
@@ -73,7 +75,7 @@ while True:
         write("new")
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    content = files.read_manifest("thing", "thing")["content"]
+    content = read_manifest("thing", "thing")["content"]
     assert {path.read_text() for path in Path("thing").rglob("content")} == {content}
     found.add(content)
     if not os.WIFSIGNALED(status):
@@ -107,7 +109,7 @@ def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     chosen: str = request.param
     (tmp_path / "one").mkdir()
     (tmp_path / "other").write_text("")
-    able = exchange(tmp_path / "one", tmp_path / "other")
+    able = files.exchange(tmp_path / "one", tmp_path / "other")
     assert (tmp_path / "one").is_file() == able
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
@@ -266,7 +268,7 @@ def test_the_next_save_removes_old_leftovers_of_its_own_place(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == [".other.abcdefgh", ".thing.abcdefg1", "thing"]
 
 
-def content_of(held: Held) -> tuple[str, str]:
+def content_of(held: VerifiedFolder) -> tuple[str, str]:
     return held.manifest["content"], held.read("content").decode()
 
 
@@ -287,7 +289,7 @@ def test_two_writers_in_turn_fail_neither_each_other_nor_readers(tmp_path: Path)
             failed.append(error)
 
     def reading(_: int) -> None:
-        manifest, content = content_of(hold(target, "thing"))
+        manifest, content = content_of(open_verified(target, "thing"))
         assert manifest == content
         seen.add(content)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.utils.files import new_folder, read_manifest, write_manifest
-from iosr_fast.utils.verified_folder import hold
+from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.manifest import read_manifest, write_manifest
+from iosr_fast.utils.verified_folder import open_verified
 from tests.state.manifests import rewrite_manifest
 from tests.utils.test_files import content_of, write
 
@@ -19,9 +20,9 @@ from tests.utils.test_files import content_of, write
 def test_what_is_held_is_read_whatever_becomes_of_its_names(tmp_path: Path) -> None:
     target = tmp_path / "thing"
     write(target, "one")
-    held = hold(target, "thing")
+    held = open_verified(target, "thing")
     write(target, "two")
-    assert content_of(held) == ("one", "one") and content_of(hold(target, "thing")) == ("two", "two")
+    assert content_of(held) == ("one", "one") and content_of(open_verified(target, "thing")) == ("two", "two")
     held.copy("content", tmp_path / "copy")
     assert (tmp_path / "copy").read_text() == "one"
     assert held.open_with(lambda folder: (folder / "content").read_text()) == "one"
@@ -33,7 +34,7 @@ def test_what_is_held_is_read_whatever_becomes_of_its_names(tmp_path: Path) -> N
 def test_a_file_that_changes_after_it_was_verified_is_not_opened(how: str, tmp_path: Path) -> None:
     target = tmp_path / "thing"
     write(target, "one")
-    held = hold(target, "thing")
+    held = open_verified(target, "thing")
     held.check()
     file, seen = target / "content", []
 
@@ -76,11 +77,11 @@ def test_a_link_in_a_folder_is_not_followed(name: str, tmp_path: Path) -> None:
     (target / name).rename(tmp_path / "moved")
     (target / name).symlink_to(tmp_path / "moved")
     with pytest.raises(ValueError, match=f"{name} is a link"):
-        hold(target, "thing")
+        open_verified(target, "thing")
     (tmp_path / "way").symlink_to(target)
     (target / name).unlink()
     (tmp_path / "moved").rename(target / name)
-    hold(tmp_path / "way", "thing").check()  # the folder itself may have another name
+    open_verified(tmp_path / "way", "thing").check()  # the folder itself may have another name
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
@@ -90,35 +91,35 @@ def test_a_pipe_in_a_folder_keeps_nobody_waiting(name: str, tmp_path: Path) -> N
     (tmp_path / "thing" / name).unlink()
     os.mkfifo(tmp_path / "thing" / name)
     with pytest.raises(FileNotFoundError, match=name):
-        hold(tmp_path / "thing", "thing")
+        open_verified(tmp_path / "thing", "thing")
 
 
 def test_a_huge_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "thing", "one")
-    monkeypatch.setattr("iosr_fast.utils.files.LARGEST_MANIFEST", 1 << 10)
+    monkeypatch.setattr("iosr_fast.utils.manifest.LARGEST_MANIFEST", 1 << 10)
     monkeypatch.setattr("iosr_fast.utils.verified_folder.LARGEST_MANIFEST", 1 << 10)
     rewrite_manifest(tmp_path / "thing", much="x" * 5000)
-    for reading in (hold, read_manifest):
+    for reading in (open_verified, read_manifest):
         with pytest.raises(ValueError, match="got a larger one"):
             reading(tmp_path / "thing", "thing")
     rewrite_manifest(tmp_path / "thing", ["much"], files={f"f{i}": {"sha256": "0" * 64, "bytes": 1} for i in range(3)})
     monkeypatch.setattr("iosr_fast.utils.verified_folder._MOST_FILES", 2)
     with pytest.raises(ValueError, match="expected at most 2 files"):
-        hold(tmp_path / "thing", "thing")
+        open_verified(tmp_path / "thing", "thing")
 
 
 def test_a_digest_is_that_of_manifest_json(tmp_path: Path) -> None:
     write(tmp_path / "thing", "one")
     digest = f"sha256:{hashlib.sha256((tmp_path / 'thing' / 'manifest.json').read_bytes()).hexdigest()}"
-    assert hold(tmp_path / "thing", "thing", expected_digest=digest).digest == digest
+    assert open_verified(tmp_path / "thing", "thing", expected_digest=digest).digest == digest
     write(tmp_path / "thing", "two")
     with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
-        hold(tmp_path / "thing", "thing", expected_digest=digest)
+        open_verified(tmp_path / "thing", "thing", expected_digest=digest)
     (tmp_path / "thing" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=f"with the digest {digest}, got sha256:"):
-        hold(tmp_path / "thing", "thing", expected_digest=digest)  # and nothing of it is parsed
+        open_verified(tmp_path / "thing", "thing", expected_digest=digest)  # and nothing of it is parsed
     for wrong in (digest[:-1], digest.removeprefix("sha256:"), digest.upper(), "", "sha256:"):
         with pytest.raises(ValueError, match="expected a digest of the form"):
-            hold(tmp_path / "thing", "thing", expected_digest=wrong)
+            open_verified(tmp_path / "thing", "thing", expected_digest=wrong)
     with pytest.raises(ValueError, match="not verified"):
-        hold(tmp_path / "thing", "thing", verify=False, expected_digest=digest)
+        open_verified(tmp_path / "thing", "thing", verify=False, expected_digest=digest)

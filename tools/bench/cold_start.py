@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, WEIGHTS
-from iosr_fast.utils.files import MANIFEST, write_manifest
 from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.manifest import MANIFEST, write_manifest
 from tools.bench import harness
 
 RIVALS = ("weights-in-graph", "optimised-copy", "open-clip")

@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 from iosr_fast import __version__
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline.embedding_files import KIND, Format, Part, read_part
-from iosr_fast.utils.files import MANIFEST, new_file, write_manifest
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.manifest import MANIFEST, write_manifest
 from tools.embedding.items import Chunk, Source
 
 PLAN, LOG, LOCK = "plan.json", "log.jsonl", ".lock"

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.utils.files import MANIFEST, read_manifest
+from iosr_fast.utils.manifest import MANIFEST, read_manifest
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require
 from tools.embedding import plan as plans

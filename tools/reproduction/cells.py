@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.methods.tuning.tune import Tuned
-from iosr_fast.utils.files import new_file, remove_leftovers
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.temporaries import remove_leftovers
 from tools.evaluation.accuracy import Draw, finite
 
 VERSION = 1  # goes up when the protocol changes: the same facts would give another number

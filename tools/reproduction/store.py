@@ -22,8 +22,10 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images import pixels
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
 from iosr_fast.methods.support_set import encode_support
-from iosr_fast.utils.files import new_folder, read_manifest, remove_leftovers, write_manifest
+from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.manifest import read_manifest, write_manifest
+from iosr_fast.utils.temporaries import remove_leftovers
 from tools.reproduction.models import Model
 from tools.reproduction.problems import PictureSet
 

@@ -19,7 +19,7 @@ from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.utils import machine
 from iosr_fast.utils.schema import check_files, read_facts
-from iosr_fast.utils.verified_folder import Held, hold
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # best first
 ENGINE_KIND = "engine"
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def open_engine(
-    folder: str | Path | Held,
+    folder: str | Path | VerifiedFolder,
     runtime: str = "auto",
     verify: bool = True,
     threads: int | None = None,
@@ -47,10 +47,10 @@ def open_engine(
     """
     if threads is not None and threads < 1:
         raise ValueError(f"expected threads >= 1, got {threads}")
-    if isinstance(folder, Held):
+    if isinstance(folder, VerifiedFolder):
         held = folder
     else:
-        held = hold(folder, ENGINE_KIND, verify)
+        held = open_verified(folder, ENGINE_KIND, verify)
         check_engine(held)
         held.check()
     manifest = held.manifest
@@ -74,7 +74,7 @@ def open_engine(
     return encoder
 
 
-def check_engine(held: Held) -> EngineManifest:
+def check_engine(held: VerifiedFolder) -> EngineManifest:
     """The manifest of a held engine. Raises ValueError for a field or a file that no engine has."""
     facts = read_facts(held, EngineManifest)
     check_files(held, set(facts.plans), {ONNX_FILE, WEIGHTS, TORCH_FILE})

@@ -18,9 +18,9 @@ from typing import Any
 
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
-from iosr_fast.utils.cache_folder import cache_folder
-from iosr_fast.utils.files import new_folder, read_manifest, recover, sha256, write_manifest
+from iosr_fast.utils.files import cache_folder, new_folder, recover
 from iosr_fast.utils.machine import Gpu
+from iosr_fast.utils.manifest import read_manifest, sha256, write_manifest
 
 FOLDER = "plans"
 PORTABLE = ("tensorrt_rtx",)  # its plans are compiled to the end by the GPU's own machine

@@ -9,8 +9,8 @@ from typing import Any
 from iosr_fast.classifier import Classifier
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.state.bundle import KIND
-from iosr_fast.utils.files import read_manifest
-from iosr_fast.utils.verified_folder import hold
+from iosr_fast.utils.manifest import read_manifest
+from iosr_fast.utils.verified_folder import open_verified
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
 
     def load(self, settings: Settings, threads: int) -> tuple[Source, Classifier]:
         """The classifier, and of what checksum it is. Raises ValueError where that is another than expected."""
-        held = hold(self.bundle, KIND, settings.verify)
+        held = open_verified(self.bundle, KIND, settings.verify)
         found: str = held.manifest["checksum"]
         if self.checksum not in (None, found):
             raise ValueError(

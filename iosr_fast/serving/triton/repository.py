@@ -25,10 +25,11 @@ from iosr_fast.serving.triton.preprocess_graph import preprocess_model
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
 from iosr_fast.state.bundle import ENGINE
 from iosr_fast.state.bundle import KIND as BUNDLE_KIND
-from iosr_fast.utils.files import MANIFEST, new_folder, read_manifest, sha256, write_manifest
+from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.manifest import MANIFEST, read_manifest, sha256, write_manifest
 from iosr_fast.utils.require import require
 from iosr_fast.utils.text import abbreviate
-from iosr_fast.utils.verified_folder import hold
+from iosr_fast.utils.verified_folder import open_verified
 
 KIND = "triton-repository"
 README = "README.txt"
@@ -71,7 +72,7 @@ def export_triton(
     for module in ("onnx", "onnxruntime", "tritonclient.grpc.model_config_pb2"):
         require(module, EXTRA)
     _check_places(bundle, out)
-    held = hold(bundle, BUNDLE_KIND)
+    held = open_verified(bundle, BUNDLE_KIND)
     classifier = Classifier.load(held, runtime="onnxruntime")
     engine = held.inner(ENGINE, ENGINE_KIND).manifest
     plan, labels = classifier.plan_, classifier.classes_.tolist()
