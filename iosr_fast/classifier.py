@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.text_encoder import checked_templates
-from iosr_fast.encoders.text_source import TextSource
+from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.support_set import SupportSet, encode_support
@@ -426,7 +426,7 @@ def check_support(
     """How support images and class names are encoded. Raises ValueError for what can't be, before anything is."""
     if key_precision not in PRECISIONS:
         raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
-    prompts = None if templates is None else checked_templates(templates)
+    prompts = None if templates is None else check_templates(templates)
     return SupportViews(views, mirror, seed, False, prompts, thumbnails, exif_orientation)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.runtimes.signal_stack import signal_stack
+from iosr_fast.encoders.runtimes.openvino import signal_stack
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
@@ -127,6 +127,4 @@ def _signal_stack_is_kept() -> Iterator[None]:
         return
     before = signal_stack()
     yield
-    assert signal_stack() == before, (
-        "the thread's signal stack was replaced (see iosr_fast.encoders.runtimes.signal_stack)"
-    )
+    assert signal_stack() == before, "the thread's signal stack was replaced (see iosr_fast.encoders.runtimes.openvino)"

@@ -31,7 +31,7 @@ with one_line_errors():
     from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.architecture import check_architecture
     from iosr_fast.clip.load import load_clip
-    from iosr_fast.encoders.runtimes.plans import told
+    from iosr_fast.encoders.runtimes.plans import describe_target
     from iosr_fast.export.calibration import calibration_pictures
     from iosr_fast.export.engine_precision import QUANTISED, choose_builder
     from iosr_fast.export.export import add_plan, random_adapter, write_engine
@@ -68,7 +68,7 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
                     print(f"  {runtime:<12} {name:<8} {pictures}: max error {error:.1e}, min cosine {cosine:.7f}")
     print(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
     for name, entry in manifest["files"].items():
-        target = f", for {told(manifest['plans'][name])}" if name in manifest["plans"] else ""
+        target = f", for {describe_target(manifest['plans'][name])}" if name in manifest["plans"] else ""
         print(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB{target}")
     print(f"  {out / 'manifest.json'}")
 

@@ -23,7 +23,7 @@ TEXT_EXPORT = 1  # raise it when export_text writes other files for the same CLI
 
 @dataclass(frozen=True)
 class ClipText:
-    """A CLIP's text encoder, as text_source.TextSource asks for it."""
+    """A CLIP's text encoder, as encoders.text_encoder.TextSource describes it."""
 
     clip: LoadedClip
     kept_in: Path  # exports are kept here: exporting takes seconds

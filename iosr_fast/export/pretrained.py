@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from iosr_fast.clip.architecture import check_architecture, vision_config
 from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.text_source import TextSource
+from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.utils.files import cache_folder, recover
 from iosr_fast.utils.manifest import SCHEMA
 from iosr_fast.utils.progress import progress

@@ -49,7 +49,7 @@ class GraphedScorer:
         with torch.inference_mode(False):  # or they could not be written to outside of it
             self._queries = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in names}
         self._impl = impl
-        self._recorder = recorder or Recorder()
+        self._recorder = recorder or Recorder(device=device)
         self._replay = {size: self._recorder.record(partial(self._score, size)) for size in self.buckets}
 
     def __call__(self, embeddings: Embeddings) -> Array:

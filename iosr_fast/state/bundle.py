@@ -19,10 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
-from iosr_fast.encoders.runtimes.engine_manifest import EngineManifest
-from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE
-from iosr_fast.encoders.text_source import SavedText, TextSource
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder, TextSource
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
@@ -105,7 +103,7 @@ def load_bundle(
         raise refused(held, str(error)) from error
     _check_widths(held, facts, engine, state)
     text = (
-        None if facts.text is None else SavedText(held.folder / TEXT, held.manifest["text"], threads, held.part(TEXT))
+        None if facts.text is None else TextEncoder(held.folder / TEXT, held.manifest["text"], threads, held.part(TEXT))
     )
     return Bundle(state, views, engine.folder, facts.encoder_fingerprint, text, engine)
 

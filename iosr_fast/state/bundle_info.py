@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
-from iosr_fast.encoders.runtimes.engine_manifest import EngineManifest
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.state.bundle import KIND, load_bundle
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified

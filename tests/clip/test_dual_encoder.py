@@ -14,37 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
 
-from iosr_fast.clip.adapter import init_adapter  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
-from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
-
-TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-
-
-def small_clip(quick_gelu: bool = False, fingerprint: str = "small", **vision: Any) -> LoadedClip:
-    """Random weights with nothing left at its trivial start: biases, LayerNorms and LayerScales are drawn too."""
-    config = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16} | vision
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = open_clip.model.CLIP(24, open_clip.CLIPVisionCfg(**config), open_clip.CLIPTextCfg(**TEXT), quick_gelu)
-        for name, value in model.visual.named_parameters():
-            if value.ndim == 1:
-                torch.nn.init.normal_(value, mean=float(name.endswith(("weight", "gamma"))), std=0.2)
-    model = model.eval().requires_grad_(False)
-    size = config["image_size"]
-    return LoadedClip(
-        model=model,
-        tokenizer=lambda texts: texts,
-        name="small",
-        image_size=size if isinstance(size, int) else size[0],
-        mean=(0.48, 0.46, 0.41),
-        std=(0.27, 0.26, 0.28),
-        interpolation="bicubic",
-        logit_scale=100.0,
-        fingerprint=fingerprint,
-    )
+from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +28,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def random_adapter(clip: LoadedClip, first: int, bottleneck: int = 7) -> Any:
-    adapter = init_adapter(clip, first, bottleneck, scale=0.3, seed=first)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for value in adapter.parameters():
-            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
-    return adapter.eval()
-
-
-def random_pixels(batch: int, size: int) -> np.ndarray:
-    return np.random.default_rng(batch).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
 def run(encoder: DualEncoder, pixels: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.runtimes import cuda_graphs
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
 from iosr_fast.scoring.score import score
 from tests.conftest import random_embeddings, random_plan
@@ -138,6 +140,70 @@ class Replaying:
         return replay
 
 
+class Cuda:
+    """torch.cuda with several devices, each with one current stream; lists the devices of all that was called."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.used: list[int] = []
+
+    def current_device(self) -> int:
+        return self.current
+
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        before, self.current = self.current, int(str(device).removeprefix("cuda:"))
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def current_stream(self) -> SimpleNamespace:
+        device = self.current
+        return SimpleNamespace(
+            device=device,
+            wait_event=lambda event: self.used.append(device),
+            wait_stream=lambda other: self.used.extend((device, other.device)),
+            synchronize=lambda: None,
+        )
+
+    Stream = current_stream
+    graph_pool_handle = current_device
+
+    def Event(self) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda stream: self.used.append(stream.device))
+
+    def CUDAGraph(self) -> SimpleNamespace:
+        return SimpleNamespace(replay=lambda: None)
+
+    @contextmanager
+    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
+        with self.device(stream.device):
+            yield
+
+    @contextmanager
+    def graph(self, graph: Any, pool: int, stream: SimpleNamespace, capture_error_mode: str) -> Iterator[None]:
+        self.used += [self.current, stream.device, pool]
+        yield
+
+
+@pytest.mark.parametrize("how", ["current device", "device", "stream"])
+def test_a_recorder_stays_on_its_device(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is called later by a thread with another current device."""
+    cuda = Cuda()
+    monkeypatch.setattr(cuda_graphs, "require", lambda *_: SimpleNamespace(cuda=cuda))
+    if how == "device":
+        recorder = cuda_graphs.Recorder(device="cuda:1")
+    else:
+        with cuda.device(1):
+            recorder = cuda_graphs.Recorder(cuda.Stream() if how == "stream" else None)
+    replay = recorder.record(lambda: cuda.used.append(cuda.current))
+    with recorder.turn():
+        cuda.used.append(cuda.current)
+        replay()
+    assert set(cuda.used) == {1} and cuda.current == 0
+
+
 @pytest.mark.parametrize("query", ["adapted", "plain"])
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 8, 19])
 def test_scoring_replayed_equals_scoring(rng: np.random.Generator, query: str, batch: int) -> None:
@@ -193,7 +259,7 @@ def test_what_does_not_fit_a_graph_is_refused(rng: np.random.Generator) -> None:
 def torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("open_clip")
     from iosr_fast.export.export import random_adapter, write_engine
-    from tests.clip.test_dual_encoder import small_clip
+    from tests.clip.small_clip import small_clip
 
     clip, folder = small_clip(), tmp_path_factory.mktemp("engine") / "engine"
     write_engine(clip, random_adapter(clip, 1), folder, "torch", max_batch=6)
@@ -211,7 +277,7 @@ def test_the_torch_encoder_replays_what_it_recorded(
 ) -> None:
     from iosr_fast.encoders.runtimes.torch import TorchEncoder
     from iosr_fast.utils.manifest import read_manifest
-    from tests.clip.test_dual_encoder import random_pixels
+    from tests.clip.small_clip import random_pixels
 
     facts, pixels, recorder = read_manifest(torch_engine, "engine"), random_pixels(9, 32), Replaying(refuses)
     eager = TorchEncoder(torch_engine, facts, device="cpu")
@@ -236,7 +302,7 @@ def test_torch_graphs_on_a_gpu(torch_engine: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no NVIDIA GPU")
     from iosr_fast.encoders.runtimes import open_engine
-    from tests.clip.test_dual_encoder import random_pixels
+    from tests.clip.small_clip import random_pixels
 
     pixels = random_pixels(9, 32)
     eager, graphed = (open_engine(torch_engine, "torch", buckets=(1, 3)) for _ in range(2))
@@ -253,7 +319,7 @@ def test_tensorrt_graphs_on_a_gpu(runtime: str, tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("open_clip")
     from iosr_fast.encoders.runtimes import engine, open_engine
     from iosr_fast.export.export import random_adapter, write_engine
-    from tests.clip.test_dual_encoder import random_pixels, small_clip
+    from tests.clip.small_clip import random_pixels, small_clip
 
     if (unavailable_reason := engine.unavailable_reason(runtime)) is not None:
         pytest.skip(unavailable_reason)

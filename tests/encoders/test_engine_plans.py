@@ -23,7 +23,7 @@ from iosr_fast.utils import machine  # noqa: E402
 from iosr_fast.utils.files import cache_folder, new_folder  # noqa: E402
 from iosr_fast.utils.machine import Gpu  # noqa: E402
 from iosr_fast.utils.manifest import SCHEMA, read_manifest, write_manifest  # noqa: E402
-from tests.clip.test_dual_encoder import random_pixels, small_clip  # noqa: E402
+from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 
 H100, A100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0)), Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
@@ -131,7 +131,7 @@ def test_another_plan_is_named_and_one_is_built_once(
     assert build.built == [b"a graph"] and not [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert tree(folder) == before, "nothing is written into the engine"
     (kept,) = (cache / "plans").iterdir()
-    assert read_manifest(kept, plans.KEPT_KIND)["version"] == wanted.version
+    assert read_manifest(kept, plans.CACHED_KIND)["version"] == wanted.version
 
 
 def test_what_is_kept_depends_on_all_that_decides_a_plan(folder: Path, tmp_path: Path, cache: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_damaged_plan_in_the_cache_is_built_again(
     opened(folder, HERE, build)
     (kept,) = (cache / "plans").iterdir()
     if damage == "flipped":
-        (kept / plans.KEPT_FILE).write_bytes(b"built 7")
+        (kept / plans.CACHED_FILE).write_bytes(b"built 7")
     elif damage == "gone":
-        (kept / plans.KEPT_FILE).unlink()
+        (kept / plans.CACHED_FILE).unlink()
     elif damage == "no manifest":
         (kept / "manifest.json").unlink()
     else:
@@ -245,8 +245,8 @@ def test_tensorrt_rtx_is_built_again_for_its_own_version(
             open_engine(folder, "tensorrt_rtx")
     assert caplog.text.count(f"{old} was built for any GPU with tensorrt_rtx 0.9; this is {RTX}") == 1
     (kept,) = (cache / "plans").iterdir()
-    facts = read_manifest(kept, plans.KEPT_KIND)
-    assert facts["version"] == version and facts["bytes"] == (kept / plans.KEPT_FILE).stat().st_size > 10_000
+    facts = read_manifest(kept, plans.CACHED_KIND)
+    assert facts["version"] == version and facts["bytes"] == (kept / plans.CACHED_FILE).stat().st_size > 10_000
     monkeypatch.setattr(machine, "this_gpu", lambda: None)
     both = add_plan(folder, "tensorrt_rtx")
     assert set(both["plans"]) == {old, name} and open_engine(folder).encode(random_pixels(3, 32)).adapted is not None

@@ -23,9 +23,12 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.runtimes import choose_runtime, engine, open_engine, openvino  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import build_plan  # noqa: E402
+from iosr_fast.export.engine_precision import choose_builder  # noqa: E402
 from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
+from iosr_fast.utils import machine  # noqa: E402
 from iosr_fast.utils.manifest import SCHEMA  # noqa: E402
-from tests.clip.test_dual_encoder import random_pixels, small_clip  # noqa: E402
+from tests import ROOT  # noqa: E402
+from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 
 MAX_BATCH = 3
@@ -234,9 +237,24 @@ def test_auto_takes_the_best_and_says_why_not_the_others(
         choose_runtime("auto", {"tensorrt"})
 
 
-def test_auto_without_a_gpu_is_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_runtime("auto") == "onnxruntime"
+def test_auto_is_torch_on_a_gpu_without_tensorrt_and_onnx_runtime_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, engines: dict[str, Path]
+) -> None:
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name in engine.EXTRAS else find_spec(name))
+    monkeypatch.setattr(machine, "this_gpu", lambda: machine.Gpu("NVIDIA H100", (9, 0)))
+    assert choose_runtime("auto") == "torch"
+    assert choose_runtime("auto", {"torch", "onnxruntime"}, "onnxruntime") == "torch"
+    assert choose_runtime("auto", {"onnxruntime", "openvino"}) == "onnxruntime"
+    assert choose_builder("auto", "fp16") == "torch" and choose_builder("auto", "int8") == "onnxruntime"
+    monkeypatch.setattr(machine, "this_gpu", lambda: None)
+    assert choose_runtime("auto") == choose_builder("auto", "fp32") == "onnxruntime"
+    assert choose_runtime("auto", {"torch", "onnxruntime"}, "torch") == "torch"
+
+    def never() -> None:
+        raise AssertionError("this_gpu imports torch, which an ONNX engine does not need")
+
+    monkeypatch.setattr(machine, "this_gpu", never)
+    assert open_engine(engines["onnxruntime"]).runtime == "onnxruntime"
 
 
 def test_the_torch_runtime_needs_no_open_clip(engines: dict[str, Path]) -> None:
@@ -339,3 +357,45 @@ def test_int8_products_are_added_without_overflow(tmp_path: Path, monkeypatch: p
     encoder = open_engine(tmp_path / "int8")
     expected = two_passes(clip, random_adapter(clip, 1), pixels)[0]
     assert (encoder.encode(pixels).plain * expected).sum(1).min() > 0.99
+
+
+RELEASES_MODELS = """
+import faulthandler, gc, os, signal
+import numpy as np
+from iosr_fast.encoders.runtimes.openvino import openvino_core, signal_stack
+from tools.bench.ceilings import _openvino_gemm
+
+faulthandler.enable()
+before, seen = signal_stack(), []
+signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+left, weight = np.ones((2, 128, 128), np.float32)
+models = [_openvino_gemm(left, weight, 1) for _ in range(3)]
+for model in models:
+    model()
+assert openvino_core() is openvino_core()
+while models:
+    models.pop(0)
+    gc.collect()
+assert signal_stack() == before, (signal_stack(), before)
+os.kill(os.getpid(), signal.SIGUSR1)
+assert seen == [1]
+openvino_core.cache_clear()  # as if the plugin were loaded by two, in the order in which they release it
+first, second = openvino_core(), openvino_core.__wrapped__()
+openvino_core.cache_clear()
+del first
+gc.collect()
+del second
+gc.collect()
+assert signal_stack() == before, (signal_stack(), before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sigaltstack is asked for on Linux only")
+def test_openvino_leaves_the_signal_stack() -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", RELEASES_MODELS], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

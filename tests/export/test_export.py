@@ -21,7 +21,8 @@ from iosr_fast.export import export  # noqa: E402
 from iosr_fast.export.engine_precision import quantised_by  # noqa: E402
 from iosr_fast.export.export import engine_fingerprint, export_onnx, random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils.manifest import read_manifest  # noqa: E402
-from tests.clip.test_dual_encoder import random_pixels, run, small_clip  # noqa: E402
+from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
+from tests.clip.test_dual_encoder import run  # noqa: E402
 
 
 @pytest.mark.parametrize(("first", "quick_gelu"), [(0, False), (1, True), (2, False), (None, True)])

@@ -25,7 +25,7 @@ from iosr_fast.export.export import export_onnx  # noqa: E402
 from iosr_fast.export.pretrained import open_pretrained  # noqa: E402
 from iosr_fast.export.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
 from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
-from tests.clip.test_dual_encoder import random_adapter, small_clip  # noqa: E402
+from tests.clip.small_clip import random_adapter, small_clip  # noqa: E402
 
 TYPES = onnx.TensorProto
 FORMS = [("fp32", "int8", "cpu")] + [(p, k, "tensorrt") for p in ("fp32", "fp16") for k in ("int8", "fp8")]

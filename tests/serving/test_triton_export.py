@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2 as schema
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.encoders.text_source import TextSource
+from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.export.pretrained import open_pretrained
 from iosr_fast.serving.triton import export_triton, graph, repository
 from iosr_fast.serving.triton.plans import choose_plans

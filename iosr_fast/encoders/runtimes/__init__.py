@@ -1,5 +1,4 @@
-"""What executes an engine folder written by tools/build_engine.py: ONNX Runtime, OpenVINO, PyTorch, TensorRT or
-TensorRT-RTX."""
+"""Execute an engine folder of tools/build_engine.py in ONNX Runtime, OpenVINO, PyTorch, TensorRT or TensorRT-RTX."""
 
 from iosr_fast.encoders.runtimes.engine import choose_runtime, open_engine
 

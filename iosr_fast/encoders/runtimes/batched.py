@@ -1,4 +1,4 @@
-"""What every runtime does alike: check the pixels, split large batches, choose their sizes, put the parts together."""
+"""What all runtimes share: checking pixels, splitting large batches, padding batches to a bucket."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and `largest`: buckets that a batch fills by half at least."""
+    """1, 2, 4, ... and `largest`: buckets that every batch fills by at least half."""
     return tuple(sorted({1 << power for power in range(largest.bit_length())} | {largest}))
 
 
 def check_buckets(buckets: Iterable[int], largest: int) -> tuple[int, ...]:
-    """Sorted, with `largest`, so that every batch has one. Raises ValueError for one below 1 or above `largest`."""
-    given = list(buckets)
-    if wrong := [size for size in given if not 1 <= size <= largest]:
+    """Sorted, with `largest` added, so that every batch fits one. Raises ValueError for sizes not in 1..`largest`."""
+    sizes = list(buckets)
+    if wrong := [size for size in sizes if not 1 <= size <= largest]:
         raise ValueError(f"expected batch sizes of 1 to {largest}, which is what this engine takes, got {wrong}")
-    return tuple(sorted({*given, largest}))
+    return tuple(sorted({*sizes, largest}))
 
 
 def bucket_of(size: int, buckets: Sequence[int]) -> int:
@@ -30,10 +30,10 @@ def bucket_of(size: int, buckets: Sequence[int]) -> int:
 
 
 class BatchedEncoder(Encoder):
-    """An Encoder over `_run`, which takes at most `max_batch` pictures at a time.
+    """An Encoder over `_run`, which executes at most `max_batch` pictures.
 
-    `buckets` are the only batch sizes that are executed, where a runtime wants few of them: a GPU's, where each size
-    may be prepared and recorded once. On a CPU it is None, as filling up would only cost.
+    `buckets` limit the executed batch sizes on a GPU, where each size is prepared and recorded once. They are None on a
+    CPU, where padding only costs time.
     """
 
     def __init__(self, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None) -> None:
@@ -47,17 +47,17 @@ class BatchedEncoder(Encoder):
         self.buckets = None if buckets is None else check_buckets(buckets, self.max_batch)
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
-        """Encode uint8 pixels (B, image_size, image_size, 3), RGB; B >= 1; more than `max_batch` go in several runs.
+        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1; more than `max_batch` take several runs.
 
-        Returns float32 (B, width), L2-normalised; `adapted` is None where the engine has no adapter. Raises TypeError
-        for another dtype, ValueError for another shape.
+        Returns float32 (B, width), L2-normalised; `adapted` is None for an engine without an adapter. Raises TypeError
+        for another dtype and ValueError for another shape.
         """
         expected = f"(B, {self.image_size}, {self.image_size}, 3) with B >= 1"
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
             got = pixels.dtype if isinstance(pixels, np.ndarray) else type(pixels).__name__
             raise TypeError(
-                f"expected pixels as a uint8 array {expected}, got {got}; the engine scales and "
-                "normalises by itself, so give it the picture's bytes"
+                f"expected pixels as a uint8 array {expected}, got {got}; the engine scales and normalises by itself, "
+                "so pass the picture's bytes"
             )
         if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
@@ -69,15 +69,14 @@ class BatchedEncoder(Encoder):
         return Embeddings(plain, adapted[0] if adapted else None)
 
     def warm(self, sizes: Iterable[int] | None = None) -> None:
-        """Prepare and run each batch size once, so that no request waits for what its first run costs.
+        """Prepare and run each batch size once, so that no request pays for a first run.
 
-        That is memory and threads on a CPU; on a GPU also choosing and compiling kernels, and recording a CUDA graph.
-        `sizes`: None stands for the buckets, and for 1 where there are none. Raises ValueError for one below 1 or above
-        `max_batch`.
+        On a CPU a first run allocates memory and starts threads; on a GPU it also chooses kernels and records a CUDA
+        graph. `sizes`: None for the buckets, or 1 without buckets. Raises ValueError for sizes not in 1..`max_batch`.
         """
-        given = list(self.buckets or (1,)) if sizes is None else list(sizes)
-        check_buckets(given, self.max_batch)
-        for size in sorted({self._size(size) for size in given}):
+        sizes = list(self.buckets or (1,)) if sizes is None else list(sizes)
+        check_buckets(sizes, self.max_batch)
+        for size in sorted({self._size(size) for size in sizes}):
             self._prepare(size)
             self._part(np.zeros((size, self.image_size, self.image_size, 3), np.uint8))
 
@@ -93,8 +92,10 @@ class BatchedEncoder(Encoder):
 
     @abstractmethod
     def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-        """C-contiguous uint8 pixels of n <= max_batch pictures, executed as a batch of `size` >= n -> float32 arrays of
-        at least n rows, one for each of `outputs`. Where there are no buckets, size is n."""
+        """Execute C-contiguous uint8 pixels of n <= max_batch pictures as a batch of `size` >= n.
+
+        Returns one float32 array of at least n rows for each of `outputs`. Without buckets, size is n.
+        """
 
     def _prepare(self, size: int) -> None:
-        """What is done once for a batch size, ahead of its first run."""
+        """Work that a batch size needs once, before its first run."""

@@ -1,8 +1,8 @@
 """CUDA graphs: a fixed sequence of launches, recorded once for each batch size and then launched as one.
 
-At small batches the launches of a network's many kernels take longer than the kernels; a graph's launch is one. A graph
-reads and writes the memory it was recorded with, so inputs are copied in and outputs copied out.
-Not yet run on a GPU: tests/encoders/test_cuda_graphs.py tests everything but the recording, and has tests for a GPU.
+At small batches the launches of a network's many kernels take longer than the kernels; a graph is one launch. A graph
+reads and writes the memory that it was recorded with, so inputs are copied in and outputs copied out.
+Not yet run on a GPU: tests/encoders/test_cuda_graphs.py covers everything but the recording, and has tests for a GPU.
 """
 
 from __future__ import annotations
@@ -16,22 +16,30 @@ from iosr_fast.utils.require import require
 
 
 class Recorder:
-    """Records functions on one stream, and lets their graphs be replayed in turns: they share one pool of memory."""
+    """Records functions on one stream of one device. Their graphs share a memory pool, so replays take turns.
 
-    def __init__(self, stream: Any = None) -> None:
+    `device`: None for the device of `stream`, or without one the current device. Threads with another current device
+    may use it.
+    """
+
+    def __init__(self, stream: Any = None, device: Any = None) -> None:
         torch = require("torch", "train")
         self._torch = torch
-        self._stream = torch.cuda.Stream() if stream is None else stream
-        self._pool = torch.cuda.graph_pool_handle()
-        self._lock, self._done = threading.Lock(), torch.cuda.Event()
+        device = stream.device if device is None and stream is not None else device
+        self._device: Any = torch.cuda.current_device() if device is None else device
+        with torch.cuda.device(self._device):
+            self._stream = torch.cuda.Stream() if stream is None else stream
+            self._pool = torch.cuda.graph_pool_handle()
+            self._done = torch.cuda.Event()
+        self._lock = threading.Lock()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Around copying in, replaying and copying out: no other turn writes to that memory meanwhile.
+        """Exclusive access to the graphs' memory, for copying in, replaying and copying out.
 
-        Turns are on the caller's current stream, which may be another one each time.
+        The work is launched on the device's current stream of the caller, which may differ from turn to turn.
         """
-        with self._lock:
+        with self._lock, self._torch.cuda.device(self._device):
             stream = self._torch.cuda.current_stream()
             stream.wait_event(self._done)
             try:
@@ -40,20 +48,21 @@ class Recorder:
                 self._done.record(stream)
 
     def record(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """A function that launches again what `run` launches now, and returns what it returned when it was recorded.
+        """A function that repeats the launches of `run` and returns the outputs of the recorded run.
 
-        `run` launches on the current stream. It is called twice: first as it is, for all that is done once only and
-        would wait for the device, then for the record. Raises RuntimeError where a launch can't be recorded.
+        `run` launches on the current stream. It is called twice: once for work that is done only once and would wait
+        for the device, and once for the record. Raises RuntimeError if a launch can't be recorded.
         """
         torch = self._torch
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU while this one records.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = run()
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                run()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the GPU while this one records.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = run()
 
         def replay() -> Any:
             graph.replay()

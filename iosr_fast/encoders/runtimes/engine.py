@@ -1,4 +1,4 @@
-"""Opening an engine folder: check it against its manifest, choose what executes it."""
+"""Opening an engine folder: check it against its manifest, choose the runtime."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.engine_manifest import EngineManifest
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS, OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
@@ -18,12 +19,70 @@ from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.utils import machine
-from iosr_fast.utils.schema import check_files, read_facts
+from iosr_fast.utils.schema import (
+    Above0,
+    Channels,
+    Deviations,
+    Entry,
+    Fingerprint,
+    Name,
+    Natural,
+    Positive,
+    Sha256,
+    Size,
+    Strict,
+    check_files,
+    read_facts,
+)
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # best first
 ENGINE_KIND = "engine"
 log = logging.getLogger(__name__)
+
+
+class CompiledPlan(Struct, frozen=True, kw_only=True):
+    """A plan of TensorRT. Further fields differ between versions of its builder."""
+
+    runtime: Literal["tensorrt", "tensorrt_rtx"]
+    version: Name
+    gpu: Name | None
+    compute_capability: Annotated[str, Meta(pattern=r"^[0-9]+\.[0-9]+\Z")] | None
+    profile: dict[str, Positive] = {}
+
+
+class EngineManifest(Strict, frozen=True, kw_only=True):
+    """The manifest of an engine folder (iosr_fast.export)."""
+
+    schema: Literal[2]
+    kind: str
+    files: dict[str, Entry]
+    checksum: Sha256
+    model: Name
+    image_size: Size
+    width: Size
+    mean: Channels
+    std: Deviations
+    interpolation: Name
+    logit_scale: Above0
+    clip_fingerprint: Fingerprint
+    adapter: Literal["trained", "random"] | None
+    adapter_fingerprint: Fingerprint | None
+    first_adapted_block: Natural | None
+    bottleneck: Positive | None
+    runtime: Literal["tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    max_batch: Size
+    fingerprint: Fingerprint
+    export_version: Positive
+    opset: Positive | None
+    dual_encoder: dict[str, int | float | str | bool | None]
+    versions: dict[str, str | None]
+    device: Name
+    plans: dict[str, CompiledPlan]
+    check: dict[str, Any]
+    build_seconds: Annotated[float, Meta(ge=0)]
+    quantised: dict[str, Any] | None = None
 
 
 def open_engine(
@@ -33,62 +92,62 @@ def open_engine(
     threads: int | None = None,
     buckets: Iterable[int] | None = None,
 ) -> Encoder:
-    """Open an engine folder of tools/build_engine.py, or one that is held and was checked.
+    """Open an engine folder of tools/build_engine.py, or a verified folder that was checked already.
 
-    "auto" takes TensorRT or TensorRT-RTX where the engine has plans for it, its module is installed and PyTorch sees a
-    GPU, else OpenVINO where the engine was built for it and it is installed, else ONNX Runtime, OpenVINO, PyTorch; what
-    it chose, and why not the others, is logged. Where the plans are for another GPU or version of the runtime, one is
-    built from encoder.onnx, once, in the user's cache (plans.open_plan). `verify` compares every file's SHA-256 with
-    the manifest. `threads` is for ONNX Runtime, OpenVINO and PyTorch on the CPU; `buckets`, the batch sizes that are
-    executed, for GPUs (None: powers of two).
+    "auto" takes the first runtime that the engine has files for and that works here: TensorRT or TensorRT-RTX on a GPU;
+    PyTorch on a GPU; the CPU runtime that the engine was built for; ONNX Runtime, OpenVINO, PyTorch on the CPU. The
+    choice is logged, with the reason against each of the others. If the engine's plans are for another GPU or version,
+    one is built from encoder.onnx, once, in the user's cache (plans.open_plan). `verify` compares every file's SHA-256
+    with the manifest. `threads` is for CPU runtimes; `buckets`, the executed batch sizes, for GPUs (None: powers of
+    two).
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime the engine
-    was not built for, RuntimeError where nothing here can execute it, ImportError for a missing package.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime that the
+    engine was not built for, RuntimeError if nothing here can execute it, ImportError for a missing package.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"expected threads >= 1, got {threads}")
     if isinstance(folder, VerifiedFolder):
-        held = folder
+        source = folder
     else:
-        held = open_verified(folder, ENGINE_KIND, verify)
-        check_engine(held)
-        held.check()
-    manifest = held.manifest
+        source = open_verified(folder, ENGINE_KIND, verify)
+        check_engine(source)
+        source.check()
+    manifest = source.manifest
     runtime = choose_runtime(runtime, _runtimes_of(manifest), manifest["runtime"])
     if runtime in ("onnxruntime", "openvino") and manifest["precision"] in ("fp16", "fp8"):
         log.warning("an %s engine gains nothing on a CPU, which computes in fp32; build another", manifest["precision"])
     if runtime == "onnxruntime" and manifest["precision"] == "bf16":
         log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
 
-    def opener(opened: Path) -> BatchedEncoder:
+    def open_folder(path: Path) -> BatchedEncoder:
         if runtime == "openvino":
-            return OpenVINOEncoder(opened, manifest, threads)
+            return OpenVINOEncoder(path, manifest, threads)
         if runtime == "onnxruntime":
-            return OnnxRuntimeEncoder(opened, manifest, threads)
+            return OnnxRuntimeEncoder(path, manifest, threads)
         if runtime == "torch":
-            return TorchEncoder(opened, manifest, threads, buckets=buckets)
-        return TensorRTEncoder(opened, manifest, runtime, buckets)
+            return TorchEncoder(path, manifest, threads, buckets=buckets)
+        return TensorRTEncoder(path, manifest, runtime, buckets)
 
-    encoder = held.open_with(opener)
-    encoder.source = held
+    encoder = source.open_with(open_folder)
+    encoder.source = source
     return encoder
 
 
-def check_engine(held: VerifiedFolder) -> EngineManifest:
-    """The manifest of a held engine. Raises ValueError for a field or a file that no engine has."""
-    facts = read_facts(held, EngineManifest)
-    check_files(held, set(facts.plans), {ONNX_FILE, WEIGHTS, TORCH_FILE})
+def check_engine(source: VerifiedFolder) -> EngineManifest:
+    """The manifest of an engine. Raises ValueError for an unknown field or file."""
+    facts = read_facts(source, EngineManifest)
+    check_files(source, set(facts.plans), {ONNX_FILE, WEIGHTS, TORCH_FILE})
     return facts
 
 
 def choose_runtime(
     runtime: str = "auto", built_for: Collection[str] | None = None, preferred: str | None = None
 ) -> str:
-    """A runtime's name for "auto", the same name for any other.
+    """Resolve "auto" to a runtime that works here (`open_engine` has the order); any other name is returned.
 
-    `built_for`: what an engine has files for; None where it is still to be built. `preferred`: the runtime of a CPU
-    that "auto" takes before the others. Raises ValueError for an unknown name
-    and for one that is not in `built_for`, RuntimeError where "auto" finds none.
+    `built_for`: the runtimes that the engine has files for; None before it is built. `preferred`: the CPU runtime that
+    "auto" tries first. Raises ValueError for an unknown name and for one that is not in `built_for`, RuntimeError if
+    "auto" finds none.
     """
     if runtime not in ("auto", *RUNTIMES):
         raise ValueError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
@@ -99,13 +158,13 @@ def choose_runtime(
                 f"tools/build_engine.py --runtime {runtime} builds one for it"
             )
         return runtime
-    refusals: dict[str, str] = {}
-    for name in sorted(RUNTIMES, key=lambda name: (name not in EXTRAS, name != preferred)):
-        reason = (
-            "this engine was not built for it"
-            if built_for is not None and name not in built_for
-            else unavailable_reason(name)
-        )
+    candidates = RUNTIMES if built_for is None else [name for name in RUNTIMES if name in built_for]
+    # this_gpu imports torch, so only engines that torch may execute ask for it.
+    torch_on_gpu = "torch" in candidates and machine.this_gpu() is not None
+    refusals = {name: "this engine was not built for it" for name in RUNTIMES if name not in candidates}
+    order = {"torch": 1 if torch_on_gpu else 3, preferred: 2} | dict.fromkeys(EXTRAS, 0)
+    for name in sorted(candidates, key=lambda name: order.get(name, 3)):
+        reason = unavailable_reason(name)
         if reason is None:
             log.info("runtime %s chosen; refused: %s", name, refusals or "none")
             return name
@@ -114,7 +173,7 @@ def choose_runtime(
 
 
 def check_runtime(runtime: str) -> None:
-    """Raise ValueError for an unknown name, ImportError for the runtime of a CPU whose package is missing."""
+    """Raise ValueError for an unknown name and ImportError for a CPU runtime whose package is missing."""
     if runtime == "auto":
         return
     reason = unavailable_reason(choose_runtime(runtime))
@@ -124,8 +183,8 @@ def check_runtime(runtime: str) -> None:
 
 def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
     by_file = {ONNX_FILE: ("onnxruntime", "openvino"), TORCH_FILE: ("torch",)}
-    held = {name for file, names in by_file.items() if file in manifest["files"] for name in names}
-    return held | {facts["runtime"] for facts in manifest["plans"].values()}
+    runtimes = {name for file, names in by_file.items() if file in manifest["files"] for name in names}
+    return runtimes | {facts["runtime"] for facts in manifest["plans"].values()}
 
 
 def unavailable_reason(runtime: str) -> str | None:

@@ -10,14 +10,13 @@ import numpy as np
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.utils.require import require
 
-WEIGHTS_SUFFIX = ".weights"
 FILE = "encoder.onnx"
-WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"  # beside it and mapped into memory; engines of earlier versions have all in one
+WEIGHTS_SUFFIX = ".weights"
+WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"  # beside FILE and mapped into memory; older engines have one file with both
 
 
 class OnnxRuntimeEncoder(BatchedEncoder):
-    """Executes encoder.onnx; `threads` of one session (None: ONNX Runtime's choice, one a core). Safe to share between
-    threads."""
+    """Executes encoder.onnx; `threads` of one session (None: one per core). Safe to share between threads."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
         super().__init__(manifest, "onnxruntime")
@@ -27,7 +26,7 @@ class OnnxRuntimeEncoder(BatchedEncoder):
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         if manifest["precision"] == "int8":
-            # Else processors without VNNI add products of 8 bits in 16, which can overflow.
+            # Without it, processors without VNNI add 8-bit products in 16 bits, which can overflow.
             options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])

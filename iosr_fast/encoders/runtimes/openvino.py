@@ -1,10 +1,14 @@
-"""OpenVINO on the CPU: the same encoder.onnx, in bf16 too where the processor has it."""
+"""OpenVINO on the CPU: the same encoder.onnx, also in bf16 if the processor has it."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,6 @@ import numpy as np
 
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.onnxruntime import FILE
-from iosr_fast.encoders.runtimes.signal_stack import kept_signal_stack
 from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)
@@ -20,24 +23,22 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO's Core, one in a process as OpenVINO advises, with its CPU plugin loaded.
+    """OpenVINO's Core, one per process as OpenVINO advises, with its CPU plugin loaded and never released.
 
-    The plugin is loaded here and never released, so that the signal stack of the thread stays as it was. Raises
-    ImportError with the pip command where OpenVINO is missing.
+    Raises ImportError with the pip command if OpenVINO is missing.
     """
-    with kept_signal_stack():
+    with restored_signal_stack():
         core = require("openvino", "openvino").Core()
-        core.get_property("CPU", "FULL_DEVICE_NAME")  # a Core loads a plugin when it is first asked of it
+        core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the CPU plugin
     return core
 
 
 class OpenVINOEncoder(BatchedEncoder):
-    """Executes encoder.onnx; `threads` of one stream (None: one a core). Safe to share: callers take turns.
+    """Executes encoder.onnx; `threads` of one stream (None: one per core). Safe to share: callers take turns.
 
-    An engine of precision "bf16" has weights in fp32, and OpenVINO computes products in bf16 where the processor can
-    (AVX512_BF16 or AMX), else in fp32, with a warning. It is not always faster: on an Intel Xeon with AVX512_BF16 and
-    without AMX ViT-B/16 took 1.8 times as long as in fp32, on an AMD EPYC 0.53 times (tools/benchmark.py precision).
-    For any other engine bf16 is switched off, which OpenVINO would take by itself.
+    An engine of precision "bf16" has fp32 weights. OpenVINO multiplies them in bf16 if the processor has AVX512_BF16 or
+    AMX, and otherwise in fp32, with a warning. bf16 can be slower than fp32 (benchmarks/README.md), so it is off
+    for every other engine, although OpenVINO's default would turn it on.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
@@ -56,9 +57,45 @@ class OpenVINOEncoder(BatchedEncoder):
         except RuntimeError as error:
             raise RuntimeError(f"OpenVINO can't load {FILE} in {folder}: {error}; build the engine again") from error
         self.computes_in = "bf16" if bf16 else "fp32"
+        self.threads = threads
         self._lock = threading.Lock()
 
     def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
         with self._lock:
-            found = self._request.infer({"pixels": pixels})
-            return tuple(np.array(found[name]) for name in self.outputs)  # the request's own memory is written again
+            outputs = self._request.infer({"pixels": pixels})
+            return tuple(np.array(outputs[name]) for name in self.outputs)  # copies: the request reuses its memory
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def signal_stack() -> tuple[int, int, int]:
+    """(address, flags, bytes) of the calling thread's signal stack. Linux only."""
+    stack = _Stack()
+    _libc().sigaltstack(None, ctypes.byref(stack))
+    return stack.sp or 0, stack.flags, stack.size
+
+
+@contextmanager
+def restored_signal_stack() -> Iterator[None]:
+    """Restore the calling thread's signal stack at the end of the block. Does nothing off Linux.
+
+    OpenVINO 2026.4 replaces the signal stack when a Core loads its CPU plugin, and restores the previous one when the
+    plugin is released. If two plugins are released in the order in which they were loaded, the second one restores the
+    stack of the first, which no longer exists, and the next signal ends the process.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = signal_stack()
+    try:
+        yield
+    finally:
+        if signal_stack() != before:
+            _libc().sigaltstack(ctypes.byref(_Stack(*before)), None)

@@ -1,7 +1,7 @@
 """TensorRT (data-centre and other GPUs) and TensorRT-RTX (GeForce and RTX), which share one Python API.
 
-Networks are strongly typed: precision stands in the ONNX graph, no FP16 flag is set, and TensorRT 10 and 11 take one
-path.
+Networks are strongly typed: the ONNX graph determines the precision, no FP16 flag is set, and TensorRT 10 and 11 share
+one path.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ log = logging.getLogger(__name__)
 
 
 def target(runtime: str) -> plans.Target:
-    """What plans are built for here: the installed version of the runtime, this GPU. ImportError without the module."""
+    """The target of plans built here: the installed version and this GPU. Raises ImportError without the module."""
     return plans.Target(runtime, _load(runtime).__version__, machine.this_gpu())
 
 
 def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes, dict[str, Any]]:
     """Compile an ONNX file with the dynamic input "pixels" (batch, S, S, 3) into a plan for 1 to `max_batch` pictures.
 
-    TensorRT-RTX needs no GPU for this and compiles for the one it meets at run time; TensorRT needs the GPU that the
-    plan will run on. Returns the plan, and max_batch, build_seconds, bytes and profile. Raises RuntimeError with the
-    parser's or the builder's own words where one of them refuses.
+    TensorRT-RTX needs no GPU for this and finishes the plan at run time; TensorRT needs the GPU that the plan will run
+    on. Returns the plan, and max_batch, build_seconds, bytes and profile. Raises RuntimeError with the message of the
+    parser or the builder.
     """
     trt = _load(module_name)
     started = time.perf_counter()
     logger = _forwarding_logger(trt)
     builder = trt.Builder(logger)
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11: always so
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode of TensorRT 11
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)):
-        found = [parser.get_error(i) for i in range(parser.num_errors)]
-        errors = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in found)
+        reported = (parser.get_error(i) for i in range(parser.num_errors))
+        errors = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in reported)
         raise RuntimeError(f"{module_name} {trt.__version__} can't parse {onnx_path.name}: {errors}")
     if network.num_inputs != 1 or network.get_input(0).name != "pixels" or network.get_input(0).shape[0] != -1:
         raise RuntimeError(f"expected one input 'pixels' with a dynamic batch in {onnx_path.name}")
     picture = tuple(network.get_input(0).shape)[1:]
-    # Tuned at max_batch: whoever asks for large batches asks for throughput.
+    # Optimised at max_batch: large batches are for throughput.
     profile = {"min": 1, "opt": max_batch, "max": max_batch}
     shapes = builder.create_optimization_profile()
     shapes.set_shape("pixels", *((batch, *picture) for batch in profile.values()))
     config = builder.create_builder_config()
     config.add_optimization_profile(shapes)
     if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # products of fp32 graphs are fp32, which their check relies on
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 graphs multiply in fp32, as their check expects
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(
@@ -74,11 +74,10 @@ def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes
 class TensorRTEncoder(BatchedEncoder):
     """Executes the plan that fits this machine on the current CUDA device, with PyTorch's tensors as buffers.
 
-    Where the engine has no such plan, one is built from its encoder.onnx and kept in the user's cache
-    (plans.open_plan). Batches are filled up to one of `buckets` (None: powers of two); each has an execution context of
-    its own, and after `warm` a CUDA graph. Contexts share their working memory, so calls from several threads take
-    turns, on one stream. What TensorRT-RTX compiles for this GPU is kept in the cache, too. None of it has been run on
-    a GPU yet.
+    If the engine has no such plan, one is built from its encoder.onnx in the user's cache (plans.open_plan). Batches
+    are padded to one of `buckets` (None: powers of two); each bucket has an execution context, and after `warm` a CUDA
+    graph. Contexts share their working memory, so calls from several threads take turns, on one stream. The kernels
+    that TensorRT-RTX compiles for this GPU are cached, too. None of this has been run on a GPU yet.
     """
 
     def __init__(
@@ -86,23 +85,23 @@ class TensorRTEncoder(BatchedEncoder):
     ) -> None:
         super().__init__(manifest, runtime, powers_of_two(manifest["max_batch"]) if buckets is None else buckets)
         torch = require("torch", "train")
-        here = target(runtime)
-        if here.gpu is None:
+        plan_target = target(runtime)
+        if plan_target.gpu is None:
             raise RuntimeError(
                 f"a plan of {runtime} needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none; "
                 "open the engine with runtime='onnxruntime', or install PyTorch with CUDA"
             )
         build = partial(build_plan, module_name=runtime, max_batch=self.max_batch)
-        plan = plans.open_plan(folder, manifest, here, build)
+        plan = plans.open_plan(folder, manifest, plan_target, build)
         self._trt, self._torch = _load(runtime), torch
-        self._kernels_file, self._kernels_kept = here.kernels_file(self.fingerprint), False
+        self._kernels_file, self._kernels_saved = plan_target.kernels_file(self.fingerprint), False
         self._logger = _forwarding_logger(self._trt)
         self._trt_runtime = self._trt.Runtime(self._logger)
         self._engine = self._trt_runtime.deserialize_cuda_engine(plan.data)
         if self._engine is None:
             raise RuntimeError(
-                f"{here} can't load {plan.path}: {'; '.join(self._logger.errors)}; remove that file if it is in the "
-                "cache, else build the engine again on this machine, or open it with runtime='onnxruntime'"
+                f"{plan_target} can't load {plan.path}: {'; '.join(self._logger.errors)}; remove that file if it is in "
+                "the cache, else build the engine again on this machine, or open it with runtime='onnxruntime'"
             )
         self._kernels, self._config = self._load_kernels()
         shape = (self.max_batch, self.image_size, self.image_size, 3)
@@ -112,7 +111,7 @@ class TensorRTEncoder(BatchedEncoder):
         self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
         self._contexts: dict[int, Any] = {}
         self._replay: dict[int, Callable[[], Any]] = {}
-        # The buffers were allocated on the current stream; nothing is in flight on them once that one is done.
+        # The buffers were allocated on the current stream, which may still be writing them.
         torch.cuda.current_stream().synchronize()
         self._stream = torch.cuda.Stream()
         self._recorder = Recorder(self._stream)
@@ -120,18 +119,18 @@ class TensorRTEncoder(BatchedEncoder):
 
     def warm(self, sizes: Iterable[int] | None = None) -> None:
         super().warm(sizes)
-        self._keep_kernels()
+        self._save_kernels()
 
     def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
         n, torch = len(pixels), self._torch
         with self._lock, torch.cuda.stream(self._stream):
             self._pinned[:n].numpy()[...] = pixels
-            # The rows after it hold older pictures: nobody reads what they give.
+            # Rows behind them hold older pictures; their outputs are cut off.
             self._pixels[:n].copy_(self._pinned[:n], non_blocking=True)
             self._replay[size]() if size in self._replay else self._launch(size)
             copies = [result[:n].to("cpu", copy=True) for result in self._results]  # waits for the stream
-        if not self._kernels_kept and not self._kernels_file.exists():
-            self._keep_kernels()
+        if not self._kernels_saved and not self._kernels_file.exists():
+            self._save_kernels()
         return tuple(copy.numpy() for copy in copies)
 
     def _prepare(self, size: int) -> None:
@@ -144,14 +143,14 @@ class TensorRTEncoder(BatchedEncoder):
                 log.warning("batches of %d are launched without a CUDA graph, which can't be recorded: %s", size, error)
 
     def _launch(self, size: int) -> None:
-        """On the current stream; the context of this size is made at its first launch."""
+        """Launch on the current stream; the first launch of a size creates its context."""
         if size not in self._contexts:
             self._contexts[size] = self._new_context(size)
         if not self._contexts[size].execute_async_v3(self._torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(f"{self.runtime} failed on {size} pictures: {'; '.join(self._logger.errors)}")
 
     def _new_context(self, size: int) -> Any:
-        """One for a single shape: what a graph holds of its context must not change after it was recorded."""
+        """A context for one shape: a graph depends on its context, which must not change after the record."""
         managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(managed if self._config is None else self._config)
         if context is None:
@@ -164,13 +163,13 @@ class TensorRTEncoder(BatchedEncoder):
         return context
 
     def _load_kernels(self) -> tuple[Any, Any]:
-        """TensorRT-RTX: the kernels that an earlier run compiled on this GPU, and a configuration of contexts that use
-        them. TensorRT has neither: (None, None)."""
+        """TensorRT-RTX: the kernels compiled by earlier runs on this GPU, and a configuration for contexts that use
+        them. (None, None) for TensorRT, which has neither."""
         if not hasattr(self._trt, "IRuntimeCache"):
             return None, None
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        # A graph would keep the general kernels that stand in while those for a shape are compiled.
+        # A graph would keep the general kernels that run until those for a shape are compiled.
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         kernels = config.create_runtime_cache()
@@ -179,16 +178,16 @@ class TensorRTEncoder(BatchedEncoder):
         config.set_runtime_cache(kernels)
         return kernels, config
 
-    def _keep_kernels(self) -> None:
-        self._kernels_kept = True  # or was tried, which is not done at every run
+    def _save_kernels(self) -> None:
+        self._kernels_saved = True  # one attempt per process
         if self._kernels is None:
             return
         try:
             self._kernels_file.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(self._kernels_file) as made:
-                made.write_bytes(self._kernels.serialize())
+            with new_file(self._kernels_file) as temporary:
+                temporary.write_bytes(self._kernels.serialize())
         except OSError as error:
-            log.info("compiled kernels are not kept for the next start: %s", error)
+            log.info("compiled kernels are not saved for the next start: %s", error)
 
 
 def _load(module_name: str) -> Any:
@@ -198,7 +197,7 @@ def _load(module_name: str) -> Any:
 
 
 def _forwarding_logger(trt: Any) -> Any:
-    """TensorRT's log in Python's logging; `errors` holds the messages of errors, to be raised with."""
+    """TensorRT's log in Python's logging; `errors` collects error messages for exceptions."""
     severity = trt.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,

@@ -1,4 +1,4 @@
-"""PyTorch, on the GPU where it sees one and on the CPU otherwise; without open_clip."""
+"""PyTorch, on the GPU if it sees one and else on the CPU; without open_clip."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class TorchEncoder(BatchedEncoder):
     """Executes encoder.safetensors eagerly; on a GPU in a few batch sizes, which `warm` records as CUDA graphs.
 
-    On the CPU PyTorch uses `threads` in the whole process while it encodes, and any batch size. Graphs have not been
-    run on a GPU yet.
+    On the CPU any batch size is executed, and PyTorch uses `threads` in the whole process while it encodes. The graphs
+    have not been run on a GPU yet.
     """
 
     def __init__(
@@ -50,51 +50,48 @@ class TorchEncoder(BatchedEncoder):
             raise ValueError(
                 f"{FILE} in {folder} does not fit its manifest: {error}; build the engine again"
             ) from error
+        self._torch = torch
         self._encoder = encoder.to(self.device)
-        self._threads = threads
+        self.threads = threads
         if on_gpu:
-            self._use_buckets(Recorder())
+            self._use_buckets(Recorder(device=self.device))
 
     def _use_buckets(self, recorder: Recorder) -> None:
-        torch = require("torch", "train")
         self._recorder = recorder
         self._replay: dict[int, Callable[[], tuple[Any, ...]]] = {}
         shape = (self.max_batch, self.image_size, self.image_size, 3)
-        with torch.inference_mode():
-            self._pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        with self._torch.inference_mode():
+            self._pixels = self._torch.zeros(shape, dtype=self._torch.uint8, device=self.device)
 
     def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-        torch = require("torch", "train")
-        # PyTorch has no read-only tensors and warns of a read-only array.
-        batch = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+        # PyTorch warns of read-only arrays.
+        batch = self._torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
         if self.buckets is None:
-            with torch.inference_mode(), self._chosen_threads():
+            with self._torch.inference_mode(), self._process_threads():
                 return tuple(output.cpu().numpy() for output in self._encoder(batch.to(self.device)))
-        with torch.inference_mode(), self._recorder.turn():
-            # The rows after it hold older pictures: nobody reads what they give.
-            self._pixels[: len(batch)].copy_(batch)
+        with self._torch.inference_mode(), self._recorder.turn():
+            self._pixels[: len(batch)].copy_(batch)  # rows behind them hold older pictures; their outputs are cut off
             outputs = self._replay[size]() if size in self._replay else self._encoder(self._pixels[:size])
             return tuple(output[: len(batch)].to("cpu", copy=True).numpy() for output in outputs)
 
     def _prepare(self, size: int) -> None:
-        torch = require("torch", "train")
         if self.buckets is None or size in self._replay:
             return
         try:
-            with torch.inference_mode(), self._recorder.turn():
+            with self._torch.inference_mode(), self._recorder.turn():
                 self._replay[size] = self._recorder.record(lambda: self._encoder(self._pixels[:size]))
         except RuntimeError as error:
             log.warning("batches of %d are launched kernel by kernel: no CUDA graph was recorded (%s)", size, error)
 
     @contextmanager
-    def _chosen_threads(self) -> Iterator[None]:
-        torch = require("torch", "train")
-        before = torch.get_num_threads()
-        if self._threads is None or self._threads == before:
+    def _process_threads(self) -> Iterator[None]:
+        """PyTorch's number of threads set to `threads` within the block."""
+        before = self._torch.get_num_threads()
+        if self.threads is None or self.threads == before:
             yield
             return
-        torch.set_num_threads(self._threads)
+        self._torch.set_num_threads(self.threads)
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            self._torch.set_num_threads(before)
