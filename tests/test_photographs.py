@@ -27,7 +27,7 @@ from iosr_fast.images.preprocess import open_image  # noqa: E402
 from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
 from tests.demo_cache import shared_cache  # noqa: E402
 from tests.pictures import encode, turned  # noqa: E402
-from tests.serving.serving_client import AUTHORISED, form, serving  # noqa: E402
+from tests.serving.http_client import AUTHORISED, form, serving  # noqa: E402
 
 CLASSES, SHOTS, SIZE = 4, 3, (300, 200)
 TOLERANCE = 1e-4  # of probabilities: batches of other sizes round otherwise

@@ -12,11 +12,11 @@ import pytest
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
-from tests.serving import serving_client
-from tests.serving.serving_client import TOKEN
+from tests.serving import http_client
+from tests.serving.http_client import TOKEN
 from tools.page_screenshot import ARGUMENTS, CHROMIUM, served
 
-# Whoever imports this module is skipped where something is missing; serving_client has asked for the server's packages.
+# Whoever imports this module is skipped where something is missing; http_client has asked for the server's packages.
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
 if not os.access(CHROMIUM, os.X_OK):
     pytest.skip(f"no browser: {CHROMIUM} is not there (Debian's package chromium)", allow_module_level=True)
@@ -29,7 +29,7 @@ def file(image: np.ndarray | bytes, name: str = "picture.png", kind: str = "imag
     return {
         "name": name,
         "mimeType": kind,
-        "buffer": image if isinstance(image, bytes) else serving_client.encode(image),
+        "buffer": image if isinstance(image, bytes) else http_client.encode(image),
     }
 
 
@@ -106,8 +106,8 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    classifier = serving_client.load()
-    queries = dict(zip(serving_client.query_labels(), serving_client.queries(), strict=True))
+    classifier = http_client.load()
+    queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))
     pictures = load_pictures("held-out")
     newcomer = list(pictures.images[pictures.concepts == pictures.names.index(NEWCOMER)])
     assert NEWCOMER not in classifier.classes_

@@ -155,7 +155,7 @@ def test_a_full_queue_refuses_at_once_and_recovers(make, classifier: FakeClassif
     batching = make(max_queue=4, observer=watcher)
     with classifier.held(batching):
         kept = batching.submit_many([picture(1), picture(2)])
-        with pytest.raises(QueueFullError, match="3 images are in it, 2 more came, max_queue is 4") as refused:
+        with pytest.raises(QueueFullError, match="3 images wait, 2 more came, max_queue is 4") as refused:
             batching.submit_many([picture(3), picture(4)])
         assert refused.value.retry_after_s > 0 and batching.pending == 3
         kept.append(batching.submit(picture(3)))
@@ -209,7 +209,7 @@ def test_what_is_late_when_its_batch_is_formed_is_not_encoded(make, classifier: 
         assert slow.begun.wait(PATIENCE_S)
         clock.now += 2.0
         slow.gate.set()
-        with pytest.raises(DeadlineExceededError, match="deadline of 1 s was over 1 s before"):
+        with pytest.raises(DeadlineExceededError, match="deadline of 1 s passed 1 s before"):
             behind.result(PATIENCE_S)
     for future in late:
         with pytest.raises(DeadlineExceededError):

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from tests.serving import page_server
+from tests.serving.http_client import TOKEN
 from tests.serving.page_server import NEWCOMER, Visit, file
-from tests.serving.serving_client import TOKEN
 
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
 

@@ -21,19 +21,19 @@ pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.ray import Scale, build_app, from_config, replica
 from iosr_fast.serving.ray.deployment import code_version
 from iosr_fast.serving.ray.ingress import make_app
-from iosr_fast.serving.ray.messages import Facts, Reply
-from iosr_fast.serving.ray.remote import ASKED, DEATHS, Remote
+from iosr_fast.serving.ray.messages import Facts, Reply, Source
+from iosr_fast.serving.ray.remote import MAX_DEATHS, MAX_REFUSALS, Remote
 from iosr_fast.serving.ray.replica import ClassifierReplica
-from iosr_fast.serving.ray.source import Source
 from iosr_fast.state.predictions import Prediction
 from tests.pictures import encode
-from tests.serving.ray_serving_load import ROOT, error_of, save_broken, save_renamed
-from tests.serving.serving_client import CLASSES, Client, Gate, bundle, load, queries
+from tests.serving.http_client import CLASSES, Client, Gate, bundle, load, queries
+from tests.serving.ray_load import ROOT, error_of, save_broken, save_renamed
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, 64, 2)
@@ -94,7 +94,7 @@ def test_what_a_replica_had_when_it_died_is_sent_to_another_one() -> None:
         response = client.predict(GREY, query="?top=2&nearest=1&deadline_ms=3000")
         assert response.status_code == 200 and response.json()["predictions"][0]["label"] == "cat"
     lefts = [call[-1] for call in replicas.calls]
-    assert [call[:-1] for call in replicas.calls] == [("classify", [GREY], 2, 1, "127.0.0.1")] * 4
+    assert [call[:-1] for call in replicas.calls] == [("classify", [GREY], Query(2, 1, 3.0, "127.0.0.1"))] * 4
     assert 3.0 >= lefts[0] > lefts[1] > lefts[2] > lefts[3] > 2.0, "each is told what is left of the deadline"
 
 
@@ -102,7 +102,7 @@ def test_a_request_that_kills_replicas_is_given_up() -> None:
     replicas = Replicas(otherwise=ActorDiedError())
     with ingress(replicas) as client:
         assert error_of(client.predict(GREY), 500) == "replicas_died"
-    assert len(replicas.calls) == DEATHS
+    assert len(replicas.calls) == MAX_DEATHS
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_one_replica_refuses_is_offered_to_others(refusal: Reply, code: str
         replicas.otherwise, replicas.calls = refusal, []
         response = client.predict(GREY)
         assert error_of(response, 503) == code and response.headers["Retry-After"] == retry
-        assert "CUDA" not in response.text and len(replicas.calls) == ASKED
+        assert "CUDA" not in response.text and len(replicas.calls) == MAX_REFUSALS
 
 
 def test_the_soonest_of_several_refusals_is_told() -> None:
@@ -197,7 +197,7 @@ def test_a_replica_takes_a_new_bundle_and_keeps_the_old_one_where_it_can_not(alo
             await one.reconfigure({"bundle": str(save_broken(tmp_path / "first"))})  # there is no old one
 
         async def told() -> list[str]:
-            made = await one.classify(images, 1, 0, "", 30.0)
+            made = await one.classify(images, Query(1), 30.0)
             assert made.status == "ok"
             return [result.label for result in made.results]
 
@@ -221,7 +221,7 @@ def test_a_replica_takes_a_new_bundle_and_keeps_the_old_one_where_it_can_not(alo
         )
         one.check_health()
         one.__del__()
-        assert (await one.classify(images, 1, 0, "", None)).status == "closed"
+        assert (await one.classify(images, Query(1), None)).status == "closed"
 
     asyncio.run(lives())
 
@@ -238,21 +238,21 @@ def test_a_replica_says_why_another_one_should_be_asked(alone: None, monkeypatch
         assert (await one.examples("~0"))["example_ids"][0] == "e0" and await one.examples("~99") is None
         assert (await one.picture("e0"))[:4] == b"RIFF" and await one.picture("e999") is None
         gate.shut()
-        first = asyncio.create_task(one.classify([GREY, GREY], 1, 0, "", None))
+        first = asyncio.create_task(one.classify([GREY, GREY], Query(1), None))
         await asyncio.sleep(0.05)
-        full = await one.classify([GREY], 1, 0, "", None)
+        full = await one.classify([GREY], Query(1), None)
         assert full.status == "full" and full.retry_after_s > 0
         gate.open()
         assert (await first).status == "ok"
-        bad = await one.classify([b"\x89PNG"], 1, 0, "", None)
+        bad = await one.classify([b"\x89PNG"], Query(1), None)
         assert bad.status == "ok" and isinstance(bad.results[0], BadImageError)
         gate.error = RuntimeError("out of luck")
-        failed = await one.classify([GREY], 1, 0, "", None)
+        failed = await one.classify([GREY], Query(1), None)
         assert failed.status == "failed" and "out of luck" in failed.message
         with pytest.raises(RuntimeError, match="the engine failed: out of luck"):
             one.check_health()
         gate.error = None
-        assert (await one.classify([GREY], 1, 0, "", None)).status == "ok"
+        assert (await one.classify([GREY], Query(1), None)).status == "ok"
         one.check_health()
         one.__del__()
 
@@ -265,10 +265,10 @@ def test_a_replica_says_why_another_one_should_be_asked(alone: None, monkeypatch
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"replicas": 0}, "expected replicas to be a whole number of at least 1, got 0"),
-        ({"cpus": -1}, "expected cpus to be a number of at least 0, got -1"),
+        ({"replicas": 0}, "expected replicas to be `int` >= 1, got 0"),
+        ({"cpus": -1}, "expected cpus to be `float` >= 0.0, got -1"),
         ({"min_replicas": 3, "max_replicas": 2}, "expected max_replicas of at least min_replicas, got 2 and 3"),
-        ({"health_period_s": 0}, "expected health_period_s to be a number of at least 0.001"),
+        ({"health_period_s": 0}, "expected health_period_s to be `float` >= 0.001, got 0"),
     ],
 )
 def test_a_scale_that_can_not_be_is_refused(fields: dict[str, Any], told: str) -> None:

@@ -254,5 +254,5 @@ def test_gpu_tests_are_counted_as_they_end(tmp_path: Path) -> None:
     assert found["status"] == "failed" and len(found["failed"]) == 2 and "test_bad: " in found["failed"][0]
     assert "1 test: could not import 'no_such_module'" in found["skipped"][0]
     names = {Path(path).name for path in tests.files()}
-    assert {"test_cuda.py", "test_triton.py", "test_cuda_graphs.py"} <= names and "test_serving.py" not in names
+    assert {"test_cuda.py", "test_triton.py", "test_cuda_graphs.py"} <= names and "test_http_predict.py" not in names
     assert os.environ.get("IOSR_FAST_CACHE") != str(tmp_path / "cache"), "the cache is the part's alone"

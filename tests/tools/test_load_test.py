@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with the dev extra")
 
-from tests.serving.serving_client import CLASSES, bundle, load  # noqa: E402
+from tests.serving.http_client import CLASSES, bundle, load  # noqa: E402
 from tools import load_test  # noqa: E402
 from tools.serving_load import churn, measure, report  # noqa: E402
 from tools.serving_load.client import Answer, Client  # noqa: E402

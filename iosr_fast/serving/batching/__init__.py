@@ -1,4 +1,4 @@
-"""Many callers, one engine. BatchingClassifier is `front.py`; the other files are its parts."""
+"""Dynamic batching for concurrent callers. BatchingClassifier is in `front.py`; the other files are its parts."""
 
 from iosr_fast.serving.batching.decode import DecodeLimits
 from iosr_fast.serving.batching.front import BatchingClassifier

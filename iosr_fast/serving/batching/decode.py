@@ -1,4 +1,4 @@
-"""An image of BatchingClassifier to pixels, within limits: strangers send them."""
+"""Images of BatchingClassifier to pixels, within limits, because images may come from anyone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iosr_fast.images.preprocess import ENCODED, BadImageError, as_array, open_i
 
 
 class Limits(Protocol):
-    """What decoders read of limits; None where there is none."""
+    """Limits that decoders read; None: no limit."""
 
     @property
     def max_bytes(self) -> int | None: ...
@@ -29,10 +29,10 @@ class Limits(Protocol):
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """`max_bytes` of a file or of encoded bytes; `max_pixels` of an image, as it is and once its shorter side is
-    resized: one of 1 x 60,000 pixels would become huge. None: no limit. `max_pixels_together` of the images above 16
-    million that are decoded at a time. `timeout_s` of a core, or twice as long by the clock, for decoding one, where
-    that can be stopped: in a process."""
+    """`max_bytes` of a file or of encoded bytes; `max_pixels` of an image, before and after its shorter side is resized
+    (one of 1 x 60,000 pixels would become huge). None: no limit. `max_pixels_together` of images above 16 million
+    pixels that are decoded at the same time. `timeout_s` of CPU time, or twice as long by the clock, for decoding one
+    image in a process."""
 
     max_bytes: int | None = None
     max_pixels: int | None = 100_000_000
@@ -41,10 +41,10 @@ class DecodeLimits:
 
 
 class Decoder(Protocol):
-    """What a decoding thread decodes with. Deadlines are on time.monotonic's clock."""
+    """The decoder of one decoding thread. Deadlines are on time.monotonic's clock."""
 
     def start(self) -> None:
-        """Called before each image, and quick where there is nothing to do. Raises where it can't decode at all."""
+        """Called before each image; quick if already started. Raises if it can't decode at all."""
 
     def pixels(
         self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
@@ -55,14 +55,14 @@ class Decoder(Protocol):
         """As `whole_image`."""
 
     def kill(self) -> None:
-        """Stop what it does at this moment, if that can be stopped. From any thread."""
+        """Stop the current image, if possible. May be called from any thread."""
 
     def close(self) -> None:
-        """It is not used any more."""
+        """Release everything; no further calls follow."""
 
 
 class ThreadDecoder:
-    """Decodes in the thread that asks: nothing can stop it."""
+    """Decodes in the calling thread; can't be stopped."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -83,12 +83,12 @@ class ThreadDecoder:
 
 
 def is_pixels(image: Any, size: int) -> bool:
-    """Whether an image is what the encoder takes, as it is."""
+    """Whether an image already has the form that the encoder takes."""
     return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)
 
 
 def decode(image: Any, position: int, size: int, limits: Limits, exif_orientation: bool = True) -> np.ndarray:
-    """An image as open_image takes it -> pixels (size, size, 3) uint8. Raises BadImageError, also beyond the limits."""
+    """An image that open_image takes -> pixels (size, size, 3) uint8. Raises BadImageError, also beyond the limits."""
     if is_pixels(image, size):
         pixels: np.ndarray = image
         return pixels
@@ -100,13 +100,13 @@ def decode(image: Any, position: int, size: int, limits: Limits, exif_orientatio
     if not isinstance(image, (str, Path, *ENCODED)):
         array = as_array(image, position)  # of a tensor, with the channels last
         image = image if array is None or hasattr(image, "getbands") else array
-        if told := check(*_dimensions(image)):
-            raise BadImageError(None, position, told)
+        if reason := check(*_dimensions(image)):
+            raise BadImageError(None, position, reason)
     return decode_pixels(image, size, position, check=check, exact=True, exif_orientation=exif_orientation)
 
 
 def whole_image(image: Any, position: int, limits: Limits, exif_orientation: bool = True) -> np.ndarray:
-    """An image as open_image takes it -> all of its pixels, (height, width, 3) uint8."""
+    """An image that open_image takes -> all pixels, (height, width, 3) uint8."""
     check_bytes(image, position, limits)
     return np.asarray(open_image(image, position, exif_orientation))
 
@@ -115,12 +115,12 @@ def check_bytes(image: Any, position: int, limits: Limits) -> None:
     """Raise BadImageError for more encoded bytes than the limits allow."""
     count = _encoded_bytes(image)
     if limits.max_bytes is not None and count > limits.max_bytes:
-        told = f"expected at most {limits.max_bytes} encoded bytes, got {count}; send a smaller one"
-        raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, told)
+        reason = f"expected at most {limits.max_bytes} encoded bytes, got {count}; send a smaller one"
+        raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, reason)
 
 
 def decoding_cost(image: Any, size: int) -> int:
-    """Pixels of the largest picture that decoding makes, by the header of encoded bytes; 0 where that says nothing."""
+    """Pixels of the largest intermediate image, by the header of encoded bytes; 0 if unknown."""
     if not isinstance(image, ENCODED) or not image_kind(image):
         return 0
     claimed = claimed_size(image)
@@ -136,7 +136,7 @@ def _encoded_bytes(image: Any) -> int:
 
 
 def _dimensions(image: Any) -> tuple[int, int]:
-    """(width, height) of what is no file; (0, 0) where open_image will say what is wrong."""
+    """(width, height) of an image that is not a file; (0, 0) if open_image will refuse it."""
     from PIL import Image
 
     if isinstance(image, Image.Image):

@@ -1,4 +1,4 @@
-"""One batch through encoder and scoring, and, where that raises, whose fault it was."""
+"""Runs a batch through encoder and scoring; after an error, finds the images that cause it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.serving.batching.item import Item, without_frames
+from iosr_fast.serving.batching.item import Item, Query, without_frames
 from iosr_fast.state.predictions import Prediction, predict
 
 log = logging.getLogger(__name__)
@@ -25,17 +25,17 @@ def bucket_sizes(max_batch: int) -> list[int]:
 
 
 class Engine:
-    """Runs batches of at most max_batch images. `healthy`: whether it could, when last asked; `last_error`: why not,
-    the last time that it could not."""
+    """Runs batches of at most `max_batch` images. `healthy`: whether the last batch ran; `last_error`: the error of the
+    last failure."""
 
     def __init__(self, max_batch: int) -> None:
         self.healthy = True
         self.last_error: BaseException | None = None
         self._max_batch = max_batch
-        self._encoding = threading.Lock()  # not every encoder may be called by two threads
+        self._encoding = threading.Lock()  # some encoders are not thread-safe
 
     def warm(self, classifier: Any) -> None:
-        """Run each bucket size once, so that no request pays for an engine's beginnings. Raises what it raises."""
+        """Run each bucket size once, because first runs are slow. Raises what the engine raises."""
         encoder = classifier.encoder
         sizes = bucket_sizes(min(self._max_batch, encoder.max_batch))
         with self._encoding:
@@ -43,7 +43,7 @@ class Engine:
         Run(classifier, self._encoding).compute(np.zeros((1, encoder.image_size, encoder.image_size, 3), np.uint8))
 
     def run(self, classifier: Any, items: Sequence[Item]) -> Run:
-        """Give every item its outcome: a Prediction, or what was raised on it."""
+        """Set the outcome of every item: a Prediction or an exception."""
         run = Run(classifier, self._encoding, quiet=not self.healthy)
         error = run.attempt(items)
         if error is not None:
@@ -51,16 +51,16 @@ class Engine:
         if run.down is not None:
             for item in items:
                 if item.outcome is None:
-                    item.outcome = _another(run.down)
+                    item.outcome = _copy(run.down)
         return run
 
     def probe(self, classifier: Any) -> None:
-        """See whether an engine that failed works again."""
+        """Check whether a failed engine works again."""
         if Run(classifier, self._encoding, quiet=True).works():
             self.judge(None)
 
     def judge(self, down: BaseException | None) -> None:
-        """The engine's state after a batch: whether it is down, and with what error."""
+        """Update the health after a batch; `down` is the error if the engine fails on every image."""
         if down is not None:
             self.last_error = down
             if self.healthy:
@@ -72,21 +72,21 @@ class Engine:
 
 @dataclass
 class Run:
-    """A batch on one classifier and one state of it. `down`: the engine fails on any image, with this error; `clean`:
-    nothing failed."""
+    """One batch on one state of one classifier. `down`: the error if the engine fails on every image; `clean`: no error
+    occurred."""
 
     classifier: Any
     encoding: threading.Lock
-    quiet: bool = False  # a failure was logged already
+    quiet: bool = False  # an error was logged already
     encode_s: float = 0.0
     score_s: float = 0.0
     clean: bool = True
     down: BaseException | None = None
     state: Any = None
 
-    def compute(self, pixels: np.ndarray, asked: Sequence[tuple[int, int]] | None = None) -> list[Prediction]:
-        """Pixels (B, S, S, 3) uint8 -> B predictions. `asked`: top and nearest of each; one class where it is None."""
-        asked = [(1, 0)] * len(pixels) if asked is None else asked
+    def compute(self, pixels: np.ndarray, queries: Sequence[Query] | None = None) -> list[Prediction]:
+        """Pixels (B, S, S, 3) uint8 -> B predictions, with top and nearest of the queries (None: one class)."""
+        queries = [Query(top=1)] * len(pixels) if queries is None else queries
         started = time.perf_counter()
         with self.encoding:
             embeddings = self.classifier.encoder.encode(pixels)
@@ -97,29 +97,30 @@ class Run:
         if self.state is None:
             self.state = self.classifier.snapshot()
         groups: dict[tuple[int, int], list[int]] = {}
-        for row, (top, nearest) in enumerate(asked):
-            groups.setdefault((_band(top), _band(nearest)), []).append(row)
-        found: dict[int, Prediction] = {}
+        for row, query in enumerate(queries):
+            groups.setdefault((_band(query.top), _band(query.nearest)), []).append(row)
+        predictions: dict[int, Prediction] = {}
         for rows in groups.values():
             part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
-            found.update(zip(rows, self._explain(part, [asked[row] for row in rows]), strict=True))
+            predictions.update(zip(rows, self._explain(part, [queries[row] for row in rows]), strict=True))
         self.score_s += time.perf_counter() - encoded
-        return [found[row] for row in range(len(pixels))]
+        return [predictions[row] for row in range(len(pixels))]
 
     def attempt(self, items: Sequence[Item]) -> BaseException | None:
-        """Outcomes for all of `items`, or the error that came instead."""
+        """Set the outcomes of all `items`, or return the error."""
         try:
             pixels = np.stack([item.pixels for item in items])  # type: ignore[misc]
-            for item, made in zip(items, self.compute(pixels, [(i.top, i.nearest) for i in items]), strict=True):
-                item.outcome = made
+            predictions = self.compute(pixels, [item.query for item in items])
+            for item, prediction in zip(items, predictions, strict=True):
+                item.outcome = prediction
         except BaseException as error:
             return self._failed(error)
         return None
 
     def narrow(self, items: Sequence[Item], error: BaseException, again: bool = False) -> None:
-        """After `error` on all of `items`: halve them until only those fail that fail alone, twice.
+        """After `error` on all `items`: bisect until only items fail that fail alone, twice.
 
-        A black image tells after each failure whether the engine works at all; where it doesn't, `down` says so.
+        After each failure a black image shows whether the engine works at all; if not, `down` is set.
         """
         if not self.works():
             self.down = error
@@ -142,33 +143,34 @@ class Run:
             return False
         return True
 
-    def _explain(self, embeddings: Embeddings, asked: Sequence[tuple[int, int]]) -> list[Prediction]:
-        most = max(top for top, _ in asked), max(nearest for _, nearest in asked)
-        predictions = predict(self.state, embeddings, *most)
+    def _explain(self, embeddings: Embeddings, queries: Sequence[Query]) -> list[Prediction]:
+        top, nearest = max(query.top for query in queries), max(query.nearest for query in queries)
+        predictions = predict(self.state, embeddings, top, nearest)
         if len(predictions) != len(embeddings):
             raise RuntimeError(f"expected {len(embeddings)} predictions, got {len(predictions)}")
-        return [_trimmed(made, *one) for made, one in zip(predictions, asked, strict=True)]
+        return [_trim(prediction, query) for prediction, query in zip(predictions, queries, strict=True)]
 
     def _failed(self, error: BaseException) -> BaseException:
         if not self.quiet:
-            log.warning("a batch failed; it is tried again in parts", exc_info=error)
+            log.warning("a batch failed; it is retried in parts", exc_info=error)
         self.clean, self.quiet = False, True
         return without_frames(error)
 
 
 def _band(count: int) -> int:
-    """Counts of one band are computed together, at the largest: nobody pays for one who asks for much more."""
+    """Queries with counts in the same band are computed together, at the largest of them, so that a small query never
+    pays for a much larger one."""
     return max(count, 16).bit_length() // 2 if count else 0
 
 
-def _trimmed(made: Prediction, top: int, nearest: int) -> Prediction:
-    if len(made.top) <= top and len(made.nearest) <= nearest:
-        return made
-    return replace(made, top=made.top[:top], nearest=made.nearest[:nearest])
+def _trim(prediction: Prediction, query: Query) -> Prediction:
+    if len(prediction.top) <= query.top and len(prediction.nearest) <= query.nearest:
+        return prediction
+    return replace(prediction, top=prediction.top[: query.top], nearest=prediction.nearest[: query.nearest])
 
 
-def _another(error: BaseException) -> BaseException:
-    """A copy for each future: raising one and the same from many threads would mix up their tracebacks."""
+def _copy(error: BaseException) -> BaseException:
+    """A copy for each future: raising the same error in several threads would mix up its tracebacks."""
     try:
         return copy.copy(error)
     except Exception:

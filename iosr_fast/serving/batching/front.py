@@ -1,4 +1,4 @@
-"""Many callers, one engine: images are decoded side by side, encoded in batches, and each answered by itself."""
+"""BatchingClassifier: images are decoded in parallel, encoded in batches, and answered one by one."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import _thread
 import asyncio
 import itertools
 import math
-import operator
 import time
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.serving.batching.decode import DecodeLimits, Limits, decoding_cost
 from iosr_fast.serving.batching.engine import Engine
-from iosr_fast.serving.batching.item import Hooks, Item, Observer, WholeImage
+from iosr_fast.serving.batching.item import Hooks, Item, Observer, Query, QueryOptions, WholeImage
 from iosr_fast.serving.batching.queue import BatchQueue
 from iosr_fast.serving.batching.turns import Turns
 from iosr_fast.serving.batching.workers import Workers, make_decoders
@@ -29,36 +28,36 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.state.predictions import Prediction
 
-_MOST_DECODERS = 8
+_MAX_DECODERS = 8
 _requests = itertools.count()
 
 
 class BatchingClassifier:
-    """Classifies images that come one at a time, from any number of threads or an event loop, in batches.
+    """Classifies images that arrive one at a time, from any number of threads or an event loop, in batches.
 
     with BatchingClassifier(classifier) as batching:
         batching.submit("a.jpg").result().label
 
-    Images are as Classifier.predict takes them; leave them alone until they are answered.
-    `decode_threads` threads bring them to pixels while the batch before is encoded. A batch of at most `max_batch`
-    leaves as soon as the engine is free and it is full, its first image has been ready for `max_wait_ms`, or no other
-    image is being decoded that could join: one that is alone leaves at once. Each batch is answered by one state of the
-    classifier, whatever changes meanwhile.
+    Images are those that Classifier.predict takes; do not modify them until they are answered.
+    `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
+    starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
+    image is being decoded: a single image starts at once. Each batch sees one state of the classifier, whatever changes
+    meanwhile.
 
-    At most `max_queue` images are accepted and not answered; more are refused at once. `limits`, a DecodeLimits, bounds
-    what is decoded. `observer` is told what happens (Observer). `warm` runs the engine at every batch size 1, 2, 4, ...
-    before the constructor returns (`warm()`).
+    At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
+    bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at every batch size 1, 2,
+    4, ... before the constructor returns (`warm()`).
 
-    Requests take turns at decoding, an image each, and images above 16 million pixels leave a decoder to the others.
-    `isolated` decodes encoded bytes, which may be strangers', in one process for each decoding thread. An image that
-    takes longer than limits.timeout_s there, or more memory than its header allows, is a BadImageError, as is one that
-    crashes the process: it is killed and another one started.
+    Requests take turns at decoding, an image each, and images above 16 million pixels leave one decoder to the others.
+    `isolated` decodes encoded bytes, which may come from anyone, in a separate process for each decoding thread. An
+    image that takes longer than limits.timeout_s there, or more memory than its header allows, or that crashes the
+    process, is a BadImageError; the process is replaced.
 
-    An image that can't be read or encoded fails alone. Where the engine fails on everything, all get its error and
-    `healthy` is False until it works again, which is tried every second while nobody asks.
+    An image that can't be read or encoded fails alone. If the engine fails on every image, all get its error and
+    `healthy` is False until it works again, which is tried every second while idle.
 
     Callbacks of futures run on the threads that answer: keep them short, and don't wait in them for another image.
-    Raises ValueError for a classifier that is not fitted and for settings that can't be.
+    Raises ValueError for a classifier that is not fitted and for invalid settings.
     """
 
     def __init__(
@@ -73,13 +72,13 @@ class BatchingClassifier:
         warm: bool = False,
         isolated: bool = False,
     ) -> None:
-        threads = min(_MOST_DECODERS, usable_threads()) if decode_threads is None else decode_threads
+        threads = min(_MAX_DECODERS, usable_threads()) if decode_threads is None else decode_threads
         for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": threads}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
         if not 0 <= max_wait_ms < math.inf:
             raise ValueError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
-        classifier.snapshot()  # says so where it is not fitted
+        classifier.snapshot()  # raises if it is not fitted
         hooks = Hooks(observer)
         self._warm = warm
         self._engine = Engine(max_batch)
@@ -89,92 +88,67 @@ class BatchingClassifier:
         turns = Turns(threads, limits.max_pixels_together)
         self._queue = BatchQueue(classifier, max_batch, max_wait_ms / 1e3, max_queue, hooks, turns)
         self._workers = Workers(self._queue, self._engine, hooks, make_decoders(limits, threads, isolated))
-        # One that is dropped without close() answers what it accepted and ends its threads. The garbage collector may
-        # run in the middle of anything, also under the queue's lock, so the lock is taken on a thread of its own.
+        # A BatchingClassifier that is garbage-collected without close() answers accepted images and ends its threads.
+        # The collector may run anywhere, even under the lock of the queue, so a new thread takes that lock.
         self._dropped = weakref.finalize(self, _thread.start_new_thread, self._queue.close, ())
         self._dropped.atexit = False
 
-    def submit(
-        self, image: Any, *, top: int = 5, nearest: int = 0, deadline_s: float | None = None
-    ) -> Future[Prediction]:
-        """Classify one image: a Future of its Prediction with `top` classes and `nearest` support images.
+    def submit(self, image: Any, **options: Unpack[QueryOptions]) -> Future[Prediction]:
+        """Classify one image: a Future of its Prediction. `options` are the fields of Query.
 
-        The future raises BadImageError for an image that can't be read, DeadlineExceededError where `deadline_s`
-        seconds from now were over before it was encoded, or what the engine raised. Cancelled before its batch is
-        formed, the image costs nothing more.
+        The future raises BadImageError for an image that can't be read, DeadlineExceededError if it was not encoded
+        within `deadline_s` seconds, or the error of the engine. Cancel it before its batch starts to free its place.
 
-        Raises, at once, QueueFullError where there is no place or the deadline can't be kept, ClosedError after
-        close(), ValueError for a top, nearest or deadline_s that can't be.
+        Raises, at once, QueueFullError if the queue is full or the deadline can't be met, ClosedError after close(),
+        ValueError for a top, nearest or deadline_s out of range.
         """
-        return self.submit_many((image,), top=top, nearest=nearest, deadline_s=deadline_s)[0]
+        return self.submit_many((image,), **options)[0]
 
-    def submit_many(
-        self,
-        images: Iterable[Any],
-        *,
-        top: int = 5,
-        nearest: int = 0,
-        deadline_s: float | None = None,
-        client: str = "",
-    ) -> list[Future[Prediction]]:
+    def submit_many(self, images: Iterable[Any], **options: Unpack[QueryOptions]) -> list[Future[Prediction]]:
         """Classify the images of one request: a future of each, in order. All are accepted, or none.
 
-        Decoders take one image of each `client` in turn, and of a client's requests likewise.
+        Decoders take one image of each `client` in turn, and of each of its requests.
 
-        BadImageError calls an image without a path by its position here. Raises as `submit` does, and ValueError for
-        more than `max_queue` images, which would never have a place.
+        BadImageError names an image without a path by its position. Raises as `submit` does, and ValueError for more
+        than `max_queue` images, which can never be accepted.
         """
-        top, nearest = operator.index(top), operator.index(nearest)
-        if top < 1 or nearest < 0:
-            raise ValueError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
-        if deadline_s is not None and not 0 < deadline_s < math.inf:
-            raise ValueError(f"expected deadline_s > 0 or None, got {deadline_s!r}")
-        now = time.monotonic()
-        deadline = math.inf if deadline_s is None else now + deadline_s
-        turn, size = next(_requests), self._queue.image_size
+        query = Query(**options)
+        now, turn, size = time.monotonic(), next(_requests), self._queue.image_size
         items = [
-            Item(image, i, top, nearest, now, deadline, turn, client, decoding_cost(image, size))
+            Item(image, i, query, now, turn, decoding_cost(image, size))
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:
             raise ValueError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"
             )
-        self._queue.admit(items, deadline_s)
+        self._queue.admit(items, query.deadline_s)
         return [item.future for item in items]
 
     def decode_whole(self, image: Any, position: int = 0, *, deadline_s: float = math.inf) -> Future[np.ndarray]:
-        """All pixels of an image, (height, width, 3) uint8, by the decoders and their limits; it waits its turn.
+        """Decode an image with the decoders and their limits: all pixels, (height, width, 3) uint8.
 
-        The future raises BadImageError, DeadlineExceededError where no decoder was free within `deadline_s` seconds, or
+        The future raises BadImageError, DeadlineExceededError if no decoder was free within `deadline_s` seconds, or
         ClosedError. Raises ClosedError at once after close().
         """
         deadline = time.monotonic() + deadline_s
-        made = WholeImage(image, position, deadline, next(_requests), decoding_cost(image, 1))
-        self._queue.admit_whole(made)
-        return made.future
+        job = WholeImage(image, position, deadline, next(_requests), decoding_cost(image, 1))
+        self._queue.admit_whole(job)
+        return job.future
 
-    async def classify(
-        self, image: Any, *, top: int = 5, nearest: int = 0, deadline_s: float | None = None
-    ) -> Prediction:
-        """`submit` for asyncio. Cancelling the task that awaits it cancels the image."""
-        future = self.submit(image, top=top, nearest=nearest, deadline_s=deadline_s)
+    async def classify(self, image: Any, **options: Unpack[QueryOptions]) -> Prediction:
+        """`submit` for asyncio. Cancelling the awaiting task cancels the image."""
+        future = self.submit(image, **options)
         try:
             return await asyncio.wrap_future(future)
         finally:
-            future.cancel()  # at once, and nothing where it is done
+            future.cancel()  # at once; no effect on a finished future
 
     async def classify_many(
-        self,
-        images: Iterable[Any],
-        *,
-        top: int = 5,
-        nearest: int = 0,
-        deadline_s: float | None = None,
-        client: str = "",
+        self, images: Iterable[Any], **options: Unpack[QueryOptions]
     ) -> list[Prediction | Exception]:
-        """`submit_many` for asyncio: in order, each image's Prediction or what its future raised."""
-        futures = self.submit_many(images, top=top, nearest=nearest, deadline_s=deadline_s, client=client)
+        """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
+        futures = self.submit_many(images, **options)
         try:
             results: list[Any] = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
             return results
@@ -183,11 +157,10 @@ class BatchingClassifier:
                 future.cancel()
 
     def replace(self, classifier: Classifier) -> Classifier:
-        """Classify with another classifier from the next batch on; a batch in flight finishes on the old one.
+        """Use another classifier from the next batch on; the current batch finishes on the old one, which is returned.
 
-        Images that wait are decoded again where the other takes other pixels. With `warm`, the other is warmed here
-        first, while the old one serves. Returns the old one. Raises ClosedError; ValueError, or what warming raised,
-        and then the old one stays.
+        Waiting images are decoded again if the new one takes other pixels. With `warm`, the new one is warmed up first,
+        while the old one serves. Raises ClosedError; ValueError or an error of warming, and then the old one stays.
         """
         classifier.snapshot()
         warmed = self._warm and classifier.encoder is not self.classifier.encoder
@@ -203,10 +176,10 @@ class BatchingClassifier:
         self._engine.warm(self.classifier)
 
     def close(self, timeout: float | None = None) -> None:
-        """Accept nothing more, answer everything accepted and end the threads. May be called again.
+        """Accept no more images, answer the accepted ones and end the threads. May be called again.
 
-        After `timeout` seconds (None: however long it takes) what is left gets ClosedError. In a callback, which runs
-        on a thread that answers, it doesn't wait: the rest is answered after the callback.
+        After `timeout` seconds (None: no limit) the remaining images get ClosedError. In a callback, which runs on a
+        thread that answers, it does not wait; the remaining images are answered after the callback.
         """
         self._dropped.detach()
         self._workers.close(timeout)
@@ -221,13 +194,13 @@ class BatchingClassifier:
 
     @property
     def classifier(self) -> Classifier:
-        """What the next batch is classified with."""
+        """The classifier of the next batch."""
         classifier: Classifier = self._queue.classifier
         return classifier
 
     @property
     def pending(self) -> int:
-        """Images that are accepted and not answered."""
+        """Number of images that are accepted and not yet answered."""
         return self._queue.pending
 
     @property
@@ -236,14 +209,13 @@ class BatchingClassifier:
 
     @property
     def healthy(self) -> bool:
-        """False from a batch on which the engine failed altogether, until one that works; and while no decoder
-        works."""
+        """False while the engine fails on every image, or no decoder works."""
         return self._engine.healthy and self._workers.decoders_error is None
 
     @property
     def last_error(self) -> BaseException | None:
-        """What the engine raised when it failed altogether the last time, or what no decoder works for; None where
-        neither ever was."""
+        """The error of the decoders if none works, else the last error of the engine on every image; None if there was
+        none."""
         return self._workers.decoders_error or self._engine.last_error
 
     @property

@@ -1,14 +1,15 @@
-"""An image on its way through BatchingClassifier: what was asked, how far it has come, and how it may end."""
+"""One image in BatchingClassifier: its query, its state, its result or error."""
 
 from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from iosr_fast.images.preprocess import BadImageError
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class QueueFullError(RuntimeError):
-    """Refused at submit: there is no place, or the deadline can't be kept. `retry_after_s`: when to try again."""
+    """Refused at submit: the queue is full, or the deadline can't be met. `retry_after_s`: when to try again."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -32,34 +33,36 @@ class QueueFullError(RuntimeError):
 
 
 class DeadlineExceededError(TimeoutError):
-    """Accepted, but its time was up before it was encoded."""
+    """Accepted, but not encoded before its deadline."""
 
 
 class ClosedError(RuntimeError):
-    """Refused at submit, or given up by a close() whose timeout ran out."""
+    """Refused at submit, or abandoned by a close() whose timeout ran out."""
 
 
 class Observer(Protocol):
-    """What is told of every batch and every image, for metrics. Called on many threads, never under a lock; has to be
-    quick, for batches wait meanwhile. What it raises is logged once and changes nothing."""
+    """Callbacks for metrics. Called on several threads, never under a lock. They must be quick, because batches wait.
+
+    Exceptions are logged once and otherwise ignored.
+    """
 
     def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
-        """A batch was run. `queue_depth`: images that were accepted and not in it as it left."""
+        """A batch has run. `queue_depth`: accepted images that were not in it."""
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
-        """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (only then there is a
-        `label`), "bad_image", "error", "deadline", "closed" or "cancelled"."""
+        """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (with a `label`),
+        "bad_image", "error", "deadline", "closed" or "cancelled"."""
 
     def on_refused(self, reason: str) -> None:
         """An image was refused at submit: "full", "deadline" or "closed"."""
 
 
 class Hooks:
-    """An observer, or none, that can't do harm."""
+    """Calls an observer, if there is one, and contains its exceptions."""
 
     def __init__(self, observer: Observer | None) -> None:
         self._observer = observer
-        self._told = False
+        self._logged = False
 
     def batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
         self._call("on_batch", size, queue_depth, encode_s, score_s)
@@ -77,16 +80,45 @@ class Hooks:
         try:
             getattr(self._observer, name)(*values)
         except Exception:
-            if not self._told:
-                self._told = True
+            if not self._logged:
+                self._logged = True
                 log.exception("the observer's %s raised; later errors of this observer are not logged", name)
 
 
 class Stage(Enum):
     DECODING = 1  # waits for a decoder, or is being decoded
-    READY = 2  # has its pixels, waits for a batch
-    TAKEN = 3  # can't be cancelled any more: in a batch, or about to be answered
+    READY = 2  # has pixels and waits for a batch
+    TAKEN = 3  # in a batch or about to be answered; can't be cancelled
     CANCELLED = 4
+
+
+class QueryOptions(TypedDict, total=False):
+    """Keyword arguments of submit, submit_many, classify and classify_many: the fields of Query."""
+
+    top: int
+    nearest: int
+    deadline_s: float | None
+    client: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """The options of one request. Raises ValueError for values out of range.
+
+    `top` classes and `nearest` support images in each Prediction; `deadline_s` seconds from now until the image must be
+    encoded (None: no deadline); `client`, whom decoders serve in turn with other clients.
+    """
+
+    top: int = 5
+    nearest: int = 0
+    deadline_s: float | None = None
+    client: str = ""
+
+    def __post_init__(self) -> None:
+        if operator.index(self.top) < 1 or operator.index(self.nearest) < 0:
+            raise ValueError(f"expected top >= 1 and nearest >= 0, got {self.top} and {self.nearest}")
+        if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
+            raise ValueError(f"expected deadline_s > 0 or None, got {self.deadline_s!r}")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -94,28 +126,31 @@ class Item:
     """`deadline`, `submitted` and `ready_at` are on time.monotonic's clock, in seconds."""
 
     image: Any
-    position: int  # in its request: what BadImageError calls it
-    top: int
-    nearest: int
+    position: int  # in its request, for BadImageError
+    query: Query
     submitted: float
-    deadline: float = math.inf
-    turn: int = 0  # of which request it is: they take turns at decoding
-    client: str = ""  # and so do those who send them
+    turn: int = 0  # number of its request; requests take turns at decoding
     cost: int = 0  # of decoding, in pixels; 0 if unknown
+    deadline: float = field(init=False)
+    client: str = field(init=False)
     future: Future[Prediction] = field(default_factory=Future)
     stage: Stage = Stage.DECODING
     pixels: np.ndarray | None = None  # (S, S, 3) uint8, from READY on
     ready_at: float = 0.0
     outcome: Prediction | BaseException | None = None
 
+    def __post_init__(self) -> None:
+        self.client = self.query.client
+        self.deadline = math.inf if self.query.deadline_s is None else self.submitted + self.query.deadline_s
+
     def late(self, now: float) -> DeadlineExceededError:
         return DeadlineExceededError(
-            f"the deadline of {self.deadline - self.submitted:.3g} s was over {now - self.deadline:.3g} s before the "
-            "image could be encoded; allow more time, or submit less at a time"
+            f"the deadline of {self.deadline - self.submitted:.3g} s passed {now - self.deadline:.3g} s before the "
+            "image could be encoded; allow more time, or submit fewer images at a time"
         )
 
     def answer(self, outcome: Prediction | BaseException, hooks: Hooks) -> None:
-        """Set the future, once the item holds no place any more: who hears of it may submit at once."""
+        """Resolve the future. Called after the item has left the queue, so that its callbacks can submit again."""
         latency_s = time.monotonic() - self.submitted
         try:
             if isinstance(outcome, BaseException):
@@ -125,12 +160,12 @@ class Item:
                 hooks.done(latency_s, "ok", outcome.label)
                 self.future.set_result(outcome)
         except InvalidStateError:
-            log.debug("an image's answer came after close() had given it up")
+            log.debug("the answer of an image came after close() had abandoned it")
 
 
 @dataclass(slots=True, eq=False)
 class WholeImage:
-    """An image that is decoded and not classified: all of its pixels, (height, width, 3) uint8."""
+    """An image that is only decoded: all pixels, (height, width, 3) uint8."""
 
     image: Any
     position: int
@@ -141,17 +176,17 @@ class WholeImage:
     future: Future[np.ndarray] = field(default_factory=Future)
 
     def is_wanted(self, now: float) -> bool:
-        """Whether it is still to be decoded; its future says why not."""
+        """Whether it still has to be decoded; if not, its future has the reason."""
         if not self.future.set_running_or_notify_cancel():
             return False
         if self.deadline < now:
-            self.future.set_exception(DeadlineExceededError("the deadline was over before the image was decoded"))
+            self.future.set_exception(DeadlineExceededError("the deadline passed before the image was decoded"))
         return self.deadline >= now
 
 
 @dataclass
 class QueuedBatch:
-    """What take() gives: `items` to encode with `classifier`, `expired` ones to refuse, `waiting`, how many remain."""
+    """`items` to encode with `classifier`, `expired` ones to refuse, and how many are still `waiting`."""
 
     classifier: Any
     items: list[Item] = field(default_factory=list)
@@ -164,23 +199,22 @@ class QueuedBatch:
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The error without the tracebacks of it and its causes, for one that was logged: their frames know the batch, so
-    whoever keeps the error would keep all of its images."""
-    chain = [error]
-    while chain:
-        one = chain.pop()
-        one.__traceback__ = None
-        chain += [e for e in (one.__cause__, one.__context__) if e is not None and e.__traceback__ is not None]
+    """Remove the tracebacks of a logged error and its causes, whose frames would keep all images of the batch alive."""
+    pending = [error]
+    while pending:
+        link = pending.pop()
+        link.__traceback__ = None
+        pending += [e for e in (link.__cause__, link.__context__) if e is not None and e.__traceback__ is not None]
     return error
 
 
 def _ordinary(error: BaseException) -> Exception:
-    """An event loop that meets SystemExit or KeyboardInterrupt stops; here it was one image's matter."""
+    """SystemExit and KeyboardInterrupt as RuntimeError: they would stop an event loop, but concern one image here."""
     if isinstance(error, Exception):
         return error
-    made = RuntimeError(f"{type(error).__name__} was raised while an image was classified: {error}")
-    made.__cause__ = error
-    return made
+    ordinary = RuntimeError(f"{type(error).__name__} was raised while an image was classified: {error}")
+    ordinary.__cause__ = error
+    return ordinary
 
 
 def _outcome_name(error: object) -> str:

@@ -1,12 +1,12 @@
-"""How long an image takes while there is work, to refuse those whose deadline can't be kept."""
+"""Estimated time an image under load, to refuse images whose deadline can't be met."""
 
 from __future__ import annotations
 
 import math
 
 _NEWEST = 0.25  # weight of the newest batch
-_MOST_SLOWER = 4.0  # than measured before, for one batch
-# Refuse an image whose estimate only just meets its deadline: accepted images must be answered in time.
+_MAX_SLOWDOWN = 4.0  # of one batch against the estimate
+# An image whose estimate only just meets its deadline is refused, because accepted images must be answered in time.
 _MARGIN = 1.5
 
 
@@ -18,18 +18,18 @@ class Pace:
         self._last_done = -math.inf
 
     def done(self, now: float) -> None:
-        """A batch that says nothing of the pace has ended."""
+        """A batch ended that is not representative."""
         self._last_done = now
 
     def measure(self, now: float, submitted: float, count: int) -> None:
-        """A batch of `count` images has ended, the first of which came at `submitted`."""
-        # From when there was work to do, so decoding counts where encoding waits for it.
+        """A batch of `count` images ended, the first of which was submitted at `submitted`."""
+        # Measured from when there was work, so decoding counts if encoding waits for it.
         item_s = (now - max(self._last_done, submitted)) / count
-        if self.item_s:  # one picture that takes seconds to decode says little about those behind it
-            item_s = min(item_s, _MOST_SLOWER * self.item_s)
+        if self.item_s:  # one image that takes seconds to decode says little about the next ones
+            item_s = min(item_s, _MAX_SLOWDOWN * self.item_s)
         self.item_s += (item_s - self.item_s) * (_NEWEST if self.item_s else 1.0)
         self._last_done = now
 
     def wait_s(self, count: int) -> float:
-        """How long `count` images may take."""
+        """Upper estimate of the time for `count` images."""
         return _MARGIN * count * self.item_s

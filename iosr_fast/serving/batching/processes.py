@@ -1,4 +1,4 @@
-"""A decoder in a process of its own, which is killed where an image takes too long, too much memory, or crashes it."""
+"""A decoder in its own process, which is killed if an image takes too long or too much memory, or crashes it."""
 
 from __future__ import annotations
 
@@ -27,23 +27,22 @@ from iosr_fast.serving.batching.item import DeadlineExceededError
 
 log = logging.getLogger(__name__)
 
-_START_S = 30.0  # a machine that is swapping starts an interpreter slowly
-# A deadline that passes meanwhile kills nothing for so long: starting anew takes about as much time.
-_LEAST_S = 0.5
-# Seconds by the clock for one of the processor, whose cores may be shared by more than they can do.
-_PATIENCE = 2.0
+_START_S = 30.0  # a swapping machine starts an interpreter slowly
+# A passed deadline kills the process only after so long, because a restart takes about as much time.
+_MIN_S = 0.5
+_CLOCK_PER_CPU = 2.0  # seconds by the clock for each second of CPU time, because cores may be overloaded
 _NO_LIMIT = 1 << 40  # pixels
-# What an interpreter may need of the environment; tokens and the like are no business of it.
+# Variables that an interpreter may need; secrets such as tokens are not passed on.
 _ENVIRONMENT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT")
 _MAIN = "import sys; sys.path[:] = sys.argv[2:]; from iosr_fast.images.decoder_process.child import main; main()"
 
 
-class _Gone(Exception):
-    """The process has ended, or says what makes no sense."""
+class _ProcessLost(Exception):
+    """The process has ended, or sent an invalid message."""
 
 
 class DecoderProcess:
-    """For one thread, but for `kill`. `start` before the first image and after one that killed the process."""
+    """For one thread, except `kill`. Call `start` before the first image and after one that killed the process."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -52,41 +51,41 @@ class DecoderProcess:
         self._block: mmap.mmap | None = None
 
     def start(self) -> None:
-        """Have a process that decodes. Raises RuntimeError where none can be had, with what it wrote."""
+        """Start the process unless it runs. Raises RuntimeError, with its output, if it can't decode."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        self._channel, its = socket.socketpair()
+        self._channel, remote = socket.socketpair()
         with tempfile.TemporaryFile() as errors:
             try:
-                with its:
-                    self._process = _interpreter(its, errors)
+                with remote:
+                    self._process = _interpreter(remote, errors)
                 if self._receive(len(READY), time.monotonic() + _START_S) != READY:
-                    raise _Gone("it said something else")
-                # It is to decode, not only to run: a broken library shows here, and not as many broken images.
+                    raise _ProcessLost("it sent something else")
+                # A test image: a broken library shows here and not as many bad images.
                 until = time.monotonic() + _START_S
-                answer, told = self._exchange(Task.CROP, _grey_png(), 2, 2 * 2 * 3, until)
+                answer, message = self._exchange(Task.CROP, _grey_png(), 2, 2 * 2 * 3, until)
                 if answer.status != Status.OK:
-                    raise _Gone(f"it can't decode a grey PNG: {told}")
-            except (_Gone, OSError) as error:
+                    raise _ProcessLost(f"it can't decode a grey PNG: {message}")
+            except (_ProcessLost, OSError) as error:
                 self.kill()
                 errors.seek(0)
-                wrote = errors.read().decode("utf-8", "replace").strip()[-2000:]
-                raise RuntimeError(f"the process that decodes images does not start: {wrote or error}") from error
+                output = errors.read().decode("utf-8", "replace").strip()[-2000:]
+                raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
 
     def pixels(
         self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
-        """As `decode`. What is no encoded image in memory is the program's own, and is decoded here."""
+        """As `decode`. Anything but encoded bytes comes from this program and is decoded in this process."""
         if not isinstance(image, ENCODED):
             return decode(image, position, size, self._limits, exif_orientation)
         check_bytes(image, position, self._limits)
-        self.start()  # it may have been killed while it had nothing to do, which is not this image's fault
+        self.start()  # it may have been killed while idle, which is not the fault of this image
         block = self._ask(Task.CROP, image, position, size, size * size * 3, deadline, exif_orientation)
         return block.copy()
 
     def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
-        """All of an encoded image, (height, width, 3) uint8."""
+        """All pixels of an encoded image, (height, width, 3) uint8."""
         if not isinstance(image, ENCODED):
             return whole_image(image, position, self._limits, exif_orientation)
         check_bytes(image, position, self._limits)
@@ -98,10 +97,10 @@ class DecoderProcess:
         try:
             return self._ask(Task.WHOLE, image, position, 1, size[0] * size[1] * 3, deadline, exif_orientation)
         finally:
-            self._block = None  # the array keeps the memory, the process has let go of it
+            self._block = None  # now only the array refers to the memory
 
     def kill(self) -> None:
-        """End the process at once. From any thread."""
+        """End the process at once. May be called from any thread."""
         process, channel = self._process, self._channel
         if process is not None:
             process.kill()
@@ -110,40 +109,40 @@ class DecoderProcess:
             channel.close()
 
     def close(self) -> None:
-        """End the process, which has nothing to do."""
+        """End the idle process."""
         self.kill()
         self._process = self._channel = self._block = None
 
     def _ask(
         self, task: Task, image: Any, position: int, side: int, room: int, deadline: float, upright: bool
     ) -> np.ndarray:
-        """The pixels, in the shared block. Raises BadImageError, and DeadlineExceededError where that was sooner."""
-        left = max(_LEAST_S, deadline - time.monotonic())
-        most = _PATIENCE * self._limits.timeout_s
+        """The pixels, in the shared block. Raises BadImageError, or DeadlineExceededError if that came first."""
+        left_s = max(_MIN_S, deadline - time.monotonic())
+        limit_s = _CLOCK_PER_CPU * self._limits.timeout_s
         try:
-            answer, message = self._exchange(task, image, side, room, time.monotonic() + min(left, most), upright)
+            answer, message = self._exchange(task, image, side, room, time.monotonic() + min(left_s, limit_s), upright)
         except TimeoutError:
             self.kill()
-            if left < most:
-                raise DeadlineExceededError("the deadline was over while the image was decoded") from None
+            if left_s < limit_s:
+                raise DeadlineExceededError("the deadline passed while the image was decoded") from None
             raise self._too_slow(position) from None
-        except (_Gone, OSError, ValueError) as error:
+        except (_ProcessLost, OSError, ValueError) as error:
             self.kill()
             if self._process is not None and self._process.returncode == -signal.SIGXCPU:
                 raise self._too_slow(position) from None
-            log.warning("a decoder ended while it had an image: %s", error)
+            log.warning("a decoder ended while it decoded an image: %s", error)
             raise BadImageError(None, position, "the decoder crashed on it, or was killed by the system") from error
         if answer.status == Status.OK:
             assert self._block is not None
             return np.frombuffer(self._block, np.uint8, answer.height * answer.width * 3).reshape(
                 answer.height, answer.width, 3
             )
-        told = "it needs more memory to decode than its size allows"
-        raise BadImageError(None, position, told if answer.status == Status.NO_MEMORY else message)
+        reason = "it needs more memory to decode than its size allows"
+        raise BadImageError(None, position, reason if answer.status == Status.NO_MEMORY else message)
 
     def _too_slow(self, position: int) -> BadImageError:
-        told = f"it takes more than {self._limits.timeout_s:g} s to decode; send a smaller or simpler one"
-        return BadImageError(None, position, told)
+        reason = f"it takes more than {self._limits.timeout_s:g} s to decode; send a smaller or simpler one"
+        return BadImageError(None, position, reason)
 
     def _exchange(
         self, task: Task, image: Any, side: int, room: int, until: float, upright: bool = True
@@ -174,7 +173,7 @@ class DecoderProcess:
         sides = answer.height, answer.width
         fits = sides == (side, side) if task == Task.CROP else sides[0] * sides[1] * 3 <= len(self._block)
         if answer.status > max(Status) or answer.length > MAX_MESSAGE or (answer.status == Status.OK and not fits):
-            raise _Gone(f"it gave an answer that can't be: {answer}")
+            raise _ProcessLost(f"it gave an answer that can't be: {answer}")
         return answer, self._receive(answer.length, until).decode("utf-8", "replace")
 
     def _receive(self, count: int, until: float) -> bytes:
@@ -184,15 +183,15 @@ class DecoderProcess:
             self._channel.settimeout(max(1e-3, until - time.monotonic()))
             part = self._channel.recv(count)
             if not part:
-                raise _Gone("it has ended")
+                raise _ProcessLost("it has ended")
             parts.append(part)
             count -= len(part)
         return b"".join(parts)
 
 
 def _interpreter(channel: socket.socket, errors: Any) -> subprocess.Popen[bytes]:
-    """Start a fresh interpreter: a fork would inherit locks that other threads hold."""
-    # -I and -S: no variables, no site; the paths are those that this process found its modules in.
+    """Start a new interpreter: a fork would inherit locks that other threads hold."""
+    # -I and -S: no variables, no site; the module search path is that of this process.
     home = str(Path(iosr_fast.__file__).resolve().parent.parent)
     paths = [home, *(path for path in sys.path if path and path != home)]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -208,15 +207,15 @@ def _interpreter(channel: socket.socket, errors: Any) -> subprocess.Popen[bytes]
 
 
 def _shared(size: int) -> tuple[int, mmap.mmap]:
-    """Memory without a name, so that nothing is left of it when both processes are gone: its file and the mapping."""
+    """A file of anonymous memory and its mapping; nothing remains when both processes have ended."""
     if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryFile() as made:
-            file = os.dup(made.fileno())
+        with tempfile.TemporaryFile() as temporary:
+            file = os.dup(temporary.fileno())
             os.ftruncate(file, size)
             return file, mmap.mmap(file, size)
     file = os.memfd_create("iosr-fast-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(file, size)
-    # Were it cut short on the other side, reading it here would be a crash.
+    # If the other process could truncate it, reading it here would crash.
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return file, mmap.mmap(file, size)
 

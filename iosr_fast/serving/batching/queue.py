@@ -1,4 +1,4 @@
-"""The places of BatchingClassifier: who is accepted, what waits for a decoder or a batch, when a batch leaves."""
+"""The queue of BatchingClassifier: admission, decoding, and forming batches."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ _LEAST_RETRY_S = 0.01
 
 
 class BatchQueue:
-    """Items from acceptance to their batch, under one lock that is never held while anything is decoded, encoded,
-    scored or called.
+    """Items from admission to their batch. Its lock is never held during decoding, encoding, scoring or a callback.
 
-    An item is DECODING, then READY, then TAKEN. Ready items have the pixels of the present classifier's size. A batch
-    leaves when it is full, when its first item has been ready for `max_wait_s`, or when no accepted item is still
-    DECODING, so that none could join.
+    An item is DECODING, then READY, then TAKEN. Ready items have pixels of the current classifier's size. A batch
+    starts when it is full, when its first item has been ready for `max_wait_s`, or when no accepted item is still
+    DECODING and could join.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class BatchQueue:
         self.max_queue = max_queue
         self.closed = False
         self._max_batch, self._max_wait_s, self._hooks = max_batch, max_wait_s, hooks
-        self._changed = threading.Condition()  # only the batch thread waits for it
+        self._changed = threading.Condition()  # the batch thread waits for it
         self._accepted: set[Item] = set()
         self._ready: deque[Item] = deque()
         self._decoding = 0
@@ -49,30 +48,30 @@ class BatchQueue:
         self._ended = threading.Event()
         self._pace = Pace()
         self._process = os.getpid()
-        self._itself = weakref.ref(self)
+        self._weak_self = weakref.ref(self)
 
     @property
     def pending(self) -> int:
-        """Items that are accepted and not finished."""
+        """Number of accepted items that are not finished."""
         return len(self._accepted)
 
     def admit(self, items: Sequence[Item], deadline_s: float | None) -> None:
         """Accept all items or none. Raises QueueFullError or ClosedError at once."""
         if os.getpid() != self._process:
             raise RuntimeError(
-                "this BatchingClassifier was made before a fork, its threads stayed there; make one here"
+                "this BatchingClassifier was made before a fork and has no threads in this process; make a new one"
             )
         for item in items:
-            item.future.add_done_callback(partial(_drop_cancelled, self._itself, weakref.ref(item)))
+            item.future.add_done_callback(partial(_drop_cancelled, self._weak_self, weakref.ref(item)))
         with self._changed:
-            refused, error = self._refusal(len(items), deadline_s)
+            reason, error = self._refusal(len(items), deadline_s)
             if error is None:
                 for item in items:
                     self._accepted.add(item)
                     self._send(item)
                 self._changed.notify()
         if error is not None:
-            self._hooks.refused(refused, len(items))
+            self._hooks.refused(reason, len(items))
             raise error
 
     def admit_whole(self, image: WholeImage) -> None:
@@ -83,21 +82,20 @@ class BatchQueue:
             self._turns.put(image)
 
     def next_to_decode(self) -> Item | WholeImage | None:
-        """The next image that still wants decoding, for which `has_decoded` has to be called; waits for one. None:
-        there will be none."""
+        """Wait for the next image to decode; the caller must call `has_decoded` for it. None: closed."""
         while True:
             job = self._turns.get()
-            if job is None or self._wants_decoding(job):
+            if job is None or self._needs_decoding(job):
                 return job  # type: ignore[return-value]
             self._turns.done(job)
-            del job  # it would be held until the next one comes
+            del job  # the frame would keep it until the next one comes
 
     def has_decoded(self, job: Item | WholeImage) -> None:
-        """A decoder is done with what next_to_decode gave it."""
+        """A decoder is done with a job of next_to_decode."""
         self._turns.done(job)
 
     def wait_for_close(self, seconds: float) -> bool:
-        """Whether nothing will be decoded any more, as soon as that is so; waits for at most `seconds`."""
+        """Wait at most `seconds` for the end of decoding; whether it has come."""
         return self._ended.wait(seconds)
 
     @property
@@ -105,7 +103,7 @@ class BatchQueue:
         """Whether every decoder has an image, or an image waits for one."""
         return self._turns.decoders_are_busy
 
-    def _wants_decoding(self, job: Any) -> bool:
+    def _needs_decoding(self, job: Any) -> bool:
         now = time.monotonic()
         if isinstance(job, WholeImage):
             return job.is_wanted(now)
@@ -114,8 +112,7 @@ class BatchQueue:
         return bool(job.stage is Stage.DECODING)
 
     def decoded(self, item: Item, pixels: np.ndarray, exif_orientation: bool) -> None:
-        """An item's pixels (S, S, 3). Where the classifier was replaced by one that takes other pixels, it is decoded
-        again."""
+        """Set the pixels (S, S, 3) of an item. It is decoded again if a new classifier takes other pixels."""
         with self._changed:
             if item.stage is not Stage.DECODING:
                 return
@@ -140,7 +137,7 @@ class BatchQueue:
             item.answer(error, self._hooks)
 
     def drop(self, item: Item) -> None:
-        """An item's future was cancelled: it frees its place before it costs anything more."""
+        """Remove an item whose future was cancelled."""
         with self._changed:
             if item.stage is Stage.READY:
                 self._ready.remove(item)
@@ -148,15 +145,14 @@ class BatchQueue:
                 self._decoding -= 1
                 self._turns.discard(item)
             if item.stage is not Stage.CANCELLED:
-                item.future.set_running_or_notify_cancel()  # concurrent.futures.wait counts it as done from here on
+                item.future.set_running_or_notify_cancel()  # now concurrent.futures.wait counts it as done
                 item.stage = Stage.CANCELLED
             self._accepted.discard(item)
             self._wake()
         self._hooks.done(time.monotonic() - item.submitted, "cancelled", None)
 
     def take(self, idle_s: float = math.inf) -> QueuedBatch | None:
-        """The next batch, when it is due; an empty one after `idle_s` seconds without. None: closed, and everything is
-        answered."""
+        """Wait for the next batch; an empty one after `idle_s` seconds without. None: closed, and all are answered."""
         with self._changed:
             while not (self.closed and not self._accepted):
                 due_s = self._until_due_s()
@@ -171,7 +167,7 @@ class BatchQueue:
             return None
 
     def release(self, items: Sequence[Item], measure: bool) -> None:
-        """Items of a batch are done: their places are free. `measure`: they say how long an image takes."""
+        """Remove the finished items of a batch. `measure`: their time is representative."""
         now = time.monotonic()
         with self._changed:
             self._accepted.difference_update(items)
@@ -182,54 +178,54 @@ class BatchQueue:
             self._wake()
 
     def replace(self, classifier: Any) -> Any:
-        """Batches from here on are of another classifier; returns the one before. Raises ClosedError."""
+        """Use another classifier from the next batch on; returns the old one. Raises ClosedError."""
         with self._changed:
             if self.closed:
                 raise _closed()
             old, self.classifier = self.classifier, classifier
-            wanted = classifier.encoder.image_size, classifier.exif_orientation
-            if (self.image_size, self.exif_orientation) != wanted:
-                self.image_size, self.exif_orientation = wanted
-                again = list(self._ready)
+            form = classifier.encoder.image_size, classifier.exif_orientation
+            if (self.image_size, self.exif_orientation) != form:
+                self.image_size, self.exif_orientation = form
+                outdated = list(self._ready)
                 self._ready.clear()
-                for item in again:
+                for item in outdated:
                     self._send(item)
                 self._changed.notify()
             return old
 
     def close(self) -> None:
-        """Accept nothing more."""
+        """Accept no more items."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()
 
     def stop_decoding(self) -> None:
-        """Let the decoders go: called when nothing is left to classify."""
+        """Stop the decoders; called when nothing is left to classify."""
         self._ended.set()
         for job in self._turns.close():
             if isinstance(job, WholeImage) and job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_closed())
 
     def abandon(self) -> list[Item]:
-        """Forget everything that is not answered; returns what may still be answered: by the caller."""
+        """Remove all unanswered items; returns those that the caller must answer."""
         with self._changed:
             waiting = (Stage.DECODING, Stage.READY)
-            left = [i for i in self._accepted if i.stage is Stage.TAKEN or (i.stage in waiting and self._claim(i))]
+            abandoned = [i for i in self._accepted if i.stage is Stage.TAKEN or (i.stage in waiting and self._claim(i))]
             self._accepted.clear()
             self._ready.clear()
             self._decoding = 0
             self._changed.notify_all()
-        return left
+        return abandoned
 
     def forget_taken(self) -> list[Item]:
-        """Forget the items of the batch in flight, and return them: for when running it went wrong unexpectedly."""
+        """Remove and return the items of the current batch, after an unexpected error."""
         with self._changed:
             taken = [item for item in self._accepted if item.stage is Stage.TAKEN]
             self._accepted.difference_update(taken)
             self._wake()
         return taken
 
-    # --- all below: under the lock ---
+    # --- all below is called under the lock ---
 
     def _refusal(self, count: int, deadline_s: float | None) -> tuple[str, Exception | None]:
         if self.closed:
@@ -237,24 +233,24 @@ class BatchQueue:
         ahead = len(self._accepted)
         if ahead + count > self.max_queue:
             retry_after_s = max(_LEAST_RETRY_S, ahead * self._pace.item_s)
-            told = (
-                f"the queue is full: {ahead} images are in it, {count} more came, max_queue is {self.max_queue}; "
+            message = (
+                f"the queue is full: {ahead} images wait, {count} more came, max_queue is {self.max_queue}; "
                 f"try again in {retry_after_s:.2g} s"
             )
-            return "full", QueueFullError(told, retry_after_s)
-        # An empty house takes everybody: a single slow batch must not shut it for good.
+            return "full", QueueFullError(message, retry_after_s)
+        # Always admit when the queue is empty, so that one slow batch does not block admission forever.
         wait_s = self._pace.wait_s(ahead + count) if ahead else 0.0
         if deadline_s is not None and wait_s > deadline_s:
             retry_after_s = max(_LEAST_RETRY_S, wait_s - deadline_s)
-            told = (
+            message = (
                 f"expected to be done within {deadline_s:.3g} s, which would take about {wait_s:.3g} s with {ahead} "
                 f"images ahead; try again in {retry_after_s:.2g} s"
             )
-            return "deadline", QueueFullError(told, retry_after_s)
+            return "deadline", QueueFullError(message, retry_after_s)
         return "", None
 
     def _send(self, item: Item) -> None:
-        """To a decoder, or past it."""
+        """Queue an item for decoding, or make it ready if it has pixels."""
         if is_pixels(item.image, self.image_size):
             self._make_ready(item, item.image)
         else:
@@ -267,7 +263,7 @@ class BatchQueue:
         self._ready.append(item)
 
     def _claim(self, item: Item) -> bool:
-        """From here on the future can't be cancelled. False: it was, and drop() is about to hear of it."""
+        """Make the future uncancellable. False: it was cancelled, and drop() is about to be called."""
         claimed = item.future.set_running_or_notify_cancel()
         item.stage = Stage.TAKEN if claimed else Stage.CANCELLED
         return claimed
@@ -290,18 +286,18 @@ class BatchQueue:
         return batch
 
     def _wake(self) -> None:
-        """After one item more or less: wake the batch thread where a batch is due, or its clock has to start."""
+        """Wake the batch thread if a batch is due or its timer must start."""
         if len(self._ready) <= 1 or len(self._ready) >= self._max_batch or not self._decoding:
             self._changed.notify()
 
 
 def _closed() -> ClosedError:
-    return ClosedError("this BatchingClassifier is closed and takes no more images; make another one")
+    return ClosedError("this BatchingClassifier is closed and takes no more images; make a new one")
 
 
 def _drop_cancelled(queue: weakref.ref[BatchQueue], item: weakref.ref[Item], future: Future[Any]) -> None:
-    """What a future calls when it is done. It holds neither queue nor item: futures may be kept for long."""
+    """Done-callback of a future. It keeps neither queue nor item alive, because callers may keep futures for long."""
     if future.cancelled():
-        here, cancelled = queue(), item()
-        if here is not None and cancelled is not None:
-            here.drop(cancelled)
+        owner, cancelled = queue(), item()
+        if owner is not None and cancelled is not None:
+            owner.drop(cancelled)

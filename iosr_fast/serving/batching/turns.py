@@ -1,5 +1,4 @@
-"""The order in which images that wait for a decoder get one: clients and their requests take turns, and large images
-leave room."""
+"""The queue before the decoders: fair between clients and their requests, with a bound on large images."""
 
 from __future__ import annotations
 
@@ -7,12 +6,11 @@ import threading
 from collections import OrderedDict, deque
 from typing import Protocol
 
-LARGE_PIXELS = 16_000_000  # above what most telephones send; decoded in about a quarter of a second
+LARGE_PIXELS = 16_000_000  # more than most phones send; decoded in about a quarter of a second
 
 
 class Job(Protocol):
-    """`client` that sent it, and `turn`, the request that it is of; `cost`: pixels of the largest picture that decoding
-    makes, 0 if unknown."""
+    """`client` and `turn` (number of the request); `cost`: pixels of the largest intermediate image, 0 if unknown."""
 
     @property
     def client(self) -> str: ...
@@ -23,13 +21,14 @@ class Job(Protocol):
 
 
 class Turns:
-    """A queue between threads. Clients take turns, an image each, and so do the requests of a client. Large images may
-    hold all decoders but one, and as many pixels as there is `room` for (one alone may have more); where there is one
-    decoder, large and small ones alternate while both wait.
+    """A queue between threads. Clients take turns, an image each, and so do the requests of a client.
+
+    Large images use at most all decoders but one, and at most `room` pixels together (a single one may have more). With
+    one decoder, large and small images alternate.
     """
 
     def __init__(self, decoders: int, room: int) -> None:
-        self._decoders, self._most_large, self._room = decoders, max(1, decoders - 1), room
+        self._decoders, self._max_large, self._room = decoders, max(1, decoders - 1), room
         self._changed = threading.Condition()
         self._small, self._large = _Lane(), _Lane()
         self._running = 0  # images that are being decoded
@@ -43,7 +42,7 @@ class Turns:
             self._changed.notify()
 
     def get(self) -> Job | None:
-        """The next one, for which `done` has to be called; waits for it. None: closed."""
+        """Wait for the next job; the caller must call `done` for it. None: closed."""
         with self._changed:
             while not self._closed:
                 large = self._startable()
@@ -53,7 +52,7 @@ class Turns:
             return None
 
     def done(self, job: Job) -> None:
-        """A job that `get` returned has ended."""
+        """A job from `get` has ended."""
         with self._changed:
             self._running -= 1
             if job.cost > LARGE_PIXELS:
@@ -62,12 +61,12 @@ class Turns:
                 self._changed.notify_all()
 
     def discard(self, job: Job) -> None:
-        """Forget a job that may still wait."""
+        """Remove a job, if it still waits."""
         with self._changed:
             self._lane(job).discard(job)
 
     def close(self) -> list[Job]:
-        """Wake all threads that wait in `get`; return the jobs that still wait."""
+        """Wake all threads in `get`; returns the waiting jobs."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -91,13 +90,13 @@ class Turns:
         return self._large if job.cost > LARGE_PIXELS else self._small
 
     def _startable(self) -> bool:
-        if not self._large or self._running_large >= self._most_large:
+        if not self._large or self._running_large >= self._max_large:
             return False
         return not self._running_large or self._pixels + self._large.first().cost <= self._room
 
 
 class _Lane:
-    """Jobs by client, and those of a client by request: the client and the request whose turn it is come first."""
+    """Jobs by client and request; the next client and its next request come first."""
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, OrderedDict[int, deque[Job]]] = OrderedDict()

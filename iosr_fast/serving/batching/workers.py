@@ -1,4 +1,4 @@
-"""The threads of BatchingClassifier: some decode, one runs batches; none of them dies before it is told to."""
+"""The threads of BatchingClassifier: several decode, one runs batches. They survive every exception until closed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from iosr_fast.serving.batching.queue import BatchQueue
 
 log = logging.getLogger(__name__)
 
-_PROBE_S = 1.0  # how often an engine that failed is tried while nobody asks: no traffic may come to one that is ill
-_AT_EXIT_S = 5.0  # how long an exiting interpreter waits for what was accepted
-_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a decoder that does not start is started again
+_PROBE_S = 1.0  # period of probes of a failed engine while idle: load balancers send no traffic to unhealthy servers
+_AT_EXIT_S = 5.0  # an exiting interpreter waits so long for accepted images
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a decoder that failed to start is started again
 _alive: set[Workers] = set()
 
 
 def make_decoders(limits: Limits, count: int, isolated: bool) -> list[Decoder]:
-    """One for each decoding thread: in a process of its own where `isolated`, else in the thread."""
+    """A decoder for each decoding thread: in its own process if `isolated`, else in the thread."""
     if not isolated:
         return [ThreadDecoder(limits) for _ in range(count)]
     from iosr_fast.serving.batching.processes import DecoderProcess
@@ -36,22 +36,22 @@ def make_decoders(limits: Limits, count: int, isolated: bool) -> list[Decoder]:
 
 
 class Workers:
-    """Starts the threads, and ends them. They hold no reference to the BatchingClassifier, which may be dropped."""
+    """Starts and stops the threads. They hold no reference to the BatchingClassifier, so it can be collected."""
 
     def __init__(self, queue: BatchQueue, engine: Engine, hooks: Hooks, decoders: Sequence[Decoder]) -> None:
-        """Returns when every decoder works. Raises what starting one raises."""
+        """Returns when every decoder has started. Raises the error of a decoder that did not."""
         self._queue, self._hooks, self._decoders = queue, hooks, decoders
         self._process = os.getpid()
-        # Of each decoder, why it does not work.
+        # The error of each decoder that does not work.
         self._errors: list[BaseException | None] = [None] * len(decoders)
-        tried = [threading.Event() for _ in decoders]
+        attempted = [threading.Event() for _ in decoders]
         batches = threading.Thread(
             target=_run_batches, args=(self, queue, engine, hooks), name="iosr-fast-batches", daemon=True
         )
         decoding = [
             threading.Thread(
                 target=_decode,
-                args=(queue, decoder, self._errors, i, tried[i]),
+                args=(queue, decoder, self._errors, i, attempted[i]),
                 name=f"iosr-fast-decode-{i}",
                 daemon=True,
             )
@@ -62,11 +62,11 @@ class Workers:
         try:
             for thread in self._threads:
                 thread.start()
-            for event in tried:
+            for event in attempted:
                 event.wait()
             if error := next((error for error in self._errors if error is not None), None):
                 raise error
-        except BaseException:  # no more threads or processes are to be had: those that run shall end
+        except BaseException:  # no more threads or processes are available: stop those that run
             _alive.discard(self)
             queue.close()
             queue.stop_decoding()
@@ -74,14 +74,14 @@ class Workers:
 
     @property
     def decoders_error(self) -> BaseException | None:
-        """Why no decoder works; None where one does."""
+        """The error if no decoder works; None if one does."""
         return next(iter(self._errors)) if all(self._errors) else None
 
     def close(self, timeout: float | None = None) -> None:
-        """Accept nothing more, wait until all is answered and the threads have ended.
+        """Accept no more images, and wait until all are answered and the threads have ended.
 
-        After `timeout` seconds what is left is answered with ClosedError. On a thread of its own, in a callback, it
-        doesn't wait: the rest is answered when the callback has returned.
+        After `timeout` seconds the remaining images get ClosedError. In a callback on one of the threads it does not
+        wait; the remaining images are answered after the callback.
         """
         self._queue.close()
         if threading.current_thread() in self._threads or os.getpid() != self._process:
@@ -90,9 +90,9 @@ class Workers:
         for thread in self._threads:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
-            left = self._queue.abandon()
-            log.warning("closed after %g s with %d images unanswered: they get ClosedError", timeout, len(left))
-            for item in left:
+            abandoned = self._queue.abandon()
+            log.warning("closed after %g s with %d images unanswered: they get ClosedError", timeout, len(abandoned))
+            for item in abandoned:
                 item.answer(ClosedError("closed before the image could be classified"), self._hooks)
             for decoder in self._decoders:
                 decoder.kill()
@@ -100,8 +100,8 @@ class Workers:
 
 @atexit.register
 def _close_all() -> None:
-    # Daemon threads are stopped wherever they are when the interpreter ends; in the middle of an engine's C++ that can
-    # crash, so what was accepted is finished first, within bounds.
+    # An exiting interpreter stops daemon threads anywhere, which can crash inside the C++ code of an engine. So
+    # accepted images are finished first, for a limited time.
     until = time.monotonic() + _AT_EXIT_S
     for workers in list(_alive):
         workers.close(max(0.0, until - time.monotonic()))
@@ -125,7 +125,7 @@ def _run_batch(queue: BatchQueue, engine: Engine, hooks: Hooks) -> bool:
             _answer(batch, queue, engine, hooks)
         return batch is not None
     except BaseException as error:
-        log.exception("a batch could not be run; its images get the error, the next batch is tried")
+        log.exception("a batch could not be run; its images get the error, and the next batch is tried")
         for item in {*queue.forget_taken(), *(batch.all_items if batch is not None else ())}:
             if not item.future.done():
                 item.answer(without_frames(error), hooks)
@@ -154,26 +154,26 @@ def _answer(batch: QueuedBatch, queue: BatchQueue, engine: Engine, hooks: Hooks)
 
 
 def _decode(
-    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, tried: threading.Event
+    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, attempted: threading.Event
 ) -> None:
-    # An error's traceback holds the frames that it went through and, by way of them, this one. So nothing here may
-    # know an item any longer than it takes: its future would hold itself, and all of the image.
+    # The traceback of an error refers to its frames and through them to this one. So this frame must not keep an item:
+    # its future would keep itself, and the whole image, alive.
     try:
-        while _started(queue, decoder, errors, place, tried) and (job := queue.next_to_decode()) is not None:
+        while _started(queue, decoder, errors, place, attempted) and (job := queue.next_to_decode()) is not None:
             size, upright = None if isinstance(job, WholeImage) else queue.image_size, queue.exif_orientation
-            made = _decoded(decoder, job.image, job.position, size, job.deadline, upright)
-            _hand_over(queue, job, made, upright)
+            result = _try_decode(decoder, job.image, job.position, size, job.deadline, upright)
+            _hand_over(queue, job, result, upright)
             queue.has_decoded(job)
-            del job, made
+            del job, result
     finally:
         decoder.close()
 
 
 def _started(
-    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, tried: threading.Event
+    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, attempted: threading.Event
 ) -> bool:
-    """Whether the decoder works, which is tried until it does; False where it doesn't and all is closed. Images
-    wait meanwhile: another decoder may take them."""
+    """Start the decoder, repeatedly if it fails; False if the queue is closed before it works. Meanwhile other decoders
+    may take the images."""
     pause_s = 0.0
     while not queue.wait_for_close(pause_s):
         try:
@@ -182,34 +182,34 @@ def _started(
             return True
         except BaseException as error:
             if errors[place] is None:
-                log.error("a decoder does not start, which is tried again and again: %s", error)
+                log.error("a decoder does not start; it is retried: %s", error)
             errors[place] = without_frames(error)
         finally:
-            tried.set()
+            attempted.set()
         pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
     return False
 
 
-def _decoded(
+def _try_decode(
     decoder: Decoder, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool
 ) -> np.ndarray | BaseException:
-    """Pixels of the encoder's `size`, of the whole image where it is None, or what was raised."""
+    """Pixels at the encoder's `size` (None: of the whole image), or the exception."""
     try:
         if size is None:
             return decoder.whole(image, position, deadline, exif_orientation)
         return decoder.pixels(image, position, size, deadline, exif_orientation)
-    except BaseException as error:  # MemoryError too: it concerns this image alone
+    except BaseException as error:  # even MemoryError concerns this image only
         return error
 
 
-def _hand_over(queue: BatchQueue, job: Item | WholeImage, made: Any, exif_orientation: bool) -> None:
+def _hand_over(queue: BatchQueue, job: Item | WholeImage, result: Any, exif_orientation: bool) -> None:
     try:
         if isinstance(job, WholeImage):
-            (job.future.set_exception if isinstance(made, BaseException) else job.future.set_result)(made)
-        elif isinstance(made, BaseException):
-            queue.fail(job, made)
+            (job.future.set_exception if isinstance(result, BaseException) else job.future.set_result)(result)
+        elif isinstance(result, BaseException):
+            queue.fail(job, result)
         else:
-            queue.decoded(job, made, exif_orientation)
+            queue.decoded(job, result, exif_orientation)
     except BaseException as error:
         if isinstance(job, Item):
             queue.fail(job, without_frames(error))

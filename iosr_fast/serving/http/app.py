@@ -1,4 +1,4 @@
-"""The HTTP application: routes, errors and middleware around one BatchingClassifier."""
+"""The ASGI application: routes, error handlers and middleware around one BatchingClassifier."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI
 
 from iosr_fast import __version__
-from iosr_fast.serving.http import classes, errors, health, predict, static
+from iosr_fast.serving.http import classes, errors, health, lists, predict, static
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.middleware import Authorisation, RequestMiddleware
 from iosr_fast.serving.http.service import Service
@@ -19,23 +19,28 @@ if TYPE_CHECKING:
 
 
 def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metrics | None = None) -> FastAPI:
-    """The application; `app.state.service` is its serving.service.Service.
+    """The application; `app.state.service` is its service.Service.
 
-    `metrics` is what `batching` was given as its observer; None makes one, which then counts requests but no batches.
-    Closing `batching` is up to who made it. May be called several times in a process.
+    `metrics` should be the observer of `batching`; None makes a new one, which counts requests but no batches.
+    The caller closes `batching`. May be called several times in a process.
     """
     service = Service(batching, settings, metrics or Metrics())
     service.metrics.watch(service)
-    routers = (classes.make_router(service), health.make_router(service))
+    routers = (
+        lists.make_router(service, "private, max-age=3600"),
+        classes.make_router(service),
+        health.make_router(service),
+        health.make_metrics_router(service),
+    )
     return assemble(service, "Few-shot image classification", routers, guarded=True)
 
 
 def assemble(service: Service, summary: str, routers: Iterable[APIRouter], guarded: bool = False) -> FastAPI:
-    """An application with predictions, the page, errors and middleware, and besides what `routers` have.
+    """An application with predictions, the page, error handlers, middleware and the routes of `routers`.
 
-    `guarded` where some of that changes something: it needs the token then.
+    `guarded` requires the token for every request that could change something.
     """
-    # The framework's own pages of documentation load scripts from elsewhere; /openapi.json has all they say.
+    # FastAPI's documentation pages load scripts from another site; /openapi.json has the same content.
     app = FastAPI(
         title="iosr_fast",
         version=__version__,
@@ -48,7 +53,7 @@ def assemble(service: Service, summary: str, routers: Iterable[APIRouter], guard
     errors.install(app)
     if guarded:
         app.add_middleware(Authorisation, service=service)
-    app.add_middleware(RequestMiddleware, service=service)  # around the other one: refusals are logged and counted
+    app.add_middleware(RequestMiddleware, service=service)  # outermost, so that refusals are logged and counted
     for router in (predict.make_router(service), *routers, static.make_router()):
         app.include_router(router)
     return app

@@ -1,4 +1,4 @@
-"""A request's body as it arrives, bounded in bytes and in seconds; all bodies together bounded in bytes."""
+"""Bounds on request bodies: bytes and seconds of each, bytes of all together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from starlette.types import Message, Receive, Scope
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.settings import Settings
 
-_MAX_OTHER = 16 << 10  # bytes of a body that has no images, which only a POST has: a name in JSON, or nothing
+_MAX_OTHER = 16 << 10  # bytes of a body without images, such as a name in JSON; only POST takes images
 
 
 class Budget:
-    """Bytes of bodies that are held at this moment, by all requests. For one event loop; not for threads."""
+    """Bytes of all bodies in memory. For one event loop, not for threads."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
@@ -29,15 +29,17 @@ class Budget:
 
 
 class BoundedBody:
-    """`receive` of an ASGI application, which raises ApiError where a body is too long (413), too slow (408) or finds
-    no room (503). Every reader is bounded by it, frameworks included; the bytes are counted, announced or not."""
+    """An ASGI `receive` that raises ApiError for a body that is too long (413), too slow (408) or has no room (503).
+
+    It bounds every reader, the framework included, and counts received bytes, whatever Content-Length says.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, settings: Settings, budget: Budget) -> None:
         self._receive, self._settings, self._budget = receive, settings, budget
         limit = settings.max_body_bytes
         self._limit = limit if scope["method"] == "POST" else min(limit, _MAX_OTHER)
-        self._until = asyncio.get_running_loop().time() + settings.body_timeout_s
-        self._announced = _content_length(scope)
+        self._deadline = asyncio.get_running_loop().time() + settings.body_timeout_s
+        self._content_length = _content_length(scope)
         self.size = 0
         self._whole = False
 
@@ -45,10 +47,10 @@ class BoundedBody:
         if self._whole:
             return await self._receive()
         limit = self._limit
-        if self._announced > limit:
-            raise self._too_large(f"{self._announced} bytes")
+        if self._content_length > limit:
+            raise self._too_large(f"{self._content_length} bytes")
         try:
-            async with asyncio.timeout_at(self._until):
+            async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
             seconds = self._settings.body_timeout_s
@@ -62,13 +64,13 @@ class BoundedBody:
             if self.size + count > limit:
                 raise self._too_large("more")
             if not self._budget.take(count):
-                raise busy("busy", "too many bodies are being received at this moment; try again")
+                raise busy("busy", "too many bodies are being received; try again")
             self.size += count
             self._whole = not message.get("more_body", False)
         return message
 
     def release(self) -> None:
-        """Give the bytes back: the request is over."""
+        """Return the bytes to the budget at the end of the request."""
         self._budget.give(self.size)
         self.size = 0
 

@@ -1,4 +1,4 @@
-"""Every error that a client sees has one form: {"error": {"code": ..., "message": ...}}."""
+"""Errors of the HTTP API, all of the form {"error": {"code": ..., "message": ...}}."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-# What the framework itself refuses (routing, mostly) and what that is called here.
+# Codes for what the framework itself refuses, mostly in routing.
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_type"}
 
 
 class ApiError(HTTPException):
-    """An answer other than success: HTTP status, a code for programs and a message for people."""
+    """An error answer: HTTP status, a code for programs and a message for people."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, message, dict(headers) if headers else None)
@@ -24,8 +24,20 @@ class ApiError(HTTPException):
 
 
 def busy(code: str, message: str, retry_after_s: float = 1.0) -> ApiError:
-    """503, to be tried again after whole seconds, at least one."""
+    """503 with Retry-After in whole seconds, at least one."""
     return ApiError(503, code, message, {"Retry-After": str(max(1, math.ceil(retry_after_s)))})
+
+
+def shutting_down() -> ApiError:
+    return busy("closed", "the server is shutting down; ask another one")
+
+
+def no_class(class_id: str) -> ApiError:
+    return ApiError(404, "no_class", f"no class has the id {class_id!r}; /v1/classes lists all classes")
+
+
+def no_example(example_id: str) -> ApiError:
+    return ApiError(404, "no_example", f"no support image has the id {example_id!r}")
 
 
 def error_body(code: str, message: str) -> dict[str, Any]:
@@ -33,30 +45,34 @@ def error_body(code: str, message: str) -> dict[str, Any]:
 
 
 def error_response(error: HTTPException) -> Response:
-    code = error.code if isinstance(error, ApiError) else _CODES.get(error.status_code, f"http_{error.status_code}")
-    return JSONResponse(error_body(code, str(error.detail)), error.status_code, error.headers)
+    return JSONResponse(error_body(_code(error), str(error.detail)), error.status_code, error.headers)
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer all of its errors in that form."""
+    """Make `app` answer all errors in that form."""
 
-    async def refused(request: Request, error: Exception) -> Response:
+    async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = error_response(error)
-        request.scope["iosr_fast.code"] = error.code if isinstance(error, ApiError) else _CODES.get(error.status_code)
-        return response
+        request.scope["iosr_fast.code"] = _code(error)
+        return error_response(error)
 
-    async def invalid(request: Request, error: Exception) -> Response:
+    async def refuse_parameters(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        told = "; ".join(_told(one) for one in error.errors()[:5])
-        return await refused(request, ApiError(422, "invalid_parameters", told))
+        message = "; ".join(_describe(detail) for detail in error.errors()[:5])
+        return await refuse(request, ApiError(422, "invalid_parameters", message))
 
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_parameters)
 
 
-def _told(error: Mapping[str, Any]) -> str:
-    """`query.top: Input should be greater than or equal to 1, got '0'`; what came is cut short."""
-    came = error.get("input")
-    got = f", got {came!r:.60}" if isinstance(came, str | int | float) else ""
+def _code(error: HTTPException) -> str:
+    if isinstance(error, ApiError):
+        return error.code
+    return _CODES.get(error.status_code, f"http_{error.status_code}")
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """`query.top: Input should be greater than or equal to 1, got '0'`, with the input cut to 60 characters."""
+    value = error.get("input")
+    got = f", got {value!r:.60}" if isinstance(value, str | int | float) else ""
     return f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}{got}"

@@ -1,4 +1,4 @@
-"""One request and its answer, as an ASGI application sees them."""
+"""One request and its answer as ASGI messages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from starlette.types import ASGIApp, Message, Scope
 from iosr_fast.serving.http.framing import Body, Refused
 from iosr_fast.serving.http.logs import logger
 
-_HELD = 64 << 10  # bytes of a body that may wait for the application; until it takes them no more are read
+_MAX_BUFFERED = 64 << 10  # bytes of a body that wait for the application; reading pauses above this
 _CLOSE = (b"connection", b"close")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Client(Protocol):
-    """The connection that an exchange is on."""
+    """The connection of an exchange."""
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]: ...
@@ -31,37 +31,37 @@ class Client(Protocol):
 
 
 class Exchange:
-    """Holds what has come of the body until the application takes it; `receive` and `send` are ASGI's."""
+    """Buffers the body for the application; `receive` and `send` are those of ASGI."""
 
     def __init__(self, client: Client, connection: h11.Connection, request: h11.Request, scope: Scope) -> None:
         self.body = Body(connection, request)
-        self.started = self.complete = False  # the answer
+        self.started = self.complete = False  # of the answer
         self._client, self._connection, self._scope = client, connection, scope
         self._parts: list[bytes] = []
-        self._held = 0
-        self._delivered = False  # the body, to its end
-        self._gone = False
+        self._buffered = 0
+        self._delivered = False  # the whole body
+        self._disconnected = False
         self._changed = asyncio.Event()
-        self._head = b""  # of the answer, sent with the first bytes of its body
+        self._head = b""  # of the answer; sent with the first bytes of its body
 
     @property
     def keeps_alive(self) -> bool:
-        """May another request follow? Once the answer is complete."""
+        """Whether another request may follow; valid once the answer is complete."""
         return self._connection.our_state is h11.DONE
 
     def receive_data(self, data: bytes) -> None:
-        """Bytes from the client; what follows the body is in `body.rest`. Raises Refused."""
+        """Take bytes from the client; bytes after the body are in `body.rest`. Raises Refused."""
         parts = self.body.read(data)
-        if self.complete or self._gone:
+        if self.complete or self._disconnected:
             return
         self._parts += parts
-        self._held += sum(map(len, parts))
-        if self._held > _HELD:
+        self._buffered += sum(map(len, parts))
+        if self._buffered > _MAX_BUFFERED:
             self._client.pause_reading()
         self._changed.set()
 
     def disconnect(self) -> None:
-        self._gone = True
+        self._disconnected = True
         self._changed.set()
 
     async def run(self, app: ASGIApp) -> None:
@@ -72,25 +72,25 @@ class Exchange:
             raise
         except Exception:
             logger.exception("unexpected", extra={"facts": {}})
-        if not self.complete and not self._gone:
+        if not self.complete and not self._disconnected:
             self._client.refuse(Refused(500, "internal", "the server failed at this request; its log says why"))
 
     async def receive(self) -> Message:
-        if self._connection.they_are_waiting_for_100_continue and not self._gone:
-            go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-            await self._client.write(self._connection.send(go_on))
-        while not (self._parts or self._gone or self.complete or (self.body.whole and not self._delivered)):
+        if self._connection.they_are_waiting_for_100_continue and not self._disconnected:
+            informational = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            await self._client.write(self._connection.send(informational))
+        while not (self._parts or self._disconnected or self.complete or (self.body.whole and not self._delivered)):
             self._changed.clear()
             self._client.resume_reading()
             await self._changed.wait()
-        if self._gone or self.complete:
+        if self._disconnected or self.complete:
             return {"type": "http.disconnect"}
         self._delivered = self.body.whole
-        body, self._parts, self._held = b"".join(self._parts), [], 0
+        body, self._parts, self._buffered = b"".join(self._parts), [], 0
         return {"type": "http.request", "body": body, "more_body": not self._delivered}
 
     async def send(self, message: Message) -> None:
-        if self._gone:
+        if self._disconnected:
             return
         expected = "http.response.body" if self.started else "http.response.start"
         if self.complete or message["type"] != expected:
@@ -104,7 +104,7 @@ class Exchange:
         sent = self._head + self._connection.send(h11.Data(data=data))
         self._head = b""
         await self._client.write(sent + self._connection.send(h11.EndOfMessage()) if last else sent)
-        if last and not self._gone:
+        if last and not self._disconnected:
             self.complete = True
             self._changed.set()
             self._client.answered(self)
@@ -112,6 +112,6 @@ class Exchange:
     def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
         headers = [*self._client.headers, *headers]
         if self._connection.they_are_waiting_for_100_continue:
-            headers.append(_CLOSE)  # refused before 100 Continue: whether the body follows is up to the client
+            headers.append(_CLOSE)  # refused before 100 Continue: the client may or may not send the body
         phrase = _PHRASES.get(status, "")
         return self._connection.send(h11.Response(status_code=status, headers=headers, reason=phrase.encode()))

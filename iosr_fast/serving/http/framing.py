@@ -1,8 +1,8 @@
-"""Where a request begins and ends: RFC 9112 to the letter, so that no proxy in front can see another end.
+"""Strict framing of requests by RFC 9112, so that no proxy in front can see another end of a request.
 
-h11 parses heads and bodies. It forgives what the RFC lets a recipient forgive (bare line feeds, folded lines, control
-characters, a Content-Length beside a Transfer-Encoding), and each of these is read in another way by some proxy. So it
-only gets heads that pass `check_head` and its ends of bodies pass `Body`.
+h11 parses heads and bodies. It accepts everything that the RFC lets a recipient accept (bare line feeds, folded lines,
+control characters, Content-Length beside Transfer-Encoding), which proxies interpret in different ways. So heads must
+pass `check_head` first, and ends of bodies must pass `Body`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from iosr_fast.serving.http.errors import error_body
 
 MAX_LINE = 8 << 10  # bytes of the request line
 MAX_HEADERS = 100
-_FRAMING = 24 << 10  # bytes of a chunked body that are not its content, beside an eighth of it: each chunk costs time
+_FRAMING = 24 << 10  # bytes of chunk headers allowed besides an eighth of the content, because each chunk costs time
 
 _TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _HEAD = re.compile(rb"%s [!-~]+ HTTP/\d\.\d\r\n(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % (_TOKEN, _TOKEN))
@@ -29,14 +29,14 @@ _LENGTH = re.compile(rb"\d{1,18}")
 
 
 class Refused(Exception):
-    """The connection can't go on: an HTTP status, a code for programs and a message for people."""
+    """The connection must be closed: an HTTP status, a code for programs and a message for people."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
 
     def answer(self) -> bytes:
-        """What the client gets before its connection is closed: an error in the form of all others."""
+        """The last answer of the connection, in the form of all errors."""
         body = json.dumps(error_body(self.code, str(self))).encode()
         lines = [
             f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}",
@@ -50,25 +50,25 @@ class Refused(Exception):
 
 
 def find_head(data: bytearray, searched: int, max_bytes: int) -> int:
-    """The length of the head that `data` begins with; 0 where its end has not come yet. Raises Refused where it can't
-    become one: junk is refused by what has come of it, without waiting for the rest.
+    """The length of the head at the start of `data`; 0 while it is incomplete. Raises Refused as soon as `data` can't
+    become a valid head.
 
-    `searched` bytes of it were looked at before, so that a head that comes byte by byte costs no more than another.
+    The first `searched` bytes were checked before, so a head that arrives byte by byte costs no more than another.
     """
     end = data.find(b"\r\n\r\n", max(0, searched - 3), max_bytes) + 4
-    found = end > 3
-    come = end if found else len(data)
-    if not 32 < data[0] < 127 or _BARE_LINE_FEED.search(data, searched, come):
+    complete = end > 3
+    size = end if complete else len(data)
+    if not 32 < data[0] < 127 or _BARE_LINE_FEED.search(data, searched, size):
         raise _bad("a request line and headers whose lines end with CR LF")
-    if come > MAX_LINE and data.find(b"\r\n", 0, MAX_LINE + 2) < 0:
+    if size > MAX_LINE and data.find(b"\r\n", 0, MAX_LINE + 2) < 0:
         raise Refused(414, "uri_too_long", f"expected a request line of at most {MAX_LINE} bytes")
-    if not found and come >= max_bytes:
+    if not complete and size >= max_bytes:
         raise Refused(431, "headers_too_large", f"Headers too large. Expected at most {max_bytes} bytes")
-    return end if found else 0
+    return end if complete else 0
 
 
 def read_head(head: bytes) -> tuple[h11.Connection, h11.Request]:
-    """The request of a whole head, and the connection that reads its body. Raises Refused."""
+    """The request of a complete head, and the h11 connection that reads its body. Raises Refused."""
     check_head(head)
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(head)
@@ -81,7 +81,7 @@ def read_head(head: bytes) -> tuple[h11.Connection, h11.Request]:
 
 
 def check_head(head: bytes) -> None:
-    """Raise Refused unless `head` is one by the RFC's grammar, without what is obsolete, and can be read in one way."""
+    """Raise Refused unless `head` follows the RFC's grammar, without its obsolete parts, and is unambiguous."""
     if head.count(b"\r\n") > MAX_HEADERS + 2:
         raise Refused(431, "headers_too_large", f"expected at most {MAX_HEADERS} headers")
     if not _HEAD.fullmatch(head):
@@ -97,9 +97,9 @@ def check_head(head: bytes) -> None:
     codings: list[bytes] = []
     for field in fields:
         name, _, value = field.partition(b":")
-        found = {b"host": hosts, b"content-length": lengths, b"transfer-encoding": codings}.get(name.lower())
-        if found is not None:
-            found.append(value.strip(b" \t"))
+        values = {b"host": hosts, b"content-length": lengths, b"transfer-encoding": codings}.get(name.lower())
+        if values is not None:
+            values.append(value.strip(b" \t"))
     if (len(hosts) != 1 and (hosts or version == b"HTTP/1.1")) or any(not _AUTHORITY.fullmatch(host) for host in hosts):
         raise _bad("one Host header, a name or address with or without a port")
     if len(lengths) > 1 or any(not _LENGTH.fullmatch(length) for length in lengths):
@@ -109,7 +109,7 @@ def check_head(head: bytes) -> None:
 
 
 def split_target(request: h11.Request) -> tuple[str, bytes, bytes, list[tuple[bytes, bytes]]]:
-    """Path (decoded and raw), query and headers; of an absolute URL the authority takes the place of Host."""
+    """Path (decoded and raw), query and headers; the authority of an absolute URL replaces Host."""
     target, headers = request.target, list(request.headers)
     if absolute := _ABSOLUTE.fullmatch(target):
         authority, target = absolute.groups()
@@ -124,18 +124,18 @@ def split_target(request: h11.Request) -> tuple[str, bytes, bytes, list[tuple[by
 
 
 class Body:
-    """The body of `request`, which `connection` has read, from bytes as they come."""
+    """Reads the body of `request` incrementally; `connection` has read its head."""
 
     def __init__(self, connection: h11.Connection, request: h11.Request) -> None:
         self._connection = connection
         self._chunked = any(name == b"transfer-encoding" for name, _ in request.headers)
-        self._received = self._size = self._chunks = 0  # bytes of it, of its content, and chunks
-        self._last = b""  # the four bytes that were read last
+        self._received = self._size = self._chunks = 0  # all bytes, bytes of content, chunks
+        self._last = b""  # the last four bytes
         self.whole = False
-        self.rest = b""  # once it is whole: what came after it
+        self.rest = b""  # bytes after the body, once it is whole
 
     def read(self, data: bytes) -> list[bytes]:
-        """Its parts that are in `data`. Raises Refused."""
+        """The parts of the body in `data`. Raises Refused."""
         parts = []
         if data:
             self._received += len(data)
@@ -145,7 +145,7 @@ class Body:
                 if isinstance(event, h11.Data):
                     self._size += len(event.data)
                     self._chunks += event.chunk_start
-                    self._check_framing(5 * self._chunks)  # each took as much at least
+                    self._check_framing(5 * self._chunks)  # the least that their headers take
                     parts.append(bytes(event.data))
                 elif isinstance(event, h11.EndOfMessage):
                     self.whole, self.rest = True, self._connection.trailing_data[0]
@@ -163,7 +163,7 @@ class Body:
             raise _bad("larger chunks and shorter extensions of them")
 
     def _check_end(self, event: h11.EndOfMessage, read: bytes) -> None:
-        """A chunked body ends with an empty chunk and an empty line; h11 takes trailers and a bare LF for it, too."""
+        """A chunked body ends with an empty chunk and an empty line; h11 also accepts trailers and a bare LF."""
         if self._chunked and (event.headers or not (self._last + read[-4:]).endswith(b"\r\n\r\n")):
             raise _bad("no trailers after the last chunk")
 

@@ -1,4 +1,4 @@
-"""Is it alive (/healthz), should it get requests (/readyz), what has it done (/metrics)."""
+"""/healthz (does the engine work), /readyz (should it get requests) and /metrics."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from iosr_fast.serving.http.service import Service
 
 
 class Probe:
-    """Decodes and classifies a grey PNG where no image was classified for a while, and remembers for a while what came
-    of it.
+    """Classifies a grey PNG if no image was classified for a while, and caches the result.
 
-    Those who ask at the same time share one probe, so that asking often costs nothing.
+    Concurrent requests share one probe, so frequent polling is cheap.
     """
 
     def __init__(self, service: Service) -> None:
@@ -31,40 +30,40 @@ class Probe:
         self._probed = float("-inf")
 
     async def failure(self) -> str:
-        """What is wrong with the engine; "" where nothing is."""
+        """What is wrong with the engine; "" if it works."""
         batching, settings = self._service.batching, self._service.settings
         if not batching.healthy:
             return f"the engine failed: {batching.last_error}"
         async with self._lock:
-            silent = time.monotonic() - self._service.metrics.last_answer
-            if silent < settings.probe_after_s or self._service.loading or batching.closed:
+            idle_s = time.monotonic() - self._service.metrics.last_answer
+            if idle_s < settings.probe_after_s or self._service.loading or batching.closed:
                 return ""
             if time.monotonic() - self._probed >= settings.probe_every_s:
-                self._failure = await self._probe(silent)
+                self._failure = await self._probe(idle_s)
                 self._probed = time.monotonic()
             return self._failure
 
-    async def _probe(self, silent: float) -> str:
+    async def _probe(self, idle_s: float) -> str:
         service, settings = self._service, self._service.settings
         within = settings.probe_deadline_s
         try:
             async with asyncio.timeout(within):
                 await service.batching.classify(_grey_png(), top=1, deadline_s=within)
         except QueueFullError:
-            return self._busy(silent)
+            return self._busy(idle_s)
         except ClosedError:
             return ""
         except TimeoutError:  # DeadlineExceededError is one
-            if service.batching.decoders_are_busy:  # with images that take long, each within its limits
-                return self._busy(silent)
+            if service.batching.decoders_are_busy:  # with slow images that are within their limits
+                return self._busy(idle_s)
             return f"a grey image was not classified within {within:g} s"
         except Exception as error:
             return f"a grey image could not be classified: {error}"
         return ""
 
-    def _busy(self, silent: float) -> str:
-        """So much to do that a probe finds no place or no decoder is no failure, but nothing done for long is."""
-        return "" if silent < self._service.settings.stuck_after_s else f"no image was classified for {silent:.0f} s"
+    def _busy(self, idle_s: float) -> str:
+        """A server too busy for the probe is healthy as long as it classifies images."""
+        return "" if idle_s < self._service.settings.stuck_after_s else f"no image was classified for {idle_s:.0f} s"
 
 
 @cache
@@ -75,18 +74,19 @@ def _grey_png() -> bytes:
 
 
 def make_router(service: Service) -> APIRouter:
+    """/healthz and /readyz."""
     router = APIRouter(tags=["operations"])
     probe = Probe(service)
 
     @router.get(
         "/healthz",
         response_model=schemas.StateAnswer,
-        responses={503: {"model": schemas.StateAnswer, "description": "The engine failed: restart the process"}},
+        responses={503: {"model": schemas.StateAnswer, "description": "No image can be classified; restart"}},
         summary="Does the engine work?",
     )
     async def healthz() -> Response:
         failure = await probe.failure()
-        return state_answer(failure == "", "failed", failure)
+        return _state(failure == "", "failed", failure)
 
     @router.get(
         "/readyz",
@@ -95,12 +95,15 @@ def make_router(service: Service) -> APIRouter:
         summary="Should it get requests?",
     )
     async def readyz() -> Response:
-        if service.draining or service.batching.closed:
-            return state_answer(False, "shutting down")
-        ready = not service.loading and service.batching.healthy
-        return state_answer(ready, "loading" if service.loading else "failed", service.read_only if ready else "")
+        return _state(*await service.readiness())
 
-    # Not `async`: rendering thousands of classes' series takes a while, which is then a thread's.
+    return router
+
+
+def make_metrics_router(service: Service) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+
+    # Not `async`: rendering the series of thousands of classes is slow, so it runs in a thread.
     @router.get(
         "/metrics",
         response_class=Response,
@@ -113,7 +116,7 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def state_answer(good: bool, status: str, detail: str = "") -> Response:
-    """200 where all is `good`, 503 with `status` otherwise; for nobody's cache."""
+def _state(good: bool, status: str, detail: str = "") -> Response:
+    """200 if `good`, else 503 with `status`; never cached."""
     body = {"status": "ok" if good else status, "detail": detail}
     return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})

@@ -1,48 +1,128 @@
-"""Pages of classes and of support images: a long list is asked for piece by piece, and each is made in a thread."""
+"""Routes that read classes, support images and thumbnails: of one classifier, or of a replica behind an ingress."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import Query
+from fastapi import APIRouter, Path, Query
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
 
+from iosr_fast.serving.http import schemas
+from iosr_fast.serving.http.errors import ApiError, no_class, no_example
 from iosr_fast.state.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
 from iosr_fast.state.state import State
 
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
+
 PAGE = 1_000
 _NEXT = "the `next` of the page before; none for the first page"
-LIMIT = Query(PAGE, ge=1, le=PAGE, description="how many at most")
-AFTER_CLASS = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
-AFTER_EXAMPLE = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT)
+_LIMIT = Query(PAGE, ge=1, le=PAGE, description="how many at most")
+_AFTER_CLASS = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
+_AFTER_EXAMPLE = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT)
+CLASS_ID_PATH = Path(max_length=40, description="as in /v1/classes")
+EXAMPLE_ID_PATH = Path(max_length=40, description="as in /v1/classes/{class_id}/examples")
+
+
+class ClassifierLists:
+    """Lists of the `classifier` of a subclass, made in threads, because there may be 100,000 classes.
+
+    `examples` and `picture` are None for an unknown id; `picture` is empty if none is stored.
+    """
+
+    @property
+    def classifier(self) -> Classifier:
+        raise NotImplementedError
+
+    async def classes(self, limit: int = PAGE, after: str | None = None) -> dict[str, Any]:
+        return await run_in_threadpool(class_page, self.classifier.snapshot(), limit, after)
+
+    async def examples(self, class_id: str, limit: int = PAGE, after: str | None = None) -> dict[str, Any] | None:
+        return await run_in_threadpool(example_page, self.classifier.snapshot(), class_id, limit, after)
+
+    async def picture(self, example_id: str) -> bytes | None:
+        try:
+            return await run_in_threadpool(self.classifier.picture, example_id) or b""
+        except ValueError:
+            return None
+
+
+def make_router(lists: ClassifierLists, cache_control: str, *statuses: int) -> APIRouter:
+    """GET routes over `lists`; `cache_control` of pictures, `statuses` of errors besides 404, 422 and 500."""
+    router = APIRouter(tags=["classes"])
+    statuses = (404, 422, 500, *statuses)
+
+    @router.get(
+        "/v1/classes",
+        response_model=schemas.ClassesAnswer,
+        responses=schemas.errors(*statuses[1:]),
+        summary="Classes, page by page",
+    )
+    async def classes(limit: int = _LIMIT, after: str | None = _AFTER_CLASS) -> Response:
+        return await run_in_threadpool(JSONResponse, await lists.classes(limit, after))
+
+    @router.get(
+        "/v1/classes/{class_id}/examples",
+        response_model=schemas.ExamplesAnswer,
+        responses=schemas.errors(*statuses),
+        summary="Support images of a class, page by page",
+    )
+    async def examples(
+        class_id: str = CLASS_ID_PATH, limit: int = _LIMIT, after: str | None = _AFTER_EXAMPLE
+    ) -> Response:
+        page = await lists.examples(class_id, limit, after)
+        if page is None:
+            raise no_class(class_id)
+        return await run_in_threadpool(JSONResponse, page)
+
+    @router.get(
+        "/v1/examples/{example_id}/picture",
+        response_class=Response,
+        responses={
+            200: {"content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}}},
+            **schemas.errors(*statuses),
+        },
+        summary="Thumbnail of a support image",
+    )
+    async def picture(example_id: str = EXAMPLE_ID_PATH) -> Response:
+        thumbnail = await lists.picture(example_id)
+        if thumbnail is None:
+            raise no_example(example_id)
+        if not thumbnail:
+            raise ApiError(404, "no_picture", f"no picture of {example_id!r} is stored")
+        return Response(thumbnail, media_type="image/webp", headers={"Cache-Control": cache_control})
+
+    return router
 
 
 def class_page(state: State, limit: int, after: str | None) -> dict[str, Any]:
-    """At most `limit` classes whose ids come after one, which may be gone by now; `next` where there are more."""
+    """At most `limit` classes with ids above `after`, which need not exist; `next` is None on the last page."""
     start = -1 if after is None else uid_of(after)
     assert start is not None
-    found = state.classes(start, limit)
-    more = bool(found) and found[-1].class_id != class_id(state.uids[-1])
+    page = state.classes(start, limit)
+    more = bool(page) and page[-1].class_id != class_id(state.uids[-1])
     return {
         "version": state.version,
         "total": len(state.uids),
-        "classes": [asdict(info) for info in found],
-        "next": found[-1].class_id if more else None,
+        "classes": [asdict(info) for info in page],
+        "next": page[-1].class_id if more else None,
     }
 
 
-def example_page(state: State, given: str, limit: int, after: str | None) -> dict[str, Any] | None:
-    """Likewise the support images of a class by its id; None where there is no such class."""
-    uid = uid_of(given)
-    if uid is None or state.name_of(given) is None:
+def example_page(state: State, identifier: str, limit: int, after: str | None) -> dict[str, Any] | None:
+    """Likewise the support images of a class; None where there is no such class."""
+    uid = uid_of(identifier)
+    if uid is None or state.name_of(identifier) is None:
         return None
     numbers = state.examples_of(uid)
     start = 0 if after is None else bisect_right(numbers, example_number(after) or 0)
-    found = numbers[start : start + limit]
+    page = numbers[start : start + limit]
     return {
         "version": state.version,
-        "class_id": given,
-        "example_ids": [example_id(number) for number in found],
-        "next": example_id(found[-1]) if start + limit < len(numbers) else None,
+        "class_id": identifier,
+        "example_ids": [example_id(number) for number in page],
+        "next": example_id(page[-1]) if start + limit < len(numbers) else None,
     }

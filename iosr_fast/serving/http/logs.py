@@ -1,4 +1,4 @@
-"""One JSON object a line to stderr: each request, start, stop and change. No image, no token is ever in it."""
+"""Logs to stderr, one JSON object a line: requests, changes, start, stop. Never contains an image or a token."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
-logger = logging.getLogger("iosr_fast.serving.http")
-_HELD = 10_000  # lines that wait for a slow reader of stderr; more are dropped, so that nobody waits for it
+logger = logging.getLogger("iosr_fast.serving")
+_MAX_QUEUED = 10_000  # lines for a slow reader of stderr; more are dropped, so that no request waits
 
 
 def log(event: str, *, level: int = logging.INFO, **facts: Any) -> None:
-    """Write `event` with `facts`, which have to be JSON's own types."""
+    """Log `event` with `facts` of JSON types."""
     logger.log(level, event, extra={"facts": facts})
 
 
 class JsonFormatter(logging.Formatter):
-    """A record of `log` as its facts; one of another library as its message."""
+    """Formats a record of `log` as its facts, and a record of another library as its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -40,12 +40,12 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Queue(QueueHandler):
-    """Hands records to a thread; drops them where that thread is too slow, and then says how many."""
+    """Passes records to a thread; drops them if the queue is full, and logs how many."""
 
     dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # it stays in this process, and the other thread formats it
+        return record  # formatted by the other thread of this process
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
@@ -54,24 +54,23 @@ class _Queue(QueueHandler):
             self.dropped += 1
             return
         if self.dropped:
-            lost, self.dropped = self.dropped, 0
-            log("log_lines_dropped", level=logging.WARNING, count=lost)
+            count, self.dropped = self.dropped, 0
+            log("log_lines_dropped", level=logging.WARNING, count=count)
 
 
 @contextmanager
 def json_logs(level: int = logging.INFO) -> Iterator[None]:
-    """Send this process's logs to stderr as JSON, from a thread of their own, as long as the block runs."""
+    """Within the block, all logs of this process go to stderr as JSON, written by a separate thread."""
     root = logging.getLogger()
     before, quiet = root.handlers[:], {"python_multipart": logging.ERROR, "uvicorn.error": logging.WARNING}
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setFormatter(JsonFormatter())
-    held: queue.Queue[Any] = queue.Queue(_HELD)
-    handler = _Queue(held)
-    listener = QueueListener(held, to_stderr)
-    root.handlers[:] = [handler]
+    records: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
+    listener = QueueListener(records, to_stderr)
+    root.handlers[:] = [_Queue(records)]
     logger.setLevel(level)
-    for name, least in quiet.items():  # what a client sends must not fill the log
-        logging.getLogger(name).setLevel(least)
+    for name, minimum in quiet.items():  # what clients send must not fill the log
+        logging.getLogger(name).setLevel(minimum)
     listener.start()
     try:
         yield

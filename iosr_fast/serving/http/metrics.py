@@ -1,8 +1,4 @@
-"""What Prometheus reads at /metrics. One registry for each application, so that a process can have several.
-
-An instance is also the observer of a BatchingClassifier, which calls it from its own threads; the client library's
-metrics are safe for that.
-"""
+"""Metrics for Prometheus. Each application has its own registry, so a process can have several applications."""
 
 from __future__ import annotations
 
@@ -18,15 +14,15 @@ from iosr_fast.state.predictions import Prediction
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_MOST_CLASSES = 10_000  # with a series of their own: more would make every scrape slow
+_MAX_CLASSES = 10_000  # with their own series; more would slow down every scrape
 _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"})
 
 
 class Metrics:
-    """Counters and histograms, all named iosr_fast_*, and the process's own (memory, CPU time, files).
+    """Counters and histograms named iosr_fast_*, and those of the process (memory, CPU time, files).
 
-    No label is a client's choice: routes are templates, codes and outcomes are few, and a class's series goes with the
-    class (`drop_removed`).
+    No client chooses a label: routes are templates, codes and outcomes are few, and `drop_removed` removes the series
+    of removed classes. Also the Observer of a BatchingClassifier, which calls it from several threads.
     """
 
     def __init__(self) -> None:
@@ -34,11 +30,11 @@ class Metrics:
         self.last_answer = time.monotonic()  # when an image was last classified
         ProcessCollector(registry=registry)
 
-        def histogram(name: str, told: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
-            return Histogram(f"iosr_fast_{name}", told, labels, buckets=tuple(buckets), registry=registry)
+        def histogram(name: str, description: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
+            return Histogram(f"iosr_fast_{name}", description, labels, buckets=tuple(buckets), registry=registry)
 
-        def counter(name: str, told: str, labels: tuple[str, ...]) -> Counter:
-            return Counter(f"iosr_fast_{name}", told, labels, registry=registry)
+        def counter(name: str, description: str, labels: tuple[str, ...]) -> Counter:
+            return Counter(f"iosr_fast_{name}", description, labels, registry=registry)
 
         self._requests = histogram(
             "request_seconds", "From a request's headers to its answer", _SECONDS, ("route", "method", "status")
@@ -47,30 +43,32 @@ class Metrics:
         self._batches = histogram("batch_images", "Images a batch", _IMAGES)
         self._encode = histogram("encode_seconds", "Encoding a batch", _SECONDS)
         self._score = histogram("score_seconds", "Scoring a batch", _SECONDS)
-        self._errors = counter("errors", "Errors answered, of requests and of images in them", ("code",))
-        self._refusals = counter("refusals", "Images refused before they were queued", ("reason",))
+        self._errors = counter("errors", "Errors in answers, of requests and of their images", ("code",))
+        self._refusals = counter("refusals", "Images refused before queueing", ("reason",))
         self._predictions = counter("predictions", "Images by predicted class", ("class_id", "name"))
-        self._named: set[tuple[str, str]] = set()
+        self._series: set[tuple[str, str]] = set()
 
     def watch(self, service: Any) -> None:
-        """Read the state of a serving.service.Service at each scrape: queue, bodies, version, classes."""
+        """Read the state of a service.Service at each scrape: queue, bodies, version, classes."""
         from iosr_fast import __version__
 
-        def gauge(name: str, told: str, read: Any) -> None:
-            Gauge(f"iosr_fast_{name}", told, registry=self.registry).set_function(read)
+        def gauge(name: str, description: str, read: Any) -> None:
+            Gauge(f"iosr_fast_{name}", description, registry=self.registry).set_function(read)
 
         gauge("queue_images", "Images accepted and not yet answered", lambda: service.batching.pending)
-        gauge("queue_limit_images", "The most that are accepted", lambda: service.settings.max_queue)
-        gauge("body_bytes", "Bytes of bodies held", lambda: service.budget.used)
+        gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: service.settings.max_queue)
+        gauge("body_bytes", "Bytes of request bodies in memory", lambda: service.budget.used)
         gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
-        gauge("model_version", "Rises with every change of the classes", lambda: service.classifier.version)
+        gauge("model_version", "Version of the classes, which each change raises", lambda: service.classifier.version)
         gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
         gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.read_only)))
-        about = {"version": __version__, "method": service.classifier.method_}
-        about["encoder"] = service.classifier.encoder.fingerprint[:12]
-        Gauge("iosr_fast_info", "What runs here", tuple(about), registry=self.registry).labels(**about).set(1)
+        labels = {"version": __version__, "method": service.classifier.method_}
+        labels["encoder"] = service.classifier.encoder.fingerprint[:12]
+        Gauge("iosr_fast_info", "Version, method, encoder", tuple(labels), registry=self.registry).labels(**labels).set(
+            1
+        )
 
-    # --- what a BatchingClassifier calls ---
+    # --- called by BatchingClassifier ---
 
     def on_batch(self, size: int, queue_depth: int, encode_s: float, score_s: float) -> None:
         self._batches.observe(size)
@@ -85,7 +83,7 @@ class Metrics:
     def on_refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
 
-    # --- what the server calls ---
+    # --- called by the server ---
 
     def on_request(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests.labels(route, method if method in _METHODS else "other", str(status)).observe(seconds)
@@ -95,17 +93,17 @@ class Metrics:
 
     def on_prediction(self, prediction: Prediction) -> None:
         key = (prediction.class_id, prediction.label)
-        if key not in self._named and len(self._named) >= _MOST_CLASSES:
+        if key not in self._series and len(self._series) >= _MAX_CLASSES:
             key = ("", "all others")
-        self._named.add(key)
+        self._series.add(key)
         self._predictions.labels(*key).inc()
 
     def drop_removed(self, name_of: Callable[[str], str | None]) -> None:
-        """Forget the series of classes that are gone or renamed; `name_of` says what an id is called now."""
-        gone = {key for key in self._named.copy() if key[0] and name_of(key[0]) != key[1]}
-        for key in gone:
+        """Remove the series of classes that were removed or renamed; `name_of` gives the current name of an id."""
+        removed = {key for key in self._series.copy() if key[0] and name_of(key[0]) != key[1]}
+        for key in removed:
             self._predictions.remove(*key)
-        self._named -= gone
+        self._series -= removed
 
     def text(self) -> bytes:
         """In Prometheus's text format."""

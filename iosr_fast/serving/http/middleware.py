@@ -1,4 +1,4 @@
-"""Around every request: its id, its bounded body, headers of all answers, one line of log, metrics; who may change."""
+"""ASGI middleware of every request: authorisation, request id, bounded body, response headers, log line, metrics."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from iosr_fast.serving.http.logs import log, logger
 from iosr_fast.serving.http.service import Service
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds by machines
+_QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled every few seconds by machines
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-_DISCONNECTED = 499  # as nginx calls it: no answer, the client was gone
-
-
-_OPEN = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
+_DISCONNECTED = 499  # as in nginx: the client closed the connection before the answer
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _PREDICT = "/v1/predict"
 
 
 class Authorisation:
-    """Pure ASGI. A request that could change something needs the token: 401 without it, 403 where no token is set,
-    before a byte of its body is read and whatever its path. Every route is guarded but those in `_is_open`."""
+    """Requires the token of every request that could change something, on any path, before its body is read.
+
+    401 without the token, 403 if the server has none. Only what `_is_open` names needs no token.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -45,11 +45,11 @@ class Authorisation:
 
 
 def _is_open(method: str, path: str) -> bool:
-    return method in _OPEN or (method == "POST" and path == _PREDICT)
+    return method in _SAFE or (method == "POST" and path == _PREDICT)
 
 
 class RequestMiddleware:
-    """Pure ASGI. An exception that nobody expected is logged with its trace and answered as 500 in the usual form."""
+    """Logs an unexpected exception with its traceback and answers 500 in the usual form."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -59,8 +59,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        header = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = header if _ID.fullmatch(header) else uuid.uuid4().hex.encode()
         body = BoundedBody(scope, receive, self._service.settings, self._service.budget)
         status = 0
 
@@ -82,8 +82,8 @@ class RequestMiddleware:
             logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
             scope["iosr_fast.code"] = "internal"
             if not status:
-                told = ApiError(500, "internal", "the server failed at this request; its log says why")
-                await error_response(told)(scope, receive, answer)
+                error = ApiError(500, "internal", "the server failed at this request; its log says why")
+                await error_response(error)(scope, receive, answer)
         finally:
             received = body.size
             body.release()

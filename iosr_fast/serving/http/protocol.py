@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections for uvicorn.Server, each with one deadline whatever its state; h11 does the parsing."""
+"""HTTP/1.1 connections for uvicorn.Server, parsed by h11, with a deadline in every state."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from iosr_fast.serving.http.framing import Refused, find_head, read_head, split_
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.settings import Settings
 
-_LINGER_S = 5.0  # for what a client still sends after its answer: closed at once, it might not see the answer
+_LINGER_S = 5.0  # to read what a client still sends after its answer; if closed at once, it might miss the answer
 
 
 class Edge:
-    """What the connections of one server share. `protocol` is uvicorn's `http`."""
+    """Shared by all connections of a server. `protocol` is the `http` option of uvicorn."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
-        self.waiting: dict[Connection, None] = {}  # for their clients; who keeps it waiting longest comes first
+        self.waiting: dict[Connection, None] = {}  # connections that wait for their client, longest first
 
     def protocol(
         self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], _loop: Any = None
@@ -29,7 +29,7 @@ class Edge:
         return Connection(self, config, server_state)
 
     def make_room(self, newest: Connection) -> None:
-        """Drop the connection that has waited longest for its client, `newest` where all others are being answered."""
+        """Close the connection that has waited longest for its client; refuse `newest` if all others are busy."""
         oldest = next(iter(self.waiting))
         if oldest is newest:
             newest.refuse(Refused(503, "busy", "too many connections; try again"))
@@ -39,17 +39,17 @@ class Edge:
 
 
 class Connection(asyncio.Protocol):
-    """Requests one after another. What is sent ahead of its turn stays in the kernel: nothing is read meanwhile.
+    """Handles one request after another. Pipelined requests stay in the kernel until it is their turn.
 
-    A client is waited for in four states, each with a time that no byte prolongs:
+    The connection waits for its client in four states. Each has a timeout that no received byte extends:
 
-    - a head: `keep_alive_s` until it begins, `header_timeout_s` for the first one and from its first byte (408),
-    - a body: `body_timeout_s` (BoundedBody, 408),
-    - an answer that it does not take: `body_timeout_s`,
-    - the rest of a body that was answered already, or its end of the connection: some seconds and `max_body_bytes`.
+    - head: `keep_alive_s` until it begins, `header_timeout_s` for the first one and from its first byte (408),
+    - body: `body_timeout_s` (BoundedBody, 408),
+    - client does not read its answer: `body_timeout_s`,
+    - rest of a body that is already answered, or close by the client: _LINGER_S and `max_body_bytes`.
 
-    It is closed after a request that is not strictly HTTP/1.1 or 1.0, an upgrade is never made, and where there are
-    more than `max_connections` the one that has waited longest for its client makes room.
+    It closes after a request that is not strictly HTTP/1.1 or 1.0, and never upgrades. With more than
+    `max_connections`, the one that has waited longest for its client is closed.
     """
 
     transport: asyncio.Transport
@@ -57,21 +57,21 @@ class Connection(asyncio.Protocol):
     def __init__(self, edge: Edge, config: uvicorn.Config, server_state: ServerState) -> None:
         self._edge, self._settings = edge, edge.settings
         self._app, self._state = config.loaded_app, server_state
-        self._buffer = bytearray()  # what comes before a head is whole
-        self._searched = 0  # bytes of it
-        self._begun = self._blank = False  # a head; a blank line before it
+        self._buffer = bytearray()  # of an incomplete head
+        self._searched = 0  # bytes of the buffer
+        self._begun = self._blank = False  # whether a head has begun; whether a blank line was skipped
         self._exchange: Exchange | None = None
-        self._unread = 0  # bytes received after the answer
-        self._closing = False  # after the answer that is under way
-        self._drained = False  # nothing is read any more but to be dropped
+        self._unread = 0  # bytes dropped after the answer
+        self._closing = False  # close after the current answer
+        self._drained = False  # received bytes are dropped
         self._timer: asyncio.TimerHandle | None = None
         self._writable = asyncio.Event()
         self._writable.set()
 
-    # --- what asyncio calls ---
+    # --- called by asyncio ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one, but not by inheritance
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transport does not inherit from it
         self._state.connections.add(self)  # type: ignore[arg-type]
         self._wait(self._settings.header_timeout_s)
         if len(self._state.connections) > self._settings.max_connections:
@@ -83,10 +83,10 @@ class Connection(asyncio.Protocol):
         self._leave()
 
     def eof_received(self) -> None:
-        """The client closed its side: it is gone or sends nothing more, which looks the same. Drop the request.
+        """The client closed its side. It may be disconnected, so drop the request.
 
-        The transport closes when it has sent what was written. Nothing is read while an answer is made, unless the
-        application waits for the client to go: to half-close does no harm before that.
+        The transport closes after it has sent all written data. Reading is paused while an answer is computed, unless
+        the application waits for a disconnect, so a half-close has no effect before that.
         """
         self._leave()
         self._wait(_LINGER_S)
@@ -113,16 +113,16 @@ class Connection(asyncio.Protocol):
         if not self._drained and not self.transport.is_closing():
             self._stop_waiting()
 
-    # --- what uvicorn.Server calls ---
+    # --- called by uvicorn.Server ---
 
     def shutdown(self) -> None:
-        """Close, after the answer that is under way."""
+        """Close after the current answer."""
         self._closing = True
         if self._exchange is None and not self._drained:
             self._wait(_LINGER_S)
             self.transport.close()
 
-    # --- what an exchange calls ---
+    # --- called by the exchange ---
 
     def pause_reading(self) -> None:
         if not self.transport.is_closing():
@@ -134,17 +134,17 @@ class Connection(asyncio.Protocol):
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Those of every answer."""
+        """Headers of every answer."""
         return [*self._state.default_headers, *([(b"connection", b"close")] if self._closing else [])]
 
     async def write(self, data: bytes) -> None:
-        """Returns when it has room for more."""
+        """Returns when the transport has room for more."""
         if not self.transport.is_closing():
             self.transport.write(data)
             await self._writable.wait()
 
     def answered(self, exchange: Exchange) -> None:
-        """The answer is written; the body may not have come whole."""
+        """The answer is written; the body may be incomplete."""
         self._closing = self._closing or not exchange.keeps_alive
         if self._closing:
             self._drain()
@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
 
     def abort(self) -> None:
-        """Close at once, unsent bytes included; the application gets http.disconnect."""
+        """Close at once and drop unsent bytes; the application gets http.disconnect."""
         self._stop_waiting()
         self._leave()
         self.transport.abort()
@@ -164,7 +164,7 @@ class Connection(asyncio.Protocol):
     # --- heads and bodies ---
 
     def _next(self) -> None:
-        """Wait for another head, or take the one that has come already."""
+        """Wait for the next head, or take the one in the buffer."""
         self._exchange = None
         self._searched, self._begun, self._blank = 0, False, False
         self._wait(self._settings.keep_alive_s)
@@ -174,7 +174,7 @@ class Connection(asyncio.Protocol):
     def _begin(self) -> None:
         buffer = self._buffer
         if buffer.startswith(b"\r\n") and not self._blank:
-            self._blank = True  # one is ignored, as the RFC wants it; it is no head that has begun
+            self._blank = True  # the RFC requires to skip one; no head has begun
             del buffer[:2]
         if not buffer or (buffer == b"\r" and not self._blank):
             return
@@ -218,8 +218,8 @@ class Connection(asyncio.Protocol):
             task.add_done_callback(self._state.tasks.discard)
 
     def _address(self, whose: str) -> tuple[str, int] | None:
-        found = self.transport.get_extra_info(whose)
-        return found[:2] if found else None  # None where the client is gone by now
+        address = self.transport.get_extra_info(whose)
+        return address[:2] if address else None  # None if the client has disconnected
 
     def _receive(self, exchange: Exchange, data: bytes) -> None:
         try:
@@ -242,7 +242,7 @@ class Connection(asyncio.Protocol):
     # --- ends ---
 
     def refuse(self, refused: Refused) -> None:
-        """Answer what is no request, or can't be read on, and close; only close where an answer has begun."""
+        """Answer with an error and close; only close if an answer has begun."""
         if self._exchange is not None and self._exchange.started:
             self.abort()
             return
@@ -252,7 +252,7 @@ class Connection(asyncio.Protocol):
         self._drain()
 
     def _drain(self) -> None:
-        """Say that nothing more will be sent, and read what the client still sends, so that it sees its answer."""
+        """Close the sending side and drop what the client still sends, so that it can read its answer."""
         self._drained, self._unread = True, 0
         self._buffer.clear()
         if not self.transport.is_closing():
@@ -266,13 +266,13 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def _leave(self) -> None:
-        """Nobody is there to be answered."""
+        """Tell the application that the client is disconnected."""
         self._writable.set()
         if self._exchange is not None:
             self._exchange.disconnect()
 
     def _wait(self, seconds: float | None) -> None:
-        """From now on it is the client that is waited for, for so long; None: somebody else looks at the time."""
+        """Wait for the client for `seconds` from now; None: the deadline is checked elsewhere."""
         self._stop_waiting()
         self._edge.waiting[self] = None
         if seconds is not None:

@@ -1,4 +1,4 @@
-"""The forms of requests and answers, for OpenAPI. Predictions are written without them, which is cheaper."""
+"""Models of requests and answers for OpenAPI. Predictions are serialised without them, which is cheaper."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ErrorAnswer(BaseModel):
 
 
 class ClassScore(BaseModel):
-    """logit = zero_shot + cache: what the texts say, and what the support images add."""
+    """logit = zero_shot + cache: the part of the class texts, and the part of the support images."""
 
     label: str
     class_id: str
@@ -30,7 +30,7 @@ class ClassScore(BaseModel):
 
 
 class Neighbour(BaseModel):
-    """A support image near the query, by the cosine."""
+    """A support image and its cosine similarity to the query."""
 
     example_id: str
     label: str
@@ -39,7 +39,7 @@ class Neighbour(BaseModel):
 
 
 class Prediction(ClassScore):
-    """One image's label, and why."""
+    """The label of one image with the scores behind it."""
 
     top: list[ClassScore]
     nearest: list[Neighbour]
@@ -47,8 +47,8 @@ class Prediction(ClassScore):
 
 
 class PredictAnswer(BaseModel):
-    """`predictions` in the order of the images, each a prediction or what is wrong with that image; `latency_ms` from
-    the request's last byte to its answer; `version` of the classes, the highest where two batches answered."""
+    """`predictions` in the order of the images, each a prediction or an error of that image; `latency_ms` from the
+    request's last byte to its answer; `version` of the classes, the highest if two batches answered."""
 
     version: int
     latency_ms: float
@@ -62,8 +62,7 @@ class ClassInfo(BaseModel):
 
 
 class ClassesAnswer(BaseModel):
-    """A page of the `total` classes in the order of their ids; `next` is the `after` of the next page, null if there
-    is none."""
+    """A page of the `total` classes in order of their ids; `next` is `after` of the next page, null on the last."""
 
     version: int
     total: int
@@ -81,7 +80,7 @@ class ExamplesAnswer(BaseModel):
 
 
 class ChangeAnswer(BaseModel):
-    """The version a change made; `class_id` is "" where it is about no class, `example_ids` came or went."""
+    """The version after the change; `class_id` is "" if no class is concerned; `example_ids` were added or removed."""
 
     version: int
     class_id: str
@@ -94,7 +93,7 @@ class StateAnswer(BaseModel):
 
 
 class Rename(BaseModel):
-    """`keep_text` changes what is shown and not what the class's text embedding is made of."""
+    """With `keep_text` only the displayed name changes; the text embedding stays that of the old name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -102,32 +101,32 @@ class Rename(BaseModel):
     keep_text: bool = False
 
 
-_TOLD = {
-    400: "The request is damaged, or lacks something",
+_DESCRIPTIONS = {
+    400: "The request is malformed or incomplete",
     401: "The token is missing or wrong",
-    403: "No token is set on the server: nobody can change classes",
-    404: "There is no such class or example",
-    408: "The body came too slowly",
+    403: "The server has no token, so classes can't be changed",
+    404: "No such class or example",
+    408: "The body arrived too slowly",
     409: "The name is taken",
     413: "The body, or the number of images, is too large",
-    415: "A Content-Type or Content-Encoding that is not taken",
-    422: "A parameter or an image is refused",
+    415: "Unsupported Content-Type or Content-Encoding",
+    422: "A parameter or an image was refused",
     500: "The server failed",
-    503: "Too much to do, loading, or shutting down: try again after Retry-After seconds",
-    504: "The deadline passed before there was an answer",
-    507: "The change was not made, because it can't be logged; predictions are still answered",
+    503: "Overloaded, loading or shutting down: try again after Retry-After seconds",
+    504: "The deadline passed before the answer was ready",
+    507: "The change was not made because it can't be logged; predictions continue",
 }
 _RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's responses for these statuses."""
-    told: dict[int | str, dict[str, Any]] = {}
+    responses: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
-        told[status] = {"model": ErrorAnswer, "description": _TOLD[status]}
+        responses[status] = {"model": ErrorAnswer, "description": _DESCRIPTIONS[status]}
         if status == 503:
-            told[status]["headers"] = _RETRY
-    return told
+            responses[status]["headers"] = _RETRY
+    return responses
 
 
 _IMAGE = {"type": "string", "format": "binary"}
@@ -146,7 +145,7 @@ def form_body(texts: dict[str, dict[str, Any]], least: int, most: int) -> dict[s
 
 
 def image_body(most: int) -> dict[str, Any]:
-    """openapi_extra of a route that takes one image as it is, or a form with several."""
+    """openapi_extra of a route that takes one image as the body, or a form with several."""
     one = {"schema": _IMAGE}
     content = {kind: one for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream")}
     content["multipart/form-data"] = form_schema({}, 1, most)

@@ -1,44 +1,47 @@
-"""One process that serves one classifier: load, listen, and on a signal answer what was accepted and go."""
+"""One process that serves one classifier: load, listen, and on a signal answer accepted requests and exit."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from PIL import Image
 
 from iosr_fast import __version__
 from iosr_fast.classifier import Classifier
-from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.logs import json_logs, log, logger
-from iosr_fast.serving.http.memory import keep_freed_memory
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.protocol import Edge
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.utils.machine import usable_threads
 
-_COLLECTIONS = (5_000, 20, 100)
-_FILES = 100  # open beside connections: the bundle's, libraries', pipes
-_BACKLOG = 2048  # connections that the kernel holds until they are taken
+_GC_THRESHOLDS = (5_000, 20, 100)
+_FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
+_BACKLOG = 2048  # connections that wait in the kernel
+# Parameters of mallopt in glibc's malloc.h, with values.
+_MALLOC = {
+    -1: 128 << 20,  # M_TRIM_THRESHOLD: free bytes at the top of the heap before any return to the kernel
+    -3: 32 << 20,  # M_MMAP_THRESHOLD: the largest that glibc allows
+    -8: 2,  # M_ARENA_MAX
+}
 
 
 def run(bundle: str | Path, settings: Settings) -> None:
-    """Serve the classifier in the folder `bundle` until SIGTERM or SIGINT; returns when all accepted is answered.
+    """Serve the classifier in the folder `bundle` until SIGTERM or SIGINT; returns when all requests are answered.
 
-    Raises, before it listens, ValueError or OSError for a bundle, a log or an address that can't be used; RuntimeError
-    where the engine fails as it is warmed up.
+    Raises ValueError or OSError, before it listens, for an unusable bundle, log or address; RuntimeError if the engine
+    fails while it is warmed up.
     """
     start = time.perf_counter()
     keep_freed_memory()
@@ -49,21 +52,9 @@ def run(bundle: str | Path, settings: Settings) -> None:
         with json_logs():
             classifier.open_log(settings.log, settings.recover)
     listener = _listen(settings)
-    # Pillow refuses twice this: a second look at what decoders, those of changes too, are told by a file's inside.
-    Image.MAX_IMAGE_PIXELS = max(1, settings.max_pixels // 2)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with json_logs():
         metrics = Metrics()
-        batching = BatchingClassifier(
-            classifier,
-            max_batch=settings.batch_for(classifier.encoder),
-            max_wait_ms=settings.max_wait_ms,
-            max_queue=settings.max_queue,
-            decode_threads=settings.decode_threads,
-            observer=metrics,
-            limits=settings.decode_limits,
-            isolated=True,
-        )
+        batching = settings.make_batching(classifier, observer=metrics)
         app = create_app(batching, settings, metrics)
         service: Service = app.state.service
         service.loading = True
@@ -99,33 +90,46 @@ def run(bundle: str | Path, settings: Settings) -> None:
             listener.close()
             service.close()
             batching.close(settings.grace_s)
-            gc.unfreeze()  # else extension modules report at exit, as leaked, what the collector may not look at
+            gc.unfreeze()  # else extension modules report frozen objects as leaks at exit
             if settings.log is not None:
                 classifier.close_log()
             log("stopped", seconds=round(time.perf_counter() - start, 3))
 
 
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory for the next request; False if the C library is another one.
+
+    By default the buffers of each batch return to the kernel and come back page by page. In virtual machines this can
+    block the event loop for tens of milliseconds.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all([mallopt(name, value) == 1 for name, value in _MALLOC.items()])
+
+
 def _allow_files(settings: Settings) -> None:
-    """Let the process open as many files as the system lets it: the kernel hands over all connections that have come at
-    once, before those that are too many can be closed. ValueError where `max_connections` can't be."""
+    """Raise the limit of open files to the maximum: the kernel hands over all pending connections at once, before the
+    surplus can be closed. Raises ValueError if `max_connections` exceeds the limit."""
     try:
         import resource
     except ImportError:
-        return  # not on Windows, which has no such limit
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if most != resource.RLIM_INFINITY and settings.max_connections + _FILES > most:
+        return  # Windows has no such limit
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    if limit != resource.RLIM_INFINITY and settings.max_connections + _FILES > limit:
         raise ValueError(
-            f"expected max_connections of at most {most - _FILES}, for this process may open {most} files, got "
+            f"expected max_connections of at most {limit - _FILES}, because this process may open {limit} files, got "
             f"{settings.max_connections}; lower --max-connections or raise `ulimit -n`"
         )
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """A socket that takes connections, which wait: an address in use is an error before anything else starts."""
+    """A listening socket. An address in use is an error before anything else starts."""
     try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, address = found[0]
+        addresses = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = addresses[0]
         listener = socket.socket(family, kind, proto)
     except OSError as error:
         raise OSError(f"can't listen on {settings.host!r}: {error}") from error
@@ -142,7 +146,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but for signals: the first one starts to drain, a second one hurries, and the process exits with 0."""
+    """uvicorn's server with other signals: the first starts to drain, a second hurries, and the exit code is 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -152,18 +156,18 @@ class _Server(uvicorn.Server):
         self._stop_at = float("inf")
 
     def warm(self) -> None:
-        """Have the engine do once what it will do: its first times are slow. Then it is ready; a failure ends it."""
+        """Run the engine once at each batch size, because first runs are slow. A failure stops the server."""
         try:
             self._service.batching.warm()
         except Exception as error:
             self.failure = error
             logger.exception("warm_up_failed", extra={"facts": {}})
             return
-        # What there is now stays: a full collection would look at all of it, and hold up requests for that long. Those
-        # of what comes later are rarer than by default, for the same reason.
+        # Objects that exist now are permanent: a full collection would scan them all and delay requests. Later
+        # collections are rarer than by default for the same reason.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(*_COLLECTIONS)
+        gc.set_threshold(*_GC_THRESHOLDS)
         self._service.loading = False
         log("ready")
 
@@ -172,15 +176,15 @@ class _Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Only notes: it interrupts whatever the main thread does, the log's lock held included.
+        # Sets fields only: the main thread may be anywhere, even inside the lock of a log handler.
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self._stop_at = time.monotonic() + (0.0 if self._signal else self._service.settings.drain_s)

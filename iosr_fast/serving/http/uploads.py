@@ -1,4 +1,7 @@
-"""Images out of a request: the body itself, or the parts of a multipart form. Nothing is written to disk."""
+"""Images of a request, from the body itself or from a multipart form, and the checks before any decoder sees them.
+
+Nothing is written to disk. The checks read headers only and decode nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,60 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from iosr_fast.images.decoder_process.headers import DAMAGED, beyond, claimed_size, image_kind
 from iosr_fast.serving.http.errors import ApiError
-from iosr_fast.serving.http.images import Refusal, too_large
 from iosr_fast.serving.http.settings import Settings
 
-_MAX_TEXT = 4096  # bytes of a field that is no image
+_MAX_TEXT = 4096  # bytes of a text field
 _FORMS = "multipart/form-data with file fields `images`"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an image is not classified; `code` is too_large, unsupported_type, bad_image or too_many_pixels."""
+
+    code: str
+    message: str
 
 
 @dataclass
 class Upload:
-    """What came: `images` in order, each its bytes or why it was not kept; `texts`, the other fields."""
+    """`images` in order, each its bytes or a Refusal; `texts`, the text fields of the form."""
 
     images: list[bytes | Refusal] = field(default_factory=list, repr=False)
     texts: dict[str, str] = field(default_factory=dict)
 
 
+def check_image(data: bytes, settings: Settings, side: int) -> Refusal | None:
+    """Why `data` must not reach a decoder; None if it may. Decoders check all of it and may still find damage.
+
+    `max_pixels` holds for the image as it is, and once its shorter side is resized to `side`.
+    """
+    if len(data) > settings.max_image_bytes:
+        return _too_large(len(data), settings.max_image_bytes)
+    if not image_kind(data):
+        got = f"{len(data)} bytes that begin with {data[:8]!r}" if data else "nothing"
+        return Refusal("unsupported_type", f"expected a JPEG, PNG or WebP image, got {got}")
+    size = claimed_size(data)
+    if size is None:
+        return Refusal("bad_image", DAMAGED)
+    message = beyond(size, side, settings.max_pixels)
+    return Refusal("too_many_pixels", message) if message else None
+
+
+def _too_large(count: int, limit: int) -> Refusal:
+    return Refusal("too_large", f"expected at most {limit} bytes an image, got {count}; send a smaller one")
+
+
 async def read_images(request: Request, settings: Settings) -> Upload:
-    """The images of a prediction: one as the body (image/*, application/octet-stream, or no type), or a form."""
+    """Images to classify: one as the body (image/*, application/octet-stream, or no type), or a form."""
     kind, options = _content_type(request)
     if kind == b"multipart/form-data":
         upload = await _read_form(request, options, settings, ())
     elif kind in (b"", b"application/octet-stream") or kind.startswith(b"image/"):
         body = await request.body()
-        large = len(body) > settings.max_image_bytes
-        upload = Upload([too_large(len(body), settings.max_image_bytes) if large else body] if body else [])
+        image = _too_large(len(body), settings.max_image_bytes) if len(body) > settings.max_image_bytes else body
+        upload = Upload([image] if body else [])
     else:
         raise _wrong_type(kind, f"an image (image/* or application/octet-stream) or {_FORMS}")
     if not upload.images:
@@ -41,7 +73,7 @@ async def read_images(request: Request, settings: Settings) -> Upload:
 
 
 async def read_form(request: Request, settings: Settings, texts: tuple[str, ...] = ()) -> Upload:
-    """A form with images and text fields, all of which have to be there. 400 for fields of other names."""
+    """A form with images and the text fields `texts`, all required. 400 for any other field."""
     kind, options = _content_type(request)
     if kind != b"multipart/form-data":
         raise _wrong_type(kind, _FORMS)
@@ -83,7 +115,7 @@ async def _read_form(
 
 
 class _Form:
-    """What python-multipart calls while it parses: collects the parts, each up to its own limit."""
+    """Callbacks of python-multipart: collect the parts, each up to its own limit."""
 
     def __init__(self, settings: Settings, texts: tuple[str, ...]) -> None:
         self._settings, self._allowed = settings, texts
@@ -145,12 +177,12 @@ class _Form:
         if self._size <= self._limit:
             self._parts.append(data[start:end])
         elif self._parts:
-            self._parts = []  # it will be refused, so it need not be held
+            self._parts = []  # the part is refused, so its bytes are dropped
 
     def _part_end(self) -> None:
         content = b"".join(self._parts)
         if self._name == "images":
-            self.upload.images.append(content if self._size <= self._limit else too_large(self._size, self._limit))
+            self.upload.images.append(content if self._size <= self._limit else _too_large(self._size, self._limit))
         elif self._size > self._limit:
             raise ApiError(413, "too_large", f"expected a field {self._name!r} of at most {self._limit} bytes")
         else:

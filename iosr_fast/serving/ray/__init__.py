@@ -1,13 +1,13 @@
-"""A saved classifier on more than one process or machine: replicas behind one HTTP API, by Ray Serve. Needs the extras
-`ray` and `serve`.
+"""A saved classifier on several processes or machines: replicas behind one HTTP API, by Ray Serve.
 
     from iosr_fast.serving.ray import Scale, deploy
-    deploy("bundle", scale=Scale(replicas=4))    # on the Ray that was joined; again, with another bundle: an update
+    deploy("bundle", scale=Scale(replicas=4))    # on the connected Ray cluster; with another bundle: an update
 
-tools/serve_ray.py does it from a command line, `from_config` from a file of `serve deploy`.
+tools/serve_ray.py does this from the command line, `from_config` from a config file of `serve deploy`. Needs the extras
+`ray` and `serve`.
 
-Every replica has a classifier of its own, so classes are not changed over this API: a change would be one replica's.
-They are changed on one classifier (in Python, or by `iosr-fast serve`), which is saved as a bundle and rolled out.
+Every replica has its own classifier, so classes can't be changed over this API: a change would reach one replica only.
+Change them on one classifier (in Python, or by `iosr-fast serve`), save it as a bundle and roll it out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iosr_fast.serving.ray.deployment import build_app, from_config
+    from iosr_fast.serving.ray.deployment import Scale, build_app, from_config
     from iosr_fast.serving.ray.rollout import deploy
-    from iosr_fast.serving.ray.scale import Scale
 
-_HOME = {"Scale": "scale", "build_app": "deployment", "deploy": "rollout", "from_config": "deployment"}
+_HOME = {"Scale": "deployment", "build_app": "deployment", "deploy": "rollout", "from_config": "deployment"}
 __all__ = ["Scale", "build_app", "deploy", "from_config"]
 
 

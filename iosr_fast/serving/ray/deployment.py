@@ -1,46 +1,93 @@
-"""The application of Ray Serve: an ingress, and the replicas that it passes images on to."""
+"""The application of Ray Serve: an ingress, and the replicas behind it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from iosr_fast import __version__
-from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.ray.scale import Scale
-from iosr_fast.serving.ray.source import Source
+from iosr_fast.serving.http.settings import Count, NonNegative, Positive, Settings, check_fields
+from iosr_fast.serving.ray.messages import Source
 from iosr_fast.utils.require import require
 
 EXTRA = "ray"
 CLASSIFIER, INGRESS = "Classifier", "Ingress"  # names of the two deployments
-# A replica refuses by itself what is more than `max_queue` images; Ray Serve's own limit only has to lie above that.
+# A replica itself refuses more than `max_queue` images; the limit of Ray Serve only has to be above that.
 _SPARE = 2
-_STARTS = 3  # times that replicas may fail to start before that is an error
+_STARTS = 3  # failed starts of replicas before deployment fails
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The number of replicas and their resources. Raises ValueError that names the field and the expected value.
+
+    `replicas` classifiers; or, with `max_replicas`, between `min_replicas` and `max_replicas`, so that each has about
+    `target_ongoing_requests` requests: about one batch, so that a replica is never idle under load. Each gets `cpus`
+    cores, `gpus` GPUs (fractions are allowed) and `threads` threads for decoding and, on a CPU, for encoding (None: its
+    cores, rounded up).
+
+    `ingresses` processes with `ingress_cpus` cores each take the HTTP requests, check them and forward the images.
+
+    The engine of each replica is checked every `health_period_s` seconds; a replica that fails or dies is replaced.
+    """
+
+    replicas: Count = 1
+    min_replicas: Count = 1
+    max_replicas: Count | None = None
+    target_ongoing_requests: Positive = 32.0
+    cpus: NonNegative = 1.0
+    gpus: NonNegative = 0.0
+    threads: Count | None = None
+    ingresses: Count = 1
+    ingress_cpus: NonNegative = 0.5
+    health_period_s: Positive = 5.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"expected max_replicas of at least min_replicas, got {self.max_replicas} and {self.min_replicas}"
+            )
+
+    @property
+    def threads_each(self) -> int:
+        return math.ceil(self.cpus) or 1 if self.threads is None else self.threads
+
+    def replica_options(self) -> dict[str, Any]:
+        """The options of Ray Serve for the number of replicas."""
+        if self.max_replicas is None:
+            return {"num_replicas": self.replicas}
+        return {
+            "autoscaling_config": {
+                "min_replicas": self.min_replicas,
+                "max_replicas": self.max_replicas,
+                "target_ongoing_requests": self.target_ongoing_requests,
+            }
+        }
 
 
 def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale | None = None) -> Any:
     """The ray.serve.Application that serves the classifier in the folder `bundle`, the same on every machine.
 
-    Of `settings` the limits, batches and deadlines hold for each replica and each ingress; host, port, connections and
-    signals are Ray Serve's own matter. Raises ValueError for a bundle that is none, and for a token or a log: classes
-    are not changed here (iosr_fast.serving.ray).
+    Limits, batches and deadlines of `settings` hold for each replica and each ingress; host, port, connections and
+    signals are those of Ray Serve. Raises ValueError for an invalid bundle, and for a token or a log, because classes
+    can't be changed here (iosr_fast.serving.ray).
     """
-    settings, scale = settings or Settings(), scale or Scale()
-    source = Source.of(str(Path(bundle).absolute()))
-    return application(source, settings, scale)
+    return application(Source.of(str(Path(bundle).absolute())), settings or Settings(), scale or Scale())
 
 
 def from_config(args: Mapping[str, Any]) -> Any:
-    """`build_app` for a file of `serve deploy`, with import_path iosr_fast.serving.ray:from_config and
+    """`build_app` for a config file of `serve deploy`, with import_path iosr_fast.serving.ray:from_config and
 
         args: {bundle: /share/bundle, settings: {max_batch: 64}, scale: {max_replicas: 8}}
 
-    as Settings and Scale have them. Changing `args` restarts replicas, some at a time. Another bundle needs no restart
-    where it is named as the deployment's user_config, which comes before that of `args`:
+    with the fields of Settings and Scale. A change of `args` restarts replicas, some at a time. A new bundle needs no
+    restart if it is the user_config of the deployment, which has precedence over `args`:
 
         deployments: [{name: Classifier, user_config: {bundle: /share/another}}]
     """
@@ -50,14 +97,13 @@ def from_config(args: Mapping[str, Any]) -> Any:
 
 
 def application(source: Source, settings: Settings, scale: Scale) -> Any:
-    """`build_app` of a bundle that was looked at."""
+    """`build_app` of a bundle that was checked."""
     serve = require("ray.serve", EXTRA)
-    require("fastapi", "serve")
-    require("python_multipart", "serve")
-    require("prometheus_client", "serve")
+    for module in ("fastapi", "python_multipart", "prometheus_client"):
+        require(module, "serve")
     if settings.token is not None or settings.log is not None:
         raise ValueError(
-            "expected settings without token and log, for classes are not changed on replicas; "
+            "expected settings without token and log, because classes can't be changed on replicas; "
             "change them on one classifier, save it and roll it out"
         )
     from iosr_fast.serving.ray.ingress import Ingress
@@ -90,13 +136,13 @@ def application(source: Source, settings: Settings, scale: Scale) -> Any:
 
 
 def code_version(settings: Settings, scale: Scale) -> str:
-    """Changes with all that replicas and ingresses are made of, but for the bundle and what Ray Serve compares."""
-    own = {name: value for name, value in asdict(settings).items() if name not in ("host", "port")}
-    made = json.dumps([__version__, own, scale.threads_each], sort_keys=True, default=str)
-    return hashlib.sha256(made.encode()).hexdigest()[:16]
+    """A hash of everything that requires new replicas or ingresses, except the bundle and what Ray Serve compares."""
+    relevant = {name: value for name, value in asdict(settings).items() if name not in ("host", "port")}
+    text = json.dumps([__version__, relevant, scale.threads_each], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _versioned(deployment: Any, version: str) -> Any:
-    # Without a version serve.run takes what it gets for new code and restarts every replica, where only user_config
-    # may have changed. Of a file of `serve deploy` Ray Serve makes the version itself.
+    # Without a version serve.run assumes new code and restarts all replicas, although only user_config may have
+    # changed. `serve deploy` computes the version itself.
     return deployment.options(version=version, _internal=True)

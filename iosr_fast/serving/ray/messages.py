@@ -1,16 +1,59 @@
-"""What a replica answers to those who pass requests on to it."""
+"""Messages between ingress, replicas and rollout: which bundle to serve, and what a replica answers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from iosr_fast.serving.ray.source import Source
+from iosr_fast.classifier import Classifier
+from iosr_fast.serving.http.settings import Settings
+from iosr_fast.state.bundle import KIND
 from iosr_fast.state.predictions import Prediction
+from iosr_fast.utils.manifest import read_manifest
+from iosr_fast.utils.verified_folder import open_verified
+
+
+@dataclass(frozen=True)
+class Source:
+    """The bundle that a replica serves: `bundle`, a folder that all machines see, and the `checksum` of its manifest,
+    which distinguishes new content in the same folder (None: any content)."""
+
+    bundle: str
+    checksum: str | None = None
+
+    @classmethod
+    def of(cls, bundle: str, verify: bool = False) -> Source:
+        """The folder with its present checksum. Raises what read_manifest raises; `verify` checks all files."""
+        return cls(bundle, read_manifest(bundle, KIND, verify)["checksum"])
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Source:
+        """From a user_config of Ray Serve: {"bundle": folder}, optionally with "checksum"."""
+        bundle, checksum = config.get("bundle"), config.get("checksum")
+        if not isinstance(bundle, str) or not isinstance(checksum, str | None) or set(config) - {"bundle", "checksum"}:
+            raise ValueError(f'expected a user_config {{"bundle": folder, "checksum": of its manifest}}, got {config}')
+        return cls(bundle, checksum)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"bundle": self.bundle, "checksum": self.checksum}
+
+    def load(self, settings: Settings, threads: int) -> tuple[Source, Classifier]:
+        """The classifier, and the source with the checksum that was loaded. Raises ValueError for another checksum."""
+        folder = open_verified(self.bundle, KIND, settings.verify)
+        checksum: str = folder.manifest["checksum"]
+        if self.checksum not in (None, checksum):
+            raise ValueError(
+                f"expected the bundle {self.bundle} with checksum {self.checksum:.12}, got {checksum:.12}: it was "
+                "replaced, or this machine sees another folder there; roll it out again, or save to new folders"
+            )
+        # `threads` is always set, because the default takes all cores of a machine that other replicas share.
+        return Source(self.bundle, checksum), Classifier.load(folder, settings.runtime, settings.verify, threads)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Which replica answers, and with what."""
+    """A replica's description of itself."""
 
     replica: str
     pid: int
@@ -19,14 +62,14 @@ class Facts:
     version: int  # of the classifier's state
     image_size: int
     classes: int
-    pending: int = 0  # images that it has accepted and not answered
-    refused: str = ""  # why the last update was not taken, "" where it was
+    pending: int = 0  # images accepted and not yet answered
+    refused: str = ""  # why the last update failed; "" if it did not
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`status` is "ok" (then `results` has each image's prediction or what is wrong with it), "full", "closed" or
-    "failed" (the engine); in the last three cases another replica may do it."""
+    """`status` is "ok" (`results` has a prediction or an error of each image), "full", "closed" or "failed" (the
+    engine). In the last three cases another replica may succeed."""
 
     status: str
     facts: Facts

@@ -1,4 +1,4 @@
-"""Requests on their way to replicas: which ones are sent again, to whom, and how often."""
+"""Requests to replicas: which are repeated, on which replica, and how often."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import logging
 import time
 from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 from iosr_fast.serving.batching import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.serving.batching.item import Query, QueryOptions
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.ray.messages import Facts, Reply
 from iosr_fast.state.predictions import Prediction
 
-ASKED = 3  # replicas that a request is offered to before it is refused
-DEATHS = 3  # replicas that may die while they have one request, before it is taken for what kills them
+MAX_REFUSALS = 3  # replicas that may refuse a request before it fails
+MAX_DEATHS = 3  # replicas that may die during a request before it is assumed to kill them
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 log = logging.getLogger("ray.serve")
 
 
 class Call(Protocol):
-    """Runs a method of some replica; raises ray.exceptions.RayError where that replica died or can't be reached."""
+    """Runs a method of some replica; raises ray.exceptions.RayError if that replica died or can't be reached."""
 
     def __call__(self, method: str, *values: Any) -> Awaitable[Any]: ...
 
 
 def over_handle(handle: Any) -> Call:
-    """Calls over a DeploymentHandle. Cancelling one cancels it at the replica."""
+    """Calls over a DeploymentHandle. Cancelling a call cancels it at the replica."""
     methods: dict[str, Any] = {}
 
     async def call(method: str, *values: Any) -> Any:
@@ -51,22 +52,21 @@ class RemoteEncoder:
 
 @dataclass(frozen=True)
 class RemoteClassifier:
-    """The little that serving's routes ask of a classifier without waiting, as the last answer told it."""
+    """The attributes of a classifier that routes read without waiting, from the last answer of a replica."""
 
     version: int
     encoder: RemoteEncoder
 
 
 class Remote:
-    """The replicas, as iosr_fast.serving.http's routes take a BatchingClassifier: for one event loop.
+    """The replicas, with the interface of BatchingClassifier that the routes of iosr_fast.serving.http use.
 
-    No accepted request is lost with a replica: predicting changes nothing, so what a replica had when it died is sent
-    to another one, as is what a replica refuses (a full queue, shutting down, an engine that failed). A request that
-    DEATHS replicas died of is not sent again: it may be what kills them. Which replica is asked, is up to Ray Serve:
-    of two that it draws the one with less to do.
+    For one event loop. No accepted request is lost with its replica: predictions change nothing, so a request is
+    repeated on another replica if its replica dies or refuses it (full queue, shutting down, engine failed). After
+    MAX_DEATHS deaths it is not repeated, because it may be the cause. Ray Serve chooses the replica: the less loaded
+    of two random ones.
 
-    `pending` is 0, `healthy` True and `decoders_are_busy` False for good: each replica knows these of itself, and
-    refuses by itself.
+    `pending` is always 0, `healthy` True and `decoders_are_busy` False, because each replica knows and refuses itself.
     """
 
     closed = False
@@ -82,8 +82,8 @@ class Remote:
         self._facts: Facts | None = None
 
     async def describe(self) -> Facts:
-        """What some replica says of itself; waits until there is one."""
-        self._facts = await self._reach(time.monotonic() + self._longest_s, "describe")
+        """The description of some replica; waits until there is one."""
+        self._facts = await self.ask("describe")
         return self._facts
 
     @property
@@ -93,69 +93,61 @@ class Remote:
         return RemoteClassifier(self._facts.version, RemoteEncoder(self._facts.image_size))
 
     async def ask(self, method: str, *values: Any) -> Any:
-        """What a method of any replica returns."""
+        """The result of a method of any replica."""
         return await self._reach(time.monotonic() + self._longest_s, method, *values)
 
-    async def classify(
-        self, image: Any, *, top: int = 5, nearest: int = 0, deadline_s: float | None = None
-    ) -> Prediction:
-        """BatchingClassifier.classify."""
-        (result,) = await self.classify_many((image,), top=top, nearest=nearest, deadline_s=deadline_s)
+    async def classify(self, image: Any, **options: Unpack[QueryOptions]) -> Prediction:
+        """As BatchingClassifier.classify."""
+        (result,) = await self.classify_many((image,), **options)
         if isinstance(result, Exception):
             raise result
         return result
 
     async def classify_many(
-        self,
-        images: Iterable[Any],
-        *,
-        top: int = 5,
-        nearest: int = 0,
-        deadline_s: float | None = None,
-        client: str = "",
+        self, images: Iterable[Any], **options: Unpack[QueryOptions]
     ) -> list[Prediction | Exception]:
-        """BatchingClassifier.classify_many. Raises QueueFullError and ClosedError where ASKED replicas refused, and
-        ApiError: 503 where their engines failed, 500 where DEATHS replicas died."""
-        given, started = list(images), time.monotonic()
-        until = started + (self._longest_s if deadline_s is None else deadline_s)
+        """As BatchingClassifier.classify_many. Raises QueueFullError or ClosedError if MAX_REFUSALS replicas refused,
+        ApiError 503 if their engines failed, 500 if MAX_DEATHS replicas died."""
+        query, images, start = Query(**options), list(images), time.monotonic()
+        until = start + (self._longest_s if query.deadline_s is None else query.deadline_s)
         replies: list[Reply] = []
-        while len(replies) < ASKED:
+        while len(replies) < MAX_REFUSALS:
             try:
-                reply = await self._reach(until, "classify", given, top, nearest, client)
+                reply = await self._reach(until, "classify", images, query)
             except DeadlineExceededError as error:
                 if replies:
                     break
-                return [error for _ in given]
+                return [error for _ in images]
             self._facts = reply.facts
             if reply.status == "ok":
-                self._count(reply, time.monotonic() - started)
+                self._count(reply, time.monotonic() - start)
                 return list(reply.results)
             replies.append(reply)
             await asyncio.sleep(_PAUSE_S)
         raise _refusal(replies)
 
     async def _reach(self, until: float, method: str, *values: Any) -> Any:
-        """A method's result, of whichever replica lives long enough. Raises DeadlineExceededError, ApiError."""
+        """The result of a method of the first replica that survives it. Raises DeadlineExceededError, ApiError."""
         from ray.exceptions import ActorDiedError, RayError, RayTaskError
         from ray.serve.exceptions import RayServeException
 
-        asked = died = 0
-        while (left := until - time.monotonic()) > 0:
+        attempts = deaths = 0
+        while (left_s := until - time.monotonic()) > 0:
             try:
-                return await self.call(method, *values, *([left] if method == "classify" else []))
+                return await self.call(method, *values, *([left_s] if method == "classify" else []))
             except RayTaskError:
-                raise  # a replica that lives, and a mistake in what it runs
+                raise  # the replica lives; its method raised
             except ActorDiedError as error:
-                died += 1
-                if died == DEATHS:
-                    told = f"{DEATHS} replicas died while they had this request, which is not sent to another one"
-                    raise ApiError(500, "replicas_died", told) from error
-                log.warning("a replica died with a request, which is sent to another one: %s", _first_line(error))
+                deaths += 1
+                if deaths == MAX_DEATHS:
+                    message = f"{MAX_DEATHS} replicas died during this request, so it is not sent to another one"
+                    raise ApiError(500, "replicas_died", message) from error
+                log.warning("a replica died during a request, which is sent to another one: %s", _first_line(error))
             except (RayError, RayServeException) as error:
-                log.warning("a replica can't be reached, another one is asked: %s", _first_line(error))
-            asked += 1
-            await asyncio.sleep(min(_PAUSE_S * 2**asked, _LONGEST_PAUSE_S, max(0.0, until - time.monotonic())))
-        raise DeadlineExceededError(f"no replica had answered within the deadline; {asked} were asked")
+                log.warning("a replica can't be reached, trying another one: %s", _first_line(error))
+            attempts += 1
+            await asyncio.sleep(min(_PAUSE_S * 2**attempts, _LONGEST_PAUSE_S, max(0.0, until - time.monotonic())))
+        raise DeadlineExceededError(f"no replica answered within the deadline, in {attempts} attempts")
 
     def _count(self, reply: Reply, latency_s: float) -> None:
         for result in reply.results:
@@ -164,13 +156,13 @@ class Remote:
 
 
 def _refusal(replies: list[Reply]) -> Exception:
-    """What all of them, or the most telling one, said."""
+    """The error for a request that all replicas refused, by the most relevant of their reasons."""
     by_status = {reply.status: reply for reply in replies}
     if "full" in by_status:
-        soonest = min(reply.retry_after_s for reply in replies if reply.status == "full")
-        return QueueFullError(by_status["full"].message, soonest)
+        soonest_s = min(reply.retry_after_s for reply in replies if reply.status == "full")
+        return QueueFullError(by_status["full"].message, soonest_s)
     if "failed" in by_status:
-        return busy("engine_failed", "the engines do not work at this moment; try again", 5)
+        return busy("engine_failed", "the engines do not work at present; try again", 5)
     return ClosedError(by_status["closed"].message)
 
 

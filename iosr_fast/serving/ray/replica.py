@@ -1,4 +1,4 @@
-"""One replica: a classifier behind its own batches, in a process of its own."""
+"""One replica: a classifier behind its own batches, in its own process."""
 
 from __future__ import annotations
 
@@ -6,35 +6,31 @@ import asyncio
 import logging
 import os
 import socket
-import warnings
+from dataclasses import replace
 from typing import Any
 
+from iosr_fast.classifier import Classifier
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.serving.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
-from iosr_fast.serving.http.lists import PAGE, class_page, example_page
+from iosr_fast.serving.batching.item import Query
+from iosr_fast.serving.http.lists import ClassifierLists
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.ray.messages import Facts, Reply
-from iosr_fast.serving.ray.source import Source
+from iosr_fast.serving.ray.messages import Facts, Reply, Source
 from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger("ray.serve")
 
 
-class ClassifierReplica:
-    """What Ray Serve runs several of. Its `user_config` is {"bundle": folder, "checksum": of its manifest, or None}.
+class ClassifierReplica(ClassifierLists):
+    """The deployment with several replicas. `user_config` is {"bundle": folder, "checksum": of its manifest or None}.
 
-    `reconfigure` loads the bundle of a new user_config beside the old one, warms it, and then swaps: no request waits
-    longer for it than for a batch. A bundle that can't be loaded is an error where there is no old one; otherwise the
-    old one stays, the error is logged and stands in `describe`. It is not raised then, because Ray Serve would stop the
-    replica, and with it the classifier that works; rollout.deploy raises it, and goes back to the old bundle.
+    `reconfigure` loads the bundle of a new user_config beside the old one, warms it up and then swaps, so no request
+    waits longer than for a batch. If a bundle can't be loaded, the old one stays: the error is logged and reported by
+    `describe`. It is raised only if there is no old bundle, because Ray Serve would stop the replica with its working
+    classifier; rollout.deploy raises it and restores the old bundle.
     """
 
     def __init__(self, settings: Settings, threads: int) -> None:
-        from PIL import Image
-
-        # As iosr_fast.serving.http.server does: a second look at what decoders are told by a file's inside.
-        Image.MAX_IMAGE_PIXELS = max(1, settings.max_pixels // 2)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         self._settings, self._threads = settings, threads
         self._batching: BatchingClassifier | None = None
         self._wanted: Source | None = None
@@ -46,10 +42,10 @@ class ClassifierReplica:
         wanted = Source.from_config(user_config)
         async with self._updating:
             if wanted == self._wanted and not self._refused:
-                return  # Ray Serve calls for other reasons, too
+                return  # Ray Serve also calls this when nothing has changed
             self._wanted = wanted
             try:
-                self._source = await asyncio.to_thread(self._take, wanted)
+                self._source = await asyncio.to_thread(self._load, wanted)
                 self._refused = ""
             except Exception as error:
                 if self._batching is None:
@@ -57,31 +53,21 @@ class ClassifierReplica:
                 self._refused = f"{wanted.bundle}: {error}"
                 log.exception("the bundle %s can't be served; %s stays", wanted.bundle, self._source)
 
-    def _take(self, wanted: Source) -> Source:
+    def _load(self, wanted: Source) -> Source:
         source, classifier = wanted.load(self._settings, self._threads)
         if self._batching is not None:
             self._batching.replace(classifier)
-            return source
-        settings = self._settings
-        self._batching = BatchingClassifier(
-            classifier,
-            max_batch=settings.batch_for(classifier.encoder),
-            max_wait_ms=settings.max_wait_ms,
-            max_queue=settings.max_queue,
-            decode_threads=settings.decode_threads or self._threads,
-            limits=settings.decode_limits,
-            isolated=True,
-            warm=True,
-        )
+        else:
+            decoders = self._settings.decode_threads or self._threads
+            self._batching = self._settings.make_batching(classifier, decode_threads=decoders, warm=True)
         return source
 
-    async def classify(self, images: list[Any], top: int, nearest: int, client: str, deadline_s: float | None) -> Reply:
-        """Predictions of images as BatchingClassifier takes them, or why another replica should be asked."""
+    async def classify(self, images: list[Any], query: Query, deadline_s: float | None) -> Reply:
+        """Predictions of images that BatchingClassifier takes, or why to ask another replica. `deadline_s` is what is
+        left of the deadline of `query`."""
         batching = self._serving
         try:
-            results = await batching.classify_many(
-                images, top=top, nearest=nearest, deadline_s=deadline_s, client=client
-            )
+            results = await batching.classify_many(images, **vars(replace(query, deadline_s=deadline_s)))
         except QueueFullError as error:
             return Reply("full", self._facts(), message=str(error), retry_after_s=error.retry_after_s)
         except ClosedError as error:
@@ -96,7 +82,7 @@ class ClassifierReplica:
         return self._facts()
 
     async def try_bundle(self, user_config: dict[str, Any]) -> str:
-        """Why this replica can't serve a bundle; "" where it can. Loads it, encodes one image, and forgets it."""
+        """Why this replica can't serve a bundle; "" if it can. Loads it, encodes one image, and drops it."""
         wanted = Source.from_config(user_config)
         async with self._updating:
             return await asyncio.to_thread(self._try, wanted)
@@ -112,31 +98,20 @@ class ClassifierReplica:
             return str(error) or type(error).__name__
         return ""
 
-    async def classes(self, limit: int = PAGE, after: str | None = None) -> dict[str, Any]:
-        """As GET /v1/classes answers."""
-        return await asyncio.to_thread(class_page, self._serving.classifier.snapshot(), limit, after)
-
-    async def examples(self, class_id: str, limit: int = PAGE, after: str | None = None) -> dict[str, Any] | None:
-        """As GET /v1/classes/{class_id}/examples answers; None where there is no such class."""
-        return await asyncio.to_thread(example_page, self._serving.classifier.snapshot(), class_id, limit, after)
-
-    async def picture(self, example_id: str) -> bytes | None:
-        """A support image's thumbnail, WebP; None where there is none."""
-        try:
-            return self._serving.classifier.picture(example_id)
-        except ValueError:
-            return None
-
     def check_health(self) -> None:
         """Ray Serve replaces a replica on which this raises several times."""
         if not self._serving.healthy:
             raise RuntimeError(f"the engine failed: {self._serving.last_error}")
 
     def __del__(self) -> None:
-        """Called by Ray Serve when the replica has answered what it had, or its time for that is over."""
+        """Called by Ray Serve after the last request, or after the time for it."""
         batching = getattr(self, "_batching", None)
         if batching is not None:
             batching.close(self._settings.grace_s)
+
+    @property
+    def classifier(self) -> Classifier:
+        return self._serving.classifier
 
     @property
     def _serving(self) -> BatchingClassifier:
@@ -145,16 +120,15 @@ class ClassifierReplica:
         return self._batching
 
     def _facts(self) -> Facts:
-        classifier = self._serving.classifier
         assert self._source is not None
-        state = classifier.snapshot()
+        state = self.classifier.snapshot()
         return Facts(
             _replica_name(),
             os.getpid(),
             socket.gethostname(),
             self._source,
             state.version,
-            classifier.encoder.image_size,
+            self.classifier.encoder.image_size,
             len(state.uids),
             self._serving.pending,
             self._refused,
@@ -173,5 +147,5 @@ def _unexpected(result: Prediction | Exception) -> bool:
 
 
 def _portable(result: Prediction | Exception) -> Prediction | Exception:
-    """What another process can make an object of again: not every library's exceptions can be."""
+    """A result that another process can unpickle, which is not true of the exceptions of all libraries."""
     return RuntimeError(f"{type(result).__name__}: {result}") if _unexpected(result) else result

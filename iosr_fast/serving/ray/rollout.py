@@ -1,4 +1,4 @@
-"""Bringing a bundle to the replicas, and making sure that it arrived: all of them serve it, or all the one before."""
+"""Rolling a bundle out to the replicas: at the end all serve it, or all serve the previous one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.ray.deployment import CLASSIFIER, EXTRA, application
-from iosr_fast.serving.ray.messages import Facts
-from iosr_fast.serving.ray.scale import Scale
-from iosr_fast.serving.ray.source import Source
+from iosr_fast.serving.ray.deployment import CLASSIFIER, EXTRA, Scale, application
+from iosr_fast.serving.ray.messages import Facts, Source
 from iosr_fast.utils.require import require
 
 NAME = "iosr_fast"  # of the application
@@ -27,53 +25,53 @@ def deploy(
     name: str = NAME,
     route_prefix: str = "/",
 ) -> list[Facts]:
-    """Serve a bundle on the Ray that this process is connected to; returns what the replicas say of themselves.
+    """Serve a bundle on the Ray cluster that this process is connected to; returns the replicas' descriptions.
 
-    Where the application `name` runs already, this is an update: some replicas at a time load the bundle beside the
-    old one and swap, and no request fails. Other settings, or a package of another version, restart replicas, some at
-    a time.
+    If the application `name` runs already, this is an update: some replicas at a time load the bundle beside the old
+    one and swap, and no request fails. New settings, or another version of the package, restart replicas, some at a
+    time.
 
-    Raises ValueError or OSError for a bundle that can't be read here, and changes nothing; RuntimeError where a replica
-    can't load it, and then the bundle before is served again, or nothing where there was none.
+    Raises ValueError or OSError for a bundle that can't be read here, and changes nothing; RuntimeError if a replica
+    can't load it, and then the previous bundle is served again, or nothing if there was none.
     """
     serve = require("ray.serve", EXTRA)
     settings, scale = settings or Settings(), scale or Scale()
     source = Source.of(str(Path(bundle).absolute()), verify=settings.verify)
     new = name not in serve.status().applications
-    before = running(name)
-    if before:
+    previous = running(name)
+    if previous:
         _try(name, source)
     try:
         return _run(source, settings, scale, name, route_prefix)
     except RuntimeError:
-        if before:
-            _run(before[0].source, settings, scale, name, route_prefix)
+        if previous:
+            _run(previous[0].source, settings, scale, name, route_prefix)
         elif new:
             serve.delete(name)
         raise
 
 
 def running(name: str = NAME) -> list[Facts]:
-    """What the replicas of an application say of themselves, those that are starting or dying left out; an empty list
-    where there is no such application."""
+    """Descriptions of the replicas of an application, without those that are starting or dying; empty if there is no
+    such application."""
     serve = require("ray.serve", EXTRA)
-    found = serve.status().applications.get(name)
-    if found is None or CLASSIFIER not in found.deployments:
+    status = serve.status().applications.get(name)
+    if status is None or CLASSIFIER not in status.deployments:
         return []
     return _describe(name)[0]
 
 
 def _describe(name: str) -> tuple[list[Facts], int]:
-    """What the replicas say of themselves, and how many did not answer."""
+    """Descriptions of the replicas, and how many did not answer."""
     with _handle(name) as handle:
-        said = handle.broadcast("describe").results(timeout_s=_ANSWER_S, return_exceptions=True)
-    facts = [one for one in said if isinstance(one, Facts)]
-    return facts, len(said) - len(facts)
+        answers = handle.broadcast("describe").results(timeout_s=_ANSWER_S, return_exceptions=True)
+    facts = [answer for answer in answers if isinstance(answer, Facts)]
+    return facts, len(answers) - len(facts)
 
 
 @contextmanager
 def _handle(name: str, method: str = "describe") -> Iterator[Any]:
-    """A handle of the replicas. It ends with the block: its threads would otherwise outlive the connection to Ray."""
+    """A handle of the replicas, closed after the block: its threads would otherwise outlive the connection to Ray."""
     serve = require("ray.serve", EXTRA)
     handle = serve.get_deployment_handle(CLASSIFIER, app_name=name).options(method_name=method)
     try:
@@ -83,8 +81,10 @@ def _handle(name: str, method: str = "describe") -> Iterator[Any]:
 
 
 def _try(name: str, source: Source) -> None:
-    """Have one replica load the bundle and forget it: most of what may be wrong shows before anything is changed.
-    Raises RuntimeError where it can't."""
+    """Have one replica load the bundle and drop it, so that most errors show before anything is changed.
+
+    Raises RuntimeError if it can't be loaded.
+    """
     with _handle(name, "try_bundle") as handle:
         refused = handle.remote(source.to_config()).result(timeout_s=_LOAD_S)
     if refused:
@@ -92,19 +92,19 @@ def _try(name: str, source: Source) -> None:
 
 
 def _run(source: Source, settings: Settings, scale: Scale, name: str, route_prefix: str) -> list[Facts]:
-    """Have Ray Serve run the application, and wait until every replica says that it serves `source`."""
+    """Run the application on Ray Serve, and wait until every replica reports that it serves `source`."""
     serve = require("ray.serve", EXTRA)
     serve.run(application(source, settings, scale), name=name, route_prefix=route_prefix)
     until = time.monotonic() + _ANSWER_S
     while True:
         facts, silent = _describe(name)
-        others = [one for one in facts if one.source != source]
+        others = [replica for replica in facts if replica.source != source]
         if facts and not silent and not others:
             return facts
-        if any(one.refused for one in others) or time.monotonic() > until:
+        if any(replica.refused for replica in others) or time.monotonic() > until:
             break
-        time.sleep(0.2)  # one that died meanwhile is being started again
-    told = others[0].refused or f"it serves {others[0].source.bundle}" if others else "some do not answer"
+        time.sleep(0.2)  # a replica that died is being restarted
+    reason = others[0].refused or f"it serves {others[0].source.bundle}" if others else "some do not answer"
     raise RuntimeError(
-        f"expected {len(facts) + silent} replicas to serve {source.bundle}, got {len(facts) - len(others)}: {told}"
+        f"expected {len(facts) + silent} replicas to serve {source.bundle}, got {len(facts) - len(others)}: {reason}"
     )

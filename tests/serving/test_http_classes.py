@@ -14,7 +14,7 @@ import pytest
 
 from iosr_fast.state.state import State
 from tests.pictures import encode
-from tests.serving.serving_client import (
+from tests.serving.http_client import (
     AUTHORISED,
     CLASSES,
     SHOTS,
@@ -372,7 +372,7 @@ def test_a_log_that_can_not_be_written_makes_the_server_read_only(
             for _ in range(2):
                 response = rename("two")
                 assert error_of(response, 507) == code
-                assert os.strerror(number) in response.text and "predictions are still answered" in response.text
+                assert os.strerror(number) in response.text and "predictions continue" in response.text
         assert classifier.version == version and classifier.classes_[0] == "one"
         assert client.predict(GREY).json()["version"] == version
         ready = client.get("/readyz")

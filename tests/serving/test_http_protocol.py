@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serving.edge_server import BIG, Site, read_all, read_answers, site, statuses
+from tests.serving.http_edge import BIG, Site, read_all, read_answers, site, statuses
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"

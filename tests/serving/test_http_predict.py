@@ -10,7 +10,7 @@ import pytest
 
 from iosr_fast.serving.http.logs import JsonFormatter
 from tests.pictures import encode
-from tests.serving.serving_client import (
+from tests.serving.http_client import (
     CLASSES,
     Client,
     Gate,
@@ -183,7 +183,7 @@ def test_an_engine_that_fails_is_told_and_recovers() -> None:
 def test_what_nobody_expected_is_a_500_with_its_trace_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     with serving() as client:
         monkeypatch.setattr(type(client.service), "check", lambda *_: 1 / 0)
-        with caplog.at_level(logging.INFO, "iosr_fast.serving.http"):
+        with caplog.at_level(logging.INFO, "iosr_fast.serving"):
             response = client.predict(GREY, headers={"X-Request-ID": "abc-1"})
         assert error_of(response, 500) == "internal" and "division" not in response.text
         assert response.headers["X-Request-ID"] == "abc-1"

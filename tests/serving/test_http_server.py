@@ -29,7 +29,7 @@ from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import Settings
 from tests import ROOT
 from tests.pictures import encode
-from tests.serving.serving_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
+from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
 from tools.serving_load.hostile import hostile_bytes
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
@@ -329,13 +329,13 @@ def test_what_it_cannot_start_with_is_said_at_once(tmp_path: Path, process: Proc
 
 
 def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
-    from iosr_fast.serving.http import memory
+    from iosr_fast.serving.http import server
 
-    program = "from iosr_fast.serving.http.memory import keep_freed_memory as keep; print(keep())"
+    program = "from iosr_fast.serving.http.server import keep_freed_memory as keep; print(keep())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(server.ctypes, "CDLL", lambda _: object())
+    assert server.keep_freed_memory() is False
 
 
 def test_batches_and_threads_suit_the_engine() -> None:

@@ -16,7 +16,7 @@ from iosr_fast.serving.http.logs import JsonFormatter
 from iosr_fast.serving.http.logs import logger as serving_logger
 from iosr_fast.state.predictions import Prediction
 from tests.pictures import encode
-from tests.serving.serving_client import (
+from tests.serving.http_client import (
     AUTHORISED,
     CLASSES,
     TOKEN,
@@ -120,7 +120,7 @@ def test_metrics_count_and_forget_classes_that_are_gone() -> None:
 
 
 def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_MOST_CLASSES", 2)
+    monkeypatch.setattr(metrics, "_MAX_CLASSES", 2)
     made = metrics.Metrics()
     for number in (1, 2, 3, 1, 4):
         made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, (), (), 1))
@@ -146,7 +146,7 @@ def test_two_applications_in_a_process_count_apart(shared: Client) -> None:
 
 
 def test_a_request_is_one_line_of_json_without_image_or_token(shared: Client, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "iosr_fast.serving.http"):
+    with caplog.at_level(logging.INFO, "iosr_fast.serving"):
         shared.predict(GREY, b"zip", headers={"X-Request-ID": "id.1"})
         shared.ask("POST", "/v1/retune?token=x", headers={"Authorization": f"Bearer {TOKEN}-not"})
         odd = shared.get("/v1/classes", headers={"X-Request-ID": 'evil"\t{'})
@@ -187,9 +187,13 @@ def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) ->
     ("wrong", "told"),
     [
         ({"port": 70000}, "port"),
-        ({"max_queue": 0}, "max_queue of at least 1"),
+        ({"max_queue": 0}, "expected max_queue to be `int` >= 1, got 0"),
         ({"max_wait_ms": -1}, "max_wait_ms"),
-        ({"deadline_ms": "5"}, "deadline_ms to be a number"),
+        ({"deadline_ms": "5"}, "expected deadline_ms to be `int`, got `str`, got '5'"),
+        ({"grace_s": float("inf")}, "grace_s"),
+        ({"drain_s": float("nan")}, "drain_s"),
+        ({"max_wait_ms": float("inf")}, "max_wait_ms"),
+        ({"max_batch": True}, "max_batch"),
         ({"max_images": 300}, "max_images of at most max_queue"),
         ({"max_image_bytes": 1 << 30}, "lower --max-image-bytes|max_image_bytes"),
         ({"deadline_ms": 90_000}, "max_deadline_ms"),

@@ -11,13 +11,19 @@ import pytest
 from PIL import Image
 
 from iosr_fast.images.decoder_process.structure import what_is_wrong
-from iosr_fast.serving.http.images import ImageLimits, check_image
+from iosr_fast.serving.http import Settings
+from iosr_fast.serving.http.uploads import Refusal, check_image
 from tests.pictures import encode
-from tests.serving.serving_client import AUTHORISED, Client, form, queries, serving
+from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
 from tools.serving_load.hostile_images import FAIR, IMAGES, chunk, encoded, picture, png, webp
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
-LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, side=64)
+
+
+def refusal(
+    data: bytes, max_image_bytes: int = 8 << 20, max_pixels: int = 50_000_000, side: int = 64
+) -> Refusal | None:
+    return check_image(data, Settings(max_image_bytes=max_image_bytes, max_pixels=max_pixels), side)
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +69,22 @@ def test_sizes_are_read_from_headers_as_pillow_reads_them(kind: str, size: tuple
     variants += [{"progressive": True}] if kind == "JPEG" else []
     for options in variants:
         data = encode(image, kind, **options)
-        assert check_image(data, LIMITS) is None
-        below = check_image(data, ImageLimits(1 << 20, size[0] * size[1] - 1, 0))
-        assert below is not None and below.code == "too_many_pixels" and f"{size[0]} x {size[1]}" in below.message
+        assert refusal(data, 1 << 20, 1_000_000) is None
+        if size != (1, 1):
+            below = refusal(data, max_pixels=size[0] * size[1] - 1, side=0)
+            assert below is not None and below.code == "too_many_pixels" and f"{size[0]} x {size[1]}" in below.message
 
 
 def test_claims_are_refused_before_a_decoder_sees_them() -> None:
     rng = np.random.default_rng(0)
     for name in ("PNG bomb", "JPEG bomb", "WebP bomb", "PNG bomb that is true"):
         for _ in range(10):
-            refused = check_image(IMAGES[name](rng), ImageLimits(1 << 23, 50_000_000, 64))
+            refused = refusal(IMAGES[name](rng))
             assert refused is not None and refused.code == "too_many_pixels", name
     # 60,000 pixels are few, but the shorter side of one pixel would be resized to 224.
-    refused = check_image(IMAGES["thin PNG"](rng), ImageLimits(1 << 23, 50_000_000, 224))
+    refused = refusal(IMAGES["thin PNG"](rng), side=224)
     assert refused is not None and "unlike" in refused.message
-    assert check_image(png(10, 10, rows=bytes(110)), LIMITS) is None
+    assert refusal(png(10, 10, rows=bytes(110))) is None
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,7 @@ def test_claims_are_refused_before_a_decoder_sees_them() -> None:
     ],
 )
 def test_what_is_no_image_gets_a_code(data: bytes, code: str) -> None:
-    refused = check_image(data, LIMITS)
+    refused = refusal(data, 1 << 20, 1_000_000)
     assert refused is not None and refused.code == code
 
 
@@ -107,7 +114,7 @@ def test_what_is_no_image_gets_a_code(data: bytes, code: str) -> None:
 )
 def test_files_that_are_made_to_cost_are_refused(name: str) -> None:
     data = IMAGES[name](np.random.default_rng(0))
-    refused = check_image(data, ImageLimits(1 << 24, 50_000_000, 64))
+    refused = refusal(data, 1 << 24)
     assert (refused is not None and refused.code == "bad_image") or what_is_wrong(data, 50_000_000)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.serving.batching import DecodeLimits
-from tests.serving.serving_client import queries, serving
+from tests.serving.http_client import queries, serving
 from tools.serving_load.hostile import hostile_uploads
 from tools.serving_load.hostile_images import FAIR
 

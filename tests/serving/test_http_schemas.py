@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.serving_client import AUTHORISED, Client, form, queries, serving
+from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis comes with the dev extra")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import ROOT
-from tests.serving.serving_client import bundle, httpx, load, queries
+from tests.serving.http_client import bundle, httpx, load, queries
 
 
 def error_of(response: Any, status: int) -> str:

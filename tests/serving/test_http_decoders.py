@@ -15,7 +15,7 @@ from PIL import Image
 from iosr_fast.serving.http import Settings
 from tests.images.jpegs import COMMENT, END, jpeg, scan, segment
 from tests.pictures import encode
-from tests.serving.serving_client import (
+from tests.serving.http_client import (
     AUTHORISED,
     Client,
     error_of,
