@@ -147,7 +147,7 @@ def test_replace_keeps_the_old_one_where_the_other_does_not_work(classifier: Fak
         assert batching.classifier is classifier and labels([batching.submit(picture(1))]) == [1]
         good = FakeClassifier()
         batching.replace(good)
-        assert good.encoder.batches == [[0], [0, 0]] and labels([batching.submit(picture(2))]) == [2]
+        assert good.encoder.batches == [[0], [0, 0], [0]] and labels([batching.submit(picture(2))]) == [2]
 
 
 def test_a_failing_engine_that_was_replaced_says_nothing_of_the_new_one(batching, classifier: FakeClassifier) -> None:
