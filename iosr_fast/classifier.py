@@ -19,8 +19,8 @@ from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.support_set import SupportSet, encode_support
-from iosr_fast.methods.tuning.choice import check_choice, search
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tune import Tuned, check_choice
+from iosr_fast.methods.tuning.tune import tune as search
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan
@@ -150,7 +150,7 @@ class Classifier(LiveUpdates):
         gamma: float | None = None,
         ridge: float | None = None,
         reducer: str | None = None,
-        tune: Literal["loo", "loo-single", "none"] | None = None,
+        tune: Literal["loo", "none"] | None = None,
         views: int = 10,
         mirror: bool = True,
         seed: int = 0,
@@ -164,9 +164,9 @@ class Classifier(LiveUpdates):
 
         `method` is one of `iosr_fast.methods.METHODS` ("++" compares adapted embeddings), or "auto", which chooses it,
         its `reducer` ("none", "centre", "pca" or "pca:64") and all parameters by leave-one-out on the support set
-        (auto.tune_auto). A named method's parameters are those given (alpha, beta, gamma, ridge, as far as it has
+        (tune.tune_auto). A named method's parameters are those given (alpha, beta, gamma, ridge, as far as it has
         them) over its defaults; where none is given they are chosen by leave-one-out as well. `tune` says so expressly:
-        "loo", "loo-single" (tune.tune) or "none".
+        "loo" (tune.tune) or "none".
 
         `labels` are class names, or integers into `class_names` (which is then required). `templates` are prompts with
         `{}` for the name. `views` random views of each image (mirrored half of the time with `mirror`: switch it off
@@ -199,7 +199,7 @@ class Classifier(LiveUpdates):
                 raise ValueError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
         if method != "auto" and METHODS[method].needs_adapter and not self.encoder.adapted:
             raise ValueError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
-        searched = method == "auto" or tune in ("loo", "loo-single") or (tune is None and not parameters)
+        searched = method == "auto" or tune == "loo" or (tune is None and not parameters)
         text = self._text.embed_classes(names, settings.templates)
         rng = np.random.default_rng(seed)
         queries = None
@@ -218,7 +218,7 @@ class Classifier(LiveUpdates):
         support = examples.as_support(range(len(names)), text, self._tau)
         if searched and len(given):
             with bar("tune", None, shown=progress):
-                chosen = search(method, support, reducer, tune)
+                chosen = search(method, support, reducer=reducer or "none")
         else:
             parameters = {**METHODS[method].parameters, **parameters}
             chosen = Tuned(method, reducer or "none", parameters, float("nan"), 0, "none")
@@ -253,7 +253,7 @@ class Classifier(LiveUpdates):
         reducer = state.config.reducer_name if reducer is None and method == state.config.method else reducer
         with self._changing:
             state = self._same_classes(state)
-            tuned = search(method, state.support, reducer, None, queries, ids)
+            tuned = search(method, state.support, queries, ids, reducer or "none")
             self._make(Change("retune", config=_config(tuned, state.config.key_precision)))
             self.tuned_ = tuned
         return tuned
@@ -262,7 +262,7 @@ class Classifier(LiveUpdates):
         """Choose the parameters of the method again, by leave-one-out on the examples as they are now (`tune`)."""
         with self._changing:
             config = self.snapshot().config
-            tuned = search(config.method, self.snapshot().support, config.reducer_name, None)
+            tuned = search(config.method, self.snapshot().support, reducer=config.reducer_name)
             change = self._make(Change("retune", config=_config(tuned, config.key_precision)))
             self.tuned_ = tuned
         return change

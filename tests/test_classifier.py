@@ -106,8 +106,8 @@ def test_what_is_not_given_is_chosen_by_leave_one_out(fresh: Classifier, picture
     np.testing.assert_allclose(loaded.decision_function(queries), chosen, rtol=1e-4, atol=1e-4)
     fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter", tune="none")
     assert fresh.tuned_ is None and fresh.parameters_ == METHODS["tip-adapter"].parameters
-    fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter", tune="loo-single", reducer="centre")
-    assert fresh.tuned_.protocol == "loo-single" and fresh.reducer_ == "centre" and fresh.plan_.reducer is not None
+    fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter", tune="loo", reducer="centre")
+    assert fresh.tuned_.protocol == "loo" and fresh.reducer_ == "centre" and fresh.plan_.reducer is not None
 
 
 def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
@@ -189,7 +189,7 @@ def test_bad_input_is_named_before_anything_is_encoded(fresh: Classifier, pictur
         "leave reducer out, or name a method": {"reducer": "centre"},
         "leave tune='none' out": {"tune": "none"},
         "expected parameters or tune='loo', got both; leave alpha out": {"method": "gda", "alpha": 1.0, "tune": "loo"},
-        "tune to be 'loo', 'loo-single' or 'none', got 'cv'": {"method": "gda", "tune": "cv"},
+        "tune to be 'loo' or 'none', got 'cv'": {"method": "gda", "tune": "cv"},
         r"zero-shot has the parameters \[\], got \['alpha'\]": {"method": "zero-shot", "alpha": 2.0},
         "views of at least 1, got 0": {"views": 0},
         "key_precision of fp32, fp16, bf16, int8, got 'fp8'": {"key_precision": "fp8"},

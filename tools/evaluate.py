@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--adapter", type=Path, metavar="FILE", help="for the demo, in place of the shipped one")
     made.add_argument(
         "--tune",
-        choices=["validation", "loo", "loo-single"],
+        choices=["validation", "loo"],
         help="what parameters are chosen on: validation where there is such a set, else loo, on the support set. "
         "auto is always chosen by loo",
     )

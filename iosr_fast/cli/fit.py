@@ -31,7 +31,7 @@ def fit(
     gamma: float = typer.Option(None, help="the third parameter of tip-x and ape [default: likewise]"),
     ridge: float = typer.Option(None, help="proker's regularisation [default: likewise]"),
     reducer: str = typer.Option(None, help="none, centre, pca or pca:64 [default: none; auto chooses]"),
-    tune: str = typer.Option(None, help="loo, loo-single or none [default: loo where no parameter is given]"),
+    tune: str = typer.Option(None, help="loo or none [default: loo where no parameter is given]"),
     template: list[str] = typer.Option(None, help="a prompt with {} for the class name; may be given more than once"),
     views: int = typer.Option(10, help="random views averaged into each key; 1 takes the image as it is"),
     mirror: bool = typer.Option(True, help="mirror half of the views"),
@@ -41,7 +41,7 @@ def fit(
 ) -> None:
     """Fit a few-shot classifier on a folder and save it."""
     from iosr_fast.classifier import Classifier, check_support, labelled_images
-    from iosr_fast.methods.tuning.choice import check_choice
+    from iosr_fast.methods.tuning.tune import check_choice
 
     with stop_message("stopped; nothing was written", "iosr-fast"):
         check_new_folder(out, "classifier")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from iosr_fast.methods.method import BETAS, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
 
 CHANNEL_SHARE = 0.75
 SIMILARITY_WEIGHT = 0.7
-_SMALL = 1e-6  # the public code's, inside its logarithm
+_SMALL = 1e-6  # inside the logarithm, as in the public code
 
 
 def ape(
@@ -23,11 +24,11 @@ def ape(
 ) -> ScoringPlan:
     """Tip-Adapter's logits on a subset of channels, with key j weighted by exp(gamma * KL(label[j] || p[j])).
 
-    p[j] = softmax(<key[j], text>), both in the subset and normalised again. The subset is the three quarters of the
-    channels with the largest 0.3 * variance over texts - 0.7 * similarity between classes (choose_channels), the
-    paper's weights for ImageNet; its number of channels differs from data set to data set there.
+    p[j] = softmax(<key[j], text>), both restricted to the subset and normalised again. The subset is the three quarters
+    of the channels with the largest 0.3 * variance over texts - 0.7 * similarity between classes (choose_channels): the
+    paper's weights for ImageNet. The paper chooses the number of channels for each data set.
     """
-    assert support.text is not None  # compile_method has seen to it
+    assert support.text is not None  # guaranteed by compile_method
     chosen = choose_channels(support, image_rows(support.embeddings, which, reducer))
     narrowed = Reducer(projection=chosen) if reducer is None else reducer.then(chosen)
     only = Reducer(projection=chosen)
@@ -35,7 +36,7 @@ def ape(
     powers = np.exp(cosines - cosines.max(1, keepdims=True)).astype(np.float64)
     own = powers[np.arange(len(powers)), support.labels] / powers.sum(1)
     divergence = np.log2((1 + _SMALL) / (own + _SMALL))
-    with np.errstate(over="ignore"):  # the plan refuses weights that are too large
+    with np.errstate(over="ignore"):  # ScoringPlan rejects weights that are too large
         weights = np.exp(gamma * divergence)
     return ScoringPlan(
         n_classes=support.n_classes,
@@ -52,16 +53,16 @@ def ape(
 
 
 def choose_channels(support: SupportSet, rows: np.ndarray, share: float = CHANNEL_SHARE) -> np.ndarray:
-    """(D,) of 1 for chosen channels and 0 for others.
+    """(D,), 1 for chosen channels and 0 for others.
 
-    A channel's similarity is the mean of f_i f_j over all pairs of embeddings of different classes, where a class has
-    its text's and its images' (`rows`); with F_c and m_c their sum and number in class c, that is
-    ((sum F)^2 - sum F^2) / ((sum m)^2 - sum m^2). Its variance is that of the texts.
+    A channel's similarity is the mean of f_i f_j over all pairs of embeddings of different classes; the embeddings of a
+    class are its text and its images (`rows`). With F_c and m_c their sum and number in class c, that is
+    ((sum F)^2 - sum F^2) / ((sum m)^2 - sum m^2). A channel's variance is that of the texts.
     """
     assert support.text is not None
     text = support.text.astype(np.float64)
     sums = text.copy()
-    owned = np.flatnonzero(support.counts)  # reduceat gives a row, not 0, where a class has none
+    owned = np.flatnonzero(support.counts)  # for an empty class reduceat gives a row, not 0
     if len(owned):
         sums[owned] += np.add.reduceat(rows, support.class_offsets[owned], axis=0)
     numbers = 1 + support.counts
@@ -71,3 +72,13 @@ def choose_channels(support: SupportSet, rows: np.ndarray, share: float = CHANNE
     channels = np.zeros(text.shape[1])
     channels[np.argsort(-criterion, kind="stable")[: max(1, round(share * len(channels)))]] = 1
     return channels
+
+
+METHOD = Method(
+    "ape",
+    ape,
+    parameters={"alpha": 1.0, "beta": 5.5, "gamma": 0.1},
+    scales="cache",
+    axes={"beta": BETAS, "gamma": (0.0, 0.1, 0.25, 0.5, 1.0)},
+    needs_text=True,
+)

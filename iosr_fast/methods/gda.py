@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
@@ -13,8 +14,8 @@ def gda(support: SupportSet, which: Which = "plain", reducer: Reducer | None = N
     """logits[b, c] = tau <plain[b], text[c]> + alpha * (<x[b], P mu_c> + log(1 / C) - mu_c' P mu_c / 2).
 
     mu_c is the mean of class c; P = D * inv((N - 1) Sigma + tr(Sigma) I) the shrunk precision of all N images about
-    their class means (Kubokawa & Srivastava's estimator), Sigma their covariance. Where each class has one image,
-    Sigma is 0 and P = I: the nearest mean.
+    their class means (Kubokawa & Srivastava's estimator), Sigma their covariance. If each class has one image, Sigma
+    is 0 and P = I: the nearest mean.
     """
     rows = image_rows(support.embeddings, which, reducer).astype(np.float64)
     counts = support.counts
@@ -56,3 +57,6 @@ def shrunk_precision(scatter: np.ndarray, n_rows: int) -> np.ndarray:
     precision = width * np.linalg.inv(scatter + trace / (n_rows - 1) * np.eye(width))
     symmetric: np.ndarray = (precision + precision.T) / 2
     return symmetric
+
+
+METHOD = Method("gda", gda, parameters={"alpha": 0.1}, scales="linear", needs_every_class=True, by_moments=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
-
-# Kernel ridge solves an (N, N) system and keeps (N, C) values: beyond this it is neither seconds nor small.
-LARGEST = 8192
 
 
 def proker(
@@ -23,17 +24,13 @@ def proker(
     """logits[b, c] = tau * (<plain[b], text[c]> + alpha * sum_j k(x[b], key[j]) V[j, c])
 
     with k(x, y) = exp(-beta (1 - <x, y>)) and
-    V = (K + ridge * I)^-1 (Y - F): ridge regression, in the kernel's space, of what the one-hot labels Y are beyond the
-    zero-shot cosines F = <plain key, text> (0 without text). alpha = 1 is the paper's closed form; the public code's
-    solution is `ridge` times that, which alpha can express. Raises ValueError for more than 8,192 images.
+    V = (K + ridge * I)^-1 (Y - F): ridge regression, in the kernel's space, of the one-hot labels Y minus the zero-shot
+    cosines F = <plain key, text> (0 without text). alpha = 1 is the paper's closed form; the public code's solution is
+    `ridge` times that, which alpha can express.
     """
-    n_keys = len(support.embeddings)
-    if n_keys > LARGEST:
-        raise ValueError(f"proker solves an (N, N) system: expected at most {LARGEST} support images, got {n_keys}")
     keys = image_rows(support.embeddings, which, reducer)
-    exact = keys.astype(np.float64)
-    kernel = np.exp(-beta * (1.0 - exact @ exact.T))
-    kernel[np.diag_indices(n_keys)] += ridge
+    kernel = _kernel(keys, keys, beta)
+    kernel[np.diag_indices(len(keys))] += ridge
     return ScoringPlan(
         n_classes=support.n_classes,
         text=support.text,
@@ -51,3 +48,60 @@ def residual(support: SupportSet) -> np.ndarray:
     """Y - F, (N, C) float64."""
     labels = np.eye(support.n_classes)[support.labels]
     return labels if support.text is None else labels - support.embeddings.plain @ support.text.T
+
+
+def _kernel(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray:
+    """exp(-beta (1 - <rows, keys>)), float64."""
+    kernel: np.ndarray = np.exp(-beta * (1.0 - rows.astype(np.float64) @ keys.astype(np.float64).T))
+    return kernel
+
+
+def leave_out(
+    support: SupportSet,
+    which: Which,
+    reducer: Reducer | None,
+    setting: Mapping[str, float],
+    queries: Embeddings,
+    folds: np.ndarray,
+) -> np.ndarray:
+    """Method.leave_out: tau times the ridge regression's prediction, (N, C) float32, for each support image."""
+    keys, rows = (image_rows(embeddings, which, reducer) for embeddings in (support.embeddings, queries))
+    kernel, query_kernel = (_kernel(part, keys, setting["beta"]) for part in (keys, rows))
+    predicted = kernel_ridge_without(kernel, query_kernel, residual(support), setting["ridge"], folds)
+    return (support.tau * predicted).astype(np.float32)
+
+
+def kernel_ridge_without(
+    kernel: np.ndarray, query_kernel: np.ndarray, residual: np.ndarray, ridge: float, folds: np.ndarray
+) -> np.ndarray:
+    """Kernel ridge's prediction (N, C) float64 for query j, fitted without all images of j's fold.
+
+    kernel (N, N) of the images, query_kernel (N, N) of queries and images, residual (N, C), folds (N,) int64; a
+    negative fold is never left out, and its rows are NaN. With A = inv(kernel + ridge I) and V = A residual, the values
+    fitted without the fold F are
+
+        V - A[:, F] inv(A[F, F]) V[F]
+
+    which is zero on F. One inverse serves every fold.
+    """
+    inverse = np.linalg.inv(kernel + ridge * np.eye(len(kernel)))
+    values = inverse @ residual
+    predicted = np.full(residual.shape, np.nan)
+    for fold in range(int(folds.max(initial=-1)) + 1):
+        rows = np.flatnonzero(folds == fold)
+        without = values - inverse[:, rows] @ np.linalg.solve(inverse[np.ix_(rows, rows)], values[rows])
+        predicted[rows] = query_kernel[rows] @ without
+    return predicted
+
+
+METHOD = Method(
+    "proker",
+    proker,
+    parameters={"alpha": 1.0, "beta": 1.0, "ridge": 3.0},
+    scales="cache",
+    axes={"beta": (0.3, 1.0, 3.0, 10.0), "ridge": (0.003, 0.03, 0.3, 3.0)},
+    one_shot=True,
+    max_support=8192,  # the (N, N) system takes minutes beyond this
+    max_support_auto=4096,  # a search inverts it for each setting
+    leave_out=leave_out,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iosr_fast.methods.method import BETAS, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
@@ -30,3 +31,14 @@ def tip_adapter(
         alpha=alpha,
         beta=beta,
     )
+
+
+METHOD = Method(
+    "tip-adapter",
+    tip_adapter,
+    parameters={"alpha": 1.0, "beta": 5.5},
+    scales="cache",
+    axes={"beta": BETAS},
+    additive=True,
+    one_shot=True,
+)

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from iosr_fast.methods.method import BETAS, ROUNDING, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.numpy_search import ROUNDING
 from iosr_fast.scoring.numpy_scorer import text_distribution
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
@@ -31,12 +31,12 @@ def tip_x(
 
         sum_j KL(s || S[j]) = n_c H - <s, sum_j log(C S[j])>
 
-    The factor C changes nothing but the rounding: both terms stay as small as divergences are, where they would else
-    be differences of entropies.
+    The factor C affects only the rounding: both terms stay as small as divergences are, instead of differences of
+    entropies.
 
     The public code takes both ranges over the whole test set, so that a label depends on its batch. Here they are those
-    of the pairs of different support images, frozen in the plan (a single image has none: then the term is left
-    unscaled); tests/methods/tip_x_reference.py has the literal form.
+    of all pairs of different support images, frozen in the plan (with a single image the term is left unscaled);
+    tests/methods/tip_x_reference.py has the literal form.
     """
     keys = image_rows(support.embeddings, which, reducer)
     log_s, slope, offset = divergences(support, keys)
@@ -61,20 +61,20 @@ def tip_x(
 
 def divergences(support: SupportSet, keys: np.ndarray) -> tuple[np.ndarray, float, float]:
     """log(C S) (N, C) of the support images, and (slope, offset) with scale(KL) = slope * KL + offset."""
-    assert support.text is not None  # compile_method has seen to it
+    assert support.text is not None  # guaranteed by compile_method
     cosines = support.embeddings.plain.astype(np.float64) @ support.text.T.astype(np.float64)
     s = text_distribution(cosines, TEMPERATURE)
     log_s = np.log(support.n_classes * s[:, :-1])
     least, most = pair_range(-log_s, s[:, :-1], s[:, -1:])
     low, high = pair_range(keys, keys)
-    # Divergences that differ by no more than their rounding in float32 have no range to speak of.
+    # Divergences that differ by no more than their rounding in float32 have no usable range.
     resolved = most - least > ROUNDING * float(np.abs(log_s).max(initial=0.0))
     slope = (high - low) / (most - least) if resolved else 1.0
     return log_s, slope, low - slope * least
 
 
 def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float = 0.0) -> tuple[float, float]:
-    """The least and the largest of offset[i] + <others[i], rows[j]> over i != j; (0, 0) where there is no such pair."""
+    """The least and the largest of offset[i] + <others[i], rows[j]> over i != j; (0, 0) for fewer than two rows."""
     n_rows = len(rows)
     if n_rows < 2:
         return 0.0, 0.0
@@ -90,3 +90,13 @@ def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float 
         products[itself] = -np.inf
         high = max(high, float(products.max()))
     return low, high
+
+
+METHOD = Method(
+    "tip-x",
+    tip_x,
+    parameters={"alpha": 1.0, "beta": 5.5, "gamma": 1.0},
+    scales="cache",
+    axes={"beta": BETAS, "gamma": tuple(np.linspace(0.0, 30.0, 50).tolist())},
+    needs_text=True,
+)

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods import METHODS, compile_method, fit_method_reducer
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.scoring.reducers import Reducer, fit_reducer
+from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.state.examples import Examples
 
-# Methods of which each support image is a key of its own, whatever the others are: a key more is a product more.
-ADDITIVE = frozenset({"zero-shot", "tip-adapter", "tip-adapter++"})
 # A run of fewer keys than this that comes later takes the nearest int8 codes: compensation costs half a second.
 COMPENSATED_KEYS = 4096
 
@@ -33,12 +31,13 @@ class MethodConfig:
 
     @property
     def additive(self) -> bool:
-        return self.method in ADDITIVE
+        """Whether adding a support image costs one key (Method.additive)."""
+        return METHODS[self.method].additive
 
     @property
     def by_moments(self) -> bool:
-        """Whether counts, sums and second moments say all that the method needs (moments.Moments)."""
-        return self.method in ("gda", "gda++")
+        """Whether counts, sums and second moments determine the plan (moments.Moments)."""
+        return METHODS[self.method].by_moments
 
     @property
     def which(self) -> Which:
@@ -75,6 +74,5 @@ def fit_config(
     support: SupportSet,
 ) -> MethodConfig:
     """The config with its reducer fitted on the support images."""
-    made = METHODS[method]
-    fitted = fit_reducer(reducer, image_rows(support.embeddings, made.which, None)) if made.needs_support else None
+    fitted = fit_method_reducer(METHODS[method], reducer, support)
     return MethodConfig(method, dict(parameters), reducer, fitted, factor, key_precision)

@@ -1,7 +1,7 @@
 """What a fitted classifier is at one moment. Every change makes another one; nobody writes to one that is there.
 
 A request holds on to a State and is answered by it whole, whatever happens meanwhile. A change of an additive method
-(config.ADDITIVE) costs what is added: arrays of the others are shared, not copied. "gda" is made from moments, whose
+(Method.additive) costs what is added: arrays of the others are shared, not copied. "gda" is made from moments, whose
 size is that of the classes. Other methods are compiled again from the embeddings; nothing is ever encoded again.
 """
 

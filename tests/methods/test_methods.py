@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,10 @@ from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.support_set import SupportSet, encode_support, make_support_set
 from iosr_fast.scoring.score import score
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
+from tests import ROOT
 from tests.conftest import random_embeddings, unit_rows
+
+PACKAGE = ROOT / "iosr_fast"
 
 
 def support_set(rng: np.random.Generator, n: int = 23, classes: int = 5, width: int = 16) -> SupportSet:
@@ -169,3 +173,12 @@ def test_overlap_area_of_known_densities(rng: np.random.Generator) -> None:
     assert overlap_area(low, low) == pytest.approx(1.0)
     assert overlap_area(half, low) == pytest.approx(0.5, abs=0.01)
     assert auroc(high, low) == pytest.approx(1.0) and auroc(low, low) == pytest.approx(0.5)
+
+
+def test_a_methods_name_stands_in_its_own_file_only() -> None:
+    """What the package asks of a method is a field of Method, never a comparison of names."""
+    files = {name: f"methods/{name.removesuffix('++').replace('-', '_')}.py" for name in METHODS}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in METHODS:
+                assert path.relative_to(PACKAGE).as_posix() == files[node.value], f"{node.value} in {path}"

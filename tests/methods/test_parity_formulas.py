@@ -13,8 +13,8 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.ape import choose_channels
+from iosr_fast.methods.proker import kernel_ridge_without
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.closed_form import gda_without, kernel_ridge_without
 from iosr_fast.scoring.score import score
 from tests.conftest import random_embeddings, unit_rows
 from tests.methods.tip_x_reference import tip_x_batch, tip_x_literal
@@ -254,21 +254,6 @@ def test_ape_chooses_the_channels_of_the_public_loops(
 
 
 # What is left when images are left out
-
-
-@pytest.mark.parametrize("counts", [[4] * 6, [3, 1, 5, 2, 2, 7], [2, 1, 1], [2, 2], [2]], ids=str)
-@pytest.mark.parametrize("kind", ["random", "clustered"])
-def test_gda_without_an_image_is_gda_fit_without_it(kind: str, counts: list[int], rng: np.random.Generator) -> None:
-    support, _ = problem(kind, rng, counts)
-    rows, queries = (e.astype(np.float64) for e in (support.embeddings.plain, support.embeddings.adapted))
-    found = gda_without(rows, queries, support.class_offsets)
-    for j, c in enumerate(support.labels):
-        if counts[c] == 1:
-            assert np.isnan(found[j]).all()
-            continue
-        kept = np.arange(len(rows)) != j
-        expected = discriminant(rows[kept], support.labels[kept], len(counts))(queries[j])
-        np.testing.assert_allclose(found[j], expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
 FOLDS = {

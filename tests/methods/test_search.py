@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.tuning.search import EMPTY, Best, Intervals, cache_intervals, intervals, step_curve, sweep
+from iosr_fast.methods.tuning.numpy_search import EMPTY
+from iosr_fast.methods.tuning.search import Best, Intervals, cache_intervals, intervals, step_curve, sweep
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
@@ -89,9 +90,9 @@ def assert_same(left: Intervals | Best, right: Intervals | Best) -> None:
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), name)
 
 
-@settings(max_examples=200, deadline=None)
-@given(whole_problems(), st.sampled_from([0, 1, 2, 3, 20]))
-def test_against_rational_arithmetic(problem: Problem, alpha_max: int) -> None:
+@settings(max_examples=100, deadline=None)
+@given(whole_problems())
+def test_against_rational_arithmetic(problem: Problem) -> None:
     found = [intervals(*problem, impl=impl) for impl in IMPLS]
     assert [part.path for part in found] == list(IMPLS)
     assert_same(*found)
@@ -99,18 +100,15 @@ def test_against_rational_arithmetic(problem: Problem, alpha_max: int) -> None:
     inner = [(left + right) / 2 for left, right in pairwise([*points, points[-1] + 2])]
     for alpha in [*points, *inner]:
         np.testing.assert_array_equal(inside(found[0], float(alpha))[0], right_at(*problem, alpha), str(alpha))
-    given_max = [sweep(found[0], alpha_max, impl) for impl in IMPLS]
-    assert [best.path for best in given_max] == list(IMPLS)
-    assert_same(*given_max)
-    assert fields(given_max[0]) == [[value] for value in best_by_counting(problem, Fraction(alpha_max))]
     # Of the critical alphas only those of samples that are right somewhere are ends of an interval.
     lower, upper = (getattr(found[0], name)[found[0].flags & EMPTY == 0] for name in ("lower", "upper"))
     ends = [end for end in [*lower, *upper] if 0 < end < np.inf]
     largest = max((alpha for alpha in points if float(alpha) in ends), default=Fraction(1))
-    free = [sweep(found[0], None, impl) for impl in IMPLS]
-    assert_same(*free)
-    assert fields(free[0]) == [[value] for value in best_by_counting(problem, 2 * largest)]
-    assert free[0].alpha == free[0].low + (free[0].high - free[0].low) / 2
+    best = [sweep(found[0], impl) for impl in IMPLS]
+    assert [one.path for one in best] == list(IMPLS)
+    assert_same(*best)
+    assert fields(best[0]) == [[value] for value in best_by_counting(problem, 2 * largest)]
+    assert best[0].alpha == best[0].low + (best[0].high - best[0].low) / 2
 
 
 def inside(found: Intervals, alpha: float) -> np.ndarray:
@@ -131,8 +129,7 @@ def test_ties_go_to_the_first_class(impl: str) -> None:
     found = intervals(zero, slope, labels, impl)
     assert inside(found, 0.0).tolist() == [[True, False, False, True]]
     assert inside(found, 1e-300).all()
-    assert fields(sweep(found, 8.0, impl)) == [[0.0], [8.0], [4], [False], [True]]
-    assert sweep(found, 0.0, impl).right == [2]
+    assert fields(sweep(found, impl)) == [[0.0], [2.0], [4], [False], [True]]
 
 
 @each_impl
@@ -153,11 +150,10 @@ def test_a_sample_that_is_never_right(impl: str) -> None:
     assert (found.flags & EMPTY != 0).tolist() == [[True, True, False]]
     never = intervals(base[:2], np.zeros((2, 2)), [1, 1], impl)
     assert fields(sweep(never, impl=impl)) == [[0.0], [2.0], [0], [True], [True]]
-    assert fields(sweep(never, 5.0, impl)) == [[0.0], [5.0], [0], [True], [True]]
 
 
 @each_impl
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_grid_finds_more(impl: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 7, 400)
@@ -178,14 +174,11 @@ def test_the_step_curve_counts_between_the_ends(impl: str, rng: np.random.Genera
     base, slope = rng.integers(-3, 4, (2, 60, 4))
     labels = rng.integers(0, 4, 60)
     found = intervals(base, slope, labels, impl)
-    for alpha_max in (None, 1.5):
-        edges, right = step_curve(found, 0, alpha_max)
-        assert edges[0] == 0 and (np.diff(edges) > 0).all() and len(right) == len(edges) - 1
-        assert edges[-1] == alpha_max or alpha_max is None
-        middles = (edges[1:] + edges[:-1]) / 2
-        assert right.tolist() == [inside(found, middle).sum() for middle in middles]
-    best = sweep(found, impl=impl)
     edges, right = step_curve(found, 0)
+    assert edges[0] == 0 and (np.diff(edges) > 0).all() and len(right) == len(edges) - 1
+    middles = (edges[1:] + edges[:-1]) / 2
+    assert right.tolist() == [inside(found, middle).sum() for middle in middles]
+    best = sweep(found, impl=impl)
     assert best.right[0] >= right.max()
 
 
@@ -199,7 +192,7 @@ def test_folds_lie_side_by_side(rng: np.random.Generator) -> None:
     assert (joined.n_settings, joined.n_samples, joined.path) == (1, 30, whole.path)
 
 
-# (V, N by class, D, K, G); with G come extra terms, weights and own keys.
+# (V, N by class, D, K, G); with G come extra terms and weights.
 SHAPES = [
     (1, [1], 1, 1, 0),
     (3, [1], 4, 2, 2),
@@ -225,9 +218,6 @@ def cache_problem(rng: np.random.Generator, n_samples: int, counts: list[int], w
         problem["extra"] = rng.standard_normal((n_samples, len(counts))).astype(np.float32)
         problem["gammas"] = [0.0, 1.3, -0.4][:g]
         problem["weights"] = rng.uniform(0.1, 3.0, (k, len(keys))).astype(np.float32)
-        problem["own"] = rng.integers(-1, len(keys), n_samples)
-        met = problem["own"] >= 0
-        problem["query"][met] = keys[problem["own"][met]]  # as in leave-one-out: the own key is the nearest
     return problem
 
 
@@ -243,25 +233,16 @@ def run_path(path: str, problem: dict[str, Any]) -> Intervals:
 
 
 def slopes(problem: dict[str, Any], k: int) -> np.ndarray:
-    """The slopes in float64, of the plan that has the k-th beta and weights; own keys are left out one by one."""
-    n_classes, weights = problem["base"].shape[1], problem.get("weights")
-
-    def plan(rows: np.ndarray, counts: np.ndarray) -> ScoringPlan:
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        kept = None if weights is None else weights[k][rows]
-        return ScoringPlan(
-            n_classes, keys=problem["keys"][rows], class_offsets=offsets, weights=kept, beta=problem["betas"][k]
-        )
-
-    n_keys, counts = len(problem["keys"]), np.diff(problem["class_offsets"])
-    whole = score_reference(plan(np.arange(n_keys), counts), Embeddings(problem["query"]))
-    for v, own in enumerate(problem.get("own", ())):
-        if own >= 0:
-            rows = np.delete(np.arange(n_keys), own)
-            fewer = counts - np.bincount([np.searchsorted(problem["class_offsets"], own, "right") - 1], None, n_classes)
-            one = Embeddings(problem["query"][v : v + 1])
-            whole[v] = score_reference(plan(rows, fewer), one)[0] if len(rows) else 0.0
-    return whole
+    """The slopes in float64, of the plan that has the k-th beta and weights."""
+    weights = problem.get("weights")
+    plan = ScoringPlan(
+        problem["base"].shape[1],
+        keys=problem["keys"],
+        class_offsets=problem["class_offsets"],
+        weights=None if weights is None else weights[k],
+        beta=problem["betas"][k],
+    )
+    return score_reference(plan, Embeddings(problem["query"]))
 
 
 @each_path
@@ -306,28 +287,6 @@ def test_the_cache_equals_intervals_of_scored_slopes(path: str, rng: np.random.G
 
 
 @each_path
-def test_an_own_key_leaves_nothing_behind(path: str, rng: np.random.Generator) -> None:
-    """The masked key's affinity of 1 is a thousand times all others together; taking it away again would show."""
-    keys = np.array([[1, 0], [-1, 0], [-1, 0], [0, 1]], np.float32)
-    problem = {
-        "base": np.array([[0.0, 1e-6, -9.0]]),
-        "query": keys[:1],
-        "keys": keys,
-        "class_offsets": [0, 2, 3, 4],
-        "labels": [0],
-        "betas": [10.0],
-        "own": [0],
-    }
-    # Left are one key each for the classes 0 and 1, alike: no alpha makes up for the base of class 1.
-    assert run_path(path, problem).flags[0, 0] & EMPTY
-    problem["own"] = [2]  # class 1 has none left
-    found = run_path(path, problem)
-    assert found.flags[0, 0] == 0 and found.lower[0, 0] == pytest.approx(1e-6, rel=1e-5)
-    problem |= {"keys": keys[:1], "class_offsets": [0, 1, 1, 1], "own": [0]}  # a single key, masked: all slopes are 0
-    assert run_path(path, problem).flags[0, 0] & EMPTY
-
-
-@each_path
 def test_identical_classes_tie(path: str, rng: np.random.Generator) -> None:
     keys = np.tile(unit_rows(rng, 5, 33), (4, 1))
     problem = cache_problem(rng, 50, [5] * 4, 33, 3, 0) | {"keys": keys, "base": np.zeros((50, 4))}
@@ -355,14 +314,14 @@ def test_threads_change_nothing(path: str, rng: np.random.Generator, monkeypatch
 
 @each_impl
 def test_no_affinity_is_ever_held(impl: str, rng: np.random.Generator) -> None:
-    n_samples, n_keys = 10_000, 4_000
+    n_samples, n_keys = 6_000, 4_000
     problem = cache_problem(rng, n_samples, [80] * 50, 8, 1, 0)
     call: Callable[[], Intervals] = lambda: cache_intervals(**problem, impl=impl)  # noqa: E731
     call()
     used = extra_memory_mb(call)
     if used is None:
         pytest.skip("the peak of memory can be reset on Linux only")
-    assert used < n_samples * n_keys * 4 / 1e6 / 4  # a quarter of the affinity's 160 MB
+    assert used < n_samples * n_keys * 4 / 1e6 / 3  # a third of the affinity's 96 MB
 
 
 @each_impl
@@ -421,7 +380,6 @@ def test_the_implementation_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch
         ({"weights": np.ones((2, 4))}, r"expected weights of shape \(1, 3\)"),
         ({"gammas": [1.0]}, "expected extra and gammas together"),
         ({"gammas": [1.0], "extra": np.zeros((4, 2))}, r"expected extra of shape \(4, 3\)"),
-        ({"own": [0, 1, 2, 3]}, "rows of keys, or -1 for none"),
     ],
     ids=str,
 )
@@ -450,9 +408,6 @@ def test_wrong_intervals_are_refused() -> None:
     found = Intervals(np.zeros((2, 3)), np.ones((2, 3)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"all of one number of settings, got \[2, 1\]"):
         Intervals.concatenate([found, Intervals(np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 3)))])
-    for alpha_max in (-1.0, np.inf, np.nan):
-        with pytest.raises(ValueError, match="expected alpha_max finite and >= 0"):
-            sweep(found, alpha_max)
     with pytest.raises(ValueError, match="expected a setting from 0 to 1, got 2"):
         step_curve(found, 2)
 

@@ -11,11 +11,10 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.auto import tune_auto
-from iosr_fast.methods.tuning.held_out import in_order_of_folds, intervals_of, leave_out, logits_of, validation
+from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.tuning.log_loss import fit_alpha, fit_factor
-from iosr_fast.methods.tuning.one_shot import one_shot_parameters
-from iosr_fast.methods.tuning.tune import is_level, tune
+from iosr_fast.methods.tuning.parameter_search import is_level
+from iosr_fast.methods.tuning.tune import one_shot_parameters, tune
 from iosr_fast.scoring.reducers import fit_reducer
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score
@@ -67,7 +66,7 @@ def test_never_below_the_public_grid(rng: np.random.Generator, method: str) -> N
     """200 alphas and 20 betas from 0 to 20 (and, for Tip-X, gammas from 0 to 30), as the paper's code tries them."""
     support, queries, labels = task(rng, queries=60)
     best = 0.0
-    gammas = np.linspace(0, 30, 50)[::7] if method == "tip-x" else [None]
+    gammas = np.linspace(0, 30, 50)[::12] if method == "tip-x" else [None]
     for beta in np.linspace(0, 20, 20):
         for gamma in gammas:
             setting = {"beta": beta} if gamma is None else {"beta": beta, "gamma": gamma}
@@ -78,31 +77,24 @@ def test_never_below_the_public_grid(rng: np.random.Generator, method: str) -> N
     assert tune(method, support, queries, labels).accuracy >= best - 1e-12
 
 
-@pytest.mark.parametrize("method", [name for name, made in METHODS.items() if made.needs_support])
-@pytest.mark.parametrize("protocol", ["loo", "loo-single"])
-def test_leave_one_out_scores_what_was_fit_without_the_image(
-    rng: np.random.Generator, method: str, protocol: str
-) -> None:
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_support])
+def test_leave_one_out_scores_what_was_fit_without_the_image(rng: np.random.Generator, method: str) -> None:
     support, _, _ = task(rng, [3, 1, 4, 2, 3, 3, 2])
-    single = protocol == "loo-single" and not method.startswith(("ape", "tip-x"))
-    held = leave_out(support, single)
     reducer = fit_reducer("centre", support.embeddings.plain)
+    held_out = HeldOutSet.leave_one_out(METHODS[method], reducer, support)
+    assert len(held_out.rows) == len(support.labels) - 1  # the only image of a class is not left out
     setting = {name: values[1] for name, values in METHODS[method].axes.items()}
-    base, slope = logits_of(held, method, reducer, setting)
-    alpha, n_scored = 2.5, 0
-    right = []
-    for j in in_order_of_folds(held):
-        assert held.folds is not None
-        without = support.only(held.folds != held.folds[j])
+    base, slope = held_out.logits(setting)
+    alpha, right = 2.5, []
+    for at, j in enumerate(held_out.rows):
+        assert held_out.folds is not None
+        without = support.only(held_out.folds != held_out.folds[j])
         plan = compile_method(method, without, reducer=reducer, alpha=alpha, **setting)
-        row = held.queries[np.array([j])]
-        expected = score_reference(plan, row)[0]
-        assert np.abs(base[j] + alpha * slope[j] - expected).max() < 2e-4 * np.abs(expected).max()
+        expected = score_reference(plan, held_out.queries[np.array([j])])[0]
+        assert np.abs(base[at] + alpha * slope[at] - expected).max() < 2e-4 * np.abs(expected).max()
         right.append(expected.argmax() == support.labels[j])
-        n_scored += 1
-    assert n_scored == len(support.labels) - 1  # the only image of a class is not left out
-    found = intervals_of(held, method, reducer, [setting])
-    inside = (found.lower[0] <= alpha) & (alpha <= found.upper[0]) & (found.flags[0] & 4 == 0)
+    intervals = held_out.intervals([setting])
+    inside = (intervals.lower[0] <= alpha) & (alpha <= intervals.upper[0]) & (intervals.flags[0] & 4 == 0)
     assert (inside != np.array(right)).sum() <= 1
 
 
@@ -110,32 +102,28 @@ def test_folds_leave_one_image_of_each_class_out() -> None:
     labels = np.repeat(np.arange(4), [3, 1, 2, 40])
     rows = unit_rows(np.random.default_rng(0), len(labels), 8)
     support = make_support_set(Embeddings(rows), labels, None, 1.0, 4)
-    folds = leave_out(support).folds
+    held_out = HeldOutSet.leave_one_out(METHODS["tip-adapter"], None, support)
+    folds = held_out.folds
     assert folds is not None
     assert folds[:6].tolist() == [0, 1, 2, -1, 0, 1]
     assert set(folds[6:]) == set(range(16)) and np.bincount(folds[6:]).max() == 3
     asked = replace(support, queries=Embeddings(rows[::-1].copy()))
-    np.testing.assert_array_equal(leave_out(asked).queries.plain, rows[::-1])
-    assert not leave_out(support).single and leave_out(support, single=True).single
+    queries = HeldOutSet.leave_one_out(METHODS["tip-adapter"], None, asked).queries
+    np.testing.assert_array_equal(queries.plain, rows[::-1])
 
 
-def test_leaving_one_image_out_alone_gives_its_class_away(rng: np.random.Generator) -> None:
-    """Why one of each class is left out: without keys that tell anything, the shorter class is still found."""
+def test_all_classes_are_equally_short_of_keys(rng: np.random.Generator) -> None:
+    """At beta 0 every affinity is 1, so the slope only counts keys: it must not give the left-out class away."""
     rows = unit_rows(rng, 30, WIDTH)
     support = make_support_set(Embeddings(rows), np.repeat(np.arange(3), 10), None, 1.0, 3)
-    setting = [{"beta": 0.0}]  # every affinity is 1: the slope only counts keys
-    slope = logits_of(leave_out(support), "tip-adapter", None, setting[0])[1]
+    slope = HeldOutSet.leave_one_out(METHODS["tip-adapter"], None, support).logits({"beta": 0.0})[1]
     assert np.ptp(slope) == 0
-    found = intervals_of(leave_out(support, single=True), "tip-adapter", None, setting)
-    # Its own class counts fewest, and so loses as soon as keys count at all.
-    assert ((found.flags & 4 != 0) | (found.upper == 0)).all()
 
 
 def test_bad_requests_are_named(rng: np.random.Generator) -> None:
     support, queries, labels = task(rng)
     for said, call in {
         "expected a method of zero-shot": lambda: tune("tipx", support),
-        "'loo' or 'loo-single', got 'cv'": lambda: tune("gda", support, protocol="cv"),  # type: ignore[arg-type]
         "a reducer of none, centre, pca": lambda: tune("gda", support, reducer="lda"),
         "labels of shape": lambda: tune("gda", support, queries, labels[:-1]),
         r"labels in 0\.\.6": lambda: tune("gda", support, queries, labels + 1),
@@ -183,18 +171,18 @@ def test_level_means_within_two_standard_errors_of_the_difference() -> None:
 @pytest.mark.parametrize("text", [True, False])
 def test_auto_finds_what_is_far_better(rng: np.random.Generator, text: bool) -> None:
     support, queries, labels = task(rng, [5] * CLASSES, 300, text)
-    tuned = tune_auto(support)
+    tuned = tune("auto", support)
     assert tuned.protocol == "loo" and tuned.scored == 5 * CLASSES
     assert tuned.method.endswith("++")  # adapted embeddings are far closer to their centres
     accuracy = float((score(tuned.compile(support), queries).argmax(1) == labels).mean())
     others = [tune(name, support, queries, labels) for name in ("tip-adapter", "gda", "gda++", "tip-adapter++")]
     assert accuracy >= max(other.accuracy for other in others) - 0.05
-    assert tune_auto(support).parameters == tuned.parameters
+    assert text or tune("auto", support).parameters == tuned.parameters
 
 
 def test_auto_on_a_validation_set_takes_the_level_method_that_is_preferred(rng: np.random.Generator) -> None:
-    support, queries, labels = task(rng)
-    tuned = tune_auto(support, queries, labels)
+    support, queries, labels = task(rng, queries=60)
+    tuned = tune("auto", support, queries, labels)
     assert tuned.protocol == "validation"
     best = max(tune(name, support, queries, labels).accuracy for name in METHODS)
     assert tuned.accuracy >= best - 2 / np.sqrt(len(labels))
@@ -202,24 +190,25 @@ def test_auto_on_a_validation_set_takes_the_level_method_that_is_preferred(rng: 
 
 def test_auto_with_one_image_a_class(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     support, queries, labels = task(rng, [1] * CLASSES)
-    tuned = tune_auto(support)
+    tuned = tune("auto", support)
     assert (tuned.method, tuned.reducer, tuned.protocol, tuned.scored) == ("proker++", "none", "one-shot", 0)
     assert (score(tuned.compile(support), queries).argmax(1) == labels).mean() > 1.5 / CLASSES
-    plain = tune_auto(replace(support, embeddings=Embeddings(support.embeddings.plain)))
+    plain = tune("auto", replace(support, embeddings=Embeddings(support.embeddings.plain)))
     assert plain.method == "proker"
-    monkeypatch.setattr("iosr_fast.methods.tuning.auto.MOST_FOR_PROKER", CLASSES - 1)
-    assert tune_auto(support).method == "tip-adapter++"
+    for name in ("proker", "proker++"):
+        monkeypatch.setitem(METHODS, name, replace(METHODS[name], max_support_auto=CLASSES - 1))
+    assert tune("auto", support).method == "tip-adapter++"
     nothing = support.only(np.zeros(CLASSES, bool))
-    assert tune_auto(nothing).method == "zero-shot"
+    assert tune("auto", nothing).method == "zero-shot"
     with pytest.raises(ValueError, match="support images or text embeddings"):
-        tune_auto(replace(nothing, text=None))
+        tune("auto", replace(nothing, text=None))
 
 
 def test_auto_goes_without_what_is_missing(rng: np.random.Generator, caplog: pytest.LogCaptureFixture) -> None:
     support, _, _ = task(rng, [3] * CLASSES)
     support = replace(support, text=None, embeddings=Embeddings(support.embeddings.plain))
     with caplog.at_level(logging.INFO, "iosr_fast"):
-        tuned = tune_auto(support)
+        tuned = tune("auto", support)
     assert not tuned.method.endswith("++") and tuned.method not in ("ape", "tip-x", "zero-shot")
     assert "compares images with texts" in caplog.text and "needs an encoder with an adapter" in caplog.text
 
@@ -229,16 +218,16 @@ def test_one_shot_weighs_images_by_how_wrong_texts_are(rng: np.random.Generator)
     names = support.text
     assert names is not None
     trusted = replace(support, text=support.embeddings.plain)  # every text is right
-    alphas = [one_shot_parameters("tip-adapter", s, None)["alpha"] for s in (trusted, support)]
+    alphas = [one_shot_parameters(METHODS["tip-adapter"], s, None)["alpha"] for s in (trusted, support)]
     assert alphas[0] < alphas[1]
     right = int((support.embeddings.plain @ names.T).argmax(1).tolist() == list(range(CLASSES)))
     share = max(1, right, int(((support.embeddings.plain @ names.T).argmax(1) == np.arange(CLASSES)).sum())) / CLASSES
     share = min(share, (CLASSES - 1) / CLASSES)
-    assert one_shot_parameters("proker", support, None)["ridge"] == pytest.approx(3 * share**2)
-    assert one_shot_parameters("gda", replace(support, text=None), None) == METHODS["gda"].parameters
+    assert one_shot_parameters(METHODS["proker"], support, None)["ridge"] == pytest.approx(3 * share**2)
+    assert one_shot_parameters(METHODS["gda"], replace(support, text=None), None) == METHODS["gda"].parameters
 
 
 def test_validation_refuses_an_empty_set(rng: np.random.Generator) -> None:
     support, queries, _ = task(rng)
     with pytest.raises(ValueError, match="at least one validation image"):
-        validation(support, queries[:0], np.zeros(0, int))
+        HeldOutSet.validation(METHODS["gda"], None, support, queries[:0], np.zeros(0, int))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -189,7 +188,7 @@ def test_changes_that_a_method_can_not_take(monkeypatch) -> None:
     with pytest.raises(ValueError, match="expected to keep at least one, got none left"):
         state.removing([0, 1, 2])
     assert state.removing([0, 1]).classes()[0].examples == 0
-    monkeypatch.setattr(sys.modules["iosr_fast.methods.proker"], "LARGEST", 4)
+    monkeypatch.setitem(METHODS, "proker", replace(METHODS["proker"], max_support=4))
     state = random_state(rng, 2, 2, "proker")
     with pytest.raises(ValueError, match="at most 4 support images, got 5"):
         state.adding(random_examples(rng, [1], 4))

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.tuning.auto import tune_auto
 from iosr_fast.methods.tuning.tune import Tuned, tune
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import fit_reducer
@@ -19,11 +18,10 @@ from iosr_fast.scoring.score import score
 from tools.evaluation.tasks import Source, Task
 
 AUTO = "auto"
-Tune = Literal["validation", "loo", "loo-single"]
+Tune = Literal["validation", "loo"]
 TUNED_ON = {
     "validation": "validation images",
     "loo": "leave-one-out on the support set",
-    "loo-single": "leave-one-out on the support set, each image alone",
     "one-shot": "nothing: one image a class, a rule of thumb",
     "none": "nothing to choose",
 }
@@ -154,12 +152,10 @@ def default_tuning(task: Task, asked: Tune | None) -> Tune:
 
 def choose(task: Task, method: str, reducer: str, tune_on: Tune) -> Tuned:
     """Parameters by what the task has for fitting; "auto" sees the support set alone."""
-    if method == AUTO:
-        return tune_auto(task.support)
-    if tune_on == "validation":
+    if tune_on == "validation" and method != AUTO:
         assert task.validation is not None
         return tune(method, task.support, *task.validation, reducer=reducer)
-    return tune(method, task.support, protocol=tune_on, reducer=reducer)
+    return tune(method, task.support, reducer=reducer)
 
 
 def accuracy_of(plan: ScoringPlan, task: Task) -> float:

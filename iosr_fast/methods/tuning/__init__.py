@@ -1,1 +1,1 @@
-"""Parameters and methods chosen on the support set or on a validation set."""
+"""Choosing parameters and methods on the support set or on a validation set."""

@@ -1,4 +1,4 @@
-"""How well logits z + alpha * s say how sure they are: log-loss under the temperature that suits them best."""
+"""Log-loss of logits z + alpha * s at the temperature that fits them best."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.methods.tuning.numpy_search import ROUNDING
+from iosr_fast.methods.method import MAX_ALPHA, ROUNDING
 
-# Elements of z: beyond them, every n-th sample stands for all.
+# Elements of z; of more, every n-th sample is used.
 _LARGEST = 1 << 18
 _STEPS = 30
-_ENOUGH = 1e-6  # nats: a step that gains less is the last
+_MIN_GAIN = 1e-6  # nats: a step that gains less is the last
 _SMALL = 1e-9
 _PENALTY = 0.01
-# The least weight of a direction, in units of its spread: beside the other one it then counts for nothing.
+# The least weight of a direction, in units of its spread: beside the other one it is then negligible.
 _LEAST = 1e-4
-# The largest alpha and factor: with them float32 logits keep far from overflow (scoring.LARGEST).
-MOST = 1e8
 
 
 def spread(part: np.ndarray) -> float:
     """The standard deviation over classes of logits (V, C), or 0 where it is no more than their rounding in float32.
 
-    What is constant over classes shifts no softmax and no label: its deviation, were it divided by, is noise.
+    A part that is constant over classes changes no softmax and no label; its measured deviation is noise, and dividing
+    by it would amplify that noise.
     """
     exact = part[_sample(part)].astype(np.float64)
-    found = float((exact - exact.mean(1, keepdims=True)).std())
-    return found if found > max(ROUNDING * float(np.abs(exact).max()), 1e-12) else 0.0
+    deviation = float((exact - exact.mean(1, keepdims=True)).std())
+    return deviation if deviation > max(ROUNDING * float(np.abs(exact).max()), 1e-12) else 0.0
 
 
 def _sample(logits: np.ndarray) -> slice:
@@ -45,14 +44,13 @@ class Fit:
 
 
 def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Fit:
-    """The alpha from 0 to MOST and the factor > 0 of the least log-loss.
+    """The alpha from 0 to MAX_ALPHA and the factor > 0 of the least log-loss.
 
     Mean over samples of -log softmax(t z + u s)[y], which is convex in (t, u) = (factor, factor * alpha), plus
-    0.01 / (2 V) of their squares in units of the spreads of z and s: else the factor would grow without end where all
-    samples are right, and every such choice would be as good as another. Newton's method with step halving, both kept
-    above zero. base, slope (V, C), labels (V,).
+    0.01 / (2 V) of their squares in units of the spreads of z and s: without it the factor would grow without bound if
+    all samples are right. Newton's method with step halving, both kept above zero. base, slope (V, C), labels (V,).
 
-    A direction that is constant over classes (spread) has no part: alpha is 0 where s is, and 1 where z alone is.
+    A direction that is constant over classes (spread) is left out: alpha is 0 if s is constant, and 1 if only z is.
     """
     if not spread(slope):
         return fit_factor(base, slope, labels, 0.0)
@@ -60,26 +58,26 @@ def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Fit:
         return fit_factor(base, slope, labels, 1.0)
     some = _sample(base)
     (t, u), loss = _minimise([base[some], slope[some]], labels[some])
-    return Fit(u / t, t, loss) if u <= MOST * t else fit_factor(base, slope, labels, MOST)
+    return Fit(u / t, t, loss) if u <= MAX_ALPHA * t else fit_factor(base, slope, labels, MAX_ALPHA)
 
 
 def fit_factor(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: float) -> Fit:
-    """The factor > 0 of the least log-loss at a given alpha; 1 where the logits are constant over classes."""
+    """The factor > 0 of the least log-loss at this alpha; 1 if the logits are constant over classes."""
     some = _sample(base)
     logits = base[some] + alpha * slope[some].astype(np.float64)
     if not spread(logits):
         return Fit(alpha, 1.0, float(np.log(logits.shape[1])))
-    (factor,), loss = _minimise([logits], labels[some], MOST / max(1.0, alpha))
+    (factor,), loss = _minimise([logits], labels[some], MAX_ALPHA / max(1.0, alpha))
     return Fit(alpha, factor, loss)
 
 
-def _minimise(parts: list[np.ndarray], labels: np.ndarray, largest: float = MOST) -> tuple[list[float], float]:
-    """What each part, none of them without a spread, is multiplied by, up to `largest`, and the loss."""
+def _minimise(parts: list[np.ndarray], labels: np.ndarray, largest: float = MAX_ALPHA) -> tuple[list[float], float]:
+    """The factor of each part (each has a spread), up to `largest`, and the loss."""
     rows = np.arange(len(labels))
-    # In units of their own spread the directions are alike to Newton's method.
+    # In units of their own spread the directions are of one scale for Newton's method.
     spreads = np.array([spread(part) for part in parts])
     exact = [part.astype(np.float64) for part in parts]
-    # The label's own logit is 0 then, so that the loss is a logarithm of a sum that has a 1: never below 0.
+    # The label's own logit is then 0, so the loss is the logarithm of a sum with a term of 1: never below 0.
     features = [
         ((part - part[rows, labels][:, None]) / one).astype(np.float32)
         for part, one in zip(exact, spreads, strict=True)
@@ -93,21 +91,21 @@ def _minimise(parts: list[np.ndarray], labels: np.ndarray, largest: float = MOST
         size = 1.0
         while size > 1e-4:
             tried = np.minimum(np.maximum(weights - size * step, _LEAST), most)
-            found, found_shares = _loss(features, tried)
-            if found < loss:
+            next_loss, next_shares = _loss(features, tried)
+            if next_loss < loss:
                 break
             size /= 2
         if size <= 1e-4:
             break
-        gained, weights, loss, shares = loss - found, tried, found, found_shares
-        if gained < _ENOUGH:
+        gained, weights, loss, shares = loss - next_loss, tried, next_loss, next_shares
+        if gained < _MIN_GAIN:
             break
     assert loss >= 0, f"a log-loss is never below 0, got {loss}"
     return (weights / spreads).tolist(), loss
 
 
 def _loss(features: list[np.ndarray], weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean log-loss, and the softmax that it is taken of. The label's own features are 0."""
+    """The mean log-loss and the softmax it is taken of. The label's own features are 0."""
     logits = np.float32(weights[0]) * features[0]
     for weight, part in zip(weights[1:], features[1:], strict=True):
         logits += np.float32(weight) * part

@@ -1,4 +1,4 @@
-"""What a search says of held-out images is what the compiled plans do: looked at after every search."""
+"""After every search: the compiled plans give the labels that the search promises, and each term has a part in them."""
 
 from __future__ import annotations
 
@@ -9,47 +9,42 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.held_out import HeldOutSet, in_order_of_folds, plans
+from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
 
-# A term whose logits spread over classes this many times less than the other's decides nothing but ties.
-_NOTHING = 1e-4
+# A term whose logits spread over classes less than this share of the other's decides nothing but ties.
+_NEGLIGIBLE = 1e-4
 
 
 def right_by_plan(
-    held: HeldOutSet,
-    name: str,
-    reducer: Reducer | None,
-    parameters: Mapping[str, float],
-    factor: float,
-    found: np.ndarray,
+    held_out: HeldOutSet, parameters: Mapping[str, float], factor: float, expected: np.ndarray
 ) -> np.ndarray:
-    """(V,) bool: the held-out images, in the order of folds, that the compiled plans (held_out.plans) get right.
+    """(V,) bool: which of the held-out images (HeldOutSet.rows) the compiled plans get right.
 
-    `found` (V,) bool is what the search says; it stays for images whose fold has no plan of its own. The two may differ
-    only where the label's logit and its best rival's are one up to float32 (`rounding`). Raises RuntimeError where they
-    differ elsewhere, or a logit isn't finite: a fault of this package, never of the images.
+    `expected` (V,) bool is the search's result. The two may differ only where the label's logit and its best rival's
+    are equal up to float32 (`rounding`). Raises RuntimeError if they differ elsewhere or a logit isn't finite: a fault
+    of this package, never of the images.
     """
-    right = found.copy()
-    place = np.full(len(held.labels), -1)
-    place[in_order_of_folds(held)] = np.arange(len(found))
-    for rows, plan in plans(held, name, reducer, parameters):
-        plan, queries, labels = plan.scaled(factor), held.queries[rows], held.labels[rows]
+    right = expected.copy()
+    place = np.full(len(held_out.labels), -1)
+    place[held_out.rows] = np.arange(len(expected))
+    for rows, plan in held_out.plans(parameters):
+        plan, queries, labels, at = plan.scaled(factor), held_out.queries[rows], held_out.labels[rows], place[rows]
         logits = score(plan, queries)
-        right[place[rows]] = logits.argmax(1) == labels
-        off = np.flatnonzero(right[place[rows]] != found[place[rows]])
+        right[at] = logits.argmax(1) == labels
+        off = np.flatnonzero(right[at] != expected[at])
         own = logits[off, labels[off]]
         logits[off, labels[off]] = -np.inf
         clear = np.abs(own - logits[off].max(1)) > rounding(plan, queries[off]) if len(off) else np.zeros(0)
         logits[off, labels[off]] = own
-        if clear.any() or not np.isfinite(logits).all():
+        finite = bool(np.isfinite(logits).all())
+        if clear.any() or not finite:
             raise RuntimeError(
-                f"expected the compiled plan of {name} at {dict(parameters)}, factor {factor:g}, to do as the search "
-                f"says, got {right.mean():.4f} right where the search has {found.mean():.4f}"
-                f"{'' if np.isfinite(logits).all() else ', and logits that are not finite'}; please report this: "
-                "until it is mended, give the parameters or tune on validation images"
+                f"expected the compiled plan of {held_out.method.name} at {dict(parameters)}, factor {factor:g}, to do "
+                f"as the search says, got {right.mean():.4f} right where the search has {expected.mean():.4f}"
+                f"{'' if finite else ', and logits that are not finite'}; please report this: until it is mended, give "
+                "the parameters or tune on validation images"
             )
     return right
 
@@ -69,18 +64,17 @@ def rounding(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:
     return (256 + 16 * plan.beta) * float(np.finfo(np.float32).eps) * size
 
 
-def weighing(base: float, slope: float, alpha: float, texts: bool) -> str:
-    """What there is to say of logits base + alpha * slope, by the spreads of both, where one decides nothing; else "".
-    `texts` is whether there are any."""
+def negligible_term(base: float, slope: float, alpha: float, has_text: bool) -> str:
+    """A note if one of the terms of base + alpha * slope decides nothing, judged by the spreads of both; else ""."""
     images = alpha * slope
-    if texts and base <= _NOTHING * images:
+    if has_text and base <= _NEGLIGIBLE * images:
         return f"alpha {alpha:.3g}: the texts don't count"
-    return f"alpha {alpha:.3g}: similarity to support images doesn't count" if images <= _NOTHING * base else ""
+    return f"alpha {alpha:.3g}: similarity to support images doesn't count" if images <= _NEGLIGIBLE * base else ""
 
 
-def one_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:
-    """What there is to say where a plan has one label for all of the support images, and the search had more of them
-    right, `right` being the classes (R,) of those: the images can't be told apart."""
+def single_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:
+    """A note if the plan gives all support images one label though the search got images of several classes right
+    (`right`, their classes): the encoder can't tell the images apart. Else ""."""
     labels = np.unique(score(plan, support.queries or support.embeddings).argmax(1))
     if len(labels) > 1 or len(np.unique(right)) < 2:
         return ""
