@@ -39,12 +39,14 @@ def main(
     write_subset_csv(subset, out)
     if download_list is not None:
         write_download_list(subset, download_list)
-    kept = len(set(subset.class_names))
-    typer.echo(f"{len(subset.image_ids)} images of {kept} classes -> {out}; {len(subset.left_out)} classes left out")
+    classes_used = len(set(subset.class_names))
+    typer.echo(
+        f"{len(subset.image_ids)} images of {classes_used} classes -> {out}; {len(subset.left_out)} classes left out"
+    )
 
 
 def check_written(files: list[Path]) -> None:
-    """Refuse what can't be written before the label files are read, which takes minutes."""
+    """Refuse files that can't be written before the label files are read, which takes minutes."""
     if len({file.absolute() for file in files}) < len(files):
         raise typer.BadParameter(f"expected two files to write, got {files[0]} twice")
     for file in files:

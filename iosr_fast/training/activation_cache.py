@@ -1,7 +1,7 @@
-"""The frozen stem's outputs, computed once for each view of each picture and kept in a memory-mapped file.
+"""The activations of the frozen stem, computed once for each view of each picture and cached in a memory-mapped file.
 
-Rows are filled as they are first computed and read ever after, by this process, the next run, or another process on the
-same machine. A row is there only once its checksum is: what a kill or a bad disk left behind counts as not computed.
+A row is written when it is first computed and read from then on, by this process, the next run, or another process on
+the same machine. A row counts as cached only if its checksum is right: what a kill or a bad disk leaves is recomputed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,19 @@ FORMAT = 1
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _PAGE = 4096
 _FILLED = np.uint64(1 << 32)  # above the 32 bits of the CRC, of which 0 is a valid one
-_OURS = re.compile(r"[0-9a-f]{32}\.prefix(\.json)?(\.tmp)?")
-
-
-def needed_bytes(count: int, views: int, shapes: Sequence[tuple[int, ...]]) -> int:
-    """The size of an `ActivationCache`'s file for `count` pictures in `views` views each: 2 bytes a number, 8 a row."""
-    return _layout(count, views, shapes)[1]
+_OURS = re.compile(r"[0-9a-f]{32}\.activations(\.json)?(\.tmp)?")
 
 
 class ActivationCache:
-    """A memory-mapped file of the stem's outputs; rows are filled as they are first computed and read ever after.
+    """A memory-mapped file of the stem's outputs for `count` pictures in `views` views each.
 
-    `key` (JSON-able) says what the outputs depend on: fingerprints of the CLIP and of the pictures, first adapted
-    block, size, augmentation, seed. With the sizes and the dtype it names the file, `folder/<hash>.prefix`, and stands
-    in full in the header beside it; a file without its header, or of another size, is made anew. `shapes` are those
-    of one row's parts, without the batch: ((tokens, width), (tokens, width)). `dtype` is float16 or bfloat16.
+    `key` (JSON-able) is all that the outputs depend on: fingerprints of the CLIP and of the pictures, first adapted
+    block, size, augmentation, seed. With the sizes and the dtype it names the file, `folder/<hash>.activations`, and
+    stands in full in the header beside it; a file without its header, or of another size, is made again. `shapes` are
+    those of one row's parts, without the batch: ((tokens, width), (tokens, width)). `dtype` is float16 or bfloat16.
 
-    The whole file is allocated here, so a full disk is an OSError before any work. Raises ValueError for sizes below 1
-    or another dtype, TypeError for a key that JSON can't hold.
+    The whole file is allocated at once, so a full disk is an OSError before any work. Raises ValueError for sizes below
+    1 or another dtype, TypeError for a key that JSON can't hold.
     """
 
     def __init__(
@@ -67,14 +62,13 @@ class ActivationCache:
         self.count, self.views, self.dtype, self.bytes = count, views, dtype, size
         header = _header(key, count, views, self.shapes, DTYPES[dtype], size)
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{hashlib.sha256(header.encode()).hexdigest()[:32]}.prefix"
+        self.path = folder / f"{hashlib.sha256(header.encode()).hexdigest()[:32]}.activations"
         self._header_path = _header_of(self.path)
         with _folder_lock(folder):
-            if not self._is_made(header):
-                self._make(header)
+            if not self._exists(header):
+                self._allocate(header)
             self._file = self.path.open("r+b")
             _lock(self._file.fileno(), shared=True)  # `prune` leaves files in use alone
-        self._touch()
         mapped = np.frombuffer(mmap.mmap(self._file.fileno(), size), np.uint8)
         slots = count * views
         self._marks = mapped[: 8 * slots].view(np.uint64)  # for each row 0, or _FILLED | CRC-32 of its bytes
@@ -82,75 +76,69 @@ class ActivationCache:
             torch.from_numpy(mapped[start : start + 2 * slots * math.prod(shape)]).view(dtype).view(slots, *shape)
             for start, shape in zip(self._starts, self.shapes, strict=True)
         ]
-        self._trusted = np.zeros(slots, np.uint64)  # the marks under which this process has verified a row
+        self._verified = np.zeros(slots, np.uint64)  # the marks under which this process has verified a row
 
-    def holds(self, rows: torch.Tensor, views: torch.Tensor) -> bool:
-        """Whether all of the rows are marked as there: what `read` gives, but for damage that it finds."""
-        return bool(self._marks[self._slots(rows, views)].all())
+    def contains(self, rows: torch.Tensor, view: int) -> bool:
+        """Whether all rows (B,) are marked as cached in this view: `read` succeeds unless it finds damage."""
+        return bool(self._marks[self._slots(rows, view)].all())
 
-    def read(self, rows: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """All parts of the rows, (B, *shape) in `dtype` on the CPU, or None where any row is not validly there.
+    def read(self, rows: torch.Tensor, view: int) -> tuple[torch.Tensor, ...] | None:
+        """All parts of the rows, (B, *shape) in `dtype` on the CPU, or None if any row is not validly cached.
 
-        `rows` and `views` (B,) are integers. A row's checksum is verified at its first read in this process. Raises
-        IndexError for a row or view that the file has no place for, ValueError after `close`.
+        `rows` (B,) are integers. A row's checksum is verified at its first read in this process. Raises IndexError for
+        a row or view outside the file, ValueError after `close`.
         """
-        slots = self._slots(rows, views)
+        slots = self._slots(rows, view)
         marks = self._marks[slots]
         if not marks.all():
             return None
         parts = tuple(_gather(part, slots) for part in self._parts)
         if not np.array_equal(marks, self._marks[slots]):
             return None  # another process has written one of them meanwhile
-        unverified = np.flatnonzero(self._trusted[slots] != marks)
-        torn = [i for i in unverified.tolist() if _mark(part[i] for part in parts) != marks[i]]
-        if torn:
-            logger.warning("%s: %d rows are damaged or half written and are computed again", self.path, len(torn))
-            self._marks[slots[torn]] = 0
+        unverified = np.flatnonzero(self._verified[slots] != marks)
+        damaged = [i for i in unverified.tolist() if _mark(part[i] for part in parts) != marks[i]]
+        if damaged:
+            logger.warning("%s: %d rows are damaged and are computed again", self.path, len(damaged))
+            self._marks[slots[damaged]] = 0
             return None
-        self._trusted[slots[unverified]] = marks[unverified]
+        self._verified[slots[unverified]] = marks[unverified]
         return parts
 
-    def write(self, rows: torch.Tensor, views: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-        """Keep the parts (B, *shape), of any floating dtype and device, rounded to `dtype`.
+    def write(self, rows: torch.Tensor, view: int, parts: Sequence[torch.Tensor]) -> None:
+        """Store the parts (B, *shape), of any floating dtype and device, rounded to `dtype`.
 
         Raises ValueError for other shapes, or numbers that are not finite in `dtype`: float16 ends at 65,504.
         """
-        slots = self._slots(rows, views)
+        slots = self._slots(rows, view)
         expected = [(len(slots), *shape) for shape in self.shapes]
         if [tuple(part.shape) for part in parts] != expected:
             raise ValueError(f"expected parts of shapes {expected}, got {[tuple(part.shape) for part in parts]}")
         if not len(slots):
             return
-        extremes = torch.stack([end.float() for part in parts for end in part.detach().aminmax()])  # NaN goes through
-        largest = float(extremes.abs().max())
+        extremes = torch.stack([end.float() for part in parts for end in part.detach().aminmax()])
+        largest = float(extremes.abs().max())  # NaN propagates
         if not largest <= torch.finfo(self.dtype).max:
             raise ValueError(
-                f"expected outputs of the stem that are finite in {DTYPES[self.dtype]}, got up to {largest:g}; keep "
+                f"expected outputs of the stem that are finite in {DTYPES[self.dtype]}, got up to {largest:g}; cache "
                 "them in bfloat16, or check the CLIP"
             )
-        narrow = [part.detach().to(self.dtype).cpu().contiguous() for part in parts]
+        rounded = [part.detach().to(self.dtype).cpu().contiguous() for part in parts]
         for i, slot in enumerate(slots.tolist()):
             self._marks[slot] = 0  # first, so that neither a kill nor a reader in another process sees half a row
-            for start, kept, part in zip(self._starts, self._parts, narrow, strict=True):
+            for start, cached, part in zip(self._starts, self._parts, rounded, strict=True):
                 row = part[i].view(torch.int16).numpy()
                 if not hasattr(os, "pwrite"):
-                    kept[slot] = part[i]
+                    cached[slot] = part[i]
                 # Not through the map: there each fresh page faults, which is 15 times slower.
                 elif os.pwrite(self._file.fileno(), row.data, start + slot * row.nbytes) != row.nbytes:
                     raise OSError(errno.EIO, f"{self.path} takes no more bytes; check the disk")
-            self._marks[slot] = _mark(part[i] for part in narrow)
-
-    def filled(self) -> int:
-        """How many of the count * views rows are there; damage counts as filled until a read finds it."""
-        self._check_open()
-        return int(np.count_nonzero(self._marks))
+            self._marks[slot] = _mark(part[i] for part in rounded)
 
     def close(self) -> None:
-        """Let go of the file, which stays for the next run. Twice does no harm."""
+        """Release the file, which stays for the next run. Safe to call twice."""
         if not self._file.closed:
-            self._touch()
             self._parts.clear()
-            self._marks = self._trusted = np.zeros(0, np.uint64)  # the last references: the map goes with them
+            self._marks = self._verified = np.zeros(0, np.uint64)  # the last references: the map goes with them
             self._file.close()
 
     def __enter__(self) -> ActivationCache:
@@ -159,18 +147,18 @@ class ActivationCache:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _is_made(self, header: str) -> bool:
+    def _exists(self, header: str) -> bool:
         try:
             return self._header_path.read_bytes() == header.encode() and self.path.stat().st_size == self.bytes
         except FileNotFoundError:
             return False
 
-    def _make(self, header: str) -> None:
+    def _allocate(self, header: str) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
         for stale in (self._header_path, self.path, temporary):
             stale.unlink(missing_ok=True)
         try:
-            _allocate(temporary, self.bytes)
+            _reserve(temporary, self.bytes)
             os.replace(temporary, self.path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -180,47 +168,28 @@ class ActivationCache:
         written.write_bytes(header.encode())
         os.replace(written, self._header_path)
 
-    def _touch(self) -> None:
-        with suppress(FileNotFoundError):
-            os.utime(self._header_path)  # what `prune` goes by: maps leave no reliable times of access
-
-    def _slots(self, rows: torch.Tensor, views: torch.Tensor) -> np.ndarray:
-        self._check_open()
-        row, view = (indices.detach().cpu().numpy().astype(np.int64, casting="safe") for indices in (rows, views))
-        if row.ndim != 1 or row.shape != view.shape:
-            raise ValueError(f"expected rows and views of one shape (B,), got {row.shape} and {view.shape}")
-        for name, indices, end in (("row", row, self.count), ("view", view, self.views)):
-            if len(indices) and (indices.min() < 0 or indices.max() >= end):
-                raise IndexError(f"expected {name}s in 0..{end - 1}, got {indices.min()}..{indices.max()}")
-        return row * self.views + view
-
-    def _check_open(self) -> None:
+    def _slots(self, rows: torch.Tensor, view: int) -> np.ndarray:
         if self._file.closed:
             raise ValueError(f"{self.path} is closed; open a new ActivationCache")
+        row = rows.detach().cpu().numpy().astype(np.int64, casting="safe")
+        for name, index, end in (("rows", row, self.count), ("views", np.array([view]), self.views)):
+            if len(index) and (index.min() < 0 or index.max() >= end):
+                raise IndexError(f"expected {name} in 0..{end - 1}, got {index.min()}..{index.max()}")
+        return row * self.views + view
 
 
-def prune(folder: Path, keep_bytes: int) -> list[Path]:
-    """Remove the least recently used prefix files until the rest takes at most `keep_bytes`; returns those removed.
+def prune(folder: Path) -> list[Path]:
+    """Remove the cache files that no process has open, and what killed processes left; returns the files removed.
 
-    Files that a process has open stay (and count), as does everything in `folder` that `ActivationCache` did not write.
-    What a killed process left half made goes in any case.
+    Files that `ActivationCache` did not write stay.
     """
-    if keep_bytes < 0:
-        raise ValueError(f"expected keep_bytes of at least 0, got {keep_bytes}")
     removed: list[Path] = []
     if not folder.is_dir():
         return removed
     with _folder_lock(folder):
         ours = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
-        files = [path for path in ours if path.suffix == ".prefix"]
-        last_used = {p: _header_of(p).stat().st_mtime_ns if _header_of(p).exists() else -1 for p in files}
-        total = sum(path.stat().st_size for path in files)
-        for path in sorted(files, key=lambda path: last_used[path]):
-            size = path.stat().st_size
-            if (total > keep_bytes or last_used[path] < 0) and _remove_unused(path):
-                total -= size
-                removed.append(path)
-        for path in ours:  # under the lock nobody is making one
+        removed = [path for path in ours if path.suffix == ".activations" and _remove_unused(path)]
+        for path in ours:  # under the lock no process is making one
             if path.suffix == ".tmp" or (path.suffix == ".json" and not path.with_suffix("").exists()):
                 path.unlink(missing_ok=True)
     return removed
@@ -269,7 +238,7 @@ def _gather(part: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
     return torch.index_select(part, 0, torch.from_numpy(slots), out=out)
 
 
-def _mark(row: Iterator[torch.Tensor]) -> np.uint64:
+def _mark(row: Iterable[torch.Tensor]) -> np.uint64:
     """The mark of one filled row, from its contiguous parts."""
     crc = 0
     for part in row:
@@ -277,8 +246,8 @@ def _mark(row: Iterator[torch.Tensor]) -> np.uint64:
     return _FILLED | np.uint64(crc)
 
 
-def _allocate(path: Path, size: int) -> None:
-    """A file of `size` zero bytes that the disk has room for, or OSError with nothing left behind but `path`."""
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of `size` zero bytes whose disk space is reserved. OSError if the disk has no room."""
     free = shutil.disk_usage(path.parent).free
     try:
         if size > free:  # without filling the disk up first
@@ -289,13 +258,13 @@ def _allocate(path: Path, size: int) -> None:
             except (AttributeError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
-                _write_zeros(file.fileno(), size)  # a system or a file system that can't reserve: slower, as sure
+                _write_zeros(file.fileno(), size)  # the file system can't reserve: slower, as safe
     except OSError as error:
         raise OSError(
             error.errno,
-            f"can't keep the frozen stem's outputs: {size / 1e9:,.3f} GB wanted in {path.parent}, {free / 1e9:,.3f} GB "
-            f"free ({error.strerror}); use fewer cached views, another folder, remove old files with `prune`, or keep "
-            "none and compute them anew each time",
+            f"can't cache the frozen stem's outputs: {size / 1e9:,.3f} GB needed in {path.parent}, "
+            f"{free / 1e9:,.3f} GB free ({error.strerror}); use fewer cached views (0 computes them each time), or "
+            "another folder",
         ) from error
 
 
@@ -307,14 +276,14 @@ def _write_zeros(file: int, size: int) -> None:
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """One process at a time makes or removes files; a kill frees the lock."""
-    with (folder / ".prefix.lock").open("ab") as file:
+    """A lock under which files are made and removed; a killed process releases it."""
+    with (folder / ".activations.lock").open("ab") as file:
         _lock(file.fileno(), shared=False, wait=True)
         yield
 
 
 def _lock(file: int, shared: bool, wait: bool = False) -> None:
-    """flock. Raises BlockingIOError if it is held and not waited for; a system without it goes without."""
+    """flock, where the system has it. Raises BlockingIOError if the lock is held and `wait` is False."""
     try:
         import fcntl
     except ImportError:

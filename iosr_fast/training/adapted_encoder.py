@@ -1,7 +1,7 @@
-"""CLIP's image encoder cut at the first adapter: what is frozen, and what training has to differentiate.
+"""CLIP's image encoder cut at the first adapter, into a frozen part and a part that training differentiates.
 
-stem    patch embedding, the blocks before the first adapted one, and that block's attention and MLP: no adapter has
-        a part in it, so it runs without autograd, once for both embeddings, and its outputs can be kept
+stem    patch embedding, the blocks before the first adapted one, and that block's attention and MLP: independent of
+        the adapter, so it runs without autograd, once for both embeddings, and its outputs can be cached
 tail    the adapters and the blocks after; the last block computes only the CLS token, as the compiled encoder does
 """
 
@@ -17,7 +17,7 @@ from iosr_fast.clip.load import LoadedClip
 class AdaptedEncoder:
     """The image encoder of `clip`, cut for adapters in the blocks from `first_adapted_block` on.
 
-    Raises ValueError for an encoder that pools its tokens in place of reading its CLS token.
+    Raises ValueError for an encoder that pools its tokens instead of reading its CLS token.
     """
 
     def __init__(self, clip: LoadedClip, first_adapted_block: int) -> None:
@@ -49,7 +49,7 @@ class AdaptedEncoder:
         return [(tokens, self.blocks[0].ln_2.normalized_shape[0])] * 2
 
     def tail(self, adapter: Adapter | None, after_attention: torch.Tensor, after_mlp: torch.Tensor) -> torch.Tensor:
-        """From the stem's outputs to the un-normalised embedding (B, D): adapted, or plain where `adapter` is None."""
+        """From the stem's outputs to the un-normalised embedding (B, D): adapted, or plain if `adapter` is None."""
         x = after_mlp if adapter is None else after_mlp + adapter.blocks[str(self.first)](after_attention)
         for i in range(self.first + 1, self.last + 1):
             attended = self._attend(i, x)

@@ -1,4 +1,4 @@
-"""Random small affine and colour changes, for training on small pictures: drawn a picture, applied to a batch."""
+"""Random small affine and colour changes for training: drawn for each picture, applied to a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_augmentation(
 ) -> torch.Tensor:
     """(count, 10): angle in radians, zoom, shift x and y, gain and offset of R, G, B, for each of `count` pictures.
 
-    `max_shift` is a share of the half width. There is no mirroring: a left arrow would become a right one.
+    `max_shift` is a share of the half width. No mirroring: a left arrow would become a right one.
     """
 
     def uniform(low: float, high: float, columns: int = 1) -> torch.Tensor:
@@ -38,9 +38,9 @@ def draw_augmentation(
 
 
 def augment_batch(images: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Turn, shift, scale, brighten and recolour each picture as `drawn` (B, 10) says, independently of the others.
+    """Rotate, shift, scale, brighten and recolour each picture by its row of `drawn` (B, 10).
 
-    `images` (B, 3, H, W), float in [0, 1]; returns the same shape and range. What a shift uncovers repeats the border.
+    `images` (B, 3, H, W), float in [0, 1]; returns the same shape and range. Uncovered areas repeat the border.
     """
     drawn = drawn.to(images.device)
     angle, zoom, shift = drawn[:, 0], drawn[:, 1], drawn[:, 2:4]

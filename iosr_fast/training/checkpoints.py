@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written whole or not at all, verified when read, the one before kept for a damaged one."""
+"""Checkpoints of a training: written whole or not at all, verified when read, with one spare in case of damage."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from iosr_fast.utils.temporaries import remove_leftovers
 
 KIND = "training checkpoint"
 FILE = "state.safetensors"
+KEEP = 2
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training goes on from after `step` optimizer steps."""
+    """The state of a training after `step` optimizer steps."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -33,39 +34,39 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of one training in a folder, each a folder with a manifest of hashes.
+    """The last two checkpoints of one training in a folder, each a folder with a manifest of hashes.
 
-    `key` (JSON-able) is what the training is: a checkpoint with another key is never gone on from.
+    `key` (JSON-able) identifies the training: a checkpoint with another key is never resumed from.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
-        self.key: dict[str, Any] = json.loads(json.dumps(dict(key)))  # as it will be read again: no tuples
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.key: dict[str, Any] = json.loads(json.dumps(dict(key)))  # as it is read again: no tuples
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
-        """Write one, then remove all but the last `keep`. Raises OSError, with the older ones untouched."""
+        """Write one, then remove all but the last two. Raises OSError, with the older ones untouched."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder, of=r"step-\d+")  # of processes that were killed while they wrote
+        remove_leftovers(self.folder, of=r"step-\d+")  # of processes killed while writing
         try:
             with new_folder(self.folder / f"step-{step:09d}") as temporary:
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / FILE)
                 write_manifest(temporary, KIND, {"step": step, "key": self.key, "extra": dict(extra)})
         except (OSError, SafetensorError) as error:
-            kept = self._present()
-            told = f"step {_step(kept[-1])} is safe there" if kept else "none is there yet"
+            earlier = self._present()
+            state = f"step {_step(earlier[-1])} is safe there" if earlier else "none is there yet"
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
-                f"can't write a checkpoint of step {step} to {self.folder} ({error}); {told}: free some space and "
-                "start the same command again to go on from it",
+                f"can't write a checkpoint of step {step} to {self.folder} ({error}); {state}: free some space and "
+                "start the same command again to resume from it",
             ) from error
-        for old in self._present()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)  # what stays, on a share that is slow to let go, goes next time
+        for old in self._present()[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)  # a folder that a slow share still holds goes next time
 
     def latest(self) -> Checkpoint | None:
-        """The newest that is whole, or None; damaged ones are named in the log, renamed and passed over.
+        """The newest whole one, or None; damaged ones are logged, renamed and skipped.
 
         Raises ValueError for a checkpoint of another training.
         """
@@ -76,17 +77,17 @@ class Checkpoints:
                 manifest = read_manifest(folder, KIND)
                 step, key, extra = manifest["step"], manifest["key"], manifest["extra"]
             except (ValueError, KeyError, OSError) as error:
-                log.warning("the checkpoint %s is damaged and passed over: %s", folder, error)
+                log.warning("the checkpoint %s is damaged and skipped: %s", folder, error)
                 aside = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier run
                 with suppress(OSError):  # another process of this training may have done it
                     folder.rename(aside)
                 continue
             if key != self.key:
                 names = sorted(k for k in {*key, *self.key} if key.get(k) != self.key.get(k))
-                told = ", ".join(f"{k} {self.key.get(k)!r} where it has {key.get(k)!r}" for k in names)
+                differences = ", ".join(f"{k} {self.key.get(k)!r} where it has {key.get(k)!r}" for k in names)
                 raise ValueError(
-                    f"the checkpoints in {self.folder} are of another training ({told}); delete them, or go on with "
+                    f"the checkpoints in {self.folder} are of another training ({differences}); delete them, or use "
                     "the settings they were made with"
                 )
             return Checkpoint(step, load_file(folder / FILE), extra)
@@ -101,7 +102,7 @@ def _step(folder: Path) -> int:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Its state as tensors named optimizer.{parameter}.{name}; what stands in the groups is set at each step anew."""
+    """Its state as tensors named optimizer.{parameter}.{name}. Hyper-parameters are left out: each step sets them."""
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
 

@@ -1,12 +1,11 @@
-"""What is trained, self-supervised: DINO (Caron et al., ICCV 2021) on the adapter alone.
+"""The self-supervised objective: DINO (Caron et al., ICCV 2021) on the adapter alone.
 
 Student and teacher share the frozen CLIP and differ in adapter and projection head; the teacher's are a moving average
-of the student's. Both see the same two global crops, so the frozen stem runs once for the two of them, which the public
-code runs twice.
+of the student's. Both see the same two global crops, so the frozen stem runs once for both.
 
     loss = mean over v != g of - <softmax((teacher(g) - center) / t_teacher), log softmax(student(v) / t_student)>
 
-g goes over the 2 global crops, v over all crops. The adapter that comes out is the teacher's, as in the public code.
+g runs over the 2 global crops, v over all crops. The result is the teacher's adapter, as in the public code.
 """
 
 from __future__ import annotations
@@ -49,35 +48,35 @@ class ProjectionHead(nn.Module):
 
 
 class Dino(nn.Module):
-    """Student, teacher, centre and loss; the adapter given is the student's and both start from it."""
+    """Student, teacher, centre and loss; student and teacher start from `adapter`."""
 
     metric = "agreement"
 
     def __init__(self, encoder: AdaptedEncoder, adapter: Adapter, config: DinoConfig, epochs: int) -> None:
         super().__init__()
-        self.encoder = encoder  # no module, so that the frozen CLIP is neither saved nor synchronised
+        self.encoder = encoder  # not an nn.Module, so the frozen CLIP is neither saved nor synchronised
         self.config, self.epochs = config, epochs
         self.student, self.student_head = adapter, ProjectionHead(encoder.output_dim, config)
         self.student_head.requires_grad_(config.train_head)
         self.teacher = copy.deepcopy(adapter).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
         self.center = nn.Buffer(torch.zeros(config.out_dim))
-        self._outputs = nn.Buffer(torch.zeros(config.out_dim + 1), persistent=False)  # their sum and their count
+        self._outputs = nn.Buffer(torch.zeros(config.out_dim + 1), persistent=False)  # sum and count
         self.temperature = config.teacher_temperature[0]
         self.crops = _crops(encoder.image_size, local_size(encoder, config), config)
 
     def train(self, mode: bool = True) -> Dino:
         super().train(mode)
-        self.teacher.eval()  # the teacher drops nothing out
+        self.teacher.eval()  # no dropout in the teacher
         return self
 
     def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]:
         """(2B, 3, S, S) global and (L B, 3, s, s) local crops, crop by crop, by the global random generator."""
         first, second, local = self.crops
-        made = [torch.cat([first(images), second(images)])]
+        crops = [torch.cat([first(images), second(images)])]
         if self.config.local_crops:
-            made.append(torch.cat([local(images) for _ in range(self.config.local_crops)]))
-        return made
+            crops.append(torch.cat([local(images) for _ in range(self.config.local_crops)]))
+        return crops
 
     def forward(
         self, stems: Sequence[Stem], labels: torch.Tensor, weight: float = 1.0
@@ -94,7 +93,7 @@ class Dino(nn.Module):
         return weight * torch.stack(terms).sum() / len(terms), weight * agreement
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Weights, and biases, which are not decayed."""
+        """Weights, then biases, which have no weight decay."""
         trained = [p for p in (*self.student.parameters(), *self.student_head.parameters()) if p.requires_grad]
         return [
             {"params": [p for p in trained if p.ndim > 1]},
@@ -109,7 +108,7 @@ class Dino(nn.Module):
 
     @torch.no_grad()
     def after_step(self, share: float, reduce_sum: Reduce) -> None:
-        """Move the teacher and the centre. `share` of all steps is done; the momentum rises to 1 by a half cosine."""
+        """Move teacher and centre. `share` of all steps is done; the momentum rises to 1 along a half cosine."""
         rising = 0.5 * (1 + torch.cos(torch.tensor(share * torch.pi))).item()
         momentum = 1 - (1 - self.config.momentum) * rising
         pairs = ((self.student, self.teacher), (self.student_head, self.teacher_head))
@@ -125,7 +124,7 @@ class Dino(nn.Module):
 
 
 def local_size(encoder: AdaptedEncoder, config: DinoConfig) -> int:
-    """Side of the local crops. Raises ValueError where it is no multiple of the patch size up to the image size."""
+    """Side of the local crops. Raises ValueError if it is no multiple of the patch size up to the image size."""
     patch = encoder.patch_size
     size = config.local_size or -(-3 * encoder.image_size // (7 * patch)) * patch
     if size % patch or not patch <= size <= encoder.image_size:
@@ -160,7 +159,7 @@ def _crops(size: int, small: int, config: DinoConfig) -> tuple[Any, Any, Any]:
 
 
 class _Clamped:
-    """Augmentations one after the other, no modules of ours; bicubic resampling overshoots, so the range is kept."""
+    """Augmentations in sequence, each clamped to [0, 1] because bicubic resampling overshoots; not an nn.Module."""
 
     def __init__(self, *steps: Any) -> None:
         self.steps = steps
@@ -173,5 +172,5 @@ class _Clamped:
 
 
 def _odd(length: float) -> int:
-    """The odd whole number at or above `length`, at least 3: the width of a blur's kernel."""
+    """The width of a blur's kernel: the odd integer at or above `length`, at least 3."""
     return max(3, 2 * int(length // 2) + 1)

@@ -10,9 +10,9 @@ BINS = 200
 
 
 def pair_cosines(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of all pairs i < j: (paired, unpaired), of one class and of two. Needs N^2 * 4 bytes.
+    """Cosines of all pairs i < j: (paired, unpaired), of the same and of different classes. Needs N^2 * 4 bytes.
 
-    `embeddings` (N, D), L2-normalised; `labels` (N,). Raises ValueError where no pair, or every pair, shares a class.
+    `embeddings` (N, D), L2-normalised; `labels` (N,). Raises ValueError if no pair, or every pair, shares a class.
     """
     cosines = embeddings @ embeddings.T
     upper = np.triu(np.ones(cosines.shape, bool), 1)
@@ -36,7 +36,7 @@ def overlap_area(paired: np.ndarray, unpaired: np.ndarray, bins: int = BINS) -> 
 
 
 def auroc(paired: np.ndarray, unpaired: np.ndarray) -> float:
-    """The probability that a paired cosine exceeds an unpaired one (ties count half): 1 is the best, 0.5 is chance."""
+    """The probability that a paired cosine exceeds an unpaired one (ties count half): 1 at best, 0.5 by chance."""
     ordered = np.sort(unpaired)
     below = np.searchsorted(ordered, paired, side="left")
     up_to = np.searchsorted(ordered, paired, side="right")
@@ -44,11 +44,11 @@ def auroc(paired: np.ndarray, unpaired: np.ndarray) -> float:
 
 
 def feature_variance(embeddings: np.ndarray) -> float:
-    """How far unit rows x[i] scatter about their mean m, in [0, N / (N - 1)]: the trace of their covariance,
+    """The scatter of unit rows x[i] about their mean m, in [0, N / (N - 1)]: the trace of their covariance,
 
         sum_i |x[i] - m|^2 / (N - 1) = N / (N - 1) * (1 - |m|^2)
 
-    `embeddings` (N, D), L2-normalised, N >= 2. Near 0 where all crowd in one direction, 1 where their mean is zero.
+    `embeddings` (N, D), L2-normalised, N >= 2. Near 0 if all rows share a direction, N / (N - 1) if their mean is zero.
     Divided by D it is the mean of the channels' variances. Raises ValueError for fewer than two rows.
     """
     n_rows = len(embeddings)
@@ -59,7 +59,7 @@ def feature_variance(embeddings: np.ndarray) -> float:
 
 
 def plot_overlap(embeddings: dict[str, np.ndarray], labels: np.ndarray, path: str | Path) -> None:
-    """One panel an encoder: the two histograms of cosines with the shared area filled. Writes a PNG."""
+    """Write a PNG with a panel for each encoder: the two histograms of cosines with the shared area filled."""
     from iosr_fast.utils.require import require
 
     matplotlib = require("matplotlib.figure", "train")

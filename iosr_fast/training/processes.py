@@ -1,13 +1,16 @@
-"""Where a training runs: the processes and devices it has, and the folder for what it keeps."""
+"""The processes of a training: devices, checks that all run the same training, and signals that stop it."""
 
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,33 +21,35 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+T = TypeVar("T")
+
 
 def make_fabric(precision: str = "32-true", accelerator: str = "auto") -> Fabric:
-    """Lightning Fabric for this process: alone, or one of those that torchrun started (one or more machines).
+    """Lightning Fabric for this process: alone, or one of those that torchrun started (on one or more machines).
 
-    Raises ImportError where it is not installed, ValueError for a device or a precision that isn't to be had here.
+    Raises ImportError if it is not installed, ValueError for a device or precision that this machine lacks.
     """
     fabric = require("lightning_fabric", "train")
     local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    wanted: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "precision": precision}
+    options: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "precision": precision}
     if world > 1:
-        # DINO's sums of the teacher's outputs are each process's own until the step ends; the other buffers are equal.
+        # DINO's sums of the teacher's outputs differ between processes until a step ends; other buffers are equal.
         strategy = require("lightning_fabric.strategies", "train").DDPStrategy(broadcast_buffers=False)
-        wanted |= {"devices": local, "num_nodes": world // local, "strategy": strategy}
-    unfit = require("lightning_fabric.utilities.exceptions", "train").MisconfigurationException
+        options |= {"devices": local, "num_nodes": world // local, "strategy": strategy}
+    misconfigured = require("lightning_fabric.utilities.exceptions", "train").MisconfigurationException
     try:
-        made = fabric.Fabric(**wanted)
-    except (RuntimeError, unfit) as error:
+        result: Fabric = fabric.Fabric(**options)
+    except (RuntimeError, misconfigured) as error:
         raise ValueError(f"can't train on accelerator {accelerator!r} in {precision}: {error}") from error
-    made.launch()
-    typed: Fabric = made
-    return typed
+    result.launch()
+    return result
 
 
 def check_shared(fabric: Fabric, folder: Path) -> None:
-    """Raise ValueError in all processes where some don't see the `folder` that the first one writes to.
+    """Raise ValueError in all processes if some don't see the `folder` that the first one writes to.
 
-    Found at a resume only, it would cost all that was trained before.
+    Without this check the error would come at a resume, after all the work.
     """
     if fabric.world_size == 1:
         return
@@ -52,46 +57,51 @@ def check_shared(fabric: Fabric, folder: Path) -> None:
     mark = folder / f".shared.{os.getpid()}"
     if fabric.is_global_zero:
         mark.touch()
-    mark = folder / fabric.broadcast(mark.name)  # the others have the name only once the file is there
-    lacking = fabric.all_reduce(torch.tensor(float(not mark.exists()), device=fabric.device), reduce_op="sum")
+    mark = folder / fabric.broadcast(mark.name)  # the name arrives after the file was made
+    missing = _count(fabric, not mark.exists())
     if fabric.is_global_zero:
         mark.unlink()
-    assert isinstance(lacking, torch.Tensor)
-    if lacking > 0:
+    if missing:
         raise ValueError(
-            f"expected {folder} to be one folder for all processes, but {int(lacking)} of {fabric.world_size} see "
-            "another than the first one does: put it where all machines can read it"
+            f"expected {folder} to be one folder for all processes, but {missing} of {fabric.world_size} see another "
+            "one than the first process: put it where all machines can read it"
         )
 
 
 def check_same(fabric: Fabric, key: Mapping[str, Any]) -> None:
-    """Raise ValueError in all processes where the `key` of some (what the training is) differs from the first one's.
+    """Raise ValueError in all processes if some have another `key` (what the training is) than the first one.
 
-    Other pictures on one machine would train, wrongly or until the processes wait for each other for ever.
+    With other pictures on one machine, training would go wrong or the processes would wait for each other forever.
     """
     if fabric.world_size == 1:
         return
     first: Mapping[str, Any] = fabric.broadcast(dict(key))
     names = sorted(name for name in key if key[name] != first[name])
-    differ = fabric.all_reduce(torch.tensor(float(bool(names)), device=fabric.device), reduce_op="sum")
-    assert isinstance(differ, torch.Tensor)
+    differing = _count(fabric, bool(names))
     if names:
-        told = ", ".join(f"{name} {key[name]!r} where the first has {first[name]!r}" for name in names)
+        differences = ", ".join(f"{name} {key[name]!r} where the first has {first[name]!r}" for name in names)
         raise ValueError(
-            f"expected the same training in all processes, got in process {fabric.global_rank} {told}; give all the "
-            "same options and the same files (copies with their times)"
+            f"expected the same training in all processes, got in process {fabric.global_rank} {differences}; give all "
+            "the same options and the same files (copies with their times)"
         )
-    if differ > 0:
-        raise ValueError(f"expected the same training in all processes, got another in {int(differ)} of them")
+    if differing:
+        raise ValueError(f"expected the same training in all processes, got another in {differing} of them")
+
+
+def _count(fabric: Fabric, flag: bool) -> int:
+    """The number of processes in which `flag` is true."""
+    total = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return int(total)
 
 
 @contextmanager
-def kept_folder(folder: Path | None, config: TrainConfig) -> Iterator[Path | None]:
-    """Where outputs of the frozen blocks are kept: in `folder`, or for as long as training lasts; None if nowhere."""
+def activations_folder(folder: Path | None, config: TrainConfig) -> Iterator[Path | None]:
+    """The folder of the activation cache: in `folder`, or temporary without one; None if nothing is cached."""
     if not config.cached_views:
         yield None
     elif folder is not None:
-        yield folder / "kept"
+        yield folder / "activations"
     else:
         with tempfile.TemporaryDirectory(prefix="iosr_fast-") as temporary:
             yield Path(temporary)
@@ -105,3 +115,51 @@ def on_device(device: torch.device, clip: LoadedClip) -> Iterator[None]:
         yield
     finally:
         clip.model.visual.to("cpu")
+
+
+class Interrupt:
+    """SIGINT and SIGTERM wait until the current step is done and saved; a second SIGINT (Ctrl-C) acts at once.
+
+    A signal sets `requested` in this process; the training loop sets `everywhere` once any process has a request.
+    Signals can be handled in a process's main thread only: in another thread they act as before.
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.everywhere = self._interrupted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Ctrl-C reaches the processes of torchrun twice, as SIGINT from the terminal and as SIGTERM from torchrun.
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self.requested = True
+
+
+def shielded(items: Iterator[T]) -> Iterator[T]:
+    """The same items; worker processes that the iterator starts for its first item never receive SIGNALS.
+
+    Terminals, torchrun and batch systems signal all processes of a group. Decoding processes would end, and the step
+    that is to be finished and saved would wait for its pictures forever. This thread's signals wait for the first item.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows has no process groups
+        yield from items
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # is inherited
+    try:
+        first = next(items, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if first is not None:
+        yield first
+        yield from items

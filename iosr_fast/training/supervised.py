@@ -1,4 +1,4 @@
-"""What is trained, supervised: the adapter under a linear head, with cross entropy on the un-normalised embedding."""
+"""The supervised objective: cross entropy of a linear head on the un-normalised adapted embedding."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Objective(Protocol):
-    """What the training loop needs of an objective, which is an nn.Module as well.
+    """An objective of the training loop; an nn.Module as well.
 
-    `views` makes of pictures (B, 3, S, S) in [0, 1] the batches that go through the frozen stem. Called on the stem's
-    outputs it gives the sum of the losses over the B pictures, and how many of them `metric` counts as right, both
-    times `weight`: 0 for pictures that only keep a process in step with the others.
-    `result` is the adapter that the training is for.
+    `views` turns pictures (B, 3, S, S) in [0, 1] into the batches that go through the frozen stem. Calling the module
+    on the stem's outputs returns the sum of the losses over the B pictures, and how many of them `metric` counts as
+    right, both times `weight`. `result` is the trained adapter.
     """
 
     metric: str
@@ -46,7 +45,7 @@ class Supervised(nn.Module):
 
     def __init__(self, encoder: AdaptedEncoder, adapter: Adapter, classes: int) -> None:
         super().__init__()
-        self.encoder = encoder  # no module, so that the frozen CLIP is neither saved nor synchronised
+        self.encoder = encoder  # not an nn.Module, so the frozen CLIP is neither saved nor synchronised
         self.adapter = adapter
         self.head = nn.Linear(encoder.output_dim, classes)
 

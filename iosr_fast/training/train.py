@@ -1,11 +1,11 @@
-"""Training the adapter of a frozen CLIP, supervised or by DINO, on one process or many, resumable at any step.
+"""Train the adapter of a frozen CLIP, supervised or by DINO, on one process or many, resumable at any step.
 
-Nothing is done twice: what lies before the first adapter runs without autograd (or once, with `cached_views`), and the
-last block computes only the CLS token, as the compiled encoder does.
+The blocks before the first adapter run without autograd (or once, with `cached_views`), and the last block computes
+only the CLS token, as the compiled encoder does.
 
-Every random draw is a function of the seed and of where training is (epoch, step, process), never of what ran before,
-and the order of the pictures does not depend on the number of processes: a training that was killed and goes on from
-its last checkpoint ends, on a CPU, with the very weights of one that was not.
+Every random draw is a function of the seed, the epoch, the step and the process, and the order of the pictures does not
+depend on the number of processes. So a killed training that resumes from its last checkpoint ends, on a CPU, with
+exactly the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,16 @@ from iosr_fast.training.batches import Batches, hash_seed, part_size
 from iosr_fast.training.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
 from iosr_fast.training.data import PictureSource
 from iosr_fast.training.dino import Dino
-from iosr_fast.training.held_out_probe import HeldOutEvaluator
-from iosr_fast.training.interrupt import Interrupt
+from iosr_fast.training.held_out import HeldOutEvaluator
 from iosr_fast.training.probe import Probe
-from iosr_fast.training.processes import check_same, check_shared, kept_folder, make_fabric, on_device
+from iosr_fast.training.processes import (
+    Interrupt,
+    activations_folder,
+    check_same,
+    check_shared,
+    make_fabric,
+    on_device,
+)
 from iosr_fast.training.supervised import Supervised
 from iosr_fast.training.train_config import TrainConfig
 from iosr_fast.training.training_log import TrainingLog
@@ -45,10 +51,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """After each step: epochs and steps are counted from 1; `loss` and `accuracy` are those of the step's batch.
+    """Reported after each step. Epochs and steps count from 1; `loss`, `accuracy` and `pictures` are the step's.
 
-    With DINO `accuracy` is the share of pictures whose second crop the student puts with the prototype that the teacher
-    puts the first with. `pictures` are the step's; `seconds` what it took, decoding included.
+    With DINO `accuracy` is the share of pictures for which the student, on the second crop, and the teacher, on the
+    first, choose the same prototype. `seconds` is the step's time, decoding included.
     """
 
     epoch: int
@@ -76,24 +82,24 @@ def train_adapter(
     tensorboard: bool = False,
     fabric: Fabric | None = None,
 ) -> Adapter:
-    """Train `adapter` and return what was trained, on the CPU and in evaluation mode, the training in its config.
+    """Train `adapter` and return the result on the CPU, in evaluation mode, with the training's facts in its config.
 
-    Supervised: cross entropy of a linear head on the un-normalised adapted embedding, and `adapter` itself is returned;
-    with `config.dino` self-supervised, and the teacher's adapter is returned.
+    Supervised: cross entropy of a linear head on the un-normalised adapted embedding; returns `adapter` itself. With
+    `config.dino` self-supervised; returns the teacher's adapter.
 
-    `folder` holds what training leaves: checkpoints (of each epoch's end, and every `checkpoint_every` steps and
-    `checkpoint_minutes` where those are above 0), steps.csv and epochs.csv (with `tensorboard` its events too), and the
-    kept outputs of the frozen blocks where `config.cached_views` asks for them. Training goes on from the newest whole
-    checkpoint in it. Without a folder nothing is left. `held_out` pictures are encoded after each epoch: overlap and
-    linear-probe accuracy of the plain and of the adapted embeddings, told to `report_epoch` as (epoch, plain, adapted).
+    `folder` receives checkpoints (at the end of each epoch, and every `checkpoint_every` steps and
+    `checkpoint_minutes` if those are above 0), steps.csv and epochs.csv (with `tensorboard` its events too), and the
+    cached outputs of the frozen blocks if `config.cached_views` is above 0. Training resumes from the newest whole
+    checkpoint in it. Without a folder nothing is written. `held_out` pictures are encoded after each epoch: their
+    overlap and linear-probe accuracy, plain and adapted, go to `report_epoch` as (epoch, plain, adapted).
 
-    `fabric`: precision, devices and processes (`make_fabric` where left out). All processes call this alike; the first
+    `fabric`: precision, devices and processes (default: `make_fabric`). All processes make the same call; the first
     one reports and writes.
 
     Raises ValueError for an adapter of another CLIP, fewer than two classes (supervised), a batch that the processes
-    can't share, a folder, pictures or a config that they don't, or checkpoints of another training; KeyboardInterrupt
-    after SIGINT or SIGTERM, once the step at hand is done and saved; OSError where the disk is full, with the
-    checkpoints before untouched.
+    can't share, another folder, pictures or config in some process, or checkpoints of another training;
+    KeyboardInterrupt after SIGINT or SIGTERM, once the current step is done and saved; OSError if the disk is full,
+    with earlier checkpoints untouched.
     """
     check_belongs(adapter, clip)
     classes = len(source.class_names)
@@ -105,8 +111,8 @@ def train_adapter(
     part_size(config, fabric.world_size)
     if folder is not None:
         check_shared(fabric, folder)
-    with kept_folder(folder, config) as place, torch.random.fork_rng(devices=[]), on_device(fabric.device, clip):
-        training = _Training(clip, adapter, source, config, fabric, folder, place, held_out, tensorboard)
+    with activations_folder(folder, config) as cache, torch.random.fork_rng(devices=[]), on_device(fabric.device, clip):
+        training = _Training(clip, adapter, source, config, fabric, folder, cache, held_out, tensorboard)
         try:
             training.run(report, report_epoch, checkpoint_every, 60 * checkpoint_minutes)
         finally:
@@ -118,7 +124,7 @@ def train_adapter(
 
 
 class _Training:
-    """One training on one process: objective, optimizer, batches, and where it is."""
+    """One training on one process: objective, optimizer, batches and progress."""
 
     def __init__(
         self,
@@ -128,7 +134,7 @@ class _Training:
         config: TrainConfig,
         fabric: Fabric,
         folder: Path | None,
-        kept: Path | None,
+        cache: Path | None,
         held_out: PictureSource | None,
         tensorboard: bool,
     ) -> None:
@@ -149,22 +155,22 @@ class _Training:
             if config.dino is None
             else Dino(encoder, adapter, config.dino, config.epochs)
         )
-        made = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.objective.parameter_groups(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.decayed = [group["weight_decay"] > 0 for group in made.param_groups]
+        self.decayed = [group["weight_decay"] > 0 for group in optimizer.param_groups]
         self.steps_an_epoch = math.ceil(len(source.labels) / config.batch)
         self.total = config.epochs * self.steps_an_epoch
-        self.module, self.optimizer = fabric.setup(self.objective, made)
+        self.module, self.optimizer = fabric.setup(self.objective, optimizer)
         self.checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", key)
         self.done = self._restore()
         self.checkpoint_seconds, self.saved, self.overdue = 0.0, time.monotonic(), False
-        self.batches = Batches(clip, encoder, source, config, self.objective, fabric, kept)
+        self.batches = Batches(clip, encoder, source, config, self.objective, fabric, cache)
         self.held_out = None
         if held_out is not None and fabric.is_global_zero:
-            self.held_out = HeldOutEvaluator(clip, encoder, held_out, config, fabric, kept)
-        if kept is not None and fabric.is_global_zero:
-            prune(kept, 0)  # what other settings have left; files in use stay
+            self.held_out = HeldOutEvaluator(clip, encoder, held_out, config, fabric, cache)
+        if cache is not None and fabric.is_global_zero:
+            prune(cache)  # of other settings; files in use stay
         self.log = None
         if folder is not None and fabric.is_global_zero:
             self.log = TrainingLog(folder, self.done, tensorboard)
@@ -210,7 +216,7 @@ class _Training:
             if micro == 0:
                 self._set_rates()
                 self.optimizer.zero_grad()
-            # Dropout is a function of where training is, not of where it was resumed.
+            # Dropout depends on the step, not on where training was resumed.
             torch.manual_seed(hash_seed(self.config.seed, self.done, self.fabric.global_rank, micro))
             with self.fabric.no_backward_sync(self.module) if world > 1 and not part.last else nullcontext():
                 loss, right = self.module(stems, labels, part.weight)
@@ -226,7 +232,7 @@ class _Training:
             self.done += 1
             self.objective.after_step(self.done / self.total, self._sum)
             overdue = 0 < self.checkpoint_seconds <= time.monotonic() - self.saved
-            sums[2], sums[3] = float(interrupt.asked), float(overdue)
+            sums[2], sums[3] = float(interrupt.requested), float(overdue)
             reported = self._sum(sums).tolist()
             interrupt.everywhere, self.overdue = reported[2] > 0, reported[3] > 0
             seconds = time.perf_counter() - started
@@ -261,7 +267,7 @@ class _Training:
             report_epoch(epoch + 1, plain, adapted)
 
     def _save(self) -> None:
-        """The first process writes; all learn whether it could."""
+        """The first process writes; all raise if it can't."""
         failed = None
         if self.checkpoints is not None and self.fabric.is_global_zero:
             if self.log is not None:
@@ -278,27 +284,27 @@ class _Training:
         self.saved = time.monotonic()
 
     def _restore(self) -> int:
-        """Go on from the newest whole checkpoint; the number of steps done."""
+        """Load the newest whole checkpoint; returns the number of steps done."""
         if self.checkpoints is None:
             return 0
-        found = self.checkpoints.latest()
-        step = found.step if found is not None else 0
+        checkpoint = self.checkpoints.latest()
+        step = checkpoint.step if checkpoint is not None else 0
         if self.fabric.world_size > 1:
             first = self.fabric.broadcast(step)
-            differ = int(self._sum(torch.tensor(int(step != first), device=self.fabric.device)))
-            if differ:
+            differing = int(self._sum(torch.tensor(int(step != first), device=self.fabric.device)))
+            if differing:
                 raise ValueError(
                     f"expected all processes to read the same checkpoints in {self.checkpoints.folder}, got step "
-                    f"{first} in the first and others in {differ} of them: all machines have to share the folder"
+                    f"{first} in the first and others in {differing} of them: all machines have to share the folder"
                 )
-        if found is None:
+        if checkpoint is None:
             return 0
-        state = {name: value for name, value in found.tensors.items() if not name.startswith("optimizer.")}
+        state = {name: value for name, value in checkpoint.tensors.items() if not name.startswith("optimizer.")}
         self.objective.load_state_dict(state)
-        restore_optimizer(self.optimizer.optimizer, found.tensors)
-        if found.extra["precision"]:  # none where there was no scaler, as on a CPU
-            self.fabric._precision.load_state_dict(found.extra["precision"])
-        log.info("going on after step %d of %d", step, self.total)
+        restore_optimizer(self.optimizer.optimizer, checkpoint.tensors)
+        if checkpoint.extra["precision"]:  # empty without a gradient scaler, as on a CPU
+            self.fabric._precision.load_state_dict(checkpoint.extra["precision"])
+        log.info("resuming after step %d of %d", step, self.total)
         return step
 
 

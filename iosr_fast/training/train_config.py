@@ -1,4 +1,4 @@
-"""Hyper-parameters of an adapter's training, and what they make of a step: learning rate, weight decay."""
+"""Hyper-parameters of an adapter's training, and the learning rate and weight decay of each step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 @dataclass(frozen=True)
 class DinoConfig:
-    """What self-supervised training adds (Caron et al., ICCV 2021; the values are those of the paper's public code).
+    """Hyper-parameters of self-supervised training (Caron et al., ICCV 2021); the defaults are the public code's.
 
     `local_size`: side of the local crops in pixels; None is 3/7 of the image size (96 of 224), up to a whole patch.
-    `train_head`: the public code freezes all but the adapter, and with it the projection head, which stays as it was
-    drawn; here the head is trained as in DINO unless this is False.
+    `train_head`: train the projection head, as DINO does. The public code freezes it at its random values.
     """
 
     out_dim: int = 65536
@@ -61,10 +60,10 @@ class TrainConfig:
 
     `batch`: pictures an optimizer step, over all processes and all `accumulate` parts that they are taken in.
     `learning_rate`: with DINO it is for a batch of 256 and scaled by batch / 256, as its authors do.
-    `normalise`: subtract CLIP's mean and divide by its std at training too. The paper's public code leaves this out at
-    training and does it at inference; here it is done unless asked otherwise.
-    `cached_views`: compute the frozen part once for this many (augmented) views of each picture and keep it in a
-    memory-mapped file, in `kept_precision`; 0 computes it anew each time (no disk, endless augmentation).
+    `normalise`: subtract CLIP's mean and divide by its std at training too. The paper's public code does it at
+    inference only.
+    `cached_views`: compute the frozen part once for this many (augmented) views of each picture and cache it in a
+    memory-mapped file, in `cache_precision`; 0 computes it each time (no disk, endless augmentation).
     `clip_grad`: largest norm of the gradient; 0 does not clip.
     """
 
@@ -80,7 +79,7 @@ class TrainConfig:
     augment: bool = False
     normalise: bool = True
     cached_views: int = 0
-    kept_precision: Literal["fp16", "bf16"] = "fp16"
+    cache_precision: Literal["fp16", "bf16"] = "fp16"
     precision: Precision = "32-true"
     seed: int = 0
     dino: DinoConfig | None = field(default=None)
@@ -98,15 +97,15 @@ class TrainConfig:
             raise ValueError(f"expected precision of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"expected schedule constant or cosine, got {self.schedule!r}")
-        if self.kept_precision not in ("fp16", "bf16"):
-            raise ValueError(f"expected kept_precision fp16 or bf16, got {self.kept_precision!r}")
+        if self.cache_precision not in ("fp16", "bf16"):
+            raise ValueError(f"expected cache_precision fp16 or bf16, got {self.cache_precision!r}")
         if self.dino is not None and (self.cached_views or self.augment):
-            raise ValueError("DINO draws its own crops anew each epoch: expected cached_views=0 and augment=False")
+            raise ValueError("DINO draws new crops each epoch: expected cached_views=0 and augment=False")
 
     def learning_rate_at(self, step: int, steps_an_epoch: int) -> float:
-        """Of the optimizer's step `step`, counted from 0: linear warm-up, then constant or a half cosine.
+        """The rate of optimizer step `step`, counted from 0: linear warm-up, then constant or a half cosine.
 
-        lr = lr_min + (lr_max - lr_min) (1 + cos(pi t)) / 2, t the share of the steps after warm-up that are done.
+        lr = lr_min + (lr_max - lr_min) (1 + cos(pi t)) / 2, with t the share done of the steps after warm-up.
         """
         peak = self.learning_rate * (self.batch / 256 if self.dino is not None else 1.0)
         warmup, total = self.warmup_epochs * steps_an_epoch, self.epochs * steps_an_epoch

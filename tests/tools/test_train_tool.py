@@ -1,4 +1,4 @@
-"""tools/train_adapter.py: what can't be is refused before training, and a full disk at the end loses nothing."""
+"""tools/train_adapter.py: invalid options are refused before training, and a full disk at the end loses nothing."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def run(folder: Path, *options: str) -> Result:
     return CliRunner().invoke(APP, [*words, "--first-adapted-block", "5", "--batch", "4", *options])
 
 
-def told(result: Result) -> str:
-    """What was printed, without the frame around errors."""
+def printed(result: Result) -> str:
+    """The output, without the frame around errors."""
     return " ".join(result.output.replace("│", " ").split())
 
 
@@ -57,25 +57,26 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize(("options", "expected"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
-def test_what_can_not_be_is_refused_and_never_replaced_by_a_default(
+def test_invalid_options_are_refused_and_never_replaced_by_a_default(
     folder: Path, options: Sequence[str], expected: str
 ) -> None:
     refused = run(folder, *options)
-    assert refused.exit_code == 2 and expected in told(refused), refused.output
+    assert refused.exit_code == 2 and expected in printed(refused), refused.output
     assert not list(folder.rglob("*.csv"))
 
 
+@pytest.mark.slow
 def test_only_an_adapter_is_replaced(folder: Path) -> None:
     out = folder / "out" / "a.safetensors"
     out.parent.mkdir()
     out.write_text("my diary")
     refused = run(folder)
-    assert refused.exit_code == 2 and "exists and is no adapter" in told(refused)
+    assert refused.exit_code == 2 and "exists and is no adapter" in printed(refused)
     assert out.read_text() == "my diary"
     out.unlink()
     assert run(folder).exit_code == 0
     again = run(folder, "--bottleneck", "8")
-    assert again.exit_code == 0 and "exists and is replaced when this training ends" in told(again)
+    assert again.exit_code == 0 and "exists and is replaced when this training ends" in printed(again)
     assert load_adapter(out).config.bottleneck == 8
 
 
@@ -83,9 +84,10 @@ def test_a_file_where_the_logs_go_is_refused(folder: Path) -> None:
     (folder / "out").mkdir()
     (folder / "out" / "a.safetensors.training").write_text("a file")
     refused = run(folder)
-    assert refused.exit_code == 2 and "got a file of that name; move it" in told(refused)
+    assert refused.exit_code == 2 and "got a file of that name; move it" in printed(refused)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_not_fit_the_disk_is_written_by_the_next_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,10 +96,10 @@ def test_an_adapter_that_does_not_fit_the_disk_is_written_by_the_next_run(
 
     with monkeypatch.context() as patched:
         patched.setattr(tool, "save_adapter", full)
-        failed = run(folder, "--epochs", "3")
+        failed = run(folder, "--epochs", "2")
     assert failed.exit_code != 0 and "the same command writes it at once" in str(failed.exception)
     lines = (folder / "out" / "a.safetensors.training" / "steps.csv").read_bytes()
-    done = run(folder, "--epochs", "3")
+    done = run(folder, "--epochs", "2")
     assert done.exit_code == 0 and (folder / "out" / "a.safetensors").is_file(), done.output
     assert (folder / "out" / "a.safetensors.training" / "steps.csv").read_bytes() == lines, "no step was taken again"
     assert not (folder / "out" / "a.safetensors.training" / "checkpoints").exists()
@@ -113,4 +115,4 @@ def test_a_second_ctrl_c_says_where_it_goes_on(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(tool, "train_adapter", interrupted)
     monkeypatch.setattr(os, "_exit", leave)
     stopped = run(folder)
-    assert stopped.exit_code == 130 and "stopped at once: the same command goes on from the last" in told(stopped)
+    assert stopped.exit_code == 130 and "stopped at once: the same command resumes from the last" in printed(stopped)

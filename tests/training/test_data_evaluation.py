@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,10 +19,19 @@ for module in ("torch", "scipy"):
 
 from iosr_fast.images.preprocess import BadImageError  # noqa: E402
 from iosr_fast.training.data.datasets_page import page  # noqa: E402
-from iosr_fast.training.data.evaluation_sets import check, describe, names, open_evaluation_set  # noqa: E402
-from iosr_fast.training.data.templates import IMAGENET_SEVEN, PHOTO, one_prompt, templates_for  # noqa: E402
+from iosr_fast.training.data.evaluation_readers import Content  # noqa: E402
+from iosr_fast.training.data.evaluation_sets import (  # noqa: E402
+    IMAGENET_SEVEN,
+    PHOTO,
+    _finish,
+    check,
+    describe,
+    names,
+    open_evaluation_set,
+)
 from tests.training.test_data_layouts import (  # noqa: E402
     aircraft,
+    cars,
     coop,
     cub,
     dogs,
@@ -173,10 +183,11 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
 
 def test_prompts() -> None:
     for name in names():
-        assert templates_for(name) == (list(IMAGENET_SEVEN) if name.startswith("imagenet") else [one_prompt(name)])
-        assert all(template.count("{}") == 1 for template in (*templates_for(name), one_prompt(name)))
-    assert one_prompt("imagenet") == PHOTO and len(set(IMAGENET_SEVEN)) == 7
-    assert one_prompt("ucf101") == "a photo of a person doing {}."
+        entry = describe(name)
+        assert entry.templates == (list(IMAGENET_SEVEN) if name.startswith("imagenet") else [entry.prompt])
+        assert all(template.count("{}") == 1 for template in (*entry.templates, entry.prompt))
+    assert describe("imagenet").prompt == PHOTO and len(set(IMAGENET_SEVEN)) == 7
+    assert describe("ucf101").prompt == "a photo of a person doing {}."
 
 
 def test_the_page_of_data_sets_is_up_to_date() -> None:
@@ -185,6 +196,7 @@ def test_the_page_of_data_sets_is_up_to_date() -> None:
     assert all(f"| `{name}` | {describe(name).title} |" in written for name in names())
 
 
+@pytest.mark.slow
 def test_heavy_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
     code = (
         "import sys; from iosr_fast.training.data import evaluation_sets, open_images, shards\n"
@@ -214,3 +226,53 @@ def test_train_and_test_need_not_lie_side_by_side(
         assert after[split].labels.tolist() == before[split].labels.tolist()
         assert [Path(key).name for key in after[split].keys] == [Path(key).name for key in before[split].keys]
         assert after[split].image(0).tobytes() == pixels[split]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "file"),
+    [
+        ("stanford_dogs", dogs, "lists/test_list.mat"),
+        ("stanford_cars", cars, "cars_test_annos_withlabels.mat"),
+    ],
+)
+def test_a_damaged_mat_file_is_named(tmp_path: Path, name: str, make: object, file: str) -> None:
+    expected = make(tmp_path)  # type: ignore[operator]
+    if make is cars:
+        in_folder(tmp_path, *expected)
+    path = tmp_path / name / file
+    good = path.read_bytes()
+    assert check(tmp_path, [name]) == {name: None}
+    for end in (0, 60, 127, 128, 150, len(good) - 1):
+        path.write_bytes(good[:end])
+        message = check(tmp_path, [name])[name]
+        assert message is not None and path.name in message and "fetch it again" in message
+
+
+def test_an_unknown_name_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "iosr_fast.training.data.evaluation_sets.open_evaluation_set", lambda name, root: opened.append(name)
+    )
+    with pytest.raises(ValueError, match="got 'dtt'"):
+        check(tmp_path, ["imagenet", "dtt"])
+    assert not opened
+
+
+def test_labels_that_name_no_class_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"")
+    dtd = describe("dtd")
+    content = Content(tmp_path, ["banded", "dotted"], {"test": [("a", 0), ("b", 2)]})
+    with pytest.raises(ValueError, match=r"expected labels from 0 to 1 in the split 'test' of DTD .* got 0 to 2"):
+        _finish(dtd, dtd.layouts[0], content)
+
+
+def test_a_changed_image_of_the_same_size_shows_in_its_time(tmp_path: Path) -> None:
+    coop("eurosat", ("AnnualCrop", "Annual Crop Land", ""), ("River", "River", ""))(tmp_path)
+    before = open_evaluation_set("eurosat", tmp_path)
+    file = before.splits["test"].folder / before.splits["test"].keys[0]
+    os.utime(file, ns=(1, 10**18))
+    after = open_evaluation_set("eurosat", tmp_path)
+    assert after.fingerprint == before.fingerprint, "which is the same for copies of the set"
+    assert after.splits["test"].times[0] == 10**18 != before.splits["test"].times[0]
+    assert after.splits["train"].times.tolist() == before.splits["train"].times.tolist()

@@ -1,4 +1,4 @@
-"""The probe of embeddings: against an independent optimum, chance, separable classes, and rows in another order."""
+"""The probe of embeddings: separable classes, chance, and the choice of pictures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
-from tests.conftest import unit_rows
 
 pytest.importorskip("torch")
 
-from iosr_fast.training.probe import RIDGE, Probe, fit_linear_probe, probe
+pytest.importorskip("sklearn")
+
+from iosr_fast.training.probe import Probe, probe, probed_rows
 
 
 def clusters(
@@ -23,44 +24,6 @@ def clusters(
     centres = rng.standard_normal((classes, width))
     rows = centres[labels] + noise * rng.standard_normal((len(labels), width))
     return (7 * rows).astype(np.float32), labels
-
-
-def objective(rows: np.ndarray, labels: np.ndarray, weight: np.ndarray, bias: np.ndarray, ridge: float) -> float:
-    """The docstring's formula, written anew."""
-    logits = rows @ weight + bias
-    top = logits.max(1, keepdims=True)
-    log_sum = top[:, 0] + np.log(np.exp(logits - top).sum(1))
-    return float((log_sum - logits[np.arange(len(rows)), labels]).mean() + ridge / 2 * (weight**2).sum())
-
-
-@pytest.mark.parametrize("ridge", [1e-1, 1e-3, RIDGE])
-@pytest.mark.parametrize("shape", [(60, 5, 4), (25, 40, 3)], ids=["more rows", "more channels"])
-def test_the_linear_probe_is_at_the_minimum(
-    rng: np.random.Generator, shape: tuple[int, int, int], ridge: float
-) -> None:
-    optimize = pytest.importorskip("scipy.optimize")
-    n, width, classes = shape
-    rows = unit_rows(rng, n, width).astype(np.float64) + 0.5  # off centre, as CLIP's are
-    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
-
-    def flat(x: np.ndarray) -> tuple[float, np.ndarray]:
-        weight, bias = x[: width * classes].reshape(width, classes), x[width * classes :]
-        logits = rows @ weight + bias
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        p[np.arange(n), labels] -= 1
-        gradient = np.concatenate([(rows.T @ p / n + ridge * weight).ravel(), p.mean(0)])
-        return objective(rows, labels, weight, bias, ridge), gradient
-
-    start = np.zeros(width * classes + classes)
-    options = {"maxiter": 20_000, "maxfun": 50_000, "ftol": 1e-15, "gtol": 1e-9}
-    best = optimize.minimize(flat, start, jac=True, method="L-BFGS-B", options=options)
-    weight, bias = fit_linear_probe(rows, labels, classes, ridge)
-    assert weight.shape == (width, classes) and bias.shape == (classes,) and weight.dtype == bias.dtype == np.float64
-    assert objective(rows, labels, weight, bias, ridge) == pytest.approx(best.fun, rel=1e-5)
-    wanted = best.x[: width * classes].reshape(width, classes)
-    assert np.abs(weight - wanted).max() <= 2e-2 * np.abs(wanted).max()
-    assert bias.mean() == pytest.approx(0, abs=1e-6 * np.abs(bias).max())
 
 
 def test_separable_classes_are_all_right_and_random_labels_are_chance(rng: np.random.Generator) -> None:
@@ -86,25 +49,16 @@ def test_overlap_is_that_of_all_pairs(rng: np.random.Generator) -> None:
     assert found.overlap_area == pytest.approx(overlap_area(*pairs), abs=2e-3)  # a cosine may lie on a bin's border
 
 
-@pytest.mark.parametrize("each", [6, 150], ids=["all", "subsample"])
-def test_the_order_of_the_rows_means_nothing(rng: np.random.Generator, each: int) -> None:
-    rows, labels = clusters(rng, 20, each, 8, noise=1.5)
-    ids = [f"picture {i}" for i in range(len(rows))]
-    order = rng.permutation(len(rows))
-    assert probe(rows[order], labels[order]) == probe(rows, labels)
-    named = probe(rows, labels, ids=ids)
-    assert probe(rows[order], labels[order], ids=[ids[i] for i in order]) == named
-    assert probe(rows, labels, seed=1) != probe(rows, labels) != named  # other halves
-    assert probe(4 * rows, labels + 50, ids=ids) == named  # nor do lengths, and names of classes
-
-
-def test_ids_hold_the_pictures_still_when_the_encoder_moves(rng: np.random.Generator) -> None:
+def test_encoders_are_compared_on_the_same_pictures(rng: np.random.Generator) -> None:
     rows, labels = clusters(rng, 20, 150, 8, noise=1.5)
-    ids = range(len(rows))
+    measured = probe(rows, labels)
+    assert probe(4 * rows, labels + 50) == measured, "lengths and names of classes change nothing"
     moved = (rows + 1e-3 * rng.standard_normal(rows.shape)).astype(np.float32)
-    by_id = abs(probe(rows, labels, ids=ids).linear_probe - probe(moved, labels, ids=ids).linear_probe)
-    assert by_id < 0.005
-    assert abs(probe(rows, labels).linear_probe - probe(moved, labels).linear_probe) > by_id
+    assert abs(probe(moved, labels).linear_probe - measured.linear_probe) < 0.005
+    assert probe(rows, labels, seed=1) != measured, "other halves"
+    chosen = probed_rows(labels)
+    assert len(chosen) == measured.pictures == 2000 and (np.diff(chosen) > 0).all()
+    assert probe(rows[chosen], labels[chosen]).overlap_area == measured.overlap_area
 
 
 def test_many_pictures_are_drawn_evenly(rng: np.random.Generator) -> None:
@@ -117,33 +71,19 @@ def test_many_pictures_are_drawn_evenly(rng: np.random.Generator) -> None:
     assert (many.pictures, many.classes, many.classes_left_out) == (2000, 1000, 0)
 
 
-def test_torch_s_settings_are_left_alone_and_do_not_matter(rng: np.random.Generator) -> None:
-    import torch
-
-    rows, labels = clusters(rng, 5, 8, 8, noise=2.0)
-    expected, state = probe(rows, labels), torch.get_rng_state()
-    with torch.no_grad():
-        assert probe(rows, labels) == expected
-    with torch.inference_mode():
-        assert probe(rows, labels) == expected
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize(
-    ("rows", "labels", "ids", "message"),
+    ("rows", "labels", "message"),
     [
-        (np.ones(4, np.float32), np.arange(4), None, r"expected embeddings \(N, D\) of floats, got \(4,\)"),
-        (np.ones((4, 2), np.int64), np.arange(4), None, "of floats, got .* of int64"),
-        (np.ones((4, 2)), np.arange(3), None, r"expected labels \(4,\) of integers, got \(3,\)"),
-        (np.ones((4, 2)), np.zeros(4), None, "of integers, got .* of float64"),
-        (np.diag([1.0, 0.0, 1.0, 0.0]), np.arange(4), None, "finite embeddings other than zero, got 2 .* in row 1"),
-        (np.array([[1.0, np.nan]] * 4), np.arange(4), None, "finite embeddings other than zero, got 4 .* in row 0"),
-        (np.ones((4, 2)), np.array([0, 0, 1, 2]), None, "two classes of two pictures or more, got 1 among 3 classes"),
-        (np.ones((0, 2)), np.zeros(0, int), None, "two classes of two pictures or more, got 0 among 0 classes"),
-        (np.ones((4, 2)), np.array([0, 0, 1, 1]), [1, 2, 3], "an id for each of the 4 rows, .* got 3 ids"),
-        (np.ones((4, 2)), np.array([0, 0, 1, 1]), [1, 2, 3, 1], "no two the same"),
+        (np.ones(4, np.float32), np.arange(4), r"expected embeddings \(N, D\) of floats, got \(4,\)"),
+        (np.ones((4, 2), np.int64), np.arange(4), "of floats, got .* of int64"),
+        (np.ones((4, 2)), np.arange(3), r"expected labels \(4,\) of integers, got \(3,\)"),
+        (np.ones((4, 2)), np.zeros(4), "of integers, got .* of float64"),
+        (np.diag([1.0, 0.0, 1.0, 0.0]), np.arange(4), "finite embeddings other than zero, got 2 .* in row 1"),
+        (np.array([[1.0, np.nan]] * 4), np.arange(4), "finite embeddings other than zero, got 4 .* in row 0"),
+        (np.ones((4, 2)), np.array([0, 0, 1, 2]), "two classes of two pictures or more, got 1 among 3 classes"),
+        (np.ones((0, 2)), np.zeros(0, int), "two classes of two pictures or more, got 0 among 0 classes"),
     ],
 )
-def test_bad_input_is_refused(rows: Any, labels: Any, ids: Any, message: str) -> None:
+def test_bad_input_is_refused(rows: Any, labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        probe(rows, labels, ids=ids)
+        probe(rows, labels)

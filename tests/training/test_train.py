@@ -14,7 +14,7 @@ pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the 
 from iosr_fast.clip.adapter import Adapter, encode_plain, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.training import probe as probe_module  # noqa: E402
-from iosr_fast.training.batches import cut  # noqa: E402
+from iosr_fast.training.batches import split_steps  # noqa: E402
 from iosr_fast.training.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
 from iosr_fast.training.train import train_adapter  # noqa: E402
 from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402
@@ -46,6 +46,7 @@ def weights(adapter: Adapter) -> torch.Tensor:
     return torch.cat([value.flatten() for value in adapter.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached_views", [0, 2])
 def test_training_learns(clip: LoadedClip, pictures: TensorPictures, cached_views: int) -> None:
     losses: list[float] = []
@@ -60,21 +61,23 @@ def test_training_learns(clip: LoadedClip, pictures: TensorPictures, cached_view
     assert not any(p.requires_grad for p in clip.model.parameters())
 
 
-def test_what_is_kept_changes_the_weights_by_rounding_only(clip: LoadedClip, pictures: TensorPictures) -> None:
+@pytest.mark.slow
+def test_cached_activations_change_the_weights_by_rounding_only(clip: LoadedClip, pictures: TensorPictures) -> None:
     config = TrainConfig(epochs=2, batch=10)
     computed = train_adapter(clip, fresh(clip, 3), pictures, config)
-    kept = train_adapter(clip, fresh(clip, 3), pictures, replace(config, cached_views=1))
-    torch.testing.assert_close(weights(kept), weights(computed), atol=2e-3, rtol=0.05)
-    assert not torch.equal(weights(kept), weights(computed))
+    cached = train_adapter(clip, fresh(clip, 3), pictures, replace(config, cached_views=1))
+    torch.testing.assert_close(weights(cached), weights(computed), atol=2e-3, rtol=0.05)
+    assert not torch.equal(weights(cached), weights(computed))
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_gradient(clip: LoadedClip, pictures: TensorPictures) -> None:
     config = TrainConfig(epochs=2, batch=12)  # the last step has 6
-    made = [
+    results = [
         weights(train_adapter(clip, init_adapter(clip, 4, 8, dropout=0.0), pictures, replace(config, accumulate=parts)))
         for parts in (1, 3)
     ]
-    torch.testing.assert_close(made[1], made[0], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -82,7 +85,7 @@ def test_accumulation_does_not_change_the_gradient(clip: LoadedClip, pictures: T
 def test_each_picture_is_in_one_process_at_one_step(world: int, count: int) -> None:
     config = TrainConfig(batch=8, accumulate=2)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
-    ranks = [cut(order, config, world, rank) for rank in range(world)]
+    ranks = [split_steps(order, config, world, rank) for rank in range(world)]
     taken = torch.cat([part.rows for parts in ranks for part in parts if part.weight])
     assert sorted(taken.tolist()) == list(range(count))
     steps = -(-count // 8)
@@ -100,9 +103,10 @@ def test_each_picture_is_in_one_process_at_one_step(world: int, count: int) -> N
 
 def test_a_batch_that_processes_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match="2 processes can take in 3 equal parts each, got 8; a multiple of 6 does"):
-        cut(torch.arange(8), TrainConfig(batch=8, accumulate=3), 2, 0)
+        split_steps(torch.arange(8), TrainConfig(batch=8, accumulate=3), 2, 0)
 
 
+@pytest.mark.slow
 def test_normalisation_is_an_option(clip: LoadedClip, pictures: TensorPictures) -> None:
     config = TrainConfig(batch=30)
     ours = train_adapter(clip, fresh(clip), pictures, config)
@@ -110,9 +114,10 @@ def test_normalisation_is_an_option(clip: LoadedClip, pictures: TensorPictures) 
     assert not torch.equal(weights(ours), weights(as_published))
 
 
+@pytest.mark.slow
 def test_held_out_pictures_are_measured_each_epoch(clip: LoadedClip, pictures: TensorPictures, tmp_path: Path) -> None:
-    told = []
-    held_out = SubsetPictures(validation_pictures(64), torch.arange(120))
+    reports = []
+    held_out = SubsetPictures(validation_pictures(64), torch.arange(60))
     for cached_views in (0, 1):
         train_adapter(
             clip,
@@ -121,15 +126,15 @@ def test_held_out_pictures_are_measured_each_epoch(clip: LoadedClip, pictures: T
             TrainConfig(epochs=2, batch=10, cached_views=cached_views),
             tmp_path / str(cached_views),
             held_out=held_out,
-            report_epoch=lambda *measured: told.append(measured),
+            report_epoch=lambda *measured: reports.append(measured),
         )
-    assert [epoch for epoch, _, _ in told] == [1, 2, 1, 2]
-    for _, plain, adapted in told:
-        assert plain.pictures == adapted.pictures == 120 and plain.classes >= 30
+    assert [epoch for epoch, _, _ in reports] == [1, 2, 1, 2]
+    for _, plain, adapted in reports:
+        assert plain.pictures == adapted.pictures == 60 and plain.classes >= 15
         assert 0.1 < adapted.overlap_area < 0.9 and adapted.linear_probe > 5 / plain.classes
-    assert told[0][1] == told[1][1], "the plain embeddings do not change"
-    assert told[0][2] != told[0][1]
-    assert abs(told[0][1].overlap_area - told[2][1].overlap_area) < 0.02, "kept in fp16, or computed"
+    assert reports[0][1] == reports[1][1], "the plain embeddings do not change"
+    assert reports[0][2] != reports[0][1]
+    assert abs(reports[0][1].overlap_area - reports[2][1].overlap_area) < 0.02, "cached in fp16, or computed"
     assert len((tmp_path / "0" / "epochs.csv").read_text().splitlines()) == 3
 
 
@@ -142,17 +147,17 @@ def write_folder(folder: Path, each: int) -> None:
             Image.new("RGB", (80 + i, 70), name).save(folder / name / f"{i}.png")
 
 
+@pytest.mark.slow
 def test_only_what_is_measured_is_encoded(
     clip: LoadedClip, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the numbers are those of a probe that has all to choose from."""
     held_out = SubsetPictures(validation_pictures(64), torch.arange(120))
     monkeypatch.setattr(probe_module, "MOST_PICTURES", 60)
-    asked: list[int] = []
+    encoded: list[int] = []
     iterate = SubsetPictures.iterate
 
     def counted(self: SubsetPictures, order: torch.Tensor, batch: int):
-        asked.append(len(order))
+        encoded.append(len(order))
         return iterate(self, order, batch)
 
     monkeypatch.setattr(SubsetPictures, "iterate", counted)
@@ -165,16 +170,18 @@ def test_only_what_is_measured_is_encoded(
         held_out=held_out,
         report_epoch=lambda epoch, plain, adapted: measured.append(plain),
     )
-    assert 30 <= max(asked) <= 60 and measured[0].pictures == max(asked)
+    assert 30 <= max(encoded) <= 60 and measured[0].pictures == max(encoded)
     with torch.no_grad():
-        pixels = next(iterate(held_out, torch.arange(120), 120))[1]
+        rows = torch.from_numpy(probe_module.probed_rows(held_out.labels.numpy()))
+        pixels = next(iterate(held_out, rows, 60))[1]
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
         whole = torch.nn.functional.normalize(encode_plain(clip, (pixels.float() / 255 - mean) / std), dim=-1)
-    expected = probe_module.probe(whole.numpy(), held_out.labels.numpy(), ids=range(120))
+    expected = probe_module.probe(whole.numpy(), held_out.labels[rows].numpy())
     assert measured[0].linear_probe == expected.linear_probe
     assert measured[0].auroc == pytest.approx(expected.auroc, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_folder_trains_and_a_damaged_file_is_named(clip: LoadedClip, tmp_path: Path) -> None:
     write_folder(tmp_path, 3)
     source = FolderPictures(tmp_path, clip.image_size, workers=0)
@@ -199,7 +206,7 @@ def test_impossible_training_is_refused_before_it_starts(
     assert not (tmp_path / "uneven").exists()
     with pytest.raises(OSError, match="fewer cached views"):
         train_adapter(clip, fresh(clip), pictures, TrainConfig(cached_views=10_000_000))
-    for wrong in ({"epochs": 0}, {"precision": "fp8"}, {"learning_rate": 0.0}, {"kept_precision": "int8"}):
+    for wrong in ({"epochs": 0}, {"precision": "fp8"}, {"learning_rate": 0.0}, {"cache_precision": "int8"}):
         with pytest.raises(ValueError, match="expected"):
             TrainConfig(**wrong)  # type: ignore[arg-type]
     for wrong in ({"momentum": 1.0}, {"local_scale": (0.5, 0.2)}, {"out_dim": 0}, {"teacher_temperature": (0.0, 0.1)}):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import os
 import resource
 import signal
@@ -36,13 +35,13 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def uninterrupted(folder: Path, last: int = 13) -> dict[str, str]:
-    with TrainingLog(folder, 0, tensorboard=False) as log:
+    with TrainingLog(folder, 0) as log:
         train(log, 1, last)
     return files(folder)
 
 
 def test_a_line_a_step_and_a_line_an_epoch_read_back_exactly(tmp_path: Path) -> None:
-    log = TrainingLog(tmp_path, 0, tensorboard=False)
+    log = TrainingLog(tmp_path, 0)
     log.step(1, 1, loss=0.1, accuracy=2 / 3)
     log.step(step=2, epoch=1, accuracy=float("nan"), loss=1e-30)  # in the order of the first line
     log.epoch(2, 1, auroc=1)
@@ -60,11 +59,11 @@ def test_a_line_a_step_and_a_line_an_epoch_read_back_exactly(tmp_path: Path) -> 
 @pytest.mark.parametrize("checkpoint", [3, 5, 8, 10])
 @pytest.mark.parametrize("torn", ["", "12", "12,3,0.08", "step,ep"])
 def test_interrupted_and_resumed_is_as_uninterrupted(tmp_path: Path, checkpoint: int, torn: str) -> None:
-    log = TrainingLog(tmp_path / "interrupted", 0, tensorboard=False)
+    log = TrainingLog(tmp_path / "interrupted", 0)
     train(log, 1, 11)  # and is killed: never closed
     with (tmp_path / "interrupted" / "steps.csv").open("a") as file:
         file.write(torn)
-    with TrainingLog(tmp_path / "interrupted", checkpoint, tensorboard=False) as log:
+    with TrainingLog(tmp_path / "interrupted", checkpoint) as log:
         train(log, checkpoint + 1, 13)
     assert files(tmp_path / "interrupted") == uninterrupted(tmp_path / "uninterrupted")
 
@@ -72,14 +71,14 @@ def test_interrupted_and_resumed_is_as_uninterrupted(tmp_path: Path, checkpoint:
 def test_resumed_at_the_last_line_nothing_is_rewritten(tmp_path: Path) -> None:
     whole = uninterrupted(tmp_path)
     inode = (tmp_path / "steps.csv").stat().st_ino
-    TrainingLog(tmp_path, 13, tensorboard=False).close()
+    TrainingLog(tmp_path, 13).close()
     assert files(tmp_path) == whole
     assert (tmp_path / "steps.csv").stat().st_ino == inode
 
 
 def test_a_fresh_training_moves_an_earlier_one_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = uninterrupted(tmp_path)
-    with TrainingLog(tmp_path, 0, tensorboard=False) as log:
+    with TrainingLog(tmp_path, 0) as log:
         log.step(1, 1, other_columns=1.0)
     assert "is of an earlier training and moves to steps.previous.csv" in caplog.text
     assert files(tmp_path) == {
@@ -100,16 +99,16 @@ WRITER = """
 import sys
 from pathlib import Path
 from tests.training.test_training_log import *
-with TrainingLog(Path(sys.argv[1]), 0, tensorboard=False) as log:
+with TrainingLog(Path(sys.argv[1]), 0) as log:
     print("ready", flush=True)
     train(log, 1, 10**9)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
-    root = ROOT
     command = [sys.executable, "-c", WRITER, str(tmp_path / "killed")]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
         while not (tmp_path / "killed" / "epochs.csv").stat().st_size:
@@ -117,7 +116,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     finally:
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
-    with TrainingLog(tmp_path / "killed", 4, tensorboard=False) as log:
+    with TrainingLog(tmp_path / "killed", 4) as log:
         train(log, 5, 13)
     assert files(tmp_path / "killed") == uninterrupted(tmp_path / "uninterrupted")
 
@@ -130,16 +129,16 @@ def test_a_kill_while_lines_are_removed_removes_none(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        TrainingLog(tmp_path, 7, tensorboard=False)
+        TrainingLog(tmp_path, 7)
     monkeypatch.undo()
     assert {name: text for name, text in files(tmp_path).items() if not name.endswith(".tmp")} == whole
-    with TrainingLog(tmp_path, 7, tensorboard=False) as log:
+    with TrainingLog(tmp_path, 7) as log:
         train(log, 8, 13)
     assert files(tmp_path) == whole
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    with TrainingLog(tmp_path, 0, tensorboard=False) as log:
+    with TrainingLog(tmp_path, 0) as log:
         log.step(1, 1, loss=0.5)
         size = (tmp_path / "steps.csv").stat().st_size
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -154,13 +153,13 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 
 def test_other_columns_are_refused_in_one_run_and_across_runs(tmp_path: Path) -> None:
-    with TrainingLog(tmp_path, 0, tensorboard=False) as log:
+    with TrainingLog(tmp_path, 0) as log:
         log.step(1, 1, loss=0.5)
         for values in ({"loss": 1.0, "more": 1.0}, {}, {"lr": 1.0}):
             with pytest.raises(ValueError, match=r"expected the values \['loss'\], the columns of .*steps.csv, got"):
                 log.step(2, 1, **values)
     with (
-        TrainingLog(tmp_path, 1, tensorboard=False) as log,
+        TrainingLog(tmp_path, 1) as log,
         pytest.raises(ValueError, match=r"the columns of .*steps.csv, got \['lr'\]; log the same"),
     ):
         log.step(2, 1, lr=0.5)
@@ -183,24 +182,22 @@ def test_somebody_else_s_or_a_damaged_file_is_refused_and_left_alone(tmp_path: P
     before = files(tmp_path)
     for resume_step in (0, 3):
         with pytest.raises(ValueError, match=rf"epochs.csv to be a training's log .* in line {line}: .* move the file"):
-            TrainingLog(tmp_path, resume_step, tensorboard=False)
+            TrainingLog(tmp_path, resume_step)
         assert files(tmp_path) == before
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a resume_step of at least 0, got -1"):
-        TrainingLog(tmp_path / "none", -1, tensorboard=False)
+        TrainingLog(tmp_path / "none", -1)
     assert not (tmp_path / "none").exists()
-    log = TrainingLog(tmp_path, 0, tensorboard=False)
+    log = TrainingLog(tmp_path, 0)
     log.step(3, 1, loss=0.5)
     with pytest.raises(ValueError, match=r"expected a step after 3, the last in .*steps.csv, got 3"):
         log.step(3, 1, loss=0.5)
-    with pytest.raises(ValueError, match="without commas, quotes and line ends, got 'a,b'"):
-        log.epoch(3, 1, **{"a,b": 1.0})
     log.close()
     with pytest.raises(ValueError, match="is closed; open a new TrainingLog"):
         log.step(4, 1, loss=0.5)
-    with TrainingLog(tmp_path, 3, tensorboard=False) as log, pytest.raises(ValueError, match="a step after 3"):
+    with TrainingLog(tmp_path, 3) as log, pytest.raises(ValueError, match="a step after 3"):
         log.step(2, 1, loss=0.5)
 
 
@@ -223,31 +220,19 @@ def test_tensorboard_shows_an_interrupted_training_as_an_uninterrupted_one(tmp_p
         train(log, 1, 4)
         log.step(5, 1, loss=77.0, lr=77.0)  # what is taken again comes out otherwise, to be seen
         log.epoch(5, 1, overlap_area=77.0, auroc=77.0)
-    with TrainingLog(tmp_path / "cut", 4) as log:  # None: taken where it is installed
+    with TrainingLog(tmp_path / "cut", 4, tensorboard=True) as log:
         train(log, 5, 13)
     assert scalars(tmp_path / "cut") == whole
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_without_tensorboard_it_is_skipped_unless_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_missing_tensorboard_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(module: str, extra: str) -> Any:
         raise ImportError(f"{module} is needed here and is not installed: pip install 'iosr_fast[{extra}]' brings it")
 
     monkeypatch.setattr(training_log, "require", missing)
     with pytest.raises(ImportError, match=r"tensorboard is needed here .* pip install 'iosr_fast\[train\]'"):
-        TrainingLog(tmp_path / "asked", 0, tensorboard=True)
-    assert not (tmp_path / "asked").exists()
-    with caplog.at_level(logging.WARNING), TrainingLog(tmp_path, 0) as log:
-        train(log, 1, 13)
-    assert "training is logged to CSV files only: tensorboard is needed here" in caplog.text
-    assert files(tmp_path) == uninterrupted(tmp_path / "other")
-    assert not list(tmp_path.glob("events*"))
-
-
-def test_it_costs_nothing_to_import(tmp_path: Path) -> None:
-    code = "import sys, iosr_fast.training.training_log; print(sorted({'torch', 'tensorboard'} & set(sys.modules)))"
-    root = ROOT
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert out.stdout.strip() == "[]"
+        TrainingLog(tmp_path / "log", 0, tensorboard=True)
+    assert not (tmp_path / "log").exists()

@@ -1,1 +1,1 @@
-"""What tools/train_adapter.py runs: its sources of pictures by name, and its progress bar."""
+"""Behind tools/train_adapter.py: its sources of pictures by name, and its progress bar."""

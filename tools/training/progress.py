@@ -1,9 +1,8 @@
-"""A training's progress bar: images a second, time left, and what was measured after each epoch."""
+"""A training's progress bar: images a second, time left, and the measures after each epoch."""
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -11,12 +10,12 @@ from iosr_fast.training.probe import Probe
 from iosr_fast.training.train import Progress as Step
 from iosr_fast.training.train_config import TrainConfig
 
-# Of the rate that is shown: the weight of the newest step.
+# The weight of the newest step in the shown rate.
 SMOOTHING = 0.1
 
 
 class TrainingBar:
-    """Reports of `train_adapter` on the terminal; `shown` is False in all processes but one, which then say nothing."""
+    """Reports of `train_adapter` on the terminal; silent unless `shown`, which one process of a training sets."""
 
     def __init__(self, config: TrainConfig, pictures: int, shown: bool = True) -> None:
         self.config, self.shown = config, shown
@@ -25,11 +24,11 @@ class TrainingBar:
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             disable=not shown,
         )
-        self.task = self.bar.add_task("train", total=self.steps, epoch=f"1/{config.epochs}", said="")
+        self.task = self.bar.add_task("train", total=self.steps, epoch=f"1/{config.epochs}", status="")
         self.rate: float | None = None
         self.started = time.perf_counter()
 
@@ -41,14 +40,12 @@ class TrainingBar:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def say(self, told: str) -> None:
+    def say(self, message: str) -> None:
         if self.shown:
-            self.bar.console.print(told, soft_wrap=True, highlight=False)
+            self.bar.console.print(message, soft_wrap=True, highlight=False)
 
     def step(self, step: Step) -> None:
         now = step.pictures / step.seconds
@@ -57,7 +54,7 @@ class TrainingBar:
             self.task,
             completed=(step.epoch - 1) * step.steps_an_epoch + step.step,
             epoch=f"{step.epoch}/{self.config.epochs}",
-            said=f"loss {step.loss:.2f}, {100 * step.accuracy:.0f}% {self.metric}, {self.rate:.0f} images/s",
+            status=f"loss {step.loss:.2f}, {100 * step.accuracy:.0f}% {self.metric}, {self.rate:.0f} images/s",
         )
 
     def epoch(self, epoch: int, plain: Probe, adapted: Probe) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,47 +41,36 @@ def open_sources(
 ) -> Sources:
     """Pictures of `size` to train on, and a share `held_out` of every class at `held_out_size` to measure on.
 
-    The demo's held-out pictures are those of its validation concepts, which no accuracy is reported on. Raises
-    ValueError or OSError, by name, for what is missing, before anything is decoded.
+    The demo's held-out pictures are those of its validation concepts, on which no accuracy is reported. Raises
+    ValueError or OSError that names what is missing, before anything is decoded.
     """
     if (data == "open-images") != (csv is not None and images is not None):
         raise ValueError("expected --csv FILE and --images DIR with --data open-images, and only with it")
     if data == "demo":
         return Sources(demo_pictures(size), validation_pictures(held_out_size))
-    open_at: Callable[[int], PictureSource]
     notes: tuple[str, ...] = ()
-    if csv is not None and images is not None:
-        listed, folder = csv, images
 
-        def open_at(at: int) -> PictureSource:
-            return OpenImagesPictures(listed, folder, at, workers, leave_out_missing=skip_missing)
-
-    elif is_shards(data):
-
-        def open_at(at: int) -> PictureSource:
-            return ShardPictures(data, at, workers)
-
-    else:
-
-        def open_at(at: int) -> PictureSource:
-            return FolderPictures(data, at, workers)
+    def open_at(at: int) -> PictureSource:
+        if csv is not None and images is not None:
+            return OpenImagesPictures(csv, images, at, workers, leave_out_missing=skip_missing)
+        return ShardPictures(data, at, workers) if is_shards(data) else FolderPictures(data, at, workers)
 
     source = open_at(size)
-    if skipped := getattr(source, "missing", ()):
-        notes = (f"left out {len(skipped)} pictures that the CSV names and {images} lacks, {skipped[0]} among them",)
+    if missing := getattr(source, "missing", ()):
+        notes = (f"left out {len(missing)} pictures that the CSV names and {images} lacks, {missing[0]} among them",)
     if not held_out:
         return Sources(source, None, notes)
-    train, held = split(source, held_out, seed)
-    if len(held.labels.unique()) < 2:
-        told = "nothing is measured between epochs: too few classes have the four pictures that holding two out takes"
-        return Sources(source, None, (*notes, told))
+    train, measured = split(source, held_out, seed)
+    if len(measured.labels.unique()) < 2:
+        note = "nothing is measured between epochs: too few classes have four pictures, of which two can be held out"
+        return Sources(source, None, (*notes, note))
     if size != held_out_size:
-        held = SubsetPictures(open_at(held_out_size), held.rows)
-    return Sources(train, held, notes)
+        measured = SubsetPictures(open_at(held_out_size), measured.rows)
+    return Sources(train, measured, notes)
 
 
 def is_shards(data: str) -> bool:
-    """A .tar file, a pattern of them, or a folder that holds some."""
+    """Whether `data` is a .tar file, a pattern of them, or a folder with some."""
     folder = Path(data)
     return ".tar" in folder.name or (folder.is_dir() and next(folder.glob("*.tar"), None) is not None)
 

@@ -6,10 +6,11 @@ from iosr_fast.training.data.sources import (
     FilePictures,
     FolderPictures,
     PictureSource,
+    SubsetPictures,
     TensorPictures,
     demo_pictures,
+    split,
 )
-from iosr_fast.training.data.subsets import SubsetPictures, split
 
 __all__ = [
     "FilePictures",

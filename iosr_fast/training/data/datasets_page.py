@@ -1,11 +1,8 @@
-"""docs/datasets.md, made from the registry: python -m iosr_fast.training.data.datasets_page > docs/datasets.md"""
+"""docs/datasets.md, made from the catalog: python -m iosr_fast.training.data.datasets_page > docs/datasets.md"""
 
 from __future__ import annotations
 
-from iosr_fast.training.data.evaluation_catalog import Download
-from iosr_fast.training.data.evaluation_files import Layout
-from iosr_fast.training.data.evaluation_sets import describe, names
-from iosr_fast.training.data.templates import IMAGENET_SEVEN, one_prompt
+from iosr_fast.training.data.evaluation_sets import IMAGENET_SEVEN, Download, Layout, catalog
 
 HEAD = """# Data sets
 
@@ -13,14 +10,14 @@ HEAD = """# Data sets
 
 ## To train on
 
-| what | how it lies on disk | what reads it |
+| data | files | class |
 |---|---|---|
 | a folder | one sub-folder of images a class | `FolderPictures` |
 | Open Images | a CSV: ImageID, DisplayName, type; images ID.jpg, also in train/ and so on | `OpenImagesPictures` |
 | WebDataset shards | .tar files with an image and a label for each key | `ShardPictures` |
 
-`tools/open_images_subset.py` makes a balanced CSV of the official label files, which are at
-https://storage.googleapis.com/openimages/web/download_v7.html, and the list that the official downloader.py takes.
+`tools/open_images_subset.py` makes a balanced CSV from the official label files, which are at
+https://storage.googleapis.com/openimages/web/download_v7.html, and the input list of the official downloader.py.
 
 A sample of a shard is KEY.jpg (.jpeg, .png, .webp) and KEY.cls (an integer), KEY.json ("label" or "class") or KEY.txt
 (a class name). Class names can lie beside the shards, in classes.txt. Shards are read from start to end and indexed
@@ -28,9 +25,9 @@ once; an epoch shuffles shards, and samples within a window.
 
 ## To evaluate on
 
-All sets lie under one root. The first layout whose files are all there is used; nothing is downloaded. A set says what
-is missing, with its URL and place, before any work (`iosr_fast.training.data.evaluation_sets.check`). Counts are of
-train / val / test images.
+All sets lie under one root. The first layout whose files all exist is used; nothing is downloaded. Missing files are
+listed with their URLs and places before any work (`iosr_fast.training.data.evaluation_sets.check`). Counts are train /
+val / test images.
 """
 
 
@@ -40,14 +37,13 @@ def page() -> str:
         "| name | set | classes | layouts: train / val / test | prompt |",
         "|---|---|---|---|---|",
     ]
-    for name in names():
-        entry = describe(name)
+    for name, entry in catalog().items():
         layouts = "; ".join(f"{layout.title}: {_counts(layout)}" for layout in entry.layouts)
-        table.append(f"| `{name}` | {entry.title} | {entry.classes} | {layouts} | {one_prompt(name)} |")
+        table.append(f"| `{name}` | {entry.title} | {entry.classes} | {layouts} | {entry.prompt} |")
     seven = ", ".join(f'"{template}"' for template in IMAGENET_SEVEN)
     prompts = f"ImageNet and its shifted versions use the seven prompts {seven}; the one in the table is CoOp's."
-    places = [_places(describe(name)) for name in names()]
-    return "\n".join([HEAD, *table, "", prompts, "", "## Where to put what", "", *places])
+    places = [_places(entry) for entry in catalog().values()]
+    return "\n".join([HEAD, *table, "", prompts, "", "## Where to put the files", "", *places])
 
 
 def _counts(layout: Layout) -> str:

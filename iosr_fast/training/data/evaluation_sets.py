@@ -1,92 +1,179 @@
-"""The evaluation sets of the field by name: what each needs, what is missing, and their images and labels.
+"""The evaluation sets of the field by name: their files, what is missing, and their images and labels.
 
     problems = check(root, ["dtd", "imagenet"])           # before any work
     dtd = open_evaluation_set("dtd", root)
     dtd.splits["test"].image(0), dtd.splits["test"].labels[0], dtd.class_names
 
-docs/datasets.md is the table of all of them, made by `iosr_fast.training.data.datasets_page`.
+evaluation_sets.toml is the catalog; docs/datasets.md is made from it by `iosr_fast.training.data.datasets_page`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.training.data._files import digest
-from iosr_fast.training.data.evaluation_catalog import CATALOG, Download
-from iosr_fast.training.data.evaluation_files import Content, FileSplit, Layout
-from iosr_fast.training.data.templates import templates_for
+from iosr_fast.images.preprocess import open_image
+from iosr_fast.training.data import evaluation_readers as readers
+from iosr_fast.training.data.sources import digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# CLIP's notebook found these the best subset of its 80 prompts for ImageNet (Radford et al., arXiv 2103.00020).
+IMAGENET_SEVEN = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+PHOTO = "a photo of a {}."
 
-class Split(Protocol):
-    """`labels` (N,) int64 index the set's class names; `keys` (N,) are stable names of the images, relative paths."""
+
+@dataclass(frozen=True)
+class Need:
+    """A file or folder of a layout: `paths` under the root, any of which will do, and the URL of its source."""
+
+    paths: tuple[str, ...]
+    url: str
+
+    def find(self, root: Path) -> Path | None:
+        return next((root / path for path in self.paths if (root / path).exists()), None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One arrangement of a set on disk. `images` counts those of "train", "val" and "test" where they are known."""
+
+    title: str
+    needs: tuple[Need, ...]
+    images: Mapping[str, int]
+    reader: str
+    splits: Mapping[str, str]
+
+    def read(self, root: Path, paths: list[Path]) -> readers.Content:
+        """`paths` is where each need was found under `root`."""
+        kind, _, name = self.reader.partition(":")
+        if kind == "torchvision":
+            return readers.torchvision_set(name, self.splits, root, paths)
+        content: readers.Content = getattr(readers, kind)(root, paths)
+        return content
+
+
+@dataclass(frozen=True)
+class Download:
+    """A set of the catalog. The first complete one of its layouts is read."""
+
+    name: str
+    title: str
+    classes: int
+    layouts: tuple[Layout, ...]
+    note: str
+    prompt: str
 
     @property
-    def labels(self) -> np.ndarray: ...
+    def templates(self) -> list[str]:
+        """The prompts to average: CLIP's seven for ImageNet and its shifted versions, else the one."""
+        return list(IMAGENET_SEVEN) if self.name.startswith("imagenet") else [self.prompt]
 
-    @property
-    def keys(self) -> list[str]: ...
 
-    def __len__(self) -> int: ...
+@dataclass(frozen=True)
+class FileSplit:
+    """Image files FOLDER/KEY: labels (N,) int64, keys relative paths with forward slashes.
+
+    Keys are stable names of the images. `times` (N,) int64 are the files' times of change in nanoseconds. A cache of
+    what is derived from an image should depend on its time, because copies of a set have the same fingerprint.
+    """
+
+    folder: Path
+    keys: list[str]
+    labels: np.ndarray
+    times: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def image(self, row: int) -> Image:
-        """The image as RGB. Raises BadImageError, with its path, if it can't be read."""
-        ...
+        """The image, decoded as RGB. Raises BadImageError with its path if it can't be read."""
+        return open_image(self.folder / self.keys[row], row)
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
     """`splits` has "test", and "train" and "val" where the set has them; `layout` says which split that is.
 
-    `fingerprint` is a hex digest of keys, labels, class names and sizes of files. It is the same wherever the set lies.
+    `fingerprint` is a hex digest of keys, labels, class names and sizes of files. Copies of a set have the same.
     """
 
     name: str
     class_names: list[str]
     templates: list[str]
-    splits: dict[str, Split]
+    splits: dict[str, FileSplit]
     fingerprint: str
     layout: str = ""
 
 
+@cache
+def catalog() -> dict[str, Download]:
+    """The evaluation sets by name, from evaluation_sets.toml."""
+    content = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+    def layout(entry: dict[str, Any]) -> Layout:
+        needs = tuple(Need(tuple(paths), url) for *paths, url in entry["needs"])
+        return Layout(entry["title"], needs, entry.get("images", {}), entry["reader"], entry.get("splits", {}))
+
+    return {
+        name: Download(
+            name,
+            entry["title"],
+            entry["classes"],
+            tuple(map(layout, entry["layouts"])),
+            entry.get("note", ""),
+            entry.get("prompt", PHOTO),
+        )
+        for name, entry in content.items()
+    }
+
+
 def names() -> list[str]:
     """The names of all evaluation sets."""
-    return list(CATALOG)
+    return list(catalog())
 
 
 def describe(name: str) -> Download:
     """What to download for a set and where to put it. Raises ValueError for an unknown name."""
-    if name not in CATALOG:
-        raise ValueError(f"expected an evaluation set among {', '.join(CATALOG)}, got {name!r}")
-    return CATALOG[name]
+    if name not in catalog():
+        raise ValueError(f"expected an evaluation set among {', '.join(catalog())}, got {name!r}")
+    return catalog()[name]
 
 
 def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
-    """The set of this name under `root`, in the first of its layouts that is there; every image file is looked for.
+    """The set of this name under `root`, in the first of its layouts that is complete; every image file must exist.
 
     Raises ValueError for an unknown name or a damaged file (naming it), FileNotFoundError that lists every missing
     thing, its URL and where to put it, or counts and names missing images.
     """
     download, root = describe(name), Path(root)
     for layout in download.layouts:
-        found = [path for need in layout.needs if (path := need.find(root)) is not None]
-        if len(found) == len(layout.needs):
-            return _finish(download, layout, layout.read(root, found))
+        paths = [path for need in layout.needs if (path := need.find(root)) is not None]
+        if len(paths) == len(layout.needs):
+            return _finish(download, layout, layout.read(root, paths))
     raise FileNotFoundError(_missing(download, root))
 
 
 def check(root: str | Path, names: Iterable[str]) -> dict[str, str | None]:
-    """For each name what keeps the set from being opened, or None. Looks for every file, decodes none.
+    """For each name the reason why the set can't be opened, or None. Looks for every file, decodes none.
 
-    Raises ValueError for an unknown name, before it looks for any.
+    Raises ValueError for an unknown name, before any other work.
     """
     problems: dict[str, str | None] = {}
     for name in [describe(name).name for name in names]:
@@ -98,8 +185,8 @@ def check(root: str | Path, names: Iterable[str]) -> dict[str, str | None]:
     return problems
 
 
-def _finish(download: Download, layout: Layout, content: Content) -> EvaluationSet:
-    splits: dict[str, Split] = {}
+def _finish(download: Download, layout: Layout, content: readers.Content) -> EvaluationSet:
+    splits: dict[str, FileSplit] = {}
     facts: list[str | np.ndarray] = [*content.class_names]
     missing: list[str] = []
     for name, rows in content.rows.items():
@@ -126,8 +213,7 @@ def _finish(download: Download, layout: Layout, content: Content) -> EvaluationS
             f"{len(missing)} images of {download.title} are missing from {content.folder}: {', '.join(missing[:10])}"
             f"{', ...' if len(missing) > 10 else ''}; get them from {layout.needs[-1].url}"
         )
-    templates = templates_for(download.name)
-    return EvaluationSet(download.name, content.class_names, templates, splits, digest(facts), layout.title)
+    return EvaluationSet(download.name, content.class_names, download.templates, splits, digest(facts), layout.title)
 
 
 def _missing(download: Download, root: Path) -> str:

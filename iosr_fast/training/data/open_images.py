@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from iosr_fast.training.data._files import new_text_file
 from iosr_fast.training.data.sources import FilePictures
+from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
 SPLITS = ("train", "validation", "test")
@@ -57,20 +58,20 @@ def balanced_subset(
     min_confidence: float = 1.0,
     images: str | Path | None = None,
 ) -> Subset:
-    """Exactly `images_a_class` images of every class that has so many, each image in one class only.
+    """Exactly `images_a_class` images of every class that has as many, each image in one class only.
 
-    Classes with few images choose first, so that an image of several classes goes where it is needed most. Which images
-    a class gets is a function of their ids and the seed, not of the order of lines or files. With `images`, only those
-    in that folder count. Classes that share a DisplayName are one. The label files are streamed: 13 bytes a candidate
-    stay in memory (several times that while they are sorted), a candidate being a label of at least `min_confidence`
-    (1: verified by people).
+    Classes with few images choose first, so an image of several classes goes where it is needed most. The choice
+    depends on image ids and the seed, not on the order of lines or files. With `images`, only those in that folder
+    count. Classes with the same DisplayName are one. A candidate is a label of at least `min_confidence` (1: verified
+    by people); the label files are streamed, and 13 bytes for each candidate stay in memory (several times that while
+    they are sorted).
 
-    The official split (`type`) is read off a label file's name. Raises FileNotFoundError for missing files, ValueError
-    for those of another format or with neither train, validation nor test in their names, before reading any through.
+    The official split (`type`) comes from the name of a label file. Raises FileNotFoundError for missing files,
+    ValueError for files of another format or without train, validation or test in their names, before any is read.
     """
     if images_a_class < 1:
         raise ValueError(f"expected at least one image a class, got {images_a_class}")
-    if not 0 < min_confidence <= 1:  # labels of confidence 0 say that something is not in the image
+    if not 0 < min_confidence <= 1:  # confidence 0: the class is not in the image
         raise ValueError(f"expected min_confidence above 0 and up to 1, got {min_confidence}")
     paths = [Path(path) for path in label_csvs]
     for path in [Path(class_csv), *paths]:
@@ -85,32 +86,32 @@ def balanced_subset(
     classes = {label: number[name] for label, name in by_label.items()}
     present = None
     if images is not None:
-        there = [name for name in _find_images(images) if re.fullmatch("[0-9a-f]{16}", name)]
-        present = np.sort(_ids(np.array(there), Path(images)))
+        names_in_folder = [name for name in _find_images(images) if re.fullmatch("[0-9a-f]{16}", name)]
+        present = np.sort(_ids(np.array(names_in_folder), Path(images)))
     parts = [
         part
         for path, split in zip(paths, splits, strict=True)
         for part in _stream(path, split, classes, min_confidence, present)
     ]
-    found = _without_repeats(parts, seed)
-    counts = np.bincount(found.classes, minlength=len(names))
+    candidates = _without_repeats(parts, seed)
+    counts = np.bincount(candidates.classes, minlength=len(names))
     start = np.concatenate([[0], np.cumsum(counts)])
     taken: set[int] = set()
-    chosen: list[np.ndarray] = []
+    chosen: list[int] = []
     left_out: dict[str, int] = {}
     for c in np.argsort(counts, kind="stable"):
-        free = (i for i in range(start[c], start[c + 1]) if int(found.ids[i]) not in taken)
-        mine = [i for i, _ in zip(free, range(images_a_class), strict=False)]
+        free = (i for i in range(start[c], start[c + 1]) if int(candidates.ids[i]) not in taken)
+        mine = list(islice(free, images_a_class))
         if len(mine) < images_a_class:
             left_out[names[c]] = int(counts[c])
             continue
-        taken.update(int(found.ids[i]) for i in mine)
-        chosen.append(np.array(mine))
-    kept = found[np.sort(np.concatenate(chosen))] if chosen else found[np.zeros(0, np.int64)]
+        taken.update(int(candidates.ids[i]) for i in mine)
+        chosen += mine
+    subset = candidates[np.sort(np.array(chosen, np.int64))]
     return Subset(
-        [f"{int(i):016x}" for i in kept.ids],
-        [names[c] for c in kept.classes],
-        [SPLITS[s] for s in kept.splits],
+        [f"{int(i):016x}" for i in subset.ids],
+        [names[c] for c in subset.classes],
+        [SPLITS[s] for s in subset.splits],
         dict(sorted(left_out.items())),
     )
 
@@ -131,19 +132,19 @@ def read_class_descriptions(path: str | Path) -> dict[str, str]:
 
 
 def _check_label_csv(path: Path) -> int:
-    """The position in SPLITS of the split that its name tells, after a look at its header."""
+    """The index in SPLITS of the split in its name, after a check of its header."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next(csv.reader(file), [])
     if missing := [name for name in LABEL_COLUMNS if name not in header]:
         raise ValueError(f"expected the columns ImageID,Source,LabelName,Confidence in {path}, missing: {missing}")
     # V7's are called oidv7-train-..., oidv7-val-... and oidv7-test-..., older ones validation-annotations-... .
     words = re.split("[^a-z]+", path.name.lower())
-    found = [i for i, split in enumerate(SPLITS) if split in words or (split == "validation" and "val" in words)]
-    if len(found) != 1:
+    splits = [i for i, split in enumerate(SPLITS) if split in words or (split == "validation" and "val" in words)]
+    if len(splits) != 1:
         raise ValueError(
             f"expected one of {', '.join(SPLITS)} in the name of {path} as a word, as the official files have"
         )
-    return found[0]
+    return splits[0]
 
 
 def _stream(
@@ -191,18 +192,18 @@ _HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
 
 def _without_repeats(parts: list[_Candidates], seed: int) -> _Candidates:
-    """Each pair of image and class once, sorted by class, and within one in an order drawn by the seed."""
+    """Each pair of image and class once, sorted by class, and in random order within a class."""
     if not parts:
         return _Candidates(np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.uint8))
-    found = _Candidates(
+    all_pairs = _Candidates(
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.classes for part in parts]),
         np.concatenate([part.splits for part in parts]),
     )
-    found = found[np.lexsort((found.ids, _mix(found.ids, seed), found.classes))]
-    first = np.ones(len(found.ids), bool)
-    first[1:] = (np.diff(found.classes) != 0) | (found.ids[1:] != found.ids[:-1])
-    return found[first]
+    pairs = all_pairs[np.lexsort((all_pairs.ids, _mix(all_pairs.ids, seed), all_pairs.classes))]
+    first = np.ones(len(pairs.ids), bool)
+    first[1:] = (np.diff(pairs.classes) != 0) | (pairs.ids[1:] != pairs.ids[:-1])
+    return pairs[first]
 
 
 def _mix(ids: np.ndarray, seed: int) -> np.ndarray:
@@ -218,12 +219,12 @@ def _find_images(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder with images of Open Images (ID.jpg), found none at {folder}")
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for place in [folder, *(folder / split for split in SPLITS)]:
         if place.is_dir():
             with os.scandir(place) as entries:
-                found |= {entry.name[:-4]: place / entry.name for entry in entries if entry.name.endswith(".jpg")}
-    return found
+                paths |= {entry.name[:-4]: place / entry.name for entry in entries if entry.name.endswith(".jpg")}
+    return paths
 
 
 def write_subset_csv(subset: Subset, path: str | Path) -> None:
@@ -238,7 +239,8 @@ def write_download_list(subset: Subset, path: str | Path) -> None:
 
 
 def _write_lines(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    with new_text_file(path) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
@@ -263,11 +265,11 @@ def read_subset_csv(path: str | Path) -> Subset:
 
 
 class OpenImagesPictures(FilePictures):
-    """The images of a subset's CSV, lying as IMAGES/ID.jpg or in IMAGES/train, /validation or /test.
+    """The images of a subset's CSV: IMAGES/ID.jpg, or in IMAGES/train, /validation or /test.
 
-    Classes are numbered as they first come in the file. `missing` lists the ids that are not there: FileNotFoundError
-    counts and names them unless `leave_out_missing`, and is raised in any case if nothing is left. `types` (N,) is the
-    file's `type` column.
+    Classes are numbered in the order of the file. `missing` lists the ids without a file: FileNotFoundError counts and
+    names them unless `leave_out_missing`, and is always raised if no image is left. `types` (N,) is the file's `type`
+    column.
     """
 
     def __init__(
@@ -278,9 +280,9 @@ class OpenImagesPictures(FilePictures):
         workers: int = 2,
         leave_out_missing: bool = False,
     ) -> None:
-        subset, found = read_subset_csv(subset_csv), _find_images(images)
-        rows = [row for row, image_id in enumerate(subset.image_ids) if image_id in found]
-        self.missing = [image_id for image_id in subset.image_ids if image_id not in found]
+        subset, paths = read_subset_csv(subset_csv), _find_images(images)
+        rows = [row for row, image_id in enumerate(subset.image_ids) if image_id in paths]
+        self.missing = [image_id for image_id in subset.image_ids if image_id not in paths]
         if self.missing and (not leave_out_missing or not rows):
             raise FileNotFoundError(
                 f"{len(self.missing)} of {len(subset.image_ids)} images of {subset_csv} are missing from {images} "
@@ -292,4 +294,4 @@ class OpenImagesPictures(FilePictures):
         labels = torch.tensor([index[subset.class_names[row]] for row in rows])
         self.types = [subset.types[row] for row in rows]
         ids = [subset.image_ids[row] for row in rows]
-        super().__init__([found[i] for i in ids], labels, names, size, workers, ids)
+        super().__init__([paths[i] for i in ids], labels, names, size, workers, ids)

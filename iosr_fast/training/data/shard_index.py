@@ -1,7 +1,7 @@
-"""What lies in WebDataset shards: which samples, in which order, with which labels. Read once, then kept as JSON.
+"""An index of WebDataset shards: their samples in order, with labels. Shards are read once; the index is a JSON file.
 
-A shard is a tar file in which the files of one sample stand together and share a name up to its first dot (its key):
-an image (.jpg, .jpeg, .png or .webp) and a label, the first found of .cls (an integer), .json (its "label" or "class",
+A shard is a tar file in which the files of one sample are adjacent and share a name up to its first dot (its key):
+an image (.jpg, .jpeg, .png or .webp) and a label, the first of .cls (an integer), .json (its "label" or "class",
 an integer or a name) and .txt (a class name). Source of the format: https://github.com/webdataset/webdataset.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from iosr_fast.training.data._files import new_text_file
+from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
 INDEX = ".iosr_fast-shards.json"
@@ -44,17 +44,17 @@ class Shard:
 def find_shards(shards: str | Path | Sequence[str | Path], cache: Path | None) -> list[Path]:
     """The files of a folder, of a path or URL with braces ("train-{000..127}.tar"), or of a list of those.
 
-    What is not local is downloaded whole into `cache`, once: a URL whose content changes needs another cache. Raises
-    FileNotFoundError for what is missing, ValueError for a URL without a cache.
+    Remote shards are downloaded whole into `cache`, once: a URL whose content changes needs another cache. Raises
+    FileNotFoundError for missing shards, ValueError for a URL without a cache.
     """
-    given = [shards] if isinstance(shards, (str, Path)) else list(shards)
-    if len(given) == 1 and Path(given[0]).is_dir():
-        found = sorted(path for path in Path(given[0]).iterdir() if path.name.endswith(SUFFIXES))
-        if not found:
-            raise FileNotFoundError(f"expected shards ({', '.join(SUFFIXES)}) in {given[0]}, found none")
-        return found
+    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    if len(patterns) == 1 and Path(patterns[0]).is_dir():
+        files = sorted(path for path in Path(patterns[0]).iterdir() if path.name.endswith(SUFFIXES))
+        if not files:
+            raise FileNotFoundError(f"expected shards ({', '.join(SUFFIXES)}) in {patterns[0]}, found none")
+        return files
     expand = require("webdataset.shardlists", "train").expand_urls
-    urls: list[str] = [url for each in given for url in expand(str(each))]
+    urls: list[str] = [url for each in patterns for url in expand(str(each))]
     paths = [_local(url, cache) for url in urls]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:10])}")
@@ -74,7 +74,7 @@ def _local(url: str, cache: Path | None) -> Path:
     def name(url: str) -> str:  # the library's is the last part of the path: all sets have a train-0000.tar
         return f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{library.url_to_cache_name(url)}"
 
-    # The index pass that follows looks closer than the library's own validator, which needs the `file` command.
+    # The index pass checks more than the library's own validator, which needs the `file` command.
     return Path(library.FileCache(str(cache), url_to_name=name, validator=None).get_file(url))
 
 
@@ -94,8 +94,8 @@ def index_shards(paths: Sequence[Path], cache: Path | None) -> list[Shard]:
         for path in paths:
             absolute = path.absolute()
             name = absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
-            found = path.stat()
-            facts = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+            stat = path.stat()
+            facts = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
             entry = entries.get(name)
             if entry is None or any(entry[key] != value for key, value in facts.items()):
                 if not changed:
@@ -103,10 +103,10 @@ def index_shards(paths: Sequence[Path], cache: Path | None) -> list[Shard]:
                 entry = facts | _read_entry(path)
                 entries[name], changed = entry, True
             result.append(Shard(path, **entry))
-    finally:  # a long pass that a damaged shard or a user stops is not begun again
+    finally:  # an interrupted pass over many shards continues next time
         if changed:
-            with new_text_file(index) as file:
-                json.dump({"format": FORMAT, "shards": entries}, file)
+            with new_file(index) as temporary:
+                temporary.write_text(json.dumps({"format": FORMAT, "shards": entries}), encoding="utf-8")
     return result
 
 
@@ -133,16 +133,18 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_entry(path: Path) -> dict[str, Any]:
-    _check_end(path)  # first: what a damaged header hides would be told as samples without image or label
+    _check_end(path)  # first: a damaged header would show as samples without image or label
     keys, images, labels = [], [], []
     for sample in read_samples(path):
         where = f"key {sample['__key__']} of shard {path}"
-        found = [suffix for suffix in IMAGES if suffix in sample]
-        if len(found) != 1:
+        suffixes = [suffix for suffix in IMAGES if suffix in sample]
+        if len(suffixes) != 1:
             have = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-            raise ValueError(f"expected one image ({', '.join(IMAGES)}) at {where}, found {len(found)} among: {have}")
+            raise ValueError(
+                f"expected one image ({', '.join(IMAGES)}) at {where}, found {len(suffixes)} among: {have}"
+            )
         keys.append(sample["__key__"])
-        images.append(found[0])
+        images.append(suffixes[0])
         labels.append(_label(sample, where))
     if not keys:
         raise ValueError(f"shard {path} holds no samples; leave it out, or fetch or make it again")
@@ -168,18 +170,18 @@ def _label(sample: dict[str, Any], where: str) -> int | str:
 
 
 def _check_end(path: Path) -> None:
-    """Refuse a tar file that does not end in zeros: Python's tarfile takes a damaged header for the end, in silence.
+    """Refuse a tar file that does not end in zeros: Python's tarfile silently takes a damaged header for the end.
 
-    Of a compressed one this checks the checksum too, which tarfile leaves out where it reads a stream.
+    For a compressed file this also verifies the checksum, which tarfile skips when it reads a stream.
     """
     try:
         with tarfile.open(path, "r:*") as archive:
             archive.getmembers()
-            file: Any = archive.fileobj  # what was compressed, decompressed
+            file: Any = archive.fileobj  # the decompressed stream
             file.seek(archive.offset)
             sizes = [0 if any(block) else len(block) for block in iter(lambda: file.read(1 << 20), b"")]
     except DAMAGE as error:
-        for _ in read_samples(path):  # which tells after which key, where it sees the damage too
+        for _ in read_samples(path):  # its message names the last good key, if it finds the damage
             pass
         raise ValueError(f"shard {path} is damaged ({error}); fetch or make it again") from error
     if not sizes or 0 in sizes:
@@ -187,7 +189,7 @@ def _check_end(path: Path) -> None:
 
 
 def _load_index(index: Path) -> dict[str, Any]:
-    """The entries by shard; none if the file is missing, of another format or damaged: it is made anew then."""
+    """The entries by shard; none if the file is missing, of another format or damaged: it is made again then."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

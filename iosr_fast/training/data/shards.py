@@ -12,20 +12,19 @@ import torch
 
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import BadImageError, open_bytes
-from iosr_fast.training.data._files import digest
-from iosr_fast.training.data.evaluation_files import read_lines
+from iosr_fast.training.data.evaluation_readers import read_lines
 from iosr_fast.training.data.shard_index import Shard, find_shards, index_shards, read_samples
-from iosr_fast.training.data.sources import to_tensor
+from iosr_fast.training.data.sources import digest, to_tensor
 
-MOST_OPEN = 64  # shards that one window may span: each is an open file
+MOST_OPEN = 64  # shards in one window: each is an open file
 
 
 class ShardPictures:
-    """Labelled pictures in tar files; rows count through the shards in the order given (a folder's: by name).
+    """Labelled pictures in tar files; rows are numbered through the shards in their order (a folder's: by name).
 
     `shards`: a folder of .tar files, a path or URL with braces, or a list of those. An epoch takes them in random order
     and shuffles samples within windows of `window`: a pass holds at most a window and two batches of encoded pictures
-    in memory. Decoding is done by `workers` threads (0: by the caller's). `class_names` default to the lines of
+    in memory. `workers` threads decode (0: the caller's thread). `class_names` default to the lines of
     `classes.txt` beside the shards, else to the labels found. `cache` is where the index goes (else beside the shards)
     and where shards that are not local are downloaded to.
 
@@ -53,7 +52,7 @@ class ShardPictures:
         counts = [len(shard.keys) for shard in self.shards]
         self._start = np.concatenate([[0], np.cumsum(counts)])
         self._shard = np.repeat(np.arange(len(counts)), counts)
-        # Which kind of label a shard holds does not show in labels, so its file stands for the shard as a whole.
+        # The labels do not show which kind of label a shard holds; its file's size and time do.
         stamps = [f"{shard.path.name} {shard.bytes} {shard.mtime_ns}" for shard in self.shards]
         self.fingerprint = digest([str(VERSION), str(size), self.labels.numpy(), str(self.class_names), *stamps])
 
@@ -81,8 +80,8 @@ class ShardPictures:
         return torch.cat(blocks)
 
     def iterate(self, order: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """As PictureSource says. Rows that come again open their shard again. Rows of an epoch's beginning that are put
-        at the end of a part without them are held until then, and count towards the window.
+        """See PictureSource. Repeated rows open their shard again. Rows that the shards have before their place in the
+        order are held until then, and count towards the window.
 
         Raises ValueError for an order that would hold more than a window in memory.
         """
@@ -131,8 +130,8 @@ class ShardPictures:
             if index not in readers:
                 readers[index] = self._read(index, frozenset(wanted[index]))
             while row not in held:
-                found, data = next(readers[index])
-                held[found] = data
+                next_row, data = next(readers[index])
+                held[next_row] = data
             if len(held) > self.window or len(readers) > MOST_OPEN:
                 raise ValueError(
                     f"this order needs more than the window of {self.window} samples (or {MOST_OPEN} shards) at once; "
@@ -152,11 +151,11 @@ class ShardPictures:
                 break
             if start + position in wanted:
                 yield start + position, sample[shard.images[position]]
-        raise ValueError(f"shard {shard.path} no longer holds what was found when it was opened; open it again")
+        raise ValueError(f"shard {shard.path} changed after it was opened; open it again")
 
 
 def _without_repeats(rows: list[int]) -> Iterator[list[int]]:
-    """Cut where a row comes that was there since the last cut."""
+    """Parts of `rows`, each as long as possible without a repeat."""
     seen: set[int] = set()
     start = 0
     for i, row in enumerate(rows):
@@ -171,22 +170,22 @@ def _without_repeats(rows: list[int]) -> Iterator[list[int]]:
 
 def _names_beside(shards: list[Shard]) -> list[str] | None:
     files = [folder / "classes.txt" for folder in dict.fromkeys(shard.path.parent for shard in shards)]
-    found = {file: read_lines(file) for file in files if file.is_file()}
-    for file, names in found.items():
-        if names != (first := next(iter(found.values()))):
+    contents = {file: read_lines(file) for file in files if file.is_file()}
+    for file, names in contents.items():
+        if names != (first := next(iter(contents.values()))):
             raise ValueError(
                 f"expected the same classes beside all shards, got others ({len(names)}) in {file} than in "
-                f"{next(iter(found))} ({len(first)}); give class_names, or make the files agree"
+                f"{next(iter(contents))} ({len(first)}); give class_names, or make the files agree"
             )
-    return next(iter(found.values()), None)
+    return next(iter(contents.values()), None)
 
 
 def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], torch.Tensor]:
     """The class names and the labels (N,) int64 that index them."""
-    found = {label for shard in shards for label in shard.labels}
-    numbers = {label for label in found if isinstance(label, int)}
-    if numbers and len(numbers) < len(found):
-        texts = sorted(str(label) for label in found - numbers)
+    distinct = {label for shard in shards for label in shard.labels}
+    numbers = {label for label in distinct if isinstance(label, int)}
+    if numbers and len(numbers) < len(distinct):
+        texts = sorted(str(label) for label in distinct - numbers)
         raise ValueError(
             f"expected labels of one kind, got integers ({min(numbers)}, ...) and names ({texts[0]!r}, ...)"
         )
@@ -196,7 +195,7 @@ def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], to
         names = names if names is not None else [str(i) for i in range(max(numbers) + 1)]
         index: dict[int | str, int] = {i: i for i in range(len(names))}
     else:
-        names = names if names is not None else sorted(str(label) for label in found)
+        names = names if names is not None else sorted(str(label) for label in distinct)
         index = {name: i for i, name in enumerate(names)}
     for shard in shards:
         for key, label in zip(shard.keys, shard.labels, strict=True):

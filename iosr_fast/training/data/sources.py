@@ -1,7 +1,9 @@
-"""Labelled pictures to train on, in memory or in files, behind one way of iterating."""
+"""Sources of labelled pictures to train on: in memory, in files, and subsets of another source."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +14,6 @@ import torch
 from iosr_fast.images.listing import list_folder
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
-from iosr_fast.training.data._files import digest, stamp
 
 
 class PictureSource(Protocol):
@@ -25,7 +26,7 @@ class PictureSource(Protocol):
     def fingerprint(self) -> str:
         """A hex digest that changes when the pictures, their labels, their order or their size change.
 
-        Sources of files take names, sizes and times of change for it: a large set is never read for its fingerprint.
+        For files it covers names, sizes and times of change: a large set is never read for its fingerprint.
         """
         ...
 
@@ -34,9 +35,9 @@ class PictureSource(Protocol):
         ...
 
     def iterate(self, order: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of (rows, pixels): the parts of `order.split(batch)`, and (B, 3, S, S) uint8 pixels of theirs.
+        """Batches of (rows, pixels): the parts of `order.split(batch)`, and their pixels (B, 3, S, S) uint8.
 
-        `order` may be any part of an epoch's order: a process's share of it, or what is left of it after a resume.
+        `order` may be any part of an epoch's order: a process's share, or the rest after a resume.
         """
         ...
 
@@ -66,10 +67,10 @@ class TensorPictures:
 
 
 class FilePictures:
-    """One file a picture, decoded by worker processes; CLIP's resize and centre crop.
+    """One file for each picture, decoded by worker processes; CLIP's resize and centre crop.
 
-    `paths` and `labels` (N,) belong together; `names` are what the fingerprint calls the files, so that it does not
-    depend on where they lie. An unreadable picture raises BadImageError with its path when its turn comes.
+    `paths` and `labels` (N,) belong together; the fingerprint uses `names` (default: the paths), so it need not depend
+    on the folder. An unreadable picture raises BadImageError with its path when its turn comes.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class FilePictures:
             sampler=order.tolist(),
             num_workers=self.workers,
             collate_fn=_stack,
-            generator=torch.Generator(),  # else it draws from the global one, and dropout depends on the source
+            generator=torch.Generator(),  # the default is the global one: dropout would depend on the source
         )
         for rows, pixels in zip(order.split(batch), loader, strict=True):
             if not isinstance(pixels, torch.Tensor):
@@ -133,13 +134,13 @@ class FolderPictures(FilePictures):
         super().__init__(paths, labels, class_names, size, workers, names)
 
 
-# What a worker hands back for an unreadable picture: BadImageError's arguments. An exception raised in a worker comes
-# back as a RuntimeError, because it takes more than a message to make this one.
+# BadImageError's arguments, which a worker returns for an unreadable picture. The DataLoader would turn the exception
+# itself into a RuntimeError, because BadImageError takes more than a message.
 _Bad = tuple[Path, int, str]
 
 
 class _Decoded:
-    """The map-style data set behind FilePictures: all that a worker process needs."""
+    """The map-style data set of FilePictures for the worker processes."""
 
     def __init__(self, paths: Sequence[str | Path], size: int) -> None:
         self.paths, self.size = paths, size
@@ -172,10 +173,80 @@ def split_order(order: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
 
 
 def demo_pictures(size: int) -> TensorPictures:
-    """The demo's generic concepts, resized to the encoder's size where that is not their own."""
+    """The demo's generic concepts, resized to the encoder's size."""
     from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.images.preprocess import to_pixels
 
     pictures = load_pictures("generic")
     images = torch.from_numpy(to_pixels(pictures.images, size)).permute(0, 3, 1, 2)
     return TensorPictures(images, torch.from_numpy(pictures.concepts), pictures.names)
+
+
+class SubsetPictures:
+    """The `rows` (K,) int64 of another source, in that order, as a source of their own with the same class names.
+
+    An epoch's order is that of the whole source without the other rows, so shards are still read from start to end.
+    Raises ValueError for rows outside the source or repeated ones.
+    """
+
+    def __init__(self, source: PictureSource, rows: torch.Tensor) -> None:
+        total = len(source.labels)
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= total):
+            raise ValueError(
+                f"expected rows from 0 to {total - 1}, got some from {int(rows.min())} to {int(rows.max())}"
+            )
+        self._position = torch.full((total,), -1)
+        self._position[rows] = torch.arange(len(rows))
+        if int((self._position >= 0).sum()) != len(rows):
+            raise ValueError(f"expected each row once, got {len(rows)} rows with repeats among them")
+        self.source, self.rows = source, rows
+        self.labels, self.class_names = source.labels[rows], source.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        return digest((self.source.fingerprint, self.rows.numpy()))
+
+    def order(self, generator: torch.Generator) -> torch.Tensor:
+        positions = self._position[self.source.order(generator)]
+        return positions[positions >= 0]
+
+    def iterate(self, order: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows, pixels in self.source.iterate(self.rows[order], batch):
+            yield self._position[rows], pixels
+
+
+def split(source: PictureSource, share: float, seed: int) -> tuple[SubsetPictures, SubsetPictures]:
+    """(train, held out): `share` of each class held out at random, at least two pictures of it and at most half.
+
+    A measure of pairs needs two. A class of fewer than four pictures stays in training. Raises ValueError unless
+    0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"expected a share between 0 and 1 (both excluded), got {share}")
+    rng = np.random.default_rng(seed)
+    labels = source.labels.numpy()
+    held_out = np.zeros(len(labels), bool)
+    by_class = np.argsort(labels, kind="stable")
+    for rows in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        if len(rows) >= 4:
+            count = min(max(round(share * len(rows)), 2), len(rows) // 2)
+            held_out[rng.choice(rows, count, replace=False)] = True
+    train, out = torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
+    return SubsetPictures(source, train), SubsetPictures(source, out)
+
+
+def digest(parts: Iterable[str | np.ndarray]) -> str:
+    """SHA-256 over texts and arrays, each preceded by its length, so that other cuts give another digest."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else np.ascontiguousarray(part).data
+        hasher.update(f"{memoryview(data).nbytes}:".encode())
+        hasher.update(data)
+    return hasher.hexdigest()
+
+
+def stamp(path: str | Path) -> str:
+    """Size in bytes and time of change in nanoseconds of a file. Raises FileNotFoundError without it."""
+    facts = os.stat(path)
+    return f"{facts.st_size} {facts.st_mtime_ns}"
