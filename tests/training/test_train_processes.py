@@ -30,8 +30,8 @@ from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.training.processes import check_same, check_shared  # noqa: E402
 
 OPTIONS = {
-    "supervised": "--epochs 4 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
-    "dino": "--objective dino --epochs 3 --batch 16 --accumulate 2 --dino-out 64 --local-crops 2 --held-out 0",
+    "supervised": "--epochs 3 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
+    "dino": "--objective dino --epochs 1 --batch 8 --accumulate 2 --dino-out 64 --local-crops 1 --held-out 0",
 }
 
 SPAWN = multiprocessing.get_context("forkserver")
@@ -40,11 +40,11 @@ SPAWN.set_forkserver_preload(["tools.train_adapter", "torch.distributed", "korni
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slice of the demo's generic pictures, 12 concepts in several styles, as a folder of class folders."""
+    """A slice of the demo's generic pictures, 8 concepts in several styles, as a folder of class folders."""
     root = tmp_path_factory.mktemp("pictures")
     pictures = load_pictures("generic")
     for row in range(len(pictures.concepts)):
-        if pictures.concepts[row] < 12:
+        if pictures.concepts[row] < 8:
             place = root / f"class {pictures.concepts[row]:02d}"
             place.mkdir(exist_ok=True)
             Image.fromarray(pictures.images[row]).save(place / f"{row}.png")
