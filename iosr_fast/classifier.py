@@ -16,7 +16,8 @@ import numpy as np
 from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.text_encoder import TextSource
-from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, list_folder, to_pixels
+from iosr_fast.images.listing import list_folder
+from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, to_pixels
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.support_set import SupportSet, encode_support
 from iosr_fast.methods.tuning.tune import Tuned, check_choice
@@ -297,9 +298,9 @@ class Classifier(LiveUpdates):
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
         Pictures are decoded while others are encoded, few at a time, so that any number fits; what the folder holds
-        beside them is counted in a warning (pipeline.listing). A JPEG 6 times larger than the encoder's pictures is
+        beside them is counted in a warning (images.listing). A JPEG 6 times larger than the encoder's pictures is
         decoded at a fraction of its size, which changes its pixels by about 1 level or less on average, and a label
-        that was as good as tied; the `decoder` "cpu-exact" gives the pixels of `predict` (pipeline.decoders has all).
+        that was as good as tied; the `decoder` "cpu-exact" gives the pixels of `predict` (images.decoders has all).
         `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use on a CPU
         (None: all). All is of one state of the classifier.
 

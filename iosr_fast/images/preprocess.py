@@ -6,7 +6,6 @@ folded into the encoder, so pixels stay uint8.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.images.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-from iosr_fast.images.listing import list_folder as list_folder
 from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-logger = logging.getLogger(__name__)
 
 ENCODED = (bytes, bytearray, memoryview)  # what an encoded image may come in
 

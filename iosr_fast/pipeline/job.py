@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from iosr_fast.images.decoders import Decoder
+from iosr_fast.images.decode import Decoder
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.journal import Journal, open_journal

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.images.decoders import Decoder
+from iosr_fast.images.decode import Decoder
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.state.predictions import Prediction, predict
 from iosr_fast.utils.machine import usable_threads

@@ -14,7 +14,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, TiffImagePlugin, features
 
 from iosr_fast.images import pixels
-from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop, to_pixels
 from tests.pictures import encode
 

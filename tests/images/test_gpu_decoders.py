@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -82,7 +85,7 @@ def test_shrink_is_the_reference(pictures: np.ndarray, shape: tuple[int, int]) -
 def test_a_rotated_jpeg_is_turned_upright_on_a_gpu_too(
     pictures: np.ndarray, kind: Any, orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", StandIn)
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", FakeCodec)
     monkeypatch.setattr(gpu_decoders, "try_decode", lambda *_: pytest.fail("left to the CPU"))
     made = NvImageCodecDecoder if kind == "nvimagecodec" else kind
     exif = Image.Exif()
@@ -94,16 +97,27 @@ def test_a_rotated_jpeg_is_turned_upright_on_a_gpu_too(
         assert np.abs(found.astype(int) - expected).mean() <= 1
 
 
-class StandIn:
-    """nvidia.nvimgcodec as far as it is called; Pillow decodes. Like it, it gives None for what it can't decode."""
+class FakeCodec:
+    """A fake of nvidia.nvimgcodec, which decodes with Pillow and, like it, gives None for what it can't decode.
+
+    A decoder belongs to one thread. `streams` collects the CUDA streams on which decoding was asked for.
+    """
+
+    streams: ClassVar[list[int]] = []
 
     class DecodeParams:
         def __init__(self, *, apply_exif_orientation: bool) -> None:
             assert not apply_exif_orientation
 
     class Decoder:
-        def decode(self, data: list[bytes], params: Any) -> list[np.ndarray | None]:
-            assert isinstance(params, StandIn.DecodeParams) and data
+        def __init__(self) -> None:
+            self._thread: int | None = None
+
+        def decode(self, data: list[bytes], params: Any, cuda_stream: int = 0) -> list[np.ndarray | None]:
+            assert isinstance(params, FakeCodec.DecodeParams) and data
+            self._thread = self._thread or threading.get_ident()
+            assert self._thread == threading.get_ident(), "two threads share a decoder"
+            FakeCodec.streams.append(cuda_stream)
             return [self._one(given) for given in data]
 
         @staticmethod
@@ -117,9 +131,35 @@ class StandIn:
 def test_nvimagecodec_decodes_what_it_can_and_the_cpu_the_rest(
     batch: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", StandIn)
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", FakeCodec)
     assert_decoded(NvImageCodecDecoder("cpu").decode(batch, 64, 30), batch)
     assert isinstance(NvImageCodecDecoder("cpu").decode([b"no picture"], 64)[0], BadImageError)
+
+
+def test_nvimagecodec_decodes_on_the_stream_that_torch_reads_on_with_a_decoder_a_thread(
+    pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the old code, with one decoder for all threads and no stream, both assertions fail."""
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", FakeCodec)
+    jpeg = encode(photograph(pictures[4], 100, 90), "JPEG", quality=95)
+    decoder = NvImageCodecDecoder("cpu")
+    both = threading.Barrier(2)
+
+    def decode(_: int) -> Any:
+        both.wait(30)  # so that each is decoded in a thread of its own
+        return decoder.decode([jpeg], 64)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(decode, range(2))
+    assert (first == second).all()
+
+    decoder = NvImageCodecDecoder("cuda:1")
+    current = {"cuda:1": SimpleNamespace(cuda_stream=77)}
+    monkeypatch.setattr(torch.cuda, "current_stream", current.__getitem__)
+    monkeypatch.setattr(torch, "as_tensor", lambda image, device: torch.from_numpy(image))
+    FakeCodec.streams.clear()
+    decoder.decode([jpeg], 64)
+    assert FakeCodec.streams == [77]
 
 
 def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +177,7 @@ def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_decoder("auto", "tensorrt").name == "torchvision-cuda"
     assert choose_decoder("auto", "onnxruntime").name == "cpu"
     monkeypatch.setattr(decoders, "_missing", lambda module: False)
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", StandIn)
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", FakeCodec)
     assert choose_decoder("auto", "tensorrt_rtx").name == choose_decoder("nvimagecodec").name == "nvimagecodec"
     monkeypatch.setattr(decoders, "_missing", lambda module: module == "torch")
     with pytest.raises(RuntimeError, match="torch can't be found"):

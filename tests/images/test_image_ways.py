@@ -215,7 +215,7 @@ def test_one_array_is_one_picture_however_it_is_submitted() -> None:
 def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings, training's caches and half-done files depend on the rules by which pixels are made."""
     torch = pytest.importorskip("torch")
-    from iosr_fast.images.decoders import CpuDecoder
+    from iosr_fast.images.decode import CpuDecoder
     from iosr_fast.pipeline.job import Job
     from iosr_fast.training.data import sources
     from tools.embedding.items import folder_source

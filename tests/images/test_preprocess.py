@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.images.listing import list_folder
 from iosr_fast.images.preprocess import (
     BadImageError,
-    list_folder,
     open_image,
     random_view,
     resize_and_crop,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.images.decoder_process.headers import claimed_size
-from iosr_fast.images.decoder_process.structure import what_is_wrong
+from iosr_fast.images.decoder_process.structure import structure_error
+from iosr_fast.images.limits import claimed_size
 from tests.images.jpegs import COMMENT, END, START, frame, jpeg, scan, segment, tables
 from tests.pictures import encode
 from tools.serving_load.hostile_images import FAIR, chunk, png, webp
@@ -37,15 +37,15 @@ def test_scans_are_counted_wherever_they_hide(kind: int, hide: str) -> None:
     repeated = AC if progressive else scan(1)
     few = [HIDES[hide] + repeated] * 3
     first = [DC] if progressive else []
-    assert what_is_wrong(jpeg(kind, 640, 480, *first, *few), MAX_PIXELS) == ""
+    assert structure_error(jpeg(kind, 640, 480, *first, *few), MAX_PIXELS) == ""
     many = [HIDES[hide] + repeated] * 80
-    assert "scans over 640 x 480 pixels" in what_is_wrong(jpeg(kind, 640, 480, *first, *many), MAX_PIXELS)
+    assert "scans over 640 x 480 pixels" in structure_error(jpeg(kind, 640, 480, *first, *many), MAX_PIXELS)
 
 
 def test_a_large_image_may_have_fewer_scans_than_a_small_one() -> None:
     scans = [DC, *[AC] * 30]
-    assert what_is_wrong(jpeg(0xC2, 1000, 1000, *scans), MAX_PIXELS) == ""
-    assert "at most 12 scans" in what_is_wrong(jpeg(0xC2, 7000, 7000, *scans), MAX_PIXELS)
+    assert structure_error(jpeg(0xC2, 1000, 1000, *scans), MAX_PIXELS) == ""
+    assert "at most 12 scans" in structure_error(jpeg(0xC2, 7000, 7000, *scans), MAX_PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_large_image_may_have_fewer_scans_than_a_small_one() -> None:
     ],
 )  # fmt: skip
 def test_sizes_have_to_agree_in_all_places(data: bytes) -> None:
-    assert what_is_wrong(data, MAX_PIXELS) != ""
+    assert structure_error(data, MAX_PIXELS) != ""
 
 
 def test_ordinary_files_are_let_through() -> None:
@@ -78,14 +78,14 @@ def test_ordinary_files_are_let_through() -> None:
     files += [encode(PHOTO, "JPEG", restart_marker_blocks=3), encode(PHOTO, "WEBP"), encode(PHOTO, "PNG")]
     files += [jpeg(0xC0, 20, 10, scan(1), scan(2), scan(3))]  # one scan for each component
     for data in files:
-        assert what_is_wrong(data, MAX_PIXELS) == ""
-    assert what_is_wrong(b"II*\0", MAX_PIXELS) == ""  # a kind that is not known here
+        assert structure_error(data, MAX_PIXELS) == ""
+    assert structure_error(b"II*\0", MAX_PIXELS) == ""  # a kind that is not known here
 
 
 @pytest.mark.parametrize("filling", [b"\xff\x00", b"\xff\xd0", b"\xff\xff", b"\xff\xfe\x00\x02", b"\x00\xff", START])
 def test_a_walk_through_bytes_that_are_made_for_it_ends_soon(filling: bytes) -> None:
     data = jpeg(0xC0, 7000, 7000, scan(1, 2, 3), filling * ((8 << 20) // len(filling)))
     started = time.monotonic()
-    what_is_wrong(data, MAX_PIXELS)
+    structure_error(data, MAX_PIXELS)
     claimed_size(START + data[2:300] + filling * ((8 << 20) // len(filling)))
     assert time.monotonic() - started < 10

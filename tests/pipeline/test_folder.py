@@ -15,7 +15,7 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders import runtimes
-from iosr_fast.images.decoders import CpuDecoder
+from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.listing import list_images
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import stream

@@ -35,7 +35,7 @@ from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export.export import random_adapter, write_engine
-from iosr_fast.images.decoders import CpuDecoder
+from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.pixels import FORMATS
 from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of

@@ -1,4 +1,4 @@
-"""The loop of a decoder process. Its standard input is a socket to the parent, whose end is its end."""
+"""The loop of a decoder process. Its standard input is a socket to the parent; it ends when the socket closes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.decoder_process import confinement
-from iosr_fast.images.decoder_process.headers import beyond
-from iosr_fast.images.decoder_process.structure import what_is_wrong
+from iosr_fast.images.decoder_process.structure import structure_error
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
-from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.limits import size_error
 from iosr_fast.images.preprocess import BadImageError, open_image
 
 
 def main() -> None:
     """Answer requests until the parent closes the socket."""
-    # All formats that the parent's Pillow has, as nothing should be imported once memory is limited; first those that
-    # come most, as Pillow asks one after another.
+    # Load all of Pillow's formats before memory is limited; the common ones first, because Pillow tries them in order.
     Image.preinit()
     importlib.import_module("PIL.WebPImagePlugin")
     Image.init()
@@ -53,41 +52,41 @@ def _receive(parent: socket.socket, count: int) -> bytearray:
     data = bytearray(count)
     left = memoryview(data)
     while left:
-        came = parent.recv_into(left)
-        if not came:
+        received = parent.recv_into(left)
+        if not received:
             sys.exit()
-        left = left[came:]
+        left = left[received:]
     return data
 
 
 def _answer(request: Request, data: bytearray, block: mmap.mmap) -> tuple[Answer, bytes]:
-    # Pillow refuses twice this: a second look at what decoders find inside a file.
+    # Pillow refuses more than twice this: a second check, of the size its decoder finds.
     Image.MAX_IMAGE_PIXELS = max(1, request.max_pixels // 2)
     try:
-        if wrong := what_is_wrong(data, request.max_pixels):
-            raise BadImageError(None, 0, wrong)
+        if error := structure_error(data, request.max_pixels):
+            raise BadImageError(None, 0, error)
         height, width = _decode(request, data, block)
         return Answer(Status.OK, height, width, 0), b""
     except MemoryError:
         return Answer(Status.NO_MEMORY, 0, 0, 0), b""
-    except BadImageError as error:
-        if isinstance(error.__cause__, MemoryError):
+    except BadImageError as bad:
+        if isinstance(bad.__cause__, MemoryError):
             return Answer(Status.NO_MEMORY, 0, 0, 0), b""
-        message = error.reason.encode("utf-8", "replace")[:MAX_MESSAGE]
+        message = bad.reason.encode("utf-8", "replace")[:MAX_MESSAGE]
         return Answer(Status.BAD_IMAGE, 0, 0, len(message)), message
 
 
 def _decode(request: Request, data: bytearray, block: mmap.mmap) -> tuple[int, int]:
-    """Pixels into the block; their height and width."""
+    """Write the pixels into the block; return height and width."""
 
     def check(width: int, height: int) -> str:
-        return beyond((width, height), request.side, request.max_pixels)
+        return size_error((width, height), request.side, request.max_pixels)
 
     if request.task == Task.CROP:
         pixels = decode_pixels(data, request.side, check=check, exact=True, exif_orientation=request.exif_orientation)
     else:
         pixels = np.asarray(open_image(data, exif_orientation=request.exif_orientation))
     if pixels.nbytes > len(block):
-        raise BadImageError(None, 0, "it is larger than its header says")
+        raise BadImageError(None, 0, "it is larger than its header claims")
     np.frombuffer(block, np.uint8, pixels.size)[:] = pixels.reshape(-1)
     return pixels.shape[0], pixels.shape[1]

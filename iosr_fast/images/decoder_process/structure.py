@@ -1,7 +1,7 @@
-"""What an encoded image would cost a decoder, read from its structure: parts, sizes in all places, scans over pixels.
+"""The decoding cost of an encoded image, read from its structure: segments, every claimed size, scans over the pixels.
 
-The walk goes from segment to segment by their lengths, as decoders do, so that nothing hides in comments. It takes up
-to a second for megabytes that are made for it: it is meant for a process that may be killed.
+The walk follows the segments' lengths, as decoders do, so that nothing hides in comments. It takes up to a second for
+megabytes of hostile data, so it runs in a process that can be killed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from iosr_fast.images.decoder_process.headers import (
+from iosr_fast.images.limits import (
     DAMAGED,
     JPEG_ALONE,
     JPEG_FRAMES,
@@ -20,20 +20,20 @@ from iosr_fast.images.decoder_process.headers import (
     webp_size,
 )
 
-# Beyond these a file is made to cost: decoders take tens of microseconds a part, and a pass over all pixels a scan.
+# Files beyond these are hostile: decoders take tens of microseconds per part, and a pass over all pixels per scan.
 _PARTS = 1000  # markers of a JPEG; chunks of a PNG or WebP beside one for each KiB
 _SCANS = 64  # of a progressive JPEG, which has about ten
-_PASSES = 12  # scans of an image that has as many pixels as it may have
+_PASSES = 12  # scans of an image with the most pixels allowed
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
 _SEQUENTIAL = frozenset({0xC0, 0xC1, 0xC9})  # baseline, extended, arithmetic
 _COMPONENTS = 4  # of a JPEG: one scan each is the most that a sequential one has
-# The next marker from wherever a decoder stands, in a scan too: not FF 00, which stands for FF in a scan's data, no
-# restart, and of a run of fill bytes FF the last one.
+# The next marker from any position, also within a scan: neither FF 00, which encodes FF in a scan's data, nor a restart
+# marker; of a run of fill bytes FF the last one.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.DOTALL)
 
 
-def what_is_wrong(data: Encoded, max_pixels: int) -> str:
-    """Why no decoder should see an image; "" for one that may be decoded, and for kinds that are not known here."""
+def structure_error(data: Encoded, max_pixels: int) -> str:
+    """Why an image must not be decoded; "" if it may be, and for other kinds."""
     check = {"PNG": _check_png, "JPEG": _check_jpeg, "WEBP": _check_webp}.get(image_kind(data))
     if check is None:
         return ""
@@ -44,10 +44,10 @@ def what_is_wrong(data: Encoded, max_pixels: int) -> str:
 def _check_jpeg(data: Encoded, size: Size, max_pixels: int) -> str:
     frame, scans, at = 0, 0, 2
     for _ in range(_PARTS):
-        found = _MARKER.search(data, at)
-        if found is None:
-            return ""  # it ends too soon, which decoders fill up or refuse
-        at, marker = found.end(), data[found.end() - 1]
+        match = _MARKER.search(data, at)
+        if match is None:
+            return ""  # truncated: decoders fill up or refuse it
+        at, marker = match.end(), data[match.end() - 1]
         if marker == 0xD9:
             return ""
         if marker in JPEG_ALONE:
@@ -55,16 +55,16 @@ def _check_jpeg(data: Encoded, size: Size, max_pixels: int) -> str:
         length = int.from_bytes(data[at : at + 2])
         if length < 2:
             return f"expected segments of at least 2 bytes, got one of {length}"
-        if marker in JPEG_FRAMES or marker == 0xDE:  # DE begins a hierarchy of frames
+        if marker in JPEG_FRAMES or marker == 0xDE:  # DE: hierarchical frames
             if frame or marker not in _PROGRESSIVE | _SEQUENTIAL:
                 return "expected one frame, baseline, extended or progressive; save it as an ordinary JPEG"
             frame = marker
         elif marker == 0xDC:
-            return "expected its height in the frame's header, got one that is defined later"
+            return "expected its height in the frame's header, got a later definition"
         elif marker == 0xDA:
             scans += 1
-            if wrong := _too_many_scans(scans, frame, size, max_pixels):
-                return wrong
+            if error := _too_many_scans(scans, frame, size, max_pixels):
+                return error
         at += length
     return f"expected at most {_PARTS} segments, got more"
 
@@ -78,7 +78,7 @@ def _too_many_scans(scans: int, frame: int, size: Size, max_pixels: int) -> str:
 def _check_png(data: Encoded, size: Size, max_pixels: int) -> str:
     def check(kind: bytes, at: int) -> str:
         if kind == b"IHDR":
-            return "expected one header, got two, of which decoders believe the last"
+            return "expected one header, got two; decoders use the last one"
         if kind == b"fcTL":
             frame = int.from_bytes(data[at + 12 : at + 16]), int.from_bytes(data[at + 16 : at + 20])
             return _larger(frame, size)
@@ -90,10 +90,10 @@ def _check_png(data: Encoded, size: Size, max_pixels: int) -> str:
 def _check_webp(data: Encoded, size: Size, max_pixels: int) -> str:
     def check(kind: bytes, at: int) -> str:
         if kind == b"ANMF":
-            told = data[at + 14 : at + 20]
-            frame = int.from_bytes(told[:3], "little") + 1, int.from_bytes(told[3:], "little") + 1
-            within = webp_size(data, at + 24)
-            return _larger(frame, size) or (_larger(within, frame) if within is not None else "")
+            sides = data[at + 14 : at + 20]
+            frame = int.from_bytes(sides[:3], "little") + 1, int.from_bytes(sides[3:], "little") + 1
+            inner = webp_size(data, at + 24)
+            return _larger(frame, size) or (_larger(inner, frame) if inner is not None else "")
         frame_size = webp_size(data, at)
         return _larger(frame_size, size) if frame_size is not None else ""
 
@@ -113,13 +113,13 @@ def _larger(frame: Size, size: Size) -> str:
 def _walk(
     data: Encoded, at: int, name_at: int, check: Callable[[bytes, int], str], step: Callable[[int], int], last: bytes
 ) -> str:
-    """Chunks from `at` on, each of which has its name `name_at` bytes behind its beginning and `step` bytes."""
+    """Check the chunks from `at` on. A chunk has its name at `name_at` and `step(position)` bytes."""
     most = _PARTS + len(data) // 1024
     for _ in range(most):
         kind = bytes(data[at + name_at : at + name_at + 4])
         if len(kind) < 4 or kind == last:
             return ""
-        if wrong := check(kind, at):
-            return wrong
+        if error := check(kind, at):
+            return error
         at += step(at)
     return f"expected at most {most} chunks in {len(data)} bytes, got more"

@@ -1,4 +1,4 @@
-"""What a decoder process is asked and answers: headers of fixed sizes, then bytes. Pixels go through shared memory."""
+"""Messages to and from a decoder process: headers of fixed size, then bytes. Pixels go through shared memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 class Task(IntEnum):
     CROP = 0  # pixels (side, side, 3), as the encoder takes them
-    WHOLE = 1  # all of the image, (height, width, 3); the block is let go of afterwards
+    WHOLE = 1  # the whole image, (height, width, 3); the process then drops the block
 
 
 class Status(IntEnum):
@@ -19,8 +19,8 @@ class Status(IntEnum):
 
 
 class Request(NamedTuple):
-    """`length` bytes of an encoded image follow. `block` is the size of a new shared block whose file descriptor comes
-    along; 0: the one before. `work_pixels`: of the largest picture that decoding makes, by its header."""
+    """`length` bytes of an encoded image follow. `block` is the size of a new shared block, sent as a file descriptor
+    with this message; 0: the previous block. `work_pixels`: of the largest picture during decoding, by the header."""
 
     task: int
     side: int
@@ -43,5 +43,5 @@ class Answer(NamedTuple):
 
 REQUEST = struct.Struct("<BIQQQQd?")
 ANSWER = struct.Struct("<BIII")
-READY = b"ready"  # what a process says once, when it can be asked
+READY = b"ready"  # sent once, when the process accepts requests
 MAX_MESSAGE = 2000

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from iosr_fast.images.decoder_process.headers import beyond, claimed_size, image_kind, work_pixels
-from iosr_fast.images.decoding import decode_pixels
+from iosr_fast.images.decode import decode_pixels
+from iosr_fast.images.limits import DecodeLimits, claimed_size, image_kind, work_pixels
 from iosr_fast.images.preprocess import ENCODED, BadImageError, as_array, open_image
-
-
-class Limits(Protocol):
-    """Limits that decoders read; None: no limit."""
-
-    @property
-    def max_bytes(self) -> int | None: ...
-    @property
-    def max_pixels(self) -> int | None: ...
-    @property
-    def max_pixels_together(self) -> int: ...
-    @property
-    def timeout_s(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """`max_bytes` of a file or of encoded bytes; `max_pixels` of an image, before and after its shorter side is resized
-    (one of 1 x 60,000 pixels would become huge). None: no limit. `max_pixels_together` of images above 16 million
-    pixels that are decoded at the same time. `timeout_s` of CPU time, or twice as long by the clock, for decoding one
-    image in a process."""
-
-    max_bytes: int | None = None
-    max_pixels: int | None = 100_000_000
-    max_pixels_together: int = 100_000_000
-    timeout_s: float = 4.0
 
 
 class Decoder(Protocol):
@@ -64,7 +37,7 @@ class Decoder(Protocol):
 class ThreadDecoder:
     """Decodes in the calling thread; can't be stopped."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DecodeLimits) -> None:
         self._limits = limits
 
     def start(self) -> None: ...
@@ -87,7 +60,7 @@ def is_pixels(image: Any, size: int) -> bool:
     return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)
 
 
-def decode(image: Any, position: int, size: int, limits: Limits, exif_orientation: bool = True) -> np.ndarray:
+def decode(image: Any, position: int, size: int, limits: DecodeLimits, exif_orientation: bool = True) -> np.ndarray:
     """An image that open_image takes -> pixels (size, size, 3) uint8. Raises BadImageError, also beyond the limits."""
     if is_pixels(image, size):
         pixels: np.ndarray = image
@@ -95,7 +68,7 @@ def decode(image: Any, position: int, size: int, limits: Limits, exif_orientatio
     check_bytes(image, position, limits)
 
     def check(width: int, height: int) -> str:
-        return "" if limits.max_pixels is None else beyond((width, height), size, limits.max_pixels)
+        return limits.size_error((width, height), size)
 
     if not isinstance(image, (str, Path, *ENCODED)):
         array = as_array(image, position)  # of a tensor, with the channels last
@@ -105,18 +78,16 @@ def decode(image: Any, position: int, size: int, limits: Limits, exif_orientatio
     return decode_pixels(image, size, position, check=check, exact=True, exif_orientation=exif_orientation)
 
 
-def whole_image(image: Any, position: int, limits: Limits, exif_orientation: bool = True) -> np.ndarray:
+def whole_image(image: Any, position: int, limits: DecodeLimits, exif_orientation: bool = True) -> np.ndarray:
     """An image that open_image takes -> all pixels, (height, width, 3) uint8."""
     check_bytes(image, position, limits)
     return np.asarray(open_image(image, position, exif_orientation))
 
 
-def check_bytes(image: Any, position: int, limits: Limits) -> None:
+def check_bytes(image: Any, position: int, limits: DecodeLimits) -> None:
     """Raise BadImageError for more encoded bytes than the limits allow."""
-    count = _encoded_bytes(image)
-    if limits.max_bytes is not None and count > limits.max_bytes:
-        reason = f"expected at most {limits.max_bytes} encoded bytes, got {count}; send a smaller one"
-        raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, reason)
+    if error := limits.bytes_error(_encoded_bytes(image)):
+        raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, error)
 
 
 def decoding_cost(image: Any, size: int) -> int:

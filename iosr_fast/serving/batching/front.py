@@ -13,8 +13,9 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.serving.batching.decode import DecodeLimits, Limits, decoding_cost
+from iosr_fast.serving.batching.decode import decoding_cost
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import Hooks, Item, Observer, Query, QueryOptions, WholeImage
 from iosr_fast.serving.batching.queue import BatchQueue
@@ -68,7 +69,7 @@ class BatchingClassifier:
         max_queue: int = 256,
         decode_threads: int | None = None,
         observer: Observer | None = None,
-        limits: Limits | None = None,
+        limits: DecodeLimits | None = None,
         warm: bool = False,
         isolated: bool = False,
     ) -> None:

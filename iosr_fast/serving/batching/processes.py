@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 import iosr_fast
-from iosr_fast.images.decoder_process.headers import claimed_size, work_pixels
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
+from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.serving.batching.decode import ENCODED, Limits, check_bytes, decode, whole_image
+from iosr_fast.serving.batching.decode import ENCODED, check_bytes, decode, whole_image
 from iosr_fast.serving.batching.item import DeadlineExceededError
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class _ProcessLost(Exception):
 class DecoderProcess:
     """For one thread, except `kill`. Call `start` before the first image and after one that killed the process."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DecodeLimits) -> None:
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None

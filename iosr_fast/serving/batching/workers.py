@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.serving.batching.decode import Decoder, Limits, ThreadDecoder
+from iosr_fast.images.limits import DecodeLimits
+from iosr_fast.serving.batching.decode import Decoder, ThreadDecoder
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import ClosedError, Hooks, Item, QueuedBatch, WholeImage, without_frames
 from iosr_fast.serving.batching.queue import BatchQueue
@@ -26,7 +27,7 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a decoder that failed to start i
 _alive: set[Workers] = set()
 
 
-def make_decoders(limits: Limits, count: int, isolated: bool) -> list[Decoder]:
+def make_decoders(limits: DecodeLimits, count: int, isolated: bool) -> list[Decoder]:
     """A decoder for each decoding thread: in its own process if `isolated`, else in the thread."""
     if not isolated:
         return [ThreadDecoder(limits) for _ in range(count)]

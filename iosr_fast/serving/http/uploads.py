@@ -11,7 +11,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from iosr_fast.images.decoder_process.headers import DAMAGED, beyond, claimed_size, image_kind
+from iosr_fast.images.limits import DAMAGED, DecodeLimits, claimed_size, image_kind
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
 
@@ -48,12 +48,12 @@ def check_image(data: bytes, settings: Settings, side: int) -> Refusal | None:
     size = claimed_size(data)
     if size is None:
         return Refusal("bad_image", DAMAGED)
-    message = beyond(size, side, settings.max_pixels)
+    message = settings.decode_limits.size_error(size, side)
     return Refusal("too_many_pixels", message) if message else None
 
 
 def _too_large(count: int, limit: int) -> Refusal:
-    return Refusal("too_large", f"expected at most {limit} bytes an image, got {count}; send a smaller one")
+    return Refusal("too_large", DecodeLimits(limit).bytes_error(count))
 
 
 async def read_images(request: Request, settings: Settings) -> Upload:

@@ -1,26 +1,54 @@
-"""What kind an encoded image is of and how large, read from its first bytes: nothing is decoded, nothing is allocated.
+"""Limits of images from untrusted sources, checked by the file's header: nothing is decoded or allocated.
 
-A few hundred bytes can claim billions of pixels, so the claim is read before a decoder sees the file. The resized
-image is bounded as well: one of 1 x 60,000 pixels, whose shorter side is resized to 224, would have three billion.
+A few hundred bytes can claim billions of pixels, so the claim is read before a decoder sees the file. The resized image
+is bounded too: one of 1 x 60,000 pixels, with its shorter side resized to 224, would have three billion.
 
-This costs microseconds. What takes a walk through the whole file is in `structure`, for a process of its own.
+These checks take microseconds. `decoder_process.structure` walks through the whole file, in a separate process.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 Encoded = bytes | bytearray | memoryview
 Size = tuple[int, int]  # width, height
 
 DAMAGED = "its headers are damaged, end too soon, or are far too many"
 PNG = b"\x89PNG\r\n\x1a\n"
-# Markers of JPEG's frame headers, which hold the size: C0 to CF but for DHT, JPG and DAC.
+# Markers of JPEG frame headers, which hold the size: C0 to CF without DHT, JPG and DAC.
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 _BEFORE_FRAME = 400  # segments and fill bytes; files of cameras have up to a hundred segments
 
 
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Bounds of one image; None: no limit.
+
+    max_bytes            encoded
+    max_pixels           of the image, and of the image once its shorter side is resized
+    max_pixels_together  of the images above 16 million pixels that are decoded at a time
+    timeout_s            CPU seconds for decoding one, or twice as long by the clock; enforced in a process only
+    """
+
+    max_bytes: int | None = None
+    max_pixels: int | None = 100_000_000
+    max_pixels_together: int = 100_000_000
+    timeout_s: float = 4.0
+
+    def bytes_error(self, count: int) -> str:
+        """Why `count` encoded bytes are refused; "" if they are not."""
+        if self.max_bytes is None or count <= self.max_bytes:
+            return ""
+        return f"expected at most {self.max_bytes} encoded bytes, got {count}; send a smaller image"
+
+    def size_error(self, size: Size, side: int) -> str:
+        """Why an image of `size`, whose shorter side is resized to `side`, is refused; "" if it is not."""
+        return "" if self.max_pixels is None else size_error(size, side, self.max_pixels)
+
+
 def image_kind(data: Encoded) -> str:
-    """ "PNG", "JPEG", "WEBP", or "" for anything else."""
+    """ "PNG", "JPEG", "WEBP", or "" for other kinds."""
     if data[:8] == PNG:
         return "PNG"
     if data[:3] == b"\xff\xd8\xff":
@@ -29,25 +57,25 @@ def image_kind(data: Encoded) -> str:
 
 
 def claimed_size(data: Encoded) -> Size | None:
-    """(width, height) as the first header says; None for other kinds and where no size of at least 1 x 1 is found."""
-    read = {"PNG": _png_size, "JPEG": _jpeg_size, "WEBP": webp_size}.get(image_kind(data))
-    size = None if read is None else read(data)
+    """(width, height) by the first header; None for other kinds and without a size of at least 1 x 1."""
+    reader = {"PNG": _png_size, "JPEG": _jpeg_size, "WEBP": webp_size}.get(image_kind(data))
+    size = None if reader is None else reader(data)
     return size if size is not None and min(size) > 0 else None
 
 
 def work_pixels(size: Size, side: int) -> int:
-    """The largest picture that is made of one of `size` on its way to `side` x `side`: itself, or the resized one."""
+    """Pixels of the largest picture on the way from `size` to `side` x `side`: the image itself or the resized one."""
     short, long = min(size), max(size)
     return max(short * long, side * side * long // short)
 
 
-def beyond(size: Size, side: int, max_pixels: int) -> str:
-    """Which limit an image of `size`, whose shorter side is resized to `side`, is beyond; "" where none."""
+def size_error(size: Size, side: int, max_pixels: int) -> str:
+    """Why an image of `size`, whose shorter side is resized to `side`, exceeds `max_pixels`; "" if it does not."""
     width, height = size
     if width * height > max_pixels:
         return f"expected at most {max_pixels} pixels, got {width} x {height}; send a smaller one"
     if min(size) > 0 and side * side * max(size) > max_pixels * min(size):
-        return f"expected sides that are less unlike, got {width} x {height}; crop what matters"
+        return f"aspect ratio too extreme ({width} x {height}); crop the image"
     return ""
 
 
@@ -58,7 +86,7 @@ def _png_size(data: Encoded) -> Size | None:
 
 
 def webp_size(data: Encoded, at: int = 12) -> Size | None:
-    """The size in the chunk at `at`: of the canvas (VP8X), or of a frame."""
+    """The size in the chunk at `at`: of the canvas (VP8X) or of a frame."""
     kind, content = data[at : at + 4], data[at + 8 : at + 18]
     if len(content) < 5:
         return None
@@ -75,7 +103,7 @@ def webp_size(data: Encoded, at: int = 12) -> Size | None:
 
 
 def _jpeg_size(data: Encoded) -> Size | None:
-    """Of the first frame header; there should be one, before the first scan."""
+    """By the first frame header, which precedes the first scan."""
     at, end = 2, len(data) - 9
     for _ in range(_BEFORE_FRAME):
         if at > end or data[at] != 0xFF:

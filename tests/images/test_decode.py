@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from iosr_fast.clip.demo.pictures import load_pictures
-from iosr_fast.images import decoding
-from iosr_fast.images.decoders import CpuDecoder
-from iosr_fast.images.decoding import MARGIN, crop_pixels, decode_pixels
+from iosr_fast.images import decode
+from iosr_fast.images.decode import MARGIN, CpuDecoder, crop_pixels, decode_pixels
 from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
 from tests.pictures import encode
 from tools.bench.photographs import photograph
@@ -96,7 +95,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(pictures: np.ndarray, monkeypatch
         seen.append((fraction, image.size))
         return crop_pixels(image, size, fraction, shape, *rest)
 
-    monkeypatch.setattr(decoding, "crop_pixels", crop)
+    monkeypatch.setattr(decode, "crop_pixels", crop)
     size = 32
     for short in (int(MARGIN * size * 2) - 1, int(MARGIN * size * 2), int(MARGIN * size * 4), int(MARGIN * size * 8)):
         error = difference(encode(photograph(pictures[3], short + 301, short), "JPEG", quality=90), size)
@@ -161,6 +160,6 @@ def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
 
 
 def test_a_check_is_asked_before_anything_is_decoded(pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "crop_pixels", lambda *_: pytest.fail("decoded what was to be refused"))
+    monkeypatch.setattr(decode, "crop_pixels", lambda *_: pytest.fail("decoded what was to be refused"))
     with pytest.raises(BadImageError, match="number 2: 500 by 375 is too large"):
         decode_pixels(encode(photograph(pictures[5]), "JPEG"), 32, 2, check=lambda w, h: f"{w} by {h} is too large")
