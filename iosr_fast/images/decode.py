@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 Decoded = np.ndarray | BadImageError
 # Takes (width, height); returns what is wrong with them, or "".
 SizeCheck = Callable[[int, int], str]
-# libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 by leaving coefficients out: sharp cut-off, one more rounding. Mean absolute
-# difference to the reference by the remaining size relative to the target, on textures with a photograph's spectrum
-# (amplitude 1/f, deviation 40 levels), qualities 75 to 95, 4:4:4 and 4:2:0, at 64 and 224 pixels: 1: 2.2 to
-# 3.8 levels; 1.5: 1.1 to 1.5; 2: 0.8 to 1.1; 2.5: 0.6 to 0.9; 3: 0.5 to 0.9. No margin keeps labels that are nearly tied.
+# libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 by leaving coefficients out: a sharp cut-off, and one more rounding. Mean
+# absolute difference to the reference, by how many times the target size is left, on textures with a photograph's
+# spectrum (1/f, deviation 40 levels), qualities 75 to 95, 4:4:4 and 4:2:0, at 64 and 224 pixels: 1: 2.2 to 3.8 levels;
+# 1.5: 1.1 to 1.5; 2: 0.8 to 1.1; 2.5: 0.6 to 0.9; 3: 0.5 to 0.9. No margin protects labels that are nearly tied.
 MARGIN = 3.0
 _SCALES = (8, 4, 2)
 _REVERSED_X, _REVERSED_Y = frozenset({2, 3, 7, 8}), frozenset({3, 4, 6, 7})  # EXIF orientations that reverse an axis
