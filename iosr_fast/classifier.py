@@ -1,47 +1,33 @@
-"""Classifier: class names and a handful of pictures in, labels out."""
+"""Classifier: class names and a few images in, labels out."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast.clip.prompts import check_templates
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.text_encoder import TextSource
-from iosr_fast.images.listing import list_folder
-from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, to_pixels
-from iosr_fast.methods import METHODS
-from iosr_fast.methods.support_set import SupportSet, encode_support
-from iosr_fast.methods.tuning.tune import Tuned, check_choice
-from iosr_fast.methods.tuning.tune import tune as search
+from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.tune import check_choice
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import PRECISIONS, Precision
+from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.state.changes import Change, ChangeResult
-from iosr_fast.state.examples import Examples
-from iosr_fast.state.labels import check_labels, class_ids, leave_out_bad
-from iosr_fast.state.log_writer import AuditLog
-from iosr_fast.state.method_config import MethodConfig, fit_config
+from iosr_fast.state.fit import fit
+from iosr_fast.state.labels import class_ids, labelled_images
 from iosr_fast.state.predictions import Prediction, predict, softmax
-from iosr_fast.state.state import State
-from iosr_fast.state.support_images import SupportViews
+from iosr_fast.state.support_images import check_support
 from iosr_fast.state.updates import LiveUpdates
-from iosr_fast.utils.progress import progress as bar
-from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
-_CHUNK = 256
 log = logging.getLogger(__name__)
 
 
@@ -53,10 +39,10 @@ class Classifier(LiveUpdates):
     array or tensor of a batch; `iosr_fast.images.pixels` has the rules by which they become RGB.
 
     After fitting: `classes_` (C,) the class names; `plan_`, what the kernels execute; `support_`, the encoded support
-    set; `method_`, `reducer_` and `parameters_`; `tuned_`, how they were chosen, or None where they were given or
+    set; `method_`, `reducer_` and `parameters_`; `tuned_`, the search that chose them, None if they were given or
     loaded; `key_precision_`; `skipped_`, the unreadable images that `skip_bad` left out.
 
-    Any number of threads may classify while others change classes and examples (live.updates.LiveUpdates).
+    Any number of threads may classify while others change classes and examples (state.updates.LiveUpdates).
     """
 
     def __init__(
@@ -66,15 +52,10 @@ class Classifier(LiveUpdates):
         text: TextSource | None = None,
         tau: float = 100.0,
     ) -> None:
-        self.encoder = encoder
+        super().__init__(encoder, text)
         self.engine = Path(engine)
         self.skipped_: list[str] = []
-        self.tuned_: Tuned | None = None
-        self._text = text
         self._tau = check_number("tau, the CLIP's logit scale,", tau, *RANGES["tau"])
-        self._views = SupportViews()
-        self._log: AuditLog | None = None
-        self._changing = threading.Lock()
 
     @property
     def classes_(self) -> np.ndarray:
@@ -99,11 +80,6 @@ class Classifier(LiveUpdates):
     @property
     def parameters_(self) -> dict[str, float]:
         return dict(self.snapshot().config.parameters)
-
-    @property
-    def exif_orientation(self) -> bool:
-        """Whether images are turned upright by EXIF, as they were at the fit."""
-        return self._views.exif_orientation
 
     @property
     def key_precision_(self) -> Precision:
@@ -180,9 +156,13 @@ class Classifier(LiveUpdates):
         `progress` shows bars on stderr where that is a terminal.
 
         Raises ValueError, before anything is encoded, for fewer than two classes, class names that are none or look
-        alike, missing labels or labels without a name, one picture under two labels (copies of its pixels, whatever
-        the file), classes without an image, unreadable images or an unknown method, parameter, reducer or precision,
-        and for parameters given where they are to be chosen. Copies of a picture within a class are warned of.
+        alike, missing labels or labels without a name, classes without an image, an unknown method, parameter, reducer
+        or precision, and for parameters given where they are to be chosen; for unreadable images, and for one picture
+        under two labels (copies of its pixels, whatever the file), after all images are decoded. The classifier is then
+        as it was. Copies of a picture within a class are warned of.
+
+        A view is drawn from a hash of the image's pixels and `seed`: the fit does not depend on the order of the
+        images, and an image has the same key whether it comes by `fit` or by `add_examples`.
         """
         settings = check_support(views, mirror, templates, key_precision, seed, thumbnails, exif_orientation)
         parameters = check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
@@ -190,83 +170,25 @@ class Classifier(LiveUpdates):
             raise ValueError(
                 "this classifier was loaded and has no text encoder; from_pretrained makes one that can be fit"
             )
-        given = [] if images is None else as_image_list(images)
-        names, ids = check_labels(given, labels, class_names)
-        with bar("decode", len(given), shown=progress) as step:
-            given, ids, self.skipped_ = leave_out_bad(given, ids, skip_bad, names, step)
-        if method == "auto" or METHODS[method].needs_support:
-            empty = [names[c] for c in np.flatnonzero(np.bincount(ids, minlength=len(names)) == 0)]
-            if empty:
-                raise ValueError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
-        if method != "auto" and METHODS[method].needs_adapter and not self.encoder.adapted:
-            raise ValueError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
-        searched = method == "auto" or tune == "loo" or (tune is None and not parameters)
-        text = self._text.embed_classes(names, settings.templates)
-        rng = np.random.default_rng(seed)
-        queries = None
-        if len(given):
-            single = searched and views > 1  # what is asked later is one view, so that is what leave-one-out has to ask
-            with bar("encode", len(given) * (1 + single), shown=progress) as step:
-                encode = partial(encode_support, self.encoder, given, exif_orientation=exif_orientation, step=step)
-                embeddings = encode(views, mirror, rng)
-                if single:
-                    queries = encode(1, mirror, rng)
-        else:
-            nothing = np.zeros((0, self.encoder.width), np.float32)
-            embeddings = Embeddings(nothing, nothing)
-        examples = Examples(embeddings, ids, np.arange(len(given)), settings.thumbnails(given), queries)
-        examples = examples.rows(np.argsort(ids, kind="stable"))
-        support = examples.as_support(range(len(names)), text, self._tau)
-        if searched and len(given):
-            with bar("tune", None, shown=progress):
-                chosen = search(method, support, reducer=reducer or "none")
-        else:
-            parameters = {**METHODS[method].parameters, **parameters}
-            chosen = Tuned(method, reducer or "none", parameters, float("nan"), 0, "none")
-        config = _config(chosen, key_precision, support)
-        state = State.first(names, text, self._tau, examples, config)
-        self._replace(state, chosen, replace(settings, single=queries is not None))
+        fitted = fit(
+            self.encoder,
+            self._text,
+            self._tau,
+            images,
+            labels,
+            class_names,
+            method=method,
+            reducer=reducer,
+            tune=tune,
+            parameters=parameters,
+            views=settings,
+            key_precision=key_precision,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+        self._replace(fitted.state, fitted.views, fitted.tuned)
+        self.skipped_ = fitted.skipped
         return self
-
-    def tune(
-        self,
-        images: Any = None,
-        labels: Sequence[Any] | np.ndarray | None = None,
-        method: str | None = None,
-        reducer: str | None = None,
-    ) -> Tuned:
-        """Choose the parameters again: on labelled validation images, or without any by leave-one-out.
-
-        `method` defaults to the one that was fitted; "auto" chooses among all. `labels` as for `score`. Returns what
-        was chosen and why (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
-        """
-        state = self.snapshot()
-        method = state.config.method if method is None else method
-        check_choice(method, reducer, None)
-        if (images is None) != (labels is None):
-            raise ValueError("expected validation images and their labels together, got one without the other")
-        queries, ids = None, None
-        if images is not None:
-            given = as_image_list(images)
-            ids = class_ids(given, labels, state.class_names)
-            rng = np.random.default_rng(0)
-            queries = encode_support(self.encoder, given, 1, False, rng, exif_orientation=self.exif_orientation)
-        reducer = state.config.reducer_name if reducer is None and method == state.config.method else reducer
-        with self._changing:
-            state = self._same_classes(state)
-            tuned = search(method, state.support, queries, ids, reducer or "none")
-            self._make(Change("retune", config=_config(tuned, state.config.key_precision)))
-            self.tuned_ = tuned
-        return tuned
-
-    def retune(self) -> ChangeResult:
-        """Choose the parameters of the method again, by leave-one-out on the examples as they are now (`tune`)."""
-        with self._changing:
-            config = self.snapshot().config
-            tuned = search(config.method, self.snapshot().support, reducer=config.reducer_name)
-            change = self._make(Change("retune", config=_config(tuned, config.key_precision)))
-            self.tuned_ = tuned
-        return change
 
     def fit_folder(self, folder: str | Path, **options: Any) -> Classifier:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces)."""
@@ -328,11 +250,11 @@ class Classifier(LiveUpdates):
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label (names, or integers into `classes_`)."""
-        given = as_image_list(images)
-        ids = class_ids(given, labels, self.snapshot().class_names)
+        listed = as_image_list(images)
+        ids = class_ids(listed, labels, self.snapshot().class_names)
         if not len(ids):
             raise ValueError("expected at least one image to score, got none")
-        return float((self.decision_function(given).argmax(1) == ids).mean())
+        return float((self.decision_function(listed).argmax(1) == ids).mean())
 
     def save(self, folder: str | Path) -> None:
         """Write everything `load` needs, engine and text encoder included, to `folder`: whole or not at all.
@@ -366,69 +288,8 @@ class Classifier(LiveUpdates):
         bundle = load_bundle(folder, verify, threads, expected_digest)
         encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
         classifier = cls(encoder, bundle.engine, bundle.text, bundle.state.tau)
-        classifier._replace(bundle.state, None, bundle.views)
+        classifier._replace(bundle.state, bundle.views)
         return classifier
-
-    def snapshot(self) -> State:
-        """What is classified with now. It never changes: predictions of one snapshot are of one version."""
-        if not hasattr(self, "_state"):
-            raise ValueError("this classifier is not fitted yet: call fit or fit_folder first")
-        return self._state
-
-    def _replace(self, state: State, chosen: Tuned | None, views: SupportViews) -> None:
-        with self._changing:
-            if self._log is not None:
-                raise ValueError(f"expected no audit log to be open, got {self._log.path}: it has no line for a fit")
-            self._state, self._views = state, views
-            self.tuned_ = None if chosen is None or chosen.protocol == "none" else chosen
-
-    def _text_of(self, name: str) -> np.ndarray:
-        if self._text is None:
-            raise ValueError(
-                f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
-            )
-        row: np.ndarray = self._text.embed_classes([name], self._views.templates)[0]
-        return row
-
-    def _same_classes(self, before: State) -> State:
-        """Under the lock: the state, if its classes are still those that labels were read for."""
-        state = self.snapshot()
-        if state.uids != before.uids:
-            raise ValueError("the classes have changed while validation images were encoded: tune again")
-        return state
-
-    def _chunks(self, images: Any) -> Iterator[np.ndarray]:
-        # A batch array stays one: pixels of the right size then reach the encoder without being touched.
-        array = as_array(images)
-        listed = array if array is not None and array.ndim == 4 else as_image_list(images)
-        for start in range(0, len(listed), _CHUNK):
-            try:
-                yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size, self.exif_orientation)
-            except BadImageError as error:
-                raise error.moved(start) from error.__cause__
-
-
-def labelled_images(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
-    """Images of a folder of classes, the label of each, and all class names. Raises as `list_folder` does."""
-    paths, names, classes = list_folder(folder)
-    spoken = {name: name.replace("_", " ").strip() for name in classes}
-    return paths, [spoken[name] for name in names], [spoken[name] for name in classes]
-
-
-def check_support(
-    views: int,
-    mirror: bool,
-    templates: Sequence[str] | None,
-    key_precision: str,
-    seed: int = 0,
-    thumbnails: int = 96,
-    exif_orientation: bool = True,
-) -> SupportViews:
-    """How support images and class names are encoded. Raises ValueError for what can't be, before anything is."""
-    if key_precision not in PRECISIONS:
-        raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
-    prompts = None if templates is None else check_templates(templates)
-    return SupportViews(views, mirror, seed, False, prompts, thumbnails, exif_orientation)
 
 
 @functools.cache
@@ -439,10 +300,3 @@ def _warn_of_the_demo() -> None:
         "chance on photographs. For photographs take a real one, like from_pretrained('ViT-B-32', "
         "'laion2b_s34b_b79k') or from_pretrained('ViT-B-16', 'openai'); from_pretrained('demo') silences this"
     )
-
-
-def _config(chosen: Tuned, key_precision: Precision, support: SupportSet | None = None) -> MethodConfig:
-    """What a search chose; without `support` its reducer is still to be fitted."""
-    if support is None:
-        return MethodConfig(chosen.method, dict(chosen.parameters), chosen.reducer, None, chosen.factor, key_precision)
-    return fit_config(chosen.method, chosen.parameters, chosen.reducer, chosen.factor, key_precision, support)

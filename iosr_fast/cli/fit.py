@@ -40,8 +40,10 @@ def fit(
     key_precision: str = typer.Option("fp32", help="of the keys when scoring: fp32, fp16, bf16 or int8"),
 ) -> None:
     """Fit a few-shot classifier on a folder and save it."""
-    from iosr_fast.classifier import Classifier, check_support, labelled_images
+    from iosr_fast.classifier import Classifier
     from iosr_fast.methods.tuning.tune import check_choice
+    from iosr_fast.state.labels import labelled_images
+    from iosr_fast.state.support_images import check_support
 
     with stop_message("stopped; nothing was written", "iosr-fast"):
         check_new_folder(out, "classifier")

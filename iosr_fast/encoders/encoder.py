@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -33,6 +33,15 @@ class Embeddings:
 
     def __getitem__(self, rows: slice | np.ndarray) -> Embeddings:
         return Embeddings(self.plain[rows], None if self.adapted is None else self.adapted[rows])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        """All rows of NumPy arrays, in order; adapted only if every part has them."""
+        adapted = [part.adapted for part in parts if part.adapted is not None]
+        return cls(
+            np.concatenate([part.plain for part in parts]),
+            np.concatenate(adapted) if len(adapted) == len(parts) else None,
+        )
 
 
 class Encoder(Protocol):

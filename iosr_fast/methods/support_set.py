@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,35 +103,32 @@ def encode_support(
     mirror: bool,
     rng: np.random.Generator,
     batch: int = 64,
-    exif_orientation: bool = True,
-    step: Callable[[int], None] = lambda images: None,
 ) -> Embeddings:
     """One row an image: the mean of its views' embeddings, L2-normalised again.
 
     With `views` 1 the one view is CLIP's resize and centre crop; with more, random crops of half to all of the image
     (mirrored half of the time if asked), as Tip-Adapter builds its cache (Zhang et al., ECCV 2022, section 3.1).
-    `exif_orientation` as for preprocess.open_image; `step` is called with the number of images after each batch.
     """
-    plain: list[np.ndarray] = []
-    adapted: list[np.ndarray] = []
+    parts: list[Embeddings] = []
     group = max(1, batch // views)
     for start in range(0, len(images), group):
         pixels = []
         for i, source in enumerate(images[start : start + group], start):
-            image = open_image(source, i, exif_orientation)
+            image = open_image(source, i)
             if views == 1:
                 pixels.append(resize_and_crop(image, encoder.image_size))
             else:
                 pixels += [random_view(image, encoder.image_size, rng, mirror) for _ in range(views)]
-        encoded = encoder.encode(np.stack(pixels))
-        plain.append(_mean_of_views(encoded.plain, views))
-        if encoded.adapted is not None:
-            adapted.append(_mean_of_views(encoded.adapted, views))
-        step(len(images[start : start + group]))
-    return Embeddings(np.concatenate(plain), np.concatenate(adapted) if adapted else None)
+        parts.append(mean_of_views(encoder.encode(np.stack(pixels)), views))
+    return Embeddings.concatenate(parts)
 
 
-def _mean_of_views(embeddings: np.ndarray, views: int) -> np.ndarray:
-    mean = embeddings.reshape(-1, views, embeddings.shape[1]).mean(1)
-    normalised: np.ndarray = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    return normalised
+def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:
+    """The mean of each `views` rows that follow one another, L2-normalised again."""
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        means = rows.reshape(-1, views, rows.shape[1]).mean(1)
+        normalised: np.ndarray = means / np.linalg.norm(means, axis=1, keepdims=True)
+        return normalised
+
+    return Embeddings(mean(embeddings.plain), None if embeddings.adapted is None else mean(embeddings.adapted))

@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.method_config import MethodConfig, fit_config
+from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
@@ -63,10 +63,7 @@ class Change:
         if self.op == "rename_class":
             return state.renaming(self.uid, self.name, self.text)
         assert self.config is not None
-        r = self.config
-        return state.with_config(
-            fit_config(r.method, r.parameters, r.reducer_name, r.factor, r.key_precision, state.support)
-        )
+        return state.with_config(self.config.fitted(state.support))
 
     @property
     def example_numbers(self) -> tuple[int, ...]:

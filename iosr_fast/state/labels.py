@@ -1,23 +1,19 @@
-"""Labels and support images as callers give them, checked before anything is encoded."""
+"""Labels and class names as callers give them, checked."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from iosr_fast.images.preprocess import BadImageError, open_image
+from iosr_fast.images.listing import list_folder
 from iosr_fast.state.ids import uid_of
 from iosr_fast.utils.text import abbreviate
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -188,72 +184,9 @@ def _ids(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
     return np.array([index[name] for name in values], np.int64)
 
 
-def leave_out_bad(
-    images: Sequence[Any],
-    ids: np.ndarray,
-    skip_bad: bool,
-    names: Sequence[str] = (),
-    step: Callable[[int], None] = lambda images: None,
-) -> tuple[Sequence[Any], np.ndarray, list[str]]:
-    """Decode everything once before any work starts; unreadable images are left out or refused, all of them by name.
-
-    Pictures with the same pixels are refused under two labels (`names` of `ids`), and warned of under one. `step` is
-    called with 1 after each image.
-    """
-    bad: dict[int, BadImageError] = {}
-    first: dict[bytes, int] = {}
-    copies: list[tuple[int, int]] = []
-    for i, image in enumerate(images):
-        try:
-            earlier = first.setdefault(_content(open_image(image, i)), i)
-        except BadImageError as error:
-            bad[i] = error
-        else:
-            if earlier != i:
-                copies.append((earlier, i))
-        step(1)
-    if bad and not skip_bad:
-        if len(bad) == 1:
-            raise next(iter(bad.values()))
-        shown = "; ".join(str(error) for error in list(bad.values())[:5])
-        raise ValueError(f"{len(bad)} of {len(images)} images can't be read (skip_bad leaves them out): {shown}")
-    _judge_copies(images, ids, copies, names)
-    if not bad:
-        return images, ids, []
-    for left_out in bad.values():
-        logger.warning("left out: %s", left_out)
-    kept = [i for i in range(len(images)) if i not in bad]
-    return [images[i] for i in kept], ids[kept], [left_out.where for left_out in bad.values()]
-
-
-def _content(image: Image) -> bytes:
-    """A digest of the pixels: the same for copies under other names and in other lossless files."""
-    digest = hashlib.sha256(repr((image.mode, image.size)).encode())
-    digest.update(image.tobytes())
-    return digest.digest()
-
-
-def _judge_copies(
-    images: Sequence[Any], ids: np.ndarray, copies: Sequence[tuple[int, int]], names: Sequence[str]
-) -> None:
-    across = [(one, other) for one, other in copies if ids[one] != ids[other]]
-    if across:
-        pairs = (" and ".join(f"{_where(images[i], i)} ({names[ids[i]]!r})" for i in pair) for pair in across[:5])
-        more = f"; and {len(across) - 5} more" if len(across) > 5 else ""
-        raise ValueError(
-            f"expected one label for a picture, got the same picture under two: {'; '.join(pairs)}{more}; remove the "
-            "wrong ones"
-        )
-    if copies:
-        one, other = copies[0]
-        logger.warning(
-            "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s",
-            len(copies),
-            len(images),
-            _where(images[other], other),
-            _where(images[one], one),
-        )
-
-
-def _where(image: Any, position: int) -> str:
-    return str(image) if isinstance(image, str | Path) else f"number {position}"
+def labelled_images(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
+    """Images of a folder of classes, the label of each, and all class names: the sub-folders' names with blanks for
+    underscores. Raises as `list_folder` does."""
+    paths, labels, classes = list_folder(folder)
+    spoken = {name: name.replace("_", " ").strip() for name in classes}
+    return paths, [spoken[name] for name in labels], [spoken[name] for name in classes]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
@@ -28,6 +29,15 @@ class MethodConfig:
     reducer: Reducer | None = None
     factor: float = 1.0
     key_precision: Precision = "fp32"
+
+    @classmethod
+    def of(cls, tuned: Tuned, key_precision: Precision) -> MethodConfig:
+        """The choice of a search; its reducer is not fitted yet."""
+        return cls(tuned.method, dict(tuned.parameters), tuned.reducer, None, tuned.factor, key_precision)
+
+    def fitted(self, support: SupportSet) -> MethodConfig:
+        """With the reducer fitted on the support images."""
+        return replace(self, reducer=fit_method_reducer(METHODS[self.method], self.reducer_name, support))
 
     @property
     def additive(self) -> bool:
@@ -63,16 +73,3 @@ class MethodConfig:
             beta=self.parameters["beta"],
         )
         return plan.with_key_precision(self.key_precision, compensate=compensate)
-
-
-def fit_config(
-    method: str,
-    parameters: dict[str, float],
-    reducer: str,
-    factor: float,
-    key_precision: Precision,
-    support: SupportSet,
-) -> MethodConfig:
-    """The config with its reducer fitted on the support images."""
-    fitted = fit_method_reducer(METHODS[method], reducer, support)
-    return MethodConfig(method, dict(parameters), reducer, fitted, factor, key_precision)

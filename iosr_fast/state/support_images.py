@@ -1,34 +1,45 @@
-"""Support images, from pictures to what a classifier keeps of them: embeddings of views, and a thumbnail to look at."""
+"""Support images: each is decoded once, and becomes embeddings of its views and a thumbnail."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.images.preprocess import open_image
-from iosr_fast.methods.support_set import encode_support
+from iosr_fast.images.preprocess import BadImageError, open_image, random_view, resize_and_crop
+from iosr_fast.methods.support_set import mean_of_views
+from iosr_fast.scoring.precision import PRECISIONS
+from iosr_fast.state.examples import Examples, no_examples
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_BATCH = 64  # views that are encoded together
 _QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB
+_SHOWN = 5
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SupportViews:
-    """How a support image becomes a key, at the fit and for images that come later.
+    """How a support image becomes a key, at the fit and later.
 
-    views      random views averaged into it; 1 takes the image as it is
-    mirror     half of the views mirrored
-    seed       of the views' draws
-    single     whether a single view is kept beside the mean of several: what leave-one-out asks with
+    views      random views averaged into the key; 1 takes the image as it is
+    mirror     half of the views are mirrored
+    seed       the views of an image are drawn from a hash of its pixels and this seed
+    single     whether a single view is kept beside the mean of several: the query of leave-one-out
     templates  prompts for class names; None: the CLIP's own
-    thumbnail  pixels of the longer side of the picture that is kept; 0 keeps none
-    exif_orientation  whether images are turned upright by EXIF, those to be classified too; a fit turns them, and False
-               is how bundles were fitted that don't say it
+    thumbnail  longer side in pixels of the stored picture; 0 stores none
+    exif_orientation  whether images are turned upright by EXIF, queries too. False is the default of bundles without
+               this field; a fit sets it.
     """
 
     views: int = 1
@@ -45,37 +56,159 @@ class SupportViews:
         if not 0 <= self.thumbnail <= 1024:
             raise ValueError(f"expected thumbnails of 0 (none) to 1,024 pixels, got {self.thumbnail}")
 
-    def thumbnails(self, images: Sequence[Any]) -> tuple[bytes | None, ...]:
-        """WebP, one an image."""
+    @property
+    def two_forms(self) -> bool:
+        """Whether an image is encoded as a query too, beside the views of its key."""
+        return self.single and self.views > 1
+
+    def pixels(self, image: Image, size: int, digest: bytes) -> list[np.ndarray]:
+        """The views of a decoded image, each (size, size, 3) uint8, and last the single one where it is kept.
+
+        `digest` is the SHA-256 of the image's pixels: the same image gives the same views in any order of calls.
+        """
+        if self.views == 1:
+            return [resize_and_crop(image, size)]
+        rng = np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little")])
+        views = [random_view(image, size, rng, self.mirror) for _ in range(self.views)]
+        return [*views, resize_and_crop(image, size)] if self.two_forms else views
+
+    def picture(self, image: Image) -> bytes | None:
+        """The thumbnail of a decoded image as WebP; shrinks the image itself."""
+        from PIL import Image
+
         if not self.thumbnail:
-            return (None,) * len(images)
-        return tuple(_thumbnail(image, i, self.thumbnail, self.exif_orientation) for i, image in enumerate(images))
-
-    def encode_later(self, encoder: Encoder, images: Sequence[Any]) -> tuple[Embeddings, Embeddings | None]:
-        """Embeddings of images that are added, and of their single views. The draws follow from seed and pixels, so
-        that the same image gives the same key whenever it comes."""
-        parts = []
-        for image in images:
-            pixels = np.asarray(open_image(image, 0, self.exif_orientation))
-            drawn = int.from_bytes(hashlib.sha256(pixels.tobytes()).digest()[:8], "little")
-            rng = np.random.default_rng([self.seed, drawn])
-            mean = encode_support(encoder, [pixels], self.views, self.mirror, rng)  # of pixels that are upright
-            one = encode_support(encoder, [pixels], 1, self.mirror, rng) if self.single else None
-            parts.append((mean, one))
-        means = _stacked([mean for mean, _ in parts])
-        return means, _stacked([one for _, one in parts if one is not None]) if self.single else None
+            return None
+        image.thumbnail((self.thumbnail, self.thumbnail), Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        image.save(file, "WEBP", quality=_QUALITY)
+        return file.getvalue()
 
 
-def _stacked(parts: Sequence[Embeddings]) -> Embeddings:
-    plain = np.concatenate([part.plain for part in parts])
-    return Embeddings(plain, None if parts[0].adapted is None else np.concatenate([part.adapted for part in parts]))
+def check_support(
+    views: int,
+    mirror: bool,
+    templates: Sequence[str] | None,
+    key_precision: str,
+    seed: int = 0,
+    thumbnails: int = 96,
+    exif_orientation: bool = True,
+) -> SupportViews:
+    """The options of a fit that concern images and prompts. Raises ValueError for one out of range."""
+    if key_precision not in PRECISIONS:
+        raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
+    prompts = None if templates is None else check_templates(templates)
+    return SupportViews(views, mirror, seed, False, prompts, thumbnails, exif_orientation)
 
 
-def _thumbnail(source: Any, position: int, side: int, exif_orientation: bool) -> bytes:
-    from PIL import Image
+def encode_images(
+    encoder: Encoder,
+    images: Sequence[Any],
+    labels: np.ndarray,
+    views: SupportViews,
+    skip_bad: bool = False,
+    names: Sequence[str] = (),
+    step: Callable[[int], None] = lambda images: None,
+) -> tuple[Examples, list[BadImageError]]:
+    """Decode each image once and encode its views; `labels` (N,) int64 become the examples' class ids.
 
-    image = open_image(source, position, exif_orientation)
-    image.thumbnail((side, side), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=_QUALITY)
-    return file.getvalue()
+    Returns the examples, in the order of the images, and the errors of unreadable images, which `skip_bad` leaves out.
+    `step` is called with 1 after each image. Raises ValueError with the names of all unreadable images, and for a
+    picture (its pixels, whatever the file) under two labels, `names` of `labels`; nothing is encoded once one of these
+    is found. Warns of copies within a class.
+    """
+    encoding = _Encoding(encoder, views)
+    pictures: list[bytes | None] = []
+    readable: list[int] = []
+    errors: list[BadImageError] = []
+    first: dict[tuple[tuple[int, int], bytes], int] = {}
+    copies: list[tuple[int, int]] = []
+    refused = False
+    for i, source in enumerate(images):
+        try:
+            image = open_image(source, i, views.exif_orientation)
+        except BadImageError as error:
+            errors.append(error)
+            refused |= not skip_bad
+        else:
+            digest = hashlib.sha256(image.tobytes()).digest()
+            earlier = first.setdefault((image.size, digest), i)
+            if earlier != i:
+                copies.append((earlier, i))
+                refused |= labels[earlier] != labels[i]
+            if not refused:
+                encoding.add(views.pixels(image, encoder.image_size, digest))
+                pictures.append(views.picture(image))
+                readable.append(i)
+        step(1)
+    if errors and not skip_bad:
+        if len(errors) == 1:
+            raise errors[0]
+        shown = "; ".join(str(error) for error in errors[:_SHOWN])
+        raise ValueError(f"{len(errors)} of {len(images)} images can't be read (skip_bad leaves them out): {shown}")
+    _check_copies(images, labels, copies, names)
+    for left_out in errors:
+        logger.warning("left out: %s", left_out)
+    if not readable:
+        return no_examples(encoder.width), errors
+    keys, queries = encoding.finish()
+    return Examples(keys, labels[readable], np.arange(len(readable)), tuple(pictures), queries), errors
+
+
+class _Encoding:
+    """Encodes images in batches as they come; keeps the mean of each one's views."""
+
+    def __init__(self, encoder: Encoder, views: SupportViews) -> None:
+        self._encoder, self._views = encoder, views
+        self._waiting: list[np.ndarray] = []
+        self._keys: list[Embeddings] = []
+        self._queries: list[Embeddings] = []
+
+    def add(self, pixels: list[np.ndarray]) -> None:
+        if len(self._waiting) + len(pixels) > _BATCH:
+            self._encode()
+        self._waiting += pixels
+
+    def finish(self) -> tuple[Embeddings, Embeddings | None]:
+        self._encode()
+        return Embeddings.concatenate(self._keys), Embeddings.concatenate(self._queries) if self._queries else None
+
+    def _encode(self) -> None:
+        if not self._waiting:
+            return
+        rows, views = self._encoder.encode(np.stack(self._waiting)), self._views
+        self._waiting = []
+        if views.two_forms:
+            single = np.arange(len(rows)) % (views.views + 1) == views.views
+            self._queries.append(mean_of_views(rows[single], 1))
+            rows = rows[~single]
+        self._keys.append(mean_of_views(rows, views.views))
+        if views.single and not views.two_forms:
+            self._queries.append(self._keys[-1])
+
+
+def _check_copies(
+    images: Sequence[Any], labels: np.ndarray, copies: Sequence[tuple[int, int]], names: Sequence[str]
+) -> None:
+    across = [pair for pair in copies if labels[pair[0]] != labels[pair[1]]]
+    if across:
+        pairs = (
+            " and ".join(f"{_where(images[i], i)} ({names[labels[i]]!r})" for i in pair) for pair in across[:_SHOWN]
+        )
+        more = f"; and {len(across) - _SHOWN} more" if len(across) > _SHOWN else ""
+        raise ValueError(
+            f"expected one label for a picture, got the same picture under two: {'; '.join(pairs)}{more}; remove the "
+            "wrong ones"
+        )
+    if copies:
+        one, other = copies[0]
+        logger.warning(
+            "%d of %d pictures are copies of another of their class and count twice; the first is %s, a copy of %s",
+            len(copies),
+            len(images),
+            _where(images[other], other),
+            _where(images[one], one),
+        )
+
+
+def _where(image: Any, position: int) -> str:
+    return str(image) if isinstance(image, str | Path) else f"number {position}"

@@ -1,55 +1,65 @@
-"""Changing a classifier while others use it: a change makes a new State, and readers go on with the one they hold."""
+"""Changing a classifier in use: a change makes a new State; readers keep the one that they hold."""
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, to_pixels
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.tuning.tune import Tuned, check_choice
+from iosr_fast.methods.tuning.tune import tune as search
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.state.audit import open_log
 from iosr_fast.state.changes import Change, ChangeResult
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.ids import class_id, example_id
-from iosr_fast.state.labels import as_seen, leave_out_bad, name_fault
+from iosr_fast.state.labels import as_seen, class_ids, name_fault
 from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import ClassInfo, State
-from iosr_fast.state.support_images import SupportViews
+from iosr_fast.state.support_images import SupportViews, encode_images
+
+_CHUNK = 256
 
 
-class LiveUpdates(ABC):
-    """The part of Classifier that takes classes and examples in and out.
+class LiveUpdates:
+    """The part of Classifier that holds the State and changes it.
 
-    Who classifies never waits for a change, and is answered by one state or the other, whole. Changes wait for one
-    another; images are encoded and texts embedded before that, beside whatever else goes on. With an audit log
-    (`open_log`) a change is on the disk before anybody sees it.
+    Readers never block; each call sees exactly one version. Changes wait for one another; images are encoded and texts
+    embedded before that, while other calls run. With an audit log (`open_log`) a change is on the disk before any
+    reader sees it.
 
-    For "tip-adapter", "tip-adapter++" and "zero-shot" a change costs what it adds, not what the cache holds; for "gda"
-    it costs an inverse, whatever the cache holds. "ape", "tip-x" and "proker" weigh all images against one another:
-    they are fit again on the embeddings that are kept. Method, parameters and reducer stay until
-    `retune`.
+    For "tip-adapter", "tip-adapter++" and "zero-shot" the cost of a change depends on the images that it adds, not on
+    the size of the cache; for "gda" it is a matrix inverse. "ape", "tip-x" and "proker" weigh all images against one
+    another and are fitted again on the stored embeddings. Method, parameters and reducer stay until `retune`.
     """
 
-    encoder: Encoder
-    _state: State
-    _views: SupportViews
-    _log: AuditLog | None
-    _changing: threading.Lock
+    def __init__(self, encoder: Encoder, text: TextSource | None) -> None:
+        self.encoder = encoder
+        self.tuned_: Tuned | None = None
+        self._text = text
+        self._views = SupportViews()
+        self._log: AuditLog | None = None
+        self._changing = threading.Lock()
 
-    @abstractmethod
     def snapshot(self) -> State:
-        """What is classified with now: hold on to it and nothing changes. Raises ValueError before a fit."""
+        """The current state, which never changes: all predictions of it are of one version. ValueError before a fit."""
+        if not hasattr(self, "_state"):
+            raise ValueError("this classifier is not fitted yet: call fit or fit_folder first")
+        return self._state
 
-    @abstractmethod
-    def _text_of(self, name: str) -> np.ndarray:
-        """A class name's text embedding (D,). Raises ValueError where there is no text encoder."""
+    @property
+    def exif_orientation(self) -> bool:
+        """Whether images are turned upright by EXIF, as they were at the fit."""
+        return self._views.exif_orientation
 
     @property
     def version(self) -> int:
@@ -60,20 +70,19 @@ class LiveUpdates(ABC):
         """The classes in their order, each with its id and the number of its examples."""
         return self.snapshot().classes()
 
-    def examples(self, given: str) -> list[str]:
-        """The ids of a class's examples. Raises ValueError where there is no such class."""
+    def examples(self, name_or_id: str) -> list[str]:
+        """The ids of a class's examples. Raises ValueError for an unknown class."""
         state = self.snapshot()
-        return [example_id(number) for number in state.examples_of(state.find_class(given))]
+        return [example_id(number) for number in state.examples_of(state.find_class(name_or_id))]
 
-    def picture(self, given: str) -> bytes | None:
-        """An example's thumbnail, WebP; None where none was kept. Raises ValueError for an unknown id."""
+    def picture(self, name_or_id: str) -> bytes | None:
+        """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
         state = self.snapshot()
-        (number,) = state.find_examples([given])
-        for part in state.segments:
-            at = np.flatnonzero(part.ids == number)
-            if len(at):
-                return part.pictures[int(at[0])]
-        raise AssertionError(given)
+        (number,) = state.find_examples([name_or_id])
+        segment, row = next(
+            (segment, rows[0]) for segment in state.segments if len(rows := np.flatnonzero(segment.ids == number))
+        )
+        return segment.pictures[int(row)]
 
     def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot").
@@ -96,15 +105,15 @@ class LiveUpdates(ABC):
             added = _numbered(encoded, state.next_class, state.next_example) if encoded is not None else None
             return self._make(Change("add_class", state.next_class, name=name, text=row, added=added))
 
-    def add_examples(self, given: str, images: Any) -> ChangeResult:
+    def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
         """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
-        self.snapshot().find_class(given)
+        self.snapshot().find_class(name_or_id)
         encoded = self._encode(as_image_list(images))
         if encoded is None:
-            raise ValueError(f"expected at least one image to add to {given!r}, got none")
+            raise ValueError(f"expected at least one image to add to {name_or_id!r}, got none")
         with self._changing:
             state = self.snapshot()
-            uid = state.find_class(given)
+            uid = state.find_class(name_or_id)
             return self._make(Change("add_examples", uid, added=_numbered(encoded, uid, state.next_example)))
 
     def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
@@ -114,17 +123,17 @@ class LiveUpdates(ABC):
             numbers = self.snapshot().find_examples(listed)
             return self._make(Change("remove_examples", numbers=tuple(numbers)))
 
-    def remove_class(self, given: str) -> ChangeResult:
+    def remove_class(self, name_or_id: str) -> ChangeResult:
         """Take a class out, by id or name, with its images. Raises ValueError where fewer than two would be left."""
         with self._changing:
             state = self.snapshot()
-            uid = state.find_class(given)
+            uid = state.find_class(name_or_id)
             if len(state.uids) <= 2:
-                raise ValueError(f"expected at least two classes to tell apart: {given!r} can't be removed")
+                raise ValueError(f"expected at least two classes to tell apart: {name_or_id!r} can't be removed")
             return self._make(Change("remove_class", uid))
 
     def rename_class(
-        self, given: str, name: str, text: np.ndarray | None = None, keep_text: bool = False
+        self, name_or_id: str, name: str, text: np.ndarray | None = None, keep_text: bool = False
     ) -> ChangeResult:
         """Another name for a class, by id or name, and so another text embedding; its id stays.
 
@@ -132,7 +141,7 @@ class LiveUpdates(ABC):
         class, a name that is taken or empty, or without a text encoder.
         """
         state = self.snapshot()
-        uid = state.find_class(given)
+        uid = state.find_class(name_or_id)
         self._check_name(state, name, uid)
         if keep_text and text is not None:
             raise ValueError("expected text or keep_text, got both")
@@ -142,6 +151,42 @@ class LiveUpdates(ABC):
             uid = state.find_class(class_id(uid))
             self._check_name(state, name, uid)
             return self._make(Change("rename_class", uid, name=name, text=row))
+
+    def tune(
+        self,
+        images: Any = None,
+        labels: Sequence[Any] | np.ndarray | None = None,
+        method: str | None = None,
+        reducer: str | None = None,
+    ) -> Tuned:
+        """Choose the parameters again: on labelled validation images, or by leave-one-out without any.
+
+        `method` defaults to the fitted one; "auto" chooses among all. `labels` as for `score`. Returns the choice and
+        its reasons (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
+        """
+        state = self.snapshot()
+        method = state.config.method if method is None else method
+        check_choice(method, reducer, None)
+        if (images is None) != (labels is None):
+            raise ValueError("expected validation images and their labels together, got one without the other")
+        queries, ids = None, None
+        if images is not None:
+            listed = as_image_list(images)
+            ids = class_ids(listed, labels, state.class_names)
+            queries = Embeddings.concatenate([self.encoder.encode(pixels) for pixels in self._chunks(listed)])
+        if reducer is None and method == state.config.method:
+            reducer = state.config.reducer_name
+        with self._changing:
+            if self.snapshot().uids != state.uids:
+                raise ValueError("the classes have changed while validation images were encoded: tune again")
+            tuned, _ = self._search(method, reducer, queries, ids)
+        return tuned
+
+    def retune(self) -> ChangeResult:
+        """Choose the parameters of the method again, by leave-one-out on the current examples (`tune`)."""
+        with self._changing:
+            config = self.snapshot().config
+            return self._search(config.method, config.reducer_name)[1]
 
     def open_log(self, path: str | Path, recover: bool = False) -> None:
         """Log every change from now on, after making those that the log has already: `load`, then `open_log`.
@@ -167,33 +212,67 @@ class LiveUpdates(ABC):
         log = self._log
         return "" if log is None else log.failure
 
-    def _make(self, update: Change) -> ChangeResult:
-        """Under the lock: the change on the state, into the log, and then, in one step, to everybody.
+    def _search(
+        self, method: str, reducer: str | None, queries: Embeddings | None = None, ids: np.ndarray | None = None
+    ) -> tuple[Tuned, ChangeResult]:
+        """Under the lock: search the parameters and change to them."""
+        state = self.snapshot()
+        tuned = search(method, state.support, queries, ids, reducer or "none")
+        result = self._make(Change("retune", config=MethodConfig.of(tuned, state.config.key_precision)))
+        self.tuned_ = tuned
+        return tuned, result
 
-        Raises LogWriteError where it can't be written; then, as with any interrupt, it was not made.
+    def _make(self, change: Change) -> ChangeResult:
+        """Under the lock: apply the change to the state, log it, and then publish it in one step.
+
+        Raises LogWriteError where it can't be logged; then, as with any interrupt, the change was not made.
         """
         if self._log is None:
-            self._state = state = update.apply(self._state)
+            self._state = state = change.apply(self._state)
         else:
             self._state = self._log.compact(self._state)
-            state = update.apply(self._state)
+            state = change.apply(self._state)
             try:
-                self._log.append(update, self._state, state)
+                self._log.append(change, self._state, state)
                 self._state = state
             except BaseException:
                 self._log.try_to_settle(self._state)
                 raise
-        ids = tuple(example_id(number) for number in update.example_numbers)
-        return ChangeResult(state.version, class_id(update.uid) if update.uid >= 0 else "", ids)
+        ids = tuple(example_id(number) for number in change.example_numbers)
+        return ChangeResult(state.version, class_id(change.uid) if change.uid >= 0 else "", ids)
 
-    def _encode(self, listed: Sequence[Any]) -> Examples | None:
-        """The images as examples without numbers yet; None where there are none."""
-        if not listed:
+    def _replace(self, state: State, views: SupportViews, tuned: Tuned | None = None) -> None:
+        """The state of a fit or a bundle."""
+        with self._changing:
+            if self._log is not None:
+                raise ValueError(f"expected no audit log to be open, got {self._log.path}: it has no line for a fit")
+            self._state, self._views, self.tuned_ = state, views, tuned
+
+    def _chunks(self, images: Any) -> Iterator[np.ndarray]:
+        """Pixels (B, S, S, 3) of the images in their order, a few hundred at a time."""
+        # A batch array stays one: pixels of the right size reach the encoder without a copy.
+        array = as_array(images)
+        listed = array if array is not None and array.ndim == 4 else as_image_list(images)
+        for start in range(0, len(listed), _CHUNK):
+            try:
+                yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size, self.exif_orientation)
+            except BadImageError as error:
+                raise error.moved(start) from error.__cause__
+
+    def _encode(self, images: Sequence[Any]) -> Examples | None:
+        """The images as examples without class and numbers yet; None for no images."""
+        if not images:
             return None
-        leave_out_bad(listed, np.zeros(len(listed), np.int64), skip_bad=False)
-        embeddings, queries = self._views.encode_later(self.encoder, listed)
-        nobody = np.full(len(listed), -1, np.int64)
-        return Examples(embeddings, nobody, nobody, self._views.thumbnails(listed), queries)
+        return encode_images(self.encoder, images, np.full(len(images), -1), self._views)[0]
+
+    def _text_of(self, name: str) -> np.ndarray:
+        """A class name's text embedding (D,). Raises ValueError without a text encoder."""
+        if self._text is None:
+            raise ValueError(
+                f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
+            )
+        row: np.ndarray = self._text.embed_classes([name], self._views.templates)[0]
+        return row
 
     @staticmethod
     def _check_name(state: State, name: str, itself: int | None = None) -> None:
@@ -216,5 +295,4 @@ class LiveUpdates(ABC):
 
 def _numbered(encoded: Examples, uid: int, first: int) -> Examples:
     numbers = np.arange(first, first + len(encoded))
-    class_ids = np.full(len(encoded), uid, np.int64)
-    return Examples(encoded.embeddings, class_ids, numbers, encoded.pictures, encoded.queries)
+    return replace(encoded, class_ids=np.full(len(encoded), uid, np.int64), ids=numbers)

@@ -105,7 +105,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
         made.save(tmp_path / f"bundle {chosen}")
         bundle = load_bundle(tmp_path / f"bundle {chosen}")
         loaded = Classifier(PixelEncoder(), bundle.engine, LetterText(), 20.0)
-        loaded._replace(bundle.state, None, bundle.views)
+        loaded._replace(bundle.state, bundle.views)
         assert loaded.exif_orientation is chosen
         assert loaded.predict([data]).tolist() == [expected]
         for decoder in ("cpu", "cpu-exact"):

@@ -17,7 +17,6 @@ from iosr_fast.images.preprocess import (
     resize_and_crop,
     to_pixels,
 )
-from iosr_fast.state.labels import leave_out_bad
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -67,16 +66,6 @@ def test_pixels_of_the_right_size_are_not_copied(rng: np.random.Generator) -> No
 def test_bad_sources_are_named(source: object, said: str) -> None:
     with pytest.raises(BadImageError, match=said):
         open_image(source, 7)
-
-
-def test_damaged_files_are_found_by_path(rng: np.random.Generator, tmp_path: Path) -> None:
-    good, text, cut = tmp_path / "good.jpg", tmp_path / "text.jpg", tmp_path / "cut.jpg"
-    picture(rng, 64, 64).save(good)
-    text.write_text("this is no image")
-    cut.write_bytes(good.read_bytes()[:800])
-    kept, ids, bad = leave_out_bad([good, text, cut], np.arange(3), skip_bad=True)
-    assert kept == [good] and ids.tolist() == [0]
-    assert bad == [str(text), str(cut)]
 
 
 def test_views_differ_repeat_with_the_seed_and_mirror_only_if_asked() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.method_config import MethodConfig, fit_config
+from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
 from iosr_fast.utils.manifest import write_manifest
 
@@ -167,8 +167,8 @@ def random_state(
     names = [f"class {i}" for i in range(classes)]
     chosen = {**METHODS[method].parameters, **(parameters or {})}
     support = examples.as_support(range(classes), text, 20.0)
-    config: MethodConfig = fit_config(method, chosen, reducer, factor, key_precision, support)
-    return State.first(names, text, 20.0, examples, config)
+    config = MethodConfig(method, chosen, reducer, None, factor, key_precision)
+    return State.first(names, text, 20.0, examples, config.fitted(support))
 
 
 def random_queries(rng: np.random.Generator, n: int) -> Embeddings:

@@ -1,19 +1,16 @@
-"""Labels and class names that are no names, and pictures under two labels: refused before anything is encoded."""
+"""Labels and class names that are refused before any image is decoded."""
 
 from __future__ import annotations
 
-import io
 import logging
-import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from iosr_fast.state.labels import check_labels, check_names, class_ids, leave_out_bad
+from iosr_fast.state.labels import check_labels, check_names, class_ids
 
 NAN = float("nan")
 
@@ -138,53 +135,3 @@ def test_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptu
         assert check_names(["\ufb01g", "fig"]) == ["\ufb01g", "fig"]
     assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 2
     assert check_names(["\U0001f468\u200d\U0001f33e farmer", "p\u00eache"])  # joined emoji are names
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8))
-
-
-def forms(folder: Path) -> dict[str, Any]:
-    """One picture in every form that an image may come in."""
-    image, out = picture(0), io.BytesIO()
-    image.save(folder / "a.png")
-    shutil.copy(folder / "a.png", folder / "copy.png")
-    (folder / "link.png").symlink_to(folder / "a.png")
-    image.save(folder / "again.bmp")
-    image.save(folder / "again.png", compress_level=1)
-    image.save(out, "TIFF")
-    return {
-        "the same path": folder / "a.png",
-        "text": str(folder / "a.png"),
-        "a copy": folder / "copy.png",
-        "a link": folder / "link.png",
-        "another format": folder / "again.bmp",
-        "saved again": folder / "again.png",
-        "bytes": out.getvalue(),
-        "PIL": image,
-        "array": np.asarray(image),
-    }
-
-
-def test_one_picture_under_two_labels_is_refused(tmp_path: Path) -> None:
-    for kind, same in forms(tmp_path).items():
-        images = [tmp_path / "a.png", picture(1), same]
-        with pytest.raises(
-            ValueError, match=r"the same picture under two: .*a\.png \('cat'\) and .* \('dog'\)"
-        ) as error:
-            leave_out_bad(images, np.array([0, 0, 1]), False, ["cat", "dog"])
-        named = str(same) if isinstance(same, str | Path) else "number 2"
-        assert named in str(error.value), kind
-    images = [picture(i % 7) for i in range(14)]
-    with pytest.raises(ValueError, match=r"number 4 .* and number 11 \('dog'\); and 2 more"):
-        leave_out_bad(images, np.arange(14) // 7, False, ["cat", "dog"])
-
-
-def test_copies_within_a_class_are_warned_of_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = [*forms(tmp_path).values(), picture(1)]
-    with caplog.at_level(logging.WARNING, "iosr_fast.state.labels"):
-        kept, ids, skipped = leave_out_bad(images, np.zeros(10, int), False, ["cat"])
-    assert len(kept) == len(ids) == 10 and not skipped
-    assert "8 of 10 pictures are copies of another of their class" in caplog.text and "a.png" in caplog.text
-    turned = np.asarray(picture(0)).reshape(17, 12, 3)  # the same bytes in another shape are another picture
-    leave_out_bad([picture(0), turned], np.array([0, 1]), False, ["cat", "dog"])

@@ -41,7 +41,7 @@ from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples
-from iosr_fast.state.method_config import fit_config
+from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.machine import usable_threads
@@ -77,10 +77,10 @@ def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
     embeddings = Embeddings(keys(found.plain), keys(found.adapted))
     examples = Examples(embeddings, np.repeat(np.arange(classes), SHOTS), np.arange(count), (None,) * count)
     support = examples.as_support(range(classes), found.plain, 100.0)
-    config = fit_config("tip-adapter++", {"alpha": 1.0, "beta": 5.5}, "centre", 1.0, "fp32", support)
+    config = MethodConfig("tip-adapter++", {"alpha": 1.0, "beta": 5.5}, "centre").fitted(support)
     classifier = Classifier(encoder, engine, tau=100.0)
     state = State.first([f"picture {c}" for c in range(classes)], found.plain, 100.0, examples, config)
-    classifier._replace(state, None, SupportViews())
+    classifier._replace(state, SupportViews())
     return classifier
 
 

@@ -17,7 +17,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.score import score
 from iosr_fast.state.examples import Examples, join
-from iosr_fast.state.method_config import fit_config
+from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
 from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
@@ -71,7 +71,7 @@ def _rows(case: Case, threads: int, repeats: int) -> list[dict[str, Any]]:
     text = _unit(rng, case.classes, case.width)
     examples = _examples(rng, class_ids, 0, case.width)
     support = examples.as_support(range(case.classes), text, TAU)
-    config = fit_config(case.method, dict(METHODS[case.method].parameters), "none", 1.0, "fp32", support)
+    config = MethodConfig(case.method, dict(METHODS[case.method].parameters)).fitted(support)
     state = State.first([str(i) for i in range(case.classes)], text, TAU, examples, config)
     state = state.adding(_examples(rng, np.array([0]), state.next_example, case.width))  # moments are made once
     more = _examples(rng, np.array([1]), state.next_example, case.width)
