@@ -1,1 +1,1 @@
-"""CLIP in torch: loading, the adapter, the dual encoder that both are fused into, and prompts."""
+"""CLIP in torch: loading, adapter, dual encoder, prompts. `architecture`, `demo` and `load` import without torch."""

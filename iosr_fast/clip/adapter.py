@@ -13,16 +13,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.utils.files import new_file
+from iosr_fast.utils.require import require_installed
+
+require_installed("torch", "train")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is and which CLIP it belongs to. Blocks `first_adapted_block` to `blocks - 1` have an adapter."""
+    """The shape of an adapter and its CLIP. Blocks `first_adapted_block` to `blocks - 1` have an adapter."""
 
     clip_fingerprint: str
     clip_name: str
@@ -45,7 +48,7 @@ class AdapterConfig:
 
 
 class BottleneckAdapter(nn.Module):
-    """scale * up_proj(relu(down_proj(x))); x (..., width). Kaiming for down_proj, zeros for up_proj and both biases."""
+    """scale * up_proj(relu(down_proj(x))), x (..., width). Kaiming init for down_proj, zeros for up_proj and biases."""
 
     def __init__(self, width: int, bottleneck: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class Adapter(nn.Module):
 
 
 def vision_blocks(clip: LoadedClip) -> Any:
-    """The transformer blocks of the image encoder; refuses what has none."""
+    """The transformer blocks of the image encoder. Raises ValueError for an encoder without them."""
     blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
     if blocks is None:
         raise ValueError(
@@ -103,7 +106,7 @@ def init_adapter(
     seed: int = 0,
     **more: Any,
 ) -> Adapter:
-    """A fresh adapter for `clip`, which leaves its embeddings as they are until it is trained (up_proj is zero)."""
+    """A fresh adapter for `clip`. It changes no embedding before it is trained, because up_proj is zero."""
     blocks = vision_blocks(clip)
     config = AdapterConfig(
         clip_fingerprint=clip.fingerprint,
@@ -121,7 +124,7 @@ def init_adapter(
 
 
 def check_belongs(adapter: Adapter, clip: LoadedClip) -> None:
-    """Raise ValueError unless `adapter` was trained for exactly this CLIP."""
+    """Raise ValueError unless `adapter` was trained for this CLIP's weights."""
     expected, got = adapter.config.clip_fingerprint, clip.fingerprint
     if expected != got:
         raise ValueError(
@@ -133,7 +136,7 @@ def check_belongs(adapter: Adapter, clip: LoadedClip) -> None:
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
     """Write one safetensors file: fp16 weights, and the configuration as JSON in its header.
 
-    The weights are rounded to fp16 in place first, so that what is saved is exactly what goes on being used.
+    The weights are rounded to fp16 in place first, so that the saved adapter equals the one in memory.
     """
     from safetensors.torch import save_file
 

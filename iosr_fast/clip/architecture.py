@@ -1,8 +1,8 @@
-"""What open_clip's configurations say of a model, before it is made or its weights are downloaded."""
+"""Check open_clip's configuration of a model before its weights are downloaded. Needs open_clip, no weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,26 +12,25 @@ _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "
 
 
 def vision_config(name: str) -> dict[str, Any] | None:
-    """The configuration of a model's image encoder; None for a name that open_clip has none of."""
-    found = require("open_clip", "train").get_model_config(name.replace("/", "-"))
-    return None if found is None else dict(found["vision_cfg"])
+    """The configuration of a model's image encoder; None for a name that open_clip does not know."""
+    config = require("open_clip", "train").get_model_config(name.replace("/", "-"))
+    return None if config is None else dict(config["vision_cfg"])
 
 
 def check_architecture(name: str) -> None:
-    """Raise ValueError for a model of open_clip whose image encoder can't be fused (fuse.infer_config
-    says so of a loaded model): another than open_clip's own VisionTransformer with the CLS token's output."""
+    """Raise ValueError for a model of open_clip that can't be fused; `fuse.infer_config` checks a loaded one.
+
+    Only open_clip's VisionTransformer with the CLS token's output can be fused.
+    """
     vision = vision_config(name)
     if vision is None:
         return
     kind = "timm" if vision.get("timm_model_name") else "ResNet" if isinstance(vision.get("layers"), list) else None
     if kind:
-        raise ValueError(
-            f"{name} has a {kind} image encoder; expected open_clip's VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, "
-            "ViT-L-14-336 and their kind)"
-        )
+        raise not_a_vision_transformer(name, kind)
     custom = [option for option in _CUSTOM if vision.get(option)]
     pooling = vision.get("pool_type", "tok")
-    refused = {
+    reasons = {
         "an attentional pooler; expected the CLS token's output ('tok' pooling)": bool(vision.get("attentional_pool")),
         f"{pooling!r} pooling; expected 'tok' (the CLS token's output)": pooling != "tok",
         f"blocks of its own kind ({', '.join(custom) or vision.get('block_type')}); expected plain "
@@ -41,15 +40,29 @@ def check_architecture(name: str) -> None:
             for side in (vision.get("image_size"), vision.get("patch_size"))
         ),
     }
-    for what, found in refused.items():
-        if found:
-            raise ValueError(f"{name} can't be fused: its image encoder has {what}")
+    refuse_fusing(name, reasons)
+
+
+def not_a_vision_transformer(name: str, kind: str) -> ValueError:
+    return ValueError(
+        f"{name} has a {kind} image encoder; expected open_clip's VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, "
+        "ViT-L-14-336 and their kind)"
+    )
+
+
+def refuse_fusing(name: str, reasons: Mapping[str, bool]) -> None:
+    """Raise ValueError with the first reason that applies."""
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"{name} can't be fused: its image encoder has {reason}")
 
 
 @contextmanager
 def downloading(name: str, what: str) -> Iterator[None]:
-    """What fails within the block as one OSError that names the model and the way out: which library fetches a file,
-    and what it raises without a network, depends on the model."""
+    """Raise any error of the block as an OSError that names the model and how to load it without a network.
+
+    The model decides which library downloads a file, and what that raises.
+    """
     try:
         yield
     except (ImportError, MemoryError):
@@ -57,6 +70,6 @@ def downloading(name: str, what: str) -> Iterator[None]:
     except Exception as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise OSError(
-            f"{what} of {name} can't be downloaded or read: {first}; where there is no network, copy the file here and "
+            f"{what} of {name} can't be downloaded or read: {first}; without a network, copy the file here and "
             "give its path (pretrained=FILE, --pretrained FILE: .safetensors or .pt)"
         ) from error

@@ -1,39 +1,40 @@
 """Both embeddings of an image in one pass: the plain encoder and the encoder with the adapter, fused.
 
-The public code runs the whole encoder twice. Here what the two streams have in common runs once, and every rewriting is
-exact up to rounding:
+The public code runs the whole encoder twice. Here the common part of both streams runs once; every rewriting is exact
+up to rounding:
 
     shared prefix    blocks before the first adapted one, and that block's attention and MLP, see the image once; then
                      both streams run as one batch of 2B through shared weights, the adapter added to the second half
-    CLS-only end     the last block's output is read at the CLS token only, so its query, out-projection and MLP run for
+    CLS-only end     the last block's output is used at the CLS token only, so its query, out-projection and MLP run for
                      one token. With a single query q, <q, W_k x_j> = <W_k' q, x_j> and sum_j p_j W_v x_j =
                      W_v sum_j p_j x_j: no token is projected to a key or a value. Key biases cancel in the softmax,
                      value biases add up
-    preprocessing    uint8 pixels go in; mean and std sit in the patch projection's weights and in the positions
-    scales           1/sqrt(head width) sits in the query weights, LayerScale in the weights before it, the adapter's
-                     scale in up_proj
+    preprocessing    the input is uint8 pixels; mean and std are folded into the patch projection and the positions
+    scales           1/sqrt(head width) is folded into the query weights, LayerScale into the weights before it, the
+                     adapter's scale into up_proj
 
-Needs torch only; `build_dual_encoder` takes an open_clip model that the caller has loaded.
+Needs torch only; `fuse.build_dual_encoder` converts a loaded open_clip model.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
-from torch import nn
-from torch.nn import functional as F
+from iosr_fast.utils.require import require_installed
 
-if TYPE_CHECKING:
-    pass
+require_installed("torch", "train")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
 class DualEncoderConfig:
-    """The shapes of a dual encoder; everything that `DualEncoder` needs beside its weights."""
+    """The shapes of a dual encoder: all that `DualEncoder` needs beside its weights."""
 
     image_size: int
     patch_size: int
@@ -55,19 +56,19 @@ class DualEncoderConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of GEMM weights and activations; LayerNorm, softmax and the last normalisation are fp32 in either."""
+        """The dtype of GEMM weights and activations; LayerNorm, softmax and the last normalisation are always fp32."""
         return torch.float16 if self.precision == "fp16" else torch.float32
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm in fp32 whatever comes in; gives back the dtype that came in."""
+    """LayerNorm computed in fp32, with the output in the input's dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).to(x.dtype)
 
 
 class Block(nn.Module):
-    """One transformer block in three parts, so that the dual encoder can decide what runs for which stream."""
+    """One transformer block in three parts, so that the dual encoder can share some of them between the streams."""
 
     def __init__(self, config: DualEncoderConfig, adapted: bool) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class Block(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if torch.compiler.is_exporting():
-            # Spelled out, because the exporter's own form of it takes the softmax in the dtype that comes in.
+            # Written out, because the exporter's own form computes the softmax in the input's dtype.
             weights = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype)
             attended = weights @ v
         else:
@@ -108,7 +109,7 @@ class Block(nn.Module):
         return x + self.out_proj(attended.transpose(1, 2).reshape(-1, length, width))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """mlp(ln_2(x)), which both streams of the first adapted block share."""
+        """mlp(ln_2(x)); both streams of the first adapted block share it."""
         hidden = self.c_fc(self.ln_2(x))
         if self.activation == "quick_gelu":
             hidden = hidden * torch.sigmoid(1.702 * hidden)
@@ -164,15 +165,12 @@ class DualEncoder(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-able; `DualEncoder.from_config(config)` and `load_state_dict` make the module again."""
+        """JSON-ready; `DualEncoder.from_config(config)` and `load_state_dict` restore the module."""
         return asdict(self.shapes)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DualEncoder:
-        """The module with weights yet to be loaded (uninitialised memory), in evaluation mode.
-
-        Raises ValueError where a field is missing or unknown.
-        """
+        """The module in evaluation mode with uninitialised weights. Raises ValueError for missing or unknown fields."""
         expected = {field.name for field in fields(DualEncoderConfig)}
         if set(config) != expected:
             raise ValueError(
@@ -196,9 +194,7 @@ class DualEncoder(nn.Module):
                 plain = x + update
                 x, split = torch.cat([plain, plain + block.adapt(x)]), True
             else:
-                # [h, relu(down x)] @ [W_proj | scale W_up] as one GEMM, the same with a zero-padded second part, and
-                # this tied in ONNX Runtime: five ViT-B/16 blocks, batch 8, 2 busy cores, medians of 1.79 to 1.90 s,
-                # where two exports of one module differed by 5%. This form stores no weight twice.
+                # As fast in ONNX Runtime as one GEMM [h, relu(down x)] @ [W_proj | scale W_up]; stores no weight twice.
                 first, second = _halves(x + update)
                 x = torch.cat([first, second + block.adapt(_halves(x)[1])])
         embeddings = F.normalize(self.proj(self.ln_post(x)).float(), dim=-1)
@@ -207,9 +203,9 @@ class DualEncoder(nn.Module):
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Patch projection, CLS token, positions, ln_pre: (B, S, S, 3) uint8 -> (B, 1 + patches, width)."""
         side, patch = self.shapes.patches_per_side, self.shapes.patch_size
-        # u = p/256 - 1/2 is exact in fp16 too, and centred, so that folding the mean in costs no digits.
+        # u = p/256 - 1/2 is exact in fp16 and centred, so folding the mean in loses no digits.
         x = pixels.to(self.shapes.dtype) * (1 / 256) - 0.5
-        if side * patch != self.shapes.image_size:  # as the convolution, leave out pixels that fill no patch
+        if side * patch != self.shapes.image_size:  # like the convolution, omit pixels that fill no patch
             x = x[:, : side * patch, : side * patch]
         x = x.reshape(-1, side, patch, side, patch, 3)
         x = self.patch_proj(x.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * side, 3 * patch * patch))
@@ -219,5 +215,5 @@ class DualEncoder(nn.Module):
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(2B, ...) -> two times (B, ...); a reshape first, so that the exported graph computes no sizes."""
+    """(2B, ...) -> two times (B, ...), by a reshape, so that the exported graph computes no sizes."""
     return x.reshape(2, -1, *x.shape[1:]).unbind(0)

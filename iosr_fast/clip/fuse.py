@@ -1,15 +1,20 @@
-"""From an open_clip image encoder and an adapter to the weights of a dual encoder; refuses by name what has none."""
+"""From an open_clip image encoder and an adapter to a dual encoder; an encoder that can't be fused is refused."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from iosr_fast.utils.require import require_installed
 
-from iosr_fast.clip.adapter import Adapter, check_belongs
-from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision
+require_installed("torch", "train")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from iosr_fast.clip.adapter import Adapter, check_belongs  # noqa: E402
+from iosr_fast.clip.architecture import not_a_vision_transformer, refuse_fusing  # noqa: E402
+from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision  # noqa: E402
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
@@ -18,9 +23,9 @@ State = dict[str, torch.Tensor]
 
 
 def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
-    """The shapes of the dual encoder for this CLIP; ValueError where the image encoder has a part it can't express."""
+    """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
     visual = clip.model.visual
-    _refuse_other_encoders(clip.name, visual)
+    _check_fusible(clip.name, visual)
     blocks, norms = visual.transformer.resblocks, [m for m in visual.modules() if isinstance(m, nn.LayerNorm)]
     if len({norm.eps for norm in norms}) != 1 or any(norm.weight is None or norm.bias is None for norm in norms):
         raise ValueError(f"{clip.name}: expected LayerNorms with weight, bias and one eps throughout")
@@ -41,16 +46,13 @@ def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision
     )
 
 
-def _refuse_other_encoders(name: str, visual: Any) -> None:
+def _check_fusible(name: str, visual: Any) -> None:
     kind = type(visual).__name__
     if kind != "VisionTransformer":
-        raise ValueError(
-            f"{name} has a {kind} image encoder; expected open_clip's VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, "
-            "ViT-L-14-336 and their kind)"
-        )
+        raise not_a_vision_transformer(name, kind)
     (height, width), (patch_height, patch_width) = visual.image_size, visual.patch_size
     custom = {type(block).__name__ for block in visual.transformer.resblocks} - {"ResidualAttentionBlock"}
-    refused = {
+    reasons = {
         "an attentional pooler; expected the CLS token's output ('tok' pooling)": visual.attn_pool is not None,
         f"{visual.pool_type!r} pooling; expected 'tok' (the CLS token's output)": visual.pool_type != "tok",
         f"{'/'.join(sorted(custom))} blocks (query-key norms, cosine attention, scaled heads); expected plain "
@@ -59,9 +61,7 @@ def _refuse_other_encoders(name: str, visual: Any) -> None:
         or patch_height != patch_width,
         "no projection to the embedding width": visual.proj is None,
     }
-    for what, found in refused.items():
-        if found:
-            raise ValueError(f"{name} can't be fused: its image encoder has {what}")
+    refuse_fusing(name, reasons)
 
 
 def _activation(name: str, module: nn.Module) -> Any:
@@ -73,15 +73,14 @@ def _activation(name: str, module: nn.Module) -> Any:
 
 
 def fused_state_dict(clip: LoadedClip, adapter: Adapter | None, config: DualEncoderConfig) -> State:
-    """The dual encoder's state dict: preprocessing, scales and biases folded in float64, returned in fp32."""
+    """The dual encoder's state dict in fp32: preprocessing, scales and biases are folded in float64."""
     visual = clip.model.visual
     state: State = {}
     for name in ("ln_pre", "ln_post"):
         _copy(state, name, getattr(visual, name))
     state["proj.weight"] = visual.proj.double().T
 
-    # pixels p: (p/255 - mean)/std = (256/255 u + 128/255 - mean)/std with u = p/256 - 1/2, which is what the encoder
-    # forms.
+    # Pixels p: (p/255 - mean)/std = (256/255 u + 128/255 - mean)/std with u = p/256 - 1/2, computed by the encoder.
     kernel = visual.conv1.weight.double()
     mean, std = (torch.tensor(value, dtype=torch.float64).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
     state["patch_proj.weight"] = (kernel * (256 / 255) / std).permute(0, 2, 3, 1).flatten(1)
@@ -116,7 +115,7 @@ def _fold_block(state: State, prefix: str, block: Any, config: DualEncoderConfig
     if last:
         state[f"{prefix}.k_weight"] = weights[1].view(config.heads, head_width, width)
         state[f"{prefix}.v_weight"] = weights[2].view(config.heads, head_width, width).transpose(1, 2)
-        # Attention weights add up to one, so each head's value bias comes through whole.
+        # Attention weights sum to one, so the value biases are added unchanged.
         state[f"{prefix}.out_proj.bias"] = state[f"{prefix}.out_proj.bias"] + (
             state[f"{prefix}.out_proj.weight"] @ biases[2]
         )
@@ -126,7 +125,7 @@ def _fold_block(state: State, prefix: str, block: Any, config: DualEncoderConfig
 
 
 def _copy(state: State, prefix: str, module: Any, scale: float | torch.Tensor = 1.0) -> None:
-    """weight and bias of a Linear or LayerNorm, its output multiplied by `scale` (a number, or one per output)."""
+    """Copy weight and bias of a Linear or LayerNorm, its output multiplied by `scale` (a number, or one per output)."""
     if isinstance(module, nn.Identity):
         return
     per_row = scale.unsqueeze(1) if isinstance(scale, torch.Tensor) else scale
@@ -135,7 +134,7 @@ def _copy(state: State, prefix: str, module: Any, scale: float | torch.Tensor = 
 
 
 def _layer_scale(module: Any) -> float | torch.Tensor:
-    """LayerScale's gamma in float64; 1 where the block has none."""
+    """LayerScale's gamma in float64; 1 for a block without one."""
     return 1.0 if isinstance(module, nn.Identity) else module.gamma.double()
 
 
@@ -143,10 +142,9 @@ def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precisi
     """Fuse an open_clip image encoder and its adapter; on the CPU, in evaluation mode.
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
-    LayerNorm, softmax and last normalisation. Raises ValueError, by name, for an image encoder that can't be fused (no
+    LayerNorm, softmax and last normalisation. Raises ValueError for an image encoder that can't be fused (no
     VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
     """
-
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if adapter is not None:

@@ -1,4 +1,4 @@
-"""Loading a CLIP: the embedded demo, one of open_clip's models by tag, or a weights file, all by one path."""
+"""Loading a CLIP: the embedded demo, one of open_clip's models by tag, or a weights file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     import torch
 
 DEMO_NAME = "iosr-fast-demo"
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights of OpenAI's archives
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's archives, not weights
 
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """An open_clip model on the CPU in fp32 and evaluation mode, with what is needed to feed it.
+    """An open_clip model on the CPU in fp32 and evaluation mode, with its preprocessing.
 
     `mean` and `std` are per channel for pixels in [0, 1]; `logit_scale` is exp of the trained parameter (100 for CLIP);
     `fingerprint` is a SHA-256 over the configuration and every weight.
@@ -51,13 +51,13 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     `load_clip("demo")` is the small CLIP that ships with the package. Otherwise `name` is one of open_clip's models and
     `pretrained` one of its tags ("openai": downloaded by open_clip), a file (open_clip's .safetensors, a state dict in
     .pt, or OpenAI's own TorchScript .pt), or "none" for random weights from a fixed seed (to measure speed).
-    Models whose weights were trained with QuickGELU get it, also where the name does not say so.
+    Models whose weights were trained with QuickGELU use it, even if their name does not end in "-quickgelu".
 
-    No stranger's code runs: a .pt may hold tensors only, and a TorchScript archive, which is a program, is loaded only
-    if its SHA-256 is the one that OpenAI published for `name`.
+    No code of a file runs: a .pt may contain tensors only, and a TorchScript archive, which is a program, is loaded
+    only if its SHA-256 is the one that OpenAI published for `name`.
 
     Raises ValueError for an unknown model or tag and for a file with anything but its weights, FileNotFoundError for a
-    missing file, OSError where weights can't be downloaded.
+    missing file, OSError for a failed download.
     """
     open_clip = require("open_clip", "train")
     if name == "demo":
@@ -113,7 +113,7 @@ def _random_model(open_clip: Any, name: str) -> Any:
 
 
 def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
-    """Weights of a file in the architecture of `name`; OpenAI's TorchScript archives imply QuickGELU."""
+    """The architecture of `name` with a file's weights. OpenAI's TorchScript archives imply QuickGELU."""
     torch = require("torch", "train")
     if path.suffix == ".safetensors":
         return open_clip.create_model(name, pretrained=str(path))
@@ -138,7 +138,7 @@ def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether PyTorch takes the file for a program. torch.load(weights_only=True) refuses what only PyTorch does."""
+    """Whether PyTorch would load the file as a program."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -147,9 +147,9 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _published_archive(open_clip: Any, name: str, path: Path) -> io.BytesIO:
-    """The bytes of a TorchScript archive if they are OpenAI's own for `name`: torch.jit.load runs code of the archive.
+    """The bytes of a TorchScript archive, if OpenAI published them for `name`; torch.jit.load runs the archive's code.
 
-    What is hashed and what is loaded are the same bytes in memory, so the file can't be exchanged in between.
+    The bytes are hashed and loaded from memory, so that the file can't be replaced in between.
     """
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -187,7 +187,7 @@ def _fingerprint(model: Any, config: dict[str, Any]) -> str:
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """open_clip warns on the root logger of random weights and of GELU mismatches, both of which are settled here."""
+    """Suppress open_clip's warnings about random weights and GELU mismatches, which `load_clip` handles."""
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)
     try:

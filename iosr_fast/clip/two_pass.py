@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
 
-from iosr_fast.clip.adapter import Adapter, adapted_pass
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.utils.require import require_installed
+
+require_installed("torch", "train")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from iosr_fast.clip.adapter import Adapter, adapted_pass  # noqa: E402
+from iosr_fast.clip.load import LoadedClip  # noqa: E402
 
 
 class TwoPasses(nn.Module):

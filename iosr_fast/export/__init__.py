@@ -1,4 +1,4 @@
-"""Everything that happens before deployment: needs torch and open_clip, which the runtime never imports."""
+"""CLIP and adapter to an engine folder. Needs torch and open_clip, which no saved classifier imports."""
 
 from iosr_fast.utils.require import require_installed
 

@@ -1,4 +1,4 @@
-"""The pictures on which ranges of activations are measured before an encoder is quantised."""
+"""The pictures on which activation ranges are measured before an encoder is quantised."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ PICTURES = 256
 
 
 def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, count: int = PICTURES) -> np.ndarray:
-    """At most `count` pictures, evenly out of `folder` (with its sub-folders), as uint8 (N, S, S, 3).
+    """At most `count` pictures, evenly spaced in `folder` (with sub-folders), as uint8 (N, S, S, 3).
 
-    Without a folder the demo's CLIP takes generic pictures of its own, none of a concept that it is tested on.
-
-    Raises ValueError for another CLIP without a folder and for a folder without pictures, FileNotFoundError where the
-    folder is missing.
+    Without a folder, the demo's CLIP takes its generic pictures, which show none of the held-out concepts. Raises
+    ValueError for another CLIP without a folder and for a folder without pictures, FileNotFoundError for a missing
+    folder.
     """
     if folder is None:
         if clip.name != "demo":
             raise ValueError(
-                f"expected calibration pictures to quantise {clip.name}, got none; give a folder of some hundred that "
-                "look like those to come (tools/build_engine.py --calibration DIR)"
+                f"expected calibration pictures to quantise {clip.name}, got none; give a folder of some hundred "
+                "like those to be classified (tools/build_engine.py --calibration DIR)"
             )
         from iosr_fast.clip.demo.pictures import load_pictures
 

@@ -1,4 +1,4 @@
-"""The text encoder of a CLIP in torch, as a classifier asks for it."""
+"""The text encoder of a loaded CLIP, as a classifier uses it."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
 
 TEXT_KIND = "text-encoder"
-TEXT_EXPORT = 1  # raise it when export_text writes other files for the same CLIP
+TEXT_EXPORT = 1  # increases when export_text writes other files for the same CLIP
 
 
 @dataclass(frozen=True)
 class ClipText:
-    """A CLIP's text encoder, as encoders.text_encoder.TextSource describes it."""
+    """A TextSource: a loaded CLIP. Exporting takes seconds, so exports are cached in the folder `cache`."""
 
     clip: LoadedClip
-    kept_in: Path  # exports are kept here: exporting takes seconds
+    cache: Path
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        """embed_classes of this CLIP."""
+        """clip.prompts.embed_classes of this CLIP."""
         return embed_classes(self.clip, names, templates)
 
     def write(self, folder: Path) -> dict[str, Any] | None:
-        """Export text encoder and tokenizer into `folder`; None, with a warning, where this CLIP's can't be."""
-        kept = self.kept_in / f"{self.clip.fingerprint[:16]}-v{SCHEMA}.{TEXT_EXPORT}"
-        if not (kept / MANIFEST).is_file():
+        """Export text encoder and tokenizer into `folder`; None, with a warning, if this CLIP's can't be exported."""
+        export = self.cache / f"{self.clip.fingerprint[:16]}-v{SCHEMA}.{TEXT_EXPORT}"
+        if not (export / MANIFEST).is_file():
             try:
-                with new_folder(kept) as made:
-                    write_manifest(made, TEXT_KIND, {"text": export_text(self.clip, made)})
+                with new_folder(export) as temporary:
+                    write_manifest(temporary, TEXT_KIND, {"text": export_text(self.clip, temporary)})
             except (ValueError, ArithmeticError, ImportError, RuntimeError) as error:
                 logging.getLogger("iosr_fast").warning("saved without a text encoder: %s", error)
                 return None
-        held = open_verified(kept, TEXT_KIND)
-        for name in held.files:
-            held.copy(name, folder / name)
-        facts: dict[str, Any] = held.manifest["text"]
+        source = open_verified(export, TEXT_KIND)
+        for name in source.files:
+            source.copy(name, folder / name)
+        facts: dict[str, Any] = source.manifest["text"]
         return facts

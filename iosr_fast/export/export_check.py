@@ -1,4 +1,4 @@
-"""An encoder's embeddings against the two literal passes in fp32 PyTorch, before anything is written."""
+"""Compare an encoder's embeddings with the two literal passes in fp32 PyTorch, before anything is written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ MIN_COSINES = {"fp16": 0.999, "bf16": 0.999, "int8": 0.99, "fp8": 0.99}
 CHECKED_PICTURES = 8
 
 
-def pictures_of(size: int, real_images: np.ndarray | None, noise: bool = True) -> dict[str, np.ndarray]:
-    """An odd number of random pictures, which no batch of the export has, and some of the real ones.
+def checked_pictures(size: int, real_images: np.ndarray | None, noise: bool = True) -> dict[str, np.ndarray]:
+    """Three random pictures, a batch size that the export never saw, and some of the real ones.
 
-    Without `noise` random pictures are left out where there are real ones: a quantised encoder has the ranges of real
-    pictures, and is asked for no more.
+    Without `noise`, real pictures replace the random ones: a quantised encoder has the ranges of real pictures.
     """
     pictures = {}
     if noise or real_images is None:
@@ -31,23 +30,31 @@ def pictures_of(size: int, real_images: np.ndarray | None, noise: bool = True) -
 def check(
     encoder: BatchedEncoder, pictures: dict[str, np.ndarray], truth: dict[str, tuple[np.ndarray, ...]], precision: str
 ) -> dict[str, Any]:
-    """Largest error and smallest cosine of each kind of picture and embedding; ArithmeticError where one is too bad."""
-    made: dict[str, Any] = {}
+    """Largest error and smallest cosine for each kind of picture and embedding.
+
+    Raises ArithmeticError for an error above 1e-4 in fp32, or a cosine below that of MIN_COSINES.
+    """
+    results: dict[str, Any] = {}
     for kind, pixels in pictures.items():
         embeddings = encoder.encode(pixels)
-        made[kind] = {"pictures": len(pixels)}
+        results[kind] = {"pictures": len(pixels)}
         for name, expected in zip(encoder.outputs, truth[kind], strict=True):
             got = getattr(embeddings, name)
             error = float(np.abs(got - expected).max())
             norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
             cosine = float(((got * expected).sum(1) / norms).min())
-            made[kind][name] = {"max_abs_error": error, "min_cosine": cosine}
-            # Written so that a NaN is refused too.
-            if not (error <= FP32_MAX_ERROR if precision == "fp32" else cosine >= MIN_COSINES[precision]):
-                allowed = f"cosine >= {MIN_COSINES.get(precision)}"
-                allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else allowed
-                raise ArithmeticError(
-                    f"{name} embeddings of {kind} pictures by {encoder.runtime} in {precision} are wrong: expected "
-                    f"{allowed}, got an error of {error:.2g} and a cosine of {cosine:.6f}; nothing was written"
-                )
-    return made
+            results[kind][name] = {"max_abs_error": error, "min_cosine": cosine}
+            require_accuracy(f"{name} embeddings of {kind} pictures by {encoder.runtime}", error, cosine, precision)
+    return results
+
+
+def require_accuracy(what: str, error: float, cosine: float, precision: str, least: float | None = None) -> None:
+    """Raise ArithmeticError unless `error` (fp32) or `cosine` (`least`, None: MIN_COSINES) is good; NaN is not."""
+    least = MIN_COSINES.get(precision, 0.0) if least is None else least
+    if error <= FP32_MAX_ERROR if precision == "fp32" else cosine >= least:
+        return
+    allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {least}"
+    raise ArithmeticError(
+        f"{what} in {precision} are wrong: expected {allowed}, got an error of {error:.2g} and a cosine of "
+        f"{cosine:.6f}; nothing was written"
+    )

@@ -1,4 +1,4 @@
-"""From a CLIP's text encoder to text.onnx and tokenizer.json, checked against open_clip before they are relied on."""
+"""From a CLIP's text encoder to text.onnx and tokenizer.json, checked against open_clip."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from iosr_fast.clip.demo.pictures import load_index
 from iosr_fast.clip.dual_encoder import Precision
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
 from iosr_fast.encoders.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
-from iosr_fast.export.export import LARGEST_FILE, OPSET, quiet_exporter
-from iosr_fast.export.export_check import FP32_MAX_ERROR
+from iosr_fast.export.export_check import require_accuracy
+from iosr_fast.export.onnx_export import LARGEST_FILE, module_bytes, to_onnx
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
-PAD = 0  # what open_clip fills rows up with; it comes after the end, where nothing looks
-FP16_MIN_COSINE = 0.9999  # of weights that are only stored in fp16
+PAD = 0  # open_clip's padding, behind the end token
+FP16_MIN_COSINE = 0.9999  # weights are only stored in fp16
 HARD_TEXTS = (
     "cat",
     "a photo of a cat.",
@@ -58,8 +58,8 @@ HARD_TEXTS = (
 class TextTower(nn.Module):
     """tokens int64 (T, L), any L from 2 to the context length -> embeddings (T, D) float32, L2-normalised.
 
-    open_clip's own layers. With causal attention no token sees what comes after it, so a batch may be cut behind its
-    last end token: positions and mask are cut alike.
+    open_clip's own layers. Attention is causal, so a batch may be cut behind its last end token: positions and mask
+    are cut alike.
     """
 
     mask: torch.Tensor
@@ -80,22 +80,22 @@ class TextTower(nn.Module):
 
 
 def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:
-    """Write text.onnx and tokenizer.json into `folder`, which exists; returns the facts that `TextEncoder.open` takes.
+    """Write text.onnx and tokenizer.json into an existing `folder`; returns the facts for `TextEncoder.open`.
 
     text.onnx: "tokens" int64 (T, L) -> "embeddings" float32 (T, D), L2-normalised, T and L <= context_length dynamic.
-    It computes in fp32; precision "fp16" halves the file by storing matrices in fp16, which loses nothing where the
-    weights were published in it (OpenAI's). Both files are compared with open_clip first: token ids of every class name
-    of the demo in every template and of texts that are hard to split, embeddings of some.
+    It computes in fp32; precision "fp16" halves the file by storing matrices in fp16, which is lossless for weights
+    published in fp16 (OpenAI's). Both files are compared with open_clip: token ids of every class name of the demo in
+    every template and of texts that are hard to split, embeddings of some.
 
-    Raises ValueError for a text encoder or tokenizer of another kind or over 2 GB (before anything is written), and
-    where token ids differ; ArithmeticError where an embedding is off by more than 1e-4 (fp32) or its cosine is below
-    0.9999 (fp16). `folder` then holds neither file.
+    Raises ValueError for a text encoder or tokenizer of another kind or over 2 GB (before anything is written) and for
+    token ids that differ, ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below 0.9999
+    (fp16). After an error `folder` has neither file.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if not folder.is_dir():
         raise FileNotFoundError(f"expected an existing folder for the text encoder, found none at {folder}")
-    _refuse_other_text_encoders(clip)
+    _check_exportable(clip)
     tokenizer: Any = clip.tokenizer
     facts: dict[str, Any] = {
         "context_length": clip.model.context_length,
@@ -109,7 +109,10 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
     }
     try:
         _build_tokenizer(tokenizer, facts["context_length"]).save(str(folder / TOKENIZER_FILE), pretty=False)
-        model = _to_onnx(TextTower(clip.model, facts["eot"]).eval(), facts["context_length"])
+        length = facts["context_length"]
+        axes = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("length", min=2, max=length)}
+        tokens = torch.zeros(2, length - 1, dtype=torch.int64)
+        model = to_onnx(TextTower(clip.model, facts["eot"]).eval(), tokens, "tokens", ["embeddings"], axes)
         if precision == "fp16":
             _store_in_fp16(model.graph)
         require("onnx", "train").save(model, str(folder / FILE))
@@ -123,7 +126,7 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
     return facts
 
 
-def _refuse_other_text_encoders(clip: LoadedClip) -> None:
+def _check_exportable(clip: LoadedClip) -> None:
     open_clip = require("open_clip", "train")
     model: Any = clip.model
     tokenizer: Any = clip.tokenizer
@@ -135,7 +138,7 @@ def _refuse_other_text_encoders(clip: LoadedClip) -> None:
             )
     length = model.context_length
     causal = torch.full((length, length), float("-inf")).triu(1)
-    size = sum(value.numel() * value.element_size() for value in TextTower(model, 0).state_dict().values())
+    size = module_bytes(TextTower(model, 0))
     refused = {
         "attention that looks ahead; expected a causal mask": model.attn_mask is None
         or not torch.equal(model.attn_mask, causal),
@@ -150,72 +153,48 @@ def _refuse_other_text_encoders(clip: LoadedClip) -> None:
         "a tokenizer that does not lower the case, or drops tokens": tokenizer.reduction_fn is not None
         or tokenizer.clean_fn is not open_clip.tokenizer.get_clean_fn("lower"),
     }
-    for reason, holds in refused.items():
-        if holds:
+    for reason, applies in refused.items():
+        if applies:
             raise ValueError(f"the text side of {clip.name} can't be exported, it has {reason}")
 
 
 def _build_tokenizer(tokenizer: Any, context_length: int) -> Any:
-    """open_clip's SimpleTokenizer, for texts that are cleaned already, as one of the `tokenizers` package.
+    """open_clip's SimpleTokenizer as a tokenizer of the `tokenizers` package, for texts that are cleaned already.
 
-    Kinds of characters are spelled out: the two packages' regular expressions know different versions of Unicode, and
-    open_clip's ignores case, by which it passes over U+0345 (the iota below, a mark whose upper case is a letter).
+    Character classes are written out as ranges: the two packages' regular expressions know different versions of
+    Unicode, and open_clip's ignores case, which excludes U+0345 (a mark whose upper case is a letter).
     """
     tokenizers = require("tokenizers", "serve")
-    letters, numbers, others = (_members(kind) for kind in (r"[\p{L}]", r"[\p{N}]", r"[^\s\p{L}\p{N}]"))
-    # In lower case, ignoring case adds but the long s to the contractions.
+    letters, numbers, others = (_character_ranges(kind) for kind in (r"[\p{L}]", r"[\p{N}]", r"[^\s\p{L}\p{N}]"))
+    # For lower-case text, ignoring case adds only the long s to the contractions.
     pattern = f"'[s\N{LATIN SMALL LETTER LONG S}]|'t|'re|'ve|'m|'ll|'d|[{letters}]+|[{numbers}]|[{others}]+"
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.encoder, merges, end_of_word_suffix="</w>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    converted = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.encoder, merges, end_of_word_suffix="</w>"))
+    converted.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="removed", invert=True),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     start, end = SPECIAL_TOKENS
-    made.post_processor = tokenizers.processors.TemplateProcessing(
+    converted.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(token, tokenizer.encoder[token]) for token in SPECIAL_TOKENS]
     )
-    made.enable_truncation(context_length)
-    made.enable_padding(length=context_length, pad_id=PAD, pad_token=tokenizer.decoder[PAD])
-    return made
+    converted.enable_truncation(context_length)
+    converted.enable_padding(length=context_length, pad_id=PAD, pad_token=tokenizer.decoder[PAD])
+    return converted
 
 
-def _members(kind: str) -> str:
-    """The characters that match `kind` in open_clip's way, as ranges for [...]."""
+def _character_ranges(kind: str) -> str:
+    """The characters that match `kind` in open_clip's regular expressions, as ranges for [...]."""
     regex = require("regex", "train")
     characters = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF)
     spans = (match.group() for match in regex.finditer(f"{kind}+", characters, regex.IGNORECASE))
     return "".join(f"\\x{{{ord(span[0]):x}}}-\\x{{{ord(span[-1]):x}}}" for span in spans)
 
 
-def _to_onnx(tower: TextTower, context_length: int) -> Any:
-    """`tower` as an onnx.ModelProto in fp32; RuntimeError where the exported graph has a fixed shape."""
-    require("onnxscript", "train")
-    texts, length = torch.export.Dim("texts", min=1), torch.export.Dim("length", min=2, max=context_length)
-    with quiet_exporter():
-        program = torch.onnx.export(
-            tower,
-            (torch.zeros(2, context_length - 1, dtype=torch.int64),),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=["tokens"],
-            output_names=["embeddings"],
-            dynamic_shapes={"tokens": {0: texts, 1: length}},
-        )
-    assert program is not None
-    model = program.model_proto
-    for item in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
-        item.ClearField("metadata_props")  # the exporter leaves stack traces with local paths there
-    if not all(dimension.dim_param for dimension in model.graph.input[0].type.tensor_type.shape.dim):
-        raise RuntimeError("tokens were exported with a fixed shape; expected a dynamic one")
-    return model
-
-
 def _store_in_fp16(graph: Any) -> None:
-    """Matrices in fp16, each with a Cast to fp32 that ONNX Runtime folds away when it loads the file."""
+    """Store matrices in fp16, each with a Cast to fp32 that ONNX Runtime folds away at load."""
     onnx = require("onnx", "train")
     casts = []
     for weight in graph.initializer:
@@ -223,13 +202,13 @@ def _store_in_fp16(graph: Any) -> None:
             name, values = weight.name, onnx.numpy_helper.to_array(weight).astype(np.float16)
             weight.CopyFrom(onnx.numpy_helper.from_array(values, f"{name}.fp16"))
             casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]  # a node comes after what it reads
+    nodes = [*casts, *graph.node]  # in topological order
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
-    """How many texts were compared; ValueError with the first that differs."""
+    """The number of compared texts. Raises ValueError with the first that differs."""
     names = [concept["name"] for concept in load_index()["concepts"]]
     templates = dict.fromkeys((*default_templates(clip), *DEMO_TEMPLATES, *PHOTO_TEMPLATES))
     texts = [template.replace("{}", name) for template in templates for name in names] + list(HARD_TEXTS)
@@ -242,19 +221,14 @@ def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
 
 @torch.inference_mode()
 def _check_embeddings(clip: LoadedClip, encoder: TextEncoder, precision: Precision) -> tuple[float, float]:
-    """Largest error and smallest cosine over batches of 1, 3, 7 and the rest; ArithmeticError where one is too bad."""
+    """Largest error and smallest cosine over batches of 1, 3, 7 and the rest. Raises as `require_accuracy`."""
     error, cosine = 0.0, 1.0
     for start, stop in ((0, 1), (1, 4), (4, 11), (11, len(HARD_TEXTS))):
         texts = list(HARD_TEXTS[start:stop])
         expected = clip.model.encode_text(clip.tokenizer(texts), normalize=True).numpy()
         got = encoder.embed(texts)
-        # np.maximum and np.minimum keep a NaN, which no comparison below lets through.
+        # np.maximum and np.minimum keep a NaN, which require_accuracy rejects.
         error = float(np.maximum(error, np.abs(got - expected).max()))
         cosine = float(np.minimum(cosine, (got * expected).sum(1).min()))
-    if not (error <= FP32_MAX_ERROR if precision == "fp32" else cosine >= FP16_MIN_COSINE):
-        allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {FP16_MIN_COSINE}"
-        raise ArithmeticError(
-            f"text embeddings by {FILE} in {precision} are wrong: expected {allowed}, got an error of {error:.2g} and "
-            f"a cosine of {cosine:.6f}"
-        )
+    require_accuracy(f"text embeddings by {FILE}", error, cosine, precision, FP16_MIN_COSINE)
     return error, cosine

@@ -1,4 +1,4 @@
-"""From a CLIP's name to an opened engine and a text encoder: what `Classifier.from_pretrained` does."""
+"""From a CLIP's name to an opened engine and a text encoder, for `Classifier.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Opened:
 
 
 def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
-    """A file's adapter, None, or for "auto" the shipped one if `model` is the demo and none otherwise.
+    """The adapter in a file; for "auto" the shipped one if `model` is the demo, and otherwise None.
 
-    Raises FileNotFoundError or ValueError for a file that is no adapter, or is one of a CLIP of another shape; the CLIP
-    itself is not looked at (`choose_adapter` compares their weights).
+    Raises FileNotFoundError or ValueError for a file that is no adapter or whose shape does not fit `model`.
+    `choose_adapter` also compares the CLIP's weights.
     """
     from iosr_fast.clip.adapter import load_adapter
 
@@ -58,7 +58,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
 
 
 def choose_adapter(clip: LoadedClip, adapter: str | Path | None) -> Adapter | None:
-    """`read_adapter` of a CLIP that is loaded. Raises ValueError for an adapter of other weights."""
+    """`read_adapter` for a loaded CLIP. Raises ValueError for an adapter that was trained with other weights."""
     from iosr_fast.clip.adapter import check_belongs
 
     loaded = read_adapter(clip.name, adapter)
@@ -76,10 +76,9 @@ def open_pretrained(
     engine: str | Path | None,
     shown: bool = False,
 ) -> Opened:
-    """Load the CLIP, open its engine (building it once if none is given) and hold its text encoder.
+    """Load the CLIP and open its engine; without `engine` one is built, once, in the user's cache.
 
-    Names, files and the architecture are checked before the CLIP is downloaded or made. `shown` has a bar say what
-    takes long.
+    Names, files and the architecture are checked before the CLIP is loaded or downloaded. `shown`: show a progress bar.
     """
     for module in ("torch", "open_clip"):
         require(module, "train")
@@ -93,52 +92,52 @@ def open_pretrained(
 
     check_architecture(model)
     chosen = read_adapter(model, adapter)
-    held = None if engine is None else open_verified(engine, ENGINE_KIND)
-    if held is None:
+    source = None if engine is None else open_verified(engine, ENGINE_KIND)
+    if source is None:
         runtime = choose_builder(runtime, precision)
     else:
-        made_for = check_engine(held)
-        if adapter not in ("auto", None) and chosen and made_for.adapter_fingerprint != chosen.fingerprint():
+        facts = check_engine(source)
+        if adapter not in ("auto", None) and chosen and facts.adapter_fingerprint != chosen.fingerprint():
             raise ValueError(
                 f"the engine in {engine} was built without this adapter, {adapter}; leave one of the two out"
             )
     check_runtime(runtime)
     with progress(f"load {model}", None, shown=shown):
         clip = load_clip(model, pretrained)
-    if held is not None:
-        folder = held.folder
-        if made_for.clip_fingerprint != clip.fingerprint:
+    if source is not None:
+        folder = source.folder
+        if facts.clip_fingerprint != clip.fingerprint:
             raise ValueError(
                 f"the engine in {folder} was built for another CLIP: expected {clip.name} with fingerprint "
-                f"{clip.fingerprint[:12]}, got {made_for.model} with {made_for.clip_fingerprint[:12]}"
+                f"{clip.fingerprint[:12]}, got {facts.model} with {facts.clip_fingerprint[:12]}"
             )
-        held.check()
-        encoder = open_engine(held, runtime)
+        source.check()
+        encoder = open_engine(source, runtime)
     else:
         if chosen is not None:
             check_belongs(chosen, clip)
         calibration = calibration_pictures(clip) if precision in QUANTISED else None
         quantised = quantised_by(clip, runtime, precision, calibration)
         fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
-        # Another schema or layout is another folder: what an older version kept is left to it.
+        # Versions with another schema or layout use another folder.
         folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}-v{SCHEMA}.{LAYOUT}"
-        if not _is_whole(folder):
+        if not _is_cached(folder):
             with progress("build the engine", None, shown=shown):
                 write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
         encoder = open_engine(folder, runtime, verify=False)
     return Opened(encoder, folder, ClipText(clip, cache_folder() / "text"), clip.logit_scale)
 
 
-def _is_whole(engine: Path) -> bool:
-    """Whether an engine in the cache is there as it was written; a damaged one is told and removed."""
+def _is_cached(engine: Path) -> bool:
+    """Whether the cache has this engine undamaged; a damaged one is removed with a warning."""
     if not engine.exists() and not recover(engine):
         return False
     from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
 
     try:
-        held = open_verified(engine, ENGINE_KIND)
-        check_engine(held)
-        held.check()
+        source = open_verified(engine, ENGINE_KIND)
+        check_engine(source)
+        source.check()
     except (ValueError, FileNotFoundError) as error:
         log.warning("the engine in the cache is damaged and built again: %s", error)
         shutil.rmtree(engine, ignore_errors=True)

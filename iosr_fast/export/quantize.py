@@ -1,16 +1,15 @@
-"""INT8 and FP8 encoders out of an ONNX file of export_onnx: products of 8 bits, everything between them in float.
+"""INT8 and FP8 encoders from an ONNX file of export_onnx: 8-bit products, everything between them in float.
 
-Each product with a constant matrix, y = x W, becomes y = DQ(Q(x)) DQ(W_q): one scale for the activation, from the range
-it has on calibration pictures, and one for each output of W. What is shifted between them first, and exactly:
+Each product with a constant matrix, y = x W, becomes y = DQ(Q(x)) DQ(W_q), with one scale for the activation, from its
+range on calibration pictures, and one for each output of W. Before that, the scales of channels are balanced, exactly:
 
     LN(u) W = (LN(u) / s) (diag(s) W),  1/s in the gain and bias of the LayerNorm
 
-so that a channel that is larger than the others doesn't set the scale of all (SmoothQuant, arXiv 2211.10438). s is
-max|x|^a / max|W|^(1-a), channel by channel, and a the one of a few that leaves the smallest error of y. Where none
-halves the error, nothing is shifted.
+so that one large channel does not set the scale of all (SmoothQuant, arXiv 2211.10438). s is max|x|^a / max|W|^(1-a)
+per channel, with the exponent a of EXPONENTS that leaves the smallest error of y. If none halves the error, s is 1.
 
-Ranges are those of the extremes: clipping them at what costs the smallest square error gained nothing in the mean and
-lost on the worst picture (the demo, validation concepts). Neither did corrected biases.
+Ranges are those of the extremes: neither clipping them for the smallest square error nor correcting biases improved the
+demo's embeddings on validation concepts.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from iosr_fast.export.onnx_files import save_onnx
+from iosr_fast.export.onnx_export import save_onnx
 from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, Quantised
 from iosr_fast.utils.require import require
 
@@ -28,10 +27,8 @@ Kind = Literal["int8", "fp8"]
 Scheme = Literal["cpu", "tensorrt"]
 MIN_PICTURES = 8
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
-# Of the error without smoothing: what gained less in a product gained nothing in the embeddings.
-WORTH = 0.5
-# Of |y|^2. A product is off by 0.01% of it as a rule; 1% tells of channels or tokens that no scale fits.
-LARGEST_ERROR = 0.01
+WORTH = 0.5  # of the error without smoothing; smaller gains in a product did not improve the embeddings
+LARGEST_ERROR = 0.01  # of |y|^2; 0.01% is usual, 1% means channels or tokens that no scale fits
 _LIMITS = {"int8": 127.0, "fp8": 448.0}
 
 
@@ -40,20 +37,20 @@ def quantize_onnx(
 ) -> dict[str, Any]:
     """Write `source`, an encoder of export_onnx in fp32 or fp16, as `target` with quantised products.
 
-    `pictures` uint8 (N, S, S, 3), N >= 8, are calibrated on: real ones, like those to come, and none to be judged on.
-    Matrices are symmetric, with a scale for each output. "cpu": activations uint8 with a zero point, as VNNI multiplies
-    them in ONNX Runtime and OpenVINO. "tensorrt": activations int8 or E4M3FN ("fp8") with zero point 0, scales in the
-    graph's own float type, as strongly typed networks of TensorRT and TensorRT-RTX take them.
+    `pictures` uint8 (N, S, S, 3), N >= 8, calibrate the ranges: real pictures like those to be classified, and none of
+    a test set. Matrices are symmetric, with a scale for each output. "cpu": activations uint8 with a zero point, as
+    VNNI multiplies them in ONNX Runtime and OpenVINO. "tensorrt": activations int8 or E4M3FN ("fp8") with zero point 0,
+    scales in the graph's float type, for strongly typed networks of TensorRT and TensorRT-RTX.
 
-    In float remain: the products of attention, which have no constant factor; the last block's matrices of each head;
-    the last projection, which costs nothing and whose error is the embedding's; for "tensorrt" the patch projection,
-    since pixels, which have 256 levels, fit uint8 alone; a product off by more than 1% of its own square.
+    These stay in float: the products of attention, which have no constant factor; the last block's matrices per head;
+    the last projection, which is cheap and whose error is the embedding's; for "tensorrt" the patch projection, since
+    only uint8 fits the 256 levels of pixels; a product with an error above 1% of its own square.
 
-    Returns kind, scheme, calibration_pictures, products (how many are quantised), smoothed (how many LayerNorms) and
-    kept (name: why), JSON-ready.
+    Returns kind, scheme, calibration_pictures, products (number quantised), smoothed (number of LayerNorms) and kept
+    (name: reason), JSON-ready.
 
-    Raises ValueError for another kind or scheme, fp8 for a CPU, pictures of another dtype, shape or number, a file that
-    is no encoder's or has nothing to quantise; FileNotFoundError where it is missing.
+    Raises ValueError for another kind or scheme, fp8 for a CPU, pictures of another dtype, shape or number, and a file
+    that is no encoder or has nothing to quantise; FileNotFoundError for a missing file.
     """
     if kind not in _LIMITS or scheme not in ("cpu", "tensorrt"):
         raise ValueError(f"expected kind 'int8' or 'fp8' and scheme 'cpu' or 'tensorrt', got {kind!r} and {scheme!r}")
@@ -66,19 +63,19 @@ def quantize_onnx(
     kept |= _names(groups.pop(), "the last projection")
     if scheme == "tensorrt":
         kept |= _names(groups.pop(0), "the patch projection")
-    seen = graph.activations([group.tensor for group in groups], pictures)
+    activations = graph.activations([group.tensor for group in groups], pictures)
     products = smoothed = 0
     for group in groups:
-        made = _quantise(group, seen[group.tensor], kind, scheme, graph.dtype(group))
-        if not made.error <= LARGEST_ERROR:
-            reason = f"it would be off by {made.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
+        best = _quantise(group, activations[group.tensor], kind, scheme, graph.dtype(group))
+        if not best.error <= LARGEST_ERROR:
+            reason = f"it would be off by {best.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
             kept |= _names(group, reason)
             continue
-        if made.divisor is not None:
-            graph.divide(group.norm, made.divisor)
+        if best.divisor is not None:
+            graph.divide(group.norm, best.divisor)
             smoothed += 1
-        graph.put(group, made.activation, made.weights)
-        products += len(made.weights)
+        graph.insert(group, best.activation, best.weights)
+        products += len(best.weights)
     save_onnx(graph.finish(), target)
     return {
         "kind": kind,
@@ -104,11 +101,9 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
     expected = f"calibration pictures as uint8 (N, {', '.join(map(str, shape))}) with N >= {MIN_PICTURES}"
     if not isinstance(pictures, np.ndarray) or pictures.dtype != np.uint8:
         got = pictures.dtype if isinstance(pictures, np.ndarray) else type(pictures).__name__
-        raise ValueError(f"expected {expected}, got {got}; give the pictures' bytes, the encoder normalises by itself")
+        raise ValueError(f"expected {expected}, got {got}; pass the pictures' bytes, the encoder normalises by itself")
     if pictures.ndim != 4 or pictures.shape[1:] != shape or len(pictures) < MIN_PICTURES:
-        raise ValueError(
-            f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess brings them to size"
-        )
+        raise ValueError(f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess resizes them")
     return EncoderGraph(model)
 
 
@@ -123,36 +118,36 @@ class _Attempt(NamedTuple):
     error: float  # |y - y_quantised|^2 / |y|^2 on the sampled rows
 
 
-def _quantise(group: Group, seen: Activation, kind: Kind, scheme: Scheme, dtype: Any) -> _Attempt:
-    """The best of no smoothing and each exponent's, where the group can be smoothed."""
-    exact = seen.rows @ group.weight
+def _quantise(group: Group, measured: Activation, kind: Kind, scheme: Scheme, dtype: Any) -> _Attempt:
+    """The best attempt: without smoothing, or, if the group can be smoothed, with one of EXPONENTS."""
+    exact = measured.rows @ group.weight
     norm = float((exact**2).sum()) or 1.0
 
     def attempt(divisor: np.ndarray | None) -> _Attempt:
-        by = np.ones(len(seen.low), np.float32) if divisor is None else divisor
-        low, high = float((seen.low / by).min()), float((seen.high / by).max())
+        by = np.ones(len(measured.low), np.float32) if divisor is None else divisor
+        low, high = float((measured.low / by).min()), float((measured.high / by).max())
         activation = activation_scale(low, high, kind, scheme, dtype)
         weights = [quantise_matrix(p.weight * by[:, None], p.transposed, kind, dtype) for p in group.products]
         matrix = np.concatenate([dequantised(weight) for weight in weights], axis=1)
-        error = float(((rounded(seen.rows / by, activation) @ matrix - exact) ** 2).sum()) / norm
+        error = float(((rounded(measured.rows / by, activation) @ matrix - exact) ** 2).sum()) / norm
         return _Attempt(activation, weights, divisor, error)
 
     best = attempt(None)
     if group.norm is None:
         return best
     limit = WORTH * best.error
-    largest_x = np.maximum(np.maximum(np.abs(seen.low), np.abs(seen.high)), 1e-6)
+    largest_x = np.maximum(np.maximum(np.abs(measured.low), np.abs(measured.high)), 1e-6)
     largest_w = np.maximum(np.abs(group.weight).max(1), 1e-6)
     for exponent in EXPONENTS:
         divisor = largest_x**exponent / largest_w ** (1 - exponent)
-        found = attempt((divisor / np.exp(np.log(divisor).mean())).astype(np.float32))
-        if found.error <= min(limit, best.error):
-            best = found
+        smoothed = attempt((divisor / np.exp(np.log(divisor).mean())).astype(np.float32))
+        if smoothed.error <= min(limit, best.error):
+            best = smoothed
     return best
 
 
 def activation_scale(low: float, high: float, kind: Kind, scheme: Scheme, dtype: Any) -> Quantised:
-    """Scale (of `dtype`) and zero point for values from `low` to `high`, zero among them."""
+    """Scale (of `dtype`) and zero point for values from `low` to `high`, which include zero."""
     if scheme == "cpu":
         low, high = min(low, 0.0), max(high, 0.0)
         scale = _at_least(np.asarray((high - low) / 255), dtype)
@@ -162,7 +157,7 @@ def activation_scale(low: float, high: float, kind: Kind, scheme: Scheme, dtype:
 
 
 def quantise_matrix(weight: np.ndarray, transposed: bool, kind: Kind, dtype: Any) -> Quantised:
-    """(inputs, outputs) in 8 bits, symmetric, with a scale for each output; as W' where the graph stores it so."""
+    """(inputs, outputs) in 8 bits, symmetric, with a scale for each output; `transposed` if the graph stores W'."""
     scale = _at_least(np.abs(weight).max(0) / _LIMITS[kind], dtype)
     scaled = np.clip(weight / scale.astype(np.float32), -_LIMITS[kind], _LIMITS[kind])
     values = (np.rint(scaled) if kind == "int8" else scaled).astype(_type(kind))
@@ -193,7 +188,7 @@ def _type(kind: Kind) -> Any:
 
 
 def _at_least(scale: np.ndarray, dtype: Any) -> np.ndarray:
-    """In `dtype`, rounded up, so that the largest value still fits; above zero."""
+    """Rounded up to `dtype`, so that the largest value still fits; positive."""
     exact = np.maximum(scale, 1e-30 if dtype == np.float32 else 1e-6)
     near = exact.astype(dtype)
     up = np.nextafter(near, np.asarray(np.inf, dtype))

@@ -1,4 +1,4 @@
-"""The ONNX graph of a dual encoder for its quantisation: its products, what flows into them, Q/DQ nodes put around."""
+"""The ONNX graph of a dual encoder for quantisation: its products, their activations, inserted Q/DQ nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from iosr_fast.utils.require import require
 
 SAMPLED_ROWS = 512
-_PIXELS = 2**18  # of a batch while ranges are measured: each activation of it is in memory at once
+_PIXELS = 2**18  # per batch while ranges are measured; bounds the memory of its activations
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Product:
 
 @dataclass
 class Group:
-    """Products that read one activation; `norm`, the LayerNormalization it is from, where nobody else reads that."""
+    """Products that read one activation. `norm`: the LayerNormalization before it, if nothing else reads its output."""
 
     tensor: str
     products: list[Product] = field(default_factory=list)
@@ -39,16 +39,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Activation:
-    """What calibration pictures gave for one tensor (..., channels)."""
+    """One tensor (..., channels) on the calibration pictures."""
 
-    rows: np.ndarray  # (SAMPLED_ROWS or a few more, channels) float32, at random
-    low: np.ndarray  # (channels,), of all rows
+    rows: np.ndarray  # (about SAMPLED_ROWS, channels) float32, sampled at random
+    low: np.ndarray  # (channels,), over all rows
     high: np.ndarray
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What stands for a float tensor: `values` (None for an activation), `scale`, `zero`, the axis of the scales."""
+    """A quantised tensor: `values` (None for an activation), `scale`, `zero`, the axis of the scales."""
 
     scale: np.ndarray
     zero: np.ndarray
@@ -57,7 +57,7 @@ class Quantised:
 
 
 class EncoderGraph:
-    """A ModelProto with what is asked of it by name, to be changed in place."""
+    """A ModelProto, changed in place, with its constants, readers and producers by name."""
 
     def __init__(self, model: Any) -> None:
         self._onnx = require("onnx", "train")
@@ -67,12 +67,12 @@ class EncoderGraph:
         for node in model.graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        self._maker = {name: node for node in model.graph.node for name in node.output}
+        self._producer = {name: node for node in model.graph.node for name in node.output}
         self._before: dict[str, list[Any]] = {}
 
     def groups(self) -> tuple[list[Group], dict[str, str]]:
-        """Products with a constant matrix by what they read, in the graph's order; the others by name, and why not."""
-        made: dict[str, Group] = {}
+        """Products with a constant matrix, grouped by input in the graph's order; and the others, {name: reason}."""
+        groups: dict[str, Group] = {}
         others: dict[str, str] = {}
         attention = 0
         for node in self.model.graph.node:
@@ -87,23 +87,23 @@ class EncoderGraph:
                 product = Product(
                     node, self._name(node), (weight.T if transposed else weight).astype(np.float32), transposed
                 )
-                made.setdefault(node.input[0], Group(node.input[0])).products.append(product)
-        for group in made.values():
+                groups.setdefault(node.input[0], Group(node.input[0])).products.append(product)
+        for group in groups.values():
             group.norm = self._norm(group)
         if attention:
             others["attention"] = f"no constant factor ({attention} products)"
-        return list(made.values()), others
+        return list(groups.values()), others
 
     def value(self, name: str) -> np.ndarray:
-        found: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name])
-        return found
+        array: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name])
+        return array
 
     def dtype(self, group: Group) -> Any:
-        """Of a group's products: float32 or float16."""
+        """The dtype of a group's products, float32 or float16."""
         return self.value(group.products[0].node.input[1]).dtype
 
     def activations(self, tensors: list[str], pictures: np.ndarray) -> dict[str, Activation]:
-        """Run the graph over `pictures` in ONNX Runtime and look at `tensors`."""
+        """The values of `tensors` while ONNX Runtime executes the graph on `pictures`."""
         ort = require("onnxruntime", "cpu")
         probe = self._onnx.ModelProto()
         probe.CopyFrom(self.model)
@@ -116,38 +116,38 @@ class EncoderGraph:
         rows: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
         ranges: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for start in range(0, len(pictures), batch):
-            given = np.ascontiguousarray(pictures[start : start + batch])
-            wanted = -(-SAMPLED_ROWS * len(given) // len(pictures))
-            for name, found in zip(tensors, session.run(tensors, {"pixels": given}), strict=True):
-                x = found.reshape(-1, found.shape[-1])
+            part = np.ascontiguousarray(pictures[start : start + batch])
+            sampled = -(-SAMPLED_ROWS * len(part) // len(pictures))
+            for name, value in zip(tensors, session.run(tensors, {"pixels": part}), strict=True):
+                x = value.reshape(-1, value.shape[-1])
                 low, high = ranges.get(name, (np.inf, -np.inf))
                 ranges[name] = np.minimum(low, x.min(0)), np.maximum(high, x.max(0))
-                rows[name].append(x[rng.permutation(len(x))[:wanted]].astype(np.float32))
+                rows[name].append(x[rng.permutation(len(x))[:sampled]].astype(np.float32))
         return {
             name: Activation(np.concatenate(rows[name]), *(limit.astype(np.float32) for limit in ranges[name]))
             for name in tensors
         }
 
     def divide(self, norm: Any, by: np.ndarray) -> None:
-        """Divide what a LayerNormalization puts out, each channel by its own number."""
+        """Divide the output of a LayerNormalization, channel by channel."""
         for i in (1, 2):
             value = self.value(norm.input[i])
-            # Named after the node: the exporter stores equal constants once, and others may read this one.
+            # A constant of its own: the exporter stores equal constants once, so others may read this one.
             norm.input[i] = self._add(f"{norm.name}_{i}_divided", (value / by).astype(value.dtype))
 
-    def put(self, group: Group, activation: Quantised, weights: list[Quantised]) -> None:
-        """Q/DQ on the activation, one pair for all that read it, and DQ on each product's quantised matrix."""
-        maker = self._maker.get(group.tensor)
-        if maker is not None and maker.op_type == "Relu" and activation.zero.dtype.kind not in "iu":
+    def insert(self, group: Group, activation: Quantised, weights: list[Quantised]) -> None:
+        """Insert Q/DQ on the activation, one pair for all readers, and DQ on each product's quantised matrix."""
+        producer = self._producer.get(group.tensor)
+        if producer is not None and producer.op_type == "Relu" and activation.zero.dtype.kind not in "iu":
             # ONNX Runtime 1.32 drops a float32 Relu before Q to fp8, as if a zero point of 0 meant no negative values.
-            maker.op_type = "Max"
-            maker.input.append(self._add(f"{group.tensor}_least", np.zeros((), activation.scale.dtype)))
+            producer.op_type = "Max"
+            producer.input.append(self._add(f"{group.tensor}_least", np.zeros((), activation.scale.dtype)))
         pair = self._pair(group.tensor, activation)
         for product, weight in zip(group.products, weights, strict=True):
             product.node.input[0], product.node.input[1] = pair, self._pair(f"{product.node.name}_matrix", weight)
 
     def finish(self) -> Any:
-        """The model with the new nodes in their places, and without constants that nobody reads any more."""
+        """The model with the new nodes in topological order and without unused constants."""
         graph = self.model.graph
         nodes: list[Any] = []
         for node in graph.node:
@@ -157,24 +157,23 @@ class EncoderGraph:
         del graph.node[:]
         graph.node.extend(nodes)
         read = {name for node in nodes for name in node.input}
-        kept = [tensor for name, tensor in self.constants.items() if name in read]
         del graph.initializer[:]
-        graph.initializer.extend(kept)
+        graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in read)
         self._onnx.checker.check_model(self.model)
         return self.model
 
-    def _pair(self, name: str, made: Quantised) -> str:
-        """Adds the nodes; returns the name of what the dequantisation puts out."""
+    def _pair(self, name: str, tensor: Quantised) -> str:
+        """Add the nodes; returns the name of the dequantised tensor."""
         result = f"{name}_dequantized"
-        parameters = [self._add(f"{name}_scale", made.scale), self._add(f"{name}_zero", made.zero)]
+        parameters = [self._add(f"{name}_scale", tensor.scale), self._add(f"{name}_zero", tensor.zero)]
         quantised = f"{name}_quantized"
-        axis = {} if made.axis is None else {"axis": made.axis}
+        axis = {} if tensor.axis is None else {"axis": tensor.axis}
         node = self._onnx.helper.make_node
         self._before[result] = []
-        if made.values is None:
+        if tensor.values is None:
             self._before[result].append(node("QuantizeLinear", [name, *parameters], [quantised], f"{name}_Q"))
         else:
-            quantised = self._add(quantised, made.values)
+            quantised = self._add(quantised, tensor.values)
         self._before[result].append(node("DequantizeLinear", [quantised, *parameters], [result], f"{name}_DQ", **axis))
         return result
 
@@ -185,20 +184,20 @@ class EncoderGraph:
         return name
 
     def _norm(self, group: Group) -> Any | None:
-        """Behind a cast, in fp16. None where anything but the group's products reads it."""
+        """The LayerNormalization before a group, in fp16 behind a Cast; None if anything else reads its output."""
         name, readers = group.tensor, {product.node.name for product in group.products}
-        while (maker := self._maker.get(name)) is not None:
+        while (producer := self._producer.get(name)) is not None:
             if {node.name for node in self._readers[name]} != readers:
                 return None
-            if maker.op_type == "LayerNormalization":
-                return maker
-            if maker.op_type != "Cast":
+            if producer.op_type == "LayerNormalization":
+                return producer
+            if producer.op_type != "Cast":
                 return None
-            name, readers = maker.input[0], {maker.name}
+            name, readers = producer.input[0], {producer.name}
         return None
 
     def _name(self, node: Any) -> str:
-        """After the encoder's weight or bias, which names the layer; the node's where it has none for itself."""
+        """The layer that the product's weight or bias belongs to; the node's name if both are shared."""
         readers = self._readers.get(node.output[0], [])
         added = [name for reader in readers if reader.op_type == "Add" for name in reader.input]
         for name in (*node.input[1:], *added):

@@ -202,3 +202,21 @@ def test_weights_of_another_model_are_refused(tiny_state: dict, tmp_path: Path) 
     torch.save({key: value for key, value in tiny_state.items() if "visual" not in key}, tmp_path / "half.pt")
     with pytest.raises(ValueError, match="does not hold weights of"):
         load_clip(TINY, tmp_path / "half.pt")
+
+
+def test_without_torch_the_pip_command_is_named() -> None:
+    code = """
+import importlib, sys
+sys.modules["torch"] = None
+for name in ("clip.architecture", "clip.demo.pictures", "clip.load", "clip.prompts"):
+    importlib.import_module(f"iosr_fast.{name}")
+for name in ("clip.adapter", "clip.dual_encoder", "clip.fuse", "clip.two_pass", "export.pretrained"):
+    try:
+        importlib.import_module(f"iosr_fast.{name}")
+    except ImportError as error:
+        assert "pip install 'iosr_fast[train]'" in str(error), (name, error)
+    else:
+        raise AssertionError(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -154,7 +154,7 @@ def test_fp16_halves_the_file_and_keeps_weights_published_in_it(
     demo: LoadedClip, exported: tuple[Path, dict[str, Any]], encoder: TextEncoder, tmp_path: Path, monkeypatch: Any
 ) -> None:
     model = onnx.load(exported[0] / FILE)
-    monkeypatch.setattr(module, "_to_onnx", lambda tower, length: model)
+    monkeypatch.setattr(module, "to_onnx", lambda *_: model)
     facts = export_text(demo, tmp_path, "fp16")
     assert facts["precision"] == "fp16"
     assert (tmp_path / FILE).stat().st_size < 0.51 * (exported[0] / FILE).stat().st_size
@@ -299,7 +299,7 @@ def test_facts_that_do_not_fit_the_files_are_refused(exported: tuple[Path, dict[
         TextEncoder.open(folder, facts | {"context_length": 77}).embed_classes(["cat"])
 
 
-def wrong_letters(kind: str, right: Callable[[str], str] = module._members) -> str:
+def wrong_letters(kind: str, right: Callable[[str], str] = module._character_ranges) -> str:
     return r"\x{61}-\x{7a}" if kind == r"[\p{L}]" else right(kind)
 
 
@@ -308,9 +308,9 @@ def test_wrong_tokens_and_wrong_embeddings_are_not_left_behind(
     demo: LoadedClip, exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = onnx.load(exported[0] / FILE)
-    monkeypatch.setattr(module, "_to_onnx", lambda tower, length: model)
+    monkeypatch.setattr(module, "to_onnx", lambda *_: model)
     with monkeypatch.context() as changed:
-        changed.setattr(module, "_members", wrong_letters)
+        changed.setattr(module, "_character_ranges", wrong_letters)
         with pytest.raises(ValueError, match=rf"{TOKENIZER_FILE} reads .* as \[49406, .*, open_clip's tokenizer as"):
             export_text(demo, tmp_path)
     assert list(tmp_path.iterdir()) == []

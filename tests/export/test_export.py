@@ -17,9 +17,10 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
-from iosr_fast.export import export  # noqa: E402
+from iosr_fast.export import export, onnx_export  # noqa: E402
 from iosr_fast.export.engine_precision import quantised_by  # noqa: E402
-from iosr_fast.export.export import engine_fingerprint, export_onnx, random_adapter, write_engine  # noqa: E402
+from iosr_fast.export.export import engine_fingerprint, random_adapter, write_engine  # noqa: E402
+from iosr_fast.export.onnx_export import export_onnx  # noqa: E402
 from iosr_fast.utils.manifest import read_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402
@@ -141,6 +142,6 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileExistsError, match="choose another place"):
         write_engine(clip, None, tmp_path / "mine", "torch")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
-    monkeypatch.setattr(export, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
     with pytest.raises(ValueError, match="weights under 2 GB"):
         export_onnx(build_dual_encoder(clip), tmp_path / "encoder.onnx")

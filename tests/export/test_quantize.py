@@ -21,7 +21,7 @@ from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.encoders.runtimes.onnxruntime import FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.export import quantize  # noqa: E402
-from iosr_fast.export.export import export_onnx  # noqa: E402
+from iosr_fast.export.onnx_export import export_onnx  # noqa: E402
 from iosr_fast.export.pretrained import open_pretrained  # noqa: E402
 from iosr_fast.export.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
 from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
@@ -271,7 +271,7 @@ def test_refusals_come_before_any_work(
     good, target = emoji("generic", 16), tmp_path / "target.onnx"
     expected = r"expected calibration pictures as uint8 \(N, 32, 32, 3\) with N >= 8, got "
     for pictures, message in (
-        (good.astype(np.float32) / 255, expected + "float32; give the pictures' bytes"),
+        (good.astype(np.float32) / 255, expected + "float32; pass the pictures' bytes"),
         (list(good), expected + "list"),
         (good[:7], expected + r"shape \(7, 32, 32, 3\)"),
         (good[:, :30], expected + r"shape \(16, 30, 32, 3\)"),

@@ -22,8 +22,7 @@ from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.export import OPSET, export_onnx, quiet_exporter
-from iosr_fast.export.onnx_files import save_onnx
+from iosr_fast.export.onnx_export import export_onnx, save_onnx, to_onnx
 
 COMPILED = ("torch-compile", "onnxruntime", "openvino")
 Embed = Callable[[], tuple[np.ndarray, ...]]
@@ -68,18 +67,8 @@ def write(module: nn.Module, path: Path) -> Path:
     assert isinstance(module, Pass)
     size = module.visual.image_size
     side = size if isinstance(size, int) else size[0]
-    with quiet_exporter():
-        program = torch.onnx.export(
-            module,
-            (torch.zeros(2, side, side, 3, dtype=torch.uint8),),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=["pixels"],
-            dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
-        )
-    assert program is not None
-    save_onnx(program.model_proto, path)
+    pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    save_onnx(to_onnx(module, pixels, "pixels", ["embedding"], {0: torch.export.Dim("batch", min=1)}), path)
     return path
 
 

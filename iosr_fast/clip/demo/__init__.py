@@ -1,1 +1,1 @@
-"""The embedded demo: a small CLIP, an adapter for it and licensed pictures, so that all runs without a download."""
+"""The embedded demo: a small CLIP, its adapter and licensed pictures, for use without a download."""

@@ -1,4 +1,4 @@
-"""The demo's pictures: emoji, where a concept is a class and a style (the font that draws it) is a domain."""
+"""The demo's pictures: emoji. A concept is a class; a style, the font that draws it, is a domain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pictures:
 
 
 def load_index() -> dict[str, Any]:
-    """index.json: the sheets' geometry, each style's source and licence, each concept's name, words, split, styles."""
+    """index.json: geometry of the sheets; source and licence of each style; name, words, split, styles of a concept."""
     index: dict[str, Any] = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
     return index
 
@@ -33,7 +33,7 @@ def load_index() -> dict[str, Any]:
 def load_pictures(split: Split, min_styles: int = 4) -> Pictures:
     """Decode the sheets and cut out the pictures of one split.
 
-    Concepts drawn in fewer than `min_styles` styles are left out (few-shot tasks need pictures left over to classify).
+    Concepts drawn in fewer than `min_styles` styles are omitted, so that few-shot tasks have pictures to classify.
     """
     from PIL import Image
 
