@@ -1,9 +1,10 @@
-"""Load the HTTP server of a classifier, and say what it holds: latency, capacity, refusals, memory, changes.
+"""Load the HTTP server of a classifier: latency, capacity, refusals, memory, changes under load, hostile uploads.
 
 python tools/load_test.py --seconds 60 --json build/load-test.json
+python tools/load_test.py --fuzz 2000 --json build/fuzz.json
 
-It starts `iosr-fast serve` itself. Latency counts from the time at which a request was due, not from when it could be
-sent; every label is compared with what Classifier.predict says of the same bytes.
+It starts `iosr-fast serve` itself. Latency counts from when a request was due, not from when it could be sent; every
+label is compared with that of Classifier.predict for the same bytes.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from typing import Annotated, Any
 
 import typer
 
+from iosr_fast.classifier import Classifier
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.http.settings import CPU_BATCH
 from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.machine import usable_threads
+from tools.demo.bundle import make_demo_bundle
 from tools.serving_load.churn import is_rebuilt, measure_churn
+from tools.serving_load.client import Arrivals, Queries, make_queries
+from tools.serving_load.fuzz import fuzz as send_hostile
 from tools.serving_load.measure import Load, measure_alone, measure_load, measure_memory
-from tools.serving_load.open_loop import Arrivals
-from tools.serving_load.queries import Queries, make_queries, open_bundle
 from tools.serving_load.report import goals, print_report, provenance, write
-from tools.serving_load.server_process import ServerDied, ServerProcess
+from tools.serving_load.server import ServerDied, ServerProcess
 from tools.serving_load.throughput import measure_throughput
 
 _SETTINGS = Settings()
@@ -41,13 +44,13 @@ _THROUGHPUT_S, _ROUNDS = 4.0, 7
 Arriving = Annotated[Arrivals, typer.Option(help="At a constant rate, or as a Poisson process.")]
 Serve = Annotated[
     list[str] | None,
-    typer.Option(help="More options of `iosr-fast serve`, like '--decode-threads 1'. Repeatable."),
+    typer.Option(help="More options of `iosr-fast serve`, such as '--decode-threads 1'. Repeatable."),
 ]
 
 
 def main(
     json_path: Annotated[Path, typer.Option("--json", callback=new_file, help="Write the report here.")],
-    bundle: Annotated[Path | None, typer.Option(help="A saved classifier; else build/demo-bundle, made anew.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="A saved classifier [default: build/demo-bundle].")] = None,
     seconds: Annotated[float, typer.Option(min=0.5, help="Of each load.")] = 60.0,
     arrivals: Arriving = Arrivals.EVEN,
     loads: Annotated[list[float] | None, typer.Option("--load", help="Shares of the capacity. Repeatable.")] = None,
@@ -58,6 +61,8 @@ def main(
     throughput: Annotated[bool, typer.Option("--throughput", help="Batches over HTTP, and the engine alone.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a request of --throughput, and a batch.")] = 64,
     churn: Annotated[bool, typer.Option("--churn", help="Add and remove classes at 0.5 x capacity.")] = False,
+    fuzz: Annotated[int, typer.Option(min=0, help="Hostile uploads to send instead of all loads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of --fuzz.")] = 0,
     max_batch: Annotated[int, typer.Option(help="Of the server.")] = CPU_BATCH,
     max_wait_ms: Annotated[float, typer.Option(help="Of the server.")] = _SETTINGS.max_wait_ms,
     max_queue: Annotated[int, typer.Option(help="Of the server.")] = _SETTINGS.max_queue,
@@ -66,29 +71,27 @@ def main(
     ] = None,
     serve: Serve = None,
 ) -> None:
-    """Start a server on a bundle and load it. Exit code 1, and the report so far, where the server dies."""
+    """Start a server on a bundle and load it. Exit code 1, and a partial report, if the server dies; with --fuzz also
+    for a server error (a 5xx other than 503) or a hang."""
     try:
-        served, classifier = open_bundle(bundle, _DEMO)
+        folder, classifier = _open_bundle(bundle)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(f"expected a saved classifier: {error}") from error
-    queries = make_queries(classifier, _QUERIES)
     threads = engine_threads or max(1, usable_threads() - 1)
-    options = [
-        "--engine-threads",
-        str(threads),
-        "--max-batch",
-        str(max_batch),
-        "--max-wait-ms",
-        str(max_wait_ms),
-        "--max-queue",
-        str(max_queue),
-    ]
-    options += [word for given in serve or () for word in shlex.split(given)]
+    options = {
+        "--engine-threads": threads,
+        "--max-batch": max_batch,
+        "--max-wait-ms": max_wait_ms,
+        "--max-queue": max_queue,
+    }
+    words = [str(word) for option in options.items() for word in option]
+    words += [word for text in serve or () for word in shlex.split(text)]
+    queries = make_queries(classifier, _QUERIES)
     load = Load(seconds, deadline_ms, arrivals, tuple(loads or _LOADS), lone, capacity_seconds)
     report: dict[str, Any] = {
         **provenance(),
         "bundle": {"classes": len(classifier.classes_), "method": classifier.method_, "queries": len(queries)},
-        "server_options": options,
+        "server_options": words,
         "max_wait_ms": max_wait_ms,
         "max_batch": max_batch,
         "max_queue": max_queue,
@@ -101,23 +104,30 @@ def main(
     }
     del classifier
     gc.collect()
-    gc.freeze()  # the modules' many objects are not to be looked through while requests are timed
+    gc.freeze()  # the collector must not scan all modules while requests are timed
     try:
-        _run(_alone(report, served, queries, load, options, memory_minutes))
-        if churn:
-            _run(_churn(report, served, queries, load, options, threads))
-        if throughput:
-            _run(_throughput(report, served, queries, options, batch, threads, min(seconds, _THROUGHPUT_S)))
+        if fuzz:
+            with ServerProcess(folder, *words) as server:
+                report["fuzz"] = send_hostile(server, fuzz, seed)
+                server.stop()
+            failures = report["fuzz"]["server_errors"] + report["fuzz"]["hangs"]
+            if failures:
+                report["error"] = f"{failures} server errors or hangs"
+        else:
+            _run(_loads(report, folder, queries, load, words, memory_minutes))
+            if churn:
+                _run(_churn(report, folder, queries, load, words, threads))
+            if throughput:
+                _run(_throughput(report, folder, queries, words, batch, threads, min(seconds, _THROUGHPUT_S)))
     except (ServerDied, RuntimeError) as error:
         report["error"] = str(error)
     except BaseException as error:
         write({**report, "error": repr(error)}, json_path)  # what was measured is not lost
         raise
     finally:
-        gc.unfreeze()  # else extension modules report at exit, as leaked, what the collector may not look at
-    shares = [run["client_cpu_share"] for run in report["runs"]]
-    report["client_cpu_share"] = max(shares, default=None)
-    if "error" not in report:
+        gc.unfreeze()  # else extension modules report frozen objects as leaks at exit
+    report["client_cpu_share"] = max((run["client_cpu_share"] for run in report["runs"]), default=None)
+    if "error" not in report and not fuzz:
         report["goals"] = goals(report)
     write(report, json_path)
     print_report(report)
@@ -126,10 +136,21 @@ def main(
         raise typer.Exit(1)
 
 
-async def _alone(
+def _open_bundle(folder: Path | None) -> tuple[Path, Classifier]:
+    """The bundle to serve; by default that of the demo, built if it does not load."""
+    if folder is not None:
+        return folder, Classifier.load(folder)
+    try:
+        return _DEMO, Classifier.load(_DEMO)
+    except (ValueError, OSError):
+        make_demo_bundle(_DEMO)
+        return _DEMO, Classifier.load(_DEMO)
+
+
+async def _loads(
     report: dict[str, Any], bundle: Path, queries: Queries, load: Load, options: list[str], memory_minutes: float
 ) -> None:
-    """lone_ms, capacity_rps, runs, memory: one server for them all, so that what it keeps of one load is seen."""
+    """lone_ms, capacity_rps, runs, memory: on one server, so that memory kept between loads shows."""
     with ServerProcess(bundle, *options) as server:
         report |= await server.alongside(measure_alone(server, queries, load))
         capacity_rps = report["capacity_rps"]
@@ -166,7 +187,7 @@ async def _throughput(
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """On uvloop where it is installed: the lighter the client, the more is left of the machine for the server."""
+    """On uvloop if installed: a lighter client leaves more of the machine to the server."""
     fast = importlib.util.find_spec("uvloop") is not None
     loop_factory = importlib.import_module("uvloop").new_event_loop if fast else asyncio.new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:

@@ -16,7 +16,7 @@ from tests.serving import page_server
 from tests.serving.page_server import Visit, file
 
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
-PAGE = ROOT / "iosr_fast" / "serving" / "page"
+PAGE = ROOT / "iosr_fast" / "serving" / "http" / "page"
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
 
@@ -174,7 +174,7 @@ def test_busy_is_waited_for_once(visit: Visit) -> None:
     }
     visit.page.route("**/v1/predict*", lambda route: route.fulfill(**busy), times=1)
     visit.page.set_input_files("#choose", [file(visit.site.queries[4], "once.png")])
-    visit.notice("The server is busy. It is asked once more in 1 second.")
+    visit.notice("The server is busy. The page tries again in 1 second.")
     visit.page.locator(".bars li").first.wait_for()
     assert not visit.page.locator("#notice").is_visible()
     visit.was_refused(503)

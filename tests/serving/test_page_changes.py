@@ -18,7 +18,7 @@ def test_a_class_is_added_and_wins(visit: Visit) -> None:
     visit.choose(file(other, "other.png"))
     before = visit.text("#answer .label")
     visit.fill_in(NEWCOMER, [file(image, f"{i}.png") for i, image in enumerate(support)]).page.click("#add-class")
-    visit.notice(f"“{NEWCOMER}” is a class now, with 3 pictures")
+    visit.notice(f"Class “{NEWCOMER}” added with 3 pictures")
     page.locator("#answer .label", has_text=NEWCOMER).wait_for()  # nobody asked again
     assert visit.text(".bars li:first-child .tag") == "new"
     assert re.sub(r"\s[\d.]+%$", "", before) in visit.text("#answer p:nth-child(2)")
@@ -104,7 +104,7 @@ def test_all_of_it_by_keyboard(visit: Visit) -> None:
     tab_to(page, "#token")
     keys.type(TOKEN)
     keys.press("Enter")
-    visit.notice("“typed” is a class now, with 2 pictures")
+    visit.notice("Class “typed” added with 2 pictures")
 
     tab_to(page, "#filter")
     keys.type("TYPED")
@@ -112,19 +112,19 @@ def test_all_of_it_by_keyboard(visit: Visit) -> None:
     keys.press("Enter")
     page.locator(".panel img").nth(1).wait_for()
     choose_by_key(visit, ".panel label input", [file(site.newcomer[4], "more.png")])
-    visit.notice("“typed” has 1 picture more")
+    visit.notice("1 picture added to “typed”")
     page.locator(".panel img").nth(2).wait_for()
     tab_to(page, ".panel .drop-one")
     keys.press("Enter")
     tab_to(page, "dialog button[value=yes]")
     keys.press("Enter")
-    visit.notice("A picture of “typed” is removed")
+    visit.notice("Picture of “typed” removed")
     page.locator("#classes .row-button", has_text="2 pictures").wait_for()
     tab_to(page, ".panel .row > button")
     keys.press("Enter")
     keys.type("typed again")
     keys.press("Enter")
-    visit.notice("“typed” is called “typed again” now")
+    visit.notice("“typed” renamed to “typed again”")
     assert site.classifier.classes_[-1] == "typed again" and len(site.classifier.examples("typed again")) == 2
     for answer in ("Escape", "Enter"):
         tab_to(page, ".panel .danger")
@@ -133,7 +133,7 @@ def test_all_of_it_by_keyboard(visit: Visit) -> None:
             tab_to(page, "dialog button[value=yes]")
         keys.press(answer)
         assert not page.locator("dialog").is_visible()
-    visit.notice("“typed again” is removed")
+    visit.notice("Class “typed again” removed")
     assert "typed again" not in site.classifier.classes_
 
 

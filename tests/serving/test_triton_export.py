@@ -22,7 +22,7 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.export.pretrained import open_pretrained
 from iosr_fast.serving.triton import export_triton, graph, repository
-from iosr_fast.serving.triton.plans import choose_plans
+from iosr_fast.serving.triton.configs import choose_plans
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from tests.serving.triton_repository import Repository
 
@@ -262,12 +262,12 @@ def test_an_older_export_is_replaced_and_nothing_else_is(bundle: Path, tmp_path:
     config = out / "encoder" / "config.pbtxt"
     written = config.read_text("utf-8")
     config.write_text(written + "# by hand\n", "utf-8")
-    with pytest.raises(FileExistsError, match=r"holds 'encoder/config.pbtxt', added or changed since it was exported"):
+    with pytest.raises(FileExistsError, match=r"contains 'encoder/config.pbtxt', added or changed since it was exported"):
         export_triton(bundle, out)
     config.write_text(written, "utf-8")
     (out / "resnet" / "1").mkdir(parents=True)
     (out / "resnet" / "1" / "model.onnx").write_bytes(b"somebody's")
-    with pytest.raises(FileExistsError, match=r"holds 'resnet/1/model.onnx'"):
+    with pytest.raises(FileExistsError, match=r"contains 'resnet/1/model.onnx'"):
         export_triton(bundle, out)
     assert (out / "resnet" / "1" / "model.onnx").read_bytes() == b"somebody's"
 
@@ -275,15 +275,15 @@ def test_an_older_export_is_replaced_and_nothing_else_is(bundle: Path, tmp_path:
 def test_places_that_an_export_would_spoil(bundle: Path, demo: Demo, tmp_path: Path) -> None:
     demo.save(tmp_path / "other", method="zero-shot", tune="none")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FileExistsError, match=r"is no whole export to Triton \(.*got a classifier\)"):
+    with pytest.raises(FileExistsError, match=r"is not a complete export to Triton \(.*got a classifier\)"):
         export_triton(bundle, tmp_path / "other")
     for out in (bundle, bundle / "triton", bundle.parent):
         with pytest.raises(ValueError, match="one is in the other"):
             export_triton(bundle, out)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds other things than an export to Triton"):
+    with pytest.raises(FileExistsError, match="is not an export to Triton"):
         export_triton(bundle, tmp_path)
-    with pytest.raises(FileExistsError, match="holds other things"):
+    with pytest.raises(FileExistsError, match="is not an export to Triton"):
         export_triton(bundle, tmp_path / "notes.txt")
     (tmp_path / "notes.txt").unlink()
     assert sorted(tmp_path.rglob("*")) == before
@@ -300,7 +300,7 @@ def test_bad_input_is_refused_and_nothing_written(
         export_triton(tmp_path / "nothing", out)
     with pytest.raises(ValueError, match="to hold a classifier, got a engine"):
         export_triton(bundle / "engine", out)
-    monkeypatch.setattr(graph, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(graph, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ValueError, match="scoring graph under 2 GB"):
         export_triton(bundle, out)
     monkeypatch.undo()

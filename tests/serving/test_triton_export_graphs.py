@@ -23,7 +23,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.serving.triton import graph
-from iosr_fast.serving.triton.preprocess_graph import LARGEST_RATIO, preprocess_model
+from iosr_fast.serving.triton.preprocess_graph import MAX_RATIO, preprocess_model
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
 from tests.conftest import EXTENDED, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.scoring.numerics import allowed_error, assert_as_good_as_eager
@@ -153,7 +153,7 @@ def test_the_yardstick_sees_each_part(part: str, rng: np.random.Generator) -> No
 
 def test_a_graph_too_large_for_one_file_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = random_plan(rng, [50, 50], 64, ("cache",))
-    monkeypatch.setattr(graph, "LARGEST_FILE", 20_000)
+    monkeypatch.setattr(graph, "MAX_FILE_BYTES", 20_000)
     with pytest.raises(ValueError, match=r"scoring graph under 2 GB.*got 0\.0 GB; fit with key_precision='int8'"):
         scoring_model(plan)
     scoring_model(random_plan(rng, [50, 50], 64, ("cache",), weighted=False, precision="int8"))
@@ -201,7 +201,7 @@ def test_pixels_of_real_pictures_are_pillows() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(7, 1000), (1001, 3), (2, 700)])
 def test_long_pictures_are_pillows_but_for_a_level_or_two(height: int, width: int, rng: np.random.Generator) -> None:
-    assert max(height, width) // min(height, width) > LARGEST_RATIO
+    assert max(height, width) // min(height, width) > MAX_RATIO
     noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     for size in (64, 63):
         off = differences([noise], size)
@@ -214,7 +214,7 @@ def test_a_very_long_picture_is_not_resized_whole(rng: np.random.Generator) -> N
     strip = rng.integers(0, 256, (1, 1, 50_000, 3), dtype=np.uint8)
     pixels, resized = open_session(model.SerializeToString()).run(["PIXELS", "resized"], {"IMAGE": strip})
     assert pixels.shape == (1, 64, 64, 3)
-    assert resized.shape[2] <= (LARGEST_RATIO + 4) * 64
+    assert resized.shape[2] <= (MAX_RATIO + 4) * 64
     middle = Image.fromarray(strip[0, :, 24_980:25_020])
     assert np.abs(pixels[0].astype(int) - resize_and_crop(middle, 64)).max() <= 1
 

@@ -22,10 +22,18 @@ aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with the dev extr
 from tests.serving.http_client import CLASSES, bundle, load  # noqa: E402
 from tools import load_test  # noqa: E402
 from tools.serving_load import churn, measure, report  # noqa: E402
-from tools.serving_load.client import Answer, Client  # noqa: E402
-from tools.serving_load.open_loop import Arrivals, arrival_times, closed_loop, open_loop, windows_rps  # noqa: E402
-from tools.serving_load.queries import Queries, make_queries  # noqa: E402
-from tools.serving_load.server_process import ServerDied, ServerProcess  # noqa: E402
+from tools.serving_load.client import (  # noqa: E402
+    Answer,
+    Arrivals,
+    Client,
+    Queries,
+    arrival_times,
+    closed_loop,
+    make_queries,
+    open_loop,
+    windows_rps,
+)
+from tools.serving_load.server import ServerDied, ServerProcess  # noqa: E402
 from tools.serving_load.throughput import measure_throughput  # noqa: E402
 
 RUN_KEYS = {
@@ -229,11 +237,11 @@ def test_a_closed_loop_asks_again_when_it_is_answered() -> None:
             self.most = max(self.most, self.running)
             await asyncio.sleep(0.001)
             self.running -= 1
-            return Answer(0.0, 0.0, 0.001, 200, told=number)
+            return Answer(0.0, 0.0, 0.001, 200, content=number)
 
     client = Counting()
     answers = asyncio.run(closed_loop(client, 3, 0.2))  # type: ignore[arg-type]
-    assert client.most == 3 and {0, 1, 2, 3, 4, 5} <= {answer.told for answer in answers}
+    assert client.most == 3 and {0, 1, 2, 3, 4, 5} <= {answer.content for answer in answers}
 
 
 def test_an_answer_of_two_versions_is_torn() -> None:
@@ -266,7 +274,7 @@ def test_goals_that_are_missed_are_named() -> None:
     told = {"lone_ms": 3.0, "max_wait_ms": 2.0, "runs": [], "throughput": {"ratio": 0.89}}
     told["churn"] = {"failed": 0, "torn": 1, "rebuilt": False}
     missed = [goal["goal"] for goal in report.goals(told) if goal["met"] is False]
-    assert missed == ["throughput ratio >= 0.9", "no torn answer", "the log makes the same state again"]
+    assert missed == ["throughput ratio >= 0.9", "no torn answer", "the log restores the same state"]
 
 
 def test_a_bundle_that_does_not_load_is_said_before_anything_starts(tmp_path: Path) -> None:

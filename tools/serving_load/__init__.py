@@ -1,1 +1,1 @@
-"""Loads for the HTTP server: hostile ones, and heavy ones."""
+"""Parts of tools/load_test.py."""

@@ -1,35 +1,71 @@
-"""One user of the HTTP API: sends pictures, notes when, checks every answer."""
+"""A client of the HTTP API that records times, checks every answer, and generates closed and open loops."""
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-import httptools
+import aiohttp
+import numpy as np
+from PIL import Image
+from yarl import URL
 
-from tools.serving_load.connections import Pool, Reply
-from tools.serving_load.queries import Queries
+from iosr_fast.classifier import Classifier
+from tools.demo.bundle import held_out_queries
 
-_PATIENCE_S = 20.0  # beyond the deadline: an answer that never comes is an error, not a hang
-BROKEN = (OSError, TimeoutError, httptools.HttpParserError)
+BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
+_PATIENCE_S = 20.0  # beyond the deadline: a missing answer is an error, not a hang
+_OLDEST_S = 30.0  # idle connections are closed earlier than the server closes them
+_LEAD_S = 0.05  # before the first request of an open loop, for its thread to start
 _BOUNDARY = "iosr-fast-load-test"
+
+
+class Arrivals(Enum):
+    EVEN = "even"  # a constant rate, as in wrk2 and k6
+    POISSON = "poisson"
+
+
+@dataclass(frozen=True)
+class Queries:
+    """`images[i]` is a PNG; `labels[i]` is the prediction of Classifier.predict for its bytes."""
+
+    images: list[bytes] = field(repr=False)
+    labels: list[str] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def make_queries(classifier: Classifier, count: int) -> Queries:
+    """`count` held-out pictures of the demo, evenly spread."""
+    pictures = held_out_queries()[0]
+    images = []
+    for picture in pictures[np.linspace(0, len(pictures) - 1, count).astype(int)]:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        images.append(file.getvalue())
+    return Queries(images, [str(label) for label in classifier.predict(images)])
 
 
 @dataclass(slots=True)
 class Answer:
-    """Times in seconds on time.perf_counter's clock. `due` is when the request should have been sent: latency counts
-    from there, so that a late sender hides no waiting (coordinated omission)."""
+    """Times in seconds on time.perf_counter's clock. Latency counts from `due`, when the request should have been sent,
+    so that a late sender hides no waiting (coordinated omission)."""
 
     due: float
     sent: float
     done: float
-    status: int  # 0: none came
-    error: str = ""  # what was wrong with it; "" for 200 and for a refusal with Retry-After
-    wrong: bool = False  # a label other than the classifier's own
-    told: Any = None  # what `read` made of a 200's body
+    status: int  # 0: no answer
+    error: str = ""  # "" for 200 and for a refusal with Retry-After
+    wrong: bool = False  # another label than the classifier's own
+    content: Any = None  # what `read` made of the body of a 200
 
     @property
     def latency_s(self) -> float:
@@ -45,92 +81,176 @@ class Answer:
 
 
 class Client:
-    """Requests over kept-alive connections, as many as it takes. Use as an async context manager.
+    """Requests over any number of kept-alive connections. An async context manager.
 
-    `check`: compare labels with the classifier's own; off where classes change meanwhile.
+    `check`: compare labels with the classifier's own; off while classes change.
     """
 
     def __init__(self, url: str, queries: Queries, deadline_ms: int, check: bool = True) -> None:
         self.queries, self.deadline_s, self.check = queries, deadline_ms / 1e3, check
-        self._pool = Pool(url)
-        self._path = f"/v1/predict?deadline_ms={deadline_ms}"
-        self._encoded: dict[tuple[int, str], bytes] = {}
+        self.connections = 0  # made so far
+        self._url, self._predict = url, f"/v1/predict?deadline_ms={deadline_ms}"
 
     async def __aenter__(self) -> Client:
-        await self._pool.__aenter__()
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(self._count)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_OLDEST_S),
+            timeout=aiohttp.ClientTimeout(total=self.deadline_s + _PATIENCE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trace_configs=[trace],
+        )
         return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await self._pool.__aexit__(*error)
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
 
-    @property
-    def connections(self) -> int:
-        """Made so far."""
-        return self._pool.made
+    async def _count(self, *_: object) -> None:
+        self.connections += 1
 
     async def predict(
         self, number: int, due: float | None = None, query: str = "", read: Callable[[Any], Any] | None = None
     ) -> Answer:
-        """Picture number `number` of the queries, counted round and round. `due` None: now.
-
-        `read(body)` of a 200 is kept as `told`.
-        """
+        """Classify image `number`, modulo the number of queries. `due` None: now. `read(body)` of a 200 becomes
+        `content`."""
         number %= len(self.queries)
-        request = self._encoded.get((number, query))
-        if request is None:
-            image = self.queries.images[number]
-            request = self._pool.encode("POST", self._path + query, image, {"Content-Type": "image/png"})
-            self._encoded[number, query] = request
         sent = time.perf_counter()
         answer = Answer(sent if due is None else due, sent, sent, 0)
         try:
-            reply = await self._pool.ask(request, self.deadline_s + _PATIENCE_S)
+            async with self._session.post(
+                URL(self._url + self._predict + query, encoded=True),
+                data=self.queries.images[number],
+                headers={"Content-Type": "image/png"},
+            ) as response:
+                body = await response.read()
         except BROKEN as error:
             answer.done, answer.error = time.perf_counter(), type(error).__name__
             return answer
-        answer.done, answer.status = time.perf_counter(), reply.status
-        if reply.status == 503:
-            answer.error = "" if reply.headers.get(b"retry-after", b"").isdigit() else "no Retry-After"
-        elif reply.status != 200:
-            answer.error = f"status {reply.status}"
+        answer.done, answer.status = time.perf_counter(), response.status
+        if response.status == 503:
+            answer.error = "" if response.headers.get("Retry-After", "").isdigit() else "no Retry-After"
+        elif response.status != 200:
+            answer.error = f"status {response.status}"
         else:
-            self._judge(answer, reply, number, read)
+            self._judge(answer, body, number, read)
         return answer
 
     async def post_form(
         self, path: str | None, images: list[bytes], texts: dict[str, str] | None = None, token: str = ""
     ) -> tuple[int, Any]:
         """(status, body) of a form with text fields and the field `images`; `path` None: /v1/predict."""
-        kind = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
-        return await self.request("POST", path or self._path, token, multipart(images, texts or {}), kind)
+        headers = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
+        return await self.request("POST", path or self._predict, token, multipart(images, texts or {}), headers)
 
     async def request(
         self, method: str, path: str, token: str = "", body: bytes = b"", headers: dict[str, str] | None = None
     ) -> tuple[int, Any]:
-        """(status, body) of any request of the API; a body that is no JSON is text. Raises what BROKEN names."""
-        secret = {"Authorization": f"Bearer {token}"} if token else {}
-        request = self._pool.encode(method, path, body, {**secret, **(headers or {})})
-        reply = await self._pool.ask(request, self.deadline_s + _PATIENCE_S)
+        """(status, body) of any request; a body that is not JSON is text. Raises one of BROKEN."""
+        headers = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
+        url = URL(self._url + path, encoded=True)
+        async with self._session.request(method, url, data=body, headers=headers) as response:
+            content = await response.read()
         try:
-            return reply.status, json.loads(reply.body)
+            return response.status, json.loads(content)
         except ValueError:
-            return reply.status, reply.body.decode("utf-8", "replace")
+            return response.status, content.decode("utf-8", "replace")
 
-    def _judge(self, answer: Answer, reply: Reply, number: int, read: Callable[[Any], Any] | None) -> None:
+    def _judge(self, answer: Answer, content: bytes, number: int, read: Callable[[Any], Any] | None) -> None:
         try:
-            body = json.loads(reply.body)
+            body = json.loads(content)
             (prediction,) = body["predictions"]
             answer.wrong = self.check and prediction["label"] != self.queries.labels[number]
-            answer.told = None if read is None else read(body)
+            answer.content = None if read is None else read(body)
         except (ValueError, KeyError, TypeError) as error:
             answer.error = f"unreadable answer: {type(error).__name__}"
 
 
 def multipart(images: list[bytes], texts: dict[str, str]) -> bytes:
-    """The body of a form."""
+    """The body of a form. aiohttp.FormData needs several times as long, on cores that the server needs too."""
     parts = [f'Content-Disposition: form-data; name="{name}"\r\n\r\n{text}'.encode() for name, text in texts.items()]
     for i, image in enumerate(images):
         head = f'Content-Disposition: form-data; name="images"; filename="{i}.png"\r\nContent-Type: image/png\r\n\r\n'
         parts.append(head.encode() + image)
     boundary = f"--{_BOUNDARY}".encode()
     return b"".join(boundary + b"\r\n" + part + b"\r\n" for part in parts) + boundary + b"--\r\n"
+
+
+async def lone_latency_s(client: Client, requests: int, warmup: int) -> np.ndarray:
+    """Latency of each of `requests`, one at a time over one connection, after `warmup` others. RuntimeError for an
+    answer other than 200."""
+    answers = [await client.predict(number) for number in range(warmup + requests)]
+    if failed := [answer for answer in answers if not answer.ok]:
+        raise RuntimeError(f"expected 200 of an idle server, got {failed[0]}")
+    return np.array([answer.latency_s for answer in answers[warmup:]])
+
+
+async def closed_loop(client: Client, connections: int, seconds: float) -> list[Answer]:
+    """`connections` users who each wait for an answer, then send the next request; all answers of `seconds`."""
+    until = time.perf_counter() + seconds
+    answers: list[Answer] = []
+
+    async def use(first: int) -> None:
+        number = first
+        while time.perf_counter() < until:
+            answer = await client.predict(number)
+            answers.append(answer)
+            number += connections
+            if not answer.ok:
+                await asyncio.sleep(0.01)  # refused or broken: don't spin
+
+    await asyncio.gather(*map(use, range(connections)))
+    return answers
+
+
+def windows_rps(answers: Sequence[Answer], skip_s: float, width_s: float = 1.0) -> list[float]:
+    """Rate of good answers in each whole window, from `skip_s` after the first request on."""
+    start = min(answer.sent for answer in answers) + skip_s
+    done = np.array([answer.done for answer in answers if answer.ok]) - start
+    windows = int((max(answer.sent for answer in answers) - start + 1e-3) / width_s)
+    counts, _ = np.histogram(done, bins=max(1, windows), range=(0.0, max(1, windows) * width_s))
+    return [float(count) / width_s for count in counts]
+
+
+def arrival_times(rate: float, seconds: float, arrivals: Arrivals, seed: int = 0) -> np.ndarray:
+    """Times of `rate * seconds` requests, in seconds from the start: evenly spaced, or of a Poisson process."""
+    if not rate > 0 or not seconds > 0:
+        raise ValueError(f"expected rate > 0 and seconds > 0, got {rate} and {seconds}")
+    count = max(1, round(rate * seconds))
+    if arrivals is Arrivals.EVEN:
+        return np.arange(count) / rate
+    return np.random.default_rng(seed).exponential(1 / rate, count).cumsum()
+
+
+async def open_loop(ask: Callable[[int, float], Awaitable[Answer]], times: np.ndarray) -> list[Answer]:
+    """Call `ask(number, due)` at each of `times`, whether or not earlier requests are answered; returns all answers.
+
+    A thread keeps the times, because its sleep is accurate to tens of microseconds. Timers of an event loop are
+    accurate to a millisecond, which would count as latency of the server.
+    """
+    loop = asyncio.get_running_loop()
+    tasks: list[asyncio.Future[Answer]] = []
+    all_sent, stopped = asyncio.Event(), threading.Event()
+
+    def send(number: int, due: float) -> None:
+        tasks.append(asyncio.ensure_future(ask(number, due)))
+
+    def keep_time() -> None:
+        start = time.perf_counter() + _LEAD_S
+        for number, due in enumerate((start + times).tolist()):
+            if (wait := due - time.perf_counter()) > 0:
+                time.sleep(wait)
+            if stopped.is_set():
+                return
+            loop.call_soon_threadsafe(send, number, due)
+        loop.call_soon_threadsafe(all_sent.set)
+
+    thread = threading.Thread(target=keep_time, name="arrivals", daemon=True)
+    thread.start()
+    try:
+        await all_sent.wait()
+        return list(await asyncio.gather(*tasks))
+    finally:
+        stopped.set()
+        for task in tasks:
+            task.cancel()
+        thread.join()

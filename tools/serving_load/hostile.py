@@ -1,8 +1,4 @@
-"""Uploads that mean no good, and odd ones that are fair: the same ones for the same seed.
-
-for upload in hostile_uploads(300, seed=0): ...      # as HTTP requests that any client could send
-for data in hostile_bytes(50, seed=0): ...           # what no HTTP library would send, for a bare socket
-"""
+"""Hostile uploads, and valid unusual ones; the same for the same seed."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class HostileUpload:
-    """A POST to `path`. `fair`: its image is odd but good, so it has to be classified."""
+    """A POST to `path`. `fair`: its image is unusual but valid, so it must be classified."""
 
     kind: str
     body: bytes = field(repr=False)
@@ -28,7 +24,7 @@ class HostileUpload:
 
 
 def hostile_uploads(count: int, seed: int) -> Iterator[HostileUpload]:
-    """`count` uploads: every kind in turn, each with random details."""
+    """HTTP requests that any client could send: `count` of them, all kinds in turn, with random details."""
     kinds: dict[str, Iterable[str]] = {"raw": IMAGES, "fair": FAIR, "form": FORMS, "request": REQUESTS}
     makers = [(place, name) for place, names in kinds.items() for name in names]
     for i in range(count):
@@ -123,7 +119,7 @@ REQUESTS: dict[str, Callable[[Rng], HostileUpload]] = {
 
 
 def hostile_bytes(count: int, seed: int) -> Iterator[bytes]:
-    """What a bare socket sends before it closes or falls silent."""
+    """Bytes for a bare socket that no HTTP library would send."""
     post = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
     hidden = b"GET /v1/classes HTTP/1.1\r\nHost: x\r\n\r\n"
     makers: list[Callable[[Rng], bytes]] = [

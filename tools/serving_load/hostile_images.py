@@ -1,4 +1,4 @@
-"""Images that mean no good, and odd ones that are fair, each drawn with random details."""
+"""Hostile images, and valid unusual ones, with random details."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MIB = 1 << 20
 
 
 def picture(rng: Rng, mode: str = "RGB", side: int | None = None) -> Image.Image:
-    """Coarse patches of random colours, of random sides unless `side` is given."""
+    """Coarse patches of random colours; random size unless `side` is set."""
     width, height = (side, side) if side else rng.integers(8, 120, 2).tolist()
     channels = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2, "L": 1, "P": 3, "1": 1}[mode]
     coarse = rng.integers(0, 256, (4, 4, channels), np.uint8)
@@ -34,7 +34,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def any_image(rng: Rng) -> bytes:
-    """A good one."""
+    """A valid image."""
     return encoded(picture(rng), str(rng.choice(["JPEG", "PNG", "WEBP"])))
 
 
@@ -96,14 +96,14 @@ def _webp_bomb(rng: Rng) -> bytes:
 
 
 def _jpeg_segments(rng: Rng) -> bytes:
-    """Fifty to a hundred segments of metadata, as large as they can be."""
+    """Fifty to a hundred segments of metadata of the maximum size."""
     data = encoded(picture(rng), "JPEG")
     segment = bytes([0xFF, int(rng.integers(0xE1, 0xEF))]) + struct.pack(">H", 65_535) + rng.bytes(65_533)
     return data[:2] + segment * int(rng.integers(50, 100)) + data[2:]
 
 
 def _jpeg_scans(rng: Rng) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG that repeats its last scan."""
     data = encoded(picture(rng), "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + last * 20_000 + data[-2:]

@@ -1,4 +1,4 @@
-"""Latency of a lone request, capacity, open loops at shares of it, memory over minutes."""
+"""Latency of a single request, capacity, open loops at shares of it, memory over minutes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from tools.serving_load.client import Client
-from tools.serving_load.open_loop import Arrivals, arrival_times, closed_loop, lone_latency_s, open_loop, windows_rps
-from tools.serving_load.queries import Queries
+from tools.serving_load.client import (
+    Arrivals,
+    Client,
+    Queries,
+    arrival_times,
+    closed_loop,
+    lone_latency_s,
+    open_loop,
+    windows_rps,
+)
 from tools.serving_load.report import percentile_ms, row_of
-from tools.serving_load.server_process import ServerProcess
-from tools.serving_load.usage import Usage
+from tools.serving_load.server import ServerProcess, Usage
 
 _CONNECTIONS = 32
 _WARMUP_S = 2.0
@@ -25,8 +31,8 @@ _MEMORY_LOAD = 0.8
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent: `loads` as shares of the capacity, for `seconds` each; `lone` requests one at a time; the capacity
-    as the median second of `capacity_seconds`, after a warm-up."""
+    """`loads` are shares of the capacity, for `seconds` each; `lone` requests are sent one at a time; the capacity is
+    the median second of `capacity_seconds`, after a warm-up."""
 
     seconds: float
     deadline_ms: int
@@ -48,8 +54,8 @@ async def measure_alone(server: ServerProcess, queries: Queries, load: Load) -> 
     windows = windows_rps(answers, warmup_s, min(1.0, load.capacity_seconds))
     wrong, failed = sum(answer.wrong for answer in answers), [answer for answer in answers if not answer.ok]
     if failed or not statistics.median(windows):
-        told = failed[0] if failed else "no answer"
-        raise RuntimeError(f"expected 200 of {_CONNECTIONS} connections, got {told}, {len(failed)} times")
+        answer = failed[0] if failed else "no answer"
+        raise RuntimeError(f"expected 200 of {_CONNECTIONS} connections, got {answer}, {len(failed)} times")
     return {
         "lone_ms": percentile_ms(lone, 50),
         "lone_p99_ms": percentile_ms(lone, 99),
@@ -69,7 +75,7 @@ async def measure_load(
     """A row of "runs": an open loop at `share` of the capacity."""
     await asyncio.sleep(_PAUSE_S)
     async with Client(server.url, queries, load.deadline_ms) as client:
-        rss_mb, usage, busy = server.rss_mb(), Usage(server), os.getloadavg()[0]
+        rss_mb, usage, load_average = server.rss_mb(), Usage(server), os.getloadavg()[0]
         times = arrival_times(share * capacity_rps, load.seconds, load.arrivals)
         answers = await open_loop(client.predict, times)
         shares = usage.shares()
@@ -79,7 +85,7 @@ async def measure_load(
             "rss_mb_start": rss_mb,
             "rss_mb_end": server.rss_mb(),
             "connections": client.connections,
-            "load_average": round(busy, 2),
+            "load_average": round(load_average, 2),
             **shares,
         }
 
@@ -92,8 +98,8 @@ async def measure_memory(
     capacity_rps: float,
     every_s: float = 5.0,
 ) -> dict[str, Any]:
-    """{"minutes", "rss_mb", "slope_mb_per_min", ...}: the server's memory under load; the slope is the least-squares
-    line's over the second half, where what is filled once is full."""
+    """{"minutes", "rss_mb", "slope_mb_per_min", ...}: the server's memory under load. The slope is that of a
+    least-squares line over the second half, when caches are full."""
     samples: list[float] = []
 
     async def sample() -> None:
@@ -106,7 +112,7 @@ async def measure_memory(
         try:
             counts = {"sent": 0, "errors": 0, "refused": 0, "wrong": 0}
             left_s = minutes * 60.0
-            while left_s > 0:  # in pieces: answers are not kept for hours
+            while left_s > 0:  # in pieces, so that answers are not kept for hours
                 piece_s = min(left_s, 60.0)
                 times = arrival_times(_MEMORY_LOAD * capacity_rps, piece_s, load.arrivals)
                 row = row_of(await open_loop(client.predict, times), client.deadline_s)

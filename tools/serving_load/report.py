@@ -1,4 +1,4 @@
-"""From answers to the rows of the report, and what the rows are to show."""
+"""Rows of the report from answers, and the goals of the measured values."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from iosr_fast.utils.machine import package_version
 from tools.bench.harness import commit, cpu_description
 from tools.serving_load.client import Answer
 
-_PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "fastapi", "uvicorn", "uvloop", "h11", "httptools")
+_PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "fastapi", "uvicorn", "uvloop", "h11", "aiohttp")
 _REFUSAL_GOAL_MS = 50.0
 
 
 def provenance() -> dict[str, Any]:
-    """What a number needs to be believed."""
+    """Device, versions and commit of a measurement."""
     versions = {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}}
     load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
     return {"device": cpu_description(), "versions": versions, "commit": commit(), "load_average_at_start": load}
 
 
 def percentile_ms(seconds: Sequence[float] | np.ndarray, q: float) -> float | None:
-    """In milliseconds; None of nothing."""
+    """In milliseconds; None without values."""
     return round(float(np.percentile(seconds, q)) * 1e3, 3) if len(seconds) else None
 
 
 def row_of(answers: Sequence[Answer], deadline_s: float) -> dict[str, Any]:
     """Counts and latencies of an open loop: sent = ok + refused + errors.
 
-    `late` counts answers of 200 that came after their deadline, `wrong` those with another label than the classifier's
-    own. Latencies count from the time at which a request was due; `send_lag_p99_ms` is how late it was sent.
+    `late` counts answers of 200 after their deadline, `wrong` those with another label than the classifier's own.
+    Latencies count from when a request was due; `send_lag_p99_ms` is how late it was sent.
     """
     accepted = [answer.latency_s for answer in answers if answer.ok]
     refused = [answer.latency_s for answer in answers if answer.refused]
@@ -64,11 +64,11 @@ def row_of(answers: Sequence[Answer], deadline_s: float) -> dict[str, Any]:
 
 
 def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the measured parts of a report should show, and whether they do: {"goal", "limit", "measured", "met"}."""
-    made: list[dict[str, Any]] = []
+    """The goals of the measured parts of a report: {"goal", "limit", "measured", "met"}."""
+    rows: list[dict[str, Any]] = []
 
     def at_most(goal: str, limit: float, measured: float | None) -> None:
-        made.append(
+        rows.append(
             {"goal": goal, "limit": limit, "measured": measured, "met": None if measured is None else measured <= limit}
         )
 
@@ -85,13 +85,13 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
         at_most(f"no label but the classifier's own {at}", 0, run["wrong"])
     if "throughput" in report:
         ratio = report["throughput"]["ratio"]
-        made.append({"goal": "throughput ratio >= 0.9", "limit": 0.9, "measured": ratio, "met": ratio >= 0.9})
+        rows.append({"goal": "throughput ratio >= 0.9", "limit": 0.9, "measured": ratio, "met": ratio >= 0.9})
     if "churn" in report:
         at_most("no change failed", 0, report["churn"]["failed"])
         at_most("no torn answer", 0, report["churn"]["torn"])
         rebuilt = report["churn"]["rebuilt"]
-        made.append({"goal": "the log makes the same state again", "limit": True, "measured": rebuilt, "met": rebuilt})
-    return made
+        rows.append({"goal": "the log restores the same state", "limit": True, "measured": rebuilt, "met": rebuilt})
+    return rows
 
 
 def write(report: dict[str, Any], path: Path) -> None:
@@ -104,9 +104,9 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 150)
-    versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     console.print(f"{report['device']}; {versions}; {report['commit']}; load average {report['load_average_at_start']}")
-    for name in ("lone_ms", "max_wait_ms", "capacity_rps", "memory", "throughput", "churn", "error"):
+    for name in ("lone_ms", "max_wait_ms", "capacity_rps", "memory", "throughput", "churn", "fuzz", "error"):
         if name in report:
             console.print(f"{name}: {report[name]}", markup=False)
     shown = (
@@ -118,5 +118,5 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_row(*(str(run[name]) for name in shown))
     console.print(table)
     for goal in report.get("goals", []):
-        told = {None: "not measured", True: "met", False: "NOT MET"}[goal["met"]]
-        console.print(f"{told}: {goal['goal']} (limit {goal['limit']}, measured {goal['measured']})", markup=False)
+        result = {None: "not measured", True: "met", False: "NOT MET"}[goal["met"]]
+        console.print(f"{result}: {goal['goal']} (limit {goal['limit']}, measured {goal['measured']})", markup=False)

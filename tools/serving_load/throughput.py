@@ -3,22 +3,78 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.serving_load.bare_engine import BareEngine
-from tools.serving_load.client import Client
-from tools.serving_load.queries import Queries
-from tools.serving_load.server_process import ServerProcess
-from tools.serving_load.usage import Usage
+from iosr_fast.classifier import Classifier
+from tools.demo.bundle import held_out_queries
+from tools.serving_load.client import Client, Queries
+from tools.serving_load.server import ServerProcess, Usage
 
-_CONCURRENT = 4  # requests: one is encoded, one is decoded, one is on its way, one is being answered
+_CONCURRENT = 4  # requests: one is encoded, one decoded, one in transfer, one being answered
 _WARMUP_S = 1.0
-_LEAST = 8  # answers that a rate is made from, however long they take
+_PAUSE_S = 0.1  # after each run, because threads of an engine spin for a while
+_MIN_ANSWERS = 8  # for a rate, whatever the time they take
+
+
+class BareEngine:
+    """The engine alone in its own process: pixels are ready, and nothing is decoded, queued, scored or sent.
+
+    This is the upper bound of a server. An async context manager.
+    """
+
+    def __init__(self, bundle: Path, batch: int, threads: int) -> None:
+        module = "tools.serving_load.throughput"
+        self._command = (sys.executable, "-m", module, str(bundle), str(batch), str(threads))
+
+    async def __aenter__(self) -> BareEngine:
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe)
+        await self._line()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    async def run(self, seconds: float) -> float:
+        """Images a second of whole batches over about `seconds`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{seconds}\n".encode())
+        return float(await self._line())
+
+    async def _line(self) -> Any:
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of the bare engine ended with code {await self._process.wait()}")
+        return json.loads(line)
+
+
+def run_bare_engine(bundle: str, batch: int, threads: int) -> None:
+    """For each line of standard input, a time in seconds, print a line with images a second; first print "ready"."""
+    encoder = Classifier.load(bundle, threads=threads).encoder
+    pictures = held_out_queries()[0]
+    side = encoder.image_size
+    if pictures.shape[1] != side:
+        pictures = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
+    pixels = np.ascontiguousarray(np.resize(pictures, (batch, side, side, 3)))
+    for _ in range(3):
+        encoder.encode(pixels)
+    print('"ready"', flush=True)
+    for line in sys.stdin:
+        start, batches = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < float(line) or not batches:
+            encoder.encode(pixels)
+            batches += 1
+        print(batches * batch / elapsed, flush=True)
 
 
 async def measure_throughput(
@@ -35,13 +91,13 @@ async def measure_throughput(
     async with BareEngine(bundle, batch, threads) as bare, Client(server.url, queries, deadline_ms=60_000) as client:
         for _ in range(rounds):
             engine.append(await bare.run(seconds))
-            await asyncio.sleep(0.1)  # its threads go on spinning for a while
+            await asyncio.sleep(_PAUSE_S)
             usage = Usage(server)
-            rate, wrong_here = await _over_http(client, images, expected, seconds)
+            rate, wrong_labels = await _over_http(client, images, expected, seconds)
             shares.append(usage.shares())
             http.append(rate)
-            wrong += wrong_here
-            await asyncio.sleep(0.1)
+            wrong += wrong_labels
+            await asyncio.sleep(_PAUSE_S)
     ratios = [a / b for a, b in zip(http, engine, strict=True)]
     return {
         "batch": batch,
@@ -58,8 +114,8 @@ async def measure_throughput(
 
 
 async def _over_http(client: Client, images: list[bytes], expected: list[str], seconds: float) -> tuple[float, int]:
-    """(images a second, wrong labels): _CONCURRENT requests at a time; the rate is the slope of images answered over
-    time, so neither the first answer's wait nor the last ones' running out counts."""
+    """(images a second, wrong labels) of _CONCURRENT requests at a time. The rate is the slope of answered images over
+    time, so neither the wait for the first answer nor the end of the last ones counts."""
     start = time.perf_counter()
     until = start + _WARMUP_S + seconds
     done: list[float] = []
@@ -67,7 +123,7 @@ async def _over_http(client: Client, images: list[bytes], expected: list[str], s
 
     async def use() -> None:
         nonlocal wrong
-        while time.perf_counter() < until or len(done) < _LEAST:
+        while time.perf_counter() < until or len(done) < _MIN_ANSWERS:
             status, answer = await client.post_form(None, images)
             if status != 200:
                 raise RuntimeError(f"expected 200 for {len(expected)} pictures, got {status}: {answer}")
@@ -77,7 +133,11 @@ async def _over_http(client: Client, images: list[bytes], expected: list[str], s
 
     await asyncio.gather(*(use() for _ in range(_CONCURRENT)))
     steady = sorted(at for at in done if start + _WARMUP_S <= at <= until)
-    if len(steady) < _LEAST:
-        steady = sorted(done)[-_LEAST:]
+    if len(steady) < _MIN_ANSWERS:
+        steady = sorted(done)[-_MIN_ANSWERS:]
     slope = np.polyfit(np.array(steady) - start, np.arange(len(steady)) * len(expected), 1)[0]
     return float(slope), wrong
+
+
+if __name__ == "__main__":
+    run_bare_engine(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

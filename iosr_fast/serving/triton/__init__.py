@@ -1,4 +1,4 @@
-"""A saved classifier as a model repository of NVIDIA Triton Inference Server (extra triton-server)."""
+"""Exports a saved classifier as a model repository of NVIDIA Triton Inference Server (extra triton-server)."""
 
 from iosr_fast.serving.triton.repository import export_triton
 

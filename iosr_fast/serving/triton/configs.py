@@ -1,32 +1,45 @@
-"""config.pbtxt of each model, written through the schema that Triton Inference Server publishes."""
+"""config.pbtxt of each model, written through the published protobuf schema of Triton Inference Server."""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from iosr_fast.serving.triton.graph import EXTRA
-from iosr_fast.serving.triton.plans import EnginePlan
 from iosr_fast.utils.require import require
+
+log = logging.getLogger(__name__)
 
 PREPROCESS, ENCODER, ENCODER_TRT, SCORING, ENSEMBLE = "preprocess", "encoder", "encoder_trt", "scoring", "iosr_fast"
 SCORES = ("LOGITS", "PROBABILITIES", "ZERO_SHOT", "CACHE")
 LABELS = "labels.txt"
-# The names in an engine's own files: those in a plan can't be changed.
+# Names in the files of an engine; those in a plan can't be changed.
 EMBEDDINGS = {"PLAIN": "plain", "ADAPTED": "adapted"}
-# Where ONNX Runtime keeps the engines that TensorRT builds for it, in the server's container.
+# Folder in the server's container for engines that TensorRT builds for ONNX Runtime.
 ENGINE_CACHE = "/tmp/iosr_fast-tensorrt"
 _ENCODER_DELAY_US = 2000
-_SCORING_DELAY_US = 100  # what a batch of the encoder held arrives at once
+_SCORING_DELAY_US = 100  # the images of an encoder batch arrive together
 _WORKSPACE_BYTES = 4 << 30
 
 Tensors = Mapping[str, tuple[str, list[int]]]
 
 
 @dataclass(frozen=True)
+class EnginePlan:
+    """The file of a plan, the compute capability of its GPU ("9.0"), and a description of GPU and version."""
+
+    path: Path
+    capability: str
+    description: str
+
+
+@dataclass(frozen=True)
 class Served:
-    """What the configurations depend on."""
+    """The facts that the configurations depend on."""
 
     image_size: int
     width: int
@@ -41,11 +54,40 @@ class Served:
     plans: tuple[EnginePlan, ...] = ()
 
 
+def choose_plans(engine: Path, manifest: Mapping[str, Any], max_batch: int) -> tuple[EnginePlan, ...]:
+    """The plan of the newest TensorRT for each compute capability; may be empty.
+
+    Plans of TensorRT-RTX, for which Triton has no backend, are skipped with a warning. Raises ValueError for a plan
+    that can't take `max_batch` pictures.
+    """
+    newest: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for name, facts in sorted(manifest.get("plans", {}).items()):
+        if facts["runtime"] != "tensorrt":
+            log.warning(
+                "%s is a plan of %s, which Triton Inference Server can't execute; skipped", name, facts["runtime"]
+            )
+            continue
+        capability = facts["compute_capability"]
+        if capability not in newest or _version(newest[capability][1]) < _version(facts):
+            newest[capability] = (name, facts)
+    for name, facts in newest.values():
+        largest = facts.get("profile", {}).get("max", manifest["max_batch"])
+        if max_batch > largest:
+            raise ValueError(
+                f"expected a max_batch of at most {largest}, which {name} was built for, got {max_batch}; "
+                f"build the engine with --max-batch {max_batch}, or export without gpu"
+            )
+    return tuple(
+        EnginePlan(engine / name, capability, f"{facts['gpu']} with TensorRT {facts['version']}")
+        for capability, (name, facts) in newest.items()
+    )
+
+
 def preprocess_config(served: Served) -> Any:
-    """On the CPU always (preprocess_graph says why), one thread an instance. Pictures of one size form a batch."""
+    """Always on the CPU (see preprocess_graph), one thread an instance. Pictures of the same size form a batch."""
     picture: Tensors = {"IMAGE": ("UINT8", [-1, -1, 3])}
     config = _onnx(served, PREPROCESS, picture, {"PIXELS": ("UINT8", _pixels(served))}, gpu=False)
-    # A GPU takes pictures faster than one core brings them to size.
+    # A GPU encodes faster than one core can resize.
     config.instance_group[0].count = served.instances * (4 if served.gpu else 1)
     if served.gpu:
         config.parameters["intra_op_thread_count"].string_value = "1"
@@ -56,9 +98,9 @@ def preprocess_config(served: Served) -> Any:
 
 
 def encoder_config(served: Served) -> Any:
-    """encoder.onnx; on a GPU through ONNX Runtime's TensorRT, which builds its engines in the warm-up.
+    """encoder.onnx; on a GPU through ONNX Runtime's TensorRT provider, which builds its engines in the warm-up.
 
-    Beside a plan it is there in case the plan doesn't fit, and neither builds nor warms up anything.
+    If there are plans, it is only a fallback: it builds nothing and has no warm-up.
     """
     config = _onnx(served, ENCODER, _encoder_inputs(served), _encoder_outputs(served), gpu=served.gpu)
     if served.plans:
@@ -77,7 +119,7 @@ def encoder_config(served: Served) -> Any:
 
 
 def plan_config(served: Served) -> Any:
-    """The TensorRT plans, by the tensorrt backend, which takes the one for its GPU's compute capability."""
+    """The TensorRT plans for the tensorrt backend, which chooses by the compute capability of its GPU."""
     config = _config(served, ENCODER_TRT, _encoder_inputs(served), _encoder_outputs(served))
     config.platform, config.backend = "tensorrt_plan", "tensorrt"
     config.default_model_filename = served.plans[0].path.name
@@ -92,12 +134,12 @@ def scoring_config(served: Served) -> Any:
     config = _onnx(served, SCORING, inputs, _scores(served), gpu=served.gpu)
     _batch(config, served, _SCORING_DELAY_US)
     for batch in _batches(served):
-        _warm_up(config, batch, inputs, zero=True)  # random bytes are seldom finite numbers
+        _warm_up(config, batch, inputs, zero=True)  # random bytes are rarely finite floats
     return config
 
 
 def ensemble_config(served: Served) -> Any:
-    """IMAGE -> preprocess -> encoder -> scoring. Only what a later step or a client reads may be mapped."""
+    """IMAGE -> preprocess -> encoder -> scoring. Only tensors that a later step or a client reads may be mapped."""
     config = _config(served, ENSEMBLE, {"IMAGE": ("UINT8", [-1, -1, 3])}, _scores(served))
     config.platform = "ensemble"
     steps = config.ensemble_scheduling.step
@@ -171,7 +213,7 @@ def _encoder(config: Any, served: Served) -> Any:
 
 
 def _batches(served: Served) -> list[int]:
-    """The largest batch and a single picture: what lies between needs no engine of its own."""
+    """The largest batch and a single picture; sizes in between need no separate engine."""
     return sorted({1, served.max_batch}, reverse=True)
 
 
@@ -183,7 +225,11 @@ def _batch(config: Any, served: Served, delay_us: int) -> None:
 def _warm_up(config: Any, batch: int, inputs: Tensors, *, zero: bool = False) -> None:
     sample = config.model_warmup.add(name=f"batch of {batch}", batch_size=batch, count=1)
     for name, (kind, dims) in inputs.items():
-        given = sample.inputs[name]
-        given.data_type = _schema().DataType.Value(f"TYPE_{kind}")
-        given.dims.extend(dims)
-        setattr(given, "zero_data" if zero else "random_data", True)
+        tensor = sample.inputs[name]
+        tensor.data_type = _schema().DataType.Value(f"TYPE_{kind}")
+        tensor.dims.extend(dims)
+        setattr(tensor, "zero_data" if zero else "random_data", True)
+
+
+def _version(facts: Mapping[str, Any]) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", facts["version"])]

@@ -1,4 +1,4 @@
-"""A small writer of ONNX graphs: constants and nodes by name, one file, checked."""
+"""A small builder of ONNX graphs with named constants and nodes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from iosr_fast.utils.require import require
 
 EXTRA = "triton-server"
-OPSET = 20  # the encoder's
-IR_VERSION = 9  # the oldest that has it, so that older servers read the file too
-LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, less some room for the graph
+OPSET = 20  # as in the encoder
+IR_VERSION = 9  # the oldest with this opset, for older servers
+MAX_FILE_BYTES = 2**31 - 2**24  # the limit of protobuf, with room for the graph
 
 Dims = Sequence[int | str]
 
 
 class Graph:
-    """Nodes in the order in which they are added; a value is known by its name.
+    """Nodes in the order in which they are added; values are referred to by name.
 
-    `inputs` are (dtype, dims) by name, a dim that varies being a string. Needs the package onnx.
+    `inputs` are (dtype, dims) by name; a dynamic dim is a string. Needs the package onnx.
     """
 
     def __init__(self, inputs: Mapping[str, tuple[Any, Dims]]) -> None:
@@ -31,7 +31,7 @@ class Graph:
         self._bytes = 0
 
     def constant(self, name: str, value: Any, dtype: Any) -> str:
-        """A constant of the graph, `value` as `dtype` ("bfloat16": value holds its bits as uint16)."""
+        """Add a constant, `value` as `dtype` ("bfloat16": value has its bits as uint16); returns the name."""
         if dtype == "bfloat16":
             array, kind = np.ascontiguousarray(value, np.dtype("<u2")), self._onnx.TensorProto.BFLOAT16
         else:
@@ -39,14 +39,14 @@ class Graph:
             kind = self._kind(dtype)
         assert name not in self._constants
         self._bytes += array.nbytes
-        if self._bytes <= LARGEST_FILE:  # what is too large is refused by `model`, which knows of how much
+        if self._bytes <= MAX_FILE_BYTES:  # beyond that `model` raises, with the total size
             self._constants[name] = self._onnx.TensorProto(
                 name=name, data_type=kind, dims=array.shape, raw_data=array.tobytes()
             )
         return name
 
     def add(self, op: str, *inputs: str, name: str, **attributes: Any) -> str:
-        """A node of one output, `name`; returns the name. An input that is left out is ""."""
+        """Add a node with one output, `name`; returns the name. An omitted input is ""."""
         self._nodes.append(self._onnx.helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
 
@@ -54,11 +54,11 @@ class Graph:
         return self.add("Cast", value, name=name, to=self._kind(dtype))
 
     def model(self, name: str, outputs: Mapping[str, tuple[Any, Dims]]) -> bytes:
-        """The file's bytes, after onnx's checker has seen it. `outputs` as `inputs`.
+        """The bytes of the checked ONNX file. `outputs` as `inputs`.
 
-        Raises ValueError where the constants take 2 GB or more.
+        Raises ValueError if the constants take 2 GB or more.
         """
-        if self._bytes > LARGEST_FILE:
+        if self._bytes > MAX_FILE_BYTES:
             raise ValueError(
                 f"expected a {name} graph under 2 GB, as much as one ONNX file holds, got {self._bytes / 1e9:.1f} GB; "
                 "fit with key_precision='int8' or 'fp16', or with fewer keys (GDA and zero-shot keep none)"

@@ -1,4 +1,4 @@
-"""preprocess.resize_and_crop as an ONNX graph, for pictures of any one size."""
+"""images.preprocess.resize_and_crop as an ONNX graph, for a batch of pictures of the same size."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import numpy as np
 
 from iosr_fast.serving.triton.graph import Graph
 
-# Longer side over shorter one, above which the ends are cut off before the picture is resized.
-LARGEST_RATIO = 32
+# Aspect ratio above which both ends are cut off before resizing.
+MAX_RATIO = 32
 
 
 def preprocess_model(size: int) -> bytes:
-    """IMAGE uint8 (B, H, W, 3) -> PIXELS uint8 (B, size, size, 3), as iosr_fast.images.preprocess.resize_and_crop does.
+    """IMAGE uint8 (B, H, W, 3) -> PIXELS uint8 (B, size, size, 3), as iosr_fast.images.preprocess.resize_and_crop:
 
         H', W' = size * (H, W) // min(H, W)
         PIXELS = bicubic(IMAGE to H', W')[top : top + size, left : left + size]
         top, left = round((H' - size) / 2), round((W' - size) / 2)      halves to even, as Python rounds
 
-    Resize with a = -0.5, antialiasing and no weight outside of the picture is Pillow's filter, and on uint8 ONNX
-    Runtime's CPU kernel rounds where Pillow does, after each axis: of some thousand values one is off, by 1. The model
-    is for the CPU: the CUDA kernel of this mode has a bug (microsoft/onnxruntime, issue 25264).
+    Resize with a = -0.5, antialiasing and no weight outside of the picture is Pillow's filter. On uint8 the CPU kernel
+    of ONNX Runtime rounds after each axis, like Pillow: about one value in a thousand differs, by 1. The model must run
+    on the CPU, because the CUDA kernel of this mode has a bug (microsoft/onnxruntime, issue 25264).
 
-    A picture of 1 x 100,000 pixels would become one of size x size * 100,000. So of one that is more than 32 times as
-    long as it is wide an even multiple of its width is cut off at both ends first, which leaves the crop in its place.
+    A picture of 1 x 100,000 pixels would become size x size * 100,000. So if the aspect ratio exceeds 32, an even
+    multiple of the shorter side is first cut off at both ends, which does not move the crop.
     """
     graph = Graph({"IMAGE": (np.uint8, ("batch", "height", "width", 3))})
 
@@ -31,10 +31,10 @@ def preprocess_model(size: int) -> bytes:
 
     sides = graph.add("Shape", "IMAGE", name="sides", start=1, end=3)
     shortest = graph.add("ReduceMin", sides, name="shortest", keepdims=0)
-    # A picture without pixels gives none, which the encoder refuses; dividing by its side would be the server's end.
+    # A picture without pixels yields none, which the encoder refuses; a division by zero would crash the server.
     short = graph.add("Max", shortest, integers("one", 1), name="short")
     ratio = graph.add("Div", sides, short, name="ratio")
-    beyond = graph.add("Sub", ratio, integers("largest_ratio", LARGEST_RATIO), name="beyond")
+    beyond = graph.add("Sub", ratio, integers("largest_ratio", MAX_RATIO), name="beyond")
     excess = graph.add("Max", beyond, integers("none", 0), name="excess")
     pairs = graph.add("Div", excess, integers("four", 4), name="pairs")
     two = integers("two", 2)

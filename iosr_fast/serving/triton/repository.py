@@ -1,4 +1,4 @@
-"""export_triton: a saved classifier as a model repository of NVIDIA Triton Inference Server."""
+"""export_triton writes a saved classifier as a model repository of NVIDIA Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from iosr_fast.serving.triton import configs
-from iosr_fast.serving.triton.configs import Served
+from iosr_fast.serving.triton.configs import (
+    ENCODER,
+    ENCODER_TRT,
+    ENGINE_CACHE,
+    ENSEMBLE,
+    PREPROCESS,
+    SCORING,
+    Served,
+    choose_plans,
+)
 from iosr_fast.serving.triton.graph import EXTRA
-from iosr_fast.serving.triton.instructions import readme
-from iosr_fast.serving.triton.plans import choose_plans
 from iosr_fast.serving.triton.preprocess_graph import preprocess_model
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
 from iosr_fast.state.bundle import ENGINE
@@ -33,7 +40,8 @@ from iosr_fast.utils.verified_folder import open_verified
 
 KIND = "triton-repository"
 README = "README.txt"
-ONNX = "model.onnx"  # the name that the onnxruntime backend looks for
+ONNX = "model.onnx"  # as the onnxruntime backend expects
+OLDEST_TRITON = "24.08"  # the first with ONNX Runtime 1.18, on which the graphs have been run
 _CHECKED_ROWS = 16
 _MAX_ERROR = 1e-4  # of the largest logit
 
@@ -47,23 +55,23 @@ def export_triton(
     gpu: bool = False,
     top: int = 5,
 ) -> list[Path]:
-    """Write the classifier of `bundle` to `out` as a model repository, whole or not at all; returns its files.
+    """Write the classifier of `bundle` to `out` as a model repository, atomically; returns its files.
 
         preprocess     IMAGE uint8 (B, H, W, 3) -> PIXELS uint8 (B, S, S, 3)     preprocess_graph.preprocess_model
         encoder        pixels -> plain, adapted float32 (B, D)                   the bundle's encoder.onnx
-        encoder_trt    the same by a TensorRT plan, with `gpu` where the bundle has one; the ensemble then uses it
+        encoder_trt    the same by a TensorRT plan, with `gpu` if the bundle has one; the ensemble then uses it
         scoring        PLAIN, ADAPTED -> LOGITS, PROBABILITIES, ZERO_SHOT, CACHE float32 (B, C)    scoring_graph
         iosr_fast      the ensemble of the three: IMAGE -> the four scores, with the class names as labels
 
-    `max_batch` pictures at most go through a model at once; `instances` of each model work side by side. `gpu` puts
-    encoder and scoring on GPUs, the encoder through TensorRT. `top` is the number of classes in README.txt's example.
+    `max_batch` is the largest batch of a model; `instances` of each model run in parallel. `gpu` puts encoder and
+    scoring on GPUs, the encoder through TensorRT. `top` is the number of classes in the example of README.txt.
 
-    The scoring graph is compared with iosr_fast.score first. `out` may be an older export, which it replaces as long as
-    nothing in it was added or changed. Needs the extra triton-server (onnx, onnxruntime, tritonclient).
+    The scoring graph is first compared with iosr_fast.score. An older export at `out` is replaced unless anything in it
+    was added or changed. Needs the extra triton-server (onnx, onnxruntime, tritonclient).
 
-    Raises FileNotFoundError or ValueError where `bundle` is no classifier, has no encoder.onnx or can't be served (a
-    plan of 2 GB, a class name of two lines, a TensorRT plan for smaller batches), FileExistsError where `out` is
-    something else, ArithmeticError where the graph's logits differ.
+    Raises FileNotFoundError or ValueError if `bundle` is not a classifier, has no encoder.onnx or can't be served (a
+    plan of 2 GB, a class name with two lines, a TensorRT plan for smaller batches), FileExistsError if `out` is no
+    export, ArithmeticError if the logits of the graph differ.
     """
     bundle, out = Path(bundle), Path(out)
     for name, number in (("max_batch", max_batch), ("instances", instances), ("top", top)):
@@ -103,7 +111,7 @@ def export_triton(
     }
     with new_folder(out) as folder:
         _write_models(folder, served, classifier.engine, engine, scoring, labels)
-        _write_text(folder / README, readme(served, top))
+        _write_text(folder / README, _readme(served, top))
         written = write_manifest(folder, KIND, facts)["files"]
     return [out / name for name in (*written, MANIFEST)]
 
@@ -116,7 +124,7 @@ def _write_models(
     encoder = _model(folder, configs.encoder_config(served))
     copies = {engine / ONNX_FILE: encoder / ONNX}
     if WEIGHTS in facts["files"]:
-        copies[engine / WEIGHTS] = encoder / WEIGHTS  # the graph knows it by this name
+        copies[engine / WEIGHTS] = encoder / WEIGHTS  # the name in the graph
     if served.plans:
         compiled = _model(folder, configs.plan_config(served))
         copies |= {plan.path: compiled / plan.path.name for plan in served.plans}
@@ -127,7 +135,7 @@ def _write_models(
             raise ValueError(
                 f"{name} in {engine} does not match its manifest: it was changed or replaced; export again"
             )
-    # An ensemble has no file of its own, but a version, and neither git nor a bucket keeps empty folders.
+    # An ensemble has a version but no file, and neither git nor object storage keeps empty folders.
     ensemble = _model(folder, configs.ensemble_config(served))
     _write_text(ensemble / "ensemble.txt", "an ensemble: see config.pbtxt\n")
     for name in (configs.SCORING, configs.ENSEMBLE):
@@ -135,7 +143,7 @@ def _write_models(
 
 
 def _model(folder: Path, config: Any) -> Path:
-    """Write a model's configuration; returns the folder of its only version."""
+    """Write the configuration of a model; returns the folder of its only version."""
     version = folder / config.name / "1"
     version.mkdir(parents=True)
     _write_text(folder / config.name / "config.pbtxt", configs.to_pbtxt(config))
@@ -143,32 +151,32 @@ def _model(folder: Path, config: Any) -> Path:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")  # whatever system this is, a server runs on Linux
+    path.write_text(text, encoding="utf-8", newline="\n")  # servers run on Linux
 
 
 def _check_places(bundle: Path, out: Path) -> None:
-    """That an export to `out` loses nothing: neither the bundle nor what is there."""
+    """Raise unless an export to `out` keeps the bundle and all other files."""
     inner, outer = sorted((bundle.resolve(), out.resolve()), key=lambda path: len(path.parts), reverse=True)
     if inner.is_relative_to(outer):
         raise ValueError(
-            f"expected an output folder beside the classifier, got {out} for {bundle}: one is in the other"
+            f"expected an output folder outside of the classifier, got {out} for {bundle}: one is in the other"
         )
     if not os.path.lexists(out / MANIFEST):
         if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-            raise FileExistsError(f"{out} exists and holds other things than an export to Triton; choose another place")
+            raise FileExistsError(f"{out} exists and is not an export to Triton; choose another folder")
         return
     try:
         manifest = read_manifest(out, KIND, verify=False)
     except (ValueError, FileNotFoundError) as error:
         raise FileExistsError(
-            f"{out} exists and is no whole export to Triton ({error}); choose another place"
+            f"{out} exists and is not a complete export to Triton ({error}); choose another folder"
         ) from error
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    kept = {name for name, entry in manifest["files"].items() if sha256(out / name) == entry["sha256"]}
-    if others := sorted(found - kept - {MANIFEST}):
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    unchanged = {name for name, entry in manifest["files"].items() if sha256(out / name) == entry["sha256"]}
+    if others := sorted(present - unchanged - {MANIFEST}):
         raise FileExistsError(
-            f"{out} holds {abbreviate(others)}, added or changed since it was exported, which would be lost; "
-            "move that away or choose another place"
+            f"{out} contains {abbreviate(others)}, added or changed since it was exported, which would be lost; "
+            "move that away or choose another folder"
         )
 
 
@@ -181,13 +189,59 @@ def _check(scoring: bytes, plan: ScoringPlan) -> float:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(scoring, options, providers=["CPUExecutionProvider"])
-    given = {"PLAIN": plain, "ADAPTED": adapted}
-    got = session.run(["LOGITS"], {name: given[name] for name in scoring_inputs(plan)})[0]
+    inputs = {"PLAIN": plain, "ADAPTED": adapted}
+    got = session.run(["LOGITS"], {name: inputs[name] for name in scoring_inputs(plan)})[0]
     expected = np.asarray(score(plan, Embeddings(plain, adapted)))
     error = float(np.abs(got - expected).max() / max(1e-6, float(np.abs(expected).max())))
-    if not error <= _MAX_ERROR:  # so that a NaN is refused too
+    if not error <= _MAX_ERROR:  # also refuses NaN
         raise ArithmeticError(
             f"the scoring graph's logits differ from iosr_fast.score by {error:.2g} of the largest, expected at most "
             f"{_MAX_ERROR:g}; nothing was written"
         )
     return error
+
+
+def _readme(served: Served, top: int) -> str:
+    """README.txt: how to start a server and send requests. Triton ignores this file."""
+    shown = min(top, served.n_classes)
+    volume = f" -v iosr_fast-tensorrt:{ENGINE_CACHE}" if served.gpu and not served.plans else ""
+    encoder = ENCODER_TRT if served.plans else ENCODER
+    orientation = "" if served.exif_orientation else ", exif_orientation=False"
+    text = f"""\
+A few-shot classifier of iosr_fast, {served.n_classes} classes, as a model repository of NVIDIA Triton Inference Server.
+
+{ENSEMBLE}: {PREPROCESS} -> {encoder} -> {SCORING}, up to {served.max_batch} pictures at once
+  IMAGE          uint8 (B, height, width, 3), upright RGB; all pictures of a request have one size, which may be any
+  LOGITS         float32 (B, {served.n_classes}), ZERO_SHOT + CACHE
+  PROBABILITIES  float32 (B, {served.n_classes})
+  ZERO_SHOT      float32 (B, {served.n_classes}), the part of the class names
+  CACHE          float32 (B, {served.n_classes}), the part of the support images
+
+Start a server (Triton {OLDEST_TRITON} or newer; TRITON_IMAGE is NVIDIA's tritonserver image), in this folder:
+
+  docker run --rm {"--gpus all " if served.gpu else ""}-p 8000:8000 -p 8001:8001 -p 8002:8002 \\
+    -v "$PWD":/models:ro{volume} "$TRITON_IMAGE" tritonserver --model-repository=/models
+
+Send requests (pip install 'tritonclient[grpc]' iosr_fast); each answer is "value:index:label", best first:
+
+  import numpy as np, tritonclient.grpc as triton
+  from iosr_fast.images.preprocess import open_image  # upright 8-bit RGB, as this classifier was fit with
+
+  picture = np.asarray(open_image("picture.jpg"{orientation}))[None]
+  image = triton.InferInput("IMAGE", picture.shape, "UINT8")
+  image.set_data_from_numpy(picture)
+  top = triton.InferRequestedOutput("PROBABILITIES", class_count={shown})
+  answer = triton.InferenceServerClient("localhost:8001").infer("{ENSEMBLE}", [image], outputs=[top])
+  print(answer.as_numpy("PROBABILITIES"))
+"""
+    if served.plans:
+        text += f"""
+{ENCODER_TRT} has TensorRT plans, for {" and for ".join(plan.description for plan in served.plans)}. The server needs
+such a GPU and that TensorRT. With others, name "{ENCODER}" in place of "{ENCODER_TRT}" in
+{ENSEMBLE}/config.pbtxt and remove {ENCODER_TRT}.
+"""
+    elif served.gpu:
+        text += """
+The first start takes minutes, because ONNX Runtime lets TensorRT build engines for the GPU. The volume keeps them.
+"""
+    return text

@@ -1,4 +1,4 @@
-"""A ScoringPlan as an ONNX graph: every term, every precision of the keys, without loops."""
+"""A ScoringPlan as an ONNX graph: all terms, all precisions of the keys, without loops."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.serving.triton.graph import Graph
 
-# bfloat16's bits are uint16 in a plan.
+# A plan stores bfloat16 as uint16.
 _STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": "bfloat16", "int8": np.int8}
 _EMBEDDINGS = {"plain": "PLAIN", "adapted": "ADAPTED"}
 _TINY = 1e-12  # the floor of a norm, as in Reducer
 
 
 def scoring_inputs(plan: ScoringPlan) -> list[str]:
-    """The embeddings that a term of the plan reads, of "PLAIN" and "ADAPTED"; at least one."""
+    """Which of "PLAIN" and "ADAPTED" the terms of the plan read; at least one."""
     return [_EMBEDDINGS[name] for name in plan.embeddings_read]
 
 
 def scoring_model(plan: ScoringPlan) -> bytes:
-    """PLAIN and ADAPTED float32 (B, D), as far as a term reads them -> four outputs float32 (B, C):
+    """PLAIN and ADAPTED float32 (B, D), if a term reads them -> four outputs float32 (B, C):
 
         ZERO_SHOT      tau * <plain, text>, or 0
-        CACHE          cache term + linear term + bias: what the support images add
+        CACHE          cache term + linear term + bias: the part of the support images
         LOGITS         ZERO_SHOT + CACHE
         PROBABILITIES  softmax(LOGITS)
 
-    Equals iosr_fast.score up to the rounding of float32. Keys are constants in the precision that the plan stores them
-    in (bf16 as bfloat16, int8 as codes, whose scales multiply the cosines) and become float32 when a server loads the
-    file. The (B, N) affinity is formed, and summed by class without a one-hot matrix: see _class_sums.
-    Raises ValueError where the constants take 2 GB or more.
+    Equals iosr_fast.score up to float32 rounding. Keys are constants in the precision of the plan (bf16 as bfloat16,
+    int8 as codes whose scales multiply the cosines) and become float32 when a server loads the file. The (B, N)
+    affinity is formed, and summed by class without a one-hot matrix: see _class_sums.
+    Raises ValueError if the constants take 2 GB or more.
     """
     return _ScoringGraph(plan).model()
 
@@ -77,27 +77,27 @@ class _ScoringGraph:
         return self.graph.add("ConstantOfShape", shape, name=name)
 
     def _reduce(self, which: str) -> str:
-        """The plain or adapted embedding, moved by the plan's reducer, once for all terms that read it."""
+        """The plain or adapted embedding after the reducer of the plan, computed once for all terms."""
         if self.plan.reducer is None:
             return _EMBEDDINGS[which]
         if which not in self._reduced:
-            self._reduced[which] = self._moved(self.plan.reducer, which)
+            self._reduced[which] = self._apply(self.plan.reducer, which)
         return self._reduced[which]
 
-    def _moved(self, reducer: Reducer, which: str) -> str:
-        graph, moved = self.graph, _EMBEDDINGS[which]
+    def _apply(self, reducer: Reducer, which: str) -> str:
+        graph, value = self.graph, _EMBEDDINGS[which]
         if reducer.shift is not None:
-            moved = graph.add("Sub", moved, self._float(f"{which}_shift", reducer.shift), name=f"{which}_centred")
+            value = graph.add("Sub", value, self._float(f"{which}_shift", reducer.shift), name=f"{which}_centred")
         if reducer.projection is not None:
             projection = self._float(f"{which}_projection", reducer.projection)
             name = f"{which}_projected"
             if reducer.projection.ndim == 1:
-                moved = graph.add("Mul", moved, projection, name=name)
+                value = graph.add("Mul", value, projection, name=name)
             else:
-                moved = graph.add("Gemm", moved, projection, name=name, transB=1)
-        norm = graph.add("ReduceL2", moved, self._integers(f"{which}_axis", [1]), name=f"{which}_norm", keepdims=1)
+                value = graph.add("Gemm", value, projection, name=name, transB=1)
+        norm = graph.add("ReduceL2", value, self._integers(f"{which}_axis", [1]), name=f"{which}_norm", keepdims=1)
         floor = graph.add("Max", norm, self._float(f"{which}_tiny", _TINY), name=f"{which}_floored")
-        return graph.add("Div", moved, floor, name=f"{which}_reduced")
+        return graph.add("Div", value, floor, name=f"{which}_reduced")
 
     def _cache_term(self) -> str:
         """alpha * sum of weights * exp(-beta * (1 - cosine)), (B, C)."""
@@ -131,10 +131,10 @@ class _ScoringGraph:
     def _class_sums(self, affinity: str, weights: np.ndarray, offsets: np.ndarray) -> str:
         """sum over the keys j of class c: weights[j] * affinity[b, j], for affinity (B, N): (B, C).
 
-        Where all classes have as many keys, N / C, the affinity is seen as (B, C, N / C) and summed over its last axis.
-        Otherwise classes are sorted into groups by their number of keys, rounded up to a power of two; those of one
-        group are gathered into (B, classes, keys) with weights of 0 in the places that are left over. So no more than
-        twice the affinity is gathered, in at most log2(N) + 1 groups, however uneven the classes are.
+        If all classes have N / C keys, the affinity is reshaped to (B, C, N / C) and summed over the last axis.
+        Otherwise classes are grouped by their number of keys, rounded up to a power of two; each group is gathered into
+        (B, classes, keys), with weight 0 in unused places. So at most twice the affinity is gathered, in at most
+        log2(N) + 1 groups, however uneven the classes are.
         """
         graph = self.graph
         counts = np.diff(offsets)
@@ -149,11 +149,11 @@ class _ScoringGraph:
         for size in np.unique(room).tolist():
             group = np.flatnonzero(room == size)
             places = np.arange(size)
-            filled = places < counts[group, None]
-            keys = np.where(filled, offsets[group, None] + places, 0)
+            used = places < counts[group, None]
+            keys = np.where(used, offsets[group, None] + places, 0)
             index = graph.constant(f"keys_{size}", keys, np.int32)
             gathered = graph.add("Gather", affinity, index, name=f"gathered_{size}", axis=1)
-            weight = self._float(f"weights_{size}", np.where(filled, weights[keys], 0.0))
+            weight = self._float(f"weights_{size}", np.where(used, weights[keys], 0.0))
             weighted = graph.add("Mul", gathered, weight, name=f"weighted_{size}")
             sums.append(graph.add("ReduceSum", weighted, last, name=f"sums_{size}", keepdims=0))
             classes.append(group)
@@ -171,7 +171,7 @@ class _ScoringGraph:
     def _text_distribution(self) -> str:
         """[s, H], (B, C + 1): s = softmax(<plain, text> / temperature) and H = sum of s * log(C s).
 
-        log(C s) is the exponent less the log of the powers' mean, which loses nothing where s is nearly even.
+        log(C s) is the exponent minus the log of the mean power, which is accurate even if s is nearly uniform.
         """
         graph, plan = self.graph, self.plan
         axis = self._integers("texts_axis", [1])

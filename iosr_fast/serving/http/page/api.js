@@ -1,9 +1,9 @@
-// The server's HTTP interface. Addresses are relative, so the page also works under a path of a reverse proxy.
+// The HTTP API. URLs are relative, so the page also works under a path of a reverse proxy.
 
 const LONGEST_WAIT_S = 60;
 const TOKEN = "iosr_fast.token";
 
-/** What the server, or the way to it, says is wrong; `status` is 0 where no answer came. */
+/** An error of the server or the network; `status` is 0 without an answer. */
 export class ServerError extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -17,8 +17,8 @@ export const token = {
 };
 
 /**
- * Send a request and read its JSON: {data, roundTripMs}. A 503 that names a time in Retry-After is sent once more after
- * it, and `onWait(seconds)` is told. Other failures throw a ServerError in the server's own words.
+ * Send a request and read its JSON: {data, roundTripMs}. After a 503 with Retry-After it is sent once more after that
+ * time, and `onWait(seconds)` is called. Other failures throw a ServerError with the message of the server.
  */
 async function call(path, { method = "GET", body, headers = {}, change = false, onWait = () => {} } = {}) {
   const all = new Headers(headers);
@@ -39,7 +39,7 @@ function authorise(headers) {
   try {
     headers.set("Authorization", `Bearer ${token.get()}`);
   } catch {
-    throw new ServerError("The token has characters that no token can have. Copy it again.", 401);
+    throw new ServerError("The token contains invalid characters. Copy it again.", 401);
   }
 }
 
@@ -62,9 +62,9 @@ function checked(response, text) {
   try {
     data = JSON.parse(text);
   } catch {
-    // Told below: a proxy in between may answer with a page of its own.
+    // Reported below: a proxy may answer with its own page.
   }
-  // Where every picture is bad, the answer is a 422 that says so picture by picture.
+  // If all pictures are bad, the answer is a 422 with an error for each.
   if (data !== null && (response.ok || data.predictions)) return data;
   const words = data?.error?.message ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".";
   throw new ServerError(words, response.status);
@@ -89,7 +89,7 @@ export function predict(picture, { top, nearest, onWait }) {
   return call(path, { method: "POST", body: picture, headers: { "Content-Type": type }, onWait });
 }
 
-/** A list of all pages, in the answer's `field`. A change in between shows in the version of a later answer. */
+/** All pages of a list, joined in `field` of the first. A change in between shows in the version of a later answer. */
 async function allPages(path, field) {
   const first = await call(path);
   for (let { next } = first.data; next; ) {
@@ -103,7 +103,7 @@ async function allPages(path, field) {
 export const classes = () => allPages("v1/classes", "classes");
 export const examples = (classId) => allPages(`${classPath(classId)}/examples`, "example_ids");
 
-// Changes; each answers with the version that it made.
+// Changes; each answers with the new version.
 const changing = (path, method, options, onWait) => call(path, { method, change: true, onWait, ...options });
 export const addClass = (name, pictures, onWait) =>
   changing("v1/classes", "POST", { body: form(pictures, { name }) }, onWait);

@@ -1,4 +1,4 @@
-// The list of classes: find one, look at its pictures, add or take away pictures, rename it, remove it.
+// The list of classes: filter, view pictures, add and remove pictures, rename, remove.
 
 import * as api from "./api.js";
 import { confirmed, count, find, make, quoted, say } from "./dom.js";
@@ -6,7 +6,7 @@ import { acceptChoices } from "./pictures.js";
 import { supportPicture } from "./result.js";
 import { preparedAll } from "./upright.js";
 
-const STEP = 12; // Rows at first and with every "more": 1,000 would be 1,000 stops of the Tab key.
+const STEP = 12; // Rows at first and with every "more"; 1,000 rows would be 1,000 stops of the Tab key.
 let all = [];
 let rows = STEP;
 let openId = null;
@@ -18,8 +18,8 @@ const matching = () => {
 };
 
 /**
- * Read the classes from the server again: its answer, or null where that failed. `keepForms` leaves the list as it is
- * while a name is being typed in it: somebody else's change is no reason to lose it.
+ * Read the classes from the server: its answer, or null after an error. `keepForms` leaves the list unchanged while a
+ * name is being edited in it.
  */
 export async function refresh({ keepForms = false } = {}) {
   try {
@@ -34,16 +34,16 @@ export async function refresh({ keepForms = false } = {}) {
 }
 
 function draw() {
-  const held = find("classes").contains(document.activeElement);
-  const found = matching();
+  const focused = find("classes").contains(document.activeElement);
+  const matches = matching();
   const total = count(all.length, "class", "classes");
-  find("matches").textContent = found.length === all.length ? total : `${found.length} of ${total}`;
-  find("classes").replaceChildren(...found.slice(0, rows).map(row));
-  const left = found.length - rows;
+  find("matches").textContent = matches.length === all.length ? total : `${matches.length} of ${total}`;
+  find("classes").replaceChildren(...matches.slice(0, rows).map(row));
+  const left = matches.length - rows;
   find("more").hidden = left <= 0;
   find("more").textContent = `Show ${Math.min(STEP, left)} more of ${left}`;
-  // What had the focus was replaced: its class's row has it now, or the filter where the class is gone.
-  if (held) (find("classes").querySelector('[aria-expanded="true"]') ?? find("filter")).focus();
+  // The focused element was replaced: focus the row of its class, or the filter if the class was removed.
+  if (focused) (find("classes").querySelector('[aria-expanded="true"]') ?? find("filter")).focus();
 }
 
 function row(info) {
@@ -116,22 +116,22 @@ function drawActions(info, actions) {
 
 function askName(info, actions) {
   const input = make("input", { value: info.name, maxlength: 200, "aria-label": `New name of ${info.name}` });
-  const back = () => drawActions(info, actions).focus();
+  const cancel = () => drawActions(info, actions).focus();
   const form = make(
     "form",
     {
       class: "row",
       submit: (event) => {
         event.preventDefault();
-        rename(info, input.value.trim(), back);
+        rename(info, input.value.trim(), cancel);
       },
       keydown: (event) => {
-        if (event.key === "Escape") back();
+        if (event.key === "Escape") cancel();
       },
     },
     input,
     make("button", { class: "button strong" }, "Save"),
-    make("button", { type: "button", class: "button", click: back }, "Cancel"),
+    make("button", { type: "button", class: "button", click: cancel }, "Cancel"),
   );
   actions.replaceChildren(form);
   input.select();
@@ -141,20 +141,20 @@ function addPictures(info, files) {
   return change(
     async (onWait) => api.addExamples(info.class_id, await preparedAll(files), onWait),
     ({ version }) => ({
-      words: `${quoted(info.name)} has ${count(files.length, "picture")} more: model version ${version}.`,
+      words: `${count(files.length, "picture")} added to ${quoted(info.name)}: model version ${version}.`,
       mark: { classId: info.class_id, name: info.name, word: "more pictures" },
       look: true,
     }),
   );
 }
 
-function rename(info, name, back) {
-  if (name === info.name) return back();
+function rename(info, name, cancel) {
+  if (name === info.name) return cancel();
   if (!name) return say("The class needs a name.", { error: true });
   return change(
     (onWait) => api.renameClass(info.class_id, name, onWait),
     ({ version }) => ({
-      words: `${quoted(info.name)} is called ${quoted(name)} now: model version ${version}.`,
+      words: `${quoted(info.name)} renamed to ${quoted(name)}: model version ${version}.`,
       mark: { classId: info.class_id, name, word: "renamed" },
     }),
   );
@@ -165,7 +165,7 @@ async function removeClass(info) {
   if (!(await confirmed(question))) return;
   await change(
     (onWait) => api.removeClass(info.class_id, onWait),
-    ({ version }) => ({ words: `${quoted(info.name)} is removed: model version ${version}.` }),
+    ({ version }) => ({ words: `Class ${quoted(info.name)} removed: model version ${version}.` }),
   );
 }
 
@@ -173,11 +173,11 @@ async function removePicture(info, exampleId, place) {
   if (!(await confirmed(`Remove picture ${place} of ${quoted(info.name)}? This can't be undone.`))) return;
   await change(
     (onWait) => api.removeExample(exampleId, onWait),
-    ({ version }) => ({ words: `A picture of ${quoted(info.name)} is removed: model version ${version}.` }),
+    ({ version }) => ({ words: `Picture of ${quoted(info.name)} removed: model version ${version}.` }),
   );
 }
 
-/** `send(request, told)` sends a change and tells of it; see page.js. */
+/** `send(request, describe)` sends a change and announces it; see page.js. */
 export function setUp(send) {
   change = send;
   find("filter").addEventListener("input", () => {

@@ -1,4 +1,4 @@
-// Elements, words and numbers. Text goes in as text nodes only, so nothing that came from elsewhere is ever markup.
+// Elements, words and numbers. Text is inserted as text nodes only, so foreign text is never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 const PER_CENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
@@ -16,7 +16,7 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** An element; a function among the attributes listens to the event of that name; strings become text. */
+/** An element. A function as attribute listens to the event of that name; strings become text. */
 export const make = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 export const makeSvg = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
@@ -31,12 +31,12 @@ export function percent(probability) {
   return PER_CENT.format(probability);
 }
 
-/** A signed number with a true minus, to two digits behind the point. */
+/** A number with two decimals and a true minus sign. */
 export const signed = (number) => number.toFixed(2).replace("-", "\u2212");
 
 export const quoted = (name) => `\u201c${name}\u201d`;
 
-/** Say something in the bar at the bottom and to screen readers; it stays until it is closed or replaced. */
+/** Show a message in the bar at the bottom and announce it to screen readers, until it is closed or replaced. */
 export function say(text, { error = false } = {}) {
   find("notice").hidden = false;
   find("notice").classList.toggle("error", error);
@@ -49,7 +49,7 @@ export function sayNothing() {
   find("notice-live").textContent = "";
 }
 
-/** Ask in a modal dialog; true only where "Remove" was pressed. */
+/** Ask in a modal dialog; true only if "Remove" was pressed. */
 export function confirmed(question) {
   const dialog = find("confirm");
   find("confirm-text").textContent = question;

@@ -1,4 +1,4 @@
-// The page: takes pictures, has them classified one after another, and classifies the last one again after a change.
+// The page: classifies pictures one after another, and classifies the shown one again after a change.
 
 import * as api from "./api.js";
 import * as classes from "./classes.js";
@@ -10,27 +10,27 @@ import { drawn, prepared } from "./upright.js";
 
 const TOP = 5;
 const NEAREST = 6;
-const KEPT = 60; // Pictures in the strip, and at most so many at once.
-const PATIENCE_MS = 250; // An answer that takes longer is announced by "Classifying".
+const MAX_ITEMS = 60; // Pictures in the strip.
+const SLOW_MS = 250; // A slower answer is announced by "Classifying".
 const SIDE = 640;
 
-// {file, name, picture, sent: {file, notes}, busy, prediction, error, latencyMs, roundTripMs, version}, and after a
-// change {before: the prediction that it had, marked: the class that the change was about}
+// {file, name, picture, sent: {file, notes}, busy, prediction, error, latencyMs, roundTripMs, version}; after a change
+// also {before: the previous prediction, marked: the changed class}
 let items = [];
 const waiting = [];
 let working = false;
 let shown = null;
-let following = true; // Whether the next answer is shown as it comes, or the reader is looking at another.
+let following = true; // Show the next answer; false while the user looks at another picture.
 let mark = null; // The class of the last change: {classId, name, word}.
 let version = null;
 let classCount = 0;
 
-function bring(files) {
-  const taken = files.slice(0, KEPT);
-  if (taken.length < files.length) say(`The first ${KEPT} of ${count(files.length, "picture")} are taken.`);
+function add(files) {
+  const accepted = files.slice(0, MAX_ITEMS);
+  if (accepted.length < files.length) say(`The first ${MAX_ITEMS} of ${count(files.length, "picture")} are used.`);
   else sayNothing();
-  const added = taken.map((file) => ({ file, name: file.name || "pasted picture", busy: false }));
-  items = [...items, ...added].slice(-KEPT);
+  const added = accepted.map((file) => ({ file, name: file.name || "pasted picture", busy: false }));
+  items = [...items, ...added].slice(-MAX_ITEMS);
   following = true;
   queue(added);
 }
@@ -49,11 +49,11 @@ async function queue(added) {
 async function classify(item) {
   item.busy = true;
   item.picture ??= await drawn(item.file, SIDE);
-  const slow = setTimeout(() => following && look(item), PATIENCE_MS);
+  const slow = setTimeout(() => following && view(item), SLOW_MS);
   let waited = false;
   const onWait = (seconds) => {
     waited = true;
-    tellWait(seconds);
+    announceWait(seconds);
   };
   try {
     item.sent ??= await prepared(item.file);
@@ -71,14 +71,14 @@ async function classify(item) {
   }
   clearTimeout(slow);
   item.busy = false;
-  if (following || item === shown) look(item);
+  if (following || item === shown) view(item);
   else drawStrip();
 }
 
-const tellWait = (seconds) =>
-  say(`The server is busy. It is asked once more in ${count(Math.ceil(seconds), "second")}.`);
+const announceWait = (seconds) =>
+  say(`The server is busy. The page tries again in ${count(Math.ceil(seconds), "second")}.`);
 
-function look(item) {
+function view(item) {
   shown = item;
   document.body.classList.add("has-picture");
   show(item, mark, classCount);
@@ -87,11 +87,11 @@ function look(item) {
 
 function drawStrip() {
   const strip = find("strip");
-  const held = strip.contains(document.activeElement);
+  const focused = strip.contains(document.activeElement);
   strip.hidden = items.length < 2;
   strip.replaceChildren(...items.filter((item) => item.picture !== undefined).map(thumbnail));
   const current = strip.querySelector('[aria-current="true"]');
-  if (held) current?.focus();
+  if (focused) current?.focus();
   else if (current) strip.scrollLeft = current.parentElement.offsetLeft; // On a phone the strip is one row.
 }
 
@@ -99,7 +99,7 @@ function thumbnail(item) {
   const words = item.prediction?.label ?? (item.error ? "not classified" : "waiting");
   const choose = () => {
     following = false;
-    look(item);
+    view(item);
   };
   const canvas = make("canvas", { width: 56, height: 56, "aria-hidden": "true" });
   if (item.picture) {
@@ -121,13 +121,13 @@ async function refresh(how) {
 }
 
 /**
- * Send a change, tell of it, and have the last picture classified again. `told(data)` says {words, mark, look}: what to
- * say, which class to mark, whether to bring the result into view. True where it worked.
+ * Send a change, announce it, and classify the shown picture again. `describe(data)` returns {words, mark, look}: the
+ * announcement, the class to mark, whether to scroll to the result. True if it succeeded.
  */
-async function change(request, told) {
+async function change(request, describe) {
   let data;
   try {
-    ({ data } = await request(tellWait));
+    ({ data } = await request(announceWait));
   } catch (error) {
     const refused = error.status === 401;
     say(refused ? `The token was not accepted: ${error.message}` : error.message, { error: true });
@@ -137,7 +137,7 @@ async function change(request, told) {
     }
     return false;
   }
-  const { words, mark: marked = null, look: bringIntoView = false } = told(data);
+  const { words, mark: marked = null, look: scroll = false } = describe(data);
   mark = marked;
   say(words);
   await refresh();
@@ -145,16 +145,16 @@ async function change(request, told) {
   Object.assign(shown, { before: shown.prediction, marked });
   following = true;
   await queue([shown]);
-  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  if (bringIntoView) find("result").scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (scroll) find("result").scrollIntoView({ block: "start", behavior: still ? "auto" : "smooth" });
   return true;
 }
 
 function setUp() {
   const complain = (problem) => say(problem, { error: true });
-  acceptChoices(find("choose"), bring);
-  acceptChoices(find("camera"), bring);
-  acceptDrops(document.documentElement, bring, complain); // A picture dropped beside the stage is meant, too.
+  acceptChoices(find("choose"), add);
+  acceptChoices(find("camera"), add);
+  acceptDrops(document.documentElement, add, complain); // Also pictures dropped outside of the stage.
   document.addEventListener("paste", (event) => {
     const { files } = filesOf(event.clipboardData);
     if (!files.length) {
@@ -163,7 +163,7 @@ function setUp() {
     }
     event.preventDefault();
     if (find("teach").contains(document.activeElement)) teach.collect(files);
-    else bring(files);
+    else add(files);
   });
   find("notice-close").addEventListener("click", sayNothing);
   classes.setUp(change);

@@ -1,17 +1,17 @@
-// How the reader's files get in: dropped, pasted or chosen.
+// Files of the user: dropped, pasted or chosen.
 
-/** The files of a drop or a paste: {files, problem}, where `problem` says in words what could not be taken. */
+/** The files of a drop or a paste: {files, problem}; `problem` describes what could not be used. */
 export function filesOf(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.());
   if (entries.some((entry) => entry?.isDirectory)) {
-    return { files: [], problem: "A folder can't be taken. Open it and take its pictures." };
+    return { files: [], problem: "Folders are not supported. Open it and drop its pictures." };
   }
   const files = [...transfer.files];
-  const problem = files.length ? null : "That brought no file. Save the picture first, or copy and paste it.";
+  const problem = files.length ? null : "No file was dropped. Save the picture first, or copy and paste it.";
   return { files, problem };
 }
 
-/** Take the files that are dropped on `element`; it is marked while something hovers over it. */
+/** Pass files dropped on `element` to `take`; it is marked while something hovers over it. */
 export function acceptDrops(element, take, complain) {
   const marked = (on) => element.classList.toggle("hovered", on);
   element.addEventListener("dragover", (event) => {
@@ -32,7 +32,7 @@ export function acceptDrops(element, take, complain) {
   });
 }
 
-/** Take the files that an <input type="file"> is given; the same file can be chosen again. */
+/** Pass files of an <input type="file"> to `take`; the same file can be chosen again. */
 export function acceptChoices(input, take) {
   input.addEventListener("change", () => {
     const files = [...input.files];

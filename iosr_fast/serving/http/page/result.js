@@ -1,4 +1,4 @@
-// What the classifier says of one picture: label, bars in two parts, numbers, nearest support pictures.
+// The result of one picture: label, bars in two parts, numbers, nearest support pictures.
 
 import { pictureAddress } from "./api.js";
 import { count, find, make, makeSvg, percent, quoted, signed } from "./dom.js";
@@ -12,9 +12,9 @@ const FACTORS = [
 ];
 
 /**
- * Lengths of the bars, as shares of the longest. A class's logit is zero_shot + cache; either can be negative, and
- * softmax sees differences between classes only. So each part is drawn from the lowest of that part among the classes
- * shown: no length is negative, and the bars' ends lie as far apart as the logits do.
+ * Lengths of the bars as shares of the longest. The logit of a class is zero_shot + cache. Either can be negative, and
+ * softmax depends on differences between classes only. So each part starts at its minimum over the shown classes: no
+ * length is negative, and the ends of two bars differ as their logits do.
  */
 export function barLengths(top) {
   const lowest = (part) => Math.min(...top.map((score) => score[part]));
@@ -41,11 +41,11 @@ function bar({ texts, pictures }, score) {
   );
 }
 
-/** A stretch of the bars' scale, and how much likelier a class is whose bar ends that much further right. */
+/** A length on the scale of the bars, and how much likelier a class is whose bar ends that much further right. */
 function scale(longest) {
-  const found = FACTORS.find(([candidate]) => Math.log(candidate) <= 0.45 * longest);
-  if (found === undefined) return null;
-  const [factor, words] = found;
+  const entry = FACTORS.find(([candidate]) => Math.log(candidate) <= 0.45 * longest);
+  if (entry === undefined) return null;
+  const [factor, words] = entry;
   const width = (100 * Math.log(factor)) / longest;
   const line = (x1, y1, x2, y2) => makeSvg("line", { x1, y1, x2, y2 });
   return make(
@@ -61,7 +61,7 @@ function scale(longest) {
     make(
       "p",
       { class: "quiet" },
-      `This much further is ${words} as likely. Only differences count, so each part begins at the lowest of these.`,
+      `This much longer means ${words} as likely. Only differences count, so each part starts at its minimum.`,
     ),
   );
 }
@@ -109,7 +109,7 @@ function numbers(top) {
   );
 }
 
-/** A support picture; where none is kept, its place stays empty. */
+/** A support picture; an empty place if none is stored. */
 export function supportPicture(exampleId, words) {
   const place = make("span", { class: "missing", role: "img", "aria-label": words });
   const missing = (event) => event.target.replaceWith(place);
@@ -151,7 +151,7 @@ const refusal = ({ name, error }) => [
   make("p", { class: "error" }, `${name}: ${error}`),
 ];
 
-/** Show an item of the queue: its answer, its error, or that it is waited for. */
+/** Show an item: its answer, its error, or that it is being classified. */
 export function show(item, mark, classCount) {
   const notes = item.sent?.notes.length ? ` (${item.sent.notes.join(", ")} before sending)` : "";
   find("file-name").textContent = item.name + notes;

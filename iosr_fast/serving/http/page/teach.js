@@ -1,4 +1,4 @@
-// The form that adds a class: a name, a few pictures, the token.
+// The form that adds a class: name, pictures, token.
 
 import * as api from "./api.js";
 import { count, find, make, quoted, say } from "./dom.js";
@@ -8,7 +8,7 @@ import { drawn, preparedAll } from "./upright.js";
 const THUMBNAIL = 96;
 let pictures = [];
 
-/** Pictures for the new class, from wherever they came. */
+/** Add pictures to the form. */
 export async function collect(files) {
   const added = await Promise.all(files.map(async (file) => ({ file, canvas: await drawn(file, THUMBNAIL) })));
   pictures.push(...added);
@@ -45,8 +45,8 @@ function leaveOut(picture) {
   const place = pictures.indexOf(picture);
   pictures = pictures.filter((other) => other !== picture);
   draw();
-  const left = find("new-strip").querySelectorAll("button");
-  (left[Math.min(place, left.length - 1)] ?? find("new-pictures")).focus();
+  const buttons = find("new-strip").querySelectorAll("button");
+  (buttons[Math.min(place, buttons.length - 1)] ?? find("new-pictures")).focus();
 }
 
 async function send(change) {
@@ -57,7 +57,7 @@ async function send(change) {
   const added = await change(
     async (onWait) => api.addClass(name, await preparedAll(sent), onWait),
     ({ version, class_id }) => ({
-      words: `${quoted(name)} is a class now, with ${count(sent.length, "picture")}: model version ${version}.`,
+      words: `Class ${quoted(name)} added with ${count(sent.length, "picture")}: model version ${version}.`,
       mark: { classId: class_id, name, word: "new" },
       look: true,
     }),
@@ -73,7 +73,7 @@ function refuse(words, field) {
   field.focus();
 }
 
-/** `change(request, told)` sends a change and tells of it; see page.js. */
+/** `change(request, describe)` sends a change and announces it; see page.js. */
 export function setUp(change) {
   find("token").value = api.token.get();
   find("token").addEventListener("input", (event) => {

@@ -1,36 +1,36 @@
-// What is sent of a file. The server takes JPEG, PNG and WebP, and a phone's photo is far larger than what a classifier
-// looks at. It is turned upright here, for a classifier may take pixels as they are stored; what is drawn anew has no EXIF
-// left by which the server could turn it again.
+// Prepares files for upload. The server takes JPEG, PNG and WebP, and photos of phones are far larger than the input of a
+// classifier. Photos are turned upright here, because a classifier may use pixels as they are stored; a redrawn picture has
+// no EXIF, so the server does not turn it again.
 
-const TAKEN = ["image/jpeg", "image/png", "image/webp"];
-const LARGEST = 2 << 20; // Bytes that are sent as they are.
-const SIDE = 1024; // Pixels each way of what is drawn anew.
-const BEGINNING = 256 << 10; // EXIF comes first, in a segment of at most 64 KiB.
+const SUPPORTED = ["image/jpeg", "image/png", "image/webp"];
+const MAX_BYTES = 2 << 20; // Larger files are redrawn.
+const SIDE = 1024; // Longer side of a redrawn picture, in pixels.
+const HEAD_BYTES = 256 << 10; // EXIF is near the start, in a segment of at most 64 KiB.
 const [EXIF, ORIENTATION] = [0x45786966, 0x0112];
 
 /**
- * What to send of the file: {file, notes}. The file itself where that will do, or where this browser can't decode it
- * (the server then says what is wrong); otherwise it is drawn anew, and `notes` says why.
+ * The file to send: {file, notes}. The file itself if possible, or if this browser can't decode it (the server then
+ * reports the error); otherwise a redrawn one, and `notes` has the reasons.
  */
 export async function prepared(file) {
-  let beginning;
+  let head;
   try {
-    beginning = new DataView(await file.slice(0, BEGINNING).arrayBuffer());
+    head = new DataView(await file.slice(0, HEAD_BYTES).arrayBuffer());
   } catch {
     throw new Error("The file can't be read. Was it moved or changed?");
   }
   const notes = [];
-  if (orientation(beginning) !== 1) notes.push("turned upright");
-  if (file.size > LARGEST) notes.push("made smaller");
-  if (file.type.startsWith("image/") && !TAKEN.includes(file.type)) notes.push("converted");
+  if (orientation(head) !== 1) notes.push("turned upright");
+  if (file.size > MAX_BYTES) notes.push("made smaller");
+  if (file.type.startsWith("image/") && !SUPPORTED.includes(file.type)) notes.push("converted");
   const redrawn = notes.length ? await redraw(file) : null;
   return redrawn ? { file: redrawn, notes } : { file, notes: [] };
 }
 
-/** The files to send for these. */
+/** The files to send for several files. */
 export const preparedAll = (files) => Promise.all(files.map(async (file) => (await prepared(file)).file));
 
-/** EXIF's orientation of a JPEG that begins with these bytes, 1 to 8; 1, upright, where there is none. */
+/** The EXIF orientation, 1 to 8, of a JPEG that begins with these bytes; 1 (upright) if there is none. */
 export function orientation(view) {
   try {
     if (view.getUint16(0) !== 0xffd8) return 1;
@@ -38,7 +38,7 @@ export function orientation(view) {
       if (view.getUint8(at + 1) === 0xe1 && view.getUint32(at + 4) === EXIF) return orientationInTiff(view, at + 10);
     }
   } catch (error) {
-    if (!(error instanceof RangeError)) throw error; // The bytes are no JPEG, or end too early.
+    if (!(error instanceof RangeError)) throw error; // Not a JPEG, or truncated.
   }
   return 1;
 }
@@ -61,7 +61,7 @@ async function redraw(file) {
   return blob && new File([blob], `${file.name || "picture"}.${end}`, { type });
 }
 
-/** The file on a canvas, upright and of at most `side` pixels each way; null where the browser can't decode it. */
+/** The file on a canvas, upright, with at most `side` pixels each way; null if the browser can't decode it. */
 export async function drawn(file, side) {
   let bitmap;
   try {

@@ -1,0 +1,162 @@
+"""`iosr-fast serve` in its own process, with its memory and CPU time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from iosr_fast.utils.machine import usable_threads
+
+Result = TypeVar("Result")
+_POLL_S = 0.05
+_START_S = 120.0
+_STOP_S = 60.0
+_LOG_TAIL = 2000  # characters of the log in an error
+
+
+class ServerDied(RuntimeError):
+    """The server ended or did not start; the message has its exit code and the end of its log."""
+
+
+class ServerProcess:
+    """Starts a server on a free port and waits until it is ready. A context manager that stops it.
+
+    `options` are those of `iosr-fast serve`; `environment` is added to that of this process. The log goes to a file,
+    because reading it from a pipe would cost CPU time that the load needs. Raises ServerDied.
+    """
+
+    def __init__(self, bundle: Path, *options: str, environment: dict[str, str] | None = None) -> None:
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (kill() closes it)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "iosr_fast", "serve", str(bundle), "--port", "0", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._log,
+            env={**os.environ, **(environment or {})},
+        )
+        self.pid = self._process.pid
+        try:
+            self.port = self._wait_until_ready()
+            self.url = f"http://127.0.0.1:{self.port}"
+        except BaseException:
+            self.kill()
+            raise
+
+    def log_text(self) -> str:
+        descriptor = self._log.fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode("utf-8", "replace")
+
+    def log_lines(self, **facts: Any) -> list[dict[str, Any]]:
+        """The lines of the log that have these facts."""
+        lines = [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if facts.items() <= line.items()]
+
+    def check(self) -> None:
+        """Raise ServerDied if the process has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise ServerDied(f"the server ended with code {code}; the end of its log:\n{self.log_text()[-_LOG_TAIL:]}")
+
+    async def alongside(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, which is cancelled if the server dies; then raises ServerDied."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                self.check()
+                await asyncio.wait({task}, timeout=_POLL_S)
+            self.check()
+            return task.result()
+        finally:
+            task.cancel()
+
+    def rss_mb(self) -> float | None:
+        """Resident memory in MB (10^6 bytes); None without /proc."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return None
+        kilobytes = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
+        return round(kilobytes[0] * 1024 / 1e6, 2) if kilobytes else None
+
+    def cpu_s(self) -> float | None:
+        """Seconds of CPU time of all its threads; None without /proc."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        """SIGTERM; waits for the server to answer what it accepted. Raises ServerDied for an exit code other than 0."""
+        self.check()
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            code = self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            raise ServerDied(f"the server did not stop within {_STOP_S:g} s of SIGTERM") from None
+        if code != 0:
+            raise ServerDied(f"the server ended with code {code} on SIGTERM:\n{self.log_text()[-_LOG_TAIL:]}")
+
+    def kill(self) -> None:
+        """End it at once, if it still runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _wait_until_ready(self) -> int:
+        until = time.monotonic() + _START_S
+        while time.monotonic() < until:
+            self.check()
+            if self.log_lines(event="ready"):
+                return int(self.log_lines(event="listening")[0]["port"])
+            time.sleep(_POLL_S)
+        raise ServerDied(f"the server was not ready within {_START_S:g} s:\n{self.log_text()[-_LOG_TAIL:]}")
+
+
+class Usage:
+    """Who uses the CPU cores from now on. Shares are of all usable cores: 1.0 is the whole machine."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._server = server
+        self._start = time.perf_counter()
+        self._client_s, self._server_s, self._busy_s = time.process_time(), server.cpu_s(), _busy_s()
+
+    def shares(self) -> dict[str, float | None]:
+        """client_cpu_share, server_cpu_share, others_cpu_share; None if unknown."""
+        cores_s = (time.perf_counter() - self._start) * usable_threads()
+        client = time.process_time() - self._client_s
+        server = _difference(self._server.cpu_s(), self._server_s)
+        busy = _difference(_busy_s(), self._busy_s)
+        others = None if server is None or busy is None else max(0.0, busy - client - server)
+        used = {"client_cpu_share": client, "server_cpu_share": server, "others_cpu_share": others}
+        return {name: None if seconds is None else round(seconds / cores_s, 3) for name, seconds in used.items()}
+
+
+def _difference(now: float | None, start: float | None) -> float | None:
+    return None if now is None or start is None else now - start
+
+
+def _busy_s() -> float | None:
+    """Busy seconds of all cores together; None off Linux."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, fields)
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
