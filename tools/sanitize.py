@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("score_test", "search_test")
 
 
-def build_and_run(sanitizers: str, folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """The finished run of each of TESTS; raises CalledProcessError where they can't be built."""
+def build(sanitizers: str, folder: Path) -> None:
+    """Build each of TESTS in `folder`. Raises CalledProcessError if that fails."""
     cmake = [shutil.which("cmake")] if shutil.which("cmake") else [sys.executable, "-m", "cmake"]
     flags = f"-O1 -g1 -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
     configure = [
@@ -33,7 +33,6 @@ def build_and_run(sanitizers: str, folder: Path) -> dict[str, subprocess.Complet
     ]
     for command in (configure, [*cmake, "--build", str(folder), "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True, text=True)
-    return {test: subprocess.run([folder / test], check=False, capture_output=True, text=True) for test in TESTS}
 
 
 def main() -> None:
@@ -42,14 +41,16 @@ def main() -> None:
     sanitizers = parser.parse_args().sanitizers
     with tempfile.TemporaryDirectory() as folder:
         try:
-            runs = build_and_run(sanitizers, Path(folder))
+            build(sanitizers, Path(folder))
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"{' and '.join(TESTS)} can't be built with -fsanitize={sanitizers}:\n{error.stdout}{error.stderr}"
             ) from error
-    for test, done in runs.items():
-        print(f"{test} -fsanitize={sanitizers}: {done.stdout}{done.stderr}", end="")
-    raise SystemExit(next((done.returncode for done in runs.values() if done.returncode), 0))
+        codes = []
+        for test in TESTS:
+            print(f"{test} -fsanitize={sanitizers}: ", end="", flush=True)
+            codes.append(subprocess.run([Path(folder) / test], check=False).returncode)
+    raise SystemExit(next((code for code in codes if code), 0))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ void run_linear_rows(const LinearArgs& args) {
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int) {}
+DeviceGuard::DeviceGuard(int device) : device_(device) {}
 DeviceGuard::~DeviceGuard() = default;
 
 void launch_cache(const CacheArgs& args, Keys keys, CUstream_st*) {

@@ -56,19 +56,27 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) iosr_merge(const __g
     merge_block(machine, args, blockIdx.x);
 }
 
-DeviceGuard::DeviceGuard(int device) {
+DeviceGuard::DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&previous_), "CUDA can't be used");
-    check(cudaSetDevice(device), "CUDA device " + std::to_string(device) + " can't be used");
+    if (previous_ != device_) {
+        check(cudaSetDevice(device_), "CUDA device " + std::to_string(device_) + " can't be used");
+    }
     int major = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "compute capability");
     if (major < 8) {
-        cudaSetDevice(previous_);
+        restore();
         throw std::runtime_error("expected a device of compute capability 8.0 or newer, got " + std::to_string(major) +
-                                 ".x for CUDA device " + std::to_string(device));
+                                 ".x for CUDA device " + std::to_string(device_));
     }
 }
 
-DeviceGuard::~DeviceGuard() { cudaSetDevice(previous_); }
+DeviceGuard::~DeviceGuard() { restore(); }
+
+void DeviceGuard::restore() const {
+    if (previous_ != device_) {
+        cudaSetDevice(previous_);
+    }
+}
 
 namespace {
 

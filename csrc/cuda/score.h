@@ -14,7 +14,8 @@ namespace iosr::cuda {
 // Up to here the tile with 16 queries is used.
 constexpr int64_t kSmallBatch = 16;
 
-// Makes `device` current for its lifetime. Throws where there is no such device or driver, or it is older than 8.0.
+// Makes `device` current for its lifetime. cudaSetDevice creates a context, so nothing is set if the device is current
+// already, as it is for score_cuda. Throws if there is no such device or driver, or it is older than 8.0.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device);
@@ -23,6 +24,9 @@ public:
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
 private:
+    void restore() const;
+
+    int device_;
     int previous_ = 0;
 };
 

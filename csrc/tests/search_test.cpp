@@ -5,33 +5,18 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "scoring/score.h"
 #include "search/cache_intervals.h"
 #include "search/intervals.h"
 #include "search/sweep.h"
-#include "tests/wide_kernels.h"
+#include "tests/support.h"
 
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-int failures = 0;
-int checks = 0;
-
-void check(bool good, const std::string& what) {
-    ++checks;
-    if (!good && ++failures <= 20) {
-        std::printf("FAILED %s\n", what.c_str());
-    }
-}
-
-std::mt19937 rng(20240911);  // NOLINT: the same numbers in every run
 
 std::size_t below(std::size_t n) { return rng() % n; }
 
@@ -218,22 +203,6 @@ void test_intervals_with_threads() {
     }
 }
 
-std::vector<float> unit_rows(std::size_t n, std::size_t width) {
-    std::normal_distribution<float> normal;
-    std::vector<float> rows(n * width);
-    for (std::size_t r = 0; r < n; ++r) {
-        double square = 0.0;
-        for (std::size_t d = 0; d < width; ++d) {
-            rows[r * width + d] = normal(rng);
-            square += rows[r * width + d] * rows[r * width + d];
-        }
-        for (std::size_t d = 0; d < width; ++d) {
-            rows[r * width + d] = static_cast<float>(rows[r * width + d] / std::sqrt(square));
-        }
-    }
-    return rows;
-}
-
 // A search that owns its arrays; every second one is without weights, gammas or own keys.
 struct Cache {
     iosr::CacheView view;
@@ -282,65 +251,68 @@ struct Cache {
         return found;
     }
 
-    // By how much the label's logit is above the largest of the others, by the formula in double.
-    double margin(std::size_t k, std::size_t g, std::size_t v, double alpha) const {
-        std::vector<double> logits;
-        for (std::size_t c = 0; c < view.n_classes; ++c) {
-            double sum = 0.0;
-            for (auto j = static_cast<std::size_t>(offsets[c]); j < static_cast<std::size_t>(offsets[c + 1]); ++j) {
-                double cosine = 0.0;
-                for (std::size_t d = 0; d < view.width; ++d) {
-                    cosine += static_cast<double>(query[v * view.width + d]) * keys[j * view.width + d];
-                }
-                const bool left_out = !own.empty() && own[v] == static_cast<std::int64_t>(j);
-                const double weight = weights.empty() ? 1.0 : weights[k * static_cast<std::size_t>(offsets.back()) + j];
-                sum += left_out ? 0.0 : weight * std::exp(-betas[k] * (1.0 - cosine));
-            }
-            const std::size_t i = v * view.n_classes + c;
-            logits.push_back(base[i] + (extra.empty() ? 0.0 : gammas[g] * extra[i]) + alpha * sum);
+    // Terms of the logits, base + alpha * slope, by the formula in double: (K, V, C) slopes and (G, V, C) bases.
+    struct Lines {
+        std::vector<double> base, slope;
+    };
+
+    Lines lines() const {
+        Lines lines;
+        for (std::size_t i = 0; i < view.n_gammas * base.size(); ++i) {
+            const std::size_t at = i % base.size();
+            lines.base.push_back(base[at] + (extra.empty() ? 0.0 : gammas[i / base.size()] * extra[at]));
         }
+        for (std::size_t k = 0; k < view.n_betas; ++k) {
+            for (std::size_t v = 0; v < view.n_samples; ++v) {
+                for (std::size_t c = 0; c < view.n_classes; ++c) {
+                    double sum = 0.0;
+                    for (auto j = static_cast<std::size_t>(offsets[c]); j < static_cast<std::size_t>(offsets[c + 1]); ++j) {
+                        double cosine = 0.0;
+                        for (std::size_t d = 0; d < view.width; ++d) {
+                            cosine += static_cast<double>(query[v * view.width + d]) * keys[j * view.width + d];
+                        }
+                        const bool left_out = !own.empty() && own[v] == static_cast<std::int64_t>(j);
+                        const double weight =
+                            weights.empty() ? 1.0 : weights[k * static_cast<std::size_t>(offsets.back()) + j];
+                        sum += left_out ? 0.0 : weight * std::exp(-betas[k] * (1.0 - cosine));
+                    }
+                    lines.slope.push_back(sum);
+                }
+            }
+        }
+        return lines;
+    }
+
+    // The label's logit minus the largest of the others.
+    double margin(const Lines& lines, std::size_t k, std::size_t g, std::size_t v, double alpha) const {
+        const double* z = lines.base.data() + (g * view.n_samples + v) * view.n_classes;
+        const double* s = lines.slope.data() + (k * view.n_samples + v) * view.n_classes;
+        const auto label = static_cast<std::size_t>(labels[v]);
         double other = -kInfinity;
         for (std::size_t c = 0; c < view.n_classes; ++c) {
-            other = static_cast<std::int64_t>(c) == labels[v] ? other : std::max(other, logits[c]);
+            other = c == label ? other : std::max(other, z[c] + alpha * s[c]);
         }
-        return logits[static_cast<std::size_t>(labels[v])] - other;
+        return z[label] + alpha * s[label] - other;
     }
 
     // Right inside the interval, wrong outside, at a distance that rounding of the sums can't bridge.
-    bool good(const Found& found, double step) const {
-        for (std::size_t k = 0; k < view.n_betas; ++k) {
-            for (std::size_t g = 0; g < view.n_gammas; ++g) {
-                for (std::size_t v = 0; v < view.n_samples; ++v) {
-                    const std::size_t i = (k * view.n_gammas + g) * view.n_samples + v;
-                    const bool empty = (found.flags[i] & iosr::kEmpty) != 0;
-                    for (double alpha = 0.0; alpha < 8.0; alpha += step) {
-                        const bool inside = !empty && found.lower[i] <= alpha && alpha <= found.upper[i];
-                        const double off = inside ? -margin(k, g, v, alpha) : margin(k, g, v, alpha);
-                        if (!(off <= 1e-5 * (1.0 + alpha * static_cast<double>(offsets.back())))) {
-                            return false;
-                        }
-                    }
+    bool good(const Found& found, const Lines& lines, double step) const {
+        for (std::size_t i = 0; i < found.lower.size(); ++i) {
+            const std::size_t v = i % view.n_samples;
+            const std::size_t g = i / view.n_samples % view.n_gammas;
+            const std::size_t k = i / view.n_samples / view.n_gammas;
+            const bool empty = (found.flags[i] & iosr::kEmpty) != 0;
+            for (double alpha = 0.0; alpha < 8.0; alpha += step) {
+                const bool inside = !empty && found.lower[i] <= alpha && alpha <= found.upper[i];
+                const double distance = margin(lines, k, g, v, alpha);
+                if (!((inside ? -distance : distance) <= 1e-5 * (1.0 + alpha * static_cast<double>(offsets.back())))) {
+                    return false;
                 }
             }
         }
         return true;
     }
 };
-
-struct Path {
-    std::string name;
-    const iosr::Microkernels* kernels;
-};
-
-std::vector<Path> paths() {
-    std::vector<Path> found = {{"wide", &iosr::kWideKernels}};
-    for (const iosr::ScorePath& path : iosr::score_paths()) {
-        if (path.supported()) {
-            found.push_back({path.name, path.kernels});
-        }
-    }
-    return found;
-}
 
 void test_the_cache_against_the_formula() {
     const std::vector<std::vector<std::int64_t>> layouts = {
@@ -350,8 +322,9 @@ void test_the_cache_against_the_formula() {
         for (const std::size_t width : {1, 7, 300}) {
             for (const std::size_t n : {1, 9, 40}) {
                 const Cache cache(layout, width, n, {0.0, 5.5, 60.0}, ++i % 2 == 0);
+                const Cache::Lines lines = cache.lines();
                 for (const Path& path : paths()) {
-                    check(cache.good(cache.run(*path.kernels, 2), 0.9),
+                    check(cache.good(cache.run(*path.kernels, 2), lines, 0.9),
                           path.name + ", layout of " + std::to_string(layout.back()) + " keys, D " +
                               std::to_string(width) + ", V " + std::to_string(n));
                 }
@@ -404,10 +377,5 @@ int main() {
     test_the_cache_against_the_formula();
     test_the_cache_with_threads();
     test_betas_in_groups();
-    std::string names;
-    for (const Path& path : paths()) {
-        names += " " + path.name;
-    }
-    std::printf("%d checks, %d failed; paths:%s\n", checks, failures, names.c_str());
-    return failures == 0 ? 0 : 1;
+    return report();
 }

@@ -1,8 +1,8 @@
-// The inner loops at the sixteen lanes of AVX-512, in plain C++: proves their indexing on processors that lack it.
-#include "tests/wide_kernels.h"
-
+// The inner loops at the sixteen lanes of AVX-512, in plain C++: tests their indexing on processors without it.
 #include <cstdint>
 #include <cstring>
+
+#include "scoring/microkernels.h"
 
 namespace iosr {
 namespace {
@@ -16,7 +16,7 @@ using V = PortableVector<16>;
 
 }  // namespace
 
-const Microkernels kWideKernels = kKernels;
+extern const Microkernels kWideKernels = kKernels;
 
 float half_to_float(std::uint16_t bits) { return to_float(Half{bits}); }
 

@@ -6,40 +6,36 @@ instructions, and reports races, misplaced waits and accesses out of bounds besi
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests.scoring.build_cache import CSRC, build_once, cpp_compiler, version_of
 
-SOURCES = ROOT / "csrc" / "cuda"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Key precision (or the linear terms): how many problems host_test solves for it.
 PROBLEMS = {"fp32": 26, "fp16": 39, "bf16": 39, "int8": 39, "linear": 104}
 
 
-def compile_host_test(sources: Path, binary: Path) -> None:
-    """Compile with sanitizers, or without where the compiler has no libraries for them."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++ or clang++) on PATH")
-    command = [compiler, "-std=c++17", "-O1", "-o", str(binary), str(sources / "host_test.cpp")]
-    sanitized = subprocess.run([*command, *SANITIZERS], capture_output=True, text=True)
-    if sanitized.returncode == 0:
-        return
-    plain = subprocess.run(command, capture_output=True, text=True)
-    assert plain.returncode == 0, plain.stderr
-
-
 @pytest.fixture(scope="module")
-def host_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    binary = tmp_path_factory.mktemp("cuda") / "host_test"
-    compile_host_test(SOURCES, binary)
-    return binary
+def host_test() -> Path:
+    """Compiled with sanitizers, or without if the compiler has no libraries for them."""
+    compiler = cpp_compiler()
+    command = [compiler, "-std=c++17", "-O1"]
+
+    def build(folder: Path) -> None:
+        source = [str(CSRC / "cuda" / "host_test.cpp"), "-o", str(folder / "host_test")]
+        sanitized = subprocess.run([*command, *SANITIZERS, *source], capture_output=True, text=True)
+        if sanitized.returncode != 0:
+            plain = subprocess.run([*command, *source], capture_output=True, text=True)
+            assert plain.returncode == 0, plain.stderr
+
+    facts = [*command, *SANITIZERS, version_of(compiler)]
+    return build_once("cuda-host-test", [CSRC / "cuda", Path(__file__)], facts, build) / "host_test"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PROBLEMS)
 def test_the_kernels_code_equals_the_formula(part: str, host_test: Path) -> None:
     done = subprocess.run([str(host_test), part], capture_output=True, text=True)
@@ -49,6 +45,7 @@ def test_the_kernels_code_equals_the_formula(part: str, host_test: Path) -> None
     assert len(lines) == PROBLEMS[part]
 
 
+@pytest.mark.slow
 def test_an_unknown_part_is_refused(host_test: Path) -> None:
     done = subprocess.run([str(host_test), "fp8"], capture_output=True, text=True)
     assert done.returncode == 1 and "expected fp32, fp16, bf16, int8 or linear" in done.stdout

@@ -7,8 +7,11 @@ a GPU too.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -193,6 +196,29 @@ def test_a_batch_beyond_the_workspace_is_scored_in_slices(
     np.testing.assert_array_equal(sliced, whole)
 
 
+def test_the_plans_device_is_current_in_every_launch(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """PyTorch's guard, unlike cudaSetDevice, makes no context on the device that was current before."""
+    current: list[torch.device] = []
+    launched: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def seen(function: Any) -> Any:
+        return lambda **arguments: (launched.append(current[-1]), function(**arguments))[1]
+
+    module = SimpleNamespace(chunk=emulated.chunk, cache=seen(emulated.cache), linear=seen(emulated.linear))
+    monkeypatch.setattr(cuda, "_module", lambda: module)
+    monkeypatch.setattr(cuda, "on_gpu", guard)
+    run(random_plan(rng, [3, 2], 8), random_embeddings(rng, 4, 8), torch.float32, "cpu")
+    assert launched == [torch.device("cpu")] * 2 and not current
+
+
 def test_an_empty_batch_has_empty_logits(emulated: Any, rng: np.random.Generator) -> None:
     logits, path = run(random_plan(rng, [2, 1], 8), random_embeddings(rng, 0, 8), torch.float32, "cpu")
     assert logits.shape == (0, 2) and path == "cuda/empty"
@@ -276,6 +302,10 @@ def test_equal_calls_give_equal_bits_and_a_graph_records_them(gpu: None, rng: np
     plan = random_plan(rng, counts_of(rng, 5000, 40), 96).with_key_precision("fp16")
     parts = device_plan(plan, "cuda")
     plain, adapted = (torch.from_numpy(x).cuda() for x in vars(random_embeddings(rng, 70, 96)).values())
+    # Kernels are loaded at their first launch, which a graph can't record: another plan of this kind goes first.
+    other = random_plan(rng, counts_of(rng, 5000, 40), 96).with_key_precision("fp16")
+    cuda.score_cuda(device_plan(other, "cuda"), plain, adapted)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         recorded, path = cuda.score_cuda(parts, plain, adapted)  # the first call for this plan
@@ -285,6 +315,21 @@ def test_equal_calls_give_equal_bits_and_a_graph_records_them(gpu: None, rng: np
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(recorded, first)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_scoring_on_a_second_gpu_leaves_the_first_alone(gpu: None) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("a second GPU is needed")
+    code = (
+        "import torch, numpy as np; from iosr_fast.scoring.cuda_scorer import score_cuda; "
+        "from iosr_fast import ScoringPlan; from iosr_fast.scoring.device_plan import device_plan; "
+        "plan = ScoringPlan(2, keys=np.eye(8)[:3], class_offsets=[0, 1, 3]); "
+        "score_cuda(device_plan(plan, 'cuda:1'), torch.eye(8, device='cuda:1'), None); torch.cuda.synchronize(1); "
+        "raise SystemExit(torch._C._cuda_hasPrimaryContext(0))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.gpu

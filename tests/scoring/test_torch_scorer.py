@@ -197,6 +197,22 @@ def test_memory_of_a_read_only_array_is_shared_without_a_warning(rng: np.random.
     assert as_tensor(array[1:]).data_ptr() == array.ctypes.data + 16
 
 
+def test_plans_with_the_same_array_share_its_copy_on_a_device(rng: np.random.Generator) -> None:
+    """A live change of texts or weights uploads no key again. The meta device stands in for a GPU."""
+    plan = random_plan(rng, [3, 2], 8)
+    before = device_plan(plan, "meta")
+    changed = replace(plan, text=unit_rows(rng, 2, 8), weights=np.ones(5))
+    after = device_plan(changed, "meta")
+    assert after.keys is before.keys and after.linear is before.linear
+    assert after.text is not before.text and after.weights is not before.weights
+    keys = weakref.ref(after.keys)
+    del plan, before
+    assert keys() is not None
+    del changed, after
+    gc.collect()
+    assert keys() is None
+
+
 def test_a_plan_on_a_device_goes_with_the_plan(rng: np.random.Generator) -> None:
     plan = random_plan(rng, [3, 2], 8)
     moved = weakref.ref(device_plan(plan, "cpu"))

@@ -1,42 +1,59 @@
-"""Every kernel compiled for each GPU generation, without a GPU: tensor cores in use, nothing spilt.
+"""The Triton kernels compiled for each GPU generation, without a GPU: tensor cores in use, nothing spilt.
 
-Compiling is done in processes of their own and without TRITON_INTERPRET, under which kernels aren't compiled.
+Compiling is done in processes of their own and without TRITON_INTERPRET, under which kernels aren't compiled. The
+table is cached by the kernels' sources and Triton's version.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from iosr_fast.kernels import aot
+from tests import ROOT
+from tests.scoring.build_cache import build_once
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("triton", "torch")),
-    reason="triton or torch is not installed: pip install 'iosr_fast[triton,train]'",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("triton", "torch")),
+        reason="triton or torch is not installed: pip install 'iosr_fast[triton,train]'",
+    ),
+]
 # The smallest limit of those architectures a block, 8.6's, 8.9's and 12.0's: 99 KB.
 SHARED_BYTES = 99 * 1024
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
-# Each kernel that serves a large batch for every architecture; the rest, and the other precisions, for one.
+# Every kernel for each kind of instruction; 8.6, 8.9 and 12.0 compile 8.0's, so the larger kernels stand for the rest.
 MANY = [name for name in aot.kernel_names() if name.endswith("/many") and name != "aligned-large/many"]
 REST = [name for name in aot.kernel_names() if name not in MANY]
+LARGE = ["aligned/many", "ragged/many", "dense/many"]
+JOBS = [
+    *((arch, [kernel], ("fp16", "int8")) for arch in (80, 90, 100) for kernel in MANY),
+    *((arch, [kernel], ("fp16", "int8")) for arch in (86, 89, 120) for kernel in LARGE),
+    *((90, [kernel], ("fp16", "int8")) for kernel in REST),
+    *((90, [kernel], ("fp32", "bf16")) for kernel in LARGE),
+    (80, ["aligned/many"], ("fp32",)),
+]
 
 
 @pytest.fixture(scope="module")
-def rows() -> Iterator[list[dict[str, Any]]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        jobs = [(arch, MANY, ("fp16", "int8")) for arch in aot.ARCHITECTURES]
-        jobs += [
-            (90, REST, ("fp16", "int8")),
-            (80, REST, ("fp16",)),
-            (90, MANY, ("fp32", "bf16")),
-            (80, MANY, ("fp32",)),
-        ]
-        yield list(aot.compile_many(jobs, workers=2))
+def rows() -> list[dict[str, Any]]:
+    def build(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+            table = list(aot.compile_many(JOBS, workers=2))
+        (folder / "rows.json").write_text(json.dumps(table), encoding="utf-8")
+
+    facts = [json.dumps(JOBS), version("triton"), version("torch"), sys.version]
+    folder = build_once("triton-aot", [ROOT / "kernels"], facts, build)
+    table: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    return table
 
 
 def test_tensor_cores_multiply(rows: list[dict[str, Any]]) -> None:
