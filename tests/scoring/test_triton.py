@@ -36,7 +36,7 @@ def cuda_or_skip() -> None:
 def test_parity_under_the_interpreter(file: str, least: int) -> None:
     # In a process of its own: triton_parity.py says why. It sees no GPU, as the interpreter needs none.
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/scoring/{file}.py"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", f"tests/scoring/{file}.py"]
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
