@@ -164,7 +164,7 @@ def test_several_machines_and_thread_counts(tmp_path: Path) -> None:
 def test_bars_of_a_waterfall() -> None:
     bars, one_pass = encoder_bars(encoder("demo-b64", 3, 100.0))
     assert [(bar.label, round(bar.row["runtime_ms"], 6)) for bar in bars] == [
-        ("two passes, eager PyTorch", 250.0),
+        ("two passes, PyTorch", 250.0),
         ("two passes, torch.compile", 220.0),
         ("two passes, ONNX Runtime", 201.23),
         ("fused, adapters from block 0, ONNX Runtime", 170.0),

@@ -66,7 +66,7 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     os.dup2(file, 2)
     torch.set_num_threads(1)
     sys.argv = ["train_adapter.py", *options]
-    from tools import command
+    from iosr_fast.utils import command
     from tools.train_adapter import main
 
     command.run(main)

@@ -21,12 +21,7 @@ BLUE, GREEN, ORANGE, GREY, INK = "#0072B2", "#009E73", "#D55E00", "#9A9A9A", "#2
 LINES = (BLUE, GREEN, ORANGE, "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E")
 # Parts of the names of implementations that are not ours; their lines are dashed.
 RIVALS = ("two-pass", "papers-formula", "eager", "torch-fp32")
-RUNTIMES = {
-    "eager": "eager PyTorch",
-    "torch-compile": "torch.compile",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-}
+RUNTIMES = {"eager": "PyTorch", "torch-compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 IMPL = re.compile(r"(?P<runtime>[\w-]+?)(?P<passes>-two-pass|-one-pass)?(-s(?P<first>\d+))?")
 ENCODER = re.compile(r"(?P<model>.+)-b(?P<batch>\d+)(-s\d+)?")
 SHAPE = re.compile(r"q(?P<queries>\d+)-k(?P<keys>\d+)-d(?P<width>\d+)-c(?P<classes>\d+)")
@@ -80,13 +75,13 @@ def _grouped(results: Sequence[Results], bench: str, key: Callable[[Row], Any]) 
     return {k: sorted(groups[k], key=lambda item: (natural(str(item[1]["case"])), repr(item))) for k in order}
 
 
-def _chart(
-    stem: str, others: Sequence[Chart], title: str, caption: str, rows: Sequence[tuple[str, Row]], draw: Any
-) -> Chart:
-    """stem.png; stem-2.png and so on where another machine's figure has that name."""
-    same = sum(re.fullmatch(rf"{re.escape(stem)}(-\d)?\.png", other.file) is not None for other in others)
+def _add(
+    charts: list[Chart], stem: str, title: str, caption: str, rows: Sequence[tuple[str, Row]], draw: Callable[..., None]
+) -> None:
+    """Append stem.png, or stem-2.png and so on if another machine's figure has that name."""
+    same = sum(re.fullmatch(rf"{re.escape(stem)}(-\d)?\.png", other.file) is not None for other in charts)
     file = f"{stem}-{same + 1}.png" if same else f"{stem}.png"
-    return Chart(file, title, caption, tuple(sorted({name for name, _ in rows})), draw)
+    charts.append(Chart(file, title, caption, tuple(sorted({name for name, _ in rows})), partial(draw, title=title)))
 
 
 def _encoder_case(row: Row) -> tuple[str, int]:
@@ -116,8 +111,7 @@ def waterfalls(results: Sequence[Results]) -> list[Chart]:
         if one_pass is not None:
             caption += "; dashed: the fastest compiled plain pass, which gives no adapted embedding"
         caption += "." if model == "demo" else ". The weights are random, which changes no speed."
-        draw = partial(draw_bars, bars, one_pass, title)
-        made.append(_chart(f"waterfall-{model}", made, title, caption, [*rows, *narrow], draw))
+        _add(made, f"waterfall-{model}", title, caption, [*rows, *narrow], partial(draw_bars, bars, one_pass))
     return made
 
 
@@ -152,20 +146,11 @@ def batch_sweeps(results: Sequence[Results]) -> list[Chart]:
         for _, row in rows:
             batch = _encoder_case(row)[1]
             lines.setdefault(_line(row), []).append((batch, 1e3 * batch / row["runtime_ms"]))
-        if max(map(len, lines.values())) < 2:
-            continue
-        title = f"Throughput and batch size: {model}"
-        panel = Panel("", "batch", "pictures a second, both embeddings", lines)
-        made.append(
-            _chart(
-                f"throughput-{model}",
-                made,
-                title,
-                f"{machine}; higher is better.",
-                rows,
-                partial(draw_lines, [panel], title),
-            )
-        )
+        if max(map(len, lines.values())) > 1:
+            panels = [Panel("", "batch", "pictures a second, both embeddings", lines)]
+            caption = f"{machine}; higher is better."
+            title = f"Throughput and batch size: {model}"
+            _add(made, f"throughput-{model}", title, caption, rows, partial(draw_lines, panels))
     return made
 
 
@@ -173,11 +158,10 @@ def score_sweeps(results: Sequence[Results]) -> list[Chart]:
     """A figure for each machine: a panel for each of classes, keys and queries that varies alone."""
     made: list[Chart] = []
     for (_, machine), rows in _grouped(results, "scaling-score", lambda row: "").items():
-        panels = [panel for along in ("classes", "keys", "queries") if (panel := _swept(rows, along))]
-        if panels:
+        if panels := [panel for along in ("classes", "keys", "queries") if (panel := _swept(rows, along))]:
             title = f"Scoring with more {', '.join(panel.x_label for panel in panels)}"
             caption = f"{machine}; lower is better; the other sizes stand above each panel."
-            made.append(_chart("scaling-score", made, title, caption, rows, partial(draw_lines, panels, title)))
+            _add(made, "scaling-score", title, caption, rows, partial(draw_lines, panels))
     return made
 
 
@@ -201,7 +185,7 @@ def _line(row: Row) -> str:
     return impl if bits == "fp32" or bits in impl else f"{impl}:{bits}"
 
 
-def draw_bars(bars: Sequence[Bar], one_pass: Row | None, title: str, path: Path) -> None:
+def draw_bars(bars: Sequence[Bar], one_pass: Row | None, path: Path, title: str) -> None:
     """Horizontal bars from the top down, each with its time, its speed-up over the first, and its accuracy."""
     figure = _figure(8.0, 0.9 + 0.36 * len(bars))
     axis = figure.subplots()
@@ -223,7 +207,7 @@ def draw_bars(bars: Sequence[Bar], one_pass: Row | None, title: str, path: Path)
     _save(figure, path, title)
 
 
-def draw_lines(panels: Sequence[Panel], title: str, path: Path) -> None:
+def draw_lines(panels: Sequence[Panel], path: Path, title: str) -> None:
     figure = _figure(max(7.0, 3.2 * len(panels)), 4.2)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     handles: dict[str, Any] = {}
