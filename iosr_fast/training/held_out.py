@@ -19,6 +19,7 @@ from iosr_fast.training.data import PictureSource, SubsetPictures
 from iosr_fast.training.probe import Probe, probe, probed_rows
 from iosr_fast.training.supervised import Stem
 from iosr_fast.training.train_config import TrainConfig
+from iosr_fast.utils.require import require_installed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -42,6 +43,7 @@ class HeldOutEvaluator:
         fabric: Fabric,
         folder: Path | None,
     ) -> None:
+        require_installed("sklearn", "train")  # now, not after the first epoch
         self.encoder, self.fabric = encoder, fabric
         self.normalise = Normalise(clip, True, fabric.device)  # as at inference, whatever training does
         classes = int((source.labels.bincount() >= 2).sum())

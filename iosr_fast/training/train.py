@@ -194,7 +194,7 @@ class _Training:
                         report(progress)
                     ended = progress.step == self.steps_an_epoch
                     if ended and self.held_out is not None:
-                        self._probe(epoch, report_epoch)
+                        self._measure(epoch, report_epoch)
                     due = checkpoint_every and self.done % checkpoint_every == 0
                     if ended or due or self.overdue or interrupt.everywhere:
                         self._save()
@@ -250,18 +250,19 @@ class _Training:
                 group["weight_decay"] = self.config.weight_decay_at(self.done, self.steps_an_epoch)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        if self.fabric.world_size == 1:
-            return values
         reduced = self.fabric.all_reduce(values, reduce_op="sum")
         assert isinstance(reduced, torch.Tensor)
         return reduced
 
-    def _probe(self, epoch: int, report_epoch: Callable[[int, Probe, Probe], None] | None) -> None:
+    def _measure(self, epoch: int, report_epoch: Callable[[int, Probe, Probe], None] | None) -> None:
         assert self.held_out is not None
         plain, adapted = self.held_out.measure(self.objective.result())
         if self.log is not None:
-            values = {f"plain_{name}": value for name, value in _numbers(plain).items()}
-            values |= {f"adapted_{name}": value for name, value in _numbers(adapted).items()}
+            values = {
+                f"{kind}_{name}": getattr(probe, name)
+                for kind, probe in (("plain", plain), ("adapted", adapted))
+                for name in ("overlap_area", "auroc", "linear_probe")
+            }
             self.log.epoch(self.done, epoch + 1, **values)
         if report_epoch is not None:
             report_epoch(epoch + 1, plain, adapted)
@@ -277,8 +278,7 @@ class _Training:
                 self.checkpoints.save(self.done, tensors, {"precision": self.fabric._precision.state_dict()})
             except OSError as error:
                 failed = error
-        if self.fabric.world_size > 1:
-            failed = self.fabric.broadcast(failed)
+        failed = self.fabric.broadcast(failed)
         if failed is not None:
             raise failed
         self.saved = time.monotonic()
@@ -289,14 +289,7 @@ class _Training:
             return 0
         checkpoint = self.checkpoints.latest()
         step = checkpoint.step if checkpoint is not None else 0
-        if self.fabric.world_size > 1:
-            first = self.fabric.broadcast(step)
-            differing = int(self._sum(torch.tensor(int(step != first), device=self.fabric.device)))
-            if differing:
-                raise ValueError(
-                    f"expected all processes to read the same checkpoints in {self.checkpoints.folder}, got step "
-                    f"{first} in the first and others in {differing} of them: all machines have to share the folder"
-                )
+        check_same(self.fabric, {f"newest checkpoint in {self.checkpoints.folder}": step})
         if checkpoint is None:
             return 0
         state = {name: value for name, value in checkpoint.tensors.items() if not name.startswith("optimizer.")}
@@ -306,7 +299,3 @@ class _Training:
             self.fabric._precision.load_state_dict(checkpoint.extra["precision"])
         log.info("resuming after step %d of %d", step, self.total)
         return step
-
-
-def _numbers(probe: Probe) -> dict[str, float]:
-    return {name: getattr(probe, name) for name in ("overlap_area", "auroc", "linear_probe")}

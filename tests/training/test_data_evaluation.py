@@ -81,10 +81,10 @@ def test_check_tells_of_every_set_what_keeps_it(tmp_path: Path) -> None:
     cub(tmp_path)
     EUROSAT(tmp_path)
     (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text("{", encoding="utf-8")
-    found = check(tmp_path, ["cub", "eurosat", "dtd"])
-    assert list(found) == ["cub", "eurosat", "dtd"] and found["cub"] is None
-    assert "split_zhou_EuroSAT.json is damaged" in (found["eurosat"] or "")
-    assert "split_zhou_DescribableTextures.json" in (found["dtd"] or "")
+    problems = check(tmp_path, ["cub", "eurosat", "dtd"])
+    assert list(problems) == ["cub", "eurosat", "dtd"] and problems["cub"] is None
+    assert "split_zhou_EuroSAT.json is damaged" in (problems["eurosat"] or "")
+    assert "split_zhou_DescribableTextures.json" in (problems["dtd"] or "")
     with pytest.raises(ValueError, match=r"expected an evaluation set among caltech101, .*, got 'cifar'"):
         check(tmp_path, ["cub", "cifar"])
 

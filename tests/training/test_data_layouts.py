@@ -132,10 +132,10 @@ def aircraft(root: Path) -> Expected:
 
 
 def aircraft_of_torchvision(root: Path) -> Expected:
-    made = aircraft(root)
+    expected = aircraft(root)
     (root / "fgvc-aircraft-2013b").mkdir()
     (root / "fgvc_aircraft").rename(root / "fgvc-aircraft-2013b" / "data")
-    return made
+    return expected
 
 
 def sun(root: Path) -> Expected:
@@ -201,15 +201,15 @@ def imagenet(root: Path) -> Expected:
     return in_folder(root / "imagenet/images", list(WNIDS.values()), rows)
 
 
-def shift(folder: str, kept: tuple[str, ...], numbered: bool = False) -> Callable[[Path], Expected]:
+def shift(folder: str, wnids: tuple[str, ...], numbered: bool = False) -> Callable[[Path], Expected]:
     def make(root: Path) -> Expected:
         put_text(root / "imagenet/classnames.txt", *(f"{wnid} {name}" for wnid, name in WNIDS.items()))
         place = root / folder
         rows = {
-            "test": [(f"{place.name}/{label if numbered else wnid}/x.jpg", label) for label, wnid in enumerate(kept)]
+            "test": [(f"{place.name}/{label if numbered else wnid}/x.jpg", label) for label, wnid in enumerate(wnids)]
         }
         put_text(place / "README.txt", "not an image")
-        return in_folder(place.parent, [WNIDS[wnid] for wnid in kept], rows)
+        return in_folder(place.parent, [WNIDS[wnid] for wnid in wnids], rows)
 
     return make
 
@@ -275,7 +275,7 @@ def make_case(root: Path, name: str, make: Callable[[Path], Expected], monkeypat
     if make is flowers:
         import torchvision.datasets as torchvision
 
-        # The official files are told by their MD5, which those of a fixture can't have.
+        # The official files are checked by their MD5, which those of a fixture can't have.
         files = {key: (file, None) for key, (file, _) in torchvision.Flowers102._file_dict.items()}
         monkeypatch.setattr(torchvision.Flowers102, "_file_dict", files)
     return class_names, rows

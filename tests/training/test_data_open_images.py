@@ -255,11 +255,11 @@ def test_the_command_line_writes_both_files(class_csv: Path, label_csvs: list[Pa
     written = out.read_bytes()
     folder = CliRunner().invoke(app, [*arguments, "--images-a-class", "5", "--download-list", str(tmp_path)])
     assert folder.exit_code == 2 and "expected a file to write to" in folder.output
-    for more, told in (
+    for more, message in (
         (["--download-list", str(out)], "expected two files to write"),
         (["--out", str(out / "deeper" / "oi.csv")], "is not a folder that may be written to"),
     ):
         refused = CliRunner().invoke(app, [*arguments, "--images-a-class", "5", *more, "--labels", "absent.csv"])
-        assert refused.exit_code == 2 and told in " ".join(refused.output.replace("│", " ").split())
+        assert refused.exit_code == 2 and message in " ".join(refused.output.replace("│", " ").split())
     too_many = CliRunner().invoke(app, [*arguments, "--images-a-class", "500"])
     assert too_many.exit_code == 2 and "no class has 500 images" in too_many.output and out.read_bytes() == written

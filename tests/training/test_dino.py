@@ -94,24 +94,24 @@ def test_the_teacher_is_a_moving_average_whose_momentum_rises_to_one(clip: Loade
 
 
 def test_the_teachers_temperature_rises_over_its_warm_up(clip: LoadedClip) -> None:
-    dino, found = build(clip), []
+    dino, temperatures = build(clip), []
     for epoch in range(5):
         dino.begin_epoch(epoch)
-        found.append(dino.temperature)
-    np.testing.assert_allclose(found, [0.04, 0.055, 0.07, 0.07, 0.07])
+        temperatures.append(dino.temperature)
+    np.testing.assert_allclose(temperatures, [0.04, 0.055, 0.07, 0.07, 0.07])
 
 
 def test_crops_have_their_sizes_and_repeat_with_the_seed(clip: LoadedClip) -> None:
     dino = build(clip)
     images = torch.rand(4, 3, 64, 64)
-    made = []
+    drawn = []
     for _ in range(2):
         torch.manual_seed(3)
-        made.append(dino.views(images, None))
-    assert [tuple(view.shape) for view in made[0]] == [(8, 3, 64, 64), (12, 3, 32, 32)]
-    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
-    assert all(view.min() >= 0 and view.max() <= 1 for view in made[0])
-    crops = made[0][1].reshape(3, 4, 3, 32, 32)
+        drawn.append(dino.views(images, None))
+    assert [tuple(view.shape) for view in drawn[0]] == [(8, 3, 64, 64), (12, 3, 32, 32)]
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    assert all(view.min() >= 0 and view.max() <= 1 for view in drawn[0])
+    crops = drawn[0][1].reshape(3, 4, 3, 32, 32)
     assert not torch.equal(crops[0], crops[1]), "each crop is drawn anew"
     assert tuple(build(clip, DinoConfig(out_dim=8, local_crops=0)).views(images, None)[0].shape) == (8, 3, 64, 64)
 

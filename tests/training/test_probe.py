@@ -28,8 +28,8 @@ def clusters(
 
 def test_separable_classes_are_all_right_and_random_labels_are_chance(rng: np.random.Generator) -> None:
     rows, labels = clusters(rng, 20, 30, 64, noise=0.1)
-    found = probe(rows, labels)
-    assert found == Probe(overlap_area=0.0, auroc=1.0, linear_probe=1.0, pictures=600, classes=20)
+    measured = probe(rows, labels)
+    assert measured == Probe(overlap_area=0.0, auroc=1.0, linear_probe=1.0, pictures=600, classes=20)
     chance = probe(rows, rng.permutation(labels))
     # 300 test pictures at 1/20: a standard deviation of 0.0126.
     assert abs(chance.linear_probe - 1 / 20) < 5 * 0.0126
@@ -44,9 +44,9 @@ def test_overlap_is_that_of_all_pairs(rng: np.random.Generator) -> None:
     rows, labels = clusters(rng, 9, 10, 16, noise=1.0)
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     pairs = pair_cosines(units.astype(np.float64), labels)
-    found = probe(rows, labels)
-    assert found.auroc == pytest.approx(auroc(*pairs), abs=1e-6)
-    assert found.overlap_area == pytest.approx(overlap_area(*pairs), abs=2e-3)  # a cosine may lie on a bin's border
+    measured = probe(rows, labels)
+    assert measured.auroc == pytest.approx(auroc(*pairs), abs=1e-6)
+    assert measured.overlap_area == pytest.approx(overlap_area(*pairs), abs=2e-3)  # a cosine may lie on a bin's border
 
 
 def test_encoders_are_compared_on_the_same_pictures(rng: np.random.Generator) -> None:
@@ -64,9 +64,9 @@ def test_encoders_are_compared_on_the_same_pictures(rng: np.random.Generator) ->
 def test_many_pictures_are_drawn_evenly(rng: np.random.Generator) -> None:
     sizes = np.array([1, 2, 5, 3000, 900, 800, 1])
     labels = np.repeat(np.arange(10, 10 + len(sizes)), sizes)
-    found = probe(rng.standard_normal((len(labels), 4)), labels)
-    assert (found.classes, found.classes_left_out) == (5, 2)
-    assert found.pictures == 2 + 5 + 3 * 664  # the largest limit for all that stays within 2,000
+    measured = probe(rng.standard_normal((len(labels), 4)), labels)
+    assert (measured.classes, measured.classes_left_out) == (5, 2)
+    assert measured.pictures == 2 + 5 + 3 * 664  # the largest limit for all that stays within 2,000
     many = probe(rng.standard_normal((4500, 4)).astype(np.float16), np.arange(4500) % 1500)
     assert (many.pictures, many.classes, many.classes_left_out) == (2000, 1000, 0)
 

@@ -30,7 +30,7 @@ from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.training.processes import check_same, check_shared  # noqa: E402
 
 OPTIONS = {
-    "supervised": "--epochs 3 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
+    "supervised": "--epochs 4 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
     "dino": "--objective dino --epochs 1 --batch 8 --accumulate 2 --dino-out 64 --local-crops 1 --held-out 0",
 }
 
@@ -129,7 +129,7 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
     assert "2 processes on cpu" in done.stdout and "linear probe" in done.stdout
 
     pair = Pair(arguments(folder, killed, "supervised"), tmp_path / "log.txt")
-    pair.wait_for(steps_csv(killed), 3)
+    pair.wait_for(steps_csv(killed), 4)  # the checkpoint of step 2 is written
     pair.ranks[1].kill()  # torchrun would end the other
     pair.signal(signal.SIGKILL)
     assert pair.exit_codes() == [-signal.SIGKILL] * 2

@@ -205,8 +205,8 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
         manifest.write_text("")
     checkpoints = Checkpoints(folder, json.loads((one / "manifest.json").read_text())["key"])
     (folder / "damaged-step-000000008").mkdir()  # of an earlier damage
-    found = checkpoints.latest()
-    assert found is not None and found.step == 4
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None and checkpoint.step == 4
     assert not two.exists() and any((folder / "damaged-step-000000008").iterdir())
     assert "step-000000008 is damaged and skipped" in caplog.text
 

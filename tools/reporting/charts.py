@@ -92,7 +92,7 @@ def _encoder_case(row: Row) -> tuple[str, int]:
 
 def waterfalls(results: Sequence[Results]) -> list[Chart]:
     """A figure for each model, batch and machine with at least two techniques."""
-    made: list[Chart] = []
+    figures: list[Chart] = []
     precision = _grouped(results, "precision", _encoder_case)
     for key, rows in _grouped(results, "encoder", _encoder_case).items():
         (model, batch), machine = key
@@ -111,8 +111,8 @@ def waterfalls(results: Sequence[Results]) -> list[Chart]:
         if one_pass is not None:
             caption += "; dashed: the fastest compiled plain pass, which gives no adapted embedding"
         caption += "." if model == "demo" else ". The weights are random, which changes no speed."
-        _add(made, f"waterfall-{model}", title, caption, [*rows, *narrow], partial(draw_bars, bars, one_pass))
-    return made
+        _add(figures, f"waterfall-{model}", title, caption, [*rows, *narrow], partial(draw_bars, bars, one_pass))
+    return figures
 
 
 def encoder_bars(rows: Sequence[Row]) -> tuple[list[Bar], Row | None]:
@@ -120,27 +120,27 @@ def encoder_bars(rows: Sequence[Row]) -> tuple[list[Bar], Row | None]:
 
     Shown are two passes with the adapters as late as they are measured, and ours from there and from block 0 on.
     """
-    found: dict[tuple[str, str, int], Row] = {}
+    by_kind: dict[tuple[str, str, int], Row] = {}
     for row in rows:
         match = IMPL.fullmatch(str(row["impl"]))
         if match is not None and match["runtime"] in RUNTIMES:
-            found[match["passes"] or "", match["runtime"], int(match["first"] or -1)] = row
-    late = max((first for passes, _, first in found if passes == "-two-pass"), default=0)
+            by_kind[match["passes"] or "", match["runtime"], int(match["first"] or -1)] = row
+    late = max((first for passes, _, first in by_kind if passes == "-two-pass"), default=0)
     bars = []
     for runtime, name in RUNTIMES.items():
-        if row := found.get(("-two-pass", runtime, late)):
+        if row := by_kind.get(("-two-pass", runtime, late)):
             bars.append(Bar(f"two passes, {name}", row, ORANGE if runtime == "eager" else GREY))
     for first in sorted({0, late}):
         for runtime, name in RUNTIMES.items():
-            if row := found.get(("", runtime, first)):
+            if row := by_kind.get(("", runtime, first)):
                 bars.append(Bar(f"fused, adapters from block {first}, {name}", row, BLUE))
-    one_pass = [row for (passes, _, _), row in found.items() if passes == "-one-pass"]
+    one_pass = [row for (passes, _, _), row in by_kind.items() if passes == "-one-pass"]
     return bars, min(one_pass, key=lambda row: float(row["runtime_ms"]), default=None)
 
 
 def batch_sweeps(results: Sequence[Results]) -> list[Chart]:
     """A figure for each model and machine with several batch sizes: pictures a second."""
-    made: list[Chart] = []
+    figures: list[Chart] = []
     for (model, machine), rows in _grouped(results, "scaling-encoder", lambda row: _encoder_case(row)[0]).items():
         lines: dict[str, list[tuple[float, float]]] = {}
         for _, row in rows:
@@ -150,19 +150,19 @@ def batch_sweeps(results: Sequence[Results]) -> list[Chart]:
             panels = [Panel("", "batch", "pictures a second, both embeddings", lines)]
             caption = f"{machine}; higher is better."
             title = f"Throughput and batch size: {model}"
-            _add(made, f"throughput-{model}", title, caption, rows, partial(draw_lines, panels))
-    return made
+            _add(figures, f"throughput-{model}", title, caption, rows, partial(draw_lines, panels))
+    return figures
 
 
 def score_sweeps(results: Sequence[Results]) -> list[Chart]:
     """A figure for each machine: a panel for each of classes, keys and queries that varies alone."""
-    made: list[Chart] = []
+    figures: list[Chart] = []
     for (_, machine), rows in _grouped(results, "scaling-score", lambda row: "").items():
         if panels := [panel for along in ("classes", "keys", "queries") if (panel := _swept(rows, along))]:
             title = f"Scoring with more {', '.join(panel.x_label for panel in panels)}"
             caption = f"{machine}; lower is better; the other sizes stand above each panel."
-            _add(made, "scaling-score", title, caption, rows, partial(draw_lines, panels))
-    return made
+            _add(figures, "scaling-score", title, caption, rows, partial(draw_lines, panels))
+    return figures
 
 
 def _swept(rows: Sequence[tuple[str, Row]], along: str) -> Panel | None:

@@ -55,12 +55,12 @@ class Results:
 
 def read_results(folder: Path) -> list[Results]:
     """Every *.json of a folder, by name. BrokenResults names a broken file, or a folder without any."""
-    found = [read_file(path) for path in sorted(folder.glob("*.json"))]
-    if not found:
+    results = [read_file(path) for path in sorted(folder.glob("*.json"))]
+    if not results:
         raise BrokenResults(
             f"expected a folder with JSON files, found none in {folder}; tools/benchmark.py all makes them"
         )
-    return found
+    return results
 
 
 def read_file(path: Path) -> Results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tools.reporting.charts import Chart, charts
@@ -62,7 +63,7 @@ def pages(results: Sequence[Results], folder: Path, out: Path) -> tuple[str, lis
             sources = ", ".join(f"[{name}]({link}/{name})" for name in chart.sources)
             lines += ["", f"![{chart.title}]({PLOTS}/{chart.file})", "", f"{chart.caption} Rows: {sources}."]
         for part in parts:
-            lines += _render(part, lambda part, at: timing_tables(part.name, at, part.rows[bench]), link)  # noqa: B023
+            lines += _render(part, partial(_timings, bench), link)
     sections: tuple[tuple[str, Callable[[Results, str], list[str]], Callable[[Results], bool]], ...] = (
         ("Serving", serving_tables, lambda part: part.kind == "serving"),
         ("Accuracy", evaluation_tables, lambda part: any(part.rows.get(bench) for bench in EVALUATIONS)),
@@ -78,6 +79,10 @@ def pages(results: Sequence[Results], folder: Path, out: Path) -> tuple[str, lis
         lines += ["", "## GPU kernels, compiled ahead of time", "", *compiled_table(compiled, link)]
     lines += _others(results, link)
     return "\n".join(lines) + "\n", [chart for group in drawn.values() for chart in group]
+
+
+def _timings(bench: str, part: Results, link: str) -> list[str]:
+    return timing_tables(part.name, link, part.rows[bench])
 
 
 def _render(part: Results, make: Callable[[Results, str], list[str]], link: str) -> list[str]:
@@ -100,7 +105,7 @@ def _machines(results: Sequence[Results]) -> list[str]:
                 files.setdefault(part.name, set()).add(str(row.get("commit") or "commit not given"))
     lines = []
     for device, files in sorted(commits.items()):
-        listed = [f"{name} ({', '.join(sorted(found))})" for name, found in sorted(files.items())]
+        listed = [f"{name} ({', '.join(sorted(ids))})" for name, ids in sorted(files.items())]
         lines.append(f"- {device}: {', '.join(listed)}")
     if any("+dirty" in line for line in lines):
         lines += ["", "`+dirty`: the tree differed from the commit when the rows were made."]

@@ -120,36 +120,36 @@ class ShardPictures:
 
     def _encoded(self, rows: list[int]) -> Iterator[tuple[int, bytes]]:
         """(row, bytes of its image) in the order of `rows`, each shard read forward once and no further than needed."""
-        wanted: dict[int, set[int]] = {}
+        remaining: dict[int, set[int]] = {}
         for row in rows:
-            wanted.setdefault(int(self._shard[row]), set()).add(row)
+            remaining.setdefault(int(self._shard[row]), set()).add(row)
         readers: dict[int, Iterator[tuple[int, bytes]]] = {}
-        held: dict[int, bytes] = {}
+        buffered: dict[int, bytes] = {}
         for row in rows:
             index = int(self._shard[row])
             if index not in readers:
-                readers[index] = self._read(index, frozenset(wanted[index]))
-            while row not in held:
+                readers[index] = self._read(index, frozenset(remaining[index]))
+            while row not in buffered:
                 next_row, data = next(readers[index])
-                held[next_row] = data
-            if len(held) > self.window or len(readers) > MOST_OPEN:
+                buffered[next_row] = data
+            if len(buffered) > self.window or len(readers) > MOST_OPEN:
                 raise ValueError(
                     f"this order needs more than the window of {self.window} samples (or {MOST_OPEN} shards) at once; "
                     "expected a part of what order() gives, from a source with the same window"
                 )
-            yield row, held.pop(row)
-            wanted[index].remove(row)
-            if not wanted[index]:
+            yield row, buffered.pop(row)
+            remaining[index].remove(row)
+            if not remaining[index]:
                 del readers[index]
 
-    def _read(self, index: int, wanted: frozenset[int]) -> Iterator[tuple[int, bytes]]:
+    def _read(self, index: int, rows: frozenset[int]) -> Iterator[tuple[int, bytes]]:
         shard, start = self.shards[index], int(self._start[index])
         now = shard.path.stat()  # other labels may lie under the same keys
         same = (now.st_size, now.st_mtime_ns) == (shard.bytes, shard.mtime_ns)
         for position, sample in enumerate(read_samples(shard.path) if same else ()):
             if position >= len(shard.keys) or sample["__key__"] != shard.keys[position]:
                 break
-            if start + position in wanted:
+            if start + position in rows:
                 yield start + position, sample[shard.images[position]]
         raise ValueError(f"shard {shard.path} changed after it was opened; open it again")
 
