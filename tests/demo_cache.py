@@ -10,14 +10,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from iosr_fast.utils.files import new_folder
 from tests import ROOT
 
 VARIABLE = "IOSR_FAST_CACHE"
 CACHES = ROOT / "build" / "test-cache"
 UNUSED_S = 24 * 3600
-# What an engine, a text encoder and a saved classifier are computed by.
+# The code that computes an engine, a text encoder and a saved classifier.
 SOURCES = ("clip", "encoders", "export", "images", "methods", "scoring", "state", "utils")
 
 
@@ -66,6 +69,24 @@ def demo_bundle(classes: int = 12, shots: int = 3, method: str = "tip-adapter++"
 def demo_engine() -> Path:
     """The demo's ONNX Runtime engine with the shipped adapter, in fp32. Read it, never change it."""
     return demo_bundle() / "engine"
+
+
+def export_once(encoder: Any, path: Path) -> None:
+    """`export_onnx` to `path`, encoder.onnx in some folder: it takes seconds, and runs once for each encoder."""
+    from iosr_fast.export.onnx_export import export_onnx
+
+    packages = [version(name) for name in ("torch", "onnx", "onnxscript")]
+    digest = hashlib.sha256(f"{encoder.config} {packages}".encode())
+    for value in encoder.state_dict().values():
+        digest.update(value.numpy().tobytes())
+    cached = demo_cache() / "exports" / digest.hexdigest()[:16]
+    with _locked():
+        if not (cached / "encoder.onnx").is_file():
+            with new_folder(cached) as temporary:
+                export_onnx(encoder, temporary / "encoder.onnx")
+    assert path.name == "encoder.onnx", "the graph names the weights file, encoder.weights"
+    for file in cached.iterdir():
+        shutil.copyfile(file, path.with_name(file.name))
 
 
 _depth = 0

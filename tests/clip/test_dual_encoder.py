@@ -14,9 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
 
+from iosr_fast.clip.architecture import vision_config  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
-from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
 
@@ -79,7 +79,7 @@ def test_variations_of_the_vision_transformer(vision: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_vit_b_32() -> None:
-    clip = load_clip("ViT-B-32", "none")
+    clip = small_clip(**(vision_config("ViT-B-32") or {}), head_width=64)
     adapter = random_adapter(clip, 9, bottleneck=64)
     pixels = random_pixels(2, 224)
     for got, expected in zip(
@@ -162,6 +162,7 @@ def test_refuses_another_clips_adapter_and_an_unknown_precision() -> None:
         build_dual_encoder(clip, precision="int8")
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_open_clip() -> None:
     code = "import sys; sys.modules['open_clip'] = None; import iosr_fast.clip.dual_encoder"
     subprocess.run([sys.executable, "-c", code], check=True)

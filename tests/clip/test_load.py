@@ -162,6 +162,7 @@ def test_an_archive_that_differs_from_the_published_one_is_not_run(
         load_clip(TINY, tmp_path / "openai.pt")
 
 
+@pytest.mark.slow
 def test_the_command_that_converts_an_archive_works(tiny_state: dict, tmp_path: Path) -> None:
     path = tmp_path / "our own.pt"
     torchscript_archive(tiny_state, path)
@@ -204,6 +205,7 @@ def test_weights_of_another_model_are_refused(tiny_state: dict, tmp_path: Path) 
         load_clip(TINY, tmp_path / "half.pt")
 
 
+@pytest.mark.slow
 def test_without_torch_the_pip_command_is_named() -> None:
     code = """
 import importlib, sys

@@ -17,13 +17,14 @@ pytest.importorskip("open_clip")
 from iosr_fast.encoders.runtimes import engine, open_engine, plans  # noqa: E402
 from iosr_fast.encoders.runtimes.plans import Target, open_plan  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import target  # noqa: E402
-from iosr_fast.export import pretrained  # noqa: E402
+from iosr_fast.export import export, pretrained  # noqa: E402
 from iosr_fast.export.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from iosr_fast.utils.files import cache_folder, new_folder  # noqa: E402
 from iosr_fast.utils.machine import Gpu  # noqa: E402
 from iosr_fast.utils.manifest import SCHEMA, read_manifest, write_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
+from tests.demo_cache import export_once  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 
 H100, A100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0)), Gpu("NVIDIA A100-SXM4-40GB", (8, 0))
@@ -221,11 +222,13 @@ def test_gpus_are_asked_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.choose_runtime("auto", {"tensorrt_rtx", "onnxruntime"}) == "tensorrt_rtx"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what this machine can't do is the test")
 def test_tensorrt_rtx_is_built_again_for_its_own_version(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     version = pytest.importorskip("tensorrt_rtx").__version__
+    monkeypatch.setattr(export, "export_onnx", export_once)
     clip, folder = small_clip(), tmp_path / "engine"
     write_engine(clip, random_adapter(clip, 1), folder, "onnxruntime", max_batch=2)
     with pytest.raises(ValueError, match=r"to add a plan, got 'torch'"):

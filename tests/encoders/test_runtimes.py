@@ -23,12 +23,14 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.encoders.runtimes import choose_runtime, engine, open_engine, openvino  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.encoders.runtimes.tensorrt import build_plan  # noqa: E402
+from iosr_fast.export import export  # noqa: E402
 from iosr_fast.export.engine_precision import choose_builder  # noqa: E402
 from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from iosr_fast.utils.manifest import SCHEMA  # noqa: E402
 from tests import ROOT  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
+from tests.demo_cache import export_once  # noqa: E402
 from tests.state.manifests import rewrite_manifest  # noqa: E402
 
 MAX_BATCH = 3
@@ -39,10 +41,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small engine for each runtime of the CPU, and one without an adapter."""
     folder, clip = tmp_path_factory.mktemp("engines"), small_clip()
     adapter = random_adapter(clip, 1)
-    for runtime in ("onnxruntime", "torch"):
-        write_engine(clip, adapter, folder / runtime, runtime, max_batch=MAX_BATCH)
-    if find_spec("openvino") is not None:
-        write_engine(clip, adapter, folder / "openvino", "openvino", "bf16", max_batch=MAX_BATCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "export_onnx", export_once)
+        for runtime in ("onnxruntime", "torch"):
+            write_engine(clip, adapter, folder / runtime, runtime, max_batch=MAX_BATCH)
+        if find_spec("openvino") is not None:
+            write_engine(clip, adapter, folder / "openvino", "openvino", "bf16", max_batch=MAX_BATCH)
     write_engine(clip, None, folder / "plain", "torch", max_batch=MAX_BATCH)
     return {path.name: path for path in folder.iterdir()}
 
@@ -257,6 +261,7 @@ def test_auto_is_torch_on_a_gpu_without_tensorrt_and_onnx_runtime_without_a_gpu(
     assert open_engine(engines["onnxruntime"]).runtime == "onnxruntime"
 
 
+@pytest.mark.slow
 def test_the_torch_runtime_needs_no_open_clip(engines: dict[str, Path]) -> None:
     code = (
         "import sys; sys.modules['open_clip'] = sys.modules['onnxruntime'] = None; import numpy as np; "
@@ -267,6 +272,7 @@ def test_the_torch_runtime_needs_no_open_clip(engines: dict[str, Path]) -> None:
     assert done.stdout.strip() == "(1, 24)"
 
 
+@pytest.mark.slow
 def test_opening_imports_no_torch_for_onnx_runtime(engines: dict[str, Path]) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from iosr_fast.encoders.runtimes import open_engine; "
@@ -276,12 +282,14 @@ def test_opening_imports_no_torch_for_onnx_runtime(engines: dict[str, Path]) -> 
     assert done.stdout.strip() == "onnxruntime"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_tensorrt_rtx_compiles_without_a_gpu(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(export, "export_onnx", export_once)
     caplog.set_level(logging.INFO, "iosr_fast.encoders.runtimes.tensorrt")
     clip = small_clip()
     manifest = write_engine(clip, random_adapter(clip, 1), tmp_path / "engine", "tensorrt_rtx", precision, MAX_BATCH)
@@ -340,6 +348,7 @@ def test_plans_run(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted((tmp_path / "engine").rglob("*")) == files, "running an engine leaves its folder as it is"
 
 
+@pytest.mark.slow
 def test_int8_products_are_added_without_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime as ort
 
@@ -351,6 +360,7 @@ def test_int8_products_are_added_without_overflow(tmp_path: Path, monkeypatch: p
             super().add_session_config_entry(name, value)
 
     monkeypatch.setattr(ort, "SessionOptions", Options)
+    monkeypatch.setattr(export, "export_onnx", export_once)
     clip, pixels = small_clip(), random_pixels(12, 32)
     write_engine(clip, None, tmp_path / "int8", "onnxruntime", "int8", calibration=pixels, real_images=pixels)
     assert set(set_to) == {("session.x64quantprecision", "1")}

@@ -33,7 +33,9 @@ from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder  # noqa: E402
 from iosr_fast.export import export_text as module  # noqa: E402
+from iosr_fast.export.clip_text import ClipText  # noqa: E402
 from iosr_fast.export.export_text import export_text  # noqa: E402
+from tests.demo_cache import demo_cache, shared_cache  # noqa: E402
 
 VOCABULARY = 49408
 
@@ -46,7 +48,10 @@ def demo() -> LoadedClip:
 @pytest.fixture(scope="module")
 def exported(demo: LoadedClip, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("text")
-    return folder, export_text(demo, folder)
+    with shared_cache():
+        facts = ClipText(demo, demo_cache() / "text").write(folder)
+    assert facts is not None
+    return folder, facts
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,7 @@ def test_memory_is_bounded_by_batches(encoder: TextEncoder, monkeypatch: pytest.
     assert sizes == [32, 32, 11]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_names")
 def test_another_text_tower(tmp_path: Path) -> None:
     clip = small_clip(quick_gelu=True, layers=2, ls_init_value=0.5, pool_type="eos", eos_id=49407)
@@ -186,7 +192,7 @@ PIECES = st.one_of(
 )
 
 
-@hypothesis.settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @hypothesis.given(text=st.lists(PIECES, max_size=12).map("".join))
 def test_any_text_is_read_as_open_clip_reads_it(demo: LoadedClip, encoder: TextEncoder, text: str) -> None:
     np.testing.assert_array_equal(encoder.tokenize([text]), demo.tokenizer([text]).numpy())
@@ -244,6 +250,7 @@ def test_files_are_opened_at_the_first_use_and_once(
         np.testing.assert_array_equal(embeddings, alone.embed_classes(given))
 
 
+@pytest.mark.slow
 def test_it_runs_without_torch(exported: tuple[Path, dict[str, Any]], encoder: TextEncoder, tmp_path: Path) -> None:
     folder, facts = exported
     (tmp_path / "facts.json").write_text(json.dumps(facts))

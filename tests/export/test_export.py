@@ -24,16 +24,20 @@ from iosr_fast.export.onnx_export import export_onnx  # noqa: E402
 from iosr_fast.utils.manifest import read_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402
+from tests.demo_cache import export_once  # noqa: E402
 
 
-@pytest.mark.parametrize(("first", "quick_gelu"), [(0, False), (1, True), (2, False), (None, True)])
-def test_every_batch_gives_pytorchs_numbers(
-    first: int | None, quick_gelu: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(autouse=True)
+def _export_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "export_onnx", export_once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "quick_gelu"), [(0, True), (1, False), (2, True), (None, False)])
+def test_every_batch_gives_pytorchs_numbers(first: int | None, quick_gelu: bool, tmp_path: Path) -> None:
     clip = small_clip(quick_gelu)
     encoder = build_dual_encoder(clip, None if first is None else random_adapter(clip, first))
-    export_onnx(encoder, tmp_path / "encoder.onnx")
-    assert capfd.readouterr() == ("", "")
+    export_once(encoder, tmp_path / "encoder.onnx")
     session = ort.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_inputs()] == ["pixels"]
     assert [value.name for value in session.get_outputs()] == ["plain", "adapted"][: 1 if first is None else 2]
@@ -44,9 +48,13 @@ def test_every_batch_gives_pytorchs_numbers(
             np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_fp16_graph_is_strongly_typed_and_names_no_local_path(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_fp16_graph_is_strongly_typed_and_names_no_local_path(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     clip = small_clip()
     export_onnx(build_dual_encoder(clip, random_adapter(clip, 1), "fp16"), tmp_path / "encoder.onnx")
+    assert capfd.readouterr() == ("", "")
     content = (tmp_path / "encoder.onnx").read_bytes() + (tmp_path / "encoder.weights").read_bytes()
     assert b".py" not in content and str(Path(export.__file__).parent).encode() not in content
     model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "encoder.onnx"))
@@ -63,6 +71,7 @@ def test_fp16_graph_is_strongly_typed_and_names_no_local_path(tmp_path: Path) ->
     assert {value.name: value.type.tensor_type.elem_type for value in model.graph.output} == {"plain": 1, "adapted": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_write_engine_checks_and_records(runtime: str, precision: str, tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.encoders.runtimes.onnxruntime import FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
 from iosr_fast.export import quantize  # noqa: E402
-from iosr_fast.export.onnx_export import export_onnx  # noqa: E402
-from iosr_fast.export.pretrained import open_pretrained  # noqa: E402
+from iosr_fast.export.export import random_adapter  # noqa: E402
 from iosr_fast.export.quantize import activation_scale, dequantised, quantise_matrix, quantize_onnx, rounded  # noqa: E402
 from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
-from tests.clip.small_clip import random_adapter, small_clip  # noqa: E402
+from tests.clip.small_clip import small_clip  # noqa: E402
+from tests.demo_cache import demo_engine, export_once  # noqa: E402
 
 TYPES = onnx.TensorProto
 FORMS = [("fp32", "int8", "cpu")] + [(p, k, "tensorrt") for p in ("fp32", "fp16") for k in ("int8", "fp8")]
@@ -46,24 +46,25 @@ def emoji(split: Any, count: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The small CLIP with an adapter from the second of three blocks on, by precision."""
-    folder = tmp_path_factory.mktemp("sources")
     clip = small_clip()
-    paths: dict[Any, Path] = {precision: folder / f"{precision}.onnx" for precision in ("fp32", "fp16")}
+    paths: dict[Any, Path] = {
+        precision: tmp_path_factory.mktemp(precision) / "encoder.onnx" for precision in ("fp32", "fp16")
+    }
     for precision, path in paths.items():
-        export_onnx(build_dual_encoder(clip, random_adapter(clip, 1), precision), path)
+        export_once(build_dual_encoder(clip, random_adapter(clip, 1), precision), path)
     return paths
 
 
 @pytest.fixture(scope="module")
 def made(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, dict[str, Any]]]:
-    """By form: the quantised file and what was told of it."""
+    """By form: the quantised file and its report."""
     folder = tmp_path_factory.mktemp("quantised")
-    found = {}
+    made = {}
     for precision, kind, scheme in FORMS:
         target = folder / f"{precision}-{kind}-{scheme}.onnx"
-        told = quantize_onnx(sources[precision], target, emoji("generic", 64), kind, scheme)  # type: ignore[arg-type]
-        found[precision, kind, scheme] = target, told
-    return found
+        report = quantize_onnx(sources[precision], target, emoji("generic", 64), kind, scheme)  # type: ignore[arg-type]
+        made[precision, kind, scheme] = target, report
+    return made
 
 
 def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
@@ -160,9 +161,9 @@ def test_tensorrt_rtx_builds_a_plan(form: tuple[str, str, str], made: Any) -> No
     assert len(plan) == facts["bytes"] > 0 and facts["profile"]["max"] == 3
 
 
-def test_the_demo_with_its_adapter(tmp_path: Path, demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
-    source = open_pretrained("demo", None, "auto", "onnxruntime", "fp32", None).engine / FILE
+@pytest.mark.slow
+def test_the_demo_with_its_adapter(tmp_path: Path) -> None:
+    source = demo_engine() / FILE
     told = quantize_onnx(source, tmp_path / "int8.onnx", decoded("generic")[::50])
     pixels = decoded("held-out")[::40]
     assert least_cosine(encode(tmp_path / "int8.onnx", pixels), encode(source, pixels)) >= 0.998
