@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that aren't here: its registers, shared memory, spills and tensor-core instructions.
+"""Compile every kernel without a GPU: its registers, shared memory, spills and tensor-core instructions.
 
     python -m iosr_fast.kernels.aot --json table.json
 
@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,8 +26,7 @@ from iosr_fast.utils.require import require
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 WIDTH = 512
-# As few-shot learning has it: 16 shots a class.
-SHOTS = 16
+SHOTS = 16  # per class
 
 _POINTERS = {
     "logits": "*fp32",
@@ -48,7 +47,7 @@ _FLOATS = ("tau", "alpha", "scale")
 _KEYS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8"}
 _QUERY = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*fp16"}
 _VALUES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*fp32", "int8": "*fp16"}
-# What ptxas puts into the machine code for a tensor-core product, newest first.
+# Tensor-core instructions of the PTX, newest first.
 _TENSOR_CORE_PTX = (
     ("tcgen05.mma", r"\btcgen05\.mma\b"),
     ("wgmma", r"\bwgmma\.mma_async\b"),
@@ -57,9 +56,9 @@ _TENSOR_CORE_PTX = (
 
 
 def kernel_names() -> list[str]:
-    """What compile_ahead compiles: kernel and load ("aligned/many"), and merge, which has no product.
+    """The kernels of compile_ahead: kernel and load ("aligned/many"), and merge, which has no product.
 
-    dense has float16 values beside float16 and int8 keys; dense-float is the same with float32 ones, as plans have.
+    dense has float16 values with float16 and int8 keys; dense-float has float32 ones, as plans do.
     """
     loaded = ("affine", "aligned", "aligned-large", "ragged", "split", "dense", "dense-float")
     return [f"{name}/{load}" for name in loaded for load in ("few", "many")] + ["merge"]
@@ -68,13 +67,13 @@ def kernel_names() -> list[str]:
 def compile_ahead(
     arch: int, kernels: Sequence[str] | None = None, precisions: Sequence[str] = PRECISIONS
 ) -> list[dict[str, Any]]:
-    """Compile kernels for compute capability arch / 10 and report what ptxas made of each, with D = 512.
+    """Compile kernels for compute capability arch / 10 and report each one's resources, with D = 512.
 
-    Rows of {kernel, precision, arch, registers (a thread), spills (bytes of local memory and stack a thread),
-    shared_bytes (a block), tensor_core_instruction ("mma.sync HMMA.16816.F32": by the PTX and by the machine code; ""
+    Rows of {kernel, precision, arch, registers (per thread), spills (bytes of local memory and stack per thread),
+    shared_bytes (per block), tensor_core_instruction ("mma.sync HMMA.16816.F32": of the PTX and of the machine code; ""
     for none)}. affine and merge are float32 only, dense-float is for float16 and int8 keys. Raises ImportError without
-    Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET, where
-    kernels aren't compiled.
+    Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET, which
+    compiles nothing.
     """
     require("triton", "triton")
     from triton import knobs
@@ -82,12 +81,12 @@ def compile_ahead(
     if knobs.runtime.interpret:
         raise RuntimeError("compiling needs TRITON_INTERPRET unset, got it set; kernels would run in the interpreter")
     chosen = kernel_names() if kernels is None else list(kernels)
-    for what, given, known in (
+    for what, names, known in (
         ("a kernel", chosen, kernel_names()),
         ("a precision", precisions, PRECISIONS),
         ("an architecture", [arch], ARCHITECTURES),
     ):
-        for name in given:
+        for name in names:
             if name not in known:
                 raise ValueError(f"expected {what} out of {', '.join(map(str, known))}, got {name!r}")
     rows = []
@@ -97,14 +96,14 @@ def compile_ahead(
     return rows
 
 
-def _precisions(kernel: str, asked: Sequence[str]) -> Sequence[str]:
+def _precisions(kernel: str, precisions: Sequence[str]) -> Sequence[str]:
     if kernel.startswith(("affine", "merge")):
         return ("fp32",)
-    return [name for name in asked if name in ("fp16", "int8")] if kernel.startswith("dense-float") else asked
+    return [name for name in precisions if name in ("fp16", "int8")] if kernel.startswith("dense-float") else precisions
 
 
 def _specification(kernel: str, precision: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """The function, its constexpr arguments and the compiler's options, as the launches of cache_score have them."""
+    """The function, its constexpr arguments and the compiler's options, as in the launches of cache_score."""
     from iosr_fast.kernels import cache_kernels
 
     blocks: tuple[str, ...] = ()
@@ -151,7 +150,7 @@ def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
             signature[name] = "fp32"
         else:
             signature[name] = (special | _POINTERS).get(name, "i32")
-            # As launches find it: torch aligns memory to 16 bytes and more, and C = 1000 or V = 1000 isn't divisible.
+            # As in launches: torch aligns memory to at least 16 bytes, and C = 1000 or V = 1000 isn't divisible.
             if signature[name].startswith("*"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
@@ -160,9 +159,9 @@ def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
 
 
 def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
-    """Registers and spills by cuobjdump, tensor-core instructions by the PTX and the disassembly.
+    """Registers and spills from cuobjdump, tensor-core instructions from the PTX and the disassembly.
 
-    A kernel whose PTX asks for such an instruction and whose machine code has none counts as having none.
+    A kernel counts as having such an instruction only if both have it.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -172,15 +171,15 @@ def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     missing = {"REG", "STACK", "LOCAL"} - set(resources)
     if missing:
-        raise RuntimeError(f"expected REG, STACK and LOCAL in what cuobjdump says, got {usage!r}")
-    # LDL and STL move registers to local memory and back: what a spill looks like where no stack is reported.
+        raise RuntimeError(f"expected REG, STACK and LOCAL in cuobjdump's output, got {usage!r}")
+    # LDL and STL move registers to local memory and back: spills, even if no stack is reported.
     local_moves = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    asked = next((name for name, pattern in _TENSOR_CORE_PTX if re.search(pattern, ptx)), "")
+    instruction = next((name for name, pattern in _TENSOR_CORE_PTX if re.search(pattern, ptx)), "")
     machine = sorted(set(re.findall(r"\b((?:[HIQ]G?MMA|UTC[A-Z]*MMA|OMMA)(?:\.[\w.]+)?)", code)))
     return {
         "registers": resources["REG"],
         "spills": resources["STACK"] + resources["LOCAL"] + local_moves,
-        "tensor_core_instruction": f"{asked} {', '.join(machine)}" if asked and machine else "",
+        "tensor_core_instruction": f"{instruction} {', '.join(machine)}" if instruction and machine else "",
     }
 
 
@@ -198,7 +197,7 @@ def _tool(name: str, *arguments: str) -> str:
 def compile_many(
     jobs: Sequence[tuple[int, Sequence[str], Sequence[str]]], workers: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """compile_ahead() for each (arch, kernels, precisions), in as many processes as there are cores; rows in order."""
+    """compile_ahead() of each (arch, kernels, precisions), in a process per core; rows in order."""
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(compile_ahead, *job) for job in jobs]
         for future in futures:
@@ -210,10 +209,10 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     names = ("kernel", "precision", "arch", "registers", "spills", "shared_bytes", "tensor_core_instruction")
     cells = [names, *(tuple(str(row[name]) for name in names) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
-    pad: Callable[[Sequence[str]], str] = lambda row: (  # noqa: E731
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+    cells.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     )
-    return "\n".join([pad(cells[0]), pad(["-" * width for width in widths]), *map(pad, cells[1:])])
 
 
 def main(

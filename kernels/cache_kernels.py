@@ -1,12 +1,12 @@
 """The kernels of cache_score (affine terms, aligned classes, ragged classes, the merge of cut ones) and dense_values.
 
-Those of the cache term add alpha times a class's sum onto logits that the affine kernel has written. No class is summed
-by two programs unless it was cut, and the pieces of a cut class are added in order, so results don't depend on timing.
-Numbers that change from call to call aren't specialised, so that a new batch size doesn't compile a kernel again.
+Kernels of the cache term add alpha times a class's sum to logits that the affine kernel has written. Two programs sum
+the same class only if it was cut, and the pieces of a cut class are added in order, so results don't depend on timing.
+Numbers that change from call to call aren't specialised, so that a new batch size compiles nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton takes an annotation for a type of its own, so kernels carry those it knows.
+# Triton reads annotations as its own types, so kernels have only those.
 from __future__ import annotations
 
 import triton
@@ -72,8 +72,8 @@ def aligned_kernel(
     BLOCK_D: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """BLOCK_N // SHOTS whole classes, each seen as SHOTS keys; where SHOTS is BLOCK_N, one class in as many tiles as it
-    needs. Keys are read in place: a class's missing shots read key 0 and count nothing."""
+    """BLOCK_N // SHOTS whole classes of SHOTS keys each; if SHOTS is BLOCK_N, one class in as many tiles as it needs.
+    Keys are read in place: missing shots of a class read key 0 and add 0."""
     GROUP: tl.constexpr = BLOCK_N // SHOTS
     block, column = place(tl.cdiv(n_queries, BLOCK_B), tl.cdiv(n_classes, GROUP))
     rows, read = query_rows(block, n_queries, BLOCK_B)
@@ -133,8 +133,8 @@ def ragged_kernel(
     """One work item (layout.py): up to BLOCK_C whole classes, or with SPLIT a piece of one class, whose sum goes to row
     `slot` of partial (n_slots, B).
 
-    A tile's keys are summed by class as affinity @ member, where member (BLOCK_N, BLOCK_C) of zeros and ones is made
-    from the class offsets in registers. The affinity enters as three bfloat16 parts, which hold its 24 bits exactly."""
+    A tile's keys are summed by class as affinity @ member, where member (BLOCK_N, BLOCK_C) has zeros and ones, computed
+    from the class offsets in registers. Three bfloat16 parts represent the affinity's 24 bits exactly."""
     block, column = place(tl.cdiv(n_queries, BLOCK_B), n_items)
     rows, read = query_rows(block, n_queries, BLOCK_B)
     item = items + column * 5

@@ -1,4 +1,4 @@
-"""score_triton: a plan executed by Triton kernels, without the (B, N) affinity or a copy of the keys in memory."""
+"""score_triton: execute a plan with Triton kernels, without the (B, N) affinity or a copy of the keys in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from iosr_fast.scoring.device_plan import DevicePlan
 
-# A tile of aligned classes may hold missing shots; this much more work than the ragged path's is worth its simplicity.
+# The aligned path is faster than the ragged one up to this much more work, which missing shots cause.
 ALIGNED_OVERHEAD = 1.25
 _MERGE_BLOCK = 128
 
@@ -43,22 +43,21 @@ def score_triton(
                  + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
                  + <feature[b], linear[c]> + bias[c]
 
-    plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, unit rows, already checked; adapted may be
-    None where the plan doesn't read it. Returns logits (B, C) float32 and the path that computed the cache term:
+    plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, checked unit rows; adapted may be None if
+    the plan doesn't read it. Returns logits (B, C) float32 and the path that computed the cache term:
 
-    "triton/aligned"  tiles of whole classes, each seen as equally many keys; taken where that makes at most 1.25 times
-                      the tiles of the ragged path
+    "triton/aligned"  tiles of whole classes, all padded to the same number of keys; chosen if that takes at most 1.25
+                      times the tiles of the ragged path
     "triton/ragged"   work items of whole classes of any size
-    "triton/split"    large classes are also cut into pieces, and partial sums (at most 64 MB) added in order; taken
-                      where the longest class would keep one multiprocessor busy when the others have finished
+    "triton/split"    large classes are also cut into pieces, and partial sums (at most 64 MB) added in order; chosen if
+                      the longest class would occupy one multiprocessor after the others have finished
     "triton/dense"    keys with values in place of classes: dense_values
     "triton/no-keys"  the plan has no cache term
 
-    The affine terms are computed in float32 (3xTF32); a linear term over the distribution over texts, which is as wide
-    as there are classes, is a product of PyTorch's on top. The cache term's queries are rounded to the keys' half type,
-    int8 keys' to float16, and summed in float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split")
-    and `config` overrule the automatic choices, for tests and for tuning. Raises ValueError for a path of another name,
-    and for any with a plan whose keys have values.
+    The affine terms are computed in float32 (3xTF32); PyTorch adds a linear term over the distribution over texts,
+    which is C + 1 channels wide. The cache term rounds queries to the keys' half type (float16 for int8) and sums in
+    float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split") and `config` override the automatic
+    choices, for tests and tuning. Raises ValueError for another path, or for any if the keys have values.
     Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
     """
     with on_gpu(plan.device):
@@ -99,8 +98,8 @@ def choose_path(plan: DevicePlan, batch: int, gpu: str, n_multiprocessors: int) 
 
 
 def piece_keys(plan: DevicePlan, batch: int, config: Config, n_multiprocessors: int) -> int:
-    """Keys of a piece on the split path: a multiprocessor's fair share, in a power of two of tiles, so that few layouts
-    are ever made."""
+    """Keys of a piece on the split path: a multiprocessor's fair share, rounded up to a power of two of tiles, so that
+    few layouts are computed."""
     assert plan.keys is not None
     work = len(plan.keys) * -(-batch // config.block_b)
     tiles = max(1, work // (config.block_n * n_multiprocessors))
@@ -108,7 +107,7 @@ def piece_keys(plan: DevicePlan, batch: int, config: Config, n_multiprocessors: 
 
 
 def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config: Config | None = None) -> Tensor:
-    """tau * plain @ text' + feature @ linear' + bias, as far as the plan has them: (B, C) float32, else zeros."""
+    """tau * plain @ text' + feature @ linear' + bias, missing terms left out: (B, C) float32."""
     n_queries, n_classes = len(plain), plan.n_classes
     if not n_queries or (plan.text is None and plan.linear is None and plan.bias is None):
         return torch.zeros((n_queries, n_classes), dtype=torch.float32, device=plan.device)
@@ -116,7 +115,7 @@ def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config
     rows, feature = plain.float().contiguous(), plain
     if plan.linear is not None:
         feature = plan.feature_rows(plain, adapted)
-    # The kernel's rows are all as wide as an embedding; a distribution over texts isn't.
+    # The kernel expects rows as wide as an embedding; a distribution over texts isn't.
     linear = plan.linear if plan.feature != "text-distribution" else None
     config = config or config_for(gpu_name(plan.device), "affine", "fp32", load_of(n_queries))
     affine_kernel[_blocks(n_queries, config) * -(-n_classes // config.block_n),](
@@ -162,7 +161,7 @@ def _add_aligned(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config
         plan.alpha,
         WIDTH=plan.width,
         SHOTS=shots,
-        **_given(plan),
+        **_has(plan),
         **config.meta(),
     )
 
@@ -177,9 +176,9 @@ def _add_items(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config, 
     rows = min(len(query), blocks * config.block_b)
     partial = torch.empty((work.n_slots, rows), dtype=torch.float32, device=plan.device) if work.n_slots else logits
     for first in range(0, len(query), rows):
-        some, out = query[first : first + rows], logits[first : first + rows]
-        ragged_kernel[_blocks(len(some), config) * len(work.table),](
-            some,
+        block, out = query[first : first + rows], logits[first : first + rows]
+        ragged_kernel[_blocks(len(block), config) * len(work.table),](
+            block,
             plan.keys,
             pointer(plan.key_scales, logits),
             plan.class_offsets,
@@ -187,23 +186,23 @@ def _add_items(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config, 
             out,
             table,
             partial,
-            len(some),
+            len(block),
             plan.n_classes,
             len(work.table),
             exponent_scale(plan.beta),
             plan.alpha,
             WIDTH=plan.width,
             SPLIT=work.n_slots > 0,
-            **_given(plan),
+            **_has(plan),
             **config.meta("block_c"),
         )
         if work.n_slots:
-            merge_kernel[len(work.cut), -(-len(some) // _MERGE_BLOCK)](
-                partial, cut, out, len(some), plan.n_classes, plan.alpha, BLOCK_B=_MERGE_BLOCK
+            merge_kernel[len(work.cut), -(-len(block) // _MERGE_BLOCK)](
+                partial, cut, out, len(block), plan.n_classes, plan.alpha, BLOCK_B=_MERGE_BLOCK
             )
 
 
-def _given(plan: DevicePlan) -> dict[str, Any]:
+def _has(plan: DevicePlan) -> dict[str, Any]:
     return {"HAS_WEIGHTS": plan.weights is not None, "HAS_SCALES": plan.key_scales is not None}
 
 

@@ -1,4 +1,4 @@
-"""dense_values: sums of value rows weighted by affinities, for keys that carry a row of values in place of a label."""
+"""dense_values: sums of value rows weighted by affinities, for keys with a row of values in place of a class."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def dense_values(
 
     query       (B, D) float32, float16 or bfloat16, unit rows
     keys        (N, D) float32, float16, bfloat16 or int8, N >= 1, unit rows (int8: once multiplied by key_scales)
-    values      (N, V) float16 or float32: soft labels, say, V >= 1
-    weights     (N,) float32; None stands for all ones
+    values      (N, V) float16 or float32, V >= 1
+    weights     (N,) float32; None means all ones
     key_scales  (N,) float32, with int8 keys only
-    config      overrules the launch configuration, for tests and tuning
+    config      overrides the launch configuration, for tests and tuning
 
-    Returns (B, V) float32, without forming the (B, N) affinity: two products a tile as in FlashAttention (Dao et al.,
-    2022), and no running maximum, as the exponent is never positive. Queries are rounded to the keys' half type (int8
-    keys' to float16), affinities to the values' type; sums are float32. Each block_v columns compute the affinities
-    again. Where there are few queries the keys are dealt to several programs, whose sums (at most 64 MB) are added in
-    order. Raises ValueError where a shape, a dtype, a device or beta is wrong.
+    Returns (B, V) float32 without forming the (B, N) affinity: two products per tile as in FlashAttention (Dao et al.,
+    2022), without a running maximum, as the exponent is never positive. Queries are rounded to the keys' half type
+    (float16 for int8), affinities to the values' type; sums are float32. Each block of block_v columns computes the
+    affinities again. With few queries several programs share the keys, and their sums (at most 64 MB) are added in
+    order. Raises ValueError if a shape, a dtype, a device or beta is wrong.
     """
     _check(query, keys, values, weights, key_scales, beta)
     precision = PRECISION[keys.dtype]
@@ -58,13 +58,13 @@ def dense_values(
         config = dense_config(gpu_name(query.device), precision, load_of(n_queries), wide)
     blocks, chunks = -(-n_queries // config.block_b), -(-n_values // config.block_v)
     n_tiles = -(-n_keys // config.block_n)
-    # Two programs a multiprocessor, as far as there are tiles and the workspace reaches.
+    # Two programs per multiprocessor, if there are enough tiles and the workspace suffices.
     wanted = -(-2 * multiprocessors(query.device) // (blocks * chunks))
     wanted = min(wanted, n_tiles, WORKSPACE_BYTES // (4 * n_queries * n_values))
     stretch = -(-n_tiles // max(1, wanted)) * config.block_n
     n_stretches = -(-n_keys // stretch)
     with on_gpu(query.device):
-        # Affinities times weights would overflow float16 where weights are large; those of at most 1 can't.
+        # Affinities times large weights would overflow float16; with weights of at most 1 they can't.
         largest = None if weights is None else weights.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         shares = None if weights is None or largest is None else weights / largest
         out = torch.empty((n_stretches, n_queries, n_values), dtype=torch.float32, device=query.device)
@@ -109,7 +109,7 @@ def _check(
     if not wanted_values or values.dtype not in (torch.float16, torch.float32):
         raise ValueError(
             f"expected values ({n_keys}, V) float16 or float32 with V >= 1, got {tuple(values.shape)} {values.dtype}; "
-            "give one row a key"
+            "give one row per key"
         )
     for name, array in (("weights", weights), ("key_scales", key_scales)):
         if array is not None and (array.shape != (n_keys,) or array.dtype != torch.float32):

@@ -1,6 +1,6 @@
 """Launch configurations: tile shapes, warps and pipeline stages by GPU, path, key precision and batch.
 
-They stand in launch_configs.json. "default" serves every GPU that has no entry; tools/tune_kernels.py measures one.
+launch_configs.json stores them. "default" serves every GPU without an entry; tools/tune_kernels.py measures one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Load = Literal["few", "many"]
 class Config:
     """block_b queries by block_n keys (classes, for the affine terms) a tile, block_d channels a step.
 
-    swap       keys take the tensor cores' longer side
-    block_c    classes of a work item (ragged and split)
+    swap       put keys on the longer side of the tensor cores
+    block_c    classes per work item (ragged and split)
     block_v    value columns (dense)
     """
 
@@ -48,17 +48,17 @@ class Config:
             raise ValueError(f"expected num_stages of at least 1, got {self.num_stages!r}")
 
     def meta(self, *extra: str) -> dict[str, Any]:
-        """The keyword arguments that a launch takes from this; `extra` names block_c or block_v for kernels with it."""
+        """Keyword arguments of a launch; `extra` names block_c or block_v for kernels that take it."""
         names = ("block_b", "block_n", "block_d", "swap", *extra)
         return {name.upper(): getattr(self, name) for name in names} | self.options()
 
     def options(self) -> dict[str, int]:
-        """What the compiler takes beside a kernel's own arguments."""
+        """The compiler's options."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def load_of(batch: int) -> Load:
-    """Which of an entry's two configurations serves a batch."""
+    """The configuration of an entry for a batch: "few" or "many" queries."""
     return "few" if batch <= FEW_QUERIES else "many"
 
 
@@ -71,9 +71,9 @@ def read_configs() -> dict[str, Any]:
 
 @functools.cache
 def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
-    """The configuration of this GPU, by its name in torch.cuda.get_device_name(), or else the default.
+    """The configuration of a GPU, by its torch.cuda.get_device_name(), or else the default.
 
-    Raises ValueError for an unknown path or precision, and for an entry of the file that can't be right.
+    Raises ValueError for an unknown path or precision, and for an invalid entry of the file.
     """
     configs = read_configs()
     for name in (gpu, "default"):
@@ -84,7 +84,7 @@ def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
             return Config(**entry)
         except (TypeError, ValueError) as error:
             place = f"{CONFIGS_FILE.name}, {name!r}/{path}/{precision}/{load}"
-            raise ValueError(f"{place}: {error}; mend the entry or run tools/tune_kernels.py") from error
+            raise ValueError(f"{place}: {error}; correct the entry or run tools/tune_kernels.py") from error
     raise ValueError(
         f"expected a path out of {', '.join(PATHS)} and a precision out of {', '.join(PRECISIONS)} that "
         f"{CONFIGS_FILE.name} has, got {path!r} and {precision!r}"
@@ -92,8 +92,8 @@ def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
 
 
 def dense_config(gpu: str, precision: str, load: Load, float_values: bool) -> Config:
-    """config_for() of the dense path. Its entries for float16 and int8 keys are made for float16 values; a tile of
-    float32 ones, which take twice the registers, has half as many keys."""
+    """config_for() of the dense path. Its entries for float16 and int8 keys are measured with float16 values; float32
+    values need twice the registers, so a tile has half as many keys."""
     config = config_for(gpu, "dense", precision, load)
     if float_values and precision in ("fp16", "int8"):
         return replace(config, block_n=max(16, config.block_n // 2))
@@ -101,7 +101,7 @@ def dense_config(gpu: str, precision: str, load: Load, float_values: bool) -> Co
 
 
 def write_configs(configs: dict[str, Any]) -> None:
-    """Write launch_configs.json, one configuration a line, so that a change of one is a change of one line."""
+    """Write launch_configs.json with one configuration per line."""
 
     def dump(value: Any, depth: int) -> str:
         if not isinstance(value, dict) or "block_b" in value:

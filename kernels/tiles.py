@@ -1,4 +1,4 @@
-"""Device code that the kernels share: where a program's tile lies, its dot products, its affinities."""
+"""Device code that the kernels share: the position of a program's tile, its dot products, its affinities."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# Whether the kernels defined below run in Triton's interpreter: that is decided here, when they are defined.
+# Triton decides when a kernel is defined whether its interpreter runs it.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
 def place(n_query_blocks, n_columns):
-    """(query block, column) of this program. A band of 16 query blocks meets every column before the next band begins,
-    so that programs which run at the same time share both their queries and their keys in the L2 cache."""
+    """(query block, column) of this program. A band of 16 query blocks visits every column before the next band starts,
+    so that concurrent programs share both queries and keys in the L2 cache."""
     pid = tl.program_id(0)
     per_band = 16 * n_columns
     first = (pid // per_band) * 16
@@ -25,16 +25,16 @@ def place(n_query_blocks, n_columns):
 
 @triton.jit
 def query_rows(block, n_queries, BLOCK_B: tl.constexpr):
-    """Row numbers of a block of queries, and the same numbers kept inside the array: rows past the end are computed on
-    the last row's values and never stored, which spares every load of the inner loop a mask."""
+    """Row numbers of a block of queries, and the same numbers clamped to the array: rows past the end read the last row
+    and are never stored, so that the loads of the inner loop need no mask."""
     rows = block * BLOCK_B + tl.arange(0, BLOCK_B)
     return rows, tl.minimum(rows, n_queries - 1)
 
 
 @triton.jit
 def operand(x):
-    """x as a factor of tl.dot. The interpreter multiplies bfloat16 as the integers that it stores them in, so there it
-    takes them as float32, which has the same products."""
+    """x as a factor of tl.dot. The interpreter would multiply the integers that store bfloat16, so there x becomes
+    float32, which has the same products."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         x = x.to(tl.float32)
     return x
@@ -53,7 +53,7 @@ def dot_products(
     """<left[left_rows[i]], right[right_rows[j]]> in float32. int8 rows are converted in registers; float32 rows take
     three TF32 products each (Ootomo and Yokota, 2022), which keeps float32's accuracy on tensor cores.
 
-    SWAP computes the transpose, so that the rows on the right, which are many, fill the tensor cores' longer side."""
+    SWAP computes the transpose, so that the many rows on the right fill the tensor cores' longer side."""
     channels = tl.arange(0, BLOCK_D)
     left_at = left + left_rows[:, None].to(tl.int64) * WIDTH + channels[None, :]
     right_at = right + right_rows[:, None].to(tl.int64) * WIDTH + channels[None, :]
@@ -82,9 +82,9 @@ def dot_products(
 
 @triton.jit
 def affinities(dots, rows, inside, weights, key_scales, scale, HAS_WEIGHTS: tl.constexpr, HAS_SCALES: tl.constexpr):
-    """weights[j] * exp2(scale * (cosine - 1)), and 0 for keys that aren't inside.
+    """weights[j] * exp2(scale * (cosine - 1)), and 0 for keys outside.
 
-    One is taken off before scaling: the difference is exact near 1, where the affinity is largest."""
+    1 is subtracted before scaling: the difference is exact near 1, where the affinity is largest."""
     if HAS_SCALES:
         dots = dots * tl.load(key_scales + rows)[None, :]
     affinity = tl.exp2((dots - 1.0) * scale)

@@ -83,6 +83,7 @@ RANGES = {field.name: field.limits for field in CONSTANTS if field.limits is not
 class PlanTerms:
     """What ScoringPlan and DevicePlan derive from their fields."""
 
+    width: Any
     text: Any
     keys: Any
     linear: Any

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class GraphedScorer:
-    """score(plan, embeddings) on a GPU as one launch, for batches that are filled up to one of a few sizes.
+    """score(plan, embeddings) on a GPU as one launch, for batches padded to one of a few sizes.
 
-    Each of `buckets` is recorded when this is made, with all that the plan's first scoring does besides (Triton reads
-    the class offsets back once). A graph holds its plan's arrays: another plan takes another GraphedScorer. Larger
-    batches than the largest bucket go in several runs. Calls from several threads take turns.
+    The constructor records each of `buckets` after a first scoring of the plan (in which Triton reads the class offsets
+    back). A graph holds its plan's arrays: another plan needs another GraphedScorer. Batches beyond the largest bucket
+    take several runs. Calls from several threads take turns.
     Not yet run on a GPU.
     """
 
@@ -38,45 +38,45 @@ class GraphedScorer:
         device: str = "cuda",
         recorder: Recorder | None = None,
     ) -> None:
-        """`impl` as for scoring.score. Raises ValueError without a bucket, RuntimeError where it can't be recorded."""
+        """`impl` as for scoring.score. Raises ValueError without a bucket, RuntimeError if recording fails."""
         torch = require("torch", "train")
-        given = list(buckets)
-        if not given:
+        sizes = list(buckets)
+        if not sizes:
             raise ValueError("expected at least one batch size to record, got none")
-        self.plan, self.buckets = plan, check_buckets(given, max(given))
+        self.plan, self.buckets = plan, check_buckets(sizes, max(sizes))
         names = ("plain", "adapted") if plan.needs_adapted else ("plain",)
         shape = (self.buckets[-1], plan.width)
-        with torch.inference_mode(False):  # or they could not be written to outside of it
+        with torch.inference_mode(False):  # inference tensors can't be written to outside of it
             self._queries = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name in names}
         self._impl = impl
         self._recorder = recorder or Recorder(device=device)
         self._replay = {size: self._recorder.record(partial(self._score, size)) for size in self.buckets}
 
     def __call__(self, embeddings: Embeddings) -> Array:
-        """Logits (B, C) float32: a NumPy array for NumPy arrays, for tensors a tensor where they are.
+        """Logits (B, C) float32: a NumPy array for NumPy arrays, for tensors a tensor on their device.
 
-        Finiteness and norms are not checked, as score(check=False). Raises ValueError where the embeddings don't fit.
+        Finiteness and norms are not checked, as in score(check=False). Raises ValueError if the embeddings don't fit.
         """
         torch = require("torch", "train")
-        batch = scoring_inputs(self.plan, embeddings, check=False)
-        given = {name: _tensor(getattr(batch.embeddings, name)) for name in self._queries}
-        n_queries, most = len(given["plain"]), self.buckets[-1]
+        inputs = scoring_inputs(self.plan, embeddings, check=False)
+        queries = {name: _tensor(getattr(inputs.embeddings, name)) for name in self._queries}
+        n_queries, most = len(queries["plain"]), self.buckets[-1]
         with self._recorder.turn():
             parts = [
-                self._part({name: rows[start : start + most] for name, rows in given.items()})
+                self._part({name: rows[start : start + most] for name, rows in queries.items()})
                 for start in range(0, n_queries, most)
             ]
             logits = torch.cat(parts) if parts else self._queries["plain"].new_empty((0, self.plan.n_classes))
-            if not batch.torch:
+            if not inputs.torch:
                 return logits.cpu().numpy()
-            return logits.cpu() if batch.device == "cpu" else logits
+            return logits.cpu() if inputs.device == "cpu" else logits
 
     def _part(self, rows: dict[str, Tensor]) -> Tensor:
         n_queries = len(rows["plain"])
         for name, static in self._queries.items():
             static[:n_queries].copy_(rows[name])
         logits: Tensor = self._replay[bucket_of(n_queries, self.buckets)]()
-        return logits[:n_queries].clone()  # the next replay writes where this one wrote
+        return logits[:n_queries].clone()  # the next replay overwrites it
 
     def _score(self, size: int) -> Tensor:
         queries = {name: static[:size] for name, static in self._queries.items()}

@@ -1,14 +1,15 @@
-"""Embeddings as callers have them (NumPy, torch, DLPack), checked once and handed on, without a copy where possible."""
+"""Embeddings of callers (NumPy, torch, DLPack), checked once and passed on, without a copy if possible."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Array, Embeddings
+from iosr_fast.scoring.fields import PlanTerms
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
 
@@ -19,32 +20,22 @@ _DLPACK_CPU = (1, 3)  # kDLCPU and kDLCUDAHost of dlpack.h: memory that NumPy ca
 _ROUNDED: dict[str, Precision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
-class Needs(Protocol):
-    """What a batch must fit: a ScoringPlan or a DevicePlan."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def needs_adapted(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class ScoringInputs:
-    """Embeddings that fit a plan: C-contiguous float32 NumPy arrays where `device` is "cpu"; where it is "cuda",
-    contiguous tensors of float32, float16 or bfloat16, both of one dtype. `torch` says whether they came as tensors."""
+    """Embeddings that fit a plan: C-contiguous float32 NumPy arrays if `device` is "cpu"; if it is "cuda", contiguous
+    tensors of float32, float16 or bfloat16, both of one dtype. `torch` says whether the caller gave tensors."""
 
     embeddings: Embeddings
     device: str
     torch: bool
 
 
-def scoring_inputs(plan: Needs, embeddings: Embeddings, check: bool = True) -> ScoringInputs:
-    """Check embeddings against a plan. `check=False` leaves out finiteness and norms, never shapes.
+def scoring_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) -> ScoringInputs:
+    """Check embeddings against a plan. `check=False` skips finiteness and norms, never shapes.
 
-    CPU tensors and DLPack objects in CPU memory become NumPy views; a copy is made only of what isn't float32 or not
-    contiguous. What lies on a CUDA device stays there, and its norms are checked there, for one scalar read.
-    Raises ValueError where a shape, a norm or the place of an array is wrong.
+    CPU tensors and DLPack objects in CPU memory become NumPy views, copied only if they aren't contiguous float32.
+    Tensors on a CUDA device stay there; checking their norms reads one scalar back.
+    Raises ValueError if a shape, a norm or the device of an array is wrong.
     """
     if plan.needs_adapted and embeddings.adapted is None:
         raise ValueError(
@@ -81,7 +72,7 @@ def scoring_inputs(plan: Needs, embeddings: Embeddings, check: bool = True) -> S
 
 
 def _is_tensor(array: Any) -> bool:
-    # A tensor can only be had where torch is loaded, so that asking must not load it.
+    # Without torch loaded there are no tensors; this check must not load it.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 
@@ -92,21 +83,21 @@ def _precision_of(array: Array) -> Precision:
     return _ROUNDED.get(str(array.dtype), "fp32")
 
 
-def _import(given: Array) -> Array:
-    """A NumPy array or a torch tensor for `given`; DLPack objects give a view of their memory."""
-    if isinstance(given, np.ndarray) or _is_tensor(given):
-        return given
-    if not hasattr(given, "__dlpack__"):
-        return np.asarray(given)
-    if given.__dlpack_device__()[0] not in _DLPACK_CPU:
+def _import(array: Array) -> Array:
+    """`array` as a NumPy array or a torch tensor; a view of the memory of DLPack objects."""
+    if isinstance(array, np.ndarray) or _is_tensor(array):
+        return array
+    if not hasattr(array, "__dlpack__"):
+        return np.asarray(array)
+    if array.__dlpack_device__()[0] not in _DLPACK_CPU:
         from iosr_fast.utils.require import require
 
-        return require("torch", "train").from_dlpack(given)
+        return require("torch", "train").from_dlpack(array)
     try:
-        return np.from_dlpack(given)
+        return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"expected embeddings that NumPy can read through DLPack, got {type(given).__name__} ({error}); "
+            f"expected embeddings that NumPy can read through DLPack, got {type(array).__name__} ({error}); "
             "convert them to float32 in CPU memory"
         ) from error
 
@@ -126,16 +117,18 @@ def _on_device(named: dict[str, Tensor]) -> dict[str, Tensor]:
             f"expected embeddings on the CPU or on a CUDA device, got {first.device}; move them with .cpu()"
         )
     one_dtype = len({array.dtype for array in named.values()}) == 1
-    kept = one_dtype and first.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return {name: (array.detach() if kept else array.detach().float()).contiguous() for name, array in named.items()}
+    supported = one_dtype and first.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return {
+        name: (array.detach() if supported else array.detach().float()).contiguous() for name, array in named.items()
+    }
 
 
 def _check_unit_tensors(named: dict[str, Tensor], precision: dict[str, Precision]) -> None:
-    """check_unit_rows on the tensors' own device: one scalar is read where all is well."""
+    """check_unit_rows on the tensors' own device; reads one scalar if all rows pass."""
     import torch
 
     norms = {name: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for name, rows in named.items()}
-    # Written so that NaN, which compares false with everything, counts as wrong.
+    # NaN compares false and so counts as wrong.
     good = {name: (norms[name] - 1.0).abs() <= UNIT_NORM_TOLERANCE[precision[name]] for name in named}
     if bool(torch.stack([rows.all() for rows in good.values()]).all()):
         return

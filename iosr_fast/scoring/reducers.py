@@ -1,6 +1,7 @@
 """Overlap reducers that need no training: move image embeddings so that different classes lie further apart.
 
-A reducer acts where image meets image (keys, queries, the features of a linear term), never on what meets text.
+A reducer applies to embeddings that are compared with images (keys, queries, features of a linear term), never to
+those compared with text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from iosr_fast.scoring.validation import check_size, frozen
 
 REDUCERS = ("none", "centre", "pca")
-# Of the channels, or of what the support set can span, whichever is fewer.
+# The share of principal components that "pca" keeps, out of min(D, N).
 PCA_SHARE = 0.5
 _TINY = 1e-12
 
@@ -24,8 +25,8 @@ class Reducer:
     shift       (D,) float32 or None
     projection  (D, D) float32, or (D,) for a diagonal one, or None
 
-    Both are made C-contiguous and read-only. Raises ValueError where a shape is another, a value isn't finite or
-    is too large.
+    Both are made C-contiguous and read-only. Raises ValueError if a shape is wrong or a value isn't finite or too
+    large.
     """
 
     shift: np.ndarray | None = None
@@ -33,10 +34,10 @@ class Reducer:
 
     def __post_init__(self) -> None:
         for name in ("shift", "projection"):
-            given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, frozen(name, given, np.float32))
-                # Farther away, a unit row is lost in its rounding; larger, and the square of a norm is near overflow.
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, frozen(name, value, np.float32))
+                # A larger shift would round unit rows away; a larger projection might overflow squared norms.
                 most = 10.0 if name == "shift" else 1e6
                 check_size(
                     name, getattr(self, name), most, "rows and shift are of unit size, and the norm is divided out"
@@ -58,7 +59,7 @@ class Reducer:
         return len(array)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """(B, D) to (B, D) float32 unit rows; a row that the reducer takes to zero stays zero."""
+        """Rows (B, D) to (B, D) float32 unit rows; a row that is mapped to zero stays zero."""
         moved = np.asarray(rows, np.float32)
         if self.shift is not None:
             moved = moved - self.shift
@@ -76,25 +77,25 @@ class Reducer:
 
 
 def check_reducer(name: str) -> tuple[str, int]:
-    """A reducer's kind and number of components (0 where it is not given). Raises ValueError for an unknown name."""
-    kind, colon, given = name.partition(":")
-    if kind not in REDUCERS or (colon and (kind != "pca" or not given.isdecimal() or int(given) < 1)):
+    """A reducer's kind and number of components (0 if the name has none). Raises ValueError for an unknown name."""
+    kind, colon, rank = name.partition(":")
+    if kind not in REDUCERS or (colon and (kind != "pca" or not rank.isdecimal() or int(rank) < 1)):
         raise ValueError(f"expected a reducer of {', '.join(REDUCERS)} or pca:NUMBER, got {name!r}")
-    return kind, int(given or 0)
+    return kind, int(rank or 0)
 
 
 def fit_reducer(name: str, rows: np.ndarray) -> Reducer | None:
-    """The reducer of a support set's embeddings, `rows` (N, D), which its labels have no part in.
+    """The reducer of a support set's embeddings, `rows` (N, D). It doesn't depend on labels.
 
     "none"     None: the embeddings as they are
     "centre"   unit(x - mean)
     "pca"      unit(P (x - mean)), P the projection on the leading principal components: half of the D channels, or of
-               what N rows can span; "pca:64" keeps 64
+               the N rows; "pca:64" keeps 64
 
     Raises ValueError for an unknown name, no rows, or more components than there are channels.
     Source: mean-centring and PCA against intra-modal overlap, arXiv 2603.16100.
     """
-    kind, given = check_reducer(name)
+    kind, chosen_rank = check_reducer(name)
     if kind == "none":
         return None
     if not len(rows):
@@ -104,7 +105,7 @@ def fit_reducer(name: str, rows: np.ndarray) -> Reducer | None:
     mean = exact.mean(0)
     if kind == "centre":
         return Reducer(mean)
-    rank = given or max(1, round(PCA_SHARE * min(width, n_rows)))
+    rank = chosen_rank or max(1, round(PCA_SHARE * min(width, n_rows)))
     if rank > width:
         raise ValueError(f"expected at most {width} principal components, one a channel, got {rank}")
     components = np.linalg.svd(exact - mean, full_matrices=False)[2][:rank]

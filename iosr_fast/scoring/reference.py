@@ -1,4 +1,4 @@
-"""Scoring in float64 NumPy, written like the formula: the truth that every implementation is tested against."""
+"""Scoring in float64 NumPy, written like the formula: the reference for tests of every implementation."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
            + alpha * (weights * exp(-beta * (1 - query @ keys'))) @ onehot
            + feature @ linear' + bias
 
-    The cache term is Tip-Adapter's (Zhang et al., ECCV 2022, eq. 5-6), with a weight per key. Keys of another precision
-    than float32 are taken as what they stand for, key_scales[j] * keys[j] where they are int8. Dense values take the
-    place of the one-hot matrix. Returns (B, C) float64.
+    The cache term is Tip-Adapter's (Zhang et al., ECCV 2022, eq. 5-6), with a weight per key. Keys of other precisions
+    are converted exactly, int8 to key_scales[j] * keys[j]. Dense values replace the one-hot matrix. Returns (B, C)
+    float64.
     """
 
     def rows(which: str) -> np.ndarray:
@@ -37,7 +37,7 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
         if reducer.projection is not None:
             projection = reducer.projection.astype(np.float64)
             embedding = embedding @ (np.diag(projection) if projection.ndim == 1 else projection).T
-        # A row that the reducer takes to zero stays zero.
+        # A row that is mapped to zero stays zero.
         unit: np.ndarray = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
         return unit
 

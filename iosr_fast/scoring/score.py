@@ -1,4 +1,4 @@
-"""score(): execute a plan with the best implementation for where the embeddings are."""
+"""score(): execute a plan with the best implementation for the embeddings' device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from iosr_fast.scoring.plan import ScoringPlan
 def score(plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, check: bool = True) -> Array:
     """Execute `plan` on a batch: logits of shape (B, C), float32. argmax over axis 1 gives the labels.
 
-    Equals the formula of ScoringPlan (reference.py spells it out) without forming the (B, N) affinity or a one-hot
-    matrix. Torch tensors give a tensor on their device; NumPy arrays, and what else offers DLPack in CPU memory, give a
-    NumPy array. No gradients are kept.
+    Equals the formula of ScoringPlan (reference.py writes it out) without forming the (B, N) affinity or a one-hot
+    matrix. Torch tensors give a tensor on their device; NumPy arrays and other objects with DLPack in CPU memory give a
+    NumPy array. No gradients are computed.
 
     `impl` names an implementation (`iosr-fast info` lists them); "auto" takes the best one for the embeddings' device,
-    or the one that the environment variable IOSR_FAST_IMPL names. One for GPUs takes embeddings on the CPU there and
-    the logits back. `check=False` leaves out the check of finiteness and norms, which reads each embedding once more
-    and, on a GPU, waits for it: CUDA graphs can't record that.
+    or the one named by the environment variable IOSR_FAST_IMPL. An implementation for GPUs copies embeddings from the
+    CPU to the GPU and the logits back. `check=False` skips the check of finiteness and norms, which reads each
+    embedding once more and, on a GPU, waits for the result: CUDA graphs can't record that.
 
-    Raises ValueError where the embeddings don't fit the plan or aren't finite and of unit norm, or where no such
-    implementation exists; RuntimeError where it exists and can't run.
+    Raises ValueError if the embeddings don't fit the plan or aren't finite and of unit norm, or if no such
+    implementation exists; RuntimeError if it exists and can't run.
     """
     return score_with_path(plan, embeddings, impl, check=check)[0]
 
@@ -30,25 +30,25 @@ def score_with_path(
     plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, check: bool = True
 ) -> tuple[Array, str]:
     """score(), and the path that computed it: "numpy", "cpp/scalar", "torch/cuda", "reference"."""
-    batch = scoring_inputs(plan, embeddings, check)
-    entry = dispatch.choose(impl, batch.device)
+    inputs = scoring_inputs(plan, embeddings, check)
+    entry = dispatch.choose(impl, inputs.device)
     if entry.kind == "tensors":
-        return _score_tensors(plan, batch, entry)
-    logits, path = entry.load()(plan, batch.embeddings)
-    if batch.torch:
+        return _score_tensors(plan, inputs, entry)
+    logits, path = entry.load()(plan, inputs.embeddings)
+    if inputs.torch:
         from iosr_fast.scoring.device_plan import as_tensor
 
         return as_tensor(logits), path
     return logits, path
 
 
-def _score_tensors(plan: ScoringPlan, batch: ScoringInputs, entry: dispatch.Implementation) -> tuple[Array, str]:
+def _score_tensors(plan: ScoringPlan, inputs: ScoringInputs, entry: dispatch.Implementation) -> tuple[Array, str]:
     from iosr_fast.scoring.device_plan import as_tensor, device_plan
 
-    plain, adapted = batch.embeddings.plain, batch.embeddings.adapted
-    if batch.device == "cuda":
+    plain, adapted = inputs.embeddings.plain, inputs.embeddings.adapted
+    if inputs.device == "cuda":
         return entry.load()(device_plan(plan, plain.device), plain, adapted)
     on_device = device_plan(plan, "cpu" if "cpu" in entry.devices else "cuda")
     moved = [None if array is None else as_tensor(array).to(on_device.device) for array in (plain, adapted)]
     logits, path = entry.load()(on_device, *moved)
-    return (logits.cpu() if batch.torch else logits.cpu().numpy()), path
+    return (logits.cpu() if inputs.torch else logits.cpu().numpy()), path

@@ -1,4 +1,4 @@
-"""Scoring with PyTorch's own operations: what runs where no kernel can, and what a kernel must beat."""
+"""Scoring with PyTorch's own operations: the fallback on GPUs, and the baseline for kernels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @torch.no_grad()
 def score_torch(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None) -> tuple[torch.Tensor, str]:
-    """ScoringPlan's formula as one GEMM, an exponential in place and a segment sum (a GEMM with dense values) for each
-    tile of keys and queries.
+    """ScoringPlan's formula: per tile of keys and queries one GEMM, an exponential in place and a segment sum (with
+    dense values another GEMM).
 
-    Equals the papers' affinity @ onehot without a one-hot matrix and within 32 MB of temporaries, whatever the number
-    of keys. plain, adapted: (B, D) float32, float16 or bfloat16 on plan.device, of unit norm. On a GPU, queries and
-    keys of one half precision (or int8 keys) meet in a half GEMM with float32 sums; all else is float32, keys of
-    another precision a tile at a time. Sums run in a fixed order. Nothing waits for the device, so that CUDA graphs
-    can record it.
+    Equals the papers' affinity @ onehot without a one-hot matrix, in 32 MB of temporaries for any number of keys.
+    plain, adapted: (B, D) float32, float16 or bfloat16 on plan.device, of unit norm. On a GPU, queries and keys of one
+    half precision (or int8 keys) take a half GEMM with float32 sums; everything else is float32, and keys of another
+    precision are converted tile by tile. Sums have a fixed order. Nothing waits for the device, so that CUDA graphs can
+    record it.
 
     Returns logits (B, C) float32, and "torch/cpu" or "torch/cuda".
     """
@@ -44,7 +44,7 @@ def score_torch(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | N
 
 
 def add_cache_term(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None, logits: torch.Tensor) -> None:
-    """logits (B, C) += the cache term, as score_torch has it."""
+    """logits (B, C) += the cache term of score_torch."""
     step = 1024 if plan.values is not None else max(1, min(1024, _SUMS // plan.n_classes))
     for block in _blocks(len(plain), step):
         query = plan.query_rows(plain[block], None if adapted is None else adapted[block])
@@ -52,7 +52,7 @@ def add_cache_term(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor 
 
 
 def add_linear_term(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None, logits: torch.Tensor) -> None:
-    """logits (B, C) += feature @ linear', in float32; a block of queries at a time where a feature has C channels."""
+    """logits (B, C) += feature @ linear', in float32; in blocks of queries if a feature has C channels."""
     assert plan.linear is not None
     wide = plan.feature == "text-distribution"
     for block in _blocks(len(plain), max(1, _SUMS // plan.n_classes) if wide else len(plain)):
@@ -67,7 +67,7 @@ def _blocks(n_queries: int, step: int) -> Iterator[slice]:
 
 def _add_tiles(plan: DevicePlan, query: torch.Tensor, logits: torch.Tensor) -> None:
     assert plan.keys is not None
-    half = _meet_in_half(plan.keys, query)
+    half = _multiply_in_half(plan.keys, query)
     query = query if half else query.float()
     n_keys = len(plan.keys)
     step = min(n_keys, max(1, _TILE // len(query)))
@@ -87,9 +87,9 @@ def _add_tiles(plan: DevicePlan, query: torch.Tensor, logits: torch.Tensor) -> N
         logits[:, classes].add_(sums.T, alpha=plan.alpha)
 
 
-def _meet_in_half(keys: torch.Tensor, query: torch.Tensor) -> bool:
-    # The CPU's mm has no float32 result for half operands, and a half result would lose what float32 sums gained.
-    # Before PyTorch 2.8, neither had a GPU's.
+def _multiply_in_half(keys: torch.Tensor, query: torch.Tensor) -> bool:
+    # A half result would lose the precision of float32 sums. The CPU's mm has no float32 result for half operands, nor
+    # has a GPU's before PyTorch 2.8.
     widens = query.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
     return widens and query.dtype in _HALVES and keys.dtype in (query.dtype, torch.int8)
 
@@ -107,11 +107,11 @@ def _cosines(plan: DevicePlan, begin: int, end: int, query: torch.Tensor, half: 
 
 
 def _segments(plan: DevicePlan, begin: int, end: int) -> tuple[slice, torch.Tensor]:
-    """The classes that may own keys of begin to end, and how many of those each owns."""
+    """The classes that may have keys from begin to end, and the number of these keys of each."""
     offsets = plan.class_offsets
     assert offsets is not None
     classes = slice(0, plan.n_classes)
-    if not offsets.is_cuda:  # on a GPU the answer would have to be waited for
+    if not offsets.is_cuda:  # on a GPU this would wait for the device
         ends = offsets.numpy()
         classes = slice(int(ends.searchsorted(begin, "right")) - 1, int(ends.searchsorted(end, "left")))
     return classes, offsets[classes.start : classes.stop + 1].clamp(begin, end).diff().long()

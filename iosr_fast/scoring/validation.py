@@ -1,4 +1,4 @@
-"""Checks on arrays that may be large: in chunks, so that looking at a million keys takes no memory to speak of."""
+"""Checks of arrays, in chunks, so that checking a million keys takes little memory."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import numpy as np
 
 from iosr_fast.scoring.precision import Precision, chunks, key_rows
 
-# How far a row's norm may be from 1, by the precision that its channels are stored in.
+# The largest difference of a row's norm from 1, by the precision of its channels.
 UNIT_NORM_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}
 
 
-def frozen(name: str, given: Any, dtype: type) -> np.ndarray:
-    """`given` as a C-contiguous read-only array of `dtype`; copied only where it isn't one already."""
-    if dtype is np.int64 and np.asarray(given).dtype.kind not in "iu":
-        raise ValueError(f"expected {name} of integers, got {np.asarray(given).dtype}")
-    with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, which check_finite refuses
-        array: np.ndarray = np.ascontiguousarray(given, dtype=dtype)
+def frozen(name: str, value: Any, dtype: type) -> np.ndarray:
+    """`value` as a C-contiguous read-only array of `dtype`; copied only if it isn't one already."""
+    if dtype is np.int64 and np.asarray(value).dtype.kind not in "iu":
+        raise ValueError(f"expected {name} of integers, got {np.asarray(value).dtype}")
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, which check_finite refuses
+        array: np.ndarray = np.ascontiguousarray(value, dtype=dtype)
     if array.flags.writeable:
-        # The caller may go on writing to what was passed in; a fresh conversion is nobody else's.
-        array = array.copy() if np.may_share_memory(array, given) else array
+        # The caller may write to its own array later; a conversion has fresh memory.
+        array = array.copy() if np.may_share_memory(array, value) else array
         array.flags.writeable = False
     return array
 
 
-def check_number(name: str, value: float, least: float, most: float, mend: str = "") -> float:
-    """`value` as a float. Raises ValueError unless it is from `least` to `most`, which NaN is not; `mend` says how."""
+def check_number(name: str, value: float, least: float, most: float, fix: str = "") -> float:
+    """`value` as a float. Raises ValueError, which ends in `fix`, unless it is from `least` to `most` (NaN is not)."""
     number = float(value)
     if not least <= number <= most:
-        raise ValueError(f"expected {name} from {least:g} to {most:g}, got {number:g}{mend and '; '}{mend}")
+        raise ValueError(f"expected {name} from {least:g} to {most:g}, got {number:g}{fix and '; '}{fix}")
     return number
 
 
-def check_size(name: str, array: np.ndarray, most: float, mend: str) -> None:
+def check_size(name: str, array: np.ndarray, most: float, fix: str) -> None:
     """Raise ValueError unless every element is finite and at most `most` in magnitude."""
     check_finite(name, array)
     largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
     if largest > most:
-        raise ValueError(f"expected {name} of magnitudes up to {most:g}, got {largest:g}; {mend}")
+        raise ValueError(f"expected {name} of magnitudes up to {most:g}, got {largest:g}; {fix}")
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
@@ -60,8 +60,8 @@ def check_unit_rows(
     """Raise ValueError unless each row of (M, D) is finite and has norm 1, to within the tolerance of `precision`, or,
     with `or_zero`, is zero.
 
-    `rows` may be of any key precision; int8 rows come with their `scales` (M,). With a
-    `transform` (D, D), rows @ transform are what must have norm 1.
+    `rows` may be of any key precision, int8 with `scales` (M,). With a `transform` (D, D) the norms of
+    rows @ transform are checked.
     """
     tolerance = UNIT_NORM_TOLERANCE[precision]
     wrong, first, first_norm, finite = 0, -1, 0.0, True
@@ -69,10 +69,10 @@ def check_unit_rows(
         values = key_rows(rows, scales, part)
         if transform is not None:
             values = values @ transform
-        # A value whose square overflows is as wrong as one that isn't finite.
+        # A value whose square overflows counts as not finite.
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.einsum("md,md->m", values, values))
-        # Written so that NaN, which compares false with everything, counts as wrong.
+        # NaN compares false and so counts as wrong.
         off = np.flatnonzero(~((np.abs(norms - 1.0) <= tolerance) | (or_zero & (norms == 0.0))))
         if len(off):
             if not wrong:
@@ -84,9 +84,9 @@ def check_unit_rows(
 
 
 def unit_norm_message(name: str, wrong: int, n_rows: int, first: int, first_norm: float, finite: bool) -> str:
-    """What to say of `wrong` rows out of n_rows, the first of them with norm `first_norm`."""
-    mend = f"divide by np.linalg.norm({name}, axis=1, keepdims=True)" if finite else "it holds NaN or infinite values"
+    """The error message for `wrong` rows out of n_rows, the first of them with norm `first_norm`."""
+    fix = f"divide by np.linalg.norm({name}, axis=1, keepdims=True)" if finite else "it holds NaN or infinite values"
     return (
         f"expected {name} rows of unit norm, got {wrong} of {n_rows} that aren't "
-        f"(row {first} has norm {first_norm:.6g}); {mend}"
+        f"(row {first} has norm {first_norm:.6g}); {fix}"
     )

@@ -96,7 +96,7 @@ def test_dense_values_without_queries_or_with_wrong_ones(rng: np.random.Generato
         ({"query": query[0]}, r"expected query \(B, D\)"),
         ({"keys": keys[:, :5]}, r"expected keys \(N, 8\)"),
         ({"keys": keys[:0], "values": values[:0]}, "N >= 1"),
-        ({"values": values[:2]}, r"expected values \(3, V\).*one row a key"),
+        ({"values": values[:2]}, r"expected values \(3, V\).*one row per key"),
         ({"values": values.double()}, "float16 or float32"),
         ({"weights": torch.ones(2, device=DEVICE)}, r"expected weights \(3,\) float32, got \(2,\)"),
         ({"keys": keys.to(torch.int8)}, "expected key_scales with int8 keys"),

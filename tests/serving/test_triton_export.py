@@ -262,9 +262,7 @@ def test_an_older_export_is_replaced_and_nothing_else_is(bundle: Path, tmp_path:
     config = out / "encoder" / "config.pbtxt"
     written = config.read_text("utf-8")
     config.write_text(written + "# by hand\n", "utf-8")
-    with pytest.raises(
-        FileExistsError, match=r"contains 'encoder/config.pbtxt', added or changed"
-    ):
+    with pytest.raises(FileExistsError, match=r"contains 'encoder/config.pbtxt', added or changed"):
         export_triton(bundle, out)
     config.write_text(written, "utf-8")
     (out / "resnet" / "1").mkdir(parents=True)
