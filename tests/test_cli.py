@@ -249,7 +249,7 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
     }.items():
         assert said in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / place)
     (tmp_path / "there.csv").write_text("mine")
-    assert "is there already" in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / "there.csv")
+    assert "exists already" in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / "there.csv")
     (tmp_path / "folder.csv").mkdir()
     assert "got the folder" in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / "folder.csv")
     assert (tmp_path / "there.csv").read_text() == "mine" and (tmp_path / "mine" / "thesis.txt").exists()

@@ -29,8 +29,8 @@ from iosr_fast.serving.http import Settings
 from iosr_fast.serving.ray import Scale, deploy
 from iosr_fast.serving.ray.messages import Source
 from iosr_fast.utils.command import run
+from iosr_fast.utils.ray_cluster import joined
 from iosr_fast.utils.require import require
-from tools.ray_cluster import joined
 
 _SETTINGS, _SCALE = Settings(), Scale()
 

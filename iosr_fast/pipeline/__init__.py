@@ -1,4 +1,4 @@
-"""Files in, labels out: decoding, encoding and scoring of many images at once, in bounded memory.
+"""Many files to labels or embeddings, in bounded memory and resumable.
 
-`iosr_fast.Classifier.predict_folder` and the command `iosr-fast classify` stand on it.
+Behind `Classifier.predict_folder`, `iosr-fast classify`, tools/embed.py and tools/classify.py.
 """

@@ -1,22 +1,22 @@
-"""Embeddings on disk: part files that check themselves, and the folder of parts that tools/embed.py writes.
+"""Embeddings on disk: part files that verify themselves, and the folder of parts that tools/embed.py writes.
 
-A part is one file, written under a temporary name and renamed, so it exists whole or not at all:
+A part is one file that exists whole or not at all:
 
 - `part-00000.safetensors`: tensors "plain" and, with an adapter, "adapted", both (n, D) float32 or float16. Keys,
   errors and facts are JSON under the one metadata entry "iosr_fast" (one, because safetensors keeps no order among
-  several, and the same embeddings shall give the same bytes).
+  several, and the same embeddings give the same bytes).
 - `part-00000.parquet`: columns key (string), plain and adapted (fixed-size list of D), error (string or null), then
-  whatever was carried over from the input; facts are JSON in the schema's metadata under "iosr_fast".
+  the columns carried from the input; facts are JSON in the schema's metadata under "iosr_fast".
 
-An image that could not be read keeps its row: its error says why, its embeddings are null in Parquet and NaN in
-safetensors. The facts hold a SHA-256 of all this, which reading verifies; carried columns have Parquet's own checksums.
+An unreadable image keeps its row: its error says why, its embeddings are null in Parquet and NaN in safetensors. The
+facts have a SHA-256 of all this, which reading verifies; carried columns have Parquet's own checksums.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.pipeline import tables
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.manifest import read_manifest
 from iosr_fast.utils.require import require
@@ -34,15 +35,17 @@ KIND = "embeddings"  # of the manifest
 COLUMNS = ("key", "plain", "adapted", "error")
 DTYPES = ("float32", "float16")
 _ENTRY = "iosr_fast"
-_EXTRA = "parquet"
 
 
 @dataclass(frozen=True)
 class Part:
-    """n images: keys and errors (None where the image was read), and their embeddings, NaN where it was not.
+    """n images.
 
-    `embeddings` are NumPy arrays (n, D), float32 or float16. `columns` is a pyarrow.Table of n rows carried over from
-    the input, or None; only Parquet holds it. `facts` is what the writer wants to find again, as JSON takes it.
+    keys        identify them
+    embeddings  NumPy arrays (n, D), float32 or float16; NaN for unreadable images
+    errors      None for readable images
+    columns     a pyarrow.Table of n rows carried from the input, or None; Parquet only
+    facts       JSON values of the writer
     """
 
     keys: list[str]
@@ -55,7 +58,7 @@ class Part:
 def write_part(path: Path, part: Part, file_format: Format) -> None:
     """Write a part whole or not at all; the same part gives the same bytes.
 
-    Raises ValueError for lengths, dtypes or a format that don't fit, ImportError without pyarrow for Parquet.
+    Raises ValueError for wrong lengths, dtypes or format, ImportError for Parquet without pyarrow.
     """
     _check(part, file_format)
     facts = json.dumps({**(part.facts or {}), "sha256": _digest(part)}, sort_keys=True)
@@ -67,7 +70,7 @@ def write_part(path: Path, part: Part, file_format: Format) -> None:
 
 
 def read_part(path: str | Path) -> Part:
-    """Read and verify one part. Raises FileNotFoundError, ValueError where it is damaged or not a part of iosr_fast."""
+    """Read and verify one part. Raises FileNotFoundError, ValueError if it is damaged or not a part of iosr_fast."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a part with embeddings at {path}, found no such file")
@@ -78,12 +81,12 @@ def read_part(path: str | Path) -> Part:
         facts = dict(part.facts or {})
         expected = facts.pop("sha256")
         part = replace(part, facts=facts)
-        found = _digest(part)
+        actual = _digest(part)
     except ImportError:
         raise
-    except Exception as error:  # what a damaged file raises depends on which of its bytes are wrong
+    except Exception as error:  # the error of a damaged file depends on the damaged bytes
         raise ValueError(f"{path} is damaged or no part of iosr_fast ({error}); make it again") from error
-    if found != expected:
+    if actual != expected:
         raise ValueError(f"{path} is damaged: what it holds is not what was written; make it again")
     return part
 
@@ -100,9 +103,9 @@ def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
 
 
 def read_embeddings(folder: str | Path, verify: bool = True) -> Part:
-    """All parts of a finished folder as one: every image once, in the order of the input. Raises like iterate_parts."""
+    """All parts of a finished folder as one: every image once, in input order. Raises as iterate_parts does."""
     parts = list(iterate_parts(folder, verify))
-    tables = [part.columns for part in parts if part.columns is not None]
+    columns = [part.columns for part in parts if part.columns is not None]
     adapted = [part.embeddings.adapted for part in parts if part.embeddings.adapted is not None]
     return Part(
         [key for part in parts for key in part.keys],
@@ -110,7 +113,7 @@ def read_embeddings(folder: str | Path, verify: bool = True) -> Part:
             np.concatenate([part.embeddings.plain for part in parts]), np.concatenate(adapted) if adapted else None
         ),
         [error for part in parts for error in part.errors],
-        require("pyarrow", _EXTRA).concat_tables(tables) if tables else None,
+        require("pyarrow", "parquet").concat_tables(columns) if columns else None,
     )
 
 
@@ -157,15 +160,14 @@ def _read_safetensors(path: Path) -> Part:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        held = json.loads(file.metadata()[_ENTRY])
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    return Part(
-        held["keys"], Embeddings(arrays["plain"], arrays.get("adapted")), held["errors"], facts=dict(held["facts"])
-    )
+        entry = json.loads(file.metadata()[_ENTRY])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    embeddings = Embeddings(arrays["plain"], arrays.get("adapted"))
+    return Part(entry["keys"], embeddings, entry["errors"], facts=dict(entry["facts"]))
 
 
 def _write_parquet(path: Path, part: Part, facts: str) -> None:
-    pa, pq = require("pyarrow", _EXTRA), require("pyarrow.parquet", _EXTRA)
+    pa = require("pyarrow", "parquet")
     bad = np.array([error is not None for error in part.errors])
     columns = {"key": pa.array(part.keys, pa.string())}
     for name, array in _arrays(part).items():
@@ -175,41 +177,28 @@ def _write_parquet(path: Path, part: Part, facts: str) -> None:
     columns["error"] = pa.array(part.errors, pa.string())
     if part.columns is not None:
         columns |= {name: part.columns[name] for name in part.columns.column_names}
-    table = pa.table(columns).replace_schema_metadata({_ENTRY: facts})
-    dictionaries = [name for name in table.column_names if name not in ("plain", "adapted")]
-    pq.write_table(table, path, use_dictionary=dictionaries, write_page_checksum=True)
+    dictionaries = [name for name in columns if name not in ("plain", "adapted")]
+    tables.write_part(path, pa.table(columns), facts, use_dictionary=dictionaries)
 
 
 def _read_parquet(path: Path) -> Part:
-    pq = require("pyarrow.parquet", _EXTRA)
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        table = file.read()
-    facts = json.loads(table.schema.metadata[_ENTRY.encode()])
+    table, facts = tables.read_part(path)
     arrays = {name: _rows(table[name]) for name in ("plain", "adapted") if name in table.column_names}
     carried = table.drop_columns([name for name in COLUMNS if name in table.column_names])
     return Part(
         table["key"].to_pylist(),
         Embeddings(arrays["plain"], arrays.get("adapted")),
         table["error"].to_pylist(),
-        carried.replace_schema_metadata(None) if carried.num_columns else None,
+        carried if carried.num_columns else None,
         facts,
     )
 
 
 def _rows(column: Any) -> np.ndarray:
-    """A column of fixed-size lists -> (n, D); null rows are NaN."""
-    whole = column.combine_chunks()
-    width, valid = whole.type.list_size, ~np.asarray(whole.is_null())
-    values = whole.flatten().to_numpy(zero_copy_only=False)  # flatten leaves null lists out
-    rows = np.full((len(whole), width), np.nan, values.dtype)
+    """A column of fixed-size lists -> (n, D); null rows become NaN."""
+    lists = column.combine_chunks()
+    width, valid = lists.type.list_size, ~np.asarray(lists.is_null())
+    values = lists.flatten().to_numpy(zero_copy_only=False)  # without the null lists
+    rows = np.full((len(lists), width), np.nan, values.dtype)
     rows[valid] = values.reshape(-1, width)
     return rows
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError where a carried column would take the place of one of a part's own."""
-    if taken := sorted(set(names) & set(COLUMNS)):
-        raise ValueError(
-            f"expected --keep-columns without {list(COLUMNS)}, which are a part's own columns, got {taken}; rename "
-            "them in the input"
-        )

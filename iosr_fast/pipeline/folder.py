@@ -1,4 +1,4 @@
-"""What Classifier.predict_folder gives: a folder's images with their labels."""
+"""The work of Classifier.predict_folder: the images of a folder with their labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.pipeline.stream import choose_batch, classify, stage_of
+from iosr_fast.pipeline.stream import choose_batch, choose_stage, classify
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FolderPredictions:
-    """The images of a folder, in the order of their paths, and what they were taken for.
+    """The images of a folder, in the order of their paths, with their labels.
 
-    paths          of the B images that could be read
+    paths          of the B readable images
     labels         (B,) class names
     probabilities  (B,) float32, of the labels
-    errors         of the other images, in their order; each names its path and the reason
-    skipped        files that are no images, hidden, linked twice, ..., counted by reason
+    errors         of the unreadable images, in order; each names its path and the reason
+    skipped        files that are not images, hidden, linked twice, ..., counted by reason
     """
 
     paths: list[Path]
@@ -62,14 +62,14 @@ def predict_folder(
     chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
     listing = list_images(folder)
     paths = listing.paths
-    stage = stage_of(encoder, engine, chosen, len(paths), batch, threads)
-    read, labels, probabilities, errors = [], [], [], []
-    left = iter(paths)
+    stage = choose_stage(encoder, engine, chosen, len(paths), batch, threads)
+    readable, labels, probabilities, errors = [], [], [], []
+    remaining = iter(paths)
     with closing(classify(state, stage, chosen, paths, batch)) as answers:
         for answer in (answer for answered in answers for answer in answered):
-            path = next(left)
+            path = next(remaining)
             if not isinstance(answer, BadImageError):
-                read.append(Path(path))
+                readable.append(Path(path))
                 labels.append(answer.label)
                 probabilities.append(answer.probability)
             elif skip_bad:
@@ -77,5 +77,5 @@ def predict_folder(
             else:
                 raise answer
     return FolderPredictions(
-        read, np.array(labels, dtype=str), np.array(probabilities, np.float32), errors, listing.skipped
+        readable, np.array(labels, dtype=str), np.array(probabilities, np.float32), errors, listing.skipped
     )

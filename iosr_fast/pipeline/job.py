@@ -1,11 +1,11 @@
-"""What `iosr-fast classify` does: a list of images, classified to standard output or to a file that outlives a kill."""
+"""The work of `iosr-fast classify`: a list of images, classified to standard output or, resumably, to a file."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,8 @@ from iosr_fast.images.decode import Decoder
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.journal import Journal, open_journal
-from iosr_fast.pipeline.stream import Answer, Stage, classify, stage_of
+from iosr_fast.pipeline.resume import complete
+from iosr_fast.pipeline.stream import Answer, choose_stage, classify
 from iosr_fast.pipeline.tables import check_output, csv_cells, csv_writer, write_table
 from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.progress import progress
@@ -39,47 +40,37 @@ class Job:
     threads: int | None
     skip_bad: bool
 
-    def stream(self, file: TextIO, say: Callable[[str], None]) -> int:
-        """Write CSV rows as they come; how many images were left out. Raises BadImageError unless `skip_bad`."""
+    def stream(self, file: TextIO, log: Callable[[str], None]) -> int:
+        """Write CSV rows as they come; returns how many images were left out. Raises BadImageError unless skip_bad."""
         writer, left_out = csv_writer(file, self.top, errors=False), 0
-        with closing(self._answers(0)) as answers, progress("classify", len(self.paths), 0, not file.isatty()) as done:
-            for path, answer in zip(self.paths, chain.from_iterable(_telling(answers, done)), strict=True):
+        bar = progress("classify", len(self.paths), not file.isatty())
+        with bar as advance, closing(self.answers(0, advance)) as answers:
+            for path, answer in zip(self.paths, chain.from_iterable(answers), strict=True):
                 if isinstance(answer, BadImageError):
-                    if not self.skip_bad:
-                        raise answer
                     left_out += 1
-                    say(f"left out: {answer}")
+                    log(f"left out: {answer}")
                 else:
-                    writer.writerow(csv_cells(path, _kept(answer), self.top, errors=False))
+                    writer.writerow(csv_cells(path, _result(answer), self.top, errors=False))
         return left_out
 
     def write(self, out: Path) -> int:
-        """Write the file, or go on where a run of it was killed; how many images could not be read.
+        """Write the file, or resume an interrupted run of it; returns how many images could not be read.
 
-        Batches go to a journal beside `out` as they come, and that becomes `out` at the end: its bytes don't depend on
-        whether a run was stopped, or how often. Raises FileExistsError where `out` is there already, ValueError where
-        the journal is of other images, of another classifier or of other options, BadImageError unless `skip_bad`.
+        Batches go to a journal beside `out`, and from there to `out` at the end: its bytes don't depend on
+        interruptions. Raises FileExistsError if `out` exists, ValueError for a journal of other images, another
+        classifier or other options, BadImageError unless `skip_bad`.
         """
         check_place(out, self.paths)
-        with open_journal(_journal_of(out), self.facts()) as journal:
-            if not self.skip_bad:
-                self._refuse_errors(journal)
-            self._complete(journal)
-            unread = 0
 
-            def rows() -> Iterator[tuple[str, Any]]:
-                nonlocal unread
-                for path, told in zip(self.paths, chain.from_iterable(journal.read()), strict=True):
-                    unread += isinstance(told, str)
-                    yield path, told
+        def compute(missing: Sequence[str], advance: Callable[[int], None]) -> Generator[list[Answer], None, None]:
+            return self.answers(len(self.paths) - len(missing), advance)
 
-            write_table(out, rows(), self.top)
-            journal.remove()
+        unread: int = complete(_JournaledTable(self, out), compute, "classify", len)
         return unread
 
     def facts(self) -> dict[str, Any]:
-        """All that decides what the rows are. How many cores compute them is not among it: that may change the last bit
-        of a probability."""
+        """Everything that decides the rows. The number of cores is not part of it: it may change the last bit of a
+        probability."""
         from iosr_fast import __version__
 
         digest = hashlib.sha256()
@@ -98,53 +89,76 @@ class Job:
             "top": self.top,
         }
 
-    def _complete(self, journal: Journal) -> None:
-        done = sum(map(len, journal.read()))
-        with closing(self._answers(done)) as answers, progress("classify", len(self.paths), done) as advance:
-            for answered in _telling(answers, advance):
-                for answer in answered:
+    def answers(self, first: int, advance: Callable[[int], None]) -> Generator[list[Answer], None, None]:
+        """Batches of answers to the images from position `first` on. Raises BadImageError unless `skip_bad`."""
+        # The stage is chosen for all images, so that resuming changes no digit.
+        stage = choose_stage(self.encoder, self.engine, self.decoder, len(self.paths), self.batch, self.threads)
+        paths = self.paths[first:]
+        with closing(classify(self.state, stage, self.decoder, paths, self.batch, self.top)) as batches:
+            for batch in batches:
+                for answer in batch:
                     if isinstance(answer, BadImageError) and not self.skip_bad:
                         raise answer
-                journal.append([_kept(answer) for answer in answered])
+                yield batch
+                advance(len(batch))
 
-    def _refuse_errors(self, journal: Journal) -> None:
-        for path, told in zip(self.paths, chain.from_iterable(journal.read()), strict=False):
-            if isinstance(told, str):
+
+class _JournaledTable:
+    """Output of `complete`: a table whose rows are kept in a journal until all exist."""
+
+    _journal: Journal
+
+    def __init__(self, job: Job, out: Path) -> None:
+        self._job, self._out = job, out
+
+    @contextmanager
+    def open(self) -> Iterator[Sequence[str]]:
+        with open_journal(_journal_path(self._out), self._job.facts()) as self._journal:
+            if not self._job.skip_bad:
+                self._refuse_errors()
+            yield self._job.paths[sum(map(len, self._journal.read())) :]
+
+    def add(self, result: list[Answer]) -> None:
+        self._journal.append([_result(answer) for answer in result])
+
+    def finish(self) -> int:
+        unread = 0
+
+        def rows() -> Iterator[tuple[str, Any]]:
+            nonlocal unread
+            for path, result in zip(self._job.paths, chain.from_iterable(self._journal.read()), strict=True):
+                unread += isinstance(result, str)
+                yield path, result
+
+        write_table(self._out, rows(), self._job.top)
+        self._journal.remove()
+        return unread
+
+    def _refuse_errors(self) -> None:
+        for path, result in zip(self._job.paths, chain.from_iterable(self._journal.read()), strict=False):
+            if isinstance(result, str):
                 raise ValueError(
-                    f"the run that is gone on with left unreadable images out, the first is {path}: {told}; give "
-                    f"--skip-bad, or mend the image and remove {journal.path} to begin again"
+                    f"the interrupted run left unreadable images out, the first is {path}: {result}; give --skip-bad, "
+                    f"or repair the image and remove {self._journal.path} to begin again"
                 )
-
-    def _answers(self, first: int) -> Generator[list[Answer], None, None]:
-        """Of the images from number `first` on. The stage is that of all, so that going on changes no digit."""
-        if first >= len(self.paths):
-            return
-        stage: Stage = stage_of(self.encoder, self.engine, self.decoder, len(self.paths), self.batch, self.threads)
-        yield from classify(self.state, stage, self.decoder, self.paths[first:], self.batch, self.top)
 
 
 def check_place(out: Path, paths: Iterable[str]) -> None:
-    """What `Job.write` refuses of `out` and of file names, without a classifier."""
+    """Raise the errors of `Job.write` about `out` and file names, without a classifier."""
     check_output(out)
     for path in paths:
         if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
             raise ValueError(f"expected file names in UTF-8, got {path!r}; rename it")
-    if out.exists() and not _journal_of(out).exists():
-        raise FileExistsError(f"{out} is there already; remove it or choose another name")
+    if out.exists() and not _journal_path(out).exists():
+        raise FileExistsError(f"{out} exists already; remove it or choose another name")
 
 
-def _journal_of(out: Path) -> Path:
+def _journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def _telling(answers: Iterator[list[Answer]], advance: Callable[[int], None]) -> Iterator[list[Answer]]:
-    for answered in answers:
-        yield answered
-        advance(len(answered))
-
-
-def _kept(answer: Answer) -> list[list[Any]] | str:
-    """What is told of an image, JSON-ready."""
+def _result(answer: Answer) -> list[list[Any]] | str:
+    """The reported classes of an image, best first, or why it can't be read; as JSON values."""
     if isinstance(answer, BadImageError):
         return answer.reason
     return [[one.label, one.probability] for one in answer.top]

@@ -1,7 +1,7 @@
-"""Results of a long run, kept where a kill can't take them: a file of lines beside the output, until that is written.
+"""Results of a long run, stored beside the output until that is written: a file of lines that survives a kill.
 
-The first line says what the run is; each further one is a chunk of results, in order. A line is the SHA-256 of the rest
-of it and JSON. What a kill or a power cut leaves of a line is no line, and the chunk is computed again.
+The first line describes the run; each further one is a chunk of results, in order. A line is JSON after its SHA-256. A
+line that a kill or a power cut truncated is dropped, and its chunk is computed again.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_SYNC_S = 1.0  # results of the last second may be computed again after a power cut; a kill loses none
+from iosr_fast.pipeline.resume import differences
+from iosr_fast.utils.temporaries import is_open_at, try_lock
+
+_SYNC_S = 1.0  # a power cut loses the results of at most this time; a kill loses none
 
 
 class Journal:
-    """Chunks of one run in a file that this process holds. Make one with `open_journal`."""
+    """Chunks of one run in a file that this process has locked. Make one with `open_journal`."""
 
     def __init__(self, path: Path, file: BinaryIO, chunks: int) -> None:
         self.path, self.chunks = path, chunks
@@ -27,7 +30,7 @@ class Journal:
         self._synced = time.monotonic()
 
     def append(self, rows: list[Any]) -> None:
-        """Write the next chunk: JSON values, which come back as they are."""
+        """Write the next chunk, of JSON values."""
         self._file.write(_line(rows))
         self._file.flush()
         self.chunks += 1
@@ -36,7 +39,7 @@ class Journal:
             self._synced = time.monotonic()
 
     def read(self) -> Iterator[list[Any]]:
-        """The chunks in order, from the file: one at a time is held."""
+        """The chunks in order, one in memory at a time."""
         with self.path.open("rb") as file:
             file.readline()
             for _ in range(self.chunks):
@@ -49,17 +52,24 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of the run that `facts` (JSON values by their names) describe: a new one, or the one that is there.
+    """The journal of the run that `facts` (JSON values by name) describe: a new one, or the existing one.
 
-    Raises ValueError where that is of another run or no journal, FileExistsError where another process holds it.
+    Raises ValueError for another run's journal and for another file, FileExistsError while another process uses it.
     """
     with path.open("a+b") as file:
-        _lock(file, path)
+        if try_lock(file.fileno()) is False:
+            raise FileExistsError(f"another run holds {path}; wait for it or choose another output")
+        if not is_open_at(file.fileno(), path):
+            raise FileExistsError(f"another run has just finished with {path}; its output exists")
         file.seek(0)
         first = file.readline()
         if first.endswith(b"\n"):
-            _compare(path, _facts(path, first), dict(facts))
-        else:  # new, or killed before it began
+            if different := differences(_facts(path, first), facts):
+                raise ValueError(
+                    f"{path} holds the results of another run, which differs in {different}: resume with that run's "
+                    "input and options, or remove the file to begin again"
+                )
+        else:  # new, or killed while the first line was written
             if first and not _line(dict(facts)).startswith(first):
                 raise ValueError(
                     f"expected a journal of iosr-fast classify at {path}, found another file; move it away"
@@ -68,11 +78,11 @@ def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
             file.write(_line(dict(facts)))
             file.flush()
             os.fsync(file.fileno())
-        yield Journal(path, file, _whole_chunks(file))
+        yield Journal(path, file, _complete_chunks(file))
 
 
-def _whole_chunks(file: BinaryIO) -> int:
-    """Count the whole lines after the first, and cut off what is behind them."""
+def _complete_chunks(file: BinaryIO) -> int:
+    """Count the complete lines after the first, and cut off the rest."""
     file.seek(0)
     end, chunks = len(file.readline()), 0
     for line in file:
@@ -94,7 +104,7 @@ def _line(content: Any) -> bytes:
 def _content(line: bytes) -> Any:
     digest, _, text = line.partition(b" ")
     if not text.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest().encode() != digest:
-        raise ValueError("not a whole line")
+        raise ValueError("incomplete line")
     return json.loads(text)
 
 
@@ -105,34 +115,3 @@ def _facts(path: Path, line: bytes) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged or no journal of iosr-fast classify; remove it to begin again, or choose another output"
         ) from error
-
-
-def _compare(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    told = [
-        f"{name} (there {there.get(name)}, now {now.get(name)})"
-        for name in sorted({*there, *now})
-        if there.get(name) != now.get(name)
-    ]
-    if told:
-        raise ValueError(
-            f"{path} holds the results of another run, which differs in {'; '.join(told)}: give what that run was "
-            "given to go on with it, or remove the file to begin again"
-        )
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep a second run out while this one lives; the system lets go of it whatever this one dies of."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise FileExistsError(f"another run holds {path}; wait for it or choose another output") from error
-    except OSError:
-        return  # a file system without locks
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            return
-    raise FileExistsError(f"another run has just finished with {path}; its output is there")

@@ -1,25 +1,24 @@
-"""Images in, predictions out, in order: pictures are decoded while others are encoded, and few are held at a time.
+"""Images in, predictions or embeddings out, in order: decoding overlaps encoding, and few images are in memory at once.
 
-There are two ways to use a CPU. Where the runtime lets several threads run one session at once (ONNX Runtime), each of
-`callers` threads decodes a batch of its own and encodes it in a session of one thread (of more, where there are more
-than 8 cores): nobody waits at a barrier for a thread that something else has taken the core of. Elsewhere, and on a
-GPU, one caller encodes with all there is, and threads decode ahead of it.
+There are two ways to use a CPU. Where several threads may run one session at once (ONNX Runtime), each of `callers`
+threads decodes and encodes whole batches in a session with few threads, so no thread waits at a barrier for another.
+Elsewhere, and on a GPU, one caller encodes with all cores, and threads decode ahead of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, repeat
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.images.decode import Decoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.images.decode import Decoded, Decoder
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.state.predictions import Prediction, predict
 from iosr_fast.utils.machine import usable_threads
@@ -29,53 +28,56 @@ if TYPE_CHECKING:
     from iosr_fast.state.state import State
 
 Answer: TypeAlias = Prediction | BadImageError
-_CALLERS = 8  # at most: each holds a batch and all that is computed of it; beyond, sessions get more threads
-_WORTH = 4  # batches a caller
-_LEAST = 4  # images in a batch, where the last ones are made smaller
-_PARALLEL = frozenset({"onnxruntime"})  # runtimes of which several threads may run one session at once
+Errors: TypeAlias = list[BadImageError | None]
+_MAX_CALLERS = 8  # each has a batch and its activations in memory; with more cores, sessions get more threads
+_MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
+_MIN_BATCH = 4  # images in the smaller batches at the end
+_PARALLEL = frozenset({"onnxruntime"})  # runtimes whose sessions several threads may run at once
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """An encoder and who calls it: `callers` threads that decode too, or one, with `decode_threads` before it."""
+    """An encoder with `callers` threads that decode and encode, or one caller and `decode_threads` ahead of it."""
 
     encoder: Encoder
     callers: int
     decode_threads: int
 
-    def held(self) -> int:
-        """Batches of pixels that exist at once, at most: one in each thread, and between them one more that is ready
-        and one that is encoded."""
+    def max_batches(self) -> int:
+        """Batches of pixels in memory at once, at most: one in each thread, one decoded and waiting, one encoded."""
         return self.callers if self.callers > 1 else self.decode_threads + 2
 
 
-def stage_of(
+def choose_stage(
     encoder: Encoder, engine: str | Path, decoder: Decoder, images: int, batch: int, threads: int | None
 ) -> Stage:
     """How to use `threads` cores (None: all) for so many images.
 
-    Opens the engine again, with few threads, where several callers gain by it and it has not so few already; for a
-    few batches it isn't worth the wait. Raises ValueError for threads below 1.
+    For many batches it opens the engine again with few threads per session, unless `encoder` already has as few.
+    Raises ValueError for threads below 1.
     """
     from iosr_fast.encoders.runtimes import open_engine
 
     if threads is not None and threads < 1:
         raise ValueError(f"expected threads of at least 1, got {threads}")
     threads = usable_threads() if threads is None else threads
-    callers = min(threads, _CALLERS)
-    if encoder.runtime in _PARALLEL and callers > 1 and images >= _WORTH * callers * batch:
+    callers = min(threads, _MAX_CALLERS)
+    if encoder.runtime in _PARALLEL and callers > 1 and images >= _MIN_BATCHES * callers * batch:
         if encoder.threads != threads // callers:
             # The folder may have been replaced since the encoder was opened from it.
             encoder = open_engine(encoder.source or engine, encoder.runtime, verify=False, threads=threads // callers)
         return Stage(encoder, callers, 0)
-    if encoder.buckets is None:  # on a CPU, of which the encoder needs most
+    if encoder.buckets is None:  # on a CPU, where the encoder needs most cores
         threads = max(1, threads // 4)
     return Stage(encoder, 1, threads if decoder.threads is None else min(threads, decoder.threads))
 
 
 def choose_batch(encoder: Encoder, batch: int | None) -> int:
-    """How many images to encode at a time, where that is left open: 16 on a CPU, which a core does as fast as 8 or 32
-    and holds less, and up to 64 on a GPU. Raises ValueError below 1."""
+    """`batch`, or by default 16 on a CPU (as fast as 8 or 32 per core, with less memory) and up to 64 on a GPU.
+
+    Raises ValueError below 1.
+    """
     if batch is None:
         return 16 if encoder.buckets is None else min(64, encoder.max_batch)
     if batch < 1:
@@ -86,53 +88,66 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
 def classify(
     state: State, stage: Stage, decoder: Decoder, sources: Iterable[Any], batch: int, top: int = 1
 ) -> Generator[list[Answer], None, None]:
-    """For each batch of sources, in order, the Prediction of each, or why it can't be read.
+    """For each batch of sources, in order, the Prediction or the error of each.
 
-    What is encoded together is a batch less what is unreadable. Batches are of `batch` sources; where several callers
-    share sources of a known number, the last are smaller (`batch_sizes`). At most stage.held() batches of pixels exist
-    at once. The generator's end, by close() too, ends its threads.
+    Batches have `batch` sources; where several callers share a known number of sources, the last ones are smaller
+    (`batch_sizes`).
+    """
+    batches = _batches(sources, batch, stage.callers)
+    with closing(encode_batches(stage, decoder, batches, lambda rows: predict(state, rows, top))) as results:
+        for errors, predictions in results:
+            remaining = iter(predictions or ())
+            yield [next(remaining) if error is None else error for error in errors]
+
+
+def encode_batches(
+    stage: Stage, decoder: Decoder, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
+) -> Generator[tuple[Errors, _R | None], None, None]:
+    """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
+    embeddings of the readable ones (None if there are none).
+
+    A batch is encoded together, without its unreadable images. At most stage.max_batches() batches of pixels are in
+    memory. When the generator ends, also by close(), its threads have ended.
     """
 
-    def decode(given: tuple[int, list[Any]]) -> list[np.ndarray | BadImageError]:
-        start, batch_of_sources = given
-        return decoder.decode(batch_of_sources, stage.encoder.image_size, start)
+    def decode(batch: tuple[int, Sequence[Any]]) -> list[Decoded]:
+        return decoder.decode(batch[1], stage.encoder.image_size, batch[0])
 
-    def answer(decoded: list[np.ndarray | BadImageError]) -> list[Answer]:
-        good = [pixels for pixels in decoded if not isinstance(pixels, BadImageError)]
-        made = iter(predict(state, stage.encoder.encode(np.stack(good)), top) if good else ())
-        return [told if isinstance(told, BadImageError) else next(made) for told in decoded]
+    def encode(decoded: list[Decoded]) -> tuple[Errors, _R | None]:
+        errors = [pixels if isinstance(pixels, BadImageError) else None for pixels in decoded]
+        readable = [pixels for pixels in decoded if not isinstance(pixels, BadImageError)]
+        return errors, use(stage.encoder.encode(np.stack(readable))) if readable else None
 
-    batches = _batches(sources, batch, stage.callers)
     if stage.callers > 1:
-        yield from map_ordered(batches, lambda given: answer(decode(given)), stage.callers, 2 * stage.callers)
+        yield from map_ordered(batches, lambda batch: encode(decode(batch)), stage.callers, 2 * stage.callers)
         return
     with closing(map_ordered(batches, decode, stage.decode_threads, stage.decode_threads + 2)) as pixels:
         for decoded in pixels:
-            answered = answer(decoded)
-            del decoded  # or it would wait here while the next are decoded
-            yield answered
+            result = encode(decoded)
+            del decoded  # free the pixels before the consumer runs
+            yield result
 
 
 def batch_sizes(images: int, batch: int, callers: int) -> Iterator[int]:
-    """How many images each batch takes: `batch`, and near the end half of a caller's even share of what is left, so
-    that several callers finish together (guided self-scheduling: Polychronopoulos and Kuck, 1987).
+    """Sizes of successive batches: `batch`, and near the end half of a caller's even share of the rest, so that
+    several callers finish together (guided self-scheduling: Polychronopoulos and Kuck, 1987).
 
-    Sizes depend on what is left alone, so a run that is gone on with at a batch's end has the same ones to come.
+    A size depends only on the images that are left, so a run that resumes after a batch has the same batches to come.
     """
     while images:
-        share = batch if callers == 1 else max(_LEAST, ceil(images / (2 * callers)))
+        share = batch if callers == 1 else max(_MIN_BATCH, ceil(images / (2 * callers)))
         size = min(batch, share, images)
         yield size
         images -= size
 
 
 def _batches(sources: Iterable[Any], batch: int, callers: int) -> Iterator[tuple[int, list[Any]]]:
-    """Runs of sources, each with the number of its first."""
+    """Runs of sources, each with the position of its first."""
     sizes = batch_sizes(len(sources), batch, callers) if isinstance(sources, Sized) else repeat(batch)
-    left, start = iter(sources), 0
+    remaining, start = iter(sources), 0
     for size in sizes:
-        taken = list(islice(left, size))
-        if not taken:
+        run = list(islice(remaining, size))
+        if not run:
             return
-        yield start, taken
-        start += len(taken)
+        yield start, run
+        start += len(run)

@@ -1,10 +1,11 @@
-"""Rows of predictions as CSV or Parquet. Either is written in one go, in bounded memory, and is the same each time."""
+"""Tables of predictions as CSV or Parquet, written in bounded memory; the same rows give the same bytes."""
 
 from __future__ import annotations
 
 import csv
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,25 +15,25 @@ from iosr_fast.utils.outputs import check_new_file
 from iosr_fast.utils.require import require
 
 SUFFIXES = (".csv", ".parquet")
-# Spreadsheets skip blanks, quotes and invisible characters, and some read the full-width signs as well.
+# Spreadsheets skip blanks, quotes and invisible characters, and some read full-width signs too.
 _FORMULA = re.compile("[\\s\"'\u200b\u2060\ufeff]*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
-_GROUP = 65_536  # rows of a Parquet file that are in memory at once
+_ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
+_FACTS = b"iosr_fast"  # entry of a Parquet schema's metadata
 # (path, its classes as [label, probability], best first, or why it could not be read)
 Row = tuple[str, list[list[Any]] | str]
 
 
 def check_output(out: Path) -> None:
-    """Raise ValueError for a file that is neither, OSError for a place that can't be written to, ImportError for
-    Parquet without pyarrow."""
+    """Raise ValueError for another suffix, OSError for a place that can't be written, ImportError without pyarrow."""
     check_new_file(out, SUFFIXES)
     if out.suffix == ".parquet":
         require("pyarrow.parquet", "parquet")
 
 
 def escaped(text: str) -> str:
-    """`text` with an apostrophe before it where a spreadsheet would take it for a formula (OWASP, CSV injection).
+    """`text` with an apostrophe before it if a spreadsheet would take it for a formula (OWASP, CSV injection).
 
-    Programs get `text` back by taking one apostrophe away where what follows is such a text.
+    To recover `text`, remove one apostrophe if the rest is such a formula.
     """
     return f"'{text}" if _FORMULA.match(text) else text
 
@@ -43,19 +44,19 @@ def write_table(out: Path, rows: Iterable[Row], top: int) -> None:
     .csv      label_2, probability_2 and so on to `top`; error
     .parquet  top, a list of structs of label and probability (float32), best first; error
 
-    The error says why an image could not be read; else it is empty (null).
+    The error says why an image could not be read; otherwise it is empty (null).
     """
     with new_file(out) as temporary:
         if out.suffix == ".csv":
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 writer = csv_writer(file, top, errors=True)
-                writer.writerows(csv_cells(path, told, top, errors=True) for path, told in rows)
+                writer.writerows(csv_cells(path, result, top, errors=True) for path, result in rows)
         else:
             _write_parquet(temporary, iter(rows))
 
 
 class _LineFeeds:
-    """Ends rows with a line feed. csv quotes only the line ends that it writes, and names of files may hold both."""
+    """Ends rows with a line feed. csv quotes only its own line ends, and file names may contain both kinds."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -65,36 +66,60 @@ class _LineFeeds:
 
 
 def csv_writer(file: TextIO, top: int, errors: bool) -> Any:
-    """A csv.writer that has written the head."""
+    """A csv.writer that has written the header."""
     writer = csv.writer(_LineFeeds(file), lineterminator="\r\n")
     more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
     writer.writerow(["path", "label", "probability", *more, *(["error"] if errors else [])])
     return writer
 
 
-def csv_cells(path: str, told: list[list[Any]] | str, top: int, errors: bool) -> list[str]:
-    """One row, its texts `escaped`; `top` classes wide where it is an error, too."""
-    if isinstance(told, str):
-        return [escaped(path), *[""] * (2 * top), *([escaped(told)] if errors else [])]
-    cells = [cell for label, probability in told for cell in (escaped(label), f"{probability:.4f}")]
+def csv_cells(path: str, result: list[list[Any]] | str, top: int, errors: bool) -> list[str]:
+    """One row with `escaped` texts and `top` classes."""
+    if isinstance(result, str):
+        return [escaped(path), *[""] * (2 * top), *([escaped(result)] if errors else [])]
+    cells = [cell for label, probability in result for cell in (escaped(label), f"{probability:.4f}")]
     return [escaped(path), *cells, *([""] if errors else [])]
+
+
+def prediction_columns(classes: Sequence[Sequence[Sequence[Any]] | None], scores: Sequence[str]) -> dict[str, Any]:
+    """Parquet columns of predictions: each of `scores` for the best class, and top, a list of structs of all.
+
+    classes  per image its classes, best first, each with one value per score; None for an unreadable image
+    scores   label and class_id are strings, others float32
+    """
+    pa = require("pyarrow", "parquet")
+    types = [(name, pa.string() if name in ("label", "class_id") else pa.float32()) for name in scores]
+    columns = {
+        name: pa.array([None if row is None else row[0][i] for row in classes], kind)
+        for i, (name, kind) in enumerate(types)
+    }
+    top = [None if row is None else [dict(zip(scores, values, strict=True)) for values in row] for row in classes]
+    return {**columns, "top": pa.array(top, pa.list_(pa.struct(types)))}
 
 
 def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
     pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
-    scored = [("label", pa.string()), ("probability", pa.float32())]
-    schema = pa.schema([("path", pa.string()), *scored, ("top", pa.list_(pa.struct(scored))), ("error", pa.string())])
-    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-        while group := list(islice(rows, _GROUP)):
-            told = [None if isinstance(given, str) else given for _, given in group]
-            columns = {
-                "path": [name for name, _ in group],
-                "label": [None if given is None else given[0][0] for given in told],
-                "probability": [None if given is None else given[0][1] for given in told],
-                "top": [
-                    None if given is None else [{"label": label, "probability": p} for label, p in given]
-                    for given in told
-                ],
-                "error": [given if isinstance(given, str) else None for _, given in group],
-            }
-            writer.write_table(pa.table(columns, schema=schema))
+
+    def table(group: list[Row]) -> Any:
+        classes = [None if isinstance(result, str) else result for _, result in group]
+        errors = [result if isinstance(result, str) else None for _, result in group]
+        paths = pa.array([name for name, _ in group], pa.string())
+        columns = prediction_columns(classes, ("label", "probability"))
+        return pa.table({"path": paths, **columns, "error": pa.array(errors, pa.string())})
+
+    with pq.ParquetWriter(path, table([]).schema, write_page_checksum=True) as writer:
+        while group := list(islice(rows, _ROW_GROUP)):
+            writer.write_table(table(group))
+
+
+def write_part(path: Path, table: Any, facts: str, **options: Any) -> None:
+    """Write a pyarrow.Table with its facts (JSON) in the schema's metadata. `options` are those of pyarrow."""
+    pq = require("pyarrow.parquet", "parquet")
+    pq.write_table(table.replace_schema_metadata({_FACTS: facts}), path, write_page_checksum=True, **options)
+
+
+def read_part(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The table of `write_part`, its pages verified, and its facts. Raises many types for a damaged file."""
+    with require("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read()
+    return table.replace_schema_metadata(None), json.loads(table.schema.metadata[_FACTS])

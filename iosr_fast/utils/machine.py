@@ -19,7 +19,7 @@ def package_version(name: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The processor's name, as well as the system tells it."""
+    """The processor's name, as far as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -29,13 +29,13 @@ def cpu_model() -> str:
 
 
 def usable_threads() -> int:
-    """Hardware threads that this process may use, which a container or an affinity mask can make fewer than exist."""
+    """Hardware threads that this process may use; a container or an affinity mask can restrict them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its name in the driver's words and its compute capability, (9, 0) on an H100."""
+    """A GPU: its name in the driver, and its compute capability, (9, 0) on an H100."""
 
     name: str
     capability: tuple[int, int]
@@ -45,7 +45,7 @@ class Gpu:
 
 
 def this_gpu() -> Gpu | None:
-    """The GPU that PyTorch computes on here; None where it sees none, or is not installed."""
+    """PyTorch's current GPU; None without one, and without PyTorch."""
     if find_spec("torch") is None:
         return None
     import torch

@@ -1,4 +1,4 @@
-"""Checks of the place that a command is to write to, made before its work and not after it."""
+"""Checks of the output path of a command, made before its work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from iosr_fast.utils.manifest import MANIFEST
 
 
 def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
-    """Raise ValueError for another suffix than these, OSError where `out` is a folder or can't be written."""
+    """Raise ValueError for another suffix than these, OSError if `out` is a folder or can't be written."""
     if suffixes and out.suffix not in suffixes:
         raise ValueError(f"expected --out to end in {' or '.join(suffixes)}, got {out}")
     if out.is_dir():
@@ -23,23 +23,23 @@ def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
 
 
 def check_new_folder(out: Path, kind: str | None = None) -> None:
-    """Raise OSError where `files.new_folder` could not write `out`, or would replace what is no `kind` of iosr_fast.
+    """Raise OSError if `files.new_folder` could not write `out`, or would replace anything but a `kind` of iosr_fast.
 
-    An empty folder and a folder whose manifest says that it holds a `kind` may be replaced, a missing one (parents
-    included) is made. Without a `kind` nothing is replaced.
+    An empty folder and a folder with the manifest of a `kind` may be replaced; a missing one may be created with its
+    parents. Without a `kind` nothing is replaced.
     """
     if os.path.lexists(out) and not out.is_dir():
         raise NotADirectoryError(f"expected a folder to write, got the file {out}; choose another place")
     if out.is_dir() and any(out.iterdir()):
-        found = _kind_of(out)
-        if kind is None or found != kind:
-            held = "other things than iosr_fast writes" if found is None else f"a folder of kind {found!r}"
-            raise FileExistsError(f"{out} exists and holds {held}; choose another place, or remove it")
+        existing = _kind_of(out)
+        if kind is None or existing != kind:
+            content = "other things than iosr_fast writes" if existing is None else f"a folder of kind {existing!r}"
+            raise FileExistsError(f"{out} exists and holds {content}; choose another place, or remove it")
     _check_writable(next(folder for folder in out.absolute().parents if os.path.lexists(folder)), out)
 
 
 def _kind_of(folder: Path) -> str | None:
-    """What a folder's manifest says it holds; None where it has none of iosr_fast."""
+    """The kind in a folder's manifest; None without a manifest of iosr_fast."""
     try:
         return str(json.loads((folder / MANIFEST).read_bytes())["kind"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""A bar on the terminal."""
+"""A progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress(verb: str, total: int | None, done: int = 0, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar with images/s and the time left, on stderr where that is a terminal; gives what moves it on by so many
-    images. Without a `total` it shows the time that has passed."""
+def progress(verb: str, total: int | None, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar with images/s and the time left, on stderr if that is a terminal; yields a function that advances it by a
+    number of images. Without a `total` it shows the elapsed time."""
     if not shown or not sys.stderr.isatty():
         yield lambda images: None
         return
@@ -36,5 +36,5 @@ def progress(verb: str, total: int | None, done: int = 0, shown: bool = True) ->
     with Progress(
         TextColumn("{task.description}"), *columns, console=Console(stderr=True), speed_estimate_period=60
     ) as bar:
-        task = bar.add_task(verb, total=total, completed=done)
+        task = bar.add_task(verb, total=total)
         yield lambda images: bar.advance(task, images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,26 +218,28 @@ def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, mon
     torch = pytest.importorskip("torch")
     from iosr_fast.images.decode import CpuDecoder
     from iosr_fast.pipeline.job import Job
+    from iosr_fast.pipeline.part_folder import PartFolder
+    from iosr_fast.pipeline.plan import make_plan
+    from iosr_fast.pipeline.sources import folder_source
     from iosr_fast.training.data import sources
-    from tools.embedding.items import folder_source
-    from tools.embedding.plan import enter_plan, make_plan
 
     (tmp_path / "a.png").write_bytes(encode(arrow(0)))
     facts = {"fingerprint": "f", "image_size": 8, "width": 4, "first_adapted_block": None}
     source = folder_source(tmp_path)
-    options: dict[str, Any] = {"chunk": 1, "batch": 1, "dtype": "float32", "file_format": "safetensors"}
-    plans = [make_plan(source, [], facts, "test", exif_orientation=upright, **options) for upright in (True, False)]
-    assert plans[0].digest() != plans[1].digest()
-    (tmp_path / "out").mkdir()
-    enter_plan(tmp_path / "out", plans[0])
-    (tmp_path / "out/plan.json").write_text(json.dumps({**json.loads(plans[0].to_json()), "pixels": 1}))
-    with pytest.raises(ValueError, match=r"another plan, which differs in pixels \(there 1, now 2\)"):
-        enter_plan(tmp_path / "out", plans[0])
+    plan = make_plan(source, [], facts, "test", chunk=1, batch=1)
+    assert plan.digest() != replace(plan, exif_orientation=False).digest()
+    output = PartFolder(tmp_path / "out", plan, [], False)
+    with output.open():
+        (tmp_path / "out/plan.json").write_text(json.dumps({**json.loads(plan.to_json()), "pixels": 1}))
+    with pytest.raises(ValueError, match=r"another plan, which differs in pixels \(there 1, now 2\)"), output.open():
+        pass
 
-    made = [sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint]
+    prints = [sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint]
     monkeypatch.setattr(sources, "VERSION", 1)
-    made.append(sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint)
-    assert made[0] != made[1]
+    prints.append(sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint)
+    assert prints[0] != prints[1]
 
-    jobs = [Job(fitted(exif_orientation=way), [], CpuDecoder(), 1, 1, 1, False).facts() for way in (True, False)]
+    made = fitted()
+    ways = [CpuDecoder(exif_orientation=way) for way in (True, False)]
+    jobs = [Job(made.snapshot(), made.encoder, made.engine, way, [], 1, 1, 1, False).facts() for way in ways]
     assert jobs[0]["exif_orientation"] is True and jobs[1]["exif_orientation"] is False and jobs[0]["pixels"] == 2

@@ -27,10 +27,10 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.serving.http import Settings
 from iosr_fast.serving.ray import Scale, deploy, rollout
 from iosr_fast.utils.manifest import seal
+from iosr_fast.utils.ray_cluster import joined
 from tests.pictures import encode
 from tests.serving.http_client import bundle, form, httpx, queries
 from tests.serving.ray_load import ROOT, Load, error_of, save_renamed, served, wait_for
-from tools.ray_cluster import joined
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 SETTINGS = Settings(runtime="onnxruntime", max_batch=8)

@@ -38,7 +38,7 @@ from iosr_fast.export.export import random_adapter, write_engine
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.pixels import FORMATS
 from iosr_fast.images.preprocess import open_image, resize_and_crop
-from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, stage_of
+from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, choose_stage
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig
@@ -221,7 +221,7 @@ def run(
         formula = PapersFormula(classifier.plan_)
         cpu, size = CpuDecoder(), clip.image_size
         batch = choose_batch(classifier.encoder, None)
-        stage = stage_of(classifier.encoder, classifier.engine, cpu, pictures, batch, threads)
+        stage = choose_stage(classifier.encoder, classifier.engine, cpu, pictures, batch, threads)
         ends = list(accumulate(batch_sizes(pictures, batch, stage.callers)))
         groups = [paths[start:end] for start, end in pairwise([0, *ends])]
 

@@ -8,23 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from iosr_fast.images.listing import walk
-from iosr_fast.pipeline.embedding_files import check_names
+from iosr_fast.pipeline.sources import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
-from tools.embedding.items import Item, Source, check_keys, stamp_of
 
 EXTRA = "parquet"
-READERS = 16  # files looked up at a time: on a network file system each waits
+READERS = 16  # files looked up at a time: each lookup waits on a network file system
 
 
 def table_source(given: Path, path_column: str = "path", keep_columns: Sequence[str] = ()) -> Source:
-    """The images that a Parquet file, or every .parquet below a folder, lists; sorted by path, each listed once.
+    """The images listed in a Parquet file, or in every .parquet below a folder; sorted by path, each listed once.
 
-    Relative paths count from the Parquet file's folder (from `given` where it is a folder). `keep_columns` go with
-    their rows into the output. A path without a file is an item with a fault. Raises ValueError for a missing column,
-    an empty or repeated path, or files whose columns differ.
+    Relative paths start at the Parquet file's folder (at `given` if it is a folder). `keep_columns` are carried to the
+    output. A path without a file is an item with a fault. Raises ValueError for a missing column, an empty or repeated
+    path, or files with different columns.
     """
     pa, pq = require("pyarrow", EXTRA), require("pyarrow.parquet", EXTRA)
-    check_names(keep_columns)
     folder = given if given.is_dir() else given.parent
     files = sorted(path for path, _ in walk(given, {".parquet"})) if given.is_dir() else [str(given)]
     if not files:
@@ -33,9 +31,9 @@ def table_source(given: Path, path_column: str = "path", keep_columns: Sequence[
     tables = []
     for file in files:
         try:
-            held = pq.read_schema(file).names
-            if missing := [name for name in wanted if name not in held]:
-                raise ValueError(f"expected columns {missing} in {file}, found {held}; --path-column names the paths'")
+            names = pq.read_schema(file).names
+            if missing := [name for name in wanted if name not in names]:
+                raise ValueError(f"expected columns {missing} in {file}, found {names}; --path-column names the paths'")
             tables.append(pq.read_table(file, columns=wanted, partitioning=None).replace_schema_metadata(None))
         except pa.ArrowException as error:
             raise ValueError(f"expected a Parquet file at {file}: {error}") from error
@@ -64,7 +62,7 @@ def table_source(given: Path, path_column: str = "path", keep_columns: Sequence[
 
 
 def _item(key: str, folder: Path) -> Item:
-    path = os.path.join(folder, key)  # an absolute key stays as it is
+    path = os.path.join(folder, key)  # an absolute key is the path
     try:
         status = os.stat(path)
     except OSError as error:

@@ -12,29 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-pytest.importorskip("open_clip")
-
 from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.pipeline.journal import open_journal
 from iosr_fast.pipeline.tables import write_table
-from tests.pipeline.test_embed import write_pictures
-from tools.demo.bundle import make_demo_bundle
+from tests.pipeline.runs import write_pictures
 
 COUNT = 60
-
-
-@pytest.fixture(scope="module")
-def bundle(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
-        return make_demo_bundle(tmp_path_factory.mktemp("command") / "bundle", classes=8, shots=3)
 
 
 @pytest.fixture
@@ -115,8 +101,9 @@ def start(bundle: Path, *words: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stop"), [("labels.csv", signal.SIGKILL), ("labels.parquet", signal.SIGINT)])
-def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
+def test_a_stopped_run_resumes_and_ends_with_the_same_bytes(
     bundle: Path, tmp_path: Path, name: str, stop: signal.Signals
 ) -> None:
     if name.endswith("parquet"):
@@ -215,7 +202,7 @@ def test_results_of_two_runs_never_mix(
     (tmp_path / "labels.csv.journal").unlink()
     out.write_text("somebody's labels")
     there = run(bundle, tmp_path / "in", "--out", out)
-    assert there.exit_code == 2 and "is there already" in there.output
+    assert there.exit_code == 2 and "exists already" in there.output
     assert out.read_text() == "somebody's labels"
 
 

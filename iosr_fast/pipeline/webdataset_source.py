@@ -1,7 +1,7 @@
-"""WebDataset shards: where each sample's image lies in its tar file, so that a chunk reads its own bytes and no others.
+"""WebDataset shards: the position of each sample's image in its tar file, so that a chunk reads only its own bytes.
 
-Only the tar headers are read for this, so shards must be plain tar files on a file system (not compressed, not behind a
-URL). Patterns are expanded and members grouped into samples by the webdataset library itself.
+This reads the tar headers only, so shards must be uncompressed tar files on a file system. The webdataset library
+expands patterns and groups members into samples.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.images.listing import IMAGE_SUFFIXES, walk
+from iosr_fast.pipeline.sources import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
-from tools.embedding.items import Item, Source, check_keys, stamp_of
 
 EXTRA = "train"  # brings webdataset
-READERS = 8  # shards indexed at a time: reading headers is waiting for the disk
+READERS = 8  # shards indexed at a time: reading headers waits for the disk
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _FIELDS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 
 def shard_source(given: str, field: str | None = None) -> Source:
-    """Every sample of a folder, glob or brace pattern of .tar shards, in the order in which it lies there.
+    """Every sample of a folder, glob or brace pattern of .tar shards, in stored order.
 
-    Keys are "shard#sample", the shard named from the folder that holds all. `field` names the member with the image
-    ("jpg"), needed where samples have several. A sample without an image is an item with a fault, not left out.
-    Raises FileNotFoundError for a missing shard, ValueError for a damaged or compressed one or a doubtful sample.
+    Keys are "shard#sample", with the shard's path relative to the common folder. `field` names the member with the
+    image ("jpg"), needed if samples have several. A sample without an image is an item with a fault. Raises
+    FileNotFoundError for a missing shard, ValueError for a damaged or compressed one and for an ambiguous sample.
     """
     shards = find_shards(given)
     top = (
@@ -40,10 +40,10 @@ def shard_source(given: str, field: str | None = None) -> Source:
     )
     names = [path.relative_to(top).as_posix() for path in shards]
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda path, name: index_shard(path, name, field), shards, names))
+        indexed = list(pool.map(lambda path, name: index_shard(path, name, field), shards, names))
     items: list[Item] = []
     starts: list[int] = []
-    for samples in found:
+    for samples in indexed:
         starts.append(len(items))
         items += samples
     if not items:
@@ -70,12 +70,12 @@ def find_shards(given: str) -> list[Path]:
             paths += matches
     if not paths:
         raise FileNotFoundError(f"expected shards ending in .tar in {given}, found none")
-    # Links stay as they are: what they point to may be named otherwise.
+    # Links are not resolved: their targets may have other names.
     return sorted({Path(os.path.abspath(path)) for path in paths})
 
 
 def index_shard(path: Path, name: str, field: str | None = None) -> list[Item]:
-    """The samples of one shard as items that say where in the file the image lies. Reads headers, not contents."""
+    """The samples of one shard as items with the image's position in the file. Reads headers only."""
     group = require("webdataset.tariterators", EXTRA).group_by_keys
     stamp = stamp_of(path.stat())
     try:
@@ -98,22 +98,22 @@ def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """tarfile takes whatever is no header for the end of the archive; only a block of zeros is one."""
+    """Raise ReadError unless a block of zeros ends the archive. tarfile takes any invalid header for the end."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"it is cut off or damaged at byte {tar.offset}")
+        raise tarfile.ReadError(f"it is truncated or damaged at byte {tar.offset}")
 
 
 def _item(sample: dict[str, Any], path: Path, name: str, stamp: str, field: str | None) -> Item:
     key = f"{name}#{sample['__key__']}"
-    field = None if field is None else field.lower().removeprefix(".")  # as the library gives them
+    field = None if field is None else field.lower().removeprefix(".")  # as the library names fields
     images = [field] if field in sample else [] if field is not None else sorted(_FIELDS & set(sample))
     if len(images) > 1:
         raise ValueError(f"expected one image a sample, got {images} in {key}; choose one with --image-field")
     if not images:
-        held = sorted(name for name in sample if not name.startswith("__"))
-        wanted = f"no {field}" if field is not None else "no image"
-        return Item(key, str(path), stamp, fault=f"the sample has {wanted} among {held}")
+        members = sorted(name for name in sample if not name.startswith("__"))
+        missing = f"no {field}" if field is not None else "no image"
+        return Item(key, str(path), stamp, fault=f"the sample has {missing} among {members}")
     offset, size = sample[images[0]]
     return Item(key, str(path), f"{stamp}-{offset}-{size}", offset, size)

@@ -1,88 +1,35 @@
-"""tools/classify.py in one process: its rows are what Classifier says, and a run may be stopped anywhere."""
+"""tools/classify.py in one process: its rows are the answers of Classifier, and an interrupted run resumes."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-pytest.importorskip("open_clip")
 pytest.importorskip("pyarrow")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import typer
-from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.pipeline.prediction_files import COLUMNS, SCORES, read_predictions, write_predictions
 from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
-from tests.pipeline.test_embed import ROOT, logged, part_bytes, write_pictures
-from tools import classify
-from tools.classification.parts import COLUMNS, SCORES, read_answers, write_answers
-from tools.demo.bundle import make_demo_bundle
+from tests.pipeline.runs import (
+    assert_answers,
+    classified,
+    kill_in_the_middle,
+    logged,
+    part_bytes,
+    read_all,
+    run,
+    write_pictures,
+)
 
 CLASSES = 8
-
-
-@pytest.fixture(scope="session")
-def bundle(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
-        return make_demo_bundle(tmp_path_factory.mktemp("classify") / "bundle", classes=CLASSES, shots=3)
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
-    return write_pictures(tmp_path / "in", 30)
-
-
-def run(bundle: Path, given: Path | str, out: Path, *options: str) -> Result:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(classify.main)
-    words = ["--bundle", str(bundle), "--input", str(given), "--out", str(out), "--threads", "1", *options]
-    return CliRunner().invoke(app, words)
-
-
-def classified(bundle: Path, given: Path | str, out: Path, *options: str) -> pa.Table:
-    """What a run that must go well has written."""
-    done = run(bundle, given, out, *options)
-    assert done.exit_code == 0, done.output
-    return read_all(out)
-
-
-def read_all(out: Path) -> pa.Table:
-    return pa.concat_tables([read_answers(out / name).table for name in read_manifest(out, "classifications")["parts"]])
-
-
-def assert_answers(bundle: Path, table: pa.Table, paths: list[Path], top: int = 5) -> None:
-    """Every row is what the classifier says of its picture."""
-    classifier = Classifier.load(bundle)
-    logits, probabilities = classifier.decision_function(paths), classifier.predict_proba(paths)
-    assert table["label"].to_pylist() == classifier.predict(paths).tolist()
-    np.testing.assert_allclose(table["probability"].to_numpy(), probabilities.max(1), atol=1e-5)
-    sums = table["zero_shot"].to_numpy() + table["cache"].to_numpy()
-    np.testing.assert_allclose(sums, logits.max(1), atol=1e-4)
-    ids = {info.name: info.class_id for info in classifier.classes()}
-    for row, told in zip(probabilities, table["top"].to_pylist(), strict=True):
-        best = np.argsort(-row)[:top]
-        assert [one["label"] for one in told] == classifier.classes_[best].tolist()
-        assert [one["class_id"] for one in told] == [ids[one["label"]] for one in told]
-        np.testing.assert_allclose([one["probability"] for one in told], row[best], atol=1e-5)
-    for name in SCORES:
-        assert [told[0][name] for told in table["top"].to_pylist()] == table[name].to_pylist()
-    assert table["error"].null_count == len(paths)
 
 
 def test_rows_are_what_the_classifier_says(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -98,29 +45,19 @@ def test_rows_are_what_the_classifier_says(bundle: Path, pictures: list[Path], t
     assert manifest["method"] == classifier.method_ and manifest["engine"] == classifier.encoder.fingerprint
 
 
-def test_a_killed_run_goes_on_and_classifies_every_image_once(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_classifies_every_image_once(bundle: Path, tmp_path: Path) -> None:
     given, out, whole = tmp_path / "in", tmp_path / "out", tmp_path / "whole"
-    paths = write_pictures(given, 300)
-    options = ("--chunk", "10", "--batch", "10")
+    paths = write_pictures(given, 150)
+    options = ("--chunk", "5", "--batch", "5")
     classified(bundle, given, whole, *options)
-    words = ["--bundle", str(bundle), "--input", str(given), "--out", str(out), "--threads", "1", *options]
-    process = subprocess.Popen([sys.executable, str(ROOT / "tools" / "classify.py"), *words], stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("part-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    kept = part_bytes(out)
-    assert 3 <= len(kept) < 30, "the run was to be killed in its middle"
-    assert process.returncode == -signal.SIGKILL and not (out / "manifest.json").exists()
-    written = {name: (out / name).stat().st_mtime_ns for name in kept}
+    kill_in_the_middle("classify", bundle, given, out, 30, *options)
+    written = {name: (out / name).stat().st_mtime_ns for name in part_bytes(out)}
     assert_answers(bundle, classified(bundle, given, out, *options), paths)
     assert part_bytes(out) == part_bytes(whole)
-    assert {name: (out / name).stat().st_mtime_ns for name in kept} == written, "finished parts were to be kept"
-    again = run(bundle, given, out, *options)
-    assert again.exit_code == 0 and "all 30 parts are there" in again.output
+    assert {name: (out / name).stat().st_mtime_ns for name in written} == written, "finished parts were to be kept"
+    again = run("classify", bundle, given, out, *options)
+    assert again.exit_code == 0 and "all 30 parts exist" in again.output
 
 
 def test_parts_of_two_classifiers_never_mix(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -128,18 +65,18 @@ def test_parts_of_two_classifiers_never_mix(bundle: Path, pictures: list[Path], 
     classified(bundle, tmp_path / "in", out, "--chunk", "10")
     before = part_bytes(out)
     same = Path(shutil.copytree(bundle, tmp_path / "same"))
-    assert "all 3 parts are there" in run(same, tmp_path / "in", out, "--chunk", "10").output
+    assert "all 3 parts exist" in run("classify", same, tmp_path / "in", out, "--chunk", "10").output
     classifier = Classifier.load(bundle)
     classifier.rename_class("~0", "another name", keep_text=True)
     classifier.save(tmp_path / "other")
-    refused = run(tmp_path / "other", tmp_path / "in", out, "--chunk", "10")
+    refused = run("classify", tmp_path / "other", tmp_path / "in", out, "--chunk", "10")
     told = [fingerprint(Classifier.load(folder).snapshot()) for folder in (bundle, tmp_path / "other")]
     assert refused.exit_code == 2 and f"bundle (there {told[0]}, now {told[1]})" in refused.output
     assert part_bytes(out) == before
     # A part of the other classifier's run, under this one's name.
     classified(tmp_path / "other", tmp_path / "in", tmp_path / "out2", "--chunk", "10")
     shutil.copy(tmp_path / "out2" / "part-00001.parquet", out / "part-00001.parquet")
-    again = run(bundle, tmp_path / "in", out, "--chunk", "10")
+    again = run("classify", bundle, tmp_path / "in", out, "--chunk", "10")
     assert again.exit_code == 0 and "part-00001.parquet is computed again: it is of another plan" in again.output
     assert part_bytes(out) == before
 
@@ -157,7 +94,7 @@ def test_missing_and_damaged_parts_are_computed_again(bundle: Path, pictures: li
     pq.write_table(pa.table({"key": ["a"]}), parts[3])  # somebody else's
     shutil.copy(pictures[20], pictures[17])  # part 4's image has changed
     before = len(logged(out))
-    again = run(bundle, tmp_path / "in", out, "--chunk", "4")
+    again = run("classify", bundle, tmp_path / "in", out, "--chunk", "4")
     assert again.exit_code == 0, again.output
     assert [entry["part"] for entry in logged(out)[before:]] == [path.name for path in parts[:5]]
     for path in parts[1:5]:
@@ -175,11 +112,11 @@ def test_a_bad_image_stops_the_run_or_is_a_row_with_its_error(
     bad = {3: b"no picture", 17: pictures[17].read_bytes()[:40]}
     for i, content in bad.items():
         pictures[i].write_bytes(content)
-    stopped = run(bundle, tmp_path / "in", out, *options)
+    stopped = run("classify", bundle, tmp_path / "in", out, *options)
     assert stopped.exit_code == 2
     assert f"can't read image {pictures[3]}: " in stopped.output and "--skip-bad" in stopped.output
     assert not (out / "manifest.json").exists()
-    done = run(bundle, tmp_path / "in", out, *options, "--skip-bad")
+    done = run("classify", bundle, tmp_path / "in", out, *options, "--skip-bad")
     assert done.exit_code == 0 and "28 of 30 images" in done.output and "2 unread" in done.output
     table = read_all(out)
     errors = table["error"].to_pylist()
@@ -190,7 +127,7 @@ def test_a_bad_image_stops_the_run_or_is_a_row_with_its_error(
     good = [i for i in range(30) if i not in bad]
     assert_answers(bundle, table.take(good), [pictures[i] for i in good])
     # What could not be read is tried again where errors are not accepted any more.
-    again = run(bundle, tmp_path / "in", out, *options)
+    again = run("classify", bundle, tmp_path / "in", out, *options)
     assert again.exit_code == 2 and "part-00000.parquet is computed again: 1 of its images" in again.output
 
 
@@ -203,7 +140,7 @@ def test_columns_of_the_input_go_with_their_rows(bundle: Path, pictures: list[Pa
     assert table.column_names == [*COLUMNS, "price"]
     assert table["key"].to_pylist() == keys and table["price"].to_pylist() == list(range(30))[::-1]
     assert_answers(bundle, table, pictures)
-    refused = run(bundle, given, tmp_path / "other", "--keep-columns", "label")
+    refused = run("classify", bundle, given, tmp_path / "other", "--keep-columns", "label")
     assert refused.exit_code == 2 and "got ['label']; rename them in the input" in refused.output
 
 
@@ -221,19 +158,19 @@ def test_columns_of_the_input_go_with_their_rows(bundle: Path, pictures: list[Pa
 def test_what_can_not_be_is_refused_before_any_work(
     bundle: Path, pictures: list[Path], tmp_path: Path, options: tuple[str, ...], told: str
 ) -> None:
-    refused = run(bundle, tmp_path / "in", tmp_path / "out", *options)
+    refused = run("classify", bundle, tmp_path / "in", tmp_path / "out", *options)
     assert refused.exit_code == 2 and told in refused.output
     assert not (tmp_path / "out").exists()
 
 
 def test_a_part_notices_changed_facts(tmp_path: Path) -> None:
     path = tmp_path / "part-00000.parquet"
-    write_answers(path, ["a"], [None], ["no such file"], pa.table({"price": [3]}), {"part": 0})
-    held = read_answers(path)
+    write_predictions(path, ["a"], [None], ["no such file"], pa.table({"price": [3]}), {"part": 0})
+    held = read_predictions(path)
     assert (held.keys, held.errors, held.facts) == (["a"], ["no such file"], {"part": 0})
     assert held.table["price"].to_pylist() == [3]
     table = pq.read_table(path)
     facts: dict[str, Any] = json.loads(table.schema.metadata[b"iosr_fast"])
     pq.write_table(table.replace_schema_metadata({"iosr_fast": json.dumps(facts | {"part": 1})}), path)
     with pytest.raises(ValueError, match="what it holds is not what was written"):
-        read_answers(path)
+        read_predictions(path)

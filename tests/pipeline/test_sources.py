@@ -1,7 +1,5 @@
 """What tools/embed.py takes: folders, WebDataset shards and Parquet files; and how it is cut into chunks."""
 
-# ruff: noqa: F811 (the fixtures imported from tests.pipeline.test_embed are named again where they are asked for)
-
 from __future__ import annotations
 
 import io
@@ -14,12 +12,9 @@ import numpy as np
 import pytest
 
 from iosr_fast.images.preprocess import BadImageError, to_pixels
-from tests.pipeline.test_embed import assert_encodes, embedded, engine, run, write_pictures  # noqa: F401 (a fixture)
-from tools.embedding.inputs import kind_of, open_source
-from tools.embedding.items import Item, Source, load_pixels
-from tools.embedding.local import AHEAD, decode_ahead
-
-Engine = Path
+from iosr_fast.pipeline import embedding_files
+from iosr_fast.pipeline.sources import Item, ItemDecoder, Source, check_carried, kind_of, open_source
+from tests.pipeline.runs import assert_encodes, embedded, run, write_pictures
 
 
 def write_shard(path: Path, members: dict[str, bytes]) -> None:
@@ -73,26 +68,6 @@ def test_a_chunk_knows_when_its_images_change() -> None:
     assert chunk.digest() == same.digest() != changed.digest()
 
 
-def test_decoding_is_in_order_and_not_far_ahead(pictures: list[Path]) -> None:
-    taken: list[int] = []
-
-    def items() -> object:
-        for i in range(200):
-            taken.append(i)
-            path = pictures[i % len(pictures)]
-            yield Item(path.name, str(path), "")
-
-    stream = decode_ahead(items(), 64, threads=2, batch=3)  # type: ignore[arg-type]
-    first = next(stream)
-    assert isinstance(first, np.ndarray) and len(taken) == AHEAD * 3 + 1
-    np.testing.assert_array_equal(first, to_pixels(pictures[0], 64)[0])
-    rest = list(stream)
-    expected = to_pixels(pictures, 64)
-    for i, pixels in enumerate(rest, start=1):
-        np.testing.assert_array_equal(pixels, expected[i % len(pictures)])
-    assert len(rest) == 199
-
-
 # Folders
 
 
@@ -119,7 +94,7 @@ def test_what_an_input_is_stands_in_it_or_is_asked(pictures: list[Path], tmp_pat
         "parquet",
     ]
     (folder / "a.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"expected one kind of input .* say which with --kind folder or webdataset"):
+    with pytest.raises(ValueError, match=r"expected one kind of input .* choose one with --kind folder or webdataset"):
         open_source(str(folder))
     assert len(open_source(str(folder), "folder").items) == 20
     with pytest.raises(ValueError, match=r"expected a folder, a \.tar or a \.parquet, got the file"):
@@ -145,7 +120,7 @@ def test_a_name_that_is_not_utf_8_is_refused_by_name(pictures: list[Path], tmp_p
 
 @pytest.mark.parametrize("given", ["shards", "shards/*.tar", "shards/train-{000..002}.tar"])
 def test_shards_give_what_the_encoder_gives(
-    engine: Engine,
+    engine: Path,
     shards: Path,
     pictures: list[Path],
     tmp_path: Path,
@@ -166,17 +141,17 @@ def test_a_sample_is_read_alone(shards: Path, pictures: list[Path]) -> None:
             assert file.read(item.size) == path.read_bytes()
 
 
-def test_a_sample_without_its_image_is_kept_and_told(
-    engine: Engine,
+def test_a_sample_without_its_image_is_kept_with_its_error(
+    engine: Path,
     pictures: list[Path],
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("webdataset")
     data = pictures[0].read_bytes()
     write_shard(tmp_path / "a.tar", {"1.png": data, "2.cls": b"3", "3.png": data, "4.png": b"nothing"})
-    refused = run(engine, tmp_path / "a.tar", tmp_path / "out")
+    refused = run("embed", engine, tmp_path / "a.tar", tmp_path / "out")
     assert refused.exit_code == 2 and not (tmp_path / "out").exists()
-    assert "1 of 4 images can't be had, the first is a.tar#2: the sample has no image among ['cls']" in refused.output
+    assert "1 of 4 images can't be read, the first is a.tar#2: the sample has no image among ['cls']" in refused.output
     part = embedded(engine, tmp_path / "a.tar", tmp_path / "out", "--skip-bad")
     assert part.keys == ["a.tar#1", "a.tar#2", "a.tar#3", "a.tar#4"]
     assert [error is None for error in part.errors] == [True, False, True, False]
@@ -191,7 +166,7 @@ def test_a_sample_with_two_images_is_asked_about(pictures: list[Path], tmp_path:
     with pytest.raises(ValueError, match=r"expected one image a sample, got \['png', 'webp'\] in a\.tar#1"):
         open_source(given)
     (item,) = open_source(given, image_field=".WEBP").items
-    np.testing.assert_array_equal(load_pixels(item, 64), to_pixels(pictures[1], 64)[0])
+    np.testing.assert_array_equal(ItemDecoder().decode([item], 64), to_pixels(pictures[1], 64))
 
 
 def test_damaged_shards_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
@@ -228,7 +203,7 @@ def test_damaged_shards_are_refused_by_name(shards: Path, tmp_path: Path) -> Non
 def test_a_shard_that_shrank_since_it_was_listed_is_told(shards: Path) -> None:
     item = open_source(str(shards)).items[-1]
     Path(item.path).write_bytes(b"x" * (item.offset + 10))
-    error = load_pixels(item, 64)
+    (error,) = ItemDecoder().decode([item], 64)
     assert isinstance(error, BadImageError)
     assert f"train-002.tar#2/003: expected {item.size} bytes of it" in str(error)
 
@@ -237,7 +212,7 @@ def test_a_shard_that_shrank_since_it_was_listed_is_told(shards: Path) -> None:
 
 
 def test_parquet_gives_what_the_encoder_gives_and_keeps_columns(
-    engine: Engine,
+    engine: Path,
     pictures: list[Path],
     tmp_path: Path,
 ) -> None:
@@ -262,12 +237,12 @@ def test_parquet_gives_what_the_encoder_gives_and_keeps_columns(
     assert part.columns.schema.field("label").type == pa.int16()
     for key, label, tags in zip(part.keys, *part.columns.to_pydict().values(), strict=True):
         assert (keys.index(key), tags) == (label, [f"t{label}"] * (label % 3))
-    refused = run(engine, given, tmp_path / "out", *options, "--keep-columns", "label")
+    refused = run("embed", engine, given, tmp_path / "out", *options, "--keep-columns", "label")
     assert refused.exit_code == 2 and "another plan, which differs in input" in refused.output
 
 
 def test_a_folder_of_parquet_is_one_list(
-    engine: Engine,
+    engine: Path,
     pictures: list[Path],
     tmp_path: Path,
 ) -> None:
@@ -282,7 +257,7 @@ def test_a_folder_of_parquet_is_one_list(
 
 
 def test_missing_files_are_told_before_any_work(
-    engine: Engine,
+    engine: Path,
     pictures: list[Path],
     tmp_path: Path,
 ) -> None:
@@ -290,9 +265,9 @@ def test_missing_files_are_told_before_any_work(
     given = tmp_path / "in" / "list.parquet"
     good = pictures[0].relative_to(tmp_path / "in").as_posix()
     pq.write_table(pa.table({"path": [good, "gone.png", "c1"]}), given)
-    refused = run(engine, given, tmp_path / "out")
+    refused = run("embed", engine, given, tmp_path / "out")
     assert refused.exit_code == 2 and not (tmp_path / "out").exists()
-    assert "2 of 3 images can't be had, the first is c1: it is no file" in refused.output
+    assert "2 of 3 images can't be read, the first is c1: it is no file" in refused.output
     part = embedded(engine, given, tmp_path / "out", "--skip-bad")
     assert dict(zip(part.keys, part.errors, strict=True)) == {
         good: None,
@@ -315,9 +290,8 @@ def test_doubtful_tables_are_refused(pictures: list[Path], tmp_path: Path) -> No
         pq.write_table(pa.table(columns), given)
         with pytest.raises(ValueError, match=told):
             open_source(str(given))
-    pq.write_table(pa.table({"path": ["a"], "error": ["x"]}), given)
     with pytest.raises(ValueError, match=r"a part's own columns, got \['error'\]"):
-        open_source(str(given), keep_columns=["error"])
+        check_carried(["error"], embedding_files.COLUMNS)
     given.write_bytes(b"no parquet at all")
     with pytest.raises(ValueError, match="expected a Parquet file at"):
         open_source(str(given))

@@ -1,0 +1,201 @@
+"""The plan of a run that writes part files: everything that decides their bytes, but the images themselves.
+
+A run that was interrupted resumes with the same plan or not at all, and the same plan gives the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+from iosr_fast import __version__
+from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.images.pixels import VERSION
+from iosr_fast.pipeline import embedding_files, prediction_files
+from iosr_fast.pipeline.embedding_files import Format, Part
+from iosr_fast.pipeline.sources import Chunk, Source
+from iosr_fast.state.bundle import Bundle, load_bundle
+from iosr_fast.state.predictions import Prediction, predict
+from iosr_fast.state.state import State
+from iosr_fast.state.state_files import fingerprint
+
+SCHEMA = 1
+WritePart: TypeAlias = Callable[[Path, Part], None]  # makes a part file of a chunk's embeddings, whole or not at all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Embeddings of `images` images in `chunks` parts. `engine` is a fingerprint."""
+
+    kind: ClassVar[str] = embedding_files.KIND  # of the manifest
+    counted: ClassVar[str] = "embedded"  # the manifest's name for the number of readable images
+
+    input: dict[str, Any]
+    images: int
+    keys_sha256: str
+    chunk: int
+    chunks: int
+    batch: int
+    engine: str
+    runtime: str
+    image_size: int
+    width: int
+    adapted: bool
+    dtype: str
+    format: Format
+    exif_orientation: bool = True
+    pixels: int = VERSION
+    schema: int = SCHEMA
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def part_name(self, number: int) -> str:
+        return f"part-{number:0{max(5, len(str(self.chunks - 1)))}d}.{self.format}"
+
+    def part_facts(self, chunk: Chunk) -> dict[str, Any]:
+        """The facts that a part of this plan stores, whoever computes it."""
+        return {
+            "plan": self.digest(),
+            "part": chunk.number,
+            "chunk": chunk.digest(),
+            "engine": self.engine,
+            "iosr_fast": __version__,
+        }
+
+    def open(self, folder: str | Path, threads: int) -> tuple[Encoder, WritePart]:
+        """The encoder, and the writer of parts. Raises RuntimeError if `folder` has another engine than the plan."""
+        encoder = open_engine(folder, self.runtime, threads=threads)
+        if encoder.fingerprint != self.engine:
+            raise RuntimeError(
+                f"expected one engine on all machines, but {socket.gethostname()} has another in {folder}"
+            )
+        return encoder, self.write
+
+    def write(self, path: Path, part: Part) -> None:
+        embedding_files.write_part(path, part, self.format)
+
+    def check_part(self, path: Path, chunk: Chunk) -> tuple[str | None, int]:
+        """Why a part must be computed again (None: it need not), and how many of its images were unreadable."""
+        try:
+            part = self._read(path)
+        except (ValueError, OSError) as error:
+            return str(error), 0
+        facts, expected = part.facts or {}, self.part_facts(chunk)
+        reasons = {"engine": "another engine made it", "plan": "it is of another plan", "part": "it is another part"}
+        reasons |= {"chunk": "its images have changed since", "iosr_fast": "another version of iosr_fast made it"}
+        for name, reason in reasons.items():
+            if facts.get(name) != expected[name]:
+                return reason, 0
+        if part.keys != [item.key for item in chunk.items]:
+            return "it holds other images", 0
+        return self._content_error(part), sum(error is not None for error in part.errors)
+
+    def _read(self, path: Path) -> Any:
+        """A part with `keys`, `errors` and `facts`. Raises OSError or ValueError if it can't be read."""
+        return embedding_files.read_part(path)
+
+    def _content_error(self, part: Any) -> str | None:
+        """What of a part's content contradicts this plan; None: nothing."""
+        plain, adapted = part.embeddings.plain, part.embeddings.adapted
+        if plain.shape[1] == self.width and str(plain.dtype) == self.dtype and (adapted is not None) == self.adapted:
+            return None
+        return f"expected embeddings of width {self.width} and {self.dtype}, got {plain.shape[1]} and {plain.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyPlan(Plan):
+    """Predictions, with the `top` classes of each image. `bundle` is the fingerprint of the classifier's state, so that
+    parts of two classifiers never mix."""
+
+    kind: ClassVar[str] = prediction_files.KIND
+    counted: ClassVar[str] = "classified"
+
+    bundle: str
+    classes: int
+    method: str
+    top: int
+
+    def open(self, folder: str | Path, threads: int) -> tuple[Encoder, WritePart]:
+        bundle = load_bundle(folder, verify=False)
+        if fingerprint(bundle.state) != self.bundle:
+            raise RuntimeError(
+                f"expected one classifier on all machines, but {socket.gethostname()} has another in {folder}"
+            )
+        encoder = open_engine(bundle.files or bundle.engine, self.runtime, verify=False, threads=threads)
+        return encoder, partial(self.write_predictions, bundle.state)
+
+    def write_predictions(self, state: State, path: Path, part: Part) -> None:
+        """Classify a chunk's embeddings, `batch` at a time, so that the result depends on the chunk alone."""
+        predictions: list[Prediction | None] = [None] * len(part.keys)
+        readable = np.flatnonzero([error is None for error in part.errors])
+        for start in range(0, len(readable), self.batch):
+            rows = readable[start : start + self.batch]
+            for row, prediction in zip(rows, predict(state, part.embeddings[rows], self.top), strict=True):
+                predictions[row] = prediction
+        prediction_files.write_predictions(path, part.keys, predictions, part.errors, part.columns, part.facts or {})
+
+    def _read(self, path: Path) -> Any:
+        return prediction_files.read_predictions(path)
+
+    def _content_error(self, part: Any) -> str | None:
+        expected = [*prediction_files.COLUMNS, *self.input.get("keep_columns", [])]
+        if part.table.column_names == expected:
+            return None
+        return f"expected the columns {expected}, got {part.table.column_names}"
+
+
+PLANS: dict[str, type[Plan]] = {plan.kind: plan for plan in (Plan, ClassifyPlan)}
+
+
+def make_plan(
+    source: Source,
+    chunks: Sequence[Chunk],
+    engine: dict[str, Any],
+    runtime: str,
+    *,
+    chunk: int,
+    batch: int,
+    dtype: str = "float32",
+    file_format: Format = "parquet",
+    bundle: Bundle | None = None,
+    top: int = 1,
+) -> Plan:
+    """A plan to embed or, with a `bundle`, to classify. `engine` is its manifest, `runtime` what will execute it."""
+    common: dict[str, Any] = {
+        "input": source.described,
+        "images": len(source.items),
+        "keys_sha256": source.keys_digest(),
+        "chunk": chunk,
+        "chunks": len(chunks),
+        "batch": batch,
+        "engine": engine["fingerprint"],
+        "runtime": runtime,
+        "image_size": engine["image_size"],
+        "width": engine["width"],
+        "adapted": engine["first_adapted_block"] is not None,
+        "dtype": dtype,
+        "format": file_format,
+    }
+    if bundle is None:
+        return Plan(**common)
+    return ClassifyPlan(
+        **common,
+        exif_orientation=bundle.views.exif_orientation,
+        bundle=fingerprint(bundle.state),
+        classes=len(bundle.state.uids),
+        method=bundle.state.config.method,
+        top=top,
+    )

@@ -1,0 +1,86 @@
+"""Predictions on disk: the Parquet part files of tools/classify.py, which verify themselves.
+
+Columns: key (string); label, class_id (string), probability, zero_shot and cache (float32, their sum is the logit) of
+the best class; top, a list of structs with the same five fields, best first, starting with the label's own; error
+(string or null); then the columns carried from the input. An unreadable image keeps its row: its error says why, the
+rest is null. The schema's metadata has, under "iosr_fast", the facts of the part as JSON with a SHA-256 of them and of
+all columns but the carried ones, which have Parquet's own checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.pipeline import tables
+from iosr_fast.state.predictions import Prediction
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.require import require
+
+KIND = "classifications"  # of the manifest
+SCORES = ("label", "class_id", "probability", "zero_shot", "cache")
+COLUMNS = ("key", *SCORES, "top", "error")
+
+
+@dataclass(frozen=True)
+class PredictionPart:
+    """A part: `table` has COLUMNS and the carried ones, `facts` are the writer's."""
+
+    table: Any
+    facts: dict[str, Any]
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.table["key"].to_pylist())
+
+    @property
+    def errors(self) -> list[str | None]:
+        return list(self.table["error"].to_pylist())
+
+
+def write_predictions(
+    path: Path,
+    keys: Sequence[str],
+    predictions: Sequence[Prediction | None],
+    errors: Sequence[str | None],
+    columns: Any,
+    facts: dict[str, Any],
+) -> None:
+    """Write a part whole or not at all; the same part gives the same bytes. `columns` is a pyarrow.Table or None."""
+    pa = require("pyarrow", "parquet")
+    classes = [
+        None if prediction is None else [[getattr(one, name) for name in SCORES] for one in prediction.top]
+        for prediction in predictions
+    ]
+    own = {"key": pa.array(keys, pa.string()), **tables.prediction_columns(classes, SCORES)}
+    table = pa.table({**own, "error": pa.array(errors, pa.string())})
+    sealed = json.dumps({**facts, "sha256": _digest(table, facts)}, sort_keys=True)
+    for name in () if columns is None else columns.column_names:
+        table = table.append_column(name, columns[name])
+    with new_file(path) as temporary:
+        tables.write_part(temporary, table, sealed)
+
+
+def read_predictions(path: str | Path) -> PredictionPart:
+    """Read and verify a part. Raises FileNotFoundError, ValueError if it is damaged or not a part of classify.py."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a part with predictions at {path}, found no such file")
+    try:
+        table, facts = tables.read_part(path)
+        expected, actual = facts.pop("sha256"), _digest(table.select(COLUMNS), facts)
+    except ImportError:
+        raise
+    except Exception as error:  # the error of a damaged file depends on the damaged bytes
+        raise ValueError(f"{path} is damaged or no part of classify.py ({error}); make it again") from error
+    if actual != expected:
+        raise ValueError(f"{path} is damaged: what it holds is not what was written; make it again")
+    return PredictionPart(table, facts)
+
+
+def _digest(table: Any, facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([table.to_pydict(), facts], sort_keys=True).encode()).hexdigest()

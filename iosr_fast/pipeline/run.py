@@ -1,0 +1,208 @@
+"""Runs that write the parts of a plan, in this process or on workers of Ray: tools/embed.py and tools/classify.py."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.pipeline.embedding_files import Format, Part
+from iosr_fast.pipeline.part_folder import Done, PartFolder
+from iosr_fast.pipeline.plan import ClassifyPlan, Plan, WritePart, make_plan
+from iosr_fast.pipeline.resume import complete
+from iosr_fast.pipeline.sources import Chunk, ItemDecoder, Source
+from iosr_fast.pipeline.stream import Stage, encode_batches
+from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.manifest import read_manifest
+from iosr_fast.utils.require import require
+
+MAX_CHUNK = 65536  # a part's keys are one JSON header
+CLUSTER_THREADS = 4
+Opened = tuple[Encoder, WritePart]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`workers` actors of Ray with `gpus` GPUs (or a share of one) each; `address` joins a cluster, None starts Ray
+    on this machine."""
+
+    workers: int
+    gpus: float = 0
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """`chunk` images a part, `batch` encoded at a time; `threads` of this process, or of each worker of the `pool`."""
+
+    chunk: int
+    batch: int
+    runtime: str
+    threads: int
+    skip_bad: bool
+    pool: Pool | None = None
+
+    @property
+    def remote_runtime(self) -> bool:
+        """Whether this machine need not open the engine: it may have no GPU where its workers do."""
+        return self.pool is not None and self.runtime != "auto"
+
+
+def check_options(
+    *,
+    chunk: int,
+    batch: int,
+    runtime: str,
+    threads: int | None,
+    skip_bad: bool,
+    ray: bool,
+    workers: int | None,
+    gpus: float,
+    address: str | None,
+) -> RunOptions:
+    """The options of a command line. Raises ValueError for impossible ones, ImportError without Ray."""
+    if not 1 <= chunk <= MAX_CHUNK:
+        raise ValueError(f"expected --chunk from 1 to {MAX_CHUNK}, got {chunk}")
+    if batch < 1:
+        raise ValueError(f"expected --batch of at least 1, got {batch}")
+    if not ray and (workers is not None or address is not None or gpus):
+        raise ValueError("expected --ray with --workers, --gpus and --address")
+    workers = 2 if workers is None else workers
+    if threads is None:
+        cores = usable_threads()
+        threads = cores if not ray else CLUSTER_THREADS if address else max(1, cores // max(1, workers))
+    if threads < 1:
+        raise ValueError(f"expected --threads of at least 1, got {threads}")
+    pool = None
+    if ray:
+        if workers < 1 or gpus < 0:
+            raise ValueError(f"expected --workers of at least 1 and --gpus of at least 0, got {workers} and {gpus}")
+        require("ray", "ray")
+        pool = Pool(workers, gpus, address)
+    return RunOptions(chunk, batch, runtime, threads, skip_bad, pool)
+
+
+def embed(
+    engine: Path, source: Source, out: Path, options: RunOptions, dtype: str, file_format: Format
+) -> dict[str, Any]:
+    """Write the missing embeddings of `source` to `out`; returns the manifest."""
+    facts = read_manifest(engine, "engine", verify=False)
+    encoder = None if options.remote_runtime else open_engine(engine, options.runtime, threads=options.threads)
+    chunks = source.cut(options.chunk)
+    runtime = options.runtime if encoder is None else encoder.runtime
+    plan = make_plan(
+        source,
+        chunks,
+        facts,
+        runtime,
+        chunk=options.chunk,
+        batch=options.batch,
+        dtype=dtype,
+        file_format=file_format,
+    )
+    opened = None if encoder is None else (encoder, plan.write)
+    return _complete_parts(plan, chunks, engine, out, options, opened, "embed")
+
+
+def classify(bundle_folder: Path, source: Source, out: Path, options: RunOptions, top: int) -> dict[str, Any]:
+    """Write the missing predictions of `source` to `out`; returns the manifest."""
+    from iosr_fast.state.bundle import load_bundle
+
+    bundle = load_bundle(bundle_folder)
+    assert bundle.files is not None
+    encoder = None
+    if not options.remote_runtime:
+        encoder = open_engine(bundle.files, options.runtime, verify=False, threads=options.threads)
+    chunks = source.cut(options.chunk)
+    runtime = options.runtime if encoder is None else encoder.runtime
+    facts = bundle.files.manifest
+    plan = make_plan(source, chunks, facts, runtime, chunk=options.chunk, batch=options.batch, bundle=bundle, top=top)
+    assert isinstance(plan, ClassifyPlan)
+    opened = None if encoder is None else (encoder, partial(plan.write_predictions, bundle.state))
+    return _complete_parts(plan, chunks, bundle_folder, out, options, opened, "classify")
+
+
+def _complete_parts(
+    plan: Plan, chunks: Sequence[Chunk], folder: Path, out: Path, options: RunOptions, opened: Opened | None, verb: str
+) -> dict[str, Any]:
+    """`folder` is the engine or bundle that workers open; `opened` is it, opened in this process."""
+
+    def compute(missing: Sequence[Chunk], advance: Callable[[int], None]) -> Generator[Done, None, None]:
+        if options.pool is None:
+            assert opened is not None
+            yield from run_chunks(plan, missing, out, opened, options.threads, options.skip_bad, advance)
+            return
+        from iosr_fast.pipeline.ray_workers import run_on_ray
+
+        for done in run_on_ray(folder, plan, missing, out, options.pool, options.threads, options.skip_bad):
+            advance(done.images)  # the progress of workers is only known part by part
+            yield done
+
+    parts = PartFolder(out, plan, chunks, options.skip_bad)
+    return complete(parts, compute, verb, lambda missing: sum(len(chunk.items) for chunk in missing))
+
+
+def run_chunks(
+    plan: Plan,
+    chunks: Sequence[Chunk],
+    out: Path,
+    opened: Opened,
+    threads: int,
+    skip_bad: bool,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Generator[Done, None, None]:
+    """Compute the parts of `chunks` in order in this process; yields each when its file is written.
+
+    Batches don't cross chunks, so that what is encoded together depends on the chunk alone. Raises BadImageError for
+    the first unreadable image, unless `skip_bad`. Parts written before stay.
+    """
+    encoder, write = opened
+    batches = (
+        (start, chunk.items[start : start + plan.batch])
+        for chunk in chunks
+        for start in range(0, len(chunk.items), plan.batch)
+    )
+    stage = Stage(encoder, 1, threads)
+    results = encode_batches(stage, ItemDecoder(plan.exif_orientation), batches, lambda rows: rows)
+    try:
+        for chunk in chunks:
+            started, count = time.perf_counter(), len(chunk.items)
+            names = ("plain", "adapted")[: 1 + plan.adapted]
+            arrays = {name: np.full((count, plan.width), np.nan, plan.dtype) for name in names}
+            reasons: list[str | None] = []
+            while len(reasons) < count:
+                errors, embeddings = next(results)
+                for error in errors:
+                    if error is not None and not skip_bad:
+                        raise error
+                readable = [len(reasons) + i for i, error in enumerate(errors) if error is None]
+                reasons += [None if error is None else error.reason for error in errors]
+                for name, array in arrays.items() if embeddings is not None else ():
+                    array[readable] = getattr(embeddings, name)
+                advance(len(errors))
+            rows = Embeddings(arrays["plain"], arrays.get("adapted"))
+            keys = [item.key for item in chunk.items]
+            name = plan.part_name(chunk.number)
+            write(out / name, Part(keys, rows, reasons, chunk.columns(), plan.part_facts(chunk)))
+            seconds = round(time.perf_counter() - started, 3)
+            unreadable = sum(reason is not None for reason in reasons)
+            yield Done(name, count, unreadable, seconds, os.getpid(), socket.gethostname())
+    finally:
+        results.close()
+
+
+def summary(manifest: dict[str, Any], counted: str, out: Path, seconds: float) -> str:
+    unreadable = f"; {manifest['errors']:,} unread" if manifest["errors"] else ""
+    return (
+        f"{manifest[counted]:,} of {manifest['images']:,} images in {len(manifest['parts'])} parts in {out}, after "
+        f"{seconds:.0f} s{unreadable}"
+    )

@@ -1,0 +1,39 @@
+"""Fixtures of this room: the demo's engine and a bundle, built once, and pictures as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.runs import write_pictures
+
+
+@pytest.fixture(scope="session")
+def _demo(demo_cache: Path) -> Iterator[None]:
+    for module in ("torch", "onnxruntime", "onnxscript", "open_clip"):
+        pytest.importorskip(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
+        yield
+
+
+@pytest.fixture(scope="session")
+def engine(_demo: None) -> Path:
+    from tools.embed import find_engine
+
+    return find_engine("demo")
+
+
+@pytest.fixture(scope="session")
+def bundle(_demo: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of 8 classes with 3 shots."""
+    from tools.demo.bundle import make_demo_bundle
+
+    return make_demo_bundle(tmp_path_factory.mktemp("pipeline") / "bundle", classes=8, shots=3)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    return write_pictures(tmp_path / "in", 30)
