@@ -70,7 +70,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py all --out build/bench
 
 gpu-check:
-	$(PYTHON) tools/gpu_check.py --out benchmarks/results
+	PYTHONPATH=$(CURDIR) $(PYTHON) tools/benchmark.py gpu --out benchmarks/results
 
 constraints: $(STAMP)
 	{ echo "# Made by make constraints: what the tests passed with. Not here, because platforms differ: $(UNCONSTRAINED)."; \

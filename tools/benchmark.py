@@ -14,11 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from iosr_fast.utils.command import new_app, new_file
+from tools.source_tree import use_source_tree
 
+use_source_tree()  # make gpu-check runs where nothing is installed
 app = new_app(no_args_is_help=True, help=__doc__)
 
-# What `all` runs, in this order, with what makes a smoke run of it. A bench a process: none inherits another's threads
-# and memory.
+# The benches of `all`, in this order, each with the options of a smoke run. Each runs in its own process, so that none
+# inherits another's threads and memory.
 BENCHES = {
     "encoder": "--model demo --batch 2 --repeats 1",
     "precision": "--model demo --repeats 1",
@@ -40,6 +42,7 @@ Threads = Annotated[
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implementation, interleaved.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Small cases only, to see that everything runs.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="An open_clip ViT, or demo. Repeatable.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or rehearsal: the code for GPUs on the CPU.")]
 
 
 def limit_blas(threads: int | None) -> None:
@@ -53,14 +56,14 @@ def limit_blas(threads: int | None) -> None:
     os.environ["IOSR_FAST_THREADS"] = str(threads)
 
 
-def report(made: list[dict[str, Any]], json_path: Path | None, csv_path: Path | None) -> None:
+def report(rows: list[dict[str, Any]], json_path: Path | None, csv_path: Path | None) -> None:
     from tools.bench import harness
 
-    harness.print_rows(made)
+    harness.print_rows(rows)
     if json_path is not None:
-        harness.write_json(json_path, made)
+        harness.write_json(json_path, rows)
     if csv_path is not None:
-        harness.write_csv(csv_path, made)
+        harness.write_csv(csv_path, rows)
 
 
 @app.command()
@@ -73,14 +76,13 @@ def score(
     ] = None,
     threads: Threads = None,
     repeats: Repeats = 7,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Execute scoring plans: our implementations, the papers' formula, the best of eager PyTorch."""
     limit_blas(threads)
     from tools.bench import score as bench
 
-    made = bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats, device=device)
-    report(made, json_path, csv_path)
+    report(bench.run(cases, threads=threads, repeats=repeats, device=device), json_path, csv_path)
 
 
 @app.command()
@@ -94,16 +96,23 @@ def encoder(
     ] = None,
     threads: Threads = None,
     repeats: Repeats = 5,
+    device: Device = "cpu",
+    compiled: Annotated[bool, typer.Option("--compiled", help="On a GPU: by torch.compile.")] = False,
 ) -> None:
     """Both embeddings of a batch: fused in one pass, and in two passes by all that compiles them."""
     limit_blas(threads)
-    from tools.bench import encoder as bench
-
-    made = []
+    rows: list[dict[str, Any]] = []
     for model in models or ["ViT-B-16", "ViT-B-32", "demo"]:
-        size = batch or (64 if model == "demo" else 8)
-        made += bench.run(model, size, first_adapted_block, threads=threads, repeats=repeats)
-    report(made, json_path, csv_path)
+        if device == "cpu":
+            from tools.bench import encoder as bench
+
+            size = batch or (64 if model == "demo" else 8)
+            rows += bench.run(model, size, first_adapted_block, threads=threads, repeats=repeats)
+        else:
+            from tools.bench import encoder_gpu
+
+            rows += encoder_gpu.run(model, batch or 256, repeats, device, compiled)
+    report(rows, json_path, csv_path)
 
 
 @app.command()
@@ -114,8 +123,8 @@ def precision(
     limit_blas(threads)
     from tools.bench import precision as bench
 
-    made = bench.run(tuple(models or ("demo", "ViT-B-16")), threads=threads, repeats=repeats)
-    report(made, json_path, csv_path)
+    rows = bench.run(tuple(models or ("demo", "ViT-B-16")), threads=threads, repeats=repeats)
+    report(rows, json_path, csv_path)
 
 
 @app.command()
@@ -132,8 +141,8 @@ def pipeline(
     limit_blas(threads)
     from tools.bench import pipeline as bench
 
-    made = bench.run(model, pictures, first_adapted_block, threads=threads, repeats=repeats)
-    report(made, json_path, csv_path)
+    rows = bench.run(model, pictures, first_adapted_block, threads=threads, repeats=repeats)
+    report(rows, json_path, csv_path)
 
 
 @app.command()
@@ -225,13 +234,49 @@ def updates(
     report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path, csv_path)
 
 
+@app.command()
+def parity(json_path: Json = None, device: Device = "cuda") -> None:
+    """Errors of the encoder and the scoring kernels on a GPU, as a table; code 1 if one is too large."""
+    from tools.bench import gpu
+    from tools.bench import parity as check
+
+    result = check.run(device)
+    if json_path is not None:
+        gpu.write_whole(json_path, result)
+    if not all(line["right"] for lines in result["tables"].values() for line in lines):
+        raise typer.Exit(1)
+
+
+@app.command()
+def machine(json_path: Json = None, device: Device = "cuda") -> None:
+    """The GPU, its driver, the host and what is not installed."""
+    from tools.bench import gpu
+
+    facts = gpu.machine(device)
+    typer.echo(facts)
+    if json_path is not None:
+        gpu.write_whole(json_path, facts)
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="The folder for gpu-check-GPU.json.")],
+    only: Annotated[list[str] | None, typer.Option(help="A part of it, like score-q1-k1600-d512-c100.")] = None,
+    rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Tiny shapes on the CPU.")] = False,
+) -> None:
+    """Everything that needs a GPU, in less than 8 minutes: build, parity, benches, tests. One JSON file."""
+    from tools.bench import gpu as check
+
+    check.run(out, rehearsal, only or ())
+
+
 @app.command("all")
 def run_all(
     out: Annotated[Path, typer.Option(help="The folder for cpu-BENCH.json and cpu-BENCH.csv.")],
     only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(BENCHES)}. Repeatable.")] = None,
     quick: Quick = False,
 ) -> None:
-    """Every bench in a process of its own. One that fails leaves its old rows alone, and the others run."""
+    """Every bench in a process of its own. If one fails, its old rows stay and the others run."""
     if unknown := sorted(set(only or ()) - set(BENCHES)):
         raise typer.BadParameter(f"expected --only of {', '.join(BENCHES)}, got {', '.join(unknown)}")
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Import the package from the source tree, installed or not."""
+"""The package where nothing is installed: PYTHONPATH names the source tree, in which kernels/ lies beside iosr_fast/."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def use_source_tree() -> None:
-    """Make iosr_fast importable, and its kernels, which lie beside it in the tree and inside it once installed."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+    """Make iosr_fast.kernels importable, which an installed package contains and a source tree has beside it."""
     if importlib.util.find_spec("iosr_fast.kernels") is not None:
         return
     import iosr_fast

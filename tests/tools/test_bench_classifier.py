@@ -15,7 +15,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
 from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.export.pretrained import DEMO_ADAPTER  # noqa: E402
-from tools.bench import classifier, harness  # noqa: E402
+from tools.bench import classifier, harness, pipeline  # noqa: E402
 from tools.bench.encoder_rivals import Embed, eagerly  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def in_eager(file: Path, pixels: np.ndarray, threads: int, spin: bool = True) ->
 
 def test_rows(demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
-    monkeypatch.setattr(classifier, "write", lambda module, file: file)
+    monkeypatch.setattr(classifier, "write_passes", lambda *_: (Path("plain.onnx"), Path("adapted.onnx")))
     monkeypatch.setattr(classifier, "in_onnxruntime", in_eager)
     monkeypatch.setattr(classifier, "CLASSES", 12)
     monkeypatch.setattr(classifier, "BATCHES", (1, 3))
@@ -66,6 +66,6 @@ def test_wrong_labels_are_not_timed() -> None:
     truth = np.arange(500)
     wrong = truth.copy()
     wrong[7] = 0
-    classifier.verify({"iosr_fast": lambda: truth, "eager-two-pass": lambda: truth})
+    pipeline.verify_labels({"iosr_fast": truth, "eager-two-pass": truth}, "eager-two-pass")
     with pytest.raises(ArithmeticError, match=r"iosr_fast: 99\.80% of the labels are right \(expected: 99\.9%\)"):
-        classifier.verify({"iosr_fast": lambda: wrong, "eager-two-pass": lambda: truth})
+        pipeline.verify_labels({"iosr_fast": wrong, "eager-two-pass": truth}, "eager-two-pass")

@@ -16,7 +16,7 @@ from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.export.export import random_adapter  # noqa: E402
 from tests.clip.test_dual_encoder import random_pixels, small_clip  # noqa: E402
 from tools.bench import ceilings, encoder, encoder_rivals, harness  # noqa: E402
-from tools.gpu import device as gpu  # noqa: E402
+from tools.bench.devices import Device  # noqa: E402
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, None])
@@ -36,7 +36,8 @@ def test_flops_are_those_that_pytorch_counts(first: int | None) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny CLIP, a ceiling that takes no time, and torch.compile without its compiler, which takes seconds."""
     monkeypatch.setattr(encoder, "load_clip", lambda *_: small_clip())
-    monkeypatch.setattr(harness, "best_gemm", lambda threads: ceilings.best_gemm(threads, size=64, repeats=1))
+    best_gemm = ceilings.best_gemm
+    monkeypatch.setattr(ceilings, "best_gemm", lambda threads: best_gemm(threads, size=64, repeats=1))
     monkeypatch.setattr(harness, "PAUSE_S", 0)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
 
@@ -106,7 +107,7 @@ def test_what_stays_eager_is_not_taken_for_compiled(opened: str) -> None:
         if opened == "rival":
             encoder_rivals.in_torch_compile(Broken(), pixels)()
         else:
-            gpu.compile_module(Broken(), "reduce-overhead")(torch.from_numpy(pixels))
+            Device("cuda").compile(Broken())(torch.from_numpy(pixels))
 
 
 def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

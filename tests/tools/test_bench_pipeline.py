@@ -67,18 +67,17 @@ def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyP
         return lambda pixels: tuple(reversed(embed(pixels.flip(0))))  # type: ignore[return-value]
 
     monkeypatch.setattr(pipeline, "compiled", swapped)
-    monkeypatch.setattr(pipeline, "_interleaved", lambda *_: pytest.fail("timed a wrong candidate"))
+    monkeypatch.setattr(harness, "measure_whole", lambda *_: pytest.fail("timed a wrong candidate"))
     with pytest.raises(ArithmeticError, match=r"two-pass: .* of the labels are right"):
         pipeline.run("Small", pictures=PICTURES, first_adapted_block=1, threads=1, repeats=1)
 
 
 def test_wrong_pixels_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write_photographs(tmp_path, 3)
-    labels = {"obvious-script": np.arange(3)}
-    pipeline.verify(paths, 64, labels)
+    pipeline.verify_pixels(paths, 64)
     monkeypatch.setattr(pipeline, "resize_and_crop", lambda image, size: np.asarray(image.resize((size, size))))
     with pytest.raises(ArithmeticError, match="pixels are off by"):
-        pipeline.verify(paths, 64, labels)
+        pipeline.verify_pixels(paths, 64)
 
 
 @pytest.mark.parametrize("faster", ["one", "many"])

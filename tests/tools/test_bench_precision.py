@@ -33,7 +33,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = emoji(60)
     monkeypatch.setattr(precision, "load_clip", lambda *_: small_clip())
     monkeypatch.setattr(precision, "pictures_of", lambda clip: (pictures[:40], pictures[40:]))
-    monkeypatch.setattr(harness, "best_gemm", lambda threads: ceilings.best_gemm(threads, size=64, repeats=1))
+    best_gemm = ceilings.best_gemm
+    monkeypatch.setattr(ceilings, "best_gemm", lambda threads: best_gemm(threads, size=64, repeats=1))
     monkeypatch.setattr(harness, "PAUSE_S", 0)
 
 

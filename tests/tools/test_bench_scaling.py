@@ -10,11 +10,12 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
 from tests.clip.test_dual_encoder import small_clip
-from tools.bench import harness, scaling, score
+from tools.bench import ceilings, harness, scaling, score
 
 
 def test_time_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "load_clip", lambda *_: small_clip())
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
     made = scaling.encoders("Small", 1, (1, 3), threads=1, repeats=1)
     assert {row["case"] for row in made} == {"small-b1-s1", "small-b3-s1"}
     for row in made:
@@ -25,7 +26,7 @@ def test_time_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scoring_by_size_times_ours_and_the_two_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "gemm_ceiling_flops", lambda threads: 1e12)
+    monkeypatch.setattr(ceilings, "gemm_ceiling_flops", lambda threads: 1e12)
     monkeypatch.setattr(harness, "PAUSE_S", 0)
     monkeypatch.setattr(score, "Case", SmallCase)
     made = scaling.run(1, 1, scaling.Sizes((), queries=(1, 2), keys=(16000,), classes=(3,)))
@@ -45,9 +46,14 @@ def test_a_case_that_two_sizes_share_is_timed_once() -> None:
 
 
 class SmallCase(score.Case):
-    """A case of the sizes that its name says, but a thousandth of the keys."""
+    """A case with a thousandth of the keys and few classes, under the name of the whole one."""
+
+    def __str__(self) -> str:
+        return self.name
 
     @classmethod
     def parse(cls, text: str) -> score.Case:
         case = super().parse(text)
-        return score.Case(case.queries, case.keys // 1000, case.width, min(case.classes, 50))
+        small = cls(case.queries, case.keys // 1000, case.width, min(case.classes, 50))
+        object.__setattr__(small, "name", text)
+        return small

@@ -41,10 +41,10 @@ def test_candidates_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(name)
         clock.sleep(seconds)
 
-    # Two warm-up calls and one that tells how long a call is; a short one is then timed as the mean of a burst.
+    # One call to warm up and one to estimate its length; a short one is then timed as the mean of a burst.
     runs = {"a": lambda: call("a", harness.BURST_S), "b": lambda: call("b", harness.BURST_S / 2.5)}
-    times = harness.measure(runs, repeats=3, warmup=2)
-    assert "".join(calls) == "aaabbb" + "abbb" * 3
+    times = harness.measure(runs, repeats=3)
+    assert "".join(calls) == "aabb" + "abbb" * 3
     assert times["a"] == pytest.approx([1e3 * harness.BURST_S] * 3)
     assert times["b"] == pytest.approx([1e3 * harness.BURST_S / 2.5] * 3)
     with pytest.raises(ValueError, match="repeats >= 1, got 0"):
@@ -53,14 +53,11 @@ def test_candidates_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_hold_medians_ratios_and_the_share_of_the_ceiling(tmp_path: Path) -> None:
     times = {"ours": [3.0, 1.0, 2.0], "rival": [8.0, 8.0, 8.0]}
-    made = harness.rows(
-        "score", "q1", times, rivals=["rival"], threads={"ours": 1, "rival": 2}, flops=2e6, ceiling_flops=2e9
-    )
+    made = harness.rows("score", "q1", times, rivals=["rival"], threads=1, work=2e-3, ceiling=2.0)
     ours, rival = made
     assert (ours["runtime_ms"], ours["runtime_ms_spread"]) == (2.0, [1.2, 2.8])
     assert (ours["ratios"], rival["ratios"]) == ({"rival": 4.0}, {})
     assert (ours["share_of_ceiling"], rival["share_of_ceiling"]) == (0.5, 0.125)
-    assert (ours["threads"], rival["threads"]) == (1, 2)
     assert ours["versions"]["numpy"] == np.__version__
     fields = {"bench", "case", "impl", "runtime_ms", "runtime_ms_spread", "repeats", "ratios", "share_of_ceiling"}
     fields |= {"rate", "rate_unit", "ceiling", "device", "precision", "threads", "versions", "commit"}
@@ -81,7 +78,7 @@ def test_rates_of_other_work_and_fields_of_one_implementation(tmp_path: Path) ->
         {"ours": [500.0], "alone": [400.0]},
         rivals=["alone"],
         threads=1,
-        rates={"ours": 100.0},
+        work={"ours": 50.0},
         rate_unit="images/s",
         ceiling={"ours": 125.0},
         extra={"ours": {"images": 50, "checks": {"pixels": 0.5}}},
@@ -99,8 +96,8 @@ def test_rates_of_other_work_and_fields_of_one_implementation(tmp_path: Path) ->
 
 def test_ceilings_are_rates_that_a_machine_can_have() -> None:
     pytest.importorskip("torch")
-    assert 1e8 < harness.memory_bandwidth(1, megabytes=16, repeats=1) < 1e13
-    assert 1e8 < harness.gemm_ceiling_flops(1, size=256, repeats=1) < 1e15
+    assert 1e8 < ceilings.memory_bandwidth(1, megabytes=16, repeats=1) < 1e13
+    assert 1e8 < ceilings.gemm_ceiling_flops(1, size=256, repeats=1) < 1e15
 
 
 def test_the_gemm_is_each_librarys_own_and_the_product(rng: np.random.Generator) -> None:
@@ -122,10 +119,10 @@ def test_the_gemm_is_each_librarys_own_and_the_product(rng: np.random.Generator)
 def test_a_gemm_takes_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
     gemm = ceilings.Gemm("stub", 3e6, lambda: turns.append("gemm") or time.sleep(0.001))
-    monkeypatch.setattr(harness, "best_gemm", lambda threads: gemm)
-    monkeypatch.setattr(harness, "GEMMS_A_TURN", 2)
+    monkeypatch.setattr(ceilings, "best_gemm", lambda threads: gemm)
+    monkeypatch.setattr(ceilings, "GEMMS_A_TURN", 2)
     monkeypatch.setattr(harness, "BURST_S", 0)
-    found, flops, library = harness.measure_beside_gemm({"ours": lambda: turns.append("ours")}, 3, threads=1)
+    found, flops, library = ceilings.measure_beside_gemm({"ours": lambda: turns.append("ours")}, 3, threads=1)
     assert list(found) == ["ours"] and len(found["ours"]) == 3 and library == "stub"
     assert turns[-9:] == ["ours", "gemm", "gemm"] * 3
     assert 0 < flops < 3e9
@@ -217,7 +214,7 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
         return {"papers-formula": lambda: right().half(), "eager-best": right}
 
     monkeypatch.setattr(score, "torch_rivals", half_precision)
-    monkeypatch.setattr(harness, "gemm_ceiling_flops", lambda threads: 1e9)
+    monkeypatch.setattr(ceilings, "gemm_ceiling_flops", lambda threads: 1e9)
     monkeypatch.setattr(harness, "measure", lambda *_: pytest.fail("timed a wrong candidate"))
     with pytest.raises(ArithmeticError, match="papers-formula is wrong by"):
         score.run(["q3-k40-d32-c4"], threads=1, repeats=1)
@@ -239,7 +236,7 @@ def test_the_papers_formula_is_left_out_where_its_matrices_would_not_fit(monkeyp
     from tools.bench import score, score_rivals
 
     plan, embeddings = score.Case(2, 30, 8, 3).build()
-    assert set(score_rivals.torch_rivals(plan, embeddings)) == set(score_rivals.RIVALS)
+    assert set(score_rivals.torch_rivals(plan, embeddings)) == {"papers-formula", "eager-best", "torch-fp32"}
     monkeypatch.setattr(score_rivals, "PAPERS_LIMIT_BYTES", 4 * 30 * (3 + 2) - 1)
     assert set(score_rivals.torch_rivals(plan, embeddings)) == {"eager-best", "torch-fp32"}
 
@@ -288,7 +285,7 @@ def test_all_goes_on_after_a_bench_that_fails(tmp_path: Path, monkeypatch: pytes
     assert done.exit_code == 1 and done.stderr.splitlines()[-1] == "failed: score"
     assert [command[0] for command in ran] == list(benchmark.BENCHES)
     commands = {command.name or command.callback.__name__ for command in benchmark.app.registered_commands}
-    assert commands - {"run_all", "all"} == set(benchmark.BENCHES)
+    assert commands - {"all", "gpu", "machine", "parity"} == set(benchmark.BENCHES)
     assert ran[0][1:] == ["--json", str(out / "cpu-encoder.json"), "--csv", str(out / "cpu-encoder.csv")]
     ran.clear()
     done = CliRunner().invoke(benchmark.app, ["all", "--out", str(out), "--only", "cold-start"])

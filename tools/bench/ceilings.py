@@ -1,27 +1,62 @@
-"""What this machine reaches at best, measured in the run that is compared with it, at the threads it is compared at."""
+"""What a device reaches at best, measured in the run that is compared with it, with the threads of that run."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.utils.machine import usable_threads
+from tools.bench import harness
+from tools.bench.devices import Device
+from tools.bench.harness import torch_threads
 
 WARMUP = 2
+GEMMS_A_TURN = 8  # a quarter of a second on two cores: as long as what it is compared with
+GPU_SIZE, GPU_COPY_BYTES = 8192, 2**30
+# Keys in int8 are multiplied in float16.
+GPU_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16"}
+
+
+@dataclass
+class Ceilings:
+    """FLOP/s of products and bytes/s of memory on one device, each measured when it is first asked for."""
+
+    device: Device
+    threads: int
+    _known: dict[str, float] = field(default_factory=dict)
+
+    def gemm_flops(self, precision: str = "fp32") -> float:
+        """On a CPU the float32 product of its fastest library; on a GPU torch.mm of square matrices in `precision`."""
+        if not self.device.is_gpu:
+            return self._once("gemm", lambda: gemm_ceiling_flops(self.threads))
+        dtype = GPU_DTYPES[precision]
+        return self._once(dtype, lambda: gpu_gemm_flops(self.device, dtype))
+
+    def bytes_per_s(self) -> float:
+        """On a CPU of a sum, every byte counted once; on a GPU of a copy, read and written bytes counted."""
+        if not self.device.is_gpu:
+            return self._once("memory", lambda: memory_bandwidth(self.threads))
+        return self._once("memory", lambda: gpu_copy_bandwidth(self.device))
+
+    def _once(self, name: str, measure: Callable[[], float]) -> float:
+        if name not in self._known:
+            self._known[name] = measure()
+        return self._known[name]
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """A float32 product that does `flops` each time it is called, by the library that is fastest here.
+    """A float32 product of `flops` a call, by the library that is fastest here.
 
-    `operands` are held because a library may read them where they lie without holding them itself.
+    `operands` are referenced because a library may read them in place without a reference of its own.
     """
 
     library: str
@@ -33,16 +68,16 @@ class Gemm:
 def best_gemm(threads: int, size: int = 2048, repeats: int = 7) -> Gemm:
     """The product of two (size, size) matrices, one of them constant, as weights are.
 
-    No one library is on every processor: on one with AVX-512, OpenVINO's kernels have done 1.9 times what NumPy's and
-    PyTorch's do. NumPy's BLAS takes its threads from OMP_NUM_THREADS or the machine, so NumPy takes part only where it
-    would use no more than `threads`.
+    No library is fastest on every processor: on one with AVX-512, OpenVINO's kernels took 1 / 1.9 of the time of
+    NumPy's and PyTorch's. NumPy's BLAS takes its threads from OMP_NUM_THREADS or the machine, so NumPy takes part only
+    where it would use no more than `threads`.
     """
     left, weight = np.random.default_rng(0).standard_normal((2, size, size), dtype=np.float32)
     with torch_threads(threads):
-        found = {name: call for name, make in _GEMMS.items() if (call := make(left, weight, threads)) is not None}
-        seconds = {name: _best_s(call, repeats) for name, call in found.items()}
+        calls = {name: call for name, make in _GEMMS.items() if (call := make(left, weight, threads)) is not None}
+        seconds = {name: _best_s(call, repeats) for name, call in calls.items()}
     library = min(seconds, key=lambda name: seconds[name])
-    return Gemm(library, 2.0 * size**3, found[library], (left, weight))
+    return Gemm(library, 2.0 * size**3, calls[library], (left, weight))
 
 
 def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> float:
@@ -50,6 +85,20 @@ def gemm_ceiling_flops(threads: int, size: int = 2048, repeats: int = 7) -> floa
     gemm = best_gemm(threads, size, repeats)
     with torch_threads(threads):
         return gemm.flops / _best_s(gemm.call, repeats)
+
+
+def measure_beside_gemm(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, threads: int
+) -> tuple[dict[str, list[float]], float, str]:
+    """As harness.measure, with a turn of a GEMM in every round: milliseconds a call, the FLOP/s of its best turn, its
+    library.
+
+    A ceiling taken before or after is one of other minutes, which on a shared machine differ by a tenth. The best turn
+    counts, because a ceiling is what the machine can do.
+    """
+    gemm = best_gemm(threads)
+    runtimes_ms = harness.measure({**candidates, "": lambda: [gemm.call() for _ in range(GEMMS_A_TURN)]}, repeats)
+    return runtimes_ms, GEMMS_A_TURN * gemm.flops / min(runtimes_ms.pop("")) * 1e3, gemm.library
 
 
 def _torch_gemm(left: np.ndarray, weight: np.ndarray, threads: int) -> Callable[[], object] | None:
@@ -112,10 +161,7 @@ _GEMMS = {"torch": _torch_gemm, "numpy": _numpy_gemm, "onnxruntime": _onnxruntim
 
 
 def memory_bandwidth(threads: int, megabytes: int = 512, repeats: int = 5) -> float:
-    """Bytes/s at which memory is read: the best of a few float32 sums over `megabytes`, which no cache holds.
-
-    Every byte is counted once.
-    """
+    """Bytes/s at which memory is read: the best of a few float32 sums over `megabytes`, which exceed every cache."""
     import torch
 
     data = torch.ones(megabytes * 250_000)
@@ -132,14 +178,41 @@ def _best_s(call: Callable[[], object], repeats: int) -> float:
     return min(times[WARMUP:])
 
 
-@contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """PyTorch's thread count for the length of a with block."""
+def gpu_gemm_flops(device: Device, dtype: str, repeats: int = 20) -> float:
+    """FLOP/s of torch.mm of two random square matrices (zeros draw less power). float32 products are float32's, not
+    TF32's."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    size = GPU_SIZE if device.name == "cuda" else 64
+    left, right = (torch.randn(size, size, device=device.torch).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(left)
+    with exact_products():
+        return 2.0 * size**3 / _best_gpu_s(device, lambda: torch.mm(left, right, out=out), repeats)
+
+
+def gpu_copy_bandwidth(device: Device, repeats: int = 20) -> float:
+    import torch
+
+    source = torch.zeros(GPU_COPY_BYTES if device.name == "cuda" else 2**16, dtype=torch.uint8, device=device.torch)
+    target = torch.empty_like(source)
+    return 2.0 * source.numel() / _best_gpu_s(device, lambda: target.copy_(source), repeats)
+
+
+def _best_gpu_s(device: Device, call: Callable[[], Any], repeats: int) -> float:
+    recorded, _ = device.record(call)
+    return min(device.measure({"": recorded}, repeats if device.name == "cuda" else 1)[""]) / 1e3
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products and convolutions without TF32 for the length of a with block."""
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

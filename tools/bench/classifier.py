@@ -1,8 +1,8 @@
 """The demo's classifier from pixels to labels: uint8 pictures of its size, both embeddings, the scores, the label.
 
     iosr_fast        Classifier.predict: the fused encoder in ONNX Runtime, the compiled kernel
-    two-pass         the plain and the adapted encoder, each exported for itself, in the same ONNX Runtime, and the
-                     papers' formula in PyTorch
+    two-pass         the plain and the adapted encoder, each exported, in the same ONNX Runtime, and the papers' formula
+                     in PyTorch
     eager-two-pass   the public way: open_clip's own forward, then the forward with the adapter, in eager PyTorch, and
                      the papers' formula
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,14 @@ from iosr_fast.clip.load import load_clip
 from iosr_fast.export.pretrained import DEMO_ADAPTER
 from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
-from tools.bench.encoder_rivals import Embed, Pass, both, eagerly, in_onnxruntime, write
-from tools.bench.pipeline import PapersFormula
+from tools.bench.encoder_rivals import Embed, both, eagerly, in_onnxruntime, write_passes
+from tools.bench.pipeline import PapersFormula, verify_labels
 from tools.demo.bundle import held_out_queries, make_demo_bundle
 
 RIVALS = ("eager-two-pass", "two-pass")
 BATCHES = (1, 8, 64)
 CLASSES, SHOTS = 100, 4
 CALLS = 200  # of one picture, for percentiles
-LABELS_EQUAL = 0.999
 Label = Callable[[], np.ndarray]
 
 
@@ -42,21 +41,17 @@ def candidates(classifier: Classifier, pixels: np.ndarray, threads: int, folder:
     """What is timed: `pixels` (B, S, S, 3) to class numbers (B,), on the demo's CLIP and its shipped adapter."""
     clip, adapter = load_clip("demo", None), load_adapter(DEMO_ADAPTER)
     formula = PapersFormula(classifier.plan_)
-    state = classifier.snapshot()
+    numbers = {name: number for number, name in enumerate(classifier.snapshot().class_names)}
 
     @torch.inference_mode()
     def by_formula(embed: Embed) -> np.ndarray:
         plain, adapted = (torch.from_numpy(part) for part in embed())
-        found: np.ndarray = formula(plain, adapted).argmax(1).numpy()
-        return found
+        labels: np.ndarray = formula(plain, adapted).argmax(1).numpy()
+        return labels
 
-    files = [folder / "plain.onnx", folder / "adapted.onnx"]
-    for file, chosen in zip(files, (None, adapter), strict=True):
-        if not file.exists():
-            write(Pass(clip, chosen).eval(), file)
+    files = write_passes(clip, adapter, folder)
     two_passes = both(*(in_onnxruntime(file, pixels, threads, spin=False) for file in files))
     eager = eagerly(clip, adapter, pixels)
-    numbers = {name: number for number, name in enumerate(state.class_names)}
     return {
         "iosr_fast": lambda: np.array([numbers[name] for name in classifier.predict(pixels).tolist()]),
         "two-pass": lambda: by_formula(two_passes),
@@ -64,18 +59,7 @@ def candidates(classifier: Classifier, pixels: np.ndarray, threads: int, folder:
     }
 
 
-def verify(runs: dict[str, Label]) -> None:
-    """Raise ArithmeticError unless labels are those of the public way."""
-    truth = runs["eager-two-pass"]()
-    for name, run in runs.items():
-        equal = float((run() == truth).mean())
-        if equal < LABELS_EQUAL:
-            raise ArithmeticError(
-                f"{name}: {equal:.2%} of the labels are right (expected: {LABELS_EQUAL:.1%}); not timed"
-            )
-
-
-def percentiles(runs: dict[str, Label], calls: int = CALLS, block: int = 20) -> dict[str, dict[str, Any]]:
+def percentiles(runs: Mapping[str, Label], calls: int = CALLS, block: int = 20) -> dict[str, dict[str, Any]]:
     """Milliseconds of single calls, in blocks that take turns, so that a slow spell meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     while min(map(len, times.values())) < calls:
@@ -87,8 +71,8 @@ def percentiles(runs: dict[str, Label], calls: int = CALLS, block: int = 20) -> 
                 run()
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {
-        name: {"calls": len(taken), **{f"p{q}_ms": round(float(np.percentile(taken, q)), 4) for q in (50, 99)}}
-        for name, taken in times.items()
+        name: {"calls": len(each), **{f"p{q}_ms": round(float(np.percentile(each, q)), 4) for q in (50, 99)}}
+        for name, each in times.items()
     }
 
 
@@ -98,7 +82,7 @@ def run(threads: int | None = None, repeats: int = 7) -> list[dict[str, Any]]:
     Rows of one picture have p50_ms and p99_ms of CALLS calls each, too.
     """
     threads = threads or usable_threads()
-    made: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, harness.torch_threads(threads):
         folder = Path(name)
         bundle = make_demo_bundle(folder / "bundle", CLASSES, SHOTS, "tip-adapter++")
@@ -106,19 +90,19 @@ def run(threads: int | None = None, repeats: int = 7) -> list[dict[str, Any]]:
         queries, _ = held_out_queries(CLASSES, SHOTS)
         for batch in BATCHES:
             runs = candidates(classifier, queries[:batch], threads, folder)
-            verify(candidates(classifier, queries, threads, folder) if batch == 1 else runs)
+            checked = candidates(classifier, queries, threads, folder) if batch == 1 else runs
+            verify_labels({name: run() for name, run in checked.items()}, "eager-two-pass")
             runtimes_ms = harness.measure(runs, repeats)
-            told = percentiles(runs) if batch == 1 else {}
-            rates = {impl: batch / (float(np.median(times)) / 1e3) for impl, times in runtimes_ms.items()}
-            made += harness.rows(
+            latencies = percentiles(runs) if batch == 1 else {}
+            rows += harness.rows(
                 "classifier",
                 f"demo-b{batch}",
                 runtimes_ms,
                 rivals=RIVALS,
                 threads=threads,
-                rates=rates,
+                work=batch,
                 rate_unit="images/s",
                 packages=("onnxruntime", "torch", "open_clip_torch"),
-                extra={impl: {"images": batch, **told.get(impl, {})} for impl in runs},
+                extra={impl: {"images": batch, **latencies.get(impl, {})} for impl in runs},
             )
-    return made
+    return rows

@@ -1,4 +1,4 @@
-"""One cold start, in a process of its own: from a bundle to the first label.
+"""One cold start, in its own process: from a bundle to the first label.
 
     python tools/bench/cold_process.py iosr-fast BUNDLE PICTURE            # the runtime alone
     python tools/bench/cold_process.py open-clip BUNDLE PICTURE MODEL WEIGHTS ADAPTER    # the public way
@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 
 def with_iosr_fast(bundle: Path, picture: Path) -> tuple[str, list[float]]:
-    """The label, and the moments at which importing, loading and predicting were done."""
+    """The label, and the times at which importing, loading and predicting ended."""
     from iosr_fast import Classifier
 
     imported = time.perf_counter()
@@ -77,7 +76,7 @@ def with_open_clip(
 
 
 def peak_memory_mb() -> float | None:
-    """The peak of this process's resident memory, memory-mapped pages among it; None off Linux."""
+    """The peak of this process's resident memory, memory-mapped pages included; None outside Linux."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
@@ -85,15 +84,14 @@ def peak_memory_mb() -> float | None:
         return None
 
 
-def main(way: str, *arguments: str) -> None:
+def main(way: str, bundle: str, picture: str, *rival: str) -> None:
     started = time.perf_counter()
-    ways: dict[str, Callable[[], tuple[str, list[float]]]] = {
-        "iosr-fast": lambda: with_iosr_fast(Path(arguments[0]), Path(arguments[1])),
-        "open-clip": lambda: with_open_clip(
-            Path(arguments[0]), Path(arguments[1]), arguments[2], Path(arguments[3]), Path(arguments[4])
-        ),
-    }
-    label, (imported, loaded, predicted) = ways[way]()
+    if way == "iosr-fast":
+        label, (imported, loaded, predicted) = with_iosr_fast(Path(bundle), Path(picture))
+    else:
+        model, weights, adapter = rival
+        result = with_open_clip(Path(bundle), Path(picture), model, Path(weights), Path(adapter))
+        label, (imported, loaded, predicted) = result
     print(
         json.dumps(
             {

@@ -2,12 +2,12 @@
 
     iosr-fast         Classifier.load, which checks every file's hash, and predict
     weights-in-graph  the same, the encoder's weights inside encoder.onnx, as one protobuf, and not beside it
-    optimised-copy    the same, the graph and weights as ONNX Runtime's optimiser left them for this processor
+    optimised-copy    the same, the graph and weights as ONNX Runtime's optimiser writes them for this processor
     open-clip         the public way: import torch and open_clip, load the weights, encode twice, the papers' formula
 
 The time is that of the whole process, from its start to its line with the label; peak memory is the process's own,
-mapped pages among it. Files are in the page cache, but for what a first start finds: that is the disk's business. All
-must give the same label before anything is timed.
+mapped pages included. Files are in the page cache, except on the first start. All must give the same label before
+anything is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ PEAK_FACTOR, PEAK_ROOM_MB = 1.3, 150  # the goal: at most 1.3 times the weights 
 
 def run(models: tuple[str, ...] = ("demo", "ViT-B-16"), repeats: int = 5) -> list[dict[str, Any]]:
     """Verify and time one case a model, interleaved; one row an implementation."""
-    made = []
+    rows = []
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
-            made += _rows(model, Path(folder), repeats)
-    return made
+            rows += _run_model(model, Path(folder), repeats)
+    return rows
 
 
-def _rows(model: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def _run_model(model: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
     picture = make_bundle(model, folder)
     bundle = folder / "bundle"
     weights_mb = (bundle / "engine" / WEIGHTS).stat().st_size / 1e6
@@ -56,16 +57,16 @@ def _rows(model: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
         "optimised-copy": ("iosr-fast", str(folder / "optimised-copy"), str(picture)),
         "open-clip": ("open-clip", str(bundle), str(picture), *_open_clip_arguments(model, folder)),
     }
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
 
-    def start(name: str) -> Callable[[], None]:
-        return lambda: found[name].append(cold_start(*commands[name]))
+    def start(name: str) -> None:
+        results[name].append(cold_start(*commands[name]))
 
-    candidates = {name: start(name) for name in commands}
+    candidates = {name: partial(start, name) for name in commands}
     for call in candidates.values():
         call()
-    verify(found)
-    runtimes_ms = harness.measure(candidates, repeats, warmup=0)
+    verify(results)
+    runtimes_ms = harness.measure_whole(candidates, repeats)
     limit_mb = PEAK_FACTOR * weights_mb + PEAK_ROOM_MB
     return harness.rows(
         "cold-start",
@@ -74,7 +75,7 @@ def _rows(model: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
         rivals=RIVALS,
         threads=usable_threads(),
         packages=("numpy", "onnxruntime", "torch", "open_clip_torch"),
-        extra={name: _facts(starts[-repeats:], weights_mb, limit_mb) for name, starts in found.items()},
+        extra={name: _facts(starts[-repeats:], weights_mb, limit_mb) for name, starts in results.items()},
     )
 
 
@@ -91,7 +92,7 @@ def _facts(starts: list[dict[str, Any]], weights_mb: float, limit_mb: float) -> 
 
 
 def cold_start(*arguments: str) -> dict[str, Any]:
-    """What cold_process.py prints. Raises RuntimeError with its last words where it fails."""
+    """The result of cold_process.py. Raises RuntimeError with its last line where it fails."""
     done = subprocess.run([sys.executable, str(CHILD), *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"a cold start failed: {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1:]}")
@@ -99,13 +100,13 @@ def cold_start(*arguments: str) -> dict[str, Any]:
     return result
 
 
-def verify(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Raise ArithmeticError unless all give one label, and the runtime alone does so without PyTorch."""
-    labels = {name: starts[0]["label"] for name, starts in found.items()}
+def verify(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise ArithmeticError unless all give one label, ours without importing PyTorch."""
+    labels = {name: starts[0]["label"] for name, starts in results.items()}
     if len(set(labels.values())) > 1:
         raise ArithmeticError(f"the ways to a first label disagree: {labels}; not timed")
-    if wrong := [name for name in found if name != "open-clip" and found[name][0]["torch_imported"]]:
-        raise ArithmeticError(f"PyTorch was imported by {wrong}, which are to do without it; not timed")
+    if wrong := [name for name in results if name != "open-clip" and results[name][0]["torch_imported"]]:
+        raise ArithmeticError(f"PyTorch was imported by {wrong}, which must run without it; not timed")
 
 
 def make_bundle(model: str, folder: Path) -> Path:

@@ -1,10 +1,10 @@
-"""What the fused encoder is measured against, and the runtimes that execute either.
+"""The rivals of the fused encoder, and the runtimes that execute either.
 
 eager-two-pass          the public way: open_clip's own forward, then the forward with the adapter, in eager PyTorch
 torch-compile-two-pass  the two passes, each compiled by torch.compile with its weights frozen
-onnxruntime-two-pass    the two passes exported each for itself, in the same ONNX Runtime as the fused encoder
+onnxruntime-two-pass    the two passes, each exported, in the same ONNX Runtime as the fused encoder
 openvino-two-pass       the same two files in OpenVINO
-open-clip-one-pass      open_clip's own single pass in eager PyTorch: no adapted embedding at all
+open-clip-one-pass      open_clip's own single pass in eager PyTorch, without an adapted embedding
 onnxruntime-one-pass, openvino-one-pass    the exported plain pass alone
 """
 
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
+from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.two_pass import TwoPasses
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.onnx_export import export_onnx, save_onnx, to_onnx
 
@@ -29,10 +30,10 @@ Embed = Callable[[], tuple[np.ndarray, ...]]
 
 
 class Pass(nn.Module):
-    """One whole pass, nothing shared or left out: uint8 (B, S, S, 3) -> (B, D), L2-normalised. The rival's module.
+    """One literal pass: uint8 (B, S, S, 3) -> (B, D), L2-normalised, nothing shared or left out. What rivals compile.
 
-    Preprocessing is as in open_clip. Attention is written with scaled_dot_product_attention, because
-    nn.MultiheadAttention exports a fixed batch; the rest is open_clip's own.
+    Preprocessing is open_clip's. Attention is written with scaled_dot_product_attention, because nn.MultiheadAttention
+    exports a fixed batch; the rest is open_clip's own.
     """
 
     def __init__(self, clip: LoadedClip, adapter: Adapter | None) -> None:
@@ -72,9 +73,18 @@ def write(module: nn.Module, path: Path) -> Path:
     return path
 
 
-def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int, spin: bool = True) -> Embed:
-    """Without `spin` the session's threads sleep when they have nothing to do: where two sessions take turns, the
-    threads of one would spin on the cores of the other."""
+def write_passes(clip: LoadedClip, adapter: Adapter, folder: Path) -> tuple[Path, Path]:
+    """The plain and the adapted pass as ONNX, written unless they exist."""
+    paths = folder / "plain.onnx", folder / "adapted.onnx"
+    for path, part in zip(paths, (None, adapter), strict=True):
+        if not path.exists():
+            write(Pass(clip, part).eval(), path)
+    return paths
+
+
+def open_session(path: Path, threads: int, spin: bool = True) -> Any:
+    """Without `spin` idle threads of the session sleep: where two sessions take turns, the threads of one would spin on
+    the cores of the other."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -82,28 +92,28 @@ def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int, spin: bool = Tr
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int, spin: bool = True) -> Embed:
+    session = open_session(path, threads, spin)
     return lambda: tuple(session.run(None, {"pixels": pixels}))
 
 
-def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "f32") -> Embed:
-    """`precision` f32 or bf16; OpenVINO would choose bf16 by itself where the processor has it."""
-    options = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+def in_openvino(path: Path, pixels: np.ndarray, threads: int) -> Embed:
+    """In fp32: OpenVINO would choose bf16 by itself where the processor has it."""
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     request = openvino_core().compile_model(path, "CPU", options).create_infer_request()
 
     def call() -> tuple[np.ndarray, ...]:
-        found = request.infer([pixels])
-        return tuple(np.array(found[output]) for output in found)
+        outputs = request.infer([pixels])
+        return tuple(np.array(outputs[output]) for output in outputs)
 
     return call
 
 
 def in_torch_compile(module: nn.Module, pixels: np.ndarray) -> Embed:
-    """`module` compiled for these pixels' shape, by the first call; whatever of it would stay eager is an error."""
+    """`module` compiled for the shape of `pixels` by the first call; code that would stay eager is an error."""
     batch = torch.from_numpy(pixels)
     compiled = torch.compile(module, fullgraph=True, dynamic=False, options={"freezing": True})
 
@@ -116,15 +126,11 @@ def in_torch_compile(module: nn.Module, pixels: np.ndarray) -> Embed:
 
 def eagerly(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> Embed:
     """open_clip's own forward, and, with an adapter, a second one with it."""
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
+    module, batch = TwoPasses(clip, adapter), torch.from_numpy(pixels.copy())
 
     @torch.inference_mode()
     def call() -> tuple[np.ndarray, ...]:
-        x = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        features = [encode_plain(clip, x)]
-        if adapter is not None:
-            features.append(encode_adapted(clip, adapter, x))
-        return tuple(nn.functional.normalize(feature, dim=-1).numpy() for feature in features)
+        return tuple(embedding.numpy() for embedding in module(batch))
 
     return call
 

@@ -1,7 +1,7 @@
-"""Pictures that decode and resize like photographs, made of what the project ships.
+"""Pictures that decode and resize like photographs, made from the demo's pictures (tools/demo names their licences).
 
-A picture of the demo (tools/demo says of whom and under which licence), enlarged, under a texture whose amplitude falls
-with frequency as a photograph's does: an emoji alone has no detail, and a JPEG of it is a fifth as large as a photo's.
+Each is enlarged, under a texture whose amplitude falls with frequency as a photograph's does: an emoji alone has no
+detail, and a JPEG of it is a fifth as large as a photograph's.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def texture(width: int, height: int, seed: int) -> np.ndarray:
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
     phases = rng.standard_normal((2, *frequency.shape))
-    made = np.fft.irfft2((phases[0] + 1j * phases[1]) / frequency, (height, width))
-    return np.asarray(made / made.std(), np.float32)
+    rows = np.fft.irfft2((phases[0] + 1j * phases[1]) / frequency, (height, width))
+    return np.asarray(rows / rows.std(), np.float32)
 
 
 def photograph(
@@ -52,7 +52,7 @@ def write_photographs(folder: Path, count: int, width: int = WIDTH, height: int 
     """`count` JPEGs of different pictures in `folder`, at most 1,000 a sub-folder; their paths, sorted."""
     pictures = _pictures()
     if count > len(pictures):
-        raise ValueError(f"expected at most {len(pictures)} pictures, which is what the demo has, got {count}")
+        raise ValueError(f"expected at most {len(pictures)} pictures, which are all of the demo's, got {count}")
     paths = []
     for i, chosen in enumerate(np.random.default_rng(0).permutation(len(pictures))[:count].tolist()):
         path = folder / f"{i // 1000:03d}" / f"{i:06d}.jpg"

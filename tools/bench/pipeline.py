@@ -1,24 +1,21 @@
 """A folder of photographs to labels: files are read, decoded, encoded and scored.
 
     predict-folder   Classifier.predict_folder: decoding beside the fused encoder, scoring by the compiled kernel
-    encoder-only     the same encoder on pictures that are decoded already, called the faster of our two ways: the
-                     ceiling
+    encoder-only     the same encoder on decoded pictures, by the faster of our two ways to call it: the ceiling
     decode-only      our decoder alone, in as many threads
-    obvious-script   what the papers' code does: PIL and open_clip's transform, then two passes of eager PyTorch in
+    obvious-script   the way of the papers' code: PIL and open_clip's transform, then two passes of eager PyTorch in
                      batches of 32, and the formula with its one-hot matrix
     two-pass         the same transform and formula, the two passes compiled in ONNX Runtime
 
 The photographs are made from the demo's pictures (tools.bench.photographs), 65 to 80 KB each. Weights are random, which
-changes no speed; class names are stood in for by pictures, and each class has 16 keys near the embedding of one. The
-keys are centred, as random weights leave all pictures near one another. Labels are compared before anything is timed.
+changes no speed; pictures stand in for class names, and each class has 16 keys near the embedding of one. The keys are
+centred, as random weights leave all pictures near one another. Labels are compared before anything is timed.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -47,7 +44,7 @@ from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 from tools.bench import harness
-from tools.bench.encoder_rivals import Pass, write
+from tools.bench.encoder_rivals import open_session, write_passes
 from tools.bench.photographs import write_photographs
 
 RIVALS = ("obvious-script", "two-pass", "encoder-only")
@@ -63,23 +60,23 @@ def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
     encoder = open_engine(engine, "onnxruntime", verify=False, threads=threads)
     classes = min(CLASSES, len(paths))
     pixels = np.stack([resize_and_crop(open_image(path), encoder.image_size) for path in paths[:classes]])
-    found = encoder.encode(pixels)
+    centres = encoder.encode(pixels)
     rng = np.random.default_rng(0)
 
-    def keys(rows: np.ndarray) -> np.ndarray:
-        # Noise a fifth of what lies between two pictures: their 16 views, as it were.
+    def near(rows: np.ndarray) -> np.ndarray:
+        # Noise of a fifth of the distance between two pictures, in place of 16 views of each.
         apart = float(np.linalg.norm(rows - rows.mean(0), axis=1).mean())
         noise = rng.standard_normal((classes * SHOTS, rows.shape[1])) * 0.2 * apart / rows.shape[1] ** 0.5
-        made = np.repeat(rows, SHOTS, 0) + noise
-        return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True), np.float32)
+        keys = np.repeat(rows, SHOTS, 0) + noise
+        return np.asarray(keys / np.linalg.norm(keys, axis=1, keepdims=True), np.float32)
 
     count = classes * SHOTS
-    embeddings = Embeddings(keys(found.plain), keys(found.adapted))
+    embeddings = Embeddings(near(centres.plain), near(centres.adapted))
     examples = Examples(embeddings, np.repeat(np.arange(classes), SHOTS), np.arange(count), (None,) * count)
-    support = examples.as_support(range(classes), found.plain, 100.0)
+    support = examples.as_support(range(classes), centres.plain, 100.0)
     config = MethodConfig("tip-adapter++", {"alpha": 1.0, "beta": 5.5}, "centre").fitted(support)
     classifier = Classifier(encoder, engine, tau=100.0)
-    state = State.first([f"picture {c}" for c in range(classes)], found.plain, 100.0, examples, config)
+    state = State.first([f"picture {c}" for c in range(classes)], centres.plain, 100.0, examples, config)
     classifier._replace(state, SupportViews())
     return classifier
 
@@ -139,63 +136,52 @@ def eager(clip: LoadedClip, adapter: Adapter) -> Embed:
 
 def compiled(clip: LoadedClip, adapter: Adapter, threads: int, folder: Path) -> Embed:
     """Two passes in ONNX Runtime. The modules normalise by themselves, so the transform's floats go back to uint8."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # they and PyTorch take turns
-    sessions = [
-        ort.InferenceSession(
-            write(Pass(clip, chosen).eval(), folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
-        )
-        for name, chosen in (("plain", None), ("adapted", adapter))
-    ]
+    # They and PyTorch take turns, so their threads don't spin.
+    sessions = [open_session(path, threads, spin=False) for path in write_passes(clip, adapter, folder)]
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
 
     def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         levels = ((pixels * std + mean) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-        plain, adapted = (s.run(None, {"pixels": levels})[0] for s in sessions)
-        return torch.from_numpy(plain), torch.from_numpy(adapted)
+        plain, adapted = (torch.from_numpy(session.run(None, {"pixels": levels})[0]) for session in sessions)
+        return plain, adapted
 
     return embed
 
 
-def verify(paths: list[Path], size: int, labels: dict[str, np.ndarray]) -> None:
-    """Raise ArithmeticError unless labels are those of the obvious script and pixels those of the reference."""
-    truth = labels["obvious-script"]
-    for name, found in labels.items():
-        equal = float((found == truth).mean())
+def verify_labels(labels: Mapping[str, np.ndarray], truth: str) -> None:
+    """Raise ArithmeticError unless LABELS_EQUAL of all labels are those of the implementation `truth`."""
+    for name, each in labels.items():
+        equal = float((each == labels[truth]).mean())
         if equal < LABELS_EQUAL:
             raise ArithmeticError(
                 f"{name}: {equal:.2%} of the labels are right (expected: {LABELS_EQUAL:.1%}); not timed"
             )
-    decoded = CpuDecoder().decode(paths[:50], size)
+
+
+def verify_pixels(paths: list[Path], size: int) -> None:
+    """Raise ArithmeticError unless our decoder's pixels are those of the reference, within LEVELS on average."""
     off = [
         np.abs(a.astype(int) - resize_and_crop(open_image(b), size)).mean()
-        for a, b in zip(decoded, paths[:50], strict=True)
+        for a, b in zip(CpuDecoder().decode(paths, size), paths, strict=True)
     ]
     if not np.mean(off) <= LEVELS:
         raise ArithmeticError(f"pixels are off by {np.mean(off):.2f} levels on average (allowed: {LEVELS}); not timed")
 
 
 def encoder_only(stage: Stage, whole: Any, batches: list[np.ndarray]) -> Callable[[], object]:
-    """The faster of the two ways to encode what is decoded: one call on all cores, or callers of one core each."""
+    """The faster of two ways to encode decoded pictures: one call on all cores, or callers of one core each."""
 
-    def one() -> object:
+    def one(batches: list[np.ndarray] = batches) -> object:
         return [whole.encode(batch) for batch in batches]
 
-    def many() -> object:
-        with closing(map_ordered(batches, stage.encoder.encode, stage.callers, 2 * stage.callers)) as made:
-            return list(made)
+    def many(batches: list[np.ndarray] = batches) -> object:
+        with closing(map_ordered(batches, stage.encoder.encode, stage.callers, 2 * stage.callers)) as embeddings:
+            return list(embeddings)
 
     if stage.callers == 1:
         return one
     few = batches[: 2 * stage.callers]
-    tried = {
-        one: lambda: [whole.encode(batch) for batch in few],
-        many: lambda: list(map_ordered(few, stage.encoder.encode, stage.callers, 2 * stage.callers)),
-    }
-    times = {way: min(harness.measure({"": run}, 2)[""]) for way, run in tried.items()}
+    times = {way: min(harness.measure({"": lambda way=way: way(few)}, 2)[""]) for way in (one, many)}
     return min(times, key=lambda way: times[way])
 
 
@@ -208,7 +194,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Verify and time one case, interleaved; one row an implementation, in images/s and of encoder-only's rate.
 
-    Checking the labels is each one's first run, which also says what memory it takes.
+    The first run of each checks its labels and measures its memory.
     """
     threads = threads or usable_threads()
     clip = load_clip(model, None if model == "demo" else "none")
@@ -226,12 +212,12 @@ def run(
         groups = [paths[start:end] for start, end in pairwise([0, *ends])]
 
         def decoded() -> list[np.ndarray]:
-            with closing(map_ordered(groups, lambda group: cpu.decode(group, size), threads, 2 * threads)) as made:
-                return [np.stack(batch) for batch in made]
+            with closing(map_ordered(groups, lambda group: cpu.decode(group, size), threads, 2 * threads)) as batches:
+                return [np.stack(batch) for batch in batches]
 
         def ours() -> np.ndarray:
-            found = classifier.predict_folder(folder / "photographs", threads=threads)
-            return np.array([int(label.split()[1]) for label in found.labels.tolist()])
+            results = classifier.predict_folder(folder / "photographs", threads=threads)
+            return np.array([int(label.split()[1]) for label in results.labels.tolist()])
 
         labelling: dict[str, Label] = {
             "predict-folder": ours,
@@ -243,16 +229,16 @@ def run(
             impl: harness.extra_memory_mb(lambda impl=impl, label=label: labels.update({impl: label()}))
             for impl, label in labelling.items()
         }
-        verify(paths, size, labels)
+        verify_labels(labels, "obvious-script")
+        verify_pixels(paths[:50], size)
         impls: dict[str, Callable[[], object]] = {
             "predict-folder": ours,
             "encoder-only": encoder_only(stage, classifier.encoder, decoded()),
             "decode-only": decoded,
             **{impl: labelling[impl] for impl in ("obvious-script", "two-pass")},
         }
-        runtimes_ms = _interleaved(impls, repeats)
-    seconds = {impl: statistics.median(times) / 1e3 for impl, times in runtimes_ms.items()}
-    rates = {impl: pictures / taken for impl, taken in seconds.items()}
+        runtimes_ms = harness.measure_whole(impls, repeats)
+    rates = {impl: pictures / float(np.median(times)) * 1e3 for impl, times in runtimes_ms.items()}
     extra = {
         impl: {"images": pictures, "images_per_s": round(rate, 2), "memory_mb": memory_mb.get(impl)}
         for impl, rate in rates.items()
@@ -263,21 +249,9 @@ def run(
         runtimes_ms,
         rivals=RIVALS,
         threads=threads,
-        rates=rates,
+        work=pictures,
         rate_unit="images/s",
         ceiling={impl: rates["encoder-only"] for impl in rates if impl != "decode-only"},
         packages=("onnxruntime", "torch", "open_clip_torch", "pillow"),
         extra=extra,
     )
-
-
-def _interleaved(impls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds a run. Unlike harness.measure it has no runs to warm up, each of which takes a minute here."""
-    runtimes_ms: dict[str, list[float]] = {impl: [] for impl in impls}
-    for _ in range(repeats):
-        for impl, call in impls.items():
-            time.sleep(harness.PAUSE_S)
-            start = time.perf_counter()
-            call()
-            runtimes_ms[impl].append((time.perf_counter() - start) * 1e3)
-    return runtimes_ms

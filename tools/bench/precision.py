@@ -5,7 +5,7 @@
 
 Cosines are with the fp32 encoder in PyTorch. The demo is calibrated on generic pictures and judged on its test
 concepts, keys and queries encoded alike, parameters by leave-one-out on each support set. Any other CLIP has random
-weights, which change no speed but say little of what trained ones lose; its pictures are made like photographs.
+weights, which change no speed but say little about the loss of trained ones; its pictures resemble photographs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,8 @@ from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.export.quantize import quantize_onnx
 from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
-from tools.bench.encoder import fused_flops
+from tools.bench.ceilings import measure_beside_gemm
+from tools.bench.encoder_gpu import fused_flops
 from tools.evaluation.demo import held_out, torch_encoder
 from tools.evaluation.tasks import Encoded
 
@@ -41,7 +41,7 @@ RIVALS = ("onnxruntime-fp32", "openvino-fp32")
 DEMO_BATCH = 64
 SHOTS, SEEDS = (4, 1), (0, 1, 2)
 METHODS = ("tip-adapter++", "proker++")
-CALIBRATED, JUDGED = 32, 24  # pictures of a CLIP that has none of its own
+CALIBRATED, JUDGED = 32, 24  # pictures of a CLIP without pictures of its own
 
 
 def run(
@@ -58,31 +58,33 @@ def run(
     below 0.999 in bf16, 0.99 in int8.
     """
     threads = threads or usable_threads()
-    made = []
+    rows = []
     for model in models:
         clip = load_clip(model, None if model == "demo" else "none")
         size = DEMO_BATCH if model == "demo" else batch
         adapter = choose_adapter(clip, "auto") if model == "demo" else random_adapter(clip, first_adapted_block)
         with tempfile.TemporaryDirectory() as folder:
-            made += _rows(clip, adapter, size, threads, repeats, Path(folder))
-    return made
+            rows += _run_model(clip, adapter, size, threads, repeats, Path(folder))
+    return rows
 
 
-def _rows(clip: LoadedClip, adapter: Any, batch: int, threads: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
+def _run_model(
+    clip: LoadedClip, adapter: Any, batch: int, threads: int, repeats: int, folder: Path
+) -> list[dict[str, Any]]:
     calibration, judged = pictures_of(clip)
     encoders = candidates(clip, adapter, calibration, threads, folder)
     with harness.torch_threads(threads):
         truth = in_batches(torch_encoder(clip, adapter), judged)
-        found = {name: in_batches(encoder.encode, judged) for name, encoder in encoders.items()}
-        extra = {name: verify(name, embeddings, truth) for name, embeddings in found.items()}
-        for name in found:
+        embeddings = {name: in_batches(encoder.encode, judged) for name, encoder in encoders.items()}
+        extra = {name: verify(name, each, truth) for name, each in embeddings.items()}
+        for name in embeddings:
             extra[name]["file_mb"] = round(sum(p.stat().st_size for p in (folder / kind_of(name)).iterdir()) / 1e6, 2)
         if clip.name == "demo":
-            for name, facts in accuracies(clip, found).items():
+            for name, facts in accuracies(clip, embeddings).items():
                 extra[name] |= facts
         pixels = judged[:batch]
         calls = {name: partial(encoder.encode, pixels) for name, encoder in encoders.items()}
-        runtimes_ms, ceiling, library = harness.measure_beside_gemm(calls, repeats, threads)
+        runtimes_ms, ceiling, library = measure_beside_gemm(calls, repeats, threads)
     for name in runtimes_ms:
         if precision_of(name) == "fp32":
             extra[name]["ceiling_library"] = library
@@ -95,7 +97,7 @@ def _rows(clip: LoadedClip, adapter: Any, batch: int, threads: int, repeats: int
         rivals=RIVALS,
         threads=threads,
         precision={name: precision_of(name) for name in runtimes_ms},
-        rates={name: flops / median(times) / 1e6 for name, times in runtimes_ms.items()},
+        work=flops / 1e9,
         ceiling={name: ceiling / 1e9 for name in runtimes_ms if precision_of(name) == "fp32"},
         packages=("onnxruntime", "openvino", "onnx"),
         extra=extra,
@@ -103,19 +105,19 @@ def _rows(clip: LoadedClip, adapter: Any, batch: int, threads: int, repeats: int
 
 
 def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
-    """(calibrated on, judged on), uint8 (N, S, S, 3): of the demo's generic concepts and of its test concepts."""
+    """Pictures to calibrate and to judge on, uint8 (N, S, S, 3): of generic concepts and of test concepts."""
     if clip.name == "demo":
         return calibration_pictures(clip), held_out()[0].images
     from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.images.preprocess import resize_and_crop
     from tools.bench.photographs import photograph
 
-    made = []
+    sets = []
     for pictures, count in ((load_pictures("generic").images, CALIBRATED), (held_out()[0].images, JUDGED)):
         chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
         views = [resize_and_crop(photograph(pictures[i], seed=int(i)), clip.image_size) for i in chosen]
-        made.append(np.stack(views))
-    return made[0], made[1]
+        sets.append(np.stack(views))
+    return sets[0], sets[1]
 
 
 def candidates(
@@ -135,17 +137,17 @@ def candidates(
         (folder / kind).mkdir()
     export_onnx(encoder, folder / "fp32" / FILE)
     quantize_onnx(folder / "fp32" / FILE, folder / "int8" / FILE, calibration)
-    made: dict[str, BatchedEncoder] = {}
+    encoders: dict[str, BatchedEncoder] = {}
     for precision in ("fp32", "int8"):
         manifest = facts | {"precision": precision}
-        made[f"onnxruntime-{precision}"] = OnnxRuntimeEncoder(folder / precision, manifest, threads)
+        encoders[f"onnxruntime-{precision}"] = OnnxRuntimeEncoder(folder / precision, manifest, threads)
     if find_spec("openvino") is not None:
         for precision in ("fp32", "bf16", "int8"):
             manifest = facts | {"precision": precision}
-            opened = OpenVINOEncoder(folder / kind_of(precision), manifest, threads)
-            if precision != "bf16" or opened.computes_in == "bf16":
-                made[f"openvino-{precision}"] = opened
-    return made
+            in_openvino = OpenVINOEncoder(folder / kind_of(precision), manifest, threads)
+            if precision != "bf16" or in_openvino.computes_in == "bf16":
+                encoders[f"openvino-{precision}"] = in_openvino
+    return encoders
 
 
 def precision_of(name: str) -> str:
@@ -153,7 +155,7 @@ def precision_of(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The folder of the file that it executes."""
+    """The folder of the file that an implementation executes."""
     return "int8" if precision_of(name) == "int8" else "fp32"
 
 
@@ -162,12 +164,12 @@ def in_batches(run: Callable[[np.ndarray], Embeddings], pictures: np.ndarray) ->
     return Embeddings(np.concatenate([p.plain for p in parts]), np.concatenate([p.adapted for p in parts]))
 
 
-def verify(name: str, found: Embeddings, truth: Embeddings) -> dict[str, Any]:
+def verify(name: str, embeddings: Embeddings, truth: Embeddings) -> dict[str, Any]:
     """The least cosines with `truth`; ArithmeticError where an embedding is off."""
     precision = precision_of(name)
     cosines: dict[str, float] = {}
     for kind in ("plain", "adapted"):
-        got, expected = getattr(found, kind), getattr(truth, kind)
+        got, expected = getattr(embeddings, kind), getattr(truth, kind)
         cosines[kind] = float(((got * expected).sum(1) / np.linalg.norm(got, axis=1)).min())
         error = float(np.abs(got - expected).max())
         # Written so that a NaN is refused too.
@@ -181,23 +183,23 @@ def verify(name: str, found: Embeddings, truth: Embeddings) -> dict[str, Any]:
         "min_cosine": round(min(cosines.values()), 7),
         "min_cosine_plain": round(cosines["plain"], 7),
         "min_cosine_adapted": round(cosines["adapted"], 7),
-        "pictures": len(found.plain),
+        "pictures": len(embeddings.plain),
     }
 
 
-def accuracies(clip: LoadedClip, found: Mapping[str, Embeddings]) -> dict[str, dict[str, Any]]:
+def accuracies(clip: LoadedClip, embeddings: Mapping[str, Embeddings]) -> dict[str, dict[str, Any]]:
     """Few-shot accuracy on the demo's test concepts; `accuracy` is that of the first of METHODS and SHOTS."""
     from iosr_fast.clip.prompts import embed_classes
     from tools.demo.few_shot import evaluate
 
     pictures, _ = held_out()
     text = embed_classes(clip, pictures.names)
-    made: dict[str, dict[str, Any]] = {}
-    for name, embeddings in found.items():
-        encoded = Encoded(embeddings, pictures.concepts, text, clip.logit_scale, pictures.styles)
+    facts: dict[str, dict[str, Any]] = {}
+    for name, each in embeddings.items():
+        encoded = Encoded(each, pictures.concepts, text, clip.logit_scale, pictures.styles)
         results = {method: evaluate(encoded, method, "none", SHOTS, SEEDS) for method in METHODS}
         first = results[METHODS[0]][SHOTS[0]]
-        made[name] = {
+        facts[name] = {
             "accuracy": first.mean,
             "accuracy_std": first.std,
             "accuracy_of": f"{METHODS[0]}, {SHOTS[0]} shots",
@@ -208,4 +210,4 @@ def accuracies(clip: LoadedClip, found: Mapping[str, Embeddings]) -> dict[str, d
             for method, of_shots in results.items()
             for shots in SHOTS
         }
-    return made
+    return facts

@@ -5,7 +5,6 @@ Both are verified first: the search by scoring the plan that it chose, and the g
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +20,16 @@ from tools.bench import harness
 
 DEFAULT_CASES = ("tip-adapter", "tip-x")
 METHODS = ("tip-adapter", "tip-x")
-SIZES = {"v": 2500, "c": 100, "s": 16, "d": 512}
+SIZES = (2500, 100, 16, 512)
 RIVAL = "public-grid"
 # Samples that float32 may judge differently; of many samples, a thousandth.
 ALLOWED_SAMPLES = 2
 # Points of the grid that are timed; of more work than this they are timed on some of the images.
 TIMED_POINTS = 40
 TIMED_FLOPS = 4e12
-# Logits that the whole grid's accuracy takes; beyond it isn't computed.
+# Above this number of logits the whole grid's accuracy isn't computed.
 MOST_LOGITS = 1e11
-# Elements of an array that a chunk of images takes, and images that are verified at once however large it is.
+# Elements of an array for a chunk of images, and the least number of images that are verified at once.
 _CHUNK = 1 << 21
 _LEAST_ROWS = 1024
 
@@ -48,21 +47,19 @@ class Case:
     @classmethod
     def parse(cls, text: str) -> Case:
         """`tip-x`, or with sizes, `tip-x-v2500-c100-s16-d512`."""
-        match = re.fullmatch(rf"({'|'.join(METHODS)})(?:-v(\d+)-c(\d+)-s(\d+)-d(\d+))?", text)
-        if match is None:
+        method = next((name for name in METHODS if text == name or text.startswith(f"{name}-v")), "")
+        sizes = text.removeprefix(method).removeprefix("-")
+        if not method or (not sizes and text != method):
             raise ValueError(f"expected a case like {' or '.join(METHODS)}-v2500-c100-s16-d512, got {text!r}")
-        method, *sizes = match.groups()
-        case = cls(method, *(SIZES.values() if sizes[0] is None else map(int, sizes)))
-        if min(case.images, case.classes, case.shots, case.width) < 1:
-            raise ValueError(f"expected every size of a case to be at least 1, got {text!r}")
-        return case
+        numbers = harness.parse_case(sizes, "vcsd", "v2500-c100-s16-d512") if sizes else SIZES
+        return cls(method, *numbers)
 
     def __str__(self) -> str:
         return f"{self.method}-v{self.images}-c{self.classes}-s{self.shots}-d{self.width}"
 
     def build(self) -> tuple[SupportSet, Embeddings, np.ndarray]:
         """A support set, validation images and their labels: clustered, with the gap between images and texts of a
-        CLIP, and texts that are right about half of the time, so that alpha has something to weigh."""
+        CLIP, and texts that are right about half of the time, so that alpha matters."""
         rng = np.random.default_rng(0)
 
         def spread(n: int) -> np.ndarray:
@@ -94,8 +91,8 @@ class Case:
 class PublicGrid:
     """The search of akres001/CLIP_fewshot_imo (run.py), written anew: nested loops over alpha, beta and, for Tip-X,
     gamma. Each point takes in float32 PyTorch the cosines of queries and keys (Tip-X: once for all points), their
-    exponentials, the product with the one-hot matrix and argmax over all images. Divergences are made beforehand, here
-    as there; here by the collapsed form, and for every image (the public code leaves out the last incomplete hundred).
+    exponentials, the product with the one-hot matrix and argmax over all images. Divergences are computed before the
+    loops, as there; here by the collapsed form, and for every image (the public code drops the last part hundred).
     """
 
     alphas = np.linspace(0, 20, 200)
@@ -133,7 +130,7 @@ class PublicGrid:
         return [self.point(index) for index in chosen]
 
     def right_at(self, point: dict[str, float]) -> int:
-        """Right images at a point, found as the public code finds them."""
+        """Right images at a point, by the public code's formula."""
         import torch
 
         with torch.inference_mode():
@@ -164,7 +161,7 @@ def _right_by_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alp
     """(A,) images whose label is argmax of base + alpha * slope, at each alpha; alphas rise.
 
     A logit is a line over alpha: an image that is right at both ends is right between, one that the same class beats at
-    both is nowhere right. Only the others are looked at.
+    both is nowhere right. Only the others are computed.
     """
     rows = np.arange(len(labels))
     ends = [base + alpha * slope for alpha in alphas[[0, -1]]]
@@ -179,12 +176,12 @@ def _right_by_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alp
 
 
 def _scale(x: Any, target: Any) -> Any:
-    """x taken to the range of target: over all queries and keys, as in the public code."""
+    """x scaled to the range of target, over all queries and keys, as in the public code."""
     return (x - x.min()) / (x.max() - x.min()) * (target.max() - target.min()) + target.min()
 
 
 def verify(tuned: Tuned, support: SupportSet, queries: Embeddings, labels: np.ndarray) -> None:
-    """Raise ArithmeticError unless the plan that was chosen has, in float64, the accuracy that the search gave."""
+    """Raise ArithmeticError unless the chosen plan has, in float64, the accuracy that the search reports."""
     plan = tuned.compile(support)
     step = max(_LEAST_ROWS, _CHUNK // len(support.embeddings))
     right = 0
@@ -208,11 +205,11 @@ def run(
     the images (`extrapolated_from_images`). Its accuracy is that of every point, None where that is too much work.
     """
     threads = threads or usable_threads()
-    made: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with harness.torch_threads(threads):
         for text in cases:
-            made += _run_case(Case.parse(text), threads, repeats, points)
-    return made
+            rows += _run_case(Case.parse(text), threads, repeats, points)
+    return rows
 
 
 def _run_case(case: Case, threads: int, repeats: int, points: int) -> list[dict[str, Any]]:
@@ -221,9 +218,9 @@ def _run_case(case: Case, threads: int, repeats: int, points: int) -> list[dict[
     def exact() -> Tuned:
         return tune(case.method, support, queries, labels)
 
-    found: list[Tuned] = []
-    memory = {"exact": harness.extra_memory_mb(lambda: found.append(exact()))}
-    tuned = found[0]
+    results: list[Tuned] = []
+    memory = {"exact": harness.extra_memory_mb(lambda: results.append(exact()))}
+    tuned = results[0]
     verify(tuned, support, queries, labels)
     images = _timed_images(case, points)
     few = slice(None) if images == case.images else slice(images)
@@ -241,7 +238,7 @@ def _run_case(case: Case, threads: int, repeats: int, points: int) -> list[dict[
         "exact": exact,
         RIVAL: lambda: [grid.right_at(point) for point in timed],
     }
-    runtimes_ms = harness.measure(calls, repeats, warmup=0)
+    runtimes_ms = harness.measure_whole(calls, repeats)
     factor = grid.n_points / len(timed) * case.images / images
     runtimes_ms[RIVAL] = [factor * ms for ms in runtimes_ms[RIVAL]]
     rows = harness.rows("search", str(case), runtimes_ms, rivals=[RIVAL], threads=threads, packages=("numpy", "torch"))

@@ -1,15 +1,15 @@
 """An epoch of supervised adapter training with its evaluation: ours against the recipe of the papers' public code.
 
-    ours            blocks before the first adapter without autograd, their outputs kept on disk in fp16; CLS-only last
-                    block; held-out pictures share the frozen part between both embeddings
-    ours-unkept     the same with nothing kept
+    ours            blocks before the first adapter without autograd, their outputs cached on disk in fp16; CLS-only
+                    last block; held-out pictures share the frozen part between both embeddings
+    ours-unkept     the same without the cache
     public-recipe   the whole encoder under autograd, from the first block's MLP on, as where every block has an adapter
                     (the public code's only way), then two whole encodings of each held-out picture
     pruned-graph    the public recipe where autograd begins at the first adapter, which PyTorch finds by itself
 
-Cases: `first-epoch` (ours computes and writes what it keeps) and `later-epochs` (ours reads it). All train the same
-adapter on the same pictures with the same optimizer; pictures are in memory, decoding is not measured. Before anything
-is timed, losses and gradients of one batch are compared.
+Cases: `first-epoch` (ours computes and writes the cache) and `later-epochs` (ours reads it). All train one adapter
+on the same pictures with the same optimizer; pictures are in memory, decoding is not measured. Losses and gradients of
+one batch are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from tools.bench import harness
 
 RIVALS = ("public-recipe", "pruned-graph")
 CLASSES = 4
-# Of gradients, relative to the largest one. What is kept is rounded to fp16.
-TOLERANCE, KEPT_TOLERANCE = 1e-4, 2e-2
+# Of gradients, relative to the largest one. The cache is rounded to fp16.
+TOLERANCE, CACHED_TOLERANCE = 1e-4, 2e-2
 
 
 class PublicRecipe:
@@ -114,12 +114,12 @@ def verify(clip: LoadedClip, first_adapted_block: int, train: TensorPictures, ba
 
     truth = gradients(public.loss(pixels, labels))
     stem = encoder.stem(public._normalise(pixels))
-    for kept, tolerance in ((False, TOLERANCE), (True, KEPT_TOLERANCE)):
-        outputs = (stem[0].half().float(), stem[1].half().float()) if kept else stem
+    for cached, tolerance in ((False, TOLERANCE), (True, CACHED_TOLERANCE)):
+        outputs = (stem[0].half().float(), stem[1].half().float()) if cached else stem
         got = gradients(objective([outputs], labels)[0] / len(labels))
         error = float((got - truth).abs().max() / truth.abs().max())
         if not error <= tolerance:
-            raise ArithmeticError(f"ours{' (kept)' * kept} is off by {error:.2g} (allowed: {tolerance}); not timed")
+            raise ArithmeticError(f"ours{' (cached)' * cached} is off by {error:.2g} (allowed: {tolerance}); not timed")
 
 
 def time_ours(
@@ -156,7 +156,7 @@ def run(
     clip = load_clip(model, None if model == "demo" else "none")
     train, held_out = pictures(clip, count, 0), pictures(clip, max(4 * CLASSES, count // 4), 1)
     config = TrainConfig(epochs=2, batch=batch, cached_views=1)
-    unkept = TrainConfig(epochs=1, batch=batch)
+    uncached = TrainConfig(epochs=1, batch=batch)
     times: dict[str, dict[str, list[float]]] = {case: {} for case in ("first-epoch", "later-epochs")}
 
     def add(case: str, name: str, milliseconds: float) -> None:
@@ -171,23 +171,23 @@ def run(
             first, later = time_ours(clip, fresh(), train, held_out, config)
             add("first-epoch", "ours", first)
             add("later-epochs", "ours", later)
-            unkept_ms = time_ours(clip, fresh(), train, held_out, unkept)[0]
+            uncached_ms = time_ours(clip, fresh(), train, held_out, uncached)[0]
             for case in times:
-                add(case, "ours-unkept", unkept_ms)
+                add(case, "ours-unkept", uncached_ms)
             for name in RIVALS:
                 head = nn.Linear(clip.model.visual.output_dim, CLASSES)
                 recipe = PublicRecipe(clip, fresh(), head, everywhere=name == "public-recipe")
                 started = time.perf_counter()
-                recipe.epoch(train, held_out, unkept)
+                recipe.epoch(train, held_out, uncached)
                 recipe_ms = 1e3 * (time.perf_counter() - started)
                 for case in times:
                     add(case, name, recipe_ms)
-    made = []
+    rows = []
     for case, runtimes_ms in times.items():
-        made += harness.rows(
+        rows += harness.rows(
             "train", case, runtimes_ms, rivals=RIVALS, threads=threads, packages=("torch", "open_clip_torch")
         )
-    for row in made:
+    for row in rows:
         row |= {
             "model": model,
             "batch": batch,
@@ -196,4 +196,4 @@ def run(
             "held_out_pictures": len(held_out.labels),
             "images_per_s": round(count / (statistics.median(times[row["case"]][row["impl"]]) * 1e-3), 3),
         }
-    return made
+    return rows

@@ -1,7 +1,6 @@
-"""What a change of a running classifier costs as its cache grows: one example more, against fitting all of it again.
+"""The cost of a change of a running classifier as its cache grows: one example more, against fitting all of it again.
 
-Encoding the new image is left out of both: it is the same. Verified first: logits after the change are those of a plan
-that was compiled from nothing.
+The new image is encoded outside the timed part. Verified first: logits after the change are those of a new plan.
 """
 
 from __future__ import annotations
@@ -58,13 +57,13 @@ class Case:
 
 def run(cases: Sequence[str], threads: int | None = None, repeats: int = 7) -> list[dict[str, Any]]:
     """Rows of every case: `add` and `remove` one example, `add-class` of one, and `fit-again` with one more."""
-    made = []
+    rows = []
     for case in [Case.parse(text) for text in cases]:
-        made += _rows(case, threads or usable_threads(), repeats)
-    return made
+        rows += _run_case(case, threads or usable_threads(), repeats)
+    return rows
 
 
-def _rows(case: Case, threads: int, repeats: int) -> list[dict[str, Any]]:
+def _run_case(case: Case, threads: int, repeats: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     class_ids = np.sort(rng.integers(0, case.classes, case.keys - case.classes))
     class_ids = np.sort(np.concatenate([np.arange(case.classes), class_ids]))
@@ -85,7 +84,7 @@ def _rows(case: Case, threads: int, repeats: int) -> list[dict[str, Any]]:
     got, expected = state.adding(more).score(queries), score(fit_again(), queries)
     error = float(np.abs(got - expected).max() / np.abs(expected).max())
     if not error <= TOLERANCE:
-        raise ArithmeticError(f"{case}: expected logits within {TOLERANCE} of a plan made anew, got {error:.2g}")
+        raise ArithmeticError(f"{case}: expected logits within {TOLERANCE} of a new plan's, got {error:.2g}")
     candidates = {
         "add": lambda: state.adding(more),
         "add-class": lambda: state.adding_class("new", row, new),
@@ -104,5 +103,5 @@ def _examples(rng: np.random.Generator, class_ids: np.ndarray, first: int, width
 
 def _unit(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
     rows = rng.standard_normal((n, width), dtype=np.float32)
-    made: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return made
+    unit: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
