@@ -1,4 +1,4 @@
-"""The package where nothing is installed: PYTHONPATH names the source tree, in which kernels/ lies beside iosr_fast/."""
+"""Imports where nothing is installed: PYTHONPATH names the source tree, in which kernels/ lies beside iosr_fast/."""
 
 from __future__ import annotations
 

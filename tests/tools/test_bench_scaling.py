@@ -28,6 +28,7 @@ def test_time_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scoring_by_size_times_ours_and_the_two_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "gemm_ceiling_flops", lambda threads: 1e12)
     monkeypatch.setattr(harness, "PAUSE_S", 0)
+    monkeypatch.setattr(harness, "extra_memory_mb", lambda run: 0.0)
     monkeypatch.setattr(score, "Case", SmallCase)
     made = scaling.run(1, 1, scaling.Sizes((), queries=(1, 2), keys=(16000,), classes=(3,)))
     expected = {f"q{q}-k16000-d512-c1000" for q in (1, 2, 64)} | {"q64-k16000-d512-c3"}

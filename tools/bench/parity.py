@@ -25,7 +25,7 @@ def run(device: str = "cuda") -> dict[str, Any]:
     What is wrong is printed as a line that begins with "WRONG: ".
     """
     target = Device(device)
-    facts = {"implementations": {row.name: row.unavailable_reason for row in dispatch.available()}}
+    facts = {"implementations": {entry.name: entry.unavailable_reason() for entry in dispatch.REGISTRY}}
     with exact_products():
         tables = {"encoder": list(encoders(target)), "scoring": list(scoring(target))}
     for lines in tables.values():
