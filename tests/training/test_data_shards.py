@@ -222,15 +222,6 @@ def test_a_folder_that_cannot_be_written_asks_for_a_cache(folder: Path, monkeypa
         ShardPictures(folder, SIZE)
 
 
-def test_what_is_not_local_is_downloaded_into_the_cache(folder: Path, tmp_path: Path) -> None:
-    url = f"pipe:cat {folder}/train-0002.tar"
-    with pytest.raises(ValueError, match="is not local: give cache=FOLDER"):
-        ShardPictures(url, SIZE)
-    source = ShardPictures(url, SIZE, cache=tmp_path / "cache")
-    assert source.labels.tolist() == [i % 3 for i in range(8, 20)]
-    assert source.shards[0].path.parent == tmp_path / "cache"
-
-
 def test_missing_shards_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"2 of 7 shards are missing: .*train-0005.tar, .*train-0006.tar"):
         ShardPictures(str(folder / "train-{0000..0006}.tar"), SIZE)
@@ -323,14 +314,3 @@ def test_other_labels_under_the_same_keys_are_noticed_after_opening(tmp_path: Pa
     os.utime(path, ns=(later, later))
     with pytest.raises(ValueError, match=r"a.tar changed after it was opened"):
         list(source.iterate(torch.arange(6), 2))
-
-
-def test_urls_that_end_alike_do_not_share_a_place_in_the_cache(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    for name, count in (("one", 4), ("two", 5)):
-        (tmp_path / name).mkdir()
-        write_tar(tmp_path / name / "train-0000.tar", cls_members(0, count))
-        # The library calls a "pipe:" by its last 128 characters.
-        url = f"pipe:cat {tmp_path}/{name}/{'./' * 80}train-0000.tar"
-        assert len(ShardPictures(url, SIZE, cache=cache).labels) == count
-    assert len(list(cache.glob("*train-0000.tar"))) == 2

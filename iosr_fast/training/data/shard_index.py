@@ -7,7 +7,6 @@ an integer or a name) and .txt (a class name). Source of the format: https://git
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 import os
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
@@ -41,11 +39,10 @@ class Shard:
     labels: list[int] | list[str]
 
 
-def find_shards(shards: str | Path | Sequence[str | Path], cache: Path | None) -> list[Path]:
-    """The files of a folder, of a path or URL with braces ("train-{000..127}.tar"), or of a list of those.
+def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The local files of a folder, of a path with braces ("train-{000..127}.tar"), or of a list of those.
 
-    Remote shards are downloaded whole into `cache`, once: a URL whose content changes needs another cache. Raises
-    FileNotFoundError for missing shards, ValueError for a URL without a cache.
+    Raises FileNotFoundError for missing shards, ValueError for repeated ones.
     """
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
     if len(patterns) == 1 and Path(patterns[0]).is_dir():
@@ -54,28 +51,12 @@ def find_shards(shards: str | Path | Sequence[str | Path], cache: Path | None) -
             raise FileNotFoundError(f"expected shards ({', '.join(SUFFIXES)}) in {patterns[0]}, found none")
         return files
     expand = require("webdataset.shardlists", "train").expand_urls
-    urls: list[str] = [url for each in patterns for url in expand(str(each))]
-    paths = [_local(url, cache) for url in urls]
+    paths = [Path(path) for pattern in patterns for path in expand(str(pattern))]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:10])}")
     if len(set(paths)) != len(paths) or not paths:
         raise ValueError(f"expected shards, each once, got {len(paths)} of which {len(set(paths))} differ")
     return paths
-
-
-def _local(url: str, cache: Path | None) -> Path:
-    scheme = urlparse(url).scheme
-    if scheme in ("", "file"):
-        return Path(urlparse(url).path if scheme else url)
-    if cache is None:
-        raise ValueError(f"{url} is not local: give cache=FOLDER, a place to download shards to")
-    library = require("webdataset.cache", "train")
-
-    def name(url: str) -> str:  # the library's is the last part of the path: all sets have a train-0000.tar
-        return f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{library.url_to_cache_name(url)}"
-
-    # The index pass checks more than the library's own validator, which needs the `file` command.
-    return Path(library.FileCache(str(cache), url_to_name=name, validator=None).get_file(url))
 
 
 def index_shards(paths: Sequence[Path], cache: Path | None) -> list[Shard]:

@@ -22,11 +22,10 @@ MOST_OPEN = 64  # shards in one window: each is an open file
 class ShardPictures:
     """Labelled pictures in tar files; rows are numbered through the shards in their order (a folder's: by name).
 
-    `shards`: a folder of .tar files, a path or URL with braces, or a list of those. An epoch takes them in random order
-    and shuffles samples within windows of `window`: a pass holds at most a window and two batches of encoded pictures
-    in memory. `workers` threads decode (0: the caller's thread). `class_names` default to the lines of
-    `classes.txt` beside the shards, else to the labels found. `cache` is where the index goes (else beside the shards)
-    and where shards that are not local are downloaded to.
+    `shards`: a folder of .tar files, a path with braces, or a list of those. An epoch takes them in random order and
+    shuffles samples within windows of `window`: a pass holds at most a window and two batches of encoded pictures in
+    memory. `workers` threads decode (0: the caller's thread). `class_names` default to the lines of `classes.txt`
+    beside the shards, else to the distinct labels. `cache` is the folder of the index (default: beside the shards).
 
     Raises FileNotFoundError for missing shards, ValueError for damaged ones, for files of class names that differ, for
     labels of both kinds (integers and names) or outside the class names; `iterate` raises BadImageError naming shard
@@ -45,7 +44,7 @@ class ShardPictures:
         if window < 1:
             raise ValueError(f"expected a window of at least one sample, got {window}")
         cache = Path(cache) if cache is not None else None
-        self.shards: list[Shard] = index_shards(find_shards(shards, cache), cache)
+        self.shards: list[Shard] = index_shards(find_shards(shards), cache)
         self.size, self.workers, self.window = size, workers, window
         names = list(class_names) if class_names is not None else _names_beside(self.shards)
         self.class_names, self.labels = _labels(self.shards, names)
