@@ -10,32 +10,31 @@ The files are at https://storage.googleapis.com/openimages/web/download_v7.html.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import typer
 
-from iosr_fast.training.data.open_images import balanced_subset, write_download_list, write_subset_csv
-from iosr_fast.utils.command import run
+from iosr_fast.utils.command import new_file, one_line_errors, run
+
+with one_line_errors():
+    from iosr_fast.training.data.open_images import balanced_subset, write_download_list, write_subset_csv
 
 
 def main(
     classes: Path = typer.Option(..., help="class descriptions: LabelName,DisplayName"),
     labels: list[Path] = typer.Option(..., help="image labels: ImageID,Source,LabelName,Confidence; may be repeated"),
     images_a_class: int = typer.Option(..., help="exactly so many images a class; classes with fewer are left out"),
-    out: Path = typer.Option(..., help="the subset to write: ImageID,DisplayName,type"),
-    download_list: Path = typer.Option(None, help="write the ids for the official downloader.py here"),
+    out: Path = typer.Option(..., callback=new_file, help="the subset to write: ImageID,DisplayName,type"),
+    download_list: Path = typer.Option(None, callback=new_file, help="file to write for the official downloader.py"),
     images: Path = typer.Option(None, help="choose only among the images in this folder"),
     min_confidence: float = typer.Option(1.0, help="1: labels verified by people only"),
     seed: int = typer.Option(0),
 ) -> None:
-    check_written([out] if download_list is None else [out, download_list])
-    try:
-        subset = balanced_subset(classes, labels, images_a_class, seed, min_confidence, images)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+    if download_list is not None and download_list.absolute() == out.absolute():
+        raise ValueError(f"expected two files to write, got {out} twice")
+    subset = balanced_subset(classes, labels, images_a_class, seed, min_confidence, images)
     if not subset.image_ids:
-        raise typer.BadParameter(f"no class has {images_a_class} images; {len(subset.left_out)} have fewer free")
+        raise ValueError(f"no class has {images_a_class} images; {len(subset.left_out)} have fewer free")
     write_subset_csv(subset, out)
     if download_list is not None:
         write_download_list(subset, download_list)
@@ -43,18 +42,6 @@ def main(
     typer.echo(
         f"{len(subset.image_ids)} images of {classes_used} classes -> {out}; {len(subset.left_out)} classes left out"
     )
-
-
-def check_written(files: list[Path]) -> None:
-    """Refuse files that can't be written before the label files are read, which takes minutes."""
-    if len({file.absolute() for file in files}) < len(files):
-        raise typer.BadParameter(f"expected two files to write, got {files[0]} twice")
-    for file in files:
-        if file.is_dir():
-            raise typer.BadParameter(f"expected a file to write to, got the folder {file}")
-        above = next(folder for folder in file.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise typer.BadParameter(f"can't write {file}: {above} is not a folder that may be written to")
 
 
 if __name__ == "__main__":

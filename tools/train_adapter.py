@@ -86,51 +86,48 @@ def main(
     seed: int = typer.Option(0),
 ) -> None:
     demo, dino = data == "demo", objective is Goal.dino
-    try:
-        check_out(out)
-        check_architecture(model)
-        clip = load_clip(model, pretrained)
-        adapter = init_adapter(
-            clip,
-            first_adapted_block=or_default(first_adapted_block, 3 if demo else 0),
-            bottleneck=or_default(bottleneck, 256 if demo else 64),
-            scale=or_default(scale, 0.1 if demo or dino else 0.03),
-            seed=seed,
+    check_out(out)
+    check_architecture(model)
+    clip = load_clip(model, pretrained)
+    adapter = init_adapter(
+        clip,
+        first_adapted_block=or_default(first_adapted_block, 3 if demo else 0),
+        bottleneck=or_default(bottleneck, 256 if demo else 64),
+        scale=or_default(scale, 0.1 if demo or dino else 0.03),
+        seed=seed,
+    )
+    # None: the default of the objective's config.
+    options = {
+        "epochs": or_default(epochs, 32 if demo and not dino else None),
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "schedule": schedule or ("cosine" if demo else None),
+        "augment": or_default(augment, demo and not dino),
+        "accumulate": accumulate,
+        "normalise": normalise,
+        "cache_precision": kept_precision,
+        "precision": precision,
+        "cached_views": cached_views,
+        "seed": seed,
+    }
+    settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    config = dino_config(**settings) if dino else TrainConfig(**settings)
+    if dino:
+        head = DinoConfig(
+            out_dim=or_default(dino_out, 2048 if demo else 65536),
+            momentum=or_default(dino_momentum, 0.99 if demo else 0.9998),
+            head_bottleneck=dino_width,
+            local_crops=local_crops,
+            global_scale=global_scale,
+            local_scale=local_scale,
+            train_head=train_head,
+            mirror=not demo,
         )
-        # None: the default of the objective's config.
-        options = {
-            "epochs": or_default(epochs, 32 if demo and not dino else None),
-            "batch": batch,
-            "learning_rate": learning_rate,
-            "schedule": schedule or ("cosine" if demo else None),
-            "augment": or_default(augment, demo and not dino),
-            "accumulate": accumulate,
-            "normalise": normalise,
-            "cache_precision": kept_precision,
-            "precision": precision,
-            "cached_views": cached_views,
-            "seed": seed,
-        }
-        settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        config = dino_config(**settings) if dino else TrainConfig(**settings)
-        if dino:
-            head = DinoConfig(
-                out_dim=or_default(dino_out, 2048 if demo else 65536),
-                momentum=or_default(dino_momentum, 0.99 if demo else 0.9998),
-                head_bottleneck=dino_width,
-                local_crops=local_crops,
-                global_scale=global_scale,
-                local_scale=local_scale,
-                train_head=train_head,
-                mirror=not demo,
-            )
-            config = replace(config, dino=head)
-            local_size(AdaptedEncoder(clip, adapter.config.first_adapted_block), head)
-        size = round(clip.image_size * DINO_MARGIN) if dino and not demo else clip.image_size
-        sources = open_sources(data, size, clip.image_size, held_out, workers, seed, csv, images, skip_missing)
-        fabric = make_fabric(precision, accelerator)
-    except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
+        config = replace(config, dino=head)
+        local_size(AdaptedEncoder(clip, adapter.config.first_adapted_block), head)
+    size = round(clip.image_size * DINO_MARGIN) if dino and not demo else clip.image_size
+    sources = open_sources(data, size, clip.image_size, held_out, workers, seed, csv, images, skip_missing)
+    fabric = make_fabric(precision, accelerator)
     checkpoints = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
     run(out, clip, adapter, config, sources, fabric, checkpoints, tensorboard)
 
@@ -206,8 +203,6 @@ def run(
         bar.say(message if str(stopped) else "stopped at once: the same command resumes from the last checkpoint")
         sys.stdout.flush()
         os._exit(130)  # torchrun's other processes stop as well: nothing to wait for
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_adapter.py: {error}") from error
     if fabric.is_global_zero:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         shutil.rmtree(folder / "activations", ignore_errors=True)

@@ -13,15 +13,14 @@ torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
-import typer  # noqa: E402
 from PIL import Image  # noqa: E402
 from typer.testing import CliRunner, Result  # noqa: E402
 
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
+from iosr_fast.utils.command import command_app  # noqa: E402
 from tools import train_adapter as tool  # noqa: E402
 
-APP = typer.Typer()
-APP.command()(tool.main)
+APP = command_app(tool.main)
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def test_an_adapter_that_does_not_fit_the_disk_is_written_by_the_next_run(
     with monkeypatch.context() as patched:
         patched.setattr(tool, "save_adapter", full)
         failed = run(folder, "--epochs", "2")
-    assert failed.exit_code != 0 and "the same command writes it at once" in str(failed.exception)
+    assert failed.exit_code == 2 and "the same command writes it at once" in printed(failed)
     lines = (folder / "out" / "a.safetensors.training" / "steps.csv").read_bytes()
     done = run(folder, "--epochs", "2")
     assert done.exit_code == 0 and (folder / "out" / "a.safetensors").is_file(), done.output
