@@ -1,4 +1,4 @@
-// What the bindings have in common: arrays of a known dtype and shape, threads, the path.
+// Checks shared by the bindings: dtypes and shapes of arrays, threads, the scoring path.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -25,7 +25,7 @@ inline std::string shape_text(const std::vector<py::ssize_t>& shape) {
     return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-// The data of a C-contiguous array of T with just this shape; null where there is no array.
+// The data of a C-contiguous array of T with exactly this shape; null without an array.
 template <typename T>
 const T* checked(const std::optional<py::array>& array, const char* name, const std::vector<py::ssize_t>& shape) {
     if (!array) {
@@ -55,7 +55,7 @@ inline std::size_t default_threads() {
     return static_cast<std::size_t>(count);
 }
 
-// What `threads` asks for: 0 stands for as many as may be used.
+// The number of threads: 0 means default_threads().
 inline std::size_t checked_threads(py::ssize_t threads) {
     if (threads < 0) {
         throw py::value_error("expected threads >= 0 (0: as many as may be used), got " + std::to_string(threads));
@@ -63,7 +63,7 @@ inline std::size_t checked_threads(py::ssize_t threads) {
     return threads == 0 ? default_threads() : static_cast<std::size_t>(threads);
 }
 
-// The path that IOSR_FAST_SIMD names, or the best one.
+// The path named by IOSR_FAST_SIMD, or the best one.
 inline const ScorePath& requested_path() {
     const char* requested = std::getenv("IOSR_FAST_SIMD");
     return choose_score_path(requested == nullptr ? "" : requested);

@@ -1,4 +1,4 @@
-// The CPU module, and scoring in it: checks arrays, releases the GIL, calls. search/bind.cpp does so for the search.
+// The CPU module and its scoring function: checks arrays, releases the GIL, calls. search/bind.cpp binds the search.
 #include <pybind11/stl.h>
 
 #include "arrays.h"
@@ -13,10 +13,10 @@ namespace {
 using iosr::checked;
 using iosr::shape_text;
 
-// Keys as float32, float16, bfloat16 (as its bits, uint16) or int8, told apart by their dtype.
+// Keys of float32, float16, bfloat16 (its bits as uint16) or int8; the dtype decides.
 const void* checked_keys(const py::array& keys, const std::vector<py::ssize_t>& shape, iosr::KeyType& type) {
     const std::vector<py::ssize_t> got(keys.shape(), keys.shape() + keys.ndim());
-    const char kind = keys.dtype().kind();  // its name would cost as long as scoring a few hundred keys
+    const char kind = keys.dtype().kind();  // reading its name takes as long as scoring a few hundred keys
     const py::ssize_t bytes = keys.dtype().itemsize();
     const bool native = keys.dtype().byteorder() == '=' || bytes == 1;
     type = kind == 'f' && bytes == 2   ? iosr::KeyType::kFloat16

@@ -1,4 +1,4 @@
-// What one block of each kernel does, once its product stands in registers (multiply.h): sums of classes, linear terms,
+// The program of one block of each kernel after its product is in registers (multiply.h): class sums, linear terms,
 // merges.
 #pragma once
 
@@ -12,11 +12,11 @@ struct MergeRegisters {
     float sum;
 };
 
-// A lane's walk over the keys of one pass, for one query: sums a class and stores it where the class or the chunk ends.
+// One lane adds the keys of one pass for one query and stores a class's sum when the class or the chunk ends.
 template <class T, class Machine>
 IOSR_BLOCK void sum_classes(Machine& machine, const CacheArgs& args, int thread, int64_t first_query,
                             int64_t first_key, int pass, float& sum) {
-    constexpr int kBatch = 8;  // affinities in flight; the walk itself is a chain of additions
+    constexpr int kBatch = 8;  // affinities in flight; the sum is a chain of additions
     const int warp = thread / kWarp;
     const int lane = thread % kWarp;
     if (lane >= T::kWarpQueries) {
@@ -162,7 +162,7 @@ IOSR_BLOCK void linear_block(Machine& machine, const LinearArgs& args, int64_t b
     }
 }
 
-// Adds up the class that begins in one chunk and goes on in the next, if there is one there.
+// Adds the partial sums of the class that begins in one chunk and continues in the next, if one does.
 template <class Machine>
 IOSR_BLOCK void merge_block(Machine& machine, const MergeArgs& args, int64_t block) {
     const int64_t query_tiles = (args.n_queries + kMergeThreads - 1) / kMergeThreads;

@@ -36,8 +36,8 @@ struct Problem {
     }
 };
 
-// A matrix as the kernels read it, and its values. Rows stand apart by bytes that must never be read as channels, the
-// storage ends with the last row, so that an address sanitizer sees a row too far.
+// A matrix as the kernels read it, and its values. The padding between rows must never be read as channels; the storage
+// ends with the last row, so that an address sanitizer detects a read beyond it.
 struct Matrix {
     int64_t row_bytes = 0;
     std::vector<char> storage;
@@ -95,8 +95,8 @@ Matrix matrix_of(const std::vector<float>& rows, int n, int width, Keys format) 
     return out;
 }
 
-// Rows as the sum of parts side by side, each what the more significant ones leave over, scaled up; the least
-// significant comes first.
+// Rows as the sum of parts side by side, each the scaled remainder of the more significant ones; the least significant
+// comes first.
 Matrix parts_of(std::vector<float> rows, int n, int width, Keys format, int parts, float part_scale) {
     if (parts == 1) {
         return matrix_of(rows, n, width, format);
@@ -301,7 +301,7 @@ bool check_linear(const char* tile, const Problem& problem, int n_operands) {
     for (int b = 0; b < problem.n_queries; ++b) {
         for (int c = 0; c < n_classes; ++c) {
             const std::size_t at = static_cast<std::size_t>(b) * n_classes + c;
-            if (problem.counts[c] > 0) {  // the cache term stands there already
+            if (problem.counts[c] > 0) {  // the cache term was written before
                 logits[at] = uniform(0.0F, 3.0F);
                 truth[at] = logits[at];
             }

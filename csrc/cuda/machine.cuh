@@ -35,7 +35,7 @@ public:
 
     __device__ __forceinline__ void copy(int, int target, const void* source, bool inside) {
         const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_ + target));
-        // Fewer bytes than the size of the copy, here none, are filled up with zeros.
+        // Missing bytes of the copy, here all or none, are zero.
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source),
                      "r"(inside ? kCopy : 0)
                      : "memory");
@@ -64,7 +64,7 @@ public:
         mma_m16n8k16<K>(r.accumulator, r.a, r.b);
     }
 
-    // Two fp16 differences at once, exact where the result is representable.
+    // Two fp16 differences at once, exact if the result is representable.
     __device__ __forceinline__ uint32_t subtract_halves(uint32_t x, uint32_t y) {
         uint32_t out;
         asm("sub.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));

@@ -47,7 +47,7 @@ struct MmaRegisters {
     uint32_t b[2];
 };
 
-// The rows that a tile covers. Offsets within a tile fit 32 bits (kMaxRowBytes sees to it), which saves registers.
+// The rows of a tile. Offsets within a tile fit 32 bits (kMaxRowBytes guarantees it), which saves registers.
 struct Matrices {
     const char* queries;
     const char* keys;
@@ -55,7 +55,7 @@ struct Matrices {
     int key_bytes;
     int n_queries;
     int n_keys;
-    int parts = 1;  // of each query, or of each key where the tile has kSplitKeys
+    int parts = 1;  // of each query, or with kSplitKeys of each key
     float part_scale = 1.0F;
 };
 
@@ -90,7 +90,7 @@ template <class T, class Machine>
 IOSR_BLOCK void start_stage(Machine& machine, const Matrices& from, int step, int part_steps) {
     using Row = typename T::Row;
     const int base = step % T::kStages * T::kStageBytes;
-    // The side that isn't split begins again with every part.
+    // The side that isn't split starts again with every part.
     const int again = step - (step < part_steps ? 0 : step < 2 * part_steps ? part_steps : 2 * part_steps);
     const int query_step = T::kSplitKeys ? again : step;
     const int key_step = T::kSplitKeys ? step : again;
@@ -177,8 +177,8 @@ IOSR_BLOCK void multiply_float(Machine& machine, int base) {
     });
 }
 
-// accumulator = queries @ keys' of the tile. The copies of kStages - 1 stages are always under way. Parts of one side
-// meet the other side once each, in one pipeline.
+// accumulator = queries @ keys' of the tile. The copies of kStages - 1 stages are always in flight. Each part of one
+// side is multiplied by the other side once, in one pipeline.
 template <class T, class Machine>
 IOSR_BLOCK void multiply_tile(Machine& machine, const Matrices& from) {
     const int part_steps = T::kSplitKeys ? (from.query_bytes + T::Row::kQueryBytes - 1) / T::Row::kQueryBytes
@@ -200,7 +200,7 @@ IOSR_BLOCK void multiply_tile(Machine& machine, const Matrices& from) {
     IOSR_ROLLED
     for (int step = 0; step < steps; ++step) {
         machine.template wait<T::kStages - 2>();
-        machine.barrier();  // this step's copies are visible, and nobody reads the buffer that is filled next
+        machine.barrier();  // this step's copies are visible, and no thread reads the buffer that is filled next
         if (step + T::kStages - 1 < steps) {
             start_stage<T>(machine, from, step + T::kStages - 1, part_steps);
         } else {
@@ -218,8 +218,8 @@ IOSR_BLOCK void multiply_tile(Machine& machine, const Matrices& from) {
                 });
             }
             if constexpr (T::kSplitKeys) {
-                // The tensor cores cut sums off instead of rounding them. Over few channels that is less than float's
-                // own rounding, which the sum of these sums gets here.
+                // The tensor cores truncate sums instead of rounding them. Over few channels that error is smaller than
+                // float's rounding, which the addition of these sums does.
                 machine.each_thread([&](int, Registers<T>& own) {
                     IOSR_UNROLL
                     for (int i = 0; i < T::kMI * kBlocksN * 4; ++i) {
@@ -239,7 +239,7 @@ IOSR_BLOCK void multiply_tile(Machine& machine, const Matrices& from) {
             }
         }
     }
-    machine.barrier();  // all copies have landed and been read: whoever comes next may use the shared memory
+    machine.barrier();  // all copies have landed and been read: the shared memory is free
 }
 
 }  // namespace iosr::cuda

@@ -1,4 +1,4 @@
-// What the kernels are given: device pointers they don't own, checked by the caller. Rows of queries and keys are
+// Arguments of the kernels: device pointers they don't own, checked by the caller. Rows of queries and keys are
 // contiguous, 16-byte aligned and zero-padded to a multiple of 16 bytes.
 #pragma once
 
@@ -13,7 +13,7 @@ constexpr int64_t kMaxRowBytes = 1 << 22;  // so that offsets within a tile of 1
 // where key[j] = key_scales[j] * keys[j] for int8. Queries of more bits than half keys come in up to kMaxParts parts
 // side by side, the least significant first, each padded with zeros to a multiple of 64 bytes:
 // <query, key> = <part 2, key> + part_scale * (<part 1, key> + part_scale * <part 0, key>).
-// Writes the classes that lie within a chunk of kChunk keys; what the others sum to in each chunk goes to `edges`.
+// Writes the classes within a chunk of kChunk keys; the sums of others in each chunk go to `edges`.
 struct CacheArgs {
     const void* queries = nullptr;  // (B, query_bytes)
     const void* keys = nullptr;     // (N, key_bytes), sorted by class
@@ -45,8 +45,8 @@ struct MergeArgs {
     float* logits = nullptr;
 };
 
-// logits[b, c] = start[b, c] + sum over operands: factor * <queries[b], row[c]>, and start[b, c] = bias[c], plus what
-// stands in logits[b, c] where class_offsets says that class c has keys. Queries and rows are float32; or both are
+// logits[b, c] = start[b, c] + sum over operands: factor * <queries[b], row[c]>, and start[b, c] = bias[c], plus
+// logits[b, c] if class c has keys (class_offsets). Queries and rows are float32; or both are
 // fp16, and rows come in row_parts parts as the queries of CacheArgs do, part_scale apart.
 struct Operand {
     const void* queries = nullptr;  // (B, query_bytes)
@@ -64,7 +64,7 @@ struct LinearArgs {
     int64_t n_queries = 0;
     int64_t n_classes = 0;
     const float* bias = nullptr;             // (C,), or null
-    const int32_t* class_offsets = nullptr;  // (C + 1,), or null where there is no cache term
+    const int32_t* class_offsets = nullptr;  // (C + 1,), or null without a cache term
     float* logits = nullptr;
 };
 

@@ -1,5 +1,5 @@
 // Launches of the scoring kernels on a stream of the current device. They neither synchronise nor allocate, so they can
-// be captured into a CUDA graph. A failed launch throws std::runtime_error with CUDA's own words.
+// be captured into a CUDA graph. A failed launch throws std::runtime_error with CUDA's message.
 #pragma once
 
 #include <string>

@@ -1,9 +1,10 @@
-// The arithmetic of a tile, free of CUDA: which element a thread holds, where a row lies in shared memory, where a
-// class sum goes. Compiles as plain C++, so that host_test.cpp executes the same functions as the kernels.
+// The arithmetic of a tile without CUDA: the elements of a thread, the position of a row in shared memory, the
+// destination of a class sum. It compiles as plain C++, so that host_test.cpp executes the same functions as the
+// kernels.
 //
-// A block scores a tile of queries against a tile of keys; a warp owns kMI * 16 queries and one *chunk* of kChunk keys.
-// A class that lies within a chunk is summed there and stored once. A chunk is entered by at most one class that began
-// earlier and left by at most one that goes on, so two edge slots a chunk and query hold what is left to be merged.
+// A block scores a tile of queries and a tile of keys; a warp has kMI * 16 queries and one *chunk* of kChunk keys.
+// A class within a chunk is summed there and stored once. At most one class enters a chunk from an earlier one and at
+// most one continues in the next, so two edge slots per chunk and query hold the sums that remain to be merged.
 #pragma once
 
 #include <cstdint>
@@ -24,13 +25,13 @@ namespace iosr::cuda {
 constexpr int kWarp = 32;
 constexpr int kChunk = 64;  // keys of a warp, the unit of class bookkeeping
 constexpr int kCopy = 16;   // bytes of one asynchronous copy; every row's length is a multiple of it
-constexpr int kPass = 32;   // keys of a chunk that stand in shared memory at a time while classes are summed
+constexpr int kPass = 32;   // keys of a chunk in shared memory at a time while classes are summed
 constexpr int kBlocksN = kChunk / 8;
 
 enum class Keys { kFp32, kFp16, kBf16, kInt8 };
 
 // One stage of the pipeline holds kDepth channels of each row. Rows of floats are read by lanes of different rows at
-// one channel, so they stand 16 bytes further apart than they are long. Half and int8 rows are swizzled instead:
+// one channel, so their distance is 16 bytes more than their length. Half and int8 rows are swizzled instead:
 // row_offset exchanges the halves of the rows in every second 128 bytes, so that the lanes of one load (four rows at a
 // time with 8 bytes a lane, eight with 4) read each bank once.
 template <Keys K>
@@ -52,11 +53,11 @@ IOSR_HD constexpr int row_offset(int row, int byte) {
     return row * RowBytes + (byte ^ (row * RowBytes / 128 % 2 * (RowBytes / 2)));
 }
 
-// What a thread keeps of one key: affinity = weight * exp2(multiplier * dot - scale).
+// A key in a thread's table: affinity = weight * exp2(multiplier * dot - scale).
 struct KeyEntry {
     float multiplier;
     float weight;
-    int32_t cls;  // -1 where there is no such key
+    int32_t cls;  // -1 for no key
 };
 
 template <Keys K, int WarpsM, int WarpsN, int MI, int Stages, bool SplitKeys = false>
@@ -71,7 +72,7 @@ struct Tile {
     static constexpr int kQueries = WarpsM * kWarpQueries;
     static constexpr int kTileKeys = WarpsN * kChunk;
     static constexpr int kThreads = WarpsM * WarpsN * kWarp;
-    static constexpr int kMinBlocks = MI == 2 ? 2 : 1;  // on a multiprocessor: what the compiler fits registers to
+    static constexpr int kMinBlocks = MI == 2 ? 2 : 1;  // per multiprocessor; the compiler fits registers to it
     static constexpr int kKeyBase = kQueries * Row::kQueryStride;
     static constexpr int kStageBytes = kKeyBase + kTileKeys * Row::kKeyStride;
     // A patch is a warp's [key][query] matrix of dot products. Two rows are 8 banks apart (modulo 32), which spreads
@@ -92,12 +93,12 @@ struct Tile {
 // has half the threads, since its loop wants more registers than 128.
 template <Keys K>
 using LargeTile = Tile<K, K == Keys::kFp32 ? 2 : 4, 2, 2, K == Keys::kInt8 ? 4 : 3>;
-// Few queries: one warp a block, so that even a small cache reaches every multiprocessor, and a deep pipeline, since
-// the time goes into waiting for keys.
+// Few queries: one warp per block, so that even a small cache occupies every multiprocessor, and a deep pipeline,
+// because waiting for keys takes most of the time.
 template <Keys K>
 using SmallTile = Tile<K, 1, 1, 1, K == Keys::kFp32 ? 5 : 6>;
 // The linear terms have as many rows as classes, far fewer than keys: a smaller tile makes more blocks. Rows are
-// float32. Half queries meet them on the tensor cores, as a sum of two fp16 matrices.
+// float32. For half queries they are a sum of two fp16 matrices, on the tensor cores.
 template <Keys K>
 using LinearTile = Tile<K, 4, 1, 1, K == Keys::kFp32 ? 3 : 4, K != Keys::kFp32>;
 template <Keys K>
@@ -112,10 +113,10 @@ IOSR_HD constexpr int quad_of(int lane) { return lane & 3; }
 IOSR_HD constexpr int accumulator_row(int lane, int r) { return group_of(lane) + 8 * (r >> 1); }
 IOSR_HD constexpr int accumulator_column(int lane, int r) { return 2 * quad_of(lane) + (r & 1); }
 
-// A dot product doesn't mind the order of its channels, so in step s of the two in a stage, lane `quad` takes the four
-// consecutive channels from 16 * s + 4 * quad on. The first two stand where the instruction expects channels 2 * quad
-// and 2 * quad + 1, the others where it expects 2 * quad + 8 and 2 * quad + 9. Queries and keys agree on that, so that
-// a plain 8-byte load (4 bytes of int8) fills both words of a row's fragment.
+// A dot product doesn't depend on the order of its channels, so in step s of the two in a stage, lane `quad` takes the
+// four consecutive channels from 16 * s + 4 * quad on. The first two take the place of the instruction's channels
+// 2 * quad and 2 * quad + 1, the others of 2 * quad + 8 and 2 * quad + 9, for queries and keys alike. So a plain 8-byte
+// load (4 bytes of int8) fills both words of a row's fragment.
 template <class T>
 IOSR_HD constexpr int query_fragment(int row, int step, int quad) {
     return row_offset<T::kKeys, T::Row::kQueryBytes>(row, 32 * step + 8 * quad);
@@ -166,11 +167,11 @@ using KeyCopies = Copies<T, T::Row::kKeyBytes, T::kTileKeys>;
 
 // ---- classes ----
 
-// Where the sum of a class over one chunk goes.
+// The destination of a class's sum over one chunk.
 enum class Destination { kLogits, kHeadEdge, kTailEdge };
 
-// `before` and `after` are the classes of the keys on either side of the chunk, -1 where there is none. Keys are sorted
-// by class, so a class reaches out of the chunk exactly if it is met there.
+// `before` and `after` are the classes of the keys on either side of the chunk, -1 for none. Keys are sorted by class,
+// so a class extends beyond the chunk exactly if it is one of them.
 IOSR_HD constexpr Destination destination_of(int32_t cls, int32_t before, int32_t after) {
     return cls == before ? Destination::kHeadEdge : cls == after ? Destination::kTailEdge : Destination::kLogits;
 }
@@ -180,8 +181,8 @@ IOSR_HD constexpr int64_t edge_slot(int64_t chunk, Destination destination) {
     return 2 * chunk + (destination == Destination::kTailEdge ? 1 : 0);
 }
 
-// Slot of partial i of a class that begins in chunk `first`: it leaves its first chunk by the tail edge and enters
-// every other one by the head edge (also where it leaves that one again).
+// Slot of partial i of a class that begins in chunk `first`: the tail edge of its first chunk and the head edge of
+// every other one (also of those that it spans entirely).
 IOSR_HD constexpr int64_t partial_slot(int64_t first, int64_t i) {
     return edge_slot(first + i, i == 0 ? Destination::kTailEdge : Destination::kHeadEdge);
 }

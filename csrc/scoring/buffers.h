@@ -22,10 +22,10 @@ Buffer<T> make_buffer(std::size_t n) {
     return Buffer<T>(static_cast<T*>(::operator new(std::max<std::size_t>(n, 1) * sizeof(T), std::align_val_t{64})));
 }
 
-// The queries of one term in panels: (ceil(B / P), D, P), the last one filled up with zeros.
+// The queries of one term in panels: (ceil(B / P), D, P), the last one padded with zeros.
 struct Panels {
-    Buffer<float> own;               // none where the term is left out, or reads an array that has panels already
-    float* data = nullptr;           // own, or another's
+    Buffer<float> own;               // empty if the term is missing or another term has packed the same array
+    float* data = nullptr;           // own, or those of the other term
     const float* source = nullptr;   // queries (B, D)
 
     Panels() = default;

@@ -1,6 +1,6 @@
 // A key's channels one by one. For an unnamed namespace; see microkernels.inl.
 
-// 16-bit channels, told apart by type.
+// 16-bit channels as distinct types.
 struct Half {
     std::uint16_t bits;
 };
@@ -26,7 +26,7 @@ inline float to_float(Bfloat value) { return as_float(static_cast<std::uint32_t>
 inline float to_float(Half value) {
     const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000U) << 16;
     const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffU) << 13;
-    // Exponents differ by 112. The product puts that right for normal and subnormal numbers alike; it leaves infinity
-    // and NaN, which no plan holds, finite.
+    // Exponents differ by 112. The product corrects that for normal and subnormal numbers alike. Infinity and NaN,
+    // which no plan contains, become finite.
     return as_float(as_bits(as_float(magnitude) * as_float(0x77800000U)) | sign);
 }

@@ -8,7 +8,8 @@
 
 namespace iosr {
 
-// Rows [begin, end) of a block that belong to class c. `opens` at the first of them in this chunk, `closes` at the last.
+// Rows [begin, end) of a block that belong to class c. `opens` at the first of them in this chunk, `closes` at the
+// last.
 struct Segment {
     std::size_t c, begin, end;
     bool opens, closes;
@@ -27,14 +28,14 @@ class Classes {
         return static_cast<std::size_t>(past - offsets_) - 1;
     }
 
-    // Cuts keys [first, last) of the chunk [chunk_begin, chunk_end) into segments, whose rows count from `first`; returns
-    // how many. c is the class that the search starts from, and is left at the last one found.
+    // Cuts keys [first, last) of the chunk [chunk_begin, chunk_end) into segments, whose rows count from `first`, and
+    // returns their number. The search starts at class c and sets c to the last class found.
     std::size_t cut(std::size_t first, std::size_t last, std::size_t chunk_begin, std::size_t chunk_end, std::size_t& c,
                     Segment* segments) const {
         std::size_t n = 0;
         for (std::size_t key = first; key < last;) {
             while (end(c) <= key) {
-                ++c;  // classes without keys are stepped over here
+                ++c;  // skips classes without keys
             }
             const std::size_t stop = std::min(end(c), last);
             segments[n++] = {c, key - first, stop - first, key == std::max(begin(c), chunk_begin),

@@ -1,7 +1,7 @@
 // The inner loops that differ between instruction sets: one table of functions for each, one source file each.
 //
-// The driver (score.cpp) is compiled for the baseline processor; only these functions are compiled with wider flags, so
-// no inline function of the standard library can leak from a wide file into the rest of the program.
+// The driver (score.cpp) is compiled for the baseline processor. Only these functions are compiled with wider flags, so
+// that no inline function of the standard library leaks from a wide file into the rest of the program.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace iosr {
 
-// A panel is P queries packed channel by channel: panel[d * P + lane]; queries that are not there are zero.
+// A panel is P queries packed channel by channel: panel[d * P + lane]; missing queries are zero.
 constexpr std::size_t kMaxPanel = 32;
 
 struct Microkernels {

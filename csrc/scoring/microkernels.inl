@@ -1,15 +1,16 @@
-// The inner loops, written once over a vector type V that the including file defines for its instruction set.
+// The inner loops, written once for a vector type V that the including file defines for its instruction set.
 //
-// V has: kLanes; zero(); broadcast(float); load(const T*) for float, Half, Bfloat, std::int8_t; store(float*);
-// fma(a, b, c) = a * b + c; operators + - *; max(a, b); sum(); scale_by_power(value, biased) = value * 2^n, where n is
-// the integer in the low bits of `biased` (see exp2). The including file puts channels.inl, V and this file into an
-// unnamed namespace and uses nothing of the standard library but memcpy: an inline function of a shared header, compiled
-// here with wider flags, might else be the copy that the linker keeps for everybody.
+// V has: kLanes; zero(); broadcast(float); load(const T*) for float, Half, Bfloat, std::int8_t; store(float*); fma(a,
+// b, c) = a * b + c; operators + - *; max(a, b); sum(); scale_by_power(value, biased) = value * 2^n, where n is the
+// integer in the low bits of `biased` (see exp2). The including file puts channels.inl, V and this file into an unnamed
+// namespace and uses nothing of the standard library but memcpy: an inline function of a shared header, compiled here
+// with wider flags, might be the copy that the linker keeps for the whole program.
 
-// 2^t for t <= 0 or a little above. t + kRound has the nearest integer n in its low bits, so that no conversion is needed;
-// f = t - n is in [-1/2, 1/2], where the polynomial (minimax, relative) is right to 2e-9 before rounding.
+// 2^t for t <= 0 or a little above. t + kRound has the nearest integer n in its low bits, so that no conversion is
+// needed; f = t - n is in [-1/2, 1/2], where the polynomial (minimax, relative) has a relative error of 2e-9 before
+// rounding.
 constexpr float kRound = 12582912.0F;  // 1.5 * 2^23
-constexpr float kSmallest = -126.0F;   // below, an affinity counts as 2^-126: no subnormal is ever made
+constexpr float kSmallest = -126.0F;   // below, an affinity is set to 2^-126: no subnormal numbers occur
 
 inline V exp2(V t) {
     t = V::max(t, V::broadcast(kSmallest));
@@ -27,9 +28,9 @@ inline V exp2(V t) {
 
 constexpr std::size_t kPanel = 2 * V::kLanes;
 constexpr std::size_t kTileRows = 6;
-constexpr std::size_t kDepth = 256;  // channels a pass: a panel's slice of them stays in the first-level cache
+constexpr std::size_t kDepth = 256;  // channels per pass: a panel's slice of them stays in the first-level cache
 
-// dots (6, P) (+)= rows (6, depth) @ panel (depth, P). Twelve accumulators with names: GCC keeps arrays in memory.
+// dots (6, P) (+)= rows (6, depth) @ panel (depth, P). Twelve named accumulators, because GCC keeps arrays in memory.
 inline void tile_6(const float* rows, std::size_t stride, const float* panel, std::size_t depth, float* dots, bool add) {
     constexpr std::size_t L = V::kLanes;
     V a0 = V::zero(), a1 = a0, b0 = a0, b1 = a0, c0 = a0, c1 = a0, d0 = a0, d1 = a0, e0 = a0, e1 = a0, f0 = a0, f1 = a0;
@@ -41,7 +42,7 @@ inline void tile_6(const float* rows, std::size_t stride, const float* panel, st
         e0 = V::load(dots + 8 * L), e1 = V::load(dots + 9 * L);
         f0 = V::load(dots + 10 * L), f1 = V::load(dots + 11 * L);
     }
-    const float* low = rows;  // three rows a base: few enough address registers
+    const float* low = rows;  // three rows per base pointer need fewer address registers
     const float* high = rows + 3 * stride;
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < depth; ++i) {
@@ -128,7 +129,7 @@ void widen_as(const T* channels, std::size_t n, float* out) {
     }
 }
 
-// Eight streams of short (narrow) rows are more than the hardware's prefetcher follows; reaching past the end is harmless.
+// The hardware prefetcher can't follow eight streams of narrow rows. Prefetching past the end is harmless.
 constexpr std::size_t kAhead = 8192;
 
 inline void prefetch(const char* p) {
@@ -139,7 +140,7 @@ inline void prefetch(const char* p) {
 #endif
 }
 
-// R rows against Q queries, R * Q = 8 chains of sums: enough to hide the latency of a multiply-add.
+// R rows times Q queries, R * Q = 8 independent sums: enough to hide the latency of a multiply-add.
 template <std::size_t R, std::size_t Q, typename T>
 void dot_block(const T* rows, std::size_t width, const float* queries, float* dots, std::size_t stride) {
     V sums[R][Q];
@@ -197,7 +198,7 @@ void dot_rows_for(const T* rows, std::size_t n_rows, std::size_t width, const fl
 template <typename T>
 void dot_rows_as(const T* rows, std::size_t n_rows, std::size_t width, const float* queries, std::size_t n_queries,
                  float* dots, std::size_t stride) {
-    // A few rows at a time, so that they are still in the first-level cache when the next queries meet them.
+    // A few rows at a time, so that they are still in the first-level cache for the next queries.
     constexpr std::size_t kRows = 16;
     for (std::size_t r = 0; r < n_rows; r += kRows) {
         const std::size_t count = n_rows - r < kRows ? n_rows - r : kRows;

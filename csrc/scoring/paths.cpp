@@ -17,7 +17,7 @@ struct Cpuid {
     explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &a, &b, &c, &d); }
 };
 
-// The register states that the operating system saves and restores (XCR0), or 0 where it saves none of the wide ones.
+// The register states that the operating system saves and restores (XCR0), or 0 if it saves none of the wide ones.
 unsigned long long saved_states() {
     constexpr unsigned kOsxsave = 1U << 27;
     if ((Cpuid(1).c & kOsxsave) == 0) {
@@ -44,7 +44,7 @@ bool find_avx512() {
     return find_avx2() && (saved_states() & kZmm) == kZmm && (Cpuid(7).b & kAvx512F) != 0;
 }
 
-// Asked once: CPUID takes tens of microseconds where a hypervisor answers it.
+// Cached, because CPUID takes tens of microseconds under a hypervisor.
 bool has_avx2() {
     static const bool found = find_avx2();
     return found;

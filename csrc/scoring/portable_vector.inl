@@ -1,4 +1,4 @@
-// A vector of N floats in plain C++: what the scalar path is made of, and what tests put in the place of wider ones.
+// A vector of N floats in plain C++, for the scalar path, and for tests in place of wider vectors.
 template <std::size_t N>
 struct PortableVector {
     using Self = PortableVector;

@@ -1,13 +1,13 @@
 // The driver of every scoring path: blocks of keys and queries, classes, threads.
 //
-// Many queries: packed once in panels of P, up to kBlockQueries of them a task. Keys stream past, a block of rows at a
-// time: one product, the exponential and the class sums on its (rows, P) tile, which never leaves the first-level cache.
-// Narrow keys are widened block by block, once for all panels.
-// Few queries: each block of keys is read once, at memory bandwidth, against all queries.
+// Many queries are packed once in panels of P, up to kBlockQueries of them per task. Keys are read in blocks of rows:
+// one product, the exponential and the class sums on a (rows, P) tile, which stays in the first-level cache. Narrow
+// keys are widened block by block, once for all panels. With few queries each block of keys is read once, at memory
+// bandwidth, for all queries.
 //
-// Keys are cut into chunks, the units that threads share. A chunk writes the classes that lie inside it straight into
-// the logits. A class that crosses its border leaves a partial sum, and those are added in the order of the chunks, so
-// that the result doesn't depend on the number of threads.
+// Threads share the keys in chunks. A chunk writes the classes inside it straight into the logits. A class that crosses
+// its border leaves a partial sum; these are added in the order of the chunks, so that the result doesn't depend on the
+// number of threads.
 #include "scoring/score.h"
 
 #include <algorithm>
@@ -21,14 +21,14 @@
 namespace iosr {
 namespace {
 
-constexpr std::size_t kFewQueries = 6;        // up to here a panel would be mostly empty
-constexpr std::size_t kBlockQueries = 256;    // queries a task
-constexpr std::size_t kGroupQueries = 2048;   // queries packed at a time, fewer where they are long
+constexpr std::size_t kFewQueries = 6;        // up to this many queries a panel would be mostly empty
+constexpr std::size_t kBlockQueries = 256;    // queries per task
+constexpr std::size_t kGroupQueries = 2048;   // queries packed at a time, fewer if they are long
 constexpr std::size_t kGroupFloats = 3 << 20;  // 12 MB of a term's panels
-constexpr std::size_t kBlockRows = 96;        // rows a block, fewer where they are long
+constexpr std::size_t kBlockRows = 96;        // rows per block, fewer if they are long
 constexpr std::size_t kBlockFloats = 49152;   // 192 KB of widened rows: in the second-level cache
 constexpr std::size_t kMaxChunks = 256;
-constexpr std::size_t kThreadWork = 1 << 18;  // multiply-adds that are worth waking a thread for
+constexpr std::size_t kThreadWork = 1 << 18;  // multiply-adds that justify waking a thread
 constexpr double kLog2E = 1.4426950408889634;
 
 class Scorer {
@@ -48,7 +48,7 @@ class Scorer {
         workers_ = std::clamp<std::size_t>(work / kThreadWork, 1, std::max<std::size_t>(threads, 1));
         const std::size_t padded = ceil_div(group_, panel_) * panel_;
         if (!few_) {
-            // Terms that read one and the same array share its panels.
+            // Terms that read the same array share its panels.
             plain_ = Panels(plan.text == nullptr ? nullptr : queries.plain, padded * width_, {});
             const bool moved = plan.query_transform != nullptr;
             const Panels* shared = moved ? nullptr : &plain_;
@@ -117,7 +117,7 @@ class Scorer {
         Buffer<Segment> segments;
     };
 
-    // The product of the transform's rows with a panel is a panel again.
+    // Packs a panel. The product of the transform's rows with a panel is a panel again.
     void pack_panel(Scratch& scratch, const Panels& panels, std::size_t begin) const {
         const bool moved = &panels == &query_ && plan_.query_transform != nullptr;
         float* out = panels.data + begin * width_;
@@ -172,7 +172,8 @@ class Scorer {
         return static_cast<const char*>(plan_.keys) + row * width_ * key_bytes(plan_.key_type);
     }
 
-    // Where a chunk leaves the sum of a class that crosses its border: slot 0 if it began earlier, 1 if it only goes on.
+    // The partial sum of a class that crosses a chunk's border: slot 0 if the class begins earlier, 1 if it begins
+    // here.
     double* edge(std::size_t chunk, std::size_t slot) const { return edges_.get() + (2 * chunk + slot) * group_; }
 
     void cache_chunk(Scratch& scratch, std::size_t block, std::size_t chunk) const {
@@ -228,7 +229,7 @@ class Scorer {
     void add_runs(const float* dots, const Segment& segment, float* sums) const {
         for (std::size_t i = 0; i < count_; ++i) {
             const float* run = dots + i * block_rows_;
-            float parts[4] = {};  // chains of additions that don't wait for each other
+            float parts[4] = {};  // independent chains of additions
             std::size_t r = segment.begin;
             for (; r + 4 <= segment.end; r += 4) {
                 for (std::size_t k = 0; k < 4; ++k) {
@@ -242,7 +243,7 @@ class Scorer {
         }
     }
 
-    // Adds a block's sums to those of the class, and writes them where the class (or its part in this chunk) ends.
+    // Adds a block's sums to those of the class, and writes them when the class (or its part in this chunk) ends.
     void finish(Scratch& scratch, const Segment& segment, std::size_t chunk, std::size_t chunk_begin,
                 std::size_t chunk_end, std::size_t first_query, std::size_t i, std::size_t lanes,
                 const float* sums) const {
@@ -261,9 +262,9 @@ class Scorer {
         }
     }
 
-    // Classes that cross chunks: their partial sums lie next to each other in the order of the chunks.
+    // Adds the partial sums of classes that cross chunks, in the order of the chunks.
     void add_edges() const {
-        double* total = edges_.get();  // slot 0 of the first chunk is never used: no class begins before it
+        double* total = edges_.get();  // slot 0 of the first chunk is free: no class begins before it
         std::size_t open = plan_.n_classes;
         const auto close = [&] {
             for (std::size_t i = 0; open < plan_.n_classes && i < count_; ++i) {

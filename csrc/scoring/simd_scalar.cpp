@@ -1,4 +1,4 @@
-// The portable path: C++17 without intrinsics. Four lanes are what every processor's baseline can be vectorised to.
+// The portable path: C++17 without intrinsics. Every processor's baseline can vectorise four lanes.
 #include "scoring/microkernels.h"
 
 #include <cstdint>

@@ -35,8 +35,8 @@ void relax() {
 #endif
 }
 
-// Waits a little while for what comes soon, before the caller sleeps for it: the next call of a program that scores one
-// batch after another arrives sooner than a thread wakes up.
+// Spins briefly before the caller sleeps: in a program that scores one batch after another, the next call arrives
+// sooner than a thread wakes up.
 template <typename Condition>
 void spin_until(const Condition& condition) {
     constexpr auto kPatience = std::chrono::microseconds(300);
@@ -56,10 +56,10 @@ int this_core() {
 #endif
 }
 
-// Seen in a virtual machine: Linux puts a thread that wakes up on the core of the one that woke it, behind it, for
-// milliseconds, though another core is idle (a halted virtual core probably counts as preempted by the host): two
-// together take as long as one. So who wakes others lets them start (yield), and who finds itself there leaves: to be
-// forbidden a core for a moment moves a thread at once.
+// In virtual machines Linux may queue a waking thread behind its waker on the same core for milliseconds, although
+// another core is idle (a halted virtual core probably counts as preempted by the host): two threads then take as long
+// as one. So the caller yields after waking threads, and a thread on the caller's core leaves it: forbidding the core
+// for a moment moves the thread at once.
 void leave([[maybe_unused]] int core) {
 #ifdef __linux__
     cpu_set_t allowed;
@@ -74,7 +74,7 @@ void leave([[maybe_unused]] int core) {
 #endif
 }
 
-// What one call of run_phases shares among its workers.
+// The state of one run_phases call, shared by its workers.
 class Job {
   public:
     const int callers_core = this_core();
@@ -89,7 +89,7 @@ class Job {
                 phase.task(worker, i);
                 counter.done.fetch_add(1, std::memory_order_release);
             }
-            // The last tasks of a phase are short, and to sleep and wake takes longer; yield in case they were preempted.
+            // The last tasks of a phase take less time than sleeping and waking; yield in case they were preempted.
             for (std::size_t spins = 0; counter.done.load(std::memory_order_acquire) < phase.n_tasks; ++spins) {
                 spins < 2000 ? relax() : std::this_thread::yield();
             }
@@ -109,7 +109,7 @@ class Pool {
   public:
     const long process = process_id();
 
-    // False where another call has the pool.
+    // Returns false if another call has the pool.
     bool run(std::size_t n_workers, Job& job) {
         const std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
         if (!mine.owns_lock()) {
@@ -127,7 +127,7 @@ class Pool {
         job.work(0);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            job_ = nullptr;  // who wakes up from now on finds nothing to join
+            job_ = nullptr;  // threads that wake up later have nothing to join
         }
         spin_until([this] { return joined_ == 0; });
         std::unique_lock<std::mutex> lock(mutex_);
@@ -142,7 +142,7 @@ class Pool {
             try {
                 threads_.emplace_back([this, index, seen = round_.load()] { serve(index, seen); });
             } catch (const std::system_error&) {
-                return;  // the caller and the threads that exist do the work
+                return;  // the caller and the existing threads do the work
             }
         }
     }
@@ -169,21 +169,21 @@ class Pool {
     }
 
     std::mutex busy_;   // held by the call that has the pool
-    std::mutex mutex_;  // guards what follows
+    std::mutex mutex_;  // guards the members below
     std::condition_variable wake_;
     std::condition_variable done_;
     Job* job_ = nullptr;
     std::size_t wanted_ = 0;
-    // Changed under the mutex, and read without it by those who spin.
+    // Changed under the mutex, and read without it while spinning.
     std::atomic<std::size_t> round_{0};
     std::atomic<std::size_t> joined_{0};
     std::vector<std::thread> threads_;
 };
 
-// The pool is never destroyed: its threads wait until the process ends. A child of fork() has none of them and starts a
-// pool of its own.
+// The pool is never destroyed: its threads wait until the process ends. A child of fork() has none of them and creates
+// its own pool.
 Pool& pool() {
-    static std::atomic<Pool*> current{nullptr};  // no lock, which a child could inherit locked
+    static std::atomic<Pool*> current{nullptr};  // not a lock, which a child could inherit locked
     Pool* found = current.load();
     if (found == nullptr || found->process != process_id()) {
         auto* made = new Pool;

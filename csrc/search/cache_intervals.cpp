@@ -1,8 +1,8 @@
-// Queries in panels of P lanes, a few panels a task. Keys stream past, a block of rows at a time: one product for all
-// betas, whose (rows, P) tile stays in the first-level cache while every beta takes exponentials and class sums from
-// it. Sums of a block are in float, as in scoring, those across blocks in double. When all keys have passed, the
-// (K, C, P) sums of a panel are its slopes, and every beta meets every gamma. Where the sums of all betas would take
-// too much memory, groups of betas take turns, each with products of its own.
+// Queries are packed in panels of P lanes, a few panels per task. Keys are read in blocks of rows: one product for all
+// betas, whose (rows, P) tile stays in the first-level cache while exponentials and class sums are computed for every
+// beta. Sums of a block are in float, as in scoring, those across blocks in double. After all keys, the (K, C, P) sums
+// of a panel are its slopes, which are combined with every gamma. If the sums of all betas would take too much memory,
+// groups of betas are processed one after another, each with its own products.
 #include "search/cache_intervals.h"
 
 #include <algorithm>
@@ -17,10 +17,10 @@ namespace {
 
 constexpr std::size_t kSumBytes = 8 << 20;     // of a thread's sums
 constexpr std::size_t kPanelFloats = 1 << 18;  // 1 MB of a thread's packed queries
-constexpr std::size_t kMaxPanels = 16;         // a task: reading keys costs little beside their products by then
-constexpr std::size_t kBlockRows = 96;         // rows a block, fewer where they are long
+constexpr std::size_t kMaxPanels = 16;         // per task: with more, reading keys costs little beside their products
+constexpr std::size_t kBlockRows = 96;         // rows per block, fewer if they are long
 constexpr std::size_t kBlockFloats = 49152;    // 192 KB of rows: in the second-level cache
-constexpr std::size_t kThreadWork = 1 << 18;  // multiply-adds that are worth waking a thread for
+constexpr std::size_t kThreadWork = 1 << 18;  // multiply-adds that justify waking a thread
 constexpr double kLog2E = 1.4426950408889634;
 
 static_assert(kMaxPanel % kLaneGroup == 0, "a panel is made of groups of lanes");
@@ -40,7 +40,7 @@ class CacheSearch {
         workers_ = std::clamp<std::size_t>(std::min(workers, n_panels_), 1, std::max<std::size_t>(threads, 1));
         const std::size_t setting_bytes = cache.n_classes * panel_ * sizeof(double);
         group_ = std::clamp<std::size_t>(kSumBytes / setting_bytes, 1, cache.n_betas);
-        // Tasks small enough that threads end together: lanes don't meet, so their number changes no result.
+        // Small tasks, so that threads end together. Lanes are independent: the number of panels changes no result.
         const std::size_t fit = std::min(kSumBytes / (group_ * setting_bytes), kPanelFloats / (cache.width * panel_));
         task_ = std::clamp<std::size_t>(std::min(fit, n_panels_ / (4 * workers_)), 1, kMaxPanels);
         scratch_ = std::make_unique<Scratch[]>(workers_);
@@ -49,7 +49,7 @@ class CacheSearch {
             scratch_[w].dots = make_buffer<float>(block_rows_ * panel_);
             scratch_[w].segments = make_buffer<Segment>(block_rows_);
             scratch_[w].e = make_buffer<double>(cache.n_classes * panel_);
-            // Classes without keys are never written to, so that they stay 0.
+            // Classes without keys are never written and stay 0.
             const std::size_t n_sums = task_ * group_ * cache.n_classes * panel_;
             scratch_[w].sums = make_buffer<double>(n_sums);
             std::fill_n(scratch_[w].sums.get(), n_sums, 0.0);
@@ -106,7 +106,7 @@ class CacheSearch {
         std::size_t lane, row;
     };
 
-    // Adds what the block of keys [begin, end) has for panel p, whose dots are in scratch, to its sums.
+    // Adds the block of keys [begin, end) to the sums of panel p, whose dots are in scratch.
     void add_block(const Scratch& scratch, std::size_t p, std::size_t begin, std::size_t end, std::size_t n_segments,
                    std::size_t first_beta, std::size_t n_betas, std::size_t i) const {
         Own own[kMaxPanel];
@@ -144,7 +144,7 @@ class CacheSearch {
 
     float scale_of(std::size_t k) const { return static_cast<float>(static_cast<float>(cache_.betas[k]) * kLog2E); }
 
-    // exp_sum of one lane, its own key left out: not taken away again, which would leave a rounding in its place.
+    // exp_sum of one lane without its own key. Subtracting the key afterwards would leave a rounding error.
     float sum_without(const float* dots, const Segment& segment, const Own& own, float scale,
                       const float* weights) const {
         float run[kBlockRows];

@@ -12,7 +12,7 @@ namespace iosr {
 // Setting k * G + g has
 //     z = base + gammas[g] * extra
 //     s[v, c] = sum over keys j of class c, j != own[v]: weights[k, j] * exp(-betas[k] * (1 - <query[v], keys[j]>))
-// All arrays are row-major and contiguous, and checked by the caller; a null pointer leaves its factor or term out.
+// All arrays are row-major and contiguous, and checked by the caller; a null pointer omits its factor or term.
 struct CacheView {
     std::size_t n_samples = 0;                    // V
     std::size_t n_classes = 0;                    // C
@@ -31,9 +31,9 @@ struct CacheView {
     const std::int64_t* labels = nullptr;         // (V,), in [0, C)
 };
 
-// Writes the intervals (K * G, V) with up to `threads` threads (at least 1), on which the result doesn't depend. Nothing
-// of size V x N, N x C or V x C is held: beside its arguments it uses some 10 MB a thread, more only where 16 * C
-// bytes a lane are. Throws std::bad_alloc before any work.
+// Writes the intervals (K * G, V) with up to `threads` threads (at least 1), whose number doesn't change the result. It
+// stores nothing of size V x N, N x C or V x C: beside its arguments it uses about 10 MB per thread, more only if 16 *
+// C bytes per lane exceed that. Throws std::bad_alloc before any work.
 void cache_intervals(const CacheView& cache, const Microkernels& kernels, std::size_t threads,
                      const IntervalRows& out);
 

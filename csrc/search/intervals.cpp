@@ -12,12 +12,12 @@ namespace iosr {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr std::size_t kThreadWork = 1 << 17;  // differences that are worth waking a thread for
+constexpr std::size_t kThreadWork = 1 << 17;  // differences that justify waking a thread
 constexpr double kRounding = 0x1p-17;  // numpy_search.ROUNDING, 64 roundings of float32
 
-// The bounds of one group of lanes so far, those that are left out themselves (strict) apart from the others: whether
-// an end is open is then one comparison at the end, and every step a plain maximum or minimum. The loop over lanes is
-// free of branches, so that the compiler makes vectors of it.
+// The bounds of one group of lanes so far, with excluded bounds (strict) apart from the others: every step is a plain
+// maximum or minimum, and one comparison at the end decides whether an end is open. The loop over lanes has no
+// branches, so that the compiler vectorises it.
 struct Bounds {
     double lower[kLaneGroup], lower_strict[kLaneGroup], upper[kLaneGroup], upper_strict[kLaneGroup];
 };

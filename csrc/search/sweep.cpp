@@ -14,12 +14,12 @@
 namespace iosr {
 namespace {
 
-constexpr std::size_t kThreadWork = 1 << 13;  // intervals that are worth waking a thread for
+constexpr std::size_t kThreadWork = 1 << 13;  // intervals that justify waking a thread
 
 std::uint64_t position(double alpha, bool after) {
     std::uint64_t bits;
     std::memcpy(&bits, &alpha, sizeof(bits));
-    return bits << 1 | (after ? 1U : 0U);  // the sign bit that drops out is 0
+    return bits << 1 | (after ? 1U : 0U);  // the sign bit, which is shifted out, is 0
 }
 
 double alpha_at(std::uint64_t position) {
@@ -67,7 +67,7 @@ class Setting {
 
     Plateau best() const {
         Plateau best;
-        Plateau plateau;  // the one that goes on
+        Plateau plateau;  // the current one
         plateau.right = 0;
         std::size_t s = 0;
         std::size_t e = 0;

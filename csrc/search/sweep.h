@@ -6,19 +6,19 @@
 
 namespace iosr {
 
-// Where the best alphas of S settings are written to, (S,) each.
+// The destination of the best alphas of S settings, (S,) each.
 struct BestRows {
     double* alpha;
     double* low;
     double* high;
-    std::uint8_t* ends;  // kLowerOpen and kUpperOpen where the plateau is without its end
+    std::uint8_t* ends;  // kLowerOpen and kUpperOpen if the plateau excludes that end
     std::int64_t* right;
 };
 
-// For each setting the middle of the widest plateau (the first of equals) of the number of intervals that cover an alpha
-// in [0, alpha_max]; a single point is a plateau of width 0. lower, upper, flags (S, V) as in intervals.h, without NaN.
-// alpha_max < 0 stands for twice the largest finite end above 0 of the setting's intervals, or 2 without one.
-// Up to `threads` threads, on which the result doesn't depend. Throws std::bad_alloc before any work.
+// For each setting the middle of the widest plateau (the first of equals) of the number of intervals that cover an
+// alpha in [0, alpha_max]; a single point is a plateau of width 0. lower, upper, flags (S, V) as in intervals.h,
+// without NaN. alpha_max < 0 means twice the largest finite end above 0 of the setting's intervals, or 2 without one.
+// Up to `threads` threads, whose number doesn't change the result. Throws std::bad_alloc before any work.
 void sweep(const double* lower, const double* upper, const std::uint8_t* flags, std::size_t n_settings,
            std::size_t n_samples, double alpha_max, std::size_t threads, const BestRows& out);
 
