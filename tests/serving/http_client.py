@@ -1,12 +1,10 @@
-"""Shared by the tests of the server: a small classifier, an application around it, and a client in the same process."""
+"""Shared by the tests of the server: a small classifier, an application, and a client in the same process."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import functools
-import shutil
-import tempfile
+import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -21,12 +19,14 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import Settings
-from tests.demo_cache import shared_cache
+from tests.demo_cache import demo_cache, shared_cache
 from tests.pictures import encode
 
-# Whoever imports this module is skipped where a package is missing.
+# Modules that import this one are skipped if a package is missing. open_clip, which takes seconds, is not imported: the
+# classifier is usually built already.
+if importlib.util.find_spec("open_clip") is None:
+    pytest.skip("open_clip comes with the train extra", allow_module_level=True)
 for _module, _extra in {
-    "open_clip": "train",
     "onnxruntime": "cpu",
     "uvicorn": "serve",
     "python_multipart": "serve",
@@ -57,24 +57,24 @@ def _drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]
 
 @functools.cache
 def bundle() -> Path:
-    """A saved classifier of the demo: CLASSES classes of SHOTS images, fitted once for all test files."""
-    folder = Path(tempfile.mkdtemp(prefix="iosr-fast-serving-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    images, labels, _, _, names = _drawn()
+    """A saved classifier of the demo with CLASSES classes of SHOTS images, built once a machine. Never change it."""
+    folder = demo_cache() / "bundles" / "serving"
     with shared_cache():
-        classifier = Classifier.from_pretrained("demo", runtime="onnxruntime")
-    classifier.fit(images, labels, class_names=names, views=1, method="tip-adapter++")
-    classifier.save(folder / "bundle")
-    return folder / "bundle"
+        if not (folder / "manifest.json").is_file():
+            images, labels, _, _, names = _drawn()
+            classifier = Classifier.from_pretrained("demo", runtime="onnxruntime")
+            classifier.fit(images, labels, class_names=names, views=1, method="tip-adapter++")
+            classifier.save(folder)
+    return folder
 
 
 def load() -> Classifier:
-    """A classifier of one's own, to change."""
+    """A new classifier, which the test may change."""
     return Classifier.load(bundle(), verify=False)
 
 
 def queries() -> list[bytes]:
-    """Pictures that are not in the support, as PNG."""
+    """Pictures outside of the support set, as PNG."""
     return [encode(image) for image in _drawn()[2]]
 
 
@@ -88,7 +88,7 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
 
 
 class Client:
-    """Requests to an application in this process, from any thread; the application has an event loop of its own."""
+    """Requests from any thread to an application in this process, which has its own event loop."""
 
     def __init__(self, app: fastapi.FastAPI) -> None:
         self.app = app
@@ -96,7 +96,7 @@ class Client:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        # Errors have to come as answers; one that is raised through the application fails the test.
+        # Errors must be answers; an exception that leaves the application fails the test.
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
     def run(self, coroutine: Any, timeout: float = 30.0) -> Any:
@@ -129,7 +129,7 @@ class Client:
 
 @contextmanager
 def serving(classifier: Any = None, batching: dict[str, Any] | None = None, **settings: Any) -> Iterator[Client]:
-    """A client of an application; `settings` as Settings has them, `batching` for BatchingClassifier."""
+    """A client of an application; `settings` are those of Settings, `batching` options of BatchingClassifier."""
     classifier = load() if classifier is None else classifier
     metrics = Metrics()
     made = Settings(**{"token": TOKEN, **settings})
@@ -145,7 +145,7 @@ def serving(classifier: Any = None, batching: dict[str, Any] | None = None, **se
 
 
 class Gate:
-    """An encoder that waits while the gate is shut, and raises `error` where there is one."""
+    """An encoder that waits while the gate is shut, and raises `error` if set."""
 
     def __init__(self, classifier: Classifier) -> None:
         self._encoder = classifier.encoder

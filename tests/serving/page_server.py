@@ -1,4 +1,4 @@
-"""What the page's tests stand on: the real server around the demo's classifier, a browser, and a watch over both."""
+"""Shared by the tests of the page: a server, a browser, and a record of everything that goes wrong in it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.serving import http_client
 from tests.serving.http_client import TOKEN
 from tools.page_screenshot import ARGUMENTS, CHROMIUM, served
 
-# Whoever imports this module is skipped where something is missing; http_client has asked for the server's packages.
+# Modules that import this one are skipped without a browser.
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
 if not os.access(CHROMIUM, os.X_OK):
-    pytest.skip(f"no browser: {CHROMIUM} is not there (Debian's package chromium)", allow_module_level=True)
+    pytest.skip(f"no browser: {CHROMIUM} is missing (Debian's package chromium)", allow_module_level=True)
 
 NEWCOMER = "santa claus"
 
@@ -35,7 +35,7 @@ def file(image: np.ndarray | bytes, name: str = "picture.png", kind: str = "imag
 
 @dataclass
 class Site:
-    """A server that runs, and what it was made of."""
+    """A running server and its pictures."""
 
     address: str
     classifier: Classifier
@@ -45,7 +45,7 @@ class Site:
 
 @dataclass
 class Visit:
-    """A tab, everything that went wrong in it, and the statuses of answers that were refusals."""
+    """A tab, everything that went wrong in it, and the statuses of refusals."""
 
     page: Any
     site: Site
@@ -99,7 +99,7 @@ class Visit:
         assert words in self.text("#notice-live")
 
     def was_refused(self, *statuses: int) -> None:
-        """The server refused just this since it was asked last; all else counts as a problem in the end."""
+        """The server refused exactly this since the last call; any other refusal fails the test."""
         assert self.refusals == list(statuses)
         self.refusals.clear()
 
@@ -125,7 +125,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(site: Site, browser: Any, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """A fresh tab on the page; nothing may go wrong in it. Classes that the test adds are taken out again."""
+    """A new tab, in which nothing may go wrong. Classes that the test adds are removed afterwards."""
     before = {info.class_id for info in site.classifier.classes()}
     context = browser.new_context(**getattr(request, "param", {}))
     context.set_default_timeout(20_000)

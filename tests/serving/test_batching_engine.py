@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from PIL import Image
 from iosr_fast import Classifier
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.serving.batching import BatchingClassifier
+from tests.demo_cache import demo_bundle
 from tests.pictures import encode
-from tools.demo.bundle import held_out_queries, make_demo_bundle
+from tools.demo.bundle import held_out_queries
 
-pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+if find_spec("open_clip") is None:
+    pytest.skip("open_clip comes with the train extra", allow_module_level=True)
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
 CLASSES, SHOTS = 12, 3
@@ -23,10 +26,8 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def classifier(demo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("IOSR_FAST_CACHE", str(demo_cache))
-        return Classifier.load(make_demo_bundle(tmp_path_factory.mktemp("bundle"), CLASSES, SHOTS))
+def classifier() -> Classifier:
+    return Classifier.load(demo_bundle(CLASSES, SHOTS))
 
 
 def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) -> None:

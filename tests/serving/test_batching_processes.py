@@ -25,7 +25,10 @@ from tests.pictures import encode
 from tests.serving.batching_fakes import PATIENCE_S, SIZE, FakeClassifier, Gated, labels, picture, threads, until
 from tools.serving_load.hostile_images import FAIR, IMAGES
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are watched by /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are watched by /proc"),
+]
 
 LIMITS = DecodeLimits(8 << 20, 50_000_000)
 FOREVER = float("inf")

@@ -26,9 +26,12 @@ from tests.serving.http_client import (
     serving,
     wait_until,
 )
-from tests.serving.test_serving_process import started
+from tests.serving.http_process import started
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are watched by /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are watched by /proc"),
+]
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 LIMITS = Settings().decode_limits

@@ -13,6 +13,8 @@ from tests.serving.http_client import queries, serving
 from tools.serving_load.hostile import hostile_uploads
 from tools.serving_load.hostile_images import FAIR
 
+pytestmark = pytest.mark.slow
+
 UPLOADS = int(os.environ.get("FUZZ_UPLOADS", "300"))
 GROWTH_MB = 200  # decoders, their threads and the allocator's arenas, however many uploads there are
 

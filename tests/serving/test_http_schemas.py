@@ -18,6 +18,8 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
     status_code_conformance,
 )
 
+pytestmark = pytest.mark.slow
+
 CHECKS = [
     checks.not_a_server_error,
     status_code_conformance,

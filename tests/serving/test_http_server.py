@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
-import queue
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,66 +25,13 @@ from iosr_fast.serving.http import Settings
 from tests import ROOT
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
+from tests.serving.http_process import Process, started
 from tools.serving_load.hostile import hostile_bytes
+
+pytestmark = pytest.mark.slow
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 POST = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-
-
-class Process:
-    """`iosr-fast serve` with its log."""
-
-    def __init__(self, *options: str) -> None:
-        environment = {**os.environ, "IOSR_FAST_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "iosr_fast", "serve", str(bundle()), "--port", "0", *options]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.lines: list[dict[str, Any]] = []
-        self._fresh: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.port = int(self.wait_for("listening")["port"])
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
-        self.wait_for("ready")
-
-    def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            made = json.loads(line)  # every line is JSON, warnings of libraries included
-            self.lines.append(made)
-            self._fresh.put(made)
-
-    def wait_for(self, event: str) -> dict[str, Any]:
-        until = time.monotonic() + 60
-        while True:
-            line = self._fresh.get(timeout=max(0.01, until - time.monotonic()))
-            if line["event"] == event:
-                return line
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def exit_code(self) -> int:
-        code = self._process.wait(40)
-        self._reader.join(10)
-        return code
-
-    def kill(self) -> None:
-        self.client.close()
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait(10)
-
-
-@contextmanager
-def started(*options: str) -> Iterator[Process]:
-    process = Process(*options)
-    try:
-        yield process
-    finally:
-        process.kill()
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -132,20 +74,20 @@ def test_a_signal_lets_accepted_requests_finish_and_exits_with_0(tmp_path: Path)
         process.wait_for("stopping")
         held.sendall(GREY[50:])
         answer = read_all(held)
+        held.close()  # else the server waits for it
         assert answer.startswith(b"HTTP/1.1 200") and b'"predictions"' in answer
         assert process.exit_code() == 0
         assert process.lines[-1]["event"] == "stopped"
         assert TOKEN not in json.dumps(process.lines)
         with pytest.raises(ConnectionRefusedError):
             process.connect()
-    # The next one makes the change of the log again.
-    with started("--log", str(log), "--drain", "0") as process:
-        again = process.client.post("/v1/predict", content=GREY).json()
-        assert again["version"] == first["version"] == 2
-        assert again["predictions"][0]["logit"] == pytest.approx(first["predictions"][0]["logit"], abs=1e-4)
-        assert len(process.client.get("/v1/classes").json()["classes"]) == CLASSES + 1
-        process.signal(signal.SIGINT)
-        assert process.exit_code() == 0
+    # The log restores the change (a server that replays a log: the next test).
+    classifier = Classifier.load(bundle())
+    classifier.open_log(log)
+    (again,) = classifier.explain([GREY])
+    classifier.close_log()
+    assert again.version == first["version"] == 2 and len(classifier.classes_) == CLASSES + 1
+    assert again.logit == pytest.approx(first["predictions"][0]["logit"], abs=1e-4)
 
 
 def test_a_full_disk_stops_changes_and_nothing_else(tmp_path: Path) -> None:

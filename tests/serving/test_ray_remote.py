@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
 
@@ -31,9 +30,11 @@ from iosr_fast.serving.ray.messages import Facts, Reply, Source
 from iosr_fast.serving.ray.remote import MAX_DEATHS, MAX_REFUSALS, Remote
 from iosr_fast.serving.ray.replica import ClassifierReplica
 from iosr_fast.state.predictions import Prediction
+from iosr_fast.utils.command import command_app
 from tests.pictures import encode
 from tests.serving.http_client import CLASSES, Client, Gate, bundle, load, queries
-from tests.serving.ray_load import ROOT, error_of, save_broken, save_renamed
+from tests.serving.ray_load import error_of, save_broken, save_renamed
+from tools import serve_ray
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, 64, 2)
@@ -290,6 +291,5 @@ def test_an_application_is_built_or_says_why_not(tmp_path: Path) -> None:
         build_app(bundle(), Settings(token="a-token-for-tests-only"))
     with pytest.raises(FileNotFoundError, match=r"expected a folder with a manifest\.json"):
         build_app(tmp_path)
-    command = [sys.executable, str(ROOT / "tools" / "serve_ray.py"), "--bundle", str(save_broken(tmp_path / "broken"))]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2 and "does not match its manifest" in refused.stderr
+    refused = CliRunner().invoke(command_app(serve_ray.main), ["--bundle", str(save_broken(tmp_path / "broken"))])
+    assert refused.exit_code == 2 and "does not match its manifest" in refused.output

@@ -32,6 +32,8 @@ from tests.pictures import encode
 from tests.serving.http_client import bundle, form, httpx, queries
 from tests.serving.ray_load import ROOT, Load, error_of, save_renamed, served, wait_for
 
+pytestmark = pytest.mark.slow
+
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 SETTINGS = Settings(runtime="onnxruntime", max_batch=8)
 SCALE = Scale(min_replicas=2, max_replicas=3, target_ongoing_requests=100, cpus=0.5, health_period_s=1.0)
@@ -71,7 +73,6 @@ def truth() -> list[str]:
     return [str(label) for label in Classifier.load(bundle()).predict(queries())]
 
 
-@pytest.mark.slow
 def test_the_api_on_replicas(url: str, truth: list[str]) -> None:
     with httpx.Client(base_url=url, timeout=60) as client:
         files = [("images", (f"{i}.png", image, "image/png")) for i, image in enumerate(queries())]
@@ -94,7 +95,6 @@ def test_the_api_on_replicas(url: str, truth: list[str]) -> None:
         assert damaged.status_code == 422 and damaged.json()["predictions"][0]["error"]["code"] == "bad_image"
 
 
-@pytest.mark.slow
 def test_a_replica_killed_under_load_loses_nothing_and_comes_back(url: str, truth: list[str]) -> None:
     assert len(rollout.running()) == 2
     pictures = [Image.open(io.BytesIO(image)).resize((1500, 1500)) for image in queries()]
@@ -127,7 +127,6 @@ def test_a_replica_killed_under_load_loses_nothing_and_comes_back(url: str, trut
     assert all(label == truth[image] for image, label in under.labels())
 
 
-@pytest.mark.slow
 def test_a_bundle_is_rolled_out_under_load(url: str, truth: list[str], tmp_path: Path) -> None:
     new = save_renamed(tmp_path / "new", "new ")
     pids = {one.pid for one in rollout.running()}
@@ -144,7 +143,6 @@ def test_a_bundle_is_rolled_out_under_load(url: str, truth: list[str], tmp_path:
     assert all(label == f"new {truth[image]}" for image, label in labels[updated + len(under._threads) :])
 
 
-@pytest.mark.slow
 def test_a_bundle_that_can_not_be_loaded_changes_nothing(
     service: tuple[str, str], truth: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +172,6 @@ def test_a_bundle_that_can_not_be_loaded_changes_nothing(
     assert httpx.get(f"{url}/readyz").json() == {"status": "ok", "detail": ""}
 
 
-@pytest.mark.slow
 def test_other_settings_restart_replicas_and_lose_nothing(url: str, truth: list[str]) -> None:
     before = rollout.running()
     current = Path(before[0].source.bundle)

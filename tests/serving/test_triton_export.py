@@ -93,6 +93,7 @@ def bundle(demo: Demo) -> Path:
     return demo.bundle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_the_ensemble_says_what_the_classifier_says(name: str, demo: Demo, tmp_path: Path) -> None:
     classifier = demo.save(tmp_path / "bundle", **FITS[name])

@@ -1,11 +1,12 @@
-"""What Triton Inference Server does with a model repository, as far as a test needs it: read, refuse, execute.
+"""A small stand-in for Triton Inference Server: reads, checks and executes a model repository.
 
-It goes by config.pbtxt alone, so that a wrong name, dtype or dim fails as it would fail there. The rules are those of
+It relies on config.pbtxt only, so that a wrong name, dtype or dim fails as it would in Triton. The rules are those of
 Triton's ValidateModelConfig and ValidateEnsembleConfig, and of its onnxruntime backend.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
 DTYPES = {schema.TYPE_UINT8: np.uint8, schema.TYPE_FP32: np.float32}
+_SESSIONS: dict[bytes, ort.InferenceSession] = {}
 _OF_ORT = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
 
 
@@ -74,6 +76,15 @@ class Repository:
 
 
 def open_session(model: Path | bytes) -> ort.InferenceSession:
+    """A session of a model; one that was opened before from the same bytes, weights beside it included."""
+    contents = [model] if isinstance(model, bytes) else [path.read_bytes() for path in sorted(model.parent.iterdir())]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).digest()
+    if digest not in _SESSIONS:
+        _SESSIONS[digest] = _open_session(model)
+    return _SESSIONS[digest]
+
+
+def _open_session(model: Path | bytes) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1

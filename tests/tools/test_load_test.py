@@ -21,7 +21,7 @@ aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with the dev extr
 
 from tests.serving.http_client import CLASSES, bundle, load  # noqa: E402
 from tools import load_test  # noqa: E402
-from tools.serving_load import churn, measure, report  # noqa: E402
+from tools.serving_load import churn, fuzz, measure, report  # noqa: E402
 from tools.serving_load.client import (  # noqa: E402
     Answer,
     Arrivals,
@@ -48,7 +48,8 @@ RUN_KEYS = {
     "rss_mb_start",
     "rss_mb_end",
 }
-QUICK = ["--seconds", "2", "--capacity-seconds", "1", "--lone", "20"]
+SECONDS = 1
+QUICK = ["--seconds", str(SECONDS), "--capacity-seconds", "0.5", "--lone", "20"]
 
 
 def run_tool(path: Path, *options: str) -> tuple[Any, dict[str, Any]]:
@@ -60,7 +61,9 @@ def run_tool(path: Path, *options: str) -> tuple[Any, dict[str, Any]]:
     return done, json.loads(path.read_text())
 
 
-def test_every_request_is_counted_and_every_label_checked(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_every_request_is_counted_and_every_label_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_PAUSE_S", 0.1)
     done, made = run_tool(tmp_path / "load.json", *QUICK, "--churn", "--serve", "--decode-threads 1")
     assert done.exit_code == 0, done.output
     assert made["lone_ms"] > 0 and made["capacity_rps"] > 0 and made["capacity_wrong"] == 0
@@ -69,10 +72,10 @@ def test_every_request_is_counted_and_every_label_checked(tmp_path: Path) -> Non
     assert [run["load"] for run in made["runs"]] == [0.5, 0.8, 1.2]
     for run in [*made["runs"], made["churn"]]:
         assert set(run) >= RUN_KEYS and run["sent"] == run["ok"] + run["refused"] + run["errors"]
-        assert run["sent"] == max(1, round(run["load"] * made["capacity_rps"] * 2))
+        assert run["sent"] == max(1, round(run["load"] * made["capacity_rps"] * SECONDS))
         assert run["ok"] > 0 and run["wrong"] == 0
     changed = made["churn"]
-    assert changed["changes"] == 5 + 2 * churn.CHANGES_A_SECOND and changed["failed"] == 0, changed
+    assert changed["changes"] == 5 + SECONDS * churn.CHANGES_A_SECOND and changed["failed"] == 0, changed
     assert changed["last_version"] == 1 + changed["changes"] and changed["versions_seen"] > 1
     assert changed["torn"] == 0 and changed["answers_with_a_changed_class"] > 0
     assert changed["last_classes_as_told"] and changed["rebuilt"]
@@ -80,6 +83,7 @@ def test_every_request_is_counted_and_every_label_checked(tmp_path: Path) -> Non
     assert "capacity_rps" in done.output
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_an_error_and_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def killed(server: ServerProcess, *rest: Any) -> Any:
         asyncio.get_running_loop().call_later(0.3, os.kill, server.pid, signal.SIGKILL)
@@ -92,11 +96,26 @@ def test_a_server_that_dies_is_an_error_and_no_hang(tmp_path: Path, monkeypatch:
     assert made["lone_ms"] > 0 and made["runs"] == [] and "goals" not in made
 
 
+@pytest.mark.slow
+def test_hostile_uploads_are_counted(tmp_path: Path) -> None:
+    done, made = run_tool(tmp_path / "fuzz.json", "--fuzz", "33", "--seed", "7")
+    assert done.exit_code == 0, done.output
+    fuzzed = made["fuzz"]
+    assert fuzzed["uploads"] == sum(fuzzed["by_status"].values()) == 33 and len(fuzzed["by_status"]) > 2
+    assert (fuzzed["server_errors"], fuzzed["hangs"], fuzzed["log_errors"]) == (0, 0, []) and made["runs"] == []
+    assert fuzz._is_error("500", "bytes") and fuzz._is_error("504", "bytes")
+    assert not any(
+        (fuzz._is_error("503", "bytes"), fuzz._is_error("504", "no time"), fuzz._is_error("closed", "bytes"))
+    )
+
+
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(ServerDied, match=r"code 2(.|\n)*nothing-here"):
         ServerProcess(tmp_path / "nothing-here")
 
 
+@pytest.mark.slow
 def test_batches_over_http_are_compared_with_the_engine() -> None:
     queries = make_queries(load(), 8)
     with ServerProcess(bundle(), "--max-batch", "4") as server:
