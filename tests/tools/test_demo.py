@@ -100,14 +100,14 @@ def test_another_adapter_is_evaluated_on_the_demo(tmp_path: Path) -> None:
     words = ("--methods", "tip-adapter", "tip-adapter++", "--reducers", "none", "--shots", "2", "--seeds", "1")
     done = run(
         "tools/evaluate.py",
-        *("--data", "demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words),
+        *("demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(rows_file.read_text())
     assert {row["adapter"] for row in rows} == {"fresh.safetensors"}
     plain, adapted = (row["mean"] for row in rows if row["bench"] == "accuracy")
     assert plain == adapted
-    done = run("tools/evaluate.py", "--data", "demo", "--adapter", str(tmp_path / "none.safetensors"))
+    done = run("tools/evaluate.py", "demo", "--adapter", str(tmp_path / "none.safetensors"))
     assert done.returncode == 2 and "no adapter at" in done.stderr and "Traceback" not in done.stderr
 
 

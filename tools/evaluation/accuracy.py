@@ -11,14 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.tuning.tune import Tuned, tune
-from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.reducers import fit_reducer
+from iosr_fast.methods.tuning.tune import AUTO, Tuned, tune
+from iosr_fast.scoring.reducers import check_reducer
 from iosr_fast.scoring.score import score
 from tools.evaluation.tasks import Source, Task
 
-AUTO = "auto"
-Tune = Literal["validation", "loo"]
+TuneOn = Literal["validation", "loo"]
 TUNED_ON = {
     "validation": "validation images",
     "loo": "leave-one-out on the support set",
@@ -54,7 +52,7 @@ class Result:
         return label(self.method, self.reducer)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         return f"{self.name}, shots {self.shots}: {100 * self.mean:.1f} ± {100 * self.spread:.1f}"
 
     @property
@@ -75,17 +73,17 @@ class Result:
 
     @property
     def spread(self) -> float:
-        found = self.se if self.std is None else self.std
-        assert found is not None
-        return found
+        spread = self.se if self.std is None else self.std
+        assert spread is not None
+        return spread
 
     @property
     def protocol(self) -> str:
-        """What the parameters were chosen on (TUNED_ON); every draw of a row has the same."""
-        return "none" if self.method == "zero-shot" else self.draws[0].tuned.protocol
+        """A key of TUNED_ON; every draw of a row has the same."""
+        return self.draws[0].tuned.protocol if self.method == AUTO or METHODS[self.method].needs_support else "none"
 
     def row(self) -> dict[str, Any]:
-        """JSON-ready; what lies in lists has an entry a seed."""
+        """JSON-ready; a list has an entry a seed."""
         return {
             "bench": "accuracy",
             "data": self.source,
@@ -118,73 +116,61 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def choose_rows(methods: Sequence[str], reducers: Sequence[str], task: Task) -> tuple[list[tuple[str, str]], list[str]]:
-    """(method, reducer) of every row, and why methods were left out. "all" stands for every method and auto.
+def method_names(words: Sequence[str], groups: dict[str, Sequence[str]]) -> list[str]:
+    """The methods of --methods, each once; a word may be a group of them. Raises ValueError for an unknown name."""
+    names = list(dict.fromkeys(name for word in words for name in groups.get(word, (word,))))
+    if unknown := [name for name in names if name not in (AUTO, *METHODS)]:
+        raise ValueError(f"expected --methods of {', '.join([*groups, AUTO, *METHODS])}; got {', '.join(unknown)}")
+    return names
 
-    auto chooses its reducer, so that it has one row, with the reducer "auto"; zero-shot has none to choose.
 
-    Raises ValueError for an unknown method or reducer, or where the data allows none.
+def table_rows(names: Sequence[str], reducers: Sequence[str]) -> list[tuple[str, str]]:
+    """(method, reducer) of every row: auto chooses its reducer, a method without support images has none.
+
+    Raises ValueError for an unknown reducer.
     """
-    names = list(dict.fromkeys([*METHODS, AUTO] if "all" in methods else methods))
-    if unknown := [name for name in names if name != AUTO and name not in METHODS]:
-        raise ValueError(f"expected methods of all, {AUTO}, {', '.join(METHODS)}, got {', '.join(unknown)}")
     for reducer in reducers:
-        fit_reducer(reducer, task.support.embeddings.plain)
-    told = {name: unavailable_reason(name, task.support) for name in names if name != AUTO}
+        check_reducer(reducer)
     rows = [
         (name, reducer)
         for name in names
-        if told.get(name) is None
         for reducer in ([AUTO] if name == AUTO else reducers if METHODS[name].needs_support else ["none"])
     ]
-    left_out = [why for why in told.values() if why is not None]
-    if not rows:
-        raise ValueError(f"expected a method that the data allows, got none: {'; '.join(left_out)}")
-    return list(dict.fromkeys(rows)), left_out
+    return list(dict.fromkeys(rows))
 
 
-def default_tuning(task: Task, asked: Tune | None) -> Tune:
-    """`asked`, or validation where there is a validation set, or else leave-one-out."""
-    if asked == "validation" and task.validation is None:
-        raise ValueError("expected data with a validation set for --tune validation, got none; use --tune loo")
-    return asked or ("loo" if task.validation is None else "validation")
+def unavailable_methods(names: Sequence[str], task: Task) -> dict[str, str]:
+    """Why the task allows no plan, for each method that it does not allow."""
+    reasons = {name: unavailable_reason(name, task.support) for name in names if name != AUTO}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def choose(task: Task, method: str, reducer: str, tune_on: Tune) -> Tuned:
-    """Parameters by what the task has for fitting; "auto" sees the support set alone."""
-    if tune_on == "validation" and method != AUTO:
-        assert task.validation is not None
-        return tune(method, task.support, *task.validation, reducer=reducer)
-    return tune(method, task.support, reducer=reducer)
-
-
-def accuracy_of(plan: ScoringPlan, task: Task) -> float:
-    """The share of the task's queries whose label is the first of the highest logits."""
-    return float((score(plan, task.queries).argmax(1) == task.labels).mean())
-
-
-def evaluate_draw(task: Task, method: str, reducer: str, tune_on: Tune, seed: int) -> Draw:
-    tuned = choose(task, method, reducer, tune_on)
+def evaluate_draw(task: Task, method: str, reducer: str, tune_on: TuneOn, seed: int) -> Draw:
+    """Parameters by what the task has for fitting ("auto" sees the support set alone), then the accuracy on its test:
+    the share of queries whose label is the first of the highest logits."""
+    validated = tune_on == "validation" and method != AUTO
+    queries, labels = task.validation if validated and task.validation is not None else (None, None)
+    tuned = tune(method, task.support, queries, labels, reducer)
     started = time.perf_counter()
     plan = tuned.compile(task.support)
     fit_seconds = time.perf_counter() - started
-    return Draw(seed, accuracy_of(plan, task), len(task.queries), task.support.n_classes, tuned, fit_seconds)
+    accuracy = float((score(plan, task.queries).argmax(1) == task.labels).mean())
+    return Draw(seed, accuracy, len(task.queries), task.support.n_classes, tuned, fit_seconds)
 
 
 def evaluate(
     source: Source,
     rows: Iterable[tuple[str, str]],
-    tune_on: Tune,
-    report: Callable[[Result], None] | None = None,
+    tune_on: TuneOn,
+    report: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
-    """A Result for each (method, reducer) and number of shots; `report` is told of each as it comes."""
-    made = []
+    """A Result for each (method, reducer) and number of shots; `report` is called with each as soon as it is known."""
+    results = []
     for method, reducer in rows:
         for shots in source.shots:
             draws = tuple(
                 evaluate_draw(source.draw(shots, seed), method, reducer, tune_on, seed) for seed in source.seeds
             )
-            made.append(Result(source.name, method, reducer, shots, draws))
-            if report is not None:
-                report(made[-1])
-    return made
+            results.append(Result(source.name, method, reducer, shots, draws))
+            report(results[-1])
+    return results

@@ -1,6 +1,6 @@
-"""Where the adapter begins and how wide it is: accuracy, overlap and the encoder's cost for each choice.
+"""The adapter's first block and width: accuracy, overlap and the encoder's cost for each choice.
 
-The choice is made on the validation concepts; the test concepts are there to report. Both lots of parameters come from
+The choice is made on the validation concepts; the test concepts are only reported. Parameters on both come from
 leave-one-out on support sets.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from iosr_fast.clip.adapter import Adapter, check_belongs, init_adapter, load_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import Pictures
@@ -33,21 +32,21 @@ from tools.bench import harness
 from tools.bench.encoder import fused_flops
 from tools.evaluation.accuracy import evaluate
 from tools.evaluation.demo import encode
-from tools.evaluation.separation import separation_rows
-from tools.evaluation.table import percent
+from tools.evaluation.overlap import overlap_rows
+from tools.evaluation.table import OVERLAP, percent, print_table
 from tools.evaluation.tasks import POOL, Encoded, Source
 
 METHODS = ("tip-adapter++", "proker++")
 SCALE = 0.1
 BATCH = 64
 VALIDATION_SHOTS = 2
-MOST_COST = 1.35
-Say = Callable[[str], None]
+MAX_COST = 1.35
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One choice; None stands for no adapter at all."""
+    """One choice; None for no adapter."""
 
     first_adapted_block: int | None
     bottleneck: int | None
@@ -58,16 +57,16 @@ class Point:
 
 
 def get_adapter(
-    clip: LoadedClip, point: Point, folder: Path, epochs: int, pictures: Callable[[], PictureSource], say: Say
+    clip: LoadedClip, point: Point, folder: Path, epochs: int, pictures: Callable[[], PictureSource], report: Report
 ) -> Adapter:
-    """The file s{block}-b{width}.safetensors in `folder`, trained there where it is missing (as train_adapter.py does).
+    """The file s{block}-b{width}.safetensors in `folder`, trained there if it is missing (as train_adapter.py does).
 
     Raises ValueError for a file of another CLIP, start block, width or number of epochs.
     """
     assert point.first_adapted_block is not None and point.bottleneck is not None
     path = folder / f"{point.name}.safetensors"
     if not path.is_file():
-        say(f"{point.name}: training for {epochs} epochs")
+        report(f"{point.name}: training for {epochs} epochs")
         adapter = init_adapter(clip, point.first_adapted_block, point.bottleneck, SCALE)
         config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=4)
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,12 +75,13 @@ def get_adapter(
         shutil.rmtree(training)
     adapter = load_adapter(path)
     check_belongs(adapter, clip)
-    found = (adapter.config.first_adapted_block, adapter.config.bottleneck, adapter.config.training.get("epochs"))
-    wanted = (point.first_adapted_block, point.bottleneck, epochs)
-    if found != wanted:
+    written = adapter.config
+    actual = (written.first_adapted_block, written.bottleneck, written.training.get("epochs"))
+    if actual != (point.first_adapted_block, point.bottleneck, epochs):
         raise ValueError(
-            f"expected an adapter from block {wanted[0]} on, {wanted[1]} wide, of {wanted[2]} epochs in {path}, got "
-            f"{found[0]}, {found[1]}, {found[2]}; name another folder, or give --epochs {found[2]}"
+            f"expected an adapter from block {point.first_adapted_block} on, {point.bottleneck} wide, of {epochs} "
+            f"epochs in {path}, got {actual[0]}, {actual[1]}, {actual[2]}; name another folder, or give --epochs "
+            f"{actual[2]}"
         )
     return adapter
 
@@ -94,7 +94,7 @@ def sweep(
     shots: Sequence[int],
     seeds: Sequence[int],
     repeats: int,
-    say: Say,
+    report: Report,
 ) -> list[dict[str, Any]]:
     """A row for the plain encoder and one for each adapter, JSON-ready."""
     texts = [embed_classes(clip, pictures.names) for pictures in (test, validation)]
@@ -110,7 +110,8 @@ def sweep(
                 for pictures, text in zip((test, validation), texts, strict=True)
             ]
             rows.append({**_row(point, adapter), **_measured(point, *encoded, shots, seeds)})
-            say(f"{point.name}: {_said(rows[-1])}")
+            cells = [f"{method} {_cell(_on_validation(rows[-1], method))} on validation" for method in METHODS]
+            report(f"{point.name}: {', '.join(cells)}")
         costs = measure_cost(encoders, test.images[:BATCH], repeats)
     for row, name in zip(rows, encoders, strict=True):
         row |= {**costs[name], "cost_arithmetic": flops[name] / flops["plain"]}
@@ -130,7 +131,7 @@ def _measured(
     point: Point, test: Encoded, validation: Encoded, shots: Sequence[int], seeds: Sequence[int]
 ) -> dict[str, Any]:
     images = test.embeddings.plain if point.bottleneck is None else test.embeddings.adapted
-    found = separation_rows("demo", {point.name: images}, test.labels)[0]
+    overlap = overlap_rows("demo", {point.name: images}, test.labels)[0]
     methods = [name.removesuffix("++") if point.bottleneck is None else name for name in METHODS]
     return {
         "validation_accuracy": _accuracy(
@@ -138,7 +139,7 @@ def _measured(
         ),
         "test_accuracy": _accuracy("test", test, POOL, shots, seeds, methods),
         "tuned_on": "loo",
-        **{name: found[name] for name in ("overlap_area", "auroc", "feature_variance")},
+        **{name: overlap[name] for name in OVERLAP},
     }
 
 
@@ -151,36 +152,31 @@ def _accuracy(
         return encoded.task(k, pool, seed)
 
     source = Source(name, tuple(shots), tuple(seeds), draw, encoded.embeddings, encoded.labels)
-    made: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
+    cells: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
     for result in evaluate(source, [(method, "none") for method in methods], "loo"):
         row = result.row()
-        kept = ("mean", "std", "se", "accuracies", "test_images", "classes", "seeds", "parameters")
-        of_method = made[result.method if result.method in made else f"{result.method}++"]
-        of_method[str(result.shots)] = {"method": result.method, **{key: row[key] for key in kept}}
-    return made
+        fields = ("method", "mean", "std", "se", "accuracies", "test_images", "classes", "seeds", "parameters")
+        of_method = cells[result.method if result.method in cells else f"{result.method}++"]
+        of_method[str(result.shots)] = {key: row[key] for key in fields}
+    return cells
 
 
 def measure_cost(encoders: Mapping[str, Encoder], pixels: np.ndarray, repeats: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds an image, and the cost relative to the plain pass that was timed in the same round of all."""
+    """Milliseconds an image, and the cost relative to the plain pass that was timed in the same round."""
     runs = {name: (lambda encoder=encoder: encoder.encode(pixels)) for name, encoder in encoders.items()}
-    times = {name: np.array(taken) / len(pixels) for name, taken in harness.measure(runs, repeats).items()}
-    made = {}
-    for name, taken in times.items():
-        ratios = taken / times["plain"]
-        made[name] = {
-            "ms_per_image": round(float(np.median(taken)), 4),
-            "ms_per_image_spread": [round(float(np.percentile(taken, q)), 4) for q in (10, 90)],
-            "cost": round(float(np.median(ratios)), 4),
-            "cost_spread": [round(float(np.percentile(ratios, q)), 4) for q in (10, 90)],
-            "batch": len(pixels),
-            "threads": usable_threads(),
-        }
-    return made
+    times = {name: np.array(measured) / len(pixels) for name, measured in harness.measure(runs, repeats).items()}
+    costs: dict[str, dict[str, Any]] = {}
+    for name, measured in times.items():
+        costs[name] = {"batch": len(pixels), "threads": usable_threads()}
+        for key, values in (("ms_per_image", measured), ("cost", measured / times["plain"])):
+            costs[name][key] = round(float(np.median(values)), 4)
+            costs[name][f"{key}_spread"] = [round(float(np.percentile(values, q)), 4) for q in (10, 90)]
+    return costs
 
 
-def best(rows: Sequence[Mapping[str, Any]], method: str, most_cost: float = float("inf")) -> Mapping[str, Any] | None:
-    """The adapter of the highest validation accuracy within a cost; of equals the cheaper one. None: none is within."""
-    within = [row for row in rows if row["first_adapted_block"] is not None and row["cost"] <= most_cost]
+def best(rows: Sequence[Mapping[str, Any]], method: str, max_cost: float = float("inf")) -> Mapping[str, Any] | None:
+    """The adapter of the highest validation accuracy within a cost, of equals the cheaper one; None if none is."""
+    within = [row for row in rows if row["first_adapted_block"] is not None and row["cost"] <= max_cost]
     return max(within, key=lambda row: (_on_validation(row, method)["mean"], -row["cost"]), default=None)
 
 
@@ -192,54 +188,42 @@ def _cell(cell: Mapping[str, Any]) -> str:
     return percent(cell["mean"], cell["se"] if cell["std"] is None else cell["std"])
 
 
-def _said(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{method} {_cell(_on_validation(row, method))} on validation" for method in METHODS)
-
-
-def print_sweep(console: Console, rows: Sequence[Mapping[str, Any]], shots: Sequence[int]) -> None:
-    """The map, and the choices that validation makes of it."""
+def print_sweep(out: Console, rows: Sequence[Mapping[str, Any]], shots: Sequence[int]) -> None:
+    """The map, and the choices on validation."""
     cell = rows[0]["test_accuracy"][METHODS[0]][str(shots[0])]
-    console.print(
+    out.print(
         f"demo, a row an adapter: accuracy in % (± {'se' if cell['std'] is None else 'std over'} {len(cell['seeds'])} "
         f"seeds) on validation and on test concepts ({cell['classes'][0]}), overlap on the test concepts' pictures; "
         f"cost in plain passes, measured in batches of {rows[0]['batch']} and by arithmetic; 'plain' has no adapter "
         "and is scored by the methods without ++",
         soft_wrap=True,
     )
-    cost = Table("from block", "width", "ms/image", "cost", "p10..p90", "arithmetic", "overlap", "AUROC", "variance")
-    accuracy = Table("from block", "width", "cost")
-    for method in METHODS:
-        accuracy.add_column(f"{method}\nvalidation, {VALIDATION_SHOTS}", justify="right")
-        for k in shots:
-            accuracy.add_column(f"\ntest, {k}", justify="right")
+    costs, accuracies = [], []
     for row in rows:
         plain = row["first_adapted_block"] is None
         place = ("plain", "") if plain else (str(row["first_adapted_block"]), str(row["bottleneck"]))
-        cost.add_row(
-            *place,
-            *(f"{row['ms_per_image']:.2f}", f"{row['cost']:.2f}"),
-            "{:.2f}..{:.2f}".format(*row["cost_spread"]),
-            f"{row['cost_arithmetic']:.2f}",
-            *(f"{row[name]:.3f}" for name in ("overlap_area", "auroc", "feature_variance")),
-        )
+        cost = f"{row['cost']:.2f}"
+        spread = "{:.2f}..{:.2f}".format(*row["cost_spread"])
+        overlap = [f"{row[name]:.3f}" for name in OVERLAP]
+        costs.append([*place, f"{row['ms_per_image']:.2f}", cost, spread, f"{row['cost_arithmetic']:.2f}", *overlap])
         cells = []
         for method in METHODS:
             cells += [_on_validation(row, method), *(row["test_accuracy"][method][str(k)] for k in shots)]
-        accuracy.add_row(*place, f"{row['cost']:.2f}", *map(_cell, cells))
-    console.print(cost)
-    console.print(accuracy)
+        accuracies.append([*place, cost, *map(_cell, cells)])
+    heads = ["from block", "width", "ms/image", "cost", "p10..p90", "arithmetic", "overlap", "AUROC", "variance"]
+    print_table(out, heads, costs, left=len(heads))
+    heads = ["from block", "width", "cost"]
     for method in METHODS:
-        for told, most in ((f"within {MOST_COST} plain passes", MOST_COST), ("at any cost", float("inf"))):
-            chosen = best(rows, method, most)
-            where = (
-                "none"
-                if chosen is None
-                else (
-                    f"block {chosen['first_adapted_block']}, width {chosen['bottleneck']}: "
-                    f"{_cell(_on_validation(chosen, method))} at {chosen['cost']:.2f} passes"
-                )
-            )
-            console.print(f"  best on validation, {method}, {told}: {where}")
+        heads += [f"{method}\nvalidation, {VALIDATION_SHOTS}", *(f"\ntest, {k}" for k in shots)]
+    print_table(out, heads, accuracies, left=3)
+    for method in METHODS:
+        for limit, max_cost in ((f"within {MAX_COST} plain passes", MAX_COST), ("at any cost", float("inf"))):
+            chosen = best(rows, method, max_cost)
+            choice = "none"
+            if chosen is not None:
+                accuracy = f"{_cell(_on_validation(chosen, method))} at {chosen['cost']:.2f} passes"
+                choice = f"block {chosen['first_adapted_block']}, width {chosen['bottleneck']}: {accuracy}"
+            out.print(f"  best on validation, {method}, {limit}: {choice}")
 
 
 def run(
@@ -250,7 +234,7 @@ def run(
     shots: Sequence[int],
     seeds: Sequence[int],
     repeats: int,
-    say: Say,
+    report: Report,
 ) -> list[dict[str, Any]]:
     """The sweep on the demo's CLIP and held-out concepts."""
     from iosr_fast.clip.load import load_clip
@@ -262,5 +246,5 @@ def run(
     def pictures() -> PictureSource:
         return demo_pictures(clip.image_size)
 
-    adapters = {point: get_adapter(clip, point, folder, epochs, pictures, say) for point in points}
-    return sweep(clip, adapters, *held_out(), shots, seeds, repeats, say)
+    adapters = {point: get_adapter(clip, point, folder, epochs, pictures, report) for point in points}
+    return sweep(clip, adapters, *held_out(), shots, seeds, repeats, report)

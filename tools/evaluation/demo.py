@@ -1,4 +1,4 @@
-"""The demo's held-out concepts as sources: test and validation, with every style on both sides or a shift of styles."""
+"""The demo's held-out concepts as sources: test and validation, with all styles on both sides or a shift of styles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from tools.evaluation.tasks import POOL, SUPPORT_STYLES, Encoded, Source, Task, only, split_styles
 
 BATCH = 64
-# One hand drew both: a query in the one is hardly shifted where the other is in the support.
+# Styles by one designer: a query in one of them is hardly shifted if the other is in the support.
 SIBLINGS = (("noto", "noto-v1"), ("fluent", "fluent-flat"))
 Encode = Callable[[np.ndarray], Embeddings]
 
@@ -28,7 +28,7 @@ def held_out() -> tuple[Pictures, Pictures]:
 
 
 def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray | None = None) -> Encoded:
-    """Every picture, by `run` in batches, and its concepts' names (unless `text` has them already)."""
+    """Every picture, by `run` in batches, and the concepts' names (unless `text` is given)."""
     from iosr_fast.clip.prompts import embed_classes
 
     parts = [run(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // BATCH))]
@@ -41,7 +41,7 @@ def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray |
 
 
 def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:
-    """The dual encoder in PyTorch: nothing is exported."""
+    """The dual encoder in PyTorch, without an export."""
     import torch
 
     from iosr_fast.clip.fuse import build_dual_encoder
@@ -91,13 +91,13 @@ def shifted(
     splits = {
         seed: split_styles(encoded, most, seed, siblings=[group for group in siblings if group]) for seed in seeds
     }
-    kept = {seed: encoded.only(encoded.enough(most, split)) for seed, split in splits.items()}
+    subsets = {seed: encoded.only(encoded.enough(most, split)) for seed, split in splits.items()}
 
     def inside(k: int, seed: int) -> Task:
-        return kept[seed].task(k, POOL, seed)
+        return subsets[seed].task(k, POOL, seed)
 
     def across(k: int, seed: int) -> Task:
-        return kept[seed].shifted_task(k, splits[seed], seed)
+        return subsets[seed].shifted_task(k, splits[seed], seed)
 
     notes = []
     for seed in seeds:
@@ -106,7 +106,7 @@ def shifted(
             for side in (True, False)
         )
         notes.append(
-            f"seed {seed}: support from {support}; queries from {queries}: {len(kept[seed].text)} of "
+            f"seed {seed}: support from {support}; queries from {queries}: {len(subsets[seed].text)} of "
             f"{len(encoded.text)} concepts have the pictures, {len(across(most, seed).queries)} queries "
             f"(in-domain {len(inside(most, seed).queries)})"
         )

@@ -19,22 +19,22 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Source:
-    """A Source of one draw from an .npz file; all the shots that it holds where `shots` is None.
+    """A Source of one draw from an .npz file, with all its numbers of shots if `shots` is None.
 
-    support{k}_x (N, D) and _y (N,) for k shots, test_x and _y; where there are any: val_x and _y, text (C, D),
-    class_names (C,), tau (100 where left out), and adapted embeddings as _xa beside every _x that is used. Rows are
-    L2-normalised again, in float32.
+    support{k}_x (N, D) and _y (N,) for k shots, test_x and _y; optional: val_x and _y, text (C, D), class_names (C,),
+    tau (default 100), and adapted embeddings as _xa beside every _x that is used. Rows are L2-normalised again, in
+    float32.
 
-    Raises FileNotFoundError, and ValueError where an array is missing, has another shape, isn't finite, names no class.
+    Raises FileNotFoundError, and ValueError if an array is missing, has another shape, isn't finite or names no class.
     """
     path = Path(path)
     arrays = _load(path)
-    held = sorted({int(found[1]) for found in map(SUPPORT.fullmatch, arrays) if found})
-    if not held:
+    available = sorted({int(match[1]) for match in map(SUPPORT.fullmatch, arrays) if match})
+    if not available:
         raise ValueError(f"expected arrays support1_x, support1_y and so on in {path}, got {sorted(arrays)}")
-    wanted = tuple(dict.fromkeys(held if shots is None else shots))
-    if missing := [k for k in wanted if k not in held]:
-        raise ValueError(f"expected --shots out of {held}, which {path} holds, got {missing}")
+    wanted = tuple(dict.fromkeys(available if shots is None else shots))
+    if missing := [k for k in wanted if k not in available]:
+        raise ValueError(f"expected --shots out of {available}, which {path} holds, got {missing}")
     parts = [f"support{k}" for k in wanted] + ["test"] + (["val"] if "val_x" in arrays or "val_y" in arrays else [])
     text = _unit("text", arrays["text"]) if "text" in arrays else None
     width = _matrix("test_x", arrays).shape[1] if text is None else text.shape[1]
@@ -71,11 +71,11 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 
 def _has_adapted(arrays: Arrays, parts: Sequence[str]) -> bool:
-    found = [f"{part}_xa" for part in parts if f"{part}_xa" in arrays]
+    present = [f"{part}_xa" for part in parts if f"{part}_xa" in arrays]
     missing = [f"{part}_xa" for part in parts if f"{part}_xa" not in arrays]
-    if found and missing:
-        raise ValueError(f"expected adapted embeddings for every part or for none, got {found} without {missing}")
-    return bool(found)
+    if present and missing:
+        raise ValueError(f"expected adapted embeddings for every part or for none, got {present} without {missing}")
+    return bool(present)
 
 
 def _count_classes(arrays: Arrays, parts: Sequence[str], text: np.ndarray | None) -> int:

@@ -1,4 +1,4 @@
-"""Results as tables on the terminal and as JSON, CSV and Markdown files, one row a data set, method, reducer, shots."""
+"""Results as tables on the terminal and as JSON, CSV and Markdown files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,26 +17,58 @@ from iosr_fast.pipeline.tables import escaped
 from iosr_fast.utils.machine import package_version
 from tools.bench import harness
 from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
-from tools.evaluation.tasks import Source
+
+if TYPE_CHECKING:
+    from tools.evaluation.paper.published import Figure
 
 WIDTH = 150
+MEAN = "mean"
+OVERLAP = ("overlap_area", "auroc", "feature_variance")
 Row = Mapping[str, Any]
 
 
-class Named(Protocol):
-    """A Source, or whatever else has a data set's name."""
+@dataclass(frozen=True)
+class Sheet:
+    """One table, methods x shots: `notes` stand above it; `figures` are what was published for each of the results."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    results: tuple[Result, ...]
+    notes: tuple[str, ...]
+    figures: tuple[tuple[Figure, ...], ...] = ()
+
+    def lines(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows; a method with published figures has a second row with them and the difference in points."""
+        shots = sorted({result.shots for result in self.results})
+        rows: list[list[str]] = []
+        for name in dict.fromkeys((result.method, result.reducer) for result in self.results):
+            at = {r.shots: i for i, r in enumerate(self.results) if (r.method, r.reducer) == name}
+            cells = [self._cell(self.results[at[k]]) for k in shots]
+            rows.append([*name, *cells])
+            compared = [self.compared(at[k]) for k in shots]
+            if any(compared):
+                figures = [" / ".join(f"{f.value:.1f} ({points:+.1f})" for f, points in pairs) for pairs in compared]
+                rows.append(["  published", "", *(cell or "not at hand" for cell in figures)])
+        return ["method", "reducer", *(f"{k} shot{'' if k == 1 else 's'}" for k in shots)], rows
+
+    def compared(self, index: int) -> list[tuple[Figure, float]]:
+        """The published figures of a result, and by how many points the result exceeds each."""
+        mean = 100 * self.results[index].mean
+        return [(figure, mean - figure.value) for figure in (self.figures[index] if self.figures else ())]
+
+    def _cell(self, result: Result) -> str:
+        # A binomial standard error is that of one set's images: a mean over sets has none.
+        if self.name == MEAN and result.std is None:
+            return f"{100 * result.mean:.1f}"
+        return percent(result.mean, result.spread)
 
 
 def console() -> Console:
-    """As wide as the terminal; WIDTH where there is none."""
+    """As wide as the terminal; WIDTH without one."""
     return Console(width=None if Console().is_terminal else WIDTH)
 
 
 def facts(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """What a number needs to be believed."""
+    """The device, the versions and the commit, for every row."""
     names = ("iosr_fast", "numpy", *packages)
     return {
         "device": harness.cpu_description(),
@@ -44,87 +77,71 @@ def facts(packages: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def header(source: Named, results: Sequence[Result]) -> str:
-    """What the numbers of a table are: data, test images, classes, draws, the meaning of the spread, the tuning."""
+def header(name: str, results: Sequence[Result]) -> str:
+    """The meaning of a table's numbers: data, test images, classes, draws, the spread, the tuning."""
     draws = results[0].draws
-    images, classes = (_range([getattr(draw, name) for draw in draws]) for name in ("images", "classes"))
+    images, classes = (_range([getattr(draw, field) for draw in draws]) for field in ("images", "classes"))
     if len(draws) > 1:
-        what = f"mean ± standard deviation (std) over {len(draws)} seeds"
+        spread = f"mean ± standard deviation (std) over {len(draws)} seeds"
     else:
-        what = "one draw ± its binomial standard error (se)"
-    found = {result.protocol for result in results if result.method != AUTO}
+        spread = "one draw ± its binomial standard error (se)"
+    protocols = {result.protocol for result in results if result.method != AUTO} - {"none"}
     scored = max(result.draws[0].tuned.scored for result in results)
-    told = "; ".join(
-        f"{scored} {TUNED_ON[name]}" if name == "validation" else TUNED_ON[name]
-        for name in TUNED_ON
-        if name in found and name != "none"
-    )
+    texts = {**TUNED_ON, "validation": f"{scored} {TUNED_ON['validation']}"}
+    chosen = [text for name, text in texts.items() if name in protocols]
     if any(result.method == AUTO for result in results):
-        told += f"{'; ' if told else ''}{AUTO}: the support set alone"
+        chosen.append(f"{AUTO}: the support set alone")
     return (
-        f"{source.name}: accuracy in % on {images} test images of {classes} classes, {what}; "
-        f"parameters chosen on: {told or TUNED_ON['none']}"
+        f"{name}: accuracy in % on {images} test images of {classes} classes, {spread}; "
+        f"parameters chosen on: {'; '.join(chosen) or TUNED_ON['none']}"
     )
 
 
-def print_accuracy(console: Console, results: Sequence[tuple[Source, Sequence[Result]]]) -> None:
-    """Methods x shots; several sources of the same methods stand beside each other."""
-    for source, made in results:
-        console.print(header(source, made), soft_wrap=True)
-        for note in source.notes:
-            console.print(f"  {note}", soft_wrap=True)
-    several = len(results) > 1
-    table = Table("method", "reducer", "tuned on")
-    cells: dict[tuple[str, str], list[str]] = {}
-    protocols: dict[tuple[str, str], dict[str, None]] = {}
-    for source, made in results:
-        for shots in source.shots:
-            name = f"{shots} shot{'' if shots == 1 else 's'}"
-            table.add_column(f"{name}\n{source.name}" if several else name, justify="right")
-            for result in made:
-                if result.shots == shots:
-                    key = (result.method, result.reducer)
-                    cells.setdefault(key, []).append(percent(result.mean, result.spread))
-                    protocols.setdefault(key, {})[result.protocol] = None
-    for key, row in cells.items():
-        table.add_row(*key, " / ".join(protocols[key]), *row)
-    console.print(table)
+def print_table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
+    """The first `left` columns are flush left, the others right."""
+    table = Table()
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
-def print_parameters(console: Console, results: Sequence[Result]) -> None:
-    """What was chosen and how long it took; where there are several seeds each has its value."""
-    table = Table("method", "reducer", "data", "shots", "parameters", "tuned to %", "tune s", "fit s")
+def print_sheets(out: Console, sheets: Sequence[Sheet], footer: Sequence[str] = ()) -> None:
+    for sheet in sheets:
+        for note in sheet.notes:
+            out.print(note, soft_wrap=True)
+        print_table(out, *sheet.lines(), left=2)
+    for line in footer:
+        out.print(line, soft_wrap=True)
+
+
+def print_parameters(out: Console, results: Sequence[Result]) -> None:
+    """The chosen parameters and the time it took; with several seeds each has its value."""
+    rows = []
     for result in results:
         row = result.row()
-        table.add_row(
-            result.method,
-            result.reducer,
-            result.source,
-            str(result.shots),
-            parameters_of(row),
-            " | ".join("-" if value is None else f"{100 * value:.1f}" for value in row["tuned_accuracy"]),
-            *(f"{sum(row[name]) / len(row[name]):.2f}" for name in ("tune_seconds", "fit_seconds")),
-        )
-    console.print(table)
+        tuned = " | ".join("-" if value is None else f"{100 * value:.1f}" for value in row["tuned_accuracy"])
+        seconds = [f"{sum(row[name]) / len(row[name]):.2f}" for name in ("tune_seconds", "fit_seconds")]
+        shots = str(result.shots)
+        cells = (result.method, result.reducer, result.source, shots, row["tuned_on"], parameters_of(row), tuned)
+        rows.append([*cells, *seconds])
+    heads = ("method", "reducer", "data", "shots", "tuned on", "parameters", "tuned to %", "tune s", "fit s")
+    print_table(out, heads, rows, left=len(heads))
 
 
-def print_overlap(console: Console, rows: Sequence[Row]) -> None:
+def print_overlap(out: Console, rows: Sequence[Row]) -> None:
     first = rows[0]
-    console.print(
+    out.print(
         f"{first['data']}: cosines of all pairs of {first['images']} images of {first['classes']} classes; reducers "
         "fitted on the support set"
     )
-    table = Table("embeddings", "overlap area", "AUROC", "feature variance")
-    for row in rows:
-        table.add_row(row["embeddings"], *(f"{row[name]:.3f}" for name in OVERLAP))
-    console.print(table)
-
-
-OVERLAP = ("overlap_area", "auroc", "feature_variance")
+    cells = [[row["embeddings"], *(f"{row[name]:.3f}" for name in OVERLAP)] for row in rows]
+    print_table(out, ("embeddings", "overlap area", "AUROC", "feature variance"), cells, left=4)
 
 
 def parameters_of(row: Row) -> str:
-    """alpha 10.6, beta 5.8; of several seeds: alpha 10.6 | 12.1, beta 5.8 | 7.4; auto names what it chose as well."""
+    """alpha 10.6, beta 5.8; of several seeds: alpha 10.6 | 12.1, beta 5.8 | 7.4; for auto with the chosen method."""
     names = dict.fromkeys(name for chosen in row["parameters"] for name in chosen)
     values = [
         f"{name} {' | '.join(f'{chosen[name]:.3g}' if name in chosen else '-' for chosen in row['parameters'])}"
@@ -135,6 +152,18 @@ def parameters_of(row: Row) -> str:
 
 def percent(mean: float, spread: float) -> str:
     return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+
+
+def rows_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
+    """One row a data set, method, reducer and shots, JSON-ready, with the published figures where there may be any."""
+    rows = []
+    for sheet in sheets:
+        for i, result in enumerate(sheet.results if sheet.name != MEAN else ()):
+            row = result.row()
+            if sheet.figures:
+                row["published"] = [{**vars(f), "difference": round(points, 3)} for f, points in sheet.compared(i)]
+            rows.append(row)
+    return rows
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
@@ -148,57 +177,34 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: _cell(v) for k, v in row.items()})
+            writer.writerow({name: _csv_cell(value) for name, value in row.items()})
 
 
-def _cell(value: Any) -> Any:
+def _csv_cell(value: Any) -> Any:
     if isinstance(value, str):
         return escaped(value)
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-MARKDOWN = (
-    *("data", "method", "reducer", "shots", "accuracy", "spread", "test images", "classes", "seeds", "tuned on"),
-    *("tuned to", "parameters", "tune s", "fit s"),
-)
-
-
-def write_markdown(path: Path, rows: Sequence[Row]) -> None:
-    """Accuracy, and overlap where there is any, each as one table; what all rows share stands above."""
-    versions = ", ".join(f"{name} {found}" for name, found in rows[0]["versions"].items())
-    lines = [f"{rows[0]['device']}; {versions}; {rows[0]['commit']}", ""]
-    lines += markdown(MARKDOWN, [_cells(row) for row in rows if row["bench"] == "accuracy"])
+def write_markdown(
+    path: Path, sheets: Sequence[Sheet], rows: Sequence[Row], common: Row, footer: Sequence[str] = ()
+) -> None:
+    """The tables as they are printed; of `rows` those of overlap, if there are any."""
+    settings = {name: value for name, value in common.items() if name not in ("device", "versions", "commit")}
+    described = "; ".join(f"{name} {value}" for name, value in {**settings, **common["versions"]}.items())
+    text = [f"{common['device']}; {described}; {common['commit']}"]
+    for sheet in sheets:
+        text += ["", f"## {sheet.name}", "", *sheet.notes, "", *_markdown(*sheet.lines())]
     overlap = [row for row in rows if row["bench"] == "overlap"]
     if overlap:
-        cells = [
-            [row["data"], row["embeddings"], *(f"{row[name]:.4f}" for name in OVERLAP), str(row["images"])]
-            for row in overlap
-        ]
-        lines += [
-            "",
-            *markdown(("data", "embeddings", *(name.replace("_", " ") for name in OVERLAP), "images"), cells),
-        ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        cells = [[row["embeddings"], *(f"{row[name]:.4f}" for name in OVERLAP), str(row["images"])] for row in overlap]
+        heads = ("embeddings", *(name.replace("_", " ") for name in OVERLAP), "images")
+        text += ["", f"## {overlap[0]['data']}, overlap", "", *_markdown(heads, cells)]
+    text += ["", *(f"- {line}" for line in footer)] if footer else []
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
-def _cells(row: Row) -> list[str]:
-    spread = f"std {row['std']:.4f}" if row["se"] is None else f"se {row['se']:.4f}"
-    accuracies = ["-" if value is None else f"{value:.4f}" for value in row["tuned_accuracy"]]
-    return [
-        *(str(row[name]) for name in ("data", "method", "reducer", "shots")),
-        f"{row['mean']:.4f}",
-        spread,
-        *(_range(row[name]) for name in ("test_images", "classes")),
-        " ".join(map(str, row["seeds"])),
-        row["tuned_on"],
-        " ".join(accuracies),
-        parameters_of(row).replace("|", "/"),
-        *(f"{sum(row[name]) / len(row[name]):.2f}" for name in ("tune_seconds", "fit_seconds")),
-    ]
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table's lines."""
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 

@@ -1,4 +1,4 @@
-"""Few-shot tasks: what a method may see, what it is then asked, and how encoded pictures are drawn into both."""
+"""Few-shot tasks: support, queries and validation images, and how encoded pictures are drawn into them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 
-# Pictures of a concept that support sets are drawn from: the others are queries, the same for every number of shots.
+# Pictures of a concept that support sets are drawn from; the others are queries, the same for every number of shots.
 POOL = 4
 SUPPORT_STYLES = 4
-# A split of the styles has to leave this share of the concepts enough pictures on both sides.
-KEPT = 0.75
+# The share of the concepts that must have enough pictures on both sides of a split of the styles.
+MIN_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Task:
-    """`support`, and `validation` (embeddings, labels) where there is one, are for fitting; the rest is the test."""
+    """`support` and, if any, `validation` (embeddings, labels) are for fitting; the rest is the test."""
 
     support: SupportSet
     queries: Embeddings
@@ -33,7 +33,7 @@ class Task:
 class Source:
     """A data set as tasks: `draw(shots, seed)` for each of `shots` and `seeds`.
 
-    `images` and `image_labels` are what overlap is measured on; `notes` what a reader of its numbers has to know.
+    `images` and `image_labels` are for the measure of overlap; `notes` stand above its table.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Encoded:
     styles: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def task(self, shots: int, pool: int, seed: int) -> Task:
-        """Of each concept `pool` pictures are set apart, `shots` of them the support; all others are queries."""
+        """Of each concept `pool` pictures are set apart, `shots` of them as support; all others are queries."""
         if not 1 <= shots <= pool:
             raise ValueError(f"expected shots from 1 to {pool}, the pictures of a concept set apart, got {shots}")
         rng = np.random.default_rng(seed)
@@ -91,8 +91,8 @@ class Encoded:
 
     def _task(self, support: list[np.ndarray], queries: list[np.ndarray]) -> Task:
         s, q = np.concatenate(support), np.concatenate(queries)
-        made = make_support_set(self.embeddings[s], self.labels[s], self.text, self.tau)
-        return Task(made, self.embeddings[q], self.labels[q])
+        support_set = make_support_set(self.embeddings[s], self.labels[s], self.text, self.tau)
+        return Task(support_set, self.embeddings[q], self.labels[q])
 
 
 def split_styles(
@@ -100,8 +100,9 @@ def split_styles(
 ) -> np.ndarray:
     """(styles,) bool, which styles the support comes from. Seeds 0, 1, ... go through the possible splits, shuffled.
 
-    Possible are those that separate none of the `siblings` (groups of styles drawn by one hand: between those there is
-    no shift) and leave KEPT of the concepts `shots` support pictures and a query; or, where none does, most concepts.
+    A split is possible if it separates none of the `siblings` (groups of styles by one designer: between them there is
+    no shift) and leaves MIN_SHARE of the concepts `shots` support pictures and a query; if no split does, those that
+    leave most concepts.
     """
     n_styles = int(encoded.styles.max(initial=-1)) + 1
     if not 1 <= n_support < n_styles:
@@ -111,10 +112,10 @@ def split_styles(
     left = np.array([int(encoded.enough(shots, split).sum()) for split in splits])
     if not left.any():
         raise ValueError(
-            f"expected concepts with {shots} pictures in {n_support} styles and one in another, found none; "
+            f"expected concepts with {shots} pictures in {n_support} styles and one in another, got none; "
             "use fewer shots"
         )
-    possible = np.flatnonzero(left >= min(KEPT * len(encoded.text), left.max()))
+    possible = np.flatnonzero(left >= min(MIN_SHARE * len(encoded.text), left.max()))
     shuffled = np.random.default_rng(0).permutation(possible)
     return splits[shuffled[seed % len(shuffled)]]
 

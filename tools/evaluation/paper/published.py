@@ -1,4 +1,4 @@
-"""Figures that papers published, each with its source, and which of them a result may be compared with."""
+"""Published figures, each with its source, and which of them a result may be compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 SHIPPED = Path(__file__).parent / "published.json"
 SCHEMA = 1
-NO_SHOTS = 0  # what zero-shot figures are filed under
+NO_SHOTS = 0  # the key of zero-shot figures
 # The paper whose experiments these are.
 ARXIV = "2409.11338"
 PAPER = f"Kravets & Namboodiri, BMVC 2024 (arXiv {ARXIV})"
@@ -18,7 +18,7 @@ PAPER = f"Kravets & Namboodiri, BMVC 2024 (arXiv {ARXIV})"
 
 @dataclass(frozen=True)
 class Figure:
-    """An accuracy in percent. `note` says what is known to differ from the protocol here."""
+    """An accuracy in percent. `note` names known differences from the protocol here."""
 
     value: float
     paper: str
@@ -27,20 +27,20 @@ class Figure:
     note: str = ""
 
 
-# (data set, method, backbone, pretrained tag, shots) -> figures, more than one where sources disagree.
+# (data set, method, backbone, pretrained tag, shots) -> figures, several if sources disagree.
 Key = tuple[str, str, str, str, int]
 Published = Mapping[Key, tuple[Figure, ...]]
 
 
 def read_published(paths: Iterable[Path] = ()) -> Published:
-    """The figures that ship, and those of `paths`, which have the same form:
+    """The shipped figures, and those of `paths`, which have the same form:
 
         {"schema": 1, "sources": [{"paper": ..., "url": ..., "where": ..., "note": ..., "backbone": "RN50",
          "pretrained": "openai", "figures": {data set: {method: {shots: accuracy in percent}}}}]}
 
     Raises FileNotFoundError, and ValueError naming the file and what is wrong in it.
     """
-    found: dict[Key, tuple[Figure, ...]] = {}
+    published: dict[Key, tuple[Figure, ...]] = {}
     for path in (SHIPPED, *paths):
         if not path.is_file():
             raise FileNotFoundError(f"no file of published figures at {path}")
@@ -50,11 +50,11 @@ def read_published(paths: Iterable[Path] = ()) -> Published:
                 raise ValueError(f"expected schema {SCHEMA}, got {whole['schema']}")
             for source in whole["sources"]:
                 for key, figure in _figures(source):
-                    found[key] = (*found.get(key, ()), figure)
+                    published[key] = (*published.get(key, ()), figure)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is not a file of published figures: {reason}") from error
-    return found
+    return published
 
 
 def _figures(source: dict[str, Any]) -> Iterable[tuple[Key, Figure]]:
@@ -77,7 +77,7 @@ def _figures(source: dict[str, Any]) -> Iterable[tuple[Key, Figure]]:
 
 
 def backbone(model: str) -> str:
-    """ViT-B-16 for ViT-B/16 and for ViT-B-16-quickgelu: OpenAI's weights have QuickGELU in any case."""
+    """ViT-B-16 for ViT-B/16 and for ViT-B-16-quickgelu: OpenAI's weights always have QuickGELU."""
     return model.replace("/", "-").removesuffix("-quickgelu")
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.methods.tuning.tune import Tuned
-from iosr_fast.utils.files import new_file
-from iosr_fast.utils.temporaries import remove_leftovers
+from iosr_fast.utils.files import new_file, remove_leftovers
 from tools.evaluation.accuracy import Draw, finite
 
-VERSION = 1  # goes up when the protocol changes: the same facts would give another number
+VERSION = 1  # raise it when the protocol changes: the same facts would give another number
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,53 +42,46 @@ def digest(facts: Any) -> str:
 
 
 class Cells:
-    """A folder of cells. `tell` is told of damaged ones."""
+    """A folder of cells. `report` gets a message for each damaged one."""
 
-    def __init__(self, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
-        self.folder, self.tell = folder, tell
+    def __init__(self, folder: Path, report: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.report = folder, report
         remove_leftovers(folder, of=r"[0-9a-f]{32}\.json")
 
     def path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.key[:32]}.json"
 
     def read(self, cell: Cell) -> Draw | None:
-        """What the cell's run found; None where it has not run. A damaged file is told and removed, and None."""
+        """The cell's result; None if it has not run. A damaged file is reported and removed, and gives None."""
         path = self.path(cell)
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
-            found = whole["found"]
-            if whole["sha256"] != digest(found) or whole["cell"] != cell.named or whole["key"] != cell.key:
+            result = whole["found"]
+            if whole["sha256"] != digest(result) or whole["cell"] != cell.named or whole["key"] != cell.key:
                 raise ValueError("its contents are not what was written")
-            tuned = dict(found["tuned"])
+            tuned = dict(result["tuned"])
             tuned["accuracy"] = math.nan if tuned["accuracy"] is None else tuned["accuracy"]
-            drawn = {name: found[name] for name in ("accuracy", "images", "classes", "fit_seconds")}
-            return Draw(seed=cell.seed, tuned=Tuned(**tuned), **drawn)
+            numbers = {name: result[name] for name in ("accuracy", "images", "classes", "fit_seconds")}
+            return Draw(seed=cell.seed, tuned=Tuned(**tuned), **numbers)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            self.tell(f"cell {path.name} is damaged and is computed again: {error}")
+            self.report(f"cell {path.name} is damaged and is computed again: {error}")
             path.unlink(missing_ok=True)  # another run on the same folder may have removed it
             return None
 
     def write(self, cell: Cell, draw: Draw) -> None:
-        """Whole or not at all."""
+        """The whole file or none."""
         tuned = {name: getattr(draw.tuned, name) for name in ("method", "reducer", "parameters", "scored", "protocol")}
         tuned |= {"accuracy": finite(draw.tuned.accuracy), "seconds": draw.tuned.seconds}
-        found = {
-            "accuracy": draw.accuracy,
-            "images": draw.images,
-            "classes": draw.classes,
-            "fit_seconds": draw.fit_seconds,
-            "tuned": tuned,
-        }
-        write_json(
-            self.path(cell),
-            {"cell": cell.named, "key": cell.key, "depends_on": cell.facts, "found": found, "sha256": digest(found)},
-        )
+        result = {name: getattr(draw, name) for name in ("accuracy", "images", "classes", "fit_seconds")}
+        result["tuned"] = tuned
+        whole = {"cell": cell.named, "key": cell.key, "depends_on": cell.facts}
+        write_json(self.path(cell), {**whole, "found": result, "sha256": digest(result)})
 
 
-def write_json(path: Path, made: Any) -> None:
-    """Write to a file beside it first, then take its place: a kill leaves the old file or the new one."""
+def write_json(path: Path, content: Any) -> None:
+    """Write a temporary file and rename it: an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as temporary:
-        temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

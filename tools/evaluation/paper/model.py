@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +19,13 @@ PRECISION = "fp32"
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """`adapter` is the fingerprint of the one in use, None where there is none; `engine` that of the image encoder."""
+    """`adapter` is the fingerprint of the adapter in use, None without one; `engine` that of the image encoder.
+    `source` is the arguments of load_model."""
 
     clip: LoadedClip
     adapter: str | None
     engine: str
-    given: tuple[str, str | Path | None, str | Path | None, str]
+    source: tuple[str, str | Path | None, str | Path | None, str]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -42,55 +42,35 @@ class Model:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """A compiled engine, built once and kept (offline.pretrained); eager PyTorch for what has no transformer.
+        """A compiled engine, built once and cached (export.pretrained); eager PyTorch for a CLIP without transformer.
 
-        Raises ValueError where files have changed since this was made: embeddings would be filed under wrong names.
+        Raises ValueError if files have changed since load_model: embeddings would be filed under wrong names.
         """
         from iosr_fast.export.pretrained import open_pretrained
 
-        name, pretrained, adapter, runtime = self.given
+        name, pretrained, adapter, runtime = self.source
         if not has_transformer(self.clip):
             return EagerEncoder(self.clip)
-        opened = open_pretrained(name, pretrained, adapter, faster(runtime), PRECISION, None).encoder
-        if opened.fingerprint != self.engine:
+        encoder = open_pretrained(name, pretrained, adapter, runtime, PRECISION, None).encoder
+        if encoder.fingerprint != self.engine:
             raise ValueError(f"{pretrained or name} or {adapter} has changed since this run began; begin again")
-        return opened
-
-    def embed_text(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """(C, D) float32, L2-normalised."""
-        from iosr_fast.clip.prompts import embed_classes
-
-        return embed_classes(self.clip, names, templates)
+        return encoder
 
 
 def load_model(name: str, pretrained: str | Path | None, adapter: str | Path | None, runtime: str = "auto") -> Model:
-    """Load a CLIP and look at its adapter. Raises ValueError for an adapter of another CLIP, or where none can be."""
+    """Load a CLIP and look at its adapter. Raises ValueError for an adapter of another CLIP, or one that can't be."""
     from iosr_fast.clip.load import load_clip
-    from iosr_fast.encoders.runtimes import choose_runtime
     from iosr_fast.export.export import engine_fingerprint
     from iosr_fast.export.pretrained import choose_adapter
 
-    if runtime != "auto":
-        choose_runtime(runtime)
     clip = load_clip(name, pretrained)
     loaded = choose_adapter(clip, adapter)
     engine = engine_fingerprint(clip, loaded, PRECISION) if has_transformer(clip) else clip.fingerprint
     return Model(clip, None if loaded is None else loaded.fingerprint(), engine, (name, pretrained, adapter, runtime))
 
 
-def faster(runtime: str) -> str:
-    """For "auto", PyTorch where it has a GPU that no TensorRT was installed for: ONNX Runtime here is for the CPU."""
-    import torch
-
-    from iosr_fast.encoders.runtimes import choose_runtime
-
-    if runtime == "auto" and torch.cuda.is_available() and choose_runtime("auto") == "onnxruntime":
-        return "torch"
-    return runtime
-
-
 def has_transformer(clip: LoadedClip) -> bool:
-    """Whether the dual encoder can be built: ResNets (RN50, of which most published figures are) have none."""
+    """Whether the dual encoder can be built: ResNets (RN50, of which most published figures are) have no blocks."""
     from iosr_fast.clip.adapter import vision_blocks
 
     try:
@@ -101,7 +81,7 @@ def has_transformer(clip: LoadedClip) -> bool:
 
 
 class EagerEncoder(Encoder):
-    """open_clip's own image encoder in PyTorch, plain embeddings alone; on the GPU where PyTorch sees one."""
+    """open_clip's own image encoder in PyTorch, plain embeddings only; on the GPU if PyTorch has one."""
 
     runtime, adapted = "torch", False
 

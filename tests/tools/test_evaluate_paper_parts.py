@@ -1,0 +1,502 @@
+"""tools/evaluation/paper: keys of embeddings and cells, problems, damage, published figures and the tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch comes with the train extra")
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.training.data.evaluation_sets import EvaluationSet
+from iosr_fast.utils.temporaries import claimed
+from tests import ROOT
+from tests.tools.paper_sets import CLASSES, Pictures, model, tiny, wanted, without, write_dtd
+from tools.evaluation import table
+from tools.evaluation.accuracy import Draw, Result
+from tools.evaluation.paper import cells, problems, published, report, run, store
+from tools.evaluation.paper.command import check_out
+from tools.evaluation.paper.model import Model
+from tools.evaluation.paper.problems import Problem, pose
+from tools.evaluation.paper.run import Views, plan
+from tools.evaluation.paper.store import Store, Wanted
+
+CHANGES: dict[str, Callable[[], tuple[Model, Wanted]]] = {
+    "clip": lambda: (model(fingerprint="another"), wanted()),
+    "size": lambda: (model(image_size=96), wanted()),
+    "adapter": lambda: (model("another"), wanted()),
+    "engine": lambda: (model(engine="another"), wanted()),
+    "no adapter": lambda: (model(None), wanted()),
+    "set": lambda: (model(), wanted(data=replace(tiny(), fingerprint="another"))),
+    "split": lambda: (model(), wanted(split="test")),
+    "rows": lambda: (model(), wanted(rows=np.array([0, 1, 2, 3, 4, 6]))),
+    "order of rows": lambda: (model(), wanted(rows=np.array([1, 0, 2, 3, 4, 5]))),
+    "views": lambda: (model(), wanted(views=4)),
+    "one view": lambda: (model(), wanted(views=1)),
+    "mirror": lambda: (model(), wanted(mirror=False)),
+    "seed": lambda: (model(), wanted(seed=2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_ingredient_is_in_the_key_of_embeddings(change: str, tmp_path: Path) -> None:
+    changed, images = CHANGES[change]()
+    assert Store(tmp_path, model()).keys(wanted()) == Store(tmp_path, model()).keys(wanted())
+    assert Store(tmp_path, changed).keys(images) != Store(tmp_path, model()).keys(wanted())
+
+
+@pytest.mark.parametrize("name", ["store.VERSION", "model.PRECISION"])
+def test_so_are_the_format_and_the_precision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Store(tmp_path, model()).keys(wanted())
+    monkeypatch.setattr(f"tools.evaluation.paper.{name}", "another")
+    assert Store(tmp_path, model()).keys(wanted()) != before
+
+
+def test_one_view_is_the_same_for_every_seed_and_views_are_the_same_for_every_adapter(tmp_path: Path) -> None:
+    keys = Store(tmp_path, model()).keys
+    assert keys(wanted(views=1, seed=1)) == keys(wanted(views=1, seed=2, mirror=False))
+    assert wanted().generator().random() == wanted().generator().random() != wanted(seed=2).generator().random()
+
+
+def test_text_embeddings_depend_on_clip_names_and_templates(tmp_path: Path) -> None:
+    key = Store(tmp_path, model()).text_key(tiny())
+    assert key == Store(tmp_path, model("another adapter")).text_key(replace(tiny(), fingerprint="other pictures"))
+    assert key != Store(tmp_path, model(fingerprint="another")).text_key(tiny())
+    for changed in (replace(tiny(), templates=["{}"]), replace(tiny(), class_names=list("abcde"))):
+        assert key != Store(tmp_path, model()).text_key(changed)
+
+
+def test_parts_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More images than a part holds: what an earlier part has is kept, and the whole is in order."""
+    monkeypatch.setattr(store, "PART", 4)
+
+    def encode(part: Wanted, *_: Any) -> Embeddings:
+        if 9 in part.rows:
+            raise ValueError("killed here")
+        rows = np.repeat(part.rows[:, None], 2, axis=1).astype(np.float32)
+        return Embeddings(rows, rows + 0.5)
+
+    monkeypatch.setattr(store, "encode", encode)
+    images = wanted(rows=np.arange(11))
+    with pytest.raises(ValueError, match="killed here"):
+        Store(tmp_path, model()).embeddings(images)
+    assert len(list(tmp_path.iterdir())) == 2 and Store(tmp_path, model()).missing(images) == 3
+    monkeypatch.setattr(store, "encode", lambda part, *_: Embeddings(np.full((3, 2), 7.0), np.full((3, 2), 7.0)))
+    embeddings = Store(tmp_path, model()).embeddings(images)
+    np.testing.assert_array_equal(embeddings.plain[:, 0], [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7])
+    np.testing.assert_array_equal(embeddings.adapted[:, 1], [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 7, 7, 7])
+
+
+def damage_tensor(folder: Path) -> None:
+    content = (folder / store.FILE).read_bytes()
+    (folder / store.FILE).write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
+
+
+def lose_tensor(folder: Path) -> None:
+    (folder / store.FILE).unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"schema": 1')
+
+
+def put_another(folder: Path) -> None:
+    other = next(path for path in folder.parent.iterdir() if path != folder)
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+@pytest.mark.parametrize("damage", [damage_tensor, lose_tensor, cut_manifest, put_another])
+@pytest.mark.parametrize("part", ["tiny-test-*", "tiny-text-*"])
+def test_damaged_embeddings_are_named_and_made_again(
+    damage: Callable[[Path], None], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+
+    def encode(part: Wanted, *_: Any) -> Embeddings:
+        encoded.append(part.split)
+        rows = np.arange(2 * len(part.rows), dtype=np.float32).reshape(-1, 2)
+        return Embeddings(rows, rows + 1)
+
+    def embed_classes(*_: Any) -> np.ndarray:
+        encoded.append("text")
+        return np.ones((CLASSES, 2), np.float32)
+
+    monkeypatch.setattr(store, "encode", encode)
+    monkeypatch.setattr("iosr_fast.clip.prompts.embed_classes", embed_classes)
+    messages: list[str] = []
+    parts = (wanted(split="test"), wanted(split="train"))
+
+    def read() -> list[np.ndarray]:
+        opened = Store(tmp_path, model(), messages.append)
+        return [*(opened.embeddings(each).plain for each in parts), opened.text(tiny())]
+
+    before = read()
+    folder = next(tmp_path.glob(part))
+    damage(folder)
+    encoded.clear()
+    for one, other in zip(read(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(messages) == 1 and f"{folder.name} is damaged and is made again" in messages[0]
+    assert encoded == [part.split("-")[1]]
+
+
+def test_embeddings_that_can_not_be_read_for_another_reason_are_not_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.ones((6, 2), np.float32)
+    monkeypatch.setattr(store, "encode", lambda *_: Embeddings(rows, rows))
+    Store(tmp_path, model()).embeddings(wanted())
+
+    def no_more_files(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "read_manifest", no_more_files)
+        with pytest.raises(OSError, match="Too many open files"):
+            Store(tmp_path, model()).embeddings(wanted())
+    monkeypatch.setattr(store, "encode", lambda *_: pytest.fail("encoded again"))
+    assert Store(tmp_path, model()).embeddings(wanted()).plain.shape == (6, 2)
+
+
+def test_what_another_run_has_removed_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Store(tmp_path / "embeddings", model())
+    gone = tmp_path / "embeddings" / "gone"
+    monkeypatch.setattr(type(gone), "exists", lambda _: True)
+    assert opened._read(gone, store.KIND, {}, ("plain",), 1) is None
+    folder = cells.Cells(tmp_path / "cells")
+    cell = cells.Cell("tiny", "tip-x", "none", 1, 1, {})
+    folder.path(cell).parent.mkdir()
+    folder.path(cell).write_text("{")
+    folder.report = lambda _: folder.path(cell).unlink()  # as the other does
+    assert folder.read(cell) is None
+
+
+def test_a_file_in_the_place_of_embeddings_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="expected a folder for embeddings, got the file"):
+        Store(tmp_path / "file", model())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "5"])
+def test_a_damaged_cell_is_removed_and_read_as_none(text: str, tmp_path: Path) -> None:
+    messages: list[str] = []
+    folder = cells.Cells(tmp_path, messages.append)
+    cell = cells.Cell("tiny", "tip-x", "none", 1, 1, {})
+    tuned = Tuned("tip-x", "none", {"alpha": 1.0}, float("nan"), 0, "one-shot")
+    folder.write(cell, Draw(1, 0.5, 10, 5, tuned, 0.1))
+    draw = folder.read(cell)
+    assert draw is not None and (draw.accuracy, draw.tuned.parameters, draw.seed) == (0.5, {"alpha": 1.0}, 1)
+    folder.path(cell).write_text(text)
+    assert folder.read(cell) is None and not folder.path(cell).exists()
+    assert len(messages) == 1 and f"cell {folder.path(cell).name} is damaged" in messages[0]
+
+
+def keys_of(tmp_path: Path, problem: Problem | None = None, method: str = "tip-x", **more: Any) -> set[str]:
+    arguments = {"rows": [(method, "none")], "shots": [2], "seeds": [1], "views": Views(3), **more}
+    groups = plan([problem or pose(tiny())], store=Store(tmp_path, model()), **arguments)
+    return {cell.key for group in groups for cell in group.cells}
+
+
+def relabelled(split: str) -> Problem:
+    data = tiny()
+    pictures: Any = data.splits[split]
+    changed = Pictures(pictures.images, pictures.labels[::-1].copy(), pictures.keys)
+    return pose(replace(data, splits={**data.splits, split: changed}))
+
+
+def test_each_ingredient_is_in_the_key_of_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [
+        keys_of(tmp_path),
+        keys_of(tmp_path, method="tip-x++"),
+        keys_of(tmp_path, rows=[("tip-x", "centre")]),
+        keys_of(tmp_path, shots=[1]),
+        keys_of(tmp_path, seeds=[2]),
+        keys_of(tmp_path, views=Views(4)),
+        keys_of(tmp_path, views=Views(3, mirror=False)),
+        keys_of(tmp_path, pose(tiny("another name"))),
+        keys_of(tmp_path, pose(tiny(validation=False))),
+        keys_of(tmp_path, pose(replace(tiny(), class_names=list("abcde")))),
+        *(keys_of(tmp_path, relabelled(split)) for split in ("train", "val", "test")),
+    ]
+    for place, value in ((cells, 2), (store, 2)):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, "VERSION", value)
+            keys.append(keys_of(tmp_path))
+    monkeypatch.setattr(run, "package_version", lambda _: "9.9")
+    keys.append(keys_of(tmp_path))
+    assert len(set.union(*keys)) == len(keys)
+    assert not list(tmp_path.iterdir())  # keys are known before anything is encoded
+
+
+def test_a_draw_is_balanced_and_more_shots_keep_the_images_of_fewer() -> None:
+    problem = pose(tiny())
+    labels = problem.source.splits["train"].labels
+    for seed in (1, 2, 3):
+        most = problem.support(3, seed)
+        assert [labels[rows].tolist() for rows in most] == [list(range(CLASSES))] * 3
+        assert len(set(np.concatenate(most))) == 3 * CLASSES
+        for k in (1, 2):
+            assert [a.tolist() for a in problem.support(k, seed)] == [a.tolist() for a in most[:k]]
+    assert len({str(problem.support(3, seed)) for seed in range(5)}) == 5
+
+
+@pytest.mark.slow
+def test_the_demo_is_drawn_as_evaluate_draws_it_and_no_support_picture_is_asked() -> None:
+    from tools.evaluation.tasks import POOL, Encoded
+
+    problem = problems.demo()
+    split = problem.source.splits["test"]
+    number = np.arange(len(split), dtype=np.float32)[:, None].repeat(2, 1)
+    text = np.zeros((len(problem.source.class_names), 2), np.float32)
+    theirs = Encoded(Embeddings(number), split.labels, text, 1.0).task(2, POOL, 7)
+    ours = np.sort(np.concatenate(problem.support(2, 7)))
+    np.testing.assert_array_equal(np.sort(theirs.support.embeddings.plain[:, 0]), ours)
+    np.testing.assert_array_equal(theirs.queries.plain[:, 0], problem.queries(7))
+    assert not set(np.concatenate(problem.support(POOL, 7))) & set(problem.queries(7)) and problem.most_shots() == POOL
+    assert problem.most_shots(fewer=True) == problem.apart  # no test picture becomes support for want of others
+    assert len(set(split.keys)) == len(split)
+
+
+def test_a_class_without_images_is_refused_in_any_case() -> None:
+    data = tiny()
+    train: Any = data.splits["train"]
+    cut = train.rows(np.flatnonzero(train.labels != 2))
+    assert pose(replace(data, splits={**data.splits, "train": cut})).most_shots(fewer=True) == 0
+
+
+def test_a_shifted_set_takes_its_support_from_the_classes_of_the_same_names() -> None:
+    source = tiny("imagenet")
+    other = without(tiny("other"), "train", "val")
+    chosen = [3, 1]
+    test: Any = other.splits["test"]
+    few = test.rows(np.flatnonzero(np.isin(test.labels, chosen)))
+    few.labels = np.array([chosen.index(c) for c in few.labels])
+    target = replace(other, class_names=[source.class_names[c] for c in chosen], splits={"test": few})
+    problem = pose(target, source)
+    assert problem.shifted and problem.classes.tolist() == chosen
+    np.testing.assert_array_equal(problem.labels_of(np.arange(CLASSES)), [-1, 1, -1, 0, -1])
+    with pytest.raises(ValueError, match=r"every class of other among those of imagenet, got \['unicorn'\]"):
+        pose(replace(target, class_names=["unicorn", source.class_names[1]]), source)
+    with pytest.raises(ValueError, match="expected a split 'train' of other"):
+        pose(target)
+
+
+def test_classes_of_one_name_are_told_apart_by_the_folders_of_their_images() -> None:
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    train: Any = Pictures(images, np.array([0, 1, 2, 2]), ["n01/a.jpg", "n02/a.jpg", "n03/a.jpg", "n03/b.jpg"])
+    test: Any = Pictures(images[:2], np.array([0, 1]), ["a/n03/x.jpg", "a/n01/y.jpg"])
+    source = EvaluationSet("imagenet", ["missile", "cat", "missile"], ["{}"], {"train": train}, "s")
+    target = EvaluationSet("imagenet_r", ["missile", "missile"], ["{}"], {"test": test}, "t")
+    assert pose(target, source).classes.tolist() == [2, 0]
+    elsewhere: Any = Pictures(images[:2], np.array([0, 1]), ["x.jpg", "y.jpg"])
+    with pytest.raises(ValueError, match="expected one class of imagenet called 'missile', got several"):
+        pose(replace(target, splits={"test": elsewhere}), source)
+
+
+def test_data_sets_are_opened_under_their_root_and_all_that_is_missing_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DTD as CoOp lays it out; missing sets are listed with their sources before anything is read."""
+    write_dtd(tmp_path, "jpg")
+    monkeypatch.setattr(problems, "demo", lambda: pose(tiny("demo")))
+    problem, demo = problems.open_problems(["dtd", "demo"], tmp_path)
+    assert problem.name == "dtd" and problem.validated and not problem.shifted and demo.name == "demo"
+    assert problem.support(3, 1)[2].shape == (CLASSES,) and problem.most_shots() == 3
+    assert any("CoOp" in note for note in report._notes(problem, 1))
+    for names, message in (
+        (["dtd", "textures"], "expected --data out of demo, all, caltech101"),
+        (["dtd", "eurosat", "imagenet_a"], "(?s)expected the data sets that were asked for:.*EuroSAT.*ImageNet-A"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            problems.open_problems(names, tmp_path)
+    with pytest.raises(ValueError, match="expected --root, the folder that holds dtd"):
+        problems.open_problems(["dtd"], None)
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+import numpy as np
+from tools.evaluation.paper import cells, store
+
+os.replace = os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+key = "0123456789abcdef" * 2
+for write in (
+    lambda: cells.write_json(Path("run.json"), {}),
+    lambda: cells.write_json(Path("cells", key + ".json"), {}),
+    lambda: store._write(Path("embeddings", "demo-test-" + key), "embeddings", {}, {"plain": np.zeros((1, 2))}),
+):
+    if os.fork() == 0:
+        write()
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+def test_what_killed_runs_leave_in_out_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", KILLED], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    of_run = list(tmp_path.glob(".run.json.*"))
+    assert of_run and all(list((tmp_path / name).iterdir()) for name in ("cells", "embeddings"))
+    others = [tmp_path / "embeddings" / name for name in (".editor.settings", ".cache.folders0")]
+    for path in others:
+        path.mkdir()
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for path in of_run:
+        path.rename(begun / path.name)
+
+    def start() -> None:
+        check_out(begun, {"views": 3})
+        cells.Cells(tmp_path / "cells")
+        Store(tmp_path / "embeddings", None)  # type: ignore[arg-type]  # nothing is encoded
+
+    with claimed(tmp_path / "cells" / f"{'0' * 32}.json") as written:
+        written.write_text("{")
+        start()
+        assert written.is_file(), "a second run is at it"
+        written.unlink()
+    assert [path.name for path in begun.iterdir()] == ["run.json"] and not list((tmp_path / "cells").iterdir())
+    assert sorted((tmp_path / "embeddings").iterdir()) == sorted(others)
+
+
+def test_published_figures_have_sources_and_known_names() -> None:
+    from iosr_fast.training.data.evaluation_sets import names
+
+    shipped = published.read_published()
+    assert len(shipped) > 200
+    for (data, method, backbone, pretrained, shots), figures in shipped.items():
+        assert data in names() and method in METHODS and pretrained == "openai" and shots in (0, 1, 2, 4, 8, 16)
+        assert backbone in ("RN50", "RN101", "ViT-B-32", "ViT-B-16")
+        for figure in figures:
+            assert figure.paper and figure.where and figure.url.startswith("https://") and 10 < figure.value < 100
+    values = [figure.value for figure in shipped["imagenet", "tip-x", "RN50", "openai", 16]]
+    assert values == [62.61, 62.16]  # two papers quote it differently, and both are kept
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "schema": (2, "expected schema 1, got 2"),
+    "url": ("", "expected every source with url"),
+    "paper": (None, "'paper' is missing"),
+    "figures": ({"dtd": {"tip-x": {"4": "high"}}}, "expected accuracies in percent"),
+    "share": ({"dtd": {"tip-x": {"4": 0.62}}}, "expected accuracies in percent"),
+    "shots": ({"dtd": {"tip-x": {"0": 62.0}}}, "0 for zero-shot"),
+    "zero-shot": ({"dtd": {"zero-shot": {"1": 62.0}}}, "0 for zero-shot"),
+}
+
+
+def own_figures(**more: Any) -> dict[str, Any]:
+    source = {"paper": "ours", "url": "https://arxiv.org/abs/2409.11338", "where": "table 1", "backbone": "ViT-B/16"}
+    figures = {"one": {"tip-x": {"2": 60.0}}, "two": {"tip-x": {"2": 70.0}}}
+    return {"schema": 1, "sources": [{**source, "pretrained": "openai", "figures": figures, **more}]}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_file_of_figures_that_is_wrong_is_refused_by_name(wrong: str, tmp_path: Path) -> None:
+    value, message = WRONG[wrong]
+    whole = own_figures()
+    if wrong == "schema":
+        whole["schema"] = value
+    elif value is None:
+        del whole["sources"][0][wrong]
+    else:
+        whole["sources"][0]["figures" if isinstance(value, dict) else wrong] = value
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=message) as error:
+        published.read_published([path])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "compared"),
+    [
+        ({}, True),
+        ({"model": "ViT-B/16"}, True),
+        ({"model": "ViT-B-16-quickgelu"}, True),
+        ({"model": "ViT-B-32"}, False),
+        ({"model": "RN50"}, False),
+        ({"pretrained": "laion2b_s34b_b88k"}, False),
+        ({"pretrained": "weights.pt"}, False),
+        ({"pretrained": None}, False),
+        ({"data": "three"}, False),
+        ({"method": "tip-x++"}, False),
+        ({"reducer": "centre"}, False),
+        ({"shots": 4}, False),
+    ],
+)
+def test_a_figure_is_compared_with_the_same_thing_alone(change: dict[str, Any], compared: bool, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(own_figures()))
+    row: dict[str, Any] = {"data": "one", "method": "tip-x", "reducer": "none", "shots": 2, "model": "ViT-B-16"}
+    figures = published.comparable(published.read_published([path]), **{**row, "pretrained": "openai", **change})
+    assert [figure.value for figure in figures] == ([60.0] if compared else [])
+
+
+def sheets_of(accuracies: dict[str, float], own: dict[str, Any], tmp_path: Path, **weights: Any) -> list[table.Sheet]:
+    """As report.sheets makes them, of cells with these accuracies; a name with "-" in it is a shifted set."""
+    (tmp_path / "mine.json").write_text(json.dumps(own))
+    figures = published.read_published([tmp_path / "mine.json"])
+    tuned = Tuned("tip-x", "none", {}, 0.5, 5, "validation")
+    groups, draws = [], {}
+    for name, accuracy in accuracies.items():
+        problem = pose(tiny(name), tiny("imagenet") if "-" in name else None)
+        for seed in (0, 1, 2):
+            group = plan([problem], [("tip-x", "none")], [2], [seed], Views(3), Store(tmp_path, model()))[0]
+            draws[group.cells[0].key] = Draw(seed, accuracy + seed / 100, 10, 5, tuned, 0.0)
+            groups.append(group)
+    chosen = report.Weights(**{"model": "ViT-B-16", "pretrained": "openai", **weights})
+    return report.sheets(groups, draws, figures, chosen)
+
+
+def test_tables_have_means_spreads_and_differences(tmp_path: Path) -> None:
+    accuracies = {"one": 0.6, "two": 0.8, "imagenet-v": 0.1}
+    sheets = sheets_of(accuracies, own_figures(), tmp_path)
+    assert [sheet.name for sheet in sheets] == ["one", "two", "imagenet-v", "mean"]
+    assert sheets[0].lines() == (
+        ["method", "reducer", "2 shots"],
+        [["tip-x", "none", "61.0 ± 1.0"], ["  published", "", "60.0 (+1.0)"]],
+    )
+    assert sheets[2].lines()[1] == [["tip-x", "none", "11.0 ± 1.0"]]
+    assert "support from imagenet" in " ".join(sheets[2].notes)
+    assert sheets[3].lines()[1] == [["tip-x", "none", "71.0 ± 1.0"], ["  published", "", "65.0 (+6.0)"]]
+    assert "mean over 2 data sets (one, two)" in sheets[3].notes[0]
+    footer = report.footer(sheets, report.Weights("ViT-B-16", "openai"))
+    assert "Splits, prompts and draws may differ" in " ".join(footer) and "not at hand" not in " ".join(footer)
+    rows = table.rows_of(sheets)
+    assert [[round(f["difference"], 6) for f in row["published"]] for row in rows] == [[1.0], [11.0], []]
+    table.write_markdown(tmp_path / "t.md", sheets, rows, {"views": 3, **table.facts()}, footer)
+    text = (tmp_path / "t.md").read_text()
+    assert "|   published |  | 65.0 (+6.0) |" in text and "; views 3; " in text and f"- {footer[0]}" in text
+
+
+def test_what_is_not_at_hand_is_said(tmp_path: Path) -> None:
+    own = own_figures(url="https://example.org/other", figures={"one": {"tip-x": {"2": 60.0}}})
+    sheets = sheets_of({"one": 0.6, "two": 0.8}, own, tmp_path)
+    assert sheets[2].lines()[1] == [["tip-x", "none", "71.0 ± 1.0"]]  # no mean of half of the figures
+    footer = " ".join(report.footer(sheets, report.Weights("ViT-B-16", "openai")))
+    assert f"The figures of {published.PAPER} are not at hand" in footer
+    sheets = sheets_of({"one": 0.6}, own, tmp_path, pretrained="weights.pt")
+    assert sheets[0].lines()[1] == [["tip-x", "none", "61.0 ± 1.0"]]
+    assert "Weights of a file" in " ".join(report.footer(sheets, report.Weights("ViT-B-16", "weights.pt")))
+
+
+def test_a_single_draw_of_a_mean_over_sets_has_no_spread() -> None:
+    result = Result("mean", "tip-x", "none", 2, (Draw(0, 0.6, 10, 5, Tuned("tip-x", "none", {}, 0.5, 5, "loo"), 0.0),))
+    assert table.Sheet("mean", (result,), ()).lines()[1] == [["tip-x", "none", "60.0"]]
+    assert table.Sheet("one", (result,), ()).lines()[1] == [["tip-x", "none", "60.0 ± 15.5"]]

@@ -1,0 +1,111 @@
+"""The sheets of a run: one for each data set and one for their mean, beside what was published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tools.evaluation.accuracy import Draw, Result
+from tools.evaluation.paper.problems import DEMO, Problem
+from tools.evaluation.paper.published import ARXIV, PAPER, Figure, Published, comparable
+from tools.evaluation.paper.run import Group
+from tools.evaluation.table import MEAN, Sheet, header
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The CLIP by model and tag, to which published figures belong; a file's weights have none."""
+
+    model: str
+    pretrained: str | None
+
+
+def sheets(groups: Sequence[Group], draws: Mapping[str, Draw], published: Published, weights: Weights) -> list[Sheet]:
+    """A sheet for each problem, and their mean if several are not shifted. Shifted sets are left out of it."""
+    problems = list(dict.fromkeys(group.problem for group in groups))
+    made, averaged = [], []
+    for problem in problems:
+        results = _results([group for group in groups if group.problem is problem], draws)
+        figures = tuple(
+            comparable(published, r.source, r.method, r.reducer, r.shots, weights.model, weights.pretrained)
+            for r in results
+        )
+        notes = (header(problem.name, results), *_notes(problem, max(result.shots for result in results)))
+        made.append(Sheet(problem.name, results, notes, figures))
+        if not problem.shifted:
+            averaged.append(made[-1])
+    return [*made, _mean(averaged)] if len(averaged) > 1 else made
+
+
+def _results(groups: Sequence[Group], draws: Mapping[str, Draw]) -> tuple[Result, ...]:
+    by_row: dict[tuple[str, str, int], list[Draw]] = {}
+    for group in groups:
+        for cell in group.cells:
+            by_row.setdefault((cell.method, cell.reducer, cell.shots), []).append(draws[cell.key])
+    name = groups[0].problem.name
+    return tuple(Result(name, *row, tuple(of_row)) for row, of_row in by_row.items())
+
+
+def _notes(problem: Problem, most: int) -> list[str]:
+    notes = [f"split: {problem.target.layout}"] if problem.target.layout else []
+    if problem.shifted:
+        notes.append(
+            f"a shift of domain: support from {problem.source.name}, {len(problem.classes)} of its "
+            f"{len(problem.source.class_names)} classes"
+        )
+    few = int((problem.available < most).sum())
+    if few:
+        notes.append(
+            f"{few} of {len(problem.classes)} classes have fewer than {most} images to draw from "
+            f"({problem.available.min()} and more) and give all that they have"
+        )
+    if not problem.validated:
+        notes.append(
+            f"{problem.source.name} has no validation split: leave-one-out on the support set in its place"
+            + (" (the papers' public code chooses on the test images)" if problem.source.name == "imagenet" else "")
+        )
+    return notes
+
+
+def _mean(sheets: Sequence[Sheet]) -> Sheet:
+    """For each seed the mean over the sets, so that the spread is that of a mean; every set has the same weight."""
+    results, figures = [], []
+    for several in zip(*(sheet.results for sheet in sheets), strict=True):
+        draws = tuple(
+            replace(of_seed[0], accuracy=float(np.mean([draw.accuracy for draw in of_seed])))
+            for of_seed in zip(*(result.draws for result in several), strict=True)
+        )
+        results.append(replace(several[0], source=MEAN, draws=draws))
+    for cells in zip(*(sheet.figures for sheet in sheets), strict=True):
+        figures.append(_mean_figures(cells))
+    names = ", ".join(sheet.name for sheet in sheets)
+    note = f"mean over {len(sheets)} data sets ({names}), in %"
+    return Sheet(MEAN, tuple(results), (note,), tuple(figures))
+
+
+def _mean_figures(cells: Sequence[tuple[Figure, ...]]) -> tuple[Figure, ...]:
+    """The mean of each source that has a figure for every set."""
+    by_source = [{(figure.paper, figure.where): figure for figure in cell} for cell in cells]
+    common = [source for source in by_source[0] if all(source in figures for figures in by_source)]
+    return tuple(
+        replace(by_source[0][source], value=float(np.mean([figures[source].value for figures in by_source])))
+        for source in common
+    )
+
+
+def footer(sheets: Sequence[Sheet], weights: Weights) -> list[str]:
+    """The sources of the published figures, and which were not at hand."""
+    used = dict.fromkeys((f.paper, f.where, f.url, f.note) for s in sheets for figures in s.figures for f in figures)
+    lines = [f"published: {paper}, {where}{f'; {note}' if note else ''}: {url}" for paper, where, url, note in used]
+    if used:
+        lines.append("Splits, prompts and draws may differ from the papers'. In parentheses: points above them.")
+    if weights.model == DEMO:
+        return [*lines, "No paper has figures of the demo's CLIP."]
+    if not any(ARXIV in f"{paper} {url}" for paper, _, url, _ in used):
+        lines.append(f"The figures of {PAPER} are not at hand; --published FILE adds some.")
+    if weights.pretrained is None or Path(weights.pretrained).suffix:
+        lines.append("Weights of a file are compared with no published figure: only a tag says which they are.")
+    return lines
