@@ -35,7 +35,7 @@ def info(
 
         typer.echo(format_info())
     else:
-        from iosr_fast.state.bundle_info import describe
+        from iosr_fast.state.bundle import describe
 
         typer.echo(describe(folder))
 

@@ -15,11 +15,20 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.state.changes import Change
-from iosr_fast.state.log_files import file_of, make_folder, next_number, numbered, read_state
-from iosr_fast.state.log_head import Head, open_head, read_head
-from iosr_fast.state.log_lines import FORMAT, OURS, Lines, LogDamagedError, Mark, parse, read_lines
-from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.log_format import (
+    FORMAT,
+    OURS,
+    Head,
+    Lines,
+    LogDamagedError,
+    Mark,
+    open_head,
+    parse,
+    read_head,
+    read_lines,
+)
+from iosr_fast.state.log_recovery import recover_log, replay
+from iosr_fast.state.log_writer import AuditLog, file_of, make_folder, next_number, numbered, read_state
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.temporaries import remove_leftovers
@@ -32,7 +41,7 @@ def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[Aud
 
     Nothing is written before all is checked. What a crash left of a change that was never acknowledged is kept where it
     is whole, else dropped with a warning. Raises LogDamagedError, a ValueError, where acknowledged changes are missing
-    or damaged (`recover` keeps those that are whole, log_recovery.recover); ValueError for a log that begins from
+    or damaged (`recover` keeps those that are whole, log_recovery.recover_log); ValueError for a log that begins from
     another state and for anything that is no log; BlockingIOError where another process has it open.
     """
     path = Path(os.path.abspath(path))
@@ -50,9 +59,7 @@ def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[Aud
         except LogDamagedError as damage:
             if not recover:
                 raise
-            from iosr_fast.state.log_recovery import recover as keep
-
-            return log, keep(log, head, state, damage)
+            return log, recover_log(log, head, state, damage)
     except BaseException:
         log.abandon()
         raise
@@ -80,17 +87,6 @@ def check_base(path: Path, base: str, state: str) -> None:
             f"{path} is the log of another state: expected one that begins from {state[:12]}, got {base[:12]}; load "
             "the bundle it was begun with, or begin a new log"
         )
-
-
-def replay(path: Path, record: dict[str, Any], state: State) -> State:
-    """The state after a line's change. Raises LogDamagedError where it doesn't fit."""
-    try:
-        made = Change.from_json(record, state.text.shape[1]).apply(state)
-        if made.version != record["version"]:
-            raise ValueError(f"expected version {made.version}, got {record['version']}")
-    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
-        raise LogDamagedError(f"a line of {path} can't be applied to version {state.version} ({error})") from error
-    return made
 
 
 def _check_ours(path: Path) -> None:

@@ -9,19 +9,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.state.audit import replay
-from iosr_fast.state.changes import OPS
-from iosr_fast.state.log_files import next_number, numbered, private_file, read_state, write_closed
-from iosr_fast.state.log_head import Head
-from iosr_fast.state.log_lines import Lines, LogDamagedError, Mark, parse, read_lines
-from iosr_fast.state.log_writer import AuditLog
+from iosr_fast.state.changes import OPS, Change
+from iosr_fast.state.log_format import Head, Lines, LogDamagedError, Mark, parse, read_lines
+from iosr_fast.state.log_writer import AuditLog, next_number, numbered, private_file, read_state, write_closed
 from iosr_fast.state.state import State
 
 _SHOWN = 20
 _log = logging.getLogger("iosr_fast")
 
 
-def recover(log: AuditLog, head: Head, state: State, damage: LogDamagedError) -> State:
+def replay(path: Path, record: dict[str, Any], state: State) -> State:
+    """The state after a line's change. Raises LogDamagedError where it doesn't fit."""
+    try:
+        made = Change.from_json(record, state.text.shape[1]).apply(state)
+        if made.version != record["version"]:
+            raise ValueError(f"expected version {made.version}, got {record['version']}")
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+        raise LogDamagedError(f"a line of {path} can't be applied to version {state.version} ({error})") from error
+    return made
+
+
+def recover_log(log: AuditLog, head: Head, state: State, damage: LogDamagedError) -> State:
     """Make the changes that are left of a log on `state`, its base, and begin the log again from there.
 
     Starts from a snapshot or the base, whichever leads further, and makes the changes of all lines that follow on it in

@@ -43,17 +43,25 @@ def new_file(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     remove_leftovers(target.parent, of=re.escape(target.name))
-    with claimed(target) as claim:
-        temporary = claim.with_name(f"{claim.name}.tmp")
-        try:
-            temporary.touch(0o600, exist_ok=False)
-            yield temporary
-            _sync_file(temporary)
-            os.replace(temporary, target)
-            sync_folder(target.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with claimed(target) as claim, replacing(target, claim.with_name(f"{claim.name}.tmp"), 0o644) as temporary:
+        yield temporary
+
+
+@contextmanager
+def replacing(target: Path, temporary: Path, mode: int) -> Iterator[Path]:
+    """The new file `temporary`, which replaces `target` with this `mode` when the block succeeds, and else is removed.
+
+    The bytes are on the disk before the name is, and the name before this returns.
+    """
+    try:
+        temporary.touch(0o600, exist_ok=False)
+        yield temporary
+        _sync_file(temporary, mode)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -212,8 +220,8 @@ def _sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _sync_file(path: Path) -> None:
-    path.chmod(0o644)  # tempfile and safetensors create files that only the owner can read
+def _sync_file(path: Path, mode: int = 0o644) -> None:
+    path.chmod(mode)  # tempfile and safetensors create files that only the owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -24,7 +24,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.score import score
 from iosr_fast.state.method_config import MethodConfig
-from iosr_fast.state.plan_files import plan_from_files, plan_to_files
+from iosr_fast.state.state_files import plan_from_files, plan_to_files
 from tests.conftest import random_embeddings, random_plan, unit_rows
 from tests.scoring.numerics import AT_THE_BOUNDS, PATHS, assert_close_to_truth, plan_at_a_bound
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from iosr_fast.state.audit import open_log, read_log
-from iosr_fast.state.log_lines import LogDamagedError, make_line
+from iosr_fast.state.log_format import LogDamagedError, make_line
 from iosr_fast.state.log_writer import LogWriteError
 from iosr_fast.state.state_files import fingerprint
 from tests.state.audit_parts import base, contents, failing, head_of, renamed, reopened, write_log

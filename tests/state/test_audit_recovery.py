@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.state.audit import open_log, read_log
-from iosr_fast.state.log_lines import LogDamagedError, make_line
+from iosr_fast.state.log_format import LogDamagedError, make_line
 from iosr_fast.state.state_files import fingerprint
 from tests.state.audit_parts import Crash, base, contents, copied, failing, head_of, renamed, reopened, write_log
 

@@ -17,9 +17,8 @@ import pytest
 from iosr_fast.state import log_writer
 from iosr_fast.state.audit import open_log, read_log
 from iosr_fast.state.changes import Change
-from iosr_fast.state.log_files import numbered
-from iosr_fast.state.log_lines import LogDamagedError
-from iosr_fast.state.log_writer import LogWriteError
+from iosr_fast.state.log_format import LogDamagedError
+from iosr_fast.state.log_writer import LogWriteError, numbered
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.moments import Moments
 from iosr_fast.state.state_files import fingerprint
