@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, implementations and why one is refused, the processor."""
+"""Facts for a bug report: versions, implementations and why one is unavailable, the processor."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ OPTIONAL_PACKAGES = (
 def info() -> dict[str, Any]:
     """Versions, implementations, SIMD paths, processor and threads, as JSON-ready values.
 
-    Optional packages are looked up by their metadata; a missing one has the version None. None is imported, but for
-    PyTorch where NVIDIA's driver is installed: it alone can tell whether the GPU will do.
+    Optional packages are looked up by their metadata; a missing one has the version None. None is imported, except
+    PyTorch if NVIDIA's driver is installed: only it can tell whether the GPU is supported.
     """
     return {
         "iosr_fast": package_version("iosr_fast"),
@@ -49,25 +49,25 @@ def info() -> dict[str, Any]:
 
 
 def format_info() -> str:
-    """info() as lines to read."""
+    """info() as text."""
     facts = info()
     lines = [f"iosr_fast {facts['iosr_fast']}, Python {facts['python']}, {facts['platform']}"]
     lines.append(f"cpu: {facts['cpu']}, {facts['threads']} threads")
     lines.append("scoring implementations, best first for each device:")
     for name, row in facts["implementations"].items():
-        answer = "yes" if row["unavailable_reason"] is None else f"no: {row['unavailable_reason']}"
-        lines.append(f"  {name:<12} {', '.join(row['devices']):<10} {answer}")
+        available = "yes" if row["unavailable_reason"] is None else f"no: {row['unavailable_reason']}"
+        lines.append(f"  {name:<12} {', '.join(row['devices']):<10} {available}")
     paths = [name if supported else f"{name} (this processor can't)" for name, supported in facts["simd_paths"].items()]
     lines.append(f"SIMD paths of cpp: {', '.join(paths) or 'none'}")
     lines += [f"{name}={value}" for name, value in facts["environment"].items()]
     lines.append(f"methods: auto, {', '.join(facts['methods'])}")
     lines.append("packages:")
-    lines += [f"  {name:<18} {found or 'not installed'}" for name, found in facts["packages"].items()]
+    lines += [f"  {name:<18} {version or 'not installed'}" for name, version in facts["packages"].items()]
     return "\n".join(lines)
 
 
 def simd_paths() -> dict[str, bool]:
-    """Compiled paths of the C++ kernels, best first, each with whether this processor can run it."""
+    """Compiled paths of the C++ kernels, best first, and whether this processor can run each."""
     if next(entry.unavailable_reason() for entry in dispatch.REGISTRY if entry.name == "cpp") is not None:
         return {}
     from iosr_fast import _C

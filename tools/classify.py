@@ -47,7 +47,7 @@ from tools.embed import (
 
 def main(
     bundle: Annotated[Path, typer.Option(help="a folder that `iosr-fast fit` or Classifier.save wrote")],
-    given: Input,
+    location: Input,
     out: Out,
     top: Annotated[int, typer.Option(help="classes to report per image")] = 5,
     chunk: Chunk = 1024,
@@ -81,10 +81,10 @@ def main(
     require("pyarrow", "parquet")
     carried = [name for name in keep_columns.split(",") if name]
     check_carried(carried, COLUMNS)
-    check_apart(given, out)
+    check_apart(location, out)
     check_folder(out)
     with resumable(out):
-        source = open_source(given, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
+        source = open_source(location, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
         source.check_faults(skip_bad)
         manifest = runs.classify(bundle, source, out, options, top)
         print(runs.summary(manifest, "classified", out, time.perf_counter() - started))

@@ -71,7 +71,7 @@ def resumable(out: Path) -> Iterator[None]:
 
 def main(
     engine: Annotated[str, typer.Option(help="a folder of tools/build_engine.py, or 'demo'")],
-    given: Input,
+    location: Input,
     out: Out,
     format: Annotated[str, typer.Option(help="safetensors or parquet")] = "safetensors",
     dtype: Annotated[str, typer.Option(help="float32 or float16")] = "float32",
@@ -111,10 +111,10 @@ def main(
     if carried and format != "parquet":
         raise ValueError("expected --format parquet with --keep-columns: safetensors holds numbers only")
     check_carried(carried, COLUMNS)
-    check_apart(given, out)
+    check_apart(location, out)
     check_folder(out)
     with resumable(out):
-        source = open_source(given, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
+        source = open_source(location, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
         source.check_faults(skip_bad)
         manifest = runs.embed(find_engine(engine), source, out, options, dtype, cast(Format, format))
         print(runs.summary(manifest, "embedded", out, time.perf_counter() - started))

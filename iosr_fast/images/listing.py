@@ -1,7 +1,7 @@
-"""Which images a folder holds: one rule for everything that lists images, in an order that depends on names alone.
+"""The images in a folder: one rule for every command, in an order that depends on names alone.
 
-An image is told by its suffix, in whatever case. Links are followed: each folder is listed once and each picture once,
-by its own path where it lies below the folder too. What is left out is counted by reason, and a warning says so.
+An image is recognised by its suffix, in any case. Links are followed: each folder and each picture is listed once, by
+its own path if that lies below the folder. Skipped files are counted by reason, and a warning reports them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (
     | frozenset({".ppm", ".pgm", ".pbm", ".pnm"})
     | frozenset({".avif", ".heic", ".heif"})
 )
-# What operating systems and stores put beside pictures, some of it named like pictures.
+# Files that operating systems and stores create beside pictures; some have image suffixes.
 _SYSTEM = (
     frozenset({"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"})
     | frozenset({"$recycle.bin", "system volume information"})
@@ -31,12 +31,12 @@ _SYSTEM = (
 )
 _BROKEN = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"})
-_SHOWN = 6  # suffixes that a summary names
+_MAX_SUFFIXES = 6  # that a summary names
 
 
 @dataclass
 class Skipped:
-    """Files and folders that a listing left out: counts by reason, and by suffix of those that are no images."""
+    """Files and folders that a listing skipped: counts by reason, and by suffix for files that are not images."""
 
     reasons: Counter[str] = field(default_factory=Counter)
     suffixes: Counter[str] = field(default_factory=Counter)
@@ -46,47 +46,47 @@ class Skipped:
         return self.reasons.total() + self.suffixes.total()
 
     def summary(self) -> str:
-        """Such as "12 not images (.txt, .xmp), 2 hidden"; empty where nothing was left out."""
-        told = []
+        """Such as "12 not images (.txt, .xmp), 2 hidden"; empty if nothing was skipped."""
+        counts = []
         if self.suffixes:
             names = [name for name, _ in sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))]
-            more = ", ..." if len(names) > _SHOWN else ""
-            told.append(f"{self.suffixes.total()} not images ({', '.join(names[:_SHOWN])}{more})")
-        return ", ".join([*told, *(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))])
+            more = ", ..." if len(names) > _MAX_SUFFIXES else ""
+            counts.append(f"{self.suffixes.total()} not images ({', '.join(names[:_MAX_SUFFIXES])}{more})")
+        return ", ".join([*counts, *(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))])
 
     def warn(self, folder: str | Path, kept: int) -> None:
-        """Log what was left out beside the `kept` images of a folder, where anything was."""
+        """Warn about skipped files, if any. `kept` is the number of listed images."""
         if self.total:
             logger.warning("%s: skipped %d of %d files: %s", folder, self.total, self.total + kept, self.summary())
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a folder, sorted name by name, and what was left out."""
+    """The images of a folder, sorted name by name, and what was skipped."""
 
     paths: list[str]
     skipped: Skipped
 
 
 def list_images(folder: str | Path) -> Listing:
-    """The images in a folder and in all below it.
+    """The images in a folder and all below it.
 
     Raises FileNotFoundError without the folder, PermissionError naming a folder that can't be read.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"expected a folder of images, found no folder {folder}")
     skipped = Skipped()
-    found = sorted((path for path, _ in walk(folder, skipped=skipped)), key=lambda path: path.split(os.sep))
-    skipped.warn(folder, len(found))
-    return Listing(found, skipped)
+    paths = sorted((path for path, _ in walk(folder, skipped=skipped)), key=lambda path: path.split(os.sep))
+    skipped.warn(folder, len(paths))
+    return Listing(paths, skipped)
 
 
 def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
     """Images of a folder with one sub-folder a class: paths, the class name of each, and all class names, sorted.
 
     Raises FileNotFoundError without the folder, PermissionError naming a folder that can't be read, ValueError for
-    fewer than two classes, a class without images, names that are not UTF-8, and where the sub-folders are not classes
-    but sets of them, such as train/ and test/.
+    fewer than two classes, a class without images, names that are not UTF-8, and sub-folders that are splits with class
+    folders inside, such as train/ and test/.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -97,9 +97,9 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
     empty: dict[str, str] = {}
     for name in classes:
         own = Skipped()
-        found = sorted(Path(path) for path, _ in walk(folder / name, skipped=own))
-        if found:
-            paths[name] = found
+        images = sorted(Path(path) for path, _ in walk(folder / name, skipped=own))
+        if images:
+            paths[name] = images
         else:
             empty[name] = own.summary() or "it is empty"
         skipped.reasons += own.reasons
@@ -107,8 +107,8 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
     _refuse_splits(folder, classes, paths)
     if len(classes) < 2:
         raise ValueError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
-    for name, told in empty.items():
-        raise ValueError(f"the class folder {folder / name} has no images ({told})")
+    for name, reason in empty.items():
+        raise ValueError(f"the class folder {folder / name} has no images ({reason})")
     listed = [path for name in classes for path in paths[name]]
     skipped.warn(folder, len(listed))
     return listed, [name for name in classes for _ in paths[name]], classes
@@ -138,37 +138,37 @@ def walk(
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Every file below `folder` with one of the suffixes, and its status.
 
-    Hidden files, what operating systems leave and special files are left out, and so is what links lead to a second
-    time. Raises PermissionError naming a folder that can't be read.
+    Skips hidden files, files of the operating system, special files, and files that another link has reached already.
+    Raises PermissionError naming a folder that can't be read.
     """
     skipped = Skipped() if skipped is None else skipped
     seen: set[tuple[int, int]] = set()
     pending, folder_links, file_links = [str(folder)], list[str](), list[tuple[str, os.stat_result]]()
     while pending or folder_links:
-        # What lies below the folder itself comes first, so that a picture goes by its own path and not by a link's.
+        # Real folders come first, so that a picture is listed by its own path and not by a link's.
         linked = not pending
         if linked:
             folder_links.sort(key=lambda path: path.split(os.sep))
         place = folder_links.pop(0) if linked else pending.pop()
-        status = os.stat(place)
-        if linked and _is_above(place, status):
+        own = os.stat(place)
+        if linked and _is_above(place, own):
             skipped.reasons["links to a folder above"] += 1
             continue
-        if _identity(status) in seen:
+        if _identity(own) in seen:
             skipped.reasons["linked twice"] += 1
             continue
-        seen.add(_identity(status))
+        seen.add(_identity(own))
         for entry in _entries(place, skipped):
-            found = _status(entry, skipped)
-            if found is None:
+            status = _status(entry, skipped)
+            if status is None:
                 continue
-            if stat.S_ISDIR(found.st_mode):
+            if stat.S_ISDIR(status.st_mode):
                 (folder_links if entry.is_symlink() else pending).append(entry.path)
-            elif _is_wanted(entry.name, found, suffixes, skipped):
+            elif _is_wanted(entry.name, status, suffixes, skipped):
                 if entry.is_symlink():
-                    file_links.append((entry.path, found))
+                    file_links.append((entry.path, status))
                 else:
-                    yield entry.path, found
+                    yield entry.path, status
     reached: set[tuple[int, int]] = set()
     for path, status in sorted(file_links, key=lambda link: link[0].split(os.sep)):
         place, name = os.path.split(os.path.realpath(path))
@@ -181,7 +181,7 @@ def walk(
 
 
 def _entries(place: str, skipped: Skipped) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, without what is left out for its name."""
+    """The entries of a folder, by name, without those skipped by name."""
     try:
         with os.scandir(place) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
@@ -204,7 +204,7 @@ def _unwanted(name: str) -> str | None:
 
 
 def _status(entry: os.DirEntry[str], skipped: Skipped) -> os.stat_result | None:
-    """Of what an entry is or links to; None, counted, for a link to nothing."""
+    """The status of an entry or of its link's target; None, counted, for a broken link."""
     try:
         return entry.stat()
     except OSError as error:
@@ -216,12 +216,12 @@ def _status(entry: os.DirEntry[str], skipped: Skipped) -> os.stat_result | None:
 
 def _unreadable(place: str, error: OSError) -> OSError:
     kind = PermissionError if isinstance(error, PermissionError) else OSError
-    told = "permission denied" if kind is PermissionError else error.strerror or str(error)
-    return kind(f"can't read {place}: {told}")
+    reason = "permission denied" if kind is PermissionError else error.strerror or str(error)
+    return kind(f"can't read {place}: {reason}")
 
 
 def _is_wanted(name: str, status: os.stat_result, suffixes: Set[str], skipped: Skipped) -> bool:
-    """Whether a file is wanted by its suffix and kind; counted where not."""
+    """Whether a file has a wanted suffix and is a regular file; counts it if not."""
     if _suffix(name) not in suffixes:
         skipped.suffixes[_suffix(name) or "no suffix"] += 1
         return False
@@ -240,17 +240,17 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _is_above(link: str, status: os.stat_result) -> bool:
-    """Whether a link to a folder with this status leads to one that the link lies in: its listing would have no end."""
+    """Whether a link to a folder with this status leads to one above the link: listing it would never end."""
     above = Path(os.path.abspath(link)).parents
     return any(os.path.samestat(os.stat(place), status) for place in above)
 
 
 def _refuse_splits(folder: Path, classes: list[str], paths: dict[str, list[Path]]) -> None:
-    """Raise ValueError where sub-folders hold class folders each: they are sets to train and test on, not classes."""
+    """Raise ValueError if the sub-folders are splits (train, test, ...) that hold class folders themselves."""
     inner = {
-        name: {path.relative_to(folder / name).parts[0] for path in found}
-        for name, found in paths.items()
-        if all(path.parent != folder / name for path in found)  # a class may have sub-folders, beside pictures or not
+        name: {path.relative_to(folder / name).parts[0] for path in images}
+        for name, images in paths.items()
+        if all(path.parent != folder / name for path in images)  # a class may have sub-folders too
     }
     named = [name for name in classes if _SPLITS & set(re.split(r"[^a-z]+", name.lower()))]
     shaped = [name for name in named if name in inner]

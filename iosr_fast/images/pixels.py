@@ -1,12 +1,12 @@
 """From any kind of image to upright 8-bit RGB, by one set of rules.
 
-formats       FORMATS, AVIF, and HEIC where pillow-heif is installed; no other decoder of Pillow is started, whatever a
-              file is called
+formats       FORMATS, AVIF, and HEIC if pillow-heif is installed; Pillow's other decoders never run, whatever the name
+              of a file
 frames        the first one
-orientation   EXIF's, unless the caller asks for pixels as they are stored; an EXIF block that can't be read is ignored
-16-bit grey   value / 257: the whole range of the type, so that 65,535 is white (of 12-bit TIFFs value / 4,095 * 255)
-integers      of 32 bits: those from 0 to 65,535 as 16-bit ones; other ranges are refused
-floats        in [0, 1] times 255; larger ones up to 255 as levels; other ranges and what is not finite are refused
+orientation   EXIF's, unless the caller asks for pixels as stored; an unreadable EXIF block is ignored
+16-bit grey   value / 257: the whole range of the type, so that 65,535 is white (12-bit TIFFs: value / 4,095 * 255)
+integers      of 32 bits: from 0 to 65,535 as 16-bit ones; other ranges are refused
+floats        in [0, 1]: times 255; larger ones up to 255: as levels; other ranges and infinite values are refused
 transparency  composited on white: alpha channels, transparent palette entries and colours
 colours       CMYK, YCbCr, LAB and HSV are converted; colour profiles are not applied
 """
@@ -28,25 +28,25 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 2  # goes up when a file gives other pixels than before: caches of what is derived from pixels depend on it
-# JPEG includes telephones' files with a second picture behind the first, PPM its relatives PGM, PBM and PNM.
+VERSION = 2  # increases when a file gives other pixels than before: caches of derived data depend on it
+# JPEG includes phones' files with a second picture (MPO); PPM includes PGM, PBM and PNM.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# ISO base media files name their kinds in the first box: https://mp4ra.org/registered-types/brands
+# The first box of an ISO base media file has its brands: https://mp4ra.org/registered-types/brands
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
-_HEAD = 64  # bytes that hold a first box with a dozen brands
+_HEAD = 64  # bytes; enough for a first box with a dozen brands
 _DEEP = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})  # modes with more than 8 bits
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 _CHANNELS = (1, 3, 4)
-_SLACK = 1e-3  # by which floats may leave [0, 1]: filters overshoot by rounding
-_DARK = 16.0  # floats between 1 and this are neither: as levels they would be black
+_SLACK = 1e-3  # how far floats may exceed [0, 1]: filters overshoot
+_DARK = 16.0  # a maximum between 1 and this is ambiguous: as levels the image would be black
 
 
 @contextmanager
 def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
-    """An encoded image with its header read, of FORMATS, AVIF or HEIC. Raises what Pillow raises, ImportError naming
-    the command for an AVIF or HEIC that nothing here reads."""
+    """An encoded image of FORMATS, AVIF or HEIC, with its header read. Raises Pillow's errors, and ImportError with the
+    pip command for an AVIF or HEIC without a decoder."""
     from PIL import Image, features
 
     with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
@@ -74,17 +74,19 @@ def _register_heif() -> None:
 
 
 def orientation_of(image: Image) -> int:
-    """EXIF's orientation of an image, 1 (upright) to 8; 1 where it has none, an impossible one or EXIF that can't be
-    read. Ask after the image is loaded: Pillow turns TIFFs as it loads them."""
+    """EXIF's orientation of an image, 1 (upright) to 8; 1 without one, for an invalid one and for unreadable EXIF.
+
+    Call it after loading the image: Pillow turns TIFFs when it loads them.
+    """
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF raises all sorts, and the picture is good all the same
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises many types for damaged EXIF; the picture is still good
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def turn(image: Image, orientation: int) -> Image:
-    """The image upright, of an image stored by this orientation."""
+    """Turn an image stored with this EXIF orientation upright."""
     from PIL.Image import Transpose
 
     methods = (
@@ -100,29 +102,29 @@ def turn(image: Image, orientation: int) -> Image:
 
 
 def upright_rgb(image: Image, exif_orientation: bool = True) -> Image:
-    """A PIL image as RGB, loaded, and turned unless `exif_orientation` is False. Raises ValueError for values of an
-    unknown range."""
+    """A PIL image as RGB, loaded, and turned upright unless `exif_orientation` is False. Raises ValueError for values
+    outside the known ranges."""
     image.load()
     return turn(to_rgb(image), orientation_of(image) if exif_orientation else 1)
 
 
 def is_plain(image: Image) -> bool:
-    """Whether an image is 8-bit RGB or grey with nothing transparent."""
+    """Whether an image is 8-bit RGB or grey without transparency."""
     return image.mode in ("RGB", "L") and "transparency" not in image.info
 
 
 def to_rgb(image: Image) -> Image:
-    """A new RGB image of a PIL image, as it is stored. It has no EXIF left, so that it can't be turned twice."""
+    """A new RGB image from a PIL image, as stored. It has no EXIF, so that it can't be turned twice."""
     from PIL import Image
 
     if image.mode in _DEEP:
-        made = Image.fromarray(_levels(image)).convert("RGB")
+        rgb = Image.fromarray(_levels(image)).convert("RGB")
     elif image.mode in _ALPHA or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
-        made = _on_white(image)
+        rgb = _on_white(image)
     else:
-        made = image.convert("RGB")
-    made.info = {}
-    return made
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
 
 
 def _on_white(image: Image) -> Image:
@@ -144,7 +146,7 @@ def _levels(image: Image) -> np.ndarray:
             _check_integers(values, image.format in ("PNG", "PPM"))
         most = 4095 if tags.get(_BITS) == (12,) else 65535
         levels = ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow applies to 8 bits only
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow handles that for 8 bits only
         levels = 255 - levels
     transparent = image.info.get("transparency")  # PNG: one value
     if isinstance(transparent, int):
@@ -167,7 +169,7 @@ def _float_levels(values: np.ndarray) -> np.ndarray:
         scale = 255.0
     elif low >= 0 and _DARK <= high <= 255:
         scale = 1.0
-    else:  # what is not finite too: every comparison with NaN is false
+    else:  # also for NaN, whose comparisons are all false
         raise ValueError(
             f"expected floats in [0, 1], or levels up to 255, got {low:g} to {high:g}; scale them to one of these"
         )
@@ -199,13 +201,13 @@ _ADVICE = {
 def tensor_array(tensor: Any) -> np.ndarray:
     """A PyTorch tensor of uint8 pixels, on any device, as a NumPy array with the channels last.
 
-    (H, W), (C, H, W) or (H, W, C), and batches of the last two, with C of 1, 3 or 4. Where both axes could be the
-    channels the first is, which is PyTorch's convention. Raises ValueError for other shapes and types.
+    (H, W), (C, H, W) or (H, W, C), and batches of the last two, with C of 1, 3 or 4. If both axes could be the
+    channels, the first one is, by PyTorch's convention. Raises ValueError for other shapes and types.
     """
     if str(tensor.dtype) != "torch.uint8":
         raise ValueError(
             f"expected uint8 pixels, got a tensor of {tensor.dtype}: of floats in [0, 1], "
-            "(tensor * 255).round().to(torch.uint8) makes them; take a normalised one as it was before"
+            "(tensor * 255).round().to(torch.uint8) makes them; undo a normalisation first"
         )
     array: np.ndarray = tensor.detach().cpu().numpy()
     if array.ndim in (3, 4) and array.shape[-3] in _CHANNELS:
@@ -219,6 +221,6 @@ def tensor_array(tensor: Any) -> np.ndarray:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is a PyTorch tensor; torch is not imported for it."""
+    """Whether a value is a PyTorch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and hasattr(torch, "Tensor") and isinstance(value, torch.Tensor)

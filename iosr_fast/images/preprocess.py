@@ -1,4 +1,4 @@
-"""From whatever users hold (paths, PIL images, arrays, tensors) to the uint8 pixels an encoder takes.
+"""Paths, PIL images, arrays and tensors to the uint8 pixels that an encoder takes: the reference.
 
 The geometry is CLIP's: resize the shorter side (bicubic, antialiased), crop the centre. Mean and standard deviation are
 folded into the encoder, so pixels stay uint8.
@@ -18,11 +18,11 @@ from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tens
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ENCODED = (bytes, bytearray, memoryview)  # what an encoded image may come in
+ENCODED = (bytes, bytearray, memoryview)  # types of encoded images
 
 
 class BadImageError(ValueError):
-    """An image that is missing or can't be decoded; `where` names it by path, or by position where it has none."""
+    """An image that is missing or can't be decoded; `where` is its path, or its position without one."""
 
     def __init__(self, path: Path | None, position: int, reason: str) -> None:
         self.path, self.position, self.reason = path, position, reason
@@ -30,19 +30,19 @@ class BadImageError(ValueError):
         super().__init__(f"can't read image {self.where}: {reason}")
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[Path | None, int, str]]:
-        """So that one raised in a worker process arrives as it was: an exception is pickled by its message alone."""
+        """Keep all fields when sent between processes: by default only the message is."""
         return BadImageError, (self.path, self.position, self.reason)
 
     def moved(self, offset: int) -> BadImageError:
-        """The same error where the image's position counts from `offset`."""
+        """The same error with `offset` added to the position."""
         return BadImageError(self.path, self.position + offset, self.reason)
 
 
 def open_image(source: Any, position: int = 0, exif_orientation: bool = True) -> Image:
-    """One image as upright 8-bit RGB, decoded by the rules of `iosr_fast.images.pixels`: the one way in for all images.
+    """One image as upright 8-bit RGB, by the rules of `iosr_fast.images.pixels`.
 
     `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
-    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation` False takes pixels as they are stored.
+    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation=False` takes pixels as stored.
     Raises BadImageError.
     """
     from PIL import Image
@@ -66,13 +66,13 @@ def open_image(source: Any, position: int = 0, exif_orientation: bool = True) ->
 
 
 def open_bytes(data: bytes, path: Path, position: int = 0, exif_orientation: bool = True) -> Image:
-    """An encoded image as open_image gives it. `path` is what BadImageError calls it: it may lie within an archive."""
+    """An encoded image as `open_image` gives it. `path` names it in BadImageError: it may lie within an archive."""
     with naming(path, position), opened(data) as image:
         return upright_rgb(image, exif_orientation)
 
 
 def check_path(path: Path) -> Path:
-    """The path of a file. Raises ValueError for a folder, for what is no regular file and where there is nothing."""
+    """The path of a file. Raises ValueError for a folder, a special file and a missing one."""
     if path.is_dir():
         raise ValueError("it is a folder; fit_folder and predict_folder, or `iosr-fast classify`, take folders")
     if not path.is_file():
@@ -82,7 +82,7 @@ def check_path(path: Path) -> Path:
 
 @contextmanager
 def naming(path: Path | None, position: int) -> Iterator[None]:
-    """What decoders raise within the block, as BadImageError of this image."""
+    """Turn any error of decoders in the block into a BadImageError of this image."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -90,9 +90,9 @@ def naming(path: Path | None, position: int) -> Iterator[None]:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        told = f"it is not an image of a known format ({', '.join(FORMATS)}, AVIF, HEIC), or it is damaged"
-        raise BadImageError(path, position, told) from error
-    except Exception as error:  # damaged files make decoders raise all sorts: of a TIFF that may be a TypeError
+        reason = f"it is not an image of a known format ({', '.join(FORMATS)}, AVIF, HEIC), or it is damaged"
+        raise BadImageError(path, position, reason) from error
+    except Exception as error:  # decoders raise many types for damaged files, even TypeError for a TIFF
         raise BadImageError(path, position, str(error)) from error
 
 
@@ -110,7 +110,7 @@ def resize_and_crop(image: Image, size: int) -> np.ndarray:
 
 
 def random_view(image: Image, size: int, rng: np.random.Generator, mirror: bool) -> np.ndarray:
-    """A random crop of half to all of the area, resized to (size, size, 3) uint8, mirrored half of the time if asked.
+    """A random crop of half to all of the area, resized to (size, size, 3) uint8; `mirror` mirrors half of them.
 
     The augmented view of the papers (torchvision's RandomResizedCrop(scale=(0.5, 1)) and RandomHorizontalFlip).
     """
@@ -128,8 +128,8 @@ def random_view(image: Image, size: int, rng: np.random.Generator, mirror: bool)
 
 
 def as_array(images: Any, position: int = 0) -> np.ndarray | None:
-    """The numbers of an array, of a tensor (channels last: `pixels.tensor_array`) or of anything that NumPy takes for
-    an array; None for what holds none, as paths do. Raises BadImageError for a tensor that holds no uint8 pixels."""
+    """An array, a tensor (with the channels last: `pixels.tensor_array`) or another array-like as a NumPy array of
+    numbers; None for anything else, such as a path. Raises BadImageError for a tensor without uint8 pixels."""
     if is_tensor(images):
         with naming(None, position):
             return tensor_array(images)

@@ -15,18 +15,18 @@ EXTRA = "parquet"
 READERS = 16  # files looked up at a time: each lookup waits on a network file system
 
 
-def table_source(given: Path, path_column: str = "path", keep_columns: Sequence[str] = ()) -> Source:
+def table_source(location: Path, path_column: str = "path", keep_columns: Sequence[str] = ()) -> Source:
     """The images listed in a Parquet file, or in every .parquet below a folder; sorted by path, each listed once.
 
-    Relative paths start at the Parquet file's folder (at `given` if it is a folder). `keep_columns` are carried to the
+    Relative paths start at the file's folder (at `location` if it is a folder). `keep_columns` are carried to the
     output. A path without a file is an item with a fault. Raises ValueError for a missing column, an empty or repeated
     path, or files with different columns.
     """
     pa, pq = require("pyarrow", EXTRA), require("pyarrow.parquet", EXTRA)
-    folder = given if given.is_dir() else given.parent
-    files = sorted(path for path, _ in walk(given, {".parquet"})) if given.is_dir() else [str(given)]
+    folder = location if location.is_dir() else location.parent
+    files = sorted(path for path, _ in walk(location, {".parquet"})) if location.is_dir() else [str(location)]
     if not files:
-        raise FileNotFoundError(f"expected files ending in .parquet in {given}, found none")
+        raise FileNotFoundError(f"expected files ending in .parquet in {location}, found none")
     wanted = list(dict.fromkeys([path_column, *keep_columns]))
     tables = []
     for file in files:
@@ -40,21 +40,21 @@ def table_source(given: Path, path_column: str = "path", keep_columns: Sequence[
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"expected the same types of {wanted} in every file of {given}: {error}") from error
+        raise ValueError(f"expected the same types of {wanted} in every file of {location}: {error}") from error
     column = table[path_column]
     if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
-        raise ValueError(f"expected strings in the column {path_column} of {given}, got {column.type}")
+        raise ValueError(f"expected strings in the column {path_column} of {location}, got {column.type}")
     if column.null_count or pa.compute.any(pa.compute.equal(column, "")).as_py():
-        raise ValueError(f"expected a path in every row of the column {path_column} of {given}, got empty ones")
+        raise ValueError(f"expected a path in every row of the column {path_column} of {location}, got empty ones")
     if table.num_rows == 0:
-        raise ValueError(f"expected rows in {given}, found none")
+        raise ValueError(f"expected rows in {location}, found none")
     table = table.sort_by(path_column)
     with ThreadPoolExecutor(READERS) as pool:
         items = list(pool.map(lambda key: _item(key, folder), table[path_column].to_pylist()))
-    check_keys(items, f"the column {path_column} of {given}")
+    check_keys(items, f"the column {path_column} of {location}")
     described = {
         "kind": "parquet",
-        "path": str(given),
+        "path": str(location),
         "path_column": path_column,
         "keep_columns": list(keep_columns),
     }

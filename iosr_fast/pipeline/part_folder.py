@@ -48,11 +48,11 @@ def check_folder(out: Path) -> None:
         raise FileExistsError(f"{out} exists and holds other things than a run's parts ({PLAN}); choose another folder")
 
 
-def check_apart(given: str, out: Path) -> None:
+def check_apart(location: str, out: Path) -> None:
     """Raise ValueError if the output lies inside the input, and would be listed as part of it."""
-    path = Path(given).resolve()
+    path = Path(location).resolve()
     if path.is_dir() and (out.resolve() == path or path in out.resolve().parents):
-        raise ValueError(f"expected --out outside the input, got {out} inside {given}; choose another folder")
+        raise ValueError(f"expected --out outside the input, got {out} inside {location}; choose another folder")
 
 
 @contextmanager

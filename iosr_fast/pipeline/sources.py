@@ -138,7 +138,7 @@ class ItemDecoder:
 
 
 def open_source(
-    given: str,
+    location: str,
     kind: str = "auto",
     *,
     path_column: str = "path",
@@ -149,49 +149,51 @@ def open_source(
 
     Raises FileNotFoundError for a missing input, ValueError for an ambiguous one and for options that don't fit it.
     """
-    kind = kind_of(given) if kind == "auto" else kind
+    kind = kind_of(location) if kind == "auto" else kind
     if kind not in KINDS:
         raise ValueError(f"expected --kind auto or one of {list(KINDS)}, got {kind!r}")
     if kind != "parquet" and (keep_columns or path_column != "path"):
-        raise ValueError(f"expected Parquet files with --path-column and --keep-columns, got a {kind} at {given}")
+        raise ValueError(f"expected Parquet files with --path-column and --keep-columns, got a {kind} at {location}")
     if kind != "webdataset" and image_field is not None:
-        raise ValueError(f"expected WebDataset shards with --image-field, got a {kind} at {given}")
+        raise ValueError(f"expected WebDataset shards with --image-field, got a {kind} at {location}")
     if kind == "webdataset":
         from iosr_fast.pipeline.webdataset_source import shard_source
 
-        return shard_source(given, image_field)
-    path = Path(given).resolve()
+        return shard_source(location, image_field)
+    path = Path(location).resolve()
     if not path.exists():
-        raise FileNotFoundError(f"expected images at {given}, found nothing")
+        raise FileNotFoundError(f"expected images at {location}, found nothing")
     if kind == "parquet":
         from iosr_fast.pipeline.parquet_source import table_source
 
         return table_source(path, path_column, keep_columns)
     if not path.is_dir():
-        raise ValueError(f"expected a folder with --kind folder, got the file {given}")
+        raise ValueError(f"expected a folder with --kind folder, got the file {location}")
     return folder_source(path)
 
 
-def kind_of(given: str) -> str:
+def kind_of(location: str) -> str:
     """The kind of an input, by its name or by the files in the folder. Raises ValueError for several kinds."""
-    path = Path(given)
+    path = Path(location)
     if not path.is_dir():
-        if given.endswith(".parquet"):
+        if location.endswith(".parquet"):
             return "parquet"
-        if given.endswith(".tar"):
+        if location.endswith(".tar"):
             return "webdataset"
         if path.exists():
-            raise ValueError(f"expected a folder, a .tar or a .parquet, got the file {given}; give the folder it is in")
-        raise FileNotFoundError(f"expected a folder, .tar shards or .parquet files at {given}, found nothing")
+            raise ValueError(
+                f"expected a folder, a .tar or a .parquet, got the file {location}; give the folder it is in"
+            )
+        raise FileNotFoundError(f"expected a folder, .tar shards or .parquet files at {location}, found nothing")
     by_suffix = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
     example: dict[str, str] = {}
     for name, _ in walk(path, by_suffix.keys()):
         example.setdefault(by_suffix[Path(name).suffix.lower()], name)
     if not example:
-        raise ValueError(f"expected images, .tar shards or .parquet files in {given}, found none")
+        raise ValueError(f"expected images, .tar shards or .parquet files in {location}, found none")
     if len(example) > 1:
         raise ValueError(
-            f"expected one kind of input in {given}, found {' and '.join(example.values())}; choose one with --kind "
+            f"expected one kind of input in {location}, found {' and '.join(example.values())}; choose one with --kind "
             f"{' or '.join(sorted(example))}"
         )
     return next(iter(example))

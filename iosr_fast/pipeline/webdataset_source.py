@@ -25,17 +25,17 @@ _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _FIELDS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 
-def shard_source(given: str, field: str | None = None) -> Source:
+def shard_source(location: str, field: str | None = None) -> Source:
     """Every sample of a folder, glob or brace pattern of .tar shards, in stored order.
 
     Keys are "shard#sample", with the shard's path relative to the common folder. `field` names the member with the
     image ("jpg"), needed if samples have several. A sample without an image is an item with a fault. Raises
     FileNotFoundError for a missing shard, ValueError for a damaged or compressed one and for an ambiguous sample.
     """
-    shards = find_shards(given)
+    shards = find_shards(location)
     top = (
-        Path(os.path.abspath(given))
-        if Path(given).is_dir()
+        Path(os.path.abspath(location))
+        if Path(location).is_dir()
         else Path(os.path.commonpath([path.parent for path in shards]))
     )
     names = [path.relative_to(top).as_posix() for path in shards]
@@ -47,29 +47,29 @@ def shard_source(given: str, field: str | None = None) -> Source:
         starts.append(len(items))
         items += samples
     if not items:
-        raise ValueError(f"expected samples in the shards of {given}, found none in {len(shards)} shards")
-    check_keys(items, given)
+        raise ValueError(f"expected samples in the shards of {location}, found none in {len(shards)} shards")
+    check_keys(items, location)
     return Source({"kind": "webdataset", "path": str(top), "field": field}, items, tuple(starts))
 
 
-def find_shards(given: str) -> list[Path]:
+def find_shards(location: str) -> list[Path]:
     """The .tar files of a folder (and below), of a glob, or of a brace pattern like "train-{000..127}.tar", sorted."""
-    if "://" in given or given.startswith("pipe:"):
-        raise ValueError(f"expected shards on a file system, got {given}; mount the store or fetch the shards first")
-    if Path(given).is_dir():
-        paths = [Path(path) for path, _ in walk(given, {".tar"})]
-    elif Path(given).is_file():
-        paths = [Path(given)]
+    if "://" in location or location.startswith("pipe:"):
+        raise ValueError(f"expected shards on a file system, got {location}; mount the store or fetch the shards first")
+    if Path(location).is_dir():
+        paths = [Path(path) for path, _ in walk(location, {".tar"})]
+    elif Path(location).is_file():
+        paths = [Path(location)]
     else:
         expand = require("webdataset.shardlists", EXTRA).expand_urls
         paths = []
-        for pattern in expand(given):
+        for pattern in expand(location):
             matches = [Path(path) for path in glob.glob(pattern, recursive=True)]
             if not matches:
-                raise FileNotFoundError(f"expected shards at {pattern} (of {given}), found none")
+                raise FileNotFoundError(f"expected shards at {pattern} (of {location}), found none")
             paths += matches
     if not paths:
-        raise FileNotFoundError(f"expected shards ending in .tar in {given}, found none")
+        raise FileNotFoundError(f"expected shards ending in .tar in {location}, found none")
     # Links are not resolved: their targets may have other names.
     return sorted({Path(os.path.abspath(path)) for path in paths})
 
