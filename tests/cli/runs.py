@@ -1,0 +1,24 @@
+"""Runs of `iosr-fast`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from iosr_fast.cli import app
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def refused(*words: object) -> str:
+    """What a command says to its user's mistake, after exit code 2."""
+    done = run(*words)
+    assert done.exit_code == 2 and "Traceback" not in done.output, done.output
+    return done.output
+
+
+def never(*_: object, **__: object) -> Any:
+    raise AssertionError("work has begun")

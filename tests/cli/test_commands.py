@@ -1,0 +1,162 @@
+"""The commands of `iosr-fast`: what they refuse before any work, and what they print."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from iosr_fast import Classifier
+from iosr_fast.utils.progress import progress
+from tests.cli.runs import never, refused, run
+from tests.state.live_parts import LetterText, PixelEncoder, engine_folder, small_classifier
+
+
+@pytest.fixture
+def unfitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+    """What from_pretrained gives in these tests."""
+    made = Classifier(PixelEncoder(), engine_folder(tmp_path / "engine"), LetterText(), 20.0)
+    monkeypatch.setattr(Classifier, "from_pretrained", lambda *_, **__: made)
+    return made
+
+
+def test_fit_takes_no_toy_without_a_word(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Classifier, "from_pretrained", never)
+    assert "--model" in refused("fit", folder, "--out", tmp_path / "out")
+    assert "near chance on photographs" in re.sub(r"\s+", " ", run("fit", "--help").output)
+
+
+def test_a_place_that_can_not_be_written_is_named_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classifier, "from_pretrained", never)
+    monkeypatch.setattr(Classifier, "load", never)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text('{"name": "an extension of a browser"}')
+    engine_folder(tmp_path / "an-engine")
+    for place, said in {
+        "file": "got the file",
+        "file/below": "got the file",
+        "mine": "holds other things than iosr_fast writes",
+        "foreign": "holds other things than iosr_fast writes",
+        "an-engine": "holds a folder of kind 'engine'",
+    }.items():
+        assert said in refused("fit", folder, "--model", "demo", "--out", tmp_path / place)
+    for place, said in {
+        "labels.txt": "to end in .csv or .parquet",
+        "nowhere/labels.csv": "expected a folder to write",
+        "file/labels.csv": "expected a folder to write",
+        "mine": "to end in .csv or .parquet",
+    }.items():
+        assert said in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / place)
+    (tmp_path / "there.csv").write_text("mine")
+    assert "exists already" in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / "there.csv")
+    (tmp_path / "folder.csv").mkdir()
+    assert "got the folder" in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / "folder.csv")
+    assert (tmp_path / "there.csv").read_text() == "mine" and (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classifier, "from_pretrained", never)
+    common = ("--model", "demo", "--out", tmp_path / "out")
+    assert "found no folder" in refused("fit", tmp_path / "nowhere", *common)
+    assert "found no folder" in refused("fit", folder / "class_0" / "0.png", *common)
+    assert "at least two class folders" in refused("fit", folder / "class_0", *common)
+    assert "expected a method of" in refused("fit", folder, *common, "--method", "magic")
+    assert "leave alpha out" in refused("fit", folder, *common, "--alpha", "1")
+    assert "views of at least 1, got -1" in refused("fit", folder, *common, "--views", "-1")
+    assert "key_precision of fp32" in refused("fit", folder, *common, "--key-precision", "fp8")
+    assert "expected templates with {}" in refused("fit", folder, *common, "--template", "a photo")
+
+
+def test_classify_names_what_is_missing_before_the_bundle_is_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classifier, "load", never)
+    (tmp_path / "empty").mkdir()
+    said = refused("classify", "bundle", folder, tmp_path / "nowhere.png", tmp_path / "gone")
+    assert "no such file or folder" in said and "nowhere.png" in said and "gone" in said
+    assert "found none in" in refused("classify", "bundle", tmp_path / "empty")
+    assert "found none in" in refused("classify", "bundle", tmp_path / "empty", "--out", tmp_path / "labels.csv")
+    assert "--top of at least 1, got -3" in refused("classify", "bundle", folder, "--top", "-3")
+    assert not (tmp_path / "labels.csv").exists()
+
+
+def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:
+    with pytest.raises(ValueError, match="it is a folder; fit_folder and predict_folder"):
+        small_classifier().predict(folder)
+    with pytest.raises(ValueError, match="no such file"):
+        small_classifier().predict(folder / "nowhere.png")
+
+
+def test_nothing_read_is_no_success(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_classifier(engine_folder(tmp_path / "engine"))
+    monkeypatch.setattr(Classifier, "load", lambda *_, **__: made)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    said = refused("classify", "bundle", tmp_path / "bad.png", "--skip-bad", "--batch", "2", "--threads", "1")
+    assert "none of the images could be read" in said
+    done = run("classify", "bundle", tmp_path / "bad.png", folder, "--skip-bad", "--batch", "2", "--threads", "1")
+    assert done.exit_code == 0 and "left out 1 of 10 images" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--max-body-mb", "nan"), "expected --max-body-mb to be a number of MB, got nan"),
+        (("--max-image-mb", "inf"), "expected --max-image-mb to be a number of MB, got inf"),
+        (("--token-file", "nowhere"), "can't read the token in nowhere"),
+        (("--token-file", "."), "can't read the token in ."),
+        (("--port", "-1"), "expected port to be"),
+    ],
+)
+def test_options_of_serve_are_called_by_name(words: tuple[str, ...], said: str) -> None:
+    pytest.importorskip("fastapi")
+    assert said in refused("serve", "bundle", *words)
+
+
+@pytest.mark.parametrize("command", ["classify", "export-triton", "serve"])
+def test_what_is_no_bundle_is_a_line(command: str, folder: Path, tmp_path: Path) -> None:
+    more = {"classify": (folder,), "export-triton": (tmp_path / "models",), "serve": ()}[command]
+    engine_folder(tmp_path / "an-engine")
+    (tmp_path / "empty").mkdir()
+    for wrong in ("nowhere", "in/class_0/0.png", "empty", "an-engine"):
+        said = refused(command, tmp_path / wrong, *more)
+        assert said.startswith("iosr-fast: ") and len(said.strip().splitlines()) == 1, said
+
+
+def test_fit_shows_what_it_does(
+    unfitted: Classifier, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    unfitted.fit_folder(folder, method="tip-adapter", views=2, progress=True)
+    for verb in ("encode", "tune", "9/9"):
+        assert verb in shown.getvalue()
+    shown.truncate(0)
+    unfitted.fit_folder(folder, method="tip-adapter", views=2)
+    with progress("quiet", 3, shown=False) as advance:
+        advance(1)
+    assert "encode" not in shown.getvalue() and "quiet" not in shown.getvalue()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    done = run("fit", folder, "--model", "demo", "--out", tmp_path / "out", "--views", "1")
+    assert done.exit_code == 0 and "3 classes, 9 images" in done.output, done.output
+
+
+def test_fit_says_once_what_it_skips(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "notes.txt").write_text("not an image")
+    options = ("--model", "demo", "--method", "tip-adapter", "--alpha", "1", "--beta", "1", "--views", "1")
+    done = run("fit", folder, "--out", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    assert caplog.text.count("skipped 1 of") == 1

@@ -1,0 +1,125 @@
+"""Models and options of from_pretrained and `iosr-fast fit` that don't fit are refused before a CLIP is made."""
+
+from __future__ import annotations
+
+import logging
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iosr_fast import Classifier, classifier
+from tests.cli.runs import never, refused
+from tests.state.live_parts import LetterText, PixelEncoder
+
+
+def test_the_demo_that_nobody_named_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrained = pytest.importorskip("iosr_fast.export.pretrained")
+    opened = pretrained.Opened(PixelEncoder(), Path("none"), LetterText(), 20.0)
+    monkeypatch.setattr(pretrained, "open_pretrained", lambda model, *_: opened if model == "demo" else never())
+    classifier._warn_of_the_demo.cache_clear()
+    with caplog.at_level(logging.WARNING, "iosr_fast"):
+        Classifier.from_pretrained("demo")
+        assert not caplog.records
+        Classifier.from_pretrained()
+        Classifier.from_pretrained()
+    assert len(caplog.records) == 1
+    for words in ("64x64", "emoji", "near chance on photographs", "'ViT-B-32', 'laion2b_s34b_b79k'"):
+        assert words in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"adapter": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"adapter": __file__}, "test_pretrained.py"),
+        ({"adapter": "clip"}, "not an adapter of iosr_fast"),
+        ({"adapter": "demo"}, "expected demo with 6 blocks of width 128, got ViT-B-32 with 12 of width 768"),
+        ({"engine": "nowhere"}, "expected a folder with a manifest.json"),
+        ({"runtime": "abacus"}, "expected runtime 'auto' or one of"),
+        ({"precision": "fp7"}, "expected a precision of"),
+        ({"precision": "bf16", "runtime": "torch"}, "which compute in bf16"),
+        ({"pretrained": "nowhere/weights.pt"}, "no weights file at"),
+        ({"pretrained": "no-such-tag"}, "has no pretrained tag 'no-such-tag'"),
+        ({"pretrained": None}, "needs weights"),
+        ({"model": "ViT-Z-99"}, "one of open_clip's models"),
+        ({"model": "RN50", "pretrained": "openai"}, "RN50 has a ResNet image encoder; expected"),
+        ({"model": "convnext_base_w", "pretrained": "laion2b_s13b_b82k"}, "has a timm image encoder"),
+        ({"model": "ViT-B-16-SigLIP", "pretrained": "webli"}, "has a timm image encoder"),
+        ({"model": "EVA02-B-16", "pretrained": "merged2b_s8b_b131k"}, "has a timm image encoder"),
+        ({"model": "coca_ViT-B-32", "pretrained": "laion2b_s13b_b90k"}, "an attentional pooler"),
+        ({"model": "ViT-L-14-CLIPA", "pretrained": "none"}, "pooling; expected 'tok'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_clip_is_made(
+    options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    from iosr_fast.export.pretrained import DEMO_ADAPTER, DEMO_FOLDER
+
+    for name in ("create_model", "create_model_and_transforms", "get_tokenizer", "load_openai_model"):
+        monkeypatch.setattr(open_clip, name, never, raising=False)
+    files = {"demo": DEMO_ADAPTER, "clip": DEMO_FOLDER / "clip.safetensors"}
+    given = {"model": "ViT-B-32", "pretrained": "openai", **options}
+    if "adapter" in given:
+        given["adapter"] = files.get(given["adapter"], given["adapter"])
+    with pytest.raises((ValueError, OSError), match=said):
+        Classifier.from_pretrained(**given)
+
+
+def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """check_architecture against fold's look at the encoder itself, made of shapes alone."""
+    torch, open_clip = pytest.importorskip("torch"), pytest.importorskip("open_clip")
+    from open_clip.model import _build_vision_tower
+
+    from iosr_fast.clip.architecture import check_architecture, vision_config
+    from iosr_fast.clip.fuse import _check_fusible
+
+    def says(act: Any) -> bool:
+        try:
+            act()
+        except ValueError:
+            return True
+        return False
+
+    seen = {True: 0, False: 0}
+    for name in open_clip.list_models():
+        vision = vision_config(name)
+        if vision.get("timm_model_name") or isinstance(vision.get("layers"), list):
+            assert says(lambda name=name: check_architecture(name))
+            continue
+        with torch.device("meta"):
+            tower = _build_vision_tower(512, {**vision, "layers": 1})
+        by_model = says(lambda name=name, tower=tower: _check_fusible(name, tower))
+        assert says(lambda name=name: check_architecture(name)) == by_model, name
+        seen[by_model] += 1
+    assert min(seen.values()) > 3
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("no route to host"),
+        ConnectionError("offline mode is enabled\nsecond line"),
+        RuntimeError("Failed to download weights for 'ViT-B-32'\ntraceback of theirs"),
+        Exception(""),
+    ],
+)
+def test_a_download_that_fails_is_one_line_that_names_the_model(
+    failure: Exception, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+
+    def fails(*_: object, **__: object) -> Any:
+        raise failure
+
+    monkeypatch.setattr(open_clip, "create_model", fails)
+    words = ("--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k")
+    said = refused("fit", folder, "--out", tmp_path / "out", *words)
+    assert "the weights 'laion2b_s34b_b79k' of ViT-B-32 can't be downloaded" in said and "--pretrained FILE" in said
+    assert len(said.strip().splitlines()) == 1
+    with pytest.raises(OSError, match="of ViT-B-32 can't be downloaded"):
+        Classifier.from_pretrained("ViT-B-32", "laion2b_s34b_b79k")

@@ -1,0 +1,173 @@
+"""Every command line: help as it is written, one line for an error, and that line before any work."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from iosr_fast.cli import app
+from iosr_fast.utils.command import command_app
+from iosr_fast.utils.outputs import check_new_file, check_new_folder
+from tests import ROOT
+from tests.state.live_parts import engine_folder
+
+TOOLS = (
+    *("build_engine", "classify", "embed", "load_test", "open_images_subset", "serve_ray", "train_adapter"),
+    *("tune_kernels", "demo.bundle", "demo.run", "demo.train_clip"),
+)
+
+
+def never(*_: object, **__: object) -> Any:
+    raise AssertionError("work has begun")
+
+
+def all_apps() -> dict[str, typer.Typer]:
+    """iosr-fast, and every tool that typer reads the words of."""
+    apps = {"iosr-fast": app}
+    for name in ("benchmark", "report"):
+        apps[name] = importlib.import_module(f"tools.{name}").app
+    for name in TOOLS:
+        try:
+            main = importlib.import_module(f"tools.{name}").main
+        except (ImportError, SystemExit):
+            continue  # a package of an extra is missing here
+        apps[name] = command_app(main)
+    return apps
+
+
+@pytest.mark.slow
+def test_help_shows_what_stands_in_brackets() -> None:
+    checked = 0
+    for name, one in all_apps().items():
+        command = typer.main.get_command(one)
+        commands = getattr(command, "commands", {None: command})
+        for word, sub in commands.items():
+            shown = CliRunner().invoke(one, [*([word] if word else []), "--help"]).output
+            for parameter in sub.params:
+                told = getattr(parameter, "help", None) or ""
+                if "[" in told:
+                    assert re.sub(r"\s", "", told) in re.sub(r"\s", "", shown), f"{name} {word}: {told}"
+                    checked += 1
+    assert checked > 25
+
+
+def test_every_command_is_made_without_markup() -> None:
+    sources = [path for part in ("iosr_fast", "tools", "kernels") for path in (ROOT / part).rglob("*.py")]
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        assert "typer.run(" not in text, path
+        for call in re.findall(r"typer\.Typer\((.*?)\)\n", text, re.DOTALL):
+            assert "rich_markup_mode=None" in call, path
+
+
+def test_places_that_can_be_written_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_folder(tmp_path / "engine")
+    (tmp_path / "empty").mkdir()
+    for place in ("new", "deep/er/new", "empty"):
+        check_new_folder(tmp_path / place, "classifier")
+    check_new_folder(tmp_path / "engine", "engine")
+    check_new_file(tmp_path / "new.csv", (".csv",))
+    monkeypatch.chdir(tmp_path)
+    check_new_file(Path("new.csv"))
+    check_new_folder(Path("new"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(PermissionError, match="can't be written to"):
+        check_new_file(tmp_path / "new.csv")
+    with pytest.raises(PermissionError, match="can't be written to"):
+        check_new_folder(tmp_path / "new")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [("benchmark.py", "updates", "--cases", "nonsense"), ("report.py", "--results", "empty", "--out", "out")]
+)
+def test_a_mistake_with_a_tool_is_a_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("the page of before")
+    command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: expected "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "out" / "README.md").read_text() == "the page of before"
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [
+        ("load_test", ("--json", "nowhere/report.json")),
+        ("benchmark", ("score", "--json", "nowhere/rows.json")),
+        ("benchmark", ("classifier", "--csv", ".")),
+    ],
+)
+def test_tools_look_at_the_place_before_the_work(
+    tool: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"tools.{tool}")
+    monkeypatch.setattr(module, "open_bundle", never, raising=False)
+    monkeypatch.setattr(module, "limit_blas", never, raising=False)
+    one = module.app if hasattr(module, "app") else command_app(module.main)
+    done = CliRunner().invoke(one, list(words))
+    assert done.exit_code == 2 and "expected a f" in done.output, done.output
+
+
+@pytest.mark.slow
+def test_a_missing_package_is_answered_with_the_pip_command(tmp_path: Path) -> None:
+    """As after `pip install iosr_fast[cpu]`: every way in, in a process where no other extra can be imported."""
+    folder = tmp_path / "in"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.png").touch()
+    code = f"""
+import io, runpy, sys
+blocked = "torch torchvision open_clip onnx onnxscript tritonclient pyarrow lightning_fabric"
+sys.modules.update(dict.fromkeys(blocked.split()))
+from typer.testing import CliRunner
+from iosr_fast import Classifier
+from iosr_fast.cli import app
+
+def told(act):
+    try:
+        print(act())
+    except ImportError as error:
+        print(error)
+
+def run(*words):
+    done = CliRunner().invoke(app, words)
+    return f"{{done.exit_code}} {{done.output.strip()}}"
+
+told(lambda: Classifier.from_pretrained("demo"))
+told(lambda: run("fit", {str(folder)!r}, "--model", "demo", "--out", {str(tmp_path / "out")!r}))
+told(lambda: run("export-triton", "bundle", {str(tmp_path / "models")!r}))
+told(lambda: run("classify", "bundle", {str(folder)!r}, "--out", {str(tmp_path / "labels.parquet")!r}))
+
+def tool(name):
+    sys.argv, sys.stderr = [name], io.StringIO()
+    try:
+        runpy.run_path(f"tools/{{name}}.py", run_name="__main__")
+    except SystemExit as stop:
+        return f"{{stop.code}} {{sys.stderr.getvalue().strip()}}"
+
+told(lambda: tool("build_engine"))
+told(lambda: tool("train_adapter"))
+sys.modules["fastapi"] = None
+told(lambda: run("serve", "bundle"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7, done.stdout + done.stderr
+    extras = ("train", "train", "triton-server", "parquet", "train", "train", "serve")
+    for line, extra in zip(lines, extras, strict=True):
+        assert f"is not installed: pip install 'iosr_fast[{extra}]' brings it" in line, lines
+    for line, prefix in zip(lines[1:], ["iosr-fast"] * 3 + ["error"] * 2 + ["iosr-fast"], strict=True):
+        assert line.startswith(f"2 {prefix}: ")
