@@ -59,7 +59,7 @@ def test_any_damaged_byte_is_found_or_harmless(rng: np.random.Generator, tmp_pat
     write_part(path, part, file_format)
     whole = path.read_bytes()
     refused = 0
-    for place in range(0, len(whole), 7):
+    for place in range(0, len(whole), 13):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
@@ -122,6 +122,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_importing_loads_nothing_heavy() -> None:
     heavy = {"torch", "pyarrow", "ray", "webdataset", "pandas"}
     code = f"import sys, iosr_fast.pipeline.embedding_files, tools.embed; print(sorted({heavy} & set(sys.modules)))"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,6 @@ from iosr_fast.utils.files import new_file, new_folder, recover
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.temporaries import remove_leftovers
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
-from tests.state.manifests import rewrite_manifest
 
 KILLED = """
 import os, signal
@@ -160,6 +158,7 @@ def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> Non
     assert (tmp_path / "thing" / "content").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(renaming: str, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -301,7 +300,7 @@ def test_two_writers_in_turn_fail_neither_each_other_nor_readers(tmp_path: Path)
     threads = [threading.Thread(target=until_the_end, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
-    time.sleep(1.5)
+    time.sleep(0.5)
     ends.set()
     for thread in threads:
         thread.join()
@@ -350,70 +349,3 @@ def test_what_was_put_aside_is_put_back(tmp_path: Path, caplog: pytest.LogCaptur
     shutil.rmtree(target)
     with pytest.raises(FileNotFoundError, match="found none at"):
         read_manifest(target, "thing")
-
-
-def test_every_flipped_byte_of_a_manifest_is_refused(tmp_path: Path) -> None:
-    target = tmp_path / "thing"
-    with new_folder(target) as made:
-        (made / "content").write_text("one")
-        write_manifest(made, "thing", {"number": 1.5, "names": ["Käfer", "a b"], "none": None, 7: "seven"})  # type: ignore[dict-item]
-    path = target / "manifest.json"
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        for bit in range(8):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
-            with pytest.raises(ValueError, match=r"manifest\.json"):
-                read_manifest(target, "thing", verify=False)
-    for changed in (
-        whole[:-1],
-        whole + b"\n",
-        whole.replace(b"\n", b"\r\n"),
-        b"",
-        b"[]",
-        b"[" * 9999,
-        b"\xef\xbb\xbf" + whole,
-    ):
-        path.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
-            read_manifest(target, "thing")
-    manifest = json.loads(whole)
-    path.write_text(json.dumps({**manifest, "number": 2}, indent=2, ensure_ascii=False) + "\n")
-    with pytest.raises(
-        ValueError, match=r"was changed by hand: it does not match its own checksum; make the thing again"
-    ):
-        read_manifest(target, "thing")
-    path.write_bytes(whole)
-    assert read_manifest(target, "thing") == manifest and manifest["names"] == ["Käfer", "a b"]
-
-
-def test_what_a_manifest_may_not_say(tmp_path: Path) -> None:
-    target = tmp_path / "thing"
-    write(target, "one")
-    files_of = json.loads((target / "manifest.json").read_bytes())["files"]
-    rewrite_manifest(target, schema=1)
-    with pytest.raises(
-        ValueError, match=r"has schema 1, this version of iosr_fast reads schema 2; make the thing again"
-    ):
-        read_manifest(target, "thing")
-    rewrite_manifest(target, schema=2, kind="engine")
-    with pytest.raises(ValueError, match="to hold a thing, got a engine"):
-        read_manifest(target, "thing")
-    rewrite_manifest(target, ["checksum"], kind="thing")
-    read_manifest(target, "thing")
-    (tmp_path / "outside").write_text("one")
-    for name in ("../outside", "inner/../../outside", str(tmp_path / "outside"), "C:/outside", "..\\outside", "\\x"):
-        rewrite_manifest(target, files={**files_of, name: files_of["content"]})
-        with pytest.raises(ValueError, match="names a file outside its folder"):
-            read_manifest(target, "thing")
-    for wrong in (3, [], {"content": 3}, {"content": {}}):
-        rewrite_manifest(target, files=wrong)
-        with pytest.raises(ValueError, match="damaged or no manifest"):
-            read_manifest(target, "thing")
-    rewrite_manifest(target, files=files_of)
-    (target / "content").write_text("two")
-    with pytest.raises(ValueError, match=r"content in .* does not match its manifest"):
-        read_manifest(target, "thing")
-    read_manifest(target, "thing", verify=False)
-    (target / "content").unlink()
-    with pytest.raises(FileNotFoundError, match="content is missing from"):
-        read_manifest(target, "thing", verify=False)

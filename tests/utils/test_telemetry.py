@@ -13,6 +13,7 @@ import pytest
 from tests import ROOT
 from tests.demo_cache import shared_cache
 
+pytestmark = pytest.mark.slow  # each works in a process of its own
 pytest.importorskip("onnxruntime")
 pytest.importorskip("open_clip", reason="the demo's bundle is made by open_clip")
 
