@@ -15,6 +15,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
 from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.export.pretrained import DEMO_ADAPTER  # noqa: E402
+from tests.demo_cache import demo_bundle  # noqa: E402
 from tools.bench import classifier, harness, pipeline  # noqa: E402
 from tools.bench.encoder_rivals import Embed, eagerly  # noqa: E402
 
@@ -25,11 +26,14 @@ def in_eager(file: Path, pixels: np.ndarray, threads: int, spin: bool = True) ->
     return lambda: one()[file.name == "adapted.onnx" :][:1]
 
 
-def test_rows(demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
+@pytest.mark.slow
+def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "make_demo_bundle", lambda folder, *arguments: demo_bundle(*arguments))
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
     monkeypatch.setattr(classifier, "write_passes", lambda *_: (Path("plain.onnx"), Path("adapted.onnx")))
     monkeypatch.setattr(classifier, "in_onnxruntime", in_eager)
     monkeypatch.setattr(classifier, "CLASSES", 12)
+    monkeypatch.setattr(classifier, "SHOTS", 3)
     monkeypatch.setattr(classifier, "BATCHES", (1, 3))
     monkeypatch.setattr(classifier, "percentiles", lambda runs: right(runs, calls=4, block=2))
     right = PERCENTILES

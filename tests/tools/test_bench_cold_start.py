@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, WEIGHTS
 from iosr_fast.utils.manifest import read_manifest
-from tests.demo_cache import shared_cache
+from tests.demo_cache import demo_bundle
 from tools.bench import cold_start, harness
 
 
@@ -23,7 +24,11 @@ from tools.bench import cold_start, harness
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder with the demo's bundle, and the picture to classify."""
     folder = tmp_path_factory.mktemp("cold")
-    with shared_cache():
+    bundle = demo_bundle(12, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cold_start, "CLASSES", 12)
+        patch.setattr(cold_start, "SHOTS", 3)
+        patch.setattr("tools.demo.bundle.make_demo_bundle", lambda out, *_: shutil.copytree(bundle, out))
         return folder, cold_start.make_bundle("demo", folder)
 
 
@@ -49,6 +54,7 @@ def _linked(made: tuple[Path, Path], folder: Path) -> Path:
     return made[1]
 
 
+@pytest.mark.slow
 def test_rows_of_real_cold_starts(child: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "BURST_S", 0.0)
     rows = cold_start.run(("demo",), repeats=2)
@@ -61,6 +67,7 @@ def test_rows_of_real_cold_starts(child: list[tuple[str, ...]], monkeypatch: pyt
     assert rows[0]["peak_memory_mb"] < rows[0]["peak_memory_goal_mb"] < rows[3]["peak_memory_mb"]
 
 
+@pytest.mark.slow
 def test_variants_hold_what_they_say(made: tuple[Path, Path], tmp_path: Path) -> None:
     bundle = made[0] / "bundle"
     cold_start.copy_bundle(bundle, tmp_path / "graph", cold_start.put_weights_into_graph)

@@ -14,7 +14,7 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.export.export import random_adapter  # noqa: E402
-from tests.clip.test_dual_encoder import random_pixels, small_clip  # noqa: E402
+from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tools.bench import ceilings, encoder, encoder_rivals, harness  # noqa: E402
 from tools.bench.devices import Device  # noqa: E402
 
@@ -33,7 +33,7 @@ def test_flops_are_those_that_pytorch_counts(first: int | None) -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny CLIP, a ceiling that takes no time, and torch.compile without its compiler, which takes seconds."""
     monkeypatch.setattr(encoder, "load_clip", lambda *_: small_clip())
     best_gemm = ceilings.best_gemm
@@ -42,6 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
 
 
+@pytest.mark.slow
 def test_rows(small: None) -> None:
     made = encoder.run("Small", batch=3, first_adapted_blocks=(0, 1), threads=1, repeats=1)
     ways = ("eager", "onnxruntime", "torch-compile", *(["openvino"] if find_spec("openvino") else []))
@@ -80,7 +81,8 @@ def test_rivals_of_the_nearest_block_are_compared_with() -> None:
     assert encoder.ratios("open-clip-one-pass", medians) == {"best-compiled-one-pass": 3.0}
 
 
-def test_what_cannot_run_is_left_out_and_told(
+@pytest.mark.slow
+def test_what_cannot_run_is_left_out_and_named(
     small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_compiler(*_: object, **__: object) -> None:
@@ -90,9 +92,9 @@ def test_what_cannot_run_is_left_out_and_told(
     monkeypatch.setattr(encoder, "find_spec", lambda name: None)
     made = encoder.run("Small", batch=1, first_adapted_blocks=(1,), threads=1, repeats=1)
     assert not [row for row in made if "openvino" in row["impl"] or "compile" in row["impl"]]
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith("left out: openvino: it is not installed")
-    assert told[1] == "left out: torch-compile-two-pass-s1: RuntimeError: no C++ compiler"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("left out: openvino: it is not installed")
+    assert lines[1] == "left out: torch-compile-two-pass-s1: RuntimeError: no C++ compiler"
 
 
 @pytest.mark.parametrize("opened", ["rival", "gpu"])
@@ -110,6 +112,7 @@ def test_what_stays_eager_is_not_taken_for_compiled(opened: str) -> None:
             Device("cuda").compile(Broken())(torch.from_numpy(pixels))
 
 
+@pytest.mark.slow
 def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = encoder.candidates
 

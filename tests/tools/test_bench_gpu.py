@@ -343,6 +343,7 @@ def test_outputs_that_are_not_finite_are_wrong() -> None:
     assert not encoder_gpu.right(errors, "fp32") and encoders.batch(7, REHEARSAL).shape == (7, 2, 2, 3)
 
 
+@pytest.mark.slow
 def test_parity_is_a_table_of_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("open_clip")
     monkeypatch.setattr(parity, "TINY", ("q3-k8-d16-c3",))

@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
-from tests.clip.test_dual_encoder import small_clip  # noqa: E402
+from tests.clip.small_clip import small_clip  # noqa: E402
 from tools.bench import harness, pipeline  # noqa: E402
 from tools.bench.photographs import photograph, texture, write_photographs  # noqa: E402
 
@@ -22,7 +22,8 @@ PICTURES = 8
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
     monkeypatch.setattr(pipeline, "load_clip", lambda *_: small_clip())
     monkeypatch.setattr(pipeline, "RIVALS_BATCH", 3)
 
@@ -49,6 +50,7 @@ def test_a_texture_falls_with_frequency() -> None:
     assert photograph(np.zeros((64, 64, 3), np.uint8), 90, 60).size == (90, 60)
 
 
+@pytest.mark.slow
 def test_rows(small: None) -> None:
     made = pipeline.run("Small", pictures=PICTURES, first_adapted_block=1, threads=1, repeats=1)
     names = ["predict-folder", "encoder-only", "decode-only", "obvious-script", "two-pass"]
@@ -61,6 +63,7 @@ def test_rows(small: None) -> None:
     assert made[1]["share_of_ceiling"] == 1
 
 
+@pytest.mark.slow
 def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(clip: Any, adapter: Any, *_: object) -> pipeline.Embed:
         embed = pipeline.eager(clip, adapter)

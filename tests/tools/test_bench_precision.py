@@ -16,7 +16,7 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.clip.demo.pictures import Pictures, load_pictures
 from iosr_fast.encoders.encoder import Embeddings
-from tests.clip.test_dual_encoder import small_clip
+from tests.clip.small_clip import small_clip
 from tests.conftest import unit_rows
 from tools.bench import ceilings, harness, precision
 
@@ -29,7 +29,7 @@ def emoji(count: int) -> np.ndarray:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = emoji(60)
     monkeypatch.setattr(precision, "load_clip", lambda *_: small_clip())
     monkeypatch.setattr(precision, "pictures_of", lambda clip: (pictures[:40], pictures[40:]))
@@ -38,6 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "PAUSE_S", 0)
 
 
+@pytest.mark.slow
 def test_rows_and_nothing_wrong_is_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: dict[str, Any] = {}
     right = precision.candidates
@@ -113,6 +114,7 @@ def test_accuracy_is_that_of_the_given_embeddings(monkeypatch: pytest.MonkeyPatc
         assert 0 <= facts["accuracy_proker_1_shot"] <= 1
 
 
+@pytest.mark.slow
 def test_pictures_of_another_clip_look_like_photographs() -> None:
     calibration, judged = precision.pictures_of(small_clip())
     assert calibration.shape == (precision.CALIBRATED, 32, 32, 3) and judged.shape == (precision.JUDGED, 32, 32, 3)

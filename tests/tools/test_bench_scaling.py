@@ -9,11 +9,12 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
-from tests.clip.test_dual_encoder import small_clip
+from tests.clip.small_clip import small_clip
 from tools.bench import ceilings, harness, scaling, score
 
 
-def test_time_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_time_by_batch(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "load_clip", lambda *_: small_clip())
     monkeypatch.setattr(harness, "PAUSE_S", 0)
     made = scaling.encoders("Small", 1, (1, 3), threads=1, repeats=1)

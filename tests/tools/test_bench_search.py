@@ -109,6 +109,7 @@ def check_rows(made: list[dict], case: str, points: int) -> None:
     assert theirs["extrapolated_from_images"] == 60
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_from_the_command_line(tmp_path: Path) -> None:
     case = f"tip-adapter-{TINY}"
     arguments = ["search", "--cases", case, "--repeats", "1", "--threads", "1", "--json", tmp_path / "rows.json"]

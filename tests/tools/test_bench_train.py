@@ -15,6 +15,7 @@ from tools.bench import train as bench  # noqa: E402
 NAMES = ["ours", "ours-unkept", "public-recipe", "pruned-graph"]
 
 
+@pytest.mark.slow
 def test_rows_say_what_was_trained_and_how_fast() -> None:
     rows = bench.run(model="demo", batch=4, first_adapted_block=4, count=10, threads=1, repeats=2)
     assert [(row["case"], row["impl"]) for row in rows] == [
@@ -27,6 +28,7 @@ def test_rows_say_what_was_trained_and_how_fast() -> None:
         assert set(row["ratios"]) == expected
 
 
+@pytest.mark.slow
 def test_public_recipe_trains_what_ours_trains() -> None:
     """With dropout off, one epoch of each from the same start ends at the same weights."""
     from iosr_fast.clip.adapter import init_adapter

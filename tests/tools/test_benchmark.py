@@ -167,6 +167,7 @@ def test_cases_are_read_or_refused() -> None:
             Case.parse(bad)
 
 
+@pytest.mark.slow
 def test_the_score_benchmark_runs_from_the_command_line(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     # More classes than keys: some are empty.
