@@ -81,14 +81,14 @@ def compile_ahead(
     if knobs.runtime.interpret:
         raise RuntimeError("compiling needs TRITON_INTERPRET unset, got it set; kernels would run in the interpreter")
     chosen = kernel_names() if kernels is None else list(kernels)
-    for what, names, known in (
+    for what, names, allowed in (
         ("a kernel", chosen, kernel_names()),
         ("a precision", precisions, PRECISIONS),
         ("an architecture", [arch], ARCHITECTURES),
     ):
         for name in names:
-            if name not in known:
-                raise ValueError(f"expected {what} out of {', '.join(map(str, known))}, got {name!r}")
+            if name not in allowed:
+                raise ValueError(f"expected {what} out of {', '.join(map(str, allowed))}, got {name!r}")
     rows = []
     for kernel in chosen:
         for precision in _precisions(kernel, precisions):

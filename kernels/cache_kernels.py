@@ -39,14 +39,14 @@ def affine_kernel(
     block, column = place(tl.cdiv(n_queries, BLOCK_B), tl.cdiv(n_classes, BLOCK_N))
     rows, read = query_rows(block, n_queries, BLOCK_B)
     classes = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    known = tl.minimum(classes, n_classes - 1)
+    clamped = tl.minimum(classes, n_classes - 1)
     value = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
     if HAS_TEXT:
-        value = tau * dot_products(plain, text, read, known, WIDTH, BLOCK_D, SWAP)
+        value = tau * dot_products(plain, text, read, clamped, WIDTH, BLOCK_D, SWAP)
     if HAS_LINEAR:
-        value += dot_products(feature, linear, read, known, WIDTH, BLOCK_D, SWAP)
+        value += dot_products(feature, linear, read, clamped, WIDTH, BLOCK_D, SWAP)
     if HAS_BIAS:
-        value += tl.load(bias + known)[None, :]
+        value += tl.load(bias + clamped)[None, :]
     at = logits + rows[:, None].to(tl.int64) * n_classes + classes[None, :]
     tl.store(at, value, mask=(rows < n_queries)[:, None] & (classes < n_classes)[None, :])
 
@@ -215,7 +215,7 @@ def dense_kernel(
     rows, read = query_rows(block, n_queries, BLOCK_B)
     part = column % n_stretches
     columns = (column // n_stretches) * BLOCK_V + tl.arange(0, BLOCK_V)
-    known = tl.minimum(columns, n_values - 1)
+    clamped = tl.minimum(columns, n_values - 1)
     total = tl.zeros((BLOCK_B, BLOCK_V), dtype=tl.float32)
     end = tl.minimum((part + 1) * stretch, n_keys)
     for first in range(part * stretch, end, BLOCK_N):
@@ -224,7 +224,7 @@ def dense_kernel(
         key_rows = tl.where(inside, key_rows, first)
         dots = dot_products(query, keys, read, key_rows, WIDTH, BLOCK_D, SWAP)
         affinity = affinities(dots, key_rows, inside, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
-        value = tl.load(values + key_rows[:, None].to(tl.int64) * n_values + known[None, :])
+        value = tl.load(values + key_rows[:, None].to(tl.int64) * n_values + clamped[None, :])
         total = tl.dot(affinity.to(value.dtype), value, total, input_precision="tf32x3")
     at = out + (part.to(tl.int64) * n_queries + rows[:, None]) * n_values + columns[None, :]
     tl.store(at, total, mask=(rows < n_queries)[:, None] & (columns < n_values)[None, :])

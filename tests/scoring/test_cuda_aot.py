@@ -48,9 +48,9 @@ def test_reports_are_read() -> None:
 
 @pytest.fixture(scope="module")
 def costs() -> list[cuda_aot.KernelCost]:
-    refused = cuda_aot.missing()
-    if refused is not None:
-        pytest.skip(refused)
+    reason = cuda_aot.missing()
+    if reason is not None:
+        pytest.skip(reason)
 
     def build(folder: Path) -> None:
         rows = [asdict(cost) for cost in cuda_aot.compile_all()]

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # compiles the emulation
+
 
 def good_arguments() -> dict[str, Any]:
     return {

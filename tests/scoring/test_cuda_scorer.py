@@ -32,6 +32,7 @@ from tests.scoring.test_cuda_binding import linear_arguments
 from tests.scoring.test_precision import correlated_rows
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.slow  # compiles the emulation
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -187,7 +188,7 @@ def test_a_batch_beyond_the_workspace_is_scored_in_slices(
     counted = SimpleNamespace(
         chunk=emulated.chunk,
         linear=emulated.linear,
-        cache=lambda **given: (batches.append(given["n_queries"]), emulated.cache(**given))[1],
+        cache=lambda **arguments: (batches.append(arguments["n_queries"]), emulated.cache(**arguments))[1],
     )
     monkeypatch.setattr(cuda, "_module", lambda: counted)
     monkeypatch.setattr(cuda, "_WORKSPACE", 4 * 2 * 5 * 20)  # 5 chunks of keys, 20 queries
@@ -247,12 +248,16 @@ def test_what_is_made_for_a_plan_is_made_once_and_goes_with_it(
     parts = device_plan(plan, "cpu")
     first = {name: dict(_derived().get(getattr(parts, name), {})) for name in ("keys", "text", "class_offsets")}
     # Keys of 8 channels need no padding, and a copy of them would be waste.
-    assert [list(made) for made in first.values()] == [["padded"] if width == 7 else [], ["split"], [("classes", 64)]]
+    assert [list(values) for values in first.values()] == [
+        ["padded"] if width == 7 else [],
+        ["split"],
+        [("classes", 64)],
+    ]
     run(plan, embeddings, torch.float16, "cpu")
-    for name, made in first.items():
-        assert all(_derived()[getattr(parts, name)][kind] is thing for kind, thing in made.items())
+    for name, values in first.items():
+        assert all(_derived()[getattr(parts, name)][kind] is thing for kind, thing in values.items())
     assert len(_derived()) > before
-    del plan, parts, first, made
+    del plan, parts, first, values
     gc.collect()
     assert len(_derived()) == before
 
@@ -260,9 +265,9 @@ def test_what_is_made_for_a_plan_is_made_once_and_goes_with_it(
 @pytest.fixture
 def gpu() -> None:
     (entry,) = (entry for entry in dispatch.REGISTRY if entry.name == "cuda")
-    refused = entry.unavailable_reason()
-    if refused is not None:
-        pytest.skip(refused)
+    reason = entry.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.mark.gpu

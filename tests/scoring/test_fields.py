@@ -108,11 +108,11 @@ def test_every_executor_reads_every_field(name: str, rng: np.random.Generator) -
 def executors() -> dict[str, Any]:
     """Each way to execute a plan without a GPU; the Triton kernels and the emulated CUDA kernels have their own tests
     of every term (triton_parity.py, test_cuda_scorer.py)."""
-    found = {path: lambda plan, batch, path=path: run_path(path, plan, batch) for path in ("numpy", CPP_PATHS[0])}
-    found["torch/cpu"] = lambda plan, batch: run_path("torch/cpu", plan, batch)
-    found["operator"] = _by_operator
-    found["ONNX"] = _by_onnx
-    return found
+    paths = {path: lambda plan, batch, path=path: run_path(path, plan, batch) for path in ("numpy", CPP_PATHS[0])}
+    paths["torch/cpu"] = lambda plan, batch: run_path("torch/cpu", plan, batch)
+    paths["operator"] = _by_operator
+    paths["ONNX"] = _by_onnx
+    return paths
 
 
 def _by_operator(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:

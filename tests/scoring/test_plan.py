@@ -115,9 +115,9 @@ def test_wrong_embeddings_are_refused(rng: np.random.Generator) -> None:
 def test_a_plan_is_a_frozen_copy(rng: np.random.Generator) -> None:
     keys = unit_rows(rng, 5, 8)
     plan = ScoringPlan(3, keys=keys, class_offsets=np.array([0, 2, 2, 5], dtype=np.int32))
-    kept = keys.copy()
+    original = keys.copy()
     keys[:] = 0
-    np.testing.assert_array_equal(plan.keys, kept)
+    np.testing.assert_array_equal(plan.keys, original)
     assert plan.class_offsets.dtype == np.int64 and not plan.keys.flags.writeable
     assert replace(plan, alpha=2.0).keys is plan.keys
     values = np.ones((5, 3))

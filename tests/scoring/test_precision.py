@@ -118,7 +118,7 @@ def test_blocks_and_chunks_leave_the_recursion_as_it_is(
 
 
 def test_a_conversion_needs_little_memory_beside_its_result(rng: np.random.Generator) -> None:
-    keys = unit_rows(rng, 40_000, 256)  # 41 MB
+    keys = unit_rows(rng, 160_000, 64)  # 41 MB
     keys.flags.writeable = False
     plan = plan_of(keys)
     for name, result in (("fp16", keys.nbytes // 2), ("bf16", keys.nbytes // 2), ("int8", keys.nbytes // 4)):

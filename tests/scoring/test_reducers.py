@@ -28,13 +28,13 @@ def test_rows_are_moved_as_the_formula_says(
     shifted: bool, projection: str | None, shape: tuple[int, int], rng: np.random.Generator
 ) -> None:
     width, rows = shape[1], unit_rows(rng, *shape)
-    made = {None: None, "diagonal": rng.uniform(0.5, 2.0, width), "full": rng.standard_normal((width, width))}
+    projections = {None: None, "diagonal": rng.uniform(0.5, 2.0, width), "full": rng.standard_normal((width, width))}
     shift = 0.4 * unit_rows(rng, 1, width)[0] if shifted else None
     if shift is None and projection is None:
         with pytest.raises(ValueError, match="a shift or a projection, got neither"):
             Reducer()
         return
-    reducer = Reducer(shift, made[projection])
+    reducer = Reducer(shift, projections[projection])
     moved = reducer(rows)
     assert reducer.width == width and moved.dtype == np.float32 and moved.shape == shape
     np.testing.assert_allclose(moved, by_formula(reducer, rows), rtol=1e-4, atol=1e-5)
@@ -59,10 +59,10 @@ def test_a_reducer_is_a_frozen_copy_and_leaves_rows_alone(rng: np.random.Generat
         unit_rows(rng, 4, 8),
     )
     reducer = Reducer(shift, projection)
-    before, kept = reducer(rows), rows.copy()
+    before, original = reducer(rows), rows.copy()
     shift[:], projection[:] = 0, 0
     np.testing.assert_array_equal(reducer(rows), before)
-    np.testing.assert_array_equal(rows, kept)
+    np.testing.assert_array_equal(rows, original)
     for array in (reducer.shift, reducer.projection):
         assert array is not None and array.dtype == np.float32 and array.flags.c_contiguous
         with pytest.raises(ValueError, match="read-only"):
@@ -95,8 +95,8 @@ def test_a_wrong_reducer_is_refused(case: str) -> None:
 @pytest.mark.parametrize("projection", [None, "diagonal", "full"])
 def test_then_is_one_reducer_after_another(projection: str | None, rng: np.random.Generator) -> None:
     rows, shift = unit_rows(rng, 9, 16), 0.3 * unit_rows(rng, 1, 16)[0]
-    made = {None: None, "diagonal": rng.uniform(0.5, 2.0, 16), "full": rng.standard_normal((16, 16))}
-    first, channels = Reducer(shift, made[projection]), rng.uniform(0.5, 2.0, 16) * (np.arange(16) % 3 > 0)
+    projections = {None: None, "diagonal": rng.uniform(0.5, 2.0, 16), "full": rng.standard_normal((16, 16))}
+    first, channels = Reducer(shift, projections[projection]), rng.uniform(0.5, 2.0, 16) * (np.arange(16) % 3 > 0)
     both = first.then(channels)
     np.testing.assert_allclose(both(rows), Reducer(projection=channels)(first(rows)), atol=1e-6)
     assert both.projection is not None and both.projection.ndim == (2 if projection == "full" else 1)
@@ -120,16 +120,18 @@ def test_centre_takes_the_mean_off(shape: tuple[int, int], rng: np.random.Genera
 
 
 @pytest.mark.parametrize("shape", [(40, 33), (20, 64), (9, 4), (2, 16), (1, 16), (5, 1)], ids=str)
-@pytest.mark.parametrize("given", [None, 1, 3])
-def test_pca_keeps_the_leading_components(given: int | None, shape: tuple[int, int], rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("components", [None, 1, 3])
+def test_pca_keeps_the_leading_components(
+    components: int | None, shape: tuple[int, int], rng: np.random.Generator
+) -> None:
     n_rows, width = shape
     rows = unit_rows(rng, n_rows, width)
-    rank = given or max(1, round(0.5 * min(n_rows, width)))
+    rank = components or max(1, round(0.5 * min(n_rows, width)))
     if rank > width:
         with pytest.raises(ValueError, match=f"at most {width} principal components, one a channel, got {rank}"):
             fit_reducer(f"pca:{rank}", rows)
         return
-    reducer = fit_reducer("pca" if given is None else f"pca:{given}", rows)
+    reducer = fit_reducer("pca" if components is None else f"pca:{components}", rows)
     assert reducer is not None and reducer.projection is not None and reducer.shift is not None
     exact = rows.astype(np.float64)
     centred = exact - exact.mean(0)

@@ -44,40 +44,40 @@ def test_the_operator_scores_extended_plans(impl: str, name: str, rng: np.random
 
 def assert_the_operator_is_score(plan: ScoringPlan, embeddings: Embeddings, impl: str) -> None:
     """The path that should run, the same bits, and as good as eager."""
-    given = tensors(embeddings)
-    logits, path = torch_op.score_tensors(device_plan(plan, "cpu"), given.plain, given.adapted, impl)
+    rows = tensors(embeddings)
+    logits, path = torch_op.score_tensors(device_plan(plan, "cpu"), rows.plain, rows.adapted, impl)
     assert path == {"auto": CPP, "cpp": CPP, "torch": "torch/cpu"}.get(impl, impl)
     np.testing.assert_array_equal(logits.numpy(), run_path(path, plan, embeddings))
     assert_close_to_truth(path, plan, embeddings)
     module = torch_op.ScoringModule(plan, impl)
-    assert torch.equal(module(given.plain, given.adapted), logits)
+    assert torch.equal(module(rows.plain, rows.adapted), logits)
 
 
 @pytest.mark.parametrize("terms", [("text",), ("cache",), ("linear",), ("text", "cache", "linear")], ids="+".join)
 def test_the_operator_passes_torchs_own_checks(terms: tuple[str, ...], rng: np.random.Generator) -> None:
-    given = tensors(random_embeddings(rng, 5, 24))
+    rows = tensors(random_embeddings(rng, 5, 24))
     for query, precision in (("plain", "fp32"), ("adapted", "int8")):
         module = torch_op.ScoringModule(random_plan(rng, [3, 0, 2], 24, terms, query=query, precision=precision))
-        result = torch.library.opcheck(torch.ops.iosr_fast.score.default, op_arguments(module, given))
+        result = torch.library.opcheck(torch.ops.iosr_fast.score.default, op_arguments(module, rows))
         assert set(result.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", ["values", "distribution", "tip-x", "ape", "all"])
 def test_the_operator_on_extended_plans_passes_torchs_own_checks(name: str, rng: np.random.Generator) -> None:
-    given = tensors(random_embeddings(rng, 5, 24))
+    rows = tensors(random_embeddings(rng, 5, 24))
     module = torch_op.ScoringModule(random_plan(rng, [3, 0, 2], 24, **EXTENDED[name]))
-    result = torch.library.opcheck(torch.ops.iosr_fast.score.default, op_arguments(module, given))
+    result = torch.library.opcheck(torch.ops.iosr_fast.score.default, op_arguments(module, rows))
     assert set(result.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("name", EXTENDED)
 @pytest.mark.parametrize("impl", ["auto", "numpy", "torch"])
 def test_a_module_of_an_extended_plan_compiles(impl: str, name: str, rng: np.random.Generator) -> None:
-    plan, given = random_plan(rng, [3, 0, 2], 24, **EXTENDED[name]), tensors(random_embeddings(rng, 5, 24))
+    plan, rows = random_plan(rng, [3, 0, 2], 24, **EXTENDED[name]), tensors(random_embeddings(rng, 5, 24))
     module = torch_op.ScoringModule(plan, impl)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(given.plain, given.adapted), module(given.plain, given.adapted))
+    assert torch.equal(compiled(rows.plain, rows.adapted), module(rows.plain, rows.adapted))
 
 
 def test_a_reducer_is_rebuilt_for_arrays_without_a_look_at_them(rng: np.random.Generator) -> None:
@@ -92,19 +92,19 @@ def test_a_reducer_is_rebuilt_for_arrays_without_a_look_at_them(rng: np.random.G
     assert torch_op._host_view(device_plan(random_plan(rng, [3, 2], 24), "cpu")).reducer is None
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_module_compiles_into_one_graph(backend: str, rng: np.random.Generator) -> None:
     plan, embeddings = random_plan(rng, [3, 0, 2], 24, precision="bf16"), random_embeddings(rng, 5, 24)
-    given = tensors(embeddings)
+    rows = tensors(embeddings)
     module = torch_op.ScoringModule(plan)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend=backend)
-    assert torch.equal(compiled(given.plain, given.adapted), module(given.plain, given.adapted))
+    assert torch.equal(compiled(rows.plain, rows.adapted), module(rows.plain, rows.adapted))
     if backend == "inductor":  # which needs a C++ compiler, and long, for more than the operator
         return
     top = torch.compile(lambda rows: module(rows, rows).softmax(1).argmax(1), fullgraph=True, backend=backend)
     for n in (5, 3):
-        assert torch.equal(top(given.plain[:n]), module(given.plain[:n], given.plain[:n]).argmax(1))
+        assert torch.equal(top(rows.plain[:n]), module(rows.plain[:n], rows.plain[:n]).argmax(1))
 
 
 @pytest.mark.parametrize("parts", [{}, EXTENDED["all"]], ids=["classes", "values"])
@@ -112,16 +112,16 @@ def test_a_module_keeps_its_precision_and_stays_out_of_checkpoints(
     parts: dict[str, Any], rng: np.random.Generator
 ) -> None:
     plan, embeddings = random_plan(rng, [3, 0, 2], 24, **parts, precision="int8"), random_embeddings(rng, 5, 24)
-    given = tensors(embeddings)
+    rows = tensors(embeddings)
     module = torch_op.ScoringModule(plan)
     assert module.keys.data_ptr() == plan.keys.ctypes.data
-    expected = module(given.plain, given.adapted)
+    expected = module(rows.plain, rows.adapted)
     for change in (module.half, lambda: module.to(torch.bfloat16), module.double, lambda: copy.deepcopy(module)):
         changed = change()
-        assert torch.equal(changed(given.plain, given.adapted), expected)
+        assert torch.equal(changed(rows.plain, rows.adapted), expected)
         assert changed.keys.dtype == torch.int8 and changed.key_scales.dtype == torch.float32
-        kept = (changed.values, changed.reducer_shift, changed.reducer_projection)
-        assert {part.dtype for part in kept if part is not None} <= {torch.float32}
+        floats = (changed.values, changed.reducer_shift, changed.reducer_projection)
+        assert {part.dtype for part in floats if part is not None} <= {torch.float32}
     meta = copy.deepcopy(module).half().to("meta")
     assert meta.text.device.type == "meta" and meta.text.dtype == torch.float32
     assert module.state_dict() == {}
@@ -129,16 +129,16 @@ def test_a_module_keeps_its_precision_and_stays_out_of_checkpoints(
 
 
 def test_what_the_module_cannot_score_is_refused(rng: np.random.Generator) -> None:
-    given = tensors(random_embeddings(rng, 5, 24))
+    rows = tensors(random_embeddings(rng, 5, 24))
     module = torch_op.ScoringModule(random_plan(rng, [3, 2], 24))
     with pytest.raises(ValueError, match="adapted embeddings, which this plan reads, got None"):
-        module(given.plain)
+        module(rows.plain)
     with pytest.raises(ValueError, match=r"plain embeddings of shape \(B, 24\), got \(5, 23\)"):
-        module(given.plain[:, 1:], given.adapted)
+        module(rows.plain[:, 1:], rows.adapted)
     with pytest.raises(ValueError, match=r"adapted embeddings of shape \(5, 24\), got \(4, 24\)"):
-        module(given.plain, given.adapted[:4])
+        module(rows.plain, rows.adapted[:4])
     with pytest.raises(ValueError, match=r"out of auto, .*, got impl='fortran'"):
-        torch_op.ScoringModule(random_plan(rng, [3, 2], 24), "fortran")(given.plain, given.adapted)
+        torch_op.ScoringModule(random_plan(rng, [3, 2], 24), "fortran")(rows.plain, rows.adapted)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import torch
 
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.scoring import inputs as batch
+from iosr_fast.scoring import inputs
 from iosr_fast.scoring import torch_scorer as torch_scoring
 from iosr_fast.scoring.device_plan import as_tensor, device_plan
 from iosr_fast.scoring.plan import ScoringPlan
@@ -65,20 +65,20 @@ def test_tensors_give_a_tensor_and_arrays_an_array(impl: str, rng: np.random.Gen
 def test_tensors_and_dlpack_meet_the_cpu_kernels_without_a_copy(rng: np.random.Generator) -> None:
     plan, rows = random_plan(rng, [3, 2], 16, query="plain"), unit_rows(rng, 4, 16)
     tensor = torch.from_numpy(rows)
-    for given in (rows, tensor, Capsule(rows), Capsule(tensor)):
-        made = batch.scoring_inputs(plan, Embeddings(given))
-        assert np.shares_memory(made.embeddings.plain, rows)
-        assert made.device == "cpu" and made.torch == (given is tensor)
+    for queries in (rows, tensor, Capsule(rows), Capsule(tensor)):
+        checked = inputs.scoring_inputs(plan, Embeddings(queries))
+        assert np.shares_memory(checked.embeddings.plain, rows)
+        assert checked.device == "cpu" and checked.torch == (queries is tensor)
     columns = torch.from_numpy(np.asfortranarray(rows))
-    assert batch.scoring_inputs(plan, Embeddings(columns)).embeddings.plain.flags.c_contiguous
+    assert inputs.scoring_inputs(plan, Embeddings(columns)).embeddings.plain.flags.c_contiguous
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_become_float32_on_the_cpu(dtype: torch.dtype, rng: np.random.Generator) -> None:
     plan, embeddings = random_plan(rng, [3, 2], 16), random_embeddings(rng, 4, 16)
-    given = tensors(embeddings, dtype=dtype)
-    expected = score(plan, Embeddings(given.plain.float(), given.adapted.float()), check=False)
-    assert torch.equal(score(plan, given), expected) and expected.dtype == torch.float32
+    queries = tensors(embeddings, dtype=dtype)
+    expected = score(plan, Embeddings(queries.plain.float(), queries.adapted.float()), check=False)
+    assert torch.equal(score(plan, queries), expected) and expected.dtype == torch.float32
 
 
 def test_tensors_are_checked_like_arrays(rng: np.random.Generator) -> None:
@@ -94,9 +94,9 @@ def test_tensors_are_checked_like_arrays(rng: np.random.Generator) -> None:
         (Embeddings(embeddings.plain.to("meta"), embeddings.adapted.to("meta")), "on the CPU or on a CUDA device"),
         (Embeddings(Capsule(embeddings.plain.bfloat16())), "adapted embeddings"),
     ]
-    for given, message in bad:
+    for queries, message in bad:
         with pytest.raises(ValueError, match=message):
-            score(plan, given)
+            score(plan, queries)
     with pytest.raises(ValueError, match="NumPy can read through DLPack, got Capsule"):
         score(replace(plan, query="plain"), Embeddings(Capsule(embeddings.plain.bfloat16())))
 
@@ -104,12 +104,12 @@ def test_tensors_are_checked_like_arrays(rng: np.random.Generator) -> None:
 def test_norms_of_tensors_are_checked_where_they_are(rng: np.random.Generator) -> None:
     """The check that runs on a GPU, on the CPU's tensors."""
     rows = torch.from_numpy(unit_rows(rng, 6, 32))
-    batch._check_unit_tensors({"plain": rows, "adapted": rows.half()}, {"plain": "fp32", "adapted": "fp16"})
+    inputs._check_unit_tensors({"plain": rows, "adapted": rows.half()}, {"plain": "fp32", "adapted": "fp16"})
     for change, message in ((2.0, r"row 3 has norm 2\); divide"), (torch.nan, r"row 3 has norm nan\); it holds NaN")):
         wrong = rows.clone()
         wrong[3] *= change
         with pytest.raises(ValueError, match=f"adapted rows of unit norm, got 1 of 6.*{message}"):
-            batch._check_unit_tensors({"plain": rows, "adapted": wrong}, {"plain": "fp32", "adapted": "fp32"})
+            inputs._check_unit_tensors({"plain": rows, "adapted": wrong}, {"plain": "fp32", "adapted": "fp32"})
 
 
 # Plans on a device
@@ -154,16 +154,16 @@ def test_rows_are_moved_in_float32_and_rounded_for_the_keys(
     rows: torch.dtype, keys: Precision, kind: str | None, rng: np.random.Generator
 ) -> None:
     plan = random_plan(rng, [3, 2], 24, precision=keys, reducer=kind, feature="adapted")
-    on_device, given = device_plan(plan, "cpu"), tensors(random_embeddings(rng, 5, 24), dtype=rows)
-    query = on_device.query_rows(given.plain, given.adapted)
-    feature = on_device.feature_rows(given.plain, given.adapted)
+    on_device, queries = device_plan(plan, "cpu"), tensors(random_embeddings(rng, 5, 24), dtype=rows)
+    query = on_device.query_rows(queries.plain, queries.adapted)
+    feature = on_device.feature_rows(queries.plain, queries.adapted)
     if kind is None:
-        assert query is given.adapted and feature is given.adapted
+        assert query is queries.adapted and feature is queries.adapted
         return
     half = torch.bfloat16 if keys == "bf16" else torch.float16
     assert query.dtype == (torch.float32 if rows == torch.float32 or keys == "fp32" else half)
     assert feature.dtype == torch.float32
-    expected = torch.from_numpy(plan.reducer(given.adapted.float().numpy()))
+    expected = torch.from_numpy(plan.reducer(queries.adapted.float().numpy()))
     torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(query, feature.to(query.dtype), rtol=0, atol=0)
 
@@ -182,10 +182,10 @@ def test_a_row_that_a_reducer_takes_to_zero_stays_zero(rng: np.random.Generator)
 def test_a_distribution_over_texts_is_float32_whatever_comes(rng: np.random.Generator) -> None:
     plan = random_plan(rng, [1] * 7, 24, ("text", "linear"), feature="text-distribution", reducer="centre")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        given = tensors(random_embeddings(rng, 5, 24), dtype=dtype)
-        feature = device_plan(plan, "cpu").feature_rows(given.plain, None)
+        queries = tensors(random_embeddings(rng, 5, 24), dtype=dtype)
+        feature = device_plan(plan, "cpu").feature_rows(queries.plain, None)
         assert feature.dtype == torch.float32 and feature.shape == (5, 8)
-        shares = softmax(given.plain.double().numpy() @ plan.text.T.astype(np.float64) / plan.temperature)
+        shares = softmax(queries.plain.double().numpy() @ plan.text.T.astype(np.float64) / plan.temperature)
         np.testing.assert_allclose(feature[:, :7], shares, rtol=1e-5)
         np.testing.assert_allclose(feature[:, 7], (shares * np.log(7 * shares)).sum(1), rtol=1e-4)
 
@@ -276,10 +276,10 @@ def peak_bytes(plan: ScoringPlan, batch: int) -> int:
 def test_eager_on_a_gpu(precision: Precision, dtype: torch.dtype, rng: np.random.Generator) -> None:
     for counts, width, n in (([3, 0, 200, 1], 65, 33), ([0, 1], 8, 1), ([16] * 300, 512, 252)):
         plan = random_plan(rng, list(counts), width, precision=precision)
-        given = tensors(random_embeddings(rng, n, width), device="cuda", dtype=dtype)
-        logits, path = score_with_path(plan, given, "torch")
-        assert path == "torch/cuda" and logits.device == given.plain.device and logits.dtype == torch.float32
-        exact = Embeddings(given.plain.float().cpu().numpy(), given.adapted.float().cpu().numpy())
+        queries = tensors(random_embeddings(rng, n, width), device="cuda", dtype=dtype)
+        logits, path = score_with_path(plan, queries, "torch")
+        assert path == "torch/cuda" and logits.device == queries.plain.device and logits.dtype == torch.float32
+        exact = Embeddings(queries.plain.float().cpu().numpy(), queries.adapted.float().cpu().numpy())
         truth = score_reference(plan, exact)
         assert_as_good_as_eager(logits.cpu().numpy(), truth, allowed_error(truth, plan, exact), path)
 
@@ -295,10 +295,10 @@ def test_extended_plans_on_a_gpu(name: str, dtype: torch.dtype, rng: np.random.G
         precisions, (([3, 0, 200, 1], 65, 33), ([16] * 30, 512, 252))
     ):
         plan = random_plan(rng, counts, width, **EXTENDED[name], precision=precision)
-        given = tensors(random_embeddings(rng, n, width), device="cuda", dtype=dtype)
-        logits, path = score_with_path(plan, given, "torch")
-        assert path == "torch/cuda" and logits.device == given.plain.device and logits.dtype == torch.float32
-        exact = Embeddings(given.plain.float().cpu().numpy(), given.adapted.float().cpu().numpy())
+        queries = tensors(random_embeddings(rng, n, width), device="cuda", dtype=dtype)
+        logits, path = score_with_path(plan, queries, "torch")
+        assert path == "torch/cuda" and logits.device == queries.plain.device and logits.dtype == torch.float32
+        exact = Embeddings(queries.plain.float().cpu().numpy(), queries.adapted.float().cpu().numpy())
         truth = score_reference(plan, exact)
         moved = dtype if precision != "fp32" else None
         assert_as_good_as_eager(logits.cpu().numpy(), truth, allowed_error(truth, plan, exact, moved), path)

@@ -184,6 +184,7 @@ def test_a_gpu_of_its_own_entry_takes_it(tmp_path: Path, monkeypatch: pytest.Mon
         launch.config_for.cache_clear()
 
 
+@pytest.mark.slow
 @needs_triton
 def test_tuning_says_that_there_is_no_gpu() -> None:
     command = [sys.executable, "tools/tune_kernels.py"]
