@@ -10,10 +10,12 @@ import typer
 from iosr_fast.cli.classify import classify
 from iosr_fast.cli.fit import fit
 from iosr_fast.cli.serve import serve
+from iosr_fast.cli.serve_ray import serve_ray
 from iosr_fast.utils.command import new_app
 
 app = new_app("iosr-fast", no_args_is_help=True, help=__doc__)
 app.command()(serve)
+app.command("serve-ray")(serve_ray)
 app.command()(classify)
 app.command()(fit)
 

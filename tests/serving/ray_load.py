@@ -1,4 +1,4 @@
-"""Shared by the tests of iosr_fast.serving.ray: bundles to roll out, serve_ray.py as a process, and load on it."""
+"""Shared by the tests of iosr_fast.serving.ray: bundles to roll out, `iosr-fast serve-ray` as a process, and load."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests import ROOT
 from tests.serving.http_client import bundle, httpx, load, queries
+
+COMMAND = (sys.executable, "-m", "iosr_fast", "serve-ray")
 
 
 def error_of(response: Any, status: int) -> str:
@@ -69,12 +70,12 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
 
 @contextmanager
 def served(said: Path, *options: str) -> Iterator[tuple[str, str]]:
-    """serve_ray.py as it is started: the URL of its API and the address of its Ray. In the end, which comes by SIGTERM,
-    nothing of it is left, whatever happens here; `said` is the file of what it says."""
+    """`iosr-fast serve-ray`: the URL of its API and the address of its Ray. It ends by SIGTERM, and nothing of it is
+    left, whatever happens here; `said` is the file with its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "tools" / "serve_ray.py"), "--port", str(port), *options]
+    command = [*COMMAND, "--port", str(port), *options]
     with said.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     started: set[int] = set()

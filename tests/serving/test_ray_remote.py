@@ -19,6 +19,7 @@ pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
+from iosr_fast.cli import app
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http import Settings
@@ -30,11 +31,9 @@ from iosr_fast.serving.ray.messages import Facts, Reply, Source
 from iosr_fast.serving.ray.remote import MAX_DEATHS, MAX_REFUSALS, Remote
 from iosr_fast.serving.ray.replica import ClassifierReplica
 from iosr_fast.state.predictions import Prediction
-from iosr_fast.utils.command import command_app
 from tests.pictures import encode
 from tests.serving.http_client import CLASSES, Client, Gate, bundle, load, queries
 from tests.serving.ray_load import error_of, save_broken, save_renamed
-from tools import serve_ray
 
 GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, 64, 2)
@@ -291,5 +290,5 @@ def test_an_application_is_built_or_says_why_not(tmp_path: Path) -> None:
         build_app(bundle(), Settings(token="a-token-for-tests-only"))
     with pytest.raises(FileNotFoundError, match=r"expected a folder with a manifest\.json"):
         build_app(tmp_path)
-    refused = CliRunner().invoke(command_app(serve_ray.main), ["--bundle", str(save_broken(tmp_path / "broken"))])
+    refused = CliRunner().invoke(app, ["serve-ray", str(save_broken(tmp_path / "broken"))])
     assert refused.exit_code == 2 and "does not match its manifest" in refused.output

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,7 +29,7 @@ from iosr_fast.utils.manifest import seal
 from iosr_fast.utils.ray_cluster import joined
 from tests.pictures import encode
 from tests.serving.http_client import bundle, form, httpx, queries
-from tests.serving.ray_load import ROOT, Load, error_of, save_renamed, served, wait_for
+from tests.serving.ray_load import COMMAND, Load, error_of, save_renamed, served, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -54,11 +53,11 @@ OPTIONS += ["--target-ongoing-requests", "100", "--health-period", "1"]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Two replicas behind serve_ray.py, whose Ray this process joins: the URL, and Ray's address."""
+    """Two replicas behind `iosr-fast serve-ray`, whose Ray this process joins: the URL, and Ray's address."""
     said = tmp_path_factory.mktemp("serve") / "said"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # whether the user has a token of Ray's lying about must not matter
-        with served(said, "--bundle", str(bundle()), *OPTIONS) as (url, address), joined(address, 0):
+        with served(said, str(bundle()), *OPTIONS) as (url, address), joined(address, 0):
             yield url, address
     assert not ray.is_initialized(), "no thread of a handle's was to join again"
 
@@ -154,10 +153,9 @@ def test_a_bundle_that_can_not_be_loaded_changes_nothing(
     broken = Path(shutil.copytree(bundle(), tmp_path / "broken"))
     manifest = json.loads((broken / "manifest.json").read_text())
     (broken / "manifest.json").write_bytes(seal({**manifest, "encoder_fingerprint": "0" * 64}))
-    words = ["--bundle", str(broken), "--address", address, *OPTIONS]
+    words = [str(broken), "--address", address, *OPTIONS]
     with Load(url) as under:
-        command = [sys.executable, str(ROOT / "tools" / "serve_ray.py"), *words]
-        refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        refused = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=120)
         assert refused.returncode == 2, refused.stdout
         assert "a replica can't load" in refused.stderr and "nothing was changed" in refused.stderr
         # As where only some machine can't load it: it passes the look before, and replicas refuse it.

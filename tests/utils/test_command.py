@@ -20,7 +20,7 @@ from tests import ROOT
 from tests.state.live_parts import engine_folder
 
 TOOLS = (
-    *("build_engine", "classify", "embed", "load_test", "open_images_subset", "serve_ray", "train_adapter"),
+    *("build_engine", "classify", "embed", "load_test", "open_images_subset", "train_adapter"),
     *("tune_kernels", "demo.bundle", "demo.run", "demo.train_clip"),
 )
 

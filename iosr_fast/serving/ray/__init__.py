@@ -3,8 +3,8 @@
     from iosr_fast.serving.ray import Scale, deploy
     deploy("bundle", scale=Scale(replicas=4))    # on the connected Ray cluster; with another bundle: an update
 
-tools/serve_ray.py does this from the command line, `from_config` from a config file of `serve deploy`. Needs the extras
-`ray` and `serve`.
+`iosr-fast serve-ray` does this from the command line, `from_config` from a config file of `serve deploy`. Needs the
+extras `ray` and `serve`.
 
 Every replica has its own classifier, so classes can't be changed over this API: a change would reach one replica only.
 Change them on one classifier (in Python, or by `iosr-fast serve`), save it as a bundle and roll it out.

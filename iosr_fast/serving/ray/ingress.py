@@ -111,7 +111,7 @@ def _refused_changes() -> APIRouter:
             405,
             "changes_elsewhere",
             "classes can't be changed on replicas, because a change would reach one replica only: change them on one "
-            "classifier (`iosr-fast serve`, or Python), save it and roll the bundle out (tools/serve_ray.py)",
+            "classifier (`iosr-fast serve`, or Python), save it and roll the bundle out (`iosr-fast serve-ray`)",
             {"Allow": allowed},
         )
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from iosr_fast.classifier import Classifier
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.state.bundle import KIND
 from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.manifest import read_manifest
 from iosr_fast.utils.verified_folder import open_verified
+
+if TYPE_CHECKING:
+    from iosr_fast.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Source:
     @classmethod
     def of(cls, bundle: str, verify: bool = False) -> Source:
         """The folder with its present checksum. Raises what read_manifest raises; `verify` checks all files."""
+        from iosr_fast.state.bundle import KIND
+
         return cls(bundle, read_manifest(bundle, KIND, verify)["checksum"])
 
     @classmethod
@@ -40,6 +43,9 @@ class Source:
 
     def load(self, settings: Settings, threads: int) -> tuple[Source, Classifier]:
         """The classifier, and the source with the checksum that was loaded. Raises ValueError for another checksum."""
+        from iosr_fast.classifier import Classifier
+        from iosr_fast.state.bundle import KIND
+
         folder = open_verified(self.bundle, KIND, settings.verify)
         checksum: str = folder.manifest["checksum"]
         if self.checksum not in (None, checksum):
