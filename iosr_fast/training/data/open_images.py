@@ -26,6 +26,9 @@ from iosr_fast.utils.require import require
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("ImageID", "DisplayName", "type")
 LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
+IMAGE_ID = "^[0-9a-f]{16}$"
+# A pair of image and class: the id as a number, the class, the split.
+CANDIDATE = np.dtype([("id", np.uint64), ("class", np.int32), ("split", np.uint8)])
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,6 @@ class Subset:
     class_names: list[str]
     types: list[str]
     left_out: dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """Pairs of image and class, all (K,): ids uint64 (they are 16 hex digits), classes int32, splits uint8."""
-
-    ids: np.ndarray
-    classes: np.ndarray
-    splits: np.ndarray
-
-    def __getitem__(self, which: np.ndarray) -> _Candidates:
-        return _Candidates(self.ids[which], self.classes[which], self.splits[which])
 
 
 def balanced_subset(
@@ -86,32 +77,31 @@ def balanced_subset(
     classes = {label: number[name] for label, name in by_label.items()}
     present = None
     if images is not None:
-        names_in_folder = [name for name in _find_images(images) if re.fullmatch("[0-9a-f]{16}", name)]
-        present = np.sort(_ids(np.array(names_in_folder), Path(images)))
+        present = np.sort(_ids([name for name in _find_images(images) if re.match(IMAGE_ID, name)]))
     parts = [
         part
         for path, split in zip(paths, splits, strict=True)
         for part in _stream(path, split, classes, min_confidence, present)
     ]
     candidates = _without_repeats(parts, seed)
-    counts = np.bincount(candidates.classes, minlength=len(names))
+    counts = np.bincount(candidates["class"], minlength=len(names))
     start = np.concatenate([[0], np.cumsum(counts)])
     taken: set[int] = set()
     chosen: list[int] = []
     left_out: dict[str, int] = {}
     for c in np.argsort(counts, kind="stable"):
-        free = (i for i in range(start[c], start[c + 1]) if int(candidates.ids[i]) not in taken)
+        free = (i for i in range(start[c], start[c + 1]) if int(candidates["id"][i]) not in taken)
         mine = list(islice(free, images_a_class))
         if len(mine) < images_a_class:
             left_out[names[c]] = int(counts[c])
             continue
-        taken.update(int(candidates.ids[i]) for i in mine)
+        taken.update(int(candidates["id"][i]) for i in mine)
         chosen += mine
     subset = candidates[np.sort(np.array(chosen, np.int64))]
     return Subset(
-        [f"{int(i):016x}" for i in subset.ids],
-        [names[c] for c in subset.classes],
-        [SPLITS[s] for s in subset.splits],
+        [f"{int(i):016x}" for i in subset["id"]],
+        [names[c] for c in subset["class"]],
+        [SPLITS[s] for s in subset["split"]],
         dict(sorted(left_out.items())),
     )
 
@@ -149,7 +139,7 @@ def _check_label_csv(path: Path) -> int:
 
 def _stream(
     path: Path, split: int, classes: dict[str, int], min_confidence: float, present: np.ndarray | None
-) -> Iterator[_Candidates]:
+) -> Iterator[np.ndarray]:
     pa, pa_csv, compute = (require(name, "train") for name in ("pyarrow", "pyarrow.csv", "pyarrow.compute"))
     labels = pa.array(list(classes))
     numbers = np.array(list(classes.values()), np.int32)
@@ -160,9 +150,14 @@ def _stream(
             table = batch.filter(compute.greater_equal(batch["Confidence"], min_confidence))
             place = compute.index_in(table["LabelName"], value_set=labels)
             known = compute.is_valid(place)
-            ids = _ids(table["ImageID"].filter(known).to_numpy(zero_copy_only=False), path)
-            part = _Candidates(ids, numbers[place.filter(known).to_numpy()], np.full(len(ids), split, np.uint8))
-            yield part if present is None else part[_among(part.ids, present)]
+            texts = table["ImageID"].filter(known)
+            valid = compute.match_substring_regex(texts, IMAGE_ID)
+            if not compute.all(valid, min_count=0).as_py():
+                bad = texts.filter(compute.invert(valid))[0].as_py()
+                raise ValueError(f"expected image ids of 16 hex digits in {path}, got {bad!r}")
+            part = np.empty(len(texts), CANDIDATE)
+            part["id"], part["class"], part["split"] = _ids(texts.to_pylist()), numbers[place.filter(known)], split
+            yield part if present is None else part[_among(part["id"], present)]
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} can't be read as image labels of Open Images: {error}") from error
 
@@ -173,36 +168,17 @@ def _among(ids: np.ndarray, present: np.ndarray) -> np.ndarray:
     return right > np.searchsorted(present, ids, side="left")
 
 
-def _ids(texts: np.ndarray, where: Path) -> np.ndarray:
+def _ids(texts: Sequence[str]) -> np.ndarray:
     """Image ids, 16 hex digits each, as uint64."""
-    if not len(texts):
-        return np.zeros(0, np.uint64)
-    digits = np.frombuffer(np.asarray(texts, "S17").tobytes(), np.uint8).reshape(-1, 17)
-    values = _HEX[digits]
-    bad = (values[:, :16] < 0).any(1) | (digits[:, 16] != 0)
-    if bad.any():
-        raise ValueError(f"expected image ids of 16 hex digits in {where}, got {texts[int(bad.argmax())]!r}")
-    nibbles = values[:, :16].astype(np.uint8)
-    packed = np.ascontiguousarray(nibbles[:, ::2] << 4 | nibbles[:, 1::2])
-    return packed.view(">u8")[:, 0].astype(np.uint64)
+    return np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
 
 
-_HEX = np.full(256, -1, np.int8)
-_HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
-
-
-def _without_repeats(parts: list[_Candidates], seed: int) -> _Candidates:
+def _without_repeats(parts: Sequence[np.ndarray], seed: int) -> np.ndarray:
     """Each pair of image and class once, sorted by class, and in random order within a class."""
-    if not parts:
-        return _Candidates(np.zeros(0, np.uint64), np.zeros(0, np.int32), np.zeros(0, np.uint8))
-    all_pairs = _Candidates(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.classes for part in parts]),
-        np.concatenate([part.splits for part in parts]),
-    )
-    pairs = all_pairs[np.lexsort((all_pairs.ids, _mix(all_pairs.ids, seed), all_pairs.classes))]
-    first = np.ones(len(pairs.ids), bool)
-    first[1:] = (np.diff(pairs.classes) != 0) | (pairs.ids[1:] != pairs.ids[:-1])
+    pairs = np.concatenate([np.empty(0, CANDIDATE), *parts])
+    pairs = pairs[np.lexsort((pairs["id"], _mix(pairs["id"], seed), pairs["class"]))]
+    first = np.ones(len(pairs), bool)
+    first[1:] = (np.diff(pairs["class"]) != 0) | (pairs["id"][1:] != pairs["id"][:-1])
     return pairs[first]
 
 
