@@ -100,7 +100,7 @@ def waterfalls(results: Sequence[Results]) -> list[Chart]:
         if len(bars) < 2:
             continue
         narrow = sorted(precision.get(key, []), key=lambda item: -item[1]["runtime_ms"])
-        bars += [Bar(f"fewer bits: {row['impl']}", row, GREEN) for _, row in narrow]
+        bars += [Bar(f"precision: {row['impl']}", row, GREEN) for _, row in narrow]
         title = f"What each step gives: {model}, batch {batch}"
         caption = (
             f"Both embeddings of {batch} pictures, {machine}: ms a batch, and the speed-up over the first bar. Orange: "
