@@ -6,16 +6,16 @@
 
     python tools/build_engine.py --model ViT-B-16 --pretrained openai --adapter adapter.safetensors \\
         --runtime onnxruntime --precision int8 --calibration photos/ --out build/b16-int8
-    python tools/build_engine.py --add-plan --runtime tensorrt --out build/b16      # for this GPU, beside those there
+    python tools/build_engine.py --add-plan --runtime tensorrt --out build/b16      # for this GPU, beside the others
 
-The demo takes its shipped adapter. With --first-adapted-block in the place of --adapter a random adapter is fused, to
-measure speed; without either, or with --adapter none, the engine gives the plain embedding only.
+The demo uses its shipped adapter. --first-adapted-block instead of --adapter fuses a random adapter, to measure speed.
+Without either, or with --adapter none, the engine returns the plain embedding only. --runtime auto is TensorRT or
+TensorRT-RTX on a GPU, PyTorch on a GPU without them, ONNX Runtime on a CPU.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from iosr_fast.utils.require import require_installed
 
 with one_line_errors():
     require_installed("torch", "train")
-    from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.architecture import check_architecture
     from iosr_fast.clip.load import load_clip
     from iosr_fast.encoders.runtimes.plans import describe_target
@@ -52,19 +51,22 @@ def real_pictures(size: int) -> np.ndarray:
 
 
 def describe(manifest: dict[str, Any], out: Path) -> None:
-    """What was built, how far it is from two passes in fp32 PyTorch, what it took."""
-    adapter = {None: "no adapter: plain embeddings only", "trained": "trained adapter"}
-    adapter["random"] = "RANDOM adapter: this engine measures speed, its adapted embeddings mean nothing"
+    """Print the engine's files and its errors against two passes in fp32 PyTorch."""
+    adapter = {
+        None: "no adapter: plain embeddings only",
+        "trained": "trained adapter",
+        "random": "RANDOM adapter: this engine measures speed, its adapted embeddings mean nothing",
+    }
     print(f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter[manifest['adapter']]}")
     for runtime, check in manifest["check"].items():
         if check is None:
             print(f"  {runtime:<12} not run: no GPU for it here (the same graph was checked in ONNX Runtime)")
             continue
-        for kind, found in check.items():
+        for kind, result in check.items():
             for name in ("plain", "adapted"):
-                if name in found:
-                    error, cosine = found[name]["max_abs_error"], found[name]["min_cosine"]
-                    pictures = f"{found['pictures']} {kind} pictures"
+                if name in result:
+                    error, cosine = result[name]["max_abs_error"], result[name]["min_cosine"]
+                    pictures = f"{result['pictures']} {kind} pictures"
                     print(f"  {runtime:<12} {name:<8} {pictures}: max error {error:.1e}, min cosine {cosine:.7f}")
     print(f"built in {manifest['build_seconds']:.1f} s, for batches of up to {manifest['max_batch']}:")
     for name, entry in manifest["files"].items():
@@ -74,7 +76,7 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
 
 
 def main(
-    out: Path = typer.Option(..., help="the folder to write; an engine that is there is replaced"),
+    out: Path = typer.Option(..., help="the folder to write; replaces an engine"),
     model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
     pretrained: str | None = typer.Option(
         None, help="tag, weights file, or 'none' for random weights; not needed for the demo"
@@ -90,13 +92,13 @@ def main(
         "fp32", help="fp32, fp16 (GPUs), bf16 (openvino), int8 (all but torch) or fp8 (tensorrt, tensorrt_rtx)"
     ),
     calibration: Path | None = typer.Option(
-        None, help="int8, fp8: a folder of pictures like those to come [demo: its generic ones]"
+        None, help="int8, fp8: a folder of pictures like those to be classified [demo: its generic ones]"
     ),
     max_batch: int = typer.Option(32, help="the largest batch of one run; larger ones are split"),
     add: bool = typer.Option(
-        False, "--add-plan", help="add a plan for --runtime and this machine to the engine at --out, and change no more"
+        False, "--add-plan", help="add a plan for --runtime and this machine to the engine at --out"
     ),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="say what is chosen, and what TensorRT says"),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="log choices, and TensorRT's messages"),
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     if adapter not in (None, "none") and first_adapted_block is not None:
@@ -105,27 +107,19 @@ def main(
         raise typer.BadParameter(f"--calibration is for {' and '.join(QUANTISED)}, got --precision {precision}")
     if add and (adapter or pretrained or first_adapted_block is not None):
         raise typer.BadParameter("--add-plan compiles the engine at --out as it is; leave model and adapter out")
-    try:
-        if add:
-            describe(add_plan(out, runtime), out)
-            return
-        check_new_folder(out, "engine")
-        choose_builder(runtime, precision)
-        check_architecture(model)
-        given = None if adapter == "none" or first_adapted_block is not None else adapter or "auto"
-        read_adapter(model, given)  # what is amiss with it shows before a CLIP is loaded
-        clip = load_clip(model, pretrained)
-        if first_adapted_block is not None:
-            fused: Adapter | None = random_adapter(clip, first_adapted_block)
-        else:
-            fused = choose_adapter(clip, given)
-        pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
-        real = real_pictures(clip.image_size)
-        manifest = write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures)
-    except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    describe(manifest, out)
+    if add:
+        describe(add_plan(out, runtime), out)
+        return
+    check_new_folder(out, "engine")
+    choose_builder(runtime, precision)
+    check_architecture(model)
+    file = None if adapter == "none" or first_adapted_block is not None else adapter or "auto"
+    read_adapter(model, file)  # checks it before the CLIP is loaded
+    clip = load_clip(model, pretrained)
+    fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
+    pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
+    real = real_pictures(clip.image_size)
+    describe(write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures), out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -21,19 +20,21 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.export import export
 from iosr_fast.utils import machine
+from iosr_fast.utils.command import command_app
 from iosr_fast.utils.manifest import read_manifest
+from tests.demo_cache import export_once
 from tools import build_engine
 
 
 def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> Result:
-    """In this process, which has the heavy imports behind it already."""
+    """In this process, which has imported torch already."""
     monkeypatch.chdir(folder)
-    app = typer.Typer(add_completion=False)
-    app.command()(build_engine.main)
-    return CliRunner().invoke(app, ["--out", "engine", *options])
+    return CliRunner().invoke(command_app(build_engine.main), ["--out", "engine", *options])
 
 
+@pytest.mark.slow
 def test_it_runs_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "build_engine.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -46,12 +47,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the demo with a random adapter was built for ONNX Runtime, and what was printed."""
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "export_onnx", export_once)
         options = ("--first-adapted-block", "4", "--runtime", "onnxruntime", "--max-batch", "5")
         done = build(patch, folder, *options)
     assert done.exit_code == 0, done.output
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_random_adapter_is_named_and_the_numbers_are_printed(built: tuple[Path, str]) -> None:
     folder, stdout = built
     for words in ("RANDOM adapter", "3 random pictures: max error", "8 real pictures", "engine/encoder.onnx"):
@@ -65,6 +68,7 @@ def test_a_random_adapter_is_named_and_the_numbers_are_printed(built: tuple[Path
     assert embeddings.adapted is not None and embeddings.adapted.shape == (6, encoder.width)
 
 
+@pytest.mark.slow
 def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(machine, "this_gpu", lambda: None)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from PIL import Image
+from typer.testing import CliRunner
 
+from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
+from iosr_fast.utils.command import command_app
 from tests import ROOT
 
 
-def run(*words: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return done
+def run(main: Callable[..., None], *words: str) -> Result:
+    return CliRunner().invoke(command_app(main), list(words))
 
 
 def test_splits_share_no_concept_and_every_picture_is_there() -> None:
@@ -67,56 +71,74 @@ def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -
     assert auroc(*adapted) > auroc(*plain)
 
 
+@pytest.mark.slow
 def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
+    from tools import train_adapter
+
     for name in ("red", "blue"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (70, 80), name).save(tmp_path / "data" / name / f"{i}.png")
     out = tmp_path / "new" / "adapter.safetensors"
-    words = ("tools/train_adapter.py", "--data", str(tmp_path / "data"), "--out", str(out), "--workers", "0")
-    done = run(*words, "--first-adapted-block", "5", "--bottleneck", "8")
+    words = ("--data", str(tmp_path / "data"), "--out", str(out), "--workers", "0")
+    command = (sys.executable, "tools/train_adapter.py", *words, "--first-adapted-block", "5", "--bottleneck", "8")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "4 pictures of 2 classes, 1 epochs" in done.stdout and out.is_file()
     assert "nothing is measured between epochs" in done.stdout
     training = out.with_name("adapter.safetensors.training")
     assert sorted(path.name for path in training.iterdir()) == ["epochs.csv", "steps.csv"], "checkpoints go"
-    done = run(*words, "--first-adapted-block", "9")
-    assert done.returncode == 2 and "0..5" in done.stderr and "Traceback" not in done.stderr
-    done = run("tools/train_adapter.py", "--out", str(tmp_path))
-    assert done.returncode == 2 and "got the folder" in " ".join(done.stderr.replace("│", " ").split())
-    done = run("tools/train_adapter.py", "--data", str(tmp_path / "nowhere"), "--out", str(out))
-    assert done.returncode == 2 and "found no folder" in done.stderr.replace("\n", " ").replace("│ ", "")
+    for options, message in (
+        ((*words, "--first-adapted-block", "9"), "0..5"),
+        (("--out", str(tmp_path)), "got the folder"),
+        (("--data", str(tmp_path / "nowhere"), "--out", str(out)), "found no folder"),
+    ):
+        refused = run(train_adapter.main, *options)
+        assert refused.exit_code == 2 and isinstance(refused.exception, SystemExit)
+        assert message in " ".join(refused.output.replace("│", " ").split())
 
 
-def test_another_adapter_is_evaluated_on_the_demo(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_adapter_is_evaluated_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One that changes nothing: adapted and plain embeddings are the same."""
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
     from iosr_fast.clip.adapter import init_adapter, save_adapter
     from iosr_fast.clip.load import load_clip
+    from tools import evaluate
 
     adapter = init_adapter(load_clip("demo"), 4, 8)
     save_adapter(adapter, tmp_path / "fresh.safetensors")
     rows_file = tmp_path / "rows.json"
     words = ("--methods", "tip-adapter", "tip-adapter++", "--reducers", "none", "--shots", "2", "--seeds", "1")
-    done = run(
-        "tools/evaluate.py",
-        *("demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words),
-    )
-    assert done.returncode == 0, done.stderr
+    evaluate.main(["demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words])
     rows = json.loads(rows_file.read_text())
     assert {row["adapter"] for row in rows} == {"fresh.safetensors"}
     plain, adapted = (row["mean"] for row in rows if row["bench"] == "accuracy")
     assert plain == adapted
-    done = run("tools/evaluate.py", "demo", "--adapter", str(tmp_path / "none.safetensors"))
-    assert done.returncode == 2 and "no adapter at" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["demo", "--adapter", str(tmp_path / "none.safetensors")])
+    assert "no adapter at" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_whole_demo_briefly(tmp_path: Path) -> None:
-    """With one epoch instead of many: every step runs and the report has what it promises."""
+def test_the_whole_demo_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step runs and the report is complete: one epoch on some generic concepts, few held-out concepts."""
+    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    from iosr_fast.export import export
+    from iosr_fast.training.data import TensorPictures
+    from tests.demo_cache import export_once
+    from tools.demo import run as demo
+    from tools.evaluation.tasks import only
+
+    monkeypatch.setattr(export, "export_onnx", export_once)
+    generic, (test, validation) = demo.demo_pictures(64), demo.held_out()
+    some = TensorPictures(generic.images[::10], generic.labels[::10], generic.class_names)
+    few = only(test, np.arange(len(test.names)) % 8 == 0)
+    monkeypatch.setattr(demo, "demo_pictures", lambda size: some)
+    monkeypatch.setattr(demo, "held_out", lambda: (few, validation))
     words = ("--epochs", "1", "--views", "1", "--seeds", "2", "--auto-shots", "1")
-    done = run("tools/demo/run.py", "--out", str(tmp_path), *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(demo.main, "--out", str(tmp_path), *words)
+    assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"plain", "adapted"} <= set(report["overlap"])
     assert set(report["accuracy"]) == {"1", "2", "4"}
@@ -138,5 +160,5 @@ def test_the_whole_demo_briefly(tmp_path: Path) -> None:
         assert name.split("/")[0] in done.stdout
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert len(pictures) == 5
-    done = run("-m", "iosr_fast", "classify", str(tmp_path / "classifier"), str(tmp_path / "pictures"))
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr
+    classified = CliRunner().invoke(app, ["classify", str(tmp_path / "classifier"), str(tmp_path / "pictures")])
+    assert classified.exit_code == 0 and len(classified.stdout.splitlines()) == 6, classified.output

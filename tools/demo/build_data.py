@@ -1,11 +1,11 @@
-"""Turn npm's emoji packages into the demo's data: one lossless WebP sheet a style, and one index.
+"""Convert npm's emoji packages to the demo's data: one lossless WebP sheet per style, and an index.
 
     python tools/demo/build_data.py --out iosr_fast/clip/demo/data
 
-A *concept* (a class) is an emoji as Unicode defines it; a *style* (a domain) is the font that draws it. Concepts drawn
-in at least four of the seven styles are kept; skin tones, flags and letters that are only half of a flag are left out.
-Concepts are split once, by a fixed seed, into `generic` (the CLIP's and the adapter's training) and `held-out`
-(few-shot evaluation only). Needs npm, and `pip install resvg-py pillow numpy typer`.
+A *concept* (a class) is an emoji as Unicode defines it; a *style* (a domain) is the font that draws it. Concepts with
+at least four of the seven styles are included, without skin tones, flags and letters that are half of a flag. A fixed
+seed splits them into `generic` (training of CLIP and adapter) and `held-out` (few-shot evaluation only). Needs npm, and
+`pip install resvg-py pillow numpy typer`.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ TILE, COLUMNS, MIN_STYLES, GENERIC, SPLIT_SEED = 64, 40, 4, 1000, 0
 
 def fetch_package(spec: str, folder: Path) -> Path:
     """Download one npm package and return the folder with its files."""
-    said = subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, text=True)
+    done = subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True, capture_output=True, text=True)
     target = folder / re.sub(r"\W+", "-", spec)
-    with tarfile.open(folder / said.stdout.strip().splitlines()[-1]) as archive:
+    with tarfile.open(folder / done.stdout.strip().splitlines()[-1]) as archive:
         archive.extractall(target, filter="data")
     return target / "package"
 
 
 def plain_code(code: str) -> str:
-    """A code point sequence without joiners and variation selectors, which the packages write differently."""
+    """A code point sequence without joiners and variation selectors, on which the packages differ."""
     return "-".join(part for part in code.lower().split("-") if part not in ("fe0f", "200d"))
 
 
 def squeeze(name: str) -> str:
-    """The packages spell names differently only in case and hyphens."""
+    """A name without case and hyphens, on which the packages differ."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict:
 
 
 def match_icons(packages: dict[str, Path], emoji: dict[str, dict]) -> dict[str, dict[str, str]]:
-    """For each emoji the icon that draws it in each style: by code point where a package gives it, else by name."""
+    """For each emoji its icon in each style, by code point if the package has one, else by name."""
     by_name = {squeeze(entry["label"]): code for code, entry in reversed(list(emoji.items()))}
     chars = {style: read_json(folder / "chars.json") for style, folder in packages.items()}
     for table in chars.values():
@@ -102,7 +102,7 @@ def render(icons: dict, name: str) -> np.ndarray:
 
 
 def choose_concepts(icons_of: dict[str, dict[str, str]], emoji: dict[str, dict], subgroups: dict) -> list[dict]:
-    """The concepts that are kept, in Unicode's order, each with its split."""
+    """The included concepts in Unicode's order, each with its split."""
     concepts = []
     for code, entry in emoji.items():
         subgroup = subgroups.get(str(entry.get("subgroup")))
@@ -124,7 +124,7 @@ def choose_concepts(icons_of: dict[str, dict[str, str]], emoji: dict[str, dict],
 
 
 def write_licences(out: Path, packages: dict[str, Path], licences: Path, names: Path) -> dict[str, dict]:
-    """The licence texts beside the data, and one entry a style for the index."""
+    """Write the licence texts beside the data; returns the index entry of each style."""
     styles = {}
     for style, folder in packages.items():
         info = read_json(folder / "info.json")

@@ -1,4 +1,4 @@
-"""A saved classifier of the demo: the shipped CLIP and adapter, some held-out concepts, a few pictures of each.
+"""Save a classifier of the demo: the shipped CLIP and adapter, some held-out concepts, a few pictures of each.
 
 python tools/demo/bundle.py --out build/demo-bundle
 """
@@ -21,10 +21,10 @@ CLASSES, SHOTS, METHOD = 100, 4, "proker++"
 def make_demo_bundle(
     folder: str | Path, classes: int = CLASSES, shots: int = SHOTS, method: str = "tip-adapter++"
 ) -> Path:
-    """Fit `classes` held-out concepts from `shots` pictures each, in ONNX Runtime, and save; the folder.
+    """Fit `classes` held-out concepts from `shots` pictures each, in ONNX Runtime, and save to `folder`.
 
-    Concepts are spread over all of them: neighbours in Unicode look alike. Parameters are chosen by
-    leave-one-out; "proker++" is what `method` "auto" takes a minute to choose here.
+    Concepts are evenly spaced in Unicode's order, because neighbours look alike. Parameters are chosen by
+    leave-one-out. METHOD is the choice of "auto" for the default classes and shots, which takes it a minute.
     """
     pictures, rows = _draw(classes, shots)
     support = np.concatenate([row[:shots] for row in rows])
@@ -37,14 +37,14 @@ def make_demo_bundle(
 
 
 def held_out_queries(classes: int = CLASSES, shots: int = SHOTS) -> tuple[np.ndarray, list[str]]:
-    """Pictures (N, 64, 64, 3) uint8 of the same concepts that are not in the support, and their class names."""
+    """The other pictures (N, 64, 64, 3) uint8 of the same concepts, and their class names."""
     pictures, rows = _draw(classes, shots)
-    left = np.concatenate([row[shots:] for row in rows])
-    return pictures.images[left], [pictures.names[concept] for concept in pictures.concepts[left]]
+    others = np.concatenate([row[shots:] for row in rows])
+    return pictures.images[others], [pictures.names[concept] for concept in pictures.concepts[others]]
 
 
 def _draw(classes: int, shots: int) -> tuple[Pictures, list[np.ndarray]]:
-    """The pictures, and of each chosen concept the rows of its pictures in a drawn order."""
+    """The pictures, and for each chosen concept the rows of its pictures in random order."""
     pictures = load_pictures("held-out", min_styles=shots + 1)
     if not 2 <= classes <= len(pictures.names):
         raise ValueError(f"expected 2 to {len(pictures.names)} classes, got {classes}")

@@ -1,7 +1,7 @@
-"""The demo's table: methods on held-out concepts, with parameters by leave-one-out on each support set.
+"""The demo's table: methods on held-out concepts, with parameters chosen by leave-one-out on each support set.
 
-Each seed draws four pictures a concept as the support pool and leaves the others as queries: tools/evaluation/tasks.py.
-Nothing is chosen on a query.
+Each seed draws four pictures per concept as the support pool; the others are queries (tools/evaluation/tasks.py).
+Queries choose nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def evaluate(
     encoded: Encoded, method: str, reducer: str, shots: Sequence[int], seeds: Sequence[int]
 ) -> dict[int, Result]:
     """A Result for each number of shots."""
-    made = evaluate_source(in_domain(encoded, shots, seeds), [(method, reducer)], "loo")
-    return {result.shots: result for result in made}
+    results = evaluate_source(in_domain(encoded, shots, seeds), [(method, reducer)], "loo")
+    return {result.shots: result for result in results}
 
 
 def cell(result: Result) -> dict[str, Any]:
-    """What the demo's report keeps of a result: queries a seed, parameters of each seed."""
+    """A result in the demo's report, with queries per seed and the parameters of each seed."""
     row = result.row()
     return {
         "mean": result.mean,
@@ -40,7 +40,7 @@ def cell(result: Result) -> dict[str, Any]:
 
 
 def changed_labels(encoded: Encoded, results: Mapping[int, Result]) -> dict[str, tuple[int, int]]:
-    """Labels that keys of fewer bits change, and all labels, over every draw of the results (by shots)."""
+    """(changed, all) labels for each narrow key precision, over every draw of the results (by shots)."""
     counts = dict.fromkeys(NARROW, (0, 0))
     for shots, result in results.items():
         source = in_domain(encoded, [shots], [draw.seed for draw in result.draws])

@@ -1,4 +1,4 @@
-"""The whole idea on real pictures, in minutes: train the adapter, fuse it, build engines, fit on a few, classify.
+"""The whole pipeline on real pictures, in minutes: train an adapter, fuse it, build engines, fit, classify.
 
 python tools/demo/run.py --out build/demo
 """
@@ -38,14 +38,13 @@ from tools.evaluation.tasks import POOL
 from tools.training.progress import TrainingBar
 
 SHOTS = (1, 2, 4)
-# Searching all methods takes long: one draw of the support set is shown, and by default not the largest one.
-AUTO_DRAWS = 1
+AUTO_DRAWS = 1  # support sets for "auto", which tries all methods
 FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE = 3, 256, 0.1
 console = Console()
 
 
 def train(clip: LoadedClip, path: Path, epochs: int, views: int) -> tuple[Adapter, float]:
-    """Train an adapter on the generic concepts and save it; returns it with the seconds it took."""
+    """Train an adapter on the generic concepts and save it. Returns it and the seconds."""
     adapter = init_adapter(clip, FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE)
     config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=views)
     pictures = demo_pictures(clip.image_size)
@@ -57,7 +56,7 @@ def train(clip: LoadedClip, path: Path, epochs: int, views: int) -> tuple[Adapte
 
 
 def build(clip: LoadedClip, adapter: Adapter, out: Path, images: np.ndarray) -> dict[str, dict[str, Any]]:
-    """An engine for every runtime that can be built here; what can't be says why."""
+    """Build an engine for every runtime that is installed; the others have the reason."""
     engines: dict[str, dict[str, Any]] = {}
     for runtime in ("onnxruntime", "tensorrt_rtx"):
         if importlib.util.find_spec(runtime) is None:
@@ -77,7 +76,7 @@ def build(clip: LoadedClip, adapter: Adapter, out: Path, images: np.ndarray) -> 
 
 
 def measure(classifier: Classifier, images: np.ndarray) -> tuple[float, float]:
-    """Median milliseconds from one uint8 picture to its logits, and pictures a second in batches of 64."""
+    """Median milliseconds from one uint8 picture to its logits, and pictures per second in batches of 64."""
     one, batch = images[:1], images[:64]
     times = {1: [], 64: []}
     for pixels, count in ((one, 30), (batch, 8)):
@@ -106,11 +105,11 @@ def show_accuracy(results: dict[str, dict[int, Result]]) -> None:
 
 
 def fit_and_show(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> Classifier:
-    """Fit a Classifier, which chooses its method, on two pictures of each concept; save it; classify a few others."""
+    """Fit a Classifier by "auto" on two pictures of each concept, save it, and classify a few other pictures."""
     rng = np.random.default_rng(0)
     order = [rng.permutation(np.flatnonzero(pictures.concepts == c)) for c in range(len(pictures.names))]
     support = np.concatenate([rows[:2] for rows in order])
-    # A style may draw two concepts alike ("detective", "man detective"), which a fit refuses: one of them is left out.
+    # A style may draw two concepts alike ("detective", "man detective"), which `fit` refuses; omit one of them.
     _, first = np.unique(pictures.images[support].reshape(len(support), -1), axis=0, return_index=True)
     alike = np.setdiff1d(np.arange(len(support)), first)
     support = support[~np.isin(pictures.concepts[support], pictures.concepts[support[alike]])]
@@ -140,9 +139,9 @@ def fit_and_show(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> 
 
 def main(
     out: Path = typer.Option(Path("build/demo"), help="the folder for the report, figures, engines and the classifier"),
-    epochs: int = typer.Option(12, help="of the adapter's training"),
-    views: int = typer.Option(4, help="augmented views of each picture to train on"),
-    seeds: int = typer.Option(3, help="draws of support sets"),
+    epochs: int = typer.Option(12, help="training epochs of the adapter"),
+    views: int = typer.Option(4, help="augmented views of each training picture"),
+    seeds: int = typer.Option(3, help="random support sets"),
     auto_shots: int = typer.Option(2, min=1, help="show method 'auto' up to these shots; 4 takes a minute more"),
 ) -> None:
     started = time.perf_counter()
@@ -184,8 +183,8 @@ def main(
     }
     show_accuracy(results)
     changed = changed_labels(shipped, results["tip-adapter++ (shipped)"])
-    told = ", ".join(f"{name} {part} ({part / whole:.2%})" for name, (part, whole) in changed.items())
-    console.print(f"  labels that narrower keys change, of {next(iter(changed.values()))[1]}: {told}")
+    shares = ", ".join(f"{name} {part} ({part / whole:.2%})" for name, (part, whole) in changed.items())
+    console.print(f"  labels that narrower keys change, of {next(iter(changed.values()))[1]}: {shares}")
 
     console.rule("5. the classifier a program would use", align="left")
     classifier = fit_and_show(out / "engine-onnxruntime", out / "adapter.safetensors", test, out)
@@ -196,7 +195,7 @@ def main(
         "overlap": overlap,
         "auroc": {name: auroc(*pair) for name, pair in pairs.items()},
         "accuracy": {
-            str(shots): {name: cell(found[shots]) for name, found in results.items() if shots in found}
+            str(shots): {name: cell(by_shots[shots]) for name, by_shots in results.items() if shots in by_shots}
             for shots in SHOTS
         },
         "labels_changed_by_narrow_keys": changed,
@@ -209,17 +208,9 @@ def main(
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.rule(f"done in {report['total_seconds']:.0f} s; written:", align="left")
     folders = [f"engine-{name}" for name, engine in engines.items() if "folder" in engine]
-    written = (
-        "report.json",
-        "overlap.png",
-        "adapter.safetensors",
-        "classifier",
-        "pictures",
-        *folders,
-        "engine-shipped",
-    )
-    for name in written:
-        console.print(f"  {out / name}", soft_wrap=True)  # a path that is cut in two can't be copied
+    files = ("report.json", "overlap.png", "adapter.safetensors", "classifier", "pictures", *folders, "engine-shipped")
+    for name in files:
+        console.print(f"  {out / name}", soft_wrap=True)  # a wrapped path can't be copied
     command = os.path.relpath(Path(sys.executable).with_name("iosr-fast"))
     console.print(f"try it: {command} classify {out / 'classifier'} {out / 'pictures'}", soft_wrap=True)
 

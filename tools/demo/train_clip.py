@@ -2,8 +2,8 @@
 
     python tools/demo/train_clip.py --out iosr_fast/clip/demo/data/clip.safetensors
 
-An ordinary open_clip model and CLIP's own contrastive loss. Captions are loose, as a web-trained CLIP's are: most of
-them name a keyword or the group of the pictured thing, few its exact name. Held-out concepts are seen by neither tower.
+An open_clip model with CLIP's contrastive loss. Captions are loose, like those of web-trained CLIPs: most contain a
+keyword or the group of the pictured thing, few its exact name. Neither tower sees held-out concepts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import typer
 from safetensors.torch import save_file
 
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
+from iosr_fast.clip.load import DEMO_NAME
+from iosr_fast.clip.prompts import DEMO_TEMPLATES
 from iosr_fast.training.augment import augment_batch, draw_augmentation
 from iosr_fast.utils.command import new_file, run
-
-TEMPLATES = ["{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}"]
 
 
 def sample_caption(concept: dict, rng: random.Random) -> str:
@@ -33,7 +33,7 @@ def sample_caption(concept: dict, rng: random.Random) -> str:
         words = " ".join(rng.sample(concept["keywords"], min(rng.choice([1, 2]), len(concept["keywords"]))))
     else:
         words = concept["name"]
-    return rng.choice(TEMPLATES).format(words)
+    return rng.choice(DEMO_TEMPLATES).format(words)
 
 
 def main(
@@ -46,9 +46,9 @@ def main(
 ) -> None:
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    open_clip.add_model_config(FOLDER / "iosr-fast-demo.json")
-    model = open_clip.create_model("iosr-fast-demo").train()
-    tokenizer = open_clip.get_tokenizer("iosr-fast-demo")
+    open_clip.add_model_config(FOLDER / f"{DEMO_NAME}.json")
+    model = open_clip.create_model(DEMO_NAME).train()
+    tokenizer = open_clip.get_tokenizer(DEMO_NAME)
     pictures = load_pictures("generic")
     concepts = [c for c in load_index()["concepts"] if c["split"] == "generic"]
     images = torch.from_numpy(pictures.images).permute(0, 3, 1, 2)
@@ -79,7 +79,7 @@ def main(
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                model.logit_scale.clamp_(0, 4.6052)  # exp of it stays at most 100, as in CLIP
+                model.logit_scale.clamp_(0, 4.6052)  # exp is at most 100, as in CLIP
             total += loss.item()
         minutes = (time.perf_counter() - started) / 60
         print(f"epoch {epoch + 1}/{epochs} loss {total / steps_an_epoch:.3f} {minutes:.1f} min", flush=True)
