@@ -27,9 +27,9 @@ _T = TypeVar("_T")
 class DevicePlan(PlanTerms):
     """A ScoringPlan for kernels on tensors: the same formula, fields and shapes (fields.py), on `device`.
 
-    Keys are float32, float16, bfloat16 or int8; class_offsets are int32. The reducer's arrays stand as reducer_shift
-    and reducer_projection, both None without one. Tensors are contiguous and must never be written to: on the CPU they
-    are the plan's own memory.
+    Keys are float32, float16, bfloat16 or int8; class_offsets are int32. reducer_shift and reducer_projection are the
+    reducer's arrays, None without one. Tensors are contiguous and must never be written to: on the CPU they are the
+    plan's own memory.
     """
 
     n_classes: int

@@ -18,14 +18,14 @@ LARGEST = 1e15
 
 @dataclass(frozen=True)
 class ArrayField:
-    """An array of a plan, float32 unless `dtype` differs; None where the plan does without it.
+    """An array of a plan, which is None if the plan has none.
 
     name          its name in DevicePlan and in torch.ops.iosr_fast.score
     term          the term that reads it; a reducer moves what the cache and the linear term read
     shape         axes: C classes, D channels of an embedding, N keys, F channels of the linear term's feature
-    dtype         in a ScoringPlan; None: one of the four key precisions
-    device_dtype  in a DevicePlan, where it differs
-    attribute     its place in a ScoringPlan, where it isn't `name`
+    dtype         in a ScoringPlan; None means one of the four key precisions
+    device_dtype  in a DevicePlan, if it differs
+    attribute     its attribute in a ScoringPlan, if it isn't `name`
     """
 
     name: str

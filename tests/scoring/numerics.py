@@ -1,4 +1,4 @@
-"""How an implementation is judged: by its error against the float64 reference, next to that of the papers' code."""
+"""The yardstick: an implementation's error against the float64 reference, compared with that of the papers' code."""
 
 from __future__ import annotations
 
@@ -56,9 +56,8 @@ def plan_at_a_bound(rng: np.random.Generator, case: dict[str, float], precision:
 
 
 def eager_float32(plan: ScoringPlan, embeddings: Embeddings, moved: torch.dtype | None = None) -> np.ndarray:
-    """The papers' code in float32, on dequantized keys: the full affinity, then a product with the one-hot matrix, or
-    with the keys' values. `moved`, where given, is what queries are rounded to once a reducer or a query transform has
-    moved them."""
+    """The papers' code in float32, on dequantized keys: the full affinity, then a product with the one-hot matrix or
+    the keys' values. Queries are rounded to `moved` after a reducer or a query transform."""
     logits = np.zeros((len(embeddings), plan.n_classes), dtype=np.float32)
     if plan.text is not None:
         logits += np.float32(plan.tau) * embeddings.plain @ plan.text.T
@@ -99,7 +98,7 @@ def _eager_feature(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
 
 
 def run_path(path: str, plan: ScoringPlan, embeddings: Embeddings) -> Any:
-    """Score by one path ("cpp/scalar" forces the instruction set too) and see that it is the one that ran."""
+    """Score by one path ("cpp/scalar" forces the instruction set too) and assert that it ran."""
     impl, _, detail = path.partition("/")
     with pytest.MonkeyPatch.context() as patch:
         if impl == "cpp":
@@ -124,8 +123,8 @@ def allowed_error(
 ) -> float:
     """Twice eager's error at the same precision of the keys, and of moved queries (eager_float32), and a little."""
     eager_error = np.abs(eager_float32(plan, embeddings, moved) - truth).max(initial=0.0)
-    # `tiny` is two roundings at the terms' magnitude, which Cauchy and Schwarz bound: where terms cancel, or a logit is
-    # alone, eager is now and then right to the last bit by luck.
+    # `tiny` is two roundings at the terms' magnitude, bounded by Cauchy and Schwarz: if terms cancel, or there is one
+    # logit only, eager may be exact by chance.
     scale = np.abs(truth).max(initial=0.0) + (plan.tau if plan.text is not None else 0.0)
     scale += linear_size(plan)
     float32 = np.finfo(np.float32)
@@ -141,7 +140,7 @@ def allowed_error(
 
 
 def cache_size(plan: ScoringPlan, embeddings: Embeddings) -> float:
-    """The largest cache term, were all values positive: what is summed, where signs cancel."""
+    """The largest cache term with all values made positive: the size of the summands if signs cancel."""
     return float(abs(plan.alpha) * (_eager_affinity(plan, embeddings) @ _members(plan)).max(initial=0.0))
 
 
@@ -158,7 +157,7 @@ def linear_size(plan: ScoringPlan) -> float:
 
 
 def assert_as_good_as_eager(logits: np.ndarray, truth: np.ndarray, allowed: float, path: str = "") -> None:
-    """No logit is off by more than is allowed, and the labels are the true ones where the error leaves no doubt."""
+    """No error exceeds `allowed`, and labels are the true ones unless the error may change them."""
     error = np.abs(logits - truth)
     assert error.max(initial=0.0) <= allowed, path
     if truth.shape[1] > 1:

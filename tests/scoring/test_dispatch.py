@@ -1,4 +1,4 @@
-"""Which implementation runs, how one is forced, and what is said where that can't be met."""
+"""The choice of an implementation, forcing one, and the messages if it can't run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def path_taken(rng: np.random.Generator, impl: str = "auto") -> str:
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, *names: str, reason: str | None = "no compiler") -> None:
-    """Have `names` refused for `reason`, or by no means refused where that is None."""
+    """Make `names` unavailable for `reason`, or available if that is None."""
     entries = [
         replace(entry, unavailable_reason=lambda: reason) if entry.name in names else entry
         for entry in dispatch.REGISTRY

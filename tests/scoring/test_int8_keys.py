@@ -1,4 +1,4 @@
-"""int8 keys in a basis of their own: what they stand for, that it is nearer to the keys, and when there is no basis."""
+"""int8 keys in an adapted basis: the keys they represent, their smaller error, and when no basis is used."""
 
 from __future__ import annotations
 

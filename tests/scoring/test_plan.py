@@ -1,4 +1,4 @@
-"""What a plan and a batch are refused for, and what is kept of the arrays that a plan is made of."""
+"""Invalid plans and embeddings are refused; a plan keeps its arrays without copies if possible."""
 
 from __future__ import annotations
 

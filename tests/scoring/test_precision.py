@@ -1,4 +1,4 @@
-"""Keys in fewer bits: what is stored, how far it is off, and that compensated rounding is worth its trouble."""
+"""Keys in fewer bits: the stored values, their error, and the gain of compensated rounding."""
 
 from __future__ import annotations
 

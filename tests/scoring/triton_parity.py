@@ -260,6 +260,13 @@ def test_a_module_deals_its_keys_once(rng: np.random.Generator, monkeypatch: pyt
     assert len(computed) == n_computed
 
 
+def test_a_first_scoring_cannot_be_recorded(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "is_recording", lambda device: True)
+    plan = device_plan(random_plan(rng, [3, 0, 2], 16), DEVICE)
+    with pytest.raises(RuntimeError, match="scored with Triton once before a CUDA graph is recorded"):
+        cache_score.score_triton(plan, *tensors(random_embeddings(rng, 4, 16)))
+
+
 def test_the_automatic_path() -> None:
     def chosen(counts: list[int], batch: int) -> str:
         keys = np.ones((sum(counts), 1), dtype=np.float32)
