@@ -1,7 +1,7 @@
 """Evaluate methods with parameters that no test image has a part in.
 
     python tools/evaluate.py features FILE.npz --methods all --shots 1 2 4 8 16 --json F
-    python tools/evaluate.py demo --methods all --shots 1 2 4 --shift --plots DIR
+    python tools/evaluate.py demo --methods all --shots 1 2 4 --shift --json F
     python tools/evaluate.py demo --first-adapted-block 0 1 2 3 4 5 --bottleneck 64 256 --adapters DIR
     python tools/evaluate.py paper --data all --root DIR --model ViT-B-16 --pretrained openai --adapter FILE
 
@@ -32,7 +32,6 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--shots", nargs="+", type=int, help="[all that the file has; of the demo 1 2 4]")
     for name in ("json", "csv", "markdown"):
         shared.add_argument(f"--{name}", type=Path, metavar="F", help="write the rows here")
-    shared.add_argument("--plots", type=Path, metavar="DIR", help="write figures here")
 
     features = commands.add_parser("features", parents=[shared], help="embeddings and labels of a file")
     features.add_argument("file", type=Path, metavar="FILE.npz")
@@ -67,10 +66,9 @@ def check(options: argparse.Namespace) -> None:
         sweep = options.first_adapted_block is not None
         if sweep != (options.adapters is not None):
             raise ValueError("expected --first-adapted-block and --adapters DIR together")
-        if sweep and (options.csv or options.markdown or options.plots or options.shift or options.adapter):
+        if sweep and (options.csv or options.markdown or options.shift or options.adapter):
             raise ValueError(
-                "expected none of --csv, --markdown, --plots, --shift and --adapter with --first-adapted-block; use "
-                "--json"
+                "expected none of --csv, --markdown, --shift and --adapter with --first-adapted-block; use --json"
             )
         if options.seeds < 1 or options.repeats < 1:
             raise ValueError(f"expected --seeds and --repeats of at least 1, got {options.seeds} and {options.repeats}")
@@ -79,11 +77,6 @@ def check(options: argparse.Namespace) -> None:
     for path in (options.json, options.csv, options.markdown):
         if path is not None:
             check_new_file(path)
-    if options.plots is not None:
-        from iosr_fast.utils.require import require
-
-        require("matplotlib.figure", "train")
-        options.plots.mkdir(parents=True, exist_ok=True)
 
 
 def report(message: str) -> None:
@@ -141,17 +134,6 @@ def evaluate_methods(options: argparse.Namespace) -> None:
     write(options.json, table.write_json, written)
     write(options.csv, table.write_csv, written)
     write(options.markdown, table.write_markdown, sheets, written, common)
-    if options.plots is not None:
-        from iosr_fast.training.overlap import plot_overlap
-        from tools.evaluation import plots
-
-        plot_overlap(representations, labels, options.plots / "overlap.png")
-        for sheet in sheets:
-            stem = sheet.name.replace(", ", "-").removesuffix(".npz")
-            plots.plot_shots(sheet.results, options.plots / f"shots-{stem}.png", sheet.notes[0])
-            if plots.curves_of(sheet.results):
-                plots.plot_alpha(sheet.results, options.plots / f"alpha-{stem}.png", sheet.name)
-        report(f"wrote figures to {options.plots}")
 
 
 def evaluate_blocks(options: argparse.Namespace) -> None:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reducers import Reducer
 
 
 @dataclass(frozen=True)
 class SupportSet:
-    """Embeddings of N support images and of C class names: all that a method sees.
+    """Embeddings of N support images and of C class names: the input of a method.
 
     `embeddings` (N, D), sorted by class; `class_offsets` (C+1,) int64: class c owns rows class_offsets[c] to
-    class_offsets[c+1]; `text` (C, D), L2-normalised, or None where only images are known; `tau`, the CLIP's logit
-    scale. `queries` (N, D), where given, are the same images as a user would ask for them (one view, not the mean of
-    several): what leave-one-out scores.
+    class_offsets[c+1]; `text` (C, D), L2-normalised, or None without class names; `tau`, the CLIP's logit scale.
+    `queries` (N, D), optional, are the same images as queries arrive (one view, not the mean of several):
+    leave-one-out scores these.
     """
 
     embeddings: Embeddings
@@ -69,10 +66,10 @@ def make_support_set(
     n_classes: int | None = None,
     queries: Embeddings | None = None,
 ) -> SupportSet:
-    """Sort by class (stably) and mark where each class begins. `n_classes` must be given where text is None.
+    """Sort by class (stably) and compute class_offsets. `n_classes` is required if text is None.
 
-    Raises ValueError where labels and embeddings differ in number, a label names no class, or the widths of image and
-    text embeddings differ.
+    Raises ValueError if labels and embeddings differ in number, a label names no class, or the widths of image and text
+    embeddings differ.
     """
     labels = np.asarray(labels, np.int64)
     if text is not None:
@@ -96,35 +93,9 @@ def make_support_set(
     )
 
 
-def encode_support(
-    encoder: Encoder,
-    images: Sequence[Any],
-    views: int,
-    mirror: bool,
-    rng: np.random.Generator,
-    batch: int = 64,
-) -> Embeddings:
-    """One row an image: the mean of its views' embeddings, L2-normalised again.
-
-    With `views` 1 the one view is CLIP's resize and centre crop; with more, random crops of half to all of the image
-    (mirrored half of the time if asked), as Tip-Adapter builds its cache (Zhang et al., ECCV 2022, section 3.1).
-    """
-    parts: list[Embeddings] = []
-    group = max(1, batch // views)
-    for start in range(0, len(images), group):
-        pixels = []
-        for i, source in enumerate(images[start : start + group], start):
-            image = open_image(source, i)
-            if views == 1:
-                pixels.append(resize_and_crop(image, encoder.image_size))
-            else:
-                pixels += [random_view(image, encoder.image_size, rng, mirror) for _ in range(views)]
-        parts.append(mean_of_views(encoder.encode(np.stack(pixels)), views))
-    return Embeddings.concatenate(parts)
-
-
 def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:
-    """The mean of each `views` rows that follow one another, L2-normalised again."""
+    """The mean of each `views` consecutive rows, L2-normalised again, as Tip-Adapter builds its cache from random views
+    (Zhang et al., ECCV 2022, section 3.1)."""
 
     def mean(rows: np.ndarray) -> np.ndarray:
         means = rows.reshape(-1, views, rows.shape[1]).mean(1)

@@ -1,4 +1,4 @@
-"""Methods against their papers' formulas in float64, the support set, and overlap against brute force."""
+"""Methods against their papers' formulas in float64, and the support set."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
-from iosr_fast.methods.support_set import SupportSet, encode_support, make_support_set
+from iosr_fast.methods.support_set import SupportSet, make_support_set, mean_of_views
 from iosr_fast.scoring.score import score
-from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 from tests import ROOT
 from tests.conftest import random_embeddings, unit_rows
 
@@ -121,58 +120,14 @@ def test_without_texts_the_number_of_classes_must_be_told(rng: np.random.Generat
         make_support_set(embeddings, np.array([0, 1, 1]), None, 1.0)
 
 
-class MeanColour(Encoder):
-    """An encoder whose embedding is easy to predict: the mean colour, normalised; the adapted one is its reverse."""
-
-    image_size, width, fingerprint, runtime = 8, 3, "mean-colour", "numpy"
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def encode(self, pixels: np.ndarray) -> Embeddings:
-        assert pixels.dtype == np.uint8 and pixels.shape[1:] == (8, 8, 3)
-        self.batches.append(len(pixels))
-        mean = pixels.reshape(len(pixels), -1, 3).mean(1) + 1
-        plain = (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)
-        return Embeddings(plain, plain[:, ::-1].copy())
-
-
 @pytest.mark.parametrize("views", [1, 3, 10])
 def test_views_are_averaged_and_normalised(rng: np.random.Generator, views: int) -> None:
-    images = [np.full((9, 11, 3), rng.integers(0, 256, 3), np.uint8) for _ in range(7)]
-    encoder = MeanColour()
-    encoded = encode_support(encoder, images, views, True, rng, batch=8)
-    expected = np.array([image[0, 0] + 1.0 for image in images])
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(encoded.plain, expected, atol=1e-6)  # every view of one colour is that colour
-    assert encoded.adapted is not None
-    np.testing.assert_allclose(encoded.adapted, expected[:, ::-1], atol=1e-6)
-    assert sum(encoder.batches) == 7 * views and max(encoder.batches) <= max(8, views)
-    noisy = [rng.integers(0, 256, (30, 20, 3), dtype=np.uint8) for _ in range(3)]
-    norms = np.linalg.norm(encode_support(encoder, noisy, views, True, rng).plain, axis=1)
-    np.testing.assert_allclose(norms, 1, atol=1e-6)
-
-
-def test_pairs_equal_brute_force(rng: np.random.Generator) -> None:
-    rows, labels = unit_rows(rng, 12, 5), rng.integers(0, 3, 12)
-    paired, unpaired = pair_cosines(rows, labels)
-    same = [float(rows[i] @ rows[j]) for i in range(12) for j in range(i + 1, 12) if labels[i] == labels[j]]
-    other = [float(rows[i] @ rows[j]) for i in range(12) for j in range(i + 1, 12) if labels[i] != labels[j]]
-    np.testing.assert_allclose(np.sort(paired), np.sort(same), atol=1e-6)
-    np.testing.assert_allclose(np.sort(unpaired), np.sort(other), atol=1e-6)
-    wins = np.mean([(a > b) + 0.5 * (a == b) for a in paired for b in unpaired])
-    assert auroc(paired, unpaired) == pytest.approx(wins)
-    with pytest.raises(ValueError, match="pairs of the same and of different classes"):
-        pair_cosines(rows, np.zeros(12, int))
-
-
-def test_overlap_area_of_known_densities(rng: np.random.Generator) -> None:
-    low, high = rng.uniform(-0.5, 0.0, 200_000), rng.uniform(0.0, 0.5, 200_000)
-    half = rng.uniform(-0.25, 0.25, 200_000)
-    assert overlap_area(high, low) < 0.01
-    assert overlap_area(low, low) == pytest.approx(1.0)
-    assert overlap_area(half, low) == pytest.approx(0.5, abs=0.01)
-    assert auroc(high, low) == pytest.approx(1.0) and auroc(low, low) == pytest.approx(0.5)
+    rows = random_embeddings(rng, 7 * views, 16)
+    averaged = mean_of_views(rows, views)
+    for part, mean in ((rows.plain, averaged.plain), (rows.adapted, averaged.adapted)):
+        expected = np.array([part[views * i : views * (i + 1)].astype(float).mean(0) for i in range(7)])
+        np.testing.assert_allclose(mean, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+    assert mean_of_views(Embeddings(rows.plain), views).adapted is None
 
 
 def test_a_methods_name_stands_in_its_own_file_only() -> None:

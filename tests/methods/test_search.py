@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.tuning.numpy_search import EMPTY
-from iosr_fast.methods.tuning.search import Best, Intervals, cache_intervals, intervals, step_curve, sweep
+from iosr_fast.methods.tuning.search import Best, Intervals, cache_intervals, intervals, sweep
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
@@ -169,19 +169,6 @@ def test_no_grid_finds_more(impl: str, seed: int) -> None:
     assert best.low < best.high and right(best.alpha[0]) == best.right[0]
 
 
-@each_impl
-def test_the_step_curve_counts_between_the_ends(impl: str, rng: np.random.Generator) -> None:
-    base, slope = rng.integers(-3, 4, (2, 60, 4))
-    labels = rng.integers(0, 4, 60)
-    found = intervals(base, slope, labels, impl)
-    edges, right = step_curve(found, 0)
-    assert edges[0] == 0 and (np.diff(edges) > 0).all() and len(right) == len(edges) - 1
-    middles = (edges[1:] + edges[:-1]) / 2
-    assert right.tolist() == [inside(found, middle).sum() for middle in middles]
-    best = sweep(found, impl=impl)
-    assert best.right[0] >= right.max()
-
-
 def test_folds_lie_side_by_side(rng: np.random.Generator) -> None:
     base, slope = rng.standard_normal((2, 30, 3))
     labels = rng.integers(0, 3, 30)
@@ -332,7 +319,6 @@ def test_without_samples(impl: str, n_classes: int) -> None:
     cached = cache_intervals(empty, np.zeros((0, 2)), [[1, 0]], [0] + [1] * n_classes, [], [1.0, 2.0], impl=impl)
     assert (found.n_settings, found.n_samples) == (1, 0) and (cached.n_settings, cached.n_samples) == (2, 0)
     assert fields(sweep(cached, impl=impl)) == [[0.0] * 2, [2.0] * 2, [0] * 2, [True] * 2, [True] * 2]
-    assert [part.tolist() for part in step_curve(found, 0)] == [[0.0, 2.0], [0]]
 
 
 @each_impl
@@ -408,8 +394,6 @@ def test_wrong_intervals_are_refused() -> None:
     found = Intervals(np.zeros((2, 3)), np.ones((2, 3)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"all of one number of settings, got \[2, 1\]"):
         Intervals.concatenate([found, Intervals(np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 3)))])
-    with pytest.raises(ValueError, match="expected a setting from 0 to 1, got 2"):
-        step_curve(found, 2)
 
 
 def test_the_extension_checks_its_arrays() -> None:

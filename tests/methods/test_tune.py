@@ -52,13 +52,9 @@ def test_on_a_validation_set_the_accuracy_is_what_the_plan_gets(rng: np.random.G
     assert abs(tuned.accuracy - right.mean()) <= 1 / len(labels)  # a sample on the border of float32
     assert set(tuned.parameters) == set(METHODS[method].parameters)
     np.testing.assert_allclose(tuned.right.mean() if tuned.right is not None else -1, tuned.accuracy)
-    if tuned.curve is not None:
-        edges, counts = tuned.curve
-        low, high = tuned.alpha_range or (0.0, 0.0)
+    if tuned.alpha_range is not None:
+        low, high = tuned.alpha_range
         assert low <= tuned.parameters["alpha"] <= high
-        assert counts.max() <= round(tuned.accuracy * len(labels))
-        inside = np.searchsorted(edges, tuned.parameters["alpha"]) - 1
-        assert low == high or counts[inside] == round(tuned.accuracy * len(labels))
 
 
 @pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter++", "tip-x"])
@@ -168,6 +164,7 @@ def test_level_means_within_two_standard_errors_of_the_difference() -> None:
     assert is_level(other, best) and is_level(best, best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [True, False])
 def test_auto_finds_what_is_far_better(rng: np.random.Generator, text: bool) -> None:
     support, queries, labels = task(rng, [5] * CLASSES, 300, text)

@@ -80,6 +80,7 @@ def assert_sound(tuned: Tuned, support: SupportSet) -> None:
         assert tuned.accuracy == right_of_plans(tuned, support)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     method=st.sampled_from([*METHODS, "auto"]),

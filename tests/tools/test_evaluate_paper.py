@@ -18,8 +18,9 @@ from PIL import Image
 pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
 
+from iosr_fast.images.preprocess import random_view, resize_and_crop
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.support_set import encode_support
+from iosr_fast.methods.support_set import make_support_set, mean_of_views
 from tests.demo_cache import shared_cache
 from tests.tools.paper_sets import CLASSES, Pictures, tiny, without, write_dtd
 from tools.evaluate import main
@@ -97,10 +98,9 @@ def test_every_cell_is_filled_and_a_second_run_only_reads(run: Main, monkeypatch
 
 
 def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Problem]) -> None:
-    """Tip-Adapter++ by hand: the same views, averaged by encode_support, tuned on the validation pictures."""
+    """Tip-Adapter++ by hand: the same views, averaged, tuned on the validation pictures."""
     from iosr_fast.clip.prompts import embed_classes
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.methods.support_set import make_support_set
     from iosr_fast.methods.tuning.tune import tune
     from iosr_fast.scoring.score import score
     from tools.evaluation.paper.store import Wanted
@@ -110,7 +110,11 @@ def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Pr
     model = models.load_model("demo", None, "auto", "torch")
 
     def embed(split: str, rows: np.ndarray, views: int, rng: np.random.Generator) -> Embeddings:
-        return encode_support(model.encoder, [data.splits[split].image(row) for row in rows], views, True, rng)
+        size, images = model.clip.image_size, [data.splits[split].image(row) for row in rows]
+        if views == 1:
+            return model.encoder.encode(np.stack([resize_and_crop(image, size) for image in images]))
+        pixels = [random_view(image, size, rng, True) for image in images for _ in range(views)]
+        return mean_of_views(model.encoder.encode(np.stack(pixels)), views)
 
     parts, labels = [], []
     for c_rows in posed[0].support(2, 2):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.training.overlap import feature_variance, plot_overlap
+from iosr_fast.training.overlap import auroc, feature_variance, overlap_area, pair_cosines, plot_overlap
 from tests.conftest import unit_rows
 
 
@@ -30,3 +30,25 @@ def test_the_figure_has_a_panel_for_each(rng: np.random.Generator, panels: int, 
     labels = np.repeat(np.arange(4), 5)
     plot_overlap({f"encoder {i}": unit_rows(rng, 20, 6) for i in range(panels)}, labels, tmp_path / "overlap.png")
     assert (tmp_path / "overlap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_equal_brute_force(rng: np.random.Generator) -> None:
+    rows, labels = unit_rows(rng, 12, 5), rng.integers(0, 3, 12)
+    paired, unpaired = pair_cosines(rows, labels)
+    same = [float(rows[i] @ rows[j]) for i in range(12) for j in range(i + 1, 12) if labels[i] == labels[j]]
+    other = [float(rows[i] @ rows[j]) for i in range(12) for j in range(i + 1, 12) if labels[i] != labels[j]]
+    np.testing.assert_allclose(np.sort(paired), np.sort(same), atol=1e-6)
+    np.testing.assert_allclose(np.sort(unpaired), np.sort(other), atol=1e-6)
+    wins = np.mean([(a > b) + 0.5 * (a == b) for a in paired for b in unpaired])
+    assert auroc(paired, unpaired) == pytest.approx(wins)
+    with pytest.raises(ValueError, match="pairs of the same and of different classes"):
+        pair_cosines(rows, np.zeros(12, int))
+
+
+def test_overlap_area_of_known_densities(rng: np.random.Generator) -> None:
+    low, high = rng.uniform(-0.5, 0.0, 200_000), rng.uniform(0.0, 0.5, 200_000)
+    half = rng.uniform(-0.25, 0.25, 200_000)
+    assert overlap_area(high, low) < 0.01
+    assert overlap_area(low, low) == pytest.approx(1.0)
+    assert overlap_area(half, low) == pytest.approx(0.5, abs=0.01)
+    assert auroc(high, low) == pytest.approx(1.0) and auroc(low, low) == pytest.approx(0.5)

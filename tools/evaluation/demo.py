@@ -32,12 +32,8 @@ def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray |
     from iosr_fast.clip.prompts import embed_classes
 
     parts = [run(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // BATCH))]
-    adapted = [part.adapted for part in parts if part.adapted is not None]
-    embeddings = Embeddings(
-        np.concatenate([part.plain for part in parts]), np.concatenate(adapted) if adapted else None
-    )
     text = embed_classes(clip, pictures.names) if text is None else text
-    return Encoded(embeddings, pictures.concepts, text, clip.logit_scale, pictures.styles)
+    return Encoded(Embeddings.concatenate(parts), pictures.concepts, text, clip.logit_scale, pictures.styles)
 
 
 def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:

@@ -153,13 +153,3 @@ def sweep(
         ends[s] = LOWER_OPEN * first + UPPER_OPEN * (1 - past)
         right[s] = counts.max()
     return alpha, low, high, ends, right
-
-
-def step_curve(lower: np.ndarray, upper: np.ndarray, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """search.step_curve of the intervals (V,) of one setting."""
-    limit, starts, stops = _domain(lower, upper, flags)
-    begins, ends = _alpha(starts), _alpha(stops)
-    begins, ends = begins[begins < ends], ends[begins < ends]
-    edges = np.unique(np.concatenate([np.zeros(1), limit, begins, ends]))
-    right = np.searchsorted(np.sort(begins), edges[:-1], "right") - np.searchsorted(np.sort(ends), edges[:-1], "right")
-    return edges, right.astype(np.int64)

@@ -13,7 +13,7 @@ from iosr_fast.methods.method import MAX_ALPHA
 from iosr_fast.methods.tuning.held_out import HeldOutSet, Setting
 from iosr_fast.methods.tuning.log_loss import fit_alpha, fit_factor, spread
 from iosr_fast.methods.tuning.numpy_search import EMPTY, LOWER_OPEN, UPPER_OPEN
-from iosr_fast.methods.tuning.search import Intervals, step_curve, sweep
+from iosr_fast.methods.tuning.search import Intervals, sweep
 
 # Standard errors of the difference up to which two candidates are level.
 LEVEL = 2.0
@@ -43,10 +43,6 @@ class Candidate:
     factor: float = 1.0
     right: np.ndarray | None = None  # at alpha, where the log-loss was computed
     spreads: tuple[float, float] | None = None  # of base and slope, likewise
-
-    @property
-    def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        return step_curve(self.intervals, self.row)
 
     @property
     def width(self) -> float:

@@ -2,7 +2,7 @@
 
 Tip-Adapter's public code (Zhang et al., ECCV 2022) tries a grid of alphas. None is needed: a sample with logits
 z + alpha * s is right on one interval of alphas, so the best alpha lies where most intervals overlap. `intervals` and
-`cache_intervals` find the intervals, `sweep` the best alpha, `step_curve` the number of right samples at every alpha.
+`cache_intervals` find the intervals, `sweep` the best alpha.
 
 Each runs in C++ (csrc/search) or in NumPy (numpy_search.py) with the same results: `impl` is "cpp", "numpy" or "auto",
 which takes C++ if the extension can be imported, unless IOSR_FAST_IMPL names one of the two. Results name the path that
@@ -205,17 +205,6 @@ def sweep(intervals: Intervals, impl: str = "auto") -> Best:
 
         alpha, low, high, ends, right = _C.sweep(**rows)
     return Best(alpha, low, high, right, (ends & LOWER_OPEN) == 0, (ends & UPPER_OPEN) == 0, path)
-
-
-def step_curve(intervals: Intervals, setting: int) -> tuple[np.ndarray, np.ndarray]:
-    """(edges (E + 1,) float64, right (E,) int64): right[i] samples are right at any alpha between edges[i] and [i + 1].
-
-    Exact, with each end of an interval an edge; edges reach as far as in sweep. The counts at the edges themselves,
-    where a sample may be right or wrong at that very alpha, are not in the curve.
-    """
-    if not 0 <= setting < intervals.n_settings:
-        raise ValueError(f"expected a setting from 0 to {intervals.n_settings - 1}, got {setting}")
-    return numpy_search.step_curve(intervals.lower[setting], intervals.upper[setting], intervals.flags[setting])
 
 
 def _choose(impl: str) -> str:

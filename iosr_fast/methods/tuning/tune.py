@@ -39,7 +39,6 @@ class Tuned:
     accuracy      of the compiled plans (plan_check.right_by_plan) on `scored` held-out images, at these parameters
     alpha_range   the widest plateau of best alphas for these other parameters; by leave-one-out alpha may lie beside it
     log_loss      on them, in nats, with logits multiplied by `factor` (None if it was not computed)
-    curve         (edges, right): samples right on each open segment between alphas, for these other parameters
     right         (scored,) bool, which of the held-out images are right
     protocol      "validation", "loo" (one image of each class left out at a time), "one-shot" (nothing can be left out:
                   one_shot_parameters), "none"
@@ -59,7 +58,6 @@ class Tuned:
     settings: int = 0
     seconds: float = 0.0
     note: str = ""
-    curve: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     right: np.ndarray | None = field(default=None, repr=False)
 
     def compile(self, support: SupportSet) -> ScoringPlan:
@@ -140,7 +138,6 @@ def tune(
         factor=best.factor,
         settings=len(search.tried),
         seconds=time.perf_counter() - started,
-        curve=best.curve,
         right=right,
     )
     notes = (

@@ -23,7 +23,7 @@ from tools.evaluation.accuracy import Draw, TuneOn, evaluate_draw
 from tools.evaluation.paper import cells as cells_module
 from tools.evaluation.paper.cells import Cell, Cells
 from tools.evaluation.paper.problems import Problem
-from tools.evaluation.paper.store import Store, Wanted, join
+from tools.evaluation.paper.store import Store, Wanted
 from tools.evaluation.tasks import Task
 
 Rows = Sequence[tuple[str, str]]
@@ -127,7 +127,7 @@ def make_task(group: Group, store: Store) -> Task:
 
     def gather(wanted: Sequence[Wanted]) -> tuple[Embeddings, np.ndarray]:
         """Embeddings and labels, without images of classes that the target has not."""
-        embeddings = join([store.embeddings(one) for one in wanted])
+        embeddings = Embeddings.concatenate([store.embeddings(one) for one in wanted])
         labels = np.concatenate([_labels(problem, one) for one in wanted])
         return embeddings[labels >= 0], labels[labels >= 0]
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images import pixels
-from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
-from iosr_fast.methods.support_set import encode_support
+from iosr_fast.images.preprocess import BadImageError, open_image, random_view, resize_and_crop
+from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.utils.files import new_folder, remove_leftovers
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest, write_manifest
@@ -107,7 +107,7 @@ class Store:
 
     def embeddings(self, wanted: Wanted) -> Embeddings:
         """Read, or encoded and written, part by part. Raises BadImageError for an image that can't be read."""
-        return join([self._part(part) for part in wanted.parts()])
+        return Embeddings.concatenate([self._part(part) for part in wanted.parts()])
 
     def text(self, data: EvaluationSet) -> np.ndarray:
         """(C, D) float32, L2-normalised: the class names in the set's templates."""
@@ -164,12 +164,6 @@ class Store:
             return None
 
 
-def join(parts: Sequence[Embeddings]) -> Embeddings:
-    """The rows of all parts."""
-    adapted = [part.adapted for part in parts if part.adapted is not None]
-    return Embeddings(np.concatenate([p.plain for p in parts]), np.concatenate(adapted) if adapted else None)
-
-
 def encode(part: Wanted, model: Model, encoded: Callable[[int], None]) -> Embeddings:
     """The embeddings of a part, decoded ahead by threads. Raises BadImageError naming the set and the image.
 
@@ -190,9 +184,12 @@ def encode(part: Wanted, model: Model, encoded: Callable[[int], None]) -> Embedd
     rng, parts = part.generator(), []
     with closing(map_ordered(part.rows.tolist(), decode, threads, 128 if part.views == 1 else 2 * threads)) as images:
         while batch := list(islice(images, max(1, BATCH // part.views))):
-            parts.append(encode_support(model.encoder, batch, part.views, part.mirror, rng))
-            encoded(len(batch) * part.views)
-    return join(parts)
+            views = batch
+            if part.views > 1:
+                views = [random_view(image, size, rng, part.mirror) for image in batch for _ in range(part.views)]
+            parts.append(mean_of_views(model.encoder.encode(np.stack(views)), part.views))
+            encoded(len(views))
+    return Embeddings.concatenate(parts)
 
 
 def _hash(numbers: np.ndarray) -> str:
