@@ -20,22 +20,26 @@ from rich.console import Console
 from rich.table import Table
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import Pictures
-from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.export.export import write_engine
-from iosr_fast.export.pretrained import DEMO_ADAPTER
-from iosr_fast.training.data import demo_pictures
-from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines, plot_overlap
-from iosr_fast.training.train import train_adapter
-from iosr_fast.training.train_config import TrainConfig
-from iosr_fast.utils.command import run
-from tools.demo.few_shot import cell, changed_labels, evaluate
-from tools.evaluation.accuracy import Result
-from tools.evaluation.demo import encode, held_out
-from tools.evaluation.tasks import POOL
-from tools.training.progress import TrainingBar
+from iosr_fast.utils.command import one_line_errors, run
+from iosr_fast.utils.require import require_installed
+
+with one_line_errors():
+    require_installed("torch", "train")
+    from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
+    from iosr_fast.clip.load import LoadedClip, load_clip
+    from iosr_fast.export.export import write_engine
+    from iosr_fast.export.pretrained import DEMO_ADAPTER
+    from iosr_fast.training.data import demo_pictures
+    from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines, plot_overlap
+    from iosr_fast.training.train import train_adapter
+    from iosr_fast.training.train_config import TrainConfig
+    from tools.demo.few_shot import cell, changed_labels, evaluate
+    from tools.evaluation.accuracy import Result
+    from tools.evaluation.demo import encode, held_out
+    from tools.evaluation.tasks import POOL
+    from tools.training.progress import TrainingBar
 
 SHOTS = (1, 2, 4)
 AUTO_DRAWS = 1  # support sets for "auto", which tries all methods

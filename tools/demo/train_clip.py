@@ -12,16 +12,19 @@ import random
 import time
 from pathlib import Path
 
-import open_clip
-import torch
 import typer
-from safetensors.torch import save_file
 
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
-from iosr_fast.clip.load import DEMO_NAME
 from iosr_fast.clip.prompts import DEMO_TEMPLATES
-from iosr_fast.training.augment import augment_batch, draw_augmentation
-from iosr_fast.utils.command import new_file, run
+from iosr_fast.utils.command import new_file, one_line_errors, run
+from iosr_fast.utils.require import require
+
+with one_line_errors():
+    torch, open_clip = require("torch", "train"), require("open_clip", "train")
+    from safetensors.torch import save_file
+
+    from iosr_fast.clip.load import DEMO_NAME
+    from iosr_fast.training.augment import augment_batch, draw_augmentation
 
 
 def sample_caption(concept: dict, rng: random.Random) -> str:
