@@ -117,7 +117,7 @@ def main(
         source = open_source(location, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
         source.check_faults(skip_bad)
         manifest = runs.embed(find_engine(engine), source, out, options, dtype, cast(Format, format))
-        print(runs.summary(manifest, "embedded", out, time.perf_counter() - started))
+        print(runs.summary(manifest, out, time.perf_counter() - started))
 
 
 if __name__ == "__main__":

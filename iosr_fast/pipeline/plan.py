@@ -30,6 +30,7 @@ from iosr_fast.state.state_files import fingerprint
 
 SCHEMA = 1
 WritePart: TypeAlias = Callable[[Path, Part], None]  # makes a part file of a chunk's embeddings, whole or not at all
+Opened: TypeAlias = tuple[Encoder, WritePart]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Plan:
     """Embeddings of `images` images in `chunks` parts. `engine` is a fingerprint."""
 
     kind: ClassVar[str] = embedding_files.KIND  # of the manifest
+    verb: ClassVar[str] = "embed"
     counted: ClassVar[str] = "embedded"  # the manifest's name for the number of readable images
 
     input: dict[str, Any]
@@ -75,17 +77,17 @@ class Plan:
             "iosr_fast": __version__,
         }
 
-    def open(self, folder: str | Path, threads: int) -> tuple[Encoder, WritePart]:
+    def open(self, folder: str | Path, threads: int) -> Opened:
         """The encoder, and the writer of parts. Raises RuntimeError if `folder` has another engine than the plan."""
         encoder = open_engine(folder, self.runtime, threads=threads)
         if encoder.fingerprint != self.engine:
             raise RuntimeError(
                 f"expected one engine on all machines, but {socket.gethostname()} has another in {folder}"
             )
-        return encoder, self.write
+        return encoder, self.writer(None)
 
-    def write(self, path: Path, part: Part) -> None:
-        embedding_files.write_part(path, part, self.format)
+    def writer(self, bundle: Bundle | None) -> WritePart:
+        return partial(embedding_files.write_part, file_format=self.format)
 
     def check_part(self, path: Path, chunk: Chunk) -> tuple[str | None, int]:
         """Why a part must be computed again (None: it need not), and how many of its images were unreadable."""
@@ -121,6 +123,7 @@ class ClassifyPlan(Plan):
     parts of two classifiers never mix."""
 
     kind: ClassVar[str] = prediction_files.KIND
+    verb: ClassVar[str] = "classify"
     counted: ClassVar[str] = "classified"
 
     bundle: str
@@ -128,16 +131,20 @@ class ClassifyPlan(Plan):
     method: str
     top: int
 
-    def open(self, folder: str | Path, threads: int) -> tuple[Encoder, WritePart]:
+    def open(self, folder: str | Path, threads: int) -> Opened:
         bundle = load_bundle(folder, verify=False)
         if fingerprint(bundle.state) != self.bundle:
             raise RuntimeError(
                 f"expected one classifier on all machines, but {socket.gethostname()} has another in {folder}"
             )
         encoder = open_engine(bundle.files or bundle.engine, self.runtime, verify=False, threads=threads)
-        return encoder, partial(self.write_predictions, bundle.state)
+        return encoder, self.writer(bundle)
 
-    def write_predictions(self, state: State, path: Path, part: Part) -> None:
+    def writer(self, bundle: Bundle | None) -> WritePart:
+        assert bundle is not None
+        return partial(self._write_predictions, bundle.state)
+
+    def _write_predictions(self, state: State, path: Path, part: Part) -> None:
         """Classify a chunk's embeddings, `batch` at a time, so that the result depends on the chunk alone."""
         predictions: list[Prediction | None] = [None] * len(part.keys)
         readable = np.flatnonzero([error is None for error in part.errors])

@@ -7,27 +7,27 @@ import socket
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.pipeline.embedding_files import Format, Part
 from iosr_fast.pipeline.part_folder import Done, PartFolder
-from iosr_fast.pipeline.plan import ClassifyPlan, Plan, WritePart, make_plan
+from iosr_fast.pipeline.plan import PLANS, Opened, Plan, make_plan
 from iosr_fast.pipeline.resume import complete
 from iosr_fast.pipeline.sources import Chunk, ItemDecoder, Source
 from iosr_fast.pipeline.stream import Stage, encode_batches
+from iosr_fast.state.bundle import Bundle, load_bundle
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest
 from iosr_fast.utils.require import require
+from iosr_fast.utils.verified_folder import VerifiedFolder
 
 MAX_CHUNK = 65536  # a part's keys are one JSON header
 CLUSTER_THREADS = 4
-Opened = tuple[Encoder, WritePart]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,6 @@ class RunOptions:
     threads: int
     skip_bad: bool
     pool: Pool | None = None
-
-    @property
-    def remote_runtime(self) -> bool:
-        """Whether this machine need not open the engine: it may have no GPU where its workers do."""
-        return self.pool is not None and self.runtime != "auto"
 
 
 def check_options(
@@ -96,50 +91,39 @@ def embed(
 ) -> dict[str, Any]:
     """Write the missing embeddings of `source` to `out`; returns the manifest."""
     facts = read_manifest(engine, "engine", verify=False)
-    encoder = None if options.remote_runtime else open_engine(engine, options.runtime, threads=options.threads)
-    chunks = source.cut(options.chunk)
-    runtime = options.runtime if encoder is None else encoder.runtime
-    plan = make_plan(
-        source,
-        chunks,
-        facts,
-        runtime,
-        chunk=options.chunk,
-        batch=options.batch,
-        dtype=dtype,
-        file_format=file_format,
-    )
-    opened = None if encoder is None else (encoder, plan.write)
-    return _complete_parts(plan, chunks, engine, out, options, opened, "embed")
+    return _run(engine, engine, facts, source, out, options, dtype=dtype, file_format=file_format)
 
 
-def classify(bundle_folder: Path, source: Source, out: Path, options: RunOptions, top: int) -> dict[str, Any]:
-    """Write the missing predictions of `source` to `out`; returns the manifest."""
-    from iosr_fast.state.bundle import load_bundle
-
-    bundle = load_bundle(bundle_folder)
+def classify(folder: Path, source: Source, out: Path, options: RunOptions, top: int) -> dict[str, Any]:
+    """Write the missing predictions of `source`, by the bundle `folder`, to `out`; returns the manifest."""
+    bundle = load_bundle(folder)
     assert bundle.files is not None
-    encoder = None
-    if not options.remote_runtime:
-        encoder = open_engine(bundle.files, options.runtime, verify=False, threads=options.threads)
-    chunks = source.cut(options.chunk)
-    runtime = options.runtime if encoder is None else encoder.runtime
-    facts = bundle.files.manifest
-    plan = make_plan(source, chunks, facts, runtime, chunk=options.chunk, batch=options.batch, bundle=bundle, top=top)
-    assert isinstance(plan, ClassifyPlan)
-    opened = None if encoder is None else (encoder, partial(plan.write_predictions, bundle.state))
-    return _complete_parts(plan, chunks, bundle_folder, out, options, opened, "classify")
+    return _run(folder, bundle.files, bundle.files.manifest, source, out, options, bundle=bundle, top=top)
 
 
-def _complete_parts(
-    plan: Plan, chunks: Sequence[Chunk], folder: Path, out: Path, options: RunOptions, opened: Opened | None, verb: str
+def _run(
+    folder: Path,
+    engine: Path | VerifiedFolder,
+    facts: dict[str, Any],
+    source: Source,
+    out: Path,
+    options: RunOptions,
+    bundle: Bundle | None = None,
+    **of_plan: Any,
 ) -> dict[str, Any]:
-    """`folder` is the engine or bundle that workers open; `opened` is it, opened in this process."""
+    """Workers open `folder`. This process opens `engine`, to run it or to choose the runtime; `facts`: its manifest."""
+    encoder, runtime = None, options.runtime
+    if options.pool is None or runtime == "auto":  # else this machine may have no GPU where its workers do
+        encoder = open_engine(engine, runtime, verify=bundle is None, threads=options.threads)
+        runtime = encoder.runtime
+    chunks = source.cut(options.chunk)
+    plan = make_plan(source, chunks, facts, runtime, chunk=options.chunk, batch=options.batch, bundle=bundle, **of_plan)
 
     def compute(missing: Sequence[Chunk], advance: Callable[[int], None]) -> Generator[Done, None, None]:
         if options.pool is None:
-            assert opened is not None
-            yield from run_chunks(plan, missing, out, opened, options.threads, options.skip_bad, advance)
+            assert encoder is not None
+            write = plan.writer(bundle)
+            yield from run_chunks(plan, missing, out, (encoder, write), options.threads, options.skip_bad, advance)
             return
         from iosr_fast.pipeline.ray_workers import run_on_ray
 
@@ -148,7 +132,7 @@ def _complete_parts(
             yield done
 
     parts = PartFolder(out, plan, chunks, options.skip_bad)
-    return complete(parts, compute, verb, lambda missing: sum(len(chunk.items) for chunk in missing))
+    return complete(parts, compute, plan.verb, lambda missing: sum(len(chunk.items) for chunk in missing))
 
 
 def run_chunks(
@@ -200,7 +184,8 @@ def run_chunks(
         results.close()
 
 
-def summary(manifest: dict[str, Any], counted: str, out: Path, seconds: float) -> str:
+def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
+    counted = PLANS[manifest["kind"]].counted
     unreadable = f"; {manifest['errors']:,} unread" if manifest["errors"] else ""
     return (
         f"{manifest[counted]:,} of {manifest['images']:,} images in {len(manifest['parts'])} parts in {out}, after "
