@@ -1,10 +1,10 @@
-"""Take the picture of the server's page that the documentation shows.
+"""Make the screenshot of the server's page in the documentation.
 
     python tools/page_screenshot.py --out docs/page.png
 
-Fits the demo's classifier, by a method in which texts have a say, serves it on a free port, and drives Chromium by
-playwright (the dev and serve extras). One held-out concept is no class at first: a picture of it is classified, the
-class is added from three others, and the page is photographed as it then stands.
+Fits the demo's classifier by a method that uses the class texts, serves it on a free port, and drives Chromium with
+playwright (extras dev and serve). A picture of a missing class is classified, the class is added from three other
+pictures, and then the screenshot is taken.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from iosr_fast.utils.require import require
 from tools.demo.bundle import held_out_queries, make_demo_bundle
 
 CHROMIUM = "/usr/bin/chromium"
-# Chromium asks for nothing by itself, needs no GPU, and runs as root in a container.
+# No background requests, no GPU; runs as root in a container.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -46,7 +46,7 @@ NEWCOMER, BEFORE = "pear", ("dog", "clamp", "new moon")
 
 @contextlib.contextmanager
 def served(classifier: Classifier, token: str) -> Iterator[str]:
-    """The address of the server's own application around `classifier`, run by a thread on a free port."""
+    """The address of the application around `classifier`, served by a thread on a free port."""
     uvicorn = require("uvicorn", "serve")
     from iosr_fast.serving.batching import BatchingClassifier
     from iosr_fast.serving.http import Settings, create_app
@@ -68,14 +68,14 @@ def served(classifier: Classifier, token: str) -> Iterator[str]:
 
 
 def as_file(image: np.ndarray, name: str) -> Any:
-    """A picture as playwright's set_input_files takes it."""
+    """A picture for playwright's set_input_files."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return {"name": f"{name}.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
 
 
 def photograph(page: Any, address: str, out: Path) -> None:
-    """Classify some pictures and one of a class that is missing, add that class, and take the picture."""
+    """Classify some pictures and one of a missing class, add that class, and take the screenshot."""
     images, labels = held_out_queries()
     known = [as_file(images[labels.index(name)], name) for name in BEFORE if name in labels]
     pictures = load_pictures("held-out")
@@ -98,10 +98,10 @@ def photograph(page: Any, address: str, out: Path) -> None:
 def main(
     out: Path = typer.Option(Path("docs/page.png"), callback=new_file, help="the PNG to write"),
     browser: str = typer.Option(CHROMIUM, help="Chromium's executable"),
-    width: int = typer.Option(1120, help="of the window, in CSS pixels"),
-    height: int = typer.Option(800, help="of the window, in CSS pixels"),
-    dark: bool = typer.Option(False, help="as a reader with a dark desktop sees it"),
-    phone: bool = typer.Option(False, help="as a phone of that width shows it"),
+    width: int = typer.Option(1120, help="of the window in CSS pixels"),
+    height: int = typer.Option(800, help="of the window in CSS pixels"),
+    dark: bool = typer.Option(False, help="dark colour scheme"),
+    phone: bool = typer.Option(False, help="emulate a phone of that width"),
 ) -> None:
     playwright = require("playwright.sync_api", "dev")
     with (

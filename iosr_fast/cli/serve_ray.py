@@ -95,8 +95,8 @@ def serve_ray(
         health_period_s=health_period,
     )
     Source.of(str(bundle), settings.verify)  # an invalid bundle is refused before Ray is started
-    most = max_replicas or scale.replicas
-    cores = 0 if address is not None else math.ceil(most * cpus + ingresses * ingress_cpus)
+    total = (max_replicas or scale.replicas) * cpus + ingresses * ingress_cpus
+    cores = math.ceil(total) if address is None else 0
     with joined(address, cores) as ray:
         stopped = threading.Event()
         if address is None:

@@ -96,8 +96,8 @@ def _form_upload(name: str, body: bytes) -> HostileUpload:
 
 
 def _request(name: str, path: str = "", **headers: str) -> Callable[[Rng], HostileUpload]:
-    given = {key.replace("_", "-"): value for key, value in headers.items()}
-    return lambda rng: HostileUpload(name, any_image(rng), {"Content-Type": "image/png", **given}, f"/v1/predict{path}")
+    extra = {key.replace("_", "-"): value for key, value in headers.items()}
+    return lambda rng: HostileUpload(name, any_image(rng), {"Content-Type": "image/png", **extra}, f"/v1/predict{path}")
 
 
 REQUESTS: dict[str, Callable[[Rng], HostileUpload]] = {

@@ -87,12 +87,12 @@ def _webp_bomb(rng: Rng) -> bytes:
     side = min(_claimed(rng), 16_383)
     bits = (side - 1) | (side - 1) << 14
     canvas = struct.pack("<I", _claimed(rng) - 1)[:3] * 2
-    made = [
+    images = [
         webp(b"VP8L", b"\x2f" + struct.pack("<I", bits) + rng.bytes(50)),
         webp(b"VP8 ", b"\x10\x00\x00\x9d\x01\x2a" + struct.pack("<HH", side, side) + rng.bytes(50)),
         webp(b"VP8X", b"\x02\x00\x00\x00" + canvas, b"ANIM", struct.pack("<IIH", 6, 0, 0)),
     ]
-    return made[int(rng.integers(3))]
+    return images[int(rng.integers(3))]
 
 
 def _jpeg_segments(rng: Rng) -> bytes:

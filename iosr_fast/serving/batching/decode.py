@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +13,14 @@ from iosr_fast.images.limits import DecodeLimits, claimed_size, image_kind, work
 from iosr_fast.images.preprocess import ENCODED, BadImageError, as_array, open_image
 
 
-class Decoder(Protocol):
-    """The decoder of one decoding thread. Deadlines are on time.monotonic's clock."""
+class Decoder:
+    """The decoder of one decoding thread, which it decodes in and can't stop. DecoderProcess replaces all methods.
+
+    Deadlines are on time.monotonic's clock.
+    """
+
+    def __init__(self, limits: DecodeLimits) -> None:
+        self._limits = limits
 
     def start(self) -> None:
         """Called before each image; quick if already started. Raises if it can't decode at all."""
@@ -23,36 +29,17 @@ class Decoder(Protocol):
         self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
         """As `decode`."""
+        return decode(image, position, size, self._limits, exif_orientation)
 
     def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
         """As `whole_image`."""
+        return whole_image(image, position, self._limits, exif_orientation)
 
     def kill(self) -> None:
         """Stop the current image, if possible. May be called from any thread."""
 
     def close(self) -> None:
         """Release everything; no further calls follow."""
-
-
-class ThreadDecoder:
-    """Decodes in the calling thread; can't be stopped."""
-
-    def __init__(self, limits: DecodeLimits) -> None:
-        self._limits = limits
-
-    def start(self) -> None: ...
-
-    def pixels(
-        self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
-    ) -> np.ndarray:
-        return decode(image, position, size, self._limits, exif_orientation)
-
-    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
-        return whole_image(image, position, self._limits, exif_orientation)
-
-    def kill(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def is_pixels(image: Any, size: int) -> bool:

@@ -222,4 +222,4 @@ class BatchingClassifier:
     @property
     def decoders_are_busy(self) -> bool:
         """Whether every decoder has an image, or an image waits for one."""
-        return self._queue.decoders_are_busy
+        return self._queue.turns.decoders_are_busy

@@ -21,8 +21,8 @@ import numpy as np
 import iosr_fast
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
 from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
-from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.serving.batching.decode import ENCODED, check_bytes, decode, whole_image
+from iosr_fast.images.preprocess import ENCODED, BadImageError
+from iosr_fast.serving.batching.decode import Decoder, check_bytes
 from iosr_fast.serving.batching.item import DeadlineExceededError
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ class _ProcessLost(Exception):
     """The process has ended, or sent an invalid message."""
 
 
-class DecoderProcess:
+class DecoderProcess(Decoder):
     """For one thread, except `kill`. Call `start` before the first image and after one that killed the process."""
 
     def __init__(self, limits: DecodeLimits) -> None:
-        self._limits = limits
+        super().__init__(limits)
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._block: mmap.mmap | None = None
@@ -78,7 +78,7 @@ class DecoderProcess:
     ) -> np.ndarray:
         """As `decode`. Anything but encoded bytes comes from this program and is decoded in this process."""
         if not isinstance(image, ENCODED):
-            return decode(image, position, size, self._limits, exif_orientation)
+            return super().pixels(image, position, size, deadline, exif_orientation)
         check_bytes(image, position, self._limits)
         self.start()  # it may have been killed while idle, which is not the fault of this image
         block = self._ask(Task.CROP, image, position, size, size * size * 3, deadline, exif_orientation)
@@ -87,7 +87,7 @@ class DecoderProcess:
     def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
         """All pixels of an encoded image, (height, width, 3) uint8."""
         if not isinstance(image, ENCODED):
-            return whole_image(image, position, self._limits, exif_orientation)
+            return super().whole(image, position, deadline, exif_orientation)
         check_bytes(image, position, self._limits)
         size = claimed_size(image)
         if size is None:
@@ -149,8 +149,8 @@ class DecoderProcess:
     ) -> tuple[Answer, str]:
         assert self._channel is not None
         data = memoryview(image).cast("B")
-        size, most = claimed_size(data), self._limits.max_pixels or _NO_LIMIT
-        work = most if size is None else work_pixels(size, side)
+        size, max_pixels = claimed_size(data), self._limits.max_pixels or _NO_LIMIT
+        work = max_pixels if size is None else work_pixels(size, side)
         fresh: list[int] = []
         try:
             if self._block is None or len(self._block) < room:
@@ -160,7 +160,7 @@ class DecoderProcess:
                     raise RuntimeError(f"no memory to share for pixels of an image: {error}") from error
                 fresh.append(file)
             head = REQUEST.pack(
-                *Request(task, side, room if fresh else 0, len(data), most, work, self._limits.timeout_s, upright)
+                *Request(task, side, room if fresh else 0, len(data), max_pixels, work, self._limits.timeout_s, upright)
             )
             self._channel.settimeout(max(1e-3, until - time.monotonic()))
             sent = socket.send_fds(self._channel, [head, data], fresh)

@@ -44,7 +44,7 @@ class BatchQueue:
         self._accepted: set[Item] = set()
         self._ready: deque[Item] = deque()
         self._decoding = 0
-        self._turns = turns
+        self.turns = turns
         self._ended = threading.Event()
         self._pace = Pace()
         self._process = os.getpid()
@@ -79,29 +79,20 @@ class BatchQueue:
         with self._changed:
             if self.closed:
                 raise _closed()
-            self._turns.put(image)
+            self.turns.put(image)
 
     def next_to_decode(self) -> Item | WholeImage | None:
-        """Wait for the next image to decode; the caller must call `has_decoded` for it. None: closed."""
+        """Wait for the next image to decode; the caller must call `turns.done` for it. None: closed."""
         while True:
-            job = self._turns.get()
+            job = self.turns.get()
             if job is None or self._needs_decoding(job):
                 return job  # type: ignore[return-value]
-            self._turns.done(job)
+            self.turns.done(job)
             del job  # the frame would keep it until the next one comes
-
-    def has_decoded(self, job: Item | WholeImage) -> None:
-        """A decoder is done with a job of next_to_decode."""
-        self._turns.done(job)
 
     def wait_for_close(self, seconds: float) -> bool:
         """Wait at most `seconds` for the end of decoding; whether it has come."""
         return self._ended.wait(seconds)
-
-    @property
-    def decoders_are_busy(self) -> bool:
-        """Whether every decoder has an image, or an image waits for one."""
-        return self._turns.decoders_are_busy
 
     def _needs_decoding(self, job: Any) -> bool:
         now = time.monotonic()
@@ -117,7 +108,7 @@ class BatchQueue:
             if item.stage is not Stage.DECODING:
                 return
             if (len(pixels), exif_orientation) != (self.image_size, self.exif_orientation):
-                self._turns.put(item)
+                self.turns.put(item)
                 return
             self._decoding -= 1
             self._make_ready(item, pixels)
@@ -143,7 +134,7 @@ class BatchQueue:
                 self._ready.remove(item)
             elif item.stage is Stage.DECODING:
                 self._decoding -= 1
-                self._turns.discard(item)
+                self.turns.discard(item)
             if item.stage is not Stage.CANCELLED:
                 item.future.set_running_or_notify_cancel()  # now concurrent.futures.wait counts it as done
                 item.stage = Stage.CANCELLED
@@ -202,7 +193,7 @@ class BatchQueue:
     def stop_decoding(self) -> None:
         """Stop the decoders; called when nothing is left to classify."""
         self._ended.set()
-        for job in self._turns.close():
+        for job in self.turns.close():
             if isinstance(job, WholeImage) and job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_closed())
 
@@ -256,7 +247,7 @@ class BatchQueue:
         else:
             item.stage, item.pixels = Stage.DECODING, None
             self._decoding += 1
-            self._turns.put(item)
+            self.turns.put(item)
 
     def _make_ready(self, item: Item, pixels: np.ndarray) -> None:
         item.stage, item.pixels, item.ready_at = Stage.READY, pixels, time.monotonic()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.images.limits import DecodeLimits
-from iosr_fast.serving.batching.decode import Decoder, ThreadDecoder
+from iosr_fast.serving.batching.decode import Decoder
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import ClosedError, Hooks, Item, QueuedBatch, WholeImage, without_frames
 from iosr_fast.serving.batching.queue import BatchQueue
@@ -30,7 +30,7 @@ _alive: set[Workers] = set()
 def make_decoders(limits: DecodeLimits, count: int, isolated: bool) -> list[Decoder]:
     """A decoder for each decoding thread: in its own process if `isolated`, else in the thread."""
     if not isolated:
-        return [ThreadDecoder(limits) for _ in range(count)]
+        return [Decoder(limits) for _ in range(count)]
     from iosr_fast.serving.batching.processes import DecoderProcess
 
     return [DecoderProcess(limits) for _ in range(count)]
@@ -164,7 +164,7 @@ def _decode(
             size, upright = None if isinstance(job, WholeImage) else queue.image_size, queue.exif_orientation
             result = _try_decode(decoder, job.image, job.position, size, job.deadline, upright)
             _hand_over(queue, job, result, upright)
-            queue.has_decoded(job)
+            queue.turns.done(job)
             del job, result
     finally:
         decoder.close()

@@ -113,7 +113,7 @@ def class_page(state: State, limit: int, after: str | None) -> dict[str, Any]:
 
 
 def example_page(state: State, identifier: str, limit: int, after: str | None) -> dict[str, Any] | None:
-    """Likewise the support images of a class; None where there is no such class."""
+    """Likewise the support images of a class; None for an unknown class."""
     uid = uid_of(identifier)
     if uid is None or state.name_of(identifier) is None:
         return None

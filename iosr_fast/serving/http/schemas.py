@@ -132,21 +132,26 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _IMAGE = {"type": "string", "format": "binary"}
 
 
-def form_schema(texts: dict[str, dict[str, Any]], least: int, most: int) -> dict[str, Any]:
+def form_schema(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
     """A multipart form with `images` and text fields."""
-    images = {"type": "array", "items": _IMAGE, "minItems": least, "maxItems": most}
-    required = [*texts, *(["images"] if least else [])]
+    images = {"type": "array", "items": _IMAGE, "minItems": min_images, "maxItems": max_images}
+    required = [*texts, *(["images"] if min_images else [])]
     return {"schema": {"type": "object", "properties": {**texts, "images": images}, "required": required}}
 
 
-def form_body(texts: dict[str, dict[str, Any]], least: int, most: int) -> dict[str, Any]:
+def form_body(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
     """openapi_extra of a route that takes such a form."""
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": form_schema(texts, least, most)}}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"multipart/form-data": form_schema(texts, min_images, max_images)},
+        }
+    }
 
 
-def image_body(most: int) -> dict[str, Any]:
+def image_body(max_images: int) -> dict[str, Any]:
     """openapi_extra of a route that takes one image as the body, or a form with several."""
     one = {"schema": _IMAGE}
     content = {kind: one for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream")}
-    content["multipart/form-data"] = form_schema({}, 1, most)
+    content["multipart/form-data"] = form_schema({}, 1, max_images)
     return {"requestBody": {"required": True, "content": content}}

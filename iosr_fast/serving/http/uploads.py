@@ -159,8 +159,8 @@ class _Form:
             raise FormParserError("a part has no Content-Disposition: form-data with a name")
         if self._name == "images":
             if len(self.upload.images) >= self._settings.max_images:
-                most = self._settings.max_images
-                raise ApiError(413, "too_many_images", f"expected at most {most} images a request, got more")
+                limit = self._settings.max_images
+                raise ApiError(413, "too_many_images", f"expected at most {limit} images a request, got more")
             self._limit = self._settings.max_image_bytes
         elif self._name in self._allowed and self._name not in self.upload.texts:
             self._limit = _MAX_TEXT

@@ -80,9 +80,9 @@ def export_triton(
     for module in ("onnx", "onnxruntime", "tritonclient.grpc.model_config_pb2"):
         require(module, EXTRA)
     _check_places(bundle, out)
-    held = open_verified(bundle, BUNDLE_KIND)
-    classifier = Classifier.load(held, runtime="onnxruntime")
-    engine = held.inner(ENGINE, ENGINE_KIND).manifest
+    folder = open_verified(bundle, BUNDLE_KIND)
+    classifier = Classifier.load(folder, runtime="onnxruntime")
+    engine = folder.inner(ENGINE, ENGINE_KIND).manifest
     plan, labels = classifier.plan_, classifier.classes_.tolist()
     broken = [name for name in labels if len(name.splitlines()) > 1]
     if broken:
@@ -109,10 +109,10 @@ def export_triton(
         "gpu": gpu,
         "check": {"logits_max_error": _check(scoring, plan)},
     }
-    with new_folder(out) as folder:
-        _write_models(folder, served, classifier.engine, engine, scoring, labels)
-        _write_text(folder / README, _readme(served, top))
-        written = write_manifest(folder, KIND, facts)["files"]
+    with new_folder(out) as temporary:
+        _write_models(temporary, served, classifier.engine, engine, scoring, labels)
+        _write_text(temporary / README, _readme(served, top))
+        written = write_manifest(temporary, KIND, facts)["files"]
     return [out / name for name in (*written, MANIFEST)]
 
 
