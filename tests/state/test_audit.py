@@ -14,7 +14,7 @@ import pytest
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.methods import METHODS
-from iosr_fast.state.audit import read_log
+from iosr_fast.state.audit import open_log, read_log
 from iosr_fast.state.state_files import fingerprint
 from tests import ROOT
 from tests.state.live_parts import pictures, small_classifier
@@ -89,13 +89,13 @@ def test_half_a_line_that_was_never_acknowledged_is_dropped(images: np.ndarray, 
     classifier.remove_class("~0")
     classifier.close_log()
     full = path.read_bytes()
+    base = small_classifier(thumbnails=0).snapshot()
     for cut in range(len(whole), len(full), 3):  # a crash before the head was written
         path.write_bytes(full[:cut])
         head.write_bytes(proved)
-        again = small_classifier(thumbnails=0)
-        again.open_log(path)
-        assert fingerprint(again.snapshot()) == before and path.read_bytes() == whole
-        again.close_log()
+        log, state = open_log(path, base)
+        log.close(state)
+        assert fingerprint(state) == before and path.read_bytes() == whole
     assert "ends in half a line, which is dropped" in caplog.text
     path.write_bytes(full)
     head.write_bytes(proved)
@@ -112,11 +112,11 @@ def test_every_damage_is_named(images: np.ndarray, tmp_path: Path) -> None:
     full = path.read_bytes()
     lines = full.split(b"\n")[:-1]
     rng = np.random.default_rng(0)
+    again = small_classifier()
+    state = again.snapshot()
 
     def refused(data: bytes, said: str) -> None:
         path.write_bytes(data)
-        again = small_classifier()
-        state = again.snapshot()
         with pytest.raises(ValueError, match=said):
             again.open_log(path)
         assert again.snapshot() is state and path.read_bytes() == data

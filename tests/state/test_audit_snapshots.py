@@ -262,6 +262,7 @@ def test_old_closed_lines_may_be_deleted_and_are_never_overwritten(path: Path, f
     assert {file: file.read_bytes() for file in kept} == kept
 
 
+@pytest.mark.slow
 def test_a_killed_process_keeps_every_acknowledged_change(path: Path) -> None:
     code = """
 import sys

@@ -119,11 +119,12 @@ def test_a_plain_cache_is_stored_once(engine: Path, tmp_path: Path) -> None:
     assert load_bundle(tmp_path / "bundle").state.examples.pictures == (None,) * 15
 
 
-def test_kill_9_at_a_hundred_moments_of_saving(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_kill_9_while_saving(tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("there is no kill -9 on Windows")
     done = subprocess.run(
-        [sys.executable, "-c", SAVING, str(tmp_path), "100"],
+        [sys.executable, "-c", SAVING, str(tmp_path), "40"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -131,7 +132,7 @@ def test_kill_9_at_a_hundred_moments_of_saving(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     loads, one, other, during = map(int, done.stdout.split())
     # Both versions were met, and most kills came in the middle of a save: else the test would say nothing.
-    assert loads == 100 and min(one, other) > 5 and during > 40
+    assert loads == 40 and min(one, other) > 2 and during > 12
 
 
 def test_a_folder_that_is_replaced_while_it_is_read(engine: Path, tmp_path: Path, monkeypatch) -> None:

@@ -105,6 +105,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_readers_never_fail_while_two_processes_save(tmp_path: Path) -> None:
     engine, target = engine_folder(tmp_path / "engine"), tmp_path / "bundle"
     made = [small_classifier(engine, seed=seed) for seed in (0, 1)]
@@ -137,7 +138,7 @@ def test_readers_never_fail_while_two_processes_save(tmp_path: Path) -> None:
     try:
         for writer in writers:
             assert writer.stdout is not None and writer.stdout.readline() == "begins\n"
-        readers = [threading.Thread(target=reading, args=(time.monotonic() + 2.5,)) for _ in range(2)]
+        readers = [threading.Thread(target=reading, args=(time.monotonic() + 1.0,)) for _ in range(2)]
         for reader in readers:
             reader.start()
         for reader in readers:
