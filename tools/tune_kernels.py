@@ -8,10 +8,8 @@ Each candidate is verified against the float64 reference before it is timed. Nee
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,10 @@ import typer
 from iosr_fast.kernels import launch
 from iosr_fast.kernels.launch import Config
 from iosr_fast.utils import command
+from iosr_fast.utils.require import require
+from tools.bench.devices import Device
 
-ROOT = Path(__file__).resolve().parent.parent
-DEVICE = "cuda"
+DEVICE, REPEATS = "cuda", 50
 WIDTH = 512
 BATCHES = {"few": (1, 32), "many": (256, 1024)}
 COUNTS = {
@@ -40,15 +39,15 @@ def candidates(path: str, precision: str, load: str) -> Iterator[Config]:
     """The grid of one path: tile shapes, warps and stages within reason; the compiler refuses what doesn't fit."""
     rows, columns = ((16, 32), (32, 64, 128)) if load == "few" else ((64, 128), (64, 128, 256))
     channels = (32,) if path == "affine" or precision == "fp32" else (64, 128)
-    # The swap is for tiles of few queries, and for int8 keys: Hopper takes what was converted in registers from there
-    # on the longer side alone.
+    # The swap is for tiles of few queries, and for int8 keys: Hopper reads operands from registers on the longer side
+    # alone, and int8 keys are converted there.
     swaps = (False, True) if load == "few" or precision == "int8" else (False,)
     for block_b, block_n, block_d, warps, stages, swap in itertools.product(
         rows, columns, channels, (4, 8), (3, 4), swaps
     ):
         accumulators = block_b * block_n // (32 * warps)
         if not 4 <= accumulators <= 128:
-            continue  # warps without work, or more than the registers hold
+            continue  # idle warps, or more accumulators than registers
         for block_v in (64, 128) if path == "dense" else (64,):
             yield Config(block_b, block_n, block_d, warps, stages, swap, block_v=block_v)
 
@@ -104,9 +103,8 @@ def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Call
 
 
 def measure(run: Callable[[Config], Any], truth: np.ndarray, config: Config, tolerance: float) -> float | str:
-    """Median milliseconds of one configuration, or why it is out of the race."""
+    """Median milliseconds of one configuration, or why it is excluded."""
     from triton.runtime.errors import OutOfResources, PTXASError
-    from triton.testing import do_bench
 
     try:
         got = run(config).cpu().numpy()
@@ -115,8 +113,9 @@ def measure(run: Callable[[Config], Any], truth: np.ndarray, config: Config, tol
     off = np.abs(got - truth).max() / np.abs(truth).max()
     if not off <= tolerance:  # NaN is wrong too
         return f"wrong: relative error {off:.2e}, at most {tolerance:.0e} expected"
-    milliseconds: float = do_bench(lambda: run(config), warmup=5, rep=30, return_mode="median")
-    return milliseconds
+    device = Device(DEVICE)
+    call, _ = device.record(lambda: run(config))
+    return float(np.median(device.measure({"": call}, REPEATS)[""]))
 
 
 def fastest(path: str, precision: str, load: str, verbose: bool) -> tuple[float, Config] | None:
@@ -149,22 +148,17 @@ def main(
     verbose: bool = typer.Option(False, help="Print every candidate, not the best alone."),
 ) -> None:
     """Sweep the candidates of each path, precision and load, and write the fastest for this GPU."""
-    try:
-        import torch
-        import triton  # noqa: F401
-    except ImportError as error:
-        print(f"tuning needs PyTorch and Triton: pip install 'iosr_fast[triton,train]' ({error})", file=sys.stderr)
-        raise typer.Exit(2) from error
+    torch = require("torch", "train")
+    require("triton", "triton")
     if not torch.cuda.is_available():
-        print("tuning needs an NVIDIA GPU, and PyTorch sees none here; nothing was changed", file=sys.stderr)
-        raise typer.Exit(2)
-    for what, given, known in (
+        raise RuntimeError("tuning needs an NVIDIA GPU, and PyTorch sees none here; nothing was changed")
+    for option, values, known in (
         ("path", path, launch.PATHS),
         ("precision", precision, launch.PRECISIONS),
         ("load", load, tuple(BATCHES)),
     ):
-        if not set(given) <= set(known):
-            raise typer.BadParameter(f"expected {what} out of {', '.join(known)}, got {', '.join(given)}")
+        if not set(values) <= set(known):
+            raise typer.BadParameter(f"expected {option} out of {', '.join(known)}, got {', '.join(values)}")
     gpu = torch.cuda.get_device_name()
     for one_path, one_precision, one_load in itertools.product(path, precision, load):
         if one_path == "affine" and one_precision != "fp32":
