@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.support_set import make_support_set
 from tools.evaluation.tasks import Source, Task
 
 TAU = 100.0
@@ -49,13 +49,11 @@ def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Sourc
     if not (np.isfinite(tau) and tau > 0):
         raise ValueError(f"expected tau finite and above 0 in {path}, got {tau}")
 
-    def support(k: int) -> SupportSet:
-        part = f"support{k}"
-        return make_support_set(embeddings[part], labels[part], text, tau, n_classes)
-
     def draw(k: int, seed: int) -> Task:
+        part = f"support{k}"
+        support = make_support_set(embeddings[part], labels[part], text, tau, n_classes)
         validation = (embeddings["val"], labels["val"]) if "val" in embeddings else None
-        return Task(support(k), embeddings["test"], labels["test"], validation)
+        return Task(support, embeddings["test"], labels["test"], validation)
 
     return Source(path.name, wanted, (0,), draw, embeddings["test"], labels["test"])
 

@@ -88,19 +88,17 @@ class HeldOutSet:
 
     def logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """base, slope (V, C) float32 of the rows: their logits at alpha are base + alpha * slope."""
-        closed = self.folds is not None and self.method.leave_out is not None
         key = tuple(setting.items())
         if key in self._logits:
             return self._logits[key]
-        if closed:
-            assert self.method.leave_out is not None
-            asked = (self.support, self.method.which, self.reducer, setting, self.queries, self.folds)
-            logits = self._zero_shot, self.method.leave_out(*asked)[self.rows]
+        leave_out = None if self.folds is None else self.method.leave_out
+        if leave_out is not None:
+            slope = leave_out(self.support, self.method.which, self.reducer, setting, self.queries, self.folds)
+            logits = self._zero_shot, slope[self.rows]
         else:
             parts = [self._terms(support, setting, self.queries[rows]) for rows, support in self.splits]
-            base, slope = (np.concatenate(terms) for terms in zip(*parts, strict=True))
-            logits = base, slope
-        if closed or not setting:
+            logits = np.concatenate([base for base, _ in parts]), np.concatenate([slope for _, slope in parts])
+        if leave_out is not None or not setting:  # other methods use few settings twice
             self._logits[key] = logits
         return logits
 

@@ -102,9 +102,16 @@ class ParameterSearch:
             spreads = spread(base), spread(slope)
             for fit in (fit_factor(base, slope, self.labels, candidate.alpha), fit_alpha(base, slope, self.labels)):
                 right = candidate.right_at(fit.alpha)
-                found = {"alpha": fit.alpha, "log_loss": fit.loss, "factor": fit.factor}
                 measured.append(
-                    replace(candidate, accuracy=float(right.mean()), right=right, spreads=spreads, **found)  # type: ignore[arg-type]
+                    replace(
+                        candidate,
+                        alpha=fit.alpha,
+                        accuracy=float(right.mean()),
+                        log_loss=fit.loss,
+                        factor=fit.factor,
+                        right=right,
+                        spreads=spreads,
+                    )
                 )
         top = max(measured, key=lambda c: c.accuracy)
         level = [c for c in measured if is_level(c.right, top.right)]

@@ -26,7 +26,7 @@ class Weights:
 def sheets(groups: Sequence[Group], draws: Mapping[str, Draw], published: Published, weights: Weights) -> list[Sheet]:
     """A sheet for each problem, and their mean if several are not shifted. Shifted sets are left out of it."""
     problems = list(dict.fromkeys(group.problem for group in groups))
-    made, averaged = [], []
+    by_problem, averaged = [], []
     for problem in problems:
         results = _results([group for group in groups if group.problem is problem], draws)
         figures = tuple(
@@ -34,10 +34,10 @@ def sheets(groups: Sequence[Group], draws: Mapping[str, Draw], published: Publis
             for r in results
         )
         notes = (header(problem.name, results), *_notes(problem, max(result.shots for result in results)))
-        made.append(Sheet(problem.name, results, notes, figures))
+        by_problem.append(Sheet(problem.name, results, notes, figures))
         if not problem.shifted:
-            averaged.append(made[-1])
-    return [*made, _mean(averaged)] if len(averaged) > 1 else made
+            averaged.append(by_problem[-1])
+    return [*by_problem, _mean(averaged)] if len(averaged) > 1 else by_problem
 
 
 def _results(groups: Sequence[Group], draws: Mapping[str, Draw]) -> tuple[Result, ...]:
