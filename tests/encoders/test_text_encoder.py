@@ -155,6 +155,7 @@ def test_another_text_tower(tmp_path: Path) -> None:
         np.testing.assert_allclose(encoder.embed(texts), torchs(clip, texts), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_names")
 def test_fp16_halves_the_file_and_keeps_weights_published_in_it(
     demo: LoadedClip, exported: tuple[Path, dict[str, Any]], encoder: TextEncoder, tmp_path: Path, monkeypatch: Any
@@ -310,6 +311,7 @@ def wrong_letters(kind: str, right: Callable[[str], str] = module._character_ran
     return r"\x{61}-\x{7a}" if kind == r"[\p{L}]" else right(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_names")
 def test_wrong_tokens_and_wrong_embeddings_are_not_left_behind(
     demo: LoadedClip, exported: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

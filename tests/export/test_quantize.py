@@ -27,6 +27,7 @@ from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
 from tests.clip.small_clip import small_clip  # noqa: E402
 from tests.demo_cache import demo_engine, export_once  # noqa: E402
 
+pytestmark = pytest.mark.slow
 TYPES = onnx.TensorProto
 FORMS = [("fp32", "int8", "cpu")] + [(p, k, "tensorrt") for p in ("fp32", "fp16") for k in ("int8", "fp8")]
 
@@ -161,7 +162,6 @@ def test_tensorrt_rtx_builds_a_plan(form: tuple[str, str, str], made: Any) -> No
     assert len(plan) == facts["bytes"] > 0 and facts["profile"]["max"] == 3
 
 
-@pytest.mark.slow
 def test_the_demo_with_its_adapter(tmp_path: Path) -> None:
     source = demo_engine() / FILE
     told = quantize_onnx(source, tmp_path / "int8.onnx", decoded("generic")[::50])

@@ -88,6 +88,7 @@ def test_a_plan_is_added_to_an_engine(built: tuple[Path, str], tmp_path: Path, m
     assert open_engine(tmp_path / "engine").runtime == "onnxruntime"
 
 
+@pytest.mark.slow
 def test_without_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = build(monkeypatch, tmp_path, "--adapter", "none", "--runtime", "torch")
     assert done.exit_code == 0, done.output
