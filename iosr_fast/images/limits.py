@@ -44,7 +44,14 @@ class DecodeLimits:
 
     def size_error(self, size: Size, side: int) -> str:
         """Why an image of `size`, whose shorter side is resized to `side`, is refused; "" if it is not."""
-        return "" if self.max_pixels is None else size_error(size, side, self.max_pixels)
+        width, height = size
+        if self.max_pixels is None:
+            return ""
+        if width * height > self.max_pixels:
+            return f"expected at most {self.max_pixels} pixels, got {width} x {height}; send a smaller one"
+        if min(size) > 0 and side * side * max(size) > self.max_pixels * min(size):
+            return f"aspect ratio too extreme ({width} x {height}); crop the image"
+        return ""
 
 
 def image_kind(data: Encoded) -> str:
@@ -67,16 +74,6 @@ def work_pixels(size: Size, side: int) -> int:
     """Pixels of the largest picture on the way from `size` to `side` x `side`: the image itself or the resized one."""
     short, long = min(size), max(size)
     return max(short * long, side * side * long // short)
-
-
-def size_error(size: Size, side: int, max_pixels: int) -> str:
-    """Why an image of `size`, whose shorter side is resized to `side`, exceeds `max_pixels`; "" if it does not."""
-    width, height = size
-    if width * height > max_pixels:
-        return f"expected at most {max_pixels} pixels, got {width} x {height}; send a smaller one"
-    if min(size) > 0 and side * side * max(size) > max_pixels * min(size):
-        return f"aspect ratio too extreme ({width} x {height}); crop the image"
-    return ""
 
 
 def _png_size(data: Encoded) -> Size | None:

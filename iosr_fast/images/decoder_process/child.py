@@ -16,7 +16,7 @@ from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.decoder_process import confinement
 from iosr_fast.images.decoder_process.structure import structure_error
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
-from iosr_fast.images.limits import size_error
+from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import BadImageError, open_image
 
 
@@ -80,7 +80,7 @@ def _decode(request: Request, data: bytearray, block: mmap.mmap) -> tuple[int, i
     """Write the pixels into the block; return height and width."""
 
     def check(width: int, height: int) -> str:
-        return size_error((width, height), request.side, request.max_pixels)
+        return DecodeLimits(max_pixels=request.max_pixels).size_error((width, height), request.side)
 
     if request.task == Task.CROP:
         pixels = decode_pixels(data, request.side, check=check, exact=True, exif_orientation=request.exif_orientation)
