@@ -15,7 +15,7 @@ from tools.serving_load.hostile_images import FAIR
 
 pytestmark = pytest.mark.slow
 
-UPLOADS = int(os.environ.get("FUZZ_UPLOADS", "300"))
+UPLOADS = int(os.environ.get("FUZZ_UPLOADS", "140"))
 GROWTH_MB = 200  # decoders, their threads and the allocator's arenas, however many uploads there are
 
 

@@ -85,7 +85,7 @@ def test_what_is_generated_gets_what_is_promised(served: Client, schema: Any, mo
         case.validate_response(response, checks=CHECKS)
 
     quick = settings(
-        max_examples=8,
+        max_examples=5,
         deadline=None,
         derandomize=True,
         database=None,
