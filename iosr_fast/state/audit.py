@@ -1,4 +1,4 @@
-"""The audit log of a running classifier: JSON lines, one a change, from which its state can be made again.
+"""The audit log of a running classifier: JSON lines, one a change, from which its state is replayed.
 
 A change is acknowledged when its line and then the head beside the log (log_head), which counts the lines and has their
 chain, are on the disk. So a log that lost acknowledged changes is refused, whatever happened to it, and what was never
@@ -39,8 +39,8 @@ _log = logging.getLogger("iosr_fast")
 def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[AuditLog, State]:
     """Open a log for writing and make its changes on `state`; a new log begins with `state`.
 
-    Nothing is written before all is checked. What a crash left of a change that was never acknowledged is kept where it
-    is whole, else dropped with a warning. Raises LogDamagedError, a ValueError, where acknowledged changes are missing
+    Nothing is written before all is checked. An unacknowledged change that a crash left is kept if its line is whole,
+    else dropped with a warning. Raises LogDamagedError, a ValueError, where acknowledged changes are missing
     or damaged (`recover` keeps those that are whole, log_recovery.recover_log); ValueError for a log that begins from
     another state and for anything that is no log; BlockingIOError where another process has it open.
     """
@@ -102,7 +102,7 @@ def _check_ours(path: Path) -> None:
 
 
 def _opened(log: AuditLog, head: Head, state: State) -> State:
-    """Check everything, make the changes, and only then write."""
+    """Check everything, replay the changes, and only then write."""
     path, mark = log.path, head.mark
     if mark is None and not head.blank:
         raise LogDamagedError(f"{head.path} is damaged: it can't be said how far {path} should go")
@@ -121,15 +121,15 @@ def _opened(log: AuditLog, head: Head, state: State) -> State:
     if lines.error:
         raise LogDamagedError(lines.error)
     _check_extent(path, head, lines)
-    made = _begun(path, lines.records[0], state)
+    state = _begun(path, lines.records[0], state)
     for record in lines.records[1:]:
-        made = replay(path, record, made.deferring())
-    made = made.settled()
+        state = replay(path, record, state.deferring())
+    state = state.settled()
     if lines.rest:
         _log.warning("%s ends in half a line, which is dropped: its change was never acknowledged", path)
     remove_leftovers(path.parent, of=re.escape(path.name) + r"(?:\.\d+\.\w+)?")
-    log.resume(lines, made)
-    return log.compact(made)
+    log.resume(lines, state)
+    return log.compact(state)
 
 
 def _base_of(lines: Lines) -> str:
@@ -144,14 +144,14 @@ def _begun(path: Path, first: dict[str, Any], state: State) -> State:
     snapshot = first.get("snapshot")
     if snapshot is None:
         return state
-    kept = file_of(path, snapshot["number"], "state")
+    file = file_of(path, snapshot["number"], "state")
     try:
-        made, about = read_state(kept)
+        begun, about = read_state(file)
     except (OSError, ValueError) as error:
-        raise LogDamagedError(f"{path} begins from {kept}, which can't be read ({error})") from error
+        raise LogDamagedError(f"{path} begins from {file}, which can't be read ({error})") from error
     if about["sha256"] != snapshot["sha256"]:
-        raise LogDamagedError(f"{path} begins from another {kept}")
-    return made
+        raise LogDamagedError(f"{path} begins from another {file}")
+    return begun
 
 
 def _check_extent(path: Path, head: Head, lines: Lines) -> None:

@@ -61,8 +61,8 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     _check_encoder(engine, facts, bundle.encoder_fingerprint)
     state_facts, arrays = state_to_files(bundle.state)
     with new_folder(folder) as temporary:
-        for name, held in arrays.items():
-            save_file(held, temporary / name)
+        for name, parts in arrays.items():
+            save_file(parts, temporary / name)
         known = _copy_engine(engine, temporary / ENGINE)
         written = {
             **state_facts,
@@ -84,45 +84,47 @@ def load_bundle(
     threads: int | None = None,
     expected_digest: str | None = None,
 ) -> Bundle:
-    """Read what `save_bundle` wrote, a folder or one that is held. Every file is opened now and read once.
+    """Read what `save_bundle` wrote, a folder or a verified one. Every file is opened now and read once.
 
     `threads` of the text encoder. Raises FileNotFoundError or ValueError, naming the file and what is wrong, and what
     `verified_folder.open_verified` raises for another digest than the expected one.
     """
     if isinstance(folder, VerifiedFolder):
-        held = folder
+        verified = folder
         if expected_digest is not None:
-            held.require(expected_digest)
+            verified.require(expected_digest)
     else:
-        held = open_verified(folder, KIND, verify, expected_digest)
-    facts, engine = _read(held)
-    held.check(but=(SUPPORT, PLAN, PICTURES, f"{ENGINE}/{MANIFEST}"))
+        verified = open_verified(folder, KIND, verify, expected_digest)
+    facts, engine = _read(verified)
+    verified.check(but=(SUPPORT, PLAN, PICTURES, f"{ENGINE}/{MANIFEST}"))
     try:
-        state = state_from_files(facts, lambda name: held.read(name) if name in held.files else None)
+        state = state_from_files(facts, lambda name: verified.read(name) if name in verified.files else None)
         views = facts.support_views()
     except ValueError as error:
-        raise refused(held, str(error)) from error
-    _check_widths(held, facts, engine, state)
+        raise refused(verified, str(error)) from error
+    _check_widths(verified, facts, engine, state)
     text = (
-        None if facts.text is None else TextEncoder(held.folder / TEXT, held.manifest["text"], threads, held.part(TEXT))
+        None
+        if facts.text is None
+        else TextEncoder(verified.folder / TEXT, verified.manifest["text"], threads, verified.part(TEXT))
     )
     return Bundle(state, views, engine.folder, facts.encoder_fingerprint, text, engine)
 
 
-def _read(held: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
-    """Both manifests of a bundle, the engine's held, after checking that they say the same."""
-    facts = read_facts(held, ClassifierManifest)
-    engine = held.inner(ENGINE, ENGINE_KIND)
+def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
+    """Both manifests of a bundle, after checking that they agree."""
+    facts = read_facts(verified, ClassifierManifest)
+    engine = verified.inner(ENGINE, ENGINE_KIND)
     own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}
     texts = set() if facts.text is None else {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
-    check_files(held, {SUPPORT} | own | texts, {PLAN, PICTURES})
+    check_files(verified, {SUPPORT} | own | texts, {PLAN, PICTURES})
     inner = check_engine(engine)
     _check_encoder(engine, inner, facts.encoder_fingerprint)
-    said = {name: getattr(facts.preprocessing, name) for name in facts.preprocessing.__struct_fields__}
-    said |= {"clip_fingerprint": facts.clip_fingerprint, "adapter_fingerprint": facts.adapter_fingerprint}
-    for name, value in said.items():
+    recorded = {name: getattr(facts.preprocessing, name) for name in facts.preprocessing.__struct_fields__}
+    recorded |= {"clip_fingerprint": facts.clip_fingerprint, "adapter_fingerprint": facts.adapter_fingerprint}
+    for name, value in recorded.items():
         if value != getattr(inner, name):
-            raise refused(held, f"manifest.json: expected the engine's {name}, {getattr(inner, name)}, got {value}")
+            raise refused(verified, f"manifest.json: expected the engine's {name}, {getattr(inner, name)}, got {value}")
     return facts, engine
 
 
@@ -134,20 +136,20 @@ def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str)
         )
 
 
-def _check_widths(held: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, state: State) -> None:
+def _check_widths(verified: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, state: State) -> None:
     """That embeddings are such as the engine makes, and the text encoder."""
     width, embeddings = engine.manifest["width"], state.examples.embeddings
     adapted = engine.manifest["first_adapted_block"] is not None
     if state.text.shape[1] != width:
-        raise refused(held, f"{SUPPORT}: expected embeddings of {width} channels, got {state.text.shape[1]}")
+        raise refused(verified, f"{SUPPORT}: expected embeddings of {width} channels, got {state.text.shape[1]}")
     if len(embeddings) and (embeddings.adapted is not None) != adapted:
         raise refused(
-            held, f"{SUPPORT}: expected {'' if adapted else 'no '}adapted embeddings, as the engine makes them"
+            verified, f"{SUPPORT}: expected {'' if adapted else 'no '}adapted embeddings, as the engine makes them"
         )
     text = facts.text
     if text is not None and (text.width, text.clip_fingerprint) != (width, facts.clip_fingerprint):
         raise refused(
-            held, f"manifest.json: expected a text encoder of the engine's CLIP, {facts.clip_fingerprint[:12]}"
+            verified, f"manifest.json: expected a text encoder of the engine's CLIP, {facts.clip_fingerprint[:12]}"
         )
 
 
@@ -176,11 +178,11 @@ def describe(folder: str | Path) -> str:
 
     Raises FileNotFoundError and ValueError as `Classifier.load` does.
     """
-    held = open_verified(folder, _kind(Path(folder)))
-    size = sum(file.size for file in held.files.values())
-    lines = [f"{folder}: {held.kind}, {len(held.files) + 1} files, {size / 1e6:,.1f} MB"]
-    lines += _engine_lines(held) if held.kind == ENGINE_KIND else _classifier_lines(held)
-    return "\n".join([*lines, f"digest {held.digest}"])
+    verified = open_verified(folder, _kind(Path(folder)))
+    size = sum(file.size for file in verified.files.values())
+    lines = [f"{folder}: {verified.kind}, {len(verified.files) + 1} files, {size / 1e6:,.1f} MB"]
+    lines += _engine_lines(verified) if verified.kind == ENGINE_KIND else _classifier_lines(verified)
+    return "\n".join([*lines, f"digest {verified.digest}"])
 
 
 def _kind(folder: Path) -> str:
@@ -192,8 +194,8 @@ def _kind(folder: Path) -> str:
         return KIND
 
 
-def _classifier_lines(held: VerifiedFolder) -> list[str]:
-    bundle = load_bundle(held)
+def _classifier_lines(verified: VerifiedFolder) -> list[str]:
+    bundle = load_bundle(verified)
     state, config = bundle.state, bundle.state.config
     examples = state.examples
     parameters = ", ".join(f"{name} {value:.6g}" for name, value in sorted(config.parameters.items()))
@@ -209,9 +211,9 @@ def _classifier_lines(held: VerifiedFolder) -> list[str]:
     ]
 
 
-def _engine_lines(held: VerifiedFolder) -> list[str]:
-    facts = check_engine(held)
-    held.check()
+def _engine_lines(verified: VerifiedFolder) -> list[str]:
+    facts = check_engine(verified)
+    verified.check()
     return _facts(facts)
 
 

@@ -1,4 +1,4 @@
-"""Changes of a running classifier as data: what one takes, how it makes one State out of another, its line in a log."""
+"""Changes of a classifier as data: their fields, how they turn one State into another, their line in a log."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class ChangeResult:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """A change, with all that it takes to make it again on the same state: embeddings, not images.
+    """A change with all that is needed to apply it again to the same state: embeddings, not images.
 
-    op       what it is
-    uid      the class it is about (add_class: the one it makes)
+    op       its kind
+    uid      its class (add_class: the new one)
     name     add_class and rename_class
     text     (D,) float32, the class's text embedding: add_class, and rename_class where it changes
     added    add_class and add_examples: the support images, numbered
-    numbers  remove_examples: which
+    numbers  remove_examples: the numbers of the images
     config   retune: the method, its parameters, the reducer's name; its reducer is fitted when it is applied
     """
 
@@ -49,7 +49,7 @@ class Change:
     config: MethodConfig | None = None
 
     def apply(self, state: State) -> State:
-        """The state after this change. Raises ValueError where it can't be made; nothing has changed then."""
+        """The state after this change. Raises ValueError if it does not fit the state."""
         if self.op == "add_class":
             assert self.text is not None
             return state.adding_class(self.name, self.text, self.added)
@@ -67,40 +67,40 @@ class Change:
 
     @property
     def example_numbers(self) -> tuple[int, ...]:
-        """Of the images that it adds or takes."""
+        """The numbers of the images that it adds or removes."""
         return self.numbers if self.added is None else tuple(self.added.ids.tolist())
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready, without loss: arrays as base64 of little-endian float32."""
-        made: dict[str, Any] = {"op": self.op}
+        """JSON-ready and lossless: arrays as base64 of little-endian float32."""
+        line: dict[str, Any] = {"op": self.op}
         if self.uid >= 0:
-            made["class"] = self.uid
+            line["class"] = self.uid
         if self.name:
-            made["name"] = self.name
+            line["name"] = self.name
         if self.text is not None:
-            made["text"] = _packed(self.text)
+            line["text"] = _packed(self.text)
         if self.numbers:
-            made["examples"] = list(self.numbers)
+            line["examples"] = list(self.numbers)
         if self.added is not None:
-            made["examples"] = self.added.ids.tolist()
-            made["pictures"] = [None if p is None else base64.b64encode(p).decode() for p in self.added.pictures]
+            line["examples"] = self.added.ids.tolist()
+            line["pictures"] = [None if p is None else base64.b64encode(p).decode() for p in self.added.pictures]
             for name, rows in (("embeddings", self.added.embeddings), ("queries", self.added.queries)):
                 if rows is not None:
-                    made[name] = {
+                    line[name] = {
                         part: _packed(array)
                         for part, array in (("plain", rows.plain), ("adapted", rows.adapted))
                         if array is not None
                     }
         if self.config is not None:
-            made["recipe"] = {
+            line["recipe"] = {
                 name: getattr(self.config, name)
                 for name in ("method", "parameters", "reducer_name", "factor", "key_precision")
             }
-        return made
+        return line
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], width: int) -> Change:
-        """What `to_json` made, of embeddings `width` wide. KeyError, TypeError or ValueError for anything else."""
+        """The inverse of `to_json`, for embeddings of `width` channels. Raises KeyError, TypeError or ValueError."""
         if line["op"] not in OPS:
             raise ValueError(f"expected an op of {', '.join(OPS)}, got {line['op']!r}")
         added = None

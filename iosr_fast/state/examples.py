@@ -1,4 +1,4 @@
-"""Support images that a running classifier holds: runs of them, never written to, each sorted by class."""
+"""The support images of a classifier, in immutable segments that are each sorted by class."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Examples:
     """n support images.
 
     embeddings  (n, D) float32, plain and (where the encoder has an adapter) adapted
-    class_ids      (n,) int64, non-decreasing: the number of each image's class
+    class_ids   (n,) int64, non-decreasing: the uid of each image's class
     ids         (n,) int64: each image's own number
-    pictures    n thumbnails (WebP), or None where none is kept
-    queries     (n, D), the same images as a user would ask for them, where `embeddings` are means of several views
-    removed        (n,) bool, images that were removed and whose rows stay for now; None: none
+    pictures    n thumbnails (WebP); None for an image without one
+    queries     (n, D), single views of the same images, where `embeddings` are means of several views
+    removed     (n,) bool, removed images whose rows are still stored; None for none
     """
 
     embeddings: Embeddings
@@ -36,7 +36,7 @@ class Examples:
 
     @cached_property
     def classes(self) -> np.ndarray:
-        """The numbers of the classes that have a row here, rising."""
+        """The uids of the classes that have a row here, rising."""
         return np.unique(self.class_ids)
 
     @property
@@ -45,7 +45,7 @@ class Examples:
         return np.ones(len(self), bool) if self.removed is None else ~self.removed
 
     def rows(self, chosen: np.ndarray) -> Examples:
-        """Some of the images, by index or mask; a mark of death is not taken along."""
+        """Some of the images, by index or mask; none of them is marked as removed."""
         picked = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return Examples(
             self.embeddings[picked],
@@ -56,73 +56,66 @@ class Examples:
         )
 
     def as_support(self, uids: Sequence[int], text: np.ndarray, tau: float) -> SupportSet:
-        """What methods are compiled from: the images by the place of their class among `uids`. None may be removed."""
+        """The support set that methods compile, its classes in the order of `uids`. No image may be removed."""
         counts = np.bincount(np.searchsorted(np.array(uids), self.class_ids), minlength=len(uids))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return SupportSet(self.embeddings, offsets, np.ascontiguousarray(text, np.float32), tau, self.queries)
 
     def mark_removed(self, gone: np.ndarray) -> Examples:
-        """The same rows, those of the mask `gone` (n,) marked as removed."""
+        """The same rows; those of the mask `gone` (n,) are marked as removed."""
         return replace(self, removed=gone if self.removed is None else self.removed | gone)
 
 
 def no_examples(width: int) -> Examples:
-    """Of a classifier that knows its classes by their names alone."""
+    """The examples of a classifier that has only class names."""
     nothing, none = np.zeros((0, width), np.float32), np.zeros(0, np.int64)
     return Examples(Embeddings(nothing, nothing), none, none, ())
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """The active images of all parts in one run, sorted by class; within a class in the order of the parts."""
+    """The active images of all parts in one segment, sorted by class; within a class in the order of the parts."""
     kept = [part if part.removed is None else part.rows(part.active) for part in parts]
     if len(kept) == 1:
         return kept[0]
     order = np.argsort(np.concatenate([part.class_ids for part in kept]), kind="stable")
     pictures = [picture for part in kept for picture in part.pictures]
     return Examples(
-        _join_embeddings([part.embeddings for part in kept], order),
+        Embeddings.concatenate([part.embeddings for part in kept])[order],
         np.concatenate([part.class_ids for part in kept])[order],
         np.concatenate([part.ids for part in kept])[order],
         tuple(pictures[i] for i in order.tolist()),
         None
         if any(part.queries is None for part in kept)
-        else _join_embeddings([part.queries for part in kept if part.queries is not None], order),
+        else Embeddings.concatenate([part.queries for part in kept if part.queries is not None])[order],
     )
 
 
-def _join_embeddings(parts: Sequence[Embeddings], order: np.ndarray) -> Embeddings:
-    plain = np.concatenate([part.plain for part in parts])[order]
-    if any(part.adapted is None for part in parts):
-        return Embeddings(plain)
-    return Embeddings(plain, np.concatenate([part.adapted for part in parts])[order])
-
-
 def absorb(segments: tuple[Examples, ...], small: int) -> tuple[Examples, ...]:
-    """Join runs at the end so that few remain and each image is copied a bounded number of times.
+    """Join segments at the end so that few remain and each image is copied a bounded number of times.
 
-    The last two become one while together they hold at most `small` images, or while the one before is at most twice
-    as long as the last: an image is then copied at most log2(N) times, and a change costs what it adds, not what is
-    held.
+    The last two are joined while together they have at most `small` images, or while the last but one is at most twice
+    as long as the last: each image is copied at most log2(N) times, so the cost of a change depends on what it adds.
     """
-    made = list(segments)
-    while len(made) > 1 and (len(made[-2]) + len(made[-1]) <= small or len(made[-2]) <= 2 * len(made[-1])):
-        last = made.pop()
-        made[-1] = join([made[-1], last])
-    return tuple(made)
+    joined = list(segments)
+    while len(joined) > 1 and (len(joined[-2]) + len(joined[-1]) <= small or len(joined[-2]) <= 2 * len(joined[-1])):
+        last = joined.pop()
+        joined[-1] = join([joined[-1], last])
+    return tuple(joined)
 
 
 def without(
     segments: Sequence[Examples], gone_of: Callable[[Examples], np.ndarray], small: int
 ) -> tuple[tuple[Examples, ...], Examples | None]:
-    """The runs without the images of the masks `gone_of`, and those images.
+    """The segments without the images of the masks `gone_of`, and those images.
 
-    Rows of a run of more than `small` stay, marked, until half of it is gone: a copy would cost what is held.
+    Rows of a segment of more than `small` images stay, marked, until half of it is removed: copying all would cost more
+    than the change.
     """
-    made, taken = [], []
+    joined, taken = [], []
     for part in segments:
         gone = gone_of(part) & part.active
         if not gone.any():
-            made.append(part)
+            joined.append(part)
             continue
         taken.append(part.rows(gone))
         marked = part.mark_removed(gone)
@@ -130,5 +123,5 @@ def without(
         if len(part) <= small or left <= len(part) // 2:
             marked = marked.rows(marked.active)
         if left:
-            made.append(marked)
-    return tuple(made), join(taken) if taken else None
+            joined.append(marked)
+    return tuple(joined), join(taken) if taken else None

@@ -82,16 +82,16 @@ def _label_values(labels: Any, n_images: int) -> list[Any]:
     return values
 
 
-def _label(value: Any, given: Any, position: int) -> str | int:
-    """One label; `given` is what it was before NumPy's scalars became Python's."""
+def _label(value: Any, original: Any, position: int) -> str | int:
+    """One label; `original` is the value before NumPy's scalars became Python's."""
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)
     hint = {float: "; integers are made by labels.astype(int)", bytes: "; decode it"}.get(type(value), "")
     raise ValueError(
-        f"expected labels to be class names or integers, got {type(given).__name__} ({given!r}) at position {position}"
-        f"{hint}"
+        f"expected labels to be class names or integers, got {type(original).__name__} ({original!r}) at position "
+        f"{position}{hint}"
     )
 
 
@@ -102,17 +102,17 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, Number) and bool(value != value)
 
 
-def check_names(given: Any) -> list[str]:
+def check_names(class_names: Any) -> list[str]:
     """Class names as a list of str.
 
     Raises ValueError where they are fewer than two, or where one is no text, is blank, has blanks around it or control
     characters, looks like an id, or differs from another in nothing that a reader sees. Warns of names that differ in
     case alone: CLIP's tokenizers read them as one.
     """
-    if isinstance(given, str | bytes | set | frozenset | dict) or not isinstance(given, Iterable):
-        raise ValueError(f"expected class_names to be a list of names, in order, got {type(given).__name__}")
+    if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
+        raise ValueError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
     names = []
-    for i, name in enumerate(given):
+    for i, name in enumerate(class_names):
         if not isinstance(name, str):
             raise ValueError(f"expected class names to be text, got {name!r} ({type(name).__name__}) at position {i}")
         names.append(str.__str__(name))
@@ -160,14 +160,14 @@ def as_seen(name: str) -> str:
 def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
     """Each name with an earlier one of the same key."""
     first: dict[str, str] = {}
-    found = []
+    pairs = []
     for name in names:
         seen = key(name)
         if seen in first:
-            found.append((first[seen], name))
+            pairs.append((first[seen], name))
         else:
             first[seen] = name
-    return found
+    return pairs
 
 
 def _ids(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:

@@ -47,8 +47,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Lines:
-    """What can be verified of a file of lines: `records` in order, `chains` after each, from `start` (a count of lines
-    and their chain) on, in `size` bytes; `error`, why the next line is none of them; `rest`, half a line at the end."""
+    """The verified part of a file of lines: `records` in order, `chains` after each, beginning at `start` (a count of
+    lines and their chain), `size` bytes; `error`, why the next line is not valid; `rest`, half a line at the end."""
 
     start: tuple[int, str]
     records: list[dict[str, Any]]
@@ -63,13 +63,13 @@ class Lines:
         return self.start[0] + len(self.records)
 
     def chain_at(self, lines: int) -> str | None:
-        """The chain of the first so many lines; None where that place is not in this file."""
+        """The chain of the first `lines` lines; None if that place is not in this file."""
         at = lines - self.start[0]
         return ([self.start[1], *self.chains])[at] if 0 <= at <= len(self.chains) else None
 
 
 def parse(path: Path, text: bytes) -> Lines:
-    """Verify lines as far as they go; never raises for what is in them."""
+    """Verify lines up to the first damaged one; never raises for their content."""
     start, chain, error, size = (0, ""), "", "", 0
     records: list[dict[str, Any]] = []
     chains: list[str] = []
@@ -143,7 +143,7 @@ class Head:
 
     def put(self, mark: Mark) -> None:
         """Have the head say `mark` and nothing newer, and wait until that is on the disk. Writes no slot in vain."""
-        wrong = [i for i, held in enumerate(self.marks) if held is None or (held.lines >= mark.lines and held != mark)]
+        wrong = [i for i, old in enumerate(self.marks) if old is None or (old.lines >= mark.lines and old != mark)]
         if not wrong and mark not in self.marks:
             wrong = [min((0, 1), key=lambda i: self.marks[i].lines)]  # type: ignore[union-attr]
         if not wrong:
@@ -160,7 +160,7 @@ class Head:
         self.blank = False
 
     def close(self) -> None:
-        """Close it; one that was only just made, and says nothing, goes."""
+        """Close it, and remove it if nothing was written to it."""
         if self.blank:
             self.path.unlink(missing_ok=True)
         os.close(self.descriptor)

@@ -1,4 +1,4 @@
-"""Opening a damaged audit log: what is whole of it is kept, and what is dropped is named."""
+"""Opening a damaged audit log: intact changes are kept, dropped ones are reported."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _log = logging.getLogger("iosr_fast")
 def replay(path: Path, record: dict[str, Any], state: State) -> State:
     """The state after a line's change. Raises LogDamagedError where it doesn't fit."""
     try:
-        made = Change.from_json(record, state.text.shape[1]).apply(state)
-        if made.version != record["version"]:
-            raise ValueError(f"expected version {made.version}, got {record['version']}")
+        after = Change.from_json(record, state.text.shape[1]).apply(state)
+        if after.version != record["version"]:
+            raise ValueError(f"expected version {after.version}, got {record['version']}")
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
         raise LogDamagedError(f"a line of {path} can't be applied to version {state.version} ({error})") from error
-    return made
+    return after
 
 
 def recover_log(log: AuditLog, head: Head, state: State, damage: LogDamagedError) -> State:
-    """Make the changes that are left of a log on `state`, its base, and begin the log again from there.
+    """Replay the remaining changes of a log on `state`, its base, and begin the log again from there.
 
-    Starts from a snapshot or the base, whichever leads further, and makes the changes of all lines that follow on it in
-    the chain, those of closed files included. A warning says how many changes are dropped and all that is known of
+    Starts from a snapshot or the base, whichever leads further, and replays all lines that follow it in the chain,
+    those of closed files included. A warning says how many changes are dropped and all that is known of
     them; the files as they were stay, as NAME.before-recovery-N.
     """
     path, mark = log.path, head.mark
@@ -42,38 +42,42 @@ def recover_log(log: AuditLog, head: Head, state: State, damage: LogDamagedError
     if lines.rest:  # only its end may be missing
         lines = parse(path, text + b"\n")
     sources = [*_closed(path), lines]
-    made, count, chain = max((_made(path, start, sources) for start in _starts(log, state)), key=lambda end: end[1])
-    kept = _copies(path, head)
-    seen = _seen(text, made.version)
-    version = max([made.version, *(line["version"] for line in seen)] if mark is None else [made.version, mark.version])
-    dropped = version - made.version
+    recovered, count, chain = max(
+        (_replayed(path, start, sources) for start in _starts(log, state)), key=lambda end: end[1]
+    )
+    copies = _copies(path, head)
+    seen = _seen(text, recovered.version)
+    version = max(
+        [recovered.version, *(line["version"] for line in seen)] if mark is None else [recovered.version, mark.version]
+    )
+    dropped = version - recovered.version
     number = next_number(path)
     if lines.records:
         write_closed(path, number, text[: lines.size].removesuffix(b"\n") + b"\n")
     head.marks = [None, None]
-    log.begin(made, Mark(count, chain, made.version, log.base), number + 1, snapshot=True, dropped=dropped)
+    log.begin(recovered, Mark(count, chain, recovered.version, log.base), number + 1, snapshot=True, dropped=dropped)
     _log.warning(
         "%s is recovered at version %d. %s. It was opened with recover because: %s. The files as they were: %s",
         path,
-        made.version,
-        _summary(dropped, made.version, version, seen, mark is not None),
+        recovered.version,
+        _summary(dropped, recovered.version, version, seen, mark is not None),
         str(damage).partition(";")[0],
-        ", ".join(str(one) for one in kept) or "none",
+        ", ".join(str(one) for one in copies) or "none",
     )
-    return made.joined()
+    return recovered.joined()
 
 
 def _starts(log: AuditLog, state: State) -> Iterable[tuple[State, int, str]]:
-    """(state, lines, chain) that changes can be made on: the base, and the snapshots of it that can be read."""
+    """(state, lines, chain) to replay from: the base, and its readable snapshots."""
     yield state, 0, ""
     for file in numbered(log.path, "state").values():
         try:
-            made, about = read_state(file)
+            snapshot, about = read_state(file)
         except (OSError, ValueError) as error:
             _log.warning("%s is left out: %s", file, error)
             continue
         if about["base"] == log.base:
-            yield made, int(about["lines"]), str(about["previous"])
+            yield snapshot, int(about["lines"]), str(about["previous"])
 
 
 def _closed(path: Path) -> Iterable[Lines]:
@@ -84,7 +88,7 @@ def _closed(path: Path) -> Iterable[Lines]:
             _log.warning("%s is left out: %s", file, error)
 
 
-def _made(path: Path, start: tuple[State, int, str], sources: Iterable[Lines]) -> tuple[State, int, str]:
+def _replayed(path: Path, start: tuple[State, int, str], sources: Iterable[Lines]) -> tuple[State, int, str]:
     """How far lines lead on from a start."""
     state, count, chain = start
     for lines in sources:
@@ -118,15 +122,15 @@ def _aside(file: Path, number: int) -> Path:
 
 def _seen(text: bytes, after: int) -> list[dict[str, Any]]:
     """Lines of changes later than a version that can still be read, though they are not proved to be whole."""
-    found = []
+    lines = []
     for raw in text.split(b"\n"):
         try:
             line = json.loads(raw)
             if line["op"] in OPS and isinstance(line["version"], int) and line["version"] > after:
-                found.append(line)
+                lines.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    return found
+    return lines
 
 
 def _summary(dropped: int, first: int, last: int, seen: list[dict[str, Any]], proved: bool) -> str:

@@ -1,4 +1,4 @@
-"""Writing an audit log: changes line by line, and now and then the state that many lines have made.
+"""Writing an audit log: changes line by line, and from time to time a snapshot of the state.
 
     changes.jsonl          lines since the last snapshot
     changes.jsonl.head     how far acknowledged changes go (log_format.Head)
@@ -51,8 +51,8 @@ def make_folder(folder: Path) -> None:
 def numbered(path: Path, kind: str) -> dict[int, Path]:
     """The files NAME.<number>.<kind> beside a log, by their rising number."""
     form = re.compile(rf"{re.escape(path.name)}\.([0-9]+)\.{kind}")
-    found = ((form.fullmatch(other.name), other) for other in path.parent.iterdir())
-    return dict(sorted((int(match[1]), other) for match, other in found if match))
+    matches = ((form.fullmatch(other.name), other) for other in path.parent.iterdir())
+    return dict(sorted((int(match[1]), other) for match, other in matches if match))
 
 
 def file_of(path: Path, number: int, kind: str) -> Path:
@@ -65,7 +65,7 @@ def next_number(path: Path) -> int:
 
 
 def write_closed(path: Path, number: int, text: bytes) -> None:
-    """Keep lines that a snapshot makes needless, compressed."""
+    """Store lines that a snapshot replaces, compressed."""
     with (
         private_file(file_of(path, number, "gz")) as temporary,
         gzip.open(temporary, "wb", compresslevel=1) as file,
@@ -74,12 +74,12 @@ def write_closed(path: Path, number: int, text: bytes) -> None:
 
 
 def write_state(path: Path, number: int, state: State, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write a state beside the log, with `facts` of where in the log it stands; returns what the log says of it."""
+    """Write a state beside the log, with `facts` of its place in the log; returns the log's entry for it."""
     from safetensors.numpy import save, save_file
 
     state_facts, arrays = state_to_files(state)
     content = json.dumps({**facts, "version": state.version, "state": state_facts}, sort_keys=True)
-    files = {name: np.frombuffer(save(held), np.uint8) for name, held in arrays.items()}
+    files = {name: np.frombuffer(save(part), np.uint8) for name, part in arrays.items()}
     seal = _seal(content, files)
     with private_file(file_of(path, number, "state")) as temporary:
         save_file(files, temporary, {"about": content, "sha256": seal})
@@ -87,8 +87,8 @@ def write_state(path: Path, number: int, state: State, facts: dict[str, Any]) ->
 
 
 def read_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """A state that `write_state` wrote, to the last bit, and its facts with "sha256". OSError or ValueError where it is
-    missing or damaged."""
+    """A state that `write_state` wrote, bit-equal, and its facts with "sha256". OSError or ValueError if it is missing
+    or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -160,14 +160,14 @@ class AuditLog:
             end = self._ends[before.version]
             self._check_in_place(end, end.size)
             line, chain = make_line({**update.to_json(), "version": after.version}, end.mark.chain)
-            made = _End(Mark(end.mark.lines + 1, chain, after.version, self.base), end.size + len(line))
+            appended = _End(Mark(end.mark.lines + 1, chain, after.version, self.base), end.size + len(line))
             self._at = None
-            self._ends = {before.version: end, after.version: made}
+            self._ends = {before.version: end, after.version: appended}
             os.lseek(self._file, end.size, os.SEEK_SET)
             write_all(self._file, line)
             os.fsync(self._file)
-            self._head.put(made.mark)
-            self._at = made
+            self._head.put(appended.mark)
+            self._at = appended
         except OSError as error:
             self.failure = error.strerror or str(error)
             message = f"the change was not made: it can't be logged ({self.failure})"
@@ -184,7 +184,7 @@ class AuditLog:
                 self._number, self._due, self._at = number, _due_after(end), None
                 self._ends = {end.mark.version: end}
             self._next = None
-            if needless not in (-1, self._file):  # it is the same where an interrupt came just here
+            if needless not in (-1, self._file):  # equal after an interrupt between these two steps
                 os.close(needless)
         end = self._ends[state.version]
         if self._at is not end:
@@ -214,8 +214,14 @@ class AuditLog:
     def begin(self, state: State, mark: Mark, number: int, snapshot: bool, **facts: Any) -> None:
         """Put a file of lines in the log's place that begins at `mark`, and from a snapshot of `state` or its base."""
         about = {"base": self.base, "lines": mark.lines, "previous": mark.chain}
-        kept = write_state(self.path, number, state, about) if snapshot else None
-        opening = {"op": "open", "format": FORMAT, "number": number, "version": state.version, "snapshot": kept}
+        entry = write_state(self.path, number, state, about) if snapshot else None
+        opening = {
+            "op": "open",
+            "format": FORMAT,
+            "number": number,
+            "version": state.version,
+            "snapshot": entry,
+        }
         line, chain = make_line({**opening, **about, **facts}, mark.chain)
         self._head.put(mark)
         with private_file(self.path) as temporary:

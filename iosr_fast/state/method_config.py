@@ -1,4 +1,4 @@
-"""How a state's support images become logits: a method, its parameters, and what was fitted once and then kept."""
+"""How support images become logits: a method, its parameters and its fitted reducer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COMPENSATED_KEYS = 4096
 
 @dataclass(frozen=True, eq=False)
 class MethodConfig:
-    """A method with its parameters; `reducer`, fitted when they were chosen and kept until they are chosen again;
-    `factor`, that the logits are multiplied by; the keys' precision."""
+    """A method with its parameters. `reducer` is fitted when they are chosen and stays until the next choice; `factor`
+    multiplies the logits; `key_precision` is that of the cache keys."""
 
     method: str
     parameters: dict[str, float]

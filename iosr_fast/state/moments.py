@@ -1,4 +1,4 @@
-"""What GDA needs of the support images, kept up to date image by image, so that no image is looked at twice."""
+"""The sufficient statistics of GDA, updated image by image."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Moments:
         return cls(np.zeros(classes, np.int64), np.zeros((classes, width)), np.zeros((width, width)))
 
     def add(self, rows: np.ndarray, places: np.ndarray, sign: int = 1) -> Moments:
-        """With rows (n, D) of the classes at `places` (n,) more, or with sign = -1 fewer."""
+        """With rows (n, D) of the classes `places` (n,) added, or with sign = -1 subtracted."""
         exact = rows.astype(np.float64)
         counts, sums = self.counts.copy(), self.sums.copy()
         np.add.at(counts, places, sign)
         np.add.at(sums, places, sign * exact)
-        sums[counts == 0] = 0.0  # not what rounding leaves
+        sums[counts == 0] = 0.0  # without the rounding error
         return Moments(counts, sums, self.second + sign * (exact.T @ exact))
 
-    def select_classes(self, kept: np.ndarray) -> Moments:
-        """The classes of a mask (C,); those left out have no row."""
-        return Moments(self.counts[kept], self.sums[kept], self.second)
+    def select_classes(self, mask: np.ndarray) -> Moments:
+        """The classes of a mask (C,); the others must have no row."""
+        return Moments(self.counts[mask], self.sums[mask], self.second)
 
     def append_class(self) -> Moments:
-        """With one more, that has no row yet."""
+        """With one more class, without a row."""
         return Moments(
             np.append(self.counts, 0), np.concatenate([self.sums, np.zeros((1, self.sums.shape[1]))]), self.second
         )

@@ -1,4 +1,4 @@
-"""A plan in parts: what texts say of all classes, and cache terms that came one after the other."""
+"""A plan in parts: the text term of all classes, and one cache term for each segment of the support images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from iosr_fast.scoring.validation import frozen
 class SegmentedPlan:
     """logits[b, c] = head's logits[b, c] + sum over parts p with column c: the logits of p for it.
 
-    `head` has the C classes; a part is a cache term over classes of its own, and `columns` (c,) int64 says which of
-    the C each of them is; -1 for one that is no more. Parts are added in their order: logits don't depend on timing.
+    `head` has the C classes; a part is a cache term over its own c classes, and `columns` (c,) int64 are their indices
+    among the C, -1 for a removed class. Parts are added in their order, so logits don't depend on timing.
     """
 
     head: ScoringPlan
@@ -34,30 +34,30 @@ class SegmentedPlan:
         """Logits (B, C) float32."""
         logits: np.ndarray = score(self.head, embeddings, impl)
         for plan, columns in self.parts:
-            # The embeddings' norms were looked at for the head.
+            # The head's score has checked the norms of the embeddings.
             part = score(plan, embeddings, impl, check=False)
             if len(columns) == logits.shape[1] and (columns == np.arange(len(columns))).all():
                 logits += part
             else:
-                here = columns >= 0
-                logits[:, columns[here]] += part[:, here]
+                active = columns >= 0
+                logits[:, columns[active]] += part[:, active]
         return logits
 
 
 def with_arrays(plan: ScoringPlan, **changed: Any) -> ScoringPlan:
-    """The plan with some fields changed and nothing checked again: for what is known to fit, where keys are many."""
-    made = copy.copy(plan)
+    """The plan with some fields changed, without the checks of a new plan, which read every key."""
+    changed_plan = copy.copy(plan)
     for name, value in changed.items():
         if isinstance(value, np.ndarray):
             value = frozen(name, value, value.dtype.type)
-        object.__setattr__(made, name, value)
-    return made
+        object.__setattr__(changed_plan, name, value)
+    return changed_plan
 
 
 def fused(head: ScoringPlan, part: ScoringPlan, columns: np.ndarray) -> ScoringPlan | None:
-    """One plan for a head and its only part, or None where a class of the part is no more.
+    """One plan for a head and its only part; None if a class of the part is removed.
 
-    Classes are in one order in both, so that those without a key only repeat an offset.
+    Classes have the same order in both, so a class without a key only repeats an offset.
     """
     if (columns < 0).any():
         return None
@@ -79,18 +79,18 @@ def score_plan(plan: ScoringPlan | SegmentedPlan, embeddings: Embeddings, impl: 
 def assemble(
     head: ScoringPlan, parts: Sequence[ScoringPlan], columns: Sequence[np.ndarray]
 ) -> ScoringPlan | SegmentedPlan:
-    """The head with its parts, in one plan where that is possible without copying a key."""
+    """The head with its parts, as one plan if that copies no key."""
     if not parts:
         return head
     if len(parts) == 1:
-        one = fused(head, parts[0], columns[0])
-        if one is not None:
-            return one
+        plan = fused(head, parts[0], columns[0])
+        if plan is not None:
+            return plan
     return SegmentedPlan(head, tuple(zip(parts, columns, strict=True)))
 
 
 def columns_of(classes: np.ndarray, uids: np.ndarray) -> np.ndarray:
-    """(c,) where each class stands among `uids`, which rise; -1 for one that is not there."""
+    """(c,) index of each class in `uids`, which rise; -1 for a class that is not among them."""
     at = np.minimum(np.searchsorted(uids, classes), len(uids) - 1)
     columns: np.ndarray = np.where(uids[at] == classes, at, -1)
     return columns

@@ -1,8 +1,8 @@
-"""What a fitted classifier is at one moment. Every change makes another one; nobody writes to one that is there.
+"""A fitted classifier at one version. Immutable; changes return a new State.
 
-A request holds on to a State and is answered by it whole, whatever happens meanwhile. A change of an additive method
-(Method.additive) costs what is added: arrays of the others are shared, not copied. "gda" is made from moments, whose
-size is that of the classes. Other methods are compiled again from the embeddings; nothing is ever encoded again.
+A request is answered by one State, whatever changes meanwhile. For an additive method (Method.additive) the cost of a
+change depends on what it adds: the other arrays are shared, not copied. The plan of "gda" is computed from moments,
+whose size depends on the classes. Other methods are compiled again from the embeddings; no image is encoded again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from iosr_fast.state.moments import Moments
 from iosr_fast.state.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
 from iosr_fast.utils.text import abbreviate
 
-# Runs of examples up to this many are copied into one: a bound on the work of a change, however large the cache.
+# Segments of up to this many examples are joined: a bound on the work of a change, however large the cache is.
 SMALL = 1024
 
 
@@ -42,13 +42,13 @@ class ClassInfo:
 class State:
     """Classes, their support images, how they are scored, and the plan that does it.
 
-    class_names, uids  of the C classes, in order; uids rise, and one that was given is never given again
-    text               (C, D) float32, unit rows; tau the CLIP's logit scale
-    segments           the support images, in runs; parts the cache terms of them, for an additive method
-    plan               what scores a batch
-    next_class, next_example  the numbers that the next ones get
-    moments            what "gda" is made of; None until the first change
-    deferred           whether `plan` is of an earlier state, because further changes follow at once (`deferring`)
+    class_names, uids  of the C classes, in order; uids rise and are never reused
+    text               (C, D) float32, unit rows; tau is the CLIP's logit scale
+    segments           the support images; `parts` are their cache terms, for an additive method
+    plan               scores a batch
+    next_class, next_example  the numbers of the next class and the next support image
+    moments            for "gda"; None until the first change
+    deferred           whether `plan` is that of an earlier state, because further changes follow (`deferring`)
     """
 
     version: int
@@ -78,7 +78,7 @@ class State:
         numbers: tuple[int, int] | None = None,
         version: int = 1,
     ) -> State:
-        """The state of a fit, or with `plan`, `uids` and `numbers` of what was loaded: nothing is compiled then."""
+        """The state of a fit; with `plan`, `uids` and `numbers`, that of a bundle, for which nothing is compiled."""
         owned = tuple(range(len(class_names)) if uids is None else uids)
         next_class, next_example = numbers or (len(class_names), int(examples.ids.max(initial=-1)) + 1)
         segments = (examples,) if len(examples) else ()
@@ -105,23 +105,23 @@ class State:
 
     @cached_property
     def support(self) -> SupportSet:
-        """All active support images, sorted by class: made at first use and kept."""
+        """All active support images, sorted by class; computed at first use."""
         return self.examples.as_support(self.uids, self.text, self.tau)
 
     @cached_property
     def examples(self) -> Examples:
-        """The active images as one run, in the order of `support`."""
+        """The active images as one segment, in the order of `support`."""
         return join(self.segments) if self.segments else no_examples(self.text.shape[1])
 
     @cached_property
     def compared(self) -> tuple[np.ndarray, ...]:
-        """Of each run, the rows (n, D) that the method compares with a query: they say what is near."""
-        return tuple(self._rows(part) for part in self.segments)
+        """Of each segment, the rows (n, D) that the method compares with a query; neighbours are found by them."""
+        return tuple(self._rows(segment) for segment in self.segments)
 
     @cached_property
     def whole_plan(self) -> ScoringPlan:
-        """One plan for all, its keys those of `support` in that order: what is saved and exported."""
-        if isinstance(self.plan, ScoringPlan) and all(part.removed is None for part in self.segments):
+        """One plan with the keys of `support` in its order, to be saved and exported."""
+        if isinstance(self.plan, ScoringPlan) and all(segment.removed is None for segment in self.segments):
             return self.plan
         return self.config.compile(self.support)
 
@@ -133,8 +133,8 @@ class State:
     def counts(self) -> np.ndarray:
         """(C,) int64, the active support images of each class."""
         counts, uids = np.zeros(len(self.uids), np.int64), np.array(self.uids)
-        for part in self.segments:
-            class_ids, numbers = np.unique(part.class_ids[part.active], return_counts=True)
+        for segment in self.segments:
+            class_ids, numbers = np.unique(segment.class_ids[segment.active], return_counts=True)
             counts[np.searchsorted(uids, class_ids)] += numbers
         return counts
 
@@ -147,33 +147,33 @@ class State:
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
-        found = [part.ids[(part.class_ids == uid) & part.active] for part in self.segments]
-        return np.sort(np.concatenate(found)).tolist() if found else []
+        numbers = [segment.ids[(segment.class_ids == uid) & segment.active] for segment in self.segments]
+        return np.sort(np.concatenate(numbers)).tolist() if numbers else []
 
-    def name_of(self, given: str) -> str | None:
-        """The name of a class by its id; None where there is no such class."""
-        uid = uid_of(given)
+    def name_of(self, class_id: str) -> str | None:
+        """The name of a class by its id; None for an unknown class."""
+        uid = uid_of(class_id)
         if uid is None:
             return None
         at = bisect_left(self.uids, uid)
         return self.class_names[at] if self.uids[at : at + 1] == (uid,) else None
 
-    def find_class(self, given: str) -> int:
-        """The uid of a class by id ("~7") or name. Raises ValueError where there is none."""
-        uid = uid_of(given)
-        if uid is not None and self.name_of(given) is not None:
+    def find_class(self, name_or_id: str) -> int:
+        """The uid of a class by id ("~7") or name. Raises ValueError for an unknown class."""
+        uid = uid_of(name_or_id)
+        if uid is not None and self.name_of(name_or_id) is not None:
             return uid
-        if given in self.class_names:
-            return self.uids[self.class_names.index(given)]
-        raise ValueError(f"no class {given!r}; there are {abbreviate(self.class_names)}")
+        if name_or_id in self.class_names:
+            return self.uids[self.class_names.index(name_or_id)]
+        raise ValueError(f"no class {name_or_id!r}; there are {abbreviate(self.class_names)}")
 
     def find_examples(self, example_ids: Sequence[str]) -> list[int]:
-        """Example numbers of ids ("e7"). Raises ValueError for one that is not there, or twice."""
-        numbers = [-1 if (number := example_number(given)) is None else number for given in example_ids]
-        here: set[int] = set()
-        for part in self.segments:
-            here.update(part.ids[np.isin(part.ids, numbers) & part.active].tolist())
-        wrong = [given for given, number in zip(example_ids, numbers, strict=True) if number not in here]
+        """Example numbers of ids ("e7"). Raises ValueError for an unknown or repeated id."""
+        numbers = [-1 if (number := example_number(text)) is None else number for text in example_ids]
+        present: set[int] = set()
+        for segment in self.segments:
+            present.update(segment.ids[np.isin(segment.ids, numbers) & segment.active].tolist())
+        wrong = [text for text, number in zip(example_ids, numbers, strict=True) if number not in present]
         if wrong or not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(
                 f"expected ids of examples that are there, each once, got {abbreviate(wrong or example_ids)}"
@@ -183,11 +183,11 @@ class State:
     # --- changes: each returns another state ---
 
     def adding(self, added: Examples) -> State:
-        """With more support images, of classes that are there."""
+        """The state with more support images of its classes."""
         return self._changed(added, segments=(*self.segments, added), next_example=int(added.ids.max()) + 1)
 
     def adding_class(self, name: str, row: np.ndarray, added: Examples | None) -> State:
-        """With a class more; `added`, its support images, are owned by self.next_class."""
+        """The state with one more class; `added`, its support images, have the class id self.next_class."""
         return self._changed(
             added,
             class_names=(*self.class_names, name),
@@ -199,13 +199,13 @@ class State:
         )
 
     def removing(self, numbers: Iterable[int]) -> State:
-        """Without some support images."""
+        """The state without some support images."""
         gone = np.array(sorted(numbers), np.int64)
         segments, taken = without(self.segments, lambda part: np.isin(part.ids, gone), SMALL)
         return self._changed(taken=taken, segments=segments)
 
     def removing_class(self, uid: int) -> State:
-        """Without a class and its support images."""
+        """The state without a class and its support images."""
         at = self.uids.index(uid)
         keep = np.arange(len(self.uids)) != at
         segments, taken = without(self.segments, lambda part: part.class_ids == uid, SMALL)
@@ -218,7 +218,7 @@ class State:
         )
 
     def renaming(self, uid: int, name: str, row: np.ndarray | None) -> State:
-        """With another name, and another text embedding where one is given."""
+        """The state with another name of a class, and another text embedding if `row` is given."""
         at = self.uids.index(uid)
         names = tuple(name if i == at else other for i, other in enumerate(self.class_names))
         if row is None:
@@ -228,14 +228,14 @@ class State:
         return self._changed(class_names=names, text=text)
 
     def with_config(self, config: MethodConfig) -> State:
-        """The same classes and images under another method or other parameters; runs are joined into one."""
+        """The same classes and images with another method or other parameters; segments are joined."""
         numbers = (self.next_class, self.next_example)
         return State.first(
             self.class_names, self.text, self.tau, self.examples, config, None, self.uids, numbers, self.version + 1
         )
 
     def joined(self) -> State:
-        """The same state in one run and one plan, as it is when it was saved and loaded, to the last bit."""
+        """The same state with one segment and one plan, bit-equal to that state saved and loaded."""
         numbers = (self.next_class, self.next_example)
         names, text, tau = self.class_names, self.text, self.tau
         return State.first(
@@ -243,25 +243,25 @@ class State:
         )
 
     def _changed(self, added: Examples | None = None, taken: Examples | None = None, **fields: object) -> State:
-        """Another state with these fields, and a plan for it. `added` and `taken` are the images that it differs by."""
-        made = replace(self, version=self.version + 1, **fields)  # type: ignore[arg-type]
-        made = replace(made, segments=absorb(made.segments, SMALL))
-        if not made.segments and METHODS[self.config.method].needs_support:
+        """A state with these fields and its plan. `added` and `taken` are the images that it gains and loses."""
+        after = replace(self, version=self.version + 1, **fields)  # type: ignore[arg-type]
+        after = replace(after, segments=absorb(after.segments, SMALL))
+        if not after.segments and METHODS[self.config.method].needs_support:
             raise ValueError(f"{self.config.method} needs support images: expected to keep at least one, got none left")
         if self.config.additive:
-            return self._additive(made)
+            return self._additive(after)
         if self.config.by_moments:
-            made = replace(made, moments=self._moments_of(made, added, taken))
-        elif not self.deferred and (reason := unavailable_reason(self.config.method, made.support)) is not None:
-            raise ValueError(f"that change can't be made: {reason}")
-        return made if self.deferred else made._compiled()
+            after = replace(after, moments=self._moments_of(after, added, taken))
+        elif not self.deferred and (reason := unavailable_reason(self.config.method, after.support)) is not None:
+            raise ValueError(f"that change can't be after: {reason}")
+        return after if self.deferred else after._compiled()
 
     def deferring(self) -> State:
-        """The same state; changes of it make no plan where that costs more than the change. `settled` makes it."""
+        """The same state, whose changes compile no plan if that costs more than the change. `settled` compiles it."""
         return self if self.config.additive else replace(self, deferred=True)
 
     def settled(self) -> State:
-        """With the plan that changes of a deferring state were not given: the one that each would have ended with."""
+        """The state with the plan that its deferred changes have not compiled."""
         return self._compiled() if self.deferred else self
 
     def _compiled(self) -> State:
@@ -274,27 +274,27 @@ class State:
             plan = config.compile(self.support)
         return replace(self, plan=plan, parts=(), deferred=False)
 
-    def _additive(self, made: State) -> State:
-        parts = self._parts_of(made.segments) if "alpha" in self.config.parameters else ()
-        head = ScoringPlan(len(made.uids), text=made.text, tau=self.config.factor * self.tau)
-        uids = np.array(made.uids)
-        columns = [columns_of(segment.classes, uids) for segment in made.segments] if parts else []
-        return replace(made, plan=assemble(head, parts, columns), parts=parts)
+    def _additive(self, after: State) -> State:
+        parts = self._parts_of(after.segments) if "alpha" in self.config.parameters else ()
+        head = ScoringPlan(len(after.uids), text=after.text, tau=self.config.factor * self.tau)
+        uids = np.array(after.uids)
+        columns = [columns_of(segment.classes, uids) for segment in after.segments] if parts else []
+        return replace(after, plan=assemble(head, parts, columns), parts=parts)
 
-    def _moments_of(self, made: State, added: Examples | None, taken: Examples | None) -> Moments:
+    def _moments_of(self, after: State, added: Examples | None, taken: Examples | None) -> Moments:
         moments = self.moments or self._all_moments()
         if taken is not None:
             moments = moments.add(self._rows(taken), np.searchsorted(self.uids, taken.class_ids), -1)
-        if len(made.uids) < len(self.uids):
-            moments = moments.select_classes(np.isin(self.uids, made.uids))
-        elif len(made.uids) > len(self.uids):
+        if len(after.uids) < len(self.uids):
+            moments = moments.select_classes(np.isin(self.uids, after.uids))
+        elif len(after.uids) > len(self.uids):
             moments = moments.append_class()
         if added is not None:
-            moments = moments.add(self._rows(added), np.searchsorted(made.uids, added.class_ids))
+            moments = moments.add(self._rows(added), np.searchsorted(after.uids, added.class_ids))
         empty = int((moments.counts == 0).sum())
         if empty:
             raise ValueError(
-                f"that change can't be made: {self.config.method} needs an image of each class, {empty} have none"
+                f"that change can't be after: {self.config.method} needs an image of each class, {empty} have none"
             )
         return moments
 
@@ -307,15 +307,15 @@ class State:
         return image_rows(examples.embeddings, self.config.which, self.config.reducer)
 
     def _parts_of(self, segments: tuple[Examples, ...]) -> tuple[ScoringPlan, ...]:
-        """A cache term for each run: the one that is there, or that one reweighted, or a new one."""
+        """A cache term for each segment: the existing one, the existing one with new weights, or a new one."""
         known = {id(segment.ids): (segment, part) for segment, part in zip(self.segments, self.parts, strict=True)}
-        made = []
+        after = []
         for segment in segments:
             old, part = known.get(id(segment.ids), (None, None))
             if part is None:
-                made.append(self.config.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS))
+                after.append(self.config.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS))
             elif old is not None and old.removed is segment.removed:
-                made.append(part)
+                after.append(part)
             else:
-                made.append(with_arrays(part, weights=segment.active.astype(np.float32)))
-        return tuple(made)
+                after.append(with_arrays(part, weights=segment.active.astype(np.float32)))
+        return tuple(after)

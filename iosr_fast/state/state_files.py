@@ -45,7 +45,7 @@ def plan_to_files(
     """Constants, JSON-ready, and arrays.
 
     Left out: text and class offsets, which are the support set's, and keys that are its embeddings as they are. int8
-    keys are kept as codes: finding them again would take seconds.
+    keys are stored as codes: computing them again takes seconds.
     """
     constants: dict[str, Any] = {name: getattr(plan, name) for name in CONSTANTS}
     constants["cache"] = "none" if plan.keys is None else "dense" if plan.values is not None else "classes"
@@ -62,16 +62,16 @@ def plan_from_files(
 ) -> ScoringPlan:
     """The plan that `plan_to_files` took apart. Raises ValueError where something doesn't fit."""
     _check_fits(constants, arrays, support, config)
-    given: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
-    given |= {name: arrays.get(name) for name in ARRAYS}
+    fields: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
+    fields |= {name: arrays.get(name) for name in ARRAYS}
     if constants["keys"] == "support":
-        given["keys"] = image_rows(support.embeddings, config.which, None)
+        fields["keys"] = image_rows(support.embeddings, config.which, None)
     plan = ScoringPlan(
         support.n_classes,
         text=support.text,
         class_offsets=support.class_offsets if constants["cache"] == "classes" else None,
         reducer=reducer_from(arrays, "plan_reducer"),
-        **given,
+        **fields,
     )
     if plan.key_precision not in (None, config.key_precision):
         raise ValueError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
@@ -131,8 +131,8 @@ def state_to_files(state: State) -> tuple[dict[str, Any], dict[str, Arrays]]:
     arrays = {SUPPORT: _support_arrays(state), PLAN: plan_arrays}
     if any(state.examples.pictures):
         arrays[PICTURES] = _packed(state.examples.pictures)
-    contiguous = {file: {n: np.ascontiguousarray(a) for n, a in held.items()} for file, held in arrays.items()}
-    return facts, {file: held for file, held in contiguous.items() if held}
+    contiguous = {file: {n: np.ascontiguousarray(a) for n, a in parts.items()} for file, parts in arrays.items()}
+    return facts, {file: parts for file, parts in contiguous.items() if parts}
 
 
 def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> State:
