@@ -240,9 +240,7 @@ def parity(json_path: Json = None, device: Device = "cuda") -> None:
     from tools.bench import gpu
     from tools.bench import parity as check
 
-    result = check.run(device)
-    if json_path is not None:
-        gpu.write_whole(json_path, result)
+    result = check.run(device, lambda result: None if json_path is None else gpu.write_whole(json_path, result))
     if not all(line["right"] for lines in result["tables"].values() for line in lines):
         raise typer.Exit(1)
 

@@ -347,7 +347,9 @@ def test_outputs_that_are_not_finite_are_wrong() -> None:
 def test_parity_is_a_table_of_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("open_clip")
     monkeypatch.setattr(parity, "TINY", ("q3-k8-d16-c3",))
-    result = parity.run("rehearsal")
+    saved: list[int] = []
+    result = parity.run("rehearsal", lambda result: saved.append(sum(map(len, result["tables"].values()))))
+    assert saved == list(range(1, len(saved) + 1)), "whole after every line"
     lines = {(line["impl"], line["precision"]): line for line in result["tables"]["encoder"]}
     assert lines["fused", "fp32"]["max_abs_error"] < 1e-5 < lines["fused", "fp16"]["max_abs_error"]
     assert lines["two-pass", "fp16"]["min_cosine"] > 0.999 and all(line["right"] for line in lines.values())

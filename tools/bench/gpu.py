@@ -59,8 +59,8 @@ def parts(rehearsal: bool) -> list[Part]:
     return [
         Part("machine", 40, (*BENCHMARK, "machine", *device)),
         Part("build", 120, ("setup.py", "-q", "egg_info", "build_ext", "--inplace"), build_environment(), False),
-        Part("parity", 80, (*BENCHMARK, "parity", *device)),
-        *(Part(f"score-{case}", 60, (*BENCHMARK, "score", "--cases", case, *device, *repeats)) for case in cases),
+        Part("parity", 90, (*BENCHMARK, "parity", *device)),
+        *(Part(f"score-{case}", 100, (*BENCHMARK, "score", "--cases", case, *device, *repeats)) for case in cases),
         *(Part(f"encoder-{command[3]}-{command[5]}".lower(), 40, command) for command in encoder),
         Part("tests", 150, ("-m", "pytest", *test_options(), *test_files()), writes_json=False),
         *(Part(f"compiled-{c[3]}-{c[5]}".lower(), 80, (*c, "--compiled")) for c in encoder),

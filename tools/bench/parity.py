@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
@@ -19,20 +19,24 @@ SHAPES = ("q64-k1600-d512-c100", "q256-k16000-d512-c1000", "q3-k50001-d768-c7", 
 TINY = ("q3-k40-d16-c5",)
 
 
-def run(device: str = "cuda") -> dict[str, Any]:
+def run(device: str = "cuda", save: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:
     """{"facts", "tables"}: a line an encoder and precision, and one a scoring implementation, shape and precision.
 
-    What is wrong is printed as a line that begins with "WRONG: ".
+    `save` gets the result so far after each line, as compiling may outlast the time limit. A wrong line is printed and
+    begins with "WRONG: ".
     """
     target = Device(device)
-    facts = {"implementations": {entry.name: entry.unavailable_reason() for entry in dispatch.REGISTRY}}
+    implementations = {entry.name: entry.unavailable_reason() for entry in dispatch.REGISTRY}
+    tables: dict[str, list[dict[str, Any]]] = {"scoring": [], "encoder": []}
+    result: dict[str, Any] = {"facts": {"implementations": implementations}, "tables": tables}
     with exact_products():
-        tables = {"encoder": list(encoders(target)), "scoring": list(scoring(target))}
-    for lines in tables.values():
-        for line in lines:
-            if not line["right"]:
-                print(f"WRONG: {' '.join(f'{name} {value}' for name, value in line.items() if name != 'right')}")
-    return {"facts": facts, "tables": tables}
+        for name, lines in (("encoder", encoders(target)), ("scoring", scoring(target))):
+            for line in lines:
+                tables[name].append(line)
+                if not line["right"]:
+                    print(f"WRONG: {' '.join(f'{key} {value}' for key, value in line.items() if key != 'right')}")
+                save(result)
+    return result
 
 
 def encoders(device: Device) -> Iterator[dict[str, Any]]:
