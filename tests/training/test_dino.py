@@ -137,6 +137,7 @@ def test_positions_are_resampled_for_crops_and_left_alone_at_the_own_size(clip: 
     torch.testing.assert_close(halved[1:].reshape(4, 4, -1), expected.permute(1, 2, 0))
 
 
+@pytest.mark.slow
 def test_the_teachers_adapter_comes_out_and_the_clip_stays(clip: LoadedClip) -> None:
     pictures = TensorPictures(
         torch.randint(0, 256, (12, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -47,22 +48,19 @@ class TensorPictures:
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> None:
         self.images, self.labels, self.class_names = images, labels, class_names
-        self._fingerprint = ""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the pixels, the labels and the class names; hashed at the first use."""
-        if not self._fingerprint:
-            images = self.images.cpu().contiguous()
-            arrays: list[str | np.ndarray] = [images.numpy(), self.labels.cpu().numpy()]
-            self._fingerprint = digest([str(tuple(images.shape)), *arrays, *self.class_names])
-        return self._fingerprint
+        images = self.images.cpu().contiguous()
+        arrays: list[str | np.ndarray] = [images.numpy(), self.labels.cpu().numpy()]
+        return digest([str(tuple(images.shape)), *arrays, *self.class_names])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randperm(len(self.labels), generator=generator)
 
     def iterate(self, order: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows in split_order(order, batch):
+        for rows in order.split(batch) if len(order) else ():  # torch splits an empty order into an empty batch
             yield rows, self.images[rows]
 
 
@@ -87,16 +85,13 @@ class FilePictures:
         self.paths, self.labels, self.class_names = paths, labels, class_names
         self.size, self.workers = size, workers
         self._names = names if names is not None else [str(path) for path in paths]
-        self._fingerprint = ""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the files' names, sizes and times of change, the labels, class names, size and pixels.VERSION;
         at first use."""
-        if not self._fingerprint:
-            files = (f"{name}\0{stamp(path)}" for name, path in zip(self._names, self.paths, strict=True))
-            self._fingerprint = digest([str(VERSION), str(self.size), self.labels.numpy(), *self.class_names, *files])
-        return self._fingerprint
+        files = (f"{name}\0{stamp(path)}" for name, path in zip(self._names, self.paths, strict=True))
+        return digest([str(VERSION), str(self.size), self.labels.numpy(), *self.class_names, *files])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randperm(len(self.labels), generator=generator)
@@ -165,11 +160,6 @@ def _stack(pictures: list[torch.Tensor | _Bad]) -> torch.Tensor | _Bad:
 def to_tensor(image: object, size: int) -> torch.Tensor:
     """A PIL image, resized and cropped as CLIP does: (3, size, size) uint8."""
     return torch.from_numpy(np.array(resize_and_crop(open_image(image), size))).permute(2, 0, 1).contiguous()
-
-
-def split_order(order: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
-    """`order.split(batch)`, but no batch at all for an empty order (torch gives an empty one)."""
-    return order.split(batch) if len(order) else ()
 
 
 def demo_pictures(size: int) -> TensorPictures:
