@@ -29,6 +29,7 @@ from iosr_fast.utils.require import require_installed
 with one_line_errors():
     require_installed("torch", "train")
     from iosr_fast.clip.architecture import check_architecture
+    from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.clip.load import load_clip
     from iosr_fast.encoders.runtimes.plans import describe_target
     from iosr_fast.export.calibration import calibration_pictures
@@ -36,18 +37,13 @@ with one_line_errors():
     from iosr_fast.export.export import add_plan, random_adapter, write_engine
     from iosr_fast.export.export_check import CHECKED_PICTURES
     from iosr_fast.export.pretrained import choose_adapter, read_adapter
+    from iosr_fast.images.preprocess import to_pixels
 
 
 def real_pictures(size: int) -> np.ndarray:
     """Some of the demo's pictures at the model's size: uint8 (N, size, size, 3)."""
-    from PIL import Image
-
-    from iosr_fast.clip.demo.pictures import load_pictures
-
     images = load_pictures("held-out").images
-    chosen = images[np.linspace(0, len(images) - 1, CHECKED_PICTURES).astype(int)]
-    resized = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in chosen]
-    return np.stack([np.asarray(image) for image in resized])
+    return to_pixels(images[np.linspace(0, len(images) - 1, CHECKED_PICTURES).astype(int)], size)
 
 
 def describe(manifest: dict[str, Any], out: Path) -> None:
