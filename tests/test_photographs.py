@@ -29,6 +29,7 @@ from tests.demo_cache import shared_cache  # noqa: E402
 from tests.pictures import encode, turned  # noqa: E402
 from tests.serving.http_client import AUTHORISED, form, serving  # noqa: E402
 
+pytestmark = pytest.mark.slow
 CLASSES, SHOTS, SIZE = 4, 3, (300, 200)
 TOLERANCE = 1e-4  # of probabilities: batches of other sizes round otherwise
 
