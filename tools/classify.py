@@ -22,7 +22,8 @@ import typer
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.part_folder import check_apart, check_folder
 from iosr_fast.pipeline.prediction_files import COLUMNS
-from iosr_fast.pipeline.sources import check_carried, open_source
+from iosr_fast.pipeline.source import check_carried
+from iosr_fast.pipeline.sources import open_source
 from iosr_fast.utils.command import run
 from iosr_fast.utils.require import require
 from tools.embed import (

@@ -27,7 +27,8 @@ from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import COLUMNS, DTYPES, FORMATS, Format
 from iosr_fast.pipeline.part_folder import check_apart, check_folder
-from iosr_fast.pipeline.sources import check_carried, open_source
+from iosr_fast.pipeline.source import check_carried
+from iosr_fast.pipeline.sources import open_source
 from iosr_fast.utils.command import run, stop_message
 from iosr_fast.utils.require import require
 

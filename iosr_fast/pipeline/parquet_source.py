@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from iosr_fast.images.listing import walk
-from iosr_fast.pipeline.sources import Item, Source, check_keys, stamp_of
+from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
 
 EXTRA = "parquet"

@@ -22,7 +22,7 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline import embedding_files, prediction_files
 from iosr_fast.pipeline.embedding_files import Format, Part
-from iosr_fast.pipeline.sources import Chunk, Source
+from iosr_fast.pipeline.source import Chunk, Source
 from iosr_fast.state.bundle import Bundle, load_bundle
 from iosr_fast.state.predictions import Prediction, predict
 from iosr_fast.state.state import State

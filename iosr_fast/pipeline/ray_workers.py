@@ -13,19 +13,29 @@ import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.pipeline.chunks import run_chunks
 from iosr_fast.pipeline.part_folder import PLAN, Done
 from iosr_fast.pipeline.plan import PLANS, Plan
-from iosr_fast.pipeline.run import Pool, run_chunks
-from iosr_fast.pipeline.sources import Chunk, Item
+from iosr_fast.pipeline.source import Chunk, Item
 from iosr_fast.utils.ray_cluster import joined
 from iosr_fast.utils.require import require
 
 ATTEMPTS = 5  # a chunk at which so many workers died is taken for the cause
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`workers` actors of Ray with `gpus` GPUs (or a share of one) each; `address` joins a cluster, None starts Ray
+    on this machine."""
+
+    workers: int
+    gpus: float = 0
+    address: str | None = None
 
 
 class Worker:

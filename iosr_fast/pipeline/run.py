@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.pipeline.embedding_files import Format, Part
+from iosr_fast.pipeline.chunks import run_chunks
+from iosr_fast.pipeline.embedding_files import Format
 from iosr_fast.pipeline.part_folder import Done, PartFolder
-from iosr_fast.pipeline.plan import PLANS, Opened, Plan, make_plan
+from iosr_fast.pipeline.plan import PLANS, make_plan
+from iosr_fast.pipeline.ray_workers import Pool, run_on_ray
 from iosr_fast.pipeline.resume import complete
-from iosr_fast.pipeline.sources import Chunk, ItemDecoder, Source
-from iosr_fast.pipeline.stream import Stage, encode_batches
+from iosr_fast.pipeline.source import Chunk, Source
 from iosr_fast.state.bundle import Bundle, load_bundle
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest
@@ -28,16 +23,6 @@ from iosr_fast.utils.verified_folder import VerifiedFolder
 
 MAX_CHUNK = 65536  # a part's keys are one JSON header
 CLUSTER_THREADS = 4
-
-
-@dataclass(frozen=True)
-class Pool:
-    """`workers` actors of Ray with `gpus` GPUs (or a share of one) each; `address` joins a cluster, None starts Ray
-    on this machine."""
-
-    workers: int
-    gpus: float = 0
-    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,63 +110,12 @@ def _run(
             write = plan.writer(bundle)
             yield from run_chunks(plan, missing, out, (encoder, write), options.threads, options.skip_bad, advance)
             return
-        from iosr_fast.pipeline.ray_workers import run_on_ray
-
         for done in run_on_ray(folder, plan, missing, out, options.pool, options.threads, options.skip_bad):
             advance(done.images)  # the progress of workers is only known part by part
             yield done
 
     parts = PartFolder(out, plan, chunks, options.skip_bad)
     return complete(parts, compute, plan.verb, lambda missing: sum(len(chunk.items) for chunk in missing))
-
-
-def run_chunks(
-    plan: Plan,
-    chunks: Sequence[Chunk],
-    out: Path,
-    opened: Opened,
-    threads: int,
-    skip_bad: bool,
-    advance: Callable[[int], None] = lambda images: None,
-) -> Generator[Done, None, None]:
-    """Compute the parts of `chunks` in order in this process; yields each when its file is written.
-
-    Batches don't cross chunks, so that what is encoded together depends on the chunk alone. Raises BadImageError for
-    the first unreadable image, unless `skip_bad`. Parts written before stay.
-    """
-    encoder, write = opened
-    batches = (
-        (start, chunk.items[start : start + plan.batch])
-        for chunk in chunks
-        for start in range(0, len(chunk.items), plan.batch)
-    )
-    stage = Stage(encoder, 1, threads)
-    results = encode_batches(stage, ItemDecoder(plan.exif_orientation), batches, lambda rows: rows)
-    try:
-        for chunk in chunks:
-            started, count = time.perf_counter(), len(chunk.items)
-            names = ("plain", "adapted")[: 1 + plan.adapted]
-            arrays = {name: np.full((count, plan.width), np.nan, plan.dtype) for name in names}
-            reasons: list[str | None] = []
-            while len(reasons) < count:
-                errors, embeddings = next(results)
-                for error in errors:
-                    if error is not None and not skip_bad:
-                        raise error
-                readable = [len(reasons) + i for i, error in enumerate(errors) if error is None]
-                reasons += [None if error is None else error.reason for error in errors]
-                for name, array in arrays.items() if embeddings is not None else ():
-                    array[readable] = getattr(embeddings, name)
-                advance(len(errors))
-            rows = Embeddings(arrays["plain"], arrays.get("adapted"))
-            keys = [item.key for item in chunk.items]
-            name = plan.part_name(chunk.number)
-            write(out / name, Part(keys, rows, reasons, chunk.columns(), plan.part_facts(chunk)))
-            seconds = round(time.perf_counter() - started, 3)
-            unreadable = sum(reason is not None for reason in reasons)
-            yield Done(name, count, unreadable, seconds, os.getpid(), socket.gethostname())
-    finally:
-        results.close()
 
 
 def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:

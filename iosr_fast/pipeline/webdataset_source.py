@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.images.listing import IMAGE_SUFFIXES, walk
-from iosr_fast.pipeline.sources import Item, Source, check_keys, stamp_of
+from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
 
 EXTRA = "train"  # brings webdataset

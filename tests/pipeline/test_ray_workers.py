@@ -21,7 +21,8 @@ from iosr_fast.pipeline.embedding_files import read_embeddings
 from iosr_fast.pipeline.part_folder import PartFolder
 from iosr_fast.pipeline.plan import Plan, make_plan
 from iosr_fast.pipeline.ray_workers import ATTEMPTS, Worker, attempt, row_of
-from iosr_fast.pipeline.sources import Chunk, open_source
+from iosr_fast.pipeline.source import Chunk
+from iosr_fast.pipeline.sources import open_source
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.utils.manifest import read_manifest
 from tests import ROOT

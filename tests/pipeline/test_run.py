@@ -17,7 +17,7 @@ from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import part_folder
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import iterate_parts, read_embeddings, read_part
-from iosr_fast.pipeline.sources import Item, ItemDecoder
+from iosr_fast.pipeline.source import Item, ItemDecoder
 from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.runs import (
     assert_encodes,

@@ -13,7 +13,8 @@ import pytest
 
 from iosr_fast.images.preprocess import BadImageError, to_pixels
 from iosr_fast.pipeline import embedding_files
-from iosr_fast.pipeline.sources import Item, ItemDecoder, Source, check_carried, kind_of, open_source
+from iosr_fast.pipeline.source import Item, ItemDecoder, Source, check_carried
+from iosr_fast.pipeline.sources import kind_of, open_source
 from tests.pipeline.runs import assert_encodes, embedded, run, write_pictures
 
 

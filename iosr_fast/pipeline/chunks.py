@@ -1,0 +1,67 @@
+"""Compute chunks of images in this process, and write each as a part file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.pipeline.embedding_files import Part
+from iosr_fast.pipeline.part_folder import Done
+from iosr_fast.pipeline.plan import Opened, Plan
+from iosr_fast.pipeline.source import Chunk, ItemDecoder
+from iosr_fast.pipeline.stream import Stage, encode_batches
+
+
+def run_chunks(
+    plan: Plan,
+    chunks: Sequence[Chunk],
+    out: Path,
+    opened: Opened,
+    threads: int,
+    skip_bad: bool,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Generator[Done, None, None]:
+    """Compute the parts of `chunks` in order in this process; yields each when its file is written.
+
+    Batches don't cross chunks, so that what is encoded together depends on the chunk alone. Raises BadImageError for
+    the first unreadable image, unless `skip_bad`. Parts written before stay.
+    """
+    encoder, write = opened
+    batches = (
+        (start, chunk.items[start : start + plan.batch])
+        for chunk in chunks
+        for start in range(0, len(chunk.items), plan.batch)
+    )
+    stage = Stage(encoder, 1, threads)
+    results = encode_batches(stage, ItemDecoder(plan.exif_orientation), batches, lambda rows: rows)
+    try:
+        for chunk in chunks:
+            started, count = time.perf_counter(), len(chunk.items)
+            names = ("plain", "adapted")[: 1 + plan.adapted]
+            arrays = {name: np.full((count, plan.width), np.nan, plan.dtype) for name in names}
+            reasons: list[str | None] = []
+            while len(reasons) < count:
+                errors, embeddings = next(results)
+                for error in errors:
+                    if error is not None and not skip_bad:
+                        raise error
+                readable = [len(reasons) + i for i, error in enumerate(errors) if error is None]
+                reasons += [None if error is None else error.reason for error in errors]
+                for name, array in arrays.items() if embeddings is not None else ():
+                    array[readable] = getattr(embeddings, name)
+                advance(len(errors))
+            rows = Embeddings(arrays["plain"], arrays.get("adapted"))
+            keys = [item.key for item in chunk.items]
+            name = plan.part_name(chunk.number)
+            write(out / name, Part(keys, rows, reasons, chunk.columns(), plan.part_facts(chunk)))
+            seconds = round(time.perf_counter() - started, 3)
+            unreadable = sum(reason is not None for reason in reasons)
+            yield Done(name, count, unreadable, seconds, os.getpid(), socket.gethostname())
+    finally:
+        results.close()

@@ -1,0 +1,160 @@
+"""The input of a run: a sorted list of images, cut into chunks. One chunk becomes one part file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.images.decode import Decoded
+from iosr_fast.images.preprocess import BadImageError, open_bytes, resize_and_crop
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image: `size` bytes from `offset` of the file `path`; -1 is to the end.
+
+    `key` identifies it in the output; `stamp` (sizes and times) changes with its bytes, as far as the file system
+    tells; `fault` says why it can't be read.
+    """
+
+    key: str
+    path: str
+    stamp: str
+    offset: int = 0
+    size: int = -1
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A fixed run of items. `rows` has the input's columns to carry over, as an Arrow IPC stream."""
+
+    number: int
+    items: list[Item]
+    rows: bytes = field(default=b"", repr=False)
+
+    def digest(self) -> str:
+        """Changes with the keys, the images' stamps and the carried rows."""
+        digest = hashlib.sha256(json.dumps([(item.key, item.stamp, item.fault) for item in self.items]).encode())
+        digest.update(self.rows)
+        return digest.hexdigest()
+
+    def columns(self) -> Any:
+        """The carried rows as a pyarrow.Table, or None."""
+        if not self.rows:
+            return None
+        import pyarrow as pa
+
+        with pa.ipc.open_stream(self.rows) as reader:
+            return reader.read_all()
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input.
+
+    described     its entry in the plan
+    items         in order
+    group_starts  where groups (shards) start: no chunk crosses one
+    rows          a pyarrow.Table with a row per item to carry over, or None
+    """
+
+    described: dict[str, Any]
+    items: list[Item]
+    group_starts: tuple[int, ...] = (0,)
+    rows: Any = None
+
+    def keys_digest(self) -> str:
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(item.key.encode() + b"\0")
+        return digest.hexdigest()
+
+    def check_faults(self, skip_bad: bool) -> None:
+        """Raise ValueError, unless `skip_bad`, for images that the listing already shows to be unreadable."""
+        faults = [item for item in self.items if item.fault is not None]
+        if faults and not skip_bad:
+            raise ValueError(
+                f"{len(faults)} of {len(self.items)} images can't be read, the first is {faults[0].key}: "
+                f"{faults[0].fault}; repair the input, or give --skip-bad"
+            )
+
+    def cut(self, size: int) -> list[Chunk]:
+        """Contiguous runs of at most `size` items within the groups."""
+        chunks: list[Chunk] = []
+        for first, end in pairwise([*self.group_starts, len(self.items)]):
+            for start in range(first, end, size):
+                stop = min(start + size, end)
+                rows = b"" if self.rows is None else _arrow_stream(self.rows.slice(start, stop - start))
+                chunks.append(Chunk(len(chunks), self.items[start:stop], rows))
+        return chunks
+
+
+def _arrow_stream(table: Any) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return bytes(sink.getvalue())
+
+
+class ItemDecoder:
+    """A Decoder of items with `resize_and_crop`'s pixels, to the last bit."""
+
+    name = "items"
+    threads: int | None = None
+
+    def __init__(self, exif_orientation: bool = True) -> None:
+        self.exif_orientation = exif_orientation
+
+    def decode(self, sources: Sequence[Item], size: int, start: int = 0) -> list[Decoded]:
+        return [self._decode_one(item, size) for item in sources]
+
+    def _decode_one(self, item: Item, size: int) -> Decoded:
+        name = Path(item.key if item.offset or item.size >= 0 else item.path)
+        if item.fault is not None:
+            return BadImageError(name, 0, item.fault)
+        try:
+            with open(item.path, "rb") as file:
+                file.seek(item.offset)
+                data = file.read(item.size)
+            if item.size >= 0 and len(data) != item.size:
+                return BadImageError(name, 0, f"expected {item.size} bytes of it in {item.path}, found {len(data)}")
+            return resize_and_crop(open_bytes(data, name, 0, self.exif_orientation), size)
+        except BadImageError as error:
+            return error
+        except OSError as error:
+            return BadImageError(name, 0, str(error))
+
+
+def stamp_of(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def check_keys(items: Iterable[Item], where: str) -> None:
+    """Raise ValueError for a key that occurs twice or is not UTF-8."""
+    seen: set[str] = set()
+    for item in items:
+        try:
+            item.key.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"expected names in UTF-8 in {where}, got {item.key!r}; rename it") from error
+        if item.key in seen:
+            raise ValueError(f"expected each image once in {where}, got {item.key} more than once; remove one")
+        seen.add(item.key)
+
+
+def check_carried(names: Iterable[str], own: Iterable[str]) -> None:
+    """Raise ValueError if a carried column has the name of one of a part's `own` columns."""
+    if taken := sorted(set(names) & set(own)):
+        raise ValueError(
+            f"expected --keep-columns without {list(own)}, which are a part's own columns, got {taken}; rename them in "
+            "the input"
+        )
