@@ -54,7 +54,7 @@ class PlanConstants(Strict, frozen=True, kw_only=True):
 
 
 class TextFacts(Strict, frozen=True, kw_only=True):
-    """Of a text encoder (offline.export_text)."""
+    """Of a text encoder (export.export_text)."""
 
     context_length: Size
     width: Size
