@@ -29,8 +29,7 @@ def create_app(batching: BatchingClassifier, settings: Settings, metrics: Metric
     routers = (
         lists.make_router(service, "private, max-age=3600"),
         classes.make_router(service),
-        health.make_router(service),
-        health.make_metrics_router(service),
+        health.make_router(service, metrics=True),
     )
     return assemble(service, "Few-shot image classification", routers, guarded=True)
 

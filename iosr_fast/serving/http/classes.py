@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import APIRouter, Depends
 from fastapi.security import HTTPBearer
@@ -32,19 +33,20 @@ def make_router(service: Service) -> APIRouter:
     # HTTPBearer only documents the scheme; middleware.Authorisation checks the token before a body is read.
     bearer = HTTPBearer(auto_error=False, description="the token that the server was started with")
     router = APIRouter(tags=["changes"], dependencies=[Depends(bearer)])
-    _add_class_routes(router, service)
-    _add_example_routes(router, service)
-    return router
+    max_images = service.settings.max_images
 
+    def route(method: str, path: str, summary: str, *errors: int, **options: Any) -> Any:
+        responses = schemas.errors(*errors, *_CHANGE_ERRORS)
+        options |= {"response_model": schemas.ChangeAnswer, "responses": responses, "summary": summary}
+        return router.api_route(path, methods=[method], **options)
 
-def _add_class_routes(router: APIRouter, service: Service) -> None:
-    @router.post(
+    @route(
+        "POST",
         "/v1/classes",
+        "Add a class from a few images",
+        409,
         status_code=201,
-        response_model=schemas.ChangeAnswer,
-        responses=schemas.errors(409, *_CHANGE_ERRORS),
-        openapi_extra=schemas.form_body(_NAME, 0, service.settings.max_images),
-        summary="Add a class from a few images",
+        openapi_extra=schemas.form_body(_NAME, 0, max_images),
     )
     async def add_class(request: Request) -> Response:
         upload = await read_form(request, service.settings, ("name",))
@@ -56,12 +58,7 @@ def _add_class_routes(router: APIRouter, service: Service) -> None:
 
         return await _change(service, "add_class", act, 201)
 
-    @router.patch(
-        "/v1/classes/{class_id}",
-        response_model=schemas.ChangeAnswer,
-        responses=schemas.errors(404, 409, *_CHANGE_ERRORS),
-        summary="Rename a class",
-    )
+    @route("PATCH", "/v1/classes/{class_id}", "Rename a class", 404, 409)
     async def rename_class(body: schemas.Rename, class_id: str = CLASS_ID_PATH) -> Response:
         name = _check_name(body.name)
 
@@ -72,12 +69,7 @@ def _add_class_routes(router: APIRouter, service: Service) -> None:
 
         return await _change(service, "rename_class", act)
 
-    @router.delete(
-        "/v1/classes/{class_id}",
-        response_model=schemas.ChangeAnswer,
-        responses=schemas.errors(404, *_CHANGE_ERRORS),
-        summary="Remove a class and its support images",
-    )
+    @route("DELETE", "/v1/classes/{class_id}", "Remove a class and its support images", 404)
     async def remove_class(class_id: str = CLASS_ID_PATH) -> Response:
         def act(classifier: Classifier) -> ChangeResult:
             _require_class(classifier, class_id)
@@ -85,23 +77,16 @@ def _add_class_routes(router: APIRouter, service: Service) -> None:
 
         return await _change(service, "remove_class", act)
 
-    @router.post(
-        "/v1/retune",
-        response_model=schemas.ChangeAnswer,
-        responses=schemas.errors(*_CHANGE_ERRORS),
-        summary="Choose the method's parameters again on the current support images",
-    )
+    @route("POST", "/v1/retune", "Choose the method's parameters again on the current support images")
     async def retune() -> Response:
         return await _change(service, "retune", lambda classifier: classifier.retune())
 
-
-def _add_example_routes(router: APIRouter, service: Service) -> None:
-    @router.post(
+    @route(
+        "POST",
         "/v1/classes/{class_id}/examples",
-        response_model=schemas.ChangeAnswer,
-        responses=schemas.errors(404, *_CHANGE_ERRORS),
-        openapi_extra=schemas.form_body({}, 1, service.settings.max_images),
-        summary="Add support images to a class",
+        "Add support images to a class",
+        404,
+        openapi_extra=schemas.form_body({}, 1, max_images),
     )
     async def add_examples(request: Request, class_id: str = CLASS_ID_PATH) -> Response:
         images = _check_all(service, (await read_form(request, service.settings)).images)
@@ -114,12 +99,7 @@ def _add_example_routes(router: APIRouter, service: Service) -> None:
 
         return await _change(service, "add_examples", act)
 
-    @router.delete(
-        "/v1/examples/{example_id}",
-        response_model=schemas.ChangeAnswer,
-        responses=schemas.errors(404, *_CHANGE_ERRORS),
-        summary="Remove a support image",
-    )
+    @route("DELETE", "/v1/examples/{example_id}", "Remove a support image", 404)
     async def remove_example(example_id: str = EXAMPLE_ID_PATH) -> Response:
         def act(classifier: Classifier) -> ChangeResult:
             try:
@@ -129,6 +109,8 @@ def _add_example_routes(router: APIRouter, service: Service) -> None:
             return classifier.remove_examples([example_id])
 
         return await _change(service, "remove_examples", act)
+
+    return router
 
 
 async def _change(

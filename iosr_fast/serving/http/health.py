@@ -73,8 +73,8 @@ def _grey_png() -> bytes:
     return file.getvalue()
 
 
-def make_router(service: Service) -> APIRouter:
-    """/healthz and /readyz."""
+def make_router(service: Service, metrics: bool) -> APIRouter:
+    """/healthz and /readyz, and /metrics with `metrics`."""
     router = APIRouter(tags=["operations"])
     probe = Probe(service)
 
@@ -97,11 +97,8 @@ def make_router(service: Service) -> APIRouter:
     async def readyz() -> Response:
         return _state(*await service.readiness())
 
-    return router
-
-
-def make_metrics_router(service: Service) -> APIRouter:
-    router = APIRouter(tags=["operations"])
+    if not metrics:
+        return router
 
     # Not `async`: rendering the series of thousands of classes is slow, so it runs in a thread.
     @router.get(
@@ -110,7 +107,7 @@ def make_metrics_router(service: Service) -> APIRouter:
         responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
         summary="For Prometheus",
     )
-    def metrics() -> Response:
+    def scrape() -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return router

@@ -21,20 +21,20 @@ _QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # polled every few seco
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 _DISCONNECTED = 499  # as in nginx: the client closed the connection before the answer
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
-_PREDICT = "/v1/predict"
+_PREDICT = ("POST", "/v1/predict")
 
 
 class Authorisation:
     """Requires the token of every request that could change something, on any path, before its body is read.
 
-    401 without the token, 403 if the server has none. Only what `_is_open` names needs no token.
+    401 without the token, 403 if the server has none. Only safe methods and predictions need no token.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(scope["method"], scope["path"]):
+        if scope["type"] == "http" and scope["method"] not in _SAFE and (scope["method"], scope["path"]) != _PREDICT:
             try:
                 self._service.authorise(Headers(scope=scope))
             except ApiError as error:
@@ -42,10 +42,6 @@ class Authorisation:
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-def _is_open(method: str, path: str) -> bool:
-    return method in _SAFE or (method == "POST" and path == _PREDICT)
 
 
 class RequestMiddleware:

@@ -6,6 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from iosr_fast.state.predictions import Prediction
+from iosr_fast.state.state import ClassInfo
+
 
 class ErrorInfo(BaseModel):
     """`code` is for programs, `message` for people."""
@@ -18,34 +21,6 @@ class ErrorAnswer(BaseModel):
     error: ErrorInfo
 
 
-class ClassScore(BaseModel):
-    """logit = zero_shot + cache: the part of the class texts, and the part of the support images."""
-
-    label: str
-    class_id: str
-    probability: float = Field(ge=0, le=1.0001)
-    logit: float
-    zero_shot: float
-    cache: float
-
-
-class Neighbour(BaseModel):
-    """A support image and its cosine similarity to the query."""
-
-    example_id: str
-    label: str
-    class_id: str
-    similarity: float
-
-
-class Prediction(ClassScore):
-    """The label of one image with the scores behind it."""
-
-    top: list[ClassScore]
-    nearest: list[Neighbour]
-    version: int
-
-
 class PredictAnswer(BaseModel):
     """`predictions` in the order of the images, each a prediction or an error of that image; `latency_ms` from the
     request's last byte to its answer; `version` of the classes, the highest if two batches answered."""
@@ -53,12 +28,6 @@ class PredictAnswer(BaseModel):
     version: int
     latency_ms: float
     predictions: list[Prediction | ErrorAnswer]
-
-
-class ClassInfo(BaseModel):
-    class_id: str
-    name: str
-    examples: int
 
 
 class ClassesAnswer(BaseModel):
@@ -132,26 +101,17 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _IMAGE = {"type": "string", "format": "binary"}
 
 
-def form_schema(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
-    """A multipart form with `images` and text fields."""
+def form_body(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
+    """openapi_extra of a route that takes a multipart form with `images` and text fields."""
     images = {"type": "array", "items": _IMAGE, "minItems": min_images, "maxItems": max_images}
     required = [*texts, *(["images"] if min_images else [])]
-    return {"schema": {"type": "object", "properties": {**texts, "images": images}, "required": required}}
-
-
-def form_body(texts: dict[str, dict[str, Any]], min_images: int, max_images: int) -> dict[str, Any]:
-    """openapi_extra of a route that takes such a form."""
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"multipart/form-data": form_schema(texts, min_images, max_images)},
-        }
-    }
+    form = {"schema": {"type": "object", "properties": {**texts, "images": images}, "required": required}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
 
 
 def image_body(max_images: int) -> dict[str, Any]:
     """openapi_extra of a route that takes one image as the body, or a form with several."""
-    one = {"schema": _IMAGE}
-    content = {kind: one for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream")}
-    content["multipart/form-data"] = form_schema({}, 1, max_images)
-    return {"requestBody": {"required": True, "content": content}}
+    body = form_body({}, 1, max_images)
+    for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream"):
+        body["requestBody"]["content"][kind] = {"schema": _IMAGE}
+    return body

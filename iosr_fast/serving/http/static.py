@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -18,9 +17,6 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".webp": "image/webp",
-    ".ico": "image/x-icon",
 }
 _POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
@@ -28,21 +24,15 @@ _POLICY = (
 )
 
 
-@dataclass(frozen=True)
-class _File:
-    content: bytes
-    headers: dict[str, str]
-
-
-def _read(path: Path) -> _File:
+def _read(path: Path) -> tuple[bytes, dict[str, str]]:
+    """Content and headers."""
     content = path.read_bytes()
-    headers = {
+    return content, {
         "Content-Type": _TYPES[path.suffix],
         "Content-Security-Policy": _POLICY,
         "Cache-Control": "no-cache",
         "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
     }
-    return _File(content, headers)
 
 
 def make_router(folder: Path = FOLDER) -> APIRouter:
@@ -51,12 +41,12 @@ def make_router(folder: Path = FOLDER) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     def answer(request: Request, name: str) -> Response:
-        file = files.get(name)
-        if file is None:
+        if name not in files:
             raise ApiError(404, "not_found", f"there is no file {name[:80]!r}")
-        if request.headers.get("if-none-match") == file.headers["ETag"]:
-            return Response(status_code=304, headers=file.headers)
-        return Response(file.content, headers=file.headers)
+        content, headers = files[name]
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers)
 
     @router.get("/")
     async def page(request: Request) -> Response:

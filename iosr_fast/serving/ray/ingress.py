@@ -97,7 +97,11 @@ def make_app(remote: Remote, settings: Settings, metrics: Metrics) -> FastAPI:
     service = RemoteService(remote, settings, metrics)
     # During an update a list is that of the old bundle or the new one. Pictures are not cached, because another bundle
     # may use the same id for another picture.
-    routers = (lists.make_router(service, "no-store", 503), _refused_changes(), health.make_router(service))
+    routers = (
+        lists.make_router(service, "no-store", 503),
+        _refused_changes(),
+        health.make_router(service, metrics=False),
+    )
     return assemble(service, "Few-shot image classification, on several replicas", routers)
 
 
