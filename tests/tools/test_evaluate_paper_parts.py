@@ -480,7 +480,7 @@ def test_tables_have_means_spreads_and_differences(tmp_path: Path) -> None:
     assert "Splits, prompts and draws may differ" in " ".join(footer) and "not at hand" not in " ".join(footer)
     rows = table.rows_of(sheets)
     assert [[round(f["difference"], 6) for f in row["published"]] for row in rows] == [[1.0], [11.0], []]
-    table.write_markdown(tmp_path / "t.md", sheets, rows, {"views": 3, **table.facts()}, footer)
+    table.write_markdown(tmp_path / "t.md", sheets, {"views": 3, **table.facts()}, footer)
     text = (tmp_path / "t.md").read_text()
     assert "|   published |  | 65.0 (+6.0) |" in text and "; views 3; " in text and f"- {footer[0]}" in text
 

@@ -1,9 +1,7 @@
-"""Results as tables on the terminal and as JSON, CSV and Markdown files."""
+"""Results as tables on the terminal and in Markdown, and as rows."""
 
 from __future__ import annotations
 
-import csv
-import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from iosr_fast.pipeline.tables import escaped
 from iosr_fast.utils.machine import package_version
 from tools.bench import harness
 from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
@@ -23,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH = 150
 MEAN = "mean"
+PACKAGES = ("torch", "open_clip_torch", "onnxruntime")
 OVERLAP = ("overlap_area", "auroc", "feature_variance")
 Row = Mapping[str, Any]
 
@@ -116,20 +114,6 @@ def print_sheets(out: Console, sheets: Sequence[Sheet], footer: Sequence[str] = 
         out.print(line, soft_wrap=True)
 
 
-def print_parameters(out: Console, results: Sequence[Result]) -> None:
-    """The chosen parameters and the time it took; with several seeds each has its value."""
-    rows = []
-    for result in results:
-        row = result.row()
-        tuned = " | ".join("-" if value is None else f"{100 * value:.1f}" for value in row["tuned_accuracy"])
-        seconds = [f"{sum(row[name]) / len(row[name]):.2f}" for name in ("tune_seconds", "fit_seconds")]
-        shots = str(result.shots)
-        cells = (result.method, result.reducer, result.source, shots, row["tuned_on"], parameters_of(row), tuned)
-        rows.append([*cells, *seconds])
-    heads = ("method", "reducer", "data", "shots", "tuned on", "parameters", "tuned to %", "tune s", "fit s")
-    print_table(out, heads, rows, left=len(heads))
-
-
 def print_overlap(out: Console, rows: Sequence[Row]) -> None:
     first = rows[0]
     out.print(
@@ -138,16 +122,6 @@ def print_overlap(out: Console, rows: Sequence[Row]) -> None:
     )
     cells = [[row["embeddings"], *(f"{row[name]:.3f}" for name in OVERLAP)] for row in rows]
     print_table(out, ("embeddings", "overlap area", "AUROC", "feature variance"), cells, left=4)
-
-
-def parameters_of(row: Row) -> str:
-    """alpha 10.6, beta 5.8; of several seeds: alpha 10.6 | 12.1, beta 5.8 | 7.4; for auto with the chosen method."""
-    names = dict.fromkeys(name for chosen in row["parameters"] for name in chosen)
-    values = [
-        f"{name} {' | '.join(f'{chosen[name]:.3g}' if name in chosen else '-' for chosen in row['parameters'])}"
-        for name in names
-    ]
-    return "; ".join([" | ".join(row["chosen"])] * (row["method"] == AUTO) + [", ".join(values)] * bool(values))
 
 
 def percent(mean: float, spread: float) -> str:
@@ -166,46 +140,17 @@ def rows_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
-    harness.write_json(path, rows)
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """The rows of accuracy; a value that is a list or a dictionary is written as JSON."""
-    rows = [row for row in rows if row["bench"] == "accuracy"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _csv_cell(value) for name, value in row.items()})
-
-
-def _csv_cell(value: Any) -> Any:
-    if isinstance(value, str):
-        return escaped(value)
-    return json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def write_markdown(
-    path: Path, sheets: Sequence[Sheet], rows: Sequence[Row], common: Row, footer: Sequence[str] = ()
-) -> None:
-    """The tables as they are printed; of `rows` those of overlap, if there are any."""
+def write_markdown(path: Path, sheets: Sequence[Sheet], common: Row, footer: Sequence[str]) -> None:
+    """The tables as they are printed, below the run's settings and versions."""
     settings = {name: value for name, value in common.items() if name not in ("device", "versions", "commit")}
     described = "; ".join(f"{name} {value}" for name, value in {**settings, **common["versions"]}.items())
     text = [f"{common['device']}; {described}; {common['commit']}"]
     for sheet in sheets:
-        text += ["", f"## {sheet.name}", "", *sheet.notes, "", *_markdown(*sheet.lines())]
-    overlap = [row for row in rows if row["bench"] == "overlap"]
-    if overlap:
-        cells = [[row["embeddings"], *(f"{row[name]:.4f}" for name in OVERLAP), str(row["images"])] for row in overlap]
-        heads = ("embeddings", *(name.replace("_", " ") for name in OVERLAP), "images")
-        text += ["", f"## {overlap[0]['data']}, overlap", "", *_markdown(heads, cells)]
-    text += ["", *(f"- {line}" for line in footer)] if footer else []
+        heads, rows = sheet.lines()
+        cells = ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows)]
+        text += ["", f"## {sheet.name}", "", *sheet.notes, "", *cells]
+    text += ["", *(f"- {line}" for line in footer)]
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 def _range(values: Sequence[int]) -> str:

@@ -8,8 +8,7 @@ Shots x seeds x data sets x methods, each with and without the adapter ("++"). d
 tools/evaluation/paper/run.py describes the protocol. Every cell is a file in OUT/cells, embeddings are in
 OUT/embeddings: stop the run at any moment, and the same command resumes it. More sets, methods, shots and seeds may be
 run into the same OUT. PlantDoc has classes of 9 images to draw from: more shots of it need --fewer, as in the papers'
-code (https://github.com/KaiyangZhou/Dassl.pytorch). The tables are printed, and written to OUT/results.md, .csv and
-.json.
+code (https://github.com/KaiyangZhou/Dassl.pytorch). The tables are printed, and written to OUT/results.md and .json.
 """
 
 from __future__ import annotations
@@ -19,74 +18,51 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tools.evaluation.accuracy import Draw
-    from tools.evaluation.paper.cells import Cell, Cells
-    from tools.evaluation.paper.problems import Problem
-    from tools.evaluation.paper.run import Group
-    from tools.evaluation.paper.store import Store
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from iosr_fast.encoders.runtimes.engine import choose_runtime
+from iosr_fast.export.pretrained import cache_folder
+from iosr_fast.methods import METHODS
+from iosr_fast.utils.files import remove_leftovers
+from iosr_fast.utils.outputs import check_new_folder
+from tools.bench import harness
+from tools.evaluation import demo, table
+from tools.evaluation.accuracy import AUTO, Draw, method_names, table_rows
+from tools.evaluation.paper import model as models
+from tools.evaluation.paper import problems as sets
+from tools.evaluation.paper import report as reports
+from tools.evaluation.paper import run
+from tools.evaluation.paper.cells import Cell, Cells, digest, write_json
+from tools.evaluation.paper.problems import Problem
+from tools.evaluation.paper.published import read_published
+from tools.evaluation.paper.run import Group
+from tools.evaluation.paper.store import Store
 
 PAPER_METHODS = ("zero-shot", "tip-adapter", "tip-adapter++", "tip-x", "tip-x++")
-PACKAGES = ("torch", "open_clip_torch", "onnxruntime")
+SHOTS = (1, 2, 4, 8, 16)
 RUN = "run.json"
 Report = Callable[[str], None]
 
 
-def add_options(to: argparse.ArgumentParser) -> None:
-    to.add_argument("--data", nargs="+", required=True, metavar="SET", help="demo, names of data sets, or all")
-    to.add_argument("--root", type=Path, metavar="DIR", help="the folder that holds the data sets")
-    to.add_argument("--model", help="demo or one of open_clip's [demo, for --data demo]")
-    to.add_argument("--pretrained", help="one of open_clip's tags, or a file of weights")
-    to.add_argument("--adapter", default="auto", metavar="FILE", help="[the demo's, or none]")
-    to.add_argument(
-        "--methods", nargs="+", default=["paper"], help=f"names, all, or [paper]: {' '.join(PAPER_METHODS)}"
-    )
-    to.add_argument("--reducers", nargs="+", default=["none"], help="none centre pca [none]")
-    to.add_argument("--shots", nargs="+", type=int, help="images a class [1 2 4 8 16; of the demo 1 2 4]")
-    to.add_argument("--fewer", action="store_true", help="a class with fewer images than shots gives all it has")
-    to.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="draws of the support [1 2 3]")
-    to.add_argument("--views", type=int, default=10, help="random views a key is the mean of; 1: none [10]")
-    to.add_argument("--no-mirror", action="store_true", help="mirror no view: where left and right matter")
-    to.add_argument("--runtime", default="auto", help="tensorrt, onnxruntime, torch, ... [auto]")
-    to.add_argument("--published", nargs="+", type=Path, default=[], metavar="FILE", help="more published figures")
-    to.add_argument("--out", type=Path, metavar="DIR", help="[a folder of this CLIP and adapter in the user's cache]")
-    to.add_argument("--embeddings", type=Path, metavar="DIR", help="share embeddings between runs [OUT/embeddings]")
-    to.add_argument("--status", action="store_true", help="print how many cells are done, and stop")
-
-
 def check_options(options: argparse.Namespace) -> list[str]:
     """The methods. Raises ValueError for options that are wrong whatever the data, before any set is opened."""
-    from iosr_fast.encoders.runtimes.engine import choose_runtime
-    from iosr_fast.methods import METHODS
-    from iosr_fast.scoring.reducers import check_reducer
-    from tools.evaluation.accuracy import AUTO, method_names
-    from tools.evaluation.paper.problems import DEMO
-
     names = method_names(options.methods, {"paper": PAPER_METHODS, "all": [*METHODS]})
     if AUTO in names:
         raise ValueError("expected --methods without auto: the paper's tables compare methods by name")
-    for reducer in options.reducers:
-        check_reducer(reducer)
     if options.runtime != "auto":
         choose_runtime(options.runtime)
-    if min(options.shots or [1]) < 1 or min(options.seeds) < 0 or options.views < 1:
-        raise ValueError(
-            f"expected --shots and --views of at least 1 and --seeds of at least 0, got {options.shots}, "
-            f"{options.views} and {options.seeds}"
-        )
-    if options.model is None and options.data != [DEMO]:
+    if options.model is None and options.data != [sets.DEMO]:
         raise ValueError("expected --model (and --pretrained) for data sets other than the demo's")
     return names
 
 
 def check_shots(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
     """Raise ValueError for more shots than there are images. Fills in the default of --shots."""
-    from tools.evaluation.paper.problems import DEMO, DEMO_SHOTS, SHOTS
-
     if options.shots is None:
-        options.shots = list(DEMO_SHOTS if any(problem.name == DEMO for problem in problems) else SHOTS)
+        options.shots = list(demo.SHOTS if any(problem.name == sets.DEMO for problem in problems) else SHOTS)
     options.shots, options.seeds = sorted(set(options.shots)), list(dict.fromkeys(options.seeds))
     most = {problem.name: problem.most_shots(options.fewer) for problem in problems}
     if few := [f"{name} has {images}" for name, images in most.items() if images < max(options.shots)]:
@@ -101,9 +77,6 @@ def check_shots(options: argparse.Namespace, problems: Sequence[Problem]) -> Non
 
 def check_out(out: Path, facts: dict[str, Any]) -> None:
     """Make `out` this run's. Raises FileExistsError for a folder of other things, ValueError for one of another run."""
-    from iosr_fast.utils.files import remove_leftovers
-    from tools.evaluation.paper.cells import write_json
-
     path = out / RUN
     if path.is_file():
         try:
@@ -123,8 +96,6 @@ def check_out(out: Path, facts: dict[str, Any]) -> None:
 
 def check_place(out: Path) -> None:
     """Raise OSError if no run can begin or resume in `out`."""
-    from iosr_fast.utils.outputs import check_new_folder
-
     if (out / RUN).is_file():
         return
     # A run that was killed at its very beginning leaves its hidden file only.
@@ -136,17 +107,6 @@ def check_place(out: Path) -> None:
 
 def reproduce(options: argparse.Namespace, report: Report) -> None:
     """Check everything, then fill the missing cells and show the tables."""
-    from iosr_fast.methods import METHODS
-    from tools.evaluation import table
-    from tools.evaluation.accuracy import table_rows
-    from tools.evaluation.paper import model as models
-    from tools.evaluation.paper import problems as sets
-    from tools.evaluation.paper import report as reports
-    from tools.evaluation.paper import run
-    from tools.evaluation.paper.cells import Cells, digest
-    from tools.evaluation.paper.published import read_published
-    from tools.evaluation.paper.store import Store
-
     published = read_published(options.published)
     names = check_options(options)
     if options.out is not None:
@@ -163,8 +123,6 @@ def reproduce(options: argparse.Namespace, report: Report) -> None:
     # Without --pretrained, as a file has several paths: the fingerprint in the model's facts is that of its content.
     facts = {**model.facts, "views": views.count, "mirror": views.mirror}
     if options.out is None:
-        from iosr_fast.export.pretrained import cache_folder
-
         options.out = cache_folder() / "reproduction" / f"{model.clip.name}-{digest(facts)[:12]}"
     if options.status and not (options.out / RUN).is_file():
         raise FileNotFoundError(f"no run in {options.out} yet")
@@ -183,12 +141,11 @@ def reproduce(options: argparse.Namespace, report: Report) -> None:
     sheets = reports.sheets(groups, draws, published, weights)
     footer = reports.footer(sheets, weights)
     table.print_sheets(table.console(), sheets, footer)
-    common = {**facts, "pretrained": options.pretrained, **table.facts(PACKAGES)}
+    common = {**facts, "pretrained": options.pretrained, **table.facts(table.PACKAGES)}
     written = [{**row, **common} for row in table.rows_of(sheets)]
-    table.write_json(options.out / "results.json", written)
-    table.write_csv(options.out / "results.csv", written)
-    table.write_markdown(options.out / "results.md", sheets, written, common, footer)
-    report(f"wrote results.md, results.csv and results.json to {options.out}")
+    harness.write_json(options.out / "results.json", written)
+    table.write_markdown(options.out / "results.md", sheets, common, footer)
+    report(f"wrote results.md and results.json to {options.out}")
 
 
 def print_status(groups: Sequence[Group], cells: Cells, out: Path) -> None:
@@ -203,11 +160,6 @@ def print_status(groups: Sequence[Group], cells: Cells, out: Path) -> None:
 
 def compute(groups: Sequence[Group], store: Store, cells: Cells) -> dict[str, Draw]:
     """Fill the cells under a bar with the number of cells done and the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from tools.evaluation.paper import run
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         encoding = progress.add_task("images to encode", total=run.to_encode(groups, store))

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from iosr_fast.training.data.evaluation_sets import EvaluationSet, FileSplit
 
 DEMO = "demo"
-DEMO_SHOTS, SHOTS = (1, 2, 4), (1, 2, 4, 8, 16)
 # A set without training images of its own takes its support from this one: a shift of domain.
 SHIFTED_FROM = "imagenet"
 
