@@ -65,8 +65,7 @@ py::tuple py_intervals(const py::array& base, const py::array& slope, const py::
 
 py::tuple py_cache_intervals(const py::array& base, const py::array& query, const py::array& keys,
                              const py::array& class_offsets, const py::array& labels, const py::array& betas,
-                             const Array& weights, const Array& extra, const Array& gammas, const Array& own,
-                             py::ssize_t threads) {
+                             const Array& weights, const Array& extra, const Array& gammas, py::ssize_t threads) {
     check_matrix(base, "base", 1);
     check_matrix(keys, "keys", 1);
     if (betas.ndim() != 1 || betas.shape(0) < 1 || (gammas && gammas->ndim() != 1) ||
@@ -95,7 +94,6 @@ py::tuple py_cache_intervals(const py::array& base, const py::array& query, cons
     cache.class_offsets = needed<std::int64_t>(class_offsets, "class_offsets", {n_classes + 1});
     cache.betas = needed<double>(betas, "betas", {n_betas});
     cache.weights = checked<float>(weights, "weights", {n_betas, n_keys});
-    cache.own = checked<std::int64_t>(own, "own", {n_samples});
     cache.labels = checked_labels(labels, n_samples, n_classes);
     check_offsets(cache.class_offsets, n_classes, n_keys);
 
@@ -110,17 +108,13 @@ py::tuple py_cache_intervals(const py::array& base, const py::array& query, cons
     return py::make_tuple(found.lower, found.upper, found.flags, path.name);
 }
 
-py::tuple py_sweep(const py::array& lower, const py::array& upper, const py::array& flags,
-                   const std::optional<double>& alpha_max, py::ssize_t threads) {
+py::tuple py_sweep(const py::array& lower, const py::array& upper, const py::array& flags, py::ssize_t threads) {
     check_matrix(lower, "lower", 0);
     const py::ssize_t n_settings = lower.shape(0);
     const std::vector<py::ssize_t> shape = {n_settings, lower.shape(1)};
     const double* low = needed<double>(lower, "lower", shape);
     const double* high = needed<double>(upper, "upper", shape);
     const std::uint8_t* ends = needed<std::uint8_t>(flags, "flags", shape);
-    if (alpha_max && !(*alpha_max >= 0.0)) {
-        throw py::value_error("expected alpha_max >= 0, got " + std::to_string(*alpha_max));
-    }
     const std::size_t n_threads = checked_threads(threads);
     py::array_t<double> alpha(n_settings), best_low(n_settings), best_high(n_settings);
     py::array_t<std::uint8_t> best_ends(n_settings);
@@ -130,7 +124,7 @@ py::tuple py_sweep(const py::array& lower, const py::array& upper, const py::arr
     {
         py::gil_scoped_release release;
         sweep(low, high, ends, static_cast<std::size_t>(n_settings), static_cast<std::size_t>(shape[1]),
-              alpha_max.value_or(-1.0), n_threads, rows);
+              n_threads, rows);
     }
     return py::make_tuple(alpha, best_low, best_high, best_ends, right);
 }
@@ -145,11 +139,11 @@ void bind_search(py::module_& module) {
     module.def("cache_intervals", &py_cache_intervals, py::kw_only(), py::arg("base"), py::arg("query"),
                py::arg("keys"), py::arg("class_offsets"), py::arg("labels"), py::arg("betas"),
                py::arg("weights") = py::none(), py::arg("extra") = py::none(), py::arg("gammas") = py::none(),
-               py::arg("own") = py::none(), py::arg("threads") = 0,
+               py::arg("threads") = 0,
                "intervals for a cache at K betas and G gammas: lower, upper, flags (K * G, V) and the name of the\n"
                "path that ran. betas (K,) and gammas (G,) float64, weights (K, N), else as iosr_fast.methods.tuning.search says.");
     module.def("sweep", &py_sweep, py::kw_only(), py::arg("lower"), py::arg("upper"), py::arg("flags"),
-               py::arg("alpha_max") = py::none(), py::arg("threads") = 0,
+               py::arg("threads") = 0,
                "For each setting of intervals (S, V) the best alpha, the low and high end of its plateau, flags of\n"
                "these (1 low open, 2 high open) and the number of right samples, (S,) each.");
 }

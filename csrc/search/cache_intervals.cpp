@@ -92,7 +92,7 @@ class CacheSearch {
                 for (std::size_t i = 0; i < n; ++i) {
                     kernels_.dot_panel(cache_.keys + begin * cache_.width, end - begin, cache_.width,
                                        scratch.queries.get() + i * panel_ * cache_.width, scratch.dots.get());
-                    add_block(scratch, first + i, begin, end, n_segments, k, n_betas, i);
+                    add_block(scratch, begin, n_segments, k, n_betas, i);
                 }
             }
             for (std::size_t i = 0; i < n; ++i) {
@@ -101,22 +101,9 @@ class CacheSearch {
         }
     }
 
-    // A lane whose own key is a row of the block.
-    struct Own {
-        std::size_t lane, row;
-    };
-
-    // Adds the block of keys [begin, end) to the sums of panel p, whose dots are in scratch.
-    void add_block(const Scratch& scratch, std::size_t p, std::size_t begin, std::size_t end, std::size_t n_segments,
-                   std::size_t first_beta, std::size_t n_betas, std::size_t i) const {
-        Own own[kMaxPanel];
-        std::size_t n_own = 0;
-        for (std::size_t lane = 0; cache_.own != nullptr && lane < lanes(p); ++lane) {
-            const auto row = static_cast<std::size_t>(cache_.own[p * panel_ + lane]);  // -1 is past every row
-            if (row >= begin && row < end) {
-                own[n_own++] = {lane, row - begin};
-            }
-        }
+    // Adds the block of keys from `begin`, whose dots are in scratch, to the sums of the task's panel i.
+    void add_block(const Scratch& scratch, std::size_t begin, std::size_t n_segments, std::size_t first_beta,
+                   std::size_t n_betas, std::size_t i) const {
         const float* dots = scratch.dots.get();
         for (std::size_t k = 0; k < n_betas; ++k) {
             const float scale = scale_of(first_beta + k);
@@ -129,11 +116,6 @@ class CacheSearch {
                 float block[kMaxPanel];
                 const std::size_t n_rows = segment.end - segment.begin;
                 kernels_.exp_sum(dots + segment.begin * panel_, n_rows, scale, nullptr, key_weights, block);
-                for (std::size_t o = 0; o < n_own; ++o) {
-                    if (own[o].row >= segment.begin && own[o].row < segment.end) {
-                        block[own[o].lane] = sum_without(dots, segment, own[o], scale, key_weights);
-                    }
-                }
                 double* sum = sums + segment.c * panel_;
                 for (std::size_t lane = 0; lane < panel_; ++lane) {
                     sum[lane] = segment.opens ? block[lane] : sum[lane] + block[lane];
@@ -143,22 +125,6 @@ class CacheSearch {
     }
 
     float scale_of(std::size_t k) const { return static_cast<float>(static_cast<float>(cache_.betas[k]) * kLog2E); }
-
-    // exp_sum of one lane without its own key. Subtracting the key afterwards would leave a rounding error.
-    float sum_without(const float* dots, const Segment& segment, const Own& own, float scale,
-                      const float* weights) const {
-        float run[kBlockRows];
-        const std::size_t n = segment.end - segment.begin;
-        for (std::size_t r = 0; r < n; ++r) {
-            run[r] = dots[(segment.begin + r) * panel_ + own.lane];
-        }
-        kernels_.exp_run(run, n, scale, nullptr, weights);
-        float sum = 0.0F;
-        for (std::size_t r = 0; r < n; ++r) {
-            sum += segment.begin + r == own.row ? 0.0F : run[r];
-        }
-        return sum;
-    }
 
     // The intervals of panel p at the betas of the group and at every gamma.
     void find(const Scratch& scratch, std::size_t p, std::size_t first_beta, std::size_t n_betas, std::size_t i) const {

@@ -11,7 +11,7 @@ namespace iosr {
 
 // Setting k * G + g has
 //     z = base + gammas[g] * extra
-//     s[v, c] = sum over keys j of class c, j != own[v]: weights[k, j] * exp(-betas[k] * (1 - <query[v], keys[j]>))
+//     s[v, c] = sum over keys j of class c: weights[k, j] * exp(-betas[k] * (1 - <query[v], keys[j]>))
 // All arrays are row-major and contiguous, and checked by the caller; a null pointer omits its factor or term.
 struct CacheView {
     std::size_t n_samples = 0;                    // V
@@ -27,7 +27,6 @@ struct CacheView {
     const std::int64_t* class_offsets = nullptr;  // (C + 1,), as in scoring/plan.h
     const double* betas = nullptr;                // (K,)
     const float* weights = nullptr;               // (K, N)
-    const std::int64_t* own = nullptr;            // (V,), a row of keys or -1
     const std::int64_t* labels = nullptr;         // (V,), in [0, C)
 };
 

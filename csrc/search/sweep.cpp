@@ -39,13 +39,13 @@ struct Plateau {
     }
 };
 
-// Intervals of one setting, cut to [0, alpha_max].
+// Intervals of one setting, cut to the range of alphas.
 class Setting {
   public:
-    Setting(const double* lower, const double* upper, const std::uint8_t* flags, std::size_t n, double alpha_max,
+    Setting(const double* lower, const double* upper, const std::uint8_t* flags, std::size_t n,
             std::uint64_t* starts, std::uint64_t* ends)
         : starts_(starts), ends_(ends) {
-        alpha_max = alpha_max < 0.0 ? twice_the_largest_end(lower, upper, flags, n) : alpha_max;
+        const double alpha_max = twice_the_largest_end(lower, upper, flags, n);
         for (std::size_t v = 0; v < n; ++v) {
             if ((flags[v] & kEmpty) != 0 || !(lower[v] <= alpha_max && upper[v] >= 0.0)) {
                 continue;
@@ -121,14 +121,14 @@ class Setting {
 }  // namespace
 
 void sweep(const double* lower, const double* upper, const std::uint8_t* flags, std::size_t n_settings,
-           std::size_t n_samples, double alpha_max, std::size_t threads, const BestRows& out) {
+           std::size_t n_samples, std::size_t threads, const BestRows& out) {
     const std::size_t workers =
         std::clamp<std::size_t>(std::min(n_settings, n_settings * n_samples / kThreadWork), 1, threads);
     const Buffer<std::uint64_t> scratch = make_buffer<std::uint64_t>(2 * workers * n_samples);
     run_phases(workers, {{n_settings, [&](std::size_t worker, std::size_t i) {
                               std::uint64_t* starts = scratch.get() + 2 * worker * n_samples;
                               const std::size_t row = i * n_samples;
-                              const Setting setting(lower + row, upper + row, flags + row, n_samples, alpha_max, starts,
+                              const Setting setting(lower + row, upper + row, flags + row, n_samples, starts,
                                                     starts + n_samples);
                               const Plateau best = setting.best();
                               out.low[i] = alpha_at(best.begin);

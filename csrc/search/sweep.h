@@ -16,10 +16,9 @@ struct BestRows {
 };
 
 // For each setting the middle of the widest plateau (the first of equals) of the number of intervals that cover an
-// alpha in [0, alpha_max]; a single point is a plateau of width 0. lower, upper, flags (S, V) as in intervals.h,
-// without NaN. alpha_max < 0 means twice the largest finite end above 0 of the setting's intervals, or 2 without one.
-// Up to `threads` threads, whose number doesn't change the result. Throws std::bad_alloc before any work.
+// alpha from 0 to twice the largest finite end above 0 of the setting's intervals, or to 2 without one; a single point is
+// a plateau of width 0. lower, upper, flags (S, V) as in intervals.h, without NaN. Up to `threads` threads, whose number doesn't change the result. Throws std::bad_alloc before any work.
 void sweep(const double* lower, const double* upper, const std::uint8_t* flags, std::size_t n_settings,
-           std::size_t n_samples, double alpha_max, std::size_t threads, const BestRows& out);
+           std::size_t n_samples, std::size_t threads, const BestRows& out);
 
 }  // namespace iosr

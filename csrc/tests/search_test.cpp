@@ -38,12 +38,12 @@ struct Best {
     std::int64_t right = -1;
 };
 
-std::vector<Best> sweep(const Found& found, std::size_t n_settings, double alpha_max, std::size_t threads) {
+std::vector<Best> sweep(const Found& found, std::size_t n_settings, std::size_t threads) {
     std::vector<double> alpha(n_settings), low(n_settings), high(n_settings);
     std::vector<std::uint8_t> ends(n_settings);
     std::vector<std::int64_t> right(n_settings);
     iosr::sweep(found.lower.data(), found.upper.data(), found.flags.data(), n_settings, found.lower.size() / n_settings,
-                alpha_max, threads, {alpha.data(), low.data(), high.data(), ends.data(), right.data()});
+                threads, {alpha.data(), low.data(), high.data(), ends.data(), right.data()});
     std::vector<Best> best(n_settings);
     for (std::size_t s = 0; s < n_settings; ++s) {
         best[s] = {alpha[s], low[s], high[s], ends[s], right[s]};
@@ -147,17 +147,30 @@ struct Whole {
     }
 };
 
+Fraction twice_the_largest_end(const Whole& whole, const Found& found) {
+    Fraction largest = {1, 1};
+    for (const Fraction point : whole.crossings({1000, 1})) {  // in ascending order
+        for (std::size_t v = 0; v < whole.n; ++v) {
+            const bool is_end = found.lower[v] == point.value() || found.upper[v] == point.value();
+            if (point.up > 0 && is_end && (found.flags[v] & iosr::kEmpty) == 0) {
+                largest = point;
+            }
+        }
+    }
+    return {2 * largest.up, largest.down};
+}
+
 void test_intervals_and_sweep_are_exact() {
     for (const std::size_t n_classes : {1, 2, 3, 9}) {
         for (const std::size_t n : {1, 7, 8, 9, 30}) {
             for (const std::size_t largest : {1, 4}) {
-                for (const Fraction alpha_max : {Fraction{0, 1}, Fraction{1, 2}, Fraction{3, 1}, Fraction{20, 1}}) {
+                for (int repeat = 0; repeat < 4; ++repeat) {
                     const Whole whole(n, n_classes, largest);
                     Found found(n);
                     iosr::find_intervals(whole.base.data(), whole.slope.data(), whole.labels.data(), n, n_classes, 2,
                                          found.rows());
-                    const Best truth = whole.best(alpha_max);
-                    const Best got = sweep(found, 1, alpha_max.value(), 2)[0];
+                    const Best truth = whole.best(twice_the_largest_end(whole, found));
+                    const Best got = sweep(found, 1, 2)[0];
                     check(got.right == truth.right && got.low == truth.low && got.high == truth.high &&
                               got.alpha == truth.alpha && got.ends == truth.ends,
                           "sweep of " + std::to_string(n) + " x " + std::to_string(n_classes));
@@ -168,45 +181,45 @@ void test_intervals_and_sweep_are_exact() {
 }
 
 void test_the_domain() {
-    check(sweep(Found(0), 1, -1.0, 1)[0].alpha == 1.0, "no samples: the middle of [0, 2]");
+    check(sweep(Found(0), 1, 1)[0].alpha == 1.0, "no samples: the middle of [0, 2]");
     Found found(3);
     found.lower = {1.0, 2.0, 3.0};
     found.upper = {4.0, kInfinity, 9.0};
     found.flags = {0, iosr::kLowerOpen, iosr::kEmpty};
-    Best best = sweep(found, 1, -1.0, 1)[0];
+    Best best = sweep(found, 1, 1)[0];
     check(best.low == 2.0 && best.high == 4.0 && best.right == 2 && best.ends == iosr::kLowerOpen, "two overlap");
-    best = sweep(found, 3, -1.0, 3)[1];
+    best = sweep(found, 3, 3)[1];
     check(best.low == 2.0 && best.high == 4.0 && best.right == 1, "a plateau without end goes to twice its start");
-    best = sweep(found, 3, -1.0, 3)[2];
+    best = sweep(found, 3, 3)[2];
     check(best.low == 0.0 && best.high == 2.0 && best.right == 0, "an empty interval's ends don't count");
     Found apart(3);
     apart.lower = {5.0, 1.0, 3.0};
     apart.upper = {6.0, 2.0, 4.0};
     apart.flags = {0, 0, 0};
-    check(sweep(apart, 1, -1.0, 1)[0].alpha == 1.5, "the first of equally wide plateaus");
+    check(sweep(apart, 1, 1)[0].alpha == 1.5, "the first of equally wide plateaus");
 }
 
 void test_intervals_with_threads() {
     const Whole whole(3000, 120, 3);
     Found alone(3000);
     iosr::find_intervals(whole.base.data(), whole.slope.data(), whole.labels.data(), 3000, 120, 1, alone.rows());
-    const std::vector<Best> best = sweep(alone, 30, -1.0, 1);
+    const std::vector<Best> best = sweep(alone, 30, 1);
     for (const std::size_t threads : {2, 3, 7}) {
         Found found(3000);
         iosr::find_intervals(whole.base.data(), whole.slope.data(), whole.labels.data(), 3000, 120, threads,
                              found.rows());
         check(found == alone, "intervals with threads");
-        const std::vector<Best> again = sweep(alone, 30, -1.0, threads);
+        const std::vector<Best> again = sweep(alone, 30, threads);
         for (std::size_t s = 0; s < best.size(); ++s) {
             check(again[s].alpha == best[s].alpha && again[s].right == best[s].right, "sweep with threads");
         }
     }
 }
 
-// A search that owns its arrays; every second one is without weights, gammas or own keys.
+// A search that owns its arrays; every second one is without weights and gammas.
 struct Cache {
     iosr::CacheView view;
-    std::vector<std::int64_t> offsets, labels, own;
+    std::vector<std::int64_t> offsets, labels;
     std::vector<float> base, extra, query, keys, weights;
     std::vector<double> betas, gammas;
 
@@ -225,17 +238,10 @@ struct Cache {
             extra = unit_rows(n, n_classes);
             gammas = {0.0, 0.7, -1.5};
             weights = unit_rows(betas.size(), n_keys);
-            for (std::size_t v = 0; v < n; ++v) {
-                own.push_back(static_cast<std::int64_t>(below(n_keys + 1)) - 1);
-                if (own[v] >= 0) {  // the query is the key: its affinity is the largest
-                    std::copy_n(&keys[static_cast<std::size_t>(own[v]) * width], width, &query[v * width]);
-                }
-            }
             view.n_gammas = gammas.size();
             view.extra = extra.data();
             view.gammas = gammas.data();
             view.weights = weights.data();
-            view.own = own.data();
         }
         view.base = base.data();
         view.query = query.data();
@@ -271,10 +277,9 @@ struct Cache {
                         for (std::size_t d = 0; d < view.width; ++d) {
                             cosine += static_cast<double>(query[v * view.width + d]) * keys[j * view.width + d];
                         }
-                        const bool left_out = !own.empty() && own[v] == static_cast<std::int64_t>(j);
                         const double weight =
                             weights.empty() ? 1.0 : weights[k * static_cast<std::size_t>(offsets.back()) + j];
-                        sum += left_out ? 0.0 : weight * std::exp(-betas[k] * (1.0 - cosine));
+                        sum += weight * std::exp(-betas[k] * (1.0 - cosine));
                     }
                     lines.slope.push_back(sum);
                 }
