@@ -13,13 +13,14 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock.tmp"
 _NAME = re.compile(rf"(?P<base>\..+\.[a-z0-9_]{{8}})(?P<kind>{re.escape(_LOCK)}|\.tmp|)")  # tempfile's 8 characters
+_OLD_S = 3600.0  # age of a leftover without a lock file
 log = logging.getLogger(__name__)
 
 
@@ -46,10 +47,10 @@ def claimed(target: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+") -> list[Path]:
-    """Remove temporary files and folders in `folder` that no running writer holds. Returns the removed paths.
+def remove_leftovers(folder: Path, of: str = ".+") -> None:
+    """Remove temporary files and folders in `folder` that no running writer holds.
 
-    Without a lock file they are removed when older than `older_than_s`. A folder that `files.new_folder` was about to
+    Without a lock file they are removed when older than an hour. A folder that `files.new_folder` was about to
     replace stays: it may be the only copy. `of` is a regular expression of target names: it protects other hidden
     files in a user's folder.
     """
@@ -59,7 +60,6 @@ def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+")
             match = _NAME.fullmatch(entry.name) if entry.name.startswith(".") else None
             if match is not None:
                 groups.setdefault(match["base"], {})[match["kind"]] = folder / entry.name
-    removed: list[Path] = []
     for base, paths in groups.items():
         name, aside = base[1:].rsplit(".", 1)[0], False
         if _LOCK not in paths and name.endswith(".old"):
@@ -68,36 +68,36 @@ def remove_leftovers(folder: Path, older_than_s: float = 3600.0, of: str = ".+")
             continue
         with suppress(OSError):  # another process may have removed it, or renamed it into its place
             if _LOCK in paths:
-                removed += _remove_unlocked(paths.pop(_LOCK), [*paths.values()])
+                _remove_unlocked(paths.pop(_LOCK), paths.values())
             else:
-                removed += [path for path in paths.values() if _is_old(path, aside, older_than_s) and remove(path)]
-    return removed
+                for path in paths.values():
+                    if _is_old(path, aside):
+                        remove(path)
 
 
-def _remove_unlocked(lock: Path, paths: list[Path]) -> list[Path]:
+def _remove_unlocked(lock: Path, paths: Iterable[Path]) -> None:
     """Remove `paths`, and the lock last, unless a running writer holds it."""
     descriptor = os.open(lock, os.O_RDWR)
     try:
-        if not (try_lock(descriptor) and is_open_at(descriptor, lock)):
-            return []
-        return [path for path in (*paths, lock) if remove(path)]
+        if try_lock(descriptor) and is_open_at(descriptor, lock):
+            for path in (*paths, lock):
+                remove(path)
     finally:
         os.close(descriptor)
 
 
-def _is_old(path: Path, aside: bool, older_than_s: float) -> bool:
+def _is_old(path: Path, aside: bool) -> bool:
     only_copy = aside and ((path / "old" / MANIFEST).exists() or not path.is_dir())
-    return not only_copy and time.time() - path.lstat().st_mtime > older_than_s
+    return not only_copy and time.time() - path.lstat().st_mtime > _OLD_S
 
 
-def remove(path: Path) -> bool:
-    """Remove a folder, a file or a link. Returns whether it is gone; never raises."""
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link; never raises."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
             path.unlink()
-    return not os.path.lexists(path)
 
 
 def try_lock(descriptor: int) -> bool | None:
