@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from iosr_fast.images.pixels import is_plain, opened, orientation_of, to_rgb, turn, upright_rgb
-from iosr_fast.images.preprocess import ENCODED, BadImageError, check_path, naming, open_image, resize_and_crop
+from iosr_fast.images.pixels import is_plain, orientation_of, to_rgb, turn, upright_rgb
+from iosr_fast.images.preprocess import ENCODED, BadImageError, open_image, opened_encoded, resize_and_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,13 +79,16 @@ def decode_pixels(
     pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name` names encoded bytes in errors.
     `check` is called with the size of an encoded image before it is decoded. Raises BadImageError.
     """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        with naming(path, position):
-            return _decode(check_path(path), size, position, path, check, exact, exif_orientation)
-    if isinstance(source, ENCODED):
-        with naming(name, position):
-            return _decode(source, size, position, name, check, exact, exif_orientation)
+    if isinstance(source, (str, Path, *ENCODED)):
+        with opened_encoded(source, position, name) as image:
+            shape = image.size
+            if check is not None and (reason := check(*shape)):
+                raise ValueError(reason)
+            if exact:
+                return resize_and_crop(upright_rgb(image, exif_orientation), size)
+            fraction = _draft(image, size)
+            image.load()
+            return crop_pixels(image, size, fraction, shape, orientation_of(image) if exif_orientation else 1)
     image = open_image(source, position, exif_orientation)
     return resize_and_crop(image, size) if exact else crop_pixels(image, size)
 
@@ -118,26 +121,6 @@ def crop_pixels(
         image = image.resize((size, size), Resampling.BICUBIC, box=(left * x, top * y, right, bottom))
     pixels = np.asarray(turn(image, orientation))
     return np.repeat(pixels[:, :, None], 3, 2) if pixels.ndim == 2 else pixels
-
-
-def _decode(
-    source: Path | bytes | bytearray | memoryview,
-    size: int,
-    position: int,
-    name: Path | None,
-    check: SizeCheck | None,
-    exact: bool,
-    exif_orientation: bool,
-) -> np.ndarray:
-    with opened(source) as image:
-        shape = image.size
-        if check is not None and (reason := check(*shape)):
-            raise BadImageError(name, position, reason)
-        if exact:
-            return resize_and_crop(upright_rgb(image, exif_orientation), size)
-        fraction = _draft(image, size)
-        image.load()
-        return crop_pixels(image, size, fraction, shape, orientation_of(image) if exif_orientation else 1)
 
 
 def _draft(image: Image, size: int) -> int:

@@ -39,7 +39,11 @@ class GpuDecoder(ABC):
         pixels: dict[int, Decoded] = {}
         for (i, data), image in zip(jpegs.items(), self._decode([*jpegs.values()]), strict=True):
             orientation = _orientation(data) if self.exif_orientation else 1
-            if image is not None and orientation is not None and _fits(image.shape[1], image.shape[2]):
+            if (
+                image is not None
+                and orientation is not None
+                and max(image.shape[1:]) <= _MAX_ASPECT * min(image.shape[1:])
+            ):
                 pixels[i] = shrink(turned(image, orientation), size).permute(1, 2, 0).contiguous().cpu().numpy()
         return [
             pixels[i] if i in pixels else try_decode(source, size, start + i, self.exif_orientation)
@@ -59,20 +63,10 @@ class TorchvisionDecoder(GpuDecoder):
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
         torch, io = require("torch", "train"), require("torchvision.io", "train")
         raw = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in data]
-        if not raw:
-            return []
         try:
-            return list(io.decode_jpeg(raw, mode=io.ImageReadMode.RGB, device=self.device))
+            return list(io.decode_jpeg(raw, mode=io.ImageReadMode.RGB, device=self.device)) if raw else []
         except RuntimeError:  # one bad JPEG fails the whole batch
-            return [self._decode_one(jpeg) for jpeg in raw]
-
-    def _decode_one(self, raw: torch.Tensor) -> torch.Tensor | None:
-        io = require("torchvision.io", "train")
-        try:
-            image: torch.Tensor = io.decode_jpeg(raw, mode=io.ImageReadMode.RGB, device=self.device)
-            return image
-        except RuntimeError:
-            return None
+            return [None] if len(data) == 1 else [image for jpeg in data for image in self._decode([jpeg])]
 
 
 class NvImageCodecDecoder(GpuDecoder):
@@ -133,10 +127,6 @@ def shrink(image: torch.Tensor, size: int) -> torch.Tensor:
         image = resized.round().clamp(0, 255).to(torch.uint8)
     top, left = round((image.shape[1] - size) / 2), round((image.shape[2] - size) / 2)
     return image[:, top : top + size, left : left + size]
-
-
-def _fits(height: int, width: int) -> bool:
-    return max(height, width) <= _MAX_ASPECT * min(height, width)
 
 
 def _read_jpeg(source: Any) -> bytes | None:

@@ -38,21 +38,17 @@ class BadImageError(ValueError):
         return BadImageError(self.path, self.position + offset, self.reason)
 
 
-def open_image(source: Any, position: int = 0, exif_orientation: bool = True) -> Image:
+def open_image(source: Any, position: int = 0, exif_orientation: bool = True, name: Path | None = None) -> Image:
     """One image as upright 8-bit RGB, by the rules of `iosr_fast.images.pixels`.
 
     `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
-    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation=False` takes pixels as stored.
-    Raises BadImageError.
+    uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation=False` takes pixels as stored. `name`
+    names encoded bytes in errors: they may lie within an archive. Raises BadImageError.
     """
     from PIL import Image
 
-    if isinstance(source, str | Path):
-        path = Path(source)
-        with naming(path, position), opened(check_path(path)) as image:
-            return upright_rgb(image, exif_orientation)
-    if isinstance(source, ENCODED):
-        with naming(None, position), opened(source) as image:
+    if isinstance(source, (str, Path, *ENCODED)):
+        with opened_encoded(source, position, name) as image:
             return upright_rgb(image, exif_orientation)
     if isinstance(source, Image.Image):
         with naming(None, position):
@@ -65,10 +61,12 @@ def open_image(source: Any, position: int = 0, exif_orientation: bool = True) ->
         return from_array(array)
 
 
-def open_bytes(data: bytes, path: Path, position: int = 0, exif_orientation: bool = True) -> Image:
-    """An encoded image as `open_image` gives it. `path` names it in BadImageError: it may lie within an archive."""
-    with naming(path, position), opened(data) as image:
-        return upright_rgb(image, exif_orientation)
+@contextmanager
+def opened_encoded(source: Any, position: int, name: Path | None = None) -> Iterator[Image]:
+    """`pixels.opened` of a path or of encoded bytes. Errors of the block, too, become BadImageErrors."""
+    path = name if isinstance(source, ENCODED) else Path(source)
+    with naming(path, position), opened(source if isinstance(source, ENCODED) else check_path(Path(source))) as image:
+        yield image
 
 
 def check_path(path: Path) -> Path:

@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.images.decode import Decoded
-from iosr_fast.images.preprocess import BadImageError, open_bytes, resize_and_crop
+from iosr_fast.images.decode import Decoded, decode_pixels
+from iosr_fast.images.preprocess import BadImageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class ItemDecoder:
                 data = file.read(item.size)
             if item.size >= 0 and len(data) != item.size:
                 return BadImageError(name, 0, f"expected {item.size} bytes of it in {item.path}, found {len(data)}")
-            return resize_and_crop(open_bytes(data, name, 0, self.exif_orientation), size)
+            return decode_pixels(data, size, name=name, exact=True, exif_orientation=self.exif_orientation)
         except BadImageError as error:
             return error
         except OSError as error:

@@ -44,10 +44,6 @@ class Stage:
     callers: int
     decode_threads: int
 
-    def max_batches(self) -> int:
-        """Batches of pixels in memory at once, at most: one in each thread, one decoded and waiting, one encoded."""
-        return self.callers if self.callers > 1 else self.decode_threads + 2
-
 
 def choose_stage(
     encoder: Encoder, engine: str | Path, decoder: Decoder, images: int, batch: int, threads: int | None
@@ -106,8 +102,8 @@ def encode_batches(
     """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
     embeddings of the readable ones (None if there are none).
 
-    A batch is encoded together, without its unreadable images. At most stage.max_batches() batches of pixels are in
-    memory. When the generator ends, also by close(), its threads have ended.
+    A batch is encoded together, without its unreadable images. Pixels of at most `callers` batches are in memory or,
+    with one caller, of `decode_threads` + 2. When the generator ends, also by close(), its threads have ended.
     """
 
     def decode(batch: tuple[int, Sequence[Any]]) -> list[Decoded]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from iosr_fast.images.pixels import VERSION
-from iosr_fast.images.preprocess import BadImageError, open_bytes
+from iosr_fast.images.preprocess import BadImageError, open_image
 from iosr_fast.training.data.evaluation_readers import read_lines
 from iosr_fast.training.data.shard_index import Shard, find_shards, index_shards, read_samples
 from iosr_fast.training.data.sources import digest, to_tensor
@@ -109,7 +109,8 @@ class ShardPictures:
         shard, position = self._place(row)
         key = shard.keys[position]
         try:
-            return to_tensor(open_bytes(data, shard.path / f"{key}.{shard.images[position]}", row), self.size)
+            name = shard.path / f"{key}.{shard.images[position]}"
+            return to_tensor(open_image(data, row, name=name), self.size)
         except BadImageError as error:
             raise BadImageError(error.path, row, f"{error.reason} (key {key} of shard {shard.path})") from error
 
