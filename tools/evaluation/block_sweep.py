@@ -19,19 +19,19 @@ from rich.console import Console
 from iosr_fast.clip.adapter import Adapter, check_belongs, init_adapter, load_adapter, save_adapter
 from iosr_fast.clip.demo.pictures import Pictures
 from iosr_fast.clip.fuse import build_dual_encoder
-from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.prompts import embed_classes
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.export.export import write_engine
-from iosr_fast.training.data import PictureSource, demo_pictures
+from iosr_fast.training.data import demo_pictures
 from iosr_fast.training.train import train_adapter
 from iosr_fast.training.train_config import TrainConfig
 from iosr_fast.utils.machine import usable_threads
 from tools.bench import harness
 from tools.bench.encoder import fused_flops
 from tools.evaluation.accuracy import evaluate
-from tools.evaluation.demo import encode
+from tools.evaluation.demo import encode, held_out
 from tools.evaluation.overlap import overlap_rows
 from tools.evaluation.table import OVERLAP, percent, print_table
 from tools.evaluation.tasks import POOL, Encoded, Source
@@ -56,9 +56,7 @@ class Point:
         return "plain" if self.first_adapted_block is None else f"s{self.first_adapted_block}-b{self.bottleneck}"
 
 
-def get_adapter(
-    clip: LoadedClip, point: Point, folder: Path, epochs: int, pictures: Callable[[], PictureSource], report: Report
-) -> Adapter:
+def get_adapter(clip: LoadedClip, point: Point, folder: Path, epochs: int, report: Report) -> Adapter:
     """The file s{block}-b{width}.safetensors in `folder`, trained there if it is missing (as train_adapter.py does).
 
     Raises ValueError for a file of another CLIP, start block, width or number of epochs.
@@ -71,7 +69,7 @@ def get_adapter(
         config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=4)
         folder.mkdir(parents=True, exist_ok=True)
         training = path.with_name(path.name + ".training")
-        save_adapter(train_adapter(clip, adapter, pictures(), config, training), path)
+        save_adapter(train_adapter(clip, adapter, demo_pictures(clip.image_size), config, training), path)
         shutil.rmtree(training)
     adapter = load_adapter(path)
     check_belongs(adapter, clip)
@@ -109,7 +107,7 @@ def sweep(
                 encode(encoder.encode, clip, pictures, text)
                 for pictures, text in zip((test, validation), texts, strict=True)
             ]
-            rows.append({**_row(point, adapter), **_measured(point, *encoded, shots, seeds)})
+            rows.append(_row(point, adapter, *encoded, shots, seeds))
             cells = [f"{method} {_cell(_on_validation(rows[-1], method))} on validation" for method in METHODS]
             report(f"{point.name}: {', '.join(cells)}")
         costs = measure_cost(encoders, test.images[:BATCH], repeats)
@@ -118,22 +116,22 @@ def sweep(
     return rows
 
 
-def _row(point: Point, adapter: Adapter | None) -> dict[str, Any]:
-    return {
-        "bench": "block-sweep",
-        "first_adapted_block": point.first_adapted_block,
-        "bottleneck": point.bottleneck,
-        "epochs": None if adapter is None else adapter.config.training.get("epochs"),
-    }
-
-
-def _measured(
-    point: Point, test: Encoded, validation: Encoded, shots: Sequence[int], seeds: Sequence[int]
+def _row(
+    point: Point,
+    adapter: Adapter | None,
+    test: Encoded,
+    validation: Encoded,
+    shots: Sequence[int],
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     images = test.embeddings.plain if point.bottleneck is None else test.embeddings.adapted
     overlap = overlap_rows("demo", {point.name: images}, test.labels)[0]
     methods = [name.removesuffix("++") if point.bottleneck is None else name for name in METHODS]
     return {
+        "bench": "block-sweep",
+        "first_adapted_block": point.first_adapted_block,
+        "bottleneck": point.bottleneck,
+        "epochs": None if adapter is None else adapter.config.training.get("epochs"),
         "validation_accuracy": _accuracy(
             "validation", validation, VALIDATION_SHOTS, [VALIDATION_SHOTS], seeds, methods
         ),
@@ -198,24 +196,20 @@ def print_sweep(out: Console, rows: Sequence[Mapping[str, Any]], shots: Sequence
         "and is scored by the methods without ++",
         soft_wrap=True,
     )
-    costs, accuracies = [], []
-    for row in rows:
-        plain = row["first_adapted_block"] is None
-        place = ("plain", "") if plain else (str(row["first_adapted_block"]), str(row["bottleneck"]))
-        cost = f"{row['cost']:.2f}"
-        spread = "{:.2f}..{:.2f}".format(*row["cost_spread"])
-        overlap = [f"{row[name]:.3f}" for name in OVERLAP]
-        costs.append([*place, f"{row['ms_per_image']:.2f}", cost, spread, f"{row['cost_arithmetic']:.2f}", *overlap])
-        cells = []
-        for method in METHODS:
-            cells += [_on_validation(row, method), *(row["test_accuracy"][method][str(k)] for k in shots)]
-        accuracies.append([*place, cost, *map(_cell, cells)])
-    heads = ["from block", "width", "ms/image", "cost", "p10..p90", "arithmetic", "overlap", "AUROC", "variance"]
-    print_table(out, heads, costs, left=len(heads))
-    heads = ["from block", "width", "cost"]
+    heads = ["from\nblock", "width", "cost", "by arith-\nmetic", "overlap\narea", "AUROC"]
     for method in METHODS:
         heads += [f"{method}\nvalidation, {VALIDATION_SHOTS}", *(f"\ntest, {k}" for k in shots)]
-    print_table(out, heads, accuracies, left=3)
+    lines = []
+    for row in rows:
+        plain = row["first_adapted_block"] is None
+        line = ["plain", ""] if plain else [str(row["first_adapted_block"]), str(row["bottleneck"])]
+        line += [f"{row[name]:.2f}" for name in ("cost", "cost_arithmetic")]
+        line += [f"{row[name]:.3f}" for name in ("overlap_area", "auroc")]
+        for method in METHODS:
+            cells = [_on_validation(row, method), *(row["test_accuracy"][method][str(k)] for k in shots)]
+            line += map(_cell, cells)
+        lines.append(line)
+    print_table(out, heads, lines, left=2)
     for method in METHODS:
         for limit, max_cost in ((f"within {MAX_COST} plain passes", MAX_COST), ("at any cost", float("inf"))):
             chosen = best(rows, method, max_cost)
@@ -237,14 +231,7 @@ def run(
     report: Report,
 ) -> list[dict[str, Any]]:
     """The sweep on the demo's CLIP and held-out concepts."""
-    from iosr_fast.clip.load import load_clip
-    from tools.evaluation.demo import held_out
-
     clip = load_clip("demo")
     points = [Point(start, width) for width in widths for start in starts]
-
-    def pictures() -> PictureSource:
-        return demo_pictures(clip.image_size)
-
-    adapters = {point: get_adapter(clip, point, folder, epochs, pictures, report) for point in points}
+    adapters = {point: get_adapter(clip, point, folder, epochs, report) for point in points}
     return sweep(clip, adapters, *held_out(), shots, seeds, repeats, report)

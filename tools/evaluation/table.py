@@ -18,7 +18,7 @@ from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
 if TYPE_CHECKING:
     from tools.evaluation.paper.published import Figure
 
-WIDTH = 150
+WIDTH = 170
 MEAN = "mean"
 PACKAGES = ("torch", "open_clip_torch", "onnxruntime")
 OVERLAP = ("overlap_area", "auroc", "feature_variance")

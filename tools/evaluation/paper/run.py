@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -85,29 +86,23 @@ def plan(
     problems: Sequence[Problem], rows: Rows, shots: Sequence[int], seeds: Sequence[int], views: Views, store: Store
 ) -> list[Group]:
     """Every cell, by problem, seed and shots. Nothing is encoded: keys follow from what embeddings depend on."""
-    return [
-        _with_cells(Group(problem, k, seed, views), rows, store)
-        for problem in problems
-        for seed in seeds
-        for k in sorted(shots)
-    ]
-
-
-def _with_cells(group: Group, rows: Rows, store: Store) -> Group:
-    problem = group.problem
-    facts = {
-        "version": cells_module.VERSION,
-        "iosr_fast": package_version("iosr_fast"),
-        "keys": _facts(problem, group.keys, store),
-        "asked": _facts(problem, group.single_views, store),
-        "queries": _facts(problem, group.queries, store),
-        "validation": _facts(problem, group.validation, store) if group.validation else None,
-        "text": store.text_key(problem.target),
-        "tau": store.model.clip.logit_scale,
-        "tune": group.tune_on,
-    }
-    cells = tuple(Cell(problem.name, method, reducer, group.shots, group.seed, facts) for method, reducer in rows)
-    return replace(group, cells=cells)
+    groups = []
+    for problem, seed, k in product(problems, seeds, sorted(shots)):
+        group = Group(problem, k, seed, views)
+        facts = {
+            "version": cells_module.VERSION,
+            "iosr_fast": package_version("iosr_fast"),
+            "keys": _facts(problem, group.keys, store),
+            "asked": _facts(problem, group.single_views, store),
+            "queries": _facts(problem, group.queries, store),
+            "validation": _facts(problem, group.validation, store) if group.validation else None,
+            "text": store.text_key(problem.target),
+            "tau": store.model.clip.logit_scale,
+            "tune": group.tune_on,
+        }
+        cells = tuple(Cell(problem.name, method, reducer, k, seed, facts) for method, reducer in rows)
+        groups.append(replace(group, cells=cells))
+    return groups
 
 
 def _facts(problem: Problem, wanted: Sequence[Wanted], store: Store) -> list[Any]:
@@ -153,11 +148,8 @@ def compute(
 ) -> dict[str, Draw]:
     """The outcome of every cell by its key: read if it is stored, else computed and written at once."""
     draws: dict[str, Draw] = {}
-    last: Problem | None = None
     for group in groups:
-        if last is not None and group.problem is not last:
-            store.release()
-        last, task = group.problem, None
+        task = None
         for cell in group.cells:
             draw = cells.read(cell)
             if draw is None:

@@ -92,7 +92,6 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"expected a folder for embeddings, got the file {folder}; choose another place")
         folder.mkdir(parents=True, exist_ok=True)
-        self._in_memory: dict[str, Embeddings] = {}
 
     def keys(self, wanted: Wanted) -> list[str]:
         """The names of its parts."""
@@ -121,23 +120,16 @@ class Store:
             _write(folder, TEXT_KIND, facts, arrays)
         return arrays["text"]
 
-    def release(self) -> None:
-        """Free what is in memory; what is on disk stays."""
-        self._in_memory.clear()
-
     def _part(self, part: Wanted) -> Embeddings:
         facts = part.facts(self.model)
-        key = digest(facts)
-        if key not in self._in_memory:
-            names = ("plain",) if self.model.adapter is None else ("plain", "adapted")
-            folder = self._place(part)
-            arrays = self._read(folder, KIND, facts, names, len(part.rows))
-            if arrays is None:
-                embeddings = encode(part, self.model, self.encoded)
-                arrays = {name: getattr(embeddings, name) for name in names}
-                _write(folder, KIND, {**facts, "first": part.data.splits[part.split].keys[int(part.rows[0])]}, arrays)
-            self._in_memory[key] = Embeddings(arrays["plain"], arrays.get("adapted"))
-        return self._in_memory[key]
+        names = ("plain",) if self.model.adapter is None else ("plain", "adapted")
+        folder = self._place(part)
+        arrays = self._read(folder, KIND, facts, names, len(part.rows))
+        if arrays is None:
+            embeddings = encode(part, self.model, self.encoded)
+            arrays = {name: getattr(embeddings, name) for name in names}
+            _write(folder, KIND, {**facts, "first": part.data.splits[part.split].keys[int(part.rows[0])]}, arrays)
+        return Embeddings(arrays["plain"], arrays.get("adapted"))
 
     def _place(self, part: Wanted) -> Path:
         return self.folder / f"{part.data.name}-{part.split}-{digest(part.facts(self.model))[:32]}"
