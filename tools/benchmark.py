@@ -5,11 +5,13 @@ python tools/benchmark.py all --out benchmarks/results     # then python tools/r
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -19,21 +21,6 @@ from tools.source_tree import use_source_tree
 use_source_tree()  # make gpu-check runs where nothing is installed
 app = new_app(no_args_is_help=True, help=__doc__)
 
-# The benches of `all`, in this order, each with the options of a smoke run. Each runs in its own process, so that none
-# inherits another's threads and memory.
-BENCHES = {
-    "encoder": "--model demo --batch 2 --repeats 1",
-    "precision": "--model demo --repeats 1",
-    "pipeline": "--model demo --first-adapted-block 3 --pictures 16 --repeats 1",
-    "classifier": "--repeats 1",
-    "cold-start": "--model demo --repeats 1",
-    "score": "--cases q1-k1600-d512-c100 --cases q8-k1600-d512-c100 --repeats 1",
-    "scaling": "--quick --repeats 1",
-    "search": "--cases tip-adapter-v60-c6-s3-d24 --repeats 1",
-    "train": "--model demo --first-adapted-block 3 --batch 4 --pictures 8 --repeats 1",
-    "updates": "--cases tip-adapter++-k1000-c100-d512 --repeats 1",
-}
-
 Json = Annotated[Path | None, typer.Option("--json", callback=new_file, help="Write the rows here, as JSON.")]
 Csv = Annotated[Path | None, typer.Option("--csv", callback=new_file, help="Write the rows here, as CSV.")]
 Threads = Annotated[
@@ -41,14 +28,131 @@ Threads = Annotated[
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implementation, interleaved.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Small cases only, to see that everything runs.")]
-Models = Annotated[list[str] | None, typer.Option("--model", help="An open_clip ViT, or demo. Repeatable.")]
+Model = Annotated[str, typer.Option(help="An open_clip ViT, or demo.")]
+Models = Annotated[list[str], typer.Option("--model", help="An open_clip ViT, or demo. Repeatable.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or rehearsal: the code for GPUs on the CPU.")]
+FirstBlock = Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")]
+FirstBlocks = Annotated[
+    list[int] | None,
+    typer.Option("--first-adapted-block", min=0, help="Of ours: the first block that holds an adapter. Repeatable."),
+]
 
 
-def limit_blas(threads: int | None) -> None:
+def number(default: int | None, help: str, name: str | None = None) -> tuple[Any, Any]:
+    names = [] if name is None else [name]
+    return Annotated[int if default else int | None, typer.Option(*names, min=1, help=help)], default
+
+
+def cases(help: str) -> tuple[Any, Any]:
+    return Annotated[list[str] | None, typer.Option(help=f"{help}. Repeatable.")], None
+
+
+class Bench(NamedTuple):
+    """A command that calls `run` of tools.bench.NAME, once a model where it takes --model, and reports the rows.
+
+    `options`: by parameter of `run`, annotation and default; those that are None are left out. Each bench takes --json
+    and --csv, too. `smoke` has the options of a smoke run.
+    """
+
+    help: str
+    smoke: str
+    options: dict[str, tuple[Any, Any]]
+
+
+THREADS = {"threads": (Threads, None)}
+# The benches of `all`, in this order. Each runs in its own process, so that none inherits another's threads and memory.
+BENCHES = {
+    "encoder": Bench(
+        "Both embeddings of a batch: fused in one pass, and in two passes by all that compiles them.",
+        "--model demo --batch 2 --repeats 1",
+        {
+            "models": (Models, ["ViT-B-16", "ViT-B-32", "demo"]),
+            "batch": number(None, "Images a call; 8, and 64 for the demo."),
+            "first_adapted_blocks": (FirstBlocks, None),
+            **THREADS,
+            "repeats": (Repeats, 5),
+            "device": (Device, "cpu"),
+            "compiled": (Annotated[bool, typer.Option("--compiled", help="On a GPU: by torch.compile.")], False),
+        },
+    ),
+    "precision": Bench(
+        "The encoder in fewer bits: its speed, how far its embeddings are from fp32's, the demo's accuracy.",
+        "--model demo --repeats 1",
+        {"models": (Models, ["demo", "ViT-B-16"]), **THREADS, "repeats": (Repeats, 7)},
+    ),
+    "pipeline": Bench(
+        "JPEG files to labels: predict_folder, the encoder alone, and the script that anyone would write.",
+        "--model demo --first-adapted-block 3 --pictures 16 --repeats 1",
+        {
+            "model": (Model, "ViT-B-32"),
+            "pictures": number(500, "JPEG files."),
+            "first_adapted_block": (FirstBlock, 8),
+            **THREADS,
+            "repeats": (Repeats, 3),
+        },
+    ),
+    "classifier": Bench(
+        "The demo's classifier, pictures to labels, one at a time and in batches, against two passes.",
+        "--repeats 1",
+        {**THREADS, "repeats": (Repeats, 7)},
+    ),
+    "cold-start": Bench(
+        "From nothing to the first label, in a new process each time.",
+        "--model demo --repeats 1",
+        {"models": (Models, ["demo", "ViT-B-16"]), "repeats": (Repeats, 5)},
+    ),
+    "score": Bench(
+        "Execute scoring plans: our implementations, the papers' formula, the best of eager PyTorch.",
+        "--cases q1-k1600-d512-c100 --cases q8-k1600-d512-c100 --repeats 1",
+        {
+            "cases": cases("Like q256-k16000-d512-c1000: queries, keys, channels, classes"),
+            **THREADS,
+            "repeats": (Repeats, 7),
+            "device": (Device, "cpu"),
+        },
+    ),
+    "scaling": Bench(
+        "How time grows with batches, classes, keys and queries.",
+        "--quick --repeats 1",
+        {**THREADS, "repeats": (Repeats, 5), "quick": (Quick, False)},
+    ),
+    "search": Bench(
+        "Choose a method's parameters on a validation set: the exact search, and the grid of the public code.",
+        "--cases tip-adapter-v60-c6-s3-d24 --repeats 1",
+        {
+            "cases": cases(
+                "tip-adapter, tip-x, or like tip-x-v2500-c100-s16-d512: validation images, classes, shots, channels"
+            ),
+            **THREADS,
+            "repeats": (Repeats, 3),
+        },
+    ),
+    "train": Bench(
+        "Train an adapter, first epoch and later ones: ours, and the recipe of the papers' public code.",
+        "--model demo --first-adapted-block 3 --batch 4 --pictures 8 --repeats 1",
+        {
+            "model": (Model, "ViT-B-16"),
+            "batch": number(16, "Pictures a step."),
+            "first_adapted_block": (FirstBlock, 8),
+            "count": number(48, "Pictures an epoch.", "--pictures"),
+            **THREADS,
+            "repeats": (Repeats, 3),
+        },
+    ),
+    "updates": Bench(
+        "Change a running classifier: an example or a class more or less, against fitting it again.",
+        "--cases tip-adapter++-k1000-c100-d512 --repeats 1",
+        {
+            "cases": cases("Like tip-adapter++-k100000-c100-d512: method, keys, classes, channels"),
+            **THREADS,
+            "repeats": (Repeats, 7),
+        },
+    ),
+}
+
+
+def limit_blas(threads: int) -> None:
     """Before NumPy's first import, because BLAS reads its threads when it is loaded; our kernels read theirs later."""
-    if threads is None:
-        return
     if "numpy" in sys.modules:
         raise RuntimeError("expected to set the threads of BLAS before NumPy is imported, which it is already")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -56,182 +160,38 @@ def limit_blas(threads: int | None) -> None:
     os.environ["IOSR_FAST_THREADS"] = str(threads)
 
 
-def report(rows: list[dict[str, Any]], json_path: Path | None, csv_path: Path | None) -> None:
-    from tools.bench import harness
+def add_command(name: str, bench: Bench) -> None:
+    def command(json_path: Path | None, csv_path: Path | None, **options: Any) -> None:
+        options = {option: value for option, value in options.items() if value is not None}
+        if "threads" in options:
+            limit_blas(options["threads"])
+        on_gpu = name == "encoder" and options["device"] != "cpu"
+        module = importlib.import_module(f"tools.bench.{'encoder_gpu' if on_gpu else name.replace('-', '_')}")
+        from tools.bench import harness
 
-    harness.print_rows(rows)
-    if json_path is not None:
-        harness.write_json(json_path, rows)
-    if csv_path is not None:
-        harness.write_csv(csv_path, rows)
+        taken = inspect.signature(module.run).parameters  # encoder and encoder_gpu share a command
+        arguments = {option: value for option, value in options.items() if option in taken}
+        models = [{"model": model} for model in options.get("models", ())] or [{}]
+        rows = [row for model in models for row in module.run(**arguments | model)]
+        harness.print_rows(rows)
+        if json_path is not None:
+            harness.write_json(json_path, rows)
+        if csv_path is not None:
+            harness.write_csv(csv_path, rows)
 
-
-@app.command()
-def score(
-    json_path: Json = None,
-    csv_path: Csv = None,
-    cases: Annotated[
-        list[str] | None,
-        typer.Option(help="Like q256-k16000-d512-c1000: queries, keys, channels, classes. Repeatable."),
-    ] = None,
-    threads: Threads = None,
-    repeats: Repeats = 7,
-    device: Device = "cpu",
-) -> None:
-    """Execute scoring plans: our implementations, the papers' formula, the best of eager PyTorch."""
-    limit_blas(threads)
-    from tools.bench import score as bench
-
-    report(bench.run(cases, threads=threads, repeats=repeats, device=device), json_path, csv_path)
-
-
-@app.command()
-def encoder(
-    json_path: Json = None,
-    csv_path: Csv = None,
-    models: Models = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images a call; 8, and 64 for the demo.")] = None,
-    first_adapted_block: Annotated[
-        list[int] | None, typer.Option(min=0, help="Of ours: the first block that holds an adapter. Repeatable.")
-    ] = None,
-    threads: Threads = None,
-    repeats: Repeats = 5,
-    device: Device = "cpu",
-    compiled: Annotated[bool, typer.Option("--compiled", help="On a GPU: by torch.compile.")] = False,
-) -> None:
-    """Both embeddings of a batch: fused in one pass, and in two passes by all that compiles them."""
-    limit_blas(threads)
-    rows: list[dict[str, Any]] = []
-    for model in models or ["ViT-B-16", "ViT-B-32", "demo"]:
-        if device == "cpu":
-            from tools.bench import encoder as bench
-
-            size = batch or (64 if model == "demo" else 8)
-            rows += bench.run(model, size, first_adapted_block, threads=threads, repeats=repeats)
-        else:
-            from tools.bench import encoder_gpu
-
-            rows += encoder_gpu.run(model, batch or 256, repeats, device, compiled)
-    report(rows, json_path, csv_path)
+    options = {"json_path": (Json, None), "csv_path": (Csv, None), **bench.options}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for option, (annotation, default) in options.items()
+        ]
+    )
+    command.__annotations__ = {option: annotation for option, (annotation, _) in options.items()}
+    app.command(name, help=bench.help)(command)
 
 
-@app.command()
-def precision(
-    json_path: Json = None, csv_path: Csv = None, models: Models = None, threads: Threads = None, repeats: Repeats = 7
-) -> None:
-    """The encoder in fewer bits: its speed, how far its embeddings are from fp32's, the demo's accuracy."""
-    limit_blas(threads)
-    from tools.bench import precision as bench
-
-    rows = bench.run(tuple(models or ("demo", "ViT-B-16")), threads=threads, repeats=repeats)
-    report(rows, json_path, csv_path)
-
-
-@app.command()
-def pipeline(
-    json_path: Json = None,
-    csv_path: Csv = None,
-    model: Annotated[str, typer.Option(help="An open_clip ViT, or demo.")] = "ViT-B-32",
-    pictures: Annotated[int, typer.Option(min=1, help="JPEG files.")] = 500,
-    first_adapted_block: Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")] = 8,
-    threads: Threads = None,
-    repeats: Repeats = 3,
-) -> None:
-    """JPEG files to labels: predict_folder, the encoder alone, and the script that anyone would write."""
-    limit_blas(threads)
-    from tools.bench import pipeline as bench
-
-    rows = bench.run(model, pictures, first_adapted_block, threads=threads, repeats=repeats)
-    report(rows, json_path, csv_path)
-
-
-@app.command()
-def classifier(json_path: Json = None, csv_path: Csv = None, threads: Threads = None, repeats: Repeats = 7) -> None:
-    """The demo's classifier, pictures to labels, one at a time and in batches, against two passes."""
-    limit_blas(threads)
-    from tools.bench import classifier as bench
-
-    report(bench.run(threads=threads, repeats=repeats), json_path, csv_path)
-
-
-@app.command("cold-start")
-def cold_start(json_path: Json = None, csv_path: Csv = None, models: Models = None, repeats: Repeats = 5) -> None:
-    """From nothing to the first label, in a new process each time."""
-    from tools.bench import cold_start as bench
-
-    report(bench.run(tuple(models or ("demo", "ViT-B-16")), repeats=repeats), json_path, csv_path)
-
-
-@app.command()
-def scaling(
-    json_path: Json = None,
-    csv_path: Csv = None,
-    threads: Threads = None,
-    repeats: Repeats = 5,
-    quick: Quick = False,
-) -> None:
-    """How time grows with batches, classes, keys and queries."""
-    limit_blas(threads)
-    from tools.bench import scaling as bench
-
-    report(bench.run(threads, repeats, bench.QUICK if quick else bench.SIZES), json_path, csv_path)
-
-
-@app.command()
-def search(
-    json_path: Json = None,
-    csv_path: Csv = None,
-    cases: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="tip-adapter, tip-x, or like tip-x-v2500-c100-s16-d512: validation images, classes, shots, channels. "
-            "Repeatable."
-        ),
-    ] = None,
-    threads: Threads = None,
-    repeats: Repeats = 3,
-) -> None:
-    """Choose a method's parameters on a validation set: the exact search, and the grid of the public code."""
-    limit_blas(threads)
-    from tools.bench import search as bench
-
-    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path, csv_path)
-
-
-@app.command()
-def train(
-    json_path: Json = None,
-    csv_path: Csv = None,
-    model: Annotated[str, typer.Option(help="An open_clip ViT, or demo.")] = "ViT-B-16",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,
-    first_adapted_block: Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")] = 8,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures an epoch.")] = 48,
-    threads: Threads = None,
-    repeats: Repeats = 3,
-) -> None:
-    """Train an adapter, first epoch and later ones: ours, and the recipe of the papers' public code."""
-    limit_blas(threads)
-    from tools.bench import train as bench
-
-    report(bench.run(model, batch, first_adapted_block, pictures, threads, repeats), json_path, csv_path)
-
-
-@app.command()
-def updates(
-    json_path: Json = None,
-    csv_path: Csv = None,
-    cases: Annotated[
-        list[str] | None,
-        typer.Option(help="Like tip-adapter++-k100000-c100-d512: method, keys, classes, channels. Repeatable."),
-    ] = None,
-    threads: Threads = None,
-    repeats: Repeats = 7,
-) -> None:
-    """Change a running classifier: an example or a class more or less, against fitting it again."""
-    limit_blas(threads)
-    from tools.bench import updates as bench
-
-    report(bench.run(cases or bench.DEFAULT_CASES, threads=threads, repeats=repeats), json_path, csv_path)
+for _name, _bench in BENCHES.items():
+    add_command(_name, _bench)
 
 
 @app.command()
@@ -282,7 +242,7 @@ def run_all(
     for name in [bench for bench in BENCHES if not only or bench in only]:
         typer.echo(f"== {name}", err=True)
         arguments = ["--json", str(out / f"cpu-{name}.json"), "--csv", str(out / f"cpu-{name}.csv")]
-        arguments += BENCHES[name].split() if quick else []
+        arguments += BENCHES[name].smoke.split() if quick else []
         if subprocess.run([sys.executable, str(Path(__file__).resolve()), name, *arguments], check=False).returncode:
             failed.append(name)
     if failed:

@@ -57,7 +57,7 @@ def _linked(made: tuple[Path, Path], folder: Path) -> Path:
 @pytest.mark.slow
 def test_rows_of_real_cold_starts(child: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "BURST_S", 0.0)
-    rows = cold_start.run(("demo",), repeats=2)
+    rows = cold_start.run("demo", repeats=2)
     assert [row["impl"] for row in rows] == ["iosr-fast", *cold_start.RIVALS]
     assert len(child) >= 4 * 3, "verified once, and started anew for each time that is taken"
     for row in rows:

@@ -50,7 +50,7 @@ def test_rows_and_nothing_wrong_is_timed(small: None, monkeypatch: pytest.Monkey
         return opened
 
     monkeypatch.setattr(precision, "candidates", once)
-    rows = precision.run(("Small",), batch=3, threads=1, repeats=1, first_adapted_block=1)
+    rows = precision.run("Small", batch=3, threads=1, repeats=1, first_adapted_block=1)
     names = [row["impl"] for row in rows]
     assert names[:2] == ORT
     # bf16 is left out where the processor would compute it in fp32.
@@ -72,7 +72,7 @@ def test_rows_and_nothing_wrong_is_timed(small: None, monkeypatch: pytest.Monkey
     opened["onnxruntime-int8"] = SimpleNamespace(encode=lambda pixels: encode(pixels * np.array([1, 0, 1], np.uint8)))
     monkeypatch.setattr(harness, "measure", lambda *_: pytest.fail("timed a wrong candidate"))
     with pytest.raises(ArithmeticError, match=r"onnxruntime-int8: plain .*cosine >= 0\.99\); nothing is timed"):
-        precision.run(("Small",), batch=3, threads=1, repeats=1, first_adapted_block=1)
+        precision.run("Small", batch=3, threads=1, repeats=1, first_adapted_block=1)
 
 
 @pytest.mark.parametrize(

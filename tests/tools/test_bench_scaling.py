@@ -31,7 +31,8 @@ def test_scoring_by_size_times_ours_and_the_two_rivals(monkeypatch: pytest.Monke
     monkeypatch.setattr(harness, "PAUSE_S", 0)
     monkeypatch.setattr(harness, "extra_memory_mb", lambda run: 0.0)
     monkeypatch.setattr(score, "Case", SmallCase)
-    made = scaling.run(1, 1, scaling.Sizes((), queries=(1, 2), keys=(16000,), classes=(3,)))
+    monkeypatch.setattr(scaling, "SIZES", scaling.Sizes((), queries=(1, 2), keys=(16000,), classes=(3,)))
+    made = scaling.run(1, 1)
     expected = {f"q{q}-k16000-d512-c1000" for q in (1, 2, 64)} | {"q64-k16000-d512-c3"}
     assert {row["case"] for row in made} == expected
     for row in made:

@@ -8,6 +8,8 @@ import math
 import subprocess
 import sys
 import time
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from iosr_fast import _C
 from iosr_fast.utils.machine import usable_threads
 from tests import ROOT
+from tools import benchmark
 from tools.bench import ceilings, harness
 
 
@@ -271,8 +274,6 @@ def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, 
 def test_all_goes_on_after_a_bench_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from tools import benchmark
-
     ran: list[list[str]] = []
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
@@ -299,8 +300,6 @@ def test_a_smoke_run_gives_options_that_each_bench_takes(tmp_path: Path, monkeyp
     from typer.main import get_command
     from typer.testing import CliRunner
 
-    from tools import benchmark
-
     ran: list[list[str]] = []
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
@@ -314,3 +313,16 @@ def test_a_smoke_run_gives_options_that_each_bench_takes(tmp_path: Path, monkeyp
     for name, *arguments in ran:
         given = commands[name].make_context(name, list(arguments)).params
         assert given["repeats"] == 1 and given["json_path"] == tmp_path / f"cpu-{name}.json"
+
+
+@pytest.mark.parametrize("name", benchmark.BENCHES)
+def test_options_are_parameters_of_the_bench(name: str) -> None:
+    for package in ("torch", "onnxruntime", "onnxscript", "open_clip"):
+        pytest.importorskip(package)
+    modules = [name.replace("-", "_"), *(["encoder_gpu"] if name == "encoder" else [])]
+    taken = {
+        parameter
+        for module in modules
+        for parameter in signature(import_module(f"tools.bench.{module}").run).parameters
+    }
+    assert {option if option != "models" else "model" for option in benchmark.BENCHES[name].options} <= taken

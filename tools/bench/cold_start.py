@@ -36,16 +36,13 @@ CLASSES, SHOTS = 20, 4
 PEAK_FACTOR, PEAK_ROOM_MB = 1.3, 150  # the goal: at most 1.3 times the weights and 150 MB
 
 
-def run(models: tuple[str, ...] = ("demo", "ViT-B-16"), repeats: int = 5) -> list[dict[str, Any]]:
-    """Verify and time one case a model, interleaved; one row an implementation."""
-    rows = []
-    for model in models:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += _run_model(model, Path(folder), repeats)
-    return rows
+def run(model: str, repeats: int = 5) -> list[dict[str, Any]]:
+    """Verify and time one model, interleaved; one row an implementation."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run_in(Path(folder), model, repeats)
 
 
-def _run_model(model: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def _run_in(folder: Path, model: str, repeats: int) -> list[dict[str, Any]]:
     picture = make_bundle(model, folder)
     bundle = folder / "bundle"
     weights_mb = (bundle / "engine" / WEIGHTS).stat().st_size / 1e6

@@ -46,16 +46,17 @@ RIVALS_AT = {12: (0, 8), 6: (0, 3)}
 
 def run(
     model: str = "ViT-B-16",
-    batch: int = 8,
+    batch: int | None = None,
     first_adapted_blocks: Sequence[int] | None = None,
     threads: int | None = None,
     repeats: int = 5,
 ) -> list[dict[str, Any]]:
-    """Verify and time one model at one batch, interleaved; one row an implementation.
+    """Verify and time one model at one batch (8, and 64 for the demo), interleaved; one row an implementation.
 
     `first_adapted_blocks`: None for FIRST_BLOCKS. Rivals that can't run here are left out; standard error names them.
     """
     threads = threads or usable_threads()
+    batch = batch or (64 if model == "demo" else 8)
     clip = load_clip(model, None if model == "demo" else "none")
     blocks = len(clip.model.visual.transformer.resblocks)
     first_blocks = tuple(first_adapted_blocks or FIRST_BLOCKS.get(blocks, (0, 2 * blocks // 3)))

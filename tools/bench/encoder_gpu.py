@@ -142,7 +142,7 @@ def fused_flops(config: DualEncoderConfig, batch: int) -> float:
 
 
 def run(
-    model: str, batch: int, repeats: int = 50, device: str = "cuda", compiled: bool = False
+    model: str, batch: int = 256, repeats: int = 50, device: str = "cuda", compiled: bool = False
 ) -> list[dict[str, Any]]:
     """Verify and time one model at one batch, interleaved; one row an implementation."""
     target = Device(device)

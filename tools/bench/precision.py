@@ -45,35 +45,22 @@ CALIBRATED, JUDGED = 32, 24  # pictures of a CLIP without pictures of its own
 
 
 def run(
-    models: tuple[str, ...] = ("demo", "ViT-B-16"),
-    batch: int = 8,
-    threads: int | None = None,
-    repeats: int = 7,
-    first_adapted_block: int = 8,
+    model: str, batch: int = 8, threads: int | None = None, repeats: int = 7, first_adapted_block: int = 8
 ) -> list[dict[str, Any]]:
-    """Verify and time one case a model, interleaved; one row a runtime and precision.
+    """Verify and time one model, interleaved; one row a runtime and precision.
 
     The demo has its own adapter and batches of 64; any other CLIP one with random weights from `first_adapted_block`
     on. Raises ArithmeticError, and times nothing, where an embedding is off: by more than 1e-4 in fp32, by a cosine
     below 0.999 in bf16, 0.99 in int8.
     """
     threads = threads or usable_threads()
-    rows = []
-    for model in models:
-        clip = load_clip(model, None if model == "demo" else "none")
-        size = DEMO_BATCH if model == "demo" else batch
-        adapter = choose_adapter(clip, "auto") if model == "demo" else random_adapter(clip, first_adapted_block)
-        with tempfile.TemporaryDirectory() as folder:
-            rows += _run_model(clip, adapter, size, threads, repeats, Path(folder))
-    return rows
-
-
-def _run_model(
-    clip: LoadedClip, adapter: Any, batch: int, threads: int, repeats: int, folder: Path
-) -> list[dict[str, Any]]:
+    clip = load_clip(model, None if model == "demo" else "none")
+    batch = DEMO_BATCH if model == "demo" else batch
+    adapter = choose_adapter(clip, "auto") if model == "demo" else random_adapter(clip, first_adapted_block)
     calibration, judged = pictures_of(clip)
-    encoders = candidates(clip, adapter, calibration, threads, folder)
-    with harness.torch_threads(threads):
+    with tempfile.TemporaryDirectory() as name, harness.torch_threads(threads):
+        folder = Path(name)
+        encoders = candidates(clip, adapter, calibration, threads, folder)
         truth = in_batches(torch_encoder(clip, adapter), judged)
         embeddings = {name: in_batches(encoder.encode, judged) for name, encoder in encoders.items()}
         extra = {name: verify(name, each, truth) for name, each in embeddings.items()}

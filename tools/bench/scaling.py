@@ -54,9 +54,10 @@ SIZES = Sizes(
 QUICK = Sizes((("demo", 3, (1, 2)),), queries=(1, 2), keys=(1000,), classes=(10,))
 
 
-def run(threads: int | None = None, repeats: int = 5, sizes: Sizes = SIZES) -> list[dict[str, Any]]:
+def run(threads: int | None = None, repeats: int = 5, quick: bool = False) -> list[dict[str, Any]]:
     """Both kinds of rows, verified and timed."""
     threads = threads or usable_threads()
+    sizes = QUICK if quick else SIZES
     rows: list[dict[str, Any]] = []
     for model, first, batches in sizes.encoders:
         rows += encoders(model, first, batches, threads, repeats)

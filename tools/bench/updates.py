@@ -55,7 +55,7 @@ class Case:
         return f"{self.method}-k{self.keys}-c{self.classes}-d{self.width}"
 
 
-def run(cases: Sequence[str], threads: int | None = None, repeats: int = 7) -> list[dict[str, Any]]:
+def run(cases: Sequence[str] = DEFAULT_CASES, threads: int | None = None, repeats: int = 7) -> list[dict[str, Any]]:
     """Rows of every case: `add` and `remove` one example, `add-class` of one, and `fit-again` with one more."""
     rows = []
     for case in [Case.parse(text) for text in cases]:
