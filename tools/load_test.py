@@ -22,8 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.serving.http import Settings
-from iosr_fast.serving.http.settings import CPU_BATCH
+from iosr_fast.serving.http.settings import CPU_BATCH, Settings
 from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.machine import usable_threads
 from tools.demo.bundle import make_demo_bundle

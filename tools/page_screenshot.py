@@ -49,7 +49,8 @@ def served(classifier: Classifier, token: str) -> Iterator[str]:
     """The address of the application around `classifier`, served by a thread on a free port."""
     uvicorn = require("uvicorn", "serve")
     from iosr_fast.serving.batching import BatchingClassifier
-    from iosr_fast.serving.http import Settings, create_app
+    from iosr_fast.serving.http.app import create_app
+    from iosr_fast.serving.http.settings import Settings
 
     with BatchingClassifier(classifier) as batching:
         app = create_app(batching, Settings(token=token))

@@ -18,7 +18,7 @@ import pytest
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.http import Settings
+from iosr_fast.serving.http.settings import Settings
 from tests.demo_cache import demo_cache, shared_cache
 from tests.pictures import encode
 
@@ -36,7 +36,7 @@ fastapi = pytest.importorskip("fastapi", reason="fastapi comes with the serve ex
 httpx = pytest.importorskip("httpx", reason="httpx comes with the dev extra")
 pytest.importorskip("prometheus_client", reason="prometheus-client comes with the serve extra")
 
-from iosr_fast.serving.http import create_app  # noqa: E402
+from iosr_fast.serving.http.app import create_app  # noqa: E402
 from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
 
 CLASSES, SHOTS = 8, 3

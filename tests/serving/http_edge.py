@@ -21,9 +21,9 @@ pytest.importorskip("prometheus_client", reason="prometheus-client comes with th
 from starlette.requests import ClientDisconnect, Request  # noqa: E402
 from starlette.responses import JSONResponse, Response, StreamingResponse  # noqa: E402
 
-from iosr_fast.serving.http import Settings  # noqa: E402
 from iosr_fast.serving.http.metrics import Metrics  # noqa: E402
 from iosr_fast.serving.http.protocol import Edge  # noqa: E402
+from iosr_fast.serving.http.settings import Settings  # noqa: E402
 
 BIG = 8 << 20  # bytes of /big, more than a kernel holds
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.serving.http import Settings
+from iosr_fast.serving.http.settings import Settings
 from tests.images.jpegs import COMMENT, END, jpeg, scan, segment
 from tests.pictures import encode
 from tests.serving.http_client import (

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.http import Settings, metrics
+from iosr_fast.serving.http import metrics
 from iosr_fast.serving.http.logs import JsonFormatter
 from iosr_fast.serving.http.logs import logger as serving_logger
+from iosr_fast.serving.http.settings import Settings
 from iosr_fast.state.predictions import Prediction
 from tests.pictures import encode
 from tests.serving.http_client import (

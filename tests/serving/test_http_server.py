@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.serving.batching import BatchingClassifier
-from iosr_fast.serving.http import Settings
+from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
@@ -237,7 +237,7 @@ def test_requests_ahead_of_their_turn_are_all_answered(process: Process) -> None
 
 
 def test_an_engine_that_fails_at_once_ends_the_process(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    from iosr_fast.serving.http import run
+    from iosr_fast.serving.http.server import run
 
     def fail(_: Any) -> None:
         raise RuntimeError("no kernel image")

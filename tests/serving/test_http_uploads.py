@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.images.decoder_process.structure import structure_error
-from iosr_fast.serving.http import Settings
+from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Refusal, check_image
 from tests.pictures import encode
 from tests.serving.http_client import AUTHORISED, Client, form, queries, serving

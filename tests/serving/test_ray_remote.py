@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from iosr_fast.cli import app
 from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.serving.batching.item import Query
-from iosr_fast.serving.http import Settings
 from iosr_fast.serving.http.metrics import Metrics
+from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray import Scale, build_app, from_config, replica
 from iosr_fast.serving.ray.deployment import code_version
 from iosr_fast.serving.ray.ingress import make_app
@@ -201,7 +202,7 @@ def test_a_replica_takes_a_new_bundle_and_keeps_the_old_one_where_it_can_not(alo
             assert made.status == "ok"
             return [result.label for result in made.results]
 
-        await one.reconfigure(Source.of(str(bundle())).to_config())
+        await one.reconfigure(asdict(Source.of(str(bundle()))))
         assert await told() == labels and (await one.describe()).refused == ""
         broken = save_broken(tmp_path / "broken")
         assert "does not match its manifest" in await one.try_bundle({"bundle": str(broken)})
@@ -213,8 +214,8 @@ def test_a_replica_takes_a_new_bundle_and_keeps_the_old_one_where_it_can_not(alo
         new = save_renamed(tmp_path / "new", "new ")
         await one.reconfigure({"bundle": str(new), "checksum": Source.of(str(bundle())).checksum})
         assert await told() == labels and "it was replaced" in (await one.describe()).refused
-        assert await one.try_bundle(Source.of(str(new)).to_config()) == ""
-        await one.reconfigure(Source.of(str(new)).to_config())
+        assert await one.try_bundle(asdict(Source.of(str(new)))) == ""
+        await one.reconfigure(asdict(Source.of(str(new))))
         assert await told() == [f"new {label}" for label in labels]
         assert await one.describe() == Facts(
             "r1", os.getpid(), socket.gethostname(), Source.of(str(new)), 1 + CLASSES, 64, CLASSES

@@ -23,7 +23,7 @@ import ray
 from PIL import Image
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.serving.http import Settings
+from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray import Scale, deploy, rollout
 from iosr_fast.utils.manifest import seal
 from iosr_fast.utils.ray_cluster import joined

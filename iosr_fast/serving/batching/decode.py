@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,11 @@ class Decoder:
     def start(self) -> None:
         """Called before each image; quick if already started. Raises if it can't decode at all."""
 
-    def pixels(
-        self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
+    def decode(
+        self, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
-        """As `decode`."""
+        """As the function `decode`."""
         return decode(image, position, size, self._limits, exif_orientation)
-
-    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
-        """As `whole_image`."""
-        return whole_image(image, position, self._limits, exif_orientation)
 
     def kill(self) -> None:
         """Stop the current image, if possible. May be called from any thread."""
@@ -47,12 +45,19 @@ def is_pixels(image: Any, size: int) -> bool:
     return isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3)
 
 
-def decode(image: Any, position: int, size: int, limits: DecodeLimits, exif_orientation: bool = True) -> np.ndarray:
-    """An image that open_image takes -> pixels (size, size, 3) uint8. Raises BadImageError, also beyond the limits."""
-    if is_pixels(image, size):
+def decode(
+    image: Any, position: int, size: int | None, limits: DecodeLimits, exif_orientation: bool = True
+) -> np.ndarray:
+    """An image that open_image takes -> pixels (size, size, 3) uint8; size None: all of them, (height, width, 3).
+
+    Raises BadImageError, also beyond the limits.
+    """
+    if size is not None and is_pixels(image, size):
         pixels: np.ndarray = image
         return pixels
     check_bytes(image, position, limits)
+    if size is None:
+        return np.asarray(open_image(image, position, exif_orientation))
 
     def check(width: int, height: int) -> str:
         return limits.size_error((width, height), size)
@@ -63,12 +68,6 @@ def decode(image: Any, position: int, size: int, limits: DecodeLimits, exif_orie
         if reason := check(*_dimensions(image)):
             raise BadImageError(None, position, reason)
     return decode_pixels(image, size, position, check=check, exact=True, exif_orientation=exif_orientation)
-
-
-def whole_image(image: Any, position: int, limits: DecodeLimits, exif_orientation: bool = True) -> np.ndarray:
-    """An image that open_image takes -> all pixels, (height, width, 3) uint8."""
-    check_bytes(image, position, limits)
-    return np.asarray(open_image(image, position, exif_orientation))
 
 
 def check_bytes(image: Any, position: int, limits: DecodeLimits) -> None:
@@ -83,6 +82,16 @@ def decoding_cost(image: Any, size: int) -> int:
         return 0
     claimed = claimed_size(image)
     return 0 if claimed is None else work_pixels(claimed, size)
+
+
+@cache
+def grey_png() -> bytes:
+    """An image that every decoder can decode."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
+    return file.getvalue()
 
 
 def _encoded_bytes(image: Any) -> int:

@@ -193,10 +193,6 @@ class QueuedBatch:
     expired: list[Item] = field(default_factory=list)
     waiting: int = 0
 
-    @property
-    def all_items(self) -> list[Item]:
-        return [*self.expired, *self.items]
-
 
 def without_frames(error: BaseException) -> BaseException:
     """Remove the tracebacks of a logged error and its causes, whose frames would keep all images of the batch alive."""

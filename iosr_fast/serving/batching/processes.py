@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import logging
 import mmap
 import os
@@ -22,7 +21,7 @@ import iosr_fast
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
 from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
 from iosr_fast.images.preprocess import ENCODED, BadImageError
-from iosr_fast.serving.batching.decode import Decoder, check_bytes
+from iosr_fast.serving.batching.decode import Decoder, check_bytes, grey_png
 from iosr_fast.serving.batching.item import DeadlineExceededError
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class DecoderProcess(Decoder):
                     raise _ProcessLost("it sent something else")
                 # A test image: a broken library shows here and not as many bad images.
                 until = time.monotonic() + _START_S
-                answer, message = self._exchange(Task.CROP, _grey_png(), 2, 2 * 2 * 3, until)
+                answer, message = self._exchange(Task.CROP, grey_png(), 2, 2 * 2 * 3, until)
                 if answer.status != Status.OK:
                     raise _ProcessLost(f"it can't decode a grey PNG: {message}")
             except (_ProcessLost, OSError) as error:
@@ -73,29 +72,23 @@ class DecoderProcess(Decoder):
                 output = errors.read().decode("utf-8", "replace").strip()[-2000:]
                 raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
 
-    def pixels(
-        self, image: Any, position: int, size: int, deadline: float, exif_orientation: bool = True
+    def decode(
+        self, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
         """As `decode`. Anything but encoded bytes comes from this program and is decoded in this process."""
         if not isinstance(image, ENCODED):
-            return super().pixels(image, position, size, deadline, exif_orientation)
+            return super().decode(image, position, size, deadline, exif_orientation)
         check_bytes(image, position, self._limits)
-        self.start()  # it may have been killed while idle, which is not the fault of this image
-        block = self._ask(Task.CROP, image, position, size, size * size * 3, deadline, exif_orientation)
-        return block.copy()
-
-    def whole(self, image: Any, position: int, deadline: float, exif_orientation: bool = True) -> np.ndarray:
-        """All pixels of an encoded image, (height, width, 3) uint8."""
-        if not isinstance(image, ENCODED):
-            return super().whole(image, position, deadline, exif_orientation)
-        check_bytes(image, position, self._limits)
-        size = claimed_size(image)
-        if size is None:
+        if size is not None:
+            self.start()  # it may have been killed while idle, which is not the fault of this image
+            return self._ask(Task.CROP, image, position, size, size * size * 3, deadline, exif_orientation).copy()
+        sides = claimed_size(image)
+        if sides is None:
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image, or its header is damaged")
         self.start()
         self._block = None
         try:
-            return self._ask(Task.WHOLE, image, position, 1, size[0] * size[1] * 3, deadline, exif_orientation)
+            return self._ask(Task.WHOLE, image, position, 1, sides[0] * sides[1] * 3, deadline, exif_orientation)
         finally:
             self._block = None  # now only the array refers to the memory
 
@@ -218,11 +211,3 @@ def _shared(size: int) -> tuple[int, mmap.mmap]:
     # If the other process could truncate it, reading it here would crash.
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return file, mmap.mmap(file, size)
-
-
-def _grey_png() -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (2, 2), (128, 128, 128)).save(file, "PNG")
-    return file.getvalue()

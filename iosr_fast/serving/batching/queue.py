@@ -86,7 +86,7 @@ class BatchQueue:
         while True:
             job = self.turns.get()
             if job is None or self._needs_decoding(job):
-                return job  # type: ignore[return-value]
+                return job
             self.turns.done(job)
             del job  # the frame would keep it until the next one comes
 
@@ -94,13 +94,13 @@ class BatchQueue:
         """Wait at most `seconds` for the end of decoding; whether it has come."""
         return self._ended.wait(seconds)
 
-    def _needs_decoding(self, job: Any) -> bool:
+    def _needs_decoding(self, job: Item | WholeImage) -> bool:
         now = time.monotonic()
         if isinstance(job, WholeImage):
             return job.is_wanted(now)
         if job.deadline < now:
             self.fail(job, job.late(now))
-        return bool(job.stage is Stage.DECODING)
+        return job.stage is Stage.DECODING
 
     def decoded(self, item: Item, pixels: np.ndarray, exif_orientation: bool) -> None:
         """Set the pixels (S, S, 3) of an item. It is decoded again if a new classifier takes other pixels."""

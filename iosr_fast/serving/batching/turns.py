@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from typing import Protocol
+
+from iosr_fast.serving.batching.item import Item, WholeImage
 
 LARGE_PIXELS = 16_000_000  # more than most phones send; decoded in about a quarter of a second
 
 
-class Job(Protocol):
-    """`client` and `turn` (number of the request); `cost`: pixels of the largest intermediate image, 0 if unknown."""
-
-    @property
-    def client(self) -> str: ...
-    @property
-    def turn(self) -> int: ...
-    @property
-    def cost(self) -> int: ...
+Job = Item | WholeImage
 
 
 class Turns:

@@ -127,7 +127,7 @@ def _run_batch(queue: BatchQueue, engine: Engine, hooks: Hooks) -> bool:
         return batch is not None
     except BaseException as error:
         log.exception("a batch could not be run; its images get the error, and the next batch is tried")
-        for item in {*queue.forget_taken(), *(batch.all_items if batch is not None else ())}:
+        for item in {*queue.forget_taken(), *([*batch.expired, *batch.items] if batch is not None else ())}:
             if not item.future.done():
                 item.answer(without_frames(error), hooks)
         return True
@@ -191,14 +191,10 @@ def _started(
     return False
 
 
-def _try_decode(
-    decoder: Decoder, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool
-) -> np.ndarray | BaseException:
-    """Pixels at the encoder's `size` (None: of the whole image), or the exception."""
+def _try_decode(decoder: Decoder, *args: Any) -> np.ndarray | BaseException:
+    """The pixels, or the exception."""
     try:
-        if size is None:
-            return decoder.whole(image, position, deadline, exif_orientation)
-        return decoder.pixels(image, position, size, deadline, exif_orientation)
+        return decoder.decode(*args)
     except BaseException as error:  # even MemoryError concerns this image only
         return error
 

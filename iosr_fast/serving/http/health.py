@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import time
-from functools import cache
 
 from fastapi import APIRouter
-from PIL import Image
 from starlette.responses import JSONResponse, Response
 
 from iosr_fast.serving.batching import ClosedError, QueueFullError
+from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.metrics import CONTENT_TYPE
 from iosr_fast.serving.http.service import Service
@@ -48,7 +46,7 @@ class Probe:
         within = settings.probe_deadline_s
         try:
             async with asyncio.timeout(within):
-                await service.batching.classify(_grey_png(), top=1, deadline_s=within)
+                await service.batching.classify(grey_png(), top=1, deadline_s=within)
         except QueueFullError:
             return self._busy(idle_s)
         except ClosedError:
@@ -64,13 +62,6 @@ class Probe:
     def _busy(self, idle_s: float) -> str:
         """A server too busy for the probe is healthy as long as it classifies images."""
         return "" if idle_s < self._service.settings.stuck_after_s else f"no image was classified for {idle_s:.0f} s"
-
-
-@cache
-def _grey_png() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), (128, 128, 128)).save(file, "PNG")
-    return file.getvalue()
 
 
 def make_router(service: Service, metrics: bool) -> APIRouter:

@@ -10,20 +10,7 @@ Every replica has its own classifier, so classes can't be changed over this API:
 Change them on one classifier (in Python, or by `iosr-fast serve`), save it as a bundle and roll it out.
 """
 
-from __future__ import annotations
+from iosr_fast.serving.ray.deployment import Scale, build_app, from_config
+from iosr_fast.serving.ray.rollout import deploy
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from iosr_fast.serving.ray.deployment import Scale, build_app, from_config
-    from iosr_fast.serving.ray.rollout import deploy
-
-_HOME = {"Scale": "deployment", "build_app": "deployment", "deploy": "rollout", "from_config": "deployment"}
 __all__ = ["Scale", "build_app", "deploy", "from_config"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'iosr_fast.serving.ray' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"iosr_fast.serving.ray.{_HOME[name]}"), name)

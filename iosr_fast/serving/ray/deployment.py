@@ -118,7 +118,7 @@ def application(source: Source, settings: Settings, scale: Scale) -> Any:
         name=CLASSIFIER,
         max_ongoing_requests=_SPARE * settings.max_queue,
         max_constructor_retry_count=_STARTS,
-        user_config=source.to_config(),
+        user_config=asdict(source),
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
         **scale.replica_options(),
         **common,

@@ -38,9 +38,6 @@ class Source:
             raise ValueError(f'expected a user_config {{"bundle": folder, "checksum": of its manifest}}, got {config}')
         return cls(bundle, checksum)
 
-    def to_config(self) -> dict[str, Any]:
-        return {"bundle": self.bundle, "checksum": self.checksum}
-
     def load(self, settings: Settings, threads: int) -> tuple[Source, Classifier]:
         """The classifier, and the source with the checksum that was loaded. Raises ValueError for another checksum."""
         from iosr_fast.classifier import Classifier

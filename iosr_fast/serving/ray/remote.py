@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol, Unpack
+from collections.abc import Awaitable, Callable, Iterable
+from types import SimpleNamespace
+from typing import Any, Unpack
 
 from iosr_fast.serving.batching import ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.serving.batching.item import Query, QueryOptions
@@ -22,10 +22,9 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 log = logging.getLogger("ray.serve")
 
 
-class Call(Protocol):
-    """Runs a method of some replica; raises ray.exceptions.RayError if that replica died or can't be reached."""
-
-    def __call__(self, method: str, *values: Any) -> Awaitable[Any]: ...
+# call(method, *values) runs a method of some replica. It raises ray.exceptions.RayError if that replica died or can't
+# be reached.
+Call = Callable[..., Awaitable[Any]]
 
 
 def over_handle(handle: Any) -> Call:
@@ -43,19 +42,6 @@ def over_handle(handle: Any) -> Call:
             raise
 
     return call
-
-
-@dataclass(frozen=True)
-class RemoteEncoder:
-    image_size: int
-
-
-@dataclass(frozen=True)
-class RemoteClassifier:
-    """The attributes of a classifier that routes read without waiting, from the last answer of a replica."""
-
-    version: int
-    encoder: RemoteEncoder
 
 
 class Remote:
@@ -87,10 +73,11 @@ class Remote:
         return self._facts
 
     @property
-    def classifier(self) -> RemoteClassifier:
+    def classifier(self) -> Any:
+        """The attributes of a classifier that routes read without waiting, from the last answer of a replica."""
         if self._facts is None:
             raise RuntimeError("expected describe() to have been called")
-        return RemoteClassifier(self._facts.version, RemoteEncoder(self._facts.image_size))
+        return SimpleNamespace(version=self._facts.version, encoder=SimpleNamespace(image_size=self._facts.image_size))
 
     async def ask(self, method: str, *values: Any) -> Any:
         """The result of a method of any replica."""

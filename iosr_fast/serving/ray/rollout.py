@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _try(name: str, source: Source) -> None:
     Raises RuntimeError if it can't be loaded.
     """
     with _handle(name, "try_bundle") as handle:
-        refused = handle.remote(source.to_config()).result(timeout_s=_LOAD_S)
+        refused = handle.remote(asdict(source)).result(timeout_s=_LOAD_S)
     if refused:
         raise RuntimeError(f"a replica can't load {source.bundle}, so nothing was changed: {refused}")
 
