@@ -1,7 +1,7 @@
 // The list of classes: filter, view pictures, add and remove pictures, rename, remove.
 
 import * as api from "./api.js";
-import { confirmed, count, find, make, quoted, say } from "./dom.js";
+import { complain, confirmed, count, find, make, quoted, removable } from "./dom.js";
 import { acceptChoices } from "./pictures.js";
 import { supportPicture } from "./result.js";
 import { preparedAll } from "./upright.js";
@@ -28,7 +28,7 @@ export async function refresh({ keepForms = false } = {}) {
     if (!keepForms || !find("classes").querySelector("form")) draw();
     return data;
   } catch (error) {
-    say(error.message, { error: true });
+    complain(error.message);
     return null;
   }
 }
@@ -77,28 +77,14 @@ function panel(info) {
 async function drawExamples(info, list) {
   try {
     const { data } = await api.examples(info.class_id);
-    const ids = data.example_ids;
     list.replaceChildren(
-      ...ids.map((id, i) =>
-        make(
-          "li",
-          {},
-          supportPicture(id, `picture ${i + 1} of ${info.name}`),
-          make(
-            "button",
-            {
-              type: "button",
-              class: "drop-one",
-              "aria-label": `Remove picture ${i + 1} of ${info.name}`,
-              click: () => removePicture(info, id, i + 1),
-            },
-            "×",
-          ),
-        ),
-      ),
+      ...data.example_ids.map((id, i) => {
+        const words = `picture ${i + 1} of ${info.name}`;
+        return removable(supportPicture(id, words), `Remove ${words}`, () => removePicture(info, id, i + 1));
+      }),
     );
   } catch (error) {
-    say(error.message, { error: true });
+    complain(error.message);
   }
 }
 
@@ -150,7 +136,7 @@ function addPictures(info, files) {
 
 function rename(info, name, cancel) {
   if (name === info.name) return cancel();
-  if (!name) return say("The class needs a name.", { error: true });
+  if (!name) return complain("The class needs a name.");
   return change(
     (onWait) => api.renameClass(info.class_id, name, onWait),
     ({ version }) => ({

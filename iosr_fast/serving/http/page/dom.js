@@ -36,13 +36,24 @@ export const signed = (number) => number.toFixed(2).replace("-", "\u2212");
 
 export const quoted = (name) => `\u201c${name}\u201d`;
 
+/** A picture of a strip with a button that removes it. */
+export const removable = (picture, words, remove) =>
+  make(
+    "li",
+    {},
+    picture,
+    make("button", { type: "button", class: "drop-one", "aria-label": words, click: remove }, "×"),
+  );
+
 /** Show a message in the bar at the bottom and announce it to screen readers, until it is closed or replaced. */
-export function say(text, { error = false } = {}) {
+export function say(text, error = false) {
   find("notice").hidden = false;
   find("notice").classList.toggle("error", error);
   find("notice-text").textContent = text;
   find("notice-live").textContent = text;
 }
+
+export const complain = (problem) => say(problem, true);
 
 export function sayNothing() {
   find("notice").hidden = true;

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import * as classes from "./classes.js";
-import { count, find, make, say, sayNothing } from "./dom.js";
+import { complain, count, find, make, say, sayNothing } from "./dom.js";
 import { acceptChoices, acceptDrops, filesOf } from "./pictures.js";
 import { show } from "./result.js";
 import * as teach from "./teach.js";
@@ -59,16 +59,15 @@ async function classify(item) {
     item.sent ??= await prepared(item.file);
     const { data, roundTripMs } = await api.predict(item.sent.file, { top: TOP, nearest: NEAREST, onWait });
     const [answer] = data.predictions;
-    if (waited) sayNothing();
     item.error = answer.error?.message ?? null;
     item.prediction = answer.error ? null : answer;
     Object.assign(item, { roundTripMs, latencyMs: data.latency_ms, version: data.version });
     if (data.version !== version) refresh({ keepForms: true });
   } catch (error) {
-    if (waited) sayNothing();
     item.error = error.message;
     item.prediction = null;
   }
+  if (waited) sayNothing();
   clearTimeout(slow);
   item.busy = false;
   if (following || item === shown) view(item);
@@ -130,7 +129,7 @@ async function change(request, describe) {
     ({ data } = await request(announceWait));
   } catch (error) {
     const refused = error.status === 401;
-    say(refused ? `The token was not accepted: ${error.message}` : error.message, { error: true });
+    complain(refused ? `The token was not accepted: ${error.message}` : error.message);
     if (refused) {
       find("token").setAttribute("aria-invalid", "true");
       find("token").focus();
@@ -151,10 +150,9 @@ async function change(request, describe) {
 }
 
 function setUp() {
-  const complain = (problem) => say(problem, { error: true });
   acceptChoices(find("choose"), add);
   acceptChoices(find("camera"), add);
-  acceptDrops(document.documentElement, add, complain); // Also pictures dropped outside of the stage.
+  acceptDrops(document.documentElement, add); // Also pictures dropped outside of the stage.
   document.addEventListener("paste", (event) => {
     const { files } = filesOf(event.clipboardData);
     if (!files.length) {

@@ -1,5 +1,7 @@
 // Files of the user: dropped, pasted or chosen.
 
+import { complain } from "./dom.js";
+
 /** The files of a drop or a paste: {files, problem}; `problem` describes what could not be used. */
 export function filesOf(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.());
@@ -12,7 +14,7 @@ export function filesOf(transfer) {
 }
 
 /** Pass files dropped on `element` to `take`; it is marked while something hovers over it. */
-export function acceptDrops(element, take, complain) {
+export function acceptDrops(element, take) {
   const marked = (on) => element.classList.toggle("hovered", on);
   element.addEventListener("dragover", (event) => {
     event.preventDefault();

@@ -1,7 +1,7 @@
 // The form that adds a class: name, pictures, token.
 
 import * as api from "./api.js";
-import { count, find, make, quoted, say } from "./dom.js";
+import { complain, count, find, make, quoted, removable } from "./dom.js";
 import { acceptChoices, acceptDrops } from "./pictures.js";
 import { drawn, preparedAll } from "./upright.js";
 
@@ -20,20 +20,10 @@ function draw() {
   strip.hidden = !pictures.length;
   strip.replaceChildren(
     ...pictures.map((picture) =>
-      make(
-        "li",
-        {},
+      removable(
         picture.canvas ?? make("span", { class: "missing" }, "no preview"),
-        make(
-          "button",
-          {
-            type: "button",
-            class: "drop-one",
-            "aria-label": `Leave out ${picture.file.name}`,
-            click: () => leaveOut(picture),
-          },
-          "×",
-        ),
+        `Leave out ${picture.file.name}`,
+        () => leaveOut(picture),
       ),
     ),
   );
@@ -69,7 +59,7 @@ async function send(change) {
 }
 
 function refuse(words, field) {
-  say(words, { error: true });
+  complain(words);
   field.focus();
 }
 
@@ -81,7 +71,7 @@ export function setUp(change) {
     event.target.removeAttribute("aria-invalid");
   });
   acceptChoices(find("new-pictures"), collect);
-  acceptDrops(find("teach-stage"), collect, (problem) => say(problem, { error: true }));
+  acceptDrops(find("teach-stage"), collect);
   const button = find("add-class");
   find("teach").addEventListener("submit", async (event) => {
     event.preventDefault();
