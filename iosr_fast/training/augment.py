@@ -8,18 +8,10 @@ import torch
 import torch.nn.functional as F
 
 
-def draw_augmentation(
-    count: int,
-    generator: torch.Generator,
-    *,
-    max_rotation_deg: float = 12.0,
-    max_shift: float = 0.1,
-    scale_range: tuple[float, float] = (0.75, 1.1),
-    max_colour: float = 0.2,
-) -> torch.Tensor:
+def draw_augmentation(count: int, generator: torch.Generator) -> torch.Tensor:
     """(count, 10): angle in radians, zoom, shift x and y, gain and offset of R, G, B, for each of `count` pictures.
 
-    `max_shift` is a share of the half width. No mirroring: a left arrow would become a right one.
+    Shifts are shares of the half width. No mirroring: a left arrow would become a right one.
     """
 
     def uniform(low: float, high: float, columns: int = 1) -> torch.Tensor:
@@ -27,11 +19,11 @@ def draw_augmentation(
 
     return torch.cat(
         [
-            uniform(-max_rotation_deg, max_rotation_deg) * (math.pi / 180),
-            1 / uniform(*scale_range),
-            uniform(-max_shift, max_shift, 2),
-            uniform(1 - max_colour, 1 + max_colour, 3),
-            uniform(-max_colour / 2, max_colour / 2, 3),
+            uniform(-12.0, 12.0) * (math.pi / 180),
+            1 / uniform(0.75, 1.1),
+            uniform(-0.1, 0.1, 2),
+            uniform(0.8, 1.2, 3),
+            uniform(-0.1, 0.1, 3),
         ],
         dim=1,
     )

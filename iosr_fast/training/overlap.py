@@ -25,13 +25,13 @@ def pair_cosines(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     return paired, unpaired
 
 
-def overlap_area(paired: np.ndarray, unpaired: np.ndarray, bins: int = BINS) -> float:
+def overlap_area(paired: np.ndarray, unpaired: np.ndarray) -> float:
     """The area shared by the two densities, in [0, 1]: sum over bins of min(p, q), with bins over [-1, 1].
 
     Source: Kravets & Namboodiri, BMVC 2024, section 3 (their intra-modal overlap).
     """
-    p, _ = np.histogram(np.clip(paired, -1, 1), bins=bins, range=(-1, 1))
-    q, _ = np.histogram(np.clip(unpaired, -1, 1), bins=bins, range=(-1, 1))
+    p, _ = np.histogram(np.clip(paired, -1, 1), bins=BINS, range=(-1, 1))
+    q, _ = np.histogram(np.clip(unpaired, -1, 1), bins=BINS, range=(-1, 1))
     return float(np.minimum(p / p.sum(), q / q.sum()).sum())
 
 

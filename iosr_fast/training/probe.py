@@ -19,7 +19,7 @@ RIDGE = 3e-5
 
 @dataclass(frozen=True)
 class Probe:
-    """What `probe` measured, on `pictures` of `classes`; `classes_left_out` had fewer than two pictures.
+    """What `probe` measured, on `pictures` of `classes`.
 
     `overlap_area` is in [0, 1], less is better; `auroc` 1 at best, 0.5 by chance (see `iosr_fast.training.overlap`).
     `linear_probe` is the share of test pictures labelled correctly; 1 / classes by chance.
@@ -30,7 +30,6 @@ class Probe:
     linear_probe: float
     pictures: int
     classes: int
-    classes_left_out: int = 0
 
 
 def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
@@ -50,12 +49,11 @@ def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
     """
     units, labels = _checked(embeddings, labels)
     rows = _choose(labels, seed)
-    all_sizes = np.unique(labels, return_counts=True)[1]
     names, sizes = np.unique(labels[rows], return_counts=True)
     if len(names) < 2:
         raise ValueError(
-            f"expected at least two classes of two pictures or more, got {len(names)} among {len(all_sizes)} classes "
-            f"of {len(labels)} pictures; hold more pictures out"
+            f"expected at least two classes of two pictures or more, got {len(names)} among "
+            f"{len(np.unique(labels))} classes of {len(labels)} pictures; hold more pictures out"
         )
     units, labels = units[rows], labels[rows]
     paired, unpaired = pair_cosines(units, labels)
@@ -72,7 +70,6 @@ def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
         linear_probe=float((model.predict(units[~fitted]) == labels[~fitted]).mean()),
         pictures=len(units),
         classes=len(names),
-        classes_left_out=int(np.count_nonzero(all_sizes < 2)),
     )
 
 

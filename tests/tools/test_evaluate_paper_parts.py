@@ -376,12 +376,12 @@ def test_what_killed_runs_leave_in_out_is_removed_by_the_next_run(tmp_path: Path
 
 
 def test_published_figures_have_sources_and_known_names() -> None:
-    from iosr_fast.training.data.evaluation_sets import names
+    from iosr_fast.training.data.evaluation_sets import catalog
 
     shipped = published.read_published()
     assert len(shipped) > 200
     for (data, method, backbone, pretrained, shots), figures in shipped.items():
-        assert data in names() and method in METHODS and pretrained == "openai" and shots in (0, 1, 2, 4, 8, 16)
+        assert data in catalog() and method in METHODS and pretrained == "openai" and shots in (0, 1, 2, 4, 8, 16)
         assert backbone in ("RN50", "RN101", "ViT-B-32", "ViT-B-16")
         for figure in figures:
             assert figure.paper and figure.where and figure.url.startswith("https://") and 10 < figure.value < 100

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +19,13 @@ for module in ("torch", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
 
 from iosr_fast.images.preprocess import BadImageError  # noqa: E402
-from iosr_fast.training.data.datasets_page import page  # noqa: E402
 from iosr_fast.training.data.evaluation_readers import Content  # noqa: E402
 from iosr_fast.training.data.evaluation_sets import (  # noqa: E402
     IMAGENET_SEVEN,
     PHOTO,
     _finish,
-    check,
+    catalog,
     describe,
-    names,
     open_evaluation_set,
 )
 from tests.training.test_data_layouts import (  # noqa: E402
@@ -47,7 +46,7 @@ from tests.training.test_data_layouts import (  # noqa: E402
 EUROSAT = coop("eurosat", ("AnnualCrop", "Annual Crop Land", ""), ("Highway", "Highway or Road", ""))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", catalog())
 def test_everything_missing_is_listed_with_its_url_and_place(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         open_evaluation_set(name, tmp_path)
@@ -77,16 +76,13 @@ def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
         open_evaluation_set("eurosat", tmp_path)
 
 
-def test_check_tells_of_every_set_what_keeps_it(tmp_path: Path) -> None:
-    cub(tmp_path)
+def test_a_damaged_file_and_an_unknown_set_are_named(tmp_path: Path) -> None:
     EUROSAT(tmp_path)
     (tmp_path / "eurosat/split_zhou_EuroSAT.json").write_text("{", encoding="utf-8")
-    problems = check(tmp_path, ["cub", "eurosat", "dtd"])
-    assert list(problems) == ["cub", "eurosat", "dtd"] and problems["cub"] is None
-    assert "split_zhou_EuroSAT.json is damaged" in (problems["eurosat"] or "")
-    assert "split_zhou_DescribableTextures.json" in (problems["dtd"] or "")
+    with pytest.raises(ValueError, match=r"split_zhou_EuroSAT.json is damaged"):
+        open_evaluation_set("eurosat", tmp_path)
     with pytest.raises(ValueError, match=r"expected an evaluation set among caltech101, .*, got 'cifar'"):
-        check(tmp_path, ["cub", "cifar"])
+        open_evaluation_set("cifar", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -182,18 +178,34 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
 
 
 def test_prompts() -> None:
-    for name in names():
-        entry = describe(name)
+    for name, entry in catalog().items():
         assert entry.templates == (list(IMAGENET_SEVEN) if name.startswith("imagenet") else [entry.prompt])
         assert all(template.count("{}") == 1 for template in (*entry.templates, entry.prompt))
     assert describe("imagenet").prompt == PHOTO and len(set(IMAGENET_SEVEN)) == 7
     assert describe("ucf101").prompt == "a photo of a person doing {}."
 
 
-def test_the_page_of_data_sets_is_up_to_date() -> None:
-    written = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
-    assert written == page(), "run python -m iosr_fast.training.data.datasets_page > docs/datasets.md"
-    assert all(f"| `{name}` | {describe(name).title} |" in written for name in names())
+def test_the_page_of_data_sets_lists_the_catalog() -> None:
+    text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    toml = tomllib.loads((ROOT / "iosr_fast/training/data/evaluation_sets.toml").read_text(encoding="utf-8"))
+    assert re.findall(r"^\*\*.*\*\* \(`(\w+)`\)", text, re.MULTILINE) == list(toml)
+    for name, entry in toml.items():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        _, _, title, classes, layouts, prompt, _ = (cell.strip() for cell in row.split("|"))
+        assert (title, int(classes), prompt) == (entry["title"], entry["classes"], entry.get("prompt", PHOTO))
+        head = f"**{title}** (`{name}`){': ' + entry['note'] if 'note' in entry else ''}\n\n"
+        counts, places = [], []
+        for layout in entry["layouts"]:
+            images = layout.get("images")
+            numbers = (
+                " / ".join(f"{images[s]:,}" if s in images else "-" for s in ("train", "val", "test")) if images else ""
+            )
+            counts.append(f"{layout['title']}: {numbers or 'not counted'}")
+            places.append(f"- {layout['title']}")
+            for *paths, url in layout["needs"]:
+                places.append(f"  - {' or '.join(f'`{path}`' for path in paths)}: {url}")
+        assert layouts == "; ".join(counts)
+        assert head + "\n".join(places) + "\n" in text
 
 
 @pytest.mark.slow
@@ -241,21 +253,11 @@ def test_a_damaged_mat_file_is_named(tmp_path: Path, name: str, make: object, fi
         in_folder(tmp_path, *expected)
     path = tmp_path / name / file
     good = path.read_bytes()
-    assert check(tmp_path, [name]) == {name: None}
+    open_evaluation_set(name, tmp_path)
     for end in (0, 60, 127, 128, 150, len(good) - 1):
         path.write_bytes(good[:end])
-        message = check(tmp_path, [name])[name]
-        assert message is not None and path.name in message and "fetch it again" in message
-
-
-def test_an_unknown_name_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr(
-        "iosr_fast.training.data.evaluation_sets.open_evaluation_set", lambda name, root: opened.append(name)
-    )
-    with pytest.raises(ValueError, match="got 'dtt'"):
-        check(tmp_path, ["imagenet", "dtt"])
-    assert not opened
+        with pytest.raises(ValueError, match=rf"{path.name}.*fetch it again"):
+            open_evaluation_set(name, tmp_path)
 
 
 def test_labels_that_name_no_class_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 for module in ("torch", "torchvision", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
 
-from iosr_fast.training.data.evaluation_sets import IMAGENET_SEVEN, describe, names, open_evaluation_set  # noqa: E402
+from iosr_fast.training.data.evaluation_sets import IMAGENET_SEVEN, catalog, describe, open_evaluation_set  # noqa: E402
 
 WNIDS = {"n01440764": "tench", "n01443537": "goldfish", "n02012849": "crane bird"}
 Expected = tuple[list[str], dict[str, list[tuple[str, int]]]]
@@ -307,7 +307,8 @@ def test_a_set_opens_in_its_true_layout(
 
 def test_every_layout_of_every_set_is_among_the_cases() -> None:
     tried = {(name, layout) for name, layout, _ in CASES}
-    assert tried == {(name, i) for name in names() for i in range(len(describe(name).layouts))} and len(names()) == 18
+    assert tried == {(name, i) for name, entry in catalog().items() for i in range(len(entry.layouts))}
+    assert len(catalog()) == 18
 
 
 def test_the_same_set_elsewhere_has_the_same_fingerprint(tmp_path: Path) -> None:

@@ -1,17 +1,16 @@
 """The evaluation sets of the field by name: their files, what is missing, and their images and labels.
 
-    problems = check(root, ["dtd", "imagenet"])           # before any work
     dtd = open_evaluation_set("dtd", root)
     dtd.splits["test"].image(0), dtd.splits["test"].labels[0], dtd.class_names
 
-evaluation_sets.toml is the catalog; docs/datasets.md is made from it by `iosr_fast.training.data.datasets_page`.
+evaluation_sets.toml is the catalog; docs/datasets.md lists it.
 """
 
 from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,11 +51,10 @@ class Need:
 
 @dataclass(frozen=True)
 class Layout:
-    """One arrangement of a set on disk. `images` counts those of "train", "val" and "test" where they are known."""
+    """One arrangement of a set on disk."""
 
     title: str
     needs: tuple[Need, ...]
-    images: Mapping[str, int]
     reader: str
     splits: Mapping[str, str]
 
@@ -75,9 +73,7 @@ class Download:
 
     name: str
     title: str
-    classes: int
     layouts: tuple[Layout, ...]
-    note: str
     prompt: str
 
     @property
@@ -129,24 +125,12 @@ def catalog() -> dict[str, Download]:
 
     def layout(entry: dict[str, Any]) -> Layout:
         needs = tuple(Need(tuple(paths), url) for *paths, url in entry["needs"])
-        return Layout(entry["title"], needs, entry.get("images", {}), entry["reader"], entry.get("splits", {}))
+        return Layout(entry["title"], needs, entry["reader"], entry.get("splits", {}))
 
     return {
-        name: Download(
-            name,
-            entry["title"],
-            entry["classes"],
-            tuple(map(layout, entry["layouts"])),
-            entry.get("note", ""),
-            entry.get("prompt", PHOTO),
-        )
+        name: Download(name, entry["title"], tuple(map(layout, entry["layouts"])), entry.get("prompt", PHOTO))
         for name, entry in content.items()
     }
-
-
-def names() -> list[str]:
-    """The names of all evaluation sets."""
-    return list(catalog())
 
 
 def describe(name: str) -> Download:
@@ -168,21 +152,6 @@ def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
         if len(paths) == len(layout.needs):
             return _finish(download, layout, layout.read(root, paths))
     raise FileNotFoundError(_missing(download, root))
-
-
-def check(root: str | Path, names: Iterable[str]) -> dict[str, str | None]:
-    """For each name the reason why the set can't be opened, or None. Looks for every file, decodes none.
-
-    Raises ValueError for an unknown name, before any other work.
-    """
-    problems: dict[str, str | None] = {}
-    for name in [describe(name).name for name in names]:
-        try:
-            open_evaluation_set(name, root)
-            problems[name] = None
-        except (OSError, ValueError, ImportError) as error:
-            problems[name] = str(error)
-    return problems
 
 
 def _finish(download: Download, layout: Layout, content: readers.Content) -> EvaluationSet:

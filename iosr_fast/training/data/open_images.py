@@ -244,8 +244,7 @@ class OpenImagesPictures(FilePictures):
     """The images of a subset's CSV: IMAGES/ID.jpg, or in IMAGES/train, /validation or /test.
 
     Classes are numbered in the order of the file. `missing` lists the ids without a file: FileNotFoundError counts and
-    names them unless `leave_out_missing`, and is always raised if no image is left. `types` (N,) is the file's `type`
-    column.
+    names them unless `leave_out_missing`, and is always raised if no image is left.
     """
 
     def __init__(
@@ -268,6 +267,5 @@ class OpenImagesPictures(FilePictures):
         names = list(dict.fromkeys(subset.class_names))
         index = {name: i for i, name in enumerate(names)}
         labels = torch.tensor([index[subset.class_names[row]] for row in rows])
-        self.types = [subset.types[row] for row in rows]
         ids = [subset.image_ids[row] for row in rows]
         super().__init__([paths[i] for i in ids], labels, names, size, workers, ids)

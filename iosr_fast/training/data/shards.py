@@ -79,13 +79,12 @@ class ShardPictures:
         return torch.cat(blocks)
 
     def iterate(self, order: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """See PictureSource. Repeated rows open their shard again. Rows that the shards have before their place in the
-        order are held until then, and count towards the window.
+        """See PictureSource; each row at most once. Rows that the shards have before their place in the order are held
+        until then, and count towards the window.
 
         Raises ValueError for an order that would hold more than a window in memory.
         """
-        pictures = (picture for part in _without_repeats(order.tolist()) for picture in self._encoded(part))
-        decoded = self._decode(pictures, ahead=2 * batch)
+        decoded = self._decode(self._encoded(order.tolist()), ahead=2 * batch)
         for rows in order.split(batch) if len(order) else ():
             yield rows, torch.stack([next(decoded) for _ in rows])
 
@@ -152,20 +151,6 @@ class ShardPictures:
             if start + position in rows:
                 yield start + position, sample[shard.images[position]]
         raise ValueError(f"shard {shard.path} changed after it was opened; open it again")
-
-
-def _without_repeats(rows: list[int]) -> Iterator[list[int]]:
-    """Parts of `rows`, each as long as possible without a repeat."""
-    seen: set[int] = set()
-    start = 0
-    for i, row in enumerate(rows):
-        if row in seen:
-            yield rows[start:i]
-            start = i
-            seen.clear()
-        seen.add(row)
-    if start < len(rows):
-        yield rows[start:]
 
 
 def _names_beside(shards: list[Shard]) -> list[str] | None:

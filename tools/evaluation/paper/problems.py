@@ -136,7 +136,7 @@ def open_problems(wanted: Sequence[str], root: Path | None) -> list[Problem]:
         return [demo()]
     from iosr_fast.training.data import evaluation_sets
 
-    known = evaluation_sets.names()
+    known = list(evaluation_sets.catalog())
     names = list(dict.fromkeys(name for word in wanted for name in (known if word == "all" else [word])))
     if unknown := [name for name in names if name not in (DEMO, *known)]:
         raise ValueError(f"expected --data out of {DEMO}, all, {', '.join(known)}; got {', '.join(unknown)}")
