@@ -15,7 +15,6 @@ import importlib.util
 import secrets
 import shlex
 import tempfile
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +30,7 @@ from tools.serving_load.client import Arrivals, Queries, make_queries
 from tools.serving_load.fuzz import fuzz as send_hostile
 from tools.serving_load.measure import Load, measure_alone, measure_load, measure_memory
 from tools.serving_load.report import goals, print_report, provenance, write
-from tools.serving_load.server import ServerDied, ServerProcess
+from tools.serving_load.server import ServerProcess
 from tools.serving_load.throughput import measure_throughput
 
 _SETTINGS = Settings()
@@ -113,12 +112,14 @@ def main(
             if failures:
                 report["error"] = f"{failures} server errors or hangs"
         else:
-            _run(_loads(report, folder, queries, load, words, memory_minutes))
-            if churn:
-                _run(_churn(report, folder, queries, load, words, threads))
-            if throughput:
-                _run(_throughput(report, folder, queries, words, batch, threads, min(seconds, _THROUGHPUT_S)))
-    except (ServerDied, RuntimeError) as error:
+            work = _measure(
+                report, folder, queries, load, words, threads, memory_minutes, churn, batch if throughput else None
+            )
+            fast = importlib.util.find_spec("uvloop") is not None  # a lighter client leaves more to the server
+            loop_factory = importlib.import_module("uvloop").new_event_loop if fast else asyncio.new_event_loop
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
+                runner.run(work)
+    except RuntimeError as error:
         report["error"] = str(error)
     except BaseException as error:
         write({**report, "error": repr(error)}, json_path)  # what was measured is not lost
@@ -146,10 +147,19 @@ def _open_bundle(folder: Path | None) -> tuple[Path, Classifier]:
         return _DEMO, Classifier.load(_DEMO)
 
 
-async def _loads(
-    report: dict[str, Any], bundle: Path, queries: Queries, load: Load, options: list[str], memory_minutes: float
+async def _measure(
+    report: dict[str, Any],
+    bundle: Path,
+    queries: Queries,
+    load: Load,
+    options: list[str],
+    threads: int,
+    memory_minutes: float,
+    churn: bool,
+    batch: int | None,
 ) -> None:
-    """lone_ms, capacity_rps, runs, memory: on one server, so that memory kept between loads shows."""
+    """Add the measurements to the report, one by one. All loads share a server, so that memory kept between them shows;
+    `churn` and batches of `batch` pictures have servers of their own."""
     with ServerProcess(bundle, *options) as server:
         report |= await server.alongside(measure_alone(server, queries, load))
         capacity_rps = report["capacity_rps"]
@@ -157,40 +167,25 @@ async def _loads(
             row = await server.alongside(measure_load(server, queries, load, share, capacity_rps))
             report["runs"].append(row)
         if memory_minutes:
-            work = measure_memory(server, queries, load, memory_minutes, capacity_rps)
-            report["memory"] = await server.alongside(work)
+            memory = measure_memory(server, queries, load, memory_minutes, capacity_rps)
+            report["memory"] = await server.alongside(memory)
         server.stop()
-
-
-async def _churn(
-    report: dict[str, Any], bundle: Path, queries: Queries, load: Load, options: list[str], threads: int
-) -> None:
-    token = secrets.token_urlsafe(24)
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "changes.jsonl"
-        with ServerProcess(bundle, *options, "--log", str(log), environment={"IOSR_FAST_TOKEN": token}) as server:
-            work = measure_churn(server, queries, load, report["capacity_rps"], token)
-            report["churn"], last = await server.alongside(work)
+    if churn:
+        token = secrets.token_urlsafe(24)
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "changes.jsonl"
+            with ServerProcess(bundle, *options, "--log", str(log), environment={"IOSR_FAST_TOKEN": token}) as server:
+                changes = measure_churn(server, queries, load, capacity_rps, token)
+                row, last = await server.alongside(changes)
+                server.stop()
+            report["churn"] = row
+            row["rebuilt"] = is_rebuilt(bundle, log, row["last_version"], queries, last, threads)
+    if batch is not None:
+        seconds = min(load.seconds, _THROUGHPUT_S)
+        with ServerProcess(bundle, *options, "--max-batch", str(batch)) as server:
+            batches = measure_throughput(server, queries, bundle, batch, threads, seconds, _ROUNDS)
+            report["throughput"] = await server.alongside(batches)
             server.stop()
-        report["churn"]["rebuilt"] = is_rebuilt(bundle, log, report["churn"]["last_version"], queries, last, threads)
-
-
-async def _throughput(
-    report: dict[str, Any], bundle: Path, queries: Queries, options: list[str], batch: int, threads: int, seconds: float
-) -> None:
-    """On a server of its own, whose batches are as large as the engine's."""
-    with ServerProcess(bundle, *options, "--max-batch", str(batch)) as server:
-        work = measure_throughput(server, queries, bundle, batch, threads, seconds, _ROUNDS)
-        report["throughput"] = await server.alongside(work)
-        server.stop()
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """On uvloop if installed: a lighter client leaves more of the machine to the server."""
-    fast = importlib.util.find_spec("uvloop") is not None
-    loop_factory = importlib.import_module("uvloop").new_event_loop if fast else asyncio.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(work)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ async def measure_churn(
             await changes.add()
 
         async def ask(number: int, due: float) -> Answer:
-            top = _top(number)
+            top = _MAX_TOP if number % _EVERY_CLASS == 0 else 5
             return await client.predict(number, due, f"&top={top}", lambda body: (top, _content(body)))
 
         rss_mb, usage, start = server.rss_mb(), Usage(server), time.perf_counter()
@@ -186,10 +186,6 @@ def is_rebuilt(bundle: Path, log: Path, version: int, queries: Queries, last: li
         return bool(json.loads(json.dumps(restored)) == last)
     finally:
         classifier.close_log()
-
-
-def _top(number: int) -> int:
-    return _MAX_TOP if number % _EVERY_CLASS == 0 else 5
 
 
 def _content(body: Any) -> tuple[int, int, tuple[str, ...], tuple[str, ...]]:

@@ -175,15 +175,6 @@ def multipart(images: list[bytes], texts: dict[str, str]) -> bytes:
     return b"".join(boundary + b"\r\n" + part + b"\r\n" for part in parts) + boundary + b"--\r\n"
 
 
-async def lone_latency_s(client: Client, requests: int, warmup: int) -> np.ndarray:
-    """Latency of each of `requests`, one at a time over one connection, after `warmup` others. RuntimeError for an
-    answer other than 200."""
-    answers = [await client.predict(number) for number in range(warmup + requests)]
-    if failed := [answer for answer in answers if not answer.ok]:
-        raise RuntimeError(f"expected 200 of an idle server, got {failed[0]}")
-    return np.array([answer.latency_s for answer in answers[warmup:]])
-
-
 async def closed_loop(client: Client, connections: int, seconds: float) -> list[Answer]:
     """`connections` users who each wait for an answer, then send the next request; all answers of `seconds`."""
     until = time.perf_counter() + seconds

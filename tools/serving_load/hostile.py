@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,25 +19,24 @@ class HostileUpload:
     kind: str
     body: bytes = field(repr=False)
     headers: dict[str, str]
-    path: str = "/v1/predict"
-    fair: bool = False
+    path: str
+    fair: bool
 
 
 def hostile_uploads(count: int, seed: int) -> Iterator[HostileUpload]:
     """HTTP requests that any client could send: `count` of them, all kinds in turn, with random details."""
-    kinds: dict[str, Iterable[str]] = {"raw": IMAGES, "fair": FAIR, "form": FORMS, "request": REQUESTS}
-    makers = [(place, name) for place, names in kinds.items() for name in names]
+    names = [*IMAGES, *FAIR, *FORMS, *REQUESTS]
+    types = ("image/png", "image/jpeg", "application/octet-stream", "image/svg+xml")
     for i in range(count):
-        rng = np.random.default_rng([seed, i])
-        place, name = makers[i % len(makers)]
-        if place == "form":
-            yield _form_upload(name, FORMS[name](rng))
-        elif place == "request":
-            yield REQUESTS[name](rng)
+        rng, name, query = np.random.default_rng([seed, i]), names[i % len(names)], ""
+        if name in FORMS:
+            body, headers = FORMS[name](rng), {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY.decode()}"}
+        elif name in REQUESTS:
+            query, special = REQUESTS[name]
+            body, headers = any_image(rng), {"Content-Type": "image/png", **special}
         else:
-            image = (FAIR if place == "fair" else IMAGES)[name](rng)
-            kind = str(rng.choice(["image/png", "image/jpeg", "application/octet-stream", "image/svg+xml"]))
-            yield HostileUpload(name, image, {"Content-Type": kind}, fair=place == "fair")
+            body, headers = {**IMAGES, **FAIR}[name](rng), {"Content-Type": str(rng.choice(types))}
+        yield HostileUpload(name, body, headers, f"/v1/predict{query}", fair=name in FAIR)
 
 
 # --- forms ---
@@ -91,30 +90,20 @@ FORMS: dict[str, Callable[[Rng], bytes]] = {
 }
 
 
-def _form_upload(name: str, body: bytes) -> HostileUpload:
-    return HostileUpload(name, body, {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY.decode()}"})
-
-
-def _request(name: str, path: str = "", **headers: str) -> Callable[[Rng], HostileUpload]:
-    extra = {key.replace("_", "-"): value for key, value in headers.items()}
-    return lambda rng: HostileUpload(name, any_image(rng), {"Content-Type": "image/png", **extra}, f"/v1/predict{path}")
-
-
-REQUESTS: dict[str, Callable[[Rng], HostileUpload]] = {
-    "wrong type": _request("wrong type", Content_Type="text/html"),
-    "JSON": _request("JSON", Content_Type="application/json"),
-    "strange type": _request("strange type", Content_Type=";;;=,\x7f"),
-    "form without a boundary": _request("form without a boundary", Content_Type="multipart/form-data"),
-    "form of a long boundary": _request(
-        "form of a long boundary", Content_Type=f"multipart/form-data; boundary={'b' * 5000}"
-    ),
-    "gzip": _request("gzip", Content_Encoding="gzip"),
-    "top of none": _request("top of none", "?top=0"),
-    "top of words": _request("top of words", "?top=%00%ff&nearest=-1"),
-    "no time": _request("no time", "?deadline_ms=1"),
-    "negative time": _request("negative time", "?deadline_ms=-5"),
-    "long query": _request("long query", "?" + "a" * 20_000),
-    "strange id": _request("strange id", X_Request_ID='"}\x1b[31m{"'),
+# Each with a valid image: a query, and headers.
+REQUESTS: dict[str, tuple[str, dict[str, str]]] = {
+    "wrong type": ("", {"Content-Type": "text/html"}),
+    "JSON": ("", {"Content-Type": "application/json"}),
+    "strange type": ("", {"Content-Type": ";;;=,\x7f"}),
+    "form without a boundary": ("", {"Content-Type": "multipart/form-data"}),
+    "form of a long boundary": ("", {"Content-Type": f"multipart/form-data; boundary={'b' * 5000}"}),
+    "gzip": ("", {"Content-Encoding": "gzip"}),
+    "top of none": ("?top=0", {}),
+    "top of words": ("?top=%00%ff&nearest=-1", {}),
+    "no time": ("?deadline_ms=1", {}),
+    "negative time": ("?deadline_ms=-5", {}),
+    "long query": ("?" + "a" * 20_000, {}),
+    "strange id": ("", {"X-Request-ID": '"}\x1b[31m{"'}),
 }
 
 

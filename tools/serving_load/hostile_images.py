@@ -145,9 +145,7 @@ IMAGES: dict[str, Callable[[Rng], bytes]] = {
     "random": lambda rng: rng.bytes(int(rng.integers(1, 5000))),
     "empty": lambda rng: b"",
     "zip": lambda rng: b"PK\x03\x04" + rng.bytes(500),
-    "GIF": lambda rng: encoded(
-        picture(rng, side=32), "GIF", save_all=True, append_images=[picture(rng, side=32) for _ in range(5)]
-    ),
+    "GIF": lambda rng: _frames(rng, "GIF"),
     "BMP": lambda rng: encoded(picture(rng), "BMP"),
     "TIFF": lambda rng: encoded(picture(rng), "TIFF"),
     "PDF": lambda rng: b"%PDF-1.7\n" + rng.bytes(200),

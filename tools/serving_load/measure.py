@@ -16,7 +16,6 @@ from tools.serving_load.client import (
     Queries,
     arrival_times,
     closed_loop,
-    lone_latency_s,
     open_loop,
     windows_rps,
 )
@@ -45,7 +44,11 @@ class Load:
 async def measure_alone(server: ServerProcess, queries: Queries, load: Load) -> dict[str, Any]:
     """{"lone_ms", "lone_p99_ms", "capacity_rps", "capacity_windows_rps", ...}. The pictures' labels are checked."""
     async with Client(server.url, queries, load.deadline_ms) as client:
-        lone = await lone_latency_s(client, load.lone, warmup=max(20, load.lone // 4))
+        warmup = max(20, load.lone // 4)
+        answers = [await client.predict(number) for number in range(warmup + load.lone)]
+    if failed := [answer for answer in answers if not answer.ok]:
+        raise RuntimeError(f"expected 200 of an idle server, got {failed[0]}")
+    lone = [answer.latency_s for answer in answers[warmup:]]
     async with Client(server.url, queries, deadline_ms=60_000) as client:
         usage = Usage(server)
         warmup_s = min(_WARMUP_S, load.capacity_seconds / 2)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +68,27 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals of the measured parts of a report: {"goal", "limit", "measured", "met"}."""
     rows: list[dict[str, Any]] = []
 
-    def at_most(goal: str, limit: float, measured: float | None) -> None:
-        rows.append(
-            {"goal": goal, "limit": limit, "measured": measured, "met": None if measured is None else measured <= limit}
-        )
+    def add(goal: str, limit: float, measured: float | None, meets: Callable[[Any, Any], bool] = operator.le) -> None:
+        met = None if measured is None else meets(measured, limit)
+        rows.append({"goal": goal, "limit": limit, "measured": measured, "met": met})
 
     limit_ms = round(3 * report["lone_ms"] + report["max_wait_ms"], 3)
     for run in report["runs"]:
         at = f"at {run['load']:g} x capacity"
         if run["load"] < 1:
-            at_most(f"p99_ms <= 3 lone_ms + max_wait_ms {at}", limit_ms, run["p99_ms"])
-            at_most(f"nothing refused {at}", 0, run["refused"])
+            add(f"p99_ms <= 3 lone_ms + max_wait_ms {at}", limit_ms, run["p99_ms"])
+            add(f"nothing refused {at}", 0, run["refused"])
         else:
-            at_most(f"refusal_p99_ms <= {_REFUSAL_GOAL_MS:g} {at}", _REFUSAL_GOAL_MS, run["refusal_p99_ms"])
-        at_most(f"no error {at}", 0, run["errors"])
-        at_most(f"no answer after its deadline {at}", 0, run["late"])
-        at_most(f"no label but the classifier's own {at}", 0, run["wrong"])
+            add(f"refusal_p99_ms <= {_REFUSAL_GOAL_MS:g} {at}", _REFUSAL_GOAL_MS, run["refusal_p99_ms"])
+        add(f"no error {at}", 0, run["errors"])
+        add(f"no answer after its deadline {at}", 0, run["late"])
+        add(f"no label but the classifier's own {at}", 0, run["wrong"])
     if "throughput" in report:
-        ratio = report["throughput"]["ratio"]
-        rows.append({"goal": "throughput ratio >= 0.9", "limit": 0.9, "measured": ratio, "met": ratio >= 0.9})
+        add("throughput ratio >= 0.9", 0.9, report["throughput"]["ratio"], operator.ge)
     if "churn" in report:
-        at_most("no change failed", 0, report["churn"]["failed"])
-        at_most("no torn answer", 0, report["churn"]["torn"])
-        rebuilt = report["churn"]["rebuilt"]
-        rows.append({"goal": "the log restores the same state", "limit": True, "measured": rebuilt, "met": rebuilt})
+        add("no change failed", 0, report["churn"]["failed"])
+        add("no torn answer", 0, report["churn"]["torn"])
+        add("the log restores the same state", True, report["churn"]["rebuilt"], operator.eq)
     return rows
 
 

@@ -80,20 +80,13 @@ class ServerProcess:
 
     def rss_mb(self) -> float | None:
         """Resident memory in MB (10^6 bytes); None without /proc."""
-        try:
-            status = Path(f"/proc/{self.pid}/status").read_text()
-        except OSError:
-            return None
-        kilobytes = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
-        return round(kilobytes[0] * 1024 / 1e6, 2) if kilobytes else None
+        fields = _proc(f"{self.pid}/statm").split()
+        return round(int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, 2) if fields else None
 
     def cpu_s(self) -> float | None:
         """Seconds of CPU time of all its threads; None without /proc."""
-        try:
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        fields = _proc(f"{self.pid}/stat").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else None
 
     def stop(self) -> None:
         """SIGTERM; waits for the server to answer what it accepted. Raises ServerDied for an exit code other than 0."""
@@ -154,9 +147,16 @@ def _difference(now: float | None, start: float | None) -> float | None:
 
 def _busy_s() -> float | None:
     """Busy seconds of all cores together; None off Linux."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
+    fields = _proc("stat").split("\n", 1)[0].split()[1:]
+    if not fields:
         return None
     user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, fields)
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _proc(name: str) -> str:
+    """The content of /proc/NAME; empty off Linux, or if the process has ended."""
+    try:
+        return Path("/proc", name).read_text()
+    except OSError:
+        return ""

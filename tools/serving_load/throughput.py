@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import multiprocessing
 import statistics
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.encoders.encoder import Encoder
 from tools.demo.bundle import held_out_queries
 from tools.serving_load.client import Client, Queries
 from tools.serving_load.server import ServerProcess, Usage
@@ -23,43 +25,9 @@ _PAUSE_S = 0.1  # after each run, because threads of an engine spin for a while
 _MIN_ANSWERS = 8  # for a rate, whatever the time they take
 
 
-class BareEngine:
-    """The engine alone in its own process: pixels are ready, and nothing is decoded, queued, scored or sent.
-
-    This is the upper bound of a server. An async context manager.
-    """
-
-    def __init__(self, bundle: Path, batch: int, threads: int) -> None:
-        module = "tools.serving_load.throughput"
-        self._command = (sys.executable, "-m", module, str(bundle), str(batch), str(threads))
-
-    async def __aenter__(self) -> BareEngine:
-        pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe)
-        await self._line()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
-
-    async def run(self, seconds: float) -> float:
-        """Images a second of whole batches over about `seconds`."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n".encode())
-        return float(await self._line())
-
-    async def _line(self) -> Any:
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of the bare engine ended with code {await self._process.wait()}")
-        return json.loads(line)
-
-
-def run_bare_engine(bundle: str, batch: int, threads: int) -> None:
-    """For each line of standard input, a time in seconds, print a line with images a second; first print "ready"."""
+@cache
+def _engine(bundle: Path, batch: int, threads: int) -> tuple[Encoder, np.ndarray]:
+    """A warm encoder and a batch of pixels for it."""
     encoder = Classifier.load(bundle, threads=threads).encoder
     pictures = held_out_queries()[0]
     side = encoder.image_size
@@ -68,13 +36,18 @@ def run_bare_engine(bundle: str, batch: int, threads: int) -> None:
     pixels = np.ascontiguousarray(np.resize(pictures, (batch, side, side, 3)))
     for _ in range(3):
         encoder.encode(pixels)
-    print('"ready"', flush=True)
-    for line in sys.stdin:
-        start, batches = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - start) < float(line) or not batches:
-            encoder.encode(pixels)
-            batches += 1
-        print(batches * batch / elapsed, flush=True)
+    return encoder, pixels
+
+
+def engine_rate(bundle: Path, batch: int, threads: int, seconds: float) -> float:
+    """Images a second of the engine alone, in whole batches over about `seconds`: the upper bound of a server. Pixels
+    are ready, and nothing is decoded, queued, scored or sent."""
+    encoder, pixels = _engine(bundle, batch, threads)
+    start, batches = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds or not batches:
+        encoder.encode(pixels)
+        batches += 1
+    return batches * batch / elapsed
 
 
 async def measure_throughput(
@@ -88,16 +61,19 @@ async def measure_throughput(
     http: list[float] = []
     engine: list[float] = []
     wrong, shares = 0, []
-    async with BareEngine(bundle, batch, threads) as bare, Client(server.url, queries, deadline_ms=60_000) as client:
-        for _ in range(rounds):
-            engine.append(await bare.run(seconds))
-            await asyncio.sleep(_PAUSE_S)
-            usage = Usage(server)
-            rate, wrong_labels = await _over_http(client, images, expected, seconds)
-            shares.append(usage.shares())
-            http.append(rate)
-            wrong += wrong_labels
-            await asyncio.sleep(_PAUSE_S)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        alone = partial(asyncio.get_running_loop().run_in_executor, pool, engine_rate, bundle, batch, threads)
+        async with Client(server.url, queries, deadline_ms=60_000) as client:
+            await alone(0)  # starts the process
+            for _ in range(rounds):
+                engine.append(await alone(seconds))
+                await asyncio.sleep(_PAUSE_S)
+                usage = Usage(server)
+                rate, wrong_labels = await _over_http(client, images, expected, seconds)
+                shares.append(usage.shares())
+                http.append(rate)
+                wrong += wrong_labels
+                await asyncio.sleep(_PAUSE_S)
     ratios = [a / b for a, b in zip(http, engine, strict=True)]
     return {
         "batch": batch,
@@ -137,7 +113,3 @@ async def _over_http(client: Client, images: list[bytes], expected: list[str], s
         steady = sorted(done)[-_MIN_ANSWERS:]
     slope = np.polyfit(np.array(steady) - start, np.arange(len(steady)) * len(expected), 1)[0]
     return float(slope), wrong
-
-
-if __name__ == "__main__":
-    run_bare_engine(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
