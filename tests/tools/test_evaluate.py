@@ -279,7 +279,7 @@ def test_a_split_leaves_enough_concepts(rng: np.random.Generator) -> None:
     different = {tuple(split) for split in splits}
     assert len(different) > 1 and len({tuple(split) for split in splits[: len(different)]}) == len(different)
     few = replace(encoded, styles=np.zeros_like(encoded.styles))
-    with pytest.raises(ValueError, match="support styles of 1"):
+    with pytest.raises(ValueError, match="in more than 4 styles to split, got 1"):
         split_styles(few, 1, 0)
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.tuning.tune import AUTO, Tuned, tune
 from iosr_fast.scoring.score import score
 from tools.evaluation.tasks import Source, Task
+
+if TYPE_CHECKING:
+    from tools.evaluation.paper.published import Figure
 
 TuneOn = Literal["validation", "loo"]
 TUNED_ON = {
@@ -38,21 +41,22 @@ class Draw:
 
 @dataclass(frozen=True)
 class Result:
-    """One row: a method and a reducer at one number of shots, over all draws of a source."""
+    """One row: a method and a reducer at one number of shots, over all draws of a source.
+
+    `published` are the comparable figures; None where none are looked for.
+    """
 
     source: str
     method: str
     reducer: str
     shots: int
     draws: tuple[Draw, ...] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return label(self.method, self.reducer)
+    published: tuple[Figure, ...] | None = None
 
     @property
     def summary(self) -> str:
-        return f"{self.name}, shots {self.shots}: {100 * self.mean:.1f} ± {100 * self.spread:.1f}"
+        accuracy = f"{100 * self.mean:.1f} ± {100 * self.spread:.1f}"
+        return f"{label(self.method, self.reducer)}, shots {self.shots}: {accuracy}"
 
     @property
     def mean(self) -> float:
@@ -81,8 +85,14 @@ class Result:
         """A key of TUNED_ON; every draw of a row has the same."""
         return self.draws[0].tuned.protocol if self.method == AUTO or METHODS[self.method].needs_support else "none"
 
+    @property
+    def compared(self) -> list[tuple[Figure, float]]:
+        """The published figures, and by how many points the mean exceeds each."""
+        return [(figure, 100 * self.mean - figure.value) for figure in self.published or ()]
+
     def row(self) -> dict[str, Any]:
         """JSON-ready; a list has an entry a seed."""
+        published = [{**vars(figure), "difference": round(points, 3)} for figure, points in self.compared]
         return {
             "bench": "accuracy",
             "data": self.source,
@@ -103,6 +113,7 @@ class Result:
             "parameters": [draw.tuned.parameters for draw in self.draws],
             "tune_seconds": [round(draw.tuned.seconds, 4) for draw in self.draws],
             "fit_seconds": [round(draw.fit_seconds, 4) for draw in self.draws],
+            **({} if self.published is None else {"published": published}),
         }
 
 

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +14,6 @@ from rich.table import Table
 from iosr_fast.utils.machine import package_version
 from tools.bench import harness
 from tools.evaluation.accuracy import AUTO, TUNED_ON, Result
-
-if TYPE_CHECKING:
-    from tools.evaluation.paper.published import Figure
 
 WIDTH = 170
 MEAN = "mean"
@@ -27,31 +24,23 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Sheet:
-    """One table, methods x shots: `notes` stand above it; `figures` are what was published for each of the results."""
+    """One table, methods x shots: `notes` stand above it."""
 
     name: str
     results: tuple[Result, ...]
     notes: tuple[str, ...]
-    figures: tuple[tuple[Figure, ...], ...] = ()
 
     def lines(self) -> tuple[list[str], list[list[str]]]:
         """Heads and rows; a method with published figures has a second row with them and the difference in points."""
         shots = sorted({result.shots for result in self.results})
         rows: list[list[str]] = []
         for name in dict.fromkeys((result.method, result.reducer) for result in self.results):
-            at = {r.shots: i for i, r in enumerate(self.results) if (r.method, r.reducer) == name}
-            cells = [self._cell(self.results[at[k]]) for k in shots]
-            rows.append([*name, *cells])
-            compared = [self.compared(at[k]) for k in shots]
-            if any(compared):
-                figures = [" / ".join(f"{f.value:.1f} ({points:+.1f})" for f, points in pairs) for pairs in compared]
+            at = {result.shots: result for result in self.results if (result.method, result.reducer) == name}
+            rows.append([*name, *(self._cell(at[k]) for k in shots)])
+            if any(result.published for result in at.values()):
+                figures = [" / ".join(f"{f.value:.1f} ({points:+.1f})" for f, points in at[k].compared) for k in shots]
                 rows.append(["  published", "", *(cell or "not at hand" for cell in figures)])
         return ["method", "reducer", *(f"{k} shot{'' if k == 1 else 's'}" for k in shots)], rows
-
-    def compared(self, index: int) -> list[tuple[Figure, float]]:
-        """The published figures of a result, and by how many points the result exceeds each."""
-        mean = 100 * self.results[index].mean
-        return [(figure, mean - figure.value) for figure in (self.figures[index] if self.figures else ())]
 
     def _cell(self, result: Result) -> str:
         # A binomial standard error is that of one set's images: a mean over sets has none.
@@ -129,15 +118,8 @@ def percent(mean: float, spread: float) -> str:
 
 
 def rows_of(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
-    """One row a data set, method, reducer and shots, JSON-ready, with the published figures where there may be any."""
-    rows = []
-    for sheet in sheets:
-        for i, result in enumerate(sheet.results if sheet.name != MEAN else ()):
-            row = result.row()
-            if sheet.figures:
-                row["published"] = [{**vars(f), "difference": round(points, 3)} for f, points in sheet.compared(i)]
-            rows.append(row)
-    return rows
+    """One row a data set, method, reducer and shots, JSON-ready."""
+    return [result.row() for sheet in sheets if sheet.name != MEAN for result in sheet.results]
 
 
 def write_markdown(path: Path, sheets: Sequence[Sheet], common: Row, footer: Sequence[str]) -> None:

@@ -95,9 +95,7 @@ class Encoded:
         return Task(support_set, self.embeddings[q], self.labels[q])
 
 
-def split_styles(
-    encoded: Encoded, shots: int, seed: int, n_support: int = SUPPORT_STYLES, siblings: Sequence[Sequence[int]] = ()
-) -> np.ndarray:
+def split_styles(encoded: Encoded, shots: int, seed: int, siblings: Sequence[Sequence[int]] = ()) -> np.ndarray:
     """(styles,) bool, which styles the support comes from. Seeds 0, 1, ... go through the possible splits, shuffled.
 
     A split is possible if it separates none of the `siblings` (groups of styles by one designer: between them there is
@@ -105,14 +103,14 @@ def split_styles(
     leave most concepts.
     """
     n_styles = int(encoded.styles.max(initial=-1)) + 1
-    if not 1 <= n_support < n_styles:
-        raise ValueError(f"expected from 1 to {n_styles - 1} support styles of {n_styles}, got {n_support}")
-    splits = [np.isin(np.arange(n_styles), chosen) for chosen in combinations(range(n_styles), n_support)]
+    if n_styles <= SUPPORT_STYLES:
+        raise ValueError(f"expected pictures in more than {SUPPORT_STYLES} styles to split, got {n_styles}")
+    splits = [np.isin(np.arange(n_styles), chosen) for chosen in combinations(range(n_styles), SUPPORT_STYLES)]
     splits = [split for split in splits if all(len(set(split[list(group)])) == 1 for group in siblings)]
     left = np.array([int(encoded.enough(shots, split).sum()) for split in splits])
     if not left.any():
         raise ValueError(
-            f"expected concepts with {shots} pictures in {n_support} styles and one in another, got none; "
+            f"expected concepts with {shots} pictures in {SUPPORT_STYLES} styles and one in another, got none; "
             "use fewer shots"
         )
     possible = np.flatnonzero(left >= min(MIN_SHARE * len(encoded.text), left.max()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,7 @@ from tools.evaluation.paper.run import Group
 from tools.evaluation.table import MEAN, Sheet, header
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """The CLIP by model and tag, to which published figures belong; a file's weights have none."""
 
     model: str
@@ -25,28 +25,20 @@ class Weights:
 
 def sheets(groups: Sequence[Group], draws: Mapping[str, Draw], published: Published, weights: Weights) -> list[Sheet]:
     """A sheet for each problem, and their mean if several are not shifted. Shifted sets are left out of it."""
-    problems = list(dict.fromkeys(group.problem for group in groups))
     by_problem, averaged = [], []
-    for problem in problems:
-        results = _results([group for group in groups if group.problem is problem], draws)
-        figures = tuple(
-            comparable(published, r.source, r.method, r.reducer, r.shots, weights.model, weights.pretrained)
-            for r in results
+    for problem in dict.fromkeys(group.problem for group in groups):
+        by_row: dict[tuple[str, str, int], list[Draw]] = {}
+        for cell in (cell for group in groups if group.problem is problem for cell in group.cells):
+            by_row.setdefault((cell.method, cell.reducer, cell.shots), []).append(draws[cell.key])
+        results = tuple(
+            Result(problem.name, *row, tuple(of_row), comparable(published, problem.name, *row, *weights))
+            for row, of_row in by_row.items()
         )
         notes = (header(problem.name, results), *_notes(problem, max(result.shots for result in results)))
-        by_problem.append(Sheet(problem.name, results, notes, figures))
+        by_problem.append(Sheet(problem.name, results, notes))
         if not problem.shifted:
             averaged.append(by_problem[-1])
     return [*by_problem, _mean(averaged)] if len(averaged) > 1 else by_problem
-
-
-def _results(groups: Sequence[Group], draws: Mapping[str, Draw]) -> tuple[Result, ...]:
-    by_row: dict[tuple[str, str, int], list[Draw]] = {}
-    for group in groups:
-        for cell in group.cells:
-            by_row.setdefault((cell.method, cell.reducer, cell.shots), []).append(draws[cell.key])
-    name = groups[0].problem.name
-    return tuple(Result(name, *row, tuple(of_row)) for row, of_row in by_row.items())
 
 
 def _notes(problem: Problem, most: int) -> list[str]:
@@ -72,18 +64,16 @@ def _notes(problem: Problem, most: int) -> list[str]:
 
 def _mean(sheets: Sequence[Sheet]) -> Sheet:
     """For each seed the mean over the sets, so that the spread is that of a mean; every set has the same weight."""
-    results, figures = [], []
+    results = []
     for several in zip(*(sheet.results for sheet in sheets), strict=True):
         draws = tuple(
             replace(of_seed[0], accuracy=float(np.mean([draw.accuracy for draw in of_seed])))
             for of_seed in zip(*(result.draws for result in several), strict=True)
         )
-        results.append(replace(several[0], source=MEAN, draws=draws))
-    for cells in zip(*(sheet.figures for sheet in sheets), strict=True):
-        figures.append(_mean_figures(cells))
+        figures = _mean_figures([result.published or () for result in several])
+        results.append(replace(several[0], source=MEAN, draws=draws, published=figures))
     names = ", ".join(sheet.name for sheet in sheets)
-    note = f"mean over {len(sheets)} data sets ({names}), in %"
-    return Sheet(MEAN, tuple(results), (note,), tuple(figures))
+    return Sheet(MEAN, tuple(results), (f"mean over {len(sheets)} data sets ({names}), in %",))
 
 
 def _mean_figures(cells: Sequence[tuple[Figure, ...]]) -> tuple[Figure, ...]:
@@ -98,7 +88,9 @@ def _mean_figures(cells: Sequence[tuple[Figure, ...]]) -> tuple[Figure, ...]:
 
 def footer(sheets: Sequence[Sheet], weights: Weights) -> list[str]:
     """The sources of the published figures, and which were not at hand."""
-    used = dict.fromkeys((f.paper, f.where, f.url, f.note) for s in sheets for figures in s.figures for f in figures)
+    used = dict.fromkeys(
+        (f.paper, f.where, f.url, f.note) for s in sheets for r in s.results for f in r.published or ()
+    )
     lines = [f"published: {paper}, {where}{f'; {note}' if note else ''}: {url}" for paper, where, url, note in used]
     if used:
         lines.append("Splits, prompts and draws may differ from the papers'. In parentheses: points above them.")
