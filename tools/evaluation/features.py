@@ -36,11 +36,11 @@ def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Sourc
     if missing := [k for k in wanted if k not in available]:
         raise ValueError(f"expected --shots out of {available}, which {path} holds, got {missing}")
     parts = [f"support{k}" for k in wanted] + ["test"] + (["val"] if "val_x" in arrays or "val_y" in arrays else [])
-    text = _unit("text", arrays["text"]) if "text" in arrays else None
-    width = _matrix("test_x", arrays).shape[1] if text is None else text.shape[1]
+    text = _unit("text", arrays) if "text" in arrays else None
+    width = (_unit("test_x", arrays) if text is None else text).shape[1]
     adapted = _has_adapted(arrays, parts)
     embeddings = {
-        part: Embeddings(_rows(f"{part}_x", arrays, width), _rows(f"{part}_xa", arrays, width) if adapted else None)
+        part: Embeddings(_unit(f"{part}_x", arrays, width), _unit(f"{part}_xa", arrays, width) if adapted else None)
         for part in parts
     }
     n_classes = _count_classes(arrays, parts, text)
@@ -78,9 +78,9 @@ def _has_adapted(arrays: Arrays, parts: Sequence[str]) -> bool:
 
 def _count_classes(arrays: Arrays, parts: Sequence[str], text: np.ndarray | None) -> int:
     names = arrays.get("class_names")
-    if text is not None and names is not None and names.shape != (len(text),):
-        raise ValueError(f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}")
     if text is not None:
+        if names is not None and names.shape != (len(text),):
+            raise ValueError(f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}")
         return len(text)
     if names is not None:
         return len(names)
@@ -93,24 +93,16 @@ def _array(name: str, arrays: Arrays) -> np.ndarray:
     return arrays[name]
 
 
-def _matrix(name: str, arrays: Arrays) -> np.ndarray:
+def _unit(name: str, arrays: Arrays, width: int | None = None) -> np.ndarray:
+    """The rows, L2-normalised, float32; `width` is that of the other embeddings."""
     array = _array(name, arrays)
     if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
             f"expected {name} of shape (N, D), N and D at least 1, of floats; got {array.shape} of {array.dtype}"
         )
-    return array
-
-
-def _rows(name: str, arrays: Arrays, width: int) -> np.ndarray:
-    array = _matrix(name, arrays)
-    if array.shape[1] != width:
+    if width not in (None, array.shape[1]):
         raise ValueError(f"expected {name} of shape (N, {width}), as wide as the other embeddings, got {array.shape}")
-    return _unit(name, array)
-
-
-def _unit(name: str, array: np.ndarray) -> np.ndarray:
-    exact = _matrix(name, {name: array}).astype(np.float32)
+    exact = array.astype(np.float32)
     norms = np.linalg.norm(exact, axis=1, keepdims=True)
     if not np.isfinite(exact).all() or not norms.all():
         raise ValueError(f"expected {name} of finite rows other than zero, got NaN, infinite or zero ones")

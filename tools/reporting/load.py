@@ -41,16 +41,12 @@ class BrokenResults(ValueError):
 
 @dataclass(frozen=True)
 class Results:
-    """One file. `kind` is rows, serving, gpu, aot or unknown; `unknown` counts entries that have no table.
-
-    `rows` are grouped by bench; `facts` is the dictionary of a serving or GPU file.
-    """
+    """One file. `kind` is rows, serving or gpu; `rows` are grouped by bench; `facts` is a serving or GPU file's."""
 
     name: str
     kind: str
     rows: Mapping[str, list[Row]] = field(default_factory=dict)
     facts: Row = field(default_factory=dict)
-    unknown: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_results(folder: Path) -> list[Results]:
@@ -70,46 +66,39 @@ def read_file(path: Path) -> Results:
         raise BrokenResults(
             f"{path}: expected JSON, can't be read as such ({error}); make it again or remove it"
         ) from error
-    if isinstance(content, list):
-        rows, unknown = _by_bench(path, content)
-        kind = "aot" if set(rows) == {"aot"} else "rows" if rows or not content else "unknown"
-        return Results(path.name, kind, rows=rows, unknown=unknown)
+    if isinstance(content, list) and content:
+        return Results(path.name, "rows", rows=_by_bench(path, content))
     if not isinstance(content, dict):
-        raise BrokenResults(f"{path}: expected a list of rows or a dictionary, got {type(content).__name__}")
+        what = "an empty one" if content == [] else type(content).__name__
+        raise BrokenResults(f"{path}: expected a list of rows or a dictionary, got {what}")
     if "runs" in content and "capacity_rps" in content:
         for i, run in enumerate(content["runs"]):
             _check_fields(path, i, run, ("load", "ok", "p50_ms", "p99_ms"))
         return Results(path.name, "serving", facts=content)
     if content.get("kind") == "gpu-check":
-        rows, unknown = _by_bench(path, content.get("rows") or [])
-        return Results(path.name, "gpu", rows=rows, facts=content, unknown=unknown)
+        return Results(path.name, "gpu", rows=_by_bench(path, content.get("rows") or []), facts=content)
     keys = ", ".join(sorted(content)[:6]) or "nothing"
-    return Results(path.name, "unknown", unknown={f"a dictionary of {keys}": 1})
+    raise BrokenResults(f"{path}: expected a file of load_test.py or of gpu-check, got a dictionary of {keys}")
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _by_bench(path: Path, content: Sequence[Any]) -> tuple[dict[str, list[Row]], dict[str, int]]:
+def _by_bench(path: Path, content: Sequence[Any]) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
-    unknown: dict[str, int] = {}
     for i, row in enumerate(content):
         if not isinstance(row, dict):
             raise BrokenResults(f"{path}: expected dictionaries, and row {i} is {type(row).__name__}")
         bench = row.get("bench", "aot" if "arch" in row and "kernel" in row else None)
-        if bench is not None and not isinstance(bench, str):
+        if not isinstance(bench, str):
             raise BrokenResults(f"{path}: expected row {i} to have a word as its bench, got {bench!r}")
         if bench in NEEDED:
             _check_fields(path, i, row, NEEDED[bench])
-        elif bench in TIMINGS or (bench is not None and "runtime_ms" in row):
-            _check_timing(path, i, row)
         else:
-            name = bench or "rows without a bench"
-            unknown[name] = unknown.get(name, 0) + 1
-            continue
+            _check_timing(path, i, row)
         rows.setdefault(bench, []).append(row)
-    return rows, unknown
+    return rows
 
 
 def _check_fields(path: Path, i: int, row: Row, names: Sequence[str]) -> None:

@@ -77,7 +77,6 @@ def pages(results: Sequence[Results], folder: Path, out: Path) -> tuple[str, lis
             lines += [*heading, "", *_render(part, make, link)]
     if compiled := [part for part in results if part.rows.get("aot")]:
         lines += ["", "## GPU kernels, compiled ahead of time", "", *compiled_table(compiled, link)]
-    lines += _others(results, link)
     return "\n".join(lines) + "\n", [chart for group in drawn.values() for chart in group]
 
 
@@ -139,14 +138,3 @@ def _not_measured(results: Sequence[Results]) -> list[str]:
             "- Accuracy of the ViTs in the encoder's tables: their weights are random, which changes no speed."
         )
     return lines or ["Nothing that this page has a place for."]
-
-
-def _others(results: Sequence[Results], link: str) -> list[str]:
-    """Files without rows, and rows without a table: the page names everything that it leaves out."""
-    lines = []
-    for part in results:
-        for what, count in sorted(part.unknown.items()):
-            lines.append(f"- [{part.name}]({link}/{part.name}): {count} of a kind without a table: {what}")
-        if part.kind == "rows" and not part.rows and not part.unknown:
-            lines.append(f"- [{part.name}]({link}/{part.name}): an empty list")
-    return ["", "## Other files", "", *lines] if lines else []
