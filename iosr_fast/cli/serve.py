@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -43,44 +44,24 @@ def serve(
     max_decoding_pixels: int = typer.Option(
         _DEFAULT.max_decoding_pixels, help="total pixels of images above 16 million pixels that are decoded at a time"
     ),
-    decode_timeout: float = typer.Option(_DEFAULT.decode_timeout_s, help="CPU seconds per image"),
+    decode_timeout_s: float = typer.Option(_DEFAULT.decode_timeout_s, "--decode-timeout", help="CPU seconds per image"),
     max_connections: int = typer.Option(_DEFAULT.max_connections),
-    body_timeout: float = typer.Option(_DEFAULT.body_timeout_s, help="seconds for a request's body"),
+    body_timeout_s: float = typer.Option(
+        _DEFAULT.body_timeout_s, "--body-timeout", help="seconds for a request's body"
+    ),
     deadline_ms: int = typer.Option(_DEFAULT.deadline_ms, help="for requests without a deadline"),
     max_deadline_ms: int = typer.Option(_DEFAULT.max_deadline_ms, help="longest deadline of a request"),
-    drain: float = typer.Option(_DEFAULT.drain_s, help="seconds to accept requests after a signal"),
-    grace: int = typer.Option(_DEFAULT.grace_s, help="seconds then left for accepted requests"),
+    drain_s: float = typer.Option(_DEFAULT.drain_s, "--drain", help="seconds to accept requests after a signal"),
+    grace_s: int = typer.Option(_DEFAULT.grace_s, "--grace", help="seconds then left for accepted requests"),
 ) -> None:
     """Serve a classifier over HTTP: predictions for everyone, class changes with the token."""
+    options: dict[str, Any] = {**locals()}
+    del options["bundle"], options["token_file"]  # the others are the fields of Settings
     for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         require(module, "serve")
-    settings = Settings(
-        host=host,
-        port=port,
-        token=_token(token_file),
-        log=log,
-        recover=recover,
-        runtime=runtime,
-        expected_digest=expected_digest,
-        max_batch=max_batch,
-        max_wait_ms=max_wait_ms,
-        max_queue=max_queue,
-        decode_threads=decode_threads,
-        engine_threads=engine_threads,
-        max_images=max_images,
-        max_body_bytes=_bytes("--max-body-mb", max_body_mb),
-        max_image_bytes=_bytes("--max-image-mb", max_image_mb),
-        max_buffered_bytes=_bytes("--max-buffered-mb", max_buffered_mb),
-        max_pixels=max_pixels,
-        max_decoding_pixels=max_decoding_pixels,
-        decode_timeout_s=decode_timeout,
-        max_connections=max_connections,
-        body_timeout_s=body_timeout,
-        deadline_ms=deadline_ms,
-        max_deadline_ms=max_deadline_ms,
-        drain_s=drain,
-        grace_s=grace,
-    )
+    for name in ("body", "image", "buffered"):
+        options[f"max_{name}_bytes"] = _bytes(f"--max-{name}-mb", options.pop(f"max_{name}_mb"))
+    settings = Settings(token=_token(token_file), **options)
     from iosr_fast.serving.http.server import run
 
     run(bundle, settings)

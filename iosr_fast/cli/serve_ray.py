@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
@@ -15,6 +15,7 @@ from iosr_fast.serving.ray.deployment import Scale
 from iosr_fast.utils.require import require
 
 _SETTINGS, _SCALE = Settings(), Scale()
+_T = TypeVar("_T")
 
 
 def serve_ray(
@@ -30,7 +31,9 @@ def serve_ray(
     threads: int = typer.Option(None, help="threads of each replica [default: its cores]"),
     ingresses: int = typer.Option(_SCALE.ingresses, help="processes that take requests and forward them"),
     ingress_cpus: float = typer.Option(_SCALE.ingress_cpus, help="cores of each of them"),
-    health_period: float = typer.Option(_SCALE.health_period_s, help="seconds between health checks of a replica"),
+    health_period_s: float = typer.Option(
+        _SCALE.health_period_s, "--health-period", help="seconds between health checks of a replica"
+    ),
     address: str | None = typer.Option(None, help="join this cluster ('auto': the one on this machine)"),
     name: str = typer.Option("iosr_fast", help="of the application"),
     stop: bool = typer.Option(False, "--stop", help="with --address: stop the application there"),
@@ -43,7 +46,7 @@ def serve_ray(
     max_images: int = typer.Option(_SETTINGS.max_images, help="images a request"),
     deadline_ms: int = typer.Option(_SETTINGS.deadline_ms, help="for requests without a deadline"),
     max_deadline_ms: int = typer.Option(_SETTINGS.max_deadline_ms, help="longest deadline of a request"),
-    grace: int = typer.Option(_SETTINGS.grace_s, help="seconds that a replica has for its last requests"),
+    grace_s: int = typer.Option(_SETTINGS.grace_s, "--grace", help="seconds that a replica has for its last requests"),
 ) -> None:
     """Serve a classifier by Ray Serve, on this machine or on a cluster; with another bundle: a rolling update.
 
@@ -56,6 +59,7 @@ def serve_ray(
     Machines of a cluster need iosr_fast and the bundle at the same paths (a shared folder), and one version of Ray.
     Each takes requests on --port. Classes can't be changed over this API (iosr_fast.serving.ray).
     """
+    options: dict[str, Any] = {**locals(), "replicas": _SCALE.replicas if replicas is None else replicas}
     serve = require("ray.serve", "ray")
     from iosr_fast.serving.ray.messages import Source
     from iosr_fast.utils.ray_cluster import joined
@@ -70,30 +74,7 @@ def serve_ray(
         raise ValueError("expected a bundle, got none")
     if replicas is not None and max_replicas is not None:
         raise ValueError("expected --replicas or --max-replicas, got both")
-    settings = Settings(
-        host=host,
-        port=port,
-        runtime=runtime,
-        max_batch=max_batch,
-        max_wait_ms=max_wait_ms,
-        max_queue=max_queue,
-        max_images=max_images,
-        deadline_ms=deadline_ms,
-        max_deadline_ms=max_deadline_ms,
-        grace_s=grace,
-    )
-    scale = Scale(
-        replicas=_SCALE.replicas if replicas is None else replicas,
-        min_replicas=min_replicas,
-        max_replicas=max_replicas,
-        target_ongoing_requests=target_ongoing_requests,
-        cpus=cpus,
-        gpus=gpus,
-        threads=threads,
-        ingresses=ingresses,
-        ingress_cpus=ingress_cpus,
-        health_period_s=health_period,
-    )
+    settings, scale = _choose(Settings, options), _choose(Scale, options)
     Source.of(str(bundle), settings.verify)  # an invalid bundle is refused before Ray is started
     total = (max_replicas or scale.replicas) * cpus + ingresses * ingress_cpus
     cores = math.ceil(total) if address is None else 0
@@ -107,6 +88,11 @@ def serve_ray(
             typer.echo(f"join with --address {ray.get_runtime_context().gcs_address}; stop with Ctrl-C")
             stopped.wait()
             serve.shutdown()
+
+
+def _choose(kind: type[_T], options: dict[str, Any]) -> _T:
+    """A dataclass of those options that are its fields."""
+    return kind(**{name: options[name] for name in kind.__annotations__ if name in options})
 
 
 def _deploy(serve: Any, bundle: Path, settings: Settings, scale: Scale, name: str) -> None:
