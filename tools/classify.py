@@ -13,17 +13,13 @@ exist (iosr_fast.pipeline.prediction_files has the format). Chunks, resuming and
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from iosr_fast.pipeline import run as runs
-from iosr_fast.pipeline.part_folder import check_apart, check_folder
 from iosr_fast.pipeline.prediction_files import COLUMNS
-from iosr_fast.pipeline.source import check_carried
-from iosr_fast.pipeline.sources import open_source
 from iosr_fast.utils.command import run
 from iosr_fast.utils.require import require
 from tools.embed import (
@@ -42,7 +38,7 @@ from tools.embed import (
     SkipBad,
     Threads,
     Workers,
-    resumable,
+    run_resumably,
 )
 
 
@@ -65,30 +61,12 @@ def main(
     gpus: Gpus = 0,
     address: Address = None,
 ) -> None:
-    started = time.perf_counter()
-    options = runs.check_options(
-        chunk=chunk,
-        batch=batch,
-        runtime=runtime,
-        threads=threads,
-        skip_bad=skip_bad,
-        ray=ray,
-        workers=workers,
-        gpus=gpus,
-        address=address,
-    )
+    shared = {**locals()}
+    del shared["bundle"], shared["top"]
     if top < 1:
         raise ValueError(f"expected --top of at least 1, got {top}")
     require("pyarrow", "parquet")
-    carried = [name for name in keep_columns.split(",") if name]
-    check_carried(carried, COLUMNS)
-    check_apart(location, out)
-    check_folder(out)
-    with resumable(out):
-        source = open_source(location, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
-        source.check_faults(skip_bad)
-        manifest = runs.classify(bundle, source, out, options, top)
-        print(runs.summary(manifest, out, time.perf_counter() - started))
+    run_resumably(lambda source, options: runs.classify(bundle, source, out, options, top), COLUMNS, **shared)
 
 
 if __name__ == "__main__":

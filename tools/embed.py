@@ -16,10 +16,9 @@ package, the input, the engine and --out at the same paths (a shared folder), an
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -27,7 +26,7 @@ from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import COLUMNS, DTYPES, FORMATS, Format
 from iosr_fast.pipeline.part_folder import check_apart, check_folder
-from iosr_fast.pipeline.source import check_carried
+from iosr_fast.pipeline.source import Source, check_carried
 from iosr_fast.pipeline.sources import open_source
 from iosr_fast.utils.command import run, stop_message
 from iosr_fast.utils.require import require
@@ -58,16 +57,38 @@ def find_engine(engine: str) -> Path:
     return open_pretrained("demo", None, "auto", "auto", "fp32", None).engine
 
 
-@contextmanager
-def resumable(out: Path) -> Iterator[None]:
-    """Add to errors and to Ctrl-C how to resume."""
+def run_resumably(
+    compute: Callable[[Source, runs.RunOptions], dict[str, Any]],
+    columns: Sequence[str],
+    *,
+    location: str,
+    out: Path,
+    kind: str,
+    path_column: str,
+    keep_columns: str,
+    image_field: str | None,
+    **of_run: Any,
+) -> None:
+    """Check everything before the work, `compute`, and print its summary. Errors and Ctrl-C say how to resume.
+
+    `columns` are a part's own; `of_run` are the arguments of `check_options`.
+    """
+    started = time.perf_counter()
+    options = runs.check_options(**of_run)
+    carried = [name for name in keep_columns.split(",") if name]
+    check_carried(carried, columns)
+    check_apart(location, out)
+    check_folder(out)
     with stop_message(f"stopped; start again with the same options to resume in {out}"):
         try:
-            yield
+            source = open_source(location, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
+            source.check_faults(options.skip_bad)
+            manifest = compute(source, options)
         except BadImageError as error:
             raise ValueError(
                 f"{error}; the finished parts are kept. Repair it, or give --skip-bad, and start again"
             ) from error
+    print(runs.summary(manifest, out, time.perf_counter() - started))
 
 
 def main(
@@ -90,35 +111,21 @@ def main(
     gpus: Gpus = 0,
     address: Address = None,
 ) -> None:
-    started = time.perf_counter()
-    options = runs.check_options(
-        chunk=chunk,
-        batch=batch,
-        runtime=runtime,
-        threads=threads,
-        skip_bad=skip_bad,
-        ray=ray,
-        workers=workers,
-        gpus=gpus,
-        address=address,
-    )
+    shared = {**locals()}
+    del shared["engine"], shared["format"], shared["dtype"]
     if format not in FORMATS:
         raise ValueError(f"expected --format {' or '.join(FORMATS)}, got {format}")
     if dtype not in DTYPES:
         raise ValueError(f"expected --dtype {' or '.join(DTYPES)}, got {dtype}")
     if format == "parquet":
         require("pyarrow", "parquet")
-    carried = [name for name in keep_columns.split(",") if name]
-    if carried and format != "parquet":
+    elif keep_columns:
         raise ValueError("expected --format parquet with --keep-columns: safetensors holds numbers only")
-    check_carried(carried, COLUMNS)
-    check_apart(location, out)
-    check_folder(out)
-    with resumable(out):
-        source = open_source(location, kind, path_column=path_column, keep_columns=carried, image_field=image_field)
-        source.check_faults(skip_bad)
-        manifest = runs.embed(find_engine(engine), source, out, options, dtype, cast(Format, format))
-        print(runs.summary(manifest, out, time.perf_counter() - started))
+
+    def compute(source: Source, options: runs.RunOptions) -> dict[str, Any]:
+        return runs.embed(find_engine(engine), source, out, options, dtype, cast(Format, format))
+
+    run_resumably(compute, COLUMNS, **shared)
 
 
 if __name__ == "__main__":

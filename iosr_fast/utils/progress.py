@@ -14,27 +14,18 @@ def progress(verb: str, total: int | None, shown: bool = True) -> Iterator[Calla
     if not shown or not sys.stderr.isatty():
         yield lambda images: None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
+    class Rate(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> Text:
             return Text(f"{task.speed or 0:,.0f} images/s")
 
-    counted = (MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    columns = (BarColumn(), *(counted if total is not None else (TimeElapsedColumn(),)))
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=Console(stderr=True), speed_estimate_period=60
+    counted = (rich.MofNCompleteColumn(), Rate(), rich.TimeRemainingColumn())
+    columns = (rich.BarColumn(), *(counted if total is not None else (rich.TimeElapsedColumn(),)))
+    with rich.Progress(
+        rich.TextColumn("{task.description}"), *columns, console=Console(stderr=True), speed_estimate_period=60
     ) as bar:
         task = bar.add_task(verb, total=total)
         yield lambda images: bar.advance(task, images)
