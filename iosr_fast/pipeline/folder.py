@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ import numpy as np
 from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.pipeline.stream import choose_batch, choose_stage, classify
+from iosr_fast.pipeline.job import Job
+from iosr_fast.pipeline.stream import choose_batch
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
@@ -61,21 +63,16 @@ def predict_folder(
     batch = choose_batch(encoder, batch)
     chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
     listing = list_images(folder)
-    paths = listing.paths
-    stage = choose_stage(encoder, engine, chosen, len(paths), batch, threads)
+    job = Job(state, encoder, engine, chosen, listing.paths, batch, 1, threads, skip_bad)
     readable, labels, probabilities, errors = [], [], [], []
-    remaining = iter(paths)
-    with closing(classify(state, stage, chosen, paths, batch)) as answers:
-        for answer in (answer for answered in answers for answer in answered):
-            path = next(remaining)
-            if not isinstance(answer, BadImageError):
+    with closing(job.answers(0, lambda images: None)) as batches:
+        for path, answer in zip(listing.paths, chain.from_iterable(batches), strict=True):
+            if isinstance(answer, BadImageError):
+                errors.append(answer)
+            else:
                 readable.append(Path(path))
                 labels.append(answer.label)
                 probabilities.append(answer.probability)
-            elif skip_bad:
-                errors.append(answer)
-            else:
-                raise answer
     return FolderPredictions(
         readable, np.array(labels, dtype=str), np.array(probabilities, np.float32), errors, listing.skipped
     )
