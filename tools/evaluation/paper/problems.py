@@ -144,23 +144,19 @@ def open_problems(wanted: Sequence[str], root: Path | None) -> list[Problem]:
         raise ValueError(f"expected --root, the folder that holds {', '.join(name for name in names if name != DEMO)}")
     opened: dict[str, EvaluationSet] = {}
     missing: list[str] = []
-
-    def open_set(name: str) -> None:
+    pending = [name for name in names if name != DEMO]
+    for name in pending:
         try:
             opened[name] = evaluation_sets.open_evaluation_set(name, root)
         except (OSError, ValueError, ImportError) as error:
             missing.append(str(error))
-
-    for name in names:
-        if name != DEMO:
-            open_set(name)
-    shifted = [name for name, data in opened.items() if "train" not in data.splits]
-    if shifted and SHIFTED_FROM not in names:
-        open_set(SHIFTED_FROM)
+            continue
+        if "train" not in opened[name].splits and SHIFTED_FROM not in pending:
+            pending.append(SHIFTED_FROM)
     if missing:
         raise FileNotFoundError("\n".join(["expected the data sets that were asked for:", *missing]))
     return [
-        demo() if name == DEMO else pose(opened[name], opened[SHIFTED_FROM] if name in shifted else None)
+        demo() if name == DEMO else pose(data := opened[name], None if "train" in data.splits else opened[SHIFTED_FROM])
         for name in names
     ]
 

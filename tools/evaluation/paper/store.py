@@ -142,14 +142,27 @@ class Store:
         self, folder: Path, kind: str, facts: dict[str, Any], names: Sequence[str], rows: int
     ) -> dict[str, np.ndarray] | None:
         """The stored arrays, or None if there are none; a damaged or foreign part is reported, removed, and None."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
         if not folder.exists():
             return None
         try:
             manifest = read_manifest(folder, kind)
             if other := [name for name, value in facts.items() if manifest.get(name) != value]:
                 raise ValueError(f"it is of another {', '.join(other)}")
-            return _load(folder / FILE, names, rows)
-        except (ValueError, FileNotFoundError, NotADirectoryError) as error:  # no other OSError is the folder's fault
+            arrays = load_file(folder / FILE)
+            for name in names:
+                shape = arrays[name].shape if name in arrays else "none"
+                if len(shape) != 2 or shape[0] != rows:
+                    raise ValueError(f"expected {name} of {rows} rows, got {shape}")
+            return {name: arrays[name] for name in names}
+        except (
+            ValueError,
+            SafetensorError,
+            FileNotFoundError,
+            NotADirectoryError,
+        ) as error:  # no other OSError is the folder's fault
             self.report(f"{folder.name} is damaged and is made again: {error}")
             with suppress(FileNotFoundError):  # another run on the same folder may have removed it
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
@@ -194,17 +207,3 @@ def _write(folder: Path, kind: str, facts: dict[str, Any], arrays: dict[str, np.
     with new_folder(folder) as temporary:
         save_file({name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}, temporary / FILE)
         write_manifest(temporary, kind, facts)
-
-
-def _load(path: Path, names: Sequence[str], rows: int) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        arrays: dict[str, np.ndarray] = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    for name in names:
-        if name not in arrays or arrays[name].ndim != 2 or len(arrays[name]) != rows:
-            raise ValueError(f"expected {name} of {rows} rows, got {arrays[name].shape if name in arrays else 'none'}")
-    return {name: arrays[name] for name in names}
