@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "auto is always chosen by loo",
     )
     of_demo = add("demo", "the demo's held-out concepts", "all", REDUCERS)
+    of_demo.set_defaults(shots=demo.SHOTS)
     of_demo.add_argument("--seeds", type=whole, default=3, metavar="N", help="draws of the support sets [3]")
     of_demo.add_argument("--shift", action="store_true", help="also: support from some styles, queries from the others")
     of_demo.add_argument("--adapter", type=Path, metavar="FILE", help="in place of the shipped one")
@@ -97,7 +98,8 @@ def add_paper_options(to: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError for options that don't go together, before any work."""
     if options.command == "demo":
-        demo.check_shots(options.shots or demo.SHOTS)
+        demo.check_shots(options.shots)
+        options.shots = tuple(dict.fromkeys(options.shots))
         sweep = options.first_adapted_block is not None
         if sweep != (options.adapters is not None):
             raise ValueError("expected --first-adapted-block and --adapters DIR together")
@@ -115,12 +117,11 @@ def open_sources(options: argparse.Namespace) -> list[Any]:
     """One source; with --shift the same concepts in-domain and shifted."""
     if options.command == "features":
         return [read_features(options.file, options.shots)]
-    shots, seeds = tuple(dict.fromkeys(options.shots or demo.SHOTS)), range(options.seeds)
     report("encoding the demo's held-out concepts")
     encoded, styles = demo.encode_test(options.adapter or "auto")
     if options.shift:
-        return list(demo.shifted(encoded, styles, shots, seeds))
-    return [demo.in_domain(encoded, shots, seeds)]
+        return list(demo.shifted(encoded, styles, options.shots, range(options.seeds)))
+    return [demo.in_domain(encoded, options.shots, range(options.seeds))]
 
 
 def evaluate_methods(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -155,10 +156,9 @@ def evaluate_blocks(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the map of the adapter's place; return its rows."""
     from tools.evaluation import block_sweep
 
-    shots = tuple(dict.fromkeys(options.shots or demo.SHOTS))
     place = (options.first_adapted_block, options.bottleneck, options.adapters, options.epochs)
-    rows = block_sweep.run(*place, shots, range(options.seeds), options.repeats, report)
-    block_sweep.print_sweep(table.console(), rows, shots)
+    rows = block_sweep.run(*place, options.shots, range(options.seeds), options.repeats, report)
+    block_sweep.print_sweep(table.console(), rows, options.shots)
     common = table.facts(table.PACKAGES)
     return [{**row, **common} for row in rows]
 

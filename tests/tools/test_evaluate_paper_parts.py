@@ -262,7 +262,7 @@ def test_the_demo_is_drawn_as_evaluate_draws_it_and_no_support_picture_is_asked(
     split = problem.source.splits["test"]
     number = np.arange(len(split), dtype=np.float32)[:, None].repeat(2, 1)
     text = np.zeros((len(problem.source.class_names), 2), np.float32)
-    theirs = Encoded(Embeddings(number), split.labels, text, 1.0).task(2, POOL, 7)
+    theirs = Encoded(Embeddings(number), split.labels, text, 1.0).task(2, 7)
     ours = np.sort(np.concatenate(problem.support(2, 7)))
     np.testing.assert_array_equal(np.sort(theirs.support.embeddings.plain[:, 0]), ours)
     np.testing.assert_array_equal(theirs.queries.plain[:, 0], problem.queries(7))

@@ -12,7 +12,7 @@ from iosr_fast.methods import compile_method
 from iosr_fast.scoring.reference import score_reference
 from tests.conftest import unit_rows
 from tools.demo.few_shot import cell, changed_labels, evaluate
-from tools.evaluation.tasks import POOL, Encoded
+from tools.evaluation.tasks import Encoded
 
 
 def clustered(rng: np.random.Generator, classes: int = 8, pictures: int = 6, width: int = 24) -> Encoded:
@@ -32,21 +32,21 @@ def test_support_and_queries_share_nothing(rng: np.random.Generator) -> None:
     encoded = clustered(rng)
     queries = []
     for shots in (1, 2, 4):
-        task = encoded.task(shots, POOL, seed=3)
+        task = encoded.task(shots, seed=3)
         assert len(task.support.embeddings) == 8 * shots and len(task.queries) == len(task.labels) == 8 * 2
         assert (task.support.embeddings.plain @ task.queries.plain.T).max() < 0.9999
         queries.append(task.queries.plain)
     np.testing.assert_array_equal(queries[0], queries[2])
-    assert not np.array_equal(encoded.task(1, POOL, seed=4).queries.plain, queries[0])
+    assert not np.array_equal(encoded.task(1, seed=4).queries.plain, queries[0])
     with pytest.raises(ValueError, match=r"shots from 1 to 4, .* got 5"):
-        encoded.task(5, POOL, seed=0)
+        encoded.task(5, seed=0)
 
 
 def test_queries_choose_no_parameter(rng: np.random.Generator) -> None:
     encoded = clustered(rng)
     asked = np.ones(len(encoded.labels), bool)  # pictures that are a query for every seed
     for seed in (0, 1):
-        support = encoded.task(2, POOL, seed).support.embeddings.plain
+        support = encoded.task(2, seed).support.embeddings.plain
         asked &= ~(encoded.embeddings.plain[:, None] == support[None]).all(2).any(1)
     assert asked.any()
     plain, adapted = encoded.embeddings.plain.copy(), encoded.embeddings.adapted
@@ -72,11 +72,11 @@ def test_changed_labels_are_counted_over_shots_and_seeds(rng: np.random.Generato
     encoded = clustered(rng, 150)
     results = evaluate(encoded, "tip-adapter", "none", [1, 2], [0, 1, 2])
     counted = changed_labels(encoded, results)
-    queries = len(encoded.task(1, POOL, 0).queries)
+    queries = len(encoded.task(1, 0).queries)
     assert {name: whole for name, (_, whole) in counted.items()} == dict.fromkeys(("fp16", "bf16", "int8"), 6 * queries)
     changed = 0
     for shots, (i, seed) in itertools.product((1, 2), enumerate(range(3))):
-        task = encoded.task(shots, POOL, seed)
+        task = encoded.task(shots, seed)
         plan = compile_method("tip-adapter", task.support, **results[shots].draws[i].tuned.parameters)
         labels = [score_reference(p, task.queries).argmax(1) for p in (plan, plan.with_key_precision("bf16"))]
         changed += int((labels[0] != labels[1]).sum())

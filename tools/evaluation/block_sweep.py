@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,7 @@ def _accuracy(
     name: str, encoded: Encoded, pool: int, shots: Sequence[int], seeds: Sequence[int], methods: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """By method and shots; the names are the same with and without an adapter."""
-
-    def draw(k: int, seed: int) -> Any:
-        return encoded.task(k, pool, seed)
-
+    draw = partial(encoded.task, pool=pool)
     source = Source(name, tuple(shots), tuple(seeds), draw, encoded.embeddings, encoded.labels)
     cells: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
     for result in evaluate(source, [(method, "none") for method in methods], "loo"):

@@ -64,14 +64,7 @@ def encode_test(adapter: str | Path = "auto") -> tuple[Encoded, tuple[str, ...]]
 
 def in_domain(encoded: Encoded, shots: Sequence[int], seeds: Sequence[int]) -> Source:
     """Support and queries from all styles, never the same picture."""
-    return Source(
-        "demo",
-        tuple(shots),
-        tuple(seeds),
-        lambda k, seed: encoded.task(k, POOL, seed),
-        encoded.embeddings,
-        encoded.labels,
-    )
+    return Source("demo", tuple(shots), tuple(seeds), encoded.task, encoded.embeddings, encoded.labels)
 
 
 def shifted(
@@ -89,7 +82,7 @@ def shifted(
     subsets = {seed: encoded.only(encoded.enough(most, split)) for seed, split in splits.items()}
 
     def inside(k: int, seed: int) -> Task:
-        return subsets[seed].task(k, POOL, seed)
+        return subsets[seed].task(k, seed)
 
     def across(k: int, seed: int) -> Task:
         return subsets[seed].shifted_task(k, splits[seed], seed)

@@ -55,7 +55,7 @@ class Encoded:
     tau: float
     styles: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def task(self, shots: int, pool: int, seed: int) -> Task:
+    def task(self, shots: int, seed: int, pool: int = POOL) -> Task:
         """Of each concept `pool` pictures are set apart, `shots` of them as support; all others are queries."""
         if not 1 <= shots <= pool:
             raise ValueError(f"expected shots from 1 to {pool}, the pictures of a concept set apart, got {shots}")

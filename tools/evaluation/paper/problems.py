@@ -145,7 +145,7 @@ def open_problems(wanted: Sequence[str], root: Path | None) -> list[Problem]:
     opened: dict[str, EvaluationSet] = {}
     missing: list[str] = []
     pending = [name for name in names if name != DEMO]
-    for name in pending:
+    for name in pending:  # one more may be appended on the way
         try:
             opened[name] = evaluation_sets.open_evaluation_set(name, root)
         except (OSError, ValueError, ImportError) as error:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images import pixels
@@ -142,9 +144,6 @@ class Store:
         self, folder: Path, kind: str, facts: dict[str, Any], names: Sequence[str], rows: int
     ) -> dict[str, np.ndarray] | None:
         """The stored arrays, or None if there are none; a damaged or foreign part is reported, removed, and None."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         if not folder.exists():
             return None
         try:
@@ -157,12 +156,8 @@ class Store:
                 if len(shape) != 2 or shape[0] != rows:
                     raise ValueError(f"expected {name} of {rows} rows, got {shape}")
             return {name: arrays[name] for name in names}
-        except (
-            ValueError,
-            SafetensorError,
-            FileNotFoundError,
-            NotADirectoryError,
-        ) as error:  # no other OSError is the folder's fault
+        # No other OSError is the folder's fault.
+        except (ValueError, SafetensorError, FileNotFoundError, NotADirectoryError) as error:
             self.report(f"{folder.name} is damaged and is made again: {error}")
             with suppress(FileNotFoundError):  # another run on the same folder may have removed it
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
@@ -202,8 +197,6 @@ def _hash(numbers: np.ndarray) -> str:
 
 
 def _write(folder: Path, kind: str, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    from safetensors.numpy import save_file
-
     with new_folder(folder) as temporary:
         save_file({name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}, temporary / FILE)
         write_manifest(temporary, kind, facts)
