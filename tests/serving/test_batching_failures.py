@@ -239,7 +239,7 @@ def test_the_batch_thread_outlives_what_nobody_expects(batching, classifier, par
     owner, name = {
         "run": (batching._engine, "run"),
         "take": (batching._queue, "_until_due_s"),
-        "batch hook": (batch_workers, "_answer"),
+        "batch hook": (batching._workers, "_answer"),
     }[part]
     works, left = getattr(owner, name), [SystemExit("unexpected")]
 

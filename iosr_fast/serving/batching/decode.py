@@ -53,8 +53,7 @@ def decode(
     Raises BadImageError, also beyond the limits.
     """
     if size is not None and is_pixels(image, size):
-        pixels: np.ndarray = image
-        return pixels
+        return image
     check_bytes(image, position, limits)
     if size is None:
         return np.asarray(open_image(image, position, exif_orientation))

@@ -196,8 +196,7 @@ class BatchingClassifier:
     @property
     def classifier(self) -> Classifier:
         """The classifier of the next batch."""
-        classifier: Classifier = self._queue.classifier
-        return classifier
+        return self._queue.classifier
 
     @property
     def pending(self) -> int:

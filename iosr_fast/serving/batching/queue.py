@@ -45,7 +45,7 @@ class BatchQueue:
         self._ready: deque[Item] = deque()
         self._decoding = 0
         self.turns = turns
-        self._ended = threading.Event()
+        self.ended = threading.Event()  # no image will be decoded any more
         self._pace = Pace()
         self._process = os.getpid()
         self._weak_self = weakref.ref(self)
@@ -89,10 +89,6 @@ class BatchQueue:
                 return job
             self.turns.done(job)
             del job  # the frame would keep it until the next one comes
-
-    def wait_for_close(self, seconds: float) -> bool:
-        """Wait at most `seconds` for the end of decoding; whether it has come."""
-        return self._ended.wait(seconds)
 
     def _needs_decoding(self, job: Item | WholeImage) -> bool:
         now = time.monotonic()
@@ -192,7 +188,7 @@ class BatchQueue:
 
     def stop_decoding(self) -> None:
         """Stop the decoders; called when nothing is left to classify."""
-        self._ended.set()
+        self.ended.set()
         for job in self.turns.close():
             if isinstance(job, WholeImage) and job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_closed())

@@ -93,14 +93,12 @@ class _Lane:
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, OrderedDict[int, deque[Job]]] = OrderedDict()
-        self._count = 0
 
-    def __len__(self) -> int:
-        return self._count
+    def __bool__(self) -> bool:
+        return bool(self._clients)
 
     def put(self, job: Job) -> None:
         self._clients.setdefault(job.client, OrderedDict()).setdefault(job.turn, deque()).append(job)
-        self._count += 1
 
     def first(self) -> Job:
         requests = next(iter(self._clients.values()))
@@ -122,7 +120,6 @@ class _Lane:
         if requests is None or jobs is None or job not in jobs:
             return
         jobs.remove(job)
-        self._count -= 1
         if not jobs:
             del requests[job.turn]
         if not requests:
@@ -131,5 +128,4 @@ class _Lane:
     def clear(self) -> list[Job]:
         left = [job for requests in self._clients.values() for jobs in requests.values() for job in jobs]
         self._clients.clear()
-        self._count = 0
         return left

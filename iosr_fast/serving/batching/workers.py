@@ -41,29 +41,23 @@ class Workers:
 
     def __init__(self, queue: BatchQueue, engine: Engine, hooks: Hooks, decoders: Sequence[Decoder]) -> None:
         """Returns when every decoder has started. Raises the error of a decoder that did not."""
-        self._queue, self._hooks, self._decoders = queue, hooks, decoders
+        self._queue, self._engine, self._hooks, self._decoders = queue, engine, hooks, decoders
         self._process = os.getpid()
         # The error of each decoder that does not work.
         self._errors: list[BaseException | None] = [None] * len(decoders)
-        attempted = [threading.Event() for _ in decoders]
-        batches = threading.Thread(
-            target=_run_batches, args=(self, queue, engine, hooks), name="iosr-fast-batches", daemon=True
-        )
-        decoding = [
-            threading.Thread(
-                target=_decode,
-                args=(queue, decoder, self._errors, i, attempted[i]),
-                name=f"iosr-fast-decode-{i}",
-                daemon=True,
-            )
-            for i, decoder in enumerate(decoders)
+        self._attempted = [threading.Event() for _ in decoders]
+        self._threads = [
+            threading.Thread(target=self._run_batches, name="iosr-fast-batches", daemon=True),
+            *(
+                threading.Thread(target=self._decode, args=(i,), name=f"iosr-fast-decode-{i}", daemon=True)
+                for i in range(len(decoders))
+            ),
         ]
-        self._threads = [batches, *decoding]
         _alive.add(self)
         try:
             for thread in self._threads:
                 thread.start()
-            for event in attempted:
+            for event in self._attempted:
                 event.wait()
             if error := next((error for error in self._errors if error is not None), None):
                 raise error
@@ -98,6 +92,83 @@ class Workers:
             for decoder in self._decoders:
                 decoder.kill()
 
+    def _run_batches(self) -> None:
+        try:
+            while self._run_batch():
+                pass
+        finally:
+            self._queue.stop_decoding()
+            _alive.discard(self)
+
+    def _run_batch(self) -> bool:
+        """Wait for a batch and answer it; False when there are no more."""
+        batch: QueuedBatch | None = None
+        try:
+            batch = self._queue.take(math.inf if self._engine.healthy else _PROBE_S)
+            if batch is not None:
+                self._answer(batch)
+            return batch is not None
+        except BaseException as error:
+            log.exception("a batch could not be run; its images get the error, and the next batch is tried")
+            unanswered = [] if batch is None else [*batch.expired, *batch.items]
+            for item in {*self._queue.forget_taken(), *unanswered}:
+                if not item.future.done():
+                    item.answer(without_frames(error), self._hooks)
+            return True
+
+    def _answer(self, batch: QueuedBatch) -> None:
+        queue, engine, hooks = self._queue, self._engine, self._hooks
+        if batch.expired:
+            queue.release(batch.expired, measure=False)
+            now = time.monotonic()
+            for item in batch.expired:
+                item.answer(item.late(now), hooks)
+        if not batch.items:
+            if not batch.expired:
+                engine.probe(batch.classifier)
+            return
+        run = engine.run(batch.classifier, batch.items)
+        if batch.classifier is queue.classifier:
+            engine.judge(run.down)
+        queue.release(batch.items, measure=run.clean)
+        hooks.batch(len(batch.items), batch.waiting, run.encode_s, run.score_s)
+        for item in batch.items:
+            if item.outcome is None:
+                raise RuntimeError("expected an outcome for every image of a batch, got none for one")
+            item.answer(item.outcome, hooks)
+
+    def _decode(self, place: int) -> None:
+        # The traceback of an error refers to its frames and through them to this one. So this frame must not keep an
+        # item: its future would keep itself, and the whole image, alive.
+        queue, decoder = self._queue, self._decoders[place]
+        try:
+            while self._started(place) and (job := queue.next_to_decode()) is not None:
+                size, upright = None if isinstance(job, WholeImage) else queue.image_size, queue.exif_orientation
+                result = _try_decode(decoder, job.image, job.position, size, job.deadline, upright)
+                _hand_over(queue, job, result, upright)
+                queue.turns.done(job)
+                del job, result
+        finally:
+            decoder.close()
+
+    def _started(self, place: int) -> bool:
+        """Start the decoder, repeatedly if it fails; False if the queue is closed before it works. Meanwhile other
+        decoders may take the images."""
+        pause_s = 0.0
+        while not self._queue.ended.wait(pause_s):
+            try:
+                self._decoders[place].start()
+                self._errors[place] = None
+                return True
+            except BaseException as error:
+                if self._errors[place] is None:
+                    log.error("a decoder does not start; it is retried: %s", error)
+                self._errors[place] = without_frames(error)
+            finally:
+                self._attempted[place].set()
+            pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
+        return False
+
 
 @atexit.register
 def _close_all() -> None:
@@ -106,89 +177,6 @@ def _close_all() -> None:
     until = time.monotonic() + _AT_EXIT_S
     for workers in list(_alive):
         workers.close(max(0.0, until - time.monotonic()))
-
-
-def _run_batches(workers: Workers, queue: BatchQueue, engine: Engine, hooks: Hooks) -> None:
-    try:
-        while _run_batch(queue, engine, hooks):
-            pass
-    finally:
-        queue.stop_decoding()
-        _alive.discard(workers)
-
-
-def _run_batch(queue: BatchQueue, engine: Engine, hooks: Hooks) -> bool:
-    """Wait for a batch and answer it; False when there are no more."""
-    batch: QueuedBatch | None = None
-    try:
-        batch = queue.take(math.inf if engine.healthy else _PROBE_S)
-        if batch is not None:
-            _answer(batch, queue, engine, hooks)
-        return batch is not None
-    except BaseException as error:
-        log.exception("a batch could not be run; its images get the error, and the next batch is tried")
-        for item in {*queue.forget_taken(), *([*batch.expired, *batch.items] if batch is not None else ())}:
-            if not item.future.done():
-                item.answer(without_frames(error), hooks)
-        return True
-
-
-def _answer(batch: QueuedBatch, queue: BatchQueue, engine: Engine, hooks: Hooks) -> None:
-    if batch.expired:
-        queue.release(batch.expired, measure=False)
-        now = time.monotonic()
-        for item in batch.expired:
-            item.answer(item.late(now), hooks)
-    if not batch.items:
-        if not batch.expired:
-            engine.probe(batch.classifier)
-        return
-    run = engine.run(batch.classifier, batch.items)
-    if batch.classifier is queue.classifier:
-        engine.judge(run.down)
-    queue.release(batch.items, measure=run.clean)
-    hooks.batch(len(batch.items), batch.waiting, run.encode_s, run.score_s)
-    for item in batch.items:
-        if item.outcome is None:
-            raise RuntimeError("expected an outcome for every image of a batch, got none for one")
-        item.answer(item.outcome, hooks)
-
-
-def _decode(
-    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, attempted: threading.Event
-) -> None:
-    # The traceback of an error refers to its frames and through them to this one. So this frame must not keep an item:
-    # its future would keep itself, and the whole image, alive.
-    try:
-        while _started(queue, decoder, errors, place, attempted) and (job := queue.next_to_decode()) is not None:
-            size, upright = None if isinstance(job, WholeImage) else queue.image_size, queue.exif_orientation
-            result = _try_decode(decoder, job.image, job.position, size, job.deadline, upright)
-            _hand_over(queue, job, result, upright)
-            queue.turns.done(job)
-            del job, result
-    finally:
-        decoder.close()
-
-
-def _started(
-    queue: BatchQueue, decoder: Decoder, errors: list[BaseException | None], place: int, attempted: threading.Event
-) -> bool:
-    """Start the decoder, repeatedly if it fails; False if the queue is closed before it works. Meanwhile other decoders
-    may take the images."""
-    pause_s = 0.0
-    while not queue.wait_for_close(pause_s):
-        try:
-            decoder.start()
-            errors[place] = None
-            return True
-        except BaseException as error:
-            if errors[place] is None:
-                log.error("a decoder does not start; it is retried: %s", error)
-            errors[place] = without_frames(error)
-        finally:
-            attempted.set()
-        pause_s = min(max(_PAUSE_S, 2 * pause_s), _LONGEST_PAUSE_S)
-    return False
 
 
 def _try_decode(decoder: Decoder, *args: Any) -> np.ndarray | BaseException:

@@ -137,7 +137,7 @@ def _check_all(service: Service, images: list[bytes | Refusal]) -> list[Undecode
     for i, image in enumerate(service.check(images)):
         if isinstance(image, Refusal):
             raise ApiError(422, image.code, f"image number {i}: {image.message}")
-        undecoded.append(service.to_decode(image, i))
+        undecoded.append(UndecodedImage(service.batching, image, i))
     return undecoded
 
 

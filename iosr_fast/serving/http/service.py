@@ -28,7 +28,8 @@ _DECODE_S = 60.0  # that an image of a change waits for a decoder
 
 
 class UndecodedImage:
-    """An uploaded image that becomes an array on demand, in the decoder processes that can be killed.
+    """An uploaded image that becomes an array on demand, in the decoder processes that can be killed. This process
+    never decodes uploaded bytes itself.
 
     It is decoded each time and not stored, because 64 large images would take gigabytes. Raises BadImageError then.
     """
@@ -105,10 +106,6 @@ class Service(ClassifierLists):
                 "expected `Authorization: Bearer TOKEN` with the server's token",
                 {"WWW-Authenticate": "Bearer"},
             )
-
-    def to_decode(self, image: bytes, position: int) -> UndecodedImage:
-        """An image of a change. This process never decodes uploaded bytes itself."""
-        return UndecodedImage(self.batching, image, position)
 
     async def change(self, act: Callable[[Classifier], Answer]) -> Answer:
         """Run `act` in the thread of changes, one at a time; 503 if too many changes, or images to decode, wait."""

@@ -127,32 +127,23 @@ class _Form:
         self._size = self._limit = 0
 
     def callbacks(self) -> dict[str, object]:
-        names = (
-            "part_begin",
-            "part_data",
-            "part_end",
-            "header_field",
-            "header_value",
-            "header_end",
-            "headers_finished",
-        )
-        return {**{f"on_{name}": getattr(self, f"_{name}") for name in names}, "on_end": self._end}
+        return {name: getattr(self, name) for name in dir(self) if name.startswith("on_")}
 
-    def _part_begin(self) -> None:
+    def on_part_begin(self) -> None:
         self._disposition, self._parts, self._size = b"", [], 0
 
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
 
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
 
-    def _header_end(self) -> None:
+    def on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
             self._disposition = self._value
         self._header = self._value = b""
 
-    def _headers_finished(self) -> None:
+    def on_headers_finished(self) -> None:
         kind, options = parse_options_header(self._disposition)
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         if kind != b"form-data" or not self._name:
@@ -172,14 +163,14 @@ class _Form:
                 f"expected form fields {expected} (all but images once), got {self._name[:80]!r}",
             )
 
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self._size += end - start
         if self._size <= self._limit:
             self._parts.append(data[start:end])
         elif self._parts:
             self._parts = []  # the part is refused, so its bytes are dropped
 
-    def _part_end(self) -> None:
+    def on_part_end(self) -> None:
         content = b"".join(self._parts)
         if self._name == "images":
             self.upload.images.append(content if self._size <= self._limit else _too_large(self._size, self._limit))
@@ -192,5 +183,5 @@ class _Form:
                 raise ApiError(400, "bad_form", f"expected UTF-8 in the field {self._name!r}") from None
         self._parts = []
 
-    def _end(self) -> None:
+    def on_end(self) -> None:
         self.ended = True

@@ -6,11 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
 from iosr_fast.serving.batching import DeadlineExceededError
-from iosr_fast.serving.http import health, lists
+from iosr_fast.serving.http import classes, health, lists
 from iosr_fast.serving.http.app import assemble
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.lists import PAGE
@@ -22,14 +23,6 @@ from iosr_fast.serving.ray.remote import Remote, over_handle
 if TYPE_CHECKING:
     from iosr_fast.serving.batching import BatchingClassifier
 
-_CHANGES = (
-    ("POST", "/v1/classes"),
-    ("PATCH", "/v1/classes/{class_id}"),
-    ("DELETE", "/v1/classes/{class_id}"),
-    ("POST", "/v1/classes/{class_id}/examples"),
-    ("DELETE", "/v1/examples/{example_id}"),
-    ("POST", "/v1/retune"),
-)
 _READY_S = 2.0  # for a replica to describe itself
 
 
@@ -63,16 +56,13 @@ class RemoteService(Service):
         self._remote = remote
 
     async def classes(self, limit: int = PAGE, after: str | None = None) -> dict[str, Any]:
-        page: dict[str, Any] = await self._ask("classes", limit, after)
-        return page
+        return await self._ask("classes", limit, after)
 
     async def examples(self, class_id: str, limit: int = PAGE, after: str | None = None) -> dict[str, Any] | None:
-        page: dict[str, Any] | None = await self._ask("examples", class_id, limit, after)
-        return page
+        return await self._ask("examples", class_id, limit, after)
 
     async def picture(self, example_id: str) -> bytes | None:
-        picture: bytes | None = await self._ask("picture", example_id)
-        return picture
+        return await self._ask("picture", example_id)
 
     async def readiness(self) -> tuple[bool, str, str]:
         try:
@@ -99,13 +89,13 @@ def make_app(remote: Remote, settings: Settings, metrics: Metrics) -> FastAPI:
     # may use the same id for another picture.
     routers = (
         lists.make_router(service, "no-store", 503),
-        _refused_changes(),
+        _refused_changes(service),
         health.make_router(service, metrics=False),
     )
     return assemble(service, "Few-shot image classification, on several replicas", routers)
 
 
-def _refused_changes() -> APIRouter:
+def _refused_changes(service: Service) -> APIRouter:
     """405 for the changes of iosr_fast.serving.http."""
     router = APIRouter(include_in_schema=False)
 
@@ -119,6 +109,6 @@ def _refused_changes() -> APIRouter:
             {"Allow": allowed},
         )
 
-    for method, path in _CHANGES:
-        router.add_api_route(path, refuse, methods=[method])
+    for route in cast("list[APIRoute]", classes.make_router(service).routes):
+        router.add_api_route(route.path, refuse, methods=list(route.methods or ()))
     return router

@@ -138,8 +138,7 @@ class ClassifierReplica(ClassifierLists):
 def _replica_name() -> str:
     from ray import serve
 
-    name: str = serve.get_replica_context().replica_tag
-    return name
+    return serve.get_replica_context().replica_tag
 
 
 def _unexpected(result: Prediction | Exception) -> bool:

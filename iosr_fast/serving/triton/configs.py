@@ -17,8 +17,6 @@ log = logging.getLogger(__name__)
 PREPROCESS, ENCODER, ENCODER_TRT, SCORING, ENSEMBLE = "preprocess", "encoder", "encoder_trt", "scoring", "iosr_fast"
 SCORES = ("LOGITS", "PROBABILITIES", "ZERO_SHOT", "CACHE")
 LABELS = "labels.txt"
-# Names in the files of an engine; those in a plan can't be changed.
-EMBEDDINGS = {"PLAIN": "plain", "ADAPTED": "adapted"}
 # Folder in the server's container for engines that TensorRT builds for ONNX Runtime.
 ENGINE_CACHE = "/tmp/iosr_fast-tensorrt"
 _ENCODER_DELAY_US = 2000
@@ -143,7 +141,7 @@ def ensemble_config(served: Served) -> Any:
     config = _config(served, ENSEMBLE, {"IMAGE": ("UINT8", [-1, -1, 3])}, _scores(served))
     config.platform = "ensemble"
     steps = config.ensemble_scheduling.step
-    embeddings = {EMBEDDINGS[name]: name for name in served.scoring_inputs}
+    embeddings = {name.lower(): name for name in served.scoring_inputs}  # the names in an engine are lower case
     encoder = ENCODER_TRT if served.plans else ENCODER
     for name, inputs, outputs in (
         (PREPROCESS, {"IMAGE": "IMAGE"}, {"PIXELS": "PIXELS"}),
@@ -155,8 +153,7 @@ def ensemble_config(served: Served) -> Any:
 
 
 def to_pbtxt(config: Any) -> str:
-    text: str = require("google.protobuf.text_format", EXTRA).MessageToString(config)
-    return text
+    return require("google.protobuf.text_format", EXTRA).MessageToString(config)
 
 
 def _schema() -> Any:

@@ -69,12 +69,10 @@ class Graph:
         opset = helper.make_opsetid("", OPSET)
         model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="iosr_fast")
         self._onnx.checker.check_model(model, full_check=True)
-        serialized: bytes = model.SerializeToString(deterministic=True)
-        return serialized
+        return model.SerializeToString(deterministic=True)
 
     def _kind(self, dtype: Any) -> int:
-        kind: int = self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        return kind
+        return self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
     def _value(self, name: str, dtype: Any, dims: Dims) -> Any:
         return self._onnx.helper.make_tensor_value_info(name, self._kind(dtype), dims)

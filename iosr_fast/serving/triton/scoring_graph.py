@@ -10,13 +10,12 @@ from iosr_fast.serving.triton.graph import Graph
 
 # A plan stores bfloat16 as uint16.
 _STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": "bfloat16", "int8": np.int8}
-_EMBEDDINGS = {"plain": "PLAIN", "adapted": "ADAPTED"}
 _TINY = 1e-12  # the floor of a norm, as in Reducer
 
 
 def scoring_inputs(plan: ScoringPlan) -> list[str]:
     """Which of "PLAIN" and "ADAPTED" the terms of the plan read; at least one."""
-    return [_EMBEDDINGS[name] for name in plan.embeddings_read]
+    return [name.upper() for name in plan.embeddings_read]
 
 
 def scoring_model(plan: ScoringPlan) -> bytes:
@@ -79,13 +78,13 @@ class _ScoringGraph:
     def _reduce(self, which: str) -> str:
         """The plain or adapted embedding after the reducer of the plan, computed once for all terms."""
         if self.plan.reducer is None:
-            return _EMBEDDINGS[which]
+            return which.upper()
         if which not in self._reduced:
             self._reduced[which] = self._apply(self.plan.reducer, which)
         return self._reduced[which]
 
     def _apply(self, reducer: Reducer, which: str) -> str:
-        graph, value = self.graph, _EMBEDDINGS[which]
+        graph, value = self.graph, which.upper()
         if reducer.shift is not None:
             value = graph.add("Sub", value, self._float(f"{which}_shift", reducer.shift), name=f"{which}_centred")
         if reducer.projection is not None:
