@@ -42,8 +42,7 @@ class ActivationCache:
     stands in full in the header beside it; a file without its header, or of another size, is made again. `shapes` are
     those of one row's parts, without the batch: ((tokens, width), (tokens, width)). `dtype` is float16 or bfloat16.
 
-    The whole file is allocated at once, so a full disk is an OSError before any work. Raises ValueError for sizes below
-    1 or another dtype, TypeError for a key that JSON can't hold.
+    The whole file is allocated at once, so a full disk is an OSError before any work.
     """
 
     def __init__(
@@ -55,11 +54,9 @@ class ActivationCache:
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"expected torch.float16 or torch.bfloat16, got {dtype}")
         self._starts, size = _layout(count, views, shapes)
         self.shapes = tuple(tuple(shape) for shape in shapes)
-        self.count, self.views, self.dtype, self.bytes = count, views, dtype, size
+        self.views, self.dtype, self.bytes = views, dtype, size
         header = _header(key, count, views, self.shapes, DTYPES[dtype], size)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{hashlib.sha256(header.encode()).hexdigest()[:32]}.activations"
@@ -85,8 +82,7 @@ class ActivationCache:
     def read(self, rows: torch.Tensor, view: int) -> tuple[torch.Tensor, ...] | None:
         """All parts of the rows, (B, *shape) in `dtype` on the CPU, or None if any row is not validly cached.
 
-        `rows` (B,) are integers. A row's checksum is verified at its first read in this process. Raises IndexError for
-        a row or view outside the file, ValueError after `close`.
+        `rows` (B,) are integers. A row's checksum is verified at its first read in this process.
         """
         slots = self._slots(rows, view)
         marks = self._marks[slots]
@@ -141,12 +137,6 @@ class ActivationCache:
             self._marks = self._verified = np.zeros(0, np.uint64)  # the last references: the map goes with them
             self._file.close()
 
-    def __enter__(self) -> ActivationCache:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _exists(self, header: str) -> bool:
         try:
             return self._header_path.read_bytes() == header.encode() and self.path.stat().st_size == self.bytes
@@ -169,12 +159,7 @@ class ActivationCache:
         os.replace(written, self._header_path)
 
     def _slots(self, rows: torch.Tensor, view: int) -> np.ndarray:
-        if self._file.closed:
-            raise ValueError(f"{self.path} is closed; open a new ActivationCache")
-        row = rows.detach().cpu().numpy().astype(np.int64, casting="safe")
-        for name, index, end in (("rows", row, self.count), ("views", np.array([view]), self.views)):
-            if len(index) and (index.min() < 0 or index.max() >= end):
-                raise IndexError(f"expected {name} in 0..{end - 1}, got {index.min()}..{index.max()}")
+        row: np.ndarray = rows.cpu().numpy()
         return row * self.views + view
 
 
@@ -208,10 +193,6 @@ def _remove_unused(path: Path) -> bool:
 
 def _layout(count: int, views: int, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
     """Where each part starts, each on a page, after the marks; and where the last ends."""
-    if count < 1 or views < 1 or not shapes or any(not shape or min(shape) < 1 for shape in shapes):
-        raise ValueError(
-            f"expected at least one picture, view and part, got {count} pictures, {views} views, shapes {list(shapes)}"
-        )
     starts, end = [], 8 * count * views
     for shape in shapes:
         starts.append(-(-end // _PAGE) * _PAGE)
@@ -222,10 +203,7 @@ def _layout(count: int, views: int, shapes: Sequence[tuple[int, ...]]) -> tuple[
 def _header(key: Mapping[str, Any], count: int, views: int, shapes: Any, dtype: str, size: int) -> str:
     facts = {"count": count, "views": views, "shapes": shapes, "dtype": dtype, "bytes": size}
     header = {"format": FORMAT, "byteorder": sys.byteorder, **facts, "key": dict(key)}
-    try:
-        return json.dumps(header, sort_keys=True, indent=1, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"expected a key that JSON can hold, with finite numbers, got {key} ({error})") from error
+    return json.dumps(header, sort_keys=True, indent=1) + "\n"
 
 
 def _header_of(path: Path) -> Path:

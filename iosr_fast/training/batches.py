@@ -14,8 +14,9 @@ from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.augment import draw_augmentation
 from iosr_fast.training.data import PictureSource
+from iosr_fast.training.dino import Dino
 from iosr_fast.training.processes import shielded
-from iosr_fast.training.supervised import Objective, Stem
+from iosr_fast.training.supervised import Stem, Supervised
 from iosr_fast.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Batches:
         encoder: AdaptedEncoder,
         source: PictureSource,
         config: TrainConfig,
-        objective: Objective,
+        objective: Supervised | Dino,
         fabric: Fabric,
         folder: Path | None,
     ) -> None:

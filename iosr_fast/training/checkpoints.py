@@ -56,7 +56,9 @@ class Checkpoints:
                 write_manifest(temporary, KIND, {"step": step, "key": self.key, "extra": dict(extra)})
         except (OSError, SafetensorError) as error:
             earlier = self._present()
-            state = f"step {_step(earlier[-1])} is safe there" if earlier else "none is there yet"
+            state = (
+                f"step {int(earlier[-1].name.removeprefix('step-'))} is safe there" if earlier else "none is there yet"
+            )
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
                 f"can't write a checkpoint of step {step} to {self.folder} ({error}); {state}: free some space and "
@@ -95,10 +97,6 @@ class Checkpoints:
 
     def _present(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -149,26 +149,20 @@ def _crops(size: int, small: int, config: DinoConfig) -> tuple[Any, Any, Any]:
             steps.insert(1, kornia.RandomHorizontalFlip(p=0.5))
         if solarize:
             steps.append(kornia.RandomSolarize(thresholds=0.0, additions=0.0, p=solarize))
-        return _Clamped(*steps)
+
+        @torch.no_grad()
+        def clamped(images: torch.Tensor) -> torch.Tensor:
+            for step in steps:
+                images = step(images).clamp(0, 1)  # bicubic resampling overshoots
+            return images
+
+        return clamped
 
     return (
         crop(size, config.global_scale, blur=1.0, solarize=0.0),
         crop(size, config.global_scale, blur=0.1, solarize=0.2),
         crop(small, config.local_scale, blur=0.5, solarize=0.0),
     )
-
-
-class _Clamped:
-    """Augmentations in sequence, each clamped to [0, 1] because bicubic resampling overshoots; not an nn.Module."""
-
-    def __init__(self, *steps: Any) -> None:
-        self.steps = steps
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        for step in self.steps:
-            images = step(images).clamp(0, 1)
-        return images
 
 
 def _odd(length: float) -> int:

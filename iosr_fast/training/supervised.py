@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,29 +17,13 @@ Stem = tuple[torch.Tensor, torch.Tensor]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Objective(Protocol):
-    """An objective of the training loop; an nn.Module as well.
-
-    `views` turns pictures (B, 3, S, S) in [0, 1] into the batches that go through the frozen stem. Calling the module
-    on the stem's outputs returns the sum of the losses over the B pictures, and how many of them `metric` counts as
-    right, both times `weight`. `result` is the trained adapter.
-    """
-
-    metric: str
-
-    def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]: ...
-
-    def parameter_groups(self) -> list[dict[str, Any]]: ...
-
-    def begin_epoch(self, epoch: int) -> None: ...
-
-    def after_step(self, share: float, reduce_sum: Reduce) -> None: ...
-
-    def result(self) -> Adapter: ...
-
-
 class Supervised(nn.Module):
-    """Cross entropy of head(tail(adapter, stem)) against the labels (the paper's supervised variant)."""
+    """Cross entropy of head(tail(adapter, stem)) against the labels (the paper's supervised variant).
+
+    An objective of the training loop, as `Dino` is. `views` turns pictures (B, 3, S, S) in [0, 1] into the batches that
+    go through the frozen stem. Calling the module on the stem's outputs returns the sum of the losses over the B
+    pictures, and how many of them `metric` counts as right, both times `weight`. `result` is the trained adapter.
+    """
 
     metric = "accuracy"
 

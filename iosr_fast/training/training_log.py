@@ -24,13 +24,10 @@ class TrainingLog:
     moves an earlier one's files in the same folder aside, to `steps.previous.csv` and `epochs.previous.csv`. If several
     processes train, only the first should make a log.
 
-    Raises ValueError for a negative `resume_step` or a CSV that this class did not write, ImportError if TensorBoard is
-    not installed.
+    Raises ValueError for a CSV that this class did not write, ImportError if TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, resume_step: int, tensorboard: bool = False) -> None:
-        if resume_step < 0:
-            raise ValueError(f"expected a resume_step of at least 0, got {resume_step}")
         writer: Any = None
         if tensorboard:
             require("tensorboard", "train")
@@ -45,7 +42,7 @@ class TrainingLog:
     def step(self, step: int, epoch: int, **values: float) -> None:
         """One line of steps.csv, and the scalars `train/<name>`. The first call sets the columns.
 
-        Raises ValueError for other columns than the file's, a step that is not after the last, or after `close`.
+        Raises ValueError for other columns than the file's.
         """
         self._steps.append(step, epoch, values)
         self._add("train", step, values)
@@ -71,12 +68,6 @@ class TrainingLog:
             self._writer.close()
             self._writer = None
 
-    def __enter__(self) -> TrainingLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _add(self, group: str, step: int, values: Mapping[str, float]) -> None:
         if self._writer is not None:
             for name, value in values.items():
@@ -95,17 +86,17 @@ class _Csv:
         self.header = lines[0] if lines else b""
         if lines and self.header.split(b",")[:2] != [b"step", b"epoch"]:
             raise self._damaged(1, self.header)
-        self.last = 0
+        last = 0.0
         self.rows: dict[int, bytes] = {}
         for number, line in enumerate(lines[1:], 2):
             try:
                 step, *values = (float(cell) for cell in line.split(b","))
             except ValueError as error:
                 raise self._damaged(number, line) from error
-            if 1 + len(values) != len(self.header.split(b",")) or step <= self.last:
+            if 1 + len(values) != len(self.header.split(b",")) or step <= last:
                 raise self._damaged(number, line)
-            self.last = int(step)
-            self.rows[self.last] = line
+            last = step
+            self.rows[int(step)] = line
 
     def open(self, resume_step: int) -> None:
         """Cut the file to the lines up to `resume_step`, all at once, and append from there."""
@@ -117,20 +108,16 @@ class _Csv:
                 self.content = b""
             self.header = b""
         rows = {step: line for step, line in self.rows.items() if step <= resume_step}
-        self.last = max(rows, default=0)
         content = b"".join(line + b"\n" for line in (self.header, *rows.values()) if line)
         if content != self.content:
-            logger.info("%s continues after step %d; later lines are removed", self.path, self.last)
+            logger.info("%s continues after step %d; later lines are removed", self.path, max(rows, default=0))
             with new_file(self.path) as temporary:
                 temporary.write_bytes(content)
         self.rows, self.content = {}, b""
         self.file = self.path.open("ab", buffering=0)
 
     def append(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        if self.file is None:
-            raise ValueError(f"{self.path} is closed; open a new TrainingLog")
-        if step <= self.last:
-            raise ValueError(f"expected a step after {self.last}, the last in {self.path}, got {step}")
+        assert self.file is not None
         header = self.header or ",".join(["step", "epoch", *values]).encode()
         names = header.decode().split(",")[2:]
         if set(names) != set(values):
@@ -140,7 +127,7 @@ class _Csv:
             )
         line = ",".join([str(int(step)), str(int(epoch)), *(repr(float(values[name])) for name in names)]).encode()
         self._write(self.file, line + b"\n" if self.header else header + b"\n" + line + b"\n")
-        self.header, self.last = header, step
+        self.header = header
 
     def sync(self) -> None:
         if self.file is not None:

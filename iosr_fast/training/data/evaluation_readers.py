@@ -144,7 +144,7 @@ def plantdoc(root: Path, needs: list[Path]) -> Content:
     index = {name: i for i, name in enumerate(names)}
     folder = _above(train, test)
     rows = {
-        split: folder_rows(folder, _below(folder, place), [(name, index[name]) for name in class_folders(place)])
+        split: folder_rows(folder, place, [(name, index[name]) for name in class_folders(place)])
         for split, place in (("train", train), ("test", test))
     }
     return Content(folder, [spoken(name) for name in names], rows)
@@ -153,10 +153,6 @@ def plantdoc(root: Path, needs: list[Path]) -> Content:
 def _above(*places: Path) -> Path:
     """The lowest folder that contains all of them; they need not lie side by side."""
     return Path(os.path.commonpath([place.parent for place in places]))
-
-
-def _below(folder: Path, place: Path) -> str:
-    return place.relative_to(folder).as_posix()
 
 
 def ucf101(root: Path, needs: list[Path]) -> Content:
@@ -201,9 +197,7 @@ def imagenet(root: Path, needs: list[Path]) -> Content:
                 f"{len(missing)} of {len(names)} class folders are missing from {place}: {missing[:10]}"
             )
     folder = _above(train, val)
-    rows = {
-        split: folder_rows(folder, _below(folder, place), classes) for split, place in (("train", train), ("test", val))
-    }
+    rows = {split: folder_rows(folder, place, classes) for split, place in (("train", train), ("test", val))}
     return Content(folder, list(names.values()), rows)
 
 
@@ -212,7 +206,7 @@ def imagenet_part(root: Path, needs: list[Path]) -> Content:
     names = _wnids(needs[0])
     _check_wnids(needs[1], names, needs[0])
     wnids = class_folders(needs[1])
-    rows = folder_rows(needs[1].parent, needs[1].name, [(wnid, label) for label, wnid in enumerate(wnids)])
+    rows = folder_rows(needs[1].parent, needs[1], [(wnid, label) for label, wnid in enumerate(wnids)])
     return Content(needs[1].parent, [names[wnid] for wnid in wnids], {"test": rows})
 
 
@@ -222,7 +216,7 @@ def imagenet_v2(root: Path, needs: list[Path]) -> Content:
     folders = class_folders(needs[1])
     if sorted(folders) != sorted(str(i) for i in range(len(names))):
         raise ValueError(f"expected folders 0 to {len(names) - 1} in {needs[1]}, as {needs[0]} has classes, got others")
-    rows = folder_rows(needs[1].parent, needs[1].name, [(str(i), i) for i in range(len(names))])
+    rows = folder_rows(needs[1].parent, needs[1], [(str(i), i) for i in range(len(names))])
     return Content(needs[1].parent, names, {"test": rows})
 
 
@@ -241,17 +235,17 @@ def spoken(name: str) -> str:
     return re.sub(r"^\d{3}\.", "", name).replace("_", " ")
 
 
-def folder_rows(folder: Path, prefix: str, classes: Iterable[tuple[str, int]]) -> Rows:
-    """Rows of every image in FOLDER/PREFIX/CLASS, sorted by name within a class. Raises ValueError for an empty one."""
+def folder_rows(folder: Path, split: Path, classes: Iterable[tuple[str, int]]) -> Rows:
+    """Rows of every image in SPLIT/CLASS, sorted by name within a class. Raises ValueError for an empty class."""
     rows: Rows = []
     skipped = Skipped()
     for name, label in classes:
-        place = folder / prefix / name
-        images = sorted(Path(path).relative_to(place).as_posix() for path, _ in walk(place, skipped=skipped))
+        place = split / name
+        images = sorted(Path(path).relative_to(folder).as_posix() for path, _ in walk(place, skipped=skipped))
         if not images:
             raise ValueError(f"expected images in the class folder {place}, found none")
-        rows += [((PurePosixPath(prefix) / name / image).as_posix(), label) for image in images]
-    skipped.warn(folder / prefix, len(rows))
+        rows += [(image, label) for image in images]
+    skipped.warn(split, len(rows))
     return rows
 
 
