@@ -76,13 +76,8 @@ def main(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(f"expected a saved classifier: {error}") from error
     threads = engine_threads or max(1, usable_threads() - 1)
-    options = {
-        "--engine-threads": threads,
-        "--max-batch": max_batch,
-        "--max-wait-ms": max_wait_ms,
-        "--max-queue": max_queue,
-    }
-    words = [str(word) for option in options.items() for word in option]
+    words = ["--engine-threads", str(threads), "--max-batch", str(max_batch)]
+    words += ["--max-wait-ms", str(max_wait_ms), "--max-queue", str(max_queue)]
     words += [word for text in serve or () for word in shlex.split(text)]
     queries = make_queries(classifier, _QUERIES)
     load = Load(seconds, deadline_ms, arrivals, tuple(loads or _LOADS), lone, capacity_seconds)

@@ -132,7 +132,13 @@ class Client:
         elif response.status != 200:
             answer.error = f"status {response.status}"
         else:
-            self._judge(answer, body, number, read)
+            try:
+                content = json.loads(body)
+                (prediction,) = content["predictions"]
+                answer.wrong = self.check and prediction["label"] != self.queries.labels[number]
+                answer.content = None if read is None else read(content)
+            except (ValueError, KeyError, TypeError) as error:
+                answer.error = f"unreadable answer: {type(error).__name__}"
         return answer
 
     async def post_form(
@@ -154,15 +160,6 @@ class Client:
             return response.status, json.loads(content)
         except ValueError:
             return response.status, content.decode("utf-8", "replace")
-
-    def _judge(self, answer: Answer, content: bytes, number: int, read: Callable[[Any], Any] | None) -> None:
-        try:
-            body = json.loads(content)
-            (prediction,) = body["predictions"]
-            answer.wrong = self.check and prediction["label"] != self.queries.labels[number]
-            answer.content = None if read is None else read(body)
-        except (ValueError, KeyError, TypeError) as error:
-            answer.error = f"unreadable answer: {type(error).__name__}"
 
 
 def multipart(images: list[bytes], texts: dict[str, str]) -> bytes:

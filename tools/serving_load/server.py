@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -83,10 +84,10 @@ class ServerProcess:
         fields = _proc(f"{self.pid}/statm").split()
         return round(int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, 2) if fields else None
 
-    def cpu_s(self) -> float | None:
-        """Seconds of CPU time of all its threads; None without /proc."""
+    def cpu_s(self) -> float:
+        """Seconds of CPU time of all its threads; NaN without /proc."""
         fields = _proc(f"{self.pid}/stat").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else math.nan
 
     def stop(self) -> None:
         """SIGTERM; waits for the server to answer what it accepted. Raises ServerDied for an exit code other than 0."""
@@ -134,22 +135,17 @@ class Usage:
         """client_cpu_share, server_cpu_share, others_cpu_share; None if unknown."""
         cores_s = (time.perf_counter() - self._start) * usable_threads()
         client = time.process_time() - self._client_s
-        server = _difference(self._server.cpu_s(), self._server_s)
-        busy = _difference(_busy_s(), self._busy_s)
-        others = None if server is None or busy is None else max(0.0, busy - client - server)
-        used = {"client_cpu_share": client, "server_cpu_share": server, "others_cpu_share": others}
-        return {name: None if seconds is None else round(seconds / cores_s, 3) for name, seconds in used.items()}
+        server, busy = self._server.cpu_s() - self._server_s, _busy_s() - self._busy_s
+        used = {"client_cpu_share": client, "server_cpu_share": server, "others_cpu_share": busy - client - server}
+        shares = {name: max(seconds, 0.0) / cores_s for name, seconds in used.items() if math.isfinite(seconds)}
+        return {name: round(shares[name], 3) if name in shares else None for name in used}
 
 
-def _difference(now: float | None, start: float | None) -> float | None:
-    return None if now is None or start is None else now - start
-
-
-def _busy_s() -> float | None:
-    """Busy seconds of all cores together; None off Linux."""
+def _busy_s() -> float:
+    """Busy seconds of all cores together; NaN off Linux."""
     fields = _proc("stat").split("\n", 1)[0].split()[1:]
     if not fields:
-        return None
+        return math.nan
     user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, fields)
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
