@@ -252,7 +252,7 @@ def test_ceilings_of_a_gpu_are_measured_once_a_dtype(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(harness, "PAUSE_S", 0)
     ceilings = Ceilings(REHEARSAL, 1)
     rates = [ceilings.gemm_flops(kind) for kind in ("fp32", "fp16", "int8", "bf16")]
-    assert min(rates) > 0 and rates[1] == rates[2] and ceilings.bytes_per_s() == ceilings.bytes_per_s() > 0
+    assert min(rates) > 0 and rates[1] == rates[2] and ceilings.bytes_per_s > 0
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with exact_products():
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32

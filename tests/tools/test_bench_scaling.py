@@ -31,7 +31,8 @@ def test_scoring_by_size_times_ours_and_the_two_rivals(monkeypatch: pytest.Monke
     monkeypatch.setattr(harness, "PAUSE_S", 0)
     monkeypatch.setattr(harness, "extra_memory_mb", lambda run: 0.0)
     monkeypatch.setattr(score, "Case", SmallCase)
-    monkeypatch.setattr(scaling, "SIZES", scaling.Sizes((), queries=(1, 2), keys=(16000,), classes=(3,)))
+    for name, sizes in {"ENCODERS": (), "QUERIES": (1, 2), "KEYS": (16000,), "CLASSES": (3,)}.items():
+        monkeypatch.setattr(scaling, name, sizes)
     made = scaling.run(1, 1)
     expected = {f"q{q}-k16000-d512-c1000" for q in (1, 2, 64)} | {"q64-k16000-d512-c3"}
     assert {row["case"] for row in made} == expected
@@ -41,8 +42,8 @@ def test_scoring_by_size_times_ours_and_the_two_rivals(monkeypatch: pytest.Monke
 
 
 def test_a_case_that_two_sizes_share_is_timed_once() -> None:
-    cases = scaling.SIZES.cases
-    sizes = len(scaling.SIZES.queries) + len(scaling.SIZES.keys) + len(scaling.SIZES.classes)
+    cases = scaling.score_cases(scaling.QUERIES, scaling.KEYS, scaling.CLASSES)
+    sizes = len(scaling.QUERIES) + len(scaling.KEYS) + len(scaling.CLASSES)
     assert cases.count("q64-k16000-d512-c1000") == 1 and len(cases) == sizes - 2
     for case in cases:
         assert score.Case.parse(case).width == 512

@@ -132,7 +132,7 @@ def test_a_part_of_the_grid_stands_for_all_where_it_is_much_work(
 ) -> None:
     case = Case.parse(f"tip-adapter-{TINY}")
     monkeypatch.setattr(search, "TIMED_FLOPS", 2.0 * 18 * (24 + 6) * 2 * 30)
-    monkeypatch.setattr(harness, "measure_whole", lambda calls, *_: {name: [1.0] for name in calls})
+    monkeypatch.setattr(harness, "measure", lambda calls, *_, **__: {name: [1.0] for name in calls})
     ours, theirs = search.run([str(case)], threads=1, repeats=1, points=2)
     assert "the grid's best accuracy is left out" in capsys.readouterr().out
     assert theirs["extrapolated_from_images"] == 30 and theirs["extrapolated_from_points"] == 2
@@ -146,7 +146,7 @@ def test_a_part_of_the_grid_stands_for_all_where_it_is_much_work(
 
 def test_what_is_wrong_is_not_timed(coarse: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right_tune = search.tune
-    monkeypatch.setattr(harness, "measure_whole", lambda *_: pytest.fail("timed a wrong search"))
+    monkeypatch.setattr(harness, "measure", lambda *_, **__: pytest.fail("timed a wrong search"))
 
     def boasts(*arguments: Any) -> search.Tuned:
         tuned = right_tune(*arguments)

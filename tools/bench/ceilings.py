@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,25 +32,20 @@ class Ceilings:
 
     device: Device
     threads: int
-    _known: dict[str, float] = field(default_factory=dict)
+    _gemms: dict[str, float] = field(default_factory=dict)
 
     def gemm_flops(self, precision: str = "fp32") -> float:
         """On a CPU the float32 product of its fastest library; on a GPU torch.mm of square matrices in `precision`."""
-        if not self.device.is_gpu:
-            return self._once("gemm", lambda: gemm_ceiling_flops(self.threads))
-        dtype = GPU_DTYPES[precision]
-        return self._once(dtype, lambda: gpu_gemm_flops(self.device, dtype))
+        on_gpu = self.device.is_gpu
+        dtype = GPU_DTYPES[precision if on_gpu else "fp32"]
+        if dtype not in self._gemms:
+            self._gemms[dtype] = gpu_gemm_flops(self.device, dtype) if on_gpu else gemm_ceiling_flops(self.threads)
+        return self._gemms[dtype]
 
+    @cached_property
     def bytes_per_s(self) -> float:
         """On a CPU of a sum, every byte counted once; on a GPU of a copy, read and written bytes counted."""
-        if not self.device.is_gpu:
-            return self._once("memory", lambda: memory_bandwidth(self.threads))
-        return self._once("memory", lambda: gpu_copy_bandwidth(self.device))
-
-    def _once(self, name: str, measure: Callable[[], float]) -> float:
-        if name not in self._known:
-            self._known[name] = measure()
-        return self._known[name]
+        return gpu_copy_bandwidth(self.device) if self.device.is_gpu else memory_bandwidth(self.threads)
 
 
 @dataclass(frozen=True)

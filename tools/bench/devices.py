@@ -78,29 +78,27 @@ class Device:
                 return call, "stream"
 
     def measure(self, calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-        """Milliseconds a call, `repeats` a candidate, in turns."""
-        return measure_by_events(calls, repeats) if self.name == "cuda" else harness.measure(calls, repeats)
+        """Milliseconds a call, `repeats` a candidate, in turns.
 
+        On a GPU each call is between two events, after a write that empties the L2 cache. All is queued before anything
+        is waited for. So a launch, which the host prepares while the GPU writes, isn't timed.
+        """
+        if self.name != "cuda":
+            return harness.measure(calls, repeats)
+        import torch
 
-def measure_by_events(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Device.measure on a GPU: each call between two events, after a write that empties the L2 cache.
-
-    All is queued before anything is waited for. So a launch, which the host prepares while the GPU writes, isn't timed.
-    """
-    import torch
-
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            call()
-        for _ in range(repeats):
-            for name, call in calls.items():
-                flush.zero_()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+        with torch.inference_mode():
+            for call in calls.values():
                 call()
-                end.record()
-                events[name].append((start, end))
-        torch.cuda.synchronize()
-    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+            for _ in range(repeats):
+                for name, call in calls.items():
+                    flush.zero_()
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    call()
+                    end.record()
+                    events[name].append((start, end))
+            torch.cuda.synchronize()
+        return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}

@@ -7,7 +7,6 @@ each. Nothing is installed or fetched: what is missing is named.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -184,11 +184,7 @@ def read_log(lines: Iterable[str]) -> dict[str, list[str]]:
 
 def count_tests(lines: Iterable[str]) -> dict[str, int]:
     """Tests by outcome, from pytest's lines, which a killed run has too."""
-    counts: dict[str, int] = {}
-    for line in lines:
-        if match := TEST_LINE.match(line):
-            counts[match[1].lower()] = counts.get(match[1].lower(), 0) + 1
-    return counts
+    return dict(Counter(match[1].lower() for line in lines if (match := TEST_LINE.match(line))))
 
 
 def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Sequence[Part] | None = None) -> Path:
@@ -238,14 +234,7 @@ def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Se
 
 def write_whole(path: Path, value: Any) -> None:
     """`value` as JSON with "nan" and "inf" as words; a reader finds the old file or the new one, also after a kill."""
+    content = json.loads(json.dumps(value), parse_constant=lambda constant: str(float(constant)))
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -28,16 +28,19 @@ PAUSE_S = 0.2
 BURST_S = 0.02
 
 
-def measure(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def measure(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, bursts: bool = True
+) -> dict[str, list[float]]:
     """Milliseconds a call, `repeats` a candidate, round-robin: a slow spell of the machine meets all alike.
 
     Before each turn the process sleeps for PAUSE_S, so that no candidate is timed against another's spinning threads. A
     turn is one call; where that is shorter than BURST_S, one untimed call and then the mean of as many as fill it.
+    Without `bursts`, for calls of seconds that have run once, nothing is called untimed.
     """
     if repeats < 1:
         raise ValueError(f"expected repeats >= 1, got {repeats}")
-    burst: dict[str, int] = {}
-    for name, run in candidates.items():
+    burst = dict.fromkeys(candidates, 1)
+    for name, run in candidates.items() if bursts else ():
         run()
         start = time.perf_counter()
         run()
@@ -52,18 +55,6 @@ def measure(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dic
             for _ in range(burst[name]):
                 run()
             runtimes_ms[name].append((time.perf_counter() - start) * 1e3 / burst[name])
-    return runtimes_ms
-
-
-def measure_whole(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """As measure, for calls of seconds that have run once: without warm-up and bursts."""
-    runtimes_ms: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, run in candidates.items():
-            time.sleep(PAUSE_S)
-            start = time.perf_counter()
-            run()
-            runtimes_ms[name].append((time.perf_counter() - start) * 1e3)
     return runtimes_ms
 
 

@@ -18,6 +18,7 @@ WIDTH, HEIGHT, QUALITY, DEVIATION = 500, 375, 88, 24.0
 _TEXTURES = 8
 
 
+@functools.lru_cache(maxsize=_TEXTURES)
 def texture(width: int, height: int, seed: int) -> np.ndarray:
     """(height, width) float32 of mean 0 and standard deviation 1 with a spectrum of amplitude 1 / frequency."""
     rng = np.random.default_rng(seed)
@@ -35,12 +36,9 @@ def photograph(
     rng = np.random.default_rng(seed)
     large = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), np.float32)
     shift = (int(rng.integers(height)), int(rng.integers(width)))
-    grain = np.roll(_texture(width, height, seed % _TEXTURES), shift, (0, 1))
+    grain = np.roll(texture(width, height, seed % _TEXTURES), shift, (0, 1))
     # Contrast is lowered first: clipped highlights would have no texture.
     return Image.fromarray(np.clip(0.8 * large + 25 + deviation * grain[:, :, None], 0, 255).astype(np.uint8))
-
-
-_texture = functools.lru_cache(maxsize=_TEXTURES)(texture)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -98,30 +98,18 @@ class PapersFormula:
         return self.tau * plain @ self.text.T + self.alpha * (affinity @ self.onehot)
 
 
-@dataclass
-class Rival:
+@torch.inference_mode()
+def by_script(paths: list[Path], clip: LoadedClip, embed: Embed, formula: PapersFormula) -> np.ndarray:
     """Files to labels one batch after another: PIL and open_clip's transform, `embed`, the papers' formula."""
+    import open_clip
+    from PIL import Image
 
-    paths: list[Path]
-    clip: LoadedClip
-    embed: Embed
-    formula: PapersFormula
-
-    @torch.inference_mode()
-    def __call__(self) -> np.ndarray:
-        import open_clip
-        from PIL import Image
-
-        transform = open_clip.image_transform(
-            self.clip.image_size, is_train=False, mean=self.clip.mean, std=self.clip.std
-        )
-        labels = []
-        for start in range(0, len(self.paths), RIVALS_BATCH):
-            pixels = torch.stack(
-                [transform(Image.open(path, formats=FORMATS)) for path in self.paths[start : start + RIVALS_BATCH]]
-            )
-            labels.append(self.formula(*self.embed(pixels)).argmax(1).numpy())
-        return np.concatenate(labels)
+    transform = open_clip.image_transform(clip.image_size, is_train=False, mean=clip.mean, std=clip.std)
+    labels = []
+    for start in range(0, len(paths), RIVALS_BATCH):
+        pixels = torch.stack([transform(Image.open(p, formats=FORMATS)) for p in paths[start : start + RIVALS_BATCH]])
+        labels.append(formula(*embed(pixels)).argmax(1).numpy())
+    return np.concatenate(labels)
 
 
 def eager(clip: LoadedClip, adapter: Adapter) -> Embed:
@@ -221,8 +209,8 @@ def run(
 
         labelling: dict[str, Label] = {
             "predict-folder": ours,
-            "obvious-script": Rival(paths, clip, eager(clip, adapter), formula),
-            "two-pass": Rival(paths, clip, compiled(clip, adapter, threads, folder), formula),
+            "obvious-script": partial(by_script, paths, clip, eager(clip, adapter), formula),
+            "two-pass": partial(by_script, paths, clip, compiled(clip, adapter, threads, folder), formula),
         }
         labels: dict[str, np.ndarray] = {}
         memory_mb = {
@@ -237,7 +225,7 @@ def run(
             "decode-only": decoded,
             **{impl: labelling[impl] for impl in ("obvious-script", "two-pass")},
         }
-        runtimes_ms = harness.measure_whole(impls, repeats)
+        runtimes_ms = harness.measure(impls, repeats, bursts=False)
     rates = {impl: pictures / float(np.median(times)) * 1e3 for impl, times in runtimes_ms.items()}
     extra = {
         impl: {"images": pictures, "images_per_s": round(rate, 2), "memory_mb": memory_mb.get(impl)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,43 +24,31 @@ from tools.bench import encoder_rivals as rivals
 IMPLEMENTATIONS = ("eager-best", "papers-formula")  # beside ours
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes that vary; `encoders` has models, their first adapted block and the batches."""
-
-    encoders: tuple[tuple[str, int, tuple[int, ...]], ...]
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    classes: tuple[int, ...]
-
-    @property
-    def cases(self) -> list[str]:
-        cases = [
-            *(f"q{queries}-k16000-d512-c1000" for queries in self.queries),
-            *(f"q64-k{keys}-d512-c1000" for keys in self.keys),
-            *(f"q64-k16000-d512-c{classes}" for classes in self.classes),
-        ]
-        return list(dict.fromkeys(cases))
+def score_cases(queries: Sequence[int], keys: Sequence[int], classes: Sequence[int]) -> list[str]:
+    """Each case once, though two of the sizes may share one."""
+    cases = [
+        *(f"q{q}-k16000-d512-c1000" for q in queries),
+        *(f"q64-k{k}-d512-c1000" for k in keys),
+        *(f"q64-k16000-d512-c{c}" for c in classes),
+    ]
+    return list(dict.fromkeys(cases))
 
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-SIZES = Sizes(
-    (("ViT-B-32", 8, BATCHES), ("demo", 3, BATCHES)),
-    queries=(1, 8, 64, 256, 1024),
-    keys=(1000, 4000, 16_000, 64_000, 256_000, 1_000_000),
-    classes=(10, 100, 1000, 10_000),
-)
-QUICK = Sizes((("demo", 3, (1, 2)),), queries=(1, 2), keys=(1000,), classes=(10,))
+ENCODERS = (("ViT-B-32", 8, BATCHES), ("demo", 3, BATCHES))  # models, their first adapted blocks and batches
+QUERIES, KEYS = (1, 8, 64, 256, 1024), (1000, 4000, 16_000, 64_000, 256_000, 1_000_000)
+CLASSES = (10, 100, 1000, 10_000)
 
 
 def run(threads: int | None = None, repeats: int = 5, quick: bool = False) -> list[dict[str, Any]]:
     """Both kinds of rows, verified and timed."""
     threads = threads or usable_threads()
-    sizes = QUICK if quick else SIZES
+    models = (("demo", 3, (1, 2)),) if quick else ENCODERS
+    cases = score_cases((1, 2), (1000,), (10,)) if quick else score_cases(QUERIES, KEYS, CLASSES)
     rows: list[dict[str, Any]] = []
-    for model, first, batches in sizes.encoders:
+    for model, first, batches in models:
         rows += encoders(model, first, batches, threads, repeats)
-    return rows + scoring(sizes.cases, threads, repeats)
+    return rows + scoring(cases, threads, repeats)
 
 
 def encoders(model: str, first: int, batches: Sequence[int], threads: int, repeats: int) -> list[dict[str, Any]]:

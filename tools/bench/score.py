@@ -220,7 +220,7 @@ def _run_case(
     by_bytes = case.queries == 1 and (device.is_gpu or 4 * case.keys * case.width > OUT_OF_CACHE)
     if by_bytes:
         work = {name: KEY_BYTES[c.precision] * case.keys * case.width / 1e9 for name, c in candidates.items()}
-        ceiling = dict.fromkeys(candidates, ceilings.bytes_per_s() / 1e9)
+        ceiling = dict.fromkeys(candidates, ceilings.bytes_per_s / 1e9)
     else:
         work = {name: (case.flops if c.verified else case.product_flops) / 1e9 for name, c in candidates.items()}
         ceiling = {name: ceilings.gemm_flops(c.precision) / 1e9 for name, c in candidates.items()}

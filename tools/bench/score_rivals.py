@@ -65,7 +65,8 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device = Dev
         return logits.mul_(plan.tau).add_(sums.T, alpha=plan.alpha)
 
     rivals: dict[str, Run] = {"eager-best": eager_best, "torch-fp32": _product(keys32, query32, device)}
-    if onehot_bytes(plan, len(query)) <= (PAPERS_LIMIT_GPU_BYTES if device.is_gpu else PAPERS_LIMIT_BYTES):
+    limit_bytes = PAPERS_LIMIT_GPU_BYTES if device.is_gpu else PAPERS_LIMIT_BYTES
+    if 4.0 * len(keys) * (plan.n_classes + len(query)) <= limit_bytes:
         labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=place), lengths)
         onehot = torch.zeros(len(keys), plan.n_classes, dtype=kind, device=place).scatter_(1, labels[:, None], 1.0)
 
@@ -88,12 +89,6 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device = Dev
             compiled = device.compile(fused)
             rivals["compiled-best"] = torch.inference_mode()(lambda: compiled(query, keys, plain, text))
     return rivals
-
-
-def onehot_bytes(plan: ScoringPlan, queries: int) -> float:
-    """Bytes of the one-hot matrix (N, C) and the affinity (B, N) in float32."""
-    assert plan.keys is not None
-    return 4.0 * len(plan.keys) * (plan.n_classes + queries)
 
 
 def _product(keys: torch.Tensor, query: torch.Tensor, device: Device) -> Run:

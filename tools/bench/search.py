@@ -238,7 +238,7 @@ def _run_case(case: Case, threads: int, repeats: int, points: int) -> list[dict[
         "exact": exact,
         RIVAL: lambda: [grid.right_at(point) for point in timed],
     }
-    runtimes_ms = harness.measure_whole(calls, repeats)
+    runtimes_ms = harness.measure(calls, repeats, bursts=False)
     factor = grid.n_points / len(timed) * case.images / images
     runtimes_ms[RIVAL] = [factor * ms for ms in runtimes_ms[RIVAL]]
     rows = harness.rows("search", str(case), runtimes_ms, rivals=[RIVAL], threads=threads, packages=("numpy", "torch"))

@@ -159,9 +159,6 @@ def run(
     uncached = TrainConfig(epochs=1, batch=batch)
     times: dict[str, dict[str, list[float]]] = {case: {} for case in ("first-epoch", "later-epochs")}
 
-    def add(case: str, name: str, milliseconds: float) -> None:
-        times[case].setdefault(name, []).append(milliseconds)
-
     def fresh() -> Adapter:
         return init_adapter(clip, first_adapted_block)
 
@@ -169,19 +166,17 @@ def run(
         verify(clip, first_adapted_block, train, batch)
         for _ in range(repeats):
             first, later = time_ours(clip, fresh(), train, held_out, config)
-            add("first-epoch", "ours", first)
-            add("later-epochs", "ours", later)
-            uncached_ms = time_ours(clip, fresh(), train, held_out, uncached)[0]
-            for case in times:
-                add(case, "ours-unkept", uncached_ms)
+            epochs_ms = {"ours": (first, later)}
+            epochs_ms["ours-unkept"] = (time_ours(clip, fresh(), train, held_out, uncached)[0],) * 2
             for name in RIVALS:
                 head = nn.Linear(clip.model.visual.output_dim, CLASSES)
                 recipe = PublicRecipe(clip, fresh(), head, everywhere=name == "public-recipe")
                 started = time.perf_counter()
                 recipe.epoch(train, held_out, uncached)
-                recipe_ms = 1e3 * (time.perf_counter() - started)
-                for case in times:
-                    add(case, name, recipe_ms)
+                epochs_ms[name] = (1e3 * (time.perf_counter() - started),) * 2
+            for name, milliseconds in epochs_ms.items():
+                for case, each in zip(times, milliseconds, strict=True):
+                    times[case].setdefault(name, []).append(each)
     rows = []
     for case, runtimes_ms in times.items():
         rows += harness.rows(
