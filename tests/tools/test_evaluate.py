@@ -327,19 +327,18 @@ def test_sweep_with_given_adapters(
     from tools.evaluation.demo import torch_encoder
 
     clip = small_clip()
-    points = [block_sweep.Point(start, 7) for start in (0, 2)]
-    for point in points:
-        adapter = random_adapter(clip, point.first_adapted_block or 0, 7)
+    for start in (0, 2):
+        adapter = random_adapter(clip, start, 7)
         adapter.config.training["epochs"] = 3
-        save_adapter(adapter, tmp_path / f"{point.name}.safetensors")
+        save_adapter(adapter, tmp_path / f"s{start}-b7.safetensors")
 
-    def get(point: Any, epochs: int = 3) -> Any:
-        return block_sweep.get_adapter(clip, point, tmp_path, epochs, print)
+    def get(start: int, epochs: int = 3) -> Any:
+        return block_sweep.get_adapter(clip, start, 7, tmp_path, epochs, print)
 
     monkeypatch.setattr(block_sweep, "train_adapter", lambda *_: pytest.fail("nothing is to be trained"))
-    adapters = {point: get(point) for point in points}
+    adapters = {f"s{start}-b7": get(start) for start in (0, 2)}
     with pytest.raises(ValueError, match=r"of 12 epochs in .*s0-b7.safetensors, got 0, 7, 3; .* --epochs 3"):
-        get(points[0], 12)
+        get(0, 12)
     opened: dict[str, Any] = {}  # eager encoders in place of compiled ones, which take long to build
 
     def write_engine(clip: Any, adapter: Any, folder: Path, *_: Any, **__: Any) -> None:

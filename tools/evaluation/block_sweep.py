@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,28 +44,15 @@ MAX_COST = 1.35
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One choice; None for no adapter."""
-
-    first_adapted_block: int | None
-    bottleneck: int | None
-
-    @property
-    def name(self) -> str:
-        return "plain" if self.first_adapted_block is None else f"s{self.first_adapted_block}-b{self.bottleneck}"
-
-
-def get_adapter(clip: LoadedClip, point: Point, folder: Path, epochs: int, report: Report) -> Adapter:
-    """The file s{block}-b{width}.safetensors in `folder`, trained there if it is missing (as train_adapter.py does).
+def get_adapter(clip: LoadedClip, start: int, width: int, folder: Path, epochs: int, report: Report) -> Adapter:
+    """The file s{start}-b{width}.safetensors in `folder`, trained there if it is missing (as train_adapter.py does).
 
     Raises ValueError for a file of another CLIP, start block, width or number of epochs.
     """
-    assert point.first_adapted_block is not None and point.bottleneck is not None
-    path = folder / f"{point.name}.safetensors"
+    path = folder / f"s{start}-b{width}.safetensors"
     if not path.is_file():
-        report(f"{point.name}: training for {epochs} epochs")
-        adapter = init_adapter(clip, point.first_adapted_block, point.bottleneck, SCALE)
+        report(f"{path.stem}: training for {epochs} epochs")
+        adapter = init_adapter(clip, start, width, SCALE)
         config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=4)
         folder.mkdir(parents=True, exist_ok=True)
         training = path.with_name(path.name + ".training")
@@ -76,18 +62,17 @@ def get_adapter(clip: LoadedClip, point: Point, folder: Path, epochs: int, repor
     check_belongs(adapter, clip)
     written = adapter.config
     actual = (written.first_adapted_block, written.bottleneck, written.training.get("epochs"))
-    if actual != (point.first_adapted_block, point.bottleneck, epochs):
+    if actual != (start, width, epochs):
         raise ValueError(
-            f"expected an adapter from block {point.first_adapted_block} on, {point.bottleneck} wide, of {epochs} "
-            f"epochs in {path}, got {actual[0]}, {actual[1]}, {actual[2]}; name another folder, or give --epochs "
-            f"{actual[2]}"
+            f"expected an adapter from block {start} on, {width} wide, of {epochs} epochs in {path}, got {actual[0]}, "
+            f"{actual[1]}, {actual[2]}; name another folder, or give --epochs {actual[2]}"
         )
     return adapter
 
 
 def sweep(
     clip: LoadedClip,
-    adapters: Mapping[Point, Adapter],
+    adapters: Mapping[str, Adapter],
     test: Pictures,
     validation: Pictures,
     shots: Sequence[int],
@@ -99,18 +84,18 @@ def sweep(
     texts = [embed_classes(clip, pictures.names) for pictures in (test, validation)]
     rows, encoders, flops = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for point, adapter in {Point(None, None): None, **adapters}.items():
-            engine = Path(folder) / point.name
+        for name, adapter in {"plain": None, **adapters}.items():
+            engine = Path(folder) / name
             write_engine(clip, adapter, engine, "onnxruntime", max_batch=BATCH)
-            encoders[point.name] = encoder = open_engine(engine)
-            flops[point.name] = fused_flops(build_dual_encoder(clip, adapter).shapes, BATCH)
+            encoders[name] = encoder = open_engine(engine)
+            flops[name] = fused_flops(build_dual_encoder(clip, adapter).shapes, BATCH)
             encoded = [
                 encode(encoder.encode, clip, pictures, text)
                 for pictures, text in zip((test, validation), texts, strict=True)
             ]
-            rows.append(_row(point, adapter, *encoded, shots, seeds))
+            rows.append(_row(adapter, *encoded, shots, seeds))
             cells = [f"{method} {_cell(_on_validation(rows[-1], method))} on validation" for method in METHODS]
-            report(f"{point.name}: {', '.join(cells)}")
+            report(f"{name}: {', '.join(cells)}")
         costs = measure_cost(encoders, test.images[:BATCH], repeats)
     for row, name in zip(rows, encoders, strict=True):
         row |= {**costs[name], "cost_arithmetic": flops[name] / flops["plain"]}
@@ -118,20 +103,15 @@ def sweep(
 
 
 def _row(
-    point: Point,
-    adapter: Adapter | None,
-    test: Encoded,
-    validation: Encoded,
-    shots: Sequence[int],
-    seeds: Sequence[int],
+    adapter: Adapter | None, test: Encoded, validation: Encoded, shots: Sequence[int], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    images = test.embeddings.plain if point.bottleneck is None else test.embeddings.adapted
-    overlap = overlap_rows("demo", {point.name: images}, test.labels)[0]
-    methods = [name.removesuffix("++") if point.bottleneck is None else name for name in METHODS]
+    images = test.embeddings.plain if adapter is None else test.embeddings.adapted
+    overlap = overlap_rows("demo", {"images": images}, test.labels)[0]
+    methods = [name.removesuffix("++") if adapter is None else name for name in METHODS]
     return {
         "bench": "block-sweep",
-        "first_adapted_block": point.first_adapted_block,
-        "bottleneck": point.bottleneck,
+        "first_adapted_block": None if adapter is None else adapter.config.first_adapted_block,
+        "bottleneck": None if adapter is None else adapter.config.bottleneck,
         "epochs": None if adapter is None else adapter.config.training.get("epochs"),
         "validation_accuracy": _accuracy(
             "validation", validation, VALIDATION_SHOTS, [VALIDATION_SHOTS], seeds, methods
@@ -230,6 +210,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """The sweep on the demo's CLIP and held-out concepts."""
     clip = load_clip("demo")
-    points = [Point(start, width) for width in widths for start in starts]
-    adapters = {point: get_adapter(clip, point, folder, epochs, report) for point in points}
+    adapters = {
+        f"s{start}-b{width}": get_adapter(clip, start, width, folder, epochs, report)
+        for width in widths
+        for start in starts
+    }
     return sweep(clip, adapters, *held_out(), shots, seeds, repeats, report)
