@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from iosr_fast.serving.http.errors import ApiError
 
-FOLDER = Path(__file__).parent / "page"
+_FOLDER = Path(__file__).parent / "page"
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -35,25 +35,20 @@ def _read(path: Path) -> tuple[bytes, dict[str, str]]:
     }
 
 
-def make_router(folder: Path = FOLDER) -> APIRouter:
-    """Serves the files that are in `folder` now. A requested name is a key of a dict, never a path."""
-    files = {path.name: _read(path) for path in sorted(folder.iterdir()) if path.suffix in _TYPES}
+def make_router() -> APIRouter:
+    """Serves the files that are in the folder now. A requested name is a key of a dict, never a path."""
+    files = {path.name: _read(path) for path in _FOLDER.iterdir() if path.suffix in _TYPES}
     router = APIRouter(include_in_schema=False)
 
-    def answer(request: Request, name: str) -> Response:
+    @router.get("/")
+    @router.get("/static/{name}")
+    async def page(request: Request) -> Response:
+        name = request.path_params.get("name", "index.html")
         if name not in files:
             raise ApiError(404, "not_found", f"there is no file {name[:80]!r}")
         content, headers = files[name]
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers)
-
-    @router.get("/")
-    async def page(request: Request) -> Response:
-        return answer(request, "index.html")
-
-    @router.get("/static/{name}")
-    async def static(request: Request, name: str) -> Response:
-        return answer(request, name)
 
     return router

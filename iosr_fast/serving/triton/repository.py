@@ -17,16 +17,6 @@ from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from iosr_fast.serving.triton import configs
-from iosr_fast.serving.triton.configs import (
-    ENCODER,
-    ENCODER_TRT,
-    ENGINE_CACHE,
-    ENSEMBLE,
-    PREPROCESS,
-    SCORING,
-    Served,
-    choose_plans,
-)
 from iosr_fast.serving.triton.graph import EXTRA
 from iosr_fast.serving.triton.preprocess_graph import preprocess_model
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
@@ -87,7 +77,7 @@ def export_triton(
     broken = [name for name in labels if len(name.splitlines()) > 1]
     if broken:
         raise ValueError(f"expected class names of one line each, as in a file of labels, got {abbreviate(broken)}")
-    served = Served(
+    served = configs.Served(
         image_size=engine["image_size"],
         width=engine["width"],
         adapted=engine["first_adapted_block"] is not None,
@@ -98,7 +88,7 @@ def export_triton(
         instances=instances,
         gpu=gpu,
         exif_orientation=classifier.exif_orientation,
-        plans=choose_plans(classifier.engine, engine, max_batch) if gpu else (),
+        plans=configs.choose_plans(classifier.engine, engine, max_batch) if gpu else (),
     )
     scoring = scoring_model(plan)
     facts = {
@@ -117,7 +107,7 @@ def export_triton(
 
 
 def _write_models(
-    folder: Path, served: Served, engine: Path, facts: dict[str, Any], scoring: bytes, labels: list[str]
+    folder: Path, served: configs.Served, engine: Path, facts: dict[str, Any], scoring: bytes, labels: list[str]
 ) -> None:
     (_model(folder, configs.preprocess_config(served)) / ONNX).write_bytes(preprocess_model(served.image_size))
     (_model(folder, configs.scoring_config(served)) / ONNX).write_bytes(scoring)
@@ -201,16 +191,16 @@ def _check(scoring: bytes, plan: ScoringPlan) -> float:
     return error
 
 
-def _readme(served: Served, top: int) -> str:
+def _readme(served: configs.Served, top: int) -> str:
     """README.txt: how to start a server and send requests. Triton ignores this file."""
     shown = min(top, served.n_classes)
-    volume = f" -v iosr_fast-tensorrt:{ENGINE_CACHE}" if served.gpu and not served.plans else ""
-    encoder = ENCODER_TRT if served.plans else ENCODER
+    volume = f" -v iosr_fast-tensorrt:{configs.ENGINE_CACHE}" if served.gpu and not served.plans else ""
+    encoder = configs.ENCODER_TRT if served.plans else configs.ENCODER
     orientation = "" if served.exif_orientation else ", exif_orientation=False"
     text = f"""\
 A few-shot classifier of iosr_fast, {served.n_classes} classes, as a model repository of NVIDIA Triton Inference Server.
 
-{ENSEMBLE}: {PREPROCESS} -> {encoder} -> {SCORING}, up to {served.max_batch} pictures at once
+{configs.ENSEMBLE}: {configs.PREPROCESS} -> {encoder} -> {configs.SCORING}, up to {served.max_batch} pictures at once
   IMAGE          uint8 (B, height, width, 3), upright RGB; all pictures of a request have one size, which may be any
   LOGITS         float32 (B, {served.n_classes}), ZERO_SHOT + CACHE
   PROBABILITIES  float32 (B, {served.n_classes})
@@ -231,14 +221,14 @@ Send requests (pip install 'tritonclient[grpc]' iosr_fast); each answer is "valu
   image = triton.InferInput("IMAGE", picture.shape, "UINT8")
   image.set_data_from_numpy(picture)
   top = triton.InferRequestedOutput("PROBABILITIES", class_count={shown})
-  answer = triton.InferenceServerClient("localhost:8001").infer("{ENSEMBLE}", [image], outputs=[top])
+  answer = triton.InferenceServerClient("localhost:8001").infer("{configs.ENSEMBLE}", [image], outputs=[top])
   print(answer.as_numpy("PROBABILITIES"))
 """
     if served.plans:
         text += f"""
-{ENCODER_TRT} has TensorRT plans, for {" and for ".join(plan.description for plan in served.plans)}. The server needs
-such a GPU and that TensorRT. With others, name "{ENCODER}" in place of "{ENCODER_TRT}" in
-{ENSEMBLE}/config.pbtxt and remove {ENCODER_TRT}.
+{encoder} has TensorRT plans, for {" and for ".join(plan.description for plan in served.plans)}. The server needs
+such a GPU and that TensorRT. With others, name "{configs.ENCODER}" in place of "{configs.ENCODER_TRT}" in
+{configs.ENSEMBLE}/config.pbtxt and remove {configs.ENCODER_TRT}.
 """
     elif served.gpu:
         text += """
