@@ -47,6 +47,10 @@ def cases(help: str) -> tuple[Any, Any]:
     return Annotated[list[str] | None, typer.Option(help=f"{help}. Repeatable.")], None
 
 
+def timing(repeats: int) -> dict[str, tuple[Any, Any]]:
+    return {"threads": (Threads, None), "repeats": (Repeats, repeats)}
+
+
 class Bench(NamedTuple):
     """A command that calls `run` of tools.bench.NAME, once a model where it takes --model, and reports the rows.
 
@@ -59,7 +63,6 @@ class Bench(NamedTuple):
     options: dict[str, tuple[Any, Any]]
 
 
-THREADS = {"threads": (Threads, None)}
 # The benches of `all`, in this order. Each runs in its own process, so that none inherits another's threads and memory.
 BENCHES = {
     "encoder": Bench(
@@ -69,8 +72,7 @@ BENCHES = {
             "models": (Models, ["ViT-B-16", "ViT-B-32", "demo"]),
             "batch": number(None, "Images a call; 8, and 64 for the demo."),
             "first_adapted_blocks": (FirstBlocks, None),
-            **THREADS,
-            "repeats": (Repeats, 5),
+            **timing(5),
             "device": (Device, "cpu"),
             "compiled": (Annotated[bool, typer.Option("--compiled", help="On a GPU: by torch.compile.")], False),
         },
@@ -78,7 +80,7 @@ BENCHES = {
     "precision": Bench(
         "The encoder in fewer bits: its speed, how far its embeddings are from fp32's, the demo's accuracy.",
         "--model demo --repeats 1",
-        {"models": (Models, ["demo", "ViT-B-16"]), **THREADS, "repeats": (Repeats, 7)},
+        {"models": (Models, ["demo", "ViT-B-16"]), **timing(7)},
     ),
     "pipeline": Bench(
         "JPEG files to labels: predict_folder, the encoder alone, and the script that anyone would write.",
@@ -87,14 +89,13 @@ BENCHES = {
             "model": (Model, "ViT-B-32"),
             "pictures": number(500, "JPEG files."),
             "first_adapted_block": (FirstBlock, 8),
-            **THREADS,
-            "repeats": (Repeats, 3),
+            **timing(3),
         },
     ),
     "classifier": Bench(
         "The demo's classifier, pictures to labels, one at a time and in batches, against two passes.",
         "--repeats 1",
-        {**THREADS, "repeats": (Repeats, 7)},
+        timing(7),
     ),
     "cold-start": Bench(
         "From nothing to the first label, in a new process each time.",
@@ -106,15 +107,14 @@ BENCHES = {
         "--cases q1-k1600-d512-c100 --cases q8-k1600-d512-c100 --repeats 1",
         {
             "cases": cases("Like q256-k16000-d512-c1000: queries, keys, channels, classes"),
-            **THREADS,
-            "repeats": (Repeats, 7),
+            **timing(7),
             "device": (Device, "cpu"),
         },
     ),
     "scaling": Bench(
         "How time grows with batches, classes, keys and queries.",
         "--quick --repeats 1",
-        {**THREADS, "repeats": (Repeats, 5), "quick": (Quick, False)},
+        {**timing(5), "quick": (Quick, False)},
     ),
     "search": Bench(
         "Choose a method's parameters on a validation set: the exact search, and the grid of the public code.",
@@ -123,8 +123,7 @@ BENCHES = {
             "cases": cases(
                 "tip-adapter, tip-x, or like tip-x-v2500-c100-s16-d512: validation images, classes, shots, channels"
             ),
-            **THREADS,
-            "repeats": (Repeats, 3),
+            **timing(3),
         },
     ),
     "train": Bench(
@@ -135,8 +134,7 @@ BENCHES = {
             "batch": number(16, "Pictures a step."),
             "first_adapted_block": (FirstBlock, 8),
             "count": number(48, "Pictures an epoch.", "--pictures"),
-            **THREADS,
-            "repeats": (Repeats, 3),
+            **timing(3),
         },
     ),
     "updates": Bench(
@@ -144,8 +142,7 @@ BENCHES = {
         "--cases tip-adapter++-k1000-c100-d512 --repeats 1",
         {
             "cases": cases("Like tip-adapter++-k100000-c100-d512: method, keys, classes, channels"),
-            **THREADS,
-            "repeats": (Repeats, 7),
+            **timing(7),
         },
     ),
 }

@@ -155,8 +155,8 @@ def copy_bundle(bundle: Path, out: Path, change: Callable[[Path], None]) -> None
     for folder, kind in ((out / "engine", "engine"), (out, "classifier")):
         facts = json.loads((folder / MANIFEST).read_bytes())
         (folder / MANIFEST).unlink()
-        kept = {name: value for name, value in facts.items() if name not in ("schema", "kind", "files", "checksum")}
-        write_manifest(folder, kind, kept)
+        fields = {name: value for name, value in facts.items() if name not in ("schema", "kind", "files", "checksum")}
+        write_manifest(folder, kind, fields)
 
 
 def put_weights_into_graph(engine: Path) -> None:
@@ -171,14 +171,14 @@ def optimise(engine: Path) -> None:
     """All of ONNX Runtime's rewritings, done ahead; its weights again in a file beside the graph."""
     import onnxruntime as ort
 
-    made = engine / "optimised"
-    made.mkdir()
+    optimised = engine / "optimised"
+    optimised.mkdir()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.optimized_model_filepath = str(made / FILE)
+    options.optimized_model_filepath = str(optimised / FILE)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     ort.InferenceSession(str(engine / FILE), options, providers=["CPUExecutionProvider"])
     for name in (FILE, WEIGHTS):
-        (made / name).replace(engine / name)
-    made.rmdir()
+        (optimised / name).replace(engine / name)
+    optimised.rmdir()

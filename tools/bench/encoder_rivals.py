@@ -38,7 +38,7 @@ class Pass(nn.Module):
 
     def __init__(self, clip: LoadedClip, adapter: Adapter | None) -> None:
         super().__init__()
-        self.visual = clip.model.visual
+        self.visual, self.image_size = clip.model.visual, clip.image_size
         self.adapters = {} if adapter is None else dict(adapter.blocks.items())
         self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
 
@@ -66,9 +66,7 @@ def write(module: nn.Module, path: Path) -> Path:
         export_onnx(module, path)
         return path
     assert isinstance(module, Pass)
-    size = module.visual.image_size
-    side = size if isinstance(size, int) else size[0]
-    pixels = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    pixels = torch.zeros(2, module.image_size, module.image_size, 3, dtype=torch.uint8)
     save_onnx(to_onnx(module, pixels, "pixels", ["embedding"], {0: torch.export.Dim("batch", min=1)}), path)
     return path
 

@@ -87,10 +87,10 @@ def encoders(model: str, first: int, batches: Sequence[int], threads: int, repea
 
 
 def scoring(cases: Sequence[str], threads: int, repeats: int) -> list[dict[str, Any]]:
-    return score.run(
+    rows = score.run(
         cases,
         threads,
         repeats,
-        bench="scaling-score",
         wanted=lambda name: name in IMPLEMENTATIONS or name.partition("/")[0] == "cpp",
     )
+    return [row | {"bench": "scaling-score"} for row in rows]

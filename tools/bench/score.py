@@ -188,7 +188,6 @@ def run(
     threads: int | None = None,
     repeats: int = 7,
     device: str = "cpu",
-    bench: str = "score",
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> list[dict[str, Any]]:
     """Verify and time each case; one row a case and implementation that is `wanted`.
@@ -203,13 +202,11 @@ def run(
     rows: list[dict[str, Any]] = []
     with harness.torch_threads(threads):
         for text in cases or (GPU_CASES if target.is_gpu else DEFAULT_CASES):
-            rows += _run_case(Case.parse(text), ceilings, repeats, bench, wanted)
+            rows += _run_case(Case.parse(text), ceilings, repeats, wanted)
     return rows
 
 
-def _run_case(
-    case: Case, ceilings: Ceilings, repeats: int, bench: str, wanted: Callable[[str], bool]
-) -> list[dict[str, Any]]:
+def _run_case(case: Case, ceilings: Ceilings, repeats: int, wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
     device = ceilings.device
     plan, embeddings = case.build()
     candidates = {**ours(plan, embeddings, device), **rivals(plan, embeddings, device)}
@@ -225,7 +222,7 @@ def _run_case(
         work = {name: (case.flops if c.verified else case.product_flops) / 1e9 for name, c in candidates.items()}
         ceiling = {name: ceilings.gemm_flops(c.precision) / 1e9 for name, c in candidates.items()}
     rows = harness.rows(
-        bench,
+        "score",
         str(case),
         runtimes_ms,
         rivals=[name for name in RIVALS if name in candidates],
