@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -40,6 +40,9 @@ def fit(
     key_precision: str = typer.Option("fp32", help="of the keys when scoring: fp32, fp16, bf16 or int8"),
 ) -> None:
     """Fit a few-shot classifier on a folder and save it."""
+    options: dict[str, Any] = {**locals()}
+    for name in ("folder", "out", "model", "pretrained", "adapter", "runtime", "template"):
+        del options[name]  # the others are arguments of Classifier.fit
     from iosr_fast.classifier import Classifier
     from iosr_fast.methods.tuning.tune import check_choice
     from iosr_fast.state.labels import labelled_images
@@ -53,24 +56,7 @@ def fit(
         classifier = Classifier.from_pretrained(
             model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime, progress=True
         )
-        classifier.fit(
-            images,
-            labels,
-            names,
-            templates=template or None,
-            method=method,
-            alpha=alpha,
-            beta=beta,
-            gamma=gamma,
-            ridge=ridge,
-            reducer=reducer,
-            tune=tune,  # type: ignore[arg-type]  # check_choice has checked it
-            views=views,
-            mirror=mirror,
-            skip_bad=skip_bad,
-            key_precision=key_precision,  # type: ignore[arg-type]  # check_support has checked it
-            progress=True,
-        )
+        classifier.fit(images, labels, names, templates=template or None, progress=True, **options)
         with progress("save", None):
             classifier.save(out)
     typer.echo(
