@@ -52,8 +52,8 @@ lint: $(STAMP)
 	$(BIN)/mypy iosr_fast
 	$(BIN)/lint-imports
 
-# One thread a worker: more would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# One thread a worker: more would wait for one another. A file stays with one worker, and so do its fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test: lint
 	$(PYTEST)

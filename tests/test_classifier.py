@@ -74,6 +74,7 @@ def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -
     assert accuracy == fresh.score(queries, [names[c] for c in truth])
 
 
+@pytest.mark.slow
 def test_probabilities_and_forms_of_input(fresh: Classifier, pictures, folder: Path) -> None:
     images, labels, queries, _, names = pictures
     fresh.fit(images, labels, class_names=names, **GIVEN)
@@ -89,6 +90,7 @@ def test_probabilities_and_forms_of_input(fresh: Classifier, pictures, folder: P
     assert fresh.predict([]).shape == (0,)
 
 
+@pytest.mark.slow
 def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures, monkeypatch) -> None:
     images, labels, queries, _, names = pictures
     fresh.fit(images, labels, class_names=names, **GIVEN)
@@ -140,6 +142,7 @@ def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
     assert again.protocol == "loo" and fresh.parameters_ == again.parameters and fresh.tuned_ is again
 
 
+@pytest.mark.slow
 def test_leave_one_out_asks_with_single_views(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, _queries, _, names = pictures
     fresh.fit(images, labels, class_names=names, views=3, method="tip-adapter")
@@ -272,6 +275,7 @@ def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete"
 
 
+@pytest.mark.slow
 def test_narrow_keys_are_kept_through_saving(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
     fresh.fit(images, labels, class_names=names, **GIVEN)

@@ -348,6 +348,7 @@ def test_other_models_are_refused_by_name(make: Callable[[], Any], kind: str, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "tokenizer", "told"),
     [

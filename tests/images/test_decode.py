@@ -34,6 +34,7 @@ def difference(data: bytes, size: int) -> np.ndarray:
 SHAPES = [(500, 375), (375, 500), (224, 224), (300, 224), (640, 427), (427, 640), (1600, 1200), (1250, 1900), (97, 64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_photographs_are_within_a_level(pictures: np.ndarray, shape: tuple[int, int]) -> None:
     image = photograph(pictures[sum(shape)], *shape, deviation=40)

@@ -26,6 +26,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_predict(bundle: Path, photographs: Path) -> None:
     classifier = Classifier.load(bundle, threads=1)
     found = classifier.predict_folder(photographs, batch=16, threads=3)

@@ -32,6 +32,7 @@ from tests.pipeline.runs import (
 CLASSES = 8
 
 
+@pytest.mark.slow
 def test_rows_are_what_the_classifier_says(bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = classified(bundle, tmp_path / "in", out, "--chunk", "8", "--batch", "3", "--top", "4")

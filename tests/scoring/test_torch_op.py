@@ -70,6 +70,7 @@ def test_the_operator_on_extended_plans_passes_torchs_own_checks(name: str, rng:
     assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXTENDED)
 @pytest.mark.parametrize("impl", ["auto", "numpy", "torch"])
 def test_a_module_of_an_extended_plan_compiles(impl: str, name: str, rng: np.random.Generator) -> None:

@@ -243,6 +243,7 @@ def test_every_tile_of_keys_and_queries_is_summed(
                 assert_close_to_truth("torch/cpu", plan, random_embeddings(rng, 7, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [{}, {"dense": True}, {"reducer": "projection", "query": "plain"}], ids=str)
 def test_eager_needs_little_memory(parts: dict[str, Any], rng: np.random.Generator) -> None:
     """Chunks of keys go through one after another, whatever their number."""

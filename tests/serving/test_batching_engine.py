@@ -30,6 +30,7 @@ def classifier() -> Classifier:
     return Classifier.load(demo_bundle(CLASSES, SHOTS))
 
 
+@pytest.mark.slow
 def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) -> None:
     images, _labels = held_out_queries(CLASSES, SHOTS)
     images = images[:40]

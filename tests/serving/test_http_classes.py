@@ -341,6 +341,7 @@ async def _thread_of_the_loop() -> int:
     return threading.get_ident()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [

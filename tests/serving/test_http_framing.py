@@ -31,6 +31,7 @@ def post(headers: bytes = b"", rest: bytes = b"\r\n", line: bytes = b"POST / HTT
     return line + b"\r\nHost: " + host + b"\r\n" + headers + rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [SIZED, CHUNKED], ids=["sized", "chunked"])
 @pytest.mark.parametrize(
     "upgrade",
@@ -152,6 +153,7 @@ def test_transfer_encoding_is_none_of_http_1_0(shared: Site) -> None:
     assert not shared.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

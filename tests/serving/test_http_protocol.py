@@ -84,6 +84,7 @@ def test_one_blank_line_before_a_request_is_ignored(shared: Site) -> None:
     assert statuses(shared.ask(GET + b"\r", b"\n", CLOSE, pause_s=0.02)) == [200, 200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framing", [b"Content-Length: 100000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
 def test_a_body_that_trickles_after_its_answer_is_cut_off(shared: Site, framing: bytes) -> None:
     for last in (b"", b"Connection: close\r\n"):
@@ -93,6 +94,7 @@ def test_a_body_that_trickles_after_its_answer_is_cut_off(shared: Site, framing:
             assert statuses(ended(connection, trickle)) == [200]
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_its_answer_slowly_is_cut_off(shared: Site) -> None:
     for takes in (0, 512):
         with socket.socket() as connection:
@@ -194,6 +196,7 @@ def test_an_application_that_fails_is_a_500_and_the_end(shared: Site) -> None:
     assert statuses(answer) == [500] and b'"internal"' in answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "begun",
     [b"", b"GET / HT", POST, GET, GET + b"\r\n", GET + POST, b"BAD\r\n\r\n", CLOSE, POST.replace(b"/ ", b"/unread ")],

@@ -115,6 +115,7 @@ def test_the_ensemble_says_what_the_classifier_says(name: str, demo: Demo, tmp_p
             assert made["CACHE"][row, best] == pytest.approx(prediction.cache, rel=1e-2, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_what_is_written(bundle: Path, demo: Demo, tmp_path: Path) -> None:
     paths = export_triton(bundle, tmp_path / "models", max_batch=8, instances=3, top=20)
     written = {path.relative_to(tmp_path / "models").as_posix() for path in paths}

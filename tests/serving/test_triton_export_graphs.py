@@ -66,6 +66,7 @@ def assert_true(plan: ScoringPlan, embeddings: Embeddings) -> None:
     np.testing.assert_allclose(made["PROBABILITIES"], softmax(made["LOGITS"].astype(np.float64)), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_plan_at_every_precision(kind: str, precision: Precision, rng: np.random.Generator) -> None:

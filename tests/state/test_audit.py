@@ -38,6 +38,7 @@ def changes(classifier: Classifier, images: np.ndarray) -> None:
     classifier.add_class("seventh", images[7, :2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tip-adapter++", "proker", "gda++", "ape", "tip-x++", "zero-shot"])
 def test_the_state_is_made_again_from_the_log(method: str, images: np.ndarray, tmp_path: Path) -> None:
     options = {"method": method, "alpha": None, "beta": None, "views": 3}

@@ -60,6 +60,7 @@ def engine(tmp_path: Path) -> Path:
     return engine_folder(tmp_path / "engine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("method", [*METHODS])
 def test_what_is_loaded_is_what_was_saved(method: str, precision: str, engine: Path, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_the_benchmark_runs_from_the_command_line(tmp_path: Path) -> None:
     check_rows(json.loads((tmp_path / "rows.json").read_text()), case, 4000)
 
 
+@pytest.mark.slow
 def test_tip_x_and_its_grid_of_three_axes(coarse: None) -> None:
     case = f"tip-x-{TINY}"
     made = search.run([case], threads=1, repeats=1, points=7)
@@ -127,6 +128,7 @@ def test_tip_x_and_its_grid_of_three_axes(coarse: None) -> None:
     assert all(set(row["parameters"]) == {"alpha", "beta", "gamma"} for row in made)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_grid_stands_for_all_where_it_is_much_work(
     coarse: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

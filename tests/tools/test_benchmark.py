@@ -119,6 +119,7 @@ def test_the_gemm_is_each_librarys_own_and_the_product(rng: np.random.Generator)
         np.testing.assert_allclose(product, left.astype(np.float64) @ weight, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_gemm_takes_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
     gemm = ceilings.Gemm("stub", 3e6, lambda: turns.append("gemm") or time.sleep(0.001))
@@ -254,6 +255,7 @@ def test_extra_memory_is_the_peak_of_a_call() -> None:
     assert extra is not None and 60 < extra < 90
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("shape", [(4096, 4096), (20000, 64), (3, 8192)])
 def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, int], rng: np.random.Generator) -> None:

@@ -24,6 +24,7 @@ def run(main: Callable[..., None], *words: str) -> Result:
     return CliRunner().invoke(command_app(main), list(words))
 
 
+@pytest.mark.slow
 def test_splits_share_no_concept_and_every_picture_is_there() -> None:
     index = load_index()
     generic, held_out = load_pictures("generic"), load_pictures("held-out")

@@ -55,6 +55,7 @@ if not torch.cuda.is_available():
     REFUSED.append((["--accelerator", "cuda"], "can't train on accelerator 'cuda'"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "expected"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
 def test_invalid_options_are_refused_and_never_replaced_by_a_default(
     folder: Path, options: Sequence[str], expected: str

@@ -209,6 +209,7 @@ def test_what_no_lock_tells_of_is_removed_once_it_is_old(tmp_path: Path) -> None
     remove_leftovers(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("writing", ["file", "folder"])
 def test_twenty_killed_saves_leave_nothing_after_the_next_one(writing: str, tmp_path: Path) -> None:
