@@ -52,14 +52,15 @@ lint: $(STAMP)
 	$(BIN)/mypy iosr_fast
 	$(BIN)/lint-imports
 
-# One thread a worker: more would wait for one another. A file stays with one worker, and so do its fixtures.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# One thread a worker: more would wait for one another. Long tests are evened out between workers; short ones gain more
+# where a file, and so its fixtures, stays with one worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) --dist worksteal
 
 test-fast: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --dist loadfile -m "not slow"
 
 # The second run is apart because the two sanitizers exclude each other.
 sanitize: $(STAMP)
