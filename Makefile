@@ -50,7 +50,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy iosr_fast
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 # One thread a worker: more would wait for one another. Long tests are evened out between workers; short ones gain more
 # where a file, and so its fixtures, stays with one worker.

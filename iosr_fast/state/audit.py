@@ -1,9 +1,9 @@
 """The audit log of a running classifier: JSON lines, one a change, from which its state is replayed.
 
-A change is acknowledged when its line and then the head beside the log (log_head), which counts the lines and has their
-chain, are on the disk. So a log that lost acknowledged changes is refused, whatever happened to it, and what was never
-acknowledged is either whole and kept, or half a line and dropped. Now and then the state is written beside the log,
-which then begins again from it (log_writer.AuditLog.compact).
+A change is acknowledged when its line is on the disk, and then the head beside the log (log_format), which counts the
+lines and holds the hash of their chain. So a log that lost acknowledged changes is refused. A change that was not
+acknowledged is kept if its line is complete, else dropped. At intervals the state is written beside the log, which then
+starts from it (log_writer.AuditLog.compact).
 """
 
 from __future__ import annotations

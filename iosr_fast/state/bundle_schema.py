@@ -41,7 +41,7 @@ class Preprocessing(Strict, frozen=True, kw_only=True):
 
 
 class PlanConstants(Strict, frozen=True, kw_only=True):
-    """Of a plan (live.plan_files)."""
+    """The constants of a plan (state_files)."""
 
     tau: Above0
     alpha: float
@@ -54,7 +54,7 @@ class PlanConstants(Strict, frozen=True, kw_only=True):
 
 
 class TextFacts(Strict, frozen=True, kw_only=True):
-    """Of a text encoder (export.export_text)."""
+    """A text encoder (export.export_text)."""
 
     context_length: Size
     width: Size
@@ -70,7 +70,7 @@ class TextFacts(Strict, frozen=True, kw_only=True):
 
 
 class StateFacts(Strict, frozen=True, kw_only=True):
-    """Of a state (live.state_files): what it has beside arrays."""
+    """The part of a state that is not arrays (state_files)."""
 
     class_names: Annotated[list[str], Meta(min_length=1)]
     class_numbers: list[Natural]
@@ -86,7 +86,7 @@ class StateFacts(Strict, frozen=True, kw_only=True):
 
 
 class ClassifierManifest(StateFacts, frozen=True, kw_only=True):
-    """Of a bundle (bundle.save_bundle)."""
+    """The manifest of a bundle (bundle.save_bundle)."""
 
     schema: Literal[2]
     kind: str

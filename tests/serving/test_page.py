@@ -242,7 +242,7 @@ def test_a_class_is_added_and_wins(visit: Visit) -> None:
     before = visit.text("#answer .label")
     visit.fill_in(NEWCOMER, [file(image, f"{i}.png") for i, image in enumerate(support)]).page.click("#add-class")
     visit.notice(f"Class “{NEWCOMER}” added with 3 pictures")
-    page.locator("#answer .label", has_text=NEWCOMER).wait_for()  # nobody asked again
+    page.locator("#answer .label", has_text=NEWCOMER).wait_for()  # without a second request
     assert visit.text(".bars li:first-child .tag") == "new"
     assert re.sub(r"\s[\d.]+%$", "", before) in visit.text("#answer p:nth-child(2)")
     assert site.classifier.predict([other])[0] == NEWCOMER and len(site.classifier.examples(NEWCOMER)) == 3

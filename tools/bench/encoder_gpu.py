@@ -50,7 +50,7 @@ class Encoders:
         return shapes
 
     def batch(self, size: int, device: Device) -> torch.Tensor:
-        """`size` pictures on the device, the checked ones first."""
+        """`size` pictures on the device, the checked ones, or as many of them as fit, first."""
         return torch.from_numpy(np.resize(self.pixels, (size, *self.pixels.shape[1:]))).to(device.torch)
 
     def errors(self, outputs: Sequence[torch.Tensor]) -> dict[str, float]:
@@ -59,6 +59,7 @@ class Encoders:
         for output, expected in zip(outputs, self.truth, strict=False):  # one-pass has the first alone
             got = output[:CHECKED].float().cpu().numpy()
             finite = float("nan") if not bool(torch.isfinite(output).all()) else 0.0
+            expected = expected[: len(got)]  # a batch may be smaller
             errors.append(float(np.abs(got - expected).max()) + finite)
             cosines.append(float(((got * expected).sum(1) / np.linalg.norm(got, axis=1)).min()) + finite)
         return {"max_abs_error": float(np.max(errors)), "min_cosine": float(np.min(cosines))}

@@ -36,7 +36,7 @@ from iosr_fast.utils.schema import (
 )
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
-RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # best first
+RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # choose_runtime has the order of "auto"
 ENGINE_KIND = "engine"
 log = logging.getLogger(__name__)
 

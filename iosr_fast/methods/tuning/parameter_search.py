@@ -22,8 +22,11 @@ _ROUNDS = 2
 
 
 def is_level(right: np.ndarray | None, best: np.ndarray | None) -> bool:
-    """Whether two candidates, each with the images that it gets right (V,) bool, can't be told apart: the images that
-    only `best` gets right exceed those that only the other does by no more than LEVEL standard errors, sqrt(both)."""
+    """Whether `right` is as good as `best` within noise; each is (V,) bool, the images that a candidate gets right.
+
+    lost - won <= LEVEL * sqrt(lost + won), with lost the images that only `best` gets right, won those that only the
+    other gets right; sqrt(lost + won) is the standard error of their difference.
+    """
     assert right is not None and best is not None
     lost, won = int((best & ~right).sum()), int((right & ~best).sum())
     return lost - won <= LEVEL * float(np.sqrt(lost + won))
