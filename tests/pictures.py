@@ -22,3 +22,6 @@ def turned(image: Image.Image, orientation: int, kind: str = "JPEG", **options: 
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encode(image.transpose(stored[orientation]), kind, exif=exif, **options)
+
+
+GREY = encode(np.full((64, 64, 3), 128, np.uint8))

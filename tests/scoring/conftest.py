@@ -1,10 +1,11 @@
-"""The CUDA module emulated on the CPU."""
+"""The CUDA module emulated on the CPU, and PyTorch on one thread."""
 
 from __future__ import annotations
 
 import importlib.util
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,13 @@ def emulation() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Thousands of tiny products: PyTorch's threads would spend their time on waiting for each other."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

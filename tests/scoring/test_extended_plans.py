@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.plan import ScoringPlan
@@ -20,15 +18,7 @@ from tests.scoring.numerics import PATHS, allowed_error, assert_as_good_as_eager
 from tests.scoring.test_precision import correlated_rows
 from tests.scoring.test_score import BATCHES, LAYOUTS, WIDTHS
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    """As in test_scoring.py: tiny products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 each_path = pytest.mark.parametrize("path", PATHS)
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)

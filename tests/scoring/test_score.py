@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,14 +36,7 @@ TERM_SETS = [terms for n in (1, 2, 3) for terms in itertools.combinations(TERMS,
 LAYOUTS = ([3, 1, 4, 1, 5], [0, 0, 2, 0, 7, 0], [9], [0, 1, 0], [1] * 70, [150, 0, 61])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    """Thousands of tiny products: PyTorch's threads would spend their time on waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 each_path = pytest.mark.parametrize("path", PATHS)
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)

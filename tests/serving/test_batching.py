@@ -22,11 +22,6 @@ NEVER_MS = 3_600_000.0  # a wait that no test sits out
 
 
 @pytest.fixture
-def classifier() -> FakeClassifier:
-    return FakeClassifier()
-
-
-@pytest.fixture
 def make(classifier: FakeClassifier) -> Iterator[Callable[..., BatchingClassifier]]:
     made: list[BatchingClassifier] = []
 

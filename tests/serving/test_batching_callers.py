@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, as_completed
 from typing import Any
 
@@ -13,18 +12,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.serving.batching import BatchingClassifier, ClosedError, QueueFullError
-from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, labels, picture, running, threads, until
-
-
-@pytest.fixture
-def classifier() -> FakeClassifier:
-    return FakeClassifier()
-
-
-@pytest.fixture
-def batching(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
-    with running(classifier) as made:
-        yield made
+from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, labels, picture, threads, until
 
 
 def test_asyncio(batching, classifier: FakeClassifier) -> None:

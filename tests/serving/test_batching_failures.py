@@ -39,11 +39,6 @@ class EngineError(Exception):
 
 
 @pytest.fixture
-def classifier() -> FakeClassifier:
-    return FakeClassifier()
-
-
-@pytest.fixture
 def watcher() -> Watcher:
     return Watcher()
 

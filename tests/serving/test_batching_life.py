@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -26,21 +25,9 @@ from tests.serving.batching_fakes import (
     Watcher,
     labels,
     picture,
-    running,
     threads,
     until,
 )
-
-
-@pytest.fixture
-def classifier() -> FakeClassifier:
-    return FakeClassifier()
-
-
-@pytest.fixture
-def batching(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
-    with running(classifier) as made:
-        yield made
 
 
 def test_close_answers_everything_accepted(batching, classifier: FakeClassifier) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.state.state import State
-from tests.pictures import encode
+from tests.pictures import GREY, encode
 from tests.serving.http_client import (
     AUTHORISED,
     CLASSES,
@@ -27,15 +27,6 @@ from tests.serving.http_client import (
     serving,
     wait_until,
 )
-
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    """For tests that change nothing."""
-    with serving() as client:
-        yield client
 
 
 def test_classes_and_examples_are_listed(shared: Client) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from iosr_fast.serving.http.settings import Settings
 from tests.images.jpegs import COMMENT, END, jpeg, scan, segment
-from tests.pictures import encode
+from tests.pictures import GREY, encode
 from tests.serving.http_client import (
     AUTHORISED,
     Client,
@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are watched by /proc"),
 ]
 
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 LIMITS = Settings().decode_limits
 # 80 KB each; a decoder has a pass over 49 million pixels for each of 8,000 scans.
 _DC, _HIDDEN = scan(1, 2, 3, band=(0, 0, 0)), segment(COMMENT, END)

@@ -7,7 +7,6 @@ import logging
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 
 from iosr_fast.serving.batching import BatchingClassifier
@@ -16,7 +15,7 @@ from iosr_fast.serving.http.logs import JsonFormatter
 from iosr_fast.serving.http.logs import logger as serving_logger
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.state.predictions import Prediction
-from tests.pictures import encode
+from tests.pictures import GREY
 from tests.serving.http_client import (
     AUTHORISED,
     CLASSES,
@@ -30,15 +29,6 @@ from tests.serving.http_client import (
     serving,
     wait_until,
 )
-
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    """For tests that change nothing."""
-    with serving() as client:
-        yield client
 
 
 def test_health_probes_where_nothing_else_is_classified() -> None:

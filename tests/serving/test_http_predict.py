@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iosr_fast.serving.http.logs import JsonFormatter
-from tests.pictures import encode
+from tests.pictures import GREY
 from tests.serving.http_client import (
     CLASSES,
     Client,
@@ -22,15 +22,6 @@ from tests.serving.http_client import (
     serving,
     wait_until,
 )
-
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    """For tests that change nothing."""
-    with serving() as client:
-        yield client
 
 
 def test_one_image_is_classified_as_the_library_does(shared: Client) -> None:

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -23,14 +22,13 @@ from iosr_fast.cli import app
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http.settings import Settings
 from tests import ROOT
-from tests.pictures import encode
+from tests.pictures import GREY
 from tests.serving.http_client import AUTHORISED, CLASSES, TOKEN, bundle, form, httpx
 from tests.serving.http_process import Process, started
 from tools.serving_load.hostile import hostile_bytes
 
 pytestmark = pytest.mark.slow
 
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 POST = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 
 

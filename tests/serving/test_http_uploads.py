@@ -13,11 +13,9 @@ from PIL import Image
 from iosr_fast.images.decoder_process.structure import structure_error
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Refusal, check_image
-from tests.pictures import encode
+from tests.pictures import GREY, encode
 from tests.serving.http_client import AUTHORISED, Client, form, queries, serving
 from tools.serving_load.hostile_images import FAIR, IMAGES, chunk, encoded, picture, png, webp
-
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 
 
 def refusal(

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -32,11 +31,10 @@ from iosr_fast.serving.ray.messages import Facts, Reply, Source
 from iosr_fast.serving.ray.remote import MAX_DEATHS, MAX_REFUSALS, Remote
 from iosr_fast.serving.ray.replica import ClassifierReplica
 from iosr_fast.state.predictions import Prediction
-from tests.pictures import encode
+from tests.pictures import GREY
 from tests.serving.http_client import CLASSES, Client, Gate, bundle, load, queries
 from tests.serving.ray_load import error_of, save_broken, save_renamed
 
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, 64, 2)
 
 

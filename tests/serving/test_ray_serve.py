@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
@@ -27,13 +26,12 @@ from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray import Scale, deploy, rollout
 from iosr_fast.utils.manifest import seal
 from iosr_fast.utils.ray_cluster import joined
-from tests.pictures import encode
+from tests.pictures import GREY, encode
 from tests.serving.http_client import bundle, form, httpx, queries
 from tests.serving.ray_load import COMMAND, Load, error_of, save_renamed, served, wait_for
 
 pytestmark = pytest.mark.slow
 
-GREY = encode(np.full((64, 64, 3), 128, np.uint8))
 SETTINGS = Settings(runtime="onnxruntime", max_batch=8)
 SCALE = Scale(min_replicas=2, max_replicas=3, target_ongoing_requests=100, cpus=0.5, health_period_s=1.0)
 OPTIONS = [

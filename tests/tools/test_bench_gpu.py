@@ -323,6 +323,8 @@ def test_an_encoder_without_open_clip(
     for row in rows.values():
         assert row["case"] == "demo-s3-b3" and row["precision"] == "fp16" and row["min_cosine"] > 0.999
         assert row["images_per_s"] > 0 and row["share_of_ceiling"] > 0
+    small = encoder_gpu.run("demo", 2, 1, "rehearsal")  # fewer than the checked pictures
+    assert [row["case"] for row in small] == ["demo-s3-b2"] * 2 and all(row["min_cosine"] > 0.999 for row in small)
     right = encoders.modules["fused"]
     monkeypatch.setitem(encoders.modules, "fused", lambda pixels: tuple(reversed(right(pixels))))
     monkeypatch.setattr(encoders.modules["fused"], "shapes", right.shapes, raising=False)

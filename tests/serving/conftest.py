@@ -1,0 +1,31 @@
+"""A server that tests share, and a batching classifier of a fake encoder for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from iosr_fast.serving.batching import BatchingClassifier
+from tests.serving.batching_fakes import FakeClassifier, running
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Any]:
+    """A client of a served classifier, for tests that change nothing."""
+    from tests.serving.http_client import serving  # skips where the serve extra is missing
+
+    with serving() as client:
+        yield client
+
+
+@pytest.fixture
+def classifier() -> FakeClassifier:
+    return FakeClassifier()
+
+
+@pytest.fixture
+def batching(classifier: FakeClassifier) -> Iterator[BatchingClassifier]:
+    with running(classifier) as started:
+        yield started
