@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast lint sanitize bench gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast lint docs sanitize bench gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -17,6 +17,7 @@ help:
 	@echo "make serve      the demo's classifier behind HTTP and a page to try it, at http://127.0.0.1:8000 (token: token-of-the-demo)"
 	@echo "make test       ruff, mypy, import-linter and every test that needs no GPU"
 	@echo "make test-fast  the same without the tests that take long: for the daily loop"
+	@echo "make docs       the documentation as a site into build/site; a broken link is an error"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
 	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
@@ -61,6 +62,9 @@ test: lint
 
 test-fast: lint
 	$(PYTEST) --dist loadfile -m "not slow"
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The second run is apart because the two sanitizers exclude each other.
 sanitize: $(STAMP)

@@ -32,7 +32,7 @@ ABOUT = {
 HEAD = """# Benchmarks
 
 What iosr_fast does in a second and what a picture takes, beside its rivals. This page is made from the rows in
-[{folder}]({folder}) by `tools/report.py` and contains nothing else: below each table stand the file, cases, device,
+`{folder}` by `tools/report.py` and contains nothing else: below each table stand the file, cases, device,
 threads, versions and commit of its numbers. Do not edit it; make it again with
 
 ```
