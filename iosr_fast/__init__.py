@@ -13,6 +13,7 @@ from iosr_fast.utils import require as _require  # noqa: F401  first of all: it 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Embeddings
+    from iosr_fast.exceptions import IosrFastError
     from iosr_fast.scoring.plan import ScoringPlan
     from iosr_fast.scoring.score import score
 
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 _HOME = {
     "Classifier": "classifier",
     "Embeddings": "encoders.encoder",
+    "IosrFastError": "exceptions",
     "ScoringPlan": "scoring.plan",
     "score": "scoring.score",
 }
-__all__ = ["Classifier", "Embeddings", "ScoringPlan", "__version__", "score"]
+__all__ = ["Classifier", "Embeddings", "IosrFastError", "ScoringPlan", "__version__", "score"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tune import check_choice
@@ -167,7 +168,7 @@ class Classifier(LiveUpdates):
         settings = check_support(views, mirror, templates, key_precision, seed, thumbnails, exif_orientation)
         parameters = check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
         if self._text is None:
-            raise ValueError(
+            raise IosrFastError(
                 "this classifier was loaded and has no text encoder; from_pretrained makes one that can be fit"
             )
         fitted = fit(
@@ -253,7 +254,7 @@ class Classifier(LiveUpdates):
         listed = as_image_list(images)
         ids = class_ids(listed, labels, self.snapshot().class_names)
         if not len(ids):
-            raise ValueError("expected at least one image to score, got none")
+            raise IosrFastError("expected at least one image to score, got none")
         return float((self.decision_function(listed).argmax(1) == ids).mean())
 
     def save(self, folder: str | Path) -> None:

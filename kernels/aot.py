@@ -21,6 +21,7 @@ from typing import Any
 
 import typer
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.kernels.launch import PRECISIONS, Config, config_for, dense_config
 from iosr_fast.utils.require import require
 
@@ -88,7 +89,7 @@ def compile_ahead(
     ):
         for name in names:
             if name not in allowed:
-                raise ValueError(f"expected {what} out of {', '.join(map(str, allowed))}, got {name!r}")
+                raise IosrFastError(f"expected {what} out of {', '.join(map(str, allowed))}, got {name!r}")
     rows = []
     for kernel in chosen:
         for precision in _precisions(kernel, precisions):

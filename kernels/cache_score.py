@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.kernels import layout
 from iosr_fast.kernels.cache_kernels import affine_kernel, aligned_kernel, merge_kernel, ragged_kernel
 from iosr_fast.kernels.dense_values import dense_values
@@ -66,14 +67,14 @@ def score_triton(
             return logits, "triton/no-keys"
         if plan.values is not None:
             if path is not None:
-                raise ValueError(f'expected no path where the keys have values, got "{path}"')
+                raise IosrFastError(f'expected no path where the keys have values, got "{path}"')
             _add_dense(plan, plan.query_rows(plain, adapted), logits, config)
             return logits, "triton/dense"
         precision = PRECISION[plan.keys.dtype]
         if path is None:
             path = choose_path(plan, len(plain), gpu_name(plan.device), multiprocessors(plan.device))
         elif path not in ("aligned", "ragged", "split"):
-            raise ValueError(f'expected path "aligned", "ragged" or "split", got "{path}"')
+            raise IosrFastError(f'expected path "aligned", "ragged" or "split", got "{path}"')
         if len(plain):
             config = config or config_for(gpu_name(plan.device), path, precision, load_of(len(plain)))
             query = plan.query_rows(plain, adapted).to(QUERY_DTYPE[precision]).contiguous()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.kernels.cache_kernels import dense_kernel
 from iosr_fast.kernels.device import (
     PRECISION,
@@ -94,33 +95,33 @@ def _check(
     query: Tensor, keys: Tensor, values: Tensor, weights: Tensor | None, key_scales: Tensor | None, beta: float
 ) -> None:
     if query.ndim != 2 or query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
+        raise IosrFastError(
             f"expected query (B, D) float32, float16 or bfloat16, got {tuple(query.shape)} {query.dtype}; "
             "convert it with query.float()"
         )
     width, device = query.shape[1], query.device
     if keys.ndim != 2 or keys.dtype not in PRECISION or keys.shape[1] != width or not len(keys):
-        raise ValueError(
+        raise IosrFastError(
             f"expected keys (N, {width}) float32, float16, bfloat16 or int8 with N >= 1, "
             f"got {tuple(keys.shape)} {keys.dtype}; query and keys must come from the same encoder"
         )
     n_keys = len(keys)
     wanted_values = values.ndim == 2 and len(values) == n_keys and values.shape[1] >= 1
     if not wanted_values or values.dtype not in (torch.float16, torch.float32):
-        raise ValueError(
+        raise IosrFastError(
             f"expected values ({n_keys}, V) float16 or float32 with V >= 1, got {tuple(values.shape)} {values.dtype}; "
             "give one row per key"
         )
     for name, array in (("weights", weights), ("key_scales", key_scales)):
         if array is not None and (array.shape != (n_keys,) or array.dtype != torch.float32):
-            raise ValueError(f"expected {name} ({n_keys},) float32, got {tuple(array.shape)} {array.dtype}")
+            raise IosrFastError(f"expected {name} ({n_keys},) float32, got {tuple(array.shape)} {array.dtype}")
     if (keys.dtype == torch.int8) != (key_scales is not None):
-        raise ValueError(
+        raise IosrFastError(
             f"expected key_scales with int8 keys and with no others, got {keys.dtype} keys "
             f"{'without' if key_scales is None else 'with'} key_scales"
         )
     for name, array in (("keys", keys), ("values", values), ("weights", weights), ("key_scales", key_scales)):
         if array is not None and array.device != device:
-            raise ValueError(f"expected {name} on {device}, where query is, got {array.device}; move it with .to()")
+            raise IosrFastError(f"expected {name} on {device}, where query is, got {array.device}; move it with .to()")
     if not (0 <= beta < float("inf")):
-        raise ValueError(f"expected beta finite and >= 0, got {beta}")
+        raise IosrFastError(f"expected beta finite and >= 0, got {beta}")

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from iosr_fast.exceptions import IosrFastError
+
 PATHS = ("affine", "aligned", "ragged", "split", "dense")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FEW_QUERIES = 32
@@ -43,9 +45,9 @@ class Config:
                 continue
             least = 1 if name == "num_warps" else 16
             if not isinstance(value, int) or value < least or value & (value - 1):
-                raise ValueError(f"expected {name} a power of two of at least {least}, got {value!r}")
+                raise IosrFastError(f"expected {name} a power of two of at least {least}, got {value!r}")
         if not isinstance(self.num_stages, int) or self.num_stages < 1:
-            raise ValueError(f"expected num_stages of at least 1, got {self.num_stages!r}")
+            raise IosrFastError(f"expected num_stages of at least 1, got {self.num_stages!r}")
 
     def meta(self, *extra: str) -> dict[str, Any]:
         """Keyword arguments of a launch; `extra` names block_c or block_v for kernels that take it."""
@@ -84,8 +86,8 @@ def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
             return Config(**entry)
         except (TypeError, ValueError) as error:
             place = f"{CONFIGS_FILE.name}, {name!r}/{path}/{precision}/{load}"
-            raise ValueError(f"{place}: {error}; correct the entry or run tools/tune_kernels.py") from error
-    raise ValueError(
+            raise IosrFastError(f"{place}: {error}; correct the entry or run tools/tune_kernels.py") from error
+    raise IosrFastError(
         f"expected a path out of {', '.join(PATHS)} and a precision out of {', '.join(PRECISIONS)} that "
         f"{CONFIGS_FILE.name} has, got {path!r} and {precision!r}"
     )

@@ -22,7 +22,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import COLUMNS, DTYPES, FORMATS, Format
 from iosr_fast.pipeline.part_folder import check_apart, check_folder

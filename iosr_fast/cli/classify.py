@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import stop_message
 
 
@@ -29,7 +29,7 @@ def classify(
     from iosr_fast.pipeline.stream import choose_batch
 
     if top < 1:
-        raise ValueError(f"expected --top of at least 1, got {top}")
+        raise IosrFastError(f"expected --top of at least 1, got {top}")
     with stop_message("stopped" + ("" if out is None else f"; the same command resumes {out}"), "iosr-fast"):
         paths = _list(images, skip_bad)
         if out is not None:
@@ -53,11 +53,11 @@ def classify(
             if out is None:
                 raise
             advice = "earlier results are kept: repair the image or give --skip-bad, and start again"
-            raise ValueError(f"{error}; {advice}") from error
+            raise IosrFastError(f"{error}; {advice}") from error
     if unread:
         typer.echo(f"{'left out' if out is None else 'could not read'} {unread} of {len(paths)} images", err=True)
     if unread == len(paths):
-        raise ValueError("none of the images could be read")
+        raise IosrFastError("none of the images could be read")
 
 
 def _list(images: list[Path], skip_bad: bool) -> list[str]:
@@ -70,7 +70,9 @@ def _list(images: list[Path], skip_bad: bool) -> list[str]:
 
     paths = [path for place in images for path in (list_images(place).paths if place.is_dir() else [str(place)])]
     if not paths:
-        raise ValueError(f"expected images to classify, found none in {abbreviate([str(place) for place in images])}")
+        raise IosrFastError(
+            f"expected images to classify, found none in {abbreviate([str(place) for place in images])}"
+        )
     missing = [str(place) for place in images if not place.exists()]
     if missing and not skip_bad:
         raise FileNotFoundError(f"no such file or folder: {abbreviate(missing)}")

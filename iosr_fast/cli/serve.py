@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import MIB, Settings
 from iosr_fast.utils.require import require
 
@@ -69,7 +70,7 @@ def serve(
 
 def _bytes(option: str, mib: float) -> int:
     if not math.isfinite(mib):
-        raise ValueError(f"expected {option} to be a number of MB, got {mib}")
+        raise IosrFastError(f"expected {option} to be a number of MB, got {mib}")
     return int(mib * MIB)
 
 
@@ -78,5 +79,5 @@ def _token(file: Path | None) -> str | None:
         try:
             return file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"can't read the token in {file}: {error}") from error
+            raise IosrFastError(f"can't read the token in {file}: {error}") from error
     return os.environ.get(TOKEN) or None

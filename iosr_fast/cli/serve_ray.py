@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray.deployment import Scale
 from iosr_fast.utils.require import require
@@ -66,14 +67,14 @@ def serve_ray(
 
     if stop:
         if address is None:
-            raise ValueError("expected --address with --stop; without it an application ends with its process")
+            raise IosrFastError("expected --address with --stop; without it an application ends with its process")
         with joined(address, 0):
             serve.delete(name)
         return
     if bundle is None:
-        raise ValueError("expected a bundle, got none")
+        raise IosrFastError("expected a bundle, got none")
     if replicas is not None and max_replicas is not None:
-        raise ValueError("expected --replicas or --max-replicas, got both")
+        raise IosrFastError("expected --replicas or --max-replicas, got both")
     settings, scale = _choose(Settings, options), _choose(Scale, options)
     Source.of(str(bundle), settings.verify)  # an invalid bundle is refused before Ray is started
     total = (max_replicas or scale.replicas) * cpus + ingresses * ingress_cpus

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require_installed
 
@@ -39,12 +40,12 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_adapted_block < self.blocks:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected first_adapted_block in 0..{self.blocks - 1} ({self.clip_name} has {self.blocks} blocks), "
                 f"got {self.first_adapted_block}"
             )
         if self.bottleneck < 1:
-            raise ValueError(f"expected a bottleneck of at least 1, got {self.bottleneck}")
+            raise IosrFastError(f"expected a bottleneck of at least 1, got {self.bottleneck}")
 
 
 class BottleneckAdapter(nn.Module):
@@ -91,7 +92,7 @@ def vision_blocks(clip: LoadedClip) -> Any:
     """The transformer blocks of the image encoder. Raises ValueError for an encoder without them."""
     blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
     if blocks is None:
-        raise ValueError(
+        raise IosrFastError(
             f"{clip.name} has a {type(clip.model.visual).__name__} image encoder; the adapter needs open_clip's "
             "VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336 and their kind)"
         )
@@ -127,7 +128,7 @@ def check_belongs(adapter: Adapter, clip: LoadedClip) -> None:
     """Raise ValueError unless `adapter` was trained for this CLIP's weights."""
     expected, got = adapter.config.clip_fingerprint, clip.fingerprint
     if expected != got:
-        raise ValueError(
+        raise IosrFastError(
             f"the adapter was trained for another CLIP: expected {adapter.config.clip_name} with fingerprint "
             f"{expected[:12]}, got {clip.name} with {got[:12]}; load that CLIP, or train an adapter for this one"
         )
@@ -160,9 +161,11 @@ def load_adapter(path: str | Path) -> Adapter:
             header = (file.metadata() or {}).get("iosr_fast_adapter")
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise DamagedFileError(f"{path} is not a readable safetensors file: {error}") from error
     if header is None:
-        raise ValueError(f"{path} is a safetensors file, but not an adapter of iosr_fast (its header has no config)")
+        raise DamagedFileError(
+            f"{path} is a safetensors file, but not an adapter of iosr_fast (its header has no config)"
+        )
     known = {f.name for f in fields(AdapterConfig)}
     adapter = Adapter(AdapterConfig(**{key: value for key, value in json.loads(header).items() if key in known}))
     adapter.load_state_dict(state)

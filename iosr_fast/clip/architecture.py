@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
 _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
@@ -43,8 +44,8 @@ def check_architecture(name: str) -> None:
     refuse_fusing(name, reasons)
 
 
-def not_a_vision_transformer(name: str, kind: str) -> ValueError:
-    return ValueError(
+def not_a_vision_transformer(name: str, kind: str) -> IosrFastError:
+    return IosrFastError(
         f"{name} has a {kind} image encoder; expected open_clip's VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, "
         "ViT-L-14-336 and their kind)"
     )
@@ -54,7 +55,7 @@ def refuse_fusing(name: str, reasons: Mapping[str, bool]) -> None:
     """Raise ValueError with the first reason that applies."""
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"{name} can't be fused: its image encoder has {reason}")
+            raise IosrFastError(f"{name} can't be fused: its image encoder has {reason}")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require_installed
 
 require_installed("torch", "train")
@@ -173,7 +174,7 @@ class DualEncoder(nn.Module):
         """The module in evaluation mode with uninitialised weights. Raises ValueError for missing or unknown fields."""
         expected = {field.name for field in fields(DualEncoderConfig)}
         if set(config) != expected:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected the fields {sorted(expected)} in a dual encoder's config, got {sorted(config)}; "
                 "was the engine built by another version of iosr_fast?"
             )

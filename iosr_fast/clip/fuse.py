@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require_installed
 
 require_installed("torch", "train")
@@ -28,7 +29,7 @@ def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision
     _check_fusible(clip.name, visual)
     blocks, norms = visual.transformer.resblocks, [m for m in visual.modules() if isinstance(m, nn.LayerNorm)]
     if len({norm.eps for norm in norms}) != 1 or any(norm.weight is None or norm.bias is None for norm in norms):
-        raise ValueError(f"{clip.name}: expected LayerNorms with weight, bias and one eps throughout")
+        raise IosrFastError(f"{clip.name}: expected LayerNorms with weight, bias and one eps throughout")
     return DualEncoderConfig(
         image_size=visual.image_size[0],
         patch_size=visual.conv1.kernel_size[0],
@@ -69,7 +70,7 @@ def _activation(name: str, module: nn.Module) -> Any:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     if type(module).__name__ == "QuickGELU":
         return "quick_gelu"
-    raise ValueError(f"{name} can't be fused: expected GELU or QuickGELU in its MLPs, got {type(module).__name__}")
+    raise IosrFastError(f"{name} can't be fused: expected GELU or QuickGELU in its MLPs, got {type(module).__name__}")
 
 
 def fused_state_dict(clip: LoadedClip, adapter: Adapter | None, config: DualEncoderConfig) -> State:
@@ -146,7 +147,7 @@ def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precisi
     VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
     """
     if precision not in ("fp32", "fp16"):
-        raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
+        raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if adapter is not None:
         check_belongs(adapter, clip)
     config = infer_config(clip, adapter, precision)

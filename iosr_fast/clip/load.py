@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosr_fast.clip.architecture import downloading
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -66,10 +67,12 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
         open_clip.add_model_config(DEMO_FOLDER / f"{DEMO_NAME}.json")
     name = name.replace("/", "-")
     if name not in open_clip.list_models():
-        raise ValueError(f"expected 'demo' or one of open_clip's models, got {name!r}: open_clip.list_models() has all")
+        raise IosrFastError(
+            f"expected 'demo' or one of open_clip's models, got {name!r}: open_clip.list_models() has all"
+        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise ValueError(f"{name} needs weights: pretrained= one of {tags}, a .safetensors or .pt file, or 'none'")
+        raise IosrFastError(f"{name} needs weights: pretrained= one of {tags}, a .safetensors or .pt file, or 'none'")
     with _quiet_open_clip():
         if str(pretrained) == "none":
             model = _random_model(open_clip, name)
@@ -82,7 +85,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
         elif Path(pretrained).suffix:
             raise FileNotFoundError(f"no weights file at {pretrained}")
         else:
-            raise ValueError(
+            raise IosrFastError(
                 f"{name} has no pretrained tag {str(pretrained)!r}: expected one of {tags}, a file, or 'none'"
             )
         with downloading(name, "the tokenizer"):
@@ -121,7 +124,7 @@ def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state) if isinstance(state, dict) else None
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-            raise ValueError(f"expected a state dict (names and tensors) in {path}")
+            raise IosrFastError(f"expected a state dict (names and tensors) in {path}")
         state = {key.removeprefix("module."): value for key, value in state.items()}
         model = open_clip.create_model(name)
     else:
@@ -133,7 +136,7 @@ def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold weights of {name}: {str(error).splitlines()[1].strip()}") from error
+        raise IosrFastError(f"{path} does not hold weights of {name}: {str(error).splitlines()[1].strip()}") from error
     return model
 
 
@@ -162,7 +165,7 @@ def _published_archive(open_clip: Any, name: str, path: Path) -> io.BytesIO:
             "w = torch.jit.load(sys.argv[1], map_location='cpu').state_dict(); "
             f"s.save_file({{k: v.contiguous() for k, v in w.items() if k not in {NO_WEIGHTS}}}, sys.argv[2])"
         )
-        raise ValueError(
+        raise IosrFastError(
             f"{path} is a TorchScript archive, a program that loading would run, with SHA-256 {digest}; {expected}. "
             "If you trust it, convert it to safetensors where it may run:\n"
             f'python -c "{script}" {quote(str(path))} {quote(str(path.with_suffix(".safetensors")))}\n'

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
+
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
@@ -22,10 +24,10 @@ def default_templates(clip: LoadedClip) -> tuple[str, ...]:
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     """The templates as a tuple. Raises ValueError for none, and for one without a `{}` for the class name."""
     if isinstance(templates, str) or not len(templates):
-        raise ValueError(f"expected a list of one or more templates, got {templates!r}")
+        raise IosrFastError(f"expected a list of one or more templates, got {templates!r}")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"expected templates with {{}} where the class name goes, got {template!r}")
+            raise IosrFastError(f"expected templates with {{}} where the class name goes, got {template!r}")
     return tuple(templates)
 
 

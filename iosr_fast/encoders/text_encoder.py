@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from iosr_fast.clip.prompts import check_templates
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -70,7 +71,7 @@ class TextEncoder:
                 raise FileNotFoundError(f"{name} is missing from {folder}; {_SAVE_AGAIN}")
         missing = sorted({"context_length", "width", "eot", "templates"} - set(facts))
         if missing:
-            raise ValueError(f"the facts of the text encoder in {folder} lack {', '.join(missing)}; {_SAVE_AGAIN}")
+            raise IosrFastError(f"the facts of the text encoder in {folder} lack {', '.join(missing)}; {_SAVE_AGAIN}")
         return cls(folder, facts, threads)
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
@@ -178,18 +179,18 @@ def clean(text: str) -> str:
     text = " ".join(text.split()).lower()
     for token in SPECIAL_TOKENS:
         if token in text.casefold():
-            raise ValueError(f"expected a text without CLIP's special token {token}, got {text!r}")
+            raise IosrFastError(f"expected a text without CLIP's special token {token}, got {text!r}")
     return text
 
 
 def _check_names(names: Sequence[str]) -> list[str]:
     if isinstance(names, str):
-        raise ValueError(f"expected a list of class names, got the string {names!r}; put it into a list")
+        raise IosrFastError(f"expected a list of class names, got the string {names!r}; put it into a list")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"expected class names as strings, got {name!r} of type {type(name).__name__}")
+            raise IosrFastError(f"expected class names as strings, got {name!r} of type {type(name).__name__}")
         if not clean(name):
-            raise ValueError(f"expected class names with something to read in them, got {name!r}")
+            raise IosrFastError(f"expected class names with something to read in them, got {name!r}")
     if not len(names):
-        raise ValueError("expected at least one class name, got none")
+        raise IosrFastError("expected at least one class name, got none")
     return list(names)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import IMAGE_SUFFIXES, list_images
 from iosr_fast.images.preprocess import to_pixels
 
@@ -25,7 +26,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
     """
     if folder is None:
         if clip.name != "demo":
-            raise ValueError(
+            raise IosrFastError(
                 f"expected calibration pictures to quantise {clip.name}, got none; give a folder of some hundred "
                 "like those to be classified (tools/build_engine.py --calibration DIR)"
             )
@@ -34,7 +35,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
         return _evenly(load_pictures("generic").images, count)
     paths = list_images(folder).paths
     if not paths:
-        raise ValueError(f"{folder} has no pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise IosrFastError(f"{folder} has no pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return to_pixels(_evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from iosr_fast.clip.dual_encoder import Precision
 from iosr_fast.encoders.runtimes import choose_runtime
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS
+from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
@@ -31,11 +32,13 @@ def choose_builder(runtime: str, precision: str) -> str:
     Raises ValueError for an unknown precision and for one that the runtime doesn't compute in.
     """
     if precision not in RUNTIMES_OF:
-        raise ValueError(f"expected a precision of {list(RUNTIMES_OF)}, got {precision!r}")
+        raise IosrFastError(f"expected a precision of {list(RUNTIMES_OF)}, got {precision!r}")
     capable = RUNTIMES_OF[precision]
     runtime = choose_runtime(runtime, capable if runtime == "auto" else None)
     if runtime not in capable:
-        raise ValueError(f"expected one of {list(capable)}, which compute in {precision}, got the runtime {runtime!r}")
+        raise IosrFastError(
+            f"expected one of {list(capable)}, which compute in {precision}, got the runtime {runtime!r}"
+        )
     return runtime
 
 
@@ -56,8 +59,12 @@ def quantised_by(
     size = clip.image_size
     expected = f"calibration pictures as uint8 (N, {size}, {size}, 3)"
     if calibration is None:
-        raise ValueError(f"expected {expected} for {precision}, got none; export.calibration reads them from a folder")
+        raise IosrFastError(
+            f"expected {expected} for {precision}, got none; export.calibration reads them from a folder"
+        )
     if calibration.dtype != np.uint8 or calibration.ndim != 4 or calibration.shape[1:] != (size, size, 3):
-        raise ValueError(f"expected {expected}, got {calibration.dtype} {calibration.shape}; to_pixels brings to size")
+        raise IosrFastError(
+            f"expected {expected}, got {calibration.dtype} {calibration.shape}; to_pixels brings to size"
+        )
     digest = hashlib.sha256(calibration.tobytes()).hexdigest()
     return {"scheme": "tensorrt" if runtime in EXTRAS else "cpu", "calibration_sha256": digest}

@@ -24,6 +24,7 @@ from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.onnx_export import OPSET, export_onnx
@@ -89,7 +90,7 @@ def write_engine(
     0.999 (fp16, bf16) or 0.99 (int8, fp8), RuntimeError with TensorRT's message.
     """
     if max_batch < 1:
-        raise ValueError(f"expected max_batch >= 1, got {max_batch}")
+        raise IosrFastError(f"expected max_batch >= 1, got {max_batch}")
     started = time.perf_counter()
     runtime = choose_builder(runtime, precision)
     quantised = quantised_by(clip, runtime, precision, calibration)
@@ -174,7 +175,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
     check_engine(source)
     manifest = source.manifest
     if runtime not in EXTRAS or ONNX_FILE not in manifest["files"]:
-        raise ValueError(
+        raise IosrFastError(
             f"expected one of {sorted(EXTRAS)} and an engine with {ONNX_FILE} to add a plan, got {runtime!r} and an "
             f"engine with {sorted(manifest['files'])}"
         )

@@ -14,6 +14,7 @@ from iosr_fast.clip.demo.pictures import load_index
 from iosr_fast.clip.dual_encoder import Precision
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
 from iosr_fast.encoders.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export_check import require_accuracy
 from iosr_fast.export.onnx_export import LARGEST_FILE, module_bytes, to_onnx
 from iosr_fast.utils.require import require
@@ -92,7 +93,7 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
     (fp16). After an error `folder` has neither file.
     """
     if precision not in get_args(Precision):
-        raise ValueError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
+        raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if not folder.is_dir():
         raise FileNotFoundError(f"expected an existing folder for the text encoder, found none at {folder}")
     _check_exportable(clip)
@@ -132,7 +133,7 @@ def _check_exportable(clip: LoadedClip) -> None:
     tokenizer: Any = clip.tokenizer
     for part, kind in ((model, open_clip.CLIP), (tokenizer, open_clip.SimpleTokenizer)):
         if type(part) is not kind:
-            raise ValueError(
+            raise IosrFastError(
                 f"{clip.name} has a {type(part).__name__} for its text side; only open_clip's {kind.__name__} can be "
                 "exported (ViT-B-32, ViT-B-16, ViT-L-14 and their kind)"
             )
@@ -155,7 +156,7 @@ def _check_exportable(clip: LoadedClip) -> None:
     }
     for reason, applies in refused.items():
         if applies:
-            raise ValueError(f"the text side of {clip.name} can't be exported, it has {reason}")
+            raise IosrFastError(f"the text side of {clip.name} can't be exported, it has {reason}")
 
 
 def _build_tokenizer(tokenizer: Any, context_length: int) -> Any:
@@ -215,7 +216,7 @@ def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
     expected, got = clip.tokenizer(texts).numpy(), encoder.tokenize(texts)
     for row in np.flatnonzero((expected != got).any(1))[:1]:
         wrong, right = ([int(token) for token in ids[row] if token != PAD] for ids in (got, expected))
-        raise ValueError(f"{TOKENIZER_FILE} reads {texts[row]!r} as {wrong}, open_clip's tokenizer as {right}")
+        raise IosrFastError(f"{TOKENIZER_FILE} reads {texts[row]!r} as {wrong}, open_clip's tokenizer as {right}")
     return len(texts)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS_SUFFIX
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
 OPSET = 20  # the first with Gelu as one operator
@@ -30,7 +31,7 @@ def export_onnx(encoder: DualEncoder, path: Path) -> None:
     """
     size = module_bytes(encoder)
     if size > LARGEST_FILE:
-        raise ValueError(
+        raise IosrFastError(
             f"expected weights under 2 GB, which is what one ONNX file holds, got {size / 1e9:.1f} GB; "
             "export in fp16, or use the torch runtime"
         )

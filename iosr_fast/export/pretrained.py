@@ -12,6 +12,7 @@ from iosr_fast.clip.architecture import check_architecture, vision_config
 from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import cache_folder, recover
 from iosr_fast.utils.manifest import SCHEMA
 from iosr_fast.utils.progress import progress
@@ -50,7 +51,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
     if vision is not None:
         expected, got = (loaded.config.width, loaded.config.blocks), (vision.get("width"), vision.get("layers"))
         if expected != got:
-            raise ValueError(
+            raise IosrFastError(
                 f"the adapter {adapter} was trained for another CLIP: expected {loaded.config.clip_name} with "
                 f"{expected[1]} blocks of width {expected[0]}, got {model} with {got[1]} of width {got[0]}"
             )
@@ -98,7 +99,7 @@ def open_pretrained(
     else:
         facts = check_engine(source)
         if adapter not in ("auto", None) and chosen and facts.adapter_fingerprint != chosen.fingerprint():
-            raise ValueError(
+            raise IosrFastError(
                 f"the engine in {engine} was built without this adapter, {adapter}; leave one of the two out"
             )
     check_runtime(runtime)
@@ -107,7 +108,7 @@ def open_pretrained(
     if source is not None:
         folder = source.folder
         if facts.clip_fingerprint != clip.fingerprint:
-            raise ValueError(
+            raise IosrFastError(
                 f"the engine in {folder} was built for another CLIP: expected {clip.name} with fingerprint "
                 f"{clip.fingerprint[:12]}, got {facts.model} with {facts.clip_fingerprint[:12]}"
             )

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.onnx_export import save_onnx
 from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, Quantised
 from iosr_fast.utils.require import require
@@ -53,13 +54,15 @@ def quantize_onnx(
     that is no encoder or has nothing to quantise; FileNotFoundError for a missing file.
     """
     if kind not in _LIMITS or scheme not in ("cpu", "tensorrt"):
-        raise ValueError(f"expected kind 'int8' or 'fp8' and scheme 'cpu' or 'tensorrt', got {kind!r} and {scheme!r}")
+        raise IosrFastError(
+            f"expected kind 'int8' or 'fp8' and scheme 'cpu' or 'tensorrt', got {kind!r} and {scheme!r}"
+        )
     if kind == "fp8" and scheme == "cpu":
-        raise ValueError("expected kind 'int8' for a CPU, which has no products in fp8, got 'fp8'")
+        raise IosrFastError("expected kind 'int8' for a CPU, which has no products in fp8, got 'fp8'")
     graph = _open(source, pictures)
     groups, kept = graph.groups()
     if len(groups) < 3:
-        raise ValueError(f"expected an encoder of export_onnx in {source}, found no products with constant matrices")
+        raise IosrFastError(f"expected an encoder of export_onnx in {source}, found no products with constant matrices")
     kept |= _names(groups.pop(), "the last projection")
     if scheme == "tensorrt":
         kept |= _names(groups.pop(0), "the patch projection")
@@ -94,16 +97,20 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
     model = onnx.load(source)
     inputs = {value.name: value.type.tensor_type for value in model.graph.input}
     if set(inputs) != {"pixels"} or len(inputs["pixels"].shape.dim) != 4:
-        raise ValueError(
+        raise IosrFastError(
             f"expected the one input 'pixels' (batch, S, S, 3) of export_onnx in {source}, got {list(inputs)}"
         )
     shape = tuple(dim.dim_value for dim in inputs["pixels"].shape.dim[1:])
     expected = f"calibration pictures as uint8 (N, {', '.join(map(str, shape))}) with N >= {MIN_PICTURES}"
     if not isinstance(pictures, np.ndarray) or pictures.dtype != np.uint8:
         got = pictures.dtype if isinstance(pictures, np.ndarray) else type(pictures).__name__
-        raise ValueError(f"expected {expected}, got {got}; pass the pictures' bytes, the encoder normalises by itself")
+        raise IosrFastError(
+            f"expected {expected}, got {got}; pass the pictures' bytes, the encoder normalises by itself"
+        )
     if pictures.ndim != 4 or pictures.shape[1:] != shape or len(pictures) < MIN_PICTURES:
-        raise ValueError(f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess resizes them")
+        raise IosrFastError(
+            f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess resizes them"
+        )
     return EncoderGraph(model)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.pixels import is_plain, orientation_of, to_rgb, turn, upright_rgb
-from iosr_fast.images.preprocess import ENCODED, BadImageError, open_image, opened_encoded, resize_and_crop
+from iosr_fast.images.preprocess import ENCODED, open_image, opened_encoded, resize_and_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,7 +84,7 @@ def decode_pixels(
         with opened_encoded(source, position, name) as image:
             shape = image.size
             if check is not None and (reason := check(*shape)):
-                raise ValueError(reason)
+                raise IosrFastError(reason)
             if exact:
                 return resize_and_crop(upright_rgb(image, exif_orientation), size)
             fraction = _draft(image, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.images.decode import CpuDecoder, Decoder
 from iosr_fast.utils import machine
 
@@ -24,10 +25,10 @@ def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool
     Raises ValueError for an unknown name, RuntimeError for a decoder that can't run here.
     """
     if name not in ("auto", *DECODERS):
-        raise ValueError(f"expected a decoder out of {', '.join(('auto', *DECODERS))}, got {name!r}")
+        raise IosrFastError(f"expected a decoder out of {', '.join(('auto', *DECODERS))}, got {name!r}")
     if name != "auto":
         if (reason := unavailable_reason(name)) is not None:
-            raise RuntimeError(f"decoder={name!r} can't run here: {reason}")
+            raise UnavailableError(f"decoder={name!r} can't run here: {reason}")
         return _make(name, exif_orientation)
     refused = {}
     for candidate in reversed(DECODERS[2:]) if runtime.startswith("tensorrt") else ():

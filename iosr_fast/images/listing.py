@@ -16,6 +16,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from iosr_fast.exceptions import IosrFastError
+
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (
@@ -106,9 +108,9 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
         skipped.suffixes += own.suffixes
     _refuse_splits(folder, classes, paths)
     if len(classes) < 2:
-        raise ValueError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
+        raise IosrFastError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
     for name, reason in empty.items():
-        raise ValueError(f"the class folder {folder / name} has no images ({reason})")
+        raise IosrFastError(f"the class folder {folder / name} has no images ({reason})")
     listed = [path for name in classes for path in paths[name]]
     skipped.warn(folder, len(listed))
     return listed, [name for name in classes for _ in paths[name]], classes
@@ -127,7 +129,9 @@ def class_folders(folder: str | Path, skipped: Skipped | None = None) -> list[st
         elif entry.is_symlink() and _is_above(entry.path, status):
             skipped.reasons["links to a folder above"] += 1
         elif not entry.name.isascii() and entry.name.encode("utf-8", "replace").decode() != entry.name:
-            raise ValueError(f"expected class folders with names in UTF-8, got {entry.name!r} in {folder}; rename it")
+            raise IosrFastError(
+                f"expected class folders with names in UTF-8, got {entry.name!r} in {folder}; rename it"
+            )
         else:
             names.append(entry.name)
     return names
@@ -257,12 +261,12 @@ def _refuse_splits(folder: Path, classes: list[str], paths: dict[str, list[Path]
     alike = any(inner[a] & inner[b] for a in shaped for b in shaped if a < b)
     if shaped and (alike or len(named) == len(classes)):
         chosen = next((name for name in shaped if "train" in name.lower()), shaped[0])
-        raise ValueError(
+        raise IosrFastError(
             f"expected class folders in {folder}, got {', '.join(shaped)}, which hold class folders themselves "
             f"({', '.join(sorted(inner[chosen])[:3])}, ...): give {folder / chosen}"
         )
     if len(classes) == 1 and len(inner.get(classes[0], ())) > 1:
-        raise ValueError(
+        raise IosrFastError(
             f"expected at least two class folders in {folder}, found 1: {classes}; it holds "
             f"{len(inner[classes[0]])} folders of images itself: give {folder / classes[0]}"
         )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError, MissingPackageError
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
         if kind == "HEIF":
             _register_heif()
         elif kind == "AVIF" and not features.check("avif"):
-            raise ImportError("this Pillow reads no AVIF: pip install 'pillow>=11.3' brings one that does")
+            raise MissingPackageError("this Pillow reads no AVIF: pip install 'pillow>=11.3' brings one that does")
         with Image.open(file, formats=FORMATS if kind is None else (kind,)) as image:
             yield image
 
@@ -157,7 +158,7 @@ def _levels(image: Image) -> np.ndarray:
 def _check_integers(values: np.ndarray, sixteen: bool) -> None:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535 or (0 < high <= 255 and not sixteen):
-        raise ValueError(
+        raise IosrFastError(
             f"expected integers that use the range from 0 to 65,535, got {low} to {high} of 32 bits; save it with 8 "
             "or 16 bits"
         )
@@ -170,7 +171,7 @@ def _float_levels(values: np.ndarray) -> np.ndarray:
     elif low >= 0 and _DARK <= high <= 255:
         scale = 1.0
     else:  # also for NaN, whose comparisons are all false
-        raise ValueError(
+        raise IosrFastError(
             f"expected floats in [0, 1], or levels up to 255, got {low:g} to {high:g}; scale them to one of these"
         )
     levels: np.ndarray = np.clip(np.rint(values * np.float32(scale)), 0, 255).astype(np.uint8)
@@ -182,12 +183,12 @@ def from_array(array: np.ndarray) -> Image:
     from PIL import Image
 
     if array.dtype != np.uint8:
-        raise ValueError(f"expected uint8 pixels, got an array of {array.dtype}{_ADVICE.get(array.dtype.kind, '')}")
+        raise IosrFastError(f"expected uint8 pixels, got an array of {array.dtype}{_ADVICE.get(array.dtype.kind, '')}")
     if array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)):
         return to_rgb(Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array))
     first = array.ndim == 3 and array.shape[0] in _CHANNELS
     advice = "; an array's channels come last: np.moveaxis(array, 0, -1)" if first else ""
-    raise ValueError(f"expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}{advice}")
+    raise IosrFastError(f"expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}{advice}")
 
 
 _ADVICE = {
@@ -205,7 +206,7 @@ def tensor_array(tensor: Any) -> np.ndarray:
     channels, the first one is, by PyTorch's convention. Raises ValueError for other shapes and types.
     """
     if str(tensor.dtype) != "torch.uint8":
-        raise ValueError(
+        raise IosrFastError(
             f"expected uint8 pixels, got a tensor of {tensor.dtype}: of floats in [0, 1], "
             "(tensor * 255).round().to(torch.uint8) makes them; undo a normalisation first"
         )
@@ -214,7 +215,7 @@ def tensor_array(tensor: Any) -> np.ndarray:
         return np.ascontiguousarray(np.moveaxis(array, -3, -1))
     if array.ndim == 2 or (array.ndim in (3, 4) and array.shape[-1] in _CHANNELS):
         return array
-    raise ValueError(
+    raise IosrFastError(
         f"expected a tensor (H, W), (C, H, W), (H, W, C) or a batch (B, C, H, W) or (B, H, W, C) with C of 1, 3 or 4, "
         f"got {tuple(array.shape)}"
     )

@@ -13,29 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ENCODED = (bytes, bytearray, memoryview)  # types of encoded images
-
-
-class BadImageError(ValueError):
-    """An image that is missing or can't be decoded; `where` is its path, or its position without one."""
-
-    def __init__(self, path: Path | None, position: int, reason: str) -> None:
-        self.path, self.position, self.reason = path, position, reason
-        self.where = f"number {position}" if path is None else str(path)
-        super().__init__(f"can't read image {self.where}: {reason}")
-
-    def __reduce__(self) -> tuple[type[BadImageError], tuple[Path | None, int, str]]:
-        """Keep all fields when sent between processes: by default only the message is."""
-        return BadImageError, (self.path, self.position, self.reason)
-
-    def moved(self, offset: int) -> BadImageError:
-        """The same error with `offset` added to the position."""
-        return BadImageError(self.path, self.position + offset, self.reason)
 
 
 def open_image(source: Any, position: int = 0, exif_orientation: bool = True, name: Path | None = None) -> Image:
@@ -72,9 +56,9 @@ def opened_encoded(source: Any, position: int, name: Path | None = None) -> Iter
 def check_path(path: Path) -> Path:
     """The path of a file. Raises ValueError for a folder, a special file and a missing one."""
     if path.is_dir():
-        raise ValueError("it is a folder; fit_folder and predict_folder, or `iosr-fast classify`, take folders")
+        raise IosrFastError("it is a folder; fit_folder and predict_folder, or `iosr-fast classify`, take folders")
     if not path.is_file():
-        raise ValueError("it is not a regular file" if path.exists() else "no such file")
+        raise IosrFastError("it is not a regular file" if path.exists() else "no such file")
     return path
 
 

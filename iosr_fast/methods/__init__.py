@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import ape, gda, proker, tip_adapter, tip_x, zero_shot
 from iosr_fast.methods.method import PARAMETER_RANGES, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -24,11 +25,11 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
     does not have, or a value out of range."""
     method = METHODS.get(name)
     if method is None:
-        raise ValueError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
+        raise IosrFastError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
     values = {key: float(value) for key, value in parameters.items() if value is not None}
     unknown = sorted(set(values) - set(method.parameters))
     if unknown:
-        raise ValueError(f"{name} has the parameters {sorted(method.parameters)}, got {unknown}")
+        raise IosrFastError(f"{name} has the parameters {sorted(method.parameters)}, got {unknown}")
     for key, value in values.items():
         check_number(f"{key} of {name}", value, *PARAMETER_RANGES[key], f"{method.parameters[key]:g} is the default")
     return values
@@ -68,7 +69,7 @@ def compile_method(
     values = check_parameters(name, **parameters)
     reason = unavailable_reason(name, support)
     if reason is not None:
-        raise ValueError(reason)
+        raise IosrFastError(reason)
     method = METHODS[name]
     if isinstance(reducer, str):
         reducer = fit_method_reducer(method, reducer, support)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reducers import Reducer
 
@@ -75,14 +76,16 @@ def make_support_set(
     if text is not None:
         n_classes = len(text)
     elif n_classes is None:
-        raise ValueError("expected text embeddings or n_classes, got neither")
+        raise IosrFastError("expected text embeddings or n_classes, got neither")
     if labels.shape != (len(embeddings),):
-        raise ValueError(f"expected one label for each of {len(embeddings)} embeddings, got shape {labels.shape}")
+        raise IosrFastError(f"expected one label for each of {len(embeddings)} embeddings, got shape {labels.shape}")
     if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):
-        raise ValueError(f"expected labels in 0..{n_classes - 1}, got {labels.min()}..{labels.max()}")
+        raise IosrFastError(f"expected labels in 0..{n_classes - 1}, got {labels.min()}..{labels.max()}")
     for part in (embeddings.plain, embeddings.adapted):
         if part is not None and text is not None and part.shape[1] != text.shape[1]:
-            raise ValueError(f"expected image embeddings as wide as the text's, {text.shape[1]}, got {part.shape[1]}")
+            raise IosrFastError(
+                f"expected image embeddings as wide as the text's, {text.shape[1]}, got {part.shape[1]}"
+            )
     order = np.argsort(labels, kind="stable")
     return SupportSet(
         embeddings[order],

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.pipeline import tables
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.manifest import read_manifest
@@ -75,7 +76,7 @@ def read_part(path: str | Path) -> Part:
     if not path.is_file():
         raise FileNotFoundError(f"expected a part with embeddings at {path}, found no such file")
     if path.suffix not in (".parquet", ".safetensors"):
-        raise ValueError(f"expected a part ending in .parquet or .safetensors, got {path.name}")
+        raise IosrFastError(f"expected a part ending in .parquet or .safetensors, got {path.name}")
     try:
         part = _read_parquet(path) if path.suffix == ".parquet" else _read_safetensors(path)
         facts = dict(part.facts or {})
@@ -85,9 +86,9 @@ def read_part(path: str | Path) -> Part:
     except ImportError:
         raise
     except Exception as error:  # the error of a damaged file depends on the damaged bytes
-        raise ValueError(f"{path} is damaged or no part of iosr_fast ({error}); make it again") from error
+        raise DamagedFileError(f"{path} is damaged or no part of iosr_fast ({error}); make it again") from error
     if actual != expected:
-        raise ValueError(f"{path} is damaged: what it holds is not what was written; make it again")
+        raise DamagedFileError(f"{path} is damaged: what it holds is not what was written; make it again")
     return part
 
 
@@ -119,20 +120,20 @@ def read_embeddings(folder: str | Path, verify: bool = True) -> Part:
 
 def _check(part: Part, file_format: str) -> None:
     if file_format not in FORMATS:
-        raise ValueError(f"expected format {' or '.join(FORMATS)}, got {file_format!r}")
+        raise IosrFastError(f"expected format {' or '.join(FORMATS)}, got {file_format!r}")
     rows = {"keys": len(part.keys), "errors": len(part.errors)}
     for name, array in _arrays(part).items():
         if array.ndim != 2 or str(array.dtype) not in DTYPES or array.shape != part.embeddings.plain.shape:
-            raise ValueError(f"expected {name} (n, D) of {' or '.join(DTYPES)}, got {array.shape} of {array.dtype}")
+            raise IosrFastError(f"expected {name} (n, D) of {' or '.join(DTYPES)}, got {array.shape} of {array.dtype}")
         rows[name] = len(array)
     if part.columns is not None:
         if file_format != "parquet":
-            raise ValueError("expected format parquet for a part that carries columns over, got safetensors")
+            raise IosrFastError("expected format parquet for a part that carries columns over, got safetensors")
         if taken := sorted(set(part.columns.column_names) & set(COLUMNS)):
-            raise ValueError(f"expected carried columns named otherwise than {list(COLUMNS)}, got {taken}")
+            raise IosrFastError(f"expected carried columns named otherwise than {list(COLUMNS)}, got {taken}")
         rows["columns"] = part.columns.num_rows
     if len(set(rows.values())) != 1:
-        raise ValueError(f"expected as many rows everywhere, got {rows}")
+        raise IosrFastError(f"expected as many rows everywhere, got {rows}")
 
 
 def _arrays(part: Part) -> dict[str, np.ndarray]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.images.listing import Skipped, list_images
-from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.job import Job
 from iosr_fast.pipeline.stream import choose_batch
 

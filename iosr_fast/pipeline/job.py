@@ -11,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.decode import Decoder
 from iosr_fast.images.pixels import VERSION
-from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.journal import Journal, open_journal
 from iosr_fast.pipeline.resume import complete
 from iosr_fast.pipeline.stream import Answer, choose_stage, classify
@@ -137,7 +137,7 @@ class _JournaledTable:
     def _refuse_errors(self) -> None:
         for path, result in zip(self._job.paths, chain.from_iterable(self._journal.read()), strict=False):
             if isinstance(result, str):
-                raise ValueError(
+                raise IosrFastError(
                     f"the interrupted run left unreadable images out, the first is {path}: {result}; give --skip-bad, "
                     f"or repair the image and remove {self._journal.path} to begin again"
                 )
@@ -148,7 +148,7 @@ def check_place(out: Path, paths: Iterable[str]) -> None:
     check_output(out)
     for path in paths:
         if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
-            raise ValueError(f"expected file names in UTF-8, got {path!r}; rename it")
+            raise IosrFastError(f"expected file names in UTF-8, got {path!r}; rename it")
     if out.exists() and not _journal_path(out).exists():
         raise FileExistsError(f"{out} exists already; remove it or choose another name")
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.pipeline.resume import differences
 from iosr_fast.utils.temporaries import is_open_at, try_lock
 
@@ -65,13 +66,13 @@ def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
         first = file.readline()
         if first.endswith(b"\n"):
             if different := differences(_facts(path, first), facts):
-                raise ValueError(
+                raise IosrFastError(
                     f"{path} holds the results of another run, which differs in {different}: resume with that run's "
                     "input and options, or remove the file to begin again"
                 )
         else:  # new, or killed while the first line was written
             if first and not _line(dict(facts)).startswith(first):
-                raise ValueError(
+                raise IosrFastError(
                     f"expected a journal of iosr-fast classify at {path}, found another file; move it away"
                 )
             file.truncate(0)
@@ -104,7 +105,7 @@ def _line(content: Any) -> bytes:
 def _content(line: bytes) -> Any:
     digest, _, text = line.partition(b" ")
     if not text.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest().encode() != digest:
-        raise ValueError("incomplete line")
+        raise IosrFastError("incomplete line")
     return json.loads(text)
 
 
@@ -112,6 +113,6 @@ def _facts(path: Path, line: bytes) -> dict[str, Any]:
     try:
         return dict(_content(line))
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise IosrFastError(
             f"{path} is damaged or no journal of iosr-fast classify; remove it to begin again, or choose another output"
         ) from error

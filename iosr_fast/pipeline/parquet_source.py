@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import walk
 from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
@@ -33,21 +34,23 @@ def table_source(location: Path, path_column: str = "path", keep_columns: Sequen
         try:
             names = pq.read_schema(file).names
             if missing := [name for name in wanted if name not in names]:
-                raise ValueError(f"expected columns {missing} in {file}, found {names}; --path-column names the paths'")
+                raise IosrFastError(
+                    f"expected columns {missing} in {file}, found {names}; --path-column names the paths'"
+                )
             tables.append(pq.read_table(file, columns=wanted, partitioning=None).replace_schema_metadata(None))
         except pa.ArrowException as error:
-            raise ValueError(f"expected a Parquet file at {file}: {error}") from error
+            raise IosrFastError(f"expected a Parquet file at {file}: {error}") from error
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"expected the same types of {wanted} in every file of {location}: {error}") from error
+        raise IosrFastError(f"expected the same types of {wanted} in every file of {location}: {error}") from error
     column = table[path_column]
     if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
-        raise ValueError(f"expected strings in the column {path_column} of {location}, got {column.type}")
+        raise IosrFastError(f"expected strings in the column {path_column} of {location}, got {column.type}")
     if column.null_count or pa.compute.any(pa.compute.equal(column, "")).as_py():
-        raise ValueError(f"expected a path in every row of the column {path_column} of {location}, got empty ones")
+        raise IosrFastError(f"expected a path in every row of the column {path_column} of {location}, got empty ones")
     if table.num_rows == 0:
-        raise ValueError(f"expected rows in {location}, found none")
+        raise IosrFastError(f"expected rows in {location}, found none")
     table = table.sort_by(path_column)
     with ThreadPoolExecutor(READERS) as pool:
         items = list(pool.map(lambda key: _item(key, folder), table[path_column].to_pylist()))

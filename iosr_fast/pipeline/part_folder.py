@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast import __version__
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.pipeline.plan import Plan
 from iosr_fast.pipeline.resume import differences
 from iosr_fast.pipeline.source import Chunk
@@ -52,7 +53,7 @@ def check_apart(location: str, out: Path) -> None:
     """Raise ValueError if the output lies inside the input, and would be listed as part of it."""
     path = Path(location).resolve()
     if path.is_dir() and (out.resolve() == path or path in out.resolve().parents):
-        raise ValueError(f"expected --out outside the input, got {out} inside {location}; choose another folder")
+        raise IosrFastError(f"expected --out outside the input, got {out} inside {location}; choose another folder")
 
 
 @contextmanager
@@ -142,9 +143,9 @@ class PartFolder:
         try:
             earlier = dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); choose another folder, or remove this one") from error
+            raise DamagedFileError(f"{path} is damaged ({error}); choose another folder, or remove this one") from error
         if different := differences(earlier, json.loads(self._plan.to_json())):
-            raise ValueError(
+            raise IosrFastError(
                 f"{self._out} holds parts of another plan, which differs in {different}: resume with the same input "
                 "and options, or choose another folder"
             )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.pipeline import tables
 from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.files import new_file
@@ -76,9 +77,9 @@ def read_predictions(path: str | Path) -> PredictionPart:
     except ImportError:
         raise
     except Exception as error:  # the error of a damaged file depends on the damaged bytes
-        raise ValueError(f"{path} is damaged or no part of classify.py ({error}); make it again") from error
+        raise DamagedFileError(f"{path} is damaged or no part of classify.py ({error}); make it again") from error
     if actual != expected:
-        raise ValueError(f"{path} is damaged: what it holds is not what was written; make it again")
+        raise DamagedFileError(f"{path} is damaged: what it holds is not what was written; make it again")
     return PredictionPart(table, facts)
 
 

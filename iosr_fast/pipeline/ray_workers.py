@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.pipeline.chunks import run_chunks
 from iosr_fast.pipeline.part_folder import PLAN, Done
 from iosr_fast.pipeline.plan import PLANS, Plan

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.pipeline.chunks import run_chunks
 from iosr_fast.pipeline.embedding_files import Format
 from iosr_fast.pipeline.part_folder import Done, PartFolder
@@ -51,21 +52,21 @@ def check_options(
 ) -> RunOptions:
     """The options of a command line. Raises ValueError for impossible ones, ImportError without Ray."""
     if not 1 <= chunk <= MAX_CHUNK:
-        raise ValueError(f"expected --chunk from 1 to {MAX_CHUNK}, got {chunk}")
+        raise IosrFastError(f"expected --chunk from 1 to {MAX_CHUNK}, got {chunk}")
     if batch < 1:
-        raise ValueError(f"expected --batch of at least 1, got {batch}")
+        raise IosrFastError(f"expected --batch of at least 1, got {batch}")
     if not ray and (workers is not None or address is not None or gpus):
-        raise ValueError("expected --ray with --workers, --gpus and --address")
+        raise IosrFastError("expected --ray with --workers, --gpus and --address")
     workers = 2 if workers is None else workers
     if threads is None:
         cores = usable_threads()
         threads = cores if not ray else CLUSTER_THREADS if address else max(1, cores // max(1, workers))
     if threads < 1:
-        raise ValueError(f"expected --threads of at least 1, got {threads}")
+        raise IosrFastError(f"expected --threads of at least 1, got {threads}")
     pool = None
     if ray:
         if workers < 1 or gpus < 0:
-            raise ValueError(f"expected --workers of at least 1 and --gpus of at least 0, got {workers} and {gpus}")
+            raise IosrFastError(f"expected --workers of at least 1 and --gpus of at least 0, got {workers} and {gpus}")
         require("ray", "ray")
         pool = Pool(workers, gpus, address)
     return RunOptions(chunk, batch, runtime, threads, skip_bad, pool)

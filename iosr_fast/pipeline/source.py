@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.decode import Decoded, decode_pixels
-from iosr_fast.images.preprocess import BadImageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Source:
         """Raise ValueError, unless `skip_bad`, for images that the listing already shows to be unreadable."""
         faults = [item for item in self.items if item.fault is not None]
         if faults and not skip_bad:
-            raise ValueError(
+            raise IosrFastError(
                 f"{len(faults)} of {len(self.items)} images can't be read, the first is {faults[0].key}: "
                 f"{faults[0].fault}; repair the input, or give --skip-bad"
             )
@@ -145,16 +145,16 @@ def check_keys(items: Iterable[Item], where: str) -> None:
         try:
             item.key.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"expected names in UTF-8 in {where}, got {item.key!r}; rename it") from error
+            raise IosrFastError(f"expected names in UTF-8 in {where}, got {item.key!r}; rename it") from error
         if item.key in seen:
-            raise ValueError(f"expected each image once in {where}, got {item.key} more than once; remove one")
+            raise IosrFastError(f"expected each image once in {where}, got {item.key} more than once; remove one")
         seen.add(item.key)
 
 
 def check_carried(names: Iterable[str], own: Iterable[str]) -> None:
     """Raise ValueError if a carried column has the name of one of a part's `own` columns."""
     if taken := sorted(set(names) & set(own)):
-        raise ValueError(
+        raise IosrFastError(
             f"expected --keep-columns without {list(own)}, which are a part's own columns, got {taken}; rename them in "
             "the input"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, walk
 from iosr_fast.pipeline.parquet_source import table_source
 from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
@@ -27,11 +28,11 @@ def open_source(
     """
     kind = kind_of(location) if kind == "auto" else kind
     if kind not in KINDS:
-        raise ValueError(f"expected --kind auto or one of {list(KINDS)}, got {kind!r}")
+        raise IosrFastError(f"expected --kind auto or one of {list(KINDS)}, got {kind!r}")
     if kind != "parquet" and (keep_columns or path_column != "path"):
-        raise ValueError(f"expected Parquet files with --path-column and --keep-columns, got a {kind} at {location}")
+        raise IosrFastError(f"expected Parquet files with --path-column and --keep-columns, got a {kind} at {location}")
     if kind != "webdataset" and image_field is not None:
-        raise ValueError(f"expected WebDataset shards with --image-field, got a {kind} at {location}")
+        raise IosrFastError(f"expected WebDataset shards with --image-field, got a {kind} at {location}")
     if kind == "webdataset":
         return shard_source(location, image_field)
     path = Path(location).resolve()
@@ -40,7 +41,7 @@ def open_source(
     if kind == "parquet":
         return table_source(path, path_column, keep_columns)
     if not path.is_dir():
-        raise ValueError(f"expected a folder with --kind folder, got the file {location}")
+        raise IosrFastError(f"expected a folder with --kind folder, got the file {location}")
     return folder_source(path)
 
 
@@ -53,7 +54,7 @@ def kind_of(location: str) -> str:
         if location.endswith(".tar"):
             return "webdataset"
         if path.exists():
-            raise ValueError(
+            raise IosrFastError(
                 f"expected a folder, a .tar or a .parquet, got the file {location}; give the folder it is in"
             )
         raise FileNotFoundError(f"expected a folder, .tar shards or .parquet files at {location}, found nothing")
@@ -62,9 +63,9 @@ def kind_of(location: str) -> str:
     for name, _ in walk(path, by_suffix.keys()):
         example.setdefault(by_suffix[Path(name).suffix.lower()], name)
     if not example:
-        raise ValueError(f"expected images, .tar shards or .parquet files in {location}, found none")
+        raise IosrFastError(f"expected images, .tar shards or .parquet files in {location}, found none")
     if len(example) > 1:
-        raise ValueError(
+        raise IosrFastError(
             f"expected one kind of input in {location}, found {' and '.join(example.values())}; choose one with --kind "
             f"{' or '.join(sorted(example))}"
         )
@@ -80,7 +81,7 @@ def folder_source(folder: Path) -> Source:
     ]
     if not items:
         others = f"; skipped {skipped.summary()}" if skipped.total else ""
-        raise ValueError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none{others}")
+        raise IosrFastError(f"expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none{others}")
     skipped.warn(folder, len(items))
     items.sort(key=lambda item: item.key)
     check_keys(items, str(folder))

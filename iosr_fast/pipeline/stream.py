@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.decode import Decoded, Decoder
-from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.state.predictions import Prediction, predict
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
@@ -56,7 +56,7 @@ def choose_stage(
     from iosr_fast.encoders.runtimes import open_engine
 
     if threads is not None and threads < 1:
-        raise ValueError(f"expected threads of at least 1, got {threads}")
+        raise IosrFastError(f"expected threads of at least 1, got {threads}")
     threads = usable_threads() if threads is None else threads
     callers = min(threads, _MAX_CALLERS)
     if encoder.runtime in _PARALLEL and callers > 1 and images >= _MIN_BATCHES * callers * batch:
@@ -77,7 +77,7 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
     if batch is None:
         return 16 if encoder.buckets is None else min(64, encoder.max_batch)
     if batch < 1:
-        raise ValueError(f"expected a batch of at least 1 image, got {batch}")
+        raise IosrFastError(f"expected a batch of at least 1 image, got {batch}")
     return batch
 
 

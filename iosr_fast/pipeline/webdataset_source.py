@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import IMAGE_SUFFIXES, walk
 from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
@@ -47,7 +48,7 @@ def shard_source(location: str, field: str | None = None) -> Source:
         starts.append(len(items))
         items += samples
     if not items:
-        raise ValueError(f"expected samples in the shards of {location}, found none in {len(shards)} shards")
+        raise IosrFastError(f"expected samples in the shards of {location}, found none in {len(shards)} shards")
     check_keys(items, location)
     return Source({"kind": "webdataset", "path": str(top), "field": field}, items, tuple(starts))
 
@@ -55,7 +56,9 @@ def shard_source(location: str, field: str | None = None) -> Source:
 def find_shards(location: str) -> list[Path]:
     """The .tar files of a folder (and below), of a glob, or of a brace pattern like "train-{000..127}.tar", sorted."""
     if "://" in location or location.startswith("pipe:"):
-        raise ValueError(f"expected shards on a file system, got {location}; mount the store or fetch the shards first")
+        raise IosrFastError(
+            f"expected shards on a file system, got {location}; mount the store or fetch the shards first"
+        )
     if Path(location).is_dir():
         paths = [Path(path) for path, _ in walk(location, {".tar"})]
     elif Path(location).is_file():
@@ -83,11 +86,11 @@ def index_shard(path: Path, name: str, field: str | None = None) -> list[Item]:
             samples = list(group(_members(tar, str(path))))
             _check_end(tar)
     except tarfile.ReadError as error:
-        raise ValueError(
+        raise IosrFastError(
             f"expected a whole, uncompressed tar file at {path}: {error}; fetch or make it again"
         ) from error
     except ValueError as error:
-        raise ValueError(f"expected every member once in the shard {path}: {error.args[0]}") from error
+        raise IosrFastError(f"expected every member once in the shard {path}: {error.args[0]}") from error
     return [_item(sample, path, name, stamp, field) for sample in samples]
 
 
@@ -110,7 +113,7 @@ def _item(sample: dict[str, Any], path: Path, name: str, stamp: str, field: str 
     field = None if field is None else field.lower().removeprefix(".")  # as the library names fields
     images = [field] if field in sample else [] if field is not None else sorted(_FIELDS & set(sample))
     if len(images) > 1:
-        raise ValueError(f"expected one image a sample, got {images} in {key}; choose one with --image-field")
+        raise IosrFastError(f"expected one image a sample, got {images} in {key}; choose one with --image-field")
     if not images:
         members = sorted(name for name in sample if not name.startswith("__"))
         missing = f"no {field}" if field is not None else "no image"

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.cuda_layout import PART_SCALE_UP, ClassLayout, class_layout, padded, query_parts, split_rows
 from iosr_fast.scoring.device_plan import cached, on_gpu
 
@@ -185,7 +186,7 @@ def _precision(dtype: torch.dtype) -> str:
 
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
     if dtype not in names:
-        raise ValueError(f"expected keys of float32, float16, bfloat16 or int8, got {dtype}")
+        raise IosrFastError(f"expected keys of float32, float16, bfloat16 or int8, got {dtype}")
     return names[dtype]
 
 
@@ -194,6 +195,8 @@ def _place(device: torch.device) -> tuple[int, int]:
     import torch
 
     if device.type != "cuda":
-        raise ValueError(f"expected a plan on a CUDA device, got one on {device}; device_plan(plan, 'cuda') makes it")
+        raise IosrFastError(
+            f"expected a plan on a CUDA device, got one on {device}; device_plan(plan, 'cuda') makes it"
+        )
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream

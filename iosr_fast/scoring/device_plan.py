@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import ARRAYS, CONSTANT_NAMES, PlanTerms
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.require import require
@@ -130,7 +131,7 @@ def device_plan(plan: ScoringPlan, device: Any) -> DevicePlan:
 
 def _move(plan: ScoringPlan, device: torch.device) -> DevicePlan:
     if plan.keys is not None and len(plan.keys) >= 2**31:
-        raise ValueError(f"expected fewer than 2**31 keys on a device, got {len(plan.keys)}; split the plan")
+        raise IosrFastError(f"expected fewer than 2**31 keys on a device, got {len(plan.keys)}; split the plan")
     tensors: dict[str, Any] = {}
     for field in ARRAYS:
         array = field.of(plan)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from iosr_fast.exceptions import IosrFastError, UnavailableError
+
 ENVIRONMENT = "IOSR_FAST_IMPL"
 _BUILD_CUDA = "IOSR_FAST_CUDA=1 pip install . builds it, with nvcc on PATH"
 _log = logging.getLogger("iosr_fast")
@@ -221,10 +223,10 @@ def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
         if entry.name == impl:
             reason = entry.unavailable_reason() or _device_unavailable_reason(entry, device)
             if reason is not None:
-                raise RuntimeError(f"{source} can't run here: {reason}")
+                raise UnavailableError(f"{source} can't run here: {reason}")
             return entry
     names = ", ".join(["auto", *(entry.name for entry in REGISTRY)])
-    raise ValueError(f"expected an implementation out of {names}, got {source}")
+    raise IosrFastError(f"expected an implementation out of {names}, got {source}")
 
 
 def _device_unavailable_reason(entry: Implementation, device: str) -> str | None:
@@ -252,4 +254,4 @@ def _best(device: str) -> Implementation:
             _log.info("scoring on %s with %s%s", device, entry.name, note)
             return entry
         unavailable.append(f"{entry.name}: {reason}")
-    raise RuntimeError(f"no scoring implementation can run on {device} here: {'; '.join(unavailable)}")
+    raise UnavailableError(f"no scoring implementation can run on {device} here: {'; '.join(unavailable)}")

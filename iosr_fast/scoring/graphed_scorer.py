@@ -11,6 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.encoders.runtimes.batched import bucket_of, check_buckets
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.device_plan import as_tensor
 from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
@@ -42,7 +43,7 @@ class GraphedScorer:
         torch = require("torch", "train")
         sizes = list(buckets)
         if not sizes:
-            raise ValueError("expected at least one batch size to record, got none")
+            raise IosrFastError("expected at least one batch size to record, got none")
         self.plan, self.buckets = plan, check_buckets(sizes, max(sizes))
         names = ("plain", "adapted") if plan.needs_adapted else ("plain",)
         shape = (self.buckets[-1], plan.width)

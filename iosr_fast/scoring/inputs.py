@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Array, Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import PlanTerms
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE, check_unit_rows, unit_norm_message
@@ -38,7 +39,7 @@ def scoring_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
     Raises ValueError if a shape, a norm or the device of an array is wrong.
     """
     if plan.needs_adapted and embeddings.adapted is None:
-        raise ValueError(
+        raise IosrFastError(
             "expected adapted embeddings, which this plan reads, got None; encode with an encoder that has an adapter, "
             'or compile the plan for query="plain"'
         )
@@ -49,11 +50,11 @@ def scoring_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
         name: str(getattr(array, "device", "cpu")) if _is_tensor(array) else "numpy" for name, array in named.items()
     }
     if len(set(places.values())) > 1:
-        raise ValueError(f"expected plain and adapted embeddings of one kind in one place, got {places}")
+        raise IosrFastError(f"expected plain and adapted embeddings of one kind in one place, got {places}")
     n_queries = len(named["plain"]) if named["plain"].ndim else 0
     for name, array in named.items():
         if tuple(array.shape) != (n_queries, plan.width):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected {name} embeddings of shape ({n_queries}, {plan.width}), got {tuple(array.shape)}; "
                 "the plan and the embeddings must come from the same encoder"
             )
@@ -96,7 +97,7 @@ def _import(array: Array) -> Array:
     try:
         return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
-        raise ValueError(
+        raise IosrFastError(
             f"expected embeddings that NumPy can read through DLPack, got {type(array).__name__} ({error}); "
             "convert them to float32 in CPU memory"
         ) from error
@@ -113,7 +114,7 @@ def _on_device(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
     first = named["plain"]
     if first.device.type != "cuda":
-        raise ValueError(
+        raise IosrFastError(
             f"expected embeddings on the CPU or on a CUDA device, got {first.device}; move them with .cpu()"
         )
     one_dtype = len({array.dtype for array in named.values()}) == 1
@@ -137,4 +138,6 @@ def _check_unit_tensors(named: dict[str, Tensor], precision: dict[str, Precision
         if len(wrong):
             first = int(wrong[0])
             finite = bool(torch.isfinite(named[name][wrong]).all())
-            raise ValueError(unit_norm_message(name, len(wrong), len(rows), first, float(norms[name][first]), finite))
+            raise IosrFastError(
+                unit_norm_message(name, len(wrong), len(rows), first, float(norms[name][first]), finite)
+            )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.precision import (
     LARGEST_CODE,
     chunks,
@@ -111,7 +112,7 @@ def _encode(rows: np.ndarray, basis: _Basis) -> tuple[np.ndarray, np.ndarray]:
     along = np.einsum("md,md->m", decoded, rows)
     norms = np.einsum("md,md->m", rows, rows)
     if not (np.isfinite(norms) & (norms > 0)).all():
-        raise ValueError("expected keys without zero rows, NaN or infinity, got such a row")
+        raise IosrFastError("expected keys without zero rows, NaN or infinity, got such a row")
     return combined.astype(np.int8), norms / along
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.fields import ARRAYS, CONSTANTS, EMBEDDINGS, LARGEST, RANGES, Embedding, PlanTerms
 from iosr_fast.scoring.int8_keys import compact_int8
 from iosr_fast.scoring.precision import Precision, convert_keys, precision_of
@@ -72,13 +73,13 @@ class ScoringPlan(PlanTerms):
 
     def __post_init__(self) -> None:
         if self.n_classes < 1:
-            raise ValueError(f"expected n_classes >= 1, got {self.n_classes}")
+            raise IosrFastError(f"expected n_classes >= 1, got {self.n_classes}")
         for constant in CONSTANTS:
             if constant.choices and (value := getattr(self, constant.name)) not in constant.choices:
                 *others, last = (f'"{choice}"' for choice in constant.choices)
-                raise ValueError(f"expected {constant.name} to be {', '.join(others)} or {last}, got {value!r}")
+                raise IosrFastError(f"expected {constant.name} to be {', '.join(others)} or {last}, got {value!r}")
         if self.linear is not None and self.feature == "text-distribution" and self.text is None:
-            raise ValueError('expected text with feature "text-distribution", got none')
+            raise IosrFastError('expected text with feature "text-distribution", got none')
         self._freeze_arrays()
         self._check_shapes()
         self._check_cache()
@@ -115,7 +116,7 @@ class ScoringPlan(PlanTerms):
         <query @ query_transform', stored> = <query, stored @ query_transform>. Raises ValueError without keys.
         """
         if self.keys is None:
-            raise ValueError("expected a plan with keys, got one without a cache term")
+            raise IosrFastError("expected a plan with keys, got one without a cache term")
         keys = convert_keys(self.keys, self.key_scales, "fp32")[0]
         return keys if self.query_transform is None else keys @ self.query_transform
 
@@ -127,7 +128,7 @@ class ScoringPlan(PlanTerms):
         which is many times faster. Raises ValueError without keys or for an unknown precision.
         """
         if self.keys is None:
-            raise ValueError(f"expected a plan with keys to store in {precision}, got one without a cache term")
+            raise IosrFastError(f"expected a plan with keys to store in {precision}, got one without a cache term")
         if precision == self.key_precision:
             return self
         if self.query_transform is not None:
@@ -147,7 +148,7 @@ class ScoringPlan(PlanTerms):
         Raises ValueError unless factor is above 0 and the scaled plan is within RANGES.
         """
         if not 0 < factor <= LARGEST:
-            raise ValueError(f"expected a factor above 0 and up to {LARGEST:g}, got {factor}")
+            raise IosrFastError(f"expected a factor above 0 and up to {LARGEST:g}, got {factor}")
         return replace(
             self,
             tau=factor * self.tau,
@@ -181,10 +182,12 @@ class ScoringPlan(PlanTerms):
     def _check_shapes(self) -> None:
         matrices = self._matrices()
         if not matrices:
-            raise ValueError("expected at least one term: give text, keys (with class_offsets) or linear; got none")
+            raise IosrFastError("expected at least one term: give text, keys (with class_offsets) or linear; got none")
         widths = {name: array.shape[1] for name, array in matrices.items() if array.ndim == 2}
         if len(set(widths.values())) > 1:
-            raise ValueError(f"expected text, keys and linear of one width, got {widths}; take them from one encoder")
+            raise IosrFastError(
+                f"expected text, keys and linear of one width, got {widths}; take them from one encoder"
+            )
         width = next(iter(widths.values()), 0)
         sizes = {"C": self.n_classes, "C + 1": self.n_classes + 1, "D": width}
         sizes["N"] = 0 if self.keys is None else len(self.keys)
@@ -192,31 +195,31 @@ class ScoringPlan(PlanTerms):
         for field in ARRAYS:
             array, shape = field.of(self), tuple(sizes[axis] for axis in field.shape)
             if array is not None and field.term != "reducer" and array.shape != shape:
-                raise ValueError(f"expected {field.name} of shape {shape}, got {array.shape}")
+                raise IosrFastError(f"expected {field.name} of shape {shape}, got {array.shape}")
         if self.reducer is not None and self.reducer.width != width:
-            raise ValueError(f"expected a reducer of {width} channels, got one of {self.reducer.width}")
+            raise IosrFastError(f"expected a reducer of {width} channels, got one of {self.reducer.width}")
         if width < 1:
-            raise ValueError("expected a width of at least 1, got 0")
+            raise IosrFastError("expected a width of at least 1, got 0")
 
     def _check_cache(self) -> None:
         offsets = self.class_offsets
         if self.keys is not None and self.values is not None and offsets is not None:
-            raise ValueError("expected keys with class_offsets or with values, got both")
+            raise IosrFastError("expected keys with class_offsets or with values, got both")
         if (self.keys is None) != (offsets is None and self.values is None):
-            raise ValueError("expected keys together with class_offsets or values, got one without the other")
+            raise IosrFastError("expected keys together with class_offsets or values, got one without the other")
         if self.keys is None:
             for name in ("query_transform", "weights"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"expected keys together with {name}, got {name} alone")
+                    raise IosrFastError(f"expected keys together with {name}, got {name} alone")
             return
         n_keys = len(self.keys)
         if n_keys < 1:
-            raise ValueError("expected at least one key, got 0; leave keys and class_offsets out instead")
+            raise IosrFastError("expected at least one key, got 0; leave keys and class_offsets out instead")
         if offsets is None:
             return
         falls = (np.diff(offsets) < 0).any()
         if offsets[0] != 0 or offsets[-1] != n_keys or falls:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected class_offsets to rise from 0 to the number of keys, {n_keys}, "
                 f"got {offsets[0]} to {offsets[-1]}{' with a fall between' if falls else ''}; sort keys by class first"
             )
@@ -224,11 +227,13 @@ class ScoringPlan(PlanTerms):
     def _check_scales(self) -> None:
         quantized = self.key_precision == "int8"
         if quantized and self.key_scales is None:
-            raise ValueError("expected key_scales with int8 keys, got none; plan.with_key_precision('int8') makes both")
+            raise IosrFastError(
+                "expected key_scales with int8 keys, got none; plan.with_key_precision('int8') makes both"
+            )
         if self.key_scales is None:
             return
         if not quantized:
-            raise ValueError(f"expected key_scales with int8 keys only, got {self.key_precision or 'no'} keys")
+            raise IosrFastError(f"expected key_scales with int8 keys only, got {self.key_precision or 'no'} keys")
         check_size("key_scales", self.key_scales, 1e3, "let with_key_precision compute them")
         if not (self.key_scales > 0).all():
-            raise ValueError(f"expected key_scales > 0, got {self.key_scales.min():.6g}")
+            raise IosrFastError(f"expected key_scales > 0, got {self.key_scales.min():.6g}")

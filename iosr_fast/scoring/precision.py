@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
+
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
@@ -86,7 +88,7 @@ def convert_keys(
     precision.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"expected a key precision of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise IosrFastError(f"expected a key precision of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision_of(keys.dtype) == precision:
         return keys, key_scales
     if precision == "int8":
@@ -132,7 +134,7 @@ def quantize_int8(
         largest = np.abs(target).max(axis=0)
         if not (np.isfinite(largest) & (largest > 0)).all():
             row = rows.start + int(np.flatnonzero(~(np.isfinite(largest) & (largest > 0)))[0])
-            raise ValueError(f"expected keys without zero rows, NaN or infinity, got such a row at {row}")
+            raise IosrFastError(f"expected keys without zero rows, NaN or infinity, got such a row at {row}")
         best, scale = round_channels(target, largest * np.float32(HEADROOM / LARGEST_CODE), moment, factor)
         codes[rows] = best.T
         scales[rows] = scale

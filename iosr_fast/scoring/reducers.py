@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.validation import check_size, frozen
 
 REDUCERS = ("none", "centre", "pca")
@@ -43,13 +44,13 @@ class Reducer:
                     name, getattr(self, name), most, "rows and shift are of unit size, and the norm is divided out"
                 )
         if self.shift is None and self.projection is None:
-            raise ValueError("expected a reducer with a shift or a projection, got neither; leave the reducer out")
+            raise IosrFastError("expected a reducer with a shift or a projection, got neither; leave the reducer out")
         if self.shift is not None and self.shift.ndim != 1:
-            raise ValueError(f"expected a shift of shape (D,), got {self.shift.shape}")
+            raise IosrFastError(f"expected a shift of shape (D,), got {self.shift.shape}")
         shape = () if self.projection is None else self.projection.shape
         if len(shape) > 2 or len(set(shape)) > 1 or (self.shift is not None and shape and shape[0] != len(self.shift)):
             width = "D" if self.shift is None else len(self.shift)
-            raise ValueError(f"expected a projection of shape ({width}, {width}) or ({width},), got {shape}")
+            raise IosrFastError(f"expected a projection of shape ({width}, {width}) or ({width},), got {shape}")
 
     @property
     def width(self) -> int:
@@ -80,7 +81,7 @@ def check_reducer(name: str) -> tuple[str, int]:
     """A reducer's kind and number of components (0 if the name has none). Raises ValueError for an unknown name."""
     kind, colon, rank = name.partition(":")
     if kind not in REDUCERS or (colon and (kind != "pca" or not rank.isdecimal() or int(rank) < 1)):
-        raise ValueError(f"expected a reducer of {', '.join(REDUCERS)} or pca:NUMBER, got {name!r}")
+        raise IosrFastError(f"expected a reducer of {', '.join(REDUCERS)} or pca:NUMBER, got {name!r}")
     return kind, int(rank or 0)
 
 
@@ -99,7 +100,7 @@ def fit_reducer(name: str, rows: np.ndarray) -> Reducer | None:
     if kind == "none":
         return None
     if not len(rows):
-        raise ValueError(f"expected support images to fit the reducer {name!r} on, got none; use 'none'")
+        raise IosrFastError(f"expected support images to fit the reducer {name!r} on, got none; use 'none'")
     n_rows, width = rows.shape
     exact = rows.astype(np.float64)
     mean = exact.mean(0)
@@ -107,6 +108,6 @@ def fit_reducer(name: str, rows: np.ndarray) -> Reducer | None:
         return Reducer(mean)
     rank = chosen_rank or max(1, round(PCA_SHARE * min(width, n_rows)))
     if rank > width:
-        raise ValueError(f"expected at most {width} principal components, one a channel, got {rank}")
+        raise IosrFastError(f"expected at most {width} principal components, one a channel, got {rank}")
     components = np.linalg.svd(exact - mean, full_matrices=False)[2][:rank]
     return Reducer(mean, components.T @ components)

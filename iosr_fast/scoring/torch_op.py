@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.device_plan import DevicePlan, as_tensor, device_plan
 from iosr_fast.scoring.fields import ARRAY_NAMES, ARRAYS, CONSTANT_NAMES, CONSTANTS
@@ -44,7 +45,7 @@ def score_tensors(
     """
     inputs = scoring_inputs(plan, Embeddings(plain, adapted), check=False)
     if plain.device != plan.device:
-        raise ValueError(f"expected embeddings on {plan.device}, where the plan is, got {plain.device}; move either")
+        raise IosrFastError(f"expected embeddings on {plan.device}, where the plan is, got {plain.device}; move either")
     entry = dispatch.choose(impl, inputs.device)
     if inputs.device not in entry.devices:
         raise RuntimeError(
@@ -118,9 +119,9 @@ class ScoringModule(nn.Module):
     def forward(self, plain: Tensor, adapted: Tensor | None = None) -> Tensor:
         """plain, adapted: (B, D) on the module's device. Raises ValueError for another width or no `adapted`."""
         if self.needs_adapted and adapted is None:
-            raise ValueError("expected adapted embeddings, which this plan reads, got None")
+            raise IosrFastError("expected adapted embeddings, which this plan reads, got None")
         if plain.ndim != 2 or plain.shape[1] != self.width:
-            raise ValueError(f"expected plain embeddings of shape (B, {self.width}), got {tuple(plain.shape)}")
+            raise IosrFastError(f"expected plain embeddings of shape (B, {self.width}), got {tuple(plain.shape)}")
         fields = (getattr(self, name) for name in _FIELDS)
         logits: Tensor = torch.ops.iosr_fast.score(plain, adapted, *fields, self.impl)
         return logits

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.precision import Precision, chunks, key_rows
 
 # The largest difference of a row's norm from 1, by the precision of its channels.
@@ -15,7 +16,7 @@ UNIT_NORM_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-3, "bf16
 def frozen(name: str, value: Any, dtype: type) -> np.ndarray:
     """`value` as a C-contiguous read-only array of `dtype`; copied only if it isn't one already."""
     if dtype is np.int64 and np.asarray(value).dtype.kind not in "iu":
-        raise ValueError(f"expected {name} of integers, got {np.asarray(value).dtype}")
+        raise IosrFastError(f"expected {name} of integers, got {np.asarray(value).dtype}")
     with np.errstate(over="ignore"):  # values beyond float32 become infinite, which check_finite refuses
         array: np.ndarray = np.ascontiguousarray(value, dtype=dtype)
     if array.flags.writeable:
@@ -29,7 +30,7 @@ def check_number(name: str, value: float, least: float, most: float, fix: str = 
     """`value` as a float. Raises ValueError, which ends in `fix`, unless it is from `least` to `most` (NaN is not)."""
     number = float(value)
     if not least <= number <= most:
-        raise ValueError(f"expected {name} from {least:g} to {most:g}, got {number:g}{fix and '; '}{fix}")
+        raise IosrFastError(f"expected {name} from {least:g} to {most:g}, got {number:g}{fix and '; '}{fix}")
     return number
 
 
@@ -38,7 +39,7 @@ def check_size(name: str, array: np.ndarray, most: float, fix: str) -> None:
     check_finite(name, array)
     largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
     if largest > most:
-        raise ValueError(f"expected {name} of magnitudes up to {most:g}, got {largest:g}; {fix}")
+        raise IosrFastError(f"expected {name} of magnitudes up to {most:g}, got {largest:g}; {fix}")
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
@@ -46,7 +47,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
     flat = array.reshape(-1)
     wrong = sum(int(np.count_nonzero(~np.isfinite(flat[part]))) for part in chunks(len(flat), 1))
     if wrong:
-        raise ValueError(f"expected {name} to be finite, got {wrong} NaN or infinite")
+        raise IosrFastError(f"expected {name} to be finite, got {wrong} NaN or infinite")
 
 
 def check_unit_rows(
@@ -80,7 +81,7 @@ def check_unit_rows(
             wrong += len(off)
             finite = finite and bool(np.isfinite(values[off]).all())
     if wrong:
-        raise ValueError(unit_norm_message(name, wrong, len(rows), first, first_norm, finite))
+        raise IosrFastError(unit_norm_message(name, wrong, len(rows), first, first_norm, finite))
 
 
 def unit_norm_message(name: str, wrong: int, n_rows: int, first: int, first_norm: float, finite: bool) -> str:

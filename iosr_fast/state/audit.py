@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.log_format import (
     FORMAT,
     OURS,
@@ -48,7 +49,9 @@ def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[Aud
     head_path = path.with_name(f"{path.name}.head")
     for one in (path, head_path):
         if os.path.lexists(one) and not stat.S_ISREG(one.lstat().st_mode):
-            raise ValueError(f"expected {one} to be a regular file or not to exist, got something else: name another")
+            raise IosrFastError(
+                f"expected {one} to be a regular file or not to exist, got something else: name another"
+            )
     if not head_path.exists():
         _check_ours(path)
     make_folder(path.parent)
@@ -75,15 +78,15 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     mark = read_head(path.with_name(f"{path.name}.head"))
     lines = parse(path, read_lines(path))
     if lines.error:
-        raise ValueError(lines.error)
+        raise IosrFastError(lines.error)
     if mark is not None and mark.lines > lines.end:
-        raise ValueError(f"expected {path} to go to line {mark.lines}, as its head says, got {lines.end}")
+        raise IosrFastError(f"expected {path} to go to line {mark.lines}, as its head says, got {lines.end}")
     return lines.records
 
 
 def check_base(path: Path, base: str, state: str) -> None:
     if base != state:
-        raise ValueError(
+        raise IosrFastError(
             f"{path} is the log of another state: expected one that begins from {state[:12]}, got {base[:12]}; load "
             "the bundle it was begun with, or begin a new log"
         )
@@ -95,7 +98,7 @@ def _check_ours(path: Path) -> None:
         with path.open("rb") as file:
             first = file.read(len(OURS))
         if first != OURS:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected {path} to be an audit log or not to exist, got "
                 f"{'another file' if first else 'an empty file'}: name another, or remove it to begin a new log"
             )
@@ -140,7 +143,7 @@ def _base_of(lines: Lines) -> str:
 def _begun(path: Path, first: dict[str, Any], state: State) -> State:
     """The state that the first line of a log says it begins from: `state`, which is its base, or a snapshot."""
     if first.get("op") != "open" or first.get("format") not in (1, FORMAT):
-        raise ValueError(f"expected {path} to begin with a line of format {FORMAT}, got {first.get('format')}")
+        raise IosrFastError(f"expected {path} to begin with a line of format {FORMAT}, got {first.get('format')}")
     snapshot = first.get("snapshot")
     if snapshot is None:
         return state

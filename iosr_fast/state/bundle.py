@@ -22,6 +22,7 @@ from typing import Any
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder, TextSource
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
@@ -130,7 +131,7 @@ def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]
 
 def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str) -> None:
     if facts.fingerprint != expected:
-        raise ValueError(
+        raise IosrFastError(
             f"the engine in {engine.folder} is of another export: the support set was encoded with "
             f"{expected[:12]}, the engine is {facts.fingerprint[:12]}; fit and save again"
         )

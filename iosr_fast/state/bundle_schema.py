@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 from iosr_fast.state.ids import uid_of
 from iosr_fast.state.support_images import SupportViews
@@ -103,22 +104,24 @@ class ClassifierManifest(StateFacts, frozen=True, kw_only=True):
         """The views; a field that an older version had not keeps its default. Raises ValueError."""
         known = {field.name for field in fields(SupportViews)}
         if unknown := sorted(set(self.views) - known):
-            raise ValueError(f"expected views with the fields {sorted(known)}, got {abbreviate(unknown)}")
+            raise IosrFastError(f"expected views with the fields {sorted(known)}, got {abbreviate(unknown)}")
         return msgspec.convert(self.views, SupportViews)
 
 
 def check_classes(names: list[str], numbers: list[int], next_number: int) -> None:
     """Raise ValueError for names and numbers of classes that no fit and no change gives."""
     if twice := sorted(name for name, times in Counter(names).items() if times > 1):
-        raise ValueError(f"expected class_names to differ, got {abbreviate(twice)} more than once")
+        raise IosrFastError(f"expected class_names to differ, got {abbreviate(twice)} more than once")
     if wrong := [name for name in names if uid_of(name) is not None or not name.strip()]:
-        raise ValueError(
+        raise IosrFastError(
             f"expected class_names to be names, got {abbreviate(wrong)}: empty, or of the form of an id (~7)"
         )
     if len(numbers) != len(names):
-        raise ValueError(f"expected class_numbers for {len(names)} class_names, got {len(numbers)}")
+        raise IosrFastError(f"expected class_numbers for {len(names)} class_names, got {len(numbers)}")
     if any(later <= earlier for earlier, later in zip(numbers, [*numbers[1:], next_number], strict=True)):
-        raise ValueError(f"expected class_numbers that rise and are below next[0], {next_number}, got {numbers[:5]}...")
+        raise IosrFastError(
+            f"expected class_numbers that rise and are below next[0], {next_number}, got {numbers[:5]}..."
+        )
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,11 @@ def parse_arrays(content: bytes, forms: Mapping[str, Form], sizes: dict[str, int
     try:
         arrays: dict[str, np.ndarray] = load(content)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"expected a safetensors file, got {type(error).__name__}: {error}") from error
+        raise IosrFastError(f"expected a safetensors file, got {type(error).__name__}: {error}") from error
     if missing := sorted(name for name, form in forms.items() if form.needed and name not in arrays):
-        raise ValueError(f"expected the arrays {', '.join(missing)}, got {', '.join(sorted(arrays)) or 'none'}")
+        raise IosrFastError(f"expected the arrays {', '.join(missing)}, got {', '.join(sorted(arrays)) or 'none'}")
     if unknown := sorted(set(arrays) - set(forms)):
-        raise ValueError(f"expected no other arrays than {', '.join(forms)}, got {', '.join(unknown)}")
+        raise IosrFastError(f"expected no other arrays than {', '.join(forms)}, got {', '.join(unknown)}")
     for name, form in forms.items():  # in the order of the table: the first say how many classes and channels there are
         if name in arrays:
             _check(name, arrays[name], form, sizes)
@@ -188,7 +191,7 @@ def parse_arrays(content: bytes, forms: Mapping[str, Form], sizes: dict[str, int
 
 def _check(name: str, array: np.ndarray, form: Form, sizes: dict[str, int]) -> None:
     if array.dtype.name not in form.dtypes:
-        raise ValueError(f"expected {name} of {' or '.join(form.dtypes)}, got {array.dtype.name}")
+        raise IosrFastError(f"expected {name} of {' or '.join(form.dtypes)}, got {array.dtype.name}")
     for shape in form.shapes:
         if len(shape) == array.ndim:
             bound = dict(zip(shape, array.shape, strict=True)) | sizes
@@ -197,7 +200,7 @@ def _check(name: str, array: np.ndarray, form: Form, sizes: dict[str, int]) -> N
                 break
     else:
         expected = " or ".join(f"({', '.join(str(sizes.get(s, s)) for s in shape)})" for shape in form.shapes)
-        raise ValueError(f"expected {name} of shape {expected}, got {array.shape}")
+        raise IosrFastError(f"expected {name} of shape {expected}, got {array.shape}")
     if form.unit:
         check_unit_rows(name, array)
     elif array.dtype.kind == "f":
@@ -207,17 +210,17 @@ def _check(name: str, array: np.ndarray, form: Form, sizes: dict[str, int]) -> N
 def check_examples(owners: np.ndarray, ids: np.ndarray, class_numbers: list[int], next_id: int) -> None:
     """Raise ValueError unless support images are sorted by class, of classes that are there, with ids that differ."""
     if (owners[1:] < owners[:-1]).any():
-        raise ValueError("expected owners that don't fall, got images that are not sorted by class")
+        raise IosrFastError("expected owners that don't fall, got images that are not sorted by class")
     if strange := sorted(set(owners.tolist()) - set(class_numbers)):
-        raise ValueError(f"expected owners among the class_numbers, got {strange[:5]}")
+        raise IosrFastError(f"expected owners among the class_numbers, got {strange[:5]}")
     if len(np.unique(ids)) < len(ids):
-        raise ValueError(f"expected ids to differ, got {len(ids) - len(np.unique(ids))} more than once")
+        raise IosrFastError(f"expected ids to differ, got {len(ids) - len(np.unique(ids))} more than once")
     if len(ids) and not 0 <= ids.min() <= ids.max() < next_id:
-        raise ValueError(f"expected ids from 0 to below next[1], {next_id}, got {ids.min()} to {ids.max()}")
+        raise IosrFastError(f"expected ids from 0 to below next[1], {next_id}, got {ids.min()} to {ids.max()}")
 
 
 def check_ends(ends: np.ndarray, size: int) -> None:
     """Raise ValueError unless `ends` cuts `size` bytes of pictures into pieces."""
     starts = np.concatenate([[0], ends])
     if (starts[1:] < starts[:-1]).any() or starts[-1] != size:
-        raise ValueError(f"expected ends that rise from 0 to the {size} bytes of data, got others")
+        raise IosrFastError(f"expected ends that rise from 0 to the {size} bytes of data, got others")

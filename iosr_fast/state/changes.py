@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
@@ -102,7 +103,7 @@ class Change:
     def from_json(cls, line: Mapping[str, Any], width: int) -> Change:
         """The inverse of `to_json`, for embeddings of `width` channels. Raises KeyError, TypeError or ValueError."""
         if line["op"] not in OPS:
-            raise ValueError(f"expected an op of {', '.join(OPS)}, got {line['op']!r}")
+            raise IosrFastError(f"expected an op of {', '.join(OPS)}, got {line['op']!r}")
         added = None
         if "embeddings" in line:
             pictures = tuple(None if p is None else base64.b64decode(p) for p in line["pictures"])
@@ -110,7 +111,7 @@ class Change:
             assert embeddings is not None
             ids = np.array(line["examples"], np.int64)
             if not len(ids) == len(embeddings) == len(pictures):
-                raise ValueError(
+                raise IosrFastError(
                     f"expected {len(ids)} embeddings and pictures, got {len(embeddings)} and {len(pictures)}"
                 )
             added = Examples(embeddings, np.full(len(ids), line["class"], np.int64), ids, pictures, queries)

@@ -10,6 +10,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.tune import Tuned
@@ -55,7 +56,7 @@ def fit(
     names, ids = check_labels(listed, labels, class_names)
     _check_classes(method, ids, names)
     if method != "auto" and METHODS[method].needs_adapter and not encoder.adapted:
-        raise ValueError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
+        raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
     searched = method == "auto" or tune == "loo" or (tune is None and not parameters)
     # Later queries are single views, so that is what leave-one-out has to score.
     views = replace(views, single=searched and views.views > 1)
@@ -86,4 +87,4 @@ def _check_classes(method: str, ids: np.ndarray, names: Sequence[str]) -> None:
     if method == "auto" or METHODS[method].needs_support:
         empty = [name for name, count in zip(names, np.bincount(ids, minlength=len(names)), strict=True) if not count]
         if empty:
-            raise ValueError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")
+            raise IosrFastError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")

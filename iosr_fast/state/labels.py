@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import list_folder
 from iosr_fast.state.ids import uid_of
 from iosr_fast.utils.text import abbreviate
@@ -29,12 +30,14 @@ def check_labels(images: Sequence[Any], labels: Any, class_names: Sequence[str] 
     values = _label_values(labels, len(images))
     if class_names is None:
         if not values:
-            raise ValueError("expected labelled images or class_names, got neither: without them there are no classes")
+            raise IosrFastError(
+                "expected labelled images or class_names, got neither: without them there are no classes"
+            )
         if isinstance(values[0], int):
-            raise ValueError("integer labels have no names: pass class_names, the name of each class in order")
+            raise IosrFastError("integer labels have no names: pass class_names, the name of each class in order")
         missing = sorted(_MISSING_AS_TEXT.intersection(values))
         if missing:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected a label for every image, got {abbreviate(missing)}, which is what a missing value becomes "
                 "as text; leave those images out, or pass class_names if a class is called so"
             )
@@ -59,15 +62,15 @@ def _label_values(labels: Any, n_images: int) -> list[Any]:
     if not isinstance(labels, list | tuple):
         labels = np.asarray([] if labels is None else labels)
         if labels.ndim != 1:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected one label for each of {n_images} images in a sequence, got labels of shape {labels.shape}"
             )
     if len(labels) != n_images:
-        raise ValueError(f"expected one label for each of {n_images} images, got {len(labels)} labels")
+        raise IosrFastError(f"expected one label for each of {n_images} images, got {len(labels)} labels")
     plain = [value.item() if isinstance(value, np.generic) else value for value in labels]
     for i, value in enumerate(plain):
         if _is_missing(value):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected a label for every image, got {labels[i]!r} at position {i}: leave that image out or label it"
             )
     values = [_label(value, labels[i], i) for i, value in enumerate(plain)]
@@ -75,7 +78,7 @@ def _label_values(labels: Any, n_images: int) -> list[Any]:
     for i, value in enumerate(values):
         first.setdefault(type(value), i)
     if len(first) > 1:
-        raise ValueError(
+        raise IosrFastError(
             f"expected labels to be all class names or all integers, got {values[first[str]]!r} at position "
             f"{first[str]} and {values[first[int]]!r} at position {first[int]}"
         )
@@ -89,7 +92,7 @@ def _label(value: Any, original: Any, position: int) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)
     hint = {float: "; integers are made by labels.astype(int)", bytes: "; decode it"}.get(type(value), "")
-    raise ValueError(
+    raise IosrFastError(
         f"expected labels to be class names or integers, got {type(original).__name__} ({original!r}) at position "
         f"{position}{hint}"
     )
@@ -110,25 +113,27 @@ def check_names(class_names: Any) -> list[str]:
     case alone: CLIP's tokenizers read them as one.
     """
     if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
-        raise ValueError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
+        raise IosrFastError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
     names = []
     for i, name in enumerate(class_names):
         if not isinstance(name, str):
-            raise ValueError(f"expected class names to be text, got {name!r} ({type(name).__name__}) at position {i}")
+            raise IosrFastError(
+                f"expected class names to be text, got {name!r} ({type(name).__name__}) at position {i}"
+            )
         names.append(str.__str__(name))
     if len(names) < 2:
-        raise ValueError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
+        raise IosrFastError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
     for name in names:
         fault = name_fault(name)
         if fault:
-            raise ValueError(f"expected class names, got {name!r}, {fault}")
+            raise IosrFastError(f"expected class names, got {name!r}, {fault}")
     twins = _twins(names, as_seen)
     equal = sorted({one for one, other in twins if one == other})
     if equal:
-        raise ValueError(f"expected class names to differ, got {abbreviate(equal)} more than once")
+        raise IosrFastError(f"expected class names to differ, got {abbreviate(equal)} more than once")
     if twins:
         shown = "; ".join(f"{one!a} and {other!a}" for one, other in twins[:5])
-        raise ValueError(
+        raise IosrFastError(
             f"expected class names to differ, got names that look alike: {shown} (they differ in Unicode "
             "normalisation, invisible characters or blanks alone)"
         )
@@ -175,12 +180,12 @@ def _ids(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
         outside = sorted({i for i in values if not 0 <= i < len(names)})
         if outside:
             shown = abbreviate([str(i) for i in outside])
-            raise ValueError(f"expected labels in 0..{len(names) - 1}, one for each class name, got {shown}")
+            raise IosrFastError(f"expected labels in 0..{len(names) - 1}, one for each class name, got {shown}")
         return np.array(values, np.int64)
     index = {name: i for i, name in enumerate(names)}
     unknown = sorted({name for name in values if name not in index})
     if unknown:
-        raise ValueError(f"the labels {abbreviate(unknown)} are not among the {len(names)} class names")
+        raise IosrFastError(f"the labels {abbreviate(unknown)} are not among the {len(names)} class names")
     return np.array([index[name] for name in values], np.int64)
 
 

@@ -20,11 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import DamagedFileError
+
 FORMAT = 2  # format 1 has no head, and its first line no place in the chain
 OURS = b'{"base":"'  # how the first line of every format begins
 
 
-class LogDamagedError(ValueError):
+class LogDamagedError(DamagedFileError):
     """Acknowledged changes are missing from a log, or it can't be proved that none are. Recovery opens it."""
 
     def __init__(self, what: str) -> None:
@@ -107,7 +109,7 @@ def read_lines(path: Path) -> bytes:
     try:
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise DamagedFileError(f"{path} is damaged ({error})") from error
 
 
 def _chained(record: dict[str, Any], chain: str) -> str:

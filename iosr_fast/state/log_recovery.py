@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.changes import OPS, Change
 from iosr_fast.state.log_format import Head, Lines, LogDamagedError, Mark, parse, read_lines
 from iosr_fast.state.log_writer import AuditLog, next_number, numbered, private_file, read_state, write_closed
@@ -23,7 +24,7 @@ def replay(path: Path, record: dict[str, Any], state: State) -> State:
     try:
         after = Change.from_json(record, state.text.shape[1]).apply(state)
         if after.version != record["version"]:
-            raise ValueError(f"expected version {after.version}, got {record['version']}")
+            raise IosrFastError(f"expected version {after.version}, got {record['version']}")
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
         raise LogDamagedError(f"a line of {path} can't be applied to version {state.version} ({error})") from error
     return after

@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.state.bundle_schema import StateFacts
 from iosr_fast.state.changes import Change
 from iosr_fast.state.log_format import FORMAT, Head, Lines, Mark, lock, make_line, write_all
@@ -96,12 +97,12 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
             metadata = file.metadata()
             files = {name: file.get_tensor(name) for name in sorted(file.keys())}
         if _seal(metadata["about"], files) != metadata["sha256"]:
-            raise ValueError(f"{path} is damaged: it does not match its own checksum")
+            raise DamagedFileError(f"{path} is damaged: it does not match its own checksum")
         about = json.loads(metadata["about"])
         facts = msgspec.convert(about.pop("state"), StateFacts)
         state = state_from_files(facts, lambda name: files[name].tobytes() if name in files else None)
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or no state of an audit log ({error})") from error
+        raise DamagedFileError(f"{path} is damaged or no state of an audit log ({error})") from error
     return state, {**about, "sha256": metadata["sha256"]}
 
 

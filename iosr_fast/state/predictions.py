@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.state import State
@@ -68,7 +69,7 @@ def predict(
     nearest < 0, and as `score` does.
     """
     if top < 1 or nearest < 0:
-        raise ValueError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
+        raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
     logits = state.score(embeddings, impl)
     probabilities = softmax(logits)
     scale = np.float32(state.config.factor * state.tau)

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
@@ -165,7 +166,7 @@ class State:
             return uid
         if name_or_id in self.class_names:
             return self.uids[self.class_names.index(name_or_id)]
-        raise ValueError(f"no class {name_or_id!r}; there are {abbreviate(self.class_names)}")
+        raise IosrFastError(f"no class {name_or_id!r}; there are {abbreviate(self.class_names)}")
 
     def find_examples(self, example_ids: Sequence[str]) -> list[int]:
         """Example numbers of ids ("e7"). Raises ValueError for an unknown or repeated id."""
@@ -175,7 +176,7 @@ class State:
             present.update(segment.ids[np.isin(segment.ids, numbers) & segment.active].tolist())
         wrong = [text for text, number in zip(example_ids, numbers, strict=True) if number not in present]
         if wrong or not numbers or len(set(numbers)) < len(numbers):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected ids of examples that are there, each once, got {abbreviate(wrong or example_ids)}"
             )
         return numbers
@@ -247,13 +248,15 @@ class State:
         after = replace(self, version=self.version + 1, **fields)  # type: ignore[arg-type]
         after = replace(after, segments=absorb(after.segments, SMALL))
         if not after.segments and METHODS[self.config.method].needs_support:
-            raise ValueError(f"{self.config.method} needs support images: expected to keep at least one, got none left")
+            raise IosrFastError(
+                f"{self.config.method} needs support images: expected to keep at least one, got none left"
+            )
         if self.config.additive:
             return self._additive(after)
         if self.config.by_moments:
             after = replace(after, moments=self._moments_of(after, added, taken))
         elif not self.deferred and (reason := unavailable_reason(self.config.method, after.support)) is not None:
-            raise ValueError(f"that change can't be after: {reason}")
+            raise IosrFastError(f"that change can't be after: {reason}")
         return after if self.deferred else after._compiled()
 
     def deferring(self) -> State:
@@ -293,7 +296,7 @@ class State:
             moments = moments.add(self._rows(added), np.searchsorted(after.uids, added.class_ids))
         empty = int((moments.counts == 0).sum())
         if empty:
-            raise ValueError(
+            raise IosrFastError(
                 f"that change can't be after: {self.config.method} needs an image of each class, {empty} have none"
             )
         return moments

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.methods import METHODS, check_parameters, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.fields import ARRAYS as ARRAY_FIELDS
@@ -74,7 +75,7 @@ def plan_from_files(
         **fields,
     )
     if plan.key_precision not in (None, config.key_precision):
-        raise ValueError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
+        raise IosrFastError(f"expected keys in {config.key_precision}, got {plan.key_precision}")
     return plan
 
 
@@ -90,11 +91,11 @@ def _check_fits(
     }
     for name, value in expected.items():
         if constants[name] != value:
-            raise ValueError(f"expected {name} {value!r} in the plan of {config.method}, got {constants[name]!r}")
+            raise IosrFastError(f"expected {name} {value!r} in the plan of {config.method}, got {constants[name]!r}")
     if method.scales == "linear" and not ("linear" in arrays and constants["feature"] == config.which):
-        raise ValueError(f"expected a linear term on {config.which} embeddings in the plan of {config.method}")
+        raise IosrFastError(f"expected a linear term on {config.which} embeddings in the plan of {config.method}")
     if not math.isclose(constants["tau"], config.factor * support.tau, rel_tol=1e-6):
-        raise ValueError(f"expected tau {config.factor * support.tau:g} in the plan, got {constants['tau']:g}")
+        raise IosrFastError(f"expected tau {config.factor * support.tau:g} in the plan, got {constants['tau']:g}")
 
 
 def reducer_arrays(reducer: Reducer | None, name: str) -> dict[str, np.ndarray]:
@@ -145,7 +146,9 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
         check_classes(names, numbers, facts.next[0])
         parameters = check_parameters(facts.method, **facts.parameters)
         if missing := sorted(set(METHODS[facts.method].parameters) - set(parameters)):
-            raise ValueError(f"expected the parameters {', '.join(missing)} of {facts.method}, got none of that name")
+            raise IosrFastError(
+                f"expected the parameters {', '.join(missing)} of {facts.method}, got none of that name"
+            )
     sizes = {"C": len(names), "C1": len(names) + 1}
     arrays = _arrays(SUPPORT, read, SUPPORT_ARRAYS, sizes)
     derived = _arrays(PLAN, read, PLAN_ARRAYS, sizes)
@@ -156,16 +159,16 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
     with _naming(SUPPORT):
         check_examples(arrays["owners"], arrays["ids"], numbers, facts.next[1])
         if ("query_adapted" in arrays) > ("query_plain" in arrays):
-            raise ValueError("expected query_plain where query_adapted is given, got it alone")
+            raise IosrFastError("expected query_plain where query_adapted is given, got it alone")
         examples = _examples(arrays, pictures or None)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
-            raise ValueError(reason)
+            raise IosrFastError(reason)
     with _naming(PLAN):
         reducer = reducer_from(derived, "reducer")
         config = MethodConfig(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
-            raise ValueError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
+            raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
         plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, config)
     return State.first(names, arrays["text"], facts.tau, examples, config, plan, numbers, facts.next, facts.version)
 
@@ -199,7 +202,7 @@ def _naming(file: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise DamagedFileError(f"{file}: {error}") from error
 
 
 def _arrays(file: str, read: Callable[[str], bytes | None], forms: Mapping[str, Any], sizes: dict[str, int]) -> Arrays:
@@ -208,7 +211,7 @@ def _arrays(file: str, read: Callable[[str], bytes | None], forms: Mapping[str, 
         if content is not None:
             return parse_arrays(content, forms, sizes)
         if needed := [name for name, form in forms.items() if form.needed and file == SUPPORT]:
-            raise ValueError(f"expected the arrays {', '.join(needed)}, got no such file")
+            raise IosrFastError(f"expected the arrays {', '.join(needed)}, got no such file")
     return {}
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.images.preprocess import BadImageError, open_image, random_view, resize_and_crop
+from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.state.examples import Examples, no_examples
@@ -52,9 +53,9 @@ class SupportViews:
 
     def __post_init__(self) -> None:
         if self.views < 1:
-            raise ValueError(f"expected views of at least 1, got {self.views}")
+            raise IosrFastError(f"expected views of at least 1, got {self.views}")
         if not 0 <= self.thumbnail <= 1024:
-            raise ValueError(f"expected thumbnails of 0 (none) to 1,024 pixels, got {self.thumbnail}")
+            raise IosrFastError(f"expected thumbnails of 0 (none) to 1,024 pixels, got {self.thumbnail}")
 
     @property
     def two_forms(self) -> bool:
@@ -95,7 +96,7 @@ def check_support(
 ) -> SupportViews:
     """The options of a fit that concern images and prompts. Raises ValueError for one out of range."""
     if key_precision not in PRECISIONS:
-        raise ValueError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
+        raise IosrFastError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
     prompts = None if templates is None else check_templates(templates)
     return SupportViews(views, mirror, seed, False, prompts, thumbnails, exif_orientation)
 
@@ -144,7 +145,7 @@ def encode_images(
         if len(errors) == 1:
             raise errors[0]
         shown = "; ".join(str(error) for error in errors[:_SHOWN])
-        raise ValueError(f"{len(errors)} of {len(images)} images can't be read (skip_bad leaves them out): {shown}")
+        raise IosrFastError(f"{len(errors)} of {len(images)} images can't be read (skip_bad leaves them out): {shown}")
     _check_copies(images, labels, copies, names)
     for left_out in errors:
         logger.warning("left out: %s", left_out)
@@ -195,7 +196,7 @@ def _check_copies(
             " and ".join(f"{_where(images[i], i)} ({names[labels[i]]!r})" for i in pair) for pair in across[:_SHOWN]
         )
         more = f"; and {len(across) - _SHOWN} more" if len(across) > _SHOWN else ""
-        raise ValueError(
+        raise IosrFastError(
             f"expected one label for a picture, got the same picture under two: {'; '.join(pairs)}{more}; remove the "
             "wrong ones"
         )

@@ -12,7 +12,8 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.text_encoder import TextSource
-from iosr_fast.images.preprocess import BadImageError, as_array, as_image_list, to_pixels
+from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.tune import Tuned, check_choice
 from iosr_fast.methods.tuning.tune import tune as search
@@ -53,7 +54,7 @@ class LiveUpdates:
     def snapshot(self) -> State:
         """The current state, which never changes: all predictions of it are of one version. ValueError before a fit."""
         if not hasattr(self, "_state"):
-            raise ValueError("this classifier is not fitted yet: call fit or fit_folder first")
+            raise IosrFastError("this classifier is not fitted yet: call fit or fit_folder first")
         return self._state
 
     @property
@@ -94,7 +95,7 @@ class LiveUpdates:
         self._check_name(state, name)
         listed = as_image_list(images)
         if not listed and METHODS[state.config.method].needs_support:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected at least one image of {name!r}, got none: {state.config.method} compares images"
             )
         encoded = self._encode(listed)
@@ -110,7 +111,7 @@ class LiveUpdates:
         self.snapshot().find_class(name_or_id)
         encoded = self._encode(as_image_list(images))
         if encoded is None:
-            raise ValueError(f"expected at least one image to add to {name_or_id!r}, got none")
+            raise IosrFastError(f"expected at least one image to add to {name_or_id!r}, got none")
         with self._changing:
             state = self.snapshot()
             uid = state.find_class(name_or_id)
@@ -129,7 +130,7 @@ class LiveUpdates:
             state = self.snapshot()
             uid = state.find_class(name_or_id)
             if len(state.uids) <= 2:
-                raise ValueError(f"expected at least two classes to tell apart: {name_or_id!r} can't be removed")
+                raise IosrFastError(f"expected at least two classes to tell apart: {name_or_id!r} can't be removed")
             return self._make(Change("remove_class", uid))
 
     def rename_class(
@@ -144,7 +145,7 @@ class LiveUpdates:
         uid = state.find_class(name_or_id)
         self._check_name(state, name, uid)
         if keep_text and text is not None:
-            raise ValueError("expected text or keep_text, got both")
+            raise IosrFastError("expected text or keep_text, got both")
         row = None if keep_text else self._check_text(state, text) if text is not None else self._text_of(name)
         with self._changing:
             state = self.snapshot()
@@ -168,7 +169,7 @@ class LiveUpdates:
         method = state.config.method if method is None else method
         check_choice(method, reducer, None)
         if (images is None) != (labels is None):
-            raise ValueError("expected validation images and their labels together, got one without the other")
+            raise IosrFastError("expected validation images and their labels together, got one without the other")
         queries, ids = None, None
         if images is not None:
             listed = as_image_list(images)
@@ -178,7 +179,7 @@ class LiveUpdates:
             reducer = state.config.reducer_name
         with self._changing:
             if self.snapshot().uids != state.uids:
-                raise ValueError("the classes have changed while validation images were encoded: tune again")
+                raise IosrFastError("the classes have changed while validation images were encoded: tune again")
             tuned, _ = self._search(method, reducer, queries, ids)
         return tuned
 
@@ -196,7 +197,7 @@ class LiveUpdates:
         """
         with self._changing:
             if self._log is not None:
-                raise ValueError(f"expected no log to be open, got {self._log.path}; close_log closes it")
+                raise IosrFastError(f"expected no log to be open, got {self._log.path}; close_log closes it")
             self._log, self._state = open_log(path, self.snapshot(), recover)
 
     def close_log(self) -> None:
@@ -245,7 +246,7 @@ class LiveUpdates:
         """The state of a fit or a bundle."""
         with self._changing:
             if self._log is not None:
-                raise ValueError(f"expected no audit log to be open, got {self._log.path}: it has no line for a fit")
+                raise IosrFastError(f"expected no audit log to be open, got {self._log.path}: it has no line for a fit")
             self._state, self._views, self.tuned_ = state, views, tuned
 
     def _chunks(self, images: Any) -> Iterator[np.ndarray]:
@@ -268,7 +269,7 @@ class LiveUpdates:
     def _text_of(self, name: str) -> np.ndarray:
         """A class name's text embedding (D,). Raises ValueError without a text encoder."""
         if self._text is None:
-            raise ValueError(
+            raise IosrFastError(
                 f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
             )
         row: np.ndarray = self._text.embed_classes([name], self._views.templates)[0]
@@ -278,17 +279,17 @@ class LiveUpdates:
     def _check_name(state: State, name: str, itself: int | None = None) -> None:
         fault = name_fault(name) if isinstance(name, str) else "which is no text"
         if fault:
-            raise ValueError(f"expected a class name, got {name!r}, {fault}")
+            raise IosrFastError(f"expected a class name, got {name!r}, {fault}")
         seen = as_seen(name)
         taken = [uid for uid, other in zip(state.uids, state.class_names, strict=True) if as_seen(other) == seen]
         if taken and taken != [itself]:
-            raise ValueError(f"expected class names to differ, got {name!r}, which is class {class_id(taken[0])}")
+            raise IosrFastError(f"expected class names to differ, got {name!r}, which is class {class_id(taken[0])}")
 
     @staticmethod
     def _check_text(state: State, text: np.ndarray) -> np.ndarray:
         row = np.ascontiguousarray(text, np.float32)
         if row.shape != state.text.shape[1:]:
-            raise ValueError(f"expected a text embedding of shape {state.text.shape[1:]}, got {row.shape}")
+            raise IosrFastError(f"expected a text embedding of shape {state.text.shape[1:]}, got {row.shape}")
         check_unit_rows("text", row[None])
         return row
 

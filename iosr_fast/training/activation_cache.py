@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from iosr_fast.exceptions import IosrFastError
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -108,13 +110,13 @@ class ActivationCache:
         slots = self._slots(rows, view)
         expected = [(len(slots), *shape) for shape in self.shapes]
         if [tuple(part.shape) for part in parts] != expected:
-            raise ValueError(f"expected parts of shapes {expected}, got {[tuple(part.shape) for part in parts]}")
+            raise IosrFastError(f"expected parts of shapes {expected}, got {[tuple(part.shape) for part in parts]}")
         if not len(slots):
             return
         extremes = torch.stack([end.float() for part in parts for end in part.detach().aminmax()])
         largest = float(extremes.abs().max())  # NaN propagates
         if not largest <= torch.finfo(self.dtype).max:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected outputs of the stem that are finite in {DTYPES[self.dtype]}, got up to {largest:g}; cache "
                 "them in bfloat16, or check the CLIP"
             )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from iosr_fast.clip.adapter import Adapter, vision_blocks
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.exceptions import IosrFastError
 
 
 class AdaptedEncoder:
@@ -23,7 +24,7 @@ class AdaptedEncoder:
     def __init__(self, clip: LoadedClip, first_adapted_block: int) -> None:
         visual = clip.model.visual
         if visual.attn_pool is not None or visual.pool_type != "tok":
-            raise ValueError(f"{clip.name} pools its tokens; training needs an encoder that reads its CLS token")
+            raise IosrFastError(f"{clip.name} pools its tokens; training needs an encoder that reads its CLS token")
         self.visual = visual
         self.blocks, self.first = vision_blocks(clip), first_adapted_block
         self.last = len(self.blocks) - 1

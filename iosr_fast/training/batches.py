@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.augment import draw_augmentation
@@ -59,7 +60,7 @@ def part_size(config: TrainConfig, world: int) -> int:
     """Pictures of a micro-batch. Raises ValueError if `world` processes can't share the batch evenly."""
     size, uneven = divmod(config.batch, world * config.accumulate)
     if uneven:
-        raise ValueError(
+        raise IosrFastError(
             f"expected a batch that {world} processes can take in {config.accumulate} equal parts each, got "
             f"{config.batch}; a multiple of {world * config.accumulate} does"
         )

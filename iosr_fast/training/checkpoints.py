@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.temporaries import remove_leftovers
@@ -88,7 +89,7 @@ class Checkpoints:
             if key != self.key:
                 names = sorted(k for k in {*key, *self.key} if key.get(k) != self.key.get(k))
                 differences = ", ".join(f"{k} {self.key.get(k)!r} where it has {key.get(k)!r}" for k in names)
-                raise ValueError(
+                raise IosrFastError(
                     f"the checkpoints in {self.folder} are of another training ({differences}); delete them, or use "
                     "the settings they were made with"
                 )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from iosr_fast.clip.adapter import Adapter
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.supervised import Reduce, Stem
 from iosr_fast.training.train_config import DinoConfig
@@ -128,7 +129,7 @@ def local_size(encoder: AdaptedEncoder, config: DinoConfig) -> int:
     patch = encoder.patch_size
     size = config.local_size or -(-3 * encoder.image_size // (7 * patch)) * patch
     if size % patch or not patch <= size <= encoder.image_size:
-        raise ValueError(
+        raise IosrFastError(
             f"expected local_size as a multiple of the patch size {patch} up to {encoder.image_size}, got {size}"
         )
     return size

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Normalise, activation_key, open_cache, read_pixels, read_stems
@@ -48,7 +49,7 @@ class HeldOutEvaluator:
         self.normalise = Normalise(clip, True, fabric.device)  # as at inference, whatever training does
         classes = int((source.labels.bincount() >= 2).sum())
         if classes < 2:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected held-out pictures of at least two classes, two of each, to measure overlap and a linear "
                 f"probe on; got {len(source.labels)} pictures, {classes} classes with two: hold out more, or none"
             )

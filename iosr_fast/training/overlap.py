@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
+
 BINS = 200
 
 
@@ -19,7 +21,7 @@ def pair_cosines(embeddings: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     same = labels[:, None] == labels[None, :]
     paired, unpaired = cosines[upper & same], cosines[upper & ~same]
     if not len(paired) or not len(unpaired):
-        raise ValueError(
+        raise IosrFastError(
             f"expected pairs of the same and of different classes, got {len(paired)} and {len(unpaired)} of them"
         )
     return paired, unpaired
@@ -53,7 +55,7 @@ def feature_variance(embeddings: np.ndarray) -> float:
     """
     n_rows = len(embeddings)
     if n_rows < 2:
-        raise ValueError(f"expected at least two embeddings, got {n_rows}")
+        raise IosrFastError(f"expected at least two embeddings, got {n_rows}")
     exact = np.asarray(embeddings, np.float64)
     return float(((exact - exact.mean(0)) ** 2).sum() / (n_rows - 1))
 

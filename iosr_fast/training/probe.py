@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 from iosr_fast.utils.require import require
 
@@ -50,7 +51,7 @@ def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
     rows = _choose(labels, seed)
     names, sizes = np.unique(labels[rows], return_counts=True)
     if len(names) < 2:
-        raise ValueError(
+        raise IosrFastError(
             f"expected at least two classes of two pictures or more, got {len(names)} among "
             f"{len(np.unique(labels))} classes of {len(labels)} pictures; hold more pictures out"
         )
@@ -82,7 +83,7 @@ def _normalised(embeddings: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if len(bad):
-        raise ValueError(
+        raise IosrFastError(
             f"expected finite embeddings other than zero, got {len(bad)} that are not, the first in row {bad[0]}"
         )
     units: np.ndarray = rows / norms

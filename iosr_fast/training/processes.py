@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.train_config import TrainConfig
 from iosr_fast.utils.require import require
 
@@ -41,7 +42,7 @@ def make_fabric(precision: str = "32-true", accelerator: str = "auto") -> Fabric
     try:
         result: Fabric = fabric.Fabric(**options)
     except (RuntimeError, misconfigured) as error:
-        raise ValueError(f"can't train on accelerator {accelerator!r} in {precision}: {error}") from error
+        raise IosrFastError(f"can't train on accelerator {accelerator!r} in {precision}: {error}") from error
     result.launch()
     return result
 
@@ -62,7 +63,7 @@ def check_shared(fabric: Fabric, folder: Path) -> None:
     if fabric.is_global_zero:
         mark.unlink()
     if missing:
-        raise ValueError(
+        raise IosrFastError(
             f"expected {folder} to be one folder for all processes, but {missing} of {fabric.world_size} see another "
             "one than the first process: put it where all machines can read it"
         )
@@ -80,12 +81,12 @@ def check_same(fabric: Fabric, key: Mapping[str, Any]) -> None:
     differing = _count(fabric, bool(names))
     if names:
         differences = ", ".join(f"{name} {key[name]!r} where the first has {first[name]!r}" for name in names)
-        raise ValueError(
+        raise IosrFastError(
             f"expected the same training in all processes, got in process {fabric.global_rank} {differences}; give all "
             "the same options and the same files (copies with their times)"
         )
     if differing:
-        raise ValueError(f"expected the same training in all processes, got another in {differing} of them")
+        raise IosrFastError(f"expected the same training in all processes, got another in {differing} of them")
 
 
 def _count(fabric: Fabric, flag: bool) -> int:

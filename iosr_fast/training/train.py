@@ -23,6 +23,7 @@ import torch
 
 from iosr_fast.clip.adapter import Adapter, check_belongs
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.activation_cache import prune
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.batches import Batches, hash_seed, part_size
@@ -104,9 +105,9 @@ def train_adapter(
     check_belongs(adapter, clip)
     classes = len(source.class_names)
     if config.dino is None and classes < 2:
-        raise ValueError(f"expected at least two classes to train on, got {classes}: {source.class_names}")
+        raise IosrFastError(f"expected at least two classes to train on, got {classes}: {source.class_names}")
     if not len(source.labels):
-        raise ValueError("expected pictures to train on, got none")
+        raise IosrFastError("expected pictures to train on, got none")
     fabric = fabric or make_fabric(config.precision)
     part_size(config, fabric.world_size)
     if folder is not None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from iosr_fast.exceptions import IosrFastError
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -37,19 +39,21 @@ class DinoConfig:
     def __post_init__(self) -> None:
         for name in ("out_dim", "hidden", "head_bottleneck"):
             if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+                raise IosrFastError(f"expected {name} of at least 1, got {getattr(self, name)}")
         for name in ("local_crops", "teacher_warmup_epochs", "weight_decay_end"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
+                raise IosrFastError(f"expected {name} of at least 0, got {getattr(self, name)}")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise ValueError(f"expected {name} as two shares of a picture, 0 < low <= high <= 1, got {low} {high}")
+                raise IosrFastError(
+                    f"expected {name} as two shares of a picture, 0 < low <= high <= 1, got {low} {high}"
+                )
         for name in ("momentum", "center_momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"expected {name} from 0 to below 1, got {getattr(self, name)}")
+                raise IosrFastError(f"expected {name} from 0 to below 1, got {getattr(self, name)}")
         if not min(self.student_temperature, *self.teacher_temperature) > 0:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected temperatures above 0, got {self.student_temperature} and {self.teacher_temperature}"
             )
 
@@ -87,20 +91,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+                raise IosrFastError(f"expected {name} of at least 1, got {getattr(self, name)}")
         for name in ("cached_views", "warmup_epochs", "clip_grad", "min_learning_rate", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
+                raise IosrFastError(f"expected {name} of at least 0, got {getattr(self, name)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"expected a learning rate above 0, got {self.learning_rate}")
+            raise IosrFastError(f"expected a learning rate above 0, got {self.learning_rate}")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"expected precision of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise IosrFastError(f"expected precision of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"expected schedule constant or cosine, got {self.schedule!r}")
+            raise IosrFastError(f"expected schedule constant or cosine, got {self.schedule!r}")
         if self.cache_precision not in ("fp16", "bf16"):
-            raise ValueError(f"expected cache_precision fp16 or bf16, got {self.cache_precision!r}")
+            raise IosrFastError(f"expected cache_precision fp16 or bf16, got {self.cache_precision!r}")
         if self.dino is not None and (self.cached_views or self.augment):
-            raise ValueError("DINO draws new crops each epoch: expected cached_views=0 and augment=False")
+            raise IosrFastError("DINO draws new crops each epoch: expected cached_views=0 and augment=False")
 
     def learning_rate_at(self, step: int, steps_an_epoch: int) -> float:
         """The rate of optimizer step `step`, counted from 0: linear warm-up, then constant or a half cosine.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
@@ -121,7 +122,7 @@ class _Csv:
         header = self.header or ",".join(["step", "epoch", *values]).encode()
         names = header.decode().split(",")[2:]
         if set(names) != set(values):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected the values {names}, the columns of {self.path}, got {list(values)}; log the same at each "
                 "line, or move the file away"
             )
@@ -149,8 +150,8 @@ class _Csv:
             file.truncate(before)
             raise
 
-    def _damaged(self, number: int, line: bytes) -> ValueError:
-        return ValueError(
+    def _damaged(self, number: int, line: bytes) -> DamagedFileError:
+        return DamagedFileError(
             f"expected {self.path} to be a training's log (step, epoch and numbers, the step growing), got in line "
             f"{number}: {line[:80]!r}; move the file away, or log into another folder"
         )

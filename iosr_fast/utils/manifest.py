@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.utils.files import recover
 from iosr_fast.utils.temporaries import MANIFEST as MANIFEST
 
@@ -66,7 +67,7 @@ def read_manifest(folder: str | Path, kind: str, verify: bool = True) -> dict[st
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{name} is missing from {folder}; {advice(kind)}")
         if verify and (got := sha256(folder / name)) != entry["sha256"]:
-            raise ValueError(mismatch(name, folder, kind, entry["sha256"], got))
+            raise DamagedFileError(mismatch(name, folder, kind, entry["sha256"], got))
     return manifest
 
 
@@ -78,26 +79,30 @@ def parse_manifest(content: bytes, folder: Path, kind: str) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if len(content) > LARGEST_MANIFEST:
-        raise ValueError(f"expected {path} of at most {LARGEST_MANIFEST >> 20} MiB, got a larger one; {advice(kind)}")
+        raise DamagedFileError(
+            f"expected {path} of at most {LARGEST_MANIFEST >> 20} MiB, got a larger one; {advice(kind)}"
+        )
     try:
         manifest: dict[str, Any] = json.loads(content.decode("utf-8"))
         schema, actual_kind, sealed = manifest["schema"], manifest["kind"], seal(manifest)
         for entry in manifest["files"].values():
             if not (_SHA256.fullmatch(entry["sha256"]) and type(entry["bytes"]) is int and entry["bytes"] >= 0):
-                raise ValueError(f"expected the SHA-256 and the size of each file, got {entry}")
+                raise DamagedFileError(f"expected the SHA-256 and the size of each file, got {entry}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no manifest of iosr_fast ({error!r}); {advice(kind)}") from error
+        raise DamagedFileError(f"{path} is damaged or no manifest of iosr_fast ({error!r}); {advice(kind)}") from error
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version of iosr_fast reads schema {SCHEMA}; {advice(kind)}")
+        raise DamagedFileError(
+            f"{path} has schema {schema}, this version of iosr_fast reads schema {SCHEMA}; {advice(kind)}"
+        )
     if sealed != content:
-        raise ValueError(
+        raise DamagedFileError(
             f"{path} is damaged or was changed by hand: it does not match its own checksum; {advice(kind)}"
         )
     if actual_kind != kind:
-        raise ValueError(f"expected {folder} to hold a {kind}, got a {actual_kind}")
+        raise DamagedFileError(f"expected {folder} to hold a {kind}, got a {actual_kind}")
     for name in manifest["files"]:
         if _is_outside(name):
-            raise ValueError(
+            raise DamagedFileError(
                 f"{path} names a file outside its folder, {name!r}: iosr_fast did not write that; {advice(kind)}"
             )
     return manifest

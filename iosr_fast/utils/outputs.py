@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.manifest import MANIFEST
 
 
 def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
     """Raise ValueError for another suffix than these, OSError if `out` is a folder or can't be written."""
     if suffixes and out.suffix not in suffixes:
-        raise ValueError(f"expected --out to end in {' or '.join(suffixes)}, got {out}")
+        raise IosrFastError(f"expected --out to end in {' or '.join(suffixes)}, got {out}")
     if out.is_dir():
         raise IsADirectoryError(f"expected a file to write, got the folder {out}; add a name to it")
     parent = out.absolute().parent

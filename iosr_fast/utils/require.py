@@ -12,6 +12,8 @@ import os
 import sys
 from types import ModuleType
 
+from iosr_fast.exceptions import MissingPackageError
+
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -35,5 +37,7 @@ def require(module: str, extra: str) -> ModuleType:
         raise _missing(module, extra) from error
 
 
-def _missing(module: str, extra: str) -> ImportError:
-    return ImportError(f"{module} is needed here and is not installed: pip install 'iosr_fast[{extra}]' brings it")
+def _missing(module: str, extra: str) -> MissingPackageError:
+    return MissingPackageError(
+        f"{module} is needed here and is not installed: pip install 'iosr_fast[{extra}]' brings it"
+    )

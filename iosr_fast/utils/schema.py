@@ -7,6 +7,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from iosr_fast.exceptions import DamagedFileError
 from iosr_fast.utils.manifest import advice
 from iosr_fast.utils.text import abbreviate
 from iosr_fast.utils.verified_folder import VerifiedFolder
@@ -41,9 +42,9 @@ def read_facts(folder: VerifiedFolder, schema: type[_T]) -> _T:
         raise refused(folder, f"manifest.json: {error}") from error
 
 
-def refused(folder: VerifiedFolder, reason: str) -> ValueError:
+def refused(folder: VerifiedFolder, reason: str) -> DamagedFileError:
     """The error for content that can't be right."""
-    return ValueError(f"{folder.folder} is not a complete {folder.kind}: {reason}; {advice(folder.kind)}")
+    return DamagedFileError(f"{folder.folder} is not a complete {folder.kind}: {reason}; {advice(folder.kind)}")
 
 
 def check_files(folder: VerifiedFolder, needed: set[str], allowed: set[str]) -> None:

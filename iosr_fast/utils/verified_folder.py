@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.files import folder_identity, recover
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, parse_manifest
 
@@ -118,7 +119,7 @@ class VerifiedFolder:
             digest.update(chunk)
             yield chunk
         if (got := digest.hexdigest()) != entry["sha256"]:
-            raise ValueError(mismatch(name, self.folder, self.kind, entry["sha256"], got))
+            raise DamagedFileError(mismatch(name, self.folder, self.kind, entry["sha256"], got))
 
     def part(self, name: str) -> VerifiedFolder:
         """The sub-folder `name`, as listed in this folder's manifest."""
@@ -131,13 +132,13 @@ class VerifiedFolder:
         """The sub-folder `name`, which has its own manifest. Raises ValueError if the two manifests differ."""
         part = self.part(name)
         if MANIFEST not in part.files:
-            raise ValueError(f"expected {self.folder} to hold {name}/{MANIFEST}, got none; {advice(self.kind)}")
+            raise DamagedFileError(f"expected {self.folder} to hold {name}/{MANIFEST}, got none; {advice(self.kind)}")
         content = self.read(f"{name}/{MANIFEST}")
         manifest = parse_manifest(content, part.folder, kind)
         own, outer = manifest["files"], {n: e for n, e in part.manifest["files"].items() if n != MANIFEST}
         if own != outer:
             differing = sorted(n for n in {*own, *outer} if own.get(n) != outer.get(n))
-            raise ValueError(
+            raise DamagedFileError(
                 f"expected {part.folder / MANIFEST} and {self.folder / MANIFEST} to agree on every file, got two "
                 f"entries for {', '.join(differing)}; {advice(self.kind)}"
             )
@@ -207,7 +208,7 @@ def _digest_of(content: bytes) -> str:
 
 def _compare_digest(folder: Path, kind: str, got: str, expected: str | None) -> None:
     if expected not in (None, got):
-        raise ValueError(
+        raise IosrFastError(
             f"expected {folder} with the digest {expected}, got {got}: it is another {kind} than the pinned "
             "one, or was changed"
         )
@@ -217,12 +218,12 @@ def check_digest(expected: str, verify: bool) -> None:
     """Raise ValueError for a malformed digest, and for verify=False, which would not compare the files with it."""
     digits = expected.removeprefix("sha256:")
     if digits == expected or len(digits) != 64 or set(digits) - set("0123456789abcdef"):
-        raise ValueError(
+        raise IosrFastError(
             f"expected a digest of the form sha256:<64 hexadecimal digits>, got {expected!r}; `iosr-fast info FOLDER` "
             "prints it"
         )
     if not verify:
-        raise ValueError("expected_digest says nothing about files that are not verified: leave verify=False out")
+        raise IosrFastError("expected_digest says nothing about files that are not verified: leave verify=False out")
 
 
 def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) -> VerifiedFolder:
@@ -239,7 +240,7 @@ def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) ->
         _compare_digest(folder, kind, _digest_of(content), expected_digest)
         manifest = parse_manifest(content, folder, kind)
         if len(manifest["files"]) > _MOST_FILES:
-            raise ValueError(f"expected at most {_MOST_FILES} files in {folder}, got {len(manifest['files'])}")
+            raise IosrFastError(f"expected at most {_MOST_FILES} files in {folder}, got {len(manifest['files'])}")
         files = {}
         for name in manifest["files"]:
             try:
@@ -280,7 +281,9 @@ def _refuse_link(path: Path, at: int | None, name: str) -> None:
     """Raise ValueError with advice. O_NOFOLLOW covers a link that appears between this check and the opening."""
     status = os.stat(path if at is None else name, dir_fd=at, follow_symlinks=False)
     if stat.S_ISLNK(status.st_mode):
-        raise ValueError(f"{path} is a link, expected a file or folder of its own: copy it with `cp -rL` to resolve it")
+        raise IosrFastError(
+            f"{path} is a link, expected a file or folder of its own: copy it with `cp -rL` to resolve it"
+        )
 
 
 def _signature(status: os.stat_result) -> _Signature:

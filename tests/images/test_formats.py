@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, TiffImagePlugin, features
 
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import pixels
 from iosr_fast.images.decode import decode_pixels
-from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop, to_pixels
+from iosr_fast.images.preprocess import open_image, resize_and_crop, to_pixels
 from tests.pictures import encode
 
 ORIENTATIONS = range(1, 9)

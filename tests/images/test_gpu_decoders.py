@@ -20,10 +20,11 @@ pytest.importorskip("torchvision")
 
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.encoders.runtimes import plans  # noqa: E402
+from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.images import decoders, gpu_decoders  # noqa: E402
 from iosr_fast.images.decoders import choose_decoder  # noqa: E402
 from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder, shrink  # noqa: E402
-from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop  # noqa: E402
+from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from tests.pictures import encode  # noqa: E402
 from tools.bench.photographs import photograph  # noqa: E402

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image, features
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.images.preprocess import BadImageError, as_image_list, open_image, to_pixels
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.state.bundle import load_bundle
 from tests.images.test_formats import heic, oriented

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
-from iosr_fast.images.preprocess import BadImageError, as_image_list, open_image, to_pixels
+from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from tests.images.test_formats import rgb, upright
 from tests.pictures import encode
 

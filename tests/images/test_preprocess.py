@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.listing import list_folder
-from iosr_fast.images.preprocess import (
-    BadImageError,
-    open_image,
-    random_view,
-    resize_and_crop,
-    to_pixels,
-)
+from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop, to_pixels
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> Image.Image:

@@ -10,9 +10,9 @@ import pytest
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders import runtimes
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.listing import list_images
-from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline import stream
 from tools.bench.photographs import write_photographs
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import open_engine
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.pipeline import part_folder
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import iterate_parts, read_embeddings, read_part

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.images.preprocess import BadImageError, to_pixels
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.pipeline import embedding_files
 from iosr_fast.pipeline.source import Item, ItemDecoder, Source, check_carried
 from iosr_fast.pipeline.sources import kind_of, open_source

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.listing import list_images
-from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, classify
 from iosr_fast.utils.ordered import map_ordered
 

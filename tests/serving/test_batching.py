@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from iosr_fast.serving.batching import BatchingClassifier, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import DeadlineExceededError, QueueFullError
+from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching import front as batching
 from iosr_fast.serving.batching import item as batch_item
 from iosr_fast.serving.batching import queue as batch_queue

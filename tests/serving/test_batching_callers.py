@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.serving.batching import BatchingClassifier, ClosedError, QueueFullError
+from iosr_fast.exceptions import ClosedError, QueueFullError
+from iosr_fast.serving.batching import BatchingClassifier
 from tests.serving.batching_fakes import PATIENCE_S, FakeClassifier, labels, picture, threads, until
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast import Classifier
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.serving.batching import BatchingClassifier
 from tests.demo_cache import demo_bundle
 from tests.pictures import encode

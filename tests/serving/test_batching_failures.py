@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import decode
-from iosr_fast.images.preprocess import BadImageError
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 from iosr_fast.serving.batching import decode as batch_decode
 from iosr_fast.serving.batching import workers as batch_workers

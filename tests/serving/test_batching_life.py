@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.serving.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.serving.batching import BatchingClassifier
 from tests import ROOT
 from tests.serving.batching_fakes import (
     PATIENCE_S,

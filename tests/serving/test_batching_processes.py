@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.serving.batching import BatchingClassifier, ClosedError, DeadlineExceededError, DecodeLimits, processes
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError
+from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits, processes
 from iosr_fast.serving.batching.decode import decode
 from iosr_fast.serving.batching.processes import DecoderProcess
 from tests import ROOT

@@ -20,7 +20,7 @@ pytest.importorskip("ray.serve", reason="ray.serve comes with the ray extra")
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from iosr_fast.cli import app
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.settings import Settings

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.state.predictions import predict
 from tests.pictures import encode
 from tests.state.live_parts import WIDTH, PixelEncoder, pictures, small_classifier, unit

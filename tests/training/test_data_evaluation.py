@@ -18,7 +18,7 @@ from tests import ROOT
 for module in ("torch", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
 
-from iosr_fast.images.preprocess import BadImageError  # noqa: E402
+from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.training.data.evaluation_readers import Content  # noqa: E402
 from iosr_fast.training.data.evaluation_sets import (  # noqa: E402
     IMAGENET_SEVEN,

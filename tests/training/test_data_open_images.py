@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
 
-from iosr_fast.images.preprocess import BadImageError  # noqa: E402
+from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.training.data.open_images import (  # noqa: E402
     OpenImagesPictures,
     balanced_subset,

@@ -17,7 +17,7 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("webdataset", reason="webdataset comes with the train extra")
 
-from iosr_fast.images.preprocess import BadImageError  # noqa: E402
+from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.training.data import ShardPictures, shards, split  # noqa: E402
 from iosr_fast.training.data.shard_index import INDEX, read_samples  # noqa: E402
 from tests.pictures import encode  # noqa: E402

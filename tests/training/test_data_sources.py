@@ -11,7 +11,8 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 
-from iosr_fast.images.preprocess import BadImageError, to_pixels  # noqa: E402
+from iosr_fast.exceptions import BadImageError  # noqa: E402
+from iosr_fast.images.preprocess import to_pixels  # noqa: E402
 from iosr_fast.training.data import (  # noqa: E402
     FolderPictures,
     PictureSource,

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
+
 FOLDER = Path(__file__).parent / "data"
 Split = Literal["generic", "held-out"]
 
@@ -38,7 +40,7 @@ def load_pictures(split: Split, min_styles: int = 4) -> Pictures:
     from PIL import Image
 
     if split not in ("generic", "held-out"):
-        raise ValueError(f"expected split 'generic' or 'held-out', got {split!r}")
+        raise IosrFastError(f"expected split 'generic' or 'held-out', got {split!r}")
     index = load_index()
     tile, columns, style_names = index["tile"], index["columns"], list(index["styles"])
     sheets = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.exceptions import IosrFastError
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
@@ -20,7 +21,7 @@ def check_buckets(buckets: Iterable[int], largest: int) -> tuple[int, ...]:
     """Sorted, with `largest` added, so that every batch fits one. Raises ValueError for sizes not in 1..`largest`."""
     sizes = list(buckets)
     if wrong := [size for size in sizes if not 1 <= size <= largest]:
-        raise ValueError(f"expected batch sizes of 1 to {largest}, which is what this engine takes, got {wrong}")
+        raise IosrFastError(f"expected batch sizes of 1 to {largest}, which is what this engine takes, got {wrong}")
     return tuple(sorted({*sizes, largest}))
 
 
@@ -60,7 +61,7 @@ class BatchedEncoder(Encoder):
                 "so pass the picture's bytes"
             )
         if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected pixels of shape {expected}, got {pixels.shape}; iosr_fast.images.preprocess resizes pictures"
             )
         starts = range(0, len(pixels), self.max_batch)

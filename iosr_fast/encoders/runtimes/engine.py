@@ -18,6 +18,7 @@ from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
+from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
 from iosr_fast.utils import machine
 from iosr_fast.utils.schema import (
     Above0,
@@ -105,7 +106,7 @@ def open_engine(
     engine was not built for, RuntimeError if nothing here can execute it, ImportError for a missing package.
     """
     if threads is not None and threads < 1:
-        raise ValueError(f"expected threads >= 1, got {threads}")
+        raise IosrFastError(f"expected threads >= 1, got {threads}")
     if isinstance(folder, VerifiedFolder):
         source = folder
     else:
@@ -150,10 +151,10 @@ def choose_runtime(
     "auto" finds none.
     """
     if runtime not in ("auto", *RUNTIMES):
-        raise ValueError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
+        raise IosrFastError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
     if runtime != "auto":
         if built_for is not None and runtime not in built_for:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected one of the runtimes this engine was built for, {sorted(built_for)}, got {runtime!r}; "
                 f"tools/build_engine.py --runtime {runtime} builds one for it"
             )
@@ -169,7 +170,9 @@ def choose_runtime(
             log.info("runtime %s chosen; refused: %s", name, refusals or "none")
             return name
         refusals[name] = reason
-    raise RuntimeError(f"no runtime for this engine: {'; '.join(f'{name}: {why}' for name, why in refusals.items())}")
+    raise UnavailableError(
+        f"no runtime for this engine: {'; '.join(f'{name}: {why}' for name, why in refusals.items())}"
+    )
 
 
 def check_runtime(runtime: str) -> None:
@@ -178,7 +181,7 @@ def check_runtime(runtime: str) -> None:
         return
     reason = unavailable_reason(choose_runtime(runtime))
     if reason is not None and runtime not in EXTRAS:
-        raise ImportError(reason)
+        raise MissingPackageError(reason)
 
 
 def _runtimes_of(manifest: dict[str, Any]) -> set[str]:

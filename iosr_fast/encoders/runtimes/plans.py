@@ -18,6 +18,7 @@ from typing import Any
 
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
+from iosr_fast.exceptions import DamagedFileError, UnavailableError
 from iosr_fast.utils.files import cache_folder, new_folder, recover
 from iosr_fast.utils.machine import Gpu
 from iosr_fast.utils.manifest import read_manifest, sha256, write_manifest
@@ -46,7 +47,7 @@ class Target:
         if self.runtime in PORTABLE:
             return None
         if self.gpu is None:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"{self.runtime} compiles for the NVIDIA GPU that it runs on, and PyTorch sees none here; build the "
                 "engine on the machine that will run it, or for another runtime"
             )
@@ -114,7 +115,7 @@ def open_plan(folder: Path, manifest: Mapping[str, Any], target: Target, build: 
     advice = f"build the engine on this machine (tools/build_engine.py --runtime {target.runtime}), or open it with "
     advice += "runtime='onnxruntime'"
     if ONNX_FILE not in manifest["files"]:
-        raise RuntimeError(f"{misfit}; and {folder} has no {ONNX_FILE} to build a plan from: {advice}")
+        raise UnavailableError(f"{misfit}; and {folder} has no {ONNX_FILE} to build a plan from: {advice}")
     expected = {name: manifest["files"][name]["sha256"] for name in (ONNX_FILE, WEIGHTS) if name in manifest["files"]}
     source = hashlib.sha256(json.dumps(expected).encode()).hexdigest()
     cached = target.cached(manifest["max_batch"], source)
@@ -125,11 +126,11 @@ def open_plan(folder: Path, manifest: Mapping[str, Any], target: Target, build: 
     log.warning("%s: building again from %s, once, kept in %s", misfit, ONNX_FILE, cached)
     for name, digest in expected.items():
         if sha256(folder / name) != digest:
-            raise ValueError(f"{name} in {folder} does not match its manifest: it is damaged or was changed")
+            raise DamagedFileError(f"{name} in {folder} does not match its manifest: it is damaged or was changed")
     try:
         data, built = build(folder / ONNX_FILE)
     except RuntimeError as error:
-        raise RuntimeError(f"{misfit}; building again from {ONNX_FILE} failed: {error}; {advice}") from error
+        raise UnavailableError(f"{misfit}; building again from {ONNX_FILE} failed: {error}; {advice}") from error
     return _write_cached(cached, data, {**target.facts(), **built, "source_sha256": source})
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from iosr_fast.encoders.runtimes import plans
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils import machine
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
@@ -192,7 +193,7 @@ class TensorRTEncoder(BatchedEncoder):
 
 def _load(module_name: str) -> Any:
     if module_name not in EXTRAS:
-        raise ValueError(f"expected one of {sorted(EXTRAS)}, got {module_name!r}")
+        raise IosrFastError(f"expected one of {sorted(EXTRAS)}, got {module_name!r}")
     return require(module_name, EXTRAS[module_name])
 
 

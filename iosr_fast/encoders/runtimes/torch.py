@@ -12,6 +12,7 @@ import numpy as np
 
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
 FILE = "encoder.safetensors"
@@ -47,7 +48,7 @@ class TorchEncoder(BatchedEncoder):
         try:
             encoder.load_state_dict(load_file(folder / FILE))
         except RuntimeError as error:
-            raise ValueError(
+            raise IosrFastError(
                 f"{FILE} in {folder} does not fit its manifest: {error}; build the engine again"
             ) from error
         self._torch = torch

@@ -12,12 +12,13 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.decoder_process import confinement
 from iosr_fast.images.decoder_process.structure import structure_error
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
 from iosr_fast.images.limits import DecodeLimits
-from iosr_fast.images.preprocess import BadImageError, open_image
+from iosr_fast.images.preprocess import open_image
 
 
 def main() -> None:

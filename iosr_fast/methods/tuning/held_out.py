@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.search import Intervals, cache_intervals, intervals
@@ -49,12 +50,12 @@ class HeldOutSet:
         """A validation set. Raises ValueError if it is empty or its labels don't fit."""
         labels = np.asarray(labels, np.int64)
         if labels.shape != (len(queries),) or not len(labels):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected at least one validation image and a label for each, got {len(queries)} images and "
                 f"labels of shape {labels.shape}"
             )
         if labels.min() < 0 or labels.max() >= support.n_classes:
-            raise ValueError(f"expected labels in 0..{support.n_classes - 1}, got {labels.min()}..{labels.max()}")
+            raise IosrFastError(f"expected labels in 0..{support.n_classes - 1}, got {labels.min()}..{labels.max()}")
         return cls(method, reducer, support, queries, labels)
 
     @classmethod
@@ -152,7 +153,7 @@ class HeldOutSet:
         if plan.linear is not None:  # gamma multiplies the linear term: settings are every beta with every gamma
             betas, gammas = (list(dict.fromkeys(s[name] for s in settings)) for name in ("beta", "gamma"))
             if [dict(s) for s in settings] != [{"beta": b, "gamma": g} for b, g in product(betas, gammas)]:
-                raise ValueError(f"expected every beta with every gamma, betas first, for {self.method.name}")
+                raise IosrFastError(f"expected every beta with every gamma, betas first, for {self.method.name}")
             extra = score(replace(plan, keys=None, class_offsets=None, tau=0.0), queries)
             call |= {"betas": betas, "extra": extra, "gammas": gammas}
         elif plan.weights is not None:  # gamma shapes the weights of the keys

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.methods.tuning import numpy_search
 from iosr_fast.methods.tuning.numpy_search import LOWER_OPEN, UPPER_OPEN
 from iosr_fast.scoring import dispatch
@@ -47,9 +48,9 @@ class Intervals:
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
             array = getattr(self, name)
             if array.ndim != 2 or array.shape != self.lower.shape:
-                raise ValueError(f"expected lower, upper and flags of one shape (S, V), got {name} of {array.shape}")
+                raise IosrFastError(f"expected lower, upper and flags of one shape (S, V), got {name} of {array.shape}")
             if np.isnan(array).any():
-                raise ValueError(
+                raise IosrFastError(
                     f"expected {name} without NaN, got {np.isnan(array).sum()}; mark intervals EMPTY instead"
                 )
 
@@ -68,7 +69,7 @@ class Intervals:
         """The samples of several parts (folds) side by side; ValueError if their numbers of settings differ."""
         settings = [part.n_settings for part in parts]
         if len(set(settings)) != 1:
-            raise ValueError(f"expected at least one part, and all of one number of settings, got {settings}")
+            raise IosrFastError(f"expected at least one part, and all of one number of settings, got {settings}")
         paths = " + ".join(dict.fromkeys(part.path for part in parts))
         lower, upper, flags = (
             np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("lower", "upper", "flags")
@@ -151,14 +152,14 @@ def cache_intervals(
     n_samples, n_classes = base.shape
     labels = _labels(labels, n_samples, n_classes)
     if len(keys) < 1 or keys.shape[1] < 1:
-        raise ValueError(f"expected at least one key with at least one channel, got keys of shape {keys.shape}")
+        raise IosrFastError(f"expected at least one key with at least one channel, got keys of shape {keys.shape}")
     _check_shape("query", query, (n_samples, keys.shape[1]), "a row for each of base, a channel for each of keys")
     offsets = _offsets(class_offsets, n_classes, len(keys))
     betas = _numbers("betas", betas)
     if (betas < 0).any():
-        raise ValueError(f"expected betas >= 0, got {betas.min():.6g}")
+        raise IosrFastError(f"expected betas >= 0, got {betas.min():.6g}")
     if (extra is None) != (gammas is None):
-        raise ValueError("expected extra and gammas together, got one without the other")
+        raise IosrFastError("expected extra and gammas together, got one without the other")
     if extra is not None:
         extra, gammas = _matrix("extra", extra), _numbers("gammas", gammas)
         _check_shape("extra", extra, base.shape, "as base has")
@@ -214,27 +215,27 @@ def _choose(impl: str) -> str:
     if impl == "auto" and forced in ("cpp", "numpy"):
         impl, source = forced, f"{dispatch.ENVIRONMENT}={forced}"
     if impl not in ("auto", "cpp", "numpy"):
-        raise ValueError(f"expected an implementation out of auto, cpp, numpy, got {source}")
+        raise IosrFastError(f"expected an implementation out of auto, cpp, numpy, got {source}")
     if impl == "numpy":
         return impl
     reason = dispatch.cpp_unavailable_reason()
     if reason is None:
         return "cpp"
     if impl == "cpp":
-        raise RuntimeError(f"{source} can't run here: {reason}")
+        raise UnavailableError(f"{source} can't run here: {reason}")
     _log.info("searching with numpy (unavailable: cpp: %s)", reason)
     return "numpy"
 
 
 def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], why: str) -> None:
     if array.shape != shape:
-        raise ValueError(f"expected {name} of shape {shape}, {why}, got {array.shape}")
+        raise IosrFastError(f"expected {name} of shape {shape}, {why}, got {array.shape}")
 
 
 def _matrix(name: str, values: Any) -> np.ndarray:
     array: np.ndarray = np.ascontiguousarray(values, dtype=np.float32)
     if array.ndim != 2:
-        raise ValueError(f"expected {name} with two axes, got shape {np.shape(values)}")
+        raise IosrFastError(f"expected {name} with two axes, got shape {np.shape(values)}")
     check_finite(name, array)
     return array
 
@@ -243,35 +244,35 @@ def _numbers(name: str, values: Any) -> np.ndarray:
     """Constants as float64, in the range of float32 so that none of their products overflows."""
     array: np.ndarray = np.ascontiguousarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) < 1:
-        raise ValueError(f"expected {name} of shape (n,) with n >= 1, got {np.shape(values)}")
+        raise IosrFastError(f"expected {name} of shape (n,) with n >= 1, got {np.shape(values)}")
     if not (np.abs(array) <= np.finfo(np.float32).max).all():
-        raise ValueError(f"expected {name} finite and in the range of float32, got {array}")
+        raise IosrFastError(f"expected {name} finite and in the range of float32, got {array}")
     return array
 
 
 def _labels(values: Any, n_samples: int, n_classes: int) -> np.ndarray:
     array = np.asarray(values)
     if n_classes < 1:
-        raise ValueError("expected base of shape (V, C) with C >= 1, got C = 0")
+        raise IosrFastError("expected base of shape (V, C) with C >= 1, got C = 0")
     if array.dtype.kind not in "iu" and array.size > 0:
-        raise ValueError(f"expected labels of integers, got {array.dtype}")
+        raise IosrFastError(f"expected labels of integers, got {array.dtype}")
     if array.shape != (n_samples,):
-        raise ValueError(f"expected labels of shape {(n_samples,)}, one for each row of base, got {array.shape}")
+        raise IosrFastError(f"expected labels of shape {(n_samples,)}, one for each row of base, got {array.shape}")
     outside = (array < 0) | (array >= n_classes)
     if outside.any():
-        raise ValueError(f"expected labels from 0 to {n_classes - 1} (columns of base), got {array[outside][0]}")
+        raise IosrFastError(f"expected labels from 0 to {n_classes - 1} (columns of base), got {array[outside][0]}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
 def _offsets(values: Any, n_classes: int, n_keys: int) -> np.ndarray:
     offsets = np.asarray(values)
     if offsets.dtype.kind not in "iu" or offsets.shape != (n_classes + 1,):
-        raise ValueError(
+        raise IosrFastError(
             f"expected class_offsets of integers, shape {(n_classes + 1,)}, got {offsets.dtype} of {offsets.shape}"
         )
     offsets = np.ascontiguousarray(offsets, dtype=np.int64)
     if offsets[0] != 0 or offsets[-1] != n_keys or (np.diff(offsets) < 0).any():
-        raise ValueError(
+        raise IosrFastError(
             f"expected class_offsets to rise from 0 to the number of keys, {n_keys}, "
             f"got {offsets[0]} to {offsets[-1]}; sort keys by class first"
         )

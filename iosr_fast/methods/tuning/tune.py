@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, check_parameters, compile_method, fit_method_reducer, unavailable_reason
 from iosr_fast.methods.method import MAX_ALPHA, Method
 from iosr_fast.methods.support_set import SupportSet
@@ -70,16 +71,16 @@ def check_choice(method: str, reducer: str | None, tuning: str | None, **paramet
     if reducer is not None:
         check_reducer(reducer)
     if tuning not in (None, "loo", "none"):
-        raise ValueError(f"expected tune to be 'loo' or 'none', got {tuning!r}")
+        raise IosrFastError(f"expected tune to be 'loo' or 'none', got {tuning!r}")
     if method != AUTO:
         values = check_parameters(method, **parameters)
         if values and tuning == "loo":
-            raise ValueError(f"expected parameters or tune={tuning!r}, got both; leave {', '.join(values)} out")
+            raise IosrFastError(f"expected parameters or tune={tuning!r}, got both; leave {', '.join(values)} out")
         return values
     named = [name for name, value in {**parameters, "reducer": reducer}.items() if value is not None]
     if named or tuning == "none":
         extra = ", ".join(named) or f"tune={tuning!r}"
-        raise ValueError(f"method 'auto' chooses by leave-one-out: leave {extra} out, or name a method")
+        raise IosrFastError(f"method 'auto' chooses by leave-one-out: leave {extra} out, or name a method")
     return {}
 
 
@@ -105,9 +106,9 @@ def tune(
         return tune_auto(support, queries, labels)
     started = time.perf_counter()
     if method not in METHODS:
-        raise ValueError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
+        raise IosrFastError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
     if (reason := unavailable_reason(method, support)) is not None:
-        raise ValueError(reason)
+        raise IosrFastError(reason)
     entry = METHODS[method]
     fitted = fit_method_reducer(entry, reducer, support)
     validated = queries is not None
@@ -205,7 +206,7 @@ def tune_auto(support: SupportSet, queries: Embeddings | None = None, labels: np
     if queries is None and int(support.counts.max(initial=0)) < 2:
         suited = [name for name in names if METHODS[name].one_shot]
         if not suited:
-            raise ValueError("expected support images or text embeddings, got neither")
+            raise IosrFastError("expected support images or text embeddings, got neither")
         if not METHODS[suited[-1]].needs_support:
             return Tuned(suited[-1], "none", {}, float("nan"), 0, "none")
         return tune(suited[-1], support)

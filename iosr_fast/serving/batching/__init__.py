@@ -2,13 +2,6 @@
 
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.serving.batching.front import BatchingClassifier
-from iosr_fast.serving.batching.item import ClosedError, DeadlineExceededError, Observer, QueueFullError
+from iosr_fast.serving.batching.item import Observer
 
-__all__ = [
-    "BatchingClassifier",
-    "ClosedError",
-    "DeadlineExceededError",
-    "DecodeLimits",
-    "Observer",
-    "QueueFullError",
-]
+__all__ = ["BatchingClassifier", "DecodeLimits", "Observer"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
 from iosr_fast.images.limits import DecodeLimits, claimed_size, image_kind, work_pixels
-from iosr_fast.images.preprocess import ENCODED, BadImageError, as_array, open_image
+from iosr_fast.images.preprocess import ENCODED, as_array, open_image
 
 
 class Decoder:

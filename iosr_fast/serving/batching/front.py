@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.serving.batching.decode import decoding_cost
@@ -76,9 +77,9 @@ class BatchingClassifier:
         threads = min(_MAX_DECODERS, usable_threads()) if decode_threads is None else decode_threads
         for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": threads}.items():
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+                raise IosrFastError(f"expected {name} to be a whole number of at least 1, got {value!r}")
         if not 0 <= max_wait_ms < math.inf:
-            raise ValueError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
+            raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         classifier.snapshot()  # raises if it is not fitted
         hooks = Hooks(observer)
         self._warm = warm
@@ -120,7 +121,7 @@ class BatchingClassifier:
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected at most {self._queue.max_queue} images at once (max_queue), got {len(items)}; submit fewer"
             )
         self._queue.admit(items, query.deadline_s)

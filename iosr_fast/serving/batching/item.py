@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from iosr_fast.images.preprocess import BadImageError
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,25 +19,6 @@ if TYPE_CHECKING:
     from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger(__name__)
-
-
-class QueueFullError(RuntimeError):
-    """Refused at submit: the queue is full, or the deadline can't be met. `retry_after_s`: when to try again."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-    def __reduce__(self) -> tuple[type[QueueFullError], tuple[str, float]]:
-        return QueueFullError, (str(self), self.retry_after_s)
-
-
-class DeadlineExceededError(TimeoutError):
-    """Accepted, but not encoded before its deadline."""
-
-
-class ClosedError(RuntimeError):
-    """Refused at submit, or abandoned by a close() whose timeout ran out."""
 
 
 class Observer(Protocol):
@@ -116,9 +97,9 @@ class Query:
 
     def __post_init__(self) -> None:
         if operator.index(self.top) < 1 or operator.index(self.nearest) < 0:
-            raise ValueError(f"expected top >= 1 and nearest >= 0, got {self.top} and {self.nearest}")
+            raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {self.top} and {self.nearest}")
         if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
-            raise ValueError(f"expected deadline_s > 0 or None, got {self.deadline_s!r}")
+            raise IosrFastError(f"expected deadline_s > 0 or None, got {self.deadline_s!r}")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 import iosr_fast
+from iosr_fast.exceptions import BadImageError, DeadlineExceededError
 from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
 from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
-from iosr_fast.images.preprocess import ENCODED, BadImageError
+from iosr_fast.images.preprocess import ENCODED
 from iosr_fast.serving.batching.decode import Decoder, check_bytes, grey_png
-from iosr_fast.serving.batching.item import DeadlineExceededError
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.batching.decode import is_pixels
-from iosr_fast.serving.batching.item import ClosedError, Hooks, Item, QueuedBatch, QueueFullError, Stage, WholeImage
+from iosr_fast.serving.batching.item import Hooks, Item, QueuedBatch, Stage, WholeImage
 from iosr_fast.serving.batching.pace import Pace
 from iosr_fast.serving.batching.turns import Turns
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import ClosedError
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.serving.batching.decode import Decoder
 from iosr_fast.serving.batching.engine import Engine
-from iosr_fast.serving.batching.item import ClosedError, Hooks, Item, QueuedBatch, WholeImage, without_frames
+from iosr_fast.serving.batching.item import Hooks, Item, QueuedBatch, WholeImage, without_frames
 from iosr_fast.serving.batching.queue import BatchQueue
 
 log = logging.getLogger(__name__)

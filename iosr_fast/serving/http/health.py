@@ -8,7 +8,7 @@ import time
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from iosr_fast.serving.batching import ClosedError, QueueFullError
+from iosr_fast.exceptions import ClosedError, QueueFullError
 from iosr_fast.serving.batching.decode import grey_png
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.metrics import CONTENT_TYPE

@@ -12,8 +12,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.serving.batching import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, shutting_down
 from iosr_fast.serving.http.service import Service

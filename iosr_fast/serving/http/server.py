@@ -18,6 +18,7 @@ import uvicorn
 
 from iosr_fast import __version__
 from iosr_fast.classifier import Classifier
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.app import create_app
 from iosr_fast.serving.http.logs import json_logs, log, logger
 from iosr_fast.serving.http.metrics import Metrics
@@ -119,7 +120,7 @@ def _allow_files(settings: Settings) -> None:
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     if limit != resource.RLIM_INFINITY and settings.max_connections + _FILES > limit:
-        raise ValueError(
+        raise IosrFastError(
             f"expected max_connections of at most {limit - _FILES}, because this process may open {limit} files, got "
             f"{settings.max_connections}; lower --max-connections or raise `ulimit -n`"
         )

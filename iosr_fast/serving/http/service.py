@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from starlette.datastructures import Headers
 
-from iosr_fast.serving.batching import ClosedError, DeadlineExceededError
+from iosr_fast.exceptions import ClosedError, DeadlineExceededError
 from iosr_fast.serving.http.body import Budget
 from iosr_fast.serving.http.errors import ApiError, busy, shutting_down
 from iosr_fast.serving.http.lists import ClassifierLists

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def check_fields(record: Any) -> None:
                 msgspec.convert(value, annotation)
             except msgspec.ValidationError as error:
                 message = str(error).removeprefix("Expected ")
-                raise ValueError(f"expected {name} to be {message}, got {value!r:.80}") from None
+                raise IosrFastError(f"expected {name} to be {message}, got {value!r:.80}") from None
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Settings:
             _check_token(self.token)  # first, because check_fields quotes values
         check_fields(self)
         if self.recover and self.log is None:
-            raise ValueError("expected a log to recover, got none: name it with --log")
+            raise IosrFastError("expected a log to recover, got none: name it with --log")
         for small, large in (
             ("max_images", "max_queue"),
             ("max_image_bytes", "max_body_bytes"),
@@ -119,7 +120,7 @@ class Settings:
             ("deadline_ms", "max_deadline_ms"),
         ):
             if getattr(self, small) > getattr(self, large):
-                raise ValueError(
+                raise IosrFastError(
                     f"expected {small} of at most {large}, got {getattr(self, small)} and {getattr(self, large)}; "
                     f"lower --{small.replace('_', '-')} or raise --{large.replace('_', '-')}"
                 )
@@ -155,7 +156,7 @@ class Settings:
 
 def _check_token(token: str) -> None:
     if len(token) < _MIN_TOKEN or not token.isascii() or any(not 32 < ord(letter) < 127 for letter in token):
-        raise ValueError(
+        raise IosrFastError(
             f"expected a token of at least {_MIN_TOKEN} printable ASCII characters without spaces, got "
             f"{len(token)} characters; `python -c 'import secrets; print(secrets.token_urlsafe(32))'` makes a good one"
         )

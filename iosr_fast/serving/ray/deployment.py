@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast import __version__
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Count, NonNegative, Positive, Settings, check_fields
 from iosr_fast.serving.ray.messages import Source
 from iosr_fast.utils.require import require
@@ -50,7 +51,7 @@ class Scale:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected max_replicas of at least min_replicas, got {self.max_replicas} and {self.min_replicas}"
             )
 
@@ -92,7 +93,7 @@ def from_config(args: Mapping[str, Any]) -> Any:
         deployments: [{name: Classifier, user_config: {bundle: /share/another}}]
     """
     if "bundle" not in args or set(args) - {"bundle", "settings", "scale"}:
-        raise ValueError(f"expected args with bundle and, if you like, settings and scale, got {sorted(args)}")
+        raise IosrFastError(f"expected args with bundle and, if you like, settings and scale, got {sorted(args)}")
     return build_app(args["bundle"], Settings(**args.get("settings", {})), Scale(**args.get("scale", {})))
 
 
@@ -102,7 +103,7 @@ def application(source: Source, settings: Settings, scale: Scale) -> Any:
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         require(module, "serve")
     if settings.token is not None or settings.log is not None:
-        raise ValueError(
+        raise IosrFastError(
             "expected settings without token and log, because classes can't be changed on replicas; "
             "change them on one classifier, save it and roll it out"
         )

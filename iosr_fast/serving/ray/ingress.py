@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from iosr_fast.serving.batching import DeadlineExceededError
+from iosr_fast.exceptions import DeadlineExceededError
 from iosr_fast.serving.http import classes, health, lists
 from iosr_fast.serving.http.app import assemble
 from iosr_fast.serving.http.errors import ApiError, busy

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.manifest import read_manifest
@@ -35,7 +36,9 @@ class Source:
         """From a user_config of Ray Serve: {"bundle": folder}, optionally with "checksum"."""
         bundle, checksum = config.get("bundle"), config.get("checksum")
         if not isinstance(bundle, str) or not isinstance(checksum, str | None) or set(config) - {"bundle", "checksum"}:
-            raise ValueError(f'expected a user_config {{"bundle": folder, "checksum": of its manifest}}, got {config}')
+            raise IosrFastError(
+                f'expected a user_config {{"bundle": folder, "checksum": of its manifest}}, got {config}'
+            )
         return cls(bundle, checksum)
 
     def load(self, settings: Settings, threads: int) -> tuple[Source, Classifier]:
@@ -46,7 +49,7 @@ class Source:
         folder = open_verified(self.bundle, KIND, settings.verify)
         checksum: str = folder.manifest["checksum"]
         if self.checksum not in (None, checksum):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected the bundle {self.bundle} with checksum {self.checksum:.12}, got {checksum:.12}: it was "
                 "replaced, or this machine sees another folder there; roll it out again, or save to new folders"
             )

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, Unpack
 
-from iosr_fast.serving.batching import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import ClosedError, DeadlineExceededError, QueueFullError
 from iosr_fast.serving.batching.item import Query, QueryOptions
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.metrics import Metrics

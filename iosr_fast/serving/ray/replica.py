@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.images.preprocess import BadImageError
-from iosr_fast.serving.batching import BatchingClassifier, ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http.lists import ClassifierLists
 from iosr_fast.serving.http.settings import Settings

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.triton.graph import EXTRA
 from iosr_fast.utils.require import require
 
@@ -71,7 +72,7 @@ def choose_plans(engine: Path, manifest: Mapping[str, Any], max_batch: int) -> t
     for name, facts in newest.values():
         largest = facts.get("profile", {}).get("max", manifest["max_batch"])
         if max_batch > largest:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected a max_batch of at most {largest}, which {name} was built for, got {max_batch}; "
                 f"build the engine with --max-batch {max_batch}, or export without gpu"
             )

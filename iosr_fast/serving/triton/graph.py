@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
 EXTRA = "triton-server"
@@ -59,7 +60,7 @@ class Graph:
         Raises ValueError if the constants take 2 GB or more.
         """
         if self._bytes > MAX_FILE_BYTES:
-            raise ValueError(
+            raise IosrFastError(
                 f"expected a {name} graph under 2 GB, as much as one ONNX file holds, got {self._bytes / 1e9:.1f} GB; "
                 "fit with key_precision='int8' or 'fp16', or with fewer keys (GDA and zero-shot keep none)"
             )

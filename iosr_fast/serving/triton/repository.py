@@ -14,6 +14,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from iosr_fast.serving.triton import configs
@@ -66,7 +67,7 @@ def export_triton(
     bundle, out = Path(bundle), Path(out)
     for name, number in (("max_batch", max_batch), ("instances", instances), ("top", top)):
         if number < 1:
-            raise ValueError(f"expected {name} of at least 1, got {number}")
+            raise IosrFastError(f"expected {name} of at least 1, got {number}")
     for module in ("onnx", "onnxruntime", "tritonclient.grpc.model_config_pb2"):
         require(module, EXTRA)
     _check_places(bundle, out)
@@ -76,7 +77,7 @@ def export_triton(
     plan, labels = classifier.plan_, classifier.classes_.tolist()
     broken = [name for name in labels if len(name.splitlines()) > 1]
     if broken:
-        raise ValueError(f"expected class names of one line each, as in a file of labels, got {abbreviate(broken)}")
+        raise IosrFastError(f"expected class names of one line each, as in a file of labels, got {abbreviate(broken)}")
     served = configs.Served(
         image_size=engine["image_size"],
         width=engine["width"],
@@ -122,7 +123,7 @@ def _write_models(
         shutil.copyfile(original, copy)
         name = original.relative_to(engine).as_posix()
         if sha256(copy) != facts["files"][name]["sha256"]:
-            raise ValueError(
+            raise IosrFastError(
                 f"{name} in {engine} does not match its manifest: it was changed or replaced; export again"
             )
     # An ensemble has a version but no file, and neither git nor object storage keeps empty folders.
@@ -148,7 +149,7 @@ def _check_places(bundle: Path, out: Path) -> None:
     """Raise unless an export to `out` keeps the bundle and all other files."""
     inner, outer = sorted((bundle.resolve(), out.resolve()), key=lambda path: len(path.parts), reverse=True)
     if inner.is_relative_to(outer):
-        raise ValueError(
+        raise IosrFastError(
             f"expected an output folder outside of the classifier, got {out} for {bundle}: one is in the other"
         )
     if not os.path.lexists(out / MANIFEST):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import Skipped, class_folders, walk
 from iosr_fast.utils.require import require
 
@@ -42,20 +43,22 @@ def split_json(root: Path, needs: list[Path]) -> Content:
             if content.get(name)
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise IosrFastError(
             f'{file} is damaged or no split file ({error}); expected {{"train": [[path, label, class name], ...], ...}}'
         ) from error
     if "test" not in splits:
-        raise ValueError(f"expected a split 'test' in {file}, found {', '.join(splits) or 'none'}")
+        raise IosrFastError(f"expected a split 'test' in {file}, found {', '.join(splits) or 'none'}")
     names: dict[int, str] = {}
     for split, rows in splits.items():
         for path, label, text in rows:
             if names.setdefault(label, text) != text:
-                raise ValueError(f"{file} gives label {label} two names, {names[label]!r} and {text!r} (in {split})")
+                raise IosrFastError(f"{file} gives label {label} two names, {names[label]!r} and {text!r} (in {split})")
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise ValueError(f"{file} has a path that leaves the folder of images: {path!r} (in {split})")
+                raise IosrFastError(f"{file} has a path that leaves the folder of images: {path!r} (in {split})")
     if sorted(names) != list(range(len(names))):
-        raise ValueError(f"{file} has {len(names)} classes, expected labels 0 to {len(names) - 1}, got {sorted(names)}")
+        raise IosrFastError(
+            f"{file} has {len(names)} classes, expected labels 0 to {len(names) - 1}, got {sorted(names)}"
+        )
     return Content(
         folder,
         [spoken(names[label]) for label in range(len(names))],
@@ -74,10 +77,12 @@ def torchvision_set(name: str, splits: Mapping[str, str], root: Path, needs: lis
             listed = _files(data)
         except Exception as error:  # damaged .mat files make scipy raise many types
             files = ", ".join(str(path.relative_to(root)) for path in needs)
-            raise ValueError(f"torchvision's {name} can't read {files} in {root} ({error}); fetch it again") from error
+            raise IosrFastError(
+                f"torchvision's {name} can't read {files} in {root} ({error}); fetch it again"
+            ) from error
         names = [spoken(str(text)) for text in data.classes]
         if class_names and names != class_names:
-            raise ValueError(f"torchvision's {name} in {root} has other classes in {theirs!r} than in other splits")
+            raise IosrFastError(f"torchvision's {name} in {root} has other classes in {theirs!r} than in other splits")
         class_names = names
         rows[ours] = [(os.path.relpath(path, root), label) for path, label in listed]
     return Content(root, class_names, rows)
@@ -109,7 +114,7 @@ def cub(root: Path, needs: list[Path]) -> Content:
     classes = read_pairs(needs[3])
     index = {number: i for i, (number, _) in enumerate(classes)}
     if not paths.keys() == labels.keys() == is_train.keys():
-        raise ValueError(
+        raise IosrFastError(
             f"{needs[0]}, {needs[1].name} and {needs[2].name} do not list the same images; fetch them again"
         )
     rows: dict[str, Rows] = {"train": [], "test": []}
@@ -130,10 +135,10 @@ def dogs(root: Path, needs: list[Path]) -> Content:
             labels = [int(label) - 1 for label in content["labels"].ravel()]
             rows[split] = list(zip(files, labels, strict=True))
         except Exception as error:  # damaged .mat files make scipy raise many types
-            raise ValueError(f"{file} is damaged or no list of Stanford Dogs ({error}); fetch it again") from error
+            raise IosrFastError(f"{file} is damaged or no list of Stanford Dogs ({error}); fetch it again") from error
         names |= {label: spoken(path.split("/")[0].split("-", 1)[-1]) for path, label in rows[split]}
     if sorted(names) != list(range(len(names))):
-        raise ValueError(f"expected labels 1 to {len(names)} in {needs[0]} and {needs[1].name}, got others")
+        raise IosrFastError(f"expected labels 1 to {len(names)} in {needs[0]} and {needs[1].name}, got others")
     return Content(needs[2], [names[label] for label in range(len(names))], rows)
 
 
@@ -215,7 +220,9 @@ def imagenet_v2(root: Path, needs: list[Path]) -> Content:
     names = list(_wnids(needs[0]).values())
     folders = class_folders(needs[1])
     if sorted(folders) != sorted(str(i) for i in range(len(names))):
-        raise ValueError(f"expected folders 0 to {len(names) - 1} in {needs[1]}, as {needs[0]} has classes, got others")
+        raise IosrFastError(
+            f"expected folders 0 to {len(names) - 1} in {needs[1]}, as {needs[0]} has classes, got others"
+        )
     rows = folder_rows(needs[1].parent, needs[1], [(str(i), i) for i in range(len(names))])
     return Content(needs[1].parent, names, {"test": rows})
 
@@ -227,7 +234,7 @@ def _wnids(file: Path) -> dict[str, str]:
 
 def _check_wnids(folder: Path, names: dict[str, str], file: Path) -> None:
     if unknown := [wnid for wnid in class_folders(folder) if wnid not in names]:
-        raise ValueError(f"{len(unknown)} class folders of {folder} are not in {file}: {unknown[:10]}")
+        raise IosrFastError(f"{len(unknown)} class folders of {folder} are not in {file}: {unknown[:10]}")
 
 
 def spoken(name: str) -> str:
@@ -243,7 +250,7 @@ def folder_rows(folder: Path, split: Path, classes: Iterable[tuple[str, int]]) -
         place = split / name
         images = sorted(Path(path).relative_to(folder).as_posix() for path, _ in walk(place, skipped=skipped))
         if not images:
-            raise ValueError(f"expected images in the class folder {place}, found none")
+            raise IosrFastError(f"expected images in the class folder {place}, found none")
         rows += [(image, label) for image in images]
     skipped.warn(split, len(rows))
     return rows
@@ -254,7 +261,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged or no text file ({error})") from error
+        raise IosrFastError(f"{path} is damaged or no text file ({error})") from error
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
@@ -263,7 +270,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     for number, line in enumerate(read_lines(path), 1):
         first, _, rest = line.partition(" ")
         if not rest.strip():
-            raise ValueError(f"expected two words at least in line {number} of {path}, got {line!r}")
+            raise IosrFastError(f"expected two words at least in line {number} of {path}, got {line!r}")
         pairs.append((first, rest.strip()))
     return pairs
 
@@ -271,5 +278,5 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 def look_up(table: Mapping[str, int], name: str, file: Path) -> int:
     """The label of a class. Raises ValueError naming the file for an unknown one."""
     if name not in table:
-        raise ValueError(f"{file} names {name!r}, which is none of the {len(table)} classes")
+        raise IosrFastError(f"{file} names {name!r}, which is none of the {len(table)} classes")
     return table[name]

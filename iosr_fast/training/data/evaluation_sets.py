@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import open_image
 from iosr_fast.training.data import evaluation_readers as readers
 from iosr_fast.training.data.sources import digest
@@ -136,7 +137,7 @@ def catalog() -> dict[str, Download]:
 def describe(name: str) -> Download:
     """What to download for a set and where to put it. Raises ValueError for an unknown name."""
     if name not in catalog():
-        raise ValueError(f"expected an evaluation set among {', '.join(catalog())}, got {name!r}")
+        raise IosrFastError(f"expected an evaluation set among {', '.join(catalog())}, got {name!r}")
     return catalog()[name]
 
 
@@ -160,11 +161,11 @@ def _finish(download: Download, layout: Layout, content: readers.Content) -> Eva
     missing: list[str] = []
     for name, rows in content.rows.items():
         if not rows:
-            raise ValueError(f"the split {name!r} of {download.title} in {content.folder} has no images")
+            raise IosrFastError(f"the split {name!r} of {download.title} in {content.folder} has no images")
         keys = [Path(key).as_posix() for key, _ in rows]
         labels = np.array([label for _, label in rows], np.int64)
         if labels.min() < 0 or labels.max() >= len(content.class_names):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected labels from 0 to {len(content.class_names) - 1} in the split {name!r} of {download.title} "
                 f"in {content.folder}, got {labels.min()} to {labels.max()}; fetch its lists again"
             )

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.data.sources import FilePictures
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
@@ -61,16 +62,16 @@ def balanced_subset(
     ValueError for files of another format or without train, validation or test in their names, before any is read.
     """
     if images_a_class < 1:
-        raise ValueError(f"expected at least one image a class, got {images_a_class}")
+        raise IosrFastError(f"expected at least one image a class, got {images_a_class}")
     if not 0 < min_confidence <= 1:  # confidence 0: the class is not in the image
-        raise ValueError(f"expected min_confidence above 0 and up to 1, got {min_confidence}")
+        raise IosrFastError(f"expected min_confidence above 0 and up to 1, got {min_confidence}")
     paths = [Path(path) for path in label_csvs]
     for path in [Path(class_csv), *paths]:
         if not path.is_file():
             raise FileNotFoundError(f"expected a CSV file of Open Images, found none at {path}")
     splits = [_check_label_csv(path) for path in paths]
     if not paths:
-        raise ValueError("expected at least one file of image labels, got none")
+        raise IosrFastError("expected at least one file of image labels, got none")
     by_label = read_class_descriptions(class_csv)
     names = sorted(set(by_label.values()))
     number = {name: i for i, name in enumerate(names)}
@@ -114,10 +115,10 @@ def read_class_descriptions(path: str | Path) -> dict[str, str]:
         rows[0] = []
     for line, row in enumerate(rows, 1):
         if row and (len(row) != 2 or not all(row)):
-            raise ValueError(f"expected LabelName,DisplayName in line {line} of {path}, got {','.join(row)!r}")
+            raise IosrFastError(f"expected LabelName,DisplayName in line {line} of {path}, got {','.join(row)!r}")
     classes = {row[0]: row[1] for row in rows if row}
     if not classes:
-        raise ValueError(f"expected classes (LabelName,DisplayName a line) in {path}, found none")
+        raise IosrFastError(f"expected classes (LabelName,DisplayName a line) in {path}, found none")
     return classes
 
 
@@ -126,12 +127,12 @@ def _check_label_csv(path: Path) -> int:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next(csv.reader(file), [])
     if missing := [name for name in LABEL_COLUMNS if name not in header]:
-        raise ValueError(f"expected the columns ImageID,Source,LabelName,Confidence in {path}, missing: {missing}")
+        raise IosrFastError(f"expected the columns ImageID,Source,LabelName,Confidence in {path}, missing: {missing}")
     # V7's are called oidv7-train-..., oidv7-val-... and oidv7-test-..., older ones validation-annotations-... .
     words = re.split("[^a-z]+", path.name.lower())
     splits = [i for i, split in enumerate(SPLITS) if split in words or (split == "validation" and "val" in words)]
     if len(splits) != 1:
-        raise ValueError(
+        raise IosrFastError(
             f"expected one of {', '.join(SPLITS)} in the name of {path} as a word, as the official files have"
         )
     return splits[0]
@@ -154,12 +155,12 @@ def _stream(
             valid = compute.match_substring_regex(texts, IMAGE_ID)
             if not compute.all(valid, min_count=0).as_py():
                 bad = texts.filter(compute.invert(valid))[0].as_py()
-                raise ValueError(f"expected image ids of 16 hex digits in {path}, got {bad!r}")
+                raise IosrFastError(f"expected image ids of 16 hex digits in {path}, got {bad!r}")
             part = np.empty(len(texts), CANDIDATE)
             part["id"], part["class"], part["split"] = _ids(texts.to_pylist()), numbers[place.filter(known)], split
             yield part if present is None else part[_among(part["id"], present)]
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} can't be read as image labels of Open Images: {error}") from error
+        raise IosrFastError(f"{path} can't be read as image labels of Open Images: {error}") from error
 
 
 def _among(ids: np.ndarray, present: np.ndarray) -> np.ndarray:
@@ -228,14 +229,14 @@ def read_subset_csv(path: str | Path) -> Subset:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
-            raise ValueError(f"expected the columns {', '.join(COLUMNS)} in {path}, missing: {', '.join(missing)}")
+            raise IosrFastError(f"expected the columns {', '.join(COLUMNS)} in {path}, missing: {', '.join(missing)}")
         rows = []
         for row in reader:
             if not row["ImageID"] or not row["DisplayName"]:
-                raise ValueError(f"expected an ImageID and a DisplayName in line {reader.line_num} of {path}")
+                raise IosrFastError(f"expected an ImageID and a DisplayName in line {reader.line_num} of {path}")
             rows.append((row["ImageID"], row["DisplayName"], row["type"] or ""))
     if not rows:
-        raise ValueError(f"expected images in {path}, found none below its header")
+        raise IosrFastError(f"expected images in {path}, found none below its header")
     image_ids, class_names, types = (list(column) for column in zip(*rows, strict=True))
     return Subset(image_ids, class_names, types, {})
 

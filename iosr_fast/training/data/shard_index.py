@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
@@ -55,7 +56,7 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:10])}")
     if len(set(paths)) != len(paths) or not paths:
-        raise ValueError(f"expected shards, each once, got {len(paths)} of which {len(set(paths))} differ")
+        raise IosrFastError(f"expected shards, each once, got {len(paths)} of which {len(set(paths))} differ")
     return paths
 
 
@@ -106,7 +107,7 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
             except (*DAMAGE, ValueError) as error:
                 where = "at its start" if key is None else f"after key {key}"
                 reason = error.args[0] if error.args else type(error).__name__
-                raise ValueError(f"shard {path} is damaged {where} ({reason}); fetch or make it again") from error
+                raise IosrFastError(f"shard {path} is damaged {where} ({reason}); fetch or make it again") from error
             if sample is None:
                 return
             key = sample["__key__"]
@@ -121,14 +122,14 @@ def _read_entry(path: Path) -> dict[str, Any]:
         suffixes = [suffix for suffix in IMAGES if suffix in sample]
         if len(suffixes) != 1:
             have = ", ".join(sorted(name for name in sample if not name.startswith("__")))
-            raise ValueError(
+            raise IosrFastError(
                 f"expected one image ({', '.join(IMAGES)}) at {where}, found {len(suffixes)} among: {have}"
             )
         keys.append(sample["__key__"])
         images.append(suffixes[0])
         labels.append(_label(sample, where))
     if not keys:
-        raise ValueError(f"shard {path} holds no samples; leave it out, or fetch or make it again")
+        raise IosrFastError(f"shard {path} holds no samples; leave it out, or fetch or make it again")
     return {"keys": keys, "images": images, "labels": labels}
 
 
@@ -144,8 +145,8 @@ def _label(sample: dict[str, Any], where: str) -> int | str:
         if "txt" in sample and (name := sample["txt"].decode().strip()):
             return str(name)
     except ValueError as error:  # bad UTF-8 and bad JSON are ValueErrors too
-        raise ValueError(f"the label at {where} can't be read: {error}") from error
-    raise ValueError(
+        raise IosrFastError(f"the label at {where} can't be read: {error}") from error
+    raise IosrFastError(
         f'expected a label at {where}: .cls with an integer, .json with "label" or "class", or .txt with a class name'
     )
 
@@ -164,9 +165,9 @@ def _check_end(path: Path) -> None:
     except DAMAGE as error:
         for _ in read_samples(path):  # its message names the last good key, if it finds the damage
             pass
-        raise ValueError(f"shard {path} is damaged ({error}); fetch or make it again") from error
+        raise IosrFastError(f"shard {path} is damaged ({error}); fetch or make it again") from error
     if not sizes or 0 in sizes:
-        raise ValueError(f"shard {path} is damaged: it does not end as a tar file does; fetch or make it again")
+        raise IosrFastError(f"shard {path} is damaged: it does not end as a tar file does; fetch or make it again")
 
 
 def _load_index(index: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.pixels import VERSION
-from iosr_fast.images.preprocess import BadImageError, open_image
+from iosr_fast.images.preprocess import open_image
 from iosr_fast.training.data.evaluation_readers import read_lines
 from iosr_fast.training.data.shard_index import Shard, find_shards, index_shards, read_samples
 from iosr_fast.training.data.sources import digest, to_tensor
@@ -42,7 +43,7 @@ class ShardPictures:
         window: int = 2000,
     ) -> None:
         if window < 1:
-            raise ValueError(f"expected a window of at least one sample, got {window}")
+            raise IosrFastError(f"expected a window of at least one sample, got {window}")
         cache = Path(cache) if cache is not None else None
         self.shards: list[Shard] = index_shards(find_shards(shards), cache)
         self.size, self.workers, self.window = size, workers, window
@@ -132,7 +133,7 @@ class ShardPictures:
                 next_row, data = next(readers[index])
                 buffered[next_row] = data
             if len(buffered) > self.window or len(readers) > MOST_OPEN:
-                raise ValueError(
+                raise IosrFastError(
                     f"this order needs more than the window of {self.window} samples (or {MOST_OPEN} shards) at once; "
                     "expected a part of what order() gives, from a source with the same window"
                 )
@@ -150,7 +151,7 @@ class ShardPictures:
                 break
             if start + position in rows:
                 yield start + position, sample[shard.images[position]]
-        raise ValueError(f"shard {shard.path} changed after it was opened; open it again")
+        raise IosrFastError(f"shard {shard.path} changed after it was opened; open it again")
 
 
 def _names_beside(shards: list[Shard]) -> list[str] | None:
@@ -158,7 +159,7 @@ def _names_beside(shards: list[Shard]) -> list[str] | None:
     contents = {file: read_lines(file) for file in files if file.is_file()}
     for file, names in contents.items():
         if names != (first := next(iter(contents.values()))):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected the same classes beside all shards, got others ({len(names)}) in {file} than in "
                 f"{next(iter(contents))} ({len(first)}); give class_names, or make the files agree"
             )
@@ -171,11 +172,11 @@ def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], to
     numbers = {label for label in distinct if isinstance(label, int)}
     if numbers and len(numbers) < len(distinct):
         texts = sorted(str(label) for label in distinct - numbers)
-        raise ValueError(
+        raise IosrFastError(
             f"expected labels of one kind, got integers ({min(numbers)}, ...) and names ({texts[0]!r}, ...)"
         )
     if names is not None and len(set(names)) < len(names):
-        raise ValueError(f"expected class names that differ, got {len(names)} of which {len(set(names))} differ")
+        raise IosrFastError(f"expected class names that differ, got {len(names)} of which {len(set(names))} differ")
     if numbers:
         names = names if names is not None else [str(i) for i in range(max(numbers) + 1)]
         index: dict[int | str, int] = {i: i for i in range(len(names))}
@@ -185,7 +186,7 @@ def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], to
     for shard in shards:
         for key, label in zip(shard.keys, shard.labels, strict=True):
             if label not in index:
-                raise ValueError(
+                raise IosrFastError(
                     f"key {key} of shard {shard.path} has the label {label!r}, which is none of {len(names)} classes"
                 )
     return names, torch.tensor([index[label] for shard in shards for label in shard.labels])

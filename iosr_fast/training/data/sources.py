@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.listing import list_folder
 from iosr_fast.images.pixels import VERSION
-from iosr_fast.images.preprocess import BadImageError, open_image, resize_and_crop
+from iosr_fast.images.preprocess import open_image, resize_and_crop
 
 
 class PictureSource(Protocol):
@@ -81,7 +82,7 @@ class FilePictures:
         names: Sequence[str] | None = None,
     ) -> None:
         if len(paths) != len(labels):
-            raise ValueError(f"expected one label a picture, got {len(paths)} pictures and {len(labels)} labels")
+            raise IosrFastError(f"expected one label a picture, got {len(paths)} pictures and {len(labels)} labels")
         self.paths, self.labels, self.class_names = paths, labels, class_names
         self.size, self.workers = size, workers
         self._names = names if names is not None else [str(path) for path in paths]
@@ -183,13 +184,13 @@ class SubsetPictures:
         total = len(source.labels)
         rows = torch.as_tensor(rows, dtype=torch.int64)
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= total):
-            raise ValueError(
+            raise IosrFastError(
                 f"expected rows from 0 to {total - 1}, got some from {int(rows.min())} to {int(rows.max())}"
             )
         self._position = torch.full((total,), -1)
         self._position[rows] = torch.arange(len(rows))
         if int((self._position >= 0).sum()) != len(rows):
-            raise ValueError(f"expected each row once, got {len(rows)} rows with repeats among them")
+            raise IosrFastError(f"expected each row once, got {len(rows)} rows with repeats among them")
         self.source, self.rows = source, rows
         self.labels, self.class_names = source.labels[rows], source.class_names
 
@@ -213,7 +214,7 @@ def split(source: PictureSource, share: float, seed: int) -> tuple[SubsetPicture
     0 < share < 1.
     """
     if not 0 < share < 1:
-        raise ValueError(f"expected a share between 0 and 1 (both excluded), got {share}")
+        raise IosrFastError(f"expected a share between 0 and 1 (both excluded), got {share}")
     rng = np.random.default_rng(seed)
     labels = source.labels.numpy()
     held_out = np.zeros(len(labels), bool)

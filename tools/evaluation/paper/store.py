@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import pixels
-from iosr_fast.images.preprocess import BadImageError, open_image, random_view, resize_and_crop
+from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.utils.files import new_folder, remove_leftovers
 from iosr_fast.utils.machine import usable_threads
