@@ -26,12 +26,10 @@ help:
 
 develop: $(STAMP)
 
-# Ray and Triton's client are installed together, as both bound protobuf.
+# Not everything installs on every machine; Ray and Triton's client are installed together, as both bound protobuf.
 $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e ".[train,cpu,serve,dev]"
-	$(PIP_INSTALL) openvino \
-		|| echo "OpenVINO does not install here: the tests and benchmarks go on without it"
+	$(PIP_INSTALL) -e ".[train,docs,dev]"
 	$(PIP_INSTALL) triton \
 		|| echo "triton does not install here: the tests go on without its kernels"
 	$(PIP_INSTALL) tensorrt-rtx \

@@ -102,7 +102,7 @@ class Classifier(LiveUpdates):
         Without a `model` it is "demo", a toy for trying out, and a warning says that it is near chance on photographs.
         `adapter` is a file of tools/train_adapter.py, None for none; "auto" takes the shipped one for the demo's CLIP.
         The engine is built once and kept in the user's cache folder; `engine` names a folder of tools/build_engine.py
-        instead. `progress` shows a bar on stderr where that is a terminal. Needs the `train` extra (torch, open_clip)
+        instead. `progress` shows a bar on stderr where that is a terminal. Needs the `cpu` extra (torch, open_clip)
         for the text encoder; a saved classifier does not.
 
         Adapter, engine, runtime, precision and the architecture are checked before a CLIP is downloaded or made.

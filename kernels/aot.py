@@ -76,7 +76,7 @@ def compile_ahead(
     Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET, which
     compiles nothing.
     """
-    require("triton", "triton")
+    require("triton", "gpu")
     from triton import knobs
 
     if knobs.runtime.interpret:

@@ -27,7 +27,7 @@ from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.require import require_installed
 
 with one_line_errors():
-    require_installed("torch", "train")
+    require_installed("torch", "cpu")
     from iosr_fast.clip.architecture import check_architecture
     from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.clip.load import load_clip

@@ -148,8 +148,8 @@ def main(
     verbose: bool = typer.Option(False, help="Print every candidate, not the best alone."),
 ) -> None:
     """Sweep the candidates of each path, precision and load, and write the fastest for this GPU."""
-    torch = require("torch", "train")
-    require("triton", "triton")
+    torch = require("torch", "gpu")
+    require("triton", "gpu")
     if not torch.cuda.is_available():
         raise RuntimeError("tuning needs an NVIDIA GPU, and PyTorch sees none here; nothing was changed")
     for option, values, known in (

@@ -18,7 +18,7 @@ from iosr_fast.exceptions import DamagedFileError, IosrFastError
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require_installed
 
-require_installed("torch", "train")
+require_installed("torch", "cpu")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402

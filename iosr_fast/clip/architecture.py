@@ -14,7 +14,7 @@ _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "
 
 def vision_config(name: str) -> dict[str, Any] | None:
     """The configuration of a model's image encoder; None for a name that open_clip does not know."""
-    config = require("open_clip", "train").get_model_config(name.replace("/", "-"))
+    config = require("open_clip", "cpu").get_model_config(name.replace("/", "-"))
     return None if config is None else dict(config["vision_cfg"])
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require_installed
 
-require_installed("torch", "train")
+require_installed("torch", "cpu")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402

@@ -60,7 +60,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     Raises ValueError for an unknown model or tag and for a file with anything but its weights, FileNotFoundError for a
     missing file, OSError for a failed download.
     """
-    open_clip = require("open_clip", "train")
+    open_clip = require("open_clip", "cpu")
     if name == "demo":
         name, pretrained = DEMO_NAME, pretrained or DEMO_FOLDER / "clip.safetensors"
     if name == DEMO_NAME:
@@ -109,7 +109,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
 
 
 def _random_model(open_clip: Any, name: str) -> Any:
-    torch = require("torch", "train")
+    torch = require("torch", "cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return open_clip.create_model(name)
@@ -117,7 +117,7 @@ def _random_model(open_clip: Any, name: str) -> Any:
 
 def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
     """The architecture of `name` with a file's weights. OpenAI's TorchScript archives imply QuickGELU."""
-    torch = require("torch", "train")
+    torch = require("torch", "cpu")
     if path.suffix == ".safetensors":
         return open_clip.create_model(name, pretrained=str(path))
     if not _is_torchscript(path):

@@ -6,7 +6,7 @@ import numpy as np
 
 from iosr_fast.utils.require import require_installed
 
-require_installed("torch", "train")
+require_installed("torch", "cpu")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402

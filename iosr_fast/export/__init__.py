@@ -2,4 +2,4 @@
 
 from iosr_fast.utils.require import require_installed
 
-require_installed("torch", "train")
+require_installed("torch", "cpu")

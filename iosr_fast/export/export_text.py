@@ -116,7 +116,7 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
         model = to_onnx(TextTower(clip.model, facts["eot"]).eval(), tokens, "tokens", ["embeddings"], axes)
         if precision == "fp16":
             _store_in_fp16(model.graph)
-        require("onnx", "train").save(model, str(folder / FILE))
+        require("onnx", "cpu").save(model, str(folder / FILE))
         encoder = TextEncoder.open(folder, facts)
         facts["tokens_checked"] = _check_tokens(clip, encoder)
         facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder, precision)
@@ -128,7 +128,7 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
 
 
 def _check_exportable(clip: LoadedClip) -> None:
-    open_clip = require("open_clip", "train")
+    open_clip = require("open_clip", "cpu")
     model: Any = clip.model
     tokenizer: Any = clip.tokenizer
     for part, kind in ((model, open_clip.CLIP), (tokenizer, open_clip.SimpleTokenizer)):
@@ -188,7 +188,7 @@ def _build_tokenizer(tokenizer: Any, context_length: int) -> Any:
 
 def _character_ranges(kind: str) -> str:
     """The characters that match `kind` in open_clip's regular expressions, as ranges for [...]."""
-    regex = require("regex", "train")
+    regex = require("regex", "cpu")
     characters = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF)
     spans = (match.group() for match in regex.finditer(f"{kind}+", characters, regex.IGNORECASE))
     return "".join(f"\\x{{{ord(span[0]):x}}}-\\x{{{ord(span[-1]):x}}}" for span in spans)
@@ -196,7 +196,7 @@ def _character_ranges(kind: str) -> str:
 
 def _store_in_fp16(graph: Any) -> None:
     """Store matrices in fp16, each with a Cast to fp32 that ONNX Runtime folds away at load."""
-    onnx = require("onnx", "train")
+    onnx = require("onnx", "cpu")
     casts = []
     for weight in graph.initializer:
         if weight.data_type == onnx.TensorProto.FLOAT and len(weight.dims) > 1:

@@ -49,7 +49,7 @@ def to_onnx(
     `example`: an input; `name`: the input's name; `dynamic`: torch.export.Dim of its dynamic axes. Raises RuntimeError
     if one of them, or the first axis of an output, was exported with a fixed size.
     """
-    require("onnxscript", "train")
+    require("onnxscript", "cpu")
     with _quiet_exporter():
         program = torch.onnx.export(
             module,
@@ -81,7 +81,7 @@ def save_onnx(model: Any, path: Path) -> None:
 
     The graph names the weights file beside it, so both files move together. Replaces existing files.
     """
-    onnx = require("onnx", "train")
+    onnx = require("onnx", "cpu")
     weights = path.with_suffix(WEIGHTS_SUFFIX)
     weights.unlink(missing_ok=True)  # onnx appends
     onnx.save_model(model, str(path), save_as_external_data=True, location=weights.name, size_threshold=_EXTERNAL)

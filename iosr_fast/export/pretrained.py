@@ -82,7 +82,7 @@ def open_pretrained(
     Names, files and the architecture are checked before the CLIP is loaded or downloaded. `shown`: show a progress bar.
     """
     for module in ("torch", "open_clip"):
-        require(module, "train")
+        require(module, "cpu")
     from iosr_fast.clip.adapter import check_belongs
     from iosr_fast.encoders.runtimes import open_engine
     from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, check_runtime

@@ -91,7 +91,7 @@ def quantize_onnx(
 
 
 def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
-    onnx = require("onnx", "train")
+    onnx = require("onnx", "cpu")
     if not source.is_file():
         raise FileNotFoundError(f"expected an ONNX file of export_onnx, found no {source}")
     model = onnx.load(source)
@@ -191,7 +191,7 @@ def rounded(x: np.ndarray, to: Quantised) -> np.ndarray:
 
 
 def _type(kind: Kind) -> Any:
-    return np.int8 if kind == "int8" else require("ml_dtypes", "train").float8_e4m3fn
+    return np.int8 if kind == "int8" else require("ml_dtypes", "cpu").float8_e4m3fn
 
 
 def _at_least(scale: np.ndarray, dtype: Any) -> np.ndarray:

@@ -60,7 +60,7 @@ class EncoderGraph:
     """A ModelProto, changed in place, with its constants, readers and producers by name."""
 
     def __init__(self, model: Any) -> None:
-        self._onnx = require("onnx", "train")
+        self._onnx = require("onnx", "cpu")
         self.model = model
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self._readers: dict[str, list[Any]] = {}

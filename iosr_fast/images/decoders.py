@@ -12,7 +12,7 @@ from iosr_fast.utils import machine
 DECODERS = ("cpu", "cpu-exact", "torchvision-cuda", "nvimagecodec")
 _NEEDED_MODULES = {"torchvision-cuda": ("torchvision",), "nvimagecodec": ("nvidia.nvimgcodec",)}
 _INSTALL = {
-    "torchvision-cuda": "pip install 'iosr_fast[train]' brings it",
+    "torchvision-cuda": "pip install 'iosr_fast[gpu]' brings it",
     "nvimagecodec": "pip install nvidia-nvimgcodec-cu12 (or -cu13, as PyTorch's CUDA) brings it",
 }
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ calls against a fake.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class TorchvisionDecoder(GpuDecoder):
     name = "torchvision-cuda"
 
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
-        torch, io = require("torch", "train"), require("torchvision.io", "train")
+        torch, io = require("torch", "gpu"), require("torchvision.io", "gpu")
         raw = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in data]
         try:
             return list(io.decode_jpeg(raw, mode=io.ImageReadMode.RGB, device=self.device)) if raw else []
@@ -79,13 +80,13 @@ class NvImageCodecDecoder(GpuDecoder):
 
     def __init__(self, device: str = "cuda", exif_orientation: bool = True) -> None:
         super().__init__(device, exif_orientation)
-        self._codec = require("nvidia.nvimgcodec", "train")
+        self._codec = importlib.import_module("nvidia.nvimgcodec")
         self._thread = threading.local()
         # `turned` applies the orientation for both decoders. RGB is the default; its name differs between versions.
         self._params = self._codec.DecodeParams(apply_exif_orientation=False)
 
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
-        torch = require("torch", "train")
+        torch = require("torch", "gpu")
         if not data:
             return []
         if not hasattr(self._thread, "decoder"):

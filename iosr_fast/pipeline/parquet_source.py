@@ -12,7 +12,6 @@ from iosr_fast.images.listing import walk
 from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
 
-EXTRA = "parquet"
 READERS = 16  # files looked up at a time: each lookup waits on a network file system
 
 
@@ -23,7 +22,7 @@ def table_source(location: Path, path_column: str = "path", keep_columns: Sequen
     output. A path without a file is an item with a fault. Raises ValueError for a missing column, an empty or repeated
     path, or files with different columns.
     """
-    pa, pq = require("pyarrow", EXTRA), require("pyarrow.parquet", EXTRA)
+    pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     folder = location if location.is_dir() else location.parent
     files = sorted(path for path, _ in walk(location, {".parquet"})) if location.is_dir() else [str(location)]
     if not files:

@@ -20,7 +20,6 @@ from iosr_fast.images.listing import IMAGE_SUFFIXES, walk
 from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
 from iosr_fast.utils.require import require
 
-EXTRA = "train"  # brings webdataset
 READERS = 8  # shards indexed at a time: reading headers waits for the disk
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _FIELDS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -64,7 +63,7 @@ def find_shards(location: str) -> list[Path]:
     elif Path(location).is_file():
         paths = [Path(location)]
     else:
-        expand = require("webdataset.shardlists", EXTRA).expand_urls
+        expand = require("webdataset.shardlists", "train").expand_urls
         paths = []
         for pattern in expand(location):
             matches = [Path(path) for path in glob.glob(pattern, recursive=True)]
@@ -79,7 +78,7 @@ def find_shards(location: str) -> list[Path]:
 
 def index_shard(path: Path, name: str, field: str | None = None) -> list[Item]:
     """The samples of one shard as items with the image's position in the file. Reads headers only."""
-    group = require("webdataset.tariterators", EXTRA).group_by_keys
+    group = require("webdataset.tariterators", "train").group_by_keys
     stamp = stamp_of(path.stat())
     try:
         with tarfile.open(path, "r:") as tar:

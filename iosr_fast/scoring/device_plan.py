@@ -118,7 +118,7 @@ def device_plan(plan: ScoringPlan, device: Any) -> DevicePlan:
     same array share one copy of it, so that a live change doesn't upload all keys again. Raises ImportError without
     PyTorch, ValueError for 2**31 keys or more.
     """
-    torch = require("torch", "train")
+    torch = require("torch", "cpu")
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
@@ -166,7 +166,7 @@ class _Writable:
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """A CPU tensor on the array's memory, which must not be written to; uint16 is read as bfloat16's bits."""
-    torch = require("torch", "train")
+    torch = require("torch", "cpu")
     shared: np.ndarray = array if array.flags.writeable else np.asarray(_Writable(array))
     if array.dtype == np.uint16:
         bits: Tensor = torch.from_numpy(shared.view(np.int16)).view(torch.bfloat16)

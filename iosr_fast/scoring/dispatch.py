@@ -77,7 +77,7 @@ def cpp_unavailable_reason() -> str | None:
 
 
 def _torch_unavailable_reason() -> str | None:
-    return _missing_package("torch", "train")
+    return _missing_package("torch", "cpu")
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def _why_no_device(torch: Any) -> str:
 
 def _triton_unavailable_reason() -> str | None:
     """Triton's interpreter needs no GPU."""
-    missing = _missing_package("triton", "triton") or _torch_unavailable_reason()
+    missing = _missing_package("triton", "gpu") or _torch_unavailable_reason()
     return missing or (None if _is_set("TRITON_INTERPRET") else _gpu_unavailable_reason())
 
 

@@ -40,7 +40,7 @@ class GraphedScorer:
         recorder: Recorder | None = None,
     ) -> None:
         """`impl` as for scoring.score. Raises ValueError without a bucket, RuntimeError if recording fails."""
-        torch = require("torch", "train")
+        torch = require("torch", "gpu")
         sizes = list(buckets)
         if not sizes:
             raise IosrFastError("expected at least one batch size to record, got none")
@@ -58,7 +58,7 @@ class GraphedScorer:
 
         Finiteness and norms are not checked, as in score(check=False). Raises ValueError if the embeddings don't fit.
         """
-        torch = require("torch", "train")
+        torch = require("torch", "gpu")
         inputs = scoring_inputs(self.plan, embeddings, check=False)
         queries = {name: _tensor(getattr(inputs.embeddings, name)) for name in self._queries}
         n_queries, most = len(queries["plain"]), self.buckets[-1]

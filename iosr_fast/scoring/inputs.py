@@ -93,7 +93,7 @@ def _import(array: Array) -> Array:
     if array.__dlpack_device__()[0] not in _DLPACK_CPU:
         from iosr_fast.utils.require import require
 
-        return require("torch", "train").from_dlpack(array)
+        return require("torch", "cpu").from_dlpack(array)
     try:
         return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:

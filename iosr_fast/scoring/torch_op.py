@@ -18,7 +18,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.utils.require import require
 
-require("torch", "train")
+require("torch", "cpu")
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402

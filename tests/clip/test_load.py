@@ -216,7 +216,7 @@ for name in ("clip.adapter", "clip.dual_encoder", "clip.fuse", "clip.two_pass", 
     try:
         importlib.import_module(f"iosr_fast.{name}")
     except ImportError as error:
-        assert "pip install 'iosr_fast[train]'" in str(error), (name, error)
+        assert "pip install 'iosr_fast[cpu]'" in str(error), (name, error)
     else:
         raise AssertionError(name)
 """

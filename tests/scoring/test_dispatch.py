@@ -166,7 +166,7 @@ def test_a_missing_package_is_answered_with_what_brings_it(
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     dispatch._missing_package.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match=r"impl='torch' can't run here: .*pip install 'iosr_fast\[train\]'"):
+        with pytest.raises(RuntimeError, match=r"impl='torch' can't run here: .*pip install 'iosr_fast\[cpu\]'"):
             path_taken(rng, "torch")
     finally:
         dispatch._missing_package.cache_clear()

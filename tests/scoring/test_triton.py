@@ -19,7 +19,7 @@ from tests.scoring.test_score import LAYOUTS
 
 needs_triton = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("triton", "torch")),
-    reason="triton or torch is not installed: pip install 'iosr_fast[triton,train]'",
+    reason="triton or torch is not installed: pip install 'iosr_fast[gpu]'",
 )
 
 

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         any(importlib.util.find_spec(name) is None for name in ("triton", "torch")),
-        reason="triton or torch is not installed: pip install 'iosr_fast[triton,train]'",
+        reason="triton or torch is not installed: pip install 'iosr_fast[gpu]'",
     ),
 ]
 # The smallest limit of those architectures a block, 8.6's, 8.9's and 12.0's: 99 KB.

@@ -26,7 +26,7 @@ from iosr_fast.utils.command import one_line_errors, run
 from iosr_fast.utils.require import require_installed
 
 with one_line_errors():
-    require_installed("torch", "train")
+    require_installed("torch", "cpu")
     from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
     from iosr_fast.clip.load import LoadedClip, load_clip
     from iosr_fast.export.export import write_engine

@@ -20,7 +20,7 @@ from iosr_fast.utils.command import new_file, one_line_errors, run
 from iosr_fast.utils.require import require
 
 with one_line_errors():
-    torch, open_clip = require("torch", "train"), require("open_clip", "train")
+    torch, open_clip = require("torch", "cpu"), require("open_clip", "cpu")
     from safetensors.torch import save_file
 
     from iosr_fast.clip.load import DEMO_NAME

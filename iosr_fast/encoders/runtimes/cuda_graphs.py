@@ -23,7 +23,7 @@ class Recorder:
     """
 
     def __init__(self, stream: Any = None, device: Any = None) -> None:
-        torch = require("torch", "train")
+        torch = require("torch", "gpu")
         self._torch = torch
         device = stream.device if device is None and stream is not None else device
         self._device: Any = torch.cuda.current_device() if device is None else device

@@ -192,7 +192,7 @@ def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
 
 def unavailable_reason(runtime: str) -> str | None:
     """Why this runtime can't be used here, or None."""
-    extra = EXTRAS.get(runtime, {"onnxruntime": "cpu", "openvino": "openvino", "torch": "train"}.get(runtime))
+    extra = EXTRAS.get(runtime, "cpu")
     if find_spec(runtime) is None:
         return f"{runtime} is not installed (pip install 'iosr_fast[{extra}]')"
     if runtime not in EXTRAS:

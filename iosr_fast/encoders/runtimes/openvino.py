@@ -28,7 +28,7 @@ def openvino_core() -> Any:
     Raises ImportError with the pip command if OpenVINO is missing.
     """
     with restored_signal_stack():
-        core = require("openvino", "openvino").Core()
+        core = require("openvino", "cpu").Core()
         core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the CPU plugin
     return core
 

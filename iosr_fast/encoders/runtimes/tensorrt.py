@@ -24,7 +24,7 @@ from iosr_fast.utils import machine
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +85,7 @@ class TensorRTEncoder(BatchedEncoder):
         self, folder: Path, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None
     ) -> None:
         super().__init__(manifest, runtime, powers_of_two(manifest["max_batch"]) if buckets is None else buckets)
-        torch = require("torch", "train")
+        torch = require("torch", "gpu")
         plan_target = target(runtime)
         if plan_target.gpu is None:
             raise RuntimeError(

@@ -35,7 +35,7 @@ class TorchEncoder(BatchedEncoder):
         buckets: Iterable[int] | None = None,
     ) -> None:
         """`buckets`: batch sizes on a GPU, None for powers of two."""
-        torch = require("torch", "train")
+        torch = require("torch", "cpu")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device.startswith("cuda")
         sizes = powers_of_two(manifest["max_batch"]) if buckets is None else buckets

@@ -16,7 +16,6 @@ from iosr_fast.serving.http.settings import Count, NonNegative, Positive, Settin
 from iosr_fast.serving.ray.messages import Source
 from iosr_fast.utils.require import require
 
-EXTRA = "ray"
 CLASSIFIER, INGRESS = "Classifier", "Ingress"  # names of the two deployments
 # A replica itself refuses more than `max_queue` images; the limit of Ray Serve only has to be above that.
 _SPARE = 2
@@ -99,7 +98,7 @@ def from_config(args: Mapping[str, Any]) -> Any:
 
 def application(source: Source, settings: Settings, scale: Scale) -> Any:
     """`build_app` of a bundle that was checked."""
-    serve = require("ray.serve", EXTRA)
+    serve = require("ray.serve", "ray")
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         require(module, "serve")
     if settings.token is not None or settings.log is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.ray.deployment import CLASSIFIER, EXTRA, Scale, application
+from iosr_fast.serving.ray.deployment import CLASSIFIER, Scale, application
 from iosr_fast.serving.ray.messages import Facts, Source
 from iosr_fast.utils.require import require
 
@@ -35,7 +35,7 @@ def deploy(
     Raises ValueError or OSError for a bundle that can't be read here, and changes nothing; RuntimeError if a replica
     can't load it, and then the previous bundle is served again, or nothing if there was none.
     """
-    serve = require("ray.serve", EXTRA)
+    serve = require("ray.serve", "ray")
     settings, scale = settings or Settings(), scale or Scale()
     source = Source.of(str(Path(bundle).absolute()), verify=settings.verify)
     new = name not in serve.status().applications
@@ -55,7 +55,7 @@ def deploy(
 def running(name: str = NAME) -> list[Facts]:
     """Descriptions of the replicas of an application, without those that are starting or dying; empty if there is no
     such application."""
-    serve = require("ray.serve", EXTRA)
+    serve = require("ray.serve", "ray")
     status = serve.status().applications.get(name)
     if status is None or CLASSIFIER not in status.deployments:
         return []
@@ -73,7 +73,7 @@ def _describe(name: str) -> tuple[list[Facts], int]:
 @contextmanager
 def _handle(name: str, method: str = "describe") -> Iterator[Any]:
     """A handle of the replicas, closed after the block: its threads would otherwise outlive the connection to Ray."""
-    serve = require("ray.serve", EXTRA)
+    serve = require("ray.serve", "ray")
     handle = serve.get_deployment_handle(CLASSIFIER, app_name=name).options(method_name=method)
     try:
         yield handle
@@ -94,7 +94,7 @@ def _try(name: str, source: Source) -> None:
 
 def _run(source: Source, settings: Settings, scale: Scale, name: str, route_prefix: str) -> list[Facts]:
     """Run the application on Ray Serve, and wait until every replica reports that it serves `source`."""
-    serve = require("ray.serve", EXTRA)
+    serve = require("ray.serve", "ray")
     serve.run(application(source, settings, scale), name=name, route_prefix=route_prefix)
     until = time.monotonic() + _ANSWER_S
     while True:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.serving.triton.graph import EXTRA
 from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)
@@ -154,11 +153,11 @@ def ensemble_config(served: Served) -> Any:
 
 
 def to_pbtxt(config: Any) -> str:
-    return require("google.protobuf.text_format", EXTRA).MessageToString(config)
+    return require("google.protobuf.text_format", "triton-server").MessageToString(config)
 
 
 def _schema() -> Any:
-    return require("tritonclient.grpc.model_config_pb2", EXTRA)
+    return require("tritonclient.grpc.model_config_pb2", "triton-server")
 
 
 def _pixels(served: Served) -> list[int]:

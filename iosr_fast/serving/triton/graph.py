@@ -10,7 +10,6 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
-EXTRA = "triton-server"
 OPSET = 20  # as in the encoder
 IR_VERSION = 9  # the oldest with this opset, for older servers
 MAX_FILE_BYTES = 2**31 - 2**24  # the limit of protobuf, with room for the graph
@@ -25,7 +24,7 @@ class Graph:
     """
 
     def __init__(self, inputs: Mapping[str, tuple[Any, Dims]]) -> None:
-        self._onnx = require("onnx", EXTRA)
+        self._onnx = require("onnx", "triton-server")
         self._inputs = [self._value(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
         self._nodes: list[Any] = []
         self._constants: dict[str, Any] = {}

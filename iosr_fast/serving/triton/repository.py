@@ -18,7 +18,6 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from iosr_fast.serving.triton import configs
-from iosr_fast.serving.triton.graph import EXTRA
 from iosr_fast.serving.triton.preprocess_graph import preprocess_model
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
 from iosr_fast.state.bundle import ENGINE
@@ -69,7 +68,7 @@ def export_triton(
         if number < 1:
             raise IosrFastError(f"expected {name} of at least 1, got {number}")
     for module in ("onnx", "onnxruntime", "tritonclient.grpc.model_config_pb2"):
-        require(module, EXTRA)
+        require(module, "triton-server")
     _check_places(bundle, out)
     folder = open_verified(bundle, BUNDLE_KIND)
     classifier = Classifier.load(folder, runtime="onnxruntime")
@@ -173,7 +172,7 @@ def _check_places(bundle: Path, out: Path) -> None:
 
 def _check(scoring: bytes, plan: ScoringPlan) -> float:
     """The largest error of the graph's logits on random embeddings, relative to the largest logit."""
-    ort = require("onnxruntime", EXTRA)
+    ort = require("onnxruntime", "triton-server")
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((2, _CHECKED_ROWS, plan.width))
     plain, adapted = (rows / np.linalg.norm(rows, axis=2, keepdims=True)).astype(np.float32)

@@ -1,0 +1,143 @@
+"""What is installed: dependencies and extras, the pip commands in messages, the files of a wheel."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, requires
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from iosr_fast.encoders.runtimes import tensorrt
+from tests import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+EXTRAS: dict[str, list[Requirement]] = {
+    name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
+}
+SOURCES = [path for folder in ("iosr_fast", "kernels", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def requirements() -> list[Requirement]:
+    """Of the core and of all extras, without the extras that name other extras."""
+    groups = ([Requirement(line) for line in PROJECT["dependencies"]], *EXTRAS.values())
+    return [each for group in groups for each in group if each.name != "iosr_fast"]
+
+
+@functools.cache
+def brings(extra: str) -> set[str]:
+    """The distributions that `iosr_fast[extra]` installs, with what they ask for as far as they are installed here."""
+    waiting, seen = [Requirement(line) for line in PROJECT["dependencies"]] + EXTRAS[extra], set()
+    found: set[str] = set()
+    while waiting:
+        each = waiting.pop()
+        if str(each) in seen or (each.marker and not each.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(str(each))
+        if each.name == "iosr_fast":
+            waiting += [line for name in each.extras for line in EXTRAS[name]]
+            continue
+        found.add(canonicalize_name(each.name))
+        try:
+            lines = requires(each.name) or []
+        except PackageNotFoundError:
+            continue
+        for line in map(Requirement, lines):
+            names = ["", *each.extras]
+            if line.marker is None or any(line.marker.evaluate({"extra": name}) for name in names):
+                line.marker = None
+                waiting.append(line)
+    return found
+
+
+def calls_of_require() -> Iterator[tuple[str, str, str]]:
+    """(file and line, module, extra) of every call of `require` and `require_installed`."""
+    for path in SOURCES:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        loops = {
+            node.target.id: ast.literal_eval(node.iter)
+            for node in nodes
+            if isinstance(node, ast.For | ast.comprehension)
+            and isinstance(node.target, ast.Name)
+            and isinstance(node.iter, ast.Tuple)
+            and all(isinstance(each, ast.Constant) for each in node.iter.elts)
+        }
+        for node in nodes:
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("require", "require_installed"):
+                continue
+            where = f"{path.relative_to(ROOT)}:{node.lineno}"
+            module, extra = node.args
+            if ast.unparse(extra) == "EXTRAS[module_name]":  # the two TensorRTs
+                yield from ((where, *row) for row in tensorrt.EXTRAS.items())
+                continue
+            modules = [module.value] if isinstance(module, ast.Constant) else loops[ast.unparse(module)]
+            yield from ((where, name, ast.literal_eval(extra)) for name in modules)
+
+
+def test_every_missing_package_is_answered_with_an_extra_that_brings_it() -> None:
+    """Also a package that another one of the extra asks for, such as open_clip's regex."""
+    homes = packages_distributions()
+    names = {"pillow_heif": "pillow-heif", "google": "protobuf"}  # not installed everywhere; google is shared by many
+    rows = list(calls_of_require())
+    assert len(rows) > 60
+    wrong = []
+    for where, module, extra in rows:
+        top = module.split(".")[0]
+        wanted = {names[top]} if top in names else {canonicalize_name(name) for name in homes.get(top, [top])}
+        if extra not in EXTRAS or not wanted & brings(extra):
+            wrong.append(f"{where}: {module} by [{extra}]")
+    assert wrong == []
+
+
+def test_the_core_asks_for_few_packages() -> None:
+    core = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert core == {"msgspec", "numpy", "pillow", "safetensors", "typer"}
+    small = {"heic", "parquet", "ray", "tensorrt-rtx", "triton-server"}
+    assert set(EXTRAS) == {"cpu", "gpu", "serve", "train", "all", "docs", "dev"} | small
+    assert [entry.value for entry in entry_points(group="console_scripts", name="iosr-fast")] == ["iosr_fast.cli:app"]
+
+
+def test_extras_bring_what_they_promise() -> None:
+    assert not brings("serve") & {"torch", "open-clip-torch", "scikit-learn", "openvino"}
+    assert brings("cpu") >= brings("serve") | {"torch", "open-clip-torch", "onnxscript", "openvino"}
+    assert brings("gpu") >= brings("cpu") | {"triton", "tensorrt"}
+    everything = set.union(*(brings(extra) for extra in EXTRAS if extra not in ("docs", "dev")))
+    assert brings("all") == everything
+
+
+def test_what_is_used_beyond_its_promises_has_an_upper_bound() -> None:
+    bounded = {each.name for each in requirements() if "<" in str(each.specifier)}
+    assert bounded >= {"uvicorn", "open_clip_torch", "ray", "webdataset", "lightning-fabric", "triton"}
+    torch = next(each for each in requirements() if each.name == "torch")
+    assert "2.5.1" not in torch.specifier, "before 2.6 torch.load runs code by default"
+
+
+def test_constraints_are_versions_that_pyproject_allows() -> None:
+    """No path, no local label like +cpu: the file holds on every machine. `make constraints` makes it."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[0-9][0-9a-z.]*", line)] == []
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    unpinned = {"torch", "torchvision", "triton", "tensorrt"}  # differ by platform
+    for each in requirements():
+        assert (each.name in unpinned) == (canonicalize_name(each.name) not in pinned), each
+        assert each.name in unpinned or pinned[canonicalize_name(each.name)] in each.specifier, each
+
+
+def test_every_folder_of_the_package_is_packaged() -> None:
+    """find_packages skips a folder without __init__.py, and the wheel would then lack what an editable install has."""
+    folders = {path.parent for path in (ROOT / "iosr_fast").rglob("*.py")}
+    assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize(("package", "folder"), [("clip.demo", "data"), ("serving.http", "page")])
+def test_every_data_file_is_packaged(package: str, folder: str) -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"][f"iosr_fast.{package}"]
+    home = ROOT / "iosr_fast" / package.replace(".", "/")
+    kept = {path for pattern in patterns for path in home.glob(pattern)}
+    assert {path for path in (home / folder).rglob("*") if path.is_file()} == kept != set()
