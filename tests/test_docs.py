@@ -1,0 +1,42 @@
+"""What the pages in docs/ name exists: tests, files, and the site's menu."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def test_every_guarantee_names_tests_that_exist() -> None:
+    text = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| guarantee")]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)?(?:::)?(test_\w+(?!\.py))?`", row.split("|")[2])
+        assert named, row
+        for file, test in named:
+            paths = [path for path in sources if not file or path.name == file]
+            assert any(not test or f"def {test}(" in sources[path] for path in paths), (file, test)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "docs").as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths in code marks that begin with a folder of the repository."""
+    text = page.read_text(encoding="utf-8")
+    folders = "iosr_fast|kernels|csrc|tools|tests|benchmarks|docs"
+    for path in re.findall(rf"[`\s]((?:{folders})/[\w./*-]+\.\w+)", text):
+        assert list(ROOT.glob(path)), f"{page.name}: {path}"
+
+
+def test_prose_stays_within_100_columns() -> None:
+    for page in PAGES:
+        code = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            assert code or "http" in line or line.startswith(("|", "<!--")) or len(line) <= 100, f"{page.name}:{number}"
