@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast lint docs sanitize bench gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast lint docs gallery sanitize bench gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -18,6 +18,7 @@ help:
 	@echo "make test       ruff, mypy, import-linter and every test that needs no GPU"
 	@echo "make test-fast  the same without the tests that take long: for the daily loop"
 	@echo "make docs       the documentation as a site into build/site; a broken link is an error"
+	@echo "make gallery    docs/gallery.md and its pictures, from the demo and benchmarks/results"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
 	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
@@ -63,6 +64,9 @@ test-fast: lint
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+gallery: $(STAMP)
+	$(BIN)/python tools/gallery.py --out docs
 
 # The second run is apart because the two sanitizers exclude each other.
 sanitize: $(STAMP)

@@ -187,7 +187,7 @@ def _line(row: Row) -> str:
 
 def draw_bars(bars: Sequence[Bar], one_pass: Row | None, path: Path, title: str) -> None:
     """Horizontal bars from the top down, each with its time, its speed-up over the first, and its accuracy."""
-    figure = _figure(8.0, 0.9 + 0.36 * len(bars))
+    figure = new_figure(8.0, 0.9 + 0.36 * len(bars))
     axis = figure.subplots()
     times = [float(bar.row["runtime_ms"]) for bar in bars]
     axis.barh(range(len(bars)), times, color=[bar.colour for bar in bars], height=0.66)
@@ -203,12 +203,12 @@ def draw_bars(bars: Sequence[Bar], one_pass: Row | None, path: Path, title: str)
     axis.set_xlabel("ms a batch", fontsize=9)
     if one_pass is not None:
         axis.axvline(one_pass["runtime_ms"], color=INK, linewidth=1, linestyle="--", zorder=2.5)
-    _clean(axis, "x")
-    _save(figure, path, title)
+    clean_axis(axis, "x")
+    save_figure(figure, path, title)
 
 
 def draw_lines(panels: Sequence[Panel], path: Path, title: str) -> None:
-    figure = _figure(max(7.0, 3.2 * len(panels)), 4.2)
+    figure = new_figure(max(7.0, 3.2 * len(panels)), 4.2)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     handles: dict[str, Any] = {}
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -227,22 +227,24 @@ def draw_lines(panels: Sequence[Panel], path: Path, title: str) -> None:
         axis.set_title(panel.heading, fontsize=8.5, color=INK)
         axis.set_xlabel(panel.x_label, fontsize=9)
         axis.set_ylabel(panel.y_label, fontsize=9)
-        _clean(axis, "both")
+        clean_axis(axis, "both")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
-    _save(figure, path, title)
+    save_figure(figure, path, title)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     return require("matplotlib.figure", "train").Figure((width, height), layout="constrained", facecolor="white")
 
 
-def _clean(axis: Any, grid: str) -> None:
+def clean_axis(axis: Any, grid: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(colors=INK, labelsize=9, length=3)
     axis.set_axisbelow(True)
     axis.grid(axis=grid, color="#E6E6E6", linewidth=0.8)
 
 
-def _save(figure: Any, path: Path, title: str) -> None:
+def save_figure(figure: Any, path: Path, title: str) -> None:
+    """As PNG or WebP, by the suffix of `path`."""
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", color=INK, fontweight="bold")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    webp = {"pil_kwargs": {"lossless": True, "method": 6}}
+    figure.savefig(path, dpi=120, **webp if path.suffix == ".webp" else {"metadata": {"Software": None}})
