@@ -11,8 +11,9 @@ from typing import Any
 
 from griffe import Extension, Object
 
-# "name   description", or only the description, further in, on the lines that follow.
-_ENTRY = re.compile(r"(\S.{0,40}?) {2,}(\S.*)$")
+# "name   description"; a long name may have one space only. Indented lines continue a description.
+_FIRST = re.compile(r"\S.{0,40}? {2,}\S")
+_ENTRY = re.compile(r"(\S.{0,40}?) {2,}(\S.*)|(\w+(?:, \w+)*) (.*)")
 
 
 class PlainDocstrings(Extension):
@@ -27,11 +28,14 @@ def markdown(paragraph: str) -> str:
         return "\n".join(["```pycon", *lines, "```"])
     if lines[0].startswith("    "):
         return paragraph
-    entries = [_ENTRY.match(line) for line in lines]
-    if entries[0] and all(entry or line.startswith("   ") for entry, line in zip(entries, lines, strict=True)):
-        items = zip(entries, lines, strict=True)
-        return "\n".join(f"- `{entry[1]}`: {_text(entry[2])}" if entry else _text(line) for entry, line in items)
+    if _FIRST.match(lines[0]):
+        return "\n".join(map(_item, lines))
     return _text(paragraph)
+
+
+def _item(line: str) -> str:
+    entry = _ENTRY.match(line)
+    return f"- `{entry[1] or entry[3]}`: {_text(entry[2] or entry[4])}" if entry else _text(line)
 
 
 def _text(text: str) -> str:
