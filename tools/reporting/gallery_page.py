@@ -25,7 +25,7 @@ ones.](gallery/overlap.png)
 Cosines of all pairs of {images} pictures of {concepts} concepts. Where the two curves share an area,
 a cosine does not say whether two pictures are of one class. A smaller area is better. AUROC is the
 probability that a pair of one class has a higher cosine than a pair of two classes. On this CLIP
-the adapter makes a small difference.
+the adapter lowers the overlap a little.
 
 {overlap_table}
 
@@ -35,10 +35,11 @@ the adapter makes a small difference.
 adapter and on the right with it. The table below has the numbers.](gallery/accuracy.webp)
 
 Accuracy in % on {test_images} test pictures of {test_classes} classes: mean ± standard deviation over
-{draws} draws of the support pictures. Methods with `++` compare adapted embeddings. In {better} of {pairs}
-cases the `++` method has a higher mean than the same method without the adapter. `auto` chooses
-the method on the support pictures. With one picture of a class the parameters follow a rule; with
-more they are chosen by leave-one-out on the support pictures. No test picture chooses anything.
+{draws} draws of the support pictures (seeds {seeds}). Methods with `++` compare adapted embeddings. In
+{better} of {pairs} cases the `++` method has a higher mean than the same method without the adapter. `auto`
+chooses the method on the support pictures. With one picture of a class the parameters follow a
+rule; with more they are chosen by leave-one-out on the support pictures. No test picture chooses
+anything.
 
 {accuracy_table}
 
@@ -79,8 +80,8 @@ three pictures.
 
 ## Sources and licences of the pictures
 
-The emoji above are scaled copies of drawings from these sets. Their names are from emojibase
-([MIT](gallery/LICENSE-emojibase.txt)).
+The emoji above are drawings from these sets, rendered to 64x64 pixels on white and scaled. Their
+names are from emojibase ([MIT](gallery/LICENSE-emojibase.txt)).
 
 {licence_table}
 """
@@ -114,6 +115,7 @@ def page(
         test_images=_range(accuracy, "test_images"),
         test_classes=_range(accuracy, "classes"),
         draws=len(accuracy[0]["seeds"]),
+        seeds=", ".join(map(str, accuracy[0]["seeds"])),
         better=sum(with_adapter > without for without, with_adapter in pairs),
         pairs=len(pairs),
         accuracy_table=_table(_accuracy_columns(accuracy)),
