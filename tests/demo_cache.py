@@ -28,8 +28,9 @@ SOURCES = ("clip", "encoders", "export", "images", "methods", "scoring", "state"
 def demo_cache() -> Path:
     """A folder for IOSR_FAST_CACHE, named after the sources; it holds whatever an earlier test built of the demo."""
     digest = hashlib.sha256()
-    files = [path for room in SOURCES for path in (ROOT / "iosr_fast" / room).rglob("*")]
-    for path in sorted([*files, ROOT / "iosr_fast" / "classifier.py", ROOT / "tools" / "demo" / "bundle.py"]):
+    package = ROOT / "iosr_fast"
+    files = [path for room in SOURCES for path in (package / room).rglob("*")]
+    for path in sorted([*files, package / "classifier.py", package / "evaluation" / "demo_bundle.py"]):
         if path.suffix in (".py", ".json", ".safetensors", ".webp"):
             digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     folder = CACHES / digest.hexdigest()[:16]
@@ -56,8 +57,8 @@ def shared_cache() -> Iterator[None]:
 
 
 def demo_bundle(classes: int = 12, shots: int = 3, method: str = "tip-adapter++") -> Path:
-    """A saved classifier of the demo, written once (tools.demo.bundle.make_demo_bundle). Read it, never change it."""
-    from tools.demo.bundle import make_demo_bundle
+    """A saved classifier of the demo, written once (make_demo_bundle). Read it, never change it."""
+    from iosr_fast.evaluation.demo_bundle import make_demo_bundle
 
     folder = demo_cache() / "bundles" / f"{classes}-{shots}-{method}"
     with shared_cache():

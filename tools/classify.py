@@ -18,11 +18,7 @@ from typing import Annotated
 
 import typer
 
-from iosr_fast.pipeline import run as runs
-from iosr_fast.pipeline.prediction_files import COLUMNS
-from iosr_fast.utils.command import run
-from iosr_fast.utils.require import require
-from tools.embed import (
+from iosr_fast.cli.embed import (
     Address,
     Batch,
     Chunk,
@@ -40,6 +36,10 @@ from tools.embed import (
     Workers,
     run_resumably,
 )
+from iosr_fast.pipeline import run as runs
+from iosr_fast.pipeline.prediction_files import COLUMNS
+from iosr_fast.utils.command import run
+from iosr_fast.utils.require import require
 
 
 def main(

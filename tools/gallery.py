@@ -19,14 +19,13 @@ from PIL import Image
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_DATA
-from iosr_fast.clip.demo.pictures import load_index
+from iosr_fast.clip.demo.pictures import held_out, load_index, only
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.evaluation.demo import BATCH
+from iosr_fast.evaluation.demo_bundle import CLASSES, METHOD, SHOTS, held_out_queries, make_demo_bundle
+from iosr_fast.evaluation.overlap import overlap_rows
 from iosr_fast.training.overlap import plot_overlap
 from iosr_fast.utils.command import run
-from tools.demo.bundle import CLASSES, METHOD, SHOTS, held_out_queries, make_demo_bundle
-from tools.evaluation.demo import BATCH, held_out
-from tools.evaluation.overlap import overlap_rows
-from tools.evaluation.tasks import only
 from tools.reporting.gallery_figures import Answer, draw_accuracy, draw_explanations, draw_grid
 from tools.reporting.gallery_page import page
 from tools.reporting.load import BrokenResults, Row, read_file

@@ -24,9 +24,9 @@ from PIL import Image
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.evaluation.demo_bundle import held_out_queries, make_demo_bundle
 from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.require import require
-from tools.demo.bundle import held_out_queries, make_demo_bundle
 
 CHROMIUM = "/usr/bin/chromium"
 # No background requests, no GPU; runs as root in a container.

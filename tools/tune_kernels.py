@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import typer
 
+from iosr_fast.benchmarks.devices import Device
 from iosr_fast.kernels import launch
 from iosr_fast.kernels.launch import Config
 from iosr_fast.utils import command
 from iosr_fast.utils.require import require
-from tools.bench.devices import Device
 
 DEVICE, REPEATS = "cuda", 50
 WIDTH = 512

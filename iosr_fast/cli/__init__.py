@@ -1,59 +1,67 @@
-"""The command `iosr-fast`: fit a folder, classify images, serve them over HTTP, and describe this machine."""
+"""The command `iosr-fast`. A command's module is imported when that command is asked for, so that help is fast."""
 
 from __future__ import annotations
 
+import importlib
 import logging
-from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from iosr_fast.cli.classify import classify
-from iosr_fast.cli.fit import fit
-from iosr_fast.cli.serve import serve
-from iosr_fast.cli.serve_ray import serve_ray
-from iosr_fast.utils.command import new_app
+from iosr_fast.utils.command import command_app, new_app
 
-app = new_app("iosr-fast", no_args_is_help=True, help=__doc__)
-app.command()(serve)
-app.command("serve-ray")(serve_ray)
-app.command()(classify)
-app.command()(fit)
+# By section of the help: each command and its line there. NAME is the function, or the app, of its module.
+COMMANDS = {
+    "Classify": {
+        "fit": "Fit a few-shot classifier on a folder of class folders and save it.",
+        "classify": "Classify images with a saved classifier.",
+        "info": "Describe this machine, or verify and describe a saved folder.",
+    },
+    "Serve": {
+        "serve": "Serve a saved classifier over HTTP.",
+        "serve-ray": "Serve replicas of a saved classifier by Ray Serve.",
+        "export-triton": "Write a model repository for NVIDIA Triton Inference Server.",
+    },
+    "Adapters, engines and embeddings": {
+        "train-adapter": "Train the adapter of a CLIP.",
+        "build-engine": "Compile a CLIP and its adapter into an engine folder.",
+        "embed": "Write the embeddings of a set of images.",
+        "open-images-subset": "Choose a balanced subset of Open Images to train on.",
+    },
+    "Measure": {
+        "benchmark": "Time every part of the package against its rivals.",
+    },
+}
+
+
+class Commands(TyperGroup):
+    """The commands of COMMANDS, imported on demand."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands: dict[str, Any] = dict.fromkeys(name for names in COMMANDS.values() for name in names)
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        if name in self.commands and self.commands[name] is None:
+            stem = name.replace("-", "_")
+            command = getattr(importlib.import_module(f"iosr_fast.cli.{stem}"), stem)
+            one = command if isinstance(command, typer.Typer) else command_app(command, "iosr-fast")
+            self.commands[name] = typer.main.get_command(one)
+        return self.commands.get(name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for section, commands in COMMANDS.items():
+            with formatter.section(section):
+                formatter.write_dl(list(commands.items()))
+
+
+app = new_app("iosr-fast", Commands, no_args_is_help=True)
 
 
 @app.callback()
 def main(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="say which runtimes and kernels are chosen"),
 ) -> None:
+    """Few-shot image classification with CLIP. `iosr-fast COMMAND --help` describes a command."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
-
-
-@app.command()
-def info(
-    folder: Path | None = typer.Argument(None, help="a saved classifier or an engine: its contents and its digest"),
-) -> None:
-    """Versions, runtimes and scoring kernels of this machine, or the contents of a saved classifier, verified."""
-    if folder is None:
-        from iosr_fast.info import format_info
-
-        typer.echo(format_info())
-    else:
-        from iosr_fast.state.bundle import describe
-
-        typer.echo(describe(folder))
-
-
-@app.command("export-triton")
-def export_triton(
-    classifier: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
-    out: Path = typer.Argument(..., help="the model repository to write"),
-    max_batch: int = typer.Option(32, help="images per model call"),
-    instances: int = typer.Option(1, help="copies of each model that run in parallel"),
-    gpu: bool = typer.Option(False, "--gpu", help="encoder and scoring on GPUs, the encoder through TensorRT"),
-    top: int = typer.Option(5, help="classes in the example in README.txt"),
-) -> None:
-    """Write a classifier as a model repository of NVIDIA Triton Inference Server."""
-    from iosr_fast.serving.triton import export_triton as export
-
-    export(classifier, out, max_batch=max_batch, instances=instances, gpu=gpu, top=top)
-    typer.echo(f"{out}:")
-    typer.echo((out / "README.txt").read_text(encoding="utf-8"), nl=False)

@@ -39,10 +39,10 @@ def stop_message(message: str, prefix: str = "error") -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def new_app(prefix: str = "error", **options: Any) -> typer.Typer:
+def new_app(prefix: str = "error", group: type[TyperGroup] = TyperGroup, **options: Any) -> typer.Typer:
     """An app with `one_line_errors`. Its help shows `[...]` as written, which rich would take for markup."""
 
-    class Group(TyperGroup):
+    class Group(group):  # type: ignore[misc, valid-type]
         def invoke(self, ctx: Any) -> Any:
             with one_line_errors(prefix):
                 return super().invoke(ctx)
@@ -52,16 +52,16 @@ def new_app(prefix: str = "error", **options: Any) -> typer.Typer:
     )
 
 
-class _Command(TyperCommand):
-    def invoke(self, ctx: Any) -> Any:
-        with one_line_errors():
-            return super().invoke(ctx)
-
-
-def command_app(main: Callable[..., None]) -> typer.Typer:
+def command_app(main: Callable[..., None], prefix: str = "error") -> typer.Typer:
     """The app of a tool with one command."""
+
+    class Command(TyperCommand):
+        def invoke(self, ctx: Any) -> Any:
+            with one_line_errors(prefix):
+                return super().invoke(ctx)
+
     app = new_app()
-    app.command(cls=_Command)(main)
+    app.command(cls=Command)(main)
     return app
 
 

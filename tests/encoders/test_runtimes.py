@@ -373,7 +373,7 @@ RELEASES_MODELS = """
 import faulthandler, gc, os, signal
 import numpy as np
 from iosr_fast.encoders.runtimes.openvino import openvino_core, signal_stack
-from tools.bench.ceilings import _openvino_gemm
+from iosr_fast.benchmarks.ceilings import _openvino_gemm
 
 faulthandler.enable()
 before, seen = signal_stack(), []

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.benchmarks.photographs import photograph
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import decode
 from iosr_fast.images.decode import MARGIN, CpuDecoder, crop_pixels, decode_pixels
 from iosr_fast.images.preprocess import open_image, resize_and_crop
 from tests.pictures import encode
-from tools.bench.photographs import photograph
 
 
 @pytest.fixture(scope="module")

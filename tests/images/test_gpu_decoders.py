@@ -18,6 +18,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
+from iosr_fast.benchmarks.photographs import photograph  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.encoders.runtimes import plans  # noqa: E402
 from iosr_fast.exceptions import BadImageError  # noqa: E402
@@ -27,7 +28,6 @@ from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecode
 from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from tests.pictures import encode  # noqa: E402
-from tools.bench.photographs import photograph  # noqa: E402
 
 GPU = plans.Gpu("a stand-in", (9, 0))
 

@@ -21,7 +21,7 @@ def _demo(demo_cache: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def engine(_demo: None) -> Path:
-    from tools.embed import find_engine
+    from iosr_fast.cli.embed import find_engine
 
     return find_engine("demo")
 
@@ -29,7 +29,7 @@ def engine(_demo: None) -> Path:
 @pytest.fixture(scope="session")
 def bundle(_demo: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier of 8 classes with 3 shots."""
-    from tools.demo.bundle import make_demo_bundle
+    from iosr_fast.evaluation.demo_bundle import make_demo_bundle
 
     return make_demo_bundle(tmp_path_factory.mktemp("pipeline") / "bundle", classes=8, shots=3)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.cli import embed
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.preprocess import to_pixels
@@ -26,9 +27,9 @@ from iosr_fast.pipeline.prediction_files import SCORES, read_predictions
 from iosr_fast.utils.command import command_app
 from iosr_fast.utils.manifest import read_manifest
 from tests import ROOT
-from tools import classify, embed
+from tools import classify
 
-APPS = {"embed": command_app(embed.main), "classify": command_app(classify.main)}
+APPS = {"embed": command_app(embed.embed), "classify": command_app(classify.main)}
 
 
 @cache

@@ -125,7 +125,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_importing_loads_nothing_heavy() -> None:
     heavy = {"torch", "pyarrow", "ray", "webdataset", "pandas"}
-    code = f"import sys, iosr_fast.pipeline.embedding_files, tools.embed; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, iosr_fast.cli.embed; print(sorted({heavy} & set(sys.modules)))"
     root = ROOT
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from iosr_fast.benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders import runtimes
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.images.listing import list_images
 from iosr_fast.pipeline import stream
-from tools.bench.photographs import write_photographs
 
 COUNT = 100
 

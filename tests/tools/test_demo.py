@@ -75,7 +75,7 @@ def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -
 
 @pytest.mark.slow
 def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
-    from tools import train_adapter
+    from iosr_fast.cli import train_adapter
 
     for name in ("red", "blue"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_train_adapter_on_a_folder(tmp_path: Path) -> None:
         (("--out", str(tmp_path)), "got the folder"),
         (("--data", str(tmp_path / "nowhere"), "--out", str(out)), "found no folder"),
     ):
-        refused = run(train_adapter.main, *options)
+        refused = run(train_adapter.train_adapter, *options)
         assert refused.exit_code == 2 and isinstance(refused.exception, SystemExit)
         assert message in " ".join(refused.output.replace("│", " ").split())
 
@@ -106,10 +106,10 @@ def test_another_adapter_is_evaluated_on_the_demo(
 ) -> None:
     """One that changes nothing: adapted and plain embeddings are the same."""
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    from iosr_fast.cli import evaluate
     from iosr_fast.clip.adapter import init_adapter, save_adapter
     from iosr_fast.clip.load import load_clip
-    from tools import evaluate
-    from tools.evaluation import demo
+    from iosr_fast.evaluation import demo
 
     test, validation = demo.held_out()
     few = demo.only(test, np.arange(len(test.names)) % 8 == 0)
@@ -132,11 +132,11 @@ def test_another_adapter_is_evaluated_on_the_demo(
 def test_the_whole_demo_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step runs and the report is complete: one epoch on some generic concepts, few held-out concepts."""
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    from iosr_fast.clip.demo.pictures import only
     from iosr_fast.export import export
     from iosr_fast.training.data import TensorPictures
     from tests.demo_cache import export_once
     from tools.demo import run as demo
-    from tools.evaluation.tasks import only
 
     monkeypatch.setattr(export, "export_onnx", export_once)
     generic, (test, validation) = demo.demo_pictures(64), demo.held_out()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
 
+from iosr_fast.cli.open_images_subset import open_images_subset  # noqa: E402
 from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.training.data.open_images import (  # noqa: E402
     OpenImagesPictures,
@@ -23,7 +24,6 @@ from iosr_fast.training.data.open_images import (  # noqa: E402
     write_subset_csv,
 )
 from iosr_fast.utils.command import command_app  # noqa: E402
-from tools.open_images_subset import main  # noqa: E402
 
 CLASSES = {"/m/011k07": "Tortoise", "/m/0c9ph5": "Blåbär, fresh", "/m/02xwb": "Fruit", "/m/05z87": "Plantain/Banana"}
 RARE, COMMON, FRUIT, BANANA = "/m/011k07", "/m/0c9ph5", "/m/02xwb", "/m/05z87"
@@ -245,7 +245,7 @@ def test_an_unreadable_image_and_a_bad_csv_are_named(paper_csv: Path, tmp_path: 
 def test_the_command_line_writes_both_files(class_csv: Path, label_csvs: list[Path], tmp_path: Path) -> None:
     out, listed = tmp_path / "oi.csv", tmp_path / "list.txt"
     labels = [argument for path in label_csvs for argument in ("--labels", str(path))]
-    app = command_app(main)
+    app = command_app(open_images_subset)
     arguments = ["--classes", str(class_csv), *labels, "--out", str(out), "--download-list", str(listed)]
     run = CliRunner().invoke(app, [*arguments, "--images-a-class", "5"])
     assert run.exit_code == 0, run.output

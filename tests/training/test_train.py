@@ -16,9 +16,9 @@ from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
 from iosr_fast.training import probe as probe_module  # noqa: E402
 from iosr_fast.training.batches import split_steps  # noqa: E402
 from iosr_fast.training.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
+from iosr_fast.training.sources import validation_pictures  # noqa: E402
 from iosr_fast.training.train import train_adapter  # noqa: E402
 from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config  # noqa: E402
-from tools.training.sources import validation_pictures  # noqa: E402
 
 SUPERVISED = TrainConfig(epochs=3, batch=8, schedule="cosine", augment=True)
 

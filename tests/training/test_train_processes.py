@@ -35,7 +35,7 @@ OPTIONS = {
 }
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["tools.train_adapter", "torch.distributed", "kornia.augmentation", "open_clip"])
+SPAWN.set_forkserver_preload(["iosr_fast.cli.train_adapter", "torch.distributed", "kornia.augmentation", "open_clip"])
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     os.dup2(file, 2)
     torch.set_num_threads(1)
     sys.argv = ["train_adapter.py", *options]
+    from iosr_fast.cli.train_adapter import train_adapter
     from iosr_fast.utils import command
-    from tools.train_adapter import main
 
-    command.run(main)
+    command.run(train_adapter)
 
 
 class Pair:
@@ -140,7 +140,7 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
 
     from typer.testing import CliRunner
 
-    from tests.tools.test_train_tool import APP
+    from tests.cli.test_train_adapter import APP
 
     single = CliRunner().invoke(APP, arguments(folder, one, "supervised"))
     assert single.exit_code == 0, single.output

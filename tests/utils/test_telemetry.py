@@ -95,7 +95,7 @@ def without_network() -> tuple[str, ...] | None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tools.demo.bundle import make_demo_bundle
+    from iosr_fast.evaluation.demo_bundle import make_demo_bundle
 
     with shared_cache():
         return make_demo_bundle(tmp_path_factory.mktemp("bundle") / "bundle", classes=4, shots=2)

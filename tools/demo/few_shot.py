@@ -1,29 +1,20 @@
 """The demo's table: methods on held-out concepts, with parameters chosen by leave-one-out on each support set.
 
-Each seed draws four pictures per concept as the support pool; the others are queries (tools/evaluation/tasks.py).
+Each seed draws four pictures per concept as the support pool; the others are queries (iosr_fast/evaluation/tasks.py).
 Queries choose nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from iosr_fast.evaluation.accuracy import Result
+from iosr_fast.evaluation.demo import in_domain
+from iosr_fast.evaluation.tasks import Encoded
 from iosr_fast.scoring.score import score
-from tools.evaluation.accuracy import Result
-from tools.evaluation.accuracy import evaluate as evaluate_source
-from tools.evaluation.demo import in_domain
-from tools.evaluation.tasks import Encoded
 
 NARROW = ("fp16", "bf16", "int8")
-
-
-def evaluate(
-    encoded: Encoded, method: str, reducer: str, shots: Sequence[int], seeds: Sequence[int]
-) -> dict[int, Result]:
-    """A Result for each number of shots."""
-    results = evaluate_source(in_domain(encoded, shots, seeds), [(method, reducer)], "loo")
-    return {result.shots: result for result in results}
 
 
 def cell(result: Result) -> dict[str, Any]:

@@ -28,18 +28,18 @@ from iosr_fast.utils.require import require_installed
 with one_line_errors():
     require_installed("torch", "cpu")
     from iosr_fast.clip.adapter import Adapter, init_adapter, load_adapter, save_adapter
+    from iosr_fast.clip.demo.pictures import POOL, held_out
     from iosr_fast.clip.load import LoadedClip, load_clip
+    from iosr_fast.evaluation.accuracy import Result
+    from iosr_fast.evaluation.demo import encode, evaluate_few_shot
     from iosr_fast.export.export import write_engine
     from iosr_fast.export.pretrained import DEMO_ADAPTER
     from iosr_fast.training.data import demo_pictures
     from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines, plot_overlap
+    from iosr_fast.training.progress import TrainingBar
     from iosr_fast.training.train import train_adapter
     from iosr_fast.training.train_config import TrainConfig
-    from tools.demo.few_shot import cell, changed_labels, evaluate
-    from tools.evaluation.accuracy import Result
-    from tools.evaluation.demo import encode, held_out
-    from tools.evaluation.tasks import POOL
-    from tools.training.progress import TrainingBar
+    from tools.demo.few_shot import cell, changed_labels
 
 SHOTS = (1, 2, 4)
 AUTO_DRAWS = 1  # support sets for "auto", which tries all methods
@@ -178,12 +178,12 @@ def main(
     console.rule("4. classify held-out concepts from a few pictures each", align="left")
     draws, shots_of_auto = range(seeds), [shots for shots in SHOTS if shots <= auto_shots]
     results = {
-        "zero-shot": evaluate(ours, "zero-shot", "none", SHOTS, draws),
-        "tip-adapter": evaluate(ours, "tip-adapter", "none", SHOTS, draws),
-        "tip-adapter, centred": evaluate(ours, "tip-adapter", "centre", SHOTS, draws),
-        "tip-adapter++": evaluate(ours, "tip-adapter++", "none", SHOTS, draws),
-        "tip-adapter++ (shipped)": evaluate(shipped, "tip-adapter++", "none", SHOTS, draws),
-        "auto (shipped)": evaluate(shipped, "auto", "auto", shots_of_auto, draws[:AUTO_DRAWS]),
+        "zero-shot": evaluate_few_shot(ours, "zero-shot", "none", SHOTS, draws),
+        "tip-adapter": evaluate_few_shot(ours, "tip-adapter", "none", SHOTS, draws),
+        "tip-adapter, centred": evaluate_few_shot(ours, "tip-adapter", "centre", SHOTS, draws),
+        "tip-adapter++": evaluate_few_shot(ours, "tip-adapter++", "none", SHOTS, draws),
+        "tip-adapter++ (shipped)": evaluate_few_shot(shipped, "tip-adapter++", "none", SHOTS, draws),
+        "auto (shipped)": evaluate_few_shot(shipped, "auto", "auto", shots_of_auto, draws[:AUTO_DRAWS]),
     }
     show_accuracy(results)
     changed = changed_labels(shipped, results["tip-adapter++ (shipped)"])

@@ -1,4 +1,4 @@
-"""Tables of timing rows, which tools/bench/harness.py writes, whatever their bench."""
+"""Tables of timing rows, which iosr_fast/benchmarks/harness.py writes, whatever their bench."""
 
 from __future__ import annotations
 

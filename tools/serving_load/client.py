@@ -18,7 +18,7 @@ from PIL import Image
 from yarl import URL
 
 from iosr_fast.classifier import Classifier
-from tools.demo.bundle import held_out_queries
+from iosr_fast.evaluation.demo_bundle import held_out_queries
 
 BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
 _PATIENCE_S = 20.0  # beyond the deadline: a missing answer is an error, not a hang

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.utils.machine import package_version
-from tools.bench.harness import commit, cpu_description
+from iosr_fast.utils.provenance import commit, cpu_description
 from tools.serving_load.client import Answer
 
 _PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "fastapi", "uvicorn", "uvloop", "h11", "aiohttp")

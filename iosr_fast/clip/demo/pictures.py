@@ -12,6 +12,8 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 
 FOLDER = Path(__file__).parent / "data"
+# Pictures of a concept that support sets are drawn from; the others are queries, the same for every number of shots.
+POOL = 4
 Split = Literal["generic", "held-out"]
 
 
@@ -61,3 +63,19 @@ def load_pictures(split: Split, min_styles: int = 4) -> Pictures:
             styles.append(style_names.index(style))
         names.append(concept["name"])
     return Pictures(np.stack(images), np.array(concepts), np.array(styles), names, style_names)
+
+
+def held_out() -> tuple[Pictures, Pictures]:
+    """Test concepts, drawn in more than POOL styles, and validation concepts, drawn in just POOL."""
+    pictures = load_pictures("held-out")
+    spare = np.bincount(pictures.concepts) > POOL
+    return only(pictures, spare), only(pictures, ~spare)
+
+
+def only(pictures: Pictures, chosen: np.ndarray) -> Pictures:
+    """The pictures of the chosen concepts (a mask over names), renumbered."""
+    rows = chosen[pictures.concepts]
+    number = np.cumsum(chosen) - 1
+    names = [name for name, keep in zip(pictures.names, chosen, strict=True) if keep]
+    concepts = number[pictures.concepts[rows]]
+    return Pictures(pictures.images[rows], concepts, pictures.styles[rows], names, pictures.style_names)

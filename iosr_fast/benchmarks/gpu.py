@@ -1,0 +1,241 @@
+"""make gpu-check: the GPU's tests, parity and benches, one after another, into one JSON file.
+
+Each part is a process with a time limit, so that a crash or a hang costs its own part only; the file is whole after
+each. Nothing is installed or fetched: what is missing is named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.benchmarks import score
+from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.provenance import commit, cpu_description
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET_S = 460.0  # of 8 minutes
+LEAST_S = 5.0  # no part starts with less
+KILL_S = 5.0
+BENCHMARK = ("tools/benchmark.py",)
+PACKAGES = ("torch", "triton", "numpy", "open_clip", "safetensors", "PIL", "onnxruntime", "pytest", "xdist", "pybind11")
+DRIVER = ("driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory", "temperature.gpu")
+TEST_LINE = re.compile(r"^(?:\[gw\d+\]|\S+::).*?\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b")
+
+
+@dataclass(frozen=True)
+class Part:
+    """`command` follows the interpreter; a bench writes its result to --json, a test run prints it."""
+
+    name: str
+    limit_s: float
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    writes_json: bool = True
+
+
+def parts(rehearsal: bool) -> list[Part]:
+    """In order: what later parts need, what says whether results are right, what is worth most."""
+    device, repeats = ("--device", "rehearsal" if rehearsal else "cuda"), ("--repeats", "1" if rehearsal else "50")
+    cases = ("q2-k64-d32-c4", "q1-k64-d32-c4") if rehearsal else score.GPU_CASES
+    models = (("demo", "5"),) if rehearsal else (("ViT-B-16", "256"), ("ViT-B-16", "64"), ("ViT-B-32", "256"))
+    encoder = [
+        (*BENCHMARK, "encoder", "--model", model, "--batch", batch, *device, *repeats) for model, batch in models
+    ]
+    return [
+        Part("machine", 40, (*BENCHMARK, "machine", *device)),
+        Part("build", 120, ("setup.py", "-q", "egg_info", "build_ext", "--inplace"), build_environment(), False),
+        Part("parity", 90, (*BENCHMARK, "parity", *device)),
+        *(Part(f"score-{case}", 100, (*BENCHMARK, "score", "--cases", case, *device, *repeats)) for case in cases),
+        *(Part(f"encoder-{command[3]}-{command[5]}".lower(), 40, command) for command in encoder),
+        Part("tests", 150, ("-m", "pytest", *test_options(), *test_files()), writes_json=False),
+        *(Part(f"compiled-{c[3]}-{c[5]}".lower(), 80, (*c, "--compiled")) for c in encoder),
+    ]
+
+
+def build_environment() -> dict[str, str]:
+    """The CUDA module for the GPU that is here, if there is nvcc: on PATH, or where NVIDIA's installer puts it."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).is_file():
+        return {"IOSR_FAST_CUDA": "0"}
+    arguments = f"{os.environ.get('CMAKE_ARGS', '')} -DCMAKE_CUDA_ARCHITECTURES=native"
+    return {"IOSR_FAST_CUDA": "1", "CUDACXX": nvcc, "CMAKE_ARGS": arguments.strip()}
+
+
+def test_options() -> list[str]:
+    options = ["-v", "-rfEs", "-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    options += ["-n", str(min(8, usable_threads()))] if find_spec("xdist") else []
+    return options + (["--timeout", "60"] if find_spec("pytest_timeout") else [])
+
+
+def test_files() -> list[str]:
+    """Only files with GPU tests are imported: the others need packages that no GPU test needs."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [path.relative_to(ROOT) for path in files if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+    return [str(path) for path in marked if "benchmarks" not in path.parts]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """{"facts"} about the GPU, its driver, the host and the packages. Raises RuntimeError where PyTorch sees no GPU."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "device": cpu_description(),
+        "commit": commit(),
+        "host": {"cpu": cpu_description(), "platform": platform.platform()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "missing": [name for name in PACKAGES if find_spec(name) is None],
+    }
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                f"gpu-check needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none; "
+                "`make test` is for other machines"
+            )
+        properties = torch.cuda.get_device_properties(0)
+        names = ("total_memory", "multi_processor_count", "L2_cache_size", "major", "minor")
+        facts["device"] = torch.cuda.get_device_name()
+        facts["gpu"] = {name: getattr(properties, name, None) for name in names}
+        query = ["nvidia-smi", f"--query-gpu={','.join(DRIVER)}", "--format=csv,noheader", "-i", "0"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+            facts["driver"] = dict(zip(DRIVER, (value.strip() for value in answer.split(",")), strict=True))
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            print(f"left out: the driver's facts: nvidia-smi gave none ({error})")
+    return {"facts": facts}
+
+
+def run_part(part: Part, folder: Path, limit_s: float, rehearsal: bool = True) -> dict[str, Any]:
+    """Run a part to its end or its limit: {"status", "seconds", "rows", "facts", "tables", "skipped", "failed", ...}.
+
+    status is "done", "failed" (it crashed, or reports something wrong) or "stopped" (killed at its limit).
+    """
+    out, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
+    command = [sys.executable, *part.command, *(["--json", str(out)] if part.writes_json else [])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "IOSR_FAST_CACHE": str(folder / "cache"), **part.environment}
+    # NVIDIA's containers set it, which makes float32 products TF32's, whatever a program asks for.
+    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
+    started = time.monotonic()
+    # Into a file: a process that outlives the kill would hold a pipe open.
+    with log.open("w", encoding="utf-8") as stream:
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _kill_group(child)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    written = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    result = written if isinstance(written, dict) else {"rows": written}
+    result |= read_log(lines)
+    if part.name == "tests":
+        result["facts"] = counts = count_tests(lines)
+        if not rehearsal and not counts.get("passed"):
+            result["failed"].append("no GPU test passed; a run of skips proves nothing")
+    status = "stopped" if code is None else "failed" if code or result["failed"] else "done"
+    result |= {"status": status, "seconds": round(time.monotonic() - started, 1), "limit_s": round(limit_s, 1)}
+    return result if status == "done" else {**result, "exit_code": code, "last_lines": lines[-25:]}
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """A part and the processes that it started, compilers for example."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait(KILL_S)
+    except (ProcessLookupError, PermissionError):
+        return
+    except subprocess.TimeoutExpired:
+        print(f"  process {child.pid} can't be killed: it waits in the driver", flush=True)
+
+
+def read_log(lines: Iterable[str]) -> dict[str, list[str]]:
+    """What a part left out and found wrong: a bench's lines, and the summary of pytest."""
+    skipped, failed = [], []
+    for line in lines:
+        if line.startswith(("left out: ", "SKIPPED ")):
+            skipped.append(line.removeprefix("left out: "))
+        elif line.startswith(("WRONG: ", "FAILED ", "ERROR ")):
+            failed.append(line.removeprefix("WRONG: "))
+    return {"skipped": skipped, "failed": failed}
+
+
+def count_tests(lines: Iterable[str]) -> dict[str, int]:
+    """Tests by outcome, from pytest's lines, which a killed run has too."""
+    return dict(Counter(match[1].lower() for line in lines if (match := TEST_LINE.match(line))))
+
+
+def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Sequence[Part] | None = None) -> Path:
+    """Run all parts, or "machine" and `only`; the file's path. Raises RuntimeError where there is no GPU, and, after
+    all parts, where one failed or was stopped."""
+    chosen = parts(rehearsal) if chosen is None else chosen
+    if unknown := sorted(set(only) - {part.name for part in chosen}):
+        raise ValueError(f"expected parts out of {', '.join(part.name for part in chosen)}, got {', '.join(unknown)}")
+    started = time.monotonic()
+    content: dict[str, Any] = {"kind": "gpu-check", "trial": rehearsal, "complete": False}
+    content |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": None}
+    content |= {"missing": [], "skipped": [], "failed": [], "rows": [], "parts": {}}
+    path: Path | None = None
+    with tempfile.TemporaryDirectory(prefix="iosr-fast-gpu-check-", ignore_cleanup_errors=True) as folder:
+        for part in chosen:
+            left_s = BUDGET_S - (time.monotonic() - started)
+            if only and part.name not in ("machine", *only):
+                continue
+            if rehearsal and part.name == "build":
+                result: dict[str, Any] = {"status": "skipped", "skipped": ["a rehearsal leaves the source tree alone"]}
+            elif left_s < LEAST_S:
+                result = {"status": "skipped", "skipped": [f"{left_s:.0f} s of {BUDGET_S:.0f} are left"]}
+            else:
+                print(f"{part.name} (at most {min(part.limit_s, left_s):.0f} s)", flush=True)
+                result = run_part(part, Path(folder), min(part.limit_s, left_s), rehearsal)
+                print(f"  {result['status']} after {result['seconds']} s", *result["failed"], sep="\n  ", flush=True)
+            content["rows"] += result.pop("rows", [])
+            content["skipped"] += [f"{part.name}: {reason}" for reason in result.get("skipped", [])]
+            content["failed"] += [part.name] if result["status"] in ("failed", "stopped") else []
+            content["parts"][part.name] = result
+            if path is None:
+                facts = result.get("facts", {})
+                if "device" not in facts:
+                    raise RuntimeError("\n".join(result.get("last_lines", ["the machine's part gave no device"])[-3:]))
+                content |= {name: facts[name] for name in ("device", "missing", "commit")}
+                slug = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
+                path = out / f"{'trial' if rehearsal else 'gpu-check'}-{slug}.json"
+                out.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+    assert path is not None
+    write_whole(path, content | {"complete": True, "seconds": round(time.monotonic() - started, 1)})
+    print(f"{content['device']}; {len(content['rows'])} rows, {len(content['skipped'])} left out; wrote {path}")
+    if content["failed"]:
+        raise RuntimeError(f"failed: {', '.join(content['failed'])}; {path} has what was wrong and the last lines")
+    return path
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """`value` as JSON with "nan" and "inf" as words; a reader finds the old file or the new one, also after a kill."""
+    content = json.loads(json.dumps(value), parse_constant=lambda constant: str(float(constant)))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,257 @@
+"""A folder of photographs to labels: files are read, decoded, encoded and scored.
+
+    predict-folder   Classifier.predict_folder: decoding beside the fused encoder, scoring by the compiled kernel
+    encoder-only     the same encoder on decoded pictures, by the faster of our two ways to call it: the ceiling
+    decode-only      our decoder alone, in as many threads
+    obvious-script   the way of the papers' code: PIL and open_clip's transform, then two passes of eager PyTorch in
+                     batches of 32, and the formula with its one-hot matrix
+    two-pass         the same transform and formula, the two passes compiled in ONNX Runtime
+
+The photographs are made from the demo's pictures (photographs.py), 65 to 80 KB each. Weights are random, which
+changes no speed; pictures stand in for class names, and each class has 16 keys near the embedding of one. The keys are
+centred, as random weights leave all pictures near one another. Labels are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from iosr_fast.benchmarks import harness
+from iosr_fast.benchmarks.encoder_rivals import open_session, write_passes
+from iosr_fast.benchmarks.photographs import write_photographs
+from iosr_fast.classifier import Classifier
+from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
+from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.export.export import random_adapter, write_engine
+from iosr_fast.images.decode import CpuDecoder
+from iosr_fast.images.pixels import FORMATS
+from iosr_fast.images.preprocess import open_image, resize_and_crop
+from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, choose_stage
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.state.examples import Examples
+from iosr_fast.state.method_config import MethodConfig
+from iosr_fast.state.state import State
+from iosr_fast.state.support_images import SupportViews
+from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.ordered import map_ordered
+
+RIVALS = ("obvious-script", "two-pass", "encoder-only")
+CLASSES, SHOTS = 100, 16
+RIVALS_BATCH = 32
+LABELS_EQUAL, LEVELS = 0.999, 1.0
+Embed = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Label = Callable[[], np.ndarray]
+
+
+def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
+    """A tip-adapter++ of CLASSES classes with SHOTS keys each, around the embeddings of CLASSES of the pictures."""
+    encoder = open_engine(engine, "onnxruntime", verify=False, threads=threads)
+    classes = min(CLASSES, len(paths))
+    pixels = np.stack([resize_and_crop(open_image(path), encoder.image_size) for path in paths[:classes]])
+    centres = encoder.encode(pixels)
+    rng = np.random.default_rng(0)
+
+    def near(rows: Any) -> np.ndarray:
+        # Noise of a fifth of the distance between two pictures, in place of 16 views of each.
+        apart = float(np.linalg.norm(rows - rows.mean(0), axis=1).mean())
+        noise = rng.standard_normal((classes * SHOTS, rows.shape[1])) * 0.2 * apart / rows.shape[1] ** 0.5
+        keys = np.repeat(rows, SHOTS, 0) + noise
+        return np.asarray(keys / np.linalg.norm(keys, axis=1, keepdims=True), np.float32)
+
+    count = classes * SHOTS
+    embeddings = Embeddings(near(centres.plain), near(centres.adapted))
+    examples = Examples(embeddings, np.repeat(np.arange(classes), SHOTS), np.arange(count), (None,) * count)
+    support = examples.as_support(range(classes), centres.plain, 100.0)
+    config = MethodConfig("tip-adapter++", {"alpha": 1.0, "beta": 5.5}, "centre").fitted(support)
+    classifier = Classifier(encoder, engine, tau=100.0)
+    state = State.first([f"picture {c}" for c in range(classes)], centres.plain, 100.0, examples, config)
+    classifier._replace(state, SupportViews())
+    return classifier
+
+
+class PapersFormula:
+    """A tip-adapter++ plan in eager PyTorch, with the (B, N) affinity and the (N, C) one-hot matrix: logits (B, C)."""
+
+    def __init__(self, plan: ScoringPlan) -> None:
+        assert plan.text is not None and plan.class_offsets is not None
+        self.text, self.keys = (torch.from_numpy(np.array(array)) for array in (plan.text, plan.keys))
+        self.shift = None if plan.reducer is None else torch.from_numpy(np.array(plan.reducer.shift))
+        labels = np.repeat(np.arange(plan.n_classes), np.diff(plan.class_offsets))
+        self.onehot = nn.functional.one_hot(torch.from_numpy(labels), plan.n_classes).float()
+        self.tau, self.alpha, self.beta = plan.tau, plan.alpha, plan.beta
+
+    def __call__(self, plain: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+        query = adapted if self.shift is None else nn.functional.normalize(adapted - self.shift, dim=-1)
+        affinity = ((-1) * (self.beta - self.beta * (query @ self.keys.T))).exp()
+        return self.tau * plain @ self.text.T + self.alpha * (affinity @ self.onehot)
+
+
+@torch.inference_mode()
+def by_script(paths: list[Path], clip: LoadedClip, embed: Embed, formula: PapersFormula) -> np.ndarray:
+    """Files to labels one batch after another: PIL and open_clip's transform, `embed`, the papers' formula."""
+    import open_clip
+    from PIL import Image
+
+    transform = open_clip.image_transform(clip.image_size, is_train=False, mean=clip.mean, std=clip.std)
+    labels = []
+    for start in range(0, len(paths), RIVALS_BATCH):
+        pixels = torch.stack([transform(Image.open(p, formats=FORMATS)) for p in paths[start : start + RIVALS_BATCH]])
+        labels.append(formula(*embed(pixels)).argmax(1).numpy())
+    return np.concatenate(labels)
+
+
+def eager(clip: LoadedClip, adapter: Adapter) -> Embed:
+    """The public way: open_clip's own forward, then the forward with the adapter."""
+
+    def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        plain, adapted = encode_plain(clip, pixels), encode_adapted(clip, adapter, pixels)
+        return nn.functional.normalize(plain, dim=-1), nn.functional.normalize(adapted, dim=-1)
+
+    return embed
+
+
+def compiled(clip: LoadedClip, adapter: Adapter, threads: int, folder: Path) -> Embed:
+    """Two passes in ONNX Runtime. The modules normalise by themselves, so the transform's floats go back to uint8."""
+    # They and PyTorch take turns, so their threads don't spin.
+    sessions = [open_session(path, threads, spin=False) for path in write_passes(clip, adapter, folder)]
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
+
+    def embed(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = ((pixels * std + mean) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        plain, adapted = (torch.from_numpy(session.run(None, {"pixels": levels})[0]) for session in sessions)
+        return plain, adapted
+
+    return embed
+
+
+def verify_labels(labels: Mapping[str, np.ndarray], truth: str) -> None:
+    """Raise ArithmeticError unless LABELS_EQUAL of all labels are those of the implementation `truth`."""
+    for name, each in labels.items():
+        equal = float((each == labels[truth]).mean())
+        if equal < LABELS_EQUAL:
+            raise ArithmeticError(
+                f"{name}: {equal:.2%} of the labels are right (expected: {LABELS_EQUAL:.1%}); not timed"
+            )
+
+
+def decode(paths: list[Path], size: int) -> list[np.ndarray]:
+    """By the decoder of predict_folder. Raises BadImageError for the first bad image."""
+    images = []
+    for image in CpuDecoder().decode(paths, size):
+        if isinstance(image, BadImageError):
+            raise image
+        images.append(image)
+    return images
+
+
+def verify_pixels(paths: list[Path], size: int) -> None:
+    """Raise ArithmeticError unless our decoder's pixels are those of the reference, within LEVELS on average."""
+    off = [
+        np.abs(a.astype(int) - resize_and_crop(open_image(b), size)).mean()
+        for a, b in zip(decode(paths, size), paths, strict=True)
+    ]
+    if not np.mean(off) <= LEVELS:
+        raise ArithmeticError(f"pixels are off by {np.mean(off):.2f} levels on average (allowed: {LEVELS}); not timed")
+
+
+def encoder_only(stage: Stage, whole: Any, batches: list[np.ndarray]) -> Callable[[], object]:
+    """The faster of two ways to encode decoded pictures: one call on all cores, or callers of one core each."""
+
+    def one(batches: list[np.ndarray] = batches) -> object:
+        return [whole.encode(batch) for batch in batches]
+
+    def many(batches: list[np.ndarray] = batches) -> object:
+        with closing(map_ordered(batches, stage.encoder.encode, stage.callers, 2 * stage.callers)) as embeddings:
+            return list(embeddings)
+
+    if stage.callers == 1:
+        return one
+    few = batches[: 2 * stage.callers]
+    times = {way: min(harness.measure({"": partial(way, few)}, 2)[""]) for way in (one, many)}
+    return min(times, key=lambda way: times[way])
+
+
+def run(
+    model: str = "ViT-B-32",
+    pictures: int = 500,
+    first_adapted_block: int = 8,
+    threads: int | None = None,
+    repeats: int = 3,
+) -> list[dict[str, Any]]:
+    """Verify and time one case, interleaved; one row an implementation, in images/s and of encoder-only's rate.
+
+    The first run of each checks its labels and measures its memory.
+    """
+    threads = threads or usable_threads()
+    clip = load_clip(model, None if model == "demo" else "none")
+    adapter = random_adapter(clip, first_adapted_block)
+    with tempfile.TemporaryDirectory() as name, harness.torch_threads(threads):
+        folder = Path(name)
+        paths = write_photographs(folder / "photographs", pictures)
+        write_engine(clip, adapter, folder / "engine", "onnxruntime")
+        classifier = fit(folder / "engine", paths, threads)
+        formula = PapersFormula(classifier.plan_)
+        size = clip.image_size
+        batch = choose_batch(classifier.encoder, None)
+        stage = choose_stage(classifier.encoder, classifier.engine, CpuDecoder(), pictures, batch, threads)
+        ends = list(accumulate(batch_sizes(pictures, batch, stage.callers)))
+        groups = [paths[start:end] for start, end in pairwise([0, *ends])]
+
+        def decoded() -> list[np.ndarray]:
+            with closing(map_ordered(groups, lambda group: decode(group, size), threads, 2 * threads)) as batches:
+                return [np.stack(batch) for batch in batches]
+
+        def ours() -> np.ndarray:
+            results = classifier.predict_folder(folder / "photographs", threads=threads)
+            return np.array([int(label.split()[1]) for label in results.labels.tolist()])
+
+        labelling: dict[str, Label] = {
+            "predict-folder": ours,
+            "obvious-script": partial(by_script, paths, clip, eager(clip, adapter), formula),
+            "two-pass": partial(by_script, paths, clip, compiled(clip, adapter, threads, folder), formula),
+        }
+        labels: dict[str, np.ndarray] = {}
+
+        def keep(impl: str, label: Label) -> None:
+            labels[impl] = label()
+
+        memory_mb = {impl: harness.extra_memory_mb(partial(keep, impl, label)) for impl, label in labelling.items()}
+        verify_labels(labels, "obvious-script")
+        verify_pixels(paths[:50], size)
+        impls: dict[str, Callable[[], object]] = {
+            "predict-folder": ours,
+            "encoder-only": encoder_only(stage, classifier.encoder, decoded()),
+            "decode-only": decoded,
+            **{impl: labelling[impl] for impl in ("obvious-script", "two-pass")},
+        }
+        runtimes_ms = harness.measure(impls, repeats, bursts=False)
+    rates = {impl: pictures / float(np.median(times)) * 1e3 for impl, times in runtimes_ms.items()}
+    extra = {
+        impl: {"images": pictures, "images_per_s": round(rate, 2), "memory_mb": memory_mb.get(impl)}
+        for impl, rate in rates.items()
+    }
+    return harness.rows(
+        "pipeline",
+        f"{model.lower()}-{pictures}-photographs-s{first_adapted_block}",
+        runtimes_ms,
+        rivals=RIVALS,
+        threads=threads,
+        work=pictures,
+        rate_unit="images/s",
+        ceiling={impl: rates["encoder-only"] for impl in rates if impl != "decode-only"},
+        packages=("onnxruntime", "torch", "open_clip_torch", "pillow"),
+        extra=extra,
+    )

@@ -1,0 +1,117 @@
+"""What PyTorch does without a kernel of ours; whatever depends on the plan alone is computed outside the timed part.
+
+papers-formula  a cosine GEMM, exp, and a GEMM with the one-hot matrix, as in the public code
+eager-best      one GEMM, exp in place and a segment sum into buffers that are reused
+torch-fp32      the product of queries and keys alone, in the faster of its two orientations: no exp, no sums, no text.
+                Nothing that PyTorch does in float32 can be faster than this.
+torch-mm        the same in float16, on a GPU alone: torch-mm's time over a row's is the row's share of its rate
+compiled-best   GEMM, exp and sum compiled by torch.compile, on a GPU alone
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iosr_fast.benchmarks.devices import Device
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.scoring.device_plan import as_tensor
+from iosr_fast.scoring.plan import ScoringPlan
+
+if TYPE_CHECKING:
+    import torch
+
+RIVALS = ("papers-formula", "eager-best", "torch-fp32", "torch-mm", "compiled-best")
+PRODUCTS = ("torch-fp32", "torch-mm")  # which return no logits
+# One-hot matrix and affinity of the papers' formula in float32; above, the formula is left out.
+PAPERS_LIMIT_BYTES, PAPERS_LIMIT_GPU_BYTES = 2e9, 32e9
+
+Run = Callable[[], "torch.Tensor"]
+
+
+def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device = Device()) -> dict[str, Run]:  # noqa: B008
+    """name -> call that returns logits (B, C) on `device`; those in PRODUCTS return the (B, N) cosines.
+
+    `plan` has float32 keys and reads adapted embeddings in the cache term. On a GPU everything but the text term is in
+    float16, as the papers' code runs there, and torch-fp32 is in float32 without TF32, PyTorch's default.
+    """
+    import torch
+
+    assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
+    kind, place = torch.float16 if device.is_gpu else torch.float32, device.torch
+
+    def tensor(array: object) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, copy=True)).to(place)
+
+    # The keys may be gigabytes: on the CPU they are shared, not copied.
+    keys32 = as_tensor(plan.keys).to(place)
+    keys, text = keys32.to(kind), tensor(plan.text)
+    counts = np.diff(plan.class_offsets)
+    lengths = tensor(counts)
+    plain, query32 = tensor(embeddings.plain), tensor(embeddings.adapted)
+    query = query32.to(kind)
+    affinity = torch.empty(len(keys), len(query), dtype=kind, device=place)
+    logits = torch.empty(len(query), plan.n_classes, device=place)
+
+    @torch.inference_mode()
+    def eager_best() -> torch.Tensor:
+        torch.mm(keys, query.T, out=affinity)
+        affinity.sub_(1.0).mul_(plan.beta).exp_()
+        sums = torch.segment_reduce(affinity, "sum", lengths=lengths, axis=0, unsafe=True)
+        torch.mm(plain, text.T, out=logits)
+        return logits.mul_(plan.tau).add_(sums.T, alpha=plan.alpha)
+
+    rivals: dict[str, Run] = {"eager-best": eager_best, "torch-fp32": _product(keys32, query32, device)}
+    limit_bytes = PAPERS_LIMIT_GPU_BYTES if device.is_gpu else PAPERS_LIMIT_BYTES
+    if 4.0 * len(keys) * (plan.n_classes + len(query)) <= limit_bytes:
+        labels = torch.repeat_interleave(torch.arange(plan.n_classes, device=place), lengths)
+        onehot = torch.zeros(len(keys), plan.n_classes, dtype=kind, device=place).scatter_(1, labels[:, None], 1.0)
+
+        @torch.inference_mode()
+        def papers_formula() -> torch.Tensor:
+            cosine = query @ keys.T
+            cache_logits = ((-1) * (plan.beta - plan.beta * cosine)).exp() @ onehot
+            return plan.tau * plain @ text.T + cache_logits * plan.alpha
+
+        rivals = {"papers-formula": papers_formula, **rivals}
+    if device.is_gpu:
+        rivals["torch-mm"] = _product(keys, query, device)
+        if len(set(counts.tolist())) == 1:  # a segment sum of equal segments, which a compiler fuses with exp
+            shape = (len(query), plan.n_classes, int(counts[0]))
+
+            def fused(query: torch.Tensor, keys: torch.Tensor, plain: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+                sums = ((query @ keys.T).float() * plan.beta - plan.beta).exp().view(shape).sum(-1)
+                return plan.tau * plain @ text.T + plan.alpha * sums
+
+            compiled = device.compile(fused)
+            rivals["compiled-best"] = torch.inference_mode()(lambda: compiled(query, keys, plain, text))
+    return rivals
+
+
+def _product(keys: torch.Tensor, query: torch.Tensor, device: Device) -> Run:
+    import torch
+
+    by_key = torch.empty(len(keys), len(query), dtype=keys.dtype, device=keys.device)
+    by_query = torch.empty(len(query), len(keys), dtype=keys.dtype, device=keys.device)
+
+    @torch.inference_mode()
+    def keys_first() -> torch.Tensor:
+        return torch.mm(keys, query.T, out=by_key).T
+
+    @torch.inference_mode()
+    def queries_first() -> torch.Tensor:
+        return torch.mm(query, keys.T, out=by_query)
+
+    def seconds(run: Run) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            run()
+            device.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return min((keys_first, queries_first), key=seconds)

@@ -1,0 +1,189 @@
+"""Every method on every task of a source: parameters chosen without its test images, then one test accuracy a task."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.tuning.tune import AUTO, Tuned, tune
+from iosr_fast.scoring.score import score
+
+TuneOn = Literal["validation", "loo"]
+TUNED_ON = {
+    "validation": "validation images",
+    "loo": "leave-one-out on the support set",
+    "one-shot": "nothing: one image a class, a rule of thumb",
+    "none": "nothing to choose",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published accuracy in percent. `note` names known differences from the protocol here."""
+
+    value: float
+    paper: str
+    url: str
+    where: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One task's outcome. `images` and `classes` are its test's; `accuracy` is on them."""
+
+    seed: int
+    accuracy: float
+    images: int
+    classes: int
+    tuned: Tuned
+    fit_seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: a method and a reducer at one number of shots, over all draws of a source.
+
+    `published` are the comparable figures; None where none are looked for.
+    """
+
+    source: str
+    method: str
+    reducer: str
+    shots: int
+    draws: tuple[Draw, ...] = field(repr=False)
+    published: tuple[Figure, ...] | None = None
+
+    @property
+    def summary(self) -> str:
+        accuracy = f"{100 * self.mean:.1f} ± {100 * self.spread:.1f}"
+        return f"{label(self.method, self.reducer)}, shots {self.shots}: {accuracy}"
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([draw.accuracy for draw in self.draws]))
+
+    @property
+    def std(self) -> float | None:
+        """Over seeds; None for a single draw."""
+        return float(np.std([draw.accuracy for draw in self.draws], ddof=1)) if len(self.draws) > 1 else None
+
+    @property
+    def se(self) -> float | None:
+        """The binomial standard error of a single draw's accuracy; None for several draws, which have a std."""
+        if len(self.draws) > 1:
+            return None
+        return math.sqrt(self.mean * (1 - self.mean) / self.draws[0].images)
+
+    @property
+    def spread(self) -> float:
+        spread = self.se if self.std is None else self.std
+        assert spread is not None
+        return spread
+
+    @property
+    def protocol(self) -> str:
+        """A key of TUNED_ON; every draw of a row has the same."""
+        return self.draws[0].tuned.protocol if self.method == AUTO or METHODS[self.method].needs_support else "none"
+
+    @property
+    def compared(self) -> list[tuple[Figure, float]]:
+        """The published figures, and by how many points the mean exceeds each."""
+        return [(figure, 100 * self.mean - figure.value) for figure in self.published or ()]
+
+    def row(self) -> dict[str, Any]:
+        """JSON-ready; a list has an entry a seed."""
+        published = [{**vars(figure), "difference": round(points, 3)} for figure, points in self.compared]
+        return {
+            "bench": "accuracy",
+            "data": self.source,
+            "method": self.method,
+            "reducer": self.reducer,
+            "shots": self.shots,
+            "mean": self.mean,
+            "std": self.std,
+            "se": self.se,
+            "accuracies": [draw.accuracy for draw in self.draws],
+            "test_images": [draw.images for draw in self.draws],
+            "classes": [draw.classes for draw in self.draws],
+            "seeds": [draw.seed for draw in self.draws],
+            "tuned_on": self.protocol,
+            "tuned_images": [draw.tuned.scored for draw in self.draws],
+            "tuned_accuracy": [finite(draw.tuned.accuracy) for draw in self.draws],
+            "chosen": [label(draw.tuned.method, draw.tuned.reducer) for draw in self.draws],
+            "parameters": [draw.tuned.parameters for draw in self.draws],
+            "tune_seconds": [round(draw.tuned.seconds, 4) for draw in self.draws],
+            "fit_seconds": [round(draw.fit_seconds, 4) for draw in self.draws],
+            **({} if self.published is None else {"published": published}),
+        }
+
+
+def label(method: str, reducer: str) -> str:
+    return method if reducer in ("none", AUTO) else f"{method}, {reducer}"
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def method_names(words: Sequence[str], groups: dict[str, Sequence[str]]) -> list[str]:
+    """The methods of --methods, each once; a word may be a group of them. Raises ValueError for an unknown name."""
+    names = list(dict.fromkeys(name for word in words for name in groups.get(word, (word,))))
+    if unknown := [name for name in names if name not in (AUTO, *METHODS)]:
+        raise ValueError(f"expected --methods of {', '.join([*groups, AUTO, *METHODS])}; got {', '.join(unknown)}")
+    return names
+
+
+def table_rows(names: Sequence[str], reducers: Sequence[str]) -> list[tuple[str, str]]:
+    """(method, reducer) of every row: auto chooses its reducer, a method without support images has none."""
+    rows = [
+        (name, reducer)
+        for name in names
+        for reducer in ([AUTO] if name == AUTO else reducers if METHODS[name].needs_support else ["none"])
+    ]
+    return list(dict.fromkeys(rows))
+
+
+def unavailable_methods(names: Sequence[str], task: Task) -> dict[str, str]:
+    """Why the task allows no plan, for each method that it does not allow."""
+    reasons = {name: unavailable_reason(name, task.support) for name in names if name != AUTO}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def evaluate_draw(task: Task, method: str, reducer: str, tune_on: TuneOn, seed: int) -> Draw:
+    """Parameters by what the task has for fitting ("auto" sees the support set alone), then the accuracy on its test:
+    the share of queries whose label is the first of the highest logits."""
+    validated = tune_on == "validation" and method != AUTO
+    queries, labels = task.validation if validated and task.validation is not None else (None, None)
+    tuned = tune(method, task.support, queries, labels, reducer)
+    started = time.perf_counter()
+    plan = tuned.compile(task.support)
+    fit_seconds = time.perf_counter() - started
+    accuracy = float((score(plan, task.queries).argmax(1) == task.labels).mean())
+    return Draw(seed, accuracy, len(task.queries), task.support.n_classes, tuned, fit_seconds)
+
+
+def evaluate(
+    source: Source,
+    rows: Iterable[tuple[str, str]],
+    tune_on: TuneOn,
+    report: Callable[[Result], None] = lambda _: None,
+) -> list[Result]:
+    """A Result for each (method, reducer) and number of shots; `report` is called with each as soon as it is known."""
+    results = []
+    for method, reducer in rows:
+        for shots in source.shots:
+            draws = tuple(
+                evaluate_draw(source.draw(shots, seed), method, reducer, tune_on, seed) for seed in source.seeds
+            )
+            results.append(Result(source.name, method, reducer, shots, draws))
+            report(results[-1])
+    return results

@@ -1,0 +1,119 @@
+"""Feature files: embeddings and labels of a support set for each number of shots, of validation and of test images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.methods.support_set import make_support_set
+
+TAU = 100.0
+SUPPORT = re.compile(r"support(\d+)_[xy]")
+Arrays = Mapping[str, np.ndarray]
+
+
+def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Source:
+    """A Source of one draw from an .npz file, with all its numbers of shots if `shots` is None.
+
+    support{k}_x (N, D) and _y (N,) for k shots, test_x and _y; optional: val_x and _y, text (C, D), class_names (C,),
+    tau (default 100), and adapted embeddings as _xa beside every _x that is used. Rows are L2-normalised again, in
+    float32.
+
+    Raises FileNotFoundError, and ValueError if an array is missing, has another shape, isn't finite or names no class.
+    """
+    path = Path(path)
+    arrays = _load(path)
+    available = sorted({int(match[1]) for match in map(SUPPORT.fullmatch, arrays) if match})
+    if not available:
+        raise ValueError(f"expected arrays support1_x, support1_y and so on in {path}, got {sorted(arrays)}")
+    wanted = tuple(dict.fromkeys(available if shots is None else shots))
+    if missing := [k for k in wanted if k not in available]:
+        raise ValueError(f"expected --shots out of {available}, which {path} holds, got {missing}")
+    parts = [f"support{k}" for k in wanted] + ["test"] + (["val"] if "val_x" in arrays or "val_y" in arrays else [])
+    text = _unit("text", arrays) if "text" in arrays else None
+    width = (_unit("test_x", arrays) if text is None else text).shape[1]
+    adapted = _has_adapted(arrays, parts)
+    embeddings = {
+        part: Embeddings(_unit(f"{part}_x", arrays, width), _unit(f"{part}_xa", arrays, width) if adapted else None)
+        for part in parts
+    }
+    n_classes = _count_classes(arrays, parts, text)
+    labels = {part: _labels(f"{part}_y", arrays, len(embeddings[part]), n_classes) for part in parts}
+    tau = float(arrays["tau"]) if "tau" in arrays and arrays["tau"].ndim == 0 else TAU
+    if not (np.isfinite(tau) and tau > 0):
+        raise ValueError(f"expected tau finite and above 0 in {path}, got {tau}")
+
+    def draw(k: int, seed: int) -> Task:
+        part = f"support{k}"
+        support = make_support_set(embeddings[part], labels[part], text, tau, n_classes)
+        validation = (embeddings["val"], labels["val"]) if "val" in embeddings else None
+        return Task(support, embeddings["test"], labels["test"], validation)
+
+    return Source(path.name, wanted, (0,), draw, embeddings["test"], labels["test"])
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no feature file at {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, BadZipFile, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
+
+
+def _has_adapted(arrays: Arrays, parts: Sequence[str]) -> bool:
+    present = [f"{part}_xa" for part in parts if f"{part}_xa" in arrays]
+    missing = [f"{part}_xa" for part in parts if f"{part}_xa" not in arrays]
+    if present and missing:
+        raise ValueError(f"expected adapted embeddings for every part or for none, got {present} without {missing}")
+    return bool(present)
+
+
+def _count_classes(arrays: Arrays, parts: Sequence[str], text: np.ndarray | None) -> int:
+    names = arrays.get("class_names")
+    if text is not None:
+        if names is not None and names.shape != (len(text),):
+            raise ValueError(f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}")
+        return len(text)
+    if names is not None:
+        return len(names)
+    return 1 + max(int(_array(f"{part}_y", arrays).max(initial=-1)) for part in parts if part.startswith("support"))
+
+
+def _array(name: str, arrays: Arrays) -> np.ndarray:
+    if name not in arrays:
+        raise ValueError(f"expected an array {name}, got {', '.join(sorted(arrays))}")
+    return arrays[name]
+
+
+def _unit(name: str, arrays: Arrays, width: int | None = None) -> np.ndarray:
+    """The rows, L2-normalised, float32; `width` is that of the other embeddings."""
+    array = _array(name, arrays)
+    if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"expected {name} of shape (N, D), N and D at least 1, of floats; got {array.shape} of {array.dtype}"
+        )
+    if width not in (None, array.shape[1]):
+        raise ValueError(f"expected {name} of shape (N, {width}), as wide as the other embeddings, got {array.shape}")
+    exact = array.astype(np.float32)
+    norms = np.linalg.norm(exact, axis=1, keepdims=True)
+    if not np.isfinite(exact).all() or not norms.all():
+        raise ValueError(f"expected {name} of finite rows other than zero, got NaN, infinite or zero ones")
+    unit: np.ndarray = exact / norms
+    return unit
+
+
+def _labels(name: str, arrays: Arrays, count: int, n_classes: int) -> np.ndarray:
+    array = _array(name, arrays)
+    if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"expected {name} of shape ({count},) of integers, got {array.shape} of {array.dtype}")
+    if array.min() < 0 or array.max() >= n_classes:
+        raise ValueError(f"expected {name} in 0..{n_classes - 1}, got {array.min()}..{array.max()}")
+    return array.astype(np.int64)

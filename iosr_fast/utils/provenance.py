@@ -1,0 +1,42 @@
+"""Measured rows and the facts that stand in them: the processor and the commit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.utils.machine import cpu_model, usable_threads
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cpu_description() -> str:
+    return f"{cpu_model()}, {usable_threads()} hardware threads"
+
+
+def commit() -> str:
+    """The checked-out commit, with +dirty where tracked or new files differ from it; "unknown" outside a repository.
+
+    benchmarks/ is ignored, because a run writes there.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks") else "")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows as a JSON list, one row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -1,0 +1,383 @@
+"""make gpu-check and the benches on a GPU, without one: tiny shapes on the CPU, and stand-ins for CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from iosr_fast.benchmarks import encoder_gpu, gpu, harness, parity, score  # noqa: E402
+from iosr_fast.benchmarks.ceilings import Ceilings, exact_products  # noqa: E402
+from iosr_fast.benchmarks.devices import Device  # noqa: E402
+from iosr_fast.benchmarks.gpu import Part  # noqa: E402
+from iosr_fast.encoders.runtimes import cuda_graphs  # noqa: E402
+
+REHEARSAL = Device("rehearsal")
+
+
+# Parts in processes of their own, some of which go wrong.
+
+
+def part(name: str, code: str, limit_s: float = 30, **more: Any) -> Part:
+    """A part that runs `code` with sys.argv[2] as its result file."""
+    return Part(name, limit_s, ("-c", code), **more)
+
+
+def writes(content: Any) -> str:
+    return f"import sys; open(sys.argv[2], 'w').write({json.dumps(content)!r})"
+
+
+MACHINE = part("machine", writes({"facts": {"device": "NVIDIA Fake 9000", "missing": ["tensorrt"], "commit": "abc"}}))
+# A process below it would outlive it, and keeps its output open.
+HANG = """
+import json, subprocess, sys, time
+below = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+json.dump({"facts": {"below": below.pid}}, open(sys.argv[2], 'w'))
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_one_part_costs_only_that_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"bench": "score", "case": "one", "impl": "triton", "runtime_ms": float("nan")}
+    parts = [
+        MACHINE,
+        part("crash", "import os; print('about to crash', flush=True); os.abort()"),
+        part("hang", HANG, 2.5),
+        part("wrong", "print('left out: a rival'); print('WRONG: a result is off by 0.5'); " + writes([row])),
+        part("good", writes({"facts": {}, "tables": {"errors": [{"error": float("inf")}]}})),
+    ]
+    snapshots: list[list[str]] = []
+    write_whole = gpu.write_whole
+
+    def watched(path: Path, value: Any) -> None:
+        write_whole(path, value)
+        content = json.loads(path.read_text(), parse_constant=pytest.fail)
+        snapshots.append([*content["parts"]] + ["complete"] * content["complete"])
+
+    monkeypatch.setattr(gpu, "write_whole", watched)
+    with pytest.raises(RuntimeError, match=r"failed: crash, hang, wrong; .* has what was wrong"):
+        gpu.run(tmp_path, chosen=parts)
+    names = [one.name for one in parts]
+    assert snapshots == [*(names[: i + 1] for i in range(len(names))), [*names, "complete"]], "whole after every part"
+    content = json.loads((tmp_path / "gpu-check-nvidia-fake-9000.json").read_text())
+    assert content["kind"] == "gpu-check" and content["device"] == "NVIDIA Fake 9000" and not content["trial"]
+    assert content["rows"] == [row | {"runtime_ms": "nan"}] and content["skipped"] == ["wrong: a rival"]
+    results = content["parts"]
+    statuses = {"machine": "done", "crash": "failed", "hang": "stopped", "wrong": "failed", "good": "done"}
+    assert {name: result["status"] for name, result in results.items()} == statuses
+    assert results["crash"]["exit_code"] == -6 and "about to crash" in results["crash"]["last_lines"]
+    assert results["wrong"]["failed"] == ["a result is off by 0.5"]
+    assert results["good"]["tables"] == {"errors": [{"error": "inf"}]}
+    assert 2 <= results["hang"]["seconds"] < 12
+    assert not alive(results["hang"]["facts"]["below"]), "the processes of a killed part are killed, too"
+    assert "a result is off by 0.5" in capsys.readouterr().out
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_parts_without_time_and_parts_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "BUDGET_S", gpu.LEAST_S + 0.01)
+    path = gpu.run(tmp_path, chosen=[MACHINE, part("late", "raise SystemExit(1)")], rehearsal=True)
+    content = json.loads(path.read_text())
+    assert path.name == "trial-nvidia-fake-9000.json" and content["complete"] and content["trial"]
+    assert content["parts"]["late"]["status"] == "skipped" and "s of 5 are left" in content["skipped"][0]
+    with pytest.raises(ValueError, match="expected parts out of machine, late, got floor"):
+        gpu.run(tmp_path, only=("floor",), chosen=[MACHINE, part("late", "")])
+
+
+def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
+    message = "raise SystemExit('gpu-check needs an NVIDIA GPU')"
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
+        gpu.run(tmp_path / "out", chosen=[part("machine", message)])
+    assert not (tmp_path / "out").exists()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="sees none; `make test` is for other machines"):
+            gpu.machine("cuda")
+
+
+def test_the_parts_are_commands_that_exist_and_the_first_cases_come_first() -> None:
+    from typer.main import get_command
+
+    from iosr_fast.cli import benchmark
+
+    commands = get_command(benchmark.benchmark).commands  # type: ignore[attr-defined]
+    for rehearsal in (False, True):
+        parts = gpu.parts(rehearsal)
+        assert len({one.name for one in parts}) == len(parts) and parts[0].name == "machine"
+        for one in parts:
+            if one.command[0] == "tools/benchmark.py":
+                _, name, *arguments = one.command
+                assert commands[name].make_context(name, arguments).params["device"] in ("cuda", "rehearsal")
+    names = [one.name for one in gpu.parts(False)]
+    scores = [f"score-{case}" for case in score.GPU_CASES]
+    assert names[:7] == ["machine", "build", "parity", *scores]
+    assert scores[0] == "score-q256-k16000-d512-c1000" and scores[1] == "score-q4096-k160000-d768-c10000"
+
+
+def test_the_build_takes_nvcc_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setenv("CMAKE_ARGS", "-DMINE=1")
+    environment = gpu.build_environment()
+    assert environment["CMAKE_ARGS"].split() == ["-DMINE=1", "-DCMAKE_CUDA_ARCHITECTURES=native"]
+    assert environment["IOSR_FAST_CUDA"] == "1" and environment["CUDACXX"] == sys.executable
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/nowhere/nvcc")
+    assert gpu.build_environment() == {"IOSR_FAST_CUDA": "0"}
+
+
+def test_gpu_tests_are_counted_from_lines_that_a_killed_run_has() -> None:
+    lines = [
+        "tests/a.py::test_one PASSED                 [ 10%]",
+        "[gw3] [ 20%] PASSED tests/a.py::test_two[FAILED] ",
+        "[gw0] FAILED tests/b.py::test_three ",
+        "tests/b.py::test_four SKIPPED (no GPU)      [ 30%]",
+        "FAILED tests/b.py::test_three - assert 1 == 2",
+        "SKIPPED [1] tests/b.py:7: no GPU",
+        "test_what is PASSED in a log",
+    ]
+    assert gpu.count_tests(lines) == {"passed": 2, "failed": 1, "skipped": 1}
+    log = gpu.read_log(lines)
+    assert log == {
+        "failed": ["FAILED tests/b.py::test_three - assert 1 == 2"],
+        "skipped": ["SKIPPED [1] tests/b.py:7: no GPU"],
+    }
+    files = {Path(path).name for path in gpu.test_files()}
+    assert {"test_triton.py", "test_cuda_graphs.py"} <= files and Path(__file__).name not in files
+
+
+def test_a_run_of_skips_is_no_success(tmp_path: Path) -> None:
+    tests = part("tests", "print('tests/a.py::test_one SKIPPED (no GPU)')", writes_json=False)
+    assert gpu.run_part(tests, tmp_path, 30, rehearsal=True)["status"] == "done"
+    result = gpu.run_part(tests, tmp_path, 30, rehearsal=False)
+    assert result["status"] == "failed" and result["failed"] == ["no GPU test passed; a run of skips proves nothing"]
+
+
+def test_the_machine_in_pytorchs_and_the_drivers_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A PyTorch whose properties lack some fields, as new ones do."""
+    properties = SimpleNamespace(total_memory=8 * 2**30, multi_processor_count=132)
+    monkeypatch.setattr(gpu, "commit", lambda: "abc")
+    for name, value in {
+        "is_available": True,
+        "get_device_name": "NVIDIA Fake",
+        "get_device_properties": properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    answer = subprocess.CompletedProcess([], 0, stdout=", ".join("1" for _ in gpu.DRIVER) + "\n")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: answer)
+    facts = gpu.machine("cuda")["facts"]
+    assert facts["device"] == "NVIDIA Fake" and facts["gpu"]["L2_cache_size"] is None
+    assert facts["driver"]["power.limit"] == "1" and facts["commit"] == "abc"
+    answer.stdout = "no devices"
+    assert "driver" not in gpu.machine("cuda")["facts"] and "nvidia-smi gave none" in capsys.readouterr().out
+
+
+# Timing, with a stand-in for CUDA.
+
+
+class FakeCuda:
+    """Events on a clock that only calls and flushes move."""
+
+    def __init__(self) -> None:
+        self.now, self.log = 0.0, []
+
+    def event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        event = SimpleNamespace(time=None)
+        event.record = lambda: setattr(event, "time", self.now)
+        event.elapsed_time = lambda end: end.time - event.time
+        return event
+
+    def work(self, name: str, milliseconds: float) -> None:
+        self.log.append(name)
+        self.now += milliseconds
+
+
+def test_a_gpu_is_timed_between_events_after_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "Event", fake.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: fake.log.append("synchronize"))
+    flush = SimpleNamespace(zero_=lambda: fake.work("flush", 7.0))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: flush)
+    monkeypatch.setattr(harness.time, "sleep", lambda _: pytest.fail("slept beside a GPU"))
+    calls = {"a": lambda: fake.work("a", 1.0), "b": lambda: fake.work("b", 2.0)}
+    times = Device("cuda").measure(calls, 3)
+    assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert fake.log == ["a", "b"] + ["flush", "a", "flush", "b"] * 3 + ["synchronize"], "waited for once, at the end"
+
+
+def test_calls_are_recorded_as_graphs_or_launched_from_the_stream(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warm: list[int] = []
+
+    def call() -> int:
+        warm.append(0)
+        return 5
+
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda: SimpleNamespace(record=lambda run: lambda: run() + 1))
+    replay, launch = Device("cuda").record(call)
+    assert launch == "graph" and len(warm) == 3 and replay() == 6
+
+    def refuses(run: Any) -> Any:
+        raise RuntimeError("an operation waits for the device\nat length")
+
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda: SimpleNamespace(record=refuses))
+    assert Device("cuda").record(call) == (call, "stream")
+    assert capsys.readouterr().out == "no CUDA graph: an operation waits for the device\n"
+    assert Device().record(call) == (call, "call")
+    with pytest.raises(ValueError, match="expected a device out of cpu, cuda, rehearsal, got 'gpu'"):
+        Device("gpu")
+
+
+def test_ceilings_of_a_gpu_are_measured_once_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
+    ceilings = Ceilings(REHEARSAL, 1)
+    rates = [ceilings.gemm_flops(kind) for kind in ("fp32", "fp16", "int8", "bf16")]
+    assert min(rates) > 0 and rates[1] == rates[2] and ceilings.bytes_per_s > 0
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with exact_products():
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+# Scoring and encoders.
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "PAUSE_S", 0)
+    monkeypatch.setattr(harness, "BURST_S", 0)
+    monkeypatch.setattr(Device, "compile", lambda self, function: function)
+
+
+def test_scoring_leaves_out_wrong_rivals_and_reports_ours(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify = score.verify
+
+    def strict(name: str, *rest: Any) -> None:
+        if name in ("eager-best", "torch:int8"):
+            raise ArithmeticError(f"{name} is wrong by 0.1")
+        verify(name, *rest)
+
+    monkeypatch.setattr(score, "verify", strict)
+    rows = {row["impl"]: row for row in score.run(["q2-k64-d32-c4"], 1, 1, "rehearsal")}
+    assert capsys.readouterr().out.splitlines() == [
+        "WRONG: q2-k64-d32-c4: torch:int8 is wrong by 0.1",
+        "left out: q2-k64-d32-c4: eager-best is wrong by 0.1",
+    ]
+    ours = {"torch", "torch:fp16", "torch:fp16:q16", "torch:bf16", "torch:bf16:q16", "torch:int8:q16"}
+    assert set(rows) == ours | {"papers-formula", "torch-fp32", "torch-mm", "compiled-best"}
+    for row in rows.values():
+        assert row["rate"] > 0 and row["share_of_ceiling"] is not None and row["launch"] == "call"
+        assert row["rate_unit"] == "GFLOP/s" and row["extra_memory_mb"] is None
+    assert "torch-mm" in rows["torch:fp16"]["ratios"], "the share of a product of the same shape"
+    (few,) = (row for row in score.run(["q1-k12-d8-c5"], 1, 1, "rehearsal") if row["impl"] == "torch")
+    assert few["rate_unit"] == "GB/s" and "compiled-best" not in few["ratios"], "unequal classes"
+
+
+def test_scoring_on_a_gpu_checks_nothing(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[bool] = []
+    true_score = score.score_with_path
+
+    def watched(*arguments: Any, check: bool = True) -> Any:
+        checks.append(check)
+        return true_score(*arguments, check=check)
+
+    monkeypatch.setattr(score, "score_with_path", watched)
+    score.run(["q2-k6-d8-c3"], 1, 1, "rehearsal", wanted=lambda name: name == "torch")
+    assert checks and not any(checks)
+
+
+def test_an_encoder_without_open_clip(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights keep activations alive: unlike pictures differ, and half precision agrees with float32."""
+    monkeypatch.setattr(encoder_gpu, "find_spec", lambda name: None)
+    encoders = encoder_gpu.load("demo", REHEARSAL)
+    plain, adapted = encoders.truth
+    assert plain[0] @ plain[1] < 0.999999 and plain[0] @ adapted[0] < 0.99999 and np.isfinite(plain).all()
+    monkeypatch.setattr(encoder_gpu, "load", lambda *_: encoders)
+    rows = {row["impl"]: row for row in encoder_gpu.run("demo", 3, 1, "rehearsal", compiled=True)}
+    assert list(rows) == ["fused-compiled", "one-pass-compiled"]
+    assert "two passes of demo: open_clip is not installed" in capsys.readouterr().out
+    for row in rows.values():
+        assert row["case"] == "demo-s3-b3" and row["precision"] == "fp16" and row["min_cosine"] > 0.999
+        assert row["images_per_s"] > 0 and row["share_of_ceiling"] > 0
+    small = encoder_gpu.run("demo", 2, 1, "rehearsal")  # fewer than the checked pictures
+    assert [row["case"] for row in small] == ["demo-s3-b2"] * 2 and all(row["min_cosine"] > 0.999 for row in small)
+    right = encoders.modules["fused"]
+    monkeypatch.setitem(encoders.modules, "fused", lambda pixels: tuple(reversed(right(pixels))))
+    monkeypatch.setattr(encoders.modules["fused"], "shapes", right.shapes, raising=False)
+    assert [row["impl"] for row in encoder_gpu.run("demo", 3, 1, "rehearsal")] == ["one-pass"]
+    assert "WRONG: demo-s3-b3: fused has a cosine of" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected a model out of ViT-B-16, ViT-B-32, demo on a GPU, got RN50"):
+        encoder_gpu.run("RN50", 1, 1, "rehearsal")
+
+
+def test_outputs_that_are_not_finite_are_wrong() -> None:
+    truth = (np.eye(3, 4, dtype=np.float32),) * 2
+    encoders = encoder_gpu.Encoders({}, np.zeros((3, 2, 2, 3), np.uint8), truth)
+    outputs = [torch.from_numpy(np.concatenate([one, one])) for one in truth]
+    assert encoders.errors(outputs) == {"max_abs_error": 0.0, "min_cosine": 1.0}
+    outputs[1][-1, 0] = float("nan")  # beyond the pictures that are compared
+    errors = encoders.errors(outputs)
+    assert np.isnan(errors["min_cosine"]) and not encoder_gpu.right(errors, "fp16")
+    assert not encoder_gpu.right(errors, "fp32") and encoders.batch(7, REHEARSAL).shape == (7, 2, 2, 3)
+
+
+@pytest.mark.slow
+def test_parity_is_a_table_of_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip")
+    monkeypatch.setattr(parity, "TINY", ("q3-k8-d16-c3",))
+    saved: list[int] = []
+    result = parity.run("rehearsal", lambda result: saved.append(sum(map(len, result["tables"].values()))))
+    assert saved == list(range(1, len(saved) + 1)), "whole after every line"
+    lines = {(line["impl"], line["precision"]): line for line in result["tables"]["encoder"]}
+    assert lines["fused", "fp32"]["max_abs_error"] < 1e-5 < lines["fused", "fp16"]["max_abs_error"]
+    assert lines["two-pass", "fp16"]["min_cosine"] > 0.999 and all(line["right"] for line in lines.values())
+    assert {line["impl"] for line in result["tables"]["scoring"]} >= {"torch", "torch:fp16:q16"}
+    assert "torch" in result["facts"]["implementations"] and not capsys.readouterr().out
+    monkeypatch.setattr(parity, "encoders", lambda device: iter(()))
+    monkeypatch.setattr(score, "error_of", lambda *_: float("nan"))
+    parity.run("rehearsal")
+    assert "WRONG: case q3-k8-d16-c3 impl torch precision fp32 error nan" in capsys.readouterr().out
+
+
+def test_the_package_is_found_in_a_source_tree_alone(tmp_path: Path) -> None:
+    """As on a bare machine: PYTHONPATH names a tree, and kernels/ lies beside the package."""
+    for name in ("iosr_fast", "kernels"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "iosr_fast" / "__init__.py").write_text("")
+    (tmp_path / "kernels" / "__init__.py").write_text("from iosr_fast.kernels import part\n")
+    (tmp_path / "kernels" / "part.py").write_text("there = True\n")
+    (tmp_path / "tools").mkdir()
+    source = Path(gpu.ROOT / "tools" / "source_tree.py").read_text()
+    (tmp_path / "tools" / "source_tree.py").write_text(source)
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+        "from tools.source_tree import use_source_tree; use_source_tree(); use_source_tree(); "
+        "import iosr_fast; from iosr_fast.kernels import part; print(part.there, iosr_fast.kernels.part is part)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "True True\n", done.stderr
