@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.exceptions import IosrFastError
+    from iosr_fast.few_shot_head import FewShotHead
     from iosr_fast.scoring.plan import ScoringPlan
     from iosr_fast.scoring.score import score
 
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Classifier": "classifier",
     "Embeddings": "encoders.encoder",
+    "FewShotHead": "few_shot_head",
     "IosrFastError": "exceptions",
     "ScoringPlan": "scoring.plan",
     "score": "scoring.score",
 }
-__all__ = ["Classifier", "Embeddings", "IosrFastError", "ScoringPlan", "__version__", "score"]
+__all__ = ["Classifier", "Embeddings", "FewShotHead", "IosrFastError", "ScoringPlan", "__version__", "score"]
 
 
 def __getattr__(name: str) -> Any:

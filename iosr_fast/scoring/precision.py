@@ -36,6 +36,13 @@ def precision_of(dtype: np.dtype) -> Precision | None:
     return _BY_DTYPE.get(np.dtype(dtype))
 
 
+def check_precision(precision: str) -> Precision:
+    """`precision` itself. Raises ValueError for an unknown one."""
+    if precision not in PRECISIONS:
+        raise IosrFastError(f"expected a key precision of {', '.join(PRECISIONS)}, got {precision!r}")
+    return precision
+
+
 def chunks(n_rows: int, width: int) -> Iterator[slice]:
     """Slices that cover n_rows rows, about 4 MB of float32 each."""
     step = max(1, _CHUNK // max(1, width))
@@ -87,8 +94,7 @@ def convert_keys(
     because the rounding of the coarser one may exceed the finer one's tolerance. Raises ValueError for an unknown
     precision.
     """
-    if precision not in PRECISIONS:
-        raise IosrFastError(f"expected a key precision of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_precision(precision)
     if precision_of(keys.dtype) == precision:
         return keys, key_scales
     if precision == "int8":

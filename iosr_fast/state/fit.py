@@ -14,10 +14,9 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.tune import Tuned
-from iosr_fast.methods.tuning.tune import tune as search
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.labels import check_labels
-from iosr_fast.state.method_config import MethodConfig
+from iosr_fast.state.method_config import choose_config, is_searched
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews, encode_images
 from iosr_fast.utils.progress import progress as bar
@@ -57,7 +56,7 @@ def fit(
     _check_classes(method, ids, names)
     if method != "auto" and METHODS[method].needs_adapter and not encoder.adapted:
         raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
-    searched = method == "auto" or tune == "loo" or (tune is None and not parameters)
+    searched = is_searched(method, tune, parameters)
     # Later queries are single views, so that is what leave-one-out has to score.
     views = replace(views, single=searched and views.views > 1)
     embedded = text.embed_classes(names, views.templates)
@@ -67,18 +66,12 @@ def fit(
         _check_classes(method, examples.class_ids, names)
     examples = examples.rows(np.argsort(examples.class_ids, kind="stable"))
     support = examples.as_support(range(len(names)), embedded, tau)
-    tuned = None
-    if searched and len(examples):
-        with bar("tune", None, shown=progress):
-            tuned = search(method, support, reducer=reducer or "none")
-    if tuned is None:
-        parameters = {**METHODS[method].parameters, **parameters}
-        config = MethodConfig(method, parameters, reducer or "none", key_precision=key_precision)
-    else:
-        config = MethodConfig.of(tuned, key_precision)
-    state = State.first(names, embedded, tau, examples, config.fitted(support))
+    with bar("tune", None, shown=progress and searched and bool(len(examples))):
+        config, tuned = choose_config(
+            method, support, reducer=reducer, tune=tune, parameters=parameters, key_precision=key_precision
+        )
+    state = State.first(names, embedded, tau, examples, config)
     views = replace(views, single=examples.queries is not None)
-    tuned = None if tuned is None or tuned.protocol == "none" else tuned
     return Fit(state, views, tuned, [error.where for error in errors])
 
 

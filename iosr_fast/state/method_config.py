@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from iosr_fast.methods import METHODS, compile_method, fit_method_reducer
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tune import AUTO, Tuned
+from iosr_fast.methods.tuning.tune import tune as search
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
@@ -73,3 +75,29 @@ class MethodConfig:
             beta=self.parameters["beta"],
         )
         return plan.with_key_precision(self.key_precision, compensate=compensate)
+
+
+def is_searched(method: str, tune: str | None, parameters: Mapping[str, float]) -> bool:
+    """Whether a fit chooses its parameters on the support images; the arguments are those of `check_choice`."""
+    return method == AUTO or tune == "loo" or (tune is None and not parameters)
+
+
+def choose_config(
+    method: str,
+    support: SupportSet,
+    *,
+    reducer: str | None,
+    tune: str | None,
+    parameters: Mapping[str, float],
+    key_precision: Precision,
+) -> tuple[MethodConfig, Tuned | None]:
+    """The config of a fit, its reducer fitted on the support images, and the search that chose it, if there was one.
+
+    `method`, `reducer`, `tune` and `parameters` are those that `check_choice` has checked.
+    """
+    if is_searched(method, tune, parameters) and len(support.embeddings):
+        tuned = search(method, support, reducer=reducer or "none")
+        return MethodConfig.of(tuned, key_precision).fitted(support), None if tuned.protocol == "none" else tuned
+    parameters = {**METHODS[method].parameters, **parameters}
+    config = MethodConfig(method, parameters, reducer or "none", key_precision=key_precision)
+    return config.fitted(support), None

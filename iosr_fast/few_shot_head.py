@@ -1,0 +1,300 @@
+"""FewShotHead: embeddings and labels in, labels out; a scikit-learn estimator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError, NotFittedError
+from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tuning.tune import check_choice
+from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.precision import Precision, check_precision
+from iosr_fast.scoring.reference import softmax
+from iosr_fast.scoring.score import score
+from iosr_fast.scoring.validation import check_number
+from iosr_fast.state.method_config import choose_config
+from iosr_fast.utils.require import require
+
+require("sklearn.base", "sklearn")
+
+from sklearn import exceptions as sklearn_exceptions  # noqa: E402
+from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
+from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data  # noqa: E402
+
+# Rows are scored in blocks of one shape, the last one filled up: a row's logits then have the same bits in any batch.
+_BLOCK = 64
+_FLOATS = (np.float64, np.float32)
+
+
+class FewShotHead(ClassifierMixin, BaseEstimator):
+    """A few-shot classifier on embeddings, for scikit-learn's pipelines, cross-validation and searches.
+
+    It fits the same methods as `Classifier`, by the same code, on embeddings that exist already: of a CLIP, or of any
+    encoder whose cosines mean similarity. Nothing is trained; `fit` stores the rows as keys, or their means and
+    covariance, and chooses parameters by leave-one-out. For C classes, D channels and N support rows it computes
+
+        logits[b, c] = tau * <x[b], text[c]>
+                     + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <r(x[b]), keys[j]>))
+                     + <f(x[b]), linear[c]> + bias[c]
+
+    with x the rows of X at unit length, r the reducer, and the terms that the method has (`plan_`, a ScoringPlan).
+
+    Parameters
+    ----------
+    method : str, default="auto"
+        A name of `iosr_fast.methods.METHODS`: "tip-adapter", "gda" and "proker" work without `text`; "zero-shot",
+        "tip-x" and "ape" need it. A name with "++" compares adapted embeddings and needs `adapted=True`. "auto"
+        chooses method, reducer and parameters by leave-one-out on the support rows, out of those that the data allows.
+    reducer : str, default=None
+        "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none", or the
+        choice of "auto".
+    tune : {"loo", "none"}, default=None
+        "loo" chooses the parameters of a named method by leave-one-out, "none" takes the defaults. None is "loo" unless
+        a parameter is given.
+    alpha, beta, gamma, ridge : float, default=None
+        Parameters of the named method, as far as it has them: the weight of the support rows, the sharpness of a key,
+        a weight of Tip-X and APE, and the ridge of ProKeR. Without units. The others take the method's defaults.
+    text : array of shape (C, D), default=None
+        The text embedding of each class, in the order of `classes_` (sorted labels); scaled to unit length. None leaves
+        the text term out.
+    tau : float, default=100.0
+        The CLIP's logit scale, which multiplies cosines between images and texts.
+    adapted : bool, default=False
+        Whether X is (n, 2 D): the plain embedding and then the adapted one, side by side.
+    key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
+        How the keys are stored for scoring, if the method has keys.
+
+    Attributes
+    ----------
+    classes_ : array of shape (C,)
+        The labels, sorted, with the type that they had in y.
+    plan_ : ScoringPlan
+        What is executed. `iosr_fast.score` executes it too, on NumPy arrays and on tensors.
+    method_, reducer_ : str
+        The method and the reducer that were chosen or given.
+    parameters_ : dict of str to float
+        All parameters of the method.
+    tuned_ : Tuned or None
+        The search that chose them (accuracy, log-loss, number of rows); None if nothing was searched.
+    n_features_in_ : int
+        D, or 2 D with `adapted=True`. `feature_names_in_` exists if X had names for its columns.
+
+    Raises
+    ------
+    IosrFastError
+        A ValueError, by `fit`: for a single class, a class of which all rows are zero, values that are not finite, an
+        unknown method, reducer or precision, parameters that the method does not have or that are out of range, `text`
+        of another shape than (C, D), and a method that needs `text` or `adapted=True` without it. By the other methods:
+        for values that are not finite, and another number of columns.
+    NotFittedError
+        By all methods before `fit`; it is scikit-learn's NotFittedError too.
+    MissingPackageError
+        By the import of this class, without scikit-learn.
+
+    Notes
+    -----
+    The logits of a row do not depend on the other rows of X or on their order. Probabilities are calibrated as those of
+    `Classifier` are: a search by leave-one-out also fits the factor that multiplies the logits; without a search it
+    is 1. A row of zeros has no direction: `fit` leaves it out, the other methods take its cosines as 0; both warn.
+
+    Sources: Tip-Adapter (Zhang et al., ECCV 2022), Tip-X (Udandarao et al., ICCV 2023), APE (Zhu et al., ICCV 2023),
+    GDA (Wang et al., ICLR 2024), ProKeR (Bendou et al., CVPR 2025), the "++" forms (Kravets & Namboodiri, BMVC 2024).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from iosr_fast import FewShotHead
+    >>> rng = np.random.default_rng(0)
+    >>> centres = rng.standard_normal((3, 32))  # of three classes; images of a class lie around its centre
+    >>> labels = np.repeat(["cat", "dog", "fox"], 4)
+    >>> X = np.repeat(centres, 4, axis=0) + 0.5 * rng.standard_normal((12, 32))
+    >>> head = FewShotHead(method="gda").fit(X, labels)
+    >>> head.predict(centres)
+    array(['cat', 'dog', 'fox'], dtype='<U3')
+    >>> head.predict_proba(centres).shape, head.tuned_.protocol, head.tuned_.scored
+    ((3, 3), 'loo', 12)
+
+    In a grid search, over methods:
+
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> search = GridSearchCV(FewShotHead(), {"method": ["tip-adapter", "gda", "proker"]}, cv=2).fit(X, labels)
+    >>> float(search.best_score_)
+    1.0
+    """
+
+    classes_: np.ndarray
+
+    def __init__(
+        self,
+        method: str = "auto",
+        *,
+        reducer: str | None = None,
+        tune: Literal["loo", "none"] | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        ridge: float | None = None,
+        text: Any = None,
+        tau: float = 100.0,
+        adapted: bool = False,
+        key_precision: Precision = "fp32",
+    ) -> None:
+        self.method = method
+        self.reducer = reducer
+        self.tune = tune
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+        self.ridge = ridge
+        self.text = text
+        self.tau = tau
+        self.adapted = adapted
+        self.key_precision = key_precision
+
+    def fit(self, X: Any, y: Any) -> FewShotHead:
+        """Compile the method on support rows X, (n, D) or (n, 2 D), any real dtype, and their labels y, (n,).
+
+        Any labels that scikit-learn accepts: strings, integers, booleans. The type of X is converted to float32 after
+        the rows have been scaled to unit length in float64.
+        """
+        given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
+        parameters = check_choice(self.method, self.reducer, self.tune, **given)
+        precision = check_precision(self.key_precision)
+        tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
+        with _as_iosr_errors():
+            X, y = validate_data(self, X, y, dtype=_FLOATS, order="C")
+            check_classification_targets(y)
+        usable = self._usable(X, "left out of the support rows")
+        classes, ids = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
+        if len(empty := np.setdiff1d(np.arange(len(classes)), ids[usable])):
+            raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
+        units, text = _units(X[usable], self.adapted), self._text_rows(classes, X.shape[1])
+        support = make_support_set(units, ids[usable], text, tau, len(classes))
+        self._check_method(support)
+        config, tuned = choose_config(
+            self.method,
+            support,
+            reducer=self.reducer,
+            tune=self.tune,
+            parameters=parameters,
+            key_precision=precision,
+        )
+        self.plan_ = config.compile(support)
+        self.classes_ = classes
+        self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
+        self.tuned_ = tuned
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's."""
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The label of the largest logit, (n,); of equal ones the first."""
+        logits = self._logits(X)
+        labels: np.ndarray = self.classes_[logits.argmax(1)]
+        return labels
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """softmax of the logits, (n, C) float64, columns in the order of `classes_`."""
+        return softmax(self._logits(X).astype(np.float64))
+
+    def _logits(self, X: Any) -> np.ndarray:
+        try:
+            check_is_fitted(self)
+        except sklearn_exceptions.NotFittedError as error:
+            raise _NotFitted(str(error)) from None
+        with _as_iosr_errors():
+            rows = validate_data(self, X, reset=False, dtype=_FLOATS, order="C")
+        self._usable(rows, "their cosines count as 0, and their labels mean nothing")
+        logits = np.empty((len(rows), len(self.classes_)), np.float32)
+        for first in range(0, len(rows), _BLOCK):
+            block = np.minimum(np.arange(first, first + _BLOCK), len(rows) - 1)
+            scores = score(self.plan_, _units(rows[block], self.adapted), check=False)
+            logits[first : first + _BLOCK] = scores[: len(rows) - first]
+        return logits
+
+    def _usable(self, rows: np.ndarray, use: str) -> np.ndarray:
+        """(n,) bool, the rows that have a direction; a warning names the others and says what becomes of them."""
+        if self.adapted and rows.shape[1] % 2:
+            raise IosrFastError(
+                "expected plain and adapted embeddings side by side, an even number of columns, for adapted=True, "
+                f"got {rows.shape[1]}"
+            )
+        usable: np.ndarray = np.logical_and.reduce([part.any(axis=1) for part in _halves(rows, self.adapted)])
+        zero = np.flatnonzero(~usable)
+        if len(zero):
+            message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
+            warnings.warn(message, stacklevel=3)
+        return usable
+
+    def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
+        if self.text is None:
+            return None
+        with _as_iosr_errors():
+            text = check_array(self.text, dtype=np.float64, input_name="text")
+        shape = (len(classes), width // (2 if self.adapted else 1))
+        if text.shape != shape:
+            raise IosrFastError(
+                f"expected text of shape {shape}, a row for each of the {len(classes)} classes in y and a column for "
+                f"each channel, got {text.shape}"
+            )
+        if not text.any(axis=1).all():
+            raise IosrFastError(f"expected text rows other than zero, got zeros in row {text.any(axis=1).argmin()}")
+        return _unit(text)
+
+    def _check_method(self, support: SupportSet) -> None:
+        """Raise IosrFastError if the named method needs more than the data has."""
+        method = METHODS.get(self.method)
+        if method is None:  # "auto" tries those that the data allows
+            return
+        if method.needs_adapter and not self.adapted:
+            raise IosrFastError(
+                f"{self.method} compares adapted embeddings: expected adapted=True and X of (n, 2 D), got "
+                f"adapted=False; use {self.method.removesuffix('++')!r} without them"
+            )
+        reason = unavailable_reason(self.method, support)
+        if reason is not None:
+            raise IosrFastError(f"{reason}; give text=, an array (C, D)" if support.text is None else reason)
+
+
+class _NotFitted(NotFittedError, sklearn_exceptions.NotFittedError):
+    """Caught under either name."""
+
+
+@contextmanager
+def _as_iosr_errors() -> Iterator[None]:
+    """Raise scikit-learn's ValueErrors as IosrFastError, with their messages."""
+    try:
+        yield
+    except ValueError as error:
+        raise IosrFastError(str(error)) from error
+
+
+def _halves(rows: np.ndarray, adapted: bool) -> list[np.ndarray]:
+    return np.split(rows, 2, axis=1) if adapted else [rows]
+
+
+def _units(rows: np.ndarray, adapted: bool) -> Embeddings:
+    """Rows (n, D), or (n, 2 D) with `adapted`, at unit length."""
+    return Embeddings(*(_unit(part) for part in _halves(rows, adapted)))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows at unit length, (n, D) float32; zeros stay. The largest channel becomes 1 first: no square overflows."""
+    exact = np.array(rows, np.float64, order="C")
+    largest = np.abs(exact).max(axis=1, keepdims=True)
+    exact /= np.where(largest > 0, largest, 1.0)
+    exact /= np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1.0)
+    return exact.astype(np.float32)
