@@ -1,1 +1,1 @@
-"""Many callers: batching/ for threads, http/, ray/ and triton/."""
+"""Serve a classifier to many callers: batching/ (threads and event loops), http/, ray/ and triton/."""

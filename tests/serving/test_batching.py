@@ -176,7 +176,7 @@ def test_a_deadline_that_can_not_be_kept_is_refused(make, classifier: FakeClassi
     takes(8.0)
     assert labels([batching.submit(picture(0), deadline_s=1.0)]) == [0]  # nothing was measured yet
     with classifier.held(batching):
-        with pytest.raises(QueueFullError, match="within 1 s, which would take about 24 s with 1 images") as refused:
+        with pytest.raises(QueueFullError, match="within 1 s, but it would take about 24 s with 1 images") as refused:
             batching.submit(picture(1), deadline_s=1.0)
         assert refused.value.retry_after_s == pytest.approx(23.0) and watcher.refused == ["deadline"]
         kept = batching.submit(picture(1), deadline_s=24.5)

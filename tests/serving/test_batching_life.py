@@ -38,7 +38,7 @@ def test_close_answers_everything_accepted(batching, classifier: FakeClassifier)
         closing = threading.Thread(target=batching.close)
         closing.start()
         until(lambda: batching.closed)
-        with pytest.raises(ClosedError, match="closed and takes no more images"):
+        with pytest.raises(ClosedError, match="closed and accepts no more images"):
             batching.submit(picture(1))
         with pytest.raises(ClosedError):
             batching.replace(classifier)
@@ -233,7 +233,7 @@ for future in batching.submit_many([picture(i, 4 + i % 2) for i in range(20)]):
 def test_after_a_fork_it_says_so(batching, monkeypatch: pytest.MonkeyPatch) -> None:
     here = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: here + 1)
-    with pytest.raises(RuntimeError, match="made before a fork"):
+    with pytest.raises(RuntimeError, match="created before a fork"):
         batching.submit(picture(1))
     monkeypatch.undo()
     assert labels([batching.submit(picture(1))]) == [1]

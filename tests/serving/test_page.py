@@ -44,7 +44,7 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     visit.choose(file(query, "chosen.png"))
     page = visit.page
     assert visit.text("#answer .label").startswith(expected.label)
-    assert re.search(r"\d+\.\d ms in the server, \d+\.\d ms there and back, model version \d+", visit.text("#times"))
+    assert re.search(r"\d+\.\d ms in the server, \d+\.\d ms round trip, model version \d+", visit.text("#times"))
     rows = page.locator(".bars li[data-class]")
     assert rows.locator(".name").all_inner_texts() == [score.label for score in expected.top]
     shown = [float(text.strip("<>% ")) for text in rows.locator(".probability").all_inner_texts()]

@@ -172,7 +172,7 @@ def test_changes_are_refused_with_the_way_to_make_them() -> None:
         ):
             response = client.ask(method, path)
             assert error_of(response, 405) == "changes_elsewhere" and response.headers["Allow"] == allowed
-            assert "roll the bundle out" in response.json()["error"]["message"]
+            assert "deploy the bundle" in response.json()["error"]["message"]
 
 
 # --- one replica ---

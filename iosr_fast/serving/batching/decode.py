@@ -1,4 +1,4 @@
-"""Images of BatchingClassifier to pixels, within limits, because images may come from anyone."""
+"""Decoding for BatchingClassifier, within limits, because images may be untrusted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iosr_fast.images.preprocess import ENCODED, as_array, open_image
 
 
 class Decoder:
-    """The decoder of one decoding thread, which it decodes in and can't stop. DecoderProcess replaces all methods.
+    """Decodes in the calling thread, which can't be stopped. DecoderProcess overrides all methods.
 
     Deadlines are on time.monotonic's clock.
     """
@@ -26,7 +26,7 @@ class Decoder:
         self._limits = limits
 
     def start(self) -> None:
-        """Called before each image; quick if already started. Raises if it can't decode at all."""
+        """Start the decoder unless it runs; called before each image. Raises if it can't decode at all."""
 
     def decode(
         self, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool = True
@@ -49,9 +49,9 @@ def is_pixels(image: Any, size: int) -> bool:
 def decode(
     image: Any, position: int, size: int | None, limits: DecodeLimits, exif_orientation: bool = True
 ) -> np.ndarray:
-    """An image that open_image takes -> pixels (size, size, 3) uint8; size None: all of them, (height, width, 3).
+    """An image that open_image takes -> pixels (size, size, 3) uint8; size None: all pixels, (height, width, 3).
 
-    Raises BadImageError, also beyond the limits.
+    Raises BadImageError for an image that can't be read or is beyond the limits.
     """
     if size is not None and is_pixels(image, size):
         return image
@@ -103,7 +103,7 @@ def _encoded_bytes(image: Any) -> int:
 
 
 def _dimensions(image: Any) -> tuple[int, int]:
-    """(width, height) of an image that is not a file; (0, 0) if open_image will refuse it."""
+    """(width, height) of a decoded image; (0, 0) for anything that open_image refuses."""
     from PIL import Image
 
     if isinstance(image, Image.Image):

@@ -25,8 +25,8 @@ def bucket_sizes(max_batch: int) -> list[int]:
 
 
 class Engine:
-    """Runs batches of at most `max_batch` images. `healthy`: whether the last batch ran; `last_error`: the error of the
-    last failure."""
+    """Runs batches of at most `max_batch` images. `healthy` is False while the engine fails on every image;
+    `last_error` is the error of its last failure."""
 
     def __init__(self, max_batch: int) -> None:
         self.healthy = True
@@ -72,8 +72,8 @@ class Engine:
 
 @dataclass
 class Run:
-    """One batch on one state of one classifier. `down`: the error if the engine fails on every image; `clean`: no error
-    occurred."""
+    """One batch on one state of one classifier. `down` is the error if the engine fails on every image; `clean` is
+    False after any error."""
 
     classifier: Any
     encoding: threading.Lock
@@ -85,7 +85,7 @@ class Run:
     state: Any = None
 
     def compute(self, pixels: np.ndarray, queries: Sequence[Query] | None = None) -> list[Prediction]:
-        """Pixels (B, S, S, 3) uint8 -> B predictions, with top and nearest of the queries (None: one class)."""
+        """Pixels (B, S, S, 3) uint8 -> B predictions with the queries' `top` and `nearest` (None: one class)."""
         queries = [Query(top=1)] * len(pixels) if queries is None else queries
         started = time.perf_counter()
         with self.encoding:
@@ -118,7 +118,7 @@ class Run:
         return None
 
     def narrow(self, items: Sequence[Item], error: BaseException, again: bool = False) -> None:
-        """After `error` on all `items`: bisect until only items fail that fail alone, twice.
+        """After `error` on all `items`, bisect them: only items that fail alone, twice, get an error.
 
         After each failure a black image shows whether the engine works at all; if not, `down` is set.
         """
@@ -158,8 +158,8 @@ class Run:
 
 
 def _band(count: int) -> int:
-    """Queries with counts in the same band are computed together, at the largest of them, so that a small query never
-    pays for a much larger one."""
+    """Queries with counts in the same band are computed together with the largest count, so that a small query never
+    costs as much as a much larger one."""
     return max(count, 16).bit_length() // 2 if count else 0
 
 

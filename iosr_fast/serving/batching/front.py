@@ -40,23 +40,22 @@ class BatchingClassifier:
     with BatchingClassifier(classifier) as batching:
         batching.submit("a.jpg").result().label
 
-    Images are those that Classifier.predict takes; do not modify them until they are answered.
+    Images are those that Classifier.predict takes; do not modify them before they are answered.
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
-    image is being decoded: a single image starts at once. Each batch sees one state of the classifier, whatever changes
-    meanwhile.
+    image is being decoded: a single image starts at once. Each batch sees exactly one state of the classifier.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
     bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at every batch size 1, 2,
     4, ... before the constructor returns (`warm()`).
 
-    Requests take turns at decoding, an image each, and images above 16 million pixels leave one decoder to the others.
-    `isolated` decodes encoded bytes, which may come from anyone, in a separate process for each decoding thread. An
-    image that takes longer than limits.timeout_s there, or more memory than its header allows, or that crashes the
-    process, is a BadImageError; the process is replaced.
+    Requests take turns at decoding, one image each, and images above 16 million pixels leave one decoder to the others.
+    `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
+    image that takes longer than limits.timeout_s there, takes more memory than its header allows, or crashes the
+    process is a BadImageError; the process is replaced.
 
     An image that can't be read or encoded fails alone. If the engine fails on every image, all get its error and
-    `healthy` is False until it works again, which is tried every second while idle.
+    `healthy` is False until the engine works again; while idle, it is tried every second.
 
     Callbacks of futures run on the threads that answer: keep them short, and don't wait in them for another image.
     Raises ValueError for a classifier that is not fitted and for invalid settings.
@@ -96,18 +95,19 @@ class BatchingClassifier:
         self._dropped.atexit = False
 
     def submit(self, image: Any, **options: Unpack[QueryOptions]) -> Future[Prediction]:
-        """Classify one image: a Future of its Prediction. `options` are the fields of Query.
+        """Classify one image; returns a Future of its Prediction. `options` are the fields of Query.
 
-        The future raises BadImageError for an image that can't be read, DeadlineExceededError if it was not encoded
-        within `deadline_s` seconds, or the error of the engine. Cancel it before its batch starts to free its place.
+        The future raises BadImageError for an image that can't be read, DeadlineExceededError for one that was not
+        encoded within `deadline_s` seconds, or the error of the engine. Cancelling it before its batch starts frees its
+        place.
 
-        Raises, at once, QueueFullError if the queue is full or the deadline can't be met, ClosedError after close(),
+        Raises at once: QueueFullError if the queue is full or the deadline can't be met, ClosedError after close(),
         ValueError for a top, nearest or deadline_s out of range.
         """
         return self.submit_many((image,), **options)[0]
 
     def submit_many(self, images: Iterable[Any], **options: Unpack[QueryOptions]) -> list[Future[Prediction]]:
-        """Classify the images of one request: a future of each, in order. All are accepted, or none.
+        """Classify the images of one request; returns a future for each, in order. All are accepted, or none.
 
         Decoders take one image of each `client` in turn, and of each of its requests.
 
@@ -161,8 +161,9 @@ class BatchingClassifier:
     def replace(self, classifier: Classifier) -> Classifier:
         """Use another classifier from the next batch on; the current batch finishes on the old one, which is returned.
 
-        Waiting images are decoded again if the new one takes other pixels. With `warm`, the new one is warmed up first,
-        while the old one serves. Raises ClosedError; ValueError or an error of warming, and then the old one stays.
+        Waiting images are decoded again if the new classifier takes other pixels. With `warm`, the new one is warmed up
+        while the old one still serves. Raises ClosedError after close(); ValueError, or an error of the warm-up, with
+        the old classifier still in use.
         """
         classifier.snapshot()
         warmed = self._warm and classifier.encoder is not self.classifier.encoder
@@ -178,10 +179,10 @@ class BatchingClassifier:
         self._engine.warm(self.classifier)
 
     def close(self, timeout: float | None = None) -> None:
-        """Accept no more images, answer the accepted ones and end the threads. May be called again.
+        """Accept no more images, answer the accepted ones and end the threads. May be called repeatedly.
 
-        After `timeout` seconds (None: no limit) the remaining images get ClosedError. In a callback, which runs on a
-        thread that answers, it does not wait; the remaining images are answered after the callback.
+        After `timeout` seconds (None: no limit) the remaining images get ClosedError. Called in a future's callback, it
+        does not wait; the remaining images are answered after the callback.
         """
         self._dropped.detach()
         self._workers.close(timeout)
@@ -206,6 +207,7 @@ class BatchingClassifier:
 
     @property
     def closed(self) -> bool:
+        """Whether close() was called."""
         return self._queue.closed
 
     @property
@@ -215,8 +217,8 @@ class BatchingClassifier:
 
     @property
     def last_error(self) -> BaseException | None:
-        """The error of the decoders if none works, else the last error of the engine on every image; None if there was
-        none."""
+        """The error of the decoders if none works, else the last error with which the engine failed on every image;
+        None without either."""
         return self._workers.decoders_error or self._engine.last_error
 
     @property

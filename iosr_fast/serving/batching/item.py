@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Callbacks for metrics. Called on several threads, never under a lock. They must be quick, because batches wait.
+    """Callbacks for metrics, called on several threads and never under a lock. They must be quick: batches wait.
 
     Exceptions are logged once and otherwise ignored.
     """
@@ -86,8 +86,8 @@ class QueryOptions(TypedDict, total=False):
 class Query:
     """The options of one request. Raises ValueError for values out of range.
 
-    `top` classes and `nearest` support images in each Prediction; `deadline_s` seconds from now until the image must be
-    encoded (None: no deadline); `client`, whom decoders serve in turn with other clients.
+    `top` classes and `nearest` support images in each Prediction; `deadline_s`, seconds from now until the image must
+    be encoded (None: no deadline); `client`, a name: decoders serve clients in turn.
     """
 
     top: int = 5
@@ -141,12 +141,12 @@ class Item:
                 hooks.done(latency_s, "ok", outcome.label)
                 self.future.set_result(outcome)
         except InvalidStateError:
-            log.debug("the answer of an image came after close() had abandoned it")
+            log.debug("an image was answered after close() had abandoned it")
 
 
 @dataclass(slots=True, eq=False)
 class WholeImage:
-    """An image that is only decoded: all pixels, (height, width, 3) uint8."""
+    """An image that is decoded and not classified: all pixels, (height, width, 3) uint8."""
 
     image: Any
     position: int
@@ -186,7 +186,7 @@ def without_frames(error: BaseException) -> BaseException:
 
 
 def _ordinary(error: BaseException) -> Exception:
-    """SystemExit and KeyboardInterrupt as RuntimeError: they would stop an event loop, but concern one image here."""
+    """SystemExit and KeyboardInterrupt as RuntimeError: they would stop an event loop, but affect one image only."""
     if isinstance(error, Exception):
         return error
     ordinary = RuntimeError(f"{type(error).__name__} was raised while an image was classified: {error}")

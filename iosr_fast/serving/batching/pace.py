@@ -1,4 +1,4 @@
-"""Estimated time an image under load, to refuse images whose deadline can't be met."""
+"""The estimated time per image under load, to refuse images whose deadline can't be met."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _MARGIN = 1.5
 
 
 class Pace:
-    """`item_s`: seconds an image, from decoding to answer; 0 before the first batch."""
+    """`item_s`: seconds per image, from decoding to answer; 0 before the first batch."""
 
     def __init__(self) -> None:
         self.item_s = 0.0
         self._last_done = -math.inf
 
     def done(self, now: float) -> None:
-        """A batch ended that is not representative."""
+        """Record the end of a batch whose time is not representative."""
         self._last_done = now
 
     def measure(self, now: float, submitted: float, count: int) -> None:
-        """A batch of `count` images ended, the first of which was submitted at `submitted`."""
-        # Measured from when there was work, so decoding counts if encoding waits for it.
+        """Record the end of a batch of `count` images, the first of which was submitted at `submitted`."""
+        # From the moment when there was work, so that decoding counts if encoding waits for it.
         item_s = (now - max(self._last_done, submitted)) / count
         if self.item_s:  # one image that takes seconds to decode says little about the next ones
             item_s = min(item_s, _MAX_SLOWDOWN * self.item_s)

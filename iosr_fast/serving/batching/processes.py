@@ -27,7 +27,7 @@ from iosr_fast.serving.batching.decode import Decoder, check_bytes, grey_png
 log = logging.getLogger(__name__)
 
 _START_S = 30.0  # a swapping machine starts an interpreter slowly
-# A passed deadline kills the process only after so long, because a restart takes about as much time.
+# A passed deadline kills the process only after this time, because a restart takes about as long.
 _MIN_S = 0.5
 _CLOCK_PER_CPU = 2.0  # seconds by the clock for each second of CPU time, because cores may be overloaded
 _NO_LIMIT = 1 << 40  # pixels
@@ -41,7 +41,7 @@ class _ProcessLost(Exception):
 
 
 class DecoderProcess(Decoder):
-    """For one thread, except `kill`. Call `start` before the first image and after one that killed the process."""
+    """A Decoder for one thread (`kill` for any). Call `start` before the first image and after one that killed it."""
 
     def __init__(self, limits: DecodeLimits) -> None:
         super().__init__(limits)
@@ -60,8 +60,8 @@ class DecoderProcess(Decoder):
                 with remote:
                     self._process = _interpreter(remote, errors)
                 if self._receive(len(READY), time.monotonic() + _START_S) != READY:
-                    raise _ProcessLost("it sent something else")
-                # A test image: a broken library shows here and not as many bad images.
+                    raise _ProcessLost("it sent an unexpected first message")
+                # A test image, so that a broken library shows here and not as bad images.
                 until = time.monotonic() + _START_S
                 answer, message = self._exchange(Task.CROP, grey_png(), 2, 2 * 2 * 3, until)
                 if answer.status != Status.OK:
@@ -75,7 +75,7 @@ class DecoderProcess(Decoder):
     def decode(
         self, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
-        """As `decode`. Anything but encoded bytes comes from this program and is decoded in this process."""
+        """As the function `decode`. Only encoded bytes are untrusted; other images are decoded in this process."""
         if not isinstance(image, ENCODED):
             return super().decode(image, position, size, deadline, exif_orientation)
         check_bytes(image, position, self._limits)
@@ -84,7 +84,7 @@ class DecoderProcess(Decoder):
             return self._ask(Task.CROP, image, position, size, size * size * 3, deadline, exif_orientation).copy()
         sides = claimed_size(image)
         if sides is None:
-            raise BadImageError(None, position, "expected a JPEG, PNG or WebP image, or its header is damaged")
+            raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
         self.start()
         self._block = None
         try:
@@ -166,7 +166,7 @@ class DecoderProcess(Decoder):
         sides = answer.height, answer.width
         fits = sides == (side, side) if task == Task.CROP else sides[0] * sides[1] * 3 <= len(self._block)
         if answer.status > max(Status) or answer.length > MAX_MESSAGE or (answer.status == Status.OK and not fits):
-            raise _ProcessLost(f"it gave an answer that can't be: {answer}")
+            raise _ProcessLost(f"it sent an invalid answer: {answer}")
         return answer, self._receive(answer.length, until).decode("utf-8", "replace")
 
     def _receive(self, count: int, until: float) -> bytes:
@@ -184,7 +184,7 @@ class DecoderProcess(Decoder):
 
 def _interpreter(channel: socket.socket, errors: Any) -> subprocess.Popen[bytes]:
     """Start a new interpreter: a fork would inherit locks that other threads hold."""
-    # -I and -S: no variables, no site; the module search path is that of this process.
+    # -I and -S: no environment variables and no site module; the module search path is that of this process.
     home = str(Path(iosr_fast.__file__).resolve().parent.parent)
     paths = [home, *(path for path in sys.path if path and path != home)]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}

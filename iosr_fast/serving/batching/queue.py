@@ -46,7 +46,7 @@ class BatchQueue:
         self._ready: deque[Item] = deque()
         self._decoding = 0
         self.turns = turns
-        self.ended = threading.Event()  # no image will be decoded any more
+        self.ended = threading.Event()  # no further image is decoded
         self._pace = Pace()
         self._process = os.getpid()
         self._weak_self = weakref.ref(self)
@@ -60,7 +60,7 @@ class BatchQueue:
         """Accept all items or none. Raises QueueFullError or ClosedError at once."""
         if os.getpid() != self._process:
             raise RuntimeError(
-                "this BatchingClassifier was made before a fork and has no threads in this process; make a new one"
+                "this BatchingClassifier was created before a fork and has no threads in this process; create a new one"
             )
         for item in items:
             item.future.add_done_callback(partial(_drop_cancelled, self._weak_self, weakref.ref(item)))
@@ -112,7 +112,7 @@ class BatchQueue:
             self._wake()
 
     def fail(self, item: Item, error: BaseException) -> None:
-        """An item could not be decoded."""
+        """Answer an item that could not be decoded."""
         with self._changed:
             if item.stage is not Stage.DECODING:
                 return
@@ -140,7 +140,7 @@ class BatchQueue:
         self._hooks.done(time.monotonic() - item.submitted, "cancelled", None)
 
     def take(self, idle_s: float = math.inf) -> QueuedBatch | None:
-        """Wait for the next batch; an empty one after `idle_s` seconds without. None: closed, and all are answered."""
+        """Wait for the next batch; an empty one after `idle_s` idle seconds. None: closed, and all are answered."""
         with self._changed:
             while not (self.closed and not self._accepted):
                 due_s = self._until_due_s()
@@ -231,7 +231,7 @@ class BatchQueue:
         if deadline_s is not None and wait_s > deadline_s:
             retry_after_s = max(_LEAST_RETRY_S, wait_s - deadline_s)
             message = (
-                f"expected to be done within {deadline_s:.3g} s, which would take about {wait_s:.3g} s with {ahead} "
+                f"expected an answer within {deadline_s:.3g} s, but it would take about {wait_s:.3g} s with {ahead} "
                 f"images ahead; try again in {retry_after_s:.2g} s"
             )
             return "deadline", QueueFullError(message, retry_after_s)
@@ -280,7 +280,7 @@ class BatchQueue:
 
 
 def _closed() -> ClosedError:
-    return ClosedError("this BatchingClassifier is closed and takes no more images; make a new one")
+    return ClosedError("this BatchingClassifier is closed and accepts no more images; create a new one")
 
 
 def _drop_cancelled(queue: weakref.ref[BatchQueue], item: weakref.ref[Item], future: Future[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The queue before the decoders: fair between clients and their requests, with a bound on large images."""
+"""The queue in front of the decoders: fair between clients and their requests, with a bound on large images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 
 from iosr_fast.serving.batching.item import Item, WholeImage
 
-LARGE_PIXELS = 16_000_000  # more than most phones send; decoded in about a quarter of a second
+LARGE_PIXELS = 16_000_000  # more than most phones send
 
 
 Job = Item | WholeImage
@@ -45,7 +45,7 @@ class Turns:
             return None
 
     def done(self, job: Job) -> None:
-        """A job from `get` has ended."""
+        """Record that a job from `get` has ended."""
         with self._changed:
             self._running -= 1
             if job.cost > LARGE_PIXELS:

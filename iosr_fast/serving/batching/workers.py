@@ -1,4 +1,4 @@
-"""The threads of BatchingClassifier: several decode, one runs batches. They survive every exception until closed."""
+"""The threads of BatchingClassifier: several decode, one runs batches. No exception ends them before close()."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from iosr_fast.serving.batching.queue import BatchQueue
 log = logging.getLogger(__name__)
 
 _PROBE_S = 1.0  # period of probes of a failed engine while idle: load balancers send no traffic to unhealthy servers
-_AT_EXIT_S = 5.0  # an exiting interpreter waits so long for accepted images
+_AT_EXIT_S = 5.0  # how long an exiting interpreter waits for accepted images
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a decoder that failed to start is started again
 _alive: set[Workers] = set()
 
@@ -110,7 +110,7 @@ class Workers:
                 self._answer(batch)
             return batch is not None
         except BaseException as error:
-            log.exception("a batch could not be run; its images get the error, and the next batch is tried")
+            log.exception("a batch could not be run; its images get the error, and the next batch runs")
             unanswered = [] if batch is None else [*batch.expired, *batch.items]
             for item in {*self._queue.forget_taken(), *unanswered}:
                 if not item.future.done():
@@ -163,7 +163,7 @@ class Workers:
                 return True
             except BaseException as error:
                 if self._errors[place] is None:
-                    log.error("a decoder does not start; it is retried: %s", error)
+                    log.error("a decoder does not start and is retried: %s", error)
                 self._errors[place] = without_frames(error)
             finally:
                 self._attempted[place].set()

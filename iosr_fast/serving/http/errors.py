@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-# Codes for what the framework itself refuses, mostly in routing.
+# Codes of errors that the framework itself raises, mostly in routing.
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_type"}
 
 
@@ -29,7 +29,7 @@ def busy(code: str, message: str, retry_after_s: float = 1.0) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    return busy("closed", "the server is shutting down; ask another one")
+    return busy("closed", "the server is shutting down; send the request to another one")
 
 
 def no_class(class_id: str) -> ApiError:
@@ -49,7 +49,7 @@ def error_response(error: HTTPException) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer all errors in that form."""
+    """Install handlers in `app` that answer every error in this form."""
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

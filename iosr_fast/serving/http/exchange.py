@@ -73,7 +73,7 @@ class Exchange:
         except Exception:
             logger.exception("unexpected", extra={"facts": {}})
         if not self.complete and not self._disconnected:
-            self._client.refuse(Refused(500, "internal", "the server failed at this request; its log says why"))
+            self._client.refuse(Refused(500, "internal", "the server failed at this request; see its log"))
 
     async def receive(self) -> Message:
         if self._connection.they_are_waiting_for_100_continue and not self._disconnected:

@@ -1,8 +1,8 @@
-"""Strict framing of requests by RFC 9112, so that no proxy in front can see another end of a request.
+"""Strict framing of requests by RFC 9112, so that this server and a proxy in front agree on where each request ends.
 
 h11 parses heads and bodies. It accepts everything that the RFC lets a recipient accept (bare line feeds, folded lines,
-control characters, Content-Length beside Transfer-Encoding), which proxies interpret in different ways. So heads must
-pass `check_head` first, and ends of bodies must pass `Body`.
+control characters, Content-Length beside Transfer-Encoding), and proxies interpret these in different ways. Therefore
+`check_head` checks each head first, and `Body` the end of each body.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from iosr_fast.serving.http.errors import error_body
 
 MAX_LINE = 8 << 10  # bytes of the request line
 MAX_HEADERS = 100
-_FRAMING = 24 << 10  # bytes of chunk headers allowed besides an eighth of the content, because each chunk costs time
+_FRAMING = 24 << 10  # bytes of chunk headers allowed beyond an eighth of the content, because each chunk costs time
 
 _TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _HEAD = re.compile(rb"%s [!-~]+ HTTP/\d\.\d\r\n(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % (_TOKEN, _TOKEN))
@@ -53,7 +53,7 @@ def find_head(data: bytearray, searched: int, max_bytes: int) -> int:
     """The length of the head at the start of `data`; 0 while it is incomplete. Raises Refused as soon as `data` can't
     become a valid head.
 
-    The first `searched` bytes were checked before, so a head that arrives byte by byte costs no more than another.
+    The first `searched` bytes were checked before, so a head that arrives byte by byte costs no more than a whole one.
     """
     end = data.find(b"\r\n\r\n", max(0, searched - 3), max_bytes) + 4
     complete = end > 3
@@ -105,7 +105,7 @@ def check_head(head: bytes) -> None:
     if len(lengths) > 1 or any(not _LENGTH.fullmatch(length) for length in lengths):
         raise _bad("at most one Content-Length, a whole number")
     if codings and (lengths or version == b"HTTP/1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
-        raise _bad("no Transfer-Encoding but one `chunked`, and none in HTTP/1.0 or beside a Content-Length")
+        raise _bad("at most one Transfer-Encoding, `chunked`, and none in HTTP/1.0 or beside a Content-Length")
 
 
 def split_target(request: h11.Request) -> tuple[str, bytes, bytes, list[tuple[bytes, bytes]]]:
@@ -145,7 +145,7 @@ class Body:
                 if isinstance(event, h11.Data):
                     self._size += len(event.data)
                     self._chunks += event.chunk_start
-                    self._check_framing(5 * self._chunks)  # the least that their headers take
+                    self._check_framing(5 * self._chunks)  # the minimum size of their headers
                     parts.append(bytes(event.data))
                 elif isinstance(event, h11.EndOfMessage):
                     self.whole, self.rest = True, self._connection.trailing_data[0]
@@ -160,7 +160,7 @@ class Body:
 
     def _check_framing(self, count: int) -> None:
         if count > _FRAMING + self._size // 8:
-            raise _bad("larger chunks and shorter extensions of them")
+            raise _bad("larger chunks with shorter chunk extensions")
 
     def _check_end(self, event: h11.EndOfMessage, read: bytes) -> None:
         """A chunked body ends with an empty chunk and an empty line; h11 also accepts trailers and a bare LF."""

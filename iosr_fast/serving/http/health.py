@@ -1,4 +1,4 @@
-"""/healthz (does the engine work), /readyz (should it get requests) and /metrics."""
+"""/healthz (does the engine work?), /readyz (is the server ready for requests?) and /metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Probe:
         self._probed = float("-inf")
 
     async def failure(self) -> str:
-        """What is wrong with the engine; "" if it works."""
+        """Why the engine is unhealthy; "" if it works."""
         batching, settings = self._service.batching, self._service.settings
         if not batching.healthy:
             return f"the engine failed: {batching.last_error}"
@@ -72,7 +72,7 @@ def make_router(service: Service, metrics: bool) -> APIRouter:
     @router.get(
         "/healthz",
         response_model=schemas.StateAnswer,
-        responses={503: {"model": schemas.StateAnswer, "description": "No image can be classified; restart"}},
+        responses={503: {"model": schemas.StateAnswer, "description": "No image can be classified: restart it"}},
         summary="Does the engine work?",
     )
     async def healthz() -> Response:
@@ -83,7 +83,7 @@ def make_router(service: Service, metrics: bool) -> APIRouter:
         "/readyz",
         response_model=schemas.StateAnswer,
         responses={503: {"model": schemas.StateAnswer, "description": "Loading, shutting down, or failed"}},
-        summary="Should it get requests?",
+        summary="Is the server ready for requests?",
     )
     async def readyz() -> Response:
         return _state(*await service.readiness())
@@ -96,7 +96,7 @@ def make_router(service: Service, metrics: bool) -> APIRouter:
         "/metrics",
         response_class=Response,
         responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
-        summary="For Prometheus",
+        summary="Metrics in Prometheus's text format",
     )
     def scrape() -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})

@@ -1,4 +1,4 @@
-"""Routes that read classes, support images and thumbnails: of one classifier, or of a replica behind an ingress."""
+"""Routes that read classes, support images and thumbnails of a classifier or of a replica behind an ingress."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
 
 PAGE = 1_000
-_NEXT = "the `next` of the page before; none for the first page"
-_LIMIT = Query(PAGE, ge=1, le=PAGE, description="how many at most")
+_NEXT = "`next` of the previous page; omit it for the first page"
+_LIMIT = Query(PAGE, ge=1, le=PAGE, description="maximum number of entries")
 _AFTER_CLASS = Query(None, pattern=f"^{CLASS_ID}$", description=_NEXT)
 _AFTER_EXAMPLE = Query(None, pattern=f"^{EXAMPLE_ID}$", description=_NEXT)
-CLASS_ID_PATH = Path(max_length=40, description="as in /v1/classes")
-EXAMPLE_ID_PATH = Path(max_length=40, description="as in /v1/classes/{class_id}/examples")
+CLASS_ID_PATH = Path(max_length=40, description="id of a class, from /v1/classes")
+EXAMPLE_ID_PATH = Path(max_length=40, description="id of a support image, from /v1/classes/{class_id}/examples")
 
 
 class ClassifierLists:
-    """Lists of the `classifier` of a subclass, made in threads, because there may be 100,000 classes.
+    """Lists of `classifier`, which a subclass provides. Threads build them, because there may be 100,000 classes.
 
-    `examples` and `picture` are None for an unknown id; `picture` is empty if none is stored.
+    `examples` and `picture` return None for an unknown id; `picture` returns b"" if none is stored.
     """
 
     @property
@@ -51,7 +51,7 @@ class ClassifierLists:
 
 
 def make_router(lists: ClassifierLists, cache_control: str, *statuses: int) -> APIRouter:
-    """GET routes over `lists`; `cache_control` of pictures, `statuses` of errors besides 404, 422 and 500."""
+    """GET routes over `lists`: `cache_control` is the header of pictures, `statuses` the errors but 404, 422, 500."""
     router = APIRouter(tags=["classes"])
     statuses = (404, 422, 500, *statuses)
 
@@ -99,7 +99,7 @@ def make_router(lists: ClassifierLists, cache_control: str, *statuses: int) -> A
 
 
 def class_page(state: State, limit: int, after: str | None) -> dict[str, Any]:
-    """At most `limit` classes with ids above `after`, which need not exist; `next` is None on the last page."""
+    """At most `limit` classes with ids above `after` (which need not exist); `next` is None on the last page."""
     start = -1 if after is None else uid_of(after)
     assert start is not None
     page = state.classes(start, limit)
@@ -113,7 +113,7 @@ def class_page(state: State, limit: int, after: str | None) -> dict[str, Any]:
 
 
 def example_page(state: State, identifier: str, limit: int, after: str | None) -> dict[str, Any] | None:
-    """Likewise the support images of a class; None for an unknown class."""
+    """At most `limit` support images of a class, with ids above `after`; None for an unknown class."""
     uid = uid_of(identifier)
     if uid is None or state.name_of(identifier) is None:
         return None

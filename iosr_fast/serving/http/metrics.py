@@ -21,8 +21,8 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "PUT", "OPTIONS"
 class Metrics:
     """Counters and histograms named iosr_fast_*, and those of the process (memory, CPU time, files).
 
-    No client chooses a label: routes are templates, codes and outcomes are few, and `drop_removed` removes the series
-    of removed classes. Also the Observer of a BatchingClassifier, which calls it from several threads.
+    Clients can't create labels: routes are templates, codes and outcomes are few, and `drop_removed` removes the series
+    of removed classes. This is also the Observer of a BatchingClassifier, which calls it from several threads.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,14 @@ class Metrics:
             return Counter(f"iosr_fast_{name}", description, labels, registry=registry)
 
         self._requests = histogram(
-            "request_seconds", "From a request's headers to its answer", _SECONDS, ("route", "method", "status")
+            "request_seconds", "Time from a request's headers to its answer", _SECONDS, ("route", "method", "status")
         )
-        self._images = histogram("image_seconds", "From an image's acceptance to its label", _SECONDS, ("outcome",))
-        self._batches = histogram("batch_images", "Images a batch", _IMAGES)
-        self._encode = histogram("encode_seconds", "Encoding a batch", _SECONDS)
-        self._score = histogram("score_seconds", "Scoring a batch", _SECONDS)
+        self._images = histogram(
+            "image_seconds", "Time from an image's acceptance to its label", _SECONDS, ("outcome",)
+        )
+        self._batches = histogram("batch_images", "Images per batch", _IMAGES)
+        self._encode = histogram("encode_seconds", "Time to encode a batch", _SECONDS)
+        self._score = histogram("score_seconds", "Time to score a batch", _SECONDS)
         self._errors = counter("errors", "Errors in answers, of requests and of their images", ("code",))
         self._refusals = counter("refusals", "Images refused before queueing", ("reason",))
         self._predictions = counter("predictions", "Images by predicted class", ("class_id", "name"))
@@ -59,7 +61,7 @@ class Metrics:
         gauge("queue_limit_images", "Limit of iosr_fast_queue_images", lambda: service.settings.max_queue)
         gauge("body_bytes", "Bytes of request bodies in memory", lambda: service.budget.used)
         gauge("healthy", "1 while the engine works", lambda: float(service.batching.healthy))
-        gauge("model_version", "Version of the classes, which each change raises", lambda: service.classifier.version)
+        gauge("model_version", "Version of the classes; each change increases it", lambda: service.classifier.version)
         gauge("classes", "Classes", lambda: len(service.classifier.snapshot().uids))
         gauge("read_only", "1 while changes can't be logged", lambda: float(bool(service.read_only)))
         labels = {"version": __version__, "method": service.classifier.method_}

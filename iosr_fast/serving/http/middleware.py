@@ -45,7 +45,10 @@ class Authorisation:
 
 
 class RequestMiddleware:
-    """Logs an unexpected exception with its traceback and answers 500 in the usual form."""
+    """Request id, bounded body, response headers, log line and metrics of every request.
+
+    An unexpected exception is logged with its traceback and answered with 500.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -78,7 +81,7 @@ class RequestMiddleware:
             logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
             scope["iosr_fast.code"] = "internal"
             if not status:
-                error = ApiError(500, "internal", "the server failed at this request; its log says why")
+                error = ApiError(500, "internal", "the server failed at this request; see its log")
                 await error_response(error)(scope, receive, answer)
         finally:
             received = body.size

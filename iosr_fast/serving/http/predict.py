@@ -40,10 +40,10 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra=schemas.image_body(settings.max_images),
         summary="Classify images",
         description=(
-            "One image as the body, or several as `images` of a form: JPEG, PNG or WebP, recognised by the first "
-            "bytes. Of an animated image the first frame is used. An EXIF orientation is applied as it was when the "
-            "classifier was fit. An image that can't be classified is an error in its place and does not affect the "
-            "others: too_large, unsupported_type, too_many_pixels, bad_image."
+            "Send one image as the body, or several as the file fields `images` of a form. Formats are JPEG, PNG and "
+            "WebP, recognised by the first bytes; only the first frame of an animation is used. EXIF orientation is "
+            "applied if it was when the classifier was fit. An image that can't be classified yields an error in its "
+            "place (too_large, unsupported_type, too_many_pixels or bad_image) and does not affect the others."
         ),
     )
     async def predict(
@@ -110,7 +110,7 @@ async def _disconnected(request: Request) -> None:
 
 def _too_late() -> ApiError:
     return ApiError(
-        504, "deadline_exceeded", "there was no answer before the deadline; allow more time, or send fewer images"
+        504, "deadline_exceeded", "no answer was ready before the deadline; allow more time, or send fewer images"
     )
 
 
@@ -148,11 +148,11 @@ def _image_error(service: Service, code: str, message: str) -> dict[str, Any]:
 
 
 def _request_error(service: Service, error: BaseException) -> BaseException:
-    """The error of the whole request, given an image's error that is not the image's own fault."""
+    """The error of the whole request, for an image's error that the image did not cause."""
     if isinstance(error, DeadlineExceededError):
         return _too_late()
     if isinstance(error, ClosedError):
         return shutting_down()
     if not service.batching.healthy:
-        return busy("engine_failed", "the engine does not work at present; try again, or ask another server", 5)
+        return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
     return error

@@ -43,13 +43,14 @@ class Connection(asyncio.Protocol):
 
     The connection waits for its client in four states. Each has a timeout that no received byte extends:
 
-    - head: `keep_alive_s` until it begins, `header_timeout_s` for the first one and from its first byte (408),
-    - body: `body_timeout_s` (BoundedBody, 408),
-    - client does not read its answer: `body_timeout_s`,
-    - rest of a body that is already answered, or close by the client: _LINGER_S and `max_body_bytes`.
+    - for a head: `header_timeout_s` for the first one, `keep_alive_s` until a later one begins, and then
+      `header_timeout_s` from its first byte (408),
+    - for a body: `body_timeout_s` (BoundedBody, 408),
+    - until the client reads its answer: `body_timeout_s`,
+    - for the rest of a body that is already answered, or the client's close: _LINGER_S and `max_body_bytes`.
 
-    It closes after a request that is not strictly HTTP/1.1 or 1.0, and never upgrades. With more than
-    `max_connections`, the one that has waited longest for its client is closed.
+    It closes after a request that is not strictly HTTP/1.1 or 1.0, and never upgrades. Beyond `max_connections`, the
+    connection that has waited longest for its client is closed.
     """
 
     transport: asyncio.Transport
@@ -174,7 +175,7 @@ class Connection(asyncio.Protocol):
     def _begin(self) -> None:
         buffer = self._buffer
         if buffer.startswith(b"\r\n") and not self._blank:
-            self._blank = True  # the RFC requires to skip one; no head has begun
+            self._blank = True  # the RFC requires skipping one; no head has begun
             del buffer[:2]
         if not buffer or (buffer == b"\r" and not self._blank):
             return
@@ -217,8 +218,8 @@ class Connection(asyncio.Protocol):
             self._state.tasks.add(task)
             task.add_done_callback(self._state.tasks.discard)
 
-    def _address(self, whose: str) -> tuple[str, int] | None:
-        address = self.transport.get_extra_info(whose)
+    def _address(self, name: str) -> tuple[str, int] | None:
+        address = self.transport.get_extra_info(name)
         return address[:2] if address else None  # None if the client has disconnected
 
     def _receive(self, exchange: Exchange, data: bytes) -> None:
@@ -266,7 +267,7 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def _leave(self) -> None:
-        """Tell the application that the client is disconnected."""
+        """Signal to the application that the client is disconnected."""
         self._writable.set()
         if self._exchange is not None:
             self._exchange.disconnect()

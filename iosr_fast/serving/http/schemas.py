@@ -22,8 +22,8 @@ class ErrorAnswer(BaseModel):
 
 
 class PredictAnswer(BaseModel):
-    """`predictions` in the order of the images, each a prediction or an error of that image; `latency_ms` from the
-    request's last byte to its answer; `version` of the classes, the highest if two batches answered."""
+    """`predictions` has a prediction or an error for each image, in order. `latency_ms` is the time from the request's
+    last byte to its answer. `version` is that of the classes, the highest one if several batches answered."""
 
     version: int
     latency_ms: float
@@ -57,12 +57,14 @@ class ChangeAnswer(BaseModel):
 
 
 class StateAnswer(BaseModel):
+    """`status` is "ok" or the reason for a 503; `detail` explains it."""
+
     status: str
     detail: str = ""
 
 
 class Rename(BaseModel):
-    """With `keep_text` only the displayed name changes; the text embedding stays that of the old name."""
+    """With `keep_text` only the displayed name changes; the class keeps the text embedding of its old name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,7 +91,7 @@ _RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's responses for these statuses."""
+    """The `responses` of a route that answers errors with these statuses."""
     responses: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         responses[status] = {"model": ErrorAnswer, "description": _DESCRIPTIONS[status]}

@@ -1,4 +1,4 @@
-"""One process that serves one classifier: load, listen, and on a signal answer accepted requests and exit."""
+"""One process that serves one classifier: it loads, listens, and on a signal answers accepted requests and exits."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _MALLOC = {
 
 
 def run(bundle: str | Path, settings: Settings) -> None:
-    """Serve the classifier in the folder `bundle` until SIGTERM or SIGINT; returns when all requests are answered.
+    """Serve the classifier in the folder `bundle` until SIGTERM or SIGINT; return when all requests are answered.
 
     Raises ValueError or OSError, before it listens, for an unusable bundle, log or address; RuntimeError if the engine
-    fails while it is warmed up.
+    fails during its warm-up.
     """
     start = time.perf_counter()
     keep_freed_memory()
@@ -98,10 +98,10 @@ def run(bundle: str | Path, settings: Settings) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next request; False if the C library is another one.
+    """Make glibc keep freed memory for the next request; False with another C library.
 
-    By default the buffers of each batch return to the kernel and come back page by page. In virtual machines this can
-    block the event loop for tens of milliseconds.
+    By default glibc returns the buffers of each batch to the kernel and gets them back page by page, which can block
+    the event loop for tens of milliseconds in a virtual machine.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -147,12 +147,13 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with other signals: the first starts to drain, a second hurries, and the exit code is 0."""
+    """uvicorn's server with other signal handling: the first signal starts draining, a second one ends it at once, and
+    the exit code is 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self.failure: Exception | None = None  # of the engine, while it was warmed up
+        self.failure: Exception | None = None  # of the engine, during its warm-up
         self._signal = 0
         self._stop_at = float("inf")
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from iosr_fast.serving.batching import BatchingClassifier
 
 Answer = TypeVar("Answer")
-_DECODE_S = 60.0  # that an image of a change waits for a decoder
+_DECODE_S = 60.0  # how long an image of a change may wait for a decoder
 
 
 class UndecodedImage:
-    """An uploaded image that becomes an array on demand, in the decoder processes that can be killed. This process
-    never decodes uploaded bytes itself.
+    """An uploaded image that decoder processes turn into an array on demand. This process never decodes uploaded bytes.
 
-    It is decoded each time and not stored, because 64 large images would take gigabytes. Raises BadImageError then.
+    It is decoded at each use and not stored, because 64 large images would take gigabytes. Decoding raises
+    BadImageError.
     """
 
     def __init__(self, batching: BatchingClassifier, data: bytes, position: int) -> None:
@@ -42,7 +42,7 @@ class UndecodedImage:
 
 
 class Service(ClassifierLists):
-    """For one event loop. The server sets `loading` and `draining`, for which /readyz fails."""
+    """The shared state, for one event loop. /readyz fails while the server sets `loading` or `draining`."""
 
     def __init__(self, batching: BatchingClassifier, settings: Settings, metrics: Metrics) -> None:
         self.batching, self.settings, self.metrics = batching, settings, metrics
@@ -54,7 +54,7 @@ class Service(ClassifierLists):
 
     @property
     def classifier(self) -> Classifier:
-        """The current one; BatchingClassifier.replace exchanges it."""
+        """The current classifier; BatchingClassifier.replace exchanges it."""
         return self.batching.classifier
 
     @property
@@ -66,7 +66,7 @@ class Service(ClassifierLists):
         )
 
     async def readiness(self) -> tuple[bool, str, str]:
-        """Whether requests should come, the status if not, and a detail."""
+        """Whether the server is ready for requests, the status if not, and a detail."""
         if self.draining or self.batching.closed:
             return False, "shutting down", ""
         ready = not self.loading and self.batching.healthy

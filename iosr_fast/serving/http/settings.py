@@ -43,32 +43,34 @@ def check_fields(record: Any) -> None:
 class Settings:
     """Limits, deadlines and files of one server. Raises ValueError that names the setting and the expected value.
 
-    Listening: `host`; `port`, 0 for a free one (the log names it). At most `max_connections` are open; then the one
-    that has waited longest for its client is closed. A head has `header_timeout_s` seconds, `max_header_bytes` bytes,
-    100 headers and 8 KiB for the request line. An idle connection lives for `keep_alive_s`, and a client must take an
-    answer within `body_timeout_s`. No received byte extends a deadline.
+    Listening: `host`; `port`, 0 for a free one (the log names it). At most `max_connections` are open; beyond that the
+    one that has waited longest for its client is closed. A request head may take `header_timeout_s` seconds and
+    `max_header_bytes` bytes, with 100 headers and 8 KiB for the request line. An idle connection closes after
+    `keep_alive_s`, and a client must read an answer within `body_timeout_s`. Received bytes extend no deadline.
 
-    Changes of classes need the bearer token `token`; None disables them. At most `max_changes` may wait.
+    Changes of classes require the bearer token `token`; None disables changes. At most `max_changes` may wait.
 
     Batches: `max_batch` images (None: 8 on a CPU, where larger ones only delay each other, and the engine's own maximum
     on a GPU). The first image of a batch waits at most `max_wait_ms`. `max_queue` images may be accepted and not yet
     answered. `decode_threads` decoders (None: chosen by BatchingClassifier); `engine_threads` of the encoder on a CPU
     (None: all cores but one, which requests and decoders need).
 
-    Decoding runs in processes, each of which is killed when an image takes `decode_timeout_s` of CPU time or twice as
-    long by the clock. Images above 16 million pixels that are decoded at the same time have at most
-    `max_decoding_pixels` together.
+    Decoding runs in processes. A process is killed when an image takes `decode_timeout_s` of CPU time or twice as long
+    by the clock. Images above 16 million pixels that are decoded at the same time have at most `max_decoding_pixels`
+    together.
 
-    Requests: a body of `max_body_bytes` (16 KiB without images) within `body_timeout_s`; `max_images` images of
-    `max_image_bytes` and `max_pixels` each; `max_buffered_bytes` for all bodies together. The deadline is `deadline_ms`
-    unless the client names another one of at most `max_deadline_ms`.
+    Requests: a body has at most `max_body_bytes` (16 KiB without images) and must arrive within `body_timeout_s`; it
+    has at most `max_images` images of `max_image_bytes` and `max_pixels` each. All bodies together take at most
+    `max_buffered_bytes`. The deadline is `deadline_ms`, unless the client asks for another of at most
+    `max_deadline_ms`.
 
     Health: after `probe_after_s` without a classified image, /healthz classifies one, at most every `probe_every_s`,
     and expects an answer within `probe_deadline_s`. A full queue is unhealthy only after `stuck_after_s` without an
-    answer. After a signal /readyz fails, the server accepts requests for `drain_s` and answers them within `grace_s`.
+    answer. After a signal /readyz fails; the server accepts requests for another `drain_s` and answers them within
+    `grace_s`.
 
-    The classifier: `runtime` of its engine; `verify` hashes of its files; `expected_digest` of the bundle (None: any);
-    `log`, the file of changes; `recover` opens a damaged log and says which changes are lost.
+    The classifier: `runtime` of its engine; `verify` checks the hashes of its files; `expected_digest` of the bundle
+    (None: any); `log`, the file of changes; `recover` opens a damaged log and reports which changes are lost.
     """
 
     host: str = "127.0.0.1"

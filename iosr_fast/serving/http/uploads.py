@@ -1,4 +1,4 @@
-"""Images of a request, from the body itself or from a multipart form, and the checks before any decoder sees them.
+"""Images of a request, from the body itself or from a multipart form, and their checks before decoding.
 
 Nothing is written to disk. The checks read headers only and decode nothing.
 """
@@ -29,7 +29,7 @@ class Refusal:
 
 @dataclass
 class Upload:
-    """`images` in order, each its bytes or a Refusal; `texts`, the text fields of the form."""
+    """`images` in order, each as bytes or a Refusal; `texts`, the text fields of the form."""
 
     images: list[bytes | Refusal] = field(default_factory=list, repr=False)
     texts: dict[str, str] = field(default_factory=dict)

@@ -6,8 +6,8 @@
 `iosr-fast serve-ray` does this from the command line, `from_config` from a config file of `serve deploy`. Needs the
 extras `ray` and `serve`.
 
-Every replica has its own classifier, so classes can't be changed over this API: a change would reach one replica only.
-Change them on one classifier (in Python, or by `iosr-fast serve`), save it as a bundle and roll it out.
+Every replica has its own classifier, so this API can't change classes: a change would reach one replica only. Change
+them on one classifier (in Python, or with `iosr-fast serve`), save it as a bundle and deploy it.
 """
 
 from iosr_fast.serving.ray.deployment import Scale, build_app, from_config

@@ -17,7 +17,7 @@ from iosr_fast.serving.ray.messages import Source
 from iosr_fast.utils.require import require
 
 CLASSIFIER, INGRESS = "Classifier", "Ingress"  # names of the two deployments
-# A replica itself refuses more than `max_queue` images; the limit of Ray Serve only has to be above that.
+# A replica itself refuses more than `max_queue` images; Ray Serve's limit only has to be higher.
 _SPARE = 2
 _STARTS = 3  # failed starts of replicas before deployment fails
 
@@ -26,12 +26,12 @@ _STARTS = 3  # failed starts of replicas before deployment fails
 class Scale:
     """The number of replicas and their resources. Raises ValueError that names the field and the expected value.
 
-    `replicas` classifiers; or, with `max_replicas`, between `min_replicas` and `max_replicas`, so that each has about
-    `target_ongoing_requests` requests: about one batch, so that a replica is never idle under load. Each gets `cpus`
-    cores, `gpus` GPUs (fractions are allowed) and `threads` threads for decoding and, on a CPU, for encoding (None: its
-    cores, rounded up).
+    There are `replicas` classifiers; or, with `max_replicas`, between `min_replicas` and `max_replicas`, so that each
+    has about `target_ongoing_requests` requests (one batch keeps a replica busy under load). Each gets `cpus` cores,
+    `gpus` GPUs (fractions are allowed) and `threads` threads for decoding and, on a CPU, for encoding (None: its cores,
+    rounded up).
 
-    `ingresses` processes with `ingress_cpus` cores each take the HTTP requests, check them and forward the images.
+    `ingresses` processes with `ingress_cpus` cores each receive the HTTP requests, check them and forward the images.
 
     The engine of each replica is checked every `health_period_s` seconds; a replica that fails or dies is replaced.
     """
@@ -74,9 +74,9 @@ class Scale:
 def build_app(bundle: str | Path, settings: Settings | None = None, scale: Scale | None = None) -> Any:
     """The ray.serve.Application that serves the classifier in the folder `bundle`, the same on every machine.
 
-    Limits, batches and deadlines of `settings` hold for each replica and each ingress; host, port, connections and
-    signals are those of Ray Serve. Raises ValueError for an invalid bundle, and for a token or a log, because classes
-    can't be changed here (iosr_fast.serving.ray).
+    Limits, batches and deadlines of `settings` hold for each replica and each ingress; Ray Serve has its own host,
+    port, connections and signals. Raises ValueError for an invalid bundle, and for a token or a log, because replicas
+    can't change classes (iosr_fast.serving.ray).
     """
     return application(Source.of(str(Path(bundle).absolute())), settings or Settings(), scale or Scale())
 
@@ -86,25 +86,25 @@ def from_config(args: Mapping[str, Any]) -> Any:
 
         args: {bundle: /share/bundle, settings: {max_batch: 64}, scale: {max_replicas: 8}}
 
-    with the fields of Settings and Scale. A change of `args` restarts replicas, some at a time. A new bundle needs no
-    restart if it is the user_config of the deployment, which has precedence over `args`:
+    with the fields of Settings and Scale. Ray Serve restarts replicas, some at a time, if `args` change. A new bundle
+    needs no restart if it is the user_config of the deployment, which has precedence over `args`:
 
         deployments: [{name: Classifier, user_config: {bundle: /share/another}}]
     """
     if "bundle" not in args or set(args) - {"bundle", "settings", "scale"}:
-        raise IosrFastError(f"expected args with bundle and, if you like, settings and scale, got {sorted(args)}")
+        raise IosrFastError(f"expected args with bundle and optionally settings and scale, got {sorted(args)}")
     return build_app(args["bundle"], Settings(**args.get("settings", {})), Scale(**args.get("scale", {})))
 
 
 def application(source: Source, settings: Settings, scale: Scale) -> Any:
-    """`build_app` of a bundle that was checked."""
+    """`build_app` for a bundle that was checked."""
     serve = require("ray.serve", "ray")
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         require(module, "serve")
     if settings.token is not None or settings.log is not None:
         raise IosrFastError(
             "expected settings without token and log, because classes can't be changed on replicas; "
-            "change them on one classifier, save it and roll it out"
+            "change them on one classifier, save it and deploy it"
         )
     from iosr_fast.serving.ray.ingress import Ingress
     from iosr_fast.serving.ray.replica import ClassifierReplica

@@ -1,4 +1,4 @@
-"""The HTTP API in front of the replicas: that of iosr_fast.serving.http without what only one process can offer."""
+"""The HTTP API in front of the replicas: that of iosr_fast.serving.http without changes of classes and /metrics."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _READY_S = 2.0  # for a replica to describe itself
 
 
 class Ingress:
-    """The deployment that takes HTTP requests. It has started when a replica has answered it.
+    """The deployment that receives HTTP requests. It has started once a replica has answered it.
 
-    It computes nothing, so it rarely fails. If its machine dies, its requests end without an answer and clients have to
-    send them again.
+    It computes nothing, so it rarely fails. If its machine fails, its requests end without an answer and clients have
+    to send them again.
     """
 
     async def __init__(self, replicas: Any, settings: Settings) -> None:  # type: ignore[misc]
@@ -85,8 +85,8 @@ def make_app(remote: Remote, settings: Settings, metrics: Metrics) -> FastAPI:
     There is no /metrics: behind a proxy each scrape would reach another process, and Ray exports its own metrics.
     """
     service = RemoteService(remote, settings, metrics)
-    # During an update a list is that of the old bundle or the new one. Pictures are not cached, because another bundle
-    # may use the same id for another picture.
+    # During an update a list comes from the old bundle or from the new one. Pictures are not cached, because another
+    # bundle may use the same id for another picture.
     routers = (
         lists.make_router(service, "no-store", 503),
         _refused_changes(service),
@@ -105,7 +105,7 @@ def _refused_changes(service: Service) -> APIRouter:
             405,
             "changes_elsewhere",
             "classes can't be changed on replicas, because a change would reach one replica only: change them on one "
-            "classifier (`iosr-fast serve`, or Python), save it and roll the bundle out (`iosr-fast serve-ray`)",
+            "classifier (`iosr-fast serve`, or Python), save it and deploy the bundle (`iosr-fast serve-ray`)",
             {"Allow": allowed},
         )
 

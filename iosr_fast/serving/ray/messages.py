@@ -26,7 +26,7 @@ class Source:
 
     @classmethod
     def of(cls, bundle: str, verify: bool = False) -> Source:
-        """The folder with its present checksum. Raises what read_manifest raises; `verify` checks all files."""
+        """The folder with its current checksum. `verify` checks all files. Raises as read_manifest does."""
         from iosr_fast.state.bundle import KIND
 
         return cls(bundle, read_manifest(bundle, KIND, verify)["checksum"])
@@ -51,7 +51,7 @@ class Source:
         if self.checksum not in (None, checksum):
             raise IosrFastError(
                 f"expected the bundle {self.bundle} with checksum {self.checksum:.12}, got {checksum:.12}: it was "
-                "replaced, or this machine sees another folder there; roll it out again, or save to new folders"
+                "replaced, or this machine sees another folder there; deploy it again, or save to new folders"
             )
         # `threads` is always set, because the default takes all cores of a machine that other replicas share.
         return Source(self.bundle, checksum), Classifier.load(folder, settings.runtime, settings.verify, threads)
@@ -74,7 +74,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Reply:
-    """`status` is "ok" (`results` has a prediction or an error of each image), "full", "closed" or "failed" (the
+    """`status` is "ok" (`results` has a prediction or an error for each image), "full", "closed" or "failed" (the
     engine). In the last three cases another replica may succeed."""
 
     status: str

@@ -1,4 +1,4 @@
-"""Requests to replicas: which are repeated, on which replica, and how often."""
+"""Requests to replicas, repeated on another replica if one dies or refuses."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Remote:
     MAX_DEATHS deaths it is not repeated, because it may be the cause. Ray Serve chooses the replica: the less loaded
     of two random ones.
 
-    `pending` is always 0, `healthy` True and `decoders_are_busy` False, because each replica knows and refuses itself.
+    `pending` is always 0, `healthy` True and `decoders_are_busy` False, because each replica refuses requests itself.
     """
 
     closed = False
@@ -93,8 +93,8 @@ class Remote:
     async def classify_many(
         self, images: Iterable[Any], **options: Unpack[QueryOptions]
     ) -> list[Prediction | Exception]:
-        """As BatchingClassifier.classify_many. Raises QueueFullError or ClosedError if MAX_REFUSALS replicas refused,
-        ApiError 503 if their engines failed, 500 if MAX_DEATHS replicas died."""
+        """As BatchingClassifier.classify_many. Raises QueueFullError or ClosedError if MAX_REFUSALS replicas refused
+        the request, ApiError 503 if their engines failed, ApiError 500 if MAX_DEATHS replicas died."""
         query, images, start = Query(**options), list(images), time.monotonic()
         until = start + (self._longest_s if query.deadline_s is None else query.deadline_s)
         replies: list[Reply] = []
@@ -123,15 +123,15 @@ class Remote:
             try:
                 return await self.call(method, *values, *([left_s] if method == "classify" else []))
             except RayTaskError:
-                raise  # the replica lives; its method raised
+                raise  # the replica runs; its method raised
             except ActorDiedError as error:
                 deaths += 1
                 if deaths == MAX_DEATHS:
-                    message = f"{MAX_DEATHS} replicas died during this request, so it is not sent to another one"
+                    message = f"{MAX_DEATHS} replicas died during this request; it is not sent to another one"
                     raise ApiError(500, "replicas_died", message) from error
-                log.warning("a replica died during a request, which is sent to another one: %s", _first_line(error))
+                log.warning("a replica died during a request; trying another one: %s", _first_line(error))
             except (RayError, RayServeException) as error:
-                log.warning("a replica can't be reached, trying another one: %s", _first_line(error))
+                log.warning("a replica can't be reached; trying another one: %s", _first_line(error))
             attempts += 1
             await asyncio.sleep(min(_PAUSE_S * 2**attempts, _LONGEST_PAUSE_S, max(0.0, until - time.monotonic())))
         raise DeadlineExceededError(f"no replica answered within the deadline, in {attempts} attempts")
@@ -149,7 +149,7 @@ def _refusal(replies: list[Reply]) -> Exception:
         soonest_s = min(reply.retry_after_s for reply in replies if reply.status == "full")
         return QueueFullError(by_status["full"].message, soonest_s)
     if "failed" in by_status:
-        return busy("engine_failed", "the engines do not work at present; try again", 5)
+        return busy("engine_failed", "the engines of the replicas fail at present; try again", 5)
     return ClosedError(by_status["closed"].message)
 
 

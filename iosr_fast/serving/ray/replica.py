@@ -25,9 +25,9 @@ class ClassifierReplica(ClassifierLists):
     """The deployment with several replicas. `user_config` is {"bundle": folder, "checksum": of its manifest or None}.
 
     `reconfigure` loads the bundle of a new user_config beside the old one, warms it up and then swaps, so no request
-    waits longer than for a batch. If a bundle can't be loaded, the old one stays: the error is logged and reported by
-    `describe`. It is raised only if there is no old bundle, because Ray Serve would stop the replica with its working
-    classifier; rollout.deploy raises it and restores the old bundle.
+    waits longer than for a batch. If a bundle can't be loaded, the old one stays in use; the error is logged and
+    reported by `describe`. It is raised only without an old bundle, because Ray Serve would otherwise stop a replica
+    with a working classifier. rollout.deploy raises it and restores the old bundle.
     """
 
     def __init__(self, settings: Settings, threads: int) -> None:
@@ -63,8 +63,8 @@ class ClassifierReplica(ClassifierLists):
         return source
 
     async def classify(self, images: list[Any], query: Query, deadline_s: float | None) -> Reply:
-        """Predictions of images that BatchingClassifier takes, or why to ask another replica. `deadline_s` is what is
-        left of the deadline of `query`."""
+        """Predictions of images that BatchingClassifier takes, or the reason to try another replica. `deadline_s` is
+        the remaining time of the deadline of `query`."""
         batching = self._serving
         try:
             results = await batching.classify_many(images, **vars(replace(query, deadline_s=deadline_s)))
@@ -104,7 +104,7 @@ class ClassifierReplica(ClassifierLists):
             raise RuntimeError(f"the engine failed: {self._serving.last_error}")
 
     def __del__(self) -> None:
-        """Called by Ray Serve after the last request, or after the time for it."""
+        """Ray Serve calls this after the last request, or after its timeout for that."""
         batching = getattr(self, "_batching", None)
         if batching is not None:
             batching.close(self._settings.grace_s)
@@ -146,5 +146,5 @@ def _unexpected(result: Prediction | Exception) -> bool:
 
 
 def _portable(result: Prediction | Exception) -> Prediction | Exception:
-    """A result that another process can unpickle, which is not true of the exceptions of all libraries."""
+    """A result that another process can unpickle; exceptions of some libraries can't be."""
     return RuntimeError(f"{type(result).__name__}: {result}") if _unexpected(result) else result

@@ -1,4 +1,4 @@
-"""Rolling a bundle out to the replicas: at the end all serve it, or all serve the previous one."""
+"""Deployment of a bundle to the replicas: at the end all serve it, or all serve the previous one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def deploy(
     one and swap, and no request fails. New settings, or another version of the package, restart replicas, some at a
     time.
 
-    Raises ValueError or OSError for a bundle that can't be read here, and changes nothing; RuntimeError if a replica
-    can't load it, and then the previous bundle is served again, or nothing if there was none.
+    Raises ValueError or OSError for a bundle that can't be read here, with nothing changed; RuntimeError if a replica
+    can't load it, after the previous bundle (if any) is served again.
     """
     serve = require("ray.serve", "ray")
     settings, scale = settings or Settings(), scale or Scale()
@@ -82,7 +82,7 @@ def _handle(name: str, method: str = "describe") -> Iterator[Any]:
 
 
 def _try(name: str, source: Source) -> None:
-    """Have one replica load the bundle and drop it, so that most errors show before anything is changed.
+    """Let one replica load the bundle and drop it, so that most errors show before anything changes.
 
     Raises RuntimeError if it can't be loaded.
     """

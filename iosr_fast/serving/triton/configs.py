@@ -117,7 +117,7 @@ def encoder_config(served: Served) -> Any:
 
 
 def plan_config(served: Served) -> Any:
-    """The TensorRT plans for the tensorrt backend, which chooses by the compute capability of its GPU."""
+    """The TensorRT plans for the tensorrt backend, which chooses one by the compute capability of its GPU."""
     config = _config(served, ENCODER_TRT, _encoder_inputs(served), _encoder_outputs(served))
     config.platform, config.backend = "tensorrt_plan", "tensorrt"
     config.default_model_filename = served.plans[0].path.name

@@ -18,7 +18,7 @@ Dims = Sequence[int | str]
 
 
 class Graph:
-    """Nodes in the order in which they are added; values are referred to by name.
+    """Nodes in the order in which they are added; values are identified by name.
 
     `inputs` are (dtype, dims) by name; a dynamic dim is a string. Needs the package onnx.
     """
@@ -60,7 +60,7 @@ class Graph:
         """
         if self._bytes > MAX_FILE_BYTES:
             raise IosrFastError(
-                f"expected a {name} graph under 2 GB, as much as one ONNX file holds, got {self._bytes / 1e9:.1f} GB; "
+                f"expected a {name} graph under 2 GB, the limit of one ONNX file, got {self._bytes / 1e9:.1f} GB; "
                 "fit with key_precision='int8' or 'fp16', or with fewer keys (GDA and zero-shot keep none)"
             )
         helper = self._onnx.helper

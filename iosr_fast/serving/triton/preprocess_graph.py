@@ -21,8 +21,8 @@ def preprocess_model(size: int) -> bytes:
     of ONNX Runtime rounds after each axis, like Pillow: about one value in a thousand differs, by 1. The model must run
     on the CPU, because the CUDA kernel of this mode has a bug (microsoft/onnxruntime, issue 25264).
 
-    A picture of 1 x 100,000 pixels would become size x size * 100,000. So if the aspect ratio exceeds 32, an even
-    multiple of the shorter side is first cut off at both ends, which does not move the crop.
+    A picture of 1 x 100,000 pixels would become size x size * 100,000. If the aspect ratio exceeds 32, the graph first
+    cuts off an even multiple of the shorter side at each end, which does not move the crop.
     """
     graph = Graph({"IMAGE": (np.uint8, ("batch", "height", "width", 3))})
 

@@ -49,19 +49,19 @@ def export_triton(
 
         preprocess     IMAGE uint8 (B, H, W, 3) -> PIXELS uint8 (B, S, S, 3)     preprocess_graph.preprocess_model
         encoder        pixels -> plain, adapted float32 (B, D)                   the bundle's encoder.onnx
-        encoder_trt    the same by a TensorRT plan, with `gpu` if the bundle has one; the ensemble then uses it
+        encoder_trt    the same as a TensorRT plan, with `gpu` and if the bundle has one; the ensemble then uses it
         scoring        PLAIN, ADAPTED -> LOGITS, PROBABILITIES, ZERO_SHOT, CACHE float32 (B, C)    scoring_graph
         iosr_fast      the ensemble of the three: IMAGE -> the four scores, with the class names as labels
 
     `max_batch` is the largest batch of a model; `instances` of each model run in parallel. `gpu` puts encoder and
     scoring on GPUs, the encoder through TensorRT. `top` is the number of classes in the example of README.txt.
 
-    The scoring graph is first compared with iosr_fast.score. An older export at `out` is replaced unless anything in it
-    was added or changed. Needs the extra triton-server (onnx, onnxruntime, tritonclient).
+    The scoring graph is first compared with iosr_fast.score. An older export at `out` is replaced unless files in it
+    were added or changed. Needs the extra triton-server (onnx, onnxruntime, tritonclient).
 
     Raises FileNotFoundError or ValueError if `bundle` is not a classifier, has no encoder.onnx or can't be served (a
-    plan of 2 GB, a class name with two lines, a TensorRT plan for smaller batches), FileExistsError if `out` is no
-    export, ArithmeticError if the logits of the graph differ.
+    plan of 2 GB, a class name with two lines, a TensorRT plan for smaller batches), FileExistsError if `out` is not an
+    export or was changed, ArithmeticError if the logits of the graph differ.
     """
     bundle, out = Path(bundle), Path(out)
     for name, number in (("max_batch", max_batch), ("instances", instances), ("top", top)):

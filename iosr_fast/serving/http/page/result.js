@@ -128,7 +128,7 @@ function neighbours(nearest) {
     ),
   );
   return [
-    make("h3", {}, "Nearest labelled pictures ", make("span", { class: "quiet" }, "with their cosine")),
+    make("h3", {}, "Nearest labelled pictures ", make("span", { class: "quiet" }, "with their cosine similarity")),
     make("ul", { class: "nearest" }, ...figures),
   ];
 }
@@ -141,7 +141,7 @@ function heading({ prediction, before, marked }) {
   }
   if (marked && !prediction.top.some((score) => score.class_id === marked.classId)) {
     const first = prediction.top.length;
-    lines.push(make("p", {}, `${quoted(marked.name)} is not among the first ${first} for this picture.`));
+    lines.push(make("p", {}, `${quoted(marked.name)} is not among the top ${first} for this picture.`));
   }
   return lines;
 }
@@ -162,7 +162,7 @@ export function show(item, mark, classCount) {
   find("scores").hidden = !prediction;
   if (prediction) {
     find("answer").replaceChildren(...heading(item));
-    const times = `${latencyMs.toFixed(1)} ms in the server, ${roundTripMs.toFixed(1)} ms there and back`;
+    const times = `${latencyMs.toFixed(1)} ms in the server, ${roundTripMs.toFixed(1)} ms round trip`;
     find("times").textContent = `${times}, model version ${version}`;
     const { top, nearest } = prediction;
     const parts = [...bars(top, mark, classCount), numbers(top), ...neighbours(nearest)];
