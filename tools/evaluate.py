@@ -1,6 +1,8 @@
-"""`iosr-fast evaluate` without an installation."""
+"""`iosr-fast evaluate` from the source tree."""
 
-from iosr_fast.cli.evaluate import main
+import sys
+
+from iosr_fast.cli import app
 
 if __name__ == "__main__":
-    main()
+    app(["evaluate", *sys.argv[1:]], prog_name="iosr-fast")

@@ -30,6 +30,7 @@ COMMANDS = {
         "open-images-subset": "Choose a balanced subset of Open Images to train on.",
     },
     "Measure": {
+        "evaluate": "Measure the accuracy of methods on your data, the demo or the paper's data sets.",
         "benchmark": "Time every part of the package against its rivals.",
     },
 }

@@ -52,6 +52,26 @@ def new_app(prefix: str = "error", group: type[TyperGroup] = TyperGroup, **optio
     )
 
 
+class ListCommand(TyperCommand):
+    """A command whose repeatable options take several words: `--shots 1 2` is `--shots 1 --shots 2`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for option in self.params if option.multiple for name in option.opts}
+        expanded: list[str] = []
+        option = None
+        for i, word in enumerate(args):
+            if word in repeatable:
+                option = word
+                if i + 1 == len(args) or args[i + 1].startswith("-"):
+                    expanded.append(word)  # the parser says that its value is missing
+            elif word.startswith("-"):
+                option = None
+                expanded.append(word)
+            else:
+                expanded += [word] if option is None else [option, word]
+        return super().parse_args(ctx, expanded)
+
+
 def command_app(main: Callable[..., None], prefix: str = "error") -> typer.Typer:
     """The app of a tool with one command."""
 

@@ -22,3 +22,12 @@ def refused(*words: object) -> str:
 
 def never(*_: object, **__: object) -> Any:
     raise AssertionError("work has begun")
+
+
+def main(*words: object) -> None:
+    """Run a command in this process, its output on the test's own streams. Raises SystemExit where it fails."""
+    try:
+        app([str(word) for word in words])
+    except SystemExit as end:
+        if end.code:
+            raise

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.cli.evaluate import main
 from iosr_fast.clip.demo.pictures import POOL, Pictures, only
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation import accuracy
@@ -23,6 +22,7 @@ from iosr_fast.evaluation.tasks import Encoded, split_styles
 from iosr_fast.methods import compile_method
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
+from tests.cli.runs import main
 from tests.conftest import unit_rows
 
 CLASSES, WIDTH, STYLES = 6, 16, 7
@@ -65,7 +65,7 @@ def without(arrays: Arrays, pattern: str) -> Arrays:
 
 def evaluated(path: Path, tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     out = tmp_path / "rows.json"
-    main(["features", str(path), "--json", str(out), *words])
+    main("evaluate", "features", str(path), "--json", str(out), *words)
     rows: list[dict[str, Any]] = json.loads(out.read_text())
     return rows
 
@@ -192,13 +192,13 @@ def test_methods_that_the_data_does_not_allow_are_left_out(
     for words, told in (
         (["--methods", "tip-x"], "a method that the data allows, got none: tip-x compares"),
         (["--methods", "tipx"], "--methods of all, auto, zero-shot, .* got tipx"),
-        (["--reducers", "center"], "--reducers: invalid choice: 'center'"),
-        (["--shift"], "unrecognized arguments: --shift"),
+        (["--reducers", "center"], "expected a reducer of none, centre, pca or pca:NUMBER, got 'center'"),
+        (["--shift"], "No such option: --shift"),
         (["--tune", "validation"], "a validation set for --tune validation, got none"),
         (["--json", str(tmp_path / "no" / "where.json")], "expected a folder to write"),
     ):
         with pytest.raises(SystemExit):
-            main(["features", str(bare), *words])
+            main("evaluate", "features", str(bare), *words)
         assert re.search(told, " ".join(capsys.readouterr().err.split()))
 
 

@@ -106,25 +106,26 @@ def test_another_adapter_is_evaluated_on_the_demo(
 ) -> None:
     """One that changes nothing: adapted and plain embeddings are the same."""
     pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
-    from iosr_fast.cli import evaluate
     from iosr_fast.clip.adapter import init_adapter, save_adapter
+    from iosr_fast.clip.demo.pictures import only
     from iosr_fast.clip.load import load_clip
     from iosr_fast.evaluation import demo
+    from tests.cli.runs import main
 
     test, validation = demo.held_out()
-    few = demo.only(test, np.arange(len(test.names)) % 8 == 0)
+    few = only(test, np.arange(len(test.names)) % 8 == 0)
     monkeypatch.setattr(demo, "held_out", lambda: (few, validation))
     adapter = init_adapter(load_clip("demo"), 4, 8)
     save_adapter(adapter, tmp_path / "fresh.safetensors")
     rows_file = tmp_path / "rows.json"
     words = ("--methods", "tip-adapter", "tip-adapter++", "--reducers", "none", "--shots", "2", "--seeds", "1")
-    evaluate.main(["demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words])
+    main("evaluate", "demo", "--adapter", str(tmp_path / "fresh.safetensors"), "--json", str(rows_file), *words)
     rows = json.loads(rows_file.read_text())
     assert {row["adapter"] for row in rows} == {"fresh.safetensors"}
     plain, adapted = (row["mean"] for row in rows if row["bench"] == "accuracy")
     assert plain == adapted
     with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["demo", "--adapter", str(tmp_path / "none.safetensors")])
+        main("evaluate", "demo", "--adapter", str(tmp_path / "none.safetensors"))
     assert "no adapter at" in capsys.readouterr().err
 
 

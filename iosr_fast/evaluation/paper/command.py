@@ -1,22 +1,11 @@
-"""Run the paper's experiments (Kravets & Namboodiri, BMVC 2024, arXiv 2409.11338), one command a table.
-
-    python tools/evaluate.py paper --data demo
-    python tools/evaluate.py paper --data all --root DIR --model ViT-B-16 --pretrained openai --adapter FILE --fewer
-    python tools/evaluate.py paper ... --status
-
-Shots x seeds x data sets x methods, each with and without the adapter ("++"). docs/datasets.md describes DIR;
-iosr_fast/evaluation/paper/run.py describes the protocol. Every cell is a file in OUT/cells, embeddings are in
-OUT/embeddings: stop the run at any moment, and the same command resumes it. More sets, methods, shots and seeds may be
-run into the same OUT. PlantDoc has classes of 9 images to draw from: more shots of it need --fewer, as in the papers'
-code (https://github.com/KaiyangZhou/Dassl.pytorch). The tables are printed, and written to OUT/results.md and .json.
-"""
+"""The work of `iosr-fast evaluate paper`: checks, the missing cells, the tables. run.py describes the protocol."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +26,7 @@ from iosr_fast.evaluation.paper.run import Group
 from iosr_fast.evaluation.paper.store import Store
 from iosr_fast.export.pretrained import cache_folder
 from iosr_fast.methods import METHODS
+from iosr_fast.scoring.reducers import check_reducer
 from iosr_fast.utils.files import remove_leftovers
 from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.provenance import write_rows
@@ -47,11 +37,36 @@ RUN = "run.json"
 Report = Callable[[str], None]
 
 
-def check_options(options: argparse.Namespace) -> list[str]:
+@dataclass(frozen=True)
+class Options:
+    """The options of the command; `shots` None: all that the data sets have, up to 16."""
+
+    data: list[str]
+    root: Path | None
+    model: str | None
+    pretrained: str | None
+    adapter: str
+    methods: list[str]
+    reducers: list[str]
+    shots: list[int] | None
+    fewer: bool
+    seeds: list[int]
+    views: int
+    mirror: bool
+    runtime: str
+    published: list[Path]
+    out: Path | None
+    embeddings: Path | None
+    status: bool
+
+
+def check_options(options: Options) -> list[str]:
     """The methods. Raises ValueError for options that are wrong whatever the data, before any set is opened."""
     names = method_names(options.methods, {"paper": PAPER_METHODS, "all": [*METHODS]})
     if AUTO in names:
         raise ValueError("expected --methods without auto: the paper's tables compare methods by name")
+    for reducer in options.reducers:
+        check_reducer(reducer)
     if options.runtime != "auto":
         choose_runtime(options.runtime)
     if options.model is None and options.data != [sets.DEMO]:
@@ -59,20 +74,20 @@ def check_options(options: argparse.Namespace) -> list[str]:
     return names
 
 
-def check_shots(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
-    """Raise ValueError for more shots than there are images. Fills in the default of --shots."""
-    if options.shots is None:
-        options.shots = list(demo.SHOTS if any(problem.name == sets.DEMO for problem in problems) else SHOTS)
-    options.shots, options.seeds = sorted(set(options.shots)), list(dict.fromkeys(options.seeds))
+def choose_shots(options: Options, problems: Sequence[Problem]) -> list[int]:
+    """--shots, or its default. Raises ValueError for more shots than there are images."""
+    default = demo.SHOTS if any(problem.name == sets.DEMO for problem in problems) else SHOTS
+    shots = sorted(set(options.shots or default))
     most = {problem.name: problem.most_shots(options.fewer) for problem in problems}
-    if few := [f"{name} has {images}" for name, images in most.items() if images < max(options.shots)]:
-        actual = f"got {max(options.shots)}: {', '.join(few)}"
+    if few := [f"{name} has {images}" for name, images in most.items() if images < max(shots)]:
+        actual = f"got {max(shots)}: {', '.join(few)}"
         if options.fewer:
             raise ValueError(f"expected --shots up to the images of the largest class and none without, {actual}")
         raise ValueError(
             f"expected --shots up to the images of the smallest class, {actual}. "
             "--fewer lets a class that has fewer give all of them"
         )
+    return shots
 
 
 def check_out(out: Path, facts: dict[str, Any]) -> None:
@@ -105,7 +120,7 @@ def check_place(out: Path) -> None:
         check_new_folder(out)
 
 
-def reproduce(options: argparse.Namespace, report: Report) -> None:
+def reproduce(options: Options, report: Report) -> None:
     """Check everything, then fill the missing cells and show the tables."""
     published = read_published(options.published)
     names = check_options(options)
@@ -113,28 +128,27 @@ def reproduce(options: argparse.Namespace, report: Report) -> None:
         check_place(options.out)
     problems = sets.open_problems(options.data, options.root)
     model = models.load_model(options.model or sets.DEMO, options.pretrained, options.adapter, options.runtime)
-    check_shots(options, problems)
+    shots, seeds = choose_shots(options, problems), list(dict.fromkeys(options.seeds))
     without = [name for name in names if METHODS[name].needs_adapter and model.adapter is None]
-    reason = f"no adapter for {model.clip.name}: give --adapter FILE (tools/train_adapter.py trains one)"
+    reason = f"no adapter for {model.clip.name}: give --adapter FILE (iosr-fast train-adapter trains one)"
     if named := [name for name in without if name in options.methods]:
         raise ValueError(f"{', '.join(named)}: {reason}")
     rows = table_rows([name for name in names if name not in without], options.reducers)
-    views = run.Views(options.views, not options.no_mirror)
+    views = run.Views(options.views, options.mirror)
     # Without --pretrained, as a file has several paths: the fingerprint in the model's facts is that of its content.
     facts = {**model.facts, "views": views.count, "mirror": views.mirror}
-    if options.out is None:
-        options.out = cache_folder() / "reproduction" / f"{model.clip.name}-{digest(facts)[:12]}"
-    if options.status and not (options.out / RUN).is_file():
-        raise FileNotFoundError(f"no run in {options.out} yet")
-    check_out(options.out, facts)
+    out = options.out or cache_folder() / "reproduction" / f"{model.clip.name}-{digest(facts)[:12]}"
+    if options.status and not (out / RUN).is_file():
+        raise FileNotFoundError(f"no run in {out} yet")
+    check_out(out, facts)
     if without:
         report(f"left out: {', '.join(without)}: {reason}")
 
-    store = Store(options.embeddings or options.out / "embeddings", model, report)
-    cells = Cells(options.out / "cells", report)
-    groups = run.plan(problems, rows, options.shots, options.seeds, views, store)
+    store = Store(options.embeddings or out / "embeddings", model, report)
+    cells = Cells(out / "cells", report)
+    groups = run.plan(problems, rows, shots, seeds, views, store)
     if options.status:
-        print_status(groups, cells, options.out)
+        print_status(groups, cells, out)
         return
     draws = compute(groups, store, cells)
     weights = reports.Weights(model.clip.name, options.pretrained)
@@ -143,9 +157,9 @@ def reproduce(options: argparse.Namespace, report: Report) -> None:
     table.print_sheets(table.console(), sheets, footer)
     common = {**facts, "pretrained": options.pretrained, **table.facts(table.PACKAGES)}
     written = [{**row, **common} for row in table.rows_of(sheets)]
-    write_rows(options.out / "results.json", written)
-    table.write_markdown(options.out / "results.md", sheets, common, footer)
-    report(f"wrote results.md and results.json to {options.out}")
+    write_rows(out / "results.json", written)
+    table.write_markdown(out / "results.md", sheets, common, footer)
+    report(f"wrote results.md and results.json to {out}")
 
 
 def print_status(groups: Sequence[Group], cells: Cells, out: Path) -> None:
