@@ -1,7 +1,11 @@
 """The errors that iosr_fast raises on purpose, one hierarchy below `IosrFastError`.
 
-Missing and existing files, and files that the system refuses, raise Python's own OSErrors. A message says what was
-expected, what came and how to fix it.
+Every one of them is a ValueError, so `except ValueError` catches them too; some are a second built-in error as well
+(ImportError, RuntimeError, TimeoutError, AttributeError). Python's own errors stay as they are: FileNotFoundError,
+FileExistsError and PermissionError for files, TypeError for an argument of a wrong type, MemoryError. A RuntimeError
+that is no IosrFastError is a fault of this package, or of a runtime or driver while it works.
+
+A message says what was expected, what came and how to fix it. Wrong arguments are named before any work starts.
 """
 
 from __future__ import annotations
@@ -12,17 +16,23 @@ from pathlib import Path
 class IosrFastError(ValueError):
     """An input that cannot be handled: base of all errors of this package, and a ValueError.
 
-    >>> from iosr_fast import Classifier, IosrFastError
+    >>> from iosr_fast import IosrFastError, ScoringPlan
     >>> try:
-    ...     Classifier.load(".")
-    ... except (IosrFastError, OSError) as error:
-    ...     print(type(error).__name__)
-    FileNotFoundError
+    ...     ScoringPlan(n_classes=2)
+    ... except IosrFastError as error:
+    ...     print(error)
+    expected at least one term: give text, keys (with class_offsets) or linear; got none
     """
 
 
 class BadImageError(IosrFastError):
-    """An image that is missing or can't be decoded; `where` is its path, or its position without one."""
+    """An image that is missing or cannot be decoded. `fit` and `predict_folder` can skip such images (`skip_bad`).
+
+    path      the file; None for an image that did not come from a file
+    position  its place among the images of the call, from 0
+    reason    what is wrong with it
+    where     the path, or "number 3" without one
+    """
 
     def __init__(self, path: Path | None, position: int, reason: str) -> None:
         self.path, self.position, self.reason = path, position, reason
@@ -30,7 +40,7 @@ class BadImageError(IosrFastError):
         super().__init__(f"can't read image {self.where}: {reason}")
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[Path | None, int, str]]:
-        """Keep all fields when sent between processes: by default only the message is."""
+        """Pickle with all fields; by default only the message is kept."""
         return BadImageError, (self.path, self.position, self.reason)
 
     def moved(self, offset: int) -> BadImageError:
@@ -39,23 +49,33 @@ class BadImageError(IosrFastError):
 
 
 class DamagedFileError(IosrFastError):
-    """A saved folder or log that is incomplete, changed or of an unknown format."""
+    """A saved classifier, engine, adapter, result file or log that is incomplete, was changed, or has another format.
+
+    Nothing of it is used. Restore the file from a copy, or make it again with the command that the message names.
+    """
 
 
 class NotFittedError(IosrFastError, AttributeError):
-    """A classifier is asked before it is fitted."""
+    """`predict` or another method was called before `fit`. It is an AttributeError too, as scikit-learn's is."""
 
 
 class MissingPackageError(IosrFastError, ImportError):
-    """An optional package is not installed; the message names the pip command that installs it."""
+    """An optional package is not installed. The message names the pip command that installs it. An ImportError too."""
 
 
 class UnavailableError(IosrFastError, RuntimeError):
-    """A runtime, kernel or decoder that was asked for cannot run on this machine; the message gives the reason."""
+    """A runtime, kernel or decoder that was named cannot run on this machine; "auto" never chooses such a one.
+
+    The message gives the reason: no GPU, a missing driver, an extension that was not built, a file that the installed
+    version cannot load. A RuntimeError too.
+    """
 
 
 class QueueFullError(IosrFastError, RuntimeError):
-    """Refused at submit: the queue is full, or the deadline can't be met. `retry_after_s`: when to try again."""
+    """The batching queue refused an image: it is full, or the deadline cannot be met. A RuntimeError too.
+
+    `retry_after_s` (seconds) is when to try again. The HTTP server answers 503 with this time in Retry-After.
+    """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -66,8 +86,8 @@ class QueueFullError(IosrFastError, RuntimeError):
 
 
 class DeadlineExceededError(IosrFastError, TimeoutError):
-    """Accepted, but not encoded before its deadline."""
+    """The batching queue accepted an image and could not encode it before its deadline. A TimeoutError too."""
 
 
 class ClosedError(IosrFastError, RuntimeError):
-    """Refused at submit, or abandoned by a close() whose timeout ran out."""
+    """The batching queue is closed, or was closed before the image had its turn. A RuntimeError too."""

@@ -30,6 +30,7 @@ from iosr_fast.evaluation.demo import encode
 from iosr_fast.evaluation.overlap import overlap_rows
 from iosr_fast.evaluation.table import OVERLAP, percent, print_table
 from iosr_fast.evaluation.tasks import Encoded, Source
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export import write_engine
 from iosr_fast.training.data import demo_pictures
 from iosr_fast.training.train import train_adapter
@@ -63,7 +64,7 @@ def get_adapter(clip: LoadedClip, start: int, width: int, folder: Path, epochs: 
     written = adapter.config
     actual = (written.first_adapted_block, written.bottleneck, written.training.get("epochs"))
     if actual != (start, width, epochs):
-        raise ValueError(
+        raise IosrFastError(
             f"expected an adapter from block {start} on, {width} wide, of {epochs} epochs in {path}, got {actual[0]}, "
             f"{actual[1]}, {actual[2]}; name another folder, or give --epochs {actual[2]}"
         )

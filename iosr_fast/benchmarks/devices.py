@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iosr_fast.benchmarks import harness
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.provenance import cpu_description
 
 DEVICES = ("cpu", "cuda", "rehearsal")
@@ -25,7 +26,7 @@ class Device:
 
     def __post_init__(self) -> None:
         if self.name not in DEVICES:
-            raise ValueError(f"expected a device out of {', '.join(DEVICES)}, got {self.name!r}")
+            raise IosrFastError(f"expected a device out of {', '.join(DEVICES)}, got {self.name!r}")
 
     @property
     def is_gpu(self) -> bool:

@@ -28,6 +28,7 @@ from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precisio
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import load_clip
 from iosr_fast.clip.two_pass import TwoPasses, two_passes
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export_check import FP32_MAX_ERROR, MIN_COSINES
 
 CHECKED = 3  # pictures
@@ -148,7 +149,7 @@ def run(
     """Verify and time one model at one batch, interleaved; one row an implementation."""
     target = Device(device)
     if model not in CONFIGS:
-        raise ValueError(f"expected a model out of {', '.join(CONFIGS)} on a GPU, got {model}")
+        raise IosrFastError(f"expected a model out of {', '.join(CONFIGS)} on a GPU, got {model}")
     encoders = load(model, target)
     pixels = encoders.batch(batch, target)
     case = f"{model.lower()}-s{encoders.config('fused').first_adapted_block}-b{batch}"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.benchmarks import score
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.provenance import commit, cpu_description
 
@@ -193,7 +194,9 @@ def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Se
     all parts, where one failed or was stopped."""
     chosen = parts(rehearsal) if chosen is None else chosen
     if unknown := sorted(set(only) - {part.name for part in chosen}):
-        raise ValueError(f"expected parts out of {', '.join(part.name for part in chosen)}, got {', '.join(unknown)}")
+        raise IosrFastError(
+            f"expected parts out of {', '.join(part.name for part in chosen)}, got {', '.join(unknown)}"
+        )
     started = time.monotonic()
     content: dict[str, Any] = {"kind": "gpu-check", "trial": rehearsal, "complete": False}
     content |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": None}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.provenance import commit, cpu_description
 
@@ -36,7 +37,7 @@ def measure(
     Without `bursts`, for calls of seconds that have run once, nothing is called untimed.
     """
     if repeats < 1:
-        raise ValueError(f"expected repeats >= 1, got {repeats}")
+        raise IosrFastError(f"expected repeats >= 1, got {repeats}")
     burst = dict.fromkeys(candidates, 1)
     for name, run in candidates.items() if bursts else ():
         run()
@@ -74,7 +75,7 @@ def parse_case(text: str, letters: str, example: str) -> list[int]:
     match = re.fullmatch("-".join(rf"{letter}(\d+)" for letter in letters), text)
     sizes = [] if match is None else [int(size) for size in match.groups()]
     if not sizes or min(sizes) < 1:
-        raise ValueError(f"expected a case like {example}, every size at least 1, got {text!r}")
+        raise IosrFastError(f"expected a case like {example}, every size at least 1, got {text!r}")
     return sizes
 
 

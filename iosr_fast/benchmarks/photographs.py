@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.exceptions import IosrFastError
 
 WIDTH, HEIGHT, QUALITY, DEVIATION = 500, 375, 88, 24.0
 _TEXTURES = 8
@@ -50,7 +51,7 @@ def write_photographs(folder: Path, count: int, width: int = WIDTH, height: int 
     """`count` JPEGs of different pictures in `folder`, at most 1,000 a sub-folder; their paths, sorted."""
     pictures = _pictures()
     if count > len(pictures):
-        raise ValueError(f"expected at most {len(pictures)} pictures, which are all of the demo's, got {count}")
+        raise IosrFastError(f"expected at most {len(pictures)} pictures, which are all of the demo's, got {count}")
     paths = []
     for i, chosen in enumerate(np.random.default_rng(0).permutation(len(pictures))[:count].tolist()):
         path = folder / f"{i // 1000:03d}" / f"{i:06d}.jpg"

@@ -13,6 +13,7 @@ import numpy as np
 
 from iosr_fast.benchmarks import harness
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.tune import Tuned, tune
 from iosr_fast.scoring.reference import score_reference
@@ -50,7 +51,7 @@ class Case:
         method = next((name for name in METHODS if text == name or text.startswith(f"{name}-v")), "")
         sizes = text.removeprefix(method).removeprefix("-")
         if not method or (not sizes and text != method):
-            raise ValueError(f"expected a case like {' or '.join(METHODS)}-v2500-c100-s16-d512, got {text!r}")
+            raise IosrFastError(f"expected a case like {' or '.join(METHODS)}-v2500-c100-s16-d512, got {text!r}")
         numbers = harness.parse_case(sizes, "vcsd", "v2500-c100-s16-d512") if sizes else SIZES
         return cls(method, *numbers)
 

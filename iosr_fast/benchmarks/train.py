@@ -30,6 +30,7 @@ from torch import nn
 from iosr_fast.benchmarks import harness
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain, init_adapter, vision_blocks
 from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export import random_adapter
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.data import TensorPictures
@@ -151,7 +152,9 @@ def run(
     """Verify, then time all, interleaved; one row an implementation and case. `count` pictures an epoch, and a quarter
     as many held out."""
     if count < batch or repeats < 1:
-        raise ValueError(f"expected at least one batch of {batch} pictures and one repeat, got {count} and {repeats}")
+        raise IosrFastError(
+            f"expected at least one batch of {batch} pictures and one repeat, got {count} and {repeats}"
+        )
     threads = threads or usable_threads()
     clip = load_clip(model, None if model == "demo" else "none")
     train, held_out = pictures(clip, count, 0), pictures(clip, max(4 * CLASSES, count // 4), 1)

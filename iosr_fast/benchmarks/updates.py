@@ -14,6 +14,7 @@ import numpy as np
 
 from iosr_fast.benchmarks import harness
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.score import score
 from iosr_fast.state.examples import Examples, join
@@ -45,10 +46,10 @@ class Case:
         """`tip-adapter++-k100000`, or with sizes, `gda-k10000-c1000-d512`."""
         match = re.fullmatch(rf"({'|'.join(map(re.escape, METHODS))})-k(\d+)(?:-c(\d+)-d(\d+))?", text)
         if match is None or not METHODS[match[1]].needs_support:
-            raise ValueError(f"expected a case like tip-adapter++-k100000-c100-d512, got {text!r}")
+            raise IosrFastError(f"expected a case like tip-adapter++-k100000-c100-d512, got {text!r}")
         case = cls(match[1], *(int(size) for size in match.groups()[1:] if size is not None))
         if case.classes < 2 or case.keys < case.classes or case.width < 1:
-            raise ValueError(f"expected at least two classes, a key of each and a channel, got {text!r}")
+            raise IosrFastError(f"expected at least two classes, a key of each and a channel, got {text!r}")
         return case
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import COLUMNS, DTYPES, FORMATS
 from iosr_fast.pipeline.part_folder import check_apart, check_folder
@@ -85,7 +85,7 @@ def run_resumably(
             source.check_faults(options.skip_bad)
             manifest = compute(source, options)
         except BadImageError as error:
-            raise ValueError(
+            raise IosrFastError(
                 f"{error}; the finished parts are kept. Repair it, or give --skip-bad, and start again"
             ) from error
     print(runs.summary(manifest, out, time.perf_counter() - started))
@@ -114,13 +114,13 @@ def embed(
     shared = {**locals()}
     del shared["engine"], shared["format"], shared["dtype"]
     if format not in FORMATS:
-        raise ValueError(f"expected --format {' or '.join(FORMATS)}, got {format}")
+        raise IosrFastError(f"expected --format {' or '.join(FORMATS)}, got {format}")
     if dtype not in DTYPES:
-        raise ValueError(f"expected --dtype {' or '.join(DTYPES)}, got {dtype}")
+        raise IosrFastError(f"expected --dtype {' or '.join(DTYPES)}, got {dtype}")
     if format == "parquet":
         require("pyarrow", "parquet")
     elif keep_columns:
-        raise ValueError("expected --format parquet with --keep-columns: safetensors holds numbers only")
+        raise IosrFastError("expected --format parquet with --keep-columns: safetensors holds numbers only")
 
     def compute(source: Source, options: runs.RunOptions) -> dict[str, Any]:
         return runs.embed(find_engine(engine), source, out, options, dtype, format)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import typer
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.command import new_file, one_line_errors
 
 with one_line_errors("iosr-fast"):
@@ -31,10 +32,10 @@ def open_images_subset(
     seed: int = typer.Option(0),
 ) -> None:
     if download_list is not None and download_list.absolute() == out.absolute():
-        raise ValueError(f"expected two files to write, got {out} twice")
+        raise IosrFastError(f"expected two files to write, got {out} twice")
     subset = balanced_subset(classes, labels, images_a_class, seed, min_confidence, images)
     if not subset.image_ids:
-        raise ValueError(f"no class has {images_a_class} images; {len(subset.left_out)} have fewer free")
+        raise IosrFastError(f"no class has {images_a_class} images; {len(subset.left_out)} have fewer free")
     write_subset_csv(subset, out)
     if download_list is not None:
         write_download_list(subset, download_list)

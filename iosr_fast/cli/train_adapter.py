@@ -23,6 +23,7 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils import command
 from iosr_fast.utils.require import require_installed
 
@@ -144,12 +145,12 @@ def training_folder(out: Path) -> Path:
 def check_out(out: Path) -> None:
     """Raise ValueError or OSError if the trained adapter couldn't be written, or would replace a file that is none."""
     if out.is_dir():
-        raise ValueError(f"expected --out as the file to write, got the folder {out}; add a name to it")
+        raise IosrFastError(f"expected --out as the file to write, got the folder {out}; add a name to it")
     if out.exists():
         try:
             load_adapter(out)
         except Exception as error:
-            raise ValueError(
+            raise IosrFastError(
                 f"{out} exists and is no adapter, which training would replace; choose another name"
             ) from error
     if training_folder(out).is_file():

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from iosr_fast.clip.prompts import check_templates
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -137,11 +137,11 @@ class TextEncoder:
             tokenizer = tokenizers.Tokenizer.from_buffer(content)
             length = len(tokenizer.encode("").ids)
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise RuntimeError(
+            raise UnavailableError(
                 f"tokenizers can't load {TOKENIZER_FILE} in {self.folder}: {error}; {_SAVE_AGAIN}"
             ) from error
         if length != self.context_length:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"expected {TOKENIZER_FILE} in {self.folder} to fill a context of {self.context_length}, got {length}; "
                 f"{_SAVE_AGAIN}"
             )
@@ -157,14 +157,14 @@ class TextEncoder:
             try:
                 return ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
-                raise RuntimeError(
+                raise UnavailableError(
                     f"ONNX Runtime can't load {FILE} in {self.folder}: {error}; {_SAVE_AGAIN}"
                 ) from error
 
         session = self.source.open_with(open_session) if self.source else open_session(self.folder)
         shape = session.get_outputs()[0].shape
         if shape[1:] != [self.width]:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"expected {FILE} in {self.folder} to give (T, {self.width}), got {shape}; {_SAVE_AGAIN}"
             )
         return session

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.tuning.tune import AUTO, Tuned, tune
 from iosr_fast.scoring.score import score
@@ -138,7 +139,7 @@ def method_names(words: Sequence[str], groups: dict[str, Sequence[str]]) -> list
     """The methods of --methods, each once; a word may be a group of them. Raises ValueError for an unknown name."""
     names = list(dict.fromkeys(name for word in words for name in groups.get(word, (word,))))
     if unknown := [name for name in names if name not in (AUTO, *METHODS)]:
-        raise ValueError(f"expected --methods of {', '.join([*groups, AUTO, *METHODS])}; got {', '.join(unknown)}")
+        raise IosrFastError(f"expected --methods of {', '.join([*groups, AUTO, *METHODS])}; got {', '.join(unknown)}")
     return names
 
 

@@ -14,6 +14,7 @@ from iosr_fast.clip.load import LoadedClip
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.accuracy import Result, evaluate
 from iosr_fast.evaluation.tasks import SUPPORT_STYLES, Encoded, Source, Task, split_styles
+from iosr_fast.exceptions import IosrFastError
 
 BATCH = 64
 SHOTS = (1, 2, 4)
@@ -107,4 +108,4 @@ def shifted(
 def check_shots(shots: Sequence[int]) -> None:
     most = min(POOL, SUPPORT_STYLES)
     if not shots or min(shots) < 1 or max(shots) > most:
-        raise ValueError(f"expected --shots from 1 to {most} on the demo's pictures, got {list(shots)}")
+        raise IosrFastError(f"expected --shots from 1 to {most} on the demo's pictures, got {list(shots)}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import Pictures, load_pictures
+from iosr_fast.exceptions import IosrFastError
 
 CLASSES, SHOTS, METHOD = 100, 4, "proker++"
 
@@ -41,7 +42,7 @@ def _draw(classes: int, shots: int) -> tuple[Pictures, list[np.ndarray]]:
     """The pictures, and for each chosen concept the rows of its pictures in random order."""
     pictures = load_pictures("held-out", min_styles=shots + 1)
     if not 2 <= classes <= len(pictures.names):
-        raise ValueError(f"expected 2 to {len(pictures.names)} classes, got {classes}")
+        raise IosrFastError(f"expected 2 to {len(pictures.names)} classes, got {classes}")
     rng = np.random.default_rng(0)
     chosen = np.linspace(0, len(pictures.names) - 1, classes).astype(int)
     return pictures, [rng.permutation(np.flatnonzero(pictures.concepts == concept)) for concept in chosen]

@@ -11,6 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import make_support_set
 
 TAU = 100.0
@@ -31,10 +32,10 @@ def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Sourc
     arrays = _load(path)
     available = sorted({int(match[1]) for match in map(SUPPORT.fullmatch, arrays) if match})
     if not available:
-        raise ValueError(f"expected arrays support1_x, support1_y and so on in {path}, got {sorted(arrays)}")
+        raise IosrFastError(f"expected arrays support1_x, support1_y and so on in {path}, got {sorted(arrays)}")
     wanted = tuple(dict.fromkeys(available if shots is None else shots))
     if missing := [k for k in wanted if k not in available]:
-        raise ValueError(f"expected --shots out of {available}, which {path} holds, got {missing}")
+        raise IosrFastError(f"expected --shots out of {available}, which {path} holds, got {missing}")
     parts = [f"support{k}" for k in wanted] + ["test"] + (["val"] if "val_x" in arrays or "val_y" in arrays else [])
     text = _unit("text", arrays) if "text" in arrays else None
     width = (_unit("test_x", arrays) if text is None else text).shape[1]
@@ -47,7 +48,7 @@ def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Sourc
     labels = {part: _labels(f"{part}_y", arrays, len(embeddings[part]), n_classes) for part in parts}
     tau = float(arrays["tau"]) if "tau" in arrays and arrays["tau"].ndim == 0 else TAU
     if not (np.isfinite(tau) and tau > 0):
-        raise ValueError(f"expected tau finite and above 0 in {path}, got {tau}")
+        raise IosrFastError(f"expected tau finite and above 0 in {path}, got {tau}")
 
     def draw(k: int, seed: int) -> Task:
         part = f"support{k}"
@@ -65,14 +66,14 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, BadZipFile, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is not an .npz file of plain arrays: {error}") from error
+        raise IosrFastError(f"{path} is not an .npz file of plain arrays: {error}") from error
 
 
 def _has_adapted(arrays: Arrays, parts: Sequence[str]) -> bool:
     present = [f"{part}_xa" for part in parts if f"{part}_xa" in arrays]
     missing = [f"{part}_xa" for part in parts if f"{part}_xa" not in arrays]
     if present and missing:
-        raise ValueError(f"expected adapted embeddings for every part or for none, got {present} without {missing}")
+        raise IosrFastError(f"expected adapted embeddings for every part or for none, got {present} without {missing}")
     return bool(present)
 
 
@@ -80,7 +81,9 @@ def _count_classes(arrays: Arrays, parts: Sequence[str], text: np.ndarray | None
     names = arrays.get("class_names")
     if text is not None:
         if names is not None and names.shape != (len(text),):
-            raise ValueError(f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}")
+            raise IosrFastError(
+                f"expected a class name for each of {len(text)} texts, got class_names of {names.shape}"
+            )
         return len(text)
     if names is not None:
         return len(names)
@@ -89,7 +92,7 @@ def _count_classes(arrays: Arrays, parts: Sequence[str], text: np.ndarray | None
 
 def _array(name: str, arrays: Arrays) -> np.ndarray:
     if name not in arrays:
-        raise ValueError(f"expected an array {name}, got {', '.join(sorted(arrays))}")
+        raise IosrFastError(f"expected an array {name}, got {', '.join(sorted(arrays))}")
     return arrays[name]
 
 
@@ -97,15 +100,17 @@ def _unit(name: str, arrays: Arrays, width: int | None = None) -> np.ndarray:
     """The rows, L2-normalised, float32; `width` is that of the other embeddings."""
     array = _array(name, arrays)
     if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(
+        raise IosrFastError(
             f"expected {name} of shape (N, D), N and D at least 1, of floats; got {array.shape} of {array.dtype}"
         )
     if width not in (None, array.shape[1]):
-        raise ValueError(f"expected {name} of shape (N, {width}), as wide as the other embeddings, got {array.shape}")
+        raise IosrFastError(
+            f"expected {name} of shape (N, {width}), as wide as the other embeddings, got {array.shape}"
+        )
     exact = array.astype(np.float32)
     norms = np.linalg.norm(exact, axis=1, keepdims=True)
     if not np.isfinite(exact).all() or not norms.all():
-        raise ValueError(f"expected {name} of finite rows other than zero, got NaN, infinite or zero ones")
+        raise IosrFastError(f"expected {name} of finite rows other than zero, got NaN, infinite or zero ones")
     unit: np.ndarray = exact / norms
     return unit
 
@@ -113,7 +118,7 @@ def _unit(name: str, arrays: Arrays, width: int | None = None) -> np.ndarray:
 def _labels(name: str, arrays: Arrays, count: int, n_classes: int) -> np.ndarray:
     array = _array(name, arrays)
     if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"expected {name} of shape ({count},) of integers, got {array.shape} of {array.dtype}")
+        raise IosrFastError(f"expected {name} of shape ({count},) of integers, got {array.shape} of {array.dtype}")
     if array.min() < 0 or array.max() >= n_classes:
-        raise ValueError(f"expected {name} in 0..{n_classes - 1}, got {array.min()}..{array.max()}")
+        raise IosrFastError(f"expected {name} in 0..{n_classes - 1}, got {array.min()}..{array.max()}")
     return array.astype(np.int64)

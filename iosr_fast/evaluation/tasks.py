@@ -10,6 +10,7 @@ import numpy as np
 
 from iosr_fast.clip.demo.pictures import POOL
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 
 SUPPORT_STYLES = 4
@@ -56,7 +57,7 @@ class Encoded:
     def task(self, shots: int, seed: int, pool: int = POOL) -> Task:
         """Of each concept `pool` pictures are set apart, `shots` of them as support; all others are queries."""
         if not 1 <= shots <= pool:
-            raise ValueError(f"expected shots from 1 to {pool}, the pictures of a concept set apart, got {shots}")
+            raise IosrFastError(f"expected shots from 1 to {pool}, the pictures of a concept set apart, got {shots}")
         rng = np.random.default_rng(seed)
         drawn = [rng.permutation(np.flatnonzero(self.labels == c)) for c in range(len(self.text))]
         return self._task([rows[:shots] for rows in drawn], [rows[pool:] for rows in drawn])
@@ -102,12 +103,12 @@ def split_styles(encoded: Encoded, shots: int, seed: int, siblings: Sequence[Seq
     """
     n_styles = int(encoded.styles.max(initial=-1)) + 1
     if n_styles <= SUPPORT_STYLES:
-        raise ValueError(f"expected pictures in more than {SUPPORT_STYLES} styles to split, got {n_styles}")
+        raise IosrFastError(f"expected pictures in more than {SUPPORT_STYLES} styles to split, got {n_styles}")
     splits = [np.isin(np.arange(n_styles), chosen) for chosen in combinations(range(n_styles), SUPPORT_STYLES)]
     splits = [split for split in splits if all(len(set(split[list(group)])) == 1 for group in siblings)]
     left = np.array([int(encoded.enough(shots, split).sum()) for split in splits])
     if not left.any():
-        raise ValueError(
+        raise IosrFastError(
             f"expected concepts with {shots} pictures in {SUPPORT_STYLES} styles and one in another, got none; "
             "use fewer shots"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.device_plan import DevicePlan, as_tensor, device_plan
 from iosr_fast.scoring.fields import ARRAY_NAMES, ARRAYS, CONSTANT_NAMES, CONSTANTS
@@ -48,7 +48,7 @@ def score_tensors(
         raise IosrFastError(f"expected embeddings on {plan.device}, where the plan is, got {plain.device}; move either")
     entry = dispatch.choose(impl, inputs.device)
     if inputs.device not in entry.devices:
-        raise RuntimeError(
+        raise UnavailableError(
             f"{entry.name} executes on {' and '.join(entry.devices)}, and the tensors are on {plain.device}; move the "
             "module and its input there, or leave the choice open"
         )

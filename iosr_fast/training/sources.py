@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.data import (
     FolderPictures,
     PictureSource,
@@ -45,7 +46,7 @@ def open_sources(
     ValueError or OSError that names what is missing, before anything is decoded.
     """
     if (data == "open-images") != (csv is not None and images is not None):
-        raise ValueError("expected --csv FILE and --images DIR with --data open-images, and only with it")
+        raise IosrFastError("expected --csv FILE and --images DIR with --data open-images, and only with it")
     if data == "demo":
         return Sources(demo_pictures(size), validation_pictures(held_out_size))
     notes: tuple[str, ...] = ()

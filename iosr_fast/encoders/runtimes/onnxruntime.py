@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
+from iosr_fast.exceptions import UnavailableError
 from iosr_fast.utils.require import require
 
 FILE = "encoder.onnx"
@@ -31,7 +32,7 @@ class OnnxRuntimeEncoder(BatchedEncoder):
         try:
             self._session = ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise RuntimeError(
+            raise UnavailableError(
                 f"ONNX Runtime can't load {FILE} in {folder}: {error}; build the engine again"
             ) from error
 

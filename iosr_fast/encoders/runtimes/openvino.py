@@ -16,6 +16,7 @@ import numpy as np
 
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.onnxruntime import FILE
+from iosr_fast.exceptions import UnavailableError
 from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class OpenVINOEncoder(BatchedEncoder):
             self._compiled = core.compile_model(str(folder / FILE), "CPU", options)
             self._request = self._compiled.create_infer_request()
         except RuntimeError as error:
-            raise RuntimeError(f"OpenVINO can't load {FILE} in {folder}: {error}; build the engine again") from error
+            raise UnavailableError(
+                f"OpenVINO can't load {FILE} in {folder}: {error}; build the engine again"
+            ) from error
         self.computes_in = "bf16" if bf16 else "fp32"
         self.threads = threads
         self._lock = threading.Lock()

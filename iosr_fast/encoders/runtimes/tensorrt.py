@@ -19,7 +19,7 @@ import numpy as np
 from iosr_fast.encoders.runtimes import plans
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.utils import machine
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
@@ -50,9 +50,9 @@ def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes
     if not parser.parse_from_file(str(onnx_path)):
         reported = (parser.get_error(i) for i in range(parser.num_errors))
         errors = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in reported)
-        raise RuntimeError(f"{module_name} {trt.__version__} can't parse {onnx_path.name}: {errors}")
+        raise UnavailableError(f"{module_name} {trt.__version__} can't parse {onnx_path.name}: {errors}")
     if network.num_inputs != 1 or network.get_input(0).name != "pixels" or network.get_input(0).shape[0] != -1:
-        raise RuntimeError(f"expected one input 'pixels' with a dynamic batch in {onnx_path.name}")
+        raise UnavailableError(f"expected one input 'pixels' with a dynamic batch in {onnx_path.name}")
     picture = tuple(network.get_input(0).shape)[1:]
     # Optimised at max_batch: large batches are for throughput.
     profile = {"min": 1, "opt": max_batch, "max": max_batch}
@@ -64,7 +64,7 @@ def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 graphs multiply in fp32, as their check expects
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RuntimeError(
+        raise UnavailableError(
             f"{module_name} {trt.__version__} built no plan: {'; '.join(logger.errors) or 'no reason given'}"
         )
     data = bytes(plan)
@@ -88,7 +88,7 @@ class TensorRTEncoder(BatchedEncoder):
         torch = require("torch", "gpu")
         plan_target = target(runtime)
         if plan_target.gpu is None:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"a plan of {runtime} needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none; "
                 "open the engine with runtime='onnxruntime', or install PyTorch with CUDA"
             )

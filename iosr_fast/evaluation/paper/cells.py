@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.evaluation.accuracy import Draw, finite
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.utils.files import new_file, remove_leftovers
 
@@ -58,7 +59,7 @@ class Cells:
             whole = json.loads(path.read_text(encoding="utf-8"))
             result = whole["found"]
             if whole["sha256"] != digest(result) or whole["cell"] != cell.named or whole["key"] != cell.key:
-                raise ValueError("its contents are not what was written")
+                raise IosrFastError("its contents are not what was written")
             tuned = dict(result["tuned"])
             tuned["accuracy"] = math.nan if tuned["accuracy"] is None else tuned["accuracy"]
             numbers = {name: result[name] for name in ("accuracy", "images", "classes", "fit_seconds")}

@@ -24,6 +24,7 @@ from iosr_fast.evaluation.paper.problems import Problem
 from iosr_fast.evaluation.paper.published import read_published
 from iosr_fast.evaluation.paper.run import Group
 from iosr_fast.evaluation.paper.store import Store
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.pretrained import cache_folder
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.reducers import check_reducer
@@ -64,13 +65,13 @@ def check_options(options: Options) -> list[str]:
     """The methods. Raises ValueError for options that are wrong whatever the data, before any set is opened."""
     names = method_names(options.methods, {"paper": PAPER_METHODS, "all": [*METHODS]})
     if AUTO in names:
-        raise ValueError("expected --methods without auto: the paper's tables compare methods by name")
+        raise IosrFastError("expected --methods without auto: the paper's tables compare methods by name")
     for reducer in options.reducers:
         check_reducer(reducer)
     if options.runtime != "auto":
         choose_runtime(options.runtime)
     if options.model is None and options.data != [sets.DEMO]:
-        raise ValueError("expected --model (and --pretrained) for data sets other than the demo's")
+        raise IosrFastError("expected --model (and --pretrained) for data sets other than the demo's")
     return names
 
 
@@ -82,8 +83,8 @@ def choose_shots(options: Options, problems: Sequence[Problem]) -> list[int]:
     if few := [f"{name} has {images}" for name, images in most.items() if images < max(shots)]:
         actual = f"got {max(shots)}: {', '.join(few)}"
         if options.fewer:
-            raise ValueError(f"expected --shots up to the images of the largest class and none without, {actual}")
-        raise ValueError(
+            raise IosrFastError(f"expected --shots up to the images of the largest class and none without, {actual}")
+        raise IosrFastError(
             f"expected --shots up to the images of the smallest class, {actual}. "
             "--fewer lets a class that has fewer give all of them"
         )
@@ -97,12 +98,12 @@ def check_out(out: Path, facts: dict[str, Any]) -> None:
         try:
             stored = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it, or choose another --out") from error
+            raise IosrFastError(f"{path} is damaged ({error}): remove it, or choose another --out") from error
         changed = [
             f"{name} {stored.get(name)}, now {value}" for name, value in facts.items() if stored.get(name) != value
         ]
         if changed:
-            raise ValueError(f"{out} is of another run: {'; '.join(changed)}. Choose another --out")
+            raise IosrFastError(f"{out} is of another run: {'; '.join(changed)}. Choose another --out")
     else:
         check_place(out)
         write_json(path, facts)
@@ -132,7 +133,7 @@ def reproduce(options: Options, report: Report) -> None:
     without = [name for name in names if METHODS[name].needs_adapter and model.adapter is None]
     reason = f"no adapter for {model.clip.name}: give --adapter FILE (iosr-fast train-adapter trains one)"
     if named := [name for name in without if name in options.methods]:
-        raise ValueError(f"{', '.join(named)}: {reason}")
+        raise IosrFastError(f"{', '.join(named)}: {reason}")
     rows = table_rows([name for name in names if name not in without], options.reducers)
     views = run.Views(options.views, options.mirror)
     # Without --pretrained, as a file has several paths: the fingerprint in the model's facts is that of its content.

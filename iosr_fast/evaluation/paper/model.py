@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
@@ -53,7 +54,7 @@ class Model:
             return EagerEncoder(self.clip)
         encoder = open_pretrained(name, pretrained, adapter, runtime, PRECISION, None).encoder
         if encoder.fingerprint != self.engine:
-            raise ValueError(f"{pretrained or name} or {adapter} has changed since this run began; begin again")
+            raise IosrFastError(f"{pretrained or name} or {adapter} has changed since this run began; begin again")
         return encoder
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.clip.demo.pictures import POOL
+from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
     from iosr_fast.training.data.evaluation_sets import EvaluationSet, FileSplit
@@ -100,12 +101,12 @@ def pose(target: EvaluationSet, source: EvaluationSet | None = None) -> Problem:
     source = target if source is None else source
     for data, split in ((source, "train"), (target, "test")):
         if split not in data.splits:
-            raise ValueError(f"expected a split {split!r} of {data.name}, got {sorted(data.splits)}")
+            raise IosrFastError(f"expected a split {split!r} of {data.name}, got {sorted(data.splits)}")
     names, wanted = list(source.class_names), list(target.class_names)
     if names == wanted:
         return Problem(source, target, np.arange(len(names)))
     if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"expected every class of {target.name} among those of {source.name}, got {missing[:5]}")
+        raise IosrFastError(f"expected every class of {target.name} among those of {source.name}, got {missing[:5]}")
     classes = np.array([names.index(name) for name in wanted])
     if several := [label for label, name in enumerate(wanted) if names.count(name) > 1]:
         # Classes of ImageNet may share a name; the folders of their images, named by WordNet ids, tell them apart.
@@ -114,7 +115,7 @@ def pose(target: EvaluationSet, source: EvaluationSet | None = None) -> Problem:
             own = _folders(target.splits["test"])[label]
             same = [other for other, of_other in folders.items() if own & of_other and names[other] == wanted[label]]
             if len(same) != 1:
-                raise ValueError(f"expected one class of {source.name} called {wanted[label]!r}, got several")
+                raise IosrFastError(f"expected one class of {source.name} called {wanted[label]!r}, got several")
             classes[label] = same[0]
     return Problem(source, target, classes)
 
@@ -139,9 +140,11 @@ def open_problems(wanted: Sequence[str], root: Path | None) -> list[Problem]:
     known = list(evaluation_sets.catalog())
     names = list(dict.fromkeys(name for word in wanted for name in (known if word == "all" else [word])))
     if unknown := [name for name in names if name not in (DEMO, *known)]:
-        raise ValueError(f"expected --data out of {DEMO}, all, {', '.join(known)}; got {', '.join(unknown)}")
+        raise IosrFastError(f"expected --data out of {DEMO}, all, {', '.join(known)}; got {', '.join(unknown)}")
     if root is None:
-        raise ValueError(f"expected --root, the folder that holds {', '.join(name for name in names if name != DEMO)}")
+        raise IosrFastError(
+            f"expected --root, the folder that holds {', '.join(name for name in names if name != DEMO)}"
+        )
     opened: dict[str, EvaluationSet] = {}
     missing: list[str] = []
     pending = [name for name in names if name != DEMO]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.evaluation.accuracy import Figure
+from iosr_fast.exceptions import IosrFastError
 
 SHIPPED = Path(__file__).parent / "published.json"
 SCHEMA = 1
@@ -37,29 +38,29 @@ def read_published(paths: Iterable[Path] = ()) -> Published:
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
             if whole["schema"] != SCHEMA:
-                raise ValueError(f"expected schema {SCHEMA}, got {whole['schema']}")
+                raise IosrFastError(f"expected schema {SCHEMA}, got {whole['schema']}")
             for source in whole["sources"]:
                 for key, figure in _figures(source):
                     published[key] = (*published.get(key, ()), figure)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is not a file of published figures: {reason}") from error
+            raise IosrFastError(f"{path} is not a file of published figures: {reason}") from error
     return published
 
 
 def _figures(source: dict[str, Any]) -> Iterable[tuple[Key, Figure]]:
     words = {name: source[name] for name in ("paper", "url", "where", "backbone", "pretrained")}
     if empty := [name for name, value in words.items() if not isinstance(value, str) or not value.strip()]:
-        raise ValueError(f"expected every source with {', '.join(empty)}, got {source.get('paper')!r} without")
+        raise IosrFastError(f"expected every source with {', '.join(empty)}, got {source.get('paper')!r} without")
     for data, methods in source["figures"].items():
         for method, by_shots in methods.items():
             for shots, value in by_shots.items():
                 if not isinstance(value, int | float) or not 1.0 < value <= 100.0:
-                    raise ValueError(
+                    raise IosrFastError(
                         f"expected accuracies in percent, above 1 and up to 100, got {value!r} ({data}, {method})"
                     )
                 if (int(shots) == NO_SHOTS) != (method == "zero-shot") or int(shots) < 0:
-                    raise ValueError(
+                    raise IosrFastError(
                         f"expected shots of at least 1, and {NO_SHOTS} for zero-shot; got {shots} for {method}"
                     )
                 key = (data, method, backbone(words["backbone"]), words["pretrained"], int(shots))

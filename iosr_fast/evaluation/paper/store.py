@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.paper.cells import digest
 from iosr_fast.evaluation.paper.model import Model
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images import pixels
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
@@ -150,12 +150,12 @@ class Store:
         try:
             manifest = read_manifest(folder, kind)
             if other := [name for name, value in facts.items() if manifest.get(name) != value]:
-                raise ValueError(f"it is of another {', '.join(other)}")
+                raise IosrFastError(f"it is of another {', '.join(other)}")
             arrays = load_file(folder / FILE)
             for name in names:
                 shape = arrays[name].shape if name in arrays else "none"
                 if len(shape) != 2 or shape[0] != rows:
-                    raise ValueError(f"expected {name} of {rows} rows, got {shape}")
+                    raise IosrFastError(f"expected {name} of {rows} rows, got {shape}")
             return {name: arrays[name] for name in names}
         # No other OSError is the folder's fault.
         except (ValueError, SafetensorError, FileNotFoundError, NotADirectoryError) as error:
