@@ -4,7 +4,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -46,9 +48,10 @@ inline std::size_t default_threads() {
     if (text == nullptr || *text == '\0') {
         return usable_threads();
     }
-    char* end = nullptr;
-    const long count = std::strtol(text, &end, 10);
-    if (*end != '\0' || count < 1 || count > 4096) {
+    // Not strtol: glibc 2.38 gave it a new name, and a wheel that was compiled there would need that glibc.
+    long count = 0;
+    const char* const end = text + std::strlen(text);
+    if (std::from_chars(text, end, count).ptr != end || count < 1 || count > 4096) {
         throw std::runtime_error("expected IOSR_FAST_THREADS to be a number of threads, 1 to 4096, got '" +
                                  std::string(text) + "'; unset it to use all");
     }

@@ -12,7 +12,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, packages_dist
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
 
+import iosr_fast
+from iosr_fast.cli import app
 from iosr_fast.encoders.runtimes import tensorrt
 from tests import ROOT
 
@@ -141,3 +144,8 @@ def test_every_data_file_is_packaged(package: str, folder: str) -> None:
     home = ROOT / "iosr_fast" / package.replace(".", "/")
     kept = {path for pattern in patterns for path in home.glob(pattern)}
     assert {path for path in (home / folder).rglob("*") if path.is_file()} == kept != set()
+
+
+def test_the_command_prints_its_version() -> None:
+    run = CliRunner().invoke(app, ["--version"])
+    assert (run.exit_code, run.output) == (0, f"iosr-fast {iosr_fast.__version__}\n")

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from iosr_fast import __version__
 from iosr_fast.utils.command import command_app, new_app
 
 # By section of the help: each command and its line there. NAME is the function, or the app, of its module.
@@ -60,8 +61,15 @@ class Commands(TyperGroup):
 app = new_app("iosr-fast", Commands, no_args_is_help=True)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"iosr-fast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
+    version: bool = typer.Option(False, "--version", help="print the version", callback=_print_version, is_eager=True),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="say which runtimes and kernels are chosen"),
 ) -> None:
     """Few-shot image classification with CLIP. `iosr-fast COMMAND --help` describes a command."""
