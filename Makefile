@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast lint docs gallery sanitize bench gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast lint docs gallery wheel check-wheel sanitize bench gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-fast  the same without the tests that take long: for the daily loop"
 	@echo "make docs       the documentation as a site into build/site; a broken link is an error"
 	@echo "make gallery    docs/gallery.md and its pictures, from the demo and benchmarks/results"
+	@echo "make wheel      an sdist and a manylinux wheel into dist/"
+	@echo "make check-wheel  a classifier from dist/*.whl in a new environment without a compiler"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
 	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
@@ -67,6 +69,24 @@ docs: $(STAMP)
 
 gallery: $(STAMP)
 	$(BIN)/python tools/gallery.py --out docs
+
+# The wheel is built from the sdist. The C library of this machine decides its manylinux tag; .github/workflows/wheels.yml
+# builds for an older one and for every Python.
+wheel: $(STAMP)
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir build/wheel
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist/
+	ls -l dist
+
+# No compiler is found, and pip refuses packages without a wheel.
+check-wheel:
+	rm -rf build/check-wheel
+	$(PYTHON) -m venv build/check-wheel
+	cd build/check-wheel && wheel=$$(echo $(CURDIR)/dist/*.whl) \
+		&& export PATH=$$PWD/bin CC=/bin/false CXX=/bin/false XDG_CACHE_HOME=$$PWD/cache \
+		&& pip install --quiet --no-compile --only-binary :all: $(addprefix --constraint $(CURDIR)/,$(CONSTRAINTS)) "$$wheel[cpu]" \
+		&& iosr-fast --version && python $(CURDIR)/tools/check_wheel.py
 
 # The second run is apart because the two sanitizers exclude each other.
 sanitize: $(STAMP)

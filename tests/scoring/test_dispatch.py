@@ -219,6 +219,17 @@ def test_an_instruction_set_is_forced_or_refused_loudly(
         path_taken(rng, "cpp")
 
 
+@pytest.mark.parametrize("text", ["two", "2x", "0", "-1", "5000", " 2", "99999999999999999999"])
+def test_threads_from_the_environment_are_a_number(
+    text: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IOSR_FAST_THREADS", "2")
+    assert path_taken(rng, "cpp").startswith("cpp/")
+    monkeypatch.setenv("IOSR_FAST_THREADS", text)
+    with pytest.raises(RuntimeError, match=rf"number of threads, 1 to 4096, got '{text}'"):
+        path_taken(rng, "cpp")
+
+
 def test_info_answers_without_importing_what_it_lists() -> None:
     code = (
         "import sys; from iosr_fast.info import format_info; print(format_info()); "
