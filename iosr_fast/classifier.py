@@ -2,205 +2,182 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
-from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.tune import check_choice
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
-from iosr_fast.scoring.fields import RANGES
-from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
-from iosr_fast.state.fit import fit
+from iosr_fast.state.deprecated import DeprecatedCalls
+from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.labels import class_ids, labelled_images
 from iosr_fast.state.predictions import Prediction, predict, softmax
-from iosr_fast.state.support_images import check_support
 from iosr_fast.state.updates import LiveUpdates
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
-log = logging.getLogger(__name__)
+# The parameters that choose what is opened; the others are those of a fit.
+OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(LiveUpdates):
-    """A few-shot image classifier in scikit-learn's manner: fit, predict, predict_proba, score, classes_.
+class Classifier(LiveUpdates, DeprecatedCalls):
+    """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
-    Make one with `from_pretrained` (then `fit` or `fit_folder`) or `load` (ready to predict). Images are paths, encoded
-    bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3), one or a sequence of them, or one
-    array or tensor of a batch; `iosr_fast.images.pixels` has the rules by which they become RGB.
+    Images are paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a
+    sequence, a pandas Series or an array of them (iosr_fast.images.pixels has the rules by which they become RGB).
 
-    After fitting: `classes_` (C,) the class names; `plan_`, what the kernels execute; `support_`, the encoded support
-    set; `method_`, `reducer_` and `parameters_`; `tuned_`, the search that chose them, None if they were given or
-    loaded; `key_precision_`; `skipped_`, the unreadable images that `skip_bad` left out.
+    Parameters, stored as they are and checked by `fit`:
 
-    Any number of threads may classify while others change classes and examples (state.updates.LiveUpdates).
+    model        "demo", a toy for trying out (the default, with a warning), or one of open_clip's models: "ViT-B-32"
+    pretrained   one of open_clip's tags ("laion2b_s34b_b79k": downloaded once), a weights file, or "none" (random)
+    adapter      a file of `iosr-fast train-adapter`, None for none; "auto": the shipped one, which the demo has
+    runtime      "auto", "onnxruntime", "openvino", "torch", "tensorrt" or "tensorrt_rtx"
+    precision    of the image encoder: "fp32", "fp16", "bf16", "int8" or "fp8"
+    engine       a folder of `iosr-fast build-engine`; None: one is built, once, in the user's cache folder
+    method       one of `iosr_fast.methods.METHODS` ("++" compares adapted embeddings); "auto" chooses it, its reducer
+                 and all parameters by leave-one-out on the support images
+    reducer      "none", "centre", "pca" or "pca:64", before images are compared; None: "none", or chosen by "auto"
+    tune         "loo" searches the parameters, "none" takes the defaults; None: "loo" unless one of them is given
+    alpha, beta, gamma, ridge   parameters of the method, as far as it has them; None: searched, or the default
+    views        random views of a support image that are averaged into its key; 1 takes the image as it is
+    mirror       mirror half of the views; False where left and right matter
+    templates    prompts with {} for the class name; None: those of the CLIP
+    seed         a view is drawn from a hash of the image's pixels and this number, whatever the order of images
+    key_precision   of the keys that are scored: "fp32", "fp16", "bf16" or "int8"
+    thumbnails   longer side in pixels of the stored picture of a support image; 0 stores none
+    exif_orientation   turn images upright by EXIF, support images and queries
+    skip_bad     leave unreadable support images out (`skipped_`) instead of refusing them
+    progress     show bars on stderr if that is a terminal
+
+    `fit` opens the CLIP, which needs the `cpu` or `gpu` extra; classifiers of one process with the same CLIP share it
+    (export.pretrained.open_shared). A saved classifier needs no torch. `tune` is also a method: read the parameter by
+    `get_params()["tune"]`. After `set_params` a fitted classifier predicts as before, until it is fitted again.
+
+    After a fit: `classes_`, `plan_`, `support_`, `method_`, `reducer_`, `parameters_`, `tuned_`, `key_precision_`,
+    `exif_orientation_`, `skipped_` (state.fitted), `encoder` and `engine_`, its folder. Any number of threads may
+    classify while others change classes and examples (state.updates).
+
+    Sources: CLIP (Radford et al. 2021); methods.METHODS names the paper of each method.
+
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", views=1).fit(images, labels)
+    >>> classifier
+    Classifier(model='demo', method='tip-adapter++', views=1)
+    >>> classifier.predict(images[:1]).tolist() == labels[:1]
+    True
+    >>> classifier.predict_proba(images[:5]).shape == (5, len(classifier.classes_))
+    True
     """
+
+    _stored_as = {"tune": "_tune"}  # noqa: RUF012
+    _shared = ("_fit", "_own")
 
     def __init__(
         self,
-        encoder: Encoder,
-        engine: Path,
-        text: TextSource | None = None,
-        tau: float = 100.0,
-    ) -> None:
-        super().__init__(encoder, text)
-        self.engine = Path(engine)
-        self.skipped_: list[str] = []
-        self._tau = check_number("tau, the CLIP's logit scale,", tau, *RANGES["tau"])
-
-    @property
-    def classes_(self) -> np.ndarray:
-        return np.array(self.snapshot().class_names)
-
-    @property
-    def plan_(self) -> ScoringPlan:
-        return self.snapshot().whole_plan
-
-    @property
-    def support_(self) -> SupportSet:
-        return self.snapshot().support
-
-    @property
-    def method_(self) -> str:
-        return self.snapshot().config.method
-
-    @property
-    def reducer_(self) -> str:
-        return self.snapshot().config.reducer_name
-
-    @property
-    def parameters_(self) -> dict[str, float]:
-        return dict(self.snapshot().config.parameters)
-
-    @property
-    def key_precision_(self) -> Precision:
-        return self.snapshot().config.key_precision
-
-    @classmethod
-    def from_pretrained(
-        cls,
         model: str | None = None,
         pretrained: str | Path | None = None,
         adapter: str | Path | None = "auto",
+        *,
         runtime: str = "auto",
         precision: str = "fp32",
         engine: str | Path | None = None,
+        method: str = "auto",
+        reducer: str | None = None,
+        tune: Literal["loo", "none"] | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        ridge: float | None = None,
+        views: int = 10,
+        mirror: bool = True,
+        templates: Sequence[str] | None = None,
+        seed: int = 0,
+        key_precision: Precision = "fp32",
+        thumbnails: int = 96,
+        exif_orientation: bool = True,
+        skip_bad: bool = False,
         progress: bool = False,
-    ) -> Classifier:
-        """An unfitted classifier on a CLIP: `model` and `pretrained` as in `iosr_fast.clip.load.load_clip`.
-
-        Without a `model` it is "demo", a toy for trying out, and a warning says that it is near chance on photographs.
-        `adapter` is a file of tools/train_adapter.py, None for none; "auto" takes the shipped one for the demo's CLIP.
-        The engine is built once and kept in the user's cache folder; `engine` names a folder of tools/build_engine.py
-        instead. `progress` shows a bar on stderr where that is a terminal. Needs the `cpu` extra (torch, open_clip)
-        for the text encoder; a saved classifier does not.
-
-        Adapter, engine, runtime, precision and the architecture are checked before a CLIP is downloaded or made.
-        Raises ValueError for those that don't fit, OSError for files that are missing and weights that can't be
-        downloaded, ImportError for a missing package.
-        """
-        from iosr_fast.export.pretrained import open_pretrained
-
-        if model is None:
-            _warn_of_the_demo()
-        opened = open_pretrained(model or "demo", pretrained, adapter, runtime, precision, engine, progress)
-        return cls(opened.encoder, opened.engine, opened.text, opened.tau)
+    ) -> None:
+        super().__init__()
+        self.model, self.pretrained, self.adapter = model, pretrained, adapter
+        self.runtime, self.precision, self.engine = runtime, precision, engine
+        self.method, self.reducer, self._tune = method, reducer, tune
+        self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
+        self.views, self.mirror, self.templates, self.seed = views, mirror, templates, seed
+        self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
+        self.skip_bad, self.progress = skip_bad, progress
+        self._own: tuple[dict[str, Any], OpenedClip] | None = None
 
     def fit(
         self,
         images: Any = None,
         labels: Sequence[Any] | np.ndarray | None = None,
         class_names: Sequence[str] | None = None,
-        templates: Sequence[str] | None = None,
-        method: str = "auto",
-        alpha: float | None = None,
-        beta: float | None = None,
-        gamma: float | None = None,
-        ridge: float | None = None,
-        reducer: str | None = None,
-        tune: Literal["loo", "none"] | None = None,
-        views: int = 10,
-        mirror: bool = True,
-        seed: int = 0,
-        skip_bad: bool = False,
-        key_precision: Precision = "fp32",
-        thumbnails: int = 96,
-        exif_orientation: bool = True,
-        progress: bool = False,
-    ) -> Classifier:
-        """Encode the support images and class names and compile a method; nothing is trained.
+        *deprecated: Any,
+        **deprecated_parameters: Any,
+    ) -> Self:
+        """Encode the support images and class names, and compile the method.
 
-        `method` is one of `iosr_fast.methods.METHODS` ("++" compares adapted embeddings), or "auto", which chooses it,
-        its `reducer` ("none", "centre", "pca" or "pca:64") and all parameters by leave-one-out on the support set
-        (tune.tune_auto). A named method's parameters are those given (alpha, beta, gamma, ridge, as far as it has
-        them) over its defaults; where none is given they are chosen by leave-one-out as well. `tune` says so expressly:
-        "loo" (tune.tune) or "none".
+        `labels` are class names, or integers into `class_names` (which is then required). For "zero-shot" images may be
+        left out. Copies of a picture within a class are warned of. (deprecated: the parameters, as arguments.)
 
-        `labels` are class names, or integers into `class_names` (which is then required). `templates` are prompts with
-        `{}` for the name. `views` random views of each image (mirrored half of the time with `mirror`: switch it off
-        where left and right matter) are averaged into its key; `views=1` takes the image as it is. For "zero-shot"
-        images may be left out. `skip_bad` leaves unreadable images out (`skipped_`) instead of refusing them.
-        `key_precision` stores the keys in "fp16", "bf16" or "int8" for scoring: less memory, and faster where there are
-        many keys. `thumbnails` is the longer side in pixels of the picture that is kept of each support image, to show
-        what a prediction rests on; 0 keeps none. `exif_orientation` turns images upright by EXIF, at this fit and for
-        all images that the classifier is given later, loaded from a bundle too; False takes them as they are stored.
-        `progress` shows bars on stderr where that is a terminal.
-
-        Raises ValueError, before anything is encoded, for fewer than two classes, class names that are none or look
-        alike, missing labels or labels without a name, classes without an image, an unknown method, parameter, reducer
-        or precision, and for parameters given where they are to be chosen; for unreadable images, and for one picture
-        under two labels (copies of its pixels, whatever the file), after all images are decoded. The classifier is then
-        as it was. Copies of a picture within a class are warned of.
-
-        A view is drawn from a hash of the image's pixels and `seed`: the fit does not depend on the order of the
-        images, and an image has the same key whether it comes by `fit` or by `add_examples`.
+        Raises IosrFastError, before a CLIP is opened, for a parameter out of range, parameters given where they are to
+        be chosen, fewer than two classes, class names that are none or look alike, missing labels or labels without a
+        name, and classes without an image; before anything is encoded, for a CLIP, engine, adapter or runtime that
+        don't fit; for unreadable images, and for one picture (its pixels, whatever the file) under two labels.
+        OSError for missing files and failed downloads, ImportError for a missing package. The classifier is then as it
+        was.
         """
-        settings = check_support(views, mirror, templates, key_precision, seed, thumbnails, exif_orientation)
-        parameters = check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
-        if self._text is None:
-            raise IosrFastError(
-                "this classifier was loaded and has no text encoder; from_pretrained makes one that can be fit"
-            )
-        fitted = fit(
-            self.encoder,
-            self._text,
-            self._tau,
-            images,
-            labels,
-            class_names,
-            method=method,
-            reducer=reducer,
-            tune=tune,
-            parameters=parameters,
-            views=settings,
-            key_precision=key_precision,
-            skip_bad=skip_bad,
-            progress=progress,
-        )
-        self._replace(fitted.state, fitted.views, fitted.tuned)
-        self.skipped_ = fitted.skipped
+        self._take_fit_arguments("fit", deprecated, deprecated_parameters)
+        inputs = check_fit(self.get_params(), images, labels, class_names)
+        self._replace(fit(self._open(), inputs))
         return self
 
-    def fit_folder(self, folder: str | Path, **options: Any) -> Classifier:
+    def fit_folder(self, folder: str | Path, **deprecated_parameters: Any) -> Self:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces)."""
-        paths, labels, names = labelled_images(folder)
-        return self.fit(paths, labels, class_names=names, **options)
+        self._take_fit_arguments("fit_folder", (), deprecated_parameters)
+        return self.fit(*labelled_images(folder))
+
+    @property
+    def encoder(self) -> Encoder:
+        """The image encoder of the fit; before one, that of the parameters, which is opened now."""
+        return (self._open() if self._fit is None else self._fit.clip).encoder
+
+    @property
+    def engine_(self) -> Path:
+        """The folder that `encoder` was opened from."""
+        return self._fitted().clip.engine
+
+    def _open(self) -> OpenedClip:
+        """The CLIP that the parameters name. A loaded classifier has its own, until `set_params` names another."""
+        named = {name: getattr(self, name) for name in OPENING}
+        if self._own is not None and self._own[0] == named:
+            return self._own[1]
+        from iosr_fast.export.pretrained import open_shared
+
+        return open_shared(**named, shown=bool(self.progress))
+
+    @classmethod
+    def _with_clip(cls, clip: OpenedClip, **parameters: Any) -> Self:
+        """A classifier on an opened CLIP, whatever `parameters` name."""
+        classifier = cls(**parameters)
+        classifier._own = {name: getattr(classifier, name) for name in OPENING}, clip
+        return classifier
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
         """Logits (B, C) float32, of any number of images, encoded in chunks."""
-        state = self.snapshot()
-        parts = [state.score(self.encoder.encode(pixels), impl) for pixels in self._chunks(images)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(state.uids)), np.float32)
+        fit = self._fitted()
+        parts = [fit.state.score(fit.clip.encoder.encode(pixels), impl) for pixels in self._chunks(fit, images)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(fit.state.uids)), np.float32)
 
     def predict(self, images: Any) -> np.ndarray:
         """Class names (B,). Raises BadImageError for an image that can't be read."""
@@ -230,12 +207,13 @@ class Classifier(LiveUpdates):
         Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
         ValueError for an unknown decoder or numbers below 1, RuntimeError for a decoder that can't run here.
         """
+        fit = self._fitted()
         return predict_folder(
-            self.snapshot(),
-            self.encoder,
-            self.engine,
+            fit.state,
+            fit.clip.encoder,
+            fit.clip.engine,
             folder,
-            exif_orientation=self.exif_orientation,
+            exif_orientation=fit.views.exif_orientation,
             batch=batch,
             skip_bad=skip_bad,
             threads=threads,
@@ -245,9 +223,9 @@ class Classifier(LiveUpdates):
     def explain(self, images: Any, top: int = 5, nearest: int = 0) -> list[Prediction]:
         """A Prediction for each image: label and probability, the `top` classes with what texts say of each and what
         the examples add, and the `nearest` support images. All of one state of the classifier."""
-        state = self.snapshot()
-        chunks = (predict(state, self.encoder.encode(pixels), top, nearest) for pixels in self._chunks(images))
-        return [prediction for chunk in chunks for prediction in chunk]
+        fit = self._fitted()
+        rows = (fit.clip.encoder.encode(pixels) for pixels in self._chunks(fit, images))
+        return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest)]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label (names, or integers into `classes_`)."""
@@ -264,8 +242,9 @@ class Classifier(LiveUpdates):
         saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
         while they are copied: ValueError for one that was changed, with nothing written.
         """
-        source = self.encoder.source
-        bundle = Bundle(self.snapshot(), self._views, self.engine, self.encoder.fingerprint, self._text, source)
+        fit = self._fitted()
+        clip = fit.clip
+        bundle = Bundle(fit.state, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, clip.encoder.source)
         save_bundle(bundle, folder)
 
     @classmethod
@@ -276,28 +255,22 @@ class Classifier(LiveUpdates):
         verify: bool = True,
         threads: int | None = None,
         expected_digest: str | None = None,
-    ) -> Classifier:
+    ) -> Self:
         """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
 
         Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
         the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
         `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
         missing, damaged or foreign, and what open_engine raises.
+
+        `get_params` gives what the bundle knows: it names no file of weights or of an adapter. `fit` uses the bundle's
+        own encoders; a clone opens its CLIP and the bundle's engine, and needs `pretrained` set for that.
         """
         from iosr_fast.encoders.runtimes import open_engine
 
         bundle = load_bundle(folder, verify, threads, expected_digest)
         encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
-        classifier = cls(encoder, bundle.engine, bundle.text, bundle.state.tau)
-        classifier._replace(bundle.state, bundle.views)
+        clip = OpenedClip(encoder, bundle.engine, bundle.text, bundle.state.tau)
+        classifier = cls._with_clip(clip, **bundle.parameters(), runtime=runtime)
+        classifier._replace(Fit(clip, bundle.state, bundle.views))
         return classifier
-
-
-@functools.cache
-def _warn_of_the_demo() -> None:
-    """Once a process."""
-    log.warning(
-        "no model was named, so this is the demo's CLIP: a toy that was trained on emoji of 64x64 pixels and is near "
-        "chance on photographs. For photographs take a real one, like from_pretrained('ViT-B-32', "
-        "'laion2b_s34b_b79k') or from_pretrained('ViT-B-16', 'openai'); from_pretrained('demo') silences this"
-    )

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from iosr_fast import Classifier
 from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.methods import METHODS
+from tests.state.live_parts import refit
 from tests.state.manifests import rewrite_manifest
 
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
@@ -27,17 +29,17 @@ GIVEN = {"method": "tip-adapter++", "alpha": 3.0, "beta": 7.0, "views": 1}  # wh
 
 
 @pytest.fixture(scope="module")
-def opened(demo_cache: Path) -> Classifier:
+def clip(demo_cache: Path) -> OpenedClip:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IOSR_FAST_CACHE", str(demo_cache))
-        return Classifier.from_pretrained("demo", runtime="onnxruntime")
+        return Classifier("demo", runtime="onnxruntime")._open()
 
 
 @pytest.fixture
-def fresh(opened: Classifier, demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+def fresh(clip: OpenedClip, demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
     """Unfitted, on an engine and a CLIP that are opened once."""
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
-    return Classifier(opened.encoder, opened.engine, opened._text, opened._tau)
+    return Classifier._with_clip(clip)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def folder(tmp_path: Path, pictures) -> Path:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -> None:
     images, labels, queries, truth, names = pictures
-    assert fresh.fit(images, labels, class_names=names, method=method, views=1) is fresh
+    assert refit(fresh, images, labels, class_names=names, method=method, views=1) is fresh
     assert fresh.classes_.tolist() == names and fresh.method_ == method
     accuracy = fresh.score(queries, truth)
     assert accuracy > (0.4 if METHODS[method].needs_support else 1.5 / CLASSES)
@@ -77,7 +79,7 @@ def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -
 @pytest.mark.slow
 def test_probabilities_and_forms_of_input(fresh: Classifier, pictures, folder: Path) -> None:
     images, labels, queries, _, names = pictures
-    fresh.fit(images, labels, class_names=names, **GIVEN)
+    refit(fresh, images, labels, class_names=names, **GIVEN)
     probabilities = fresh.predict_proba(queries)
     assert probabilities.shape == (len(queries), CLASSES)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
@@ -93,7 +95,7 @@ def test_probabilities_and_forms_of_input(fresh: Classifier, pictures, folder: P
 @pytest.mark.slow
 def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures, monkeypatch) -> None:
     images, labels, queries, _, names = pictures
-    fresh.fit(images, labels, class_names=names, **GIVEN)
+    refit(fresh, images, labels, class_names=names, **GIVEN)
     many = np.concatenate([queries] * (320 // len(queries) + 1))[:320]
     logits = fresh.decision_function(many)
     assert logits.shape == (320, CLASSES)
@@ -109,7 +111,7 @@ def test_many_images_are_encoded_in_chunks(fresh: Classifier, pictures, monkeypa
 @pytest.mark.slow
 def test_what_is_not_given_is_chosen_by_leave_one_out(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _truth, names = pictures
-    fresh.fit(images, labels, class_names=names, views=1)
+    refit(fresh, images, labels, class_names=names, views=1)
     tuned = fresh.tuned_
     assert tuned is not None and tuned.protocol == "loo" and tuned.scored == len(images)
     assert fresh.method_ == tuned.method and fresh.parameters_ == tuned.parameters
@@ -119,9 +121,9 @@ def test_what_is_not_given_is_chosen_by_leave_one_out(fresh: Classifier, picture
     loaded = Classifier.load(tmp_path / "auto")
     assert (loaded.reducer_, loaded.tuned_) == (fresh.reducer_, None)
     np.testing.assert_allclose(loaded.decision_function(queries), chosen, rtol=1e-4, atol=1e-4)
-    fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter", tune="none")
+    refit(fresh, images, labels, class_names=names, views=1, method="tip-adapter", tune="none")
     assert fresh.tuned_ is None and fresh.parameters_ == METHODS["tip-adapter"].parameters
-    fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter", tune="loo", reducer="centre")
+    refit(fresh, images, labels, class_names=names, views=1, method="tip-adapter", tune="loo", reducer="centre")
     assert fresh.tuned_.protocol == "loo" and fresh.reducer_ == "centre" and fresh.plan_.reducer is not None
 
 
@@ -129,7 +131,7 @@ def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
     images, labels, queries, truth, names = pictures
     with pytest.raises(ValueError, match="not fitted yet"):
         fresh.tune()
-    fresh.fit(images, labels, class_names=names, views=1, method="gda++", alpha=1e-4)
+    refit(fresh, images, labels, class_names=names, views=1, method="gda++", alpha=1e-4)
     before = fresh.score(queries, truth)
     with pytest.raises(ValueError, match="images and their labels together"):
         fresh.tune(queries)
@@ -145,7 +147,7 @@ def test_tune_on_validation_images(fresh: Classifier, pictures) -> None:
 @pytest.mark.slow
 def test_leave_one_out_asks_with_single_views(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, _queries, _, names = pictures
-    fresh.fit(images, labels, class_names=names, views=3, method="tip-adapter")
+    refit(fresh, images, labels, class_names=names, views=3, method="tip-adapter")
     support = fresh.support_
     assert support.queries is not None and np.abs(support.queries.plain - support.embeddings.plain).max() > 1e-3
     single = np.sort(fresh.encoder.encode(images).plain[:, 0])
@@ -154,51 +156,53 @@ def test_leave_one_out_asks_with_single_views(fresh: Classifier, pictures, tmp_p
     loaded = Classifier.load(tmp_path / "saved")
     assert loaded.support_.queries is not None
     assert loaded.tune().parameters == pytest.approx(fresh.parameters_)
-    fresh.fit(images, labels, class_names=names, views=3, method="tip-adapter", alpha=1.0)
+    refit(fresh, images, labels, class_names=names, views=3, method="tip-adapter", alpha=1.0)
     assert fresh.support_.queries is None
 
 
 def test_labels_by_name_equal_labels_by_number(fresh: Classifier, pictures) -> None:
     images, labels, queries, _, names = pictures
     options = {**GIVEN, "views": 2, "seed": 5}
-    by_number = fresh.fit(images, labels, class_names=names, **options).decision_function(queries)
-    by_name = fresh.fit(images, [names[c] for c in labels], class_names=names, **options)
+    by_number = refit(fresh, images, labels, class_names=names, **options).decision_function(queries)
+    by_name = refit(fresh, images, [names[c] for c in labels], class_names=names, **options)
     np.testing.assert_allclose(by_name.decision_function(queries), by_number, rtol=1e-5, atol=1e-3)
-    fresh.fit(images, [names[c] for c in labels], **GIVEN)
+    refit(fresh, images, [names[c] for c in labels], **GIVEN)
     assert fresh.classes_.tolist() == sorted(names)
 
 
 def test_zero_shot_needs_no_images(fresh: Classifier, pictures) -> None:
     *_, queries, truth, names = pictures
-    fresh.fit(class_names=names, method="zero-shot", templates=["an emoji of {}"])
+    refit(fresh, class_names=names, method="zero-shot", templates=["an emoji of {}"])
     assert fresh.score(queries, truth) > 1.5 / CLASSES
 
 
 def test_fit_folder_and_skip_bad(fresh: Classifier, folder: Path, pictures, caplog: pytest.LogCaptureFixture) -> None:
     names = pictures[-1]
-    fresh.fit_folder(folder, **GIVEN)
+    fresh.set_params(**GIVEN).fit_folder(folder)
     assert fresh.classes_.tolist() == sorted(names, key=lambda name: name.replace(" ", "_"))
     assert len(fresh.support_.embeddings) == 3 * CLASSES
     bad = folder / names[0].replace(" ", "_") / "zz.jpg"
     bad.write_bytes(b"\xff\xd8 not a picture")
     with pytest.raises(ValueError, match=r"zz\.jpg"):
-        fresh.fit_folder(folder, **GIVEN)
-    fresh.fit_folder(folder, **GIVEN, skip_bad=True)
+        fresh.fit_folder(folder)
+    fresh.set_params(skip_bad=True).fit_folder(folder)
     assert fresh.skipped_ == [str(bad)] and "zz.jpg" in caplog.text
     assert len(fresh.support_.embeddings) == 3 * CLASSES
     (bad.parent / "zy.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"2 of {3 * CLASSES + 2} images can't be read .*zy\.jpg.*zz\.jpg"):
-        fresh.fit_folder(folder, **GIVEN)
+        fresh.set_params(skip_bad=False).fit_folder(folder)
 
 
-def test_bad_input_is_named_before_anything_is_encoded(fresh: Classifier, pictures, monkeypatch) -> None:
+def test_bad_input_is_named_before_anything_is_encoded(
+    fresh: Classifier, clip: OpenedClip, pictures, monkeypatch
+) -> None:
     images, labels, _, _, names = pictures
 
     def never(*_: object) -> None:
         raise AssertionError("something was encoded")
 
     monkeypatch.setattr(fresh.encoder, "encode", never)
-    monkeypatch.setattr(type(fresh._text), "embed_classes", never)
+    monkeypatch.setattr(type(clip.text), "embed_classes", never)
     for said, options in {
         "expected a method of": {"method": "magic"},
         "a reducer of none, centre, pca": {"method": "gda", "reducer": "lda"},
@@ -220,44 +224,44 @@ def test_bad_input_is_named_before_anything_is_encoded(fresh: Classifier, pictur
         "class names or integers, got float64": {"labels": labels + 0.5},
     }.items():
         with pytest.raises(ValueError, match=said):
-            fresh.fit(**{"images": images, "labels": labels, "class_names": names, **options})
+            refit(fresh, **{"images": images, "labels": labels, "class_names": names, **options})
     with pytest.raises(ValueError, match="expected labelled images or class_names, got neither"):
-        fresh.fit(method="tip-adapter")
+        refit(fresh, method="tip-adapter")
     with pytest.raises(ValueError, match="at least one image of each class"):
-        fresh.fit([], [], class_names=names)
+        refit(fresh, [], [], class_names=names)
     with pytest.raises(ValueError, match="not fitted yet"):
         fresh.predict(images)
 
 
 def test_templates_need_a_place_for_the_name(fresh: Classifier, pictures) -> None:
     with pytest.raises(ValueError, match="got 'a photo'"):
-        fresh.fit(class_names=pictures[-1], method="zero-shot", templates=["a photo"])
+        refit(fresh, class_names=pictures[-1], method="zero-shot", templates=["a photo"])
 
 
-def test_engine_or_adapter_of_another_clip_is_refused(fresh: Classifier, tmp_path: Path) -> None:
+def test_engine_or_adapter_of_another_clip_is_refused(clip: OpenedClip) -> None:
     with pytest.raises(ValueError, match="built for another CLIP"):
-        Classifier.from_pretrained("demo", pretrained="none", engine=fresh.engine)
+        Classifier("demo", pretrained="none", engine=clip.engine).fit(["a.jpg", "b.jpg"], ["a", "b"])
     from iosr_fast.export.pretrained import DEMO_ADAPTER
 
     with pytest.raises(ValueError, match="trained for another CLIP"):
-        Classifier.from_pretrained("demo", pretrained="none", adapter=DEMO_ADAPTER)
+        Classifier("demo", pretrained="none", adapter=DEMO_ADAPTER).fit(["a.jpg", "b.jpg"], ["a", "b"])
 
 
 @pytest.mark.slow
 def test_without_an_adapter_plus_plus_is_refused(demo_cache: Path, monkeypatch, pictures) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     images, labels, queries, truth, names = pictures
-    plain = Classifier.from_pretrained("demo", adapter=None, runtime="torch")
+    plain = Classifier("demo", adapter=None, runtime="torch")
     with pytest.raises(ValueError, match="use 'tip-adapter'"):
-        plain.fit(images, labels, class_names=names, method="tip-adapter++")
-    assert not plain.fit(images, labels, class_names=names, views=1).method_.endswith("++")
-    assert plain.fit(images, labels, class_names=names, method="tip-adapter", views=1).score(queries, truth) > 0.5
+        refit(plain, images, labels, class_names=names, method="tip-adapter++")
+    assert not refit(plain, images, labels, class_names=names, views=1).method_.endswith("++")
+    assert refit(plain, images, labels, class_names=names, method="tip-adapter", views=1).score(queries, truth) > 0.5
 
 
 @pytest.mark.slow
 def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
-    fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter++", alpha=3.0, beta=7.0)
+    refit(fresh, images, labels, class_names=names, views=1, method="tip-adapter++", alpha=3.0, beta=7.0)
     fresh.save(tmp_path / "saved")
     fresh.save(tmp_path / "saved")  # over an older one
     loaded = Classifier.load(tmp_path / "saved")
@@ -265,8 +269,9 @@ def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     assert loaded.parameters_ == {"alpha": 3.0, "beta": 7.0} and loaded.classes_.tolist() == names
     loaded.save(tmp_path / "again")
     assert Classifier.load(tmp_path / "again").method_ == "tip-adapter++"
-    again = Classifier.load(tmp_path / "again").fit(images, labels, class_names=names, views=1, method="tip-adapter++")
-    fresh.fit(images, labels, class_names=names, views=1, method="tip-adapter++")  # by the whole CLIP's text encoder
+    again = Classifier.load(tmp_path / "again")
+    refit(again, images, labels, class_names=names, views=1, method="tip-adapter++")
+    refit(fresh, images, labels, class_names=names, views=1, method="tip-adapter++")  # by the whole CLIP's text encoder
     np.testing.assert_allclose(again.decision_function(queries), fresh.decision_function(queries), atol=1e-3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
@@ -278,24 +283,24 @@ def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_narrow_keys_are_kept_through_saving(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
-    fresh.fit(images, labels, class_names=names, **GIVEN)
+    refit(fresh, images, labels, class_names=names, **GIVEN)
     exact = fresh.decision_function(queries)
     for precision, tolerance in {"fp16": 5e-4, "bf16": 4e-3, "int8": 4e-3}.items():
-        fresh.fit(images, labels, class_names=names, **GIVEN, key_precision=precision)
+        refit(fresh, images, labels, class_names=names, **GIVEN, key_precision=precision)
         fresh.save(tmp_path / precision)
         loaded = Classifier.load(tmp_path / precision)
         assert loaded.plan_.key_precision == loaded.key_precision_ == precision
         logits = loaded.decision_function(queries)
         np.testing.assert_allclose(logits, fresh.decision_function(queries), atol=1e-3)
         assert 0 < np.abs(logits - exact).max() < tolerance * np.abs(exact).max()
-    fresh.fit(class_names=names, method="zero-shot", key_precision="int8")
+    refit(fresh, class_names=names, method="zero-shot", key_precision="int8")
     assert fresh.plan_.key_precision is None
 
 
 @pytest.mark.slow
 def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
-    fresh.fit(images, labels, class_names=names, **GIVEN).save(tmp_path / "saved")
+    refit(fresh, images, labels, class_names=names, **GIVEN).save(tmp_path / "saved")
     np.save(tmp_path / "queries.npy", queries[:3])
     program = (
         "import sys, numpy as np; from iosr_fast import Classifier;"
@@ -312,7 +317,7 @@ def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, _, _, names = pictures
-    fresh.fit(images, labels, class_names=names, views=1, method="gda++", alpha=1.0)
+    refit(fresh, images, labels, class_names=names, views=1, method="gda++", alpha=1.0)
     folder = tmp_path / "saved"
 
     def refused(said: str) -> None:

@@ -140,8 +140,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
 @pytest.fixture(scope="module")
 def classifier(photographs: Photographs) -> Classifier:
     with shared_cache():
-        made = Classifier.from_pretrained("demo", runtime="onnxruntime")
-    return made.fit_folder(photographs.support, views=1, method="tip-adapter++")
+        classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", views=1)
+        return classifier.fit_folder(photographs.support)
 
 
 @pytest.fixture(scope="module")

@@ -141,10 +141,18 @@ def make_bundle(model: str, folder: Path) -> Path:
     write_engine(clip, adapter, folder / "engine", "onnxruntime")
     images = queries[: CLASSES * 2]
     names = [f"thing {c}" for c in range(CLASSES)]
-    classifier = Classifier.from_pretrained(model, "none", engine=folder / "engine", runtime="onnxruntime")
+    classifier = Classifier(
+        model,
+        "none",
+        engine=folder / "engine",
+        runtime="onnxruntime",
+        method="tip-adapter++",
+        alpha=100.0,
+        beta=5.5,
+        views=1,
+    )
     labels = np.arange(len(images)) % CLASSES
-    classifier.fit(images, labels, class_names=names, method="tip-adapter++", alpha=100.0, beta=5.5, views=1)
-    classifier.save(folder / "bundle")
+    classifier.fit(images, labels, class_names=names).save(folder / "bundle")
     return picture
 
 

@@ -33,6 +33,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export.export import random_adapter, write_engine
@@ -42,6 +43,7 @@ from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, choose_stage
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.state.examples import Examples
+from iosr_fast.state.fit import Fit
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews
@@ -76,9 +78,10 @@ def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
     examples = Examples(embeddings, np.repeat(np.arange(classes), SHOTS), np.arange(count), (None,) * count)
     support = examples.as_support(range(classes), centres.plain, 100.0)
     config = MethodConfig("tip-adapter++", {"alpha": 1.0, "beta": 5.5}, "centre").fitted(support)
-    classifier = Classifier(encoder, engine, tau=100.0)
+    clip = OpenedClip(encoder, engine, None, 100.0)
+    classifier = Classifier._with_clip(clip)
     state = State.first([f"picture {c}" for c in range(classes)], centres.plain, 100.0, examples, config)
-    classifier._replace(state, SupportViews())
+    classifier._replace(Fit(clip, state, SupportViews()))
     return classifier
 
 
@@ -206,7 +209,7 @@ def run(
         formula = PapersFormula(classifier.plan_)
         size = clip.image_size
         batch = choose_batch(classifier.encoder, None)
-        stage = choose_stage(classifier.encoder, classifier.engine, CpuDecoder(), pictures, batch, threads)
+        stage = choose_stage(classifier.encoder, classifier.engine_, CpuDecoder(), pictures, batch, threads)
         ends = list(accumulate(batch_sizes(pictures, batch, stage.callers)))
         groups = [paths[start:end] for start, end in pairwise([0, *ends])]
 

@@ -39,8 +39,8 @@ def classify(
         job = Job(
             loaded.snapshot(),
             encoder,
-            loaded.engine,
-            choose_decoder(decoder, encoder.runtime, loaded.exif_orientation),
+            loaded.engine_,
+            choose_decoder(decoder, encoder.runtime, loaded.exif_orientation_),
             paths,
             choose_batch(encoder, batch),
             min(top, len(loaded.classes_)),

@@ -24,7 +24,7 @@ def fit(
         "openai; or 'demo', a toy for trying out that is near chance on photographs",
     ),
     pretrained: str = typer.Option(None, help="tag (downloaded) or weights file; not needed for the demo"),
-    adapter: str = typer.Option("auto", help="a file of tools/train_adapter.py, 'auto' or 'none'"),
+    adapter: str = typer.Option("auto", help="a file of `iosr-fast train-adapter`, 'auto' or 'none'"),
     method: str = typer.Option("auto", help="a training-free method (`iosr-fast info` lists them), or 'auto'"),
     alpha: float = typer.Option(None, help="weight of the images against the texts [default: chosen by leave-one-out]"),
     beta: float = typer.Option(None, help="sharpness of the cache [default: likewise]"),
@@ -40,23 +40,16 @@ def fit(
     key_precision: str = typer.Option("fp32", help="of the keys when scoring: fp32, fp16, bf16 or int8"),
 ) -> None:
     """Fit a few-shot classifier on a folder and save it."""
-    options: dict[str, Any] = {**locals()}
-    for name in ("folder", "out", "model", "pretrained", "adapter", "runtime", "template"):
-        del options[name]  # the others are arguments of Classifier.fit
+    parameters: dict[str, Any] = {**locals()}
+    for name in ("folder", "out", "template"):
+        del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier
-    from iosr_fast.methods.tuning.tune import check_choice
-    from iosr_fast.state.labels import labelled_images
-    from iosr_fast.state.support_images import check_support
 
+    parameters |= {"adapter": None if adapter == "none" else adapter, "templates": template or None}
+    classifier = Classifier(**parameters, progress=True)
     with stop_message("stopped; nothing was written", "iosr-fast"):
         check_new_folder(out, "classifier")
-        check_choice(method, reducer, tune, alpha=alpha, beta=beta, gamma=gamma, ridge=ridge)
-        check_support(views, mirror, template or None, key_precision)
-        images, labels, names = labelled_images(folder)  # reports what is wrong with it before a CLIP is loaded
-        classifier = Classifier.from_pretrained(
-            model, pretrained, adapter=None if adapter == "none" else adapter, runtime=runtime, progress=True
-        )
-        classifier.fit(images, labels, names, templates=template or None, progress=True, **options)
+        classifier.fit_folder(folder)
         with progress("save", None):
             classifier.save(out)
     typer.echo(

@@ -25,8 +25,8 @@ def make_demo_bundle(
     support = np.concatenate([row[:shots] for row in rows])
     labels = np.repeat(np.arange(len(rows)), shots)
     names = [pictures.names[pictures.concepts[row[0]]] for row in rows]
-    classifier = Classifier.from_pretrained("demo", runtime="onnxruntime")
-    classifier.fit(pictures.images[support], labels, class_names=names, views=1, method=method)
+    classifier = Classifier("demo", runtime="onnxruntime", method=method, views=1)
+    classifier.fit(pictures.images[support], labels, class_names=names)
     classifier.save(folder)
     return Path(folder)
 

@@ -1,20 +1,22 @@
-"""From a CLIP's name to an opened engine and a text encoder, for `Classifier.from_pretrained`."""
+"""From a CLIP's name to an opened engine and a text encoder, for `Classifier`."""
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import shutil
-from dataclasses import dataclass
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from iosr_fast.clip.architecture import check_architecture, vision_config
 from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
-from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import cache_folder, recover
-from iosr_fast.utils.manifest import SCHEMA
+from iosr_fast.utils.manifest import MANIFEST, SCHEMA
 from iosr_fast.utils.progress import progress
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import open_verified
@@ -25,13 +27,9 @@ if TYPE_CHECKING:
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Opened:
-    encoder: Encoder
-    engine: Path
-    text: TextSource
-    tau: float
+_opening = threading.Lock()
+_in_use: WeakValueDictionary[tuple[Any, ...], OpenedClip] = WeakValueDictionary()
+_latest: OpenedClip | None = None
 
 
 def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
@@ -76,7 +74,7 @@ def open_pretrained(
     precision: str,
     engine: str | Path | None,
     shown: bool = False,
-) -> Opened:
+) -> OpenedClip:
     """Load the CLIP and open its engine; without `engine` one is built, once, in the user's cache.
 
     Names, files and the architecture are checked before the CLIP is loaded or downloaded. `shown`: show a progress bar.
@@ -126,7 +124,59 @@ def open_pretrained(
             with progress("build the engine", None, shown=shown):
                 write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
         encoder = open_engine(folder, runtime, verify=False)
-    return Opened(encoder, folder, ClipText(clip, cache_folder() / "text"), clip.logit_scale)
+    return OpenedClip(encoder, folder, ClipText(clip, cache_folder() / "text"), clip.logit_scale)
+
+
+def open_shared(
+    model: str | None,
+    pretrained: str | Path | None,
+    adapter: str | Path | None,
+    runtime: str,
+    precision: str,
+    engine: str | Path | None,
+    shown: bool = False,
+) -> OpenedClip:
+    """`open_pretrained`, shared in this process by all who name the same files: each fold of a cross-validation finds
+    the CLIP open.
+
+    A CLIP stays in memory while a classifier holds it; of the others only the one opened last does, until another is
+    opened. A file that changed since is opened again. Without a `model` it is the demo's, with a warning.
+    """
+    global _latest
+    if model is None:
+        _warn_of_the_demo()
+    named = (model or "demo", pretrained, adapter, runtime, precision, engine)
+    key = (str(cache_folder()), *map(_identity, named))
+    with _opening:
+        clip = _in_use.get(key)
+        if clip is None:
+            _latest = None  # frees its memory, unless it is in use
+            clip = _in_use[key] = open_pretrained(*named, shown)
+        _latest = clip
+        return clip
+
+
+def _identity(value: Any) -> tuple[Any, ...]:
+    """What tells a parameter from another, and a file or an engine's folder from what was there before."""
+    name = (type(value).__name__ if value is None else "", str(value))
+    if not isinstance(value, str | os.PathLike):
+        return name
+    path = Path(value)
+    try:
+        facts = (path / MANIFEST if path.is_dir() else path).stat()
+    except (OSError, ValueError):
+        return name  # the name of a model or a tag, or a missing file, which open_pretrained reports
+    return *name, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+@functools.cache
+def _warn_of_the_demo() -> None:
+    """Once a process."""
+    log.warning(
+        "no model was named, so this is the demo's CLIP: a toy that was trained on emoji of 64x64 pixels and is near "
+        "chance on photographs. For photographs take a real one, like Classifier('ViT-B-32', 'laion2b_s34b_b79k') or "
+        "Classifier('ViT-B-16', 'openai'); Classifier('demo') silences this"
+    )
 
 
 def _is_cached(engine: Path) -> bool:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool = True) -> Decoder:
     """The named decoder. "auto" is a GPU's if the encoder's `runtime` is for GPUs and one can run here, else the CPU.
 
-    `exif_orientation` as for `open_image`; pass Classifier.exif_orientation.
+    `exif_orientation` as for `open_image`; pass Classifier.exif_orientation_.
     Raises ValueError for an unknown name, RuntimeError for a decoder that can't run here.
     """
     if name not in ("auto", *DECODERS):

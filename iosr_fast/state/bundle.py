@@ -48,6 +48,30 @@ class Bundle:
     text: TextSource | None
     files: VerifiedFolder | None = None
 
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.
+
+        Method and parameters are the fitted ones, so that another fit searches nothing.
+        """
+        assert self.files is not None
+        engine, config, views = self.files.manifest, self.state.config, self.views
+        return {
+            "model": engine["model"],
+            "adapter": None if engine["adapter"] is None else "auto",
+            "precision": engine["precision"],
+            "engine": self.engine,
+            "method": config.method,
+            "reducer": config.reducer_name,
+            **config.parameters,
+            "views": views.views,
+            "mirror": views.mirror,
+            "templates": views.templates,
+            "seed": views.seed,
+            "key_precision": config.key_precision,
+            "thumbnails": views.thumbnail,
+            "exif_orientation": views.exif_orientation,
+        }
+
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     """Write `folder` whole or not at all, engine included; returns the manifest.

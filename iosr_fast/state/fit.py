@@ -2,77 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Encoder
-from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tune import Tuned, check_choice
+from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision
+from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.labels import check_labels
 from iosr_fast.state.method_config import choose_config, is_searched
 from iosr_fast.state.state import State
-from iosr_fast.state.support_images import SupportViews, encode_images
+from iosr_fast.state.support_images import SupportViews, check_support, encode_images
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
-    """The result of `fit`: `tuned` is None where no parameter was searched, `skipped` names unreadable images."""
+    """A fitted classifier: `state` and what it was computed with. `tuned` is None if no parameter was searched,
+    `skipped` names the unreadable images that were left out."""
 
+    clip: OpenedClip
     state: State
     views: SupportViews
-    tuned: Tuned | None
-    skipped: list[str]
+    tuned: Tuned | None = None
+    skipped: tuple[str, ...] = ()
 
 
-def fit(
-    encoder: Encoder,
-    text: TextSource,
-    tau: float,
-    images: Any,
-    labels: Any,
-    class_names: Sequence[str] | None,
-    *,
-    method: str,
-    reducer: str | None,
-    tune: str | None,
-    parameters: dict[str, float],
-    views: SupportViews,
-    key_precision: Precision,
-    skip_bad: bool,
-    progress: bool,
-) -> Fit:
-    """As Classifier.fit; `method`, `reducer`, `tune` and `parameters` are those that `check_choice` has checked."""
+@dataclass(frozen=True, eq=False)
+class FitInputs:
+    """What `fit` takes, checked: parameters of Classifier, the images (N), their class ids (N,) into `names` (C)."""
+
+    images: Sequence[Any]
+    ids: np.ndarray
+    names: list[str]
+    method: str
+    reducer: str | None
+    tune: str | None
+    parameters: dict[str, float]
+    views: SupportViews
+    key_precision: Precision
+    skip_bad: bool
+    progress: bool
+
+
+def check_fit(parameters: Mapping[str, Any], images: Any, labels: Any, class_names: Any) -> FitInputs:
+    """Check everything that a fit can check without an encoder. `parameters` are Classifier.get_params().
+
+    Raises ValueError as Classifier.fit does.
+    """
+    method, reducer, tune, key_precision = (parameters[name] for name in ("method", "reducer", "tune", "key_precision"))
+    views = check_support(
+        **{name: parameters[name] for name in ("views", "mirror", "templates", "seed", "thumbnails")},
+        key_precision=key_precision,
+        exif_orientation=parameters["exif_orientation"],
+    )
+    values = {name: parameters[name] for name in ("alpha", "beta", "gamma", "ridge")}
+    chosen = check_choice(method, reducer, tune, **values)
     listed = [] if images is None else as_image_list(images)
     names, ids = check_labels(listed, labels, class_names)
     _check_classes(method, ids, names)
-    if method != "auto" and METHODS[method].needs_adapter and not encoder.adapted:
+    skip_bad, progress = bool(parameters["skip_bad"]), bool(parameters["progress"])
+    return FitInputs(listed, ids, names, method, reducer, tune, chosen, views, key_precision, skip_bad, progress)
+
+
+def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
+    """Encode images and class names and compile the method.
+
+    Raises ValueError for a method that the encoder can't serve, and as `encode_images` does.
+    """
+    method, parameters, names = inputs.method, inputs.parameters, inputs.names
+    tau = check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
+    if method != "auto" and METHODS[method].needs_adapter and not clip.encoder.adapted:
         raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
-    searched = is_searched(method, tune, parameters)
+    if clip.text is None:
+        raise IosrFastError(
+            "this classifier was loaded and has no text encoder to fit with: a Classifier with the model and the "
+            "pretrained weights of its CLIP has one"
+        )
+    searched = is_searched(method, inputs.tune, parameters)
     # Later queries are single views, so that is what leave-one-out has to score.
-    views = replace(views, single=searched and views.views > 1)
-    embedded = text.embed_classes(names, views.templates)
-    with bar("encode", len(listed), shown=progress) as step:
-        examples, errors = encode_images(encoder, listed, ids, views, skip_bad, names, step)
+    views = replace(inputs.views, single=searched and inputs.views.views > 1)
+    embedded = clip.text.embed_classes(names, views.templates)
+    with bar("encode", len(inputs.images), shown=inputs.progress) as step:
+        examples, errors = encode_images(clip.encoder, inputs.images, inputs.ids, views, inputs.skip_bad, names, step)
     if errors:
         _check_classes(method, examples.class_ids, names)
     examples = examples.rows(np.argsort(examples.class_ids, kind="stable"))
     support = examples.as_support(range(len(names)), embedded, tau)
-    with bar("tune", None, shown=progress and searched and bool(len(examples))):
+    with bar("tune", None, shown=inputs.progress and searched and bool(len(examples))):
         config, tuned = choose_config(
-            method, support, reducer=reducer, tune=tune, parameters=parameters, key_precision=key_precision
+            method,
+            support,
+            reducer=inputs.reducer,
+            tune=inputs.tune,
+            parameters=parameters,
+            key_precision=inputs.key_precision,
         )
     state = State.first(names, embedded, tau, examples, config)
     views = replace(views, single=examples.queries is not None)
-    return Fit(state, views, tuned, [error.where for error in errors])
+    return Fit(clip, state, views, tuned, tuple(error.where for error in errors))
 
 
 def _check_classes(method: str, ids: np.ndarray, names: Sequence[str]) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.encoders.text_encoder import TextSource
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
 from iosr_fast.methods import METHODS
@@ -21,18 +20,20 @@ from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.state.audit import open_log
 from iosr_fast.state.changes import Change, ChangeResult
 from iosr_fast.state.examples import Examples
+from iosr_fast.state.fit import Fit
+from iosr_fast.state.fitted import FittedAttributes
 from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.labels import as_seen, class_ids, name_fault
 from iosr_fast.state.log_writer import AuditLog
 from iosr_fast.state.method_config import MethodConfig
-from iosr_fast.state.state import ClassInfo, State
-from iosr_fast.state.support_images import SupportViews, encode_images
+from iosr_fast.state.state import State
+from iosr_fast.state.support_images import encode_images
 
 _CHUNK = 256
 
 
-class LiveUpdates:
-    """The part of Classifier that holds the State and changes it.
+class LiveUpdates(FittedAttributes):
+    """The part of Classifier that changes the State.
 
     Readers never block; each call sees exactly one version. Changes wait for one another; images are encoded and texts
     embedded before that, while other calls run. With an audit log (`open_log`) a change is on the disk before any
@@ -43,47 +44,9 @@ class LiveUpdates:
     another and are fitted again on the stored embeddings. Method, parameters and reducer stay until `retune`.
     """
 
-    def __init__(self, encoder: Encoder, text: TextSource | None) -> None:
-        self.encoder = encoder
-        self.tuned_: Tuned | None = None
-        self._text = text
-        self._views = SupportViews()
+    def __init__(self) -> None:
         self._log: AuditLog | None = None
         self._changing = threading.Lock()
-
-    def snapshot(self) -> State:
-        """The current state, which never changes: all predictions of it are of one version. ValueError before a fit."""
-        if not hasattr(self, "_state"):
-            raise IosrFastError("this classifier is not fitted yet: call fit or fit_folder first")
-        return self._state
-
-    @property
-    def exif_orientation(self) -> bool:
-        """Whether images are turned upright by EXIF, as they were at the fit."""
-        return self._views.exif_orientation
-
-    @property
-    def version(self) -> int:
-        """Rises by one with every change."""
-        return self.snapshot().version
-
-    def classes(self) -> list[ClassInfo]:
-        """The classes in their order, each with its id and the number of its examples."""
-        return self.snapshot().classes()
-
-    def examples(self, name_or_id: str) -> list[str]:
-        """The ids of a class's examples. Raises ValueError for an unknown class."""
-        state = self.snapshot()
-        return [example_id(number) for number in state.examples_of(state.find_class(name_or_id))]
-
-    def picture(self, name_or_id: str) -> bytes | None:
-        """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
-        state = self.snapshot()
-        (number,) = state.find_examples([name_or_id])
-        segment, row = next(
-            (segment, rows[0]) for segment in state.segments if len(rows := np.flatnonzero(segment.ids == number))
-        )
-        return segment.pictures[int(row)]
 
     def add_class(self, name: str, images: Any = (), text: np.ndarray | None = None) -> ChangeResult:
         """A new class from a few images (none where the method is "zero-shot").
@@ -91,29 +54,31 @@ class LiveUpdates:
         `text` (D,), L2-normalised, is the embedding of its name; None has the text encoder make it. Raises ValueError
         for a name that is taken or empty, without images, for unreadable ones, or without a text encoder.
         """
-        state = self.snapshot()
+        fit = self._fitted()
+        state = fit.state
         self._check_name(state, name)
         listed = as_image_list(images)
         if not listed and METHODS[state.config.method].needs_support:
             raise IosrFastError(
                 f"expected at least one image of {name!r}, got none: {state.config.method} compares images"
             )
-        encoded = self._encode(listed)
-        row = self._check_text(state, text) if text is not None else self._text_of(name)
+        encoded = self._encode(fit, listed)
+        row = self._check_text(state, text) if text is not None else self._text_of(fit, name)
         with self._changing:
-            state = self.snapshot()
+            state = self._same_fit(fit).state
             self._check_name(state, name)
             added = _numbered(encoded, state.next_class, state.next_example) if encoded is not None else None
             return self._make(Change("add_class", state.next_class, name=name, text=row, added=added))
 
     def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
         """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
-        self.snapshot().find_class(name_or_id)
-        encoded = self._encode(as_image_list(images))
+        fit = self._fitted()
+        fit.state.find_class(name_or_id)
+        encoded = self._encode(fit, as_image_list(images))
         if encoded is None:
             raise IosrFastError(f"expected at least one image to add to {name_or_id!r}, got none")
         with self._changing:
-            state = self.snapshot()
+            state = self._same_fit(fit).state
             uid = state.find_class(name_or_id)
             return self._make(Change("add_examples", uid, added=_numbered(encoded, uid, state.next_example)))
 
@@ -141,14 +106,15 @@ class LiveUpdates:
         `text` as for `add_class`; `keep_text` changes what is shown and nothing else. Raises ValueError for an unknown
         class, a name that is taken or empty, or without a text encoder.
         """
-        state = self.snapshot()
+        fit = self._fitted()
+        state = fit.state
         uid = state.find_class(name_or_id)
         self._check_name(state, name, uid)
         if keep_text and text is not None:
             raise IosrFastError("expected text or keep_text, got both")
-        row = None if keep_text else self._check_text(state, text) if text is not None else self._text_of(name)
+        row = None if keep_text else self._check_text(state, text) if text is not None else self._text_of(fit, name)
         with self._changing:
-            state = self.snapshot()
+            state = self._same_fit(fit).state
             uid = state.find_class(class_id(uid))
             self._check_name(state, name, uid)
             return self._make(Change("rename_class", uid, name=name, text=row))
@@ -165,7 +131,8 @@ class LiveUpdates:
         `method` defaults to the fitted one; "auto" chooses among all. `labels` as for `score`. Returns the choice and
         its reasons (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
         """
-        state = self.snapshot()
+        fit = self._fitted()
+        state = fit.state
         method = state.config.method if method is None else method
         check_choice(method, reducer, None)
         if (images is None) != (labels is None):
@@ -174,11 +141,11 @@ class LiveUpdates:
         if images is not None:
             listed = as_image_list(images)
             ids = class_ids(listed, labels, state.class_names)
-            queries = Embeddings.concatenate([self.encoder.encode(pixels) for pixels in self._chunks(listed)])
+            queries = Embeddings.concatenate([fit.clip.encoder.encode(pixels) for pixels in self._chunks(fit, listed)])
         if reducer is None and method == state.config.method:
             reducer = state.config.reducer_name
         with self._changing:
-            if self.snapshot().uids != state.uids:
+            if self._same_fit(fit).state.uids != state.uids:
                 raise IosrFastError("the classes have changed while validation images were encoded: tune again")
             tuned, _ = self._search(method, reducer, queries, ids)
         return tuned
@@ -198,14 +165,16 @@ class LiveUpdates:
         with self._changing:
             if self._log is not None:
                 raise IosrFastError(f"expected no log to be open, got {self._log.path}; close_log closes it")
-            self._log, self._state = open_log(path, self.snapshot(), recover)
+            fit = self._fitted()
+            log, state = open_log(path, fit.state, recover)
+            self._log, self._fit = log, replace(fit, state=state)
 
     def close_log(self) -> None:
         """Close the log; later changes are not written."""
         with self._changing:
             if self._log is not None:
                 log, self._log = self._log, None
-                log.close(self._state)
+                log.close(self.snapshot())
 
     @property
     def log_failure(self) -> str:
@@ -220,7 +189,7 @@ class LiveUpdates:
         state = self.snapshot()
         tuned = search(method, state.support, queries, ids, reducer or "none")
         result = self._make(Change("retune", config=MethodConfig.of(tuned, state.config.key_precision)))
-        self.tuned_ = tuned
+        self._fit = replace(self._fitted(), tuned=tuned)
         return tuned, result
 
     def _make(self, change: Change) -> ChangeResult:
@@ -228,51 +197,63 @@ class LiveUpdates:
 
         Raises LogWriteError where it can't be logged; then, as with any interrupt, the change was not made.
         """
+        fit = self._fitted()
         if self._log is None:
-            self._state = state = change.apply(self._state)
+            state = change.apply(fit.state)
+            self._fit = replace(fit, state=state)
         else:
-            self._state = self._log.compact(self._state)
-            state = change.apply(self._state)
+            self._fit = fit = replace(fit, state=self._log.compact(fit.state))
+            state = change.apply(fit.state)
             try:
-                self._log.append(change, self._state, state)
-                self._state = state
+                self._log.append(change, fit.state, state)
+                self._fit = replace(fit, state=state)
             except BaseException:
-                self._log.try_to_settle(self._state)
+                self._log.try_to_settle(self._fit.state)
                 raise
         ids = tuple(example_id(number) for number in change.example_numbers)
         return ChangeResult(state.version, class_id(change.uid) if change.uid >= 0 else "", ids)
 
-    def _replace(self, state: State, views: SupportViews, tuned: Tuned | None = None) -> None:
-        """The state of a fit or a bundle."""
+    def _replace(self, fit: Fit) -> None:
+        """Take over the result of a fit, or a bundle."""
         with self._changing:
             if self._log is not None:
                 raise IosrFastError(f"expected no audit log to be open, got {self._log.path}: it has no line for a fit")
-            self._state, self._views, self.tuned_ = state, views, tuned
+            self._fit = fit
 
-    def _chunks(self, images: Any) -> Iterator[np.ndarray]:
+    def _same_fit(self, fit: Fit) -> Fit:
+        """Under the lock: the current version of `fit`, with whose encoder something was encoded outside the lock."""
+        current = self._fitted()
+        if (current.clip, current.views) != (fit.clip, fit.views):
+            raise IosrFastError("the classifier was fitted again while images or texts were encoded: repeat the change")
+        return current
+
+    @staticmethod
+    def _chunks(fit: Fit, images: Any) -> Iterator[np.ndarray]:
         """Pixels (B, S, S, 3) of the images in their order, a few hundred at a time."""
         # A batch array stays one: pixels of the right size reach the encoder without a copy.
         array = as_array(images)
         listed = array if array is not None and array.ndim == 4 else as_image_list(images)
         for start in range(0, len(listed), _CHUNK):
             try:
-                yield to_pixels(listed[start : start + _CHUNK], self.encoder.image_size, self.exif_orientation)
+                yield to_pixels(listed[start : start + _CHUNK], fit.clip.encoder.image_size, fit.views.exif_orientation)
             except BadImageError as error:
                 raise error.moved(start) from error.__cause__
 
-    def _encode(self, images: Sequence[Any]) -> Examples | None:
+    @staticmethod
+    def _encode(fit: Fit, images: Sequence[Any]) -> Examples | None:
         """The images as examples without class and numbers yet; None for no images."""
         if not images:
             return None
-        return encode_images(self.encoder, images, np.full(len(images), -1), self._views)[0]
+        return encode_images(fit.clip.encoder, images, np.full(len(images), -1), fit.views)[0]
 
-    def _text_of(self, name: str) -> np.ndarray:
+    @staticmethod
+    def _text_of(fit: Fit, name: str) -> np.ndarray:
         """A class name's text embedding (D,). Raises ValueError without a text encoder."""
-        if self._text is None:
+        if fit.clip.text is None:
             raise IosrFastError(
                 f"this classifier has no text encoder to embed {name!r} with: give text=, the embedding of the name"
             )
-        row: np.ndarray = self._text.embed_classes([name], self._views.templates)[0]
+        row: np.ndarray = fit.clip.text.embed_classes([name], fit.views.templates)[0]
         return row
 
     @staticmethod

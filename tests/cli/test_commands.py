@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 
 from iosr_fast import Classifier
+from iosr_fast.export import pretrained
 from iosr_fast.utils.progress import progress
 from tests.cli.runs import never, refused, run
-from tests.state.live_parts import LetterText, PixelEncoder, engine_folder, small_classifier
+from tests.state.live_parts import engine_folder, pixel_clip, small_classifier
 
 
 @pytest.fixture
 def unfitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
-    """What from_pretrained gives in these tests."""
-    made = Classifier(PixelEncoder(), engine_folder(tmp_path / "engine"), LetterText(), 20.0)
-    monkeypatch.setattr(Classifier, "from_pretrained", lambda *_, **__: made)
-    return made
+    """A classifier on the CLIP that all classifiers open in these tests."""
+    clip = pixel_clip(engine_folder(tmp_path / "engine"))
+    monkeypatch.setattr(pretrained, "open_shared", lambda *_, **__: clip)
+    return Classifier(method="tip-adapter", views=2)
 
 
 def test_fit_takes_no_toy_without_a_word(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Classifier, "from_pretrained", never)
+    monkeypatch.setattr(pretrained, "open_shared", never)
     assert "--model" in refused("fit", folder, "--out", tmp_path / "out")
     assert "near chance on photographs" in re.sub(r"\s+", " ", run("fit", "--help").output)
 
@@ -32,7 +33,7 @@ def test_fit_takes_no_toy_without_a_word(folder: Path, tmp_path: Path, monkeypat
 def test_a_place_that_can_not_be_written_is_named_before_the_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Classifier, "from_pretrained", never)
+    monkeypatch.setattr(pretrained, "open_shared", never)
     monkeypatch.setattr(Classifier, "load", never)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "mine").mkdir()
@@ -65,7 +66,7 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
 def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Classifier, "from_pretrained", never)
+    monkeypatch.setattr(pretrained, "open_shared", never)
     common = ("--model", "demo", "--out", tmp_path / "out")
     assert "found no folder" in refused("fit", tmp_path / "nowhere", *common)
     assert "found no folder" in refused("fit", folder / "class_0" / "0.png", *common)
@@ -141,11 +142,11 @@ def test_fit_shows_what_it_does(
 
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)
-    unfitted.fit_folder(folder, method="tip-adapter", views=2, progress=True)
+    unfitted.set_params(progress=True).fit_folder(folder)
     for verb in ("encode", "tune", "9/9"):
         assert verb in shown.getvalue()
     shown.truncate(0)
-    unfitted.fit_folder(folder, method="tip-adapter", views=2)
+    unfitted.set_params(progress=False).fit_folder(folder)
     with progress("quiet", 3, shown=False) as advance:
         advance(1)
     assert "encode" not in shown.getvalue() and "quiet" not in shown.getvalue()

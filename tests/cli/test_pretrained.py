@@ -1,4 +1,4 @@
-"""Models and options of from_pretrained and `iosr-fast fit` that don't fit are refused before a CLIP is made."""
+"""Models and options of Classifier and `iosr-fast fit` that don't fit are refused before a CLIP is made."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 
 import pytest
 
-from iosr_fast import Classifier, classifier
+from iosr_fast import Classifier
+from iosr_fast.export import pretrained
 from tests.cli.runs import never, refused
-from tests.state.live_parts import LetterText, PixelEncoder
+from tests.state.live_parts import pixel_clip
 
 
 def test_the_demo_that_nobody_named_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pretrained = pytest.importorskip("iosr_fast.export.pretrained")
-    opened = pretrained.Opened(PixelEncoder(), Path("none"), LetterText(), 20.0)
-    monkeypatch.setattr(pretrained, "open_pretrained", lambda model, *_: opened if model == "demo" else never())
-    classifier._warn_of_the_demo.cache_clear()
+    clip = pixel_clip()
+    monkeypatch.setattr(pretrained, "open_pretrained", lambda model, *_: clip if model == "demo" else never())
+    monkeypatch.setattr(pretrained, "_in_use", {})
+    monkeypatch.setattr(pretrained, "_latest", None)
+    pretrained._warn_of_the_demo.cache_clear()
     with caplog.at_level(logging.WARNING, "iosr_fast"):
-        Classifier.from_pretrained("demo")
+        assert Classifier("demo").encoder is clip.encoder
         assert not caplog.records
-        Classifier.from_pretrained()
-        Classifier.from_pretrained()
+        assert Classifier().encoder is Classifier().encoder is clip.encoder
     assert len(caplog.records) == 1
     for words in ("64x64", "emoji", "near chance on photographs", "'ViT-B-32', 'laion2b_s34b_b79k'"):
         assert words in caplog.text
@@ -67,7 +68,7 @@ def test_what_does_not_fit_is_refused_before_a_clip_is_made(
     if "adapter" in given:
         given["adapter"] = files.get(given["adapter"], given["adapter"])
     with pytest.raises((ValueError, OSError), match=said):
-        Classifier.from_pretrained(**given)
+        Classifier(**given).fit(["a.jpg", "b.jpg"], ["a", "b"])
 
 
 def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,4 +123,4 @@ def test_a_download_that_fails_is_one_line_that_names_the_model(
     assert "the weights 'laion2b_s34b_b79k' of ViT-B-32 can't be downloaded" in said and "--pretrained FILE" in said
     assert len(said.strip().splitlines()) == 1
     with pytest.raises(OSError, match="of ViT-B-32 can't be downloaded"):
-        Classifier.from_pretrained("ViT-B-32", "laion2b_s34b_b79k")
+        Classifier("ViT-B-32", "laion2b_s34b_b79k").fit(["a.jpg", "b.jpg"], ["a", "b"])

@@ -18,10 +18,11 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.fit import Fit
 from tests.images.test_formats import heic, oriented
 from tests.images.test_pixels import tiff
 from tests.pictures import encode
-from tests.state.live_parts import LetterText, PixelEncoder, engine_folder, small_classifier
+from tests.state.live_parts import LetterText, engine_folder, pixel_clip, small_classifier, unfitted
 from tests.state.manifests import rewrite_manifest
 
 NAMES = ["down", "left", "right", "up"]
@@ -34,10 +35,9 @@ def arrow(direction: int, side: int = 32) -> np.ndarray:
     return np.rot90(ramp, direction)[:, :, None].repeat(3, 2)
 
 
-def fitted(**options: Any) -> Classifier:
-    classifier = Classifier(PixelEncoder(), Path("none"), LetterText(), 20.0)
+def fitted(engine: Path = Path("none"), **options: Any) -> Classifier:
     chosen = {"method": "tip-adapter", "alpha": 400.0, "beta": 5.0, "views": 1} | options
-    return classifier.fit([arrow(i) for i in range(4)], range(4), class_names=NAMES, **chosen)
+    return unfitted(engine, **chosen).fit([arrow(i) for i in range(4)], range(4), class_names=NAMES)
 
 
 @pytest.fixture
@@ -86,10 +86,9 @@ def test_every_form_of_a_picture_has_the_same_label_by_every_way(folder: Path) -
 
 def test_a_rotated_support_picture_is_fit_upright() -> None:
     turned = [oriented("PNG", arrow(i), 6) for i in range(4)]
-    classifier = Classifier(PixelEncoder(), Path("none"), LetterText(), 20.0)
-    options: dict[str, Any] = {"class_names": NAMES, "method": "tip-adapter", "alpha": 400.0, "beta": 5.0}
+    classifier = unfitted(method="tip-adapter", alpha=400.0, beta=5.0, mirror=False)
     for views in (1, 2):
-        classifier.fit(turned, range(4), views=views, mirror=False, **options)
+        classifier.set_params(views=views).fit(turned, range(4), class_names=NAMES)
         assert classifier.predict([arrow(i) for i in range(4)]).tolist() == NAMES
     shown = np.asarray(open_image(classifier.picture(classifier.examples(NAMES[0])[0]))).astype(int)
     assert np.abs(shown - arrow(0)).mean() < 8, "the thumbnail too"
@@ -102,13 +101,12 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.png").write_bytes(data)
     assert as_stored != NAMES[1]
     for chosen, expected in ((True, NAMES[1]), (False, as_stored)):
-        made = fitted(exif_orientation=chosen)
-        made.engine = engine_folder(tmp_path / f"engine {chosen}")
+        made = fitted(engine_folder(tmp_path / f"engine {chosen}"), exif_orientation=chosen)
         made.save(tmp_path / f"bundle {chosen}")
         bundle = load_bundle(tmp_path / f"bundle {chosen}")
-        loaded = Classifier(PixelEncoder(), bundle.engine, LetterText(), 20.0)
-        loaded._replace(bundle.state, bundle.views)
-        assert loaded.exif_orientation is chosen
+        loaded = unfitted()
+        loaded._replace(Fit(pixel_clip(bundle.engine), bundle.state, bundle.views))
+        assert loaded.exif_orientation_ is chosen
         assert loaded.predict([data]).tolist() == [expected]
         for decoder in ("cpu", "cpu-exact"):
             assert loaded.predict_folder(tmp_path / "in", decoder=decoder).labels.tolist() == [expected]
@@ -121,8 +119,7 @@ def test_a_bundle_keeps_the_orientation_it_was_fit_with(tmp_path: Path) -> None:
 
 
 def test_a_bundle_of_before_takes_pictures_as_they_are_stored(tmp_path: Path) -> None:
-    made = fitted()
-    made.engine = engine_folder(tmp_path / "engine")
+    made = fitted(engine_folder(tmp_path / "engine"))
     made.save(tmp_path / "bundle")
     views = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())["views"]
     assert views.pop("exif_orientation") is True
@@ -164,8 +161,8 @@ def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
         assert batching.submit(first).result(PATIENCE_S).label == NAMES[1]
         for given, expected in ((first, NAMES[1:2]), (arrow(1), NAMES[1:2]), (batch, NAMES), (list(batch), NAMES)):
             assert [future.result(PATIENCE_S).label for future in batching.submit_many(given)] == expected
-    refit = Classifier(PixelEncoder(), Path("none"), LetterText(), 20.0)
-    refit.fit(batch.permute(0, 3, 1, 2), NAMES, method="tip-adapter", alpha=400.0, beta=5.0, views=1)
+    refit = unfitted(method="tip-adapter", alpha=400.0, beta=5.0, views=1)
+    refit.fit(batch.permute(0, 3, 1, 2), NAMES)
     assert refit.predict(batch).tolist() == NAMES
     refit.add_examples(NAMES[0], first)
     assert len(refit.examples(NAMES[0])) == 2, "one picture, not three"
@@ -242,5 +239,5 @@ def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, mon
 
     made = fitted()
     ways = [CpuDecoder(exif_orientation=way) for way in (True, False)]
-    jobs = [Job(made.snapshot(), made.encoder, made.engine, way, [], 1, 1, 1, False).facts() for way in ways]
+    jobs = [Job(made.snapshot(), made.encoder, made.engine_, way, [], 1, 1, 1, False).facts() for way in ways]
     assert jobs[0]["exif_orientation"] is True and jobs[1]["exif_orientation"] is False and jobs[0]["pixels"] == 2

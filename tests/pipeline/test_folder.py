@@ -68,7 +68,7 @@ def test_unreadable_images_are_raised_or_told(bundle: Path, tmp_path: Path) -> N
 
 def test_the_stage_fits_the_runtime(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier, cpu = Classifier.load(bundle, threads=2), CpuDecoder()
-    encoder, engine = classifier.encoder, classifier.engine
+    encoder, engine = classifier.encoder, classifier.engine_
     side_by_side = stream.choose_stage(encoder, engine, cpu, 1024, 32, 8)
     assert side_by_side.callers == 8 and side_by_side.encoder is not encoder
     assert stream.choose_stage(side_by_side.encoder, engine, cpu, 1024, 32, 8).encoder is side_by_side.encoder

@@ -103,7 +103,7 @@ engine.predict = _predict  # a fake state answers by itself
 class FakeClassifier:
     """`asked`: (numbers, top, nearest) of each call of predict. Each snapshot has another version."""
 
-    exif_orientation = True
+    exif_orientation_ = True
 
     def __init__(self, size: int = SIZE) -> None:
         self.encoder: Any = FakeEncoder(size)

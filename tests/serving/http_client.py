@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def bundle() -> Path:
     with shared_cache():
         if not (folder / "manifest.json").is_file():
             images, labels, _, _, names = _drawn()
-            classifier = Classifier.from_pretrained("demo", runtime="onnxruntime")
-            classifier.fit(images, labels, class_names=names, views=1, method="tip-adapter++")
+            classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", views=1)
+            classifier.fit(images, labels, class_names=names)
             classifier.save(folder)
     return folder
 
@@ -152,7 +153,8 @@ class Gate:
         self._open = threading.Event()
         self._open.set()
         self.error: Exception | None = None
-        classifier.encoder = self  # type: ignore[assignment]
+        fit = classifier._fit
+        classifier._fit = replace(fit, clip=replace(fit.clip, encoder=self))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)

@@ -277,7 +277,7 @@ def test_a_hundred_thousand_classes_are_listed_page_by_page() -> None:
     count = 100_000
     names = (*state.class_names, *(f"class {number}" for number in range(CLASSES, count)))
     uids = (*state.uids, *range(2 * CLASSES, 2 * count, 2))[:count]  # as after removals
-    classifier._state = replace(state, class_names=names, uids=uids)
+    classifier._fit = replace(classifier._fit, state=replace(state, class_names=names, uids=uids))
     with serving(classifier) as client:
         first = client.get("/v1/classes")
         body = first.json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from iosr_fast.serving.triton import export_triton, graph, repository
 from iosr_fast.serving.triton.configs import choose_plans
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from tests.serving.triton_repository import Repository
+from tests.state.live_parts import refit
 
 CLASSES = 8
 SCORES = ("LOGITS", "PROBABILITIES", "ZERO_SHOT", "CACHE")
@@ -71,12 +73,12 @@ class Demo:
         self.queries = pictures.images[np.concatenate([row[3:5] for row in rows])]
         self.names = [pictures.names[concept] for concept in chosen]
         clip = open_pretrained("demo", None, "auto", "onnxruntime", "fp32", None)
-        self.classifier = Classifier(clip.encoder, clip.engine, KnownTexts(clip.text), clip.tau)
+        self.classifier = Classifier._with_clip(replace(clip, text=KnownTexts(clip.text)))
         self.bundle = bundle
         self.save(bundle, method="ape++", tune="none")
 
     def save(self, folder: Path, names: list[str] | None = None, **options: object) -> Classifier:
-        self.classifier.fit(self.images, self.labels, class_names=names or self.names, views=1, **options)
+        refit(self.classifier, self.images, self.labels, names or self.names, views=1, **options)
         self.classifier.save(folder)
         return self.classifier
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.classifier import Classifier
+from iosr_fast.classifier import OPENING, Classifier
 from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
@@ -95,15 +98,29 @@ def engine_folder(folder: Path) -> Path:
     return folder
 
 
+def pixel_clip(engine: Path = Path("none"), text: TextSource | None = None) -> OpenedClip:
+    return OpenedClip(PixelEncoder(), engine, text or LetterText(), 20.0)
+
+
+def unfitted(engine: Path = Path("none"), **parameters: Any) -> Classifier:
+    return Classifier._with_clip(pixel_clip(engine), **parameters)
+
+
+def refit(classifier: Classifier, *data: Any, **options: Any) -> Classifier:
+    """Fit again with default parameters but for those given; `options` may have the data, too."""
+    data_of = {name: options.pop(name) for name in ("images", "labels", "class_names") if name in options}
+    defaults = {name: value for name, value in Classifier().get_params().items() if name not in OPENING}
+    return classifier.set_params(**{**defaults, **options}).fit(*data, **data_of)
+
+
 def small_classifier(
-    engine: Path = Path("none"), classes: int = 5, shots: int = 3, seed: int = 0, **fit: Any
+    engine: Path = Path("none"), classes: int = 5, shots: int = 3, seed: int = 0, **parameters: Any
 ) -> Classifier:
-    """Fitted on motifs; every option of `fit` may be given."""
+    """Fitted on motifs; every parameter of Classifier may be given."""
     images, labels = pictures(np.random.default_rng(seed), classes, shots)
-    classifier = Classifier(PixelEncoder(), engine, LetterText(), 20.0)
     names = [f"motif {i}" for i in range(classes)]
-    options = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, "views": 1} | fit
-    return classifier.fit(images, labels, class_names=names, **options)
+    options = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, "views": 1} | parameters
+    return unfitted(engine, **options).fit(images, labels, class_names=names)
 
 
 TEXT_FACTS: dict[str, Any] = {
@@ -133,7 +150,7 @@ class WrittenText(LetterText):
 def saved_classifier(folder: Path) -> Path:
     """A bundle in `folder`, of an engine beside it, with a reducer, pictures and a text encoder."""
     made = small_classifier(engine_folder(folder / "engine"), reducer="centre")
-    made._text = WrittenText()
+    made._fit = replace(made._fit, clip=replace(made._fit.clip, text=WrittenText()))
     made.save(folder / "bundle")
     return folder / "bundle"
 

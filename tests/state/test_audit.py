@@ -161,7 +161,7 @@ def test_one_process_writes_a_log(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected no log to be open, got .*changes.jsonl; close_log"):
         classifier.open_log(tmp_path / "other.jsonl")
     with pytest.raises(ValueError, match="it has no line for a fit"):
-        classifier.fit(images[:2, 0], ["a", "b"], method="tip-adapter", alpha=1.0, views=1)
+        classifier.set_params(method="tip-adapter").fit(images[:2, 0], ["a", "b"])
     code = (
         "import sys; from pathlib import Path; from tests.state.live_parts import small_classifier\n"
         "try: small_classifier().open_log(sys.argv[1])\n"

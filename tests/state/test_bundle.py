@@ -76,7 +76,7 @@ def test_what_is_loaded_is_what_was_saved(method: str, precision: str, engine: P
         loaded = load_bundle(tmp_path / "bundle")
         state = made.snapshot()
         assert fingerprint(loaded.state) == fingerprint(state) and loaded.state.version == state.version
-        assert loaded.views == made._views and loaded.state.examples.pictures == state.examples.pictures
+        assert loaded.views == made._fit.views and loaded.state.examples.pictures == state.examples.pictures
         embeddings = made.encoder.encode(images)
         np.testing.assert_array_equal(loaded.state.score(embeddings), score(state.whole_plan, embeddings))
         later = loaded.state.removing_class(0)  # and it can be changed
@@ -215,6 +215,6 @@ def test_what_is_there_stays_where_saving_fails(engine: Path, tmp_path: Path, mo
     monkeypatch.undo()
     assert fingerprint(load_bundle(tmp_path / "bundle").state) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    bundle = Bundle(made.snapshot(), made._views, tmp_path / "nowhere", "f" * 64, None)
+    bundle = Bundle(made.snapshot(), made._fit.views, tmp_path / "nowhere", "f" * 64, None)
     with pytest.raises(FileNotFoundError, match="found none at"):
         save_bundle(bundle, tmp_path / "bundle")

@@ -33,7 +33,7 @@ def test_a_damaged_engine_is_not_saved_under_new_hashes(damage: str, loaded: boo
     engine = engine_folder(tmp_path / "engine")
     made = small_classifier(engine)
     made.save(tmp_path / "bundle")
-    parts = Bundle(made.snapshot(), made._views, engine, made.encoder.fingerprint, None)
+    parts = Bundle(made.snapshot(), made._fit.views, engine, made.encoder.fingerprint, None)
     if loaded:
         parts = load_bundle(tmp_path / "bundle", verify=False)
         engine = parts.engine

@@ -18,7 +18,7 @@ from iosr_fast.images import pixels, preprocess
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.support_images import SupportViews, encode_images
 from tests.pictures import encode
-from tests.state.live_parts import PixelEncoder, pictures, small_classifier
+from tests.state.live_parts import PixelEncoder, pictures, unfitted
 
 
 def encoded(images: Any, labels: Any, **views: Any) -> Examples:
@@ -49,9 +49,8 @@ def test_a_support_picture_is_decoded_once(decoded: Counter[str], views: int, tm
     for path, image in zip(paths, images, strict=False):
         Image.fromarray(image).save(path)
     paths[9].write_bytes(b"no picture")
-    classifier = small_classifier()
-    names = ["a", "b", "c"]
-    classifier.fit(paths, [*labels, 0], class_names=names, method="tip-adapter++", views=views, skip_bad=True)
+    classifier = unfitted(method="tip-adapter++", views=views, skip_bad=True)
+    classifier.fit(paths, [*labels, 0], class_names=["a", "b", "c"])
     assert decoded == Counter(map(str, paths)) and classifier.skipped_ == [str(paths[9])]
     assert (classifier.snapshot().examples.queries is not None) == (views > 1)
     assert all(classifier.snapshot().examples.pictures)
@@ -69,10 +68,9 @@ def test_a_key_depends_on_pixels_and_seed_alone(views: int) -> None:
     names = [f"motif {c}" for c in range(4)]
 
     def by_picture(order: np.ndarray, late: int = 0, seed: int = 0) -> dict[bytes, list[bytes]]:
-        classifier = small_classifier()
+        classifier = unfitted(method="tip-adapter++", views=views, seed=seed, thumbnails=8)
         first = order[: len(order) - late]
-        options: dict[str, Any] = {"method": "tip-adapter++", "views": views, "seed": seed, "thumbnails": 8}
-        classifier.fit(images[first], labels[first], class_names=names, **options)
+        classifier.fit(images[first], labels[first], class_names=names)
         for i in order[len(order) - late :]:
             classifier.add_examples(names[labels[i]], encode(images[i]))
         kept = classifier.snapshot().examples

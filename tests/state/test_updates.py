@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_ids_stay(images: np.ndarray) -> None:
 
 def test_a_name_is_what_the_text_says() -> None:
     classifier = small_classifier(templates=["the {}"])
-    text = classifier._text
+    text = classifier._fit.clip.text
     assert text is not None
     classifier.rename_class("motif 0", "zero")
     np.testing.assert_array_equal(classifier.support_.text[0], text.embed_classes(["zero"], ["the {}"])[0])
@@ -118,7 +119,7 @@ def test_what_can_not_be_done_changes_nothing(images: np.ndarray) -> None:
         classifier.remove_class(classifier.classes()[0].class_id)
     with pytest.raises(ValueError, match="at least two classes to tell apart: '~3' can't be removed"):
         classifier.remove_class("~3")
-    classifier._text = None
+    classifier._fit = replace(classifier._fit, clip=replace(classifier._fit.clip, text=None))
     with pytest.raises(ValueError, match="no text encoder to embed 'new' with: give text="):
         classifier.add_class("new", images[5])
     assert classifier.add_class("new", images[5], text=unit(np.ones(WIDTH))).class_id == "~5"

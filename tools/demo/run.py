@@ -117,9 +117,9 @@ def fit_and_show(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> 
     _, first = np.unique(pictures.images[support].reshape(len(support), -1), axis=0, return_index=True)
     alike = np.setdiff1d(np.arange(len(support)), first)
     support = support[~np.isin(pictures.concepts[support], pictures.concepts[support[alike]])]
-    classifier = Classifier.from_pretrained("demo", adapter=adapter, engine=engine)
+    classifier = Classifier("demo", adapter=adapter, engine=engine, views=1)
     names = [pictures.names[c] for c in pictures.concepts[support]]
-    classifier.fit(pictures.images[support], names, class_names=list(dict.fromkeys(names)), views=1)
+    classifier.fit(pictures.images[support], names, class_names=list(dict.fromkeys(names)))
     tuned = classifier.tuned_
     assert tuned is not None
     chosen = ", ".join(f"{name} {value:.3g}" for name, value in tuned.parameters.items())

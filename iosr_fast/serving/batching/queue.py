@@ -37,7 +37,7 @@ class BatchQueue:
     ) -> None:
         self.classifier = classifier
         self.image_size: int = classifier.encoder.image_size
-        self.exif_orientation: bool = classifier.exif_orientation
+        self.exif_orientation: bool = classifier.exif_orientation_
         self.max_queue = max_queue
         self.closed = False
         self._max_batch, self._max_wait_s, self._hooks = max_batch, max_wait_s, hooks
@@ -171,7 +171,7 @@ class BatchQueue:
             if self.closed:
                 raise _closed()
             old, self.classifier = self.classifier, classifier
-            form = classifier.encoder.image_size, classifier.exif_orientation
+            form = classifier.encoder.image_size, classifier.exif_orientation_
             if (self.image_size, self.exif_orientation) != form:
                 self.image_size, self.exif_orientation = form
                 outdated = list(self._ready)

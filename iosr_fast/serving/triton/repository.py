@@ -87,8 +87,8 @@ def export_triton(
         max_batch=max_batch,
         instances=instances,
         gpu=gpu,
-        exif_orientation=classifier.exif_orientation,
-        plans=configs.choose_plans(classifier.engine, engine, max_batch) if gpu else (),
+        exif_orientation=classifier.exif_orientation_,
+        plans=configs.choose_plans(classifier.engine_, engine, max_batch) if gpu else (),
     )
     scoring = scoring_model(plan)
     facts = {
@@ -100,7 +100,7 @@ def export_triton(
         "check": {"logits_max_error": _check(scoring, plan)},
     }
     with new_folder(out) as temporary:
-        _write_models(temporary, served, classifier.engine, engine, scoring, labels)
+        _write_models(temporary, served, classifier.engine_, engine, scoring, labels)
         _write_text(temporary / README, _readme(served, top))
         written = write_manifest(temporary, KIND, facts)["files"]
     return [out / name for name in (*written, MANIFEST)]

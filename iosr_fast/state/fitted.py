@@ -1,0 +1,105 @@
+"""What a fitted classifier shows of itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import Precision
+from iosr_fast.state.fit import Fit
+from iosr_fast.state.ids import example_id
+from iosr_fast.state.state import ClassInfo, State
+from iosr_fast.utils.estimator import not_fitted
+
+
+class FittedAttributes:
+    """The part of Classifier that reads what is fitted. All of it raises NotFittedError before a fit.
+
+    `_fit` is immutable and replaced in one step: whoever reads it once has a state and the encoder that belongs to it.
+    """
+
+    _fit: Fit | None = None
+
+    def _fitted(self) -> Fit:
+        if self._fit is None:
+            raise not_fitted(f"this {type(self).__name__} is not fitted yet: call fit or fit_folder first")
+        return self._fit
+
+    def snapshot(self) -> State:
+        """The current state, which never changes: all predictions of it are of one version."""
+        return self._fitted().state
+
+    @property
+    def classes_(self) -> np.ndarray:
+        """(C,) the class names."""
+        return np.array(self.snapshot().class_names)
+
+    @property
+    def plan_(self) -> ScoringPlan:
+        """The plan that the scoring kernels execute."""
+        return self.snapshot().whole_plan
+
+    @property
+    def support_(self) -> SupportSet:
+        """The encoded support images and class names."""
+        return self.snapshot().support
+
+    @property
+    def method_(self) -> str:
+        """The method that was fitted, chosen if the parameter is "auto"."""
+        return self.snapshot().config.method
+
+    @property
+    def reducer_(self) -> str:
+        """The reducer that was fitted."""
+        return self.snapshot().config.reducer_name
+
+    @property
+    def parameters_(self) -> dict[str, float]:
+        """The parameters of the fitted method."""
+        return dict(self.snapshot().config.parameters)
+
+    @property
+    def key_precision_(self) -> Precision:
+        """The precision of the keys."""
+        return self.snapshot().config.key_precision
+
+    @property
+    def tuned_(self) -> Tuned | None:
+        """The last search of parameters; None if they were given or loaded."""
+        return self._fitted().tuned
+
+    @property
+    def skipped_(self) -> list[str]:
+        """The unreadable images that `skip_bad` left out of the fit."""
+        return list(self._fitted().skipped)
+
+    @property
+    def exif_orientation_(self) -> bool:
+        """Whether images are turned upright by EXIF, as they were at the fit."""
+        return self._fitted().views.exif_orientation
+
+    @property
+    def version(self) -> int:
+        """Rises by one with every change."""
+        return self.snapshot().version
+
+    def classes(self) -> list[ClassInfo]:
+        """The classes in their order, each with its id and the number of its examples."""
+        return self.snapshot().classes()
+
+    def examples(self, name_or_id: str) -> list[str]:
+        """The ids of a class's examples. Raises ValueError for an unknown class."""
+        state = self.snapshot()
+        return [example_id(number) for number in state.examples_of(state.find_class(name_or_id))]
+
+    def picture(self, name_or_id: str) -> bytes | None:
+        """An example's thumbnail, WebP; None where none was stored. Raises ValueError for an unknown id."""
+        state = self.snapshot()
+        (number,) = state.find_examples([name_or_id])
+        segment, row = next(
+            (segment, rows[0]) for segment in state.segments if len(rows := np.flatnonzero(segment.ids == number))
+        )
+        return segment.pictures[int(row)]
