@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     folders = "iosr_fast|kernels|csrc|tools|tests|benchmarks|docs"
     for path in re.findall(rf"[`\s]((?:{folders})/[\w./*-]+\.\w+)", text):
         assert list(ROOT.glob(path)), f"{page.name}: {path}"
+
+
+def test_the_list_of_rooms_is_that_of_the_layers() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\nkernels/")[0]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
+    for room in (room for layer in contract["layers"] for room in layer.split(" | ")):
+        assert re.search(rf"\b{room}(/|\.py)", text), room
 
 
 def test_prose_stays_within_100_columns() -> None:
