@@ -275,7 +275,7 @@ def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     np.testing.assert_allclose(again.decision_function(queries), fresh.decision_function(queries), atol=1e-3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
-    with pytest.raises(FileExistsError, match="holds other things"):
+    with pytest.raises(FileExistsError, match="holds files that iosr_fast did not write"):
         fresh.save(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not delete"
 
@@ -342,7 +342,7 @@ def test_every_damage_to_a_saved_classifier_is_named(fresh: Classifier, pictures
         (folder / name).unlink()
         refused(f"{name} is missing from")
     (folder / "manifest.json").write_text("{")
-    refused("is damaged or no manifest")
+    refused("is damaged or not a manifest")
     rewrite_manifest(folder, schema=99)
     refused("has schema 99")
     rewrite_manifest(folder, kind="engine")

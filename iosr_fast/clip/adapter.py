@@ -94,7 +94,7 @@ def vision_blocks(clip: LoadedClip) -> Any:
     if blocks is None:
         raise IosrFastError(
             f"{clip.name} has a {type(clip.model.visual).__name__} image encoder; the adapter needs open_clip's "
-            "VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336 and their kind)"
+            "VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336 and similar models)"
         )
     return blocks
 
@@ -107,7 +107,7 @@ def init_adapter(
     seed: int = 0,
     **more: Any,
 ) -> Adapter:
-    """A fresh adapter for `clip`. It changes no embedding before it is trained, because up_proj is zero."""
+    """A new adapter for `clip`. It changes no embedding before training, because up_proj is zero."""
     blocks = vision_blocks(clip)
     config = AdapterConfig(
         clip_fingerprint=clip.fingerprint,
@@ -164,7 +164,7 @@ def load_adapter(path: str | Path) -> Adapter:
         raise DamagedFileError(f"{path} is not a readable safetensors file: {error}") from error
     if header is None:
         raise DamagedFileError(
-            f"{path} is a safetensors file, but not an adapter of iosr_fast (its header has no config)"
+            f"{path} is a safetensors file but not an adapter of iosr_fast (its header has no config)"
         )
     known = {f.name for f in fields(AdapterConfig)}
     adapter = Adapter(AdapterConfig(**{key: value for key, value in json.loads(header).items() if key in known}))

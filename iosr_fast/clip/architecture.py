@@ -34,8 +34,10 @@ def check_architecture(name: str) -> None:
     reasons = {
         "an attentional pooler; expected the CLS token's output ('tok' pooling)": bool(vision.get("attentional_pool")),
         f"{pooling!r} pooling; expected 'tok' (the CLS token's output)": pooling != "tok",
-        f"blocks of its own kind ({', '.join(custom) or vision.get('block_type')}); expected plain "
-        "ResidualAttentionBlock": bool(custom) or vision.get("block_type", "default") not in ("default", None),
+        f"custom blocks ({', '.join(custom) or vision.get('block_type')}); expected plain ResidualAttentionBlock": bool(
+            custom
+        )
+        or vision.get("block_type", "default") not in ("default", None),
         "pictures or patches that are not square": any(
             isinstance(side, list) and side[0] != side[1]
             for side in (vision.get("image_size"), vision.get("patch_size"))
@@ -47,7 +49,7 @@ def check_architecture(name: str) -> None:
 def not_a_vision_transformer(name: str, kind: str) -> IosrFastError:
     return IosrFastError(
         f"{name} has a {kind} image encoder; expected open_clip's VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, "
-        "ViT-L-14-336 and their kind)"
+        "ViT-L-14-336 and similar models)"
     )
 
 
@@ -62,7 +64,7 @@ def refuse_fusing(name: str, reasons: Mapping[str, bool]) -> None:
 def downloading(name: str, what: str) -> Iterator[None]:
     """Raise any error of the block as an OSError that names the model and how to load it without a network.
 
-    The model decides which library downloads a file, and what that raises.
+    Which library downloads a file, and what it raises, depends on the model.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Both embeddings of an image in one pass: the plain encoder and the encoder with the adapter, fused.
 
-The public code runs the whole encoder twice. Here the common part of both streams runs once; every rewriting is exact
-up to rounding:
+The paper's public code runs the whole encoder twice. Here the common part of both streams runs once. Every
+transformation is exact up to rounding:
 
     shared prefix    blocks before the first adapted one, and that block's attention and MLP, see the image once; then
                      both streams run as one batch of 2B through shared weights, the adapter added to the second half
@@ -35,7 +35,7 @@ Precision = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True)
 class DualEncoderConfig:
-    """The shapes of a dual encoder: all that `DualEncoder` needs beside its weights."""
+    """The shapes of a dual encoder: all that `DualEncoder` needs besides its weights."""
 
     image_size: int
     patch_size: int
@@ -102,7 +102,7 @@ class Block(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if torch.compiler.is_exporting():
-            # Written out, because the exporter's own form computes the softmax in the input's dtype.
+            # Written out, because the exporter's form computes the softmax in the input's dtype.
             weights = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype)
             attended = weights @ v
         else:
@@ -216,5 +216,5 @@ class DualEncoder(nn.Module):
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(2B, ...) -> two times (B, ...), by a reshape, so that the exported graph computes no sizes."""
+    """(2B, ...) -> twice (B, ...), by a reshape, so that the exported graph computes no sizes."""
     return x.reshape(2, -1, *x.shape[1:]).unbind(0)

@@ -116,7 +116,7 @@ def _random_model(open_clip: Any, name: str) -> Any:
 
 
 def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
-    """The architecture of `name` with a file's weights. OpenAI's TorchScript archives imply QuickGELU."""
+    """The architecture `name` with the weights of a file. OpenAI's TorchScript archives imply QuickGELU."""
     torch = require("torch", "cpu")
     if path.suffix == ".safetensors":
         return open_clip.create_model(name, pretrained=str(path))
@@ -136,7 +136,7 @@ def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise IosrFastError(f"{path} does not hold weights of {name}: {str(error).splitlines()[1].strip()}") from error
+        raise IosrFastError(f"expected weights of {name} in {path}: {str(error).splitlines()[1].strip()}") from error
     return model
 
 
@@ -152,7 +152,7 @@ def _is_torchscript(path: Path) -> bool:
 def _published_archive(open_clip: Any, name: str, path: Path) -> io.BytesIO:
     """The bytes of a TorchScript archive, if OpenAI published them for `name`; torch.jit.load runs the archive's code.
 
-    The bytes are hashed and loaded from memory, so that the file can't be replaced in between.
+    The bytes are hashed and loaded from memory, so replacing the file in between has no effect.
     """
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()

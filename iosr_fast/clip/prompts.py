@@ -18,6 +18,7 @@ DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", 
 
 
 def default_templates(clip: LoadedClip) -> tuple[str, ...]:
+    """The templates that the demo's CLIP was trained with, or PHOTO_TEMPLATES for every other CLIP."""
     return DEMO_TEMPLATES if clip.name == "demo" else PHOTO_TEMPLATES
 
 

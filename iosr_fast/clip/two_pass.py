@@ -1,4 +1,4 @@
-"""The reference: both embeddings by two literal passes, as the paper's public code computes them; nothing is fused."""
+"""The reference: both embeddings by two separate passes, as in the paper's public code, without fusion."""
 
 from __future__ import annotations
 

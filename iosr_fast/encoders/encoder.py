@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from iosr_fast.utils.verified_folder import VerifiedFolder
 
-# A NumPy array, a torch tensor on any device, or an object with __dlpack__. Encoders return NumPy arrays.
+# A NumPy array, a torch tensor on any device, or an object with __dlpack__. The package's encoders return NumPy arrays.
 Array: TypeAlias = Any
 
 
@@ -20,9 +20,9 @@ Array: TypeAlias = Any
 class Embeddings:
     """L2-normalised image embeddings of one batch.
 
-    `plain` (B, D) float32 is compared with text, `adapted` (B, D) float32, computed with the adapter, with images.
-    `adapted` is None for an encoder without an adapter. Both are NumPy arrays, or both torch tensors on one device
-    (float32, float16 or bfloat16; `score` computes there), or both other objects with `__dlpack__`.
+    `plain` (B, D) is compared with text; `adapted` (B, D), computed with the adapter, is compared with images, and is
+    None for an encoder without an adapter. Both are float32 NumPy arrays, or torch tensors on one device (float32,
+    float16 or bfloat16; `score` computes there), or other objects with `__dlpack__`.
     """
 
     plain: Array
@@ -36,7 +36,7 @@ class Embeddings:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """All rows of NumPy arrays, in order; adapted only if every part has them."""
+        """The rows of all parts (NumPy arrays), in order; `adapted` only if every part has it."""
         adapted = [part.adapted for part in parts if part.adapted is not None]
         return cls(
             np.concatenate([part.plain for part in parts]),
@@ -47,14 +47,14 @@ class Embeddings:
 class Encoder(Protocol):
     """An image encoder, compiled or eager. A subclass inherits the defaults below.
 
-    image_size, width  side of the square pixels that it takes; channels D of its embeddings
-    fingerprint        names the exact export, so that keys are never compared with another encoder's queries
+    image_size, width  side of the square images that it takes; channels D of its embeddings
+    fingerprint        identifies the exact export, so that keys are never compared with another encoder's queries
     runtime            "onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx", or a name of your own
     adapted            whether it returns adapted embeddings
     max_batch          the largest batch of one run; `encode` splits larger ones
-    buckets            the only batch sizes that a GPU executes; None on a CPU, which executes any size
+    buckets            the batch sizes that a GPU executes; None on a CPU, which executes any size
     threads            CPU threads of one run; None for the runtime's choice
-    source             the verified engine folder that it was opened from; None for any other origin
+    source             the verified engine folder that the encoder was opened from, or None
     """
 
     image_size: int
@@ -69,7 +69,7 @@ class Encoder(Protocol):
 
     @abstractmethod
     def encode(self, pixels: np.ndarray) -> Embeddings:
-        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1."""
+        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1, to embeddings (B, width)."""
 
     def warm(self, sizes: Iterable[int] | None = None) -> None:
         """Run each batch size once (None: the buckets, or 1), so that no request pays for a first run."""

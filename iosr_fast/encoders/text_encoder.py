@@ -27,21 +27,22 @@ _SAVE_AGAIN = "save the classifier again with its CLIP at hand"
 
 
 class TextSource(Protocol):
-    """A text encoder: a loaded CLIP (export.clip_text.ClipText) or the one saved in a classifier (TextEncoder)."""
+    """A text encoder: that of a loaded CLIP (export.clip_text.ClipText) or of a saved classifier (TextEncoder)."""
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """(C, D) float32, L2-normalised: the mean over templates of the embeddings of template.format(name)."""
         ...
 
     def write(self, folder: Path) -> dict[str, Any] | None:
-        """Write its files into an existing folder. Returns the facts that open them; None if it can't be exported."""
+        """Write its files into an existing folder. Returns the facts for TextEncoder.open; None if it can't be
+        exported."""
         ...
 
 
 class TextEncoder:
-    """A text encoder in `folder`, loaded at its first use. Safe to share between threads.
+    """A text encoder in `folder`, loaded at its first use. Threads may share it.
 
-    With `source`, the verified folder, files are read as they were verified, even if `folder` changed since.
+    With `source`, the verified folder, the verified bytes are read, even if `folder` has changed since.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class TextEncoder:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(T, D) float32, L2-normalised, in one run; T >= 1.
 
-        Attention is causal and the embedding is read at the end token, so the padding behind the longest text is cut
-        off. That is exact, and eight times faster for short texts in a context of 77.
+        Attention is causal and the embedding is read at the end token, so the padding behind the longest text can be
+        cut off, exactly and for speed.
         """
         tokens = self.tokenize(texts)
         longest = int((tokens == self.eot).argmax(1).max()) + 1
@@ -111,7 +112,7 @@ class TextEncoder:
         """
         cleaned = [clean(text) for text in texts]
         tokenizer = self._load()[0]
-        # One by one: encode_batch starts a pool of threads, which does not survive a later fork().
+        # One text at a time: encode_batch starts a pool of threads, which does not survive a later fork().
         return np.array([tokenizer.encode(text).ids for text in cleaned], dtype=np.int64)
 
     def write(self, folder: Path) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def _check_names(names: Sequence[str]) -> list[str]:
         if not isinstance(name, str):
             raise IosrFastError(f"expected class names as strings, got {name!r} of type {type(name).__name__}")
         if not clean(name):
-            raise IosrFastError(f"expected class names with something to read in them, got {name!r}")
+            raise IosrFastError(f"expected class names with at least one visible character, got {name!r}")
     if not len(names):
         raise IosrFastError("expected at least one class name, got none")
     return list(names)

@@ -1,4 +1,4 @@
-"""CLIP and adapter to an engine folder. Needs torch and open_clip, which no saved classifier imports."""
+"""CLIP and adapter to an engine folder. Needs torch and open_clip; saved classifiers don't."""
 
 from iosr_fast.utils.require import require_installed
 

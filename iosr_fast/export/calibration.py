@@ -27,7 +27,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
     if folder is None:
         if clip.name != "demo":
             raise IosrFastError(
-                f"expected calibration pictures to quantise {clip.name}, got none; give a folder of some hundred "
+                f"expected calibration pictures to quantise {clip.name}, got none; give a folder of a few hundred "
                 "like those to be classified (tools/build_engine.py --calibration DIR)"
             )
         from iosr_fast.clip.demo.pictures import load_pictures

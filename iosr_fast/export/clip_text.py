@@ -1,4 +1,4 @@
-"""The text encoder of a loaded CLIP, as a classifier uses it."""
+"""The text encoder of a loaded CLIP, for classifiers."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ TEXT_EXPORT = 1  # increases when export_text writes other files for the same CL
 
 @dataclass(frozen=True)
 class ClipText:
-    """A TextSource: a loaded CLIP. Exporting takes seconds, so exports are cached in the folder `cache`."""
+    """A TextSource over a loaded CLIP. Exporting takes seconds, so exports are cached in the folder `cache`."""
 
     clip: LoadedClip
     cache: Path
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        """clip.prompts.embed_classes of this CLIP."""
+        """As clip.prompts.embed_classes, with this CLIP."""
         return embed_classes(self.clip, names, templates)
 
     def write(self, folder: Path) -> dict[str, Any] | None:
-        """Export text encoder and tokenizer into `folder`; None, with a warning, if this CLIP's can't be exported."""
+        """Export text encoder and tokenizer into `folder`; None, with a warning, if they can't be exported."""
         export = self.cache / f"{self.clip.fingerprint[:16]}-v{SCHEMA}.{TEXT_EXPORT}"
         if not (export / MANIFEST).is_file():
             try:

@@ -1,4 +1,4 @@
-"""The precisions of an engine: which runtimes compute in them, and what identifies a quantised engine."""
+"""The precisions of an engine, the runtimes that compute in them, and the facts of a quantised engine."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def choose_builder(runtime: str, precision: str) -> str:
 
 
 def graph_precision(precision: str, runtime: str) -> Precision:
-    """The precision of the exported graph. Beside quantised products it is fp16 for TensorRT and fp32 on a CPU."""
+    """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for TensorRT,
+    fp32 on a CPU."""
     return "fp16" if precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS) else "fp32"
 
 
 def quantised_by(
     clip: LoadedClip, runtime: str, precision: str, calibration: np.ndarray | None
 ) -> dict[str, Any] | None:
-    """What a quantised engine's embeddings depend on beside its weights, JSON-ready; None for other precisions.
+    """What a quantised engine's embeddings depend on besides its weights, as JSON values; None for other precisions.
 
     Raises ValueError for calibration pictures that are missing or of another shape or dtype.
     """
@@ -64,7 +65,7 @@ def quantised_by(
         )
     if calibration.dtype != np.uint8 or calibration.ndim != 4 or calibration.shape[1:] != (size, size, 3):
         raise IosrFastError(
-            f"expected {expected}, got {calibration.dtype} {calibration.shape}; to_pixels brings to size"
+            f"expected {expected}, got {calibration.dtype} {calibration.shape}; images.preprocess.to_pixels resizes"
         )
     digest = hashlib.sha256(calibration.tobytes()).hexdigest()
     return {"scheme": "tensorrt" if runtime in EXTRAS else "cpu", "calibration_sha256": digest}

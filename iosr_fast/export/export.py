@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
 EXPORT_VERSION = 1  # increases when the same weights give other embeddings
-LAYOUT = 2  # increases when an engine of the same embeddings has other files
+LAYOUT = 2  # increases when an engine with the same embeddings has other files
 
 
 def engine_fingerprint(
@@ -46,7 +46,7 @@ def engine_fingerprint(
 ) -> str:
     """SHA-256 over CLIP, adapter, precision, export version and quantisation.
 
-    Equal for all runtimes that compute the same embeddings, so that they share cached keys.
+    It is equal for all runtimes that compute the same embeddings, so that they share cached keys.
     """
     parts = [clip.fingerprint, "" if adapter is None else adapter.fingerprint(), precision, str(EXPORT_VERSION)]
     if quantised is not None:
@@ -55,7 +55,7 @@ def engine_fingerprint(
 
 
 def random_adapter(clip: LoadedClip, first_adapted_block: int, bottleneck: int = 64) -> Adapter:
-    """An adapter of random weights, marked as such: as fast as a trained one, to measure speed."""
+    """An adapter with random weights, marked as such, to measure speed: it is as fast as a trained one."""
     from iosr_fast.clip.adapter import init_adapter
 
     adapter = init_adapter(clip, first_adapted_block, bottleneck, training={"random": True})
@@ -78,16 +78,16 @@ def write_engine(
 ) -> dict[str, Any]:
     """Build an engine folder and return its manifest.
 
-    onnxruntime, openvino: encoder.onnx and encoder.weights. torch: encoder.safetensors. tensorrt, tensorrt_rtx: also
-    encoder.onnx, so that the engine opens on machines with another GPU or none, and a plan in plans/, named after its
-    runtime, GPU and version (`add_plan` adds further plans). "int8" and "fp8" are quantised (quantize.quantize_onnx)
-    with ranges measured on `calibration` pictures, uint8 (N, S, S, 3), which should resemble those to be classified.
-    Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3), are compared with the two literal passes in
-    fp32 PyTorch (clip.two_pass) before `out` is written, complete or not at all.
+    Files: for onnxruntime and openvino encoder.onnx and encoder.weights; for torch encoder.safetensors; for tensorrt
+    and tensorrt_rtx encoder.onnx and encoder.weights, so that the engine opens on machines with another GPU or none,
+    and a plan in plans/, named after its runtime, GPU and version (`add_plan` adds further plans). "int8" and "fp8" are
+    quantised (quantize.quantize_onnx) with ranges measured on `calibration` pictures, uint8 (N, S, S, 3), which should
+    resemble those to be classified. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3), are
+    compared with the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written, atomically.
 
-    Raises ValueError for an encoder that can't be fused or exported, a precision that the runtime doesn't compute in
-    and missing calibration pictures, ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below
-    0.999 (fp16, bf16) or 0.99 (int8, fp8), RuntimeError with TensorRT's message.
+    Raises ValueError for an encoder that can't be fused or exported, a precision that the runtime doesn't support, and
+    missing calibration pictures; ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below
+    0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
     """
     if max_batch < 1:
         raise IosrFastError(f"expected max_batch >= 1, got {max_batch}")
@@ -167,8 +167,8 @@ def _export_quantised(
 def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
     """Build a plan for `runtime` and this GPU from an engine's encoder.onnx, and add it to the engine's plans.
 
-    On a GPU it is compared with ONNX Runtime first. The engine folder is replaced whole or not at all. Returns its
-    manifest. Raises ValueError for another runtime or an engine without encoder.onnx, and what write_engine raises.
+    With a GPU the plan is first compared with ONNX Runtime. The engine folder is replaced atomically. Returns its
+    manifest. Raises ValueError for another runtime or an engine without encoder.onnx, and as write_engine does.
     """
     engine = Path(engine)
     source = open_verified(engine, ENGINE_KIND)
@@ -195,7 +195,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
 
 
 def _write_plan(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEncoder | None:
-    """Compile encoder.onnx for this machine and describe the plan in `facts`; opened if this GPU can run it."""
+    """Compile encoder.onnx for this machine and add the plan to `facts`; returns its encoder if this GPU can run it."""
     plan_target = target(runtime)
     data, built = build_plan(folder / ONNX_FILE, runtime, facts["max_batch"])
     (folder / plan_target.file).parent.mkdir(exist_ok=True)

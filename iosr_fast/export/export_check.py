@@ -14,7 +14,7 @@ CHECKED_PICTURES = 8
 
 
 def checked_pictures(size: int, real_images: np.ndarray | None, noise: bool = True) -> dict[str, np.ndarray]:
-    """Three random pictures, a batch size that the export never saw, and some of the real ones.
+    """Three random pictures (another batch size than the export's example) and some of the real ones.
 
     Without `noise`, real pictures replace the random ones: a quantised encoder has the ranges of real pictures.
     """
@@ -49,7 +49,7 @@ def check(
 
 
 def require_accuracy(what: str, error: float, cosine: float, precision: str, least: float | None = None) -> None:
-    """Raise ArithmeticError unless `error` (fp32) or `cosine` (`least`, None: MIN_COSINES) is good; NaN is not."""
+    """Raise ArithmeticError if `error` (fp32) is too large, `cosine` too small (`least`, None: MIN_COSINES), or NaN."""
     least = MIN_COSINES.get(precision, 0.0) if least is None else least
     if error <= FP32_MAX_ERROR if precision == "fp32" else cosine >= least:
         return

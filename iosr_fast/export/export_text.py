@@ -86,10 +86,10 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
     text.onnx: "tokens" int64 (T, L) -> "embeddings" float32 (T, D), L2-normalised, T and L <= context_length dynamic.
     It computes in fp32; precision "fp16" halves the file by storing matrices in fp16, which is lossless for weights
     published in fp16 (OpenAI's). Both files are compared with open_clip: token ids of every class name of the demo in
-    every template and of texts that are hard to split, embeddings of some.
+    every template and of texts that are hard to split, and embeddings of the latter.
 
     Raises ValueError for a text encoder or tokenizer of another kind or over 2 GB (before anything is written) and for
-    token ids that differ, ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below 0.9999
+    token ids that differ; ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below 0.9999
     (fp16). After an error `folder` has neither file.
     """
     if precision not in get_args(Precision):
@@ -134,8 +134,8 @@ def _check_exportable(clip: LoadedClip) -> None:
     for part, kind in ((model, open_clip.CLIP), (tokenizer, open_clip.SimpleTokenizer)):
         if type(part) is not kind:
             raise IosrFastError(
-                f"{clip.name} has a {type(part).__name__} for its text side; only open_clip's {kind.__name__} can be "
-                "exported (ViT-B-32, ViT-B-16, ViT-L-14 and their kind)"
+                f"the text encoder of {clip.name} can't be exported: expected open_clip's {kind.__name__}, as in "
+                f"ViT-B-32, ViT-B-16 and ViT-L-14, got {type(part).__name__}"
             )
     length = model.context_length
     causal = torch.full((length, length), float("-inf")).triu(1)
@@ -146,7 +146,7 @@ def _check_exportable(clip: LoadedClip) -> None:
         f"{model.text_pool_type!r} pooling; expected the end token's output": model.text_pool_type != "argmax"
         and (model.text_pool_type, model.text_eos_id) != ("eos", tokenizer.eot_token_id),
         "no projection matrix": not isinstance(model.text_projection, nn.Parameter),
-        f"weights of {size / 1e9:.1f} GB; expected under 2 GB, which is what one ONNX file holds": size > LARGEST_FILE,
+        f"weights of {size / 1e9:.1f} GB; expected under 2 GB, the limit of one ONNX file": size > LARGEST_FILE,
         f"a vocabulary of {model.vocab_size} for {tokenizer.vocab_size} tokens": model.vocab_size
         < tokenizer.vocab_size,
         f"a context of {length} for rows of {tokenizer.context_length}": length != tokenizer.context_length,
@@ -156,13 +156,13 @@ def _check_exportable(clip: LoadedClip) -> None:
     }
     for reason, applies in refused.items():
         if applies:
-            raise IosrFastError(f"the text side of {clip.name} can't be exported, it has {reason}")
+            raise IosrFastError(f"the text encoder of {clip.name} can't be exported: it has {reason}")
 
 
 def _build_tokenizer(tokenizer: Any, context_length: int) -> Any:
     """open_clip's SimpleTokenizer as a tokenizer of the `tokenizers` package, for texts that are cleaned already.
 
-    Character classes are written out as ranges: the two packages' regular expressions know different versions of
+    Character classes are written out as ranges: the two packages' regular expressions use different versions of
     Unicode, and open_clip's ignores case, which excludes U+0345 (a mark whose upper case is a letter).
     """
     tokenizers = require("tokenizers", "serve")
@@ -216,7 +216,7 @@ def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
     expected, got = clip.tokenizer(texts).numpy(), encoder.tokenize(texts)
     for row in np.flatnonzero((expected != got).any(1))[:1]:
         wrong, right = ([int(token) for token in ids[row] if token != PAD] for ids in (got, expected))
-        raise IosrFastError(f"{TOKENIZER_FILE} reads {texts[row]!r} as {wrong}, open_clip's tokenizer as {right}")
+        raise IosrFastError(f"expected {TOKENIZER_FILE} to encode {texts[row]!r} as open_clip's {right}, got {wrong}")
     return len(texts)
 
 

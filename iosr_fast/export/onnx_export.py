@@ -19,7 +19,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
 OPSET = 20  # the first with Gelu as one operator
-LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, less some room for the graph
+LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, minus room for the graph
 _EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, for shape inference and constant folding
 
 
@@ -32,7 +32,7 @@ def export_onnx(encoder: DualEncoder, path: Path) -> None:
     size = module_bytes(encoder)
     if size > LARGEST_FILE:
         raise IosrFastError(
-            f"expected weights under 2 GB, which is what one ONNX file holds, got {size / 1e9:.1f} GB; "
+            f"expected weights under 2 GB, the limit of one ONNX file, got {size / 1e9:.1f} GB; "
             "export in fp16, or use the torch runtime"
         )
     shapes = encoder.shapes
@@ -46,8 +46,8 @@ def to_onnx(
 ) -> Any:
     """A module with one input as an onnx.ModelProto of opset 20.
 
-    `example`: an input; `name`: the input's name; `dynamic`: torch.export.Dim of its dynamic axes. Raises RuntimeError
-    if one of them, or the first axis of an output, was exported with a fixed size.
+    `example` is an input; `name` the input's name; `dynamic` has the torch.export.Dim of each dynamic axis. Raises
+    RuntimeError if one of these axes, or the first axis of an output, was exported with a fixed size.
     """
     require("onnxscript", "cpu")
     with _quiet_exporter():
@@ -68,7 +68,7 @@ def to_onnx(
     axes = {name: dynamic} | {value.name: (0,) for value in model.graph.output}
     for value in (*model.graph.input, *model.graph.output):
         if not all(value.type.tensor_type.shape.dim[axis].dim_param for axis in axes[value.name]):
-            raise RuntimeError(f"{value.name} was exported with a fixed shape; expected a dynamic one")
+            raise RuntimeError(f"expected {value.name} to be exported with a dynamic shape, got a fixed one")
     return model
 
 

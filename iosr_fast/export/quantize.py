@@ -8,8 +8,7 @@ range on calibration pictures, and one for each output of W. Before that, the sc
 so that one large channel does not set the scale of all (SmoothQuant, arXiv 2211.10438). s is max|x|^a / max|W|^(1-a)
 per channel, with the exponent a of EXPONENTS that leaves the smallest error of y. If none halves the error, s is 1.
 
-Ranges are those of the extremes: neither clipping them for the smallest square error nor correcting biases improved the
-demo's embeddings on validation concepts.
+Ranges reach from the smallest to the largest value; they are not clipped.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Kind = Literal["int8", "fp8"]
 Scheme = Literal["cpu", "tensorrt"]
 MIN_PICTURES = 8
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
-WORTH = 0.5  # of the error without smoothing; smaller gains in a product did not improve the embeddings
+WORTH = 0.5  # largest share of the unsmoothed error; smaller gains in a product do not improve the embeddings
 LARGEST_ERROR = 0.01  # of |y|^2; 0.01% is usual, 1% means channels or tokens that no scale fits
 _LIMITS = {"int8": 127.0, "fp8": 448.0}
 
@@ -43,15 +42,15 @@ def quantize_onnx(
     VNNI multiplies them in ONNX Runtime and OpenVINO. "tensorrt": activations int8 or E4M3FN ("fp8") with zero point 0,
     scales in the graph's float type, for strongly typed networks of TensorRT and TensorRT-RTX.
 
-    These stay in float: the products of attention, which have no constant factor; the last block's matrices per head;
+    These products stay in float: those of attention, which have no constant factor; the last block's matrices per head;
     the last projection, which is cheap and whose error is the embedding's; for "tensorrt" the patch projection, since
-    only uint8 fits the 256 levels of pixels; a product with an error above 1% of its own square.
+    only uint8 fits the 256 levels of pixels; products whose squared error exceeds 1% of their square.
 
-    Returns kind, scheme, calibration_pictures, products (number quantised), smoothed (number of LayerNorms) and kept
-    (name: reason), JSON-ready.
+    Returns JSON values: kind, scheme, calibration_pictures, products (number quantised), smoothed (number of
+    LayerNorms) and kept (the products in float: {name: reason}).
 
     Raises ValueError for another kind or scheme, fp8 for a CPU, pictures of another dtype, shape or number, and a file
-    that is no encoder or has nothing to quantise; FileNotFoundError for a missing file.
+    that is not an encoder or has nothing to quantise; FileNotFoundError for a missing file.
     """
     if kind not in _LIMITS or scheme not in ("cpu", "tensorrt"):
         raise IosrFastError(
@@ -71,7 +70,7 @@ def quantize_onnx(
     for group in groups:
         best = _quantise(group, activations[group.tensor], kind, scheme, graph.dtype(group))
         if not best.error <= LARGEST_ERROR:
-            reason = f"it would be off by {best.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
+            reason = f"its squared error would be {best.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
             kept |= _names(group, reason)
             continue
         if best.divisor is not None:
@@ -105,7 +104,7 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
     if not isinstance(pictures, np.ndarray) or pictures.dtype != np.uint8:
         got = pictures.dtype if isinstance(pictures, np.ndarray) else type(pictures).__name__
         raise IosrFastError(
-            f"expected {expected}, got {got}; pass the pictures' bytes, the encoder normalises by itself"
+            f"expected {expected}, got {got}; pass the pixels as bytes, the encoder normalises them itself"
         )
     if pictures.ndim != 4 or pictures.shape[1:] != shape or len(pictures) < MIN_PICTURES:
         raise IosrFastError(
@@ -195,7 +194,7 @@ def _type(kind: Kind) -> Any:
 
 
 def _at_least(scale: np.ndarray, dtype: Any) -> np.ndarray:
-    """Rounded up to `dtype`, so that the largest value still fits; positive."""
+    """Positive scales, rounded up to `dtype` so that the largest value still fits."""
     exact = np.maximum(scale, 1e-30 if dtype == np.float32 else 1e-6)
     near = exact.astype(dtype)
     up = np.nextafter(near, np.asarray(np.inf, dtype))

@@ -39,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Activation:
-    """One tensor (..., channels) on the calibration pictures."""
+    """The values of one tensor (..., channels) on the calibration pictures."""
 
     rows: np.ndarray  # (about SAMPLED_ROWS, channels) float32, sampled at random
     low: np.ndarray  # (channels,), over all rows
@@ -132,14 +132,14 @@ class EncoderGraph:
         """Divide the output of a LayerNormalization, channel by channel."""
         for i in (1, 2):
             value = self.value(norm.input[i])
-            # A constant of its own: the exporter stores equal constants once, so others may read this one.
+            # As a separate constant: the exporter stores equal constants once, so other nodes may read this one.
             norm.input[i] = self._add(f"{norm.name}_{i}_divided", (value / by).astype(value.dtype))
 
     def insert(self, group: Group, activation: Quantised, weights: list[Quantised]) -> None:
         """Insert Q/DQ on the activation, one pair for all readers, and DQ on each product's quantised matrix."""
         producer = self._producer.get(group.tensor)
         if producer is not None and producer.op_type == "Relu" and activation.zero.dtype.kind not in "iu":
-            # ONNX Runtime 1.32 drops a float32 Relu before Q to fp8, as if a zero point of 0 meant no negative values.
+            # ONNX Runtime 1.32 drops a float32 Relu before Q to fp8, as if zero point 0 excluded negative values.
             producer.op_type = "Max"
             producer.input.append(self._add(f"{group.tensor}_least", np.zeros((), activation.scale.dtype)))
         pair = self._pair(group.tensor, activation)

@@ -1,1 +1,1 @@
-"""Bytes to pixels: files, arrays and tensors to RGB, decoders, and what a folder holds."""
+"""Images to pixels: files, arrays and tensors to RGB, decoders, and the images of a folder."""

@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 Decoded = np.ndarray | BadImageError
 # Takes (width, height); returns what is wrong with them, or "".
 SizeCheck = Callable[[int, int], str]
-# libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 by leaving coefficients out: a sharp cut-off, and one more rounding. Mean
-# absolute difference to the reference, by how many times the target size is left, on textures with a photograph's
-# spectrum (1/f, deviation 40 levels), qualities 75 to 95, 4:4:4 and 4:2:0, at 64 and 224 pixels: 1: 2.2 to 3.8 levels;
-# 1.5: 1.1 to 1.5; 2: 0.8 to 1.1; 2.5: 0.6 to 0.9; 3: 0.5 to 0.9. No margin protects labels that are nearly tied.
+# libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 of its size by omitting coefficients: a sharp cut-off and one more rounding.
+# With MARGIN times the target size left, the mean difference to the reference is below 1 level on textures with a
+# photograph's spectrum (2 to 4 levels at a margin of 1). No margin protects labels that are nearly tied.
 MARGIN = 3.0
 _SCALES = (8, 4, 2)
 _REVERSED_X, _REVERSED_Y = frozenset({2, 3, 7, 8}), frozenset({3, 4, 6, 7})  # EXIF orientations that reverse an axis
 
 
 class Decoder(Protocol):
-    """Decodes batches of images as `open_image` takes them. Threads may share one; more than `threads` gain nothing."""
+    """Decodes batches of images as `open_image` takes them. Threads may share one; only `threads` of them help."""
 
     name: str
     threads: int | None  # None: no limit
@@ -43,7 +42,7 @@ class Decoder(Protocol):
 
 
 class CpuDecoder:
-    """Pillow, in the calling thread. `exact` equals the reference to the last bit."""
+    """Pillow, in the calling thread. With `exact`, pixels equal the reference to the last bit."""
 
     threads: int | None = None
 
@@ -75,10 +74,10 @@ def decode_pixels(
 ) -> np.ndarray:
     """One image, as `open_image` takes it, as (size, size, 3) uint8, C-contiguous.
 
-    Within 1 level of the reference on average over a photograph's pixels; it differs by rounding and, for JPEGs whose
-    shorter side is at least 2 * MARGIN * size, by decoding at a fraction of the size. The work depends on the decoded
-    pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name` names encoded bytes in errors.
-    `check` is called with the size of an encoded image before it is decoded. Raises BadImageError.
+    On average over a photograph's pixels the result is within 1 level of the reference; it differs by rounding and, for
+    JPEGs whose shorter side is at least 2 * MARGIN * size, by decoding at a fraction of the size. The work depends on
+    the decoded pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name` names encoded bytes
+    in errors. `check` is called with the size of an encoded image before it is decoded. Raises BadImageError.
     """
     if isinstance(source, (str, Path, *ENCODED)):
         with opened_encoded(source, position, name) as image:
@@ -110,7 +109,7 @@ def crop_pixels(
         image = to_rgb(image)
     resized = int(size * width / short), int(size * height / short)  # the size from which resize_and_crop crops
     left, top = (
-        # The upright image rounds an odd excess; a reversed axis has to round it the other way.
+        # The upright image rounds an odd excess; a reversed axis must round it the other way.
         excess - round(excess / 2) if orientation in reversed_by else round(excess / 2)
         for excess, reversed_by in ((resized[0] - size, _REVERSED_X), (resized[1] - size, _REVERSED_Y))
     )

@@ -1,4 +1,4 @@
-"""Choosing a decoder: the CPU, or a GPU's where it is installed."""
+"""Choosing a decoder: Pillow on the CPU, or a GPU decoder if one is installed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool = True) -> Decoder:
-    """The named decoder. "auto" is a GPU's if the encoder's `runtime` is for GPUs and one can run here, else the CPU.
+    """The decoder of this name. "auto" is a GPU decoder if the encoder's `runtime` is TensorRT and one can run here,
+    else the CPU's.
 
     `exif_orientation` as for `open_image`; pass Classifier.exif_orientation_.
-    Raises ValueError for an unknown name, RuntimeError for a decoder that can't run here.
+    Raises ValueError for an unknown name, UnavailableError (a RuntimeError) for a decoder that can't run here.
     """
     if name not in ("auto", *DECODERS):
-        raise IosrFastError(f"expected a decoder out of {', '.join(('auto', *DECODERS))}, got {name!r}")
+        raise IosrFastError(f"expected decoder to be one of {', '.join(('auto', *DECODERS))}, got {name!r}")
     if name != "auto":
         if (reason := unavailable_reason(name)) is not None:
             raise UnavailableError(f"decoder={name!r} can't run here: {reason}")
@@ -35,7 +36,7 @@ def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool
         if (reason := unavailable_reason(candidate)) is None:
             return _make(candidate, exif_orientation)
         refused[candidate] = reason
-    log.info("decoding on the CPU; refused: %s", refused or "none")
+    log.info("decoding on the CPU; unavailable: %s", refused or "none")
     return CpuDecoder(exif_orientation=exif_orientation)
 
 

@@ -20,7 +20,7 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     import torch
 
-_MAX_ASPECT = 8  # beyond it, resizing the whole image is mostly waste, and the CPU resizes only the crop
+_MAX_ASPECT = 8  # beyond it most of the resized image is cut off; the CPU resizes only the crop
 _JPEG = b"\xff\xd8\xff"
 
 
@@ -106,7 +106,7 @@ def turned(image: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def _orientation(jpeg: bytes) -> int | None:
-    """By the header; None if it can't be read: the CPU's decoder reports why."""
+    """The EXIF orientation in the header; None if it can't be read (the CPU's decoder reports why)."""
     try:
         with opened(jpeg) as image:
             return orientation_of(image)

@@ -1,9 +1,9 @@
 """Limits of images from untrusted sources, checked by the file's header: nothing is decoded or allocated.
 
-A few hundred bytes can claim billions of pixels, so the claim is read before a decoder sees the file. The resized image
-is bounded too: one of 1 x 60,000 pixels, with its shorter side resized to 224, would have three billion.
+A few hundred bytes can claim billions of pixels, so the claim is checked before a decoder reads the file. The resized
+image is bounded too: one of 1 x 60,000 pixels, with its shorter side resized to 224, would have three billion.
 
-These checks take microseconds. `decoder_process.structure` walks through the whole file, in a separate process.
+These checks take microseconds. `decoder_process.structure` checks the whole file, in a separate process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 Encoded = bytes | bytearray | memoryview
 Size = tuple[int, int]  # width, height
 
-DAMAGED = "its headers are damaged, end too soon, or are far too many"
+DAMAGED = "its headers are damaged, truncated or far too many"
 PNG = b"\x89PNG\r\n\x1a\n"
 # Markers of JPEG frame headers, which hold the size: C0 to CF without DHT, JPG and DAC.
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -26,8 +26,8 @@ class DecodeLimits:
     """Bounds of one image; None: no limit.
 
     max_bytes            encoded
-    max_pixels           of the image, and of the image once its shorter side is resized
-    max_pixels_together  of the images above 16 million pixels that are decoded at a time
+    max_pixels           of the image, and of the image after its shorter side is resized
+    max_pixels_together  of all images above 16 million pixels that are decoded at the same time
     timeout_s            CPU seconds for decoding one, or twice as long by the clock; enforced in a process only
     """
 
@@ -55,7 +55,7 @@ class DecodeLimits:
 
 
 def image_kind(data: Encoded) -> str:
-    """ "PNG", "JPEG", "WEBP", or "" for other kinds."""
+    """ "PNG", "JPEG", "WEBP", or "" for other formats."""
     if data[:8] == PNG:
         return "PNG"
     if data[:3] == b"\xff\xd8\xff":
@@ -64,7 +64,7 @@ def image_kind(data: Encoded) -> str:
 
 
 def claimed_size(data: Encoded) -> Size | None:
-    """(width, height) by the first header; None for other kinds and without a size of at least 1 x 1."""
+    """(width, height) in the first header; None for other formats and without a size of at least 1 x 1."""
     reader = {"PNG": _png_size, "JPEG": _jpeg_size, "WEBP": webp_size}.get(image_kind(data))
     size = None if reader is None else reader(data)
     return size if size is not None and min(size) > 0 else None
@@ -100,7 +100,7 @@ def webp_size(data: Encoded, at: int = 12) -> Size | None:
 
 
 def _jpeg_size(data: Encoded) -> Size | None:
-    """By the first frame header, which precedes the first scan."""
+    """The size in the first frame header, which precedes the first scan."""
     at, end = 2, len(data) - 9
     for _ in range(_BEFORE_FRAME):
         if at > end or data[at] != 0xFF:

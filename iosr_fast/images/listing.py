@@ -1,7 +1,7 @@
 """The images in a folder: one rule for every command, in an order that depends on names alone.
 
-An image is recognised by its suffix, in any case. Links are followed: each folder and each picture is listed once, by
-its own path if that lies below the folder. Skipped files are counted by reason, and a warning reports them.
+An image is recognised by its suffix, in upper or lower case. Links are followed: each folder and each image is listed
+once, by its own path if that lies below the folder. Skipped files are counted by reason, and a warning reports them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SYSTEM = (
 )
 _BROKEN = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"})
-_MAX_SUFFIXES = 6  # that a summary names
+_MAX_SUFFIXES = 6  # listed in a summary
 
 
 @dataclass
@@ -142,7 +142,7 @@ def walk(
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Every file below `folder` with one of the suffixes, and its status.
 
-    Skips hidden files, files of the operating system, special files, and files that another link has reached already.
+    Skips hidden files, files of the operating system, special files, and files that are listed by another path.
     Raises PermissionError naming a folder that can't be read.
     """
     skipped = Skipped() if skipped is None else skipped
@@ -185,7 +185,7 @@ def walk(
 
 
 def _entries(place: str, skipped: Skipped) -> list[os.DirEntry[str]]:
-    """The entries of a folder, by name, without those skipped by name."""
+    """The entries of a folder, sorted by name, without those that are skipped by name."""
     try:
         with os.scandir(place) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
@@ -244,7 +244,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _is_above(link: str, status: os.stat_result) -> bool:
-    """Whether a link to a folder with this status leads to one above the link: listing it would never end."""
+    """Whether a link leads to a folder (with this status) above the link; listing that would never end."""
     above = Path(os.path.abspath(link)).parents
     return any(os.path.samestat(os.stat(place), status) for place in above)
 

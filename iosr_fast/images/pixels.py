@@ -1,7 +1,7 @@
 """From any kind of image to upright 8-bit RGB, by one set of rules.
 
-formats       FORMATS, AVIF, and HEIC if pillow-heif is installed; Pillow's other decoders never run, whatever the name
-              of a file
+formats       FORMATS, AVIF, and HEIC if pillow-heif is installed; Pillow's other decoders never run, whatever the
+              suffix of a file
 frames        the first one
 orientation   EXIF's, unless the caller asks for pixels as stored; an unreadable EXIF block is ignored
 16-bit grey   value / 257: the whole range of the type, so that 65,535 is white (12-bit TIFFs: value / 4,095 * 255)
@@ -29,7 +29,7 @@ from iosr_fast.utils.require import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 2  # increases when a file gives other pixels than before: caches of derived data depend on it
+VERSION = 2  # increases when the pixels of a file change; caches of derived data depend on it
 # JPEG includes phones' files with a second picture (MPO); PPM includes PGM, PBM and PNM.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # The first box of an ISO base media file has its brands: https://mp4ra.org/registered-types/brands
@@ -55,7 +55,7 @@ def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
         if kind == "HEIF":
             _register_heif()
         elif kind == "AVIF" and not features.check("avif"):
-            raise MissingPackageError("this Pillow reads no AVIF: pip install 'pillow>=11.3' brings one that does")
+            raise MissingPackageError("this Pillow can't read AVIF; install one that can: pip install 'pillow>=11.3'")
         with Image.open(file, formats=FORMATS if kind is None else (kind,)) as image:
             yield image
 
@@ -115,7 +115,7 @@ def is_plain(image: Image) -> bool:
 
 
 def to_rgb(image: Image) -> Image:
-    """A new RGB image from a PIL image, as stored. It has no EXIF, so that it can't be turned twice."""
+    """A new RGB image from a PIL image, as stored. It has no EXIF, so it can't be turned twice."""
     from PIL import Image
 
     if image.mode in _DEEP:
@@ -159,8 +159,8 @@ def _check_integers(values: np.ndarray, sixteen: bool) -> None:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535 or (0 < high <= 255 and not sixteen):
         raise IosrFastError(
-            f"expected integers that use the range from 0 to 65,535, got {low} to {high} of 32 bits; save it with 8 "
-            "or 16 bits"
+            f"expected integers that use the range from 0 to 65,535, got {low} to {high} of 32 bits; save the image "
+            "with 8 or 16 bits"
         )
 
 
@@ -202,7 +202,7 @@ _ADVICE = {
 def tensor_array(tensor: Any) -> np.ndarray:
     """A PyTorch tensor of uint8 pixels, on any device, as a NumPy array with the channels last.
 
-    (H, W), (C, H, W) or (H, W, C), and batches of the last two, with C of 1, 3 or 4. If both axes could be the
+    Takes (H, W), (C, H, W) or (H, W, C), and batches of the last two, with C of 1, 3 or 4. If both axes could be the
     channels, the first one is, by PyTorch's convention. Raises ValueError for other shapes and types.
     """
     if str(tensor.dtype) != "torch.uint8":

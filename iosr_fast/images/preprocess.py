@@ -1,4 +1,4 @@
-"""Paths, PIL images, arrays and tensors to the uint8 pixels that an encoder takes: the reference.
+"""Paths, PIL images, arrays and tensors to the uint8 pixels that an encoder takes: the reference implementation.
 
 The geometry is CLIP's: resize the shorter side (bicubic, antialiased), crop the centre. Mean and standard deviation are
 folded into the encoder, so pixels stay uint8.
@@ -27,7 +27,7 @@ def open_image(source: Any, position: int = 0, exif_orientation: bool = True, na
 
     `source`: path, bytes of an encoded image, PIL image, uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
     uint8 tensor of PyTorch (H, W), (C, H, W) or (H, W, C). `exif_orientation=False` takes pixels as stored. `name`
-    names encoded bytes in errors: they may lie within an archive. Raises BadImageError.
+    names encoded bytes in errors (they may come from an archive). Raises BadImageError.
     """
     from PIL import Image
 
@@ -47,7 +47,7 @@ def open_image(source: Any, position: int = 0, exif_orientation: bool = True, na
 
 @contextmanager
 def opened_encoded(source: Any, position: int, name: Path | None = None) -> Iterator[Image]:
-    """`pixels.opened` of a path or of encoded bytes. Errors of the block, too, become BadImageErrors."""
+    """`pixels.opened` of a path or of encoded bytes. Errors in the block become BadImageErrors too."""
     path = name if isinstance(source, ENCODED) else Path(source)
     with naming(path, position), opened(source if isinstance(source, ENCODED) else check_path(Path(source))) as image:
         yield image
@@ -56,7 +56,7 @@ def opened_encoded(source: Any, position: int, name: Path | None = None) -> Iter
 def check_path(path: Path) -> Path:
     """The path of a file. Raises ValueError for a folder, a special file and a missing one."""
     if path.is_dir():
-        raise IosrFastError("it is a folder; fit_folder and predict_folder, or `iosr-fast classify`, take folders")
+        raise IosrFastError("it is a folder; use fit_folder, predict_folder or `iosr-fast classify` for folders")
     if not path.is_file():
         raise IosrFastError("it is not a regular file" if path.exists() else "no such file")
     return path
@@ -64,7 +64,7 @@ def check_path(path: Path) -> Path:
 
 @contextmanager
 def naming(path: Path | None, position: int) -> Iterator[None]:
-    """Turn any error of decoders in the block into a BadImageError of this image."""
+    """Turn any error in the block into a BadImageError of this image."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -92,9 +92,9 @@ def resize_and_crop(image: Image, size: int) -> np.ndarray:
 
 
 def random_view(image: Image, size: int, rng: np.random.Generator, mirror: bool) -> np.ndarray:
-    """A random crop of half to all of the area, resized to (size, size, 3) uint8; `mirror` mirrors half of them.
+    """A random crop of half to all of the area, resized to (size, size, 3) uint8; `mirror` mirrors it half of the time.
 
-    The augmented view of the papers (torchvision's RandomResizedCrop(scale=(0.5, 1)) and RandomHorizontalFlip).
+    Equals the papers' augmentation: torchvision's RandomResizedCrop(scale=(0.5, 1)) and RandomHorizontalFlip.
     """
     from PIL import Image
 

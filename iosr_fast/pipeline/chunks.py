@@ -27,10 +27,10 @@ def run_chunks(
     skip_bad: bool,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Generator[Done, None, None]:
-    """Compute the parts of `chunks` in order in this process; yields each when its file is written.
+    """Compute the parts of `chunks` in order in this process; yield each one when its file is written.
 
-    Batches don't cross chunks, so that what is encoded together depends on the chunk alone. Raises BadImageError for
-    the first unreadable image, unless `skip_bad`. Parts written before stay.
+    Batches don't cross chunks, so a part depends on its chunk alone. Raises BadImageError for the first unreadable
+    image, unless `skip_bad`; parts that are already written stay.
     """
     encoder, write = opened
     batches = (

@@ -1,15 +1,15 @@
-"""Embeddings on disk: part files that verify themselves, and the folder of parts that tools/embed.py writes.
+"""Embeddings on disk: part files that verify themselves, and the folder of parts that `iosr-fast embed` writes.
 
-A part is one file that exists whole or not at all:
+A part is one file, written atomically:
 
 - `part-00000.safetensors`: tensors "plain" and, with an adapter, "adapted", both (n, D) float32 or float16. Keys,
-  errors and facts are JSON under the one metadata entry "iosr_fast" (one, because safetensors keeps no order among
-  several, and the same embeddings give the same bytes).
+  errors and facts are JSON in the metadata entry "iosr_fast" (a single entry, because safetensors does not order
+  several, and the same embeddings must give the same bytes).
 - `part-00000.parquet`: columns key (string), plain and adapted (fixed-size list of D), error (string or null), then
   the columns carried from the input; facts are JSON in the schema's metadata under "iosr_fast".
 
-An unreadable image keeps its row: its error says why, its embeddings are null in Parquet and NaN in safetensors. The
-facts have a SHA-256 of all this, which reading verifies; carried columns have Parquet's own checksums.
+An unreadable image keeps its row: its error has the reason, its embeddings are null in Parquet and NaN in safetensors.
+The facts include a SHA-256 of all this, which reading verifies; carried columns have Parquet's own checksums.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Part:
 
 
 def write_part(path: Path, part: Part, file_format: Format) -> None:
-    """Write a part whole or not at all; the same part gives the same bytes.
+    """Write a part atomically; the same part gives the same bytes.
 
     Raises ValueError for wrong lengths, dtypes or format, ImportError for Parquet without pyarrow.
     """
@@ -86,14 +86,14 @@ def read_part(path: str | Path) -> Part:
     except ImportError:
         raise
     except Exception as error:  # the error of a damaged file depends on the damaged bytes
-        raise DamagedFileError(f"{path} is damaged or no part of iosr_fast ({error}); make it again") from error
+        raise DamagedFileError(f"{path} is damaged or not a part of iosr_fast ({error}); compute it again") from error
     if actual != expected:
-        raise DamagedFileError(f"{path} is damaged: what it holds is not what was written; make it again")
+        raise DamagedFileError(f"{path} is damaged: its content differs from what was written; compute it again")
     return part
 
 
 def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
-    """The parts of a finished folder of tools/embed.py, in order, one in memory at a time.
+    """The parts of a finished folder of `iosr-fast embed`, in order, one in memory at a time.
 
     Raises as `read_manifest` does for a folder that is unfinished, damaged or of another kind.
     """
@@ -128,12 +128,12 @@ def _check(part: Part, file_format: str) -> None:
         rows[name] = len(array)
     if part.columns is not None:
         if file_format != "parquet":
-            raise IosrFastError("expected format parquet for a part that carries columns over, got safetensors")
+            raise IosrFastError("expected format parquet for a part with carried columns, got safetensors")
         if taken := sorted(set(part.columns.column_names) & set(COLUMNS)):
-            raise IosrFastError(f"expected carried columns named otherwise than {list(COLUMNS)}, got {taken}")
+            raise IosrFastError(f"expected carried columns with names other than {list(COLUMNS)}, got {taken}")
         rows["columns"] = part.columns.num_rows
     if len(set(rows.values())) != 1:
-        raise IosrFastError(f"expected as many rows everywhere, got {rows}")
+        raise IosrFastError(f"expected the same number of rows in each, got {rows}")
 
 
 def _arrays(part: Part) -> dict[str, np.ndarray]:

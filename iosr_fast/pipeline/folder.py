@@ -29,8 +29,8 @@ class FolderPredictions:
     paths          of the B readable images
     labels         (B,) class names
     probabilities  (B,) float32, of the labels
-    errors         of the unreadable images, in order; each names its path and the reason
-    skipped        files that are not images, hidden, linked twice, ..., counted by reason
+    errors         a BadImageError for each unreadable image, in order, with its path and the reason
+    skipped        counts by reason of other files: not images, hidden, linked twice, ...
     """
 
     paths: list[Path]

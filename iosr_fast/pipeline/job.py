@@ -41,7 +41,7 @@ class Job:
     skip_bad: bool
 
     def stream(self, file: TextIO, log: Callable[[str], None]) -> int:
-        """Write CSV rows as they come; returns how many images were left out. Raises BadImageError unless skip_bad."""
+        """Write CSV rows one by one; returns the number of skipped images. Raises BadImageError unless skip_bad."""
         writer, left_out = csv_writer(file, self.top, errors=False), 0
         bar = progress("classify", len(self.paths), not file.isatty())
         with bar as advance, closing(self.answers(0, advance)) as answers:
@@ -54,11 +54,11 @@ class Job:
         return left_out
 
     def write(self, out: Path) -> int:
-        """Write the file, or resume an interrupted run of it; returns how many images could not be read.
+        """Write the file, or resume an interrupted run; returns the number of unreadable images.
 
-        Batches go to a journal beside `out`, and from there to `out` at the end: its bytes don't depend on
+        Batches go to a journal beside `out`, and from there to `out` at the end, so its bytes don't depend on
         interruptions. Raises FileExistsError if `out` exists, ValueError for a journal of other images, another
-        classifier or other options, BadImageError unless `skip_bad`.
+        classifier or other options, BadImageError for an unreadable image unless `skip_bad`.
         """
         check_place(out, self.paths)
 
@@ -69,7 +69,7 @@ class Job:
         return unread
 
     def facts(self) -> dict[str, Any]:
-        """Everything that decides the rows. The number of cores is not part of it: it may change the last bit of a
+        """Everything that determines the rows, except the number of cores, which may change the last bit of a
         probability."""
         from iosr_fast import __version__
 
@@ -138,8 +138,8 @@ class _JournaledTable:
         for path, result in zip(self._job.paths, chain.from_iterable(self._journal.read()), strict=False):
             if isinstance(result, str):
                 raise IosrFastError(
-                    f"the interrupted run left unreadable images out, the first is {path}: {result}; give --skip-bad, "
-                    f"or repair the image and remove {self._journal.path} to begin again"
+                    f"the interrupted run skipped unreadable images, the first is {path}: {result}; pass --skip-bad, "
+                    f"or repair the image and remove {self._journal.path} to start again"
                 )
 
 
@@ -165,7 +165,7 @@ def _result(answer: Answer) -> list[list[Any]] | str:
 
 
 def _stamp(path: str) -> str:
-    """Changes with an image's bytes, as far as the file system tells."""
+    """Size and time of change of an image's file, which change with its bytes; "none" without a file."""
     try:
         status = os.stat(path)
     except OSError:

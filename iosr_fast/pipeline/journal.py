@@ -1,7 +1,7 @@
-"""Results of a long run, stored beside the output until that is written: a file of lines that survives a kill.
+"""Results of a long run, stored beside the output until that is written, in a file of lines that survives a kill.
 
-The first line describes the run; each further one is a chunk of results, in order. A line is JSON after its SHA-256. A
-line that a kill or a power cut truncated is dropped, and its chunk is computed again.
+The first line describes the run; each further line is a chunk of results, in order. A line has a SHA-256 and then JSON.
+A line that a kill or a power cut truncated is dropped, and its chunk is computed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SYNC_S = 1.0  # a power cut loses the results of at most this time; a kill lose
 
 
 class Journal:
-    """Chunks of one run in a file that this process has locked. Make one with `open_journal`."""
+    """Chunks of one run in a file that this process has locked. `open_journal` creates one."""
 
     def __init__(self, path: Path, file: BinaryIO, chunks: int) -> None:
         self.path, self.chunks = path, chunks
@@ -53,22 +53,22 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of the run that `facts` (JSON values by name) describe: a new one, or the existing one.
+    """The new or existing journal of the run that `facts` (JSON values by name) describe.
 
-    Raises ValueError for another run's journal and for another file, FileExistsError while another process uses it.
+    Raises ValueError for another run's journal and for other files, FileExistsError while another process uses it.
     """
     with path.open("a+b") as file:
         if try_lock(file.fileno()) is False:
             raise FileExistsError(f"another run holds {path}; wait for it or choose another output")
         if not is_open_at(file.fileno(), path):
-            raise FileExistsError(f"another run has just finished with {path}; its output exists")
+            raise FileExistsError(f"another run has just finished and removed {path}; its output exists")
         file.seek(0)
         first = file.readline()
         if first.endswith(b"\n"):
             if different := differences(_facts(path, first), facts):
                 raise IosrFastError(
                     f"{path} holds the results of another run, which differs in {different}: resume with that run's "
-                    "input and options, or remove the file to begin again"
+                    "input and options, or remove the file to start again"
                 )
         else:  # new, or killed while the first line was written
             if first and not _line(dict(facts)).startswith(first):
@@ -114,5 +114,6 @@ def _facts(path: Path, line: bytes) -> dict[str, Any]:
         return dict(_content(line))
     except (ValueError, TypeError) as error:
         raise IosrFastError(
-            f"{path} is damaged or no journal of iosr-fast classify; remove it to begin again, or choose another output"
+            f"{path} is damaged or not a journal of iosr-fast classify; remove it to start again, or choose another "
+            "output"
         ) from error

@@ -16,11 +16,11 @@ READERS = 16  # files looked up at a time: each lookup waits on a network file s
 
 
 def table_source(location: Path, path_column: str = "path", keep_columns: Sequence[str] = ()) -> Source:
-    """The images listed in a Parquet file, or in every .parquet below a folder; sorted by path, each listed once.
+    """The images listed in a Parquet file, or in every .parquet file below a folder, sorted by path.
 
     Relative paths start at the file's folder (at `location` if it is a folder). `keep_columns` are carried to the
-    output. A path without a file is an item with a fault. Raises ValueError for a missing column, an empty or repeated
-    path, or files with different columns.
+    output. A path without a file is an item with a fault. Raises FileNotFoundError for a folder without .parquet files,
+    ValueError for a missing column, an empty or repeated path, or files with different columns.
     """
     pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     folder = location if location.is_dir() else location.parent
@@ -34,7 +34,7 @@ def table_source(location: Path, path_column: str = "path", keep_columns: Sequen
             names = pq.read_schema(file).names
             if missing := [name for name in wanted if name not in names]:
                 raise IosrFastError(
-                    f"expected columns {missing} in {file}, found {names}; --path-column names the paths'"
+                    f"expected columns {missing} in {file}, found {names}; --path-column names the column of paths"
                 )
             tables.append(pq.read_table(file, columns=wanted, partitioning=None).replace_schema_metadata(None))
         except pa.ArrowException as error:
@@ -69,4 +69,4 @@ def _item(key: str, folder: Path) -> Item:
         status = os.stat(path)
     except OSError as error:
         return Item(key, path, "", fault="no such file" if isinstance(error, FileNotFoundError) else str(error))
-    return Item(key, path, stamp_of(status)) if os.path.isfile(path) else Item(key, path, "", fault="it is no file")
+    return Item(key, path, stamp_of(status)) if os.path.isfile(path) else Item(key, path, "", fault="it is not a file")

@@ -1,7 +1,7 @@
 """The output folder of a run: plan.json, part files, log.jsonl, and manifest.json once all parts exist.
 
-log.jsonl has a line for each part written: by whom, and in how many seconds. Parts hold no such facts, so that the same
-plan gives the same files.
+log.jsonl has a line for each part written: by which process, and in how many seconds. Parts hold no such facts, so that
+the same plan gives the same files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = ("numpy", "pillow", "onnxruntime", "torch", "safetensors", "pyarrow",
 
 @dataclass(frozen=True)
 class Done:
-    """A written part: its images, how many were unreadable, and by whom it was made."""
+    """A written part: its images, how many were unreadable, and which process wrote it."""
 
     part: str
     images: int
@@ -44,13 +44,13 @@ def check_folder(out: Path) -> None:
     """Raise FileExistsError if `out` holds other files, NotADirectoryError if it is a file."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"expected a folder to write to, got the file {out}")
-    # A run that was killed at its start leaves hidden files only.
+    # A run that is killed at its start leaves only hidden files.
     if out.exists() and not (out / PLAN).exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise FileExistsError(f"{out} exists and holds other things than a run's parts ({PLAN}); choose another folder")
+        raise FileExistsError(f"{out} exists and holds other files than a run's parts ({PLAN}); choose another folder")
 
 
 def check_apart(location: str, out: Path) -> None:
-    """Raise ValueError if the output lies inside the input, and would be listed as part of it."""
+    """Raise ValueError if the output lies inside the input, where it would be listed as part of it."""
     path = Path(location).resolve()
     if path.is_dir() and (out.resolve() == path or path in out.resolve().parents):
         raise IosrFastError(f"expected --out outside the input, got {out} inside {location}; choose another folder")
@@ -62,7 +62,7 @@ def locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     lock = out / LOCK
     with lock.open("w") as file:
-        # None: a file system without locks, where two runs would do the same work twice and write the same files.
+        # None: a file system without locks. Two runs would do the same work twice and write the same files.
         if try_lock(file.fileno()) is False:
             raise FileExistsError(f"another run is writing to {out}; wait for it or choose another folder")
         if not is_open_at(file.fileno(), lock):  # the run that just ended removed it
@@ -107,21 +107,21 @@ class PartFolder:
     def finish(self) -> dict[str, Any]:
         """Write manifest.json (counts, versions, every file's SHA-256), or verify an existing one; returns it.
 
-        Raises FileNotFoundError if a part is gone.
+        Raises FileNotFoundError if a part is missing.
         """
         if self._complete:
             try:
                 return read_manifest(self._out, self._plan.kind)
-            except (ValueError, FileNotFoundError) as error:  # a kill while it was written; the parts have been read
+            except (ValueError, FileNotFoundError) as error:  # killed while writing it; the parts have been verified
                 log(f"{MANIFEST} is written again: {error}")
         out, plan = self._out, self._plan
         parts = [plan.part_name(number) for number in range(plan.chunks)]
-        if gone := [name for name in parts if not (out / name).is_file()]:
+        if missing := [name for name in parts if not (out / name).is_file()]:
             raise FileNotFoundError(
-                f"expected {len(parts)} parts in {out}, {len(gone)} are gone ({gone[0]}); start again"
+                f"expected {len(parts)} parts in {out}, {len(missing)} are missing ({missing[0]}); start again"
             )
         _remove_leftovers(out)
-        for name in (MANIFEST, LOCK):  # the manifest lists all files, and these two don't stay
+        for name in (MANIFEST, LOCK):  # the manifest lists all files, and must not list these two
             (out / name).unlink(missing_ok=True)
         versions = {"iosr_fast": __version__, **{name: package_version(name) for name in PACKAGES}}
         facts = {
@@ -151,8 +151,8 @@ class PartFolder:
             )
 
     def _missing(self) -> list[Chunk]:
-        """The chunks without a valid part. Reads every part, and reports those that are computed again: damaged,
-        foreign and outdated ones, and without `skip_bad` those with unreadable images."""
+        """The chunks without a valid part. Reads every part and logs which are computed again: damaged, foreign and
+        outdated ones and, without `skip_bad`, those with unreadable images."""
         _remove_leftovers(self._out)
         missing: list[Chunk] = []
         for chunk in self._chunks:
@@ -169,12 +169,12 @@ class PartFolder:
                 log(f"{path.name} is computed again: {reason}")
                 missing.append(chunk)
         if missing:
-            (self._out / MANIFEST).unlink(missing_ok=True)  # it would say that all parts exist
+            (self._out / MANIFEST).unlink(missing_ok=True)  # it claims that all parts exist
         return missing
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove unfinished files of killed processes, and the marks of their attempts."""
+    """Remove unfinished files of killed processes and the marks of their attempts."""
     for pattern in (".part-*.tmp", f".{PLAN}.*.tmp"):
         for leftover in out.glob(pattern):
             leftover.unlink(missing_ok=True)

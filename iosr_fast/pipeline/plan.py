@@ -1,6 +1,6 @@
-"""The plan of a run that writes part files: everything that decides their bytes, but the images themselves.
+"""The plan of a run that writes part files: everything that determines their bytes, except the images themselves.
 
-A run that was interrupted resumes with the same plan or not at all, and the same plan gives the same files.
+An interrupted run resumes only with the same plan, and the same plan gives the same files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from iosr_fast.state.state import State
 from iosr_fast.state.state_files import fingerprint
 
 SCHEMA = 1
-WritePart: TypeAlias = Callable[[Path, Part], None]  # makes a part file of a chunk's embeddings, whole or not at all
+WritePart: TypeAlias = Callable[[Path, Part], None]  # writes a part file of a chunk's embeddings atomically
 Opened: TypeAlias = tuple[Encoder, WritePart]
 
 
@@ -68,7 +68,7 @@ class Plan:
         return f"part-{number:0{max(5, len(str(self.chunks - 1)))}d}.{self.format}"
 
     def part_facts(self, chunk: Chunk) -> dict[str, Any]:
-        """The facts that a part of this plan stores, whoever computes it."""
+        """The facts that a part of this plan stores, the same on every machine."""
         return {
             "plan": self.digest(),
             "part": chunk.number,
@@ -90,14 +90,14 @@ class Plan:
         return partial(embedding_files.write_part, file_format=self.format)
 
     def check_part(self, path: Path, chunk: Chunk) -> tuple[str | None, int]:
-        """Why a part must be computed again (None: it need not), and how many of its images were unreadable."""
+        """Why a part must be computed again (None: it is valid), and how many of its images were unreadable."""
         try:
             part = self._read(path)
         except (ValueError, OSError) as error:
             return str(error), 0
         facts, expected = part.facts or {}, self.part_facts(chunk)
-        reasons = {"engine": "another engine made it", "plan": "it is of another plan", "part": "it is another part"}
-        reasons |= {"chunk": "its images have changed since", "iosr_fast": "another version of iosr_fast made it"}
+        reasons = {"engine": "another engine wrote it", "plan": "it is of another plan", "part": "it is another part"}
+        reasons |= {"chunk": "its images have changed since", "iosr_fast": "another version of iosr_fast wrote it"}
         for name, reason in reasons.items():
             if facts.get(name) != expected[name]:
                 return reason, 0
@@ -110,7 +110,7 @@ class Plan:
         return embedding_files.read_part(path)
 
     def _content_error(self, part: Any) -> str | None:
-        """What of a part's content contradicts this plan; None: nothing."""
+        """How a part's content contradicts this plan; None if it does not."""
         plain, adapted = part.embeddings.plain, part.embeddings.adapted
         if plain.shape[1] == self.width and str(plain.dtype) == self.dtype and (adapted is not None) == self.adapted:
             return None
@@ -180,7 +180,7 @@ def make_plan(
     bundle: Bundle | None = None,
     top: int = 1,
 ) -> Plan:
-    """A plan to embed or, with a `bundle`, to classify. `engine` is its manifest, `runtime` what will execute it."""
+    """A plan to embed or, with a `bundle`, to classify. `engine` is a manifest; `runtime` will execute that engine."""
     common: dict[str, Any] = {
         "input": source.described,
         "images": len(source.items),

@@ -1,10 +1,10 @@
-"""Predictions on disk: the Parquet part files of tools/classify.py, which verify themselves.
+"""Predictions on disk: Parquet part files that verify themselves.
 
 Columns: key (string); label, class_id (string), probability, zero_shot and cache (float32, their sum is the logit) of
 the best class; top, a list of structs with the same five fields, best first, starting with the label's own; error
-(string or null); then the columns carried from the input. An unreadable image keeps its row: its error says why, the
-rest is null. The schema's metadata has, under "iosr_fast", the facts of the part as JSON with a SHA-256 of them and of
-all columns but the carried ones, which have Parquet's own checksums.
+(string or null); then the columns carried from the input. An unreadable image keeps its row: its error has the reason,
+the rest is null. The schema's metadata entry "iosr_fast" has the facts of the part as JSON, with a SHA-256 of them and
+of all columns but the carried ones, which have Parquet's own checksums.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_predictions(
     columns: Any,
     facts: dict[str, Any],
 ) -> None:
-    """Write a part whole or not at all; the same part gives the same bytes. `columns` is a pyarrow.Table or None."""
+    """Write a part atomically; the same part gives the same bytes. `columns` is a pyarrow.Table or None."""
     pa = require("pyarrow", "parquet")
     classes = [
         None if prediction is None else [[getattr(one, name) for name in SCORES] for one in prediction.top]
@@ -67,7 +67,7 @@ def write_predictions(
 
 
 def read_predictions(path: str | Path) -> PredictionPart:
-    """Read and verify a part. Raises FileNotFoundError, ValueError if it is damaged or not a part of classify.py."""
+    """Read and verify a part. Raises FileNotFoundError, ValueError if it is damaged or not a part of iosr_fast."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a part with predictions at {path}, found no such file")
@@ -77,9 +77,9 @@ def read_predictions(path: str | Path) -> PredictionPart:
     except ImportError:
         raise
     except Exception as error:  # the error of a damaged file depends on the damaged bytes
-        raise DamagedFileError(f"{path} is damaged or no part of classify.py ({error}); make it again") from error
+        raise DamagedFileError(f"{path} is damaged or not a part of iosr_fast ({error}); compute it again") from error
     if actual != expected:
-        raise DamagedFileError(f"{path} is damaged: what it holds is not what was written; make it again")
+        raise DamagedFileError(f"{path} is damaged: its content differs from what was written; compute it again")
     return PredictionPart(table, facts)
 
 

@@ -25,7 +25,7 @@ from iosr_fast.pipeline.source import Chunk, Item
 from iosr_fast.utils.ray_cluster import joined
 from iosr_fast.utils.require import require
 
-ATTEMPTS = 5  # a chunk at which so many workers died is taken for the cause
+ATTEMPTS = 5  # workers that may die at a chunk before it is assumed to kill them
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pool:
 
 
 class Worker:
-    """An actor. Opens the engine once; __call__ computes one row's chunk, unless a worker that died had finished it."""
+    """An actor that opens the engine once. __call__ computes one row's chunk, unless a dead worker had finished it."""
 
     def __init__(self, folder: str, kind: str, plan: str, out: str, threads: int, skip_bad: bool) -> None:
         self.plan, self.out = PLANS[kind](**json.loads(plan)), Path(out)
@@ -83,10 +83,10 @@ def _result(done: Done, bad: str = "", reason: str = "", killer: bool = False) -
 
 @contextmanager
 def attempt(path: Path) -> Iterator[int]:
-    """Count the earlier attempts at this part whose process died in the block.
+    """Yield the number of earlier attempts at this part whose process died in the block.
 
-    A mark beside the part, with this process's id and host, stays if the process dies. Ray Data restarts actors without
-    limit, and would loop forever on a picture that crashes its decoder.
+    A mark beside the part, with this process's id and host, stays if the process dies. Without a limit Ray Data would
+    restart actors forever on a picture that crashes its decoder.
     """
     died = len(list(path.parent.glob(f".{path.name}.*.attempt.tmp")))
     mark = path.with_name(f".{path.name}.{uuid.uuid4().hex}.attempt.tmp")
@@ -152,7 +152,6 @@ def _started(pool: Pool, threads: int) -> Iterator[tuple[Any, int]]:
         if workers < 1:
             raise RuntimeError(
                 f"expected room for a worker of {threads} cores and {pool.gpus:g} GPUs, got a cluster of "
-                f"{resources.get('CPU', 0):.0f} cores and {resources.get('GPU', 0):.0f} GPUs; give fewer --threads or "
-                "--gpus"
+                f"{resources.get('CPU', 0):.0f} cores and {resources.get('GPU', 0):.0f} GPUs; lower --threads or --gpus"
             )
         yield ray, min(workers, pool.workers)

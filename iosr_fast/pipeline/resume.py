@@ -1,4 +1,4 @@
-"""The one way to run a job that may be interrupted: compute the missing chunks, store each, finish the output."""
+"""Jobs that may be interrupted: compute the missing chunks, store each one, finish the output."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def complete(
 ) -> Any:
     """Start or resume a run; returns output.finish().
 
-    `compute` takes the missing chunks, and a function to call with the number of images done; it yields a result per
-    chunk. `verb` names the work in the progress bar; `count` gives the number of images in chunks.
+    `compute` takes the missing chunks and a function to call with each number of images done; it yields a result per
+    chunk. `verb` names the work in the progress bar; `count` returns the number of images in chunks.
     """
     with output.open() as missing:
         if missing:

@@ -1,4 +1,4 @@
-"""Runs that write the parts of a plan, in this process or on workers of Ray: tools/embed.py and tools/classify.py."""
+"""Runs that write the parts of a plan, in this process or on workers of Ray."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_options(
     if batch < 1:
         raise IosrFastError(f"expected --batch of at least 1, got {batch}")
     if not ray and (workers is not None or address is not None or gpus):
-        raise IosrFastError("expected --ray with --workers, --gpus and --address")
+        raise IosrFastError("expected --workers, --gpus and --address only with --ray, got them without it")
     workers = 2 if workers is None else workers
     if threads is None:
         cores = usable_threads()
@@ -97,9 +97,9 @@ def _run(
     bundle: Bundle | None = None,
     **of_plan: Any,
 ) -> dict[str, Any]:
-    """Workers open `folder`. This process opens `engine`, to run it or to choose the runtime; `facts`: its manifest."""
+    """Workers open `folder`. This process opens `engine` to run it or to choose a runtime; `facts` is its manifest."""
     encoder, runtime = None, options.runtime
-    if options.pool is None or runtime == "auto":  # else this machine may have no GPU where its workers do
+    if options.pool is None or runtime == "auto":  # else this machine may lack the GPU that its workers have
         encoder = open_engine(engine, runtime, verify=bundle is None, threads=options.threads)
         runtime = encoder.runtime
     chunks = source.cut(options.chunk)
@@ -112,7 +112,7 @@ def _run(
             yield from run_chunks(plan, missing, out, (encoder, write), options.threads, options.skip_bad, advance)
             return
         for done in run_on_ray(folder, plan, missing, out, options.pool, options.threads, options.skip_bad):
-            advance(done.images)  # the progress of workers is only known part by part
+            advance(done.images)  # workers report their progress part by part
             yield done
 
     parts = PartFolder(out, plan, chunks, options.skip_bad)

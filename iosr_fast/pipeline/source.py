@@ -19,8 +19,8 @@ from iosr_fast.images.decode import Decoded, decode_pixels
 class Item:
     """One image: `size` bytes from `offset` of the file `path`; -1 is to the end.
 
-    `key` identifies it in the output; `stamp` (sizes and times) changes with its bytes, as far as the file system
-    tells; `fault` says why it can't be read.
+    `key` identifies it in the output; `stamp` (size and time of change of its file) changes with its bytes; `fault` is
+    the reason why it can't be read, or None.
     """
 
     key: str
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A fixed run of items. `rows` has the input's columns to carry over, as an Arrow IPC stream."""
+    """Consecutive items. `rows` has the carried columns of the input, as an Arrow IPC stream."""
 
     number: int
     items: list[Item]
@@ -62,7 +62,7 @@ class Source:
     described     its entry in the plan
     items         in order
     group_starts  where groups (shards) start: no chunk crosses one
-    rows          a pyarrow.Table with a row per item to carry over, or None
+    rows          a pyarrow.Table with the carried columns, one row per item, or None
     """
 
     described: dict[str, Any]
@@ -82,7 +82,7 @@ class Source:
         if faults and not skip_bad:
             raise IosrFastError(
                 f"{len(faults)} of {len(self.items)} images can't be read, the first is {faults[0].key}: "
-                f"{faults[0].fault}; repair the input, or give --skip-bad"
+                f"{faults[0].fault}; repair the input, or pass --skip-bad"
             )
 
     def cut(self, size: int) -> list[Chunk]:

@@ -24,15 +24,17 @@ def open_source(
 ) -> Source:
     """List the images of a folder, of WebDataset shards or of Parquet files.
 
-    Raises FileNotFoundError for a missing input, ValueError for an ambiguous one and for options that don't fit it.
+    Raises FileNotFoundError for a missing input, ValueError for an ambiguous one or for options that don't fit it.
     """
     kind = kind_of(location) if kind == "auto" else kind
     if kind not in KINDS:
         raise IosrFastError(f"expected --kind auto or one of {list(KINDS)}, got {kind!r}")
     if kind != "parquet" and (keep_columns or path_column != "path"):
-        raise IosrFastError(f"expected Parquet files with --path-column and --keep-columns, got a {kind} at {location}")
+        raise IosrFastError(
+            f"expected --path-column and --keep-columns only with Parquet files, got a {kind} at {location}"
+        )
     if kind != "webdataset" and image_field is not None:
-        raise IosrFastError(f"expected WebDataset shards with --image-field, got a {kind} at {location}")
+        raise IosrFastError(f"expected --image-field only with WebDataset shards, got a {kind} at {location}")
     if kind == "webdataset":
         return shard_source(location, image_field)
     path = Path(location).resolve()
@@ -73,7 +75,7 @@ def kind_of(location: str) -> str:
 
 
 def folder_source(folder: Path) -> Source:
-    """The images of a folder and all below it (images.listing); a warning says what was left out."""
+    """The images of a folder and all below it (images.listing); a warning reports what was skipped."""
     skipped = Skipped()
     items = [
         Item(Path(path).relative_to(folder).as_posix(), path, stamp_of(status))

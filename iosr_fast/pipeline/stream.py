@@ -1,8 +1,8 @@
 """Images in, predictions or embeddings out, in order: decoding overlaps encoding, and few images are in memory at once.
 
-There are two ways to use a CPU. Where several threads may run one session at once (ONNX Runtime), each of `callers`
+There are two ways to use a CPU. If several threads may run one session at once (ONNX Runtime), each of `callers`
 threads decodes and encodes whole batches in a session with few threads, so no thread waits at a barrier for another.
-Elsewhere, and on a GPU, one caller encodes with all cores, and threads decode ahead of it.
+Otherwise, and on a GPU, one caller encodes with all cores, and threads decode ahead of it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Stage:
 def choose_stage(
     encoder: Encoder, engine: str | Path, decoder: Decoder, images: int, batch: int, threads: int | None
 ) -> Stage:
-    """How to use `threads` cores (None: all) for so many images.
+    """How to use `threads` cores (None: all) for a number of images.
 
-    For many batches it opens the engine again with few threads per session, unless `encoder` already has as few.
+    For many batches it opens the engine again with few threads per session, unless `encoder` already has that number.
     Raises ValueError for threads below 1.
     """
     from iosr_fast.encoders.runtimes import open_engine
@@ -70,10 +70,7 @@ def choose_stage(
 
 
 def choose_batch(encoder: Encoder, batch: int | None) -> int:
-    """`batch`, or by default 16 on a CPU (as fast as 8 or 32 per core, with less memory) and up to 64 on a GPU.
-
-    Raises ValueError below 1.
-    """
+    """`batch`, or by default 16 on a CPU and up to 64 on a GPU. Raises ValueError below 1."""
     if batch is None:
         return 16 if encoder.buckets is None else min(64, encoder.max_batch)
     if batch < 1:
@@ -84,9 +81,9 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
 def classify(
     state: State, stage: Stage, decoder: Decoder, sources: Iterable[Any], batch: int, top: int = 1
 ) -> Generator[list[Answer], None, None]:
-    """For each batch of sources, in order, the Prediction or the error of each.
+    """For each batch of sources, in order, the Prediction or the error of each source.
 
-    Batches have `batch` sources; where several callers share a known number of sources, the last ones are smaller
+    Batches have `batch` sources; if several callers share a known number of sources, the last batches are smaller
     (`batch_sizes`).
     """
     batches = _batches(sources, batch, stage.callers)
@@ -128,7 +125,7 @@ def batch_sizes(images: int, batch: int, callers: int) -> Iterator[int]:
     """Sizes of successive batches: `batch`, and near the end half of a caller's even share of the rest, so that
     several callers finish together (guided self-scheduling: Polychronopoulos and Kuck, 1987).
 
-    A size depends only on the images that are left, so a run that resumes after a batch has the same batches to come.
+    A size depends only on the number of remaining images, so a resumed run has the same remaining batches.
     """
     while images:
         share = batch if callers == 1 else max(_MIN_BATCH, ceil(images / (2 * callers)))

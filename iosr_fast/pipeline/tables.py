@@ -24,14 +24,14 @@ Row = tuple[str, list[list[Any]] | str]
 
 
 def check_output(out: Path) -> None:
-    """Raise ValueError for another suffix, OSError for a place that can't be written, ImportError without pyarrow."""
+    """Raise ValueError for another suffix, OSError for a path that can't be written, ImportError without pyarrow."""
     check_new_file(out, SUFFIXES)
     if out.suffix == ".parquet":
         require("pyarrow.parquet", "parquet")
 
 
 def escaped(text: str) -> str:
-    """`text` with an apostrophe before it if a spreadsheet would take it for a formula (OWASP, CSV injection).
+    """`text`, after an apostrophe if a spreadsheet would interpret it as a formula (OWASP, CSV injection).
 
     To recover `text`, remove one apostrophe if the rest is such a formula.
     """
@@ -39,12 +39,12 @@ def escaped(text: str) -> str:
 
 
 def write_table(out: Path, rows: Iterable[Row], top: int) -> None:
-    """Write `out` whole or not at all. Columns: path, label and probability (4 digits in CSV) of the best class, then
+    """Write `out` atomically. Columns: path, label and probability (4 digits in CSV) of the best class, then
 
     .csv      label_2, probability_2 and so on to `top`; error
     .parquet  top, a list of structs of label and probability (float32), best first; error
 
-    The error says why an image could not be read; otherwise it is empty (null).
+    The error is the reason why an image could not be read; for other images it is empty (null).
     """
     with new_file(out) as temporary:
         if out.suffix == ".csv":
@@ -119,7 +119,7 @@ def write_part(path: Path, table: Any, facts: str, **options: Any) -> None:
 
 
 def read_part(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The table of `write_part`, its pages verified, and its facts. Raises many types for a damaged file."""
+    """The table of `write_part`, with its pages verified, and its facts. Raises many types for a damaged file."""
     with require("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read()
     return table.replace_schema_metadata(None), json.loads(table.schema.metadata[_FACTS])

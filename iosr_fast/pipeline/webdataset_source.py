@@ -1,7 +1,7 @@
 """WebDataset shards: the position of each sample's image in its tar file, so that a chunk reads only its own bytes.
 
-This reads the tar headers only, so shards must be uncompressed tar files on a file system. The webdataset library
-expands patterns and groups members into samples.
+Only the tar headers are read, so shards must be uncompressed tar files on a file system. The webdataset library expands
+patterns and groups members into samples.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def find_shards(location: str) -> list[Path]:
     """The .tar files of a folder (and below), of a glob, or of a brace pattern like "train-{000..127}.tar", sorted."""
     if "://" in location or location.startswith("pipe:"):
         raise IosrFastError(
-            f"expected shards on a file system, got {location}; mount the store or fetch the shards first"
+            f"expected shards on a file system, got {location}; mount the store or download the shards first"
         )
     if Path(location).is_dir():
         paths = [Path(path) for path, _ in walk(location, {".tar"})]
@@ -86,7 +86,7 @@ def index_shard(path: Path, name: str, field: str | None = None) -> list[Item]:
             _check_end(tar)
     except tarfile.ReadError as error:
         raise IosrFastError(
-            f"expected a whole, uncompressed tar file at {path}: {error}; fetch or make it again"
+            f"expected a whole, uncompressed tar file at {path}: {error}; download or create it again"
         ) from error
     except ValueError as error:
         raise IosrFastError(f"expected every member once in the shard {path}: {error.args[0]}") from error
@@ -100,7 +100,7 @@ def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError unless a block of zeros ends the archive. tarfile takes any invalid header for the end."""
+    """Raise ReadError unless a block of zeros ends the archive. tarfile treats any invalid header as the end."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

@@ -1,4 +1,4 @@
-"""How every command line starts: plain help, one line for an error, exit code 2."""
+"""Common parts of all command lines: plain help, one line for an error, exit code 2."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stop_message(message: str, prefix: str = "error") -> Iterator[None]:
 
 
 def new_app(prefix: str = "error", group: type[TyperGroup] = TyperGroup, **options: Any) -> typer.Typer:
-    """An app with `one_line_errors`. Its help shows `[...]` as written, which rich would take for markup."""
+    """An app with `one_line_errors`. Its help shows `[...]` as written, which rich would interpret as markup."""
 
     class Group(group):  # type: ignore[misc, valid-type]
         def invoke(self, ctx: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder appears whole under its name or not at all. Also: where caches are stored."""
+"""Atomic writes of files and folders, and the folder of caches."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def cache_folder() -> Path:
 def new_file(target: str | Path) -> Iterator[Path]:
     """A temporary file beside `target` that replaces it when the block succeeds, and is removed when it fails.
 
-    The bytes reach the disk before the name does. Whoever can read the folder can read the file. Leftovers of killed
-    writers of `target` are removed first.
+    The bytes reach the disk before the name does. Everyone who can read the folder can read the file. Leftovers of
+    killed writers of `target` are removed first.
     """
     target = Path(target)
     remove_leftovers(target.parent, of=re.escape(target.name))
@@ -49,9 +49,10 @@ def new_file(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(target: Path, temporary: Path, mode: int) -> Iterator[Path]:
-    """The new file `temporary`, which replaces `target` with this `mode` when the block succeeds, and else is removed.
+    """The new file `temporary`, which replaces `target` with this `mode` when the block succeeds, and is removed
+    otherwise.
 
-    The bytes are on the disk before the name is, and the name before this returns.
+    The bytes are on the disk before the name is, and the name is there before this returns.
     """
     try:
         temporary.touch(0o600, exist_ok=False)
@@ -75,7 +76,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(target))
     if not _replaceable(path):
-        raise FileExistsError(f"{target} exists and holds other things than iosr_fast writes; choose another place")
+        raise FileExistsError(f"{target} exists and holds files that iosr_fast did not write; choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, of=re.escape(path.name))
     with claimed(path) as temporary:
@@ -193,7 +194,7 @@ def recover(folder: str | Path) -> bool:
             except OSError as error:
                 log.warning("%s is missing; its last state is %s and can't be renamed: %s", folder, newest, error)
                 continue
-            log.warning("%s was missing: a save was killed, and the folder it was about to replace is back", folder)
+            log.warning("%s was missing because a save was killed; the folder before that save is restored", folder)
             with suppress(OSError):
                 newest.parent.rmdir()
     return os.path.lexists(folder)

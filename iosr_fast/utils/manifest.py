@@ -25,7 +25,7 @@ def sha256(path: Path) -> str:
 
 
 def seal(facts: dict[str, Any]) -> bytes:
-    """The bytes of manifest.json: `facts` and, last, "checksum", the SHA-256 of their JSON with sorted keys."""
+    """The bytes of manifest.json: `facts`, then "checksum", the SHA-256 of their JSON with sorted keys."""
     values = json.loads(json.dumps({name: value for name, value in facts.items() if name != "checksum"}))
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
     sealed = {**values, "checksum": hashlib.sha256(canonical).hexdigest()}
@@ -89,7 +89,9 @@ def parse_manifest(content: bytes, folder: Path, kind: str) -> dict[str, Any]:
             if not (_SHA256.fullmatch(entry["sha256"]) and type(entry["bytes"]) is int and entry["bytes"] >= 0):
                 raise DamagedFileError(f"expected the SHA-256 and the size of each file, got {entry}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is damaged or no manifest of iosr_fast ({error!r}); {advice(kind)}") from error
+        raise DamagedFileError(
+            f"{path} is damaged or not a manifest of iosr_fast ({error!r}); {advice(kind)}"
+        ) from error
     if schema != SCHEMA:
         raise DamagedFileError(
             f"{path} has schema {schema}, this version of iosr_fast reads schema {SCHEMA}; {advice(kind)}"
@@ -110,7 +112,7 @@ def parse_manifest(content: bytes, folder: Path, kind: str) -> dict[str, Any]:
 
 def advice(kind: str) -> str:
     """How to replace a damaged folder of this kind."""
-    return _REBUILD.get(kind, f"make the {kind} again")
+    return _REBUILD.get(kind, f"create the {kind} again")
 
 
 def mismatch(name: str, folder: Path, kind: str, expected: str, got: str) -> str:

@@ -1,4 +1,4 @@
-"""Work done by threads ahead of its consumer, in order and bounded."""
+"""Work that threads do ahead of its consumer, in order and bounded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _R = TypeVar("_R")
 def map_ordered(
     items: Iterable[_T], work: Callable[[_T], _R], threads: int, ahead: int, name: str = "iosr-fast-ahead"
 ) -> Generator[_R, None, None]:
-    """work(item) of each item in order, computed by `threads`; at most `ahead` are started and not yet consumed.
+    """work(item) for each item in order, computed by `threads`; at most `ahead` are started and not yet consumed.
 
-    An exception of `work` or `items` is raised in its place and ends the generator. When it ends, also by close(), it
-    waits for running work, and its threads have ended.
+    An exception of `work` or `items` is raised in its place and ends the generator. When the generator ends, also by
+    close(), it waits for running work and ends its threads.
     """
     waiting: deque[Future[_R]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name)

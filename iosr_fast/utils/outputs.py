@@ -19,7 +19,7 @@ def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
         raise IsADirectoryError(f"expected a file to write, got the folder {out}; add a name to it")
     parent = out.absolute().parent
     if not parent.is_dir():
-        raise FileNotFoundError(f"expected a folder to write {out} to, found none; make it first")
+        raise FileNotFoundError(f"expected a folder to write {out} to, found none; create it first")
     _check_writable(parent, out)
 
 
@@ -34,7 +34,7 @@ def check_new_folder(out: Path, kind: str | None = None) -> None:
     if out.is_dir() and any(out.iterdir()):
         existing = _kind_of(out)
         if kind is None or existing != kind:
-            content = "other things than iosr_fast writes" if existing is None else f"a folder of kind {existing!r}"
+            content = "files that iosr_fast did not write" if existing is None else f"a folder of kind {existing!r}"
             raise FileExistsError(f"{out} exists and holds {content}; choose another place, or remove it")
     _check_writable(next(folder for folder in out.absolute().parents if os.path.lexists(folder)), out)
 

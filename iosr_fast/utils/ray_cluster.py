@@ -1,4 +1,4 @@
-"""Joining a cluster of Ray, or starting one on this machine."""
+"""Connecting to a Ray cluster, or starting one on this machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def joined(address: str | None, cores: int) -> Iterator[Any]:
             ray.init(address=address, **options)
         except ConnectionError as error:
             raise ConnectionError(
-                f"expected a cluster of Ray at {address}: {error}; if it exists and requires tokens ('ray start' says "
+                f"expected a Ray cluster at {address}: {error}; if it exists and requires tokens ('ray start' says "
                 "so), set RAY_AUTH_MODE=token here"
             ) from error
     try:

@@ -43,12 +43,12 @@ def read_facts(folder: VerifiedFolder, schema: type[_T]) -> _T:
 
 
 def refused(folder: VerifiedFolder, reason: str) -> DamagedFileError:
-    """The error for content that can't be right."""
+    """The error for invalid content."""
     return DamagedFileError(f"{folder.folder} is not a complete {folder.kind}: {reason}; {advice(folder.kind)}")
 
 
 def check_files(folder: VerifiedFolder, needed: set[str], allowed: set[str]) -> None:
-    """Raise ValueError unless the manifest lists all `needed` files and no others but `allowed` ones."""
+    """Raise ValueError unless the manifest lists all `needed` files, and others only if they are `allowed`."""
     listed = set(folder.files)
     if missing := sorted(needed - listed):
         raise refused(folder, f"manifest.json: expected the files {abbreviate(missing)}, got none of that name")

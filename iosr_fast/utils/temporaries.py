@@ -31,7 +31,7 @@ def claimed(target: Path) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_LOCK, dir=target.parent)
         lock = Path(name)
         locked = try_lock(descriptor)
-        if locked is None:  # no locks on this file system: an unlocked lock file would mark its writer as dead
+        if locked is None:  # no locks on this file system: an unlocked lock file would mark its writer as killed
             os.close(descriptor)
             lock.unlink(missing_ok=True)
             break
@@ -50,8 +50,8 @@ def claimed(target: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path, of: str = ".+") -> None:
     """Remove temporary files and folders in `folder` that no running writer holds.
 
-    Without a lock file they are removed when older than an hour. A folder that `files.new_folder` was about to
-    replace stays: it may be the only copy. `of` is a regular expression of target names: it protects other hidden
+    Without a lock file they are removed when they are older than an hour. A folder that `files.new_folder` was about to
+    replace stays: it may be the only copy. `of` is a regular expression of target names, which protects other hidden
     files in a user's folder.
     """
     groups: dict[str, dict[str, Path]] = {}

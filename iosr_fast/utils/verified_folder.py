@@ -23,7 +23,7 @@ from iosr_fast.utils.files import folder_identity, recover
 from iosr_fast.utils.manifest import LARGEST_MANIFEST, MANIFEST, advice, mismatch, parse_manifest
 
 _RETRY_S = 60.0  # how long to retry while the folder is replaced faster than its files are opened
-_MOST_FILES = 256  # all open at once; a process may often have 1,024
+_MOST_FILES = 256  # all open at once; a common limit of a process is 1,024
 _CHUNK = 1 << 20
 _AT_FOLDERS = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -43,7 +43,7 @@ class _OpenFile:
         self._lock = threading.Lock()
 
     def chunks(self, largest: int) -> Iterator[bytes]:
-        """The first `largest` bytes, and one more if the file is longer. Threads take turns, one whole read each."""
+        """The first `largest` bytes, and one more if the file is longer. Threads take turns, one full read each."""
         left = largest + 1
         with self._lock:
             self._file.seek(0)
@@ -209,8 +209,8 @@ def _digest_of(content: bytes) -> str:
 def _compare_digest(folder: Path, kind: str, got: str, expected: str | None) -> None:
     if expected not in (None, got):
         raise IosrFastError(
-            f"expected {folder} with the digest {expected}, got {got}: it is another {kind} than the pinned "
-            "one, or was changed"
+            f"expected {folder} with the digest {expected}, got {got}: it is another {kind} than the pinned one, or it "
+            "was changed"
         )
 
 
@@ -223,7 +223,9 @@ def check_digest(expected: str, verify: bool) -> None:
             "prints it"
         )
     if not verify:
-        raise IosrFastError("expected_digest says nothing about files that are not verified: leave verify=False out")
+        raise IosrFastError(
+            "expected verify=True with expected_digest, which says nothing about files that are not verified"
+        )
 
 
 def _open(folder: Path, kind: str, verify: bool, expected_digest: str | None) -> VerifiedFolder:

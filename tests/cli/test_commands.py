@@ -44,8 +44,8 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
     for place, said in {
         "file": "got the file",
         "file/below": "got the file",
-        "mine": "holds other things than iosr_fast writes",
-        "foreign": "holds other things than iosr_fast writes",
+        "mine": "holds files that iosr_fast did not write",
+        "foreign": "holds files that iosr_fast did not write",
         "an-engine": "holds a folder of kind 'engine'",
     }.items():
         assert said in refused("fit", folder, "--model", "demo", "--out", tmp_path / place)
@@ -92,7 +92,7 @@ def test_classify_names_what_is_missing_before_the_bundle_is_opened(
 
 
 def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:
-    with pytest.raises(ValueError, match="it is a folder; fit_folder and predict_folder"):
+    with pytest.raises(ValueError, match="it is a folder; use fit_folder, predict_folder"):
         small_classifier().predict(folder)
     with pytest.raises(ValueError, match="no such file"):
         small_classifier().predict(folder / "nowhere.png")

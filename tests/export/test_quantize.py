@@ -272,7 +272,7 @@ def test_refusals_come_before_any_work(
     good, target = emoji("generic", 16), tmp_path / "target.onnx"
     expected = r"expected calibration pictures as uint8 \(N, 32, 32, 3\) with N >= 8, got "
     for pictures, message in (
-        (good.astype(np.float32) / 255, expected + "float32; pass the pictures' bytes"),
+        (good.astype(np.float32) / 255, expected + "float32; pass the pixels as bytes"),
         (list(good), expected + "list"),
         (good[:7], expected + r"shape \(7, 32, 32, 3\)"),
         (good[:, :30], expected + r"shape \(16, 30, 32, 3\)"),

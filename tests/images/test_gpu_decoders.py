@@ -164,7 +164,7 @@ def test_nvimagecodec_decodes_on_the_stream_that_torch_reads_on_with_a_decoder_a
 
 
 def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="expected a decoder out of auto, cpu, cpu-exact, torchvision-cuda"):
+    with pytest.raises(ValueError, match="expected decoder to be one of auto, cpu, cpu-exact, torchvision-cuda"):
         choose_decoder("abacus")
     monkeypatch.setattr(decoders, "_missing", lambda module: module.startswith("nvidia"))
     monkeypatch.setattr(machine, "this_gpu", lambda: None)

@@ -85,9 +85,9 @@ def test_carried_columns_keep_their_types(rng: np.random.Generator, tmp_path: Pa
     part = replace(make_part(rng), columns=columns)
     write_part(tmp_path / "part-00000.parquet", part, "parquet")
     assert read_part(tmp_path / "part-00000.parquet").columns.equals(columns)
-    with pytest.raises(ValueError, match="expected format parquet for a part that carries columns"):
+    with pytest.raises(ValueError, match="expected format parquet for a part with carried columns"):
         write_part(tmp_path / "part-00000.safetensors", part, "safetensors")
-    with pytest.raises(ValueError, match=r"named otherwise than .* got \['plain'\]"):
+    with pytest.raises(ValueError, match=r"with names other than .* got \['plain'\]"):
         taken = replace(part, columns=columns.rename_columns(["plain", "tags"]))
         write_part(tmp_path / "part-00001.parquet", taken, "parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["part-00000.parquet"]
@@ -96,7 +96,7 @@ def test_carried_columns_keep_their_types(rng: np.random.Generator, tmp_path: Pa
 def test_what_does_not_fit_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:
     part, path = make_part(rng), tmp_path / "part-00000.safetensors"
     plain = part.embeddings.plain
-    with pytest.raises(ValueError, match=r"as many rows everywhere, got \{'keys': 5"):
+    with pytest.raises(ValueError, match=r"the same number of rows in each, got \{'keys': 5"):
         write_part(path, replace(part, keys=part.keys[1:]), "safetensors")
     with pytest.raises(ValueError, match="expected plain"):
         write_part(path, replace(part, embeddings=Embeddings(plain.astype(np.float64))), "safetensors")

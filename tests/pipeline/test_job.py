@@ -163,7 +163,7 @@ def test_what_was_classified_is_not_classified_again(
     monkeypatch.setattr(job, "write_table", write_table)
     seen.clear()
     strict = run(bundle, tmp_path / "in", "--out", tmp_path / "labels.csv")
-    assert strict.exit_code == 2 and "left unreadable images out, the first is" in strict.output
+    assert strict.exit_code == 2 and "skipped unreadable images, the first is" in strict.output
     assert run(bundle, tmp_path / "in", "--out", tmp_path / "labels.csv", "--skip-bad").exit_code == 0
     assert seen == [] and (tmp_path / "labels.csv").read_text().splitlines() == rows
     pictures[32].write_bytes(good)
@@ -181,7 +181,7 @@ def test_results_of_two_runs_never_mix(
     def refused(*words: object, of: Path = bundle) -> str:
         done = run(of, *words, "--out", out)
         assert done.exit_code == 2 and "holds the results of another run, which differs in" in done.output
-        assert "remove the file to begin again" in done.output
+        assert "remove the file to start again" in done.output
         assert (tmp_path / "labels.csv.journal").read_bytes() == before and not out.exists()
         return done.output
 
@@ -197,7 +197,7 @@ def test_results_of_two_runs_never_mix(
 
     (tmp_path / "labels.csv.journal").write_bytes(b"somebody's notes\n")
     foreign = run(bundle, tmp_path / "in", "--out", out)
-    assert foreign.exit_code == 2 and "damaged or no journal" in foreign.output
+    assert foreign.exit_code == 2 and "damaged or not a journal" in foreign.output
     assert (tmp_path / "labels.csv.journal").read_bytes() == b"somebody's notes\n"
     (tmp_path / "labels.csv.journal").unlink()
     out.write_text("somebody's labels")
@@ -212,7 +212,7 @@ def test_results_of_two_runs_never_mix(
         (("--out", "labels.txt"), "expected --out to end in .csv or .parquet, got labels.txt"),
         (("--out", "nowhere/labels.csv"), "expected a folder to write nowhere/labels.csv to"),
         (("--top", "0"), "expected --top of at least 1, got 0"),
-        (("--decoder", "abacus"), "expected a decoder out of auto, cpu"),
+        (("--decoder", "abacus"), "expected decoder to be one of auto, cpu"),
     ],
 )
 def test_what_can_not_be_is_refused(bundle: Path, pictures: list[Path], words: tuple[str, ...], told: str) -> None:

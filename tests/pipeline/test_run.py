@@ -246,7 +246,7 @@ def test_somebody_elses_folder_and_a_second_run_are_refused(engine: Path, pictur
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     refused = run("embed", engine, tmp_path / "in", other)
-    assert refused.exit_code == 2 and "holds other things than a run's parts" in refused.output
+    assert refused.exit_code == 2 and "holds other files than a run's parts" in refused.output
     refused = run("embed", engine, tmp_path / "in", tmp_path / "in" / "out")
     assert refused.exit_code == 2 and "expected --out outside the input" in refused.output
     with part_folder.locked(tmp_path / "out"):
@@ -282,10 +282,10 @@ def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: p
         (("--batch", "0"), "expected --batch of at least 1, got 0"),
         (("--format", "csv"), "expected --format safetensors or parquet, got csv"),
         (("--dtype", "int8"), "expected --dtype float32 or float16, got int8"),
-        (("--workers", "2"), "expected --ray with --workers"),
+        (("--workers", "2"), "expected --workers, --gpus and --address only with --ray"),
         (("--keep-columns", "label"), "expected --format parquet with --keep-columns"),
-        (("--path-column", "file"), "expected Parquet files with --path-column"),
-        (("--image-field", "jpg"), "expected WebDataset shards with --image-field"),
+        (("--path-column", "file"), "expected --path-column and --keep-columns only with Parquet files"),
+        (("--image-field", "jpg"), "expected --image-field only with WebDataset shards"),
         (("--kind", "zip"), "expected --kind auto or one of"),
     ],
 )

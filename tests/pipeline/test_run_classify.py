@@ -151,7 +151,7 @@ def test_columns_of_the_input_go_with_their_rows(bundle: Path, pictures: list[Pa
         (("--top", "0"), "expected --top of at least 1, got 0"),
         (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
         (("--threads", "0"), "expected --threads of at least 1, got 0"),
-        (("--gpus", "1"), "expected --ray with --workers, --gpus and --address"),
+        (("--gpus", "1"), "expected --workers, --gpus and --address only with --ray"),
         (("--runtime", "abacus"), "expected runtime 'auto' or one of"),
         (("--bundle", "nowhere"), "expected a folder with a manifest.json (classifier), found none"),
     ],
@@ -173,5 +173,5 @@ def test_a_part_notices_changed_facts(tmp_path: Path) -> None:
     table = pq.read_table(path)
     facts: dict[str, Any] = json.loads(table.schema.metadata[b"iosr_fast"])
     pq.write_table(table.replace_schema_metadata({"iosr_fast": json.dumps(facts | {"part": 1})}), path)
-    with pytest.raises(ValueError, match="what it holds is not what was written"):
+    with pytest.raises(ValueError, match="its content differs from what was written"):
         read_predictions(path)

@@ -269,12 +269,12 @@ def test_missing_files_are_told_before_any_work(
     pq.write_table(pa.table({"path": [good, "gone.png", "c1"]}), given)
     refused = run("embed", engine, given, tmp_path / "out")
     assert refused.exit_code == 2 and not (tmp_path / "out").exists()
-    assert "2 of 3 images can't be read, the first is c1: it is no file" in refused.output
+    assert "2 of 3 images can't be read, the first is c1: it is not a file" in refused.output
     part = embedded(engine, given, tmp_path / "out", "--skip-bad")
     assert dict(zip(part.keys, part.errors, strict=True)) == {
         good: None,
         "gone.png": "no such file",
-        "c1": "it is no file",
+        "c1": "it is not a file",
     }
 
 

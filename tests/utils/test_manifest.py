@@ -39,7 +39,7 @@ def test_every_flipped_byte_of_a_manifest_is_refused(tmp_path: Path) -> None:
     manifest = json.loads(whole)
     path.write_text(json.dumps({**manifest, "number": 2}, indent=2, ensure_ascii=False) + "\n")
     with pytest.raises(
-        ValueError, match=r"was changed by hand: it does not match its own checksum; make the thing again"
+        ValueError, match=r"was changed by hand: it does not match its own checksum; create the thing again"
     ):
         read_manifest(target, "thing")
     path.write_bytes(whole)
@@ -52,7 +52,7 @@ def test_what_a_manifest_may_not_say(tmp_path: Path) -> None:
     files_of = json.loads((target / "manifest.json").read_bytes())["files"]
     rewrite_manifest(target, schema=1)
     with pytest.raises(
-        ValueError, match=r"has schema 1, this version of iosr_fast reads schema 2; make the thing again"
+        ValueError, match=r"has schema 1, this version of iosr_fast reads schema 2; create the thing again"
     ):
         read_manifest(target, "thing")
     rewrite_manifest(target, schema=2, kind="engine")
@@ -67,7 +67,7 @@ def test_what_a_manifest_may_not_say(tmp_path: Path) -> None:
             read_manifest(target, "thing")
     for wrong in (3, [], {"content": 3}, {"content": {}}):
         rewrite_manifest(target, files=wrong)
-        with pytest.raises(ValueError, match="damaged or no manifest"):
+        with pytest.raises(ValueError, match="damaged or not a manifest"):
             read_manifest(target, "thing")
     rewrite_manifest(target, files=files_of)
     (target / "content").write_text("two")

@@ -29,7 +29,8 @@ class Pictures:
 
 
 def load_index() -> dict[str, Any]:
-    """index.json: geometry of the sheets; source and licence of each style; name, words, split, styles of a concept."""
+    """index.json: geometry of the sheets; source and licence of each style; name, words, split and styles of each
+    concept."""
     index: dict[str, Any] = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
     return index
 

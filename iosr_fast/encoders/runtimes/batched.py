@@ -1,4 +1,4 @@
-"""What all runtimes share: checking pixels, splitting large batches, padding batches to a bucket."""
+"""The common part of all runtimes: checking pixels, splitting large batches, padding batches to a bucket."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from iosr_fast.exceptions import IosrFastError
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and `largest`: buckets that every batch fills by at least half."""
+    """1, 2, 4, ... and `largest`: every batch fills at least half of its bucket."""
     return tuple(sorted({1 << power for power in range(largest.bit_length())} | {largest}))
 
 
 def check_buckets(buckets: Iterable[int], largest: int) -> tuple[int, ...]:
-    """Sorted, with `largest` added, so that every batch fits one. Raises ValueError for sizes not in 1..`largest`."""
+    """Sorted buckets, with `largest` so that every batch fits. Raises ValueError for sizes not in 1..`largest`."""
     sizes = list(buckets)
     if wrong := [size for size in sizes if not 1 <= size <= largest]:
-        raise IosrFastError(f"expected batch sizes of 1 to {largest}, which is what this engine takes, got {wrong}")
+        raise IosrFastError(f"expected batch sizes of 1 to {largest}, the largest of this engine, got {wrong}")
     return tuple(sorted({*sizes, largest}))
 
 
@@ -57,8 +57,8 @@ class BatchedEncoder(Encoder):
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
             got = pixels.dtype if isinstance(pixels, np.ndarray) else type(pixels).__name__
             raise TypeError(
-                f"expected pixels as a uint8 array {expected}, got {got}; the engine scales and normalises by itself, "
-                "so pass the picture's bytes"
+                f"expected pixels as a uint8 array {expected}, got {got}; the engine scales and normalises pixels "
+                "itself, so pass them as bytes"
             )
         if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (self.image_size, self.image_size, 3):
             raise IosrFastError(
@@ -83,6 +83,7 @@ class BatchedEncoder(Encoder):
 
     @property
     def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs of a run."""
         return ("plain", "adapted") if self.adapted else ("plain",)
 
     def _size(self, pictures: int) -> int:
@@ -99,4 +100,4 @@ class BatchedEncoder(Encoder):
         """
 
     def _prepare(self, size: int) -> None:
-        """Work that a batch size needs once, before its first run."""
+        """Do the work that a batch size needs once, before its first run."""

@@ -37,7 +37,7 @@ class Recorder:
     def turn(self) -> Iterator[None]:
         """Exclusive access to the graphs' memory, for copying in, replaying and copying out.
 
-        The work is launched on the device's current stream of the caller, which may differ from turn to turn.
+        The work is launched on the caller's current stream of the device, which may differ from turn to turn.
         """
         with self._lock, self._torch.cuda.device(self._device):
             stream = self._torch.cuda.current_stream()
@@ -50,8 +50,8 @@ class Recorder:
     def record(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """A function that repeats the launches of `run` and returns the outputs of the recorded run.
 
-        `run` launches on the current stream. It is called twice: once for work that is done only once and would wait
-        for the device, and once for the record. Raises RuntimeError if a launch can't be recorded.
+        `run` launches on the current stream. It is called twice: first for work that happens only once and may wait
+        for the device, then for the record. Raises RuntimeError if a launch can't be recorded.
         """
         torch = self._torch
         with torch.cuda.device(self._device):

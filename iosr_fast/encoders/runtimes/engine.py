@@ -99,11 +99,11 @@ def open_engine(
     PyTorch on a GPU; the CPU runtime that the engine was built for; ONNX Runtime, OpenVINO, PyTorch on the CPU. The
     choice is logged, with the reason against each of the others. If the engine's plans are for another GPU or version,
     one is built from encoder.onnx, once, in the user's cache (plans.open_plan). `verify` compares every file's SHA-256
-    with the manifest. `threads` is for CPU runtimes; `buckets`, the executed batch sizes, for GPUs (None: powers of
+    with the manifest. `threads` applies to CPU runtimes; `buckets`, the executed batch sizes, to GPUs (None: powers of
     two).
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime that the
-    engine was not built for, RuntimeError if nothing here can execute it, ImportError for a missing package.
+    engine was not built for, RuntimeError if no runtime here can execute it, ImportError for a missing package.
     """
     if threads is not None and threads < 1:
         raise IosrFastError(f"expected threads >= 1, got {threads}")
@@ -116,7 +116,10 @@ def open_engine(
     manifest = source.manifest
     runtime = choose_runtime(runtime, _runtimes_of(manifest), manifest["runtime"])
     if runtime in ("onnxruntime", "openvino") and manifest["precision"] in ("fp16", "fp8"):
-        log.warning("an %s engine gains nothing on a CPU, which computes in fp32; build another", manifest["precision"])
+        log.warning(
+            "an %s engine is no faster on a CPU, which computes in fp32; build one in fp32 or int8",
+            manifest["precision"],
+        )
     if runtime == "onnxruntime" and manifest["precision"] == "bf16":
         log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
 
@@ -135,7 +138,7 @@ def open_engine(
 
 
 def check_engine(source: VerifiedFolder) -> EngineManifest:
-    """The manifest of an engine. Raises ValueError for an unknown field or file."""
+    """The manifest of an engine. Raises ValueError for a missing, invalid or unknown field, or an unknown file."""
     facts = read_facts(source, EngineManifest)
     check_files(source, set(facts.plans), {ONNX_FILE, WEIGHTS, TORCH_FILE})
     return facts
@@ -144,7 +147,7 @@ def check_engine(source: VerifiedFolder) -> EngineManifest:
 def choose_runtime(
     runtime: str = "auto", built_for: Collection[str] | None = None, preferred: str | None = None
 ) -> str:
-    """Resolve "auto" to a runtime that works here (`open_engine` has the order); any other name is returned.
+    """Resolve "auto" to a runtime that works here (in the order of `open_engine`); any other name is returned.
 
     `built_for`: the runtimes that the engine has files for; None before it is built. `preferred`: the CPU runtime that
     "auto" tries first. Raises ValueError for an unknown name and for one that is not in `built_for`, RuntimeError if
@@ -167,7 +170,7 @@ def choose_runtime(
     for name in sorted(candidates, key=lambda name: order.get(name, 3)):
         reason = unavailable_reason(name)
         if reason is None:
-            log.info("runtime %s chosen; refused: %s", name, refusals or "none")
+            log.info("runtime %s chosen; unavailable: %s", name, refusals or "none")
             return name
         refusals[name] = reason
     raise UnavailableError(
@@ -198,7 +201,7 @@ def unavailable_reason(runtime: str) -> str | None:
     if runtime not in EXTRAS:
         return None
     if find_spec("torch") is None:
-        return "PyTorch, whose tensors are its buffers, is not installed"
+        return "PyTorch, which provides the buffers, is not installed"
     gpu = machine.this_gpu()
     if gpu is None:
         return "PyTorch sees no NVIDIA GPU"

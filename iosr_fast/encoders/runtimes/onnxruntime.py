@@ -17,7 +17,7 @@ WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"  # beside FILE and mapped into memory; olde
 
 
 class OnnxRuntimeEncoder(BatchedEncoder):
-    """Executes encoder.onnx; `threads` of one session (None: one per core). Safe to share between threads."""
+    """Executes encoder.onnx; `threads` of one session (None: one per core). Threads may share it."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
         super().__init__(manifest, "onnxruntime")

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: the same encoder.onnx, also in bf16 if the processor has it."""
+"""OpenVINO on the CPU: the same encoder.onnx, also in bf16 if the processor supports it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def openvino_core() -> Any:
 
 
 class OpenVINOEncoder(BatchedEncoder):
-    """Executes encoder.onnx; `threads` of one stream (None: one per core). Safe to share: callers take turns.
+    """Executes encoder.onnx; `threads` of one stream (None: one per core). Threads may share it; they take turns.
 
     An engine of precision "bf16" has fp32 weights. OpenVINO multiplies them in bf16 if the processor has AVX512_BF16 or
-    AMX, and otherwise in fp32, with a warning. bf16 can be slower than fp32 (benchmarks/README.md), so it is off
-    for every other engine, although OpenVINO's default would turn it on.
+    AMX, and otherwise in fp32, with a warning. bf16 can be slower than fp32, so it is off for every other engine,
+    although OpenVINO's default would turn it on.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
@@ -47,7 +47,7 @@ class OpenVINOEncoder(BatchedEncoder):
         core = openvino_core()
         bf16 = manifest["precision"] == "bf16"
         if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            log.warning("this processor has no bf16 instructions: the engine in %s is computed in fp32", folder)
+            log.warning("this processor has no bf16 instructions: the engine in %s computes in fp32", folder)
             bf16 = False
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
         if threads is not None:

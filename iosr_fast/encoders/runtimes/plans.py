@@ -1,7 +1,7 @@
-"""Which compiled plan of an engine fits this machine, and the cache of plans that are built on it.
+"""The choice of an engine's compiled plan for this machine, and the cache of plans that are built here.
 
 A plan runs with the version of TensorRT that built it, on the GPU that it was built for; a plan of TensorRT-RTX runs on
-any GPU that TensorRT-RTX supports. An engine may have several; a machine that none fits builds one from encoder.onnx.
+any GPU that TensorRT-RTX supports. An engine may have several plans; if none fits, one is built from encoder.onnx.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from iosr_fast.utils.machine import Gpu
 from iosr_fast.utils.manifest import read_manifest, sha256, write_manifest
 
 FOLDER = "plans"
-PORTABLE = ("tensorrt_rtx",)  # its plans are finished at run time, for the GPU found there
+PORTABLE = ("tensorrt_rtx",)  # its plans are completed at run time, for the GPU in use
 CACHED_KIND, CACHED_FILE = "compiled plan", "encoder.plan"
 Build = Callable[[Path], tuple[bytes, dict[str, Any]]]  # an ONNX file -> a plan and its facts
 log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ class Target:
 
     @property
     def built_for(self) -> Gpu | None:
-        """The only GPU on which a plan of this target runs; None for every GPU that the runtime supports.
+        """The only GPU on which a plan of this target runs; None if it runs on every GPU that the runtime supports.
 
-        Raises RuntimeError if the runtime compiles for the GPU it runs on and there is none.
+        Raises RuntimeError if the runtime compiles for the GPU that it runs on and there is none.
         """
         if self.runtime in PORTABLE:
             return None
@@ -59,7 +59,7 @@ class Target:
         return f"{FOLDER}/{self._slug(self.built_for)}.plan"
 
     def kernels_file(self, fingerprint: str) -> Path:
-        """The cache file of the kernels that TensorRT-RTX compiles of an engine on this GPU."""
+        """The cache file of the kernels that TensorRT-RTX compiles for an engine on this GPU."""
         return cache_folder() / "kernels" / f"{self._slug(self.gpu)}-{fingerprint[:16]}.cache"
 
     def facts(self) -> dict[str, str | None]:
@@ -74,7 +74,7 @@ class Target:
         }
 
     def cached(self, max_batch: int, source_sha256: str) -> Path:
-        """The cache folder of a plan for batches of up to `max_batch`, built from this graph and weights."""
+        """The cache folder of a plan for batches of up to `max_batch`; `source_sha256` is of its graph and weights."""
         return cache_folder() / FOLDER / f"{self._slug(self.built_for)}-b{max_batch}-{source_sha256[:32]}"
 
     def _slug(self, gpu: Gpu | None) -> str:
@@ -93,7 +93,7 @@ def describe_target(facts: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan's bytes and its file, which does not exist if the cache can't be written."""
+    """A plan's bytes, and its file (which is missing if the cache can't be written)."""
 
     data: bytes
     path: Path
@@ -102,9 +102,9 @@ class Plan:
 def open_plan(folder: Path, manifest: Mapping[str, Any], target: Target, build: Build) -> Plan:
     """The plan in an engine folder that fits `target`, else the one in the user's cache, which is built if necessary.
 
-    A plan for another GPU or version is never loaded; a warning names it. A plan that is built goes into
-    cache_folder(), not into the engine, under a name with everything it depends on. Raises RuntimeError, naming the
-    existing plans and this machine, if none fits and none can be built; ValueError if encoder.onnx is damaged.
+    A plan for another GPU or version is never loaded; a warning names it. A new plan is written to cache_folder(), not
+    into the engine, under a name with everything that it depends on. Raises RuntimeError, naming the existing plans and
+    this machine, if none fits and none can be built; ValueError if encoder.onnx is damaged.
     """
     others = []
     for name, facts in manifest["plans"].items():
@@ -123,19 +123,19 @@ def open_plan(folder: Path, manifest: Mapping[str, Any], target: Target, build: 
     if plan is not None:
         log.info("%s: using the plan built from %s, %s", misfit, ONNX_FILE, cached)
         return plan
-    log.warning("%s: building again from %s, once, kept in %s", misfit, ONNX_FILE, cached)
+    log.warning("%s: building a plan from %s once, in %s", misfit, ONNX_FILE, cached)
     for name, digest in expected.items():
         if sha256(folder / name) != digest:
             raise DamagedFileError(f"{name} in {folder} does not match its manifest: it is damaged or was changed")
     try:
         data, built = build(folder / ONNX_FILE)
     except RuntimeError as error:
-        raise UnavailableError(f"{misfit}; building again from {ONNX_FILE} failed: {error}; {advice}") from error
+        raise UnavailableError(f"{misfit}; building a plan from {ONNX_FILE} failed: {error}; {advice}") from error
     return _write_cached(cached, data, {**target.facts(), **built, "source_sha256": source})
 
 
 def _read_cached(folder: Path) -> Plan | None:
-    """The plan in a cache folder; a damaged one is removed with a warning."""
+    """The plan in a cache folder, or None; a damaged one is removed with a warning."""
     if not folder.exists() and not recover(folder):
         return None
     try:
@@ -156,6 +156,8 @@ def _write_cached(folder: Path, data: bytes, facts: dict[str, Any]) -> Plan:
             write_manifest(temporary, CACHED_KIND, facts)
     except OSError as error:
         log.warning(
-            "the plan can't be kept (%s) and will be built at every start; IOSR_FAST_CACHE names a place", error
+            "the plan can't be stored (%s) and will be built at every start; set IOSR_FAST_CACHE to a folder that can "
+            "be written",
+            error,
         )
     return Plan(data, folder / CACHED_FILE)

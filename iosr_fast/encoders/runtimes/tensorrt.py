@@ -29,16 +29,16 @@ log = logging.getLogger(__name__)
 
 
 def target(runtime: str) -> plans.Target:
-    """The target of plans built here: the installed version and this GPU. Raises ImportError without the module."""
+    """The target of plans that are built here: installed version and GPU. Raises ImportError without the module."""
     return plans.Target(runtime, _load(runtime).__version__, machine.this_gpu())
 
 
 def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes, dict[str, Any]]:
     """Compile an ONNX file with the dynamic input "pixels" (batch, S, S, 3) into a plan for 1 to `max_batch` pictures.
 
-    TensorRT-RTX needs no GPU for this and finishes the plan at run time; TensorRT needs the GPU that the plan will run
-    on. Returns the plan, and max_batch, build_seconds, bytes and profile. Raises RuntimeError with the message of the
-    parser or the builder.
+    TensorRT-RTX needs no GPU for this and completes the plan at run time; TensorRT needs the GPU that will run the
+    plan. Returns the plan and its facts: max_batch, build_seconds, bytes and profile. Raises RuntimeError with the
+    message of the parser or the builder.
     """
     trt = _load(module_name)
     started = time.perf_counter()
@@ -54,7 +54,7 @@ def build_plan(onnx_path: Path, module_name: str, max_batch: int) -> tuple[bytes
     if network.num_inputs != 1 or network.get_input(0).name != "pixels" or network.get_input(0).shape[0] != -1:
         raise UnavailableError(f"expected one input 'pixels' with a dynamic batch in {onnx_path.name}")
     picture = tuple(network.get_input(0).shape)[1:]
-    # Optimised at max_batch: large batches are for throughput.
+    # Optimised for max_batch, because throughput matters at large batches.
     profile = {"min": 1, "opt": max_batch, "max": max_batch}
     shapes = builder.create_optimization_profile()
     shapes.set_shape("pixels", *((batch, *picture) for batch in profile.values()))
@@ -76,9 +76,9 @@ class TensorRTEncoder(BatchedEncoder):
     """Executes the plan that fits this machine on the current CUDA device, with PyTorch's tensors as buffers.
 
     If the engine has no such plan, one is built from its encoder.onnx in the user's cache (plans.open_plan). Batches
-    are padded to one of `buckets` (None: powers of two); each bucket has an execution context, and after `warm` a CUDA
-    graph. Contexts share their working memory, so calls from several threads take turns, on one stream. The kernels
-    that TensorRT-RTX compiles for this GPU are cached, too. None of this has been run on a GPU yet.
+    are padded to one of `buckets` (None: powers of two); each bucket has an execution context and, after `warm`, a CUDA
+    graph. Contexts share their working memory, so threads take turns, on one stream. The kernels that TensorRT-RTX
+    compiles for this GPU are cached too. None of this has been run on a GPU yet.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class TensorRTEncoder(BatchedEncoder):
         n, torch = len(pixels), self._torch
         with self._lock, torch.cuda.stream(self._stream):
             self._pinned[:n].numpy()[...] = pixels
-            # Rows behind them hold older pictures; their outputs are cut off.
+            # The rows after these hold older pictures; their outputs are cut off.
             self._pixels[:n].copy_(self._pinned[:n], non_blocking=True)
             self._replay[size]() if size in self._replay else self._launch(size)
             copies = [result[:n].to("cpu", copy=True) for result in self._results]  # waits for the stream
@@ -141,7 +141,7 @@ class TensorRTEncoder(BatchedEncoder):
             try:
                 self._replay[size] = self._recorder.record(partial(self._launch, size))
             except RuntimeError as error:
-                log.warning("batches of %d are launched without a CUDA graph, which can't be recorded: %s", size, error)
+                log.warning("batches of %d run without a CUDA graph, which can't be recorded: %s", size, error)
 
     def _launch(self, size: int) -> None:
         """Launch on the current stream; the first launch of a size creates its context."""
@@ -151,7 +151,7 @@ class TensorRTEncoder(BatchedEncoder):
             raise RuntimeError(f"{self.runtime} failed on {size} pictures: {'; '.join(self._logger.errors)}")
 
     def _new_context(self, size: int) -> Any:
-        """A context for one shape: a graph depends on its context, which must not change after the record."""
+        """A context for one shape: a graph depends on its context, which must not change after recording."""
         managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(managed if self._config is None else self._config)
         if context is None:
@@ -164,8 +164,8 @@ class TensorRTEncoder(BatchedEncoder):
         return context
 
     def _load_kernels(self) -> tuple[Any, Any]:
-        """TensorRT-RTX: the kernels compiled by earlier runs on this GPU, and a configuration for contexts that use
-        them. (None, None) for TensorRT, which has neither."""
+        """The kernels that TensorRT-RTX compiled in earlier runs on this GPU, and a configuration of contexts that use
+        them; (None, None) for TensorRT, which has neither."""
         if not hasattr(self._trt, "IRuntimeCache"):
             return None, None
         config = self._engine.create_runtime_config()
@@ -175,7 +175,7 @@ class TensorRTEncoder(BatchedEncoder):
         config.dynamic_shapes_kernel_specialization_strategy = eager
         kernels = config.create_runtime_cache()
         if self._kernels_file.is_file() and not kernels.deserialize(self._kernels_file.read_bytes()):
-            log.warning("%s can't be read and is not used: the kernels are compiled again", self._kernels_file)
+            log.warning("%s can't be read; its kernels are compiled again", self._kernels_file)
         config.set_runtime_cache(kernels)
         return kernels, config
 
@@ -198,7 +198,7 @@ def _load(module_name: str) -> Any:
 
 
 def _forwarding_logger(trt: Any) -> Any:
-    """TensorRT's log in Python's logging; `errors` collects error messages for exceptions."""
+    """A logger of TensorRT that forwards to Python's logging; `errors` collects error messages for exceptions."""
     severity = trt.ILogger.Severity
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,

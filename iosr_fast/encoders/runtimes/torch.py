@@ -1,4 +1,4 @@
-"""PyTorch, on the GPU if it sees one and else on the CPU; without open_clip."""
+"""PyTorch without open_clip, on the GPU if there is one, else on the CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class TorchEncoder(BatchedEncoder):
     """Executes encoder.safetensors eagerly; on a GPU in a few batch sizes, which `warm` records as CUDA graphs.
 
-    On the CPU any batch size is executed, and PyTorch uses `threads` in the whole process while it encodes. The graphs
+    On the CPU any batch size is executed; while it encodes, PyTorch uses `threads` in the whole process. The graphs
     have not been run on a GPU yet.
     """
 
@@ -71,7 +71,7 @@ class TorchEncoder(BatchedEncoder):
             with self._torch.inference_mode(), self._process_threads():
                 return tuple(output.cpu().numpy() for output in self._encoder(batch.to(self.device)))
         with self._torch.inference_mode(), self._recorder.turn():
-            self._pixels[: len(batch)].copy_(batch)  # rows behind them hold older pictures; their outputs are cut off
+            self._pixels[: len(batch)].copy_(batch)  # later rows hold older pictures; their outputs are cut off
             outputs = self._replay[size]() if size in self._replay else self._encoder(self._pixels[:size])
             return tuple(output[: len(batch)].to("cpu", copy=True).numpy() for output in outputs)
 
@@ -82,11 +82,11 @@ class TorchEncoder(BatchedEncoder):
             with self._torch.inference_mode(), self._recorder.turn():
                 self._replay[size] = self._recorder.record(lambda: self._encoder(self._pixels[:size]))
         except RuntimeError as error:
-            log.warning("batches of %d are launched kernel by kernel: no CUDA graph was recorded (%s)", size, error)
+            log.warning("batches of %d run without a CUDA graph, which can't be recorded: %s", size, error)
 
     @contextmanager
     def _process_threads(self) -> Iterator[None]:
-        """PyTorch's number of threads set to `threads` within the block."""
+        """Set PyTorch's number of threads to `threads` within the block."""
         before = self._torch.get_num_threads()
         if self.threads is None or self.threads == before:
             yield

@@ -1,4 +1,4 @@
-"""Resource limits of a decoder process, which also ends with its parent. Limits that the system lacks are skipped."""
+"""Resource limits of a decoder process, which also ends with its parent. Limits that a system lacks are skipped."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _HEAP_PIXELS = 4_000_000  # larger pictures are rare enough to return memory aft
 
 
 def confine(parent: int) -> None:
-    """Permanently: end with the parent, gain no privileges, write no file, dump no core, ignore terminal and service
-    manager signals (the parent decides when to end)."""
+    """Make this process, permanently, end with its parent, gain no privileges, write no file, dump no core, and ignore
+    signals of terminals and service managers (the parent decides when to end)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -37,8 +37,8 @@ def confine(parent: int) -> None:
 
 
 def limit(work_pixels: int, other_bytes: int, cpu_s: float) -> None:
-    """For one image: limit memory to the present use, plus pictures of `work_pixels` and `other_bytes`; and CPU time to
-    the present use plus `cpu_s`, in whole seconds. More memory is refused; more CPU time kills the process."""
+    """For one image, limit memory to the current use plus pictures of `work_pixels` and `other_bytes`, and CPU time to
+    the current use plus `cpu_s`, in whole seconds. More memory is refused; more CPU time kills the process."""
     if _statm is not None:
         used = int(os.pread(_statm, 32, 0).split()[0]) * _PAGE
         _lower(resource.RLIMIT_AS, used + _SLACK_BYTES + other_bytes + _BYTES_PER_PIXEL * work_pixels)

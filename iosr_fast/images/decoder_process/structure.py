@@ -1,6 +1,6 @@
 """The decoding cost of an encoded image, read from its structure: segments, every claimed size, scans over the pixels.
 
-The walk follows the segments' lengths, as decoders do, so that nothing hides in comments. It takes up to a second for
+The walk follows the segments' lengths, as decoders do, so that comments hide nothing. It takes up to a second for
 megabytes of hostile data, so it runs in a process that can be killed.
 """
 
@@ -26,14 +26,14 @@ _SCANS = 64  # of a progressive JPEG, which has about ten
 _PASSES = 12  # scans of an image with the most pixels allowed
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
 _SEQUENTIAL = frozenset({0xC0, 0xC1, 0xC9})  # baseline, extended, arithmetic
-_COMPONENTS = 4  # of a JPEG: one scan each is the most that a sequential one has
-# The next marker from any position, also within a scan: neither FF 00, which encodes FF in a scan's data, nor a restart
-# marker; of a run of fill bytes FF the last one.
+_COMPONENTS = 4  # of a JPEG; a sequential one has at most one scan for each
+# The next marker from any position, also within a scan: not FF 00, which encodes FF in a scan's data, and not a restart
+# marker; the last one of a run of fill bytes FF.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]", re.DOTALL)
 
 
 def structure_error(data: Encoded, max_pixels: int) -> str:
-    """Why an image must not be decoded; "" if it may be, and for other kinds."""
+    """Why an image must not be decoded; "" if it may be decoded, and for other formats."""
     check = {"PNG": _check_png, "JPEG": _check_jpeg, "WEBP": _check_webp}.get(image_kind(data))
     if check is None:
         return ""
@@ -46,7 +46,7 @@ def _check_jpeg(data: Encoded, size: Size, max_pixels: int) -> str:
     for _ in range(_PARTS):
         match = _MARKER.search(data, at)
         if match is None:
-            return ""  # truncated: decoders fill up or refuse it
+            return ""  # truncated: decoders pad or refuse it
         at, marker = match.end(), data[match.end() - 1]
         if marker == 0xD9:
             return ""
