@@ -21,7 +21,7 @@ evaluate = new_app(
     An option that is marked ... takes several words: --shots 1 2 4.""",
 )
 
-Methods = Annotated[list[str], typer.Option(metavar="NAME ...", help="Methods: names, 'all', or 'auto'.")]
+Methods = Annotated[list[str], typer.Option(metavar="NAME ...", help="Names, 'all', 'auto', or 'scikit-learn'.")]
 Reducers = Annotated[list[str], typer.Option(metavar="NAME ...", help="Reducers: none, centre, pca or pca:RANK.")]
 Shots = Annotated[
     list[int] | None, typer.Option(min=1, metavar="N ...", help="Images of each class [default: all there are, to 16].")
@@ -44,6 +44,10 @@ def features(
             "validation if the file has one]. auto always uses leave-one-out."
         ),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Draws of the support set; more than one are drawn from the largest set.")
+    ] = 1,
+    text: Annotated[bool, typer.Option(help="Use the file's text embeddings.")] = True,
     json_path: Json = None,
 ) -> None:
     """Compare methods on your own embeddings.
@@ -51,10 +55,12 @@ def features(
     Arrays of FILE: support1_x (N, D) and support1_y (N,) for one image of each class, support2_x and so on; test_x and
     test_y; and, if you have them, val_x and val_y, text (C, D), class_names (C,), tau, and embeddings of the adapter as
     support1_xa, test_xa and val_xa.
+
+    The method 'scikit-learn' stands for four of its classifiers, which see no texts: compare with --no-text too.
     """
     from iosr_fast.evaluation.features import read_features
 
-    _compare([read_features(file, shots)], methods, reducers, tune, json_path)
+    _compare([read_features(file, shots, seeds, text)], methods, reducers, tune, json_path)
 
 
 @evaluate.command(cls=ListCommand)
@@ -163,6 +169,7 @@ def _compare(
 ) -> None:
     """Print the tables of accuracy and of overlap; write their rows. `sources` are one, or the same data shifted."""
     from iosr_fast.evaluation import accuracy, overlap, table
+    from iosr_fast.evaluation.rivals import RIVALS
     from iosr_fast.exceptions import IosrFastError
     from iosr_fast.methods import METHODS
     from iosr_fast.scoring.reducers import check_reducer
@@ -171,7 +178,7 @@ def _compare(
     for reducer in reducers:
         check_reducer(reducer)
     sample = sources[0].draw(max(sources[0].shots), sources[0].seeds[0])
-    names = accuracy.method_names(methods, {"all": [*METHODS, accuracy.AUTO]})
+    names = accuracy.method_names(methods, {"all": [*METHODS, accuracy.AUTO], "scikit-learn": [*RIVALS]})
     left_out = accuracy.unavailable_methods(names, sample)
     rows = accuracy.table_rows([name for name in names if name not in left_out], reducers)
     if not rows:

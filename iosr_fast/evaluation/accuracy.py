@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from iosr_fast.evaluation.rivals import RIVALS, fit_rival, rival_accuracy, rival_unavailable_reason
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
@@ -21,6 +22,7 @@ TUNED_ON = {
     "validation": "validation images",
     "loo": "leave-one-out on the support set",
     "one-shot": "nothing: one image a class, a rule of thumb",
+    "cross-validation": "cross-validation on the support set (scikit-learn's)",
     "none": "nothing to choose",
 }
 
@@ -92,7 +94,8 @@ class Result:
     @property
     def protocol(self) -> str:
         """A key of TUNED_ON; every draw of a row has the same."""
-        return self.draws[0].tuned.protocol if self.method == AUTO or METHODS[self.method].needs_support else "none"
+        entry = METHODS.get(self.method)
+        return self.draws[0].tuned.protocol if entry is None or entry.needs_support else "none"
 
     @property
     def compared(self) -> list[tuple[Figure, float]]:
@@ -138,8 +141,9 @@ def finite(value: float) -> float | None:
 def method_names(words: Sequence[str], groups: dict[str, Sequence[str]]) -> list[str]:
     """The methods of --methods, each once; a word may be a group of them. Raises ValueError for an unknown name."""
     names = list(dict.fromkeys(name for word in words for name in groups.get(word, (word,))))
-    if unknown := [name for name in names if name not in (AUTO, *METHODS)]:
-        raise IosrFastError(f"expected --methods of {', '.join([*groups, AUTO, *METHODS])}; got {', '.join(unknown)}")
+    known = [*groups, AUTO, *METHODS]
+    if unknown := [name for name in names if name not in known and not any(name in group for group in groups.values())]:
+        raise IosrFastError(f"expected --methods of {', '.join(known)}; got {', '.join(unknown)}")
     return names
 
 
@@ -148,20 +152,32 @@ def table_rows(names: Sequence[str], reducers: Sequence[str]) -> list[tuple[str,
     rows = [
         (name, reducer)
         for name in names
-        for reducer in ([AUTO] if name == AUTO else reducers if METHODS[name].needs_support else ["none"])
+        for reducer in (
+            [AUTO] if name == AUTO else reducers if name in METHODS and METHODS[name].needs_support else ["none"]
+        )
     ]
     return list(dict.fromkeys(rows))
 
 
 def unavailable_methods(names: Sequence[str], task: Task) -> dict[str, str]:
     """Why the task allows no plan, for each method that it does not allow."""
-    reasons = {name: unavailable_reason(name, task.support) for name in names if name != AUTO}
+    reasons = {name: _unavailable_reason(name, task) for name in names}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _unavailable_reason(name: str, task: Task) -> str | None:
+    if name in RIVALS:
+        return rival_unavailable_reason(name, task.support)
+    return None if name == AUTO else unavailable_reason(name, task.support)
 
 
 def evaluate_draw(task: Task, method: str, reducer: str, tune_on: TuneOn, seed: int) -> Draw:
     """Parameters by what the task has for fitting ("auto" sees the support set alone), then the accuracy on its test:
     the share of queries whose label is the first of the highest logits."""
+    if method in RIVALS:
+        estimator, tuned = fit_rival(method, task.support, seed)
+        accuracy = rival_accuracy(estimator, task.queries.plain, task.labels)
+        return Draw(seed, accuracy, len(task.queries), task.support.n_classes, tuned, 0.0)
     validated = tune_on == "validation" and method != AUTO
     queries, labels = task.validation if validated and task.validation is not None else (None, None)
     tuned = tune(method, task.support, queries, labels, reducer)
@@ -178,12 +194,19 @@ def evaluate(
     tune_on: TuneOn,
     report: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
-    """A Result for each (method, reducer) and number of shots; `report` is called with each as soon as it is known."""
+    """A Result for each (method, reducer) and number of shots; `report` is called with each as soon as it is known.
+
+    scikit-learn's classifiers have none for shots that they can't be fitted on.
+    """
     results = []
     for method, reducer in rows:
         for shots in source.shots:
+            tasks = [source.draw(shots, seed) for seed in source.seeds]
+            if method in RIVALS and any(_unavailable_reason(method, task) for task in tasks):
+                continue
             draws = tuple(
-                evaluate_draw(source.draw(shots, seed), method, reducer, tune_on, seed) for seed in source.seeds
+                evaluate_draw(task, method, reducer, tune_on, seed)
+                for task, seed in zip(tasks, source.seeds, strict=True)
             )
             results.append(Result(source.name, method, reducer, shots, draws))
             report(results[-1])

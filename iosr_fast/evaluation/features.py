@@ -19,8 +19,13 @@ SUPPORT = re.compile(r"support(\d+)_[xy]")
 Arrays = Mapping[str, np.ndarray]
 
 
-def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Source:
-    """A Source of one draw from an .npz file, with all its numbers of shots if `shots` is None.
+def read_features(
+    path: str | Path, shots: Sequence[int] | None = None, seeds: int = 1, use_text: bool = True
+) -> Source:
+    """A Source from an .npz file, with all its numbers of shots if `shots` is None.
+
+    With one of `seeds` its support sets are those of the file. With more, each draws its images from the largest one,
+    seeds 0, 1, ...; the shots are then fewer than that one has. `use_text` False leaves text out.
 
     support{k}_x (N, D) and _y (N,) for k shots, test_x and _y; optional: val_x and _y, text (C, D), class_names (C,),
     tau (default 100), and adapted embeddings as _xa beside every _x that is used. Rows are L2-normalised again, in
@@ -33,11 +38,18 @@ def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Sourc
     available = sorted({int(match[1]) for match in map(SUPPORT.fullmatch, arrays) if match})
     if not available:
         raise IosrFastError(f"expected arrays support1_x, support1_y and so on in {path}, got {sorted(arrays)}")
-    wanted = tuple(dict.fromkeys(available if shots is None else shots))
-    if missing := [k for k in wanted if k not in available]:
+    largest = available[-1]
+    wanted = tuple(dict.fromkeys(shots or (available if seeds == 1 else available[:-1])))
+    if seeds > 1 and (not wanted or max(wanted) >= largest):
+        raise IosrFastError(f"expected --shots below {largest} with --seeds: support sets are drawn from that one")
+    if seeds == 1 and (missing := [k for k in wanted if k not in available]):
         raise IosrFastError(f"expected --shots out of {available}, which {path} holds, got {missing}")
-    parts = [f"support{k}" for k in wanted] + ["test"] + (["val"] if "val_x" in arrays or "val_y" in arrays else [])
-    text = _unit("text", arrays) if "text" in arrays else None
+    parts = (
+        [f"support{k}" for k in (wanted if seeds == 1 else [largest])]
+        + ["test"]
+        + (["val"] if "val_x" in arrays or "val_y" in arrays else [])
+    )
+    text = _unit("text", arrays) if use_text and "text" in arrays else None
     width = (_unit("test_x", arrays) if text is None else text).shape[1]
     adapted = _has_adapted(arrays, parts)
     embeddings = {
@@ -51,12 +63,19 @@ def read_features(path: str | Path, shots: Sequence[int] | None = None) -> Sourc
         raise IosrFastError(f"expected tau finite and above 0 in {path}, got {tau}")
 
     def draw(k: int, seed: int) -> Task:
-        part = f"support{k}"
-        support = make_support_set(embeddings[part], labels[part], text, tau, n_classes)
+        part = f"support{k if seeds == 1 else largest}"
+        rows = np.arange(len(labels[part])) if seeds == 1 else _drawn(labels[part], k, seed)
+        support = make_support_set(embeddings[part][rows], labels[part][rows], text, tau, n_classes)
         validation = (embeddings["val"], labels["val"]) if "val" in embeddings else None
         return Task(support, embeddings["test"], labels["test"], validation)
 
-    return Source(path.name, wanted, (0,), draw, embeddings["test"], labels["test"])
+    return Source(path.name, wanted, tuple(range(seeds)), draw, embeddings["test"], labels["test"])
+
+
+def _drawn(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Rows of `shots` images of each class, or of all that it has."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return np.concatenate([order[labels[order] == c][:shots] for c in np.unique(labels)])
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

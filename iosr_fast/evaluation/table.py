@@ -36,7 +36,7 @@ class Sheet:
         rows: list[list[str]] = []
         for name in dict.fromkeys((result.method, result.reducer) for result in self.results):
             at = {result.shots: result for result in self.results if (result.method, result.reducer) == name}
-            rows.append([*name, *(self._cell(at[k]) for k in shots)])
+            rows.append([*name, *(self._cell(at[k]) if k in at else "" for k in shots)])
             if any(result.published for result in at.values()):
                 figures = [" / ".join(f"{f.value:.1f} ({points:+.1f})" for f, points in at[k].compared) for k in shots]
                 rows.append(["  published", "", *(cell or "not at hand" for cell in figures)])

@@ -191,7 +191,7 @@ def test_methods_that_the_data_does_not_allow_are_left_out(
     assert "left out: tip-x compares images with texts" in out and "left out: gda++ needs an encoder" in out
     for words, told in (
         (["--methods", "tip-x"], "a method that the data allows, got none: tip-x compares"),
-        (["--methods", "tipx"], "--methods of all, auto, zero-shot, .* got tipx"),
+        (["--methods", "tipx"], "--methods of all, scikit-learn, auto, zero-shot, .* got tipx"),
         (["--reducers", "center"], "expected a reducer of none, centre, pca or pca:NUMBER, got 'center'"),
         (["--shift"], "No such option: --shift"),
         (["--tune", "validation"], "a validation set for --tune validation, got none"),
