@@ -56,7 +56,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     reducer : str, default=None
         "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none", or the
         choice of "auto".
-    tune : {"loo", "none"}, default=None
+    tune : str, default=None
         "loo" chooses the parameters of a named method by leave-one-out, "none" takes the defaults. None is "loo" unless
         a parameter is given.
     alpha, beta, gamma, ridge : float, default=None
