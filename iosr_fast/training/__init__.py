@@ -1,4 +1,4 @@
-"""Train an adapter, and measure the overlap that it reduces; data/ has the sources of pictures. Needs torch."""
+"""Training of an adapter, and measurement of the overlap that it reduces; data/ has picture sources. Needs torch."""
 
 from iosr_fast.utils.require import require_installed
 

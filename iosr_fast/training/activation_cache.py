@@ -1,7 +1,7 @@
 """The activations of the frozen stem, computed once for each view of each picture and cached in a memory-mapped file.
 
-A row is written when it is first computed and read from then on, by this process, the next run, or another process on
-the same machine. A row counts as cached only if its checksum is right: what a kill or a bad disk leaves is recomputed.
+A row is written when it is first computed, and read afterwards by this process, the next run, or another process on the
+same machine. A row counts as cached only if its checksum is right: rows damaged by a kill or a disk are recomputed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _OURS = re.compile(r"[0-9a-f]{32}\.activations(\.json)?(\.tmp)?")
 class ActivationCache:
     """A memory-mapped file of the stem's outputs for `count` pictures in `views` views each.
 
-    `key` (JSON-able) is all that the outputs depend on: fingerprints of the CLIP and of the pictures, first adapted
-    block, size, augmentation, seed. With the sizes and the dtype it names the file, `folder/<hash>.activations`, and
-    stands in full in the header beside it; a file without its header, or of another size, is made again. `shapes` are
-    those of one row's parts, without the batch: ((tokens, width), (tokens, width)). `dtype` is float16 or bfloat16.
+    `key` (JSON values) has all that the outputs depend on: fingerprints of the CLIP and of the pictures, first adapted
+    block, size, augmentation, seed. Its hash, with the sizes and the dtype, names the file `folder/<hash>.activations`;
+    the header beside it has all of them. A file without its header, or of another size, is replaced. `shapes` are those
+    of one row's parts, without the batch: ((tokens, width), (tokens, width)). `dtype` is float16 or bfloat16.
 
-    The whole file is allocated at once, so a full disk is an OSError before any work.
+    The whole file is allocated at once, so a full disk raises OSError before any work.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class ActivationCache:
         self._verified = np.zeros(slots, np.uint64)  # the marks under which this process has verified a row
 
     def contains(self, rows: torch.Tensor, view: int) -> bool:
-        """Whether all rows (B,) are marked as cached in this view: `read` succeeds unless it finds damage."""
+        """Whether all rows (B,) are marked as cached in this view; `read` then succeeds unless it finds damage."""
         return bool(self._marks[self._slots(rows, view)].all())
 
     def read(self, rows: torch.Tensor, view: int) -> tuple[torch.Tensor, ...] | None:
-        """All parts of the rows, (B, *shape) in `dtype` on the CPU, or None if any row is not validly cached.
+        """All parts of the rows, (B, *shape) in `dtype` on the CPU, or None if any row is missing or damaged.
 
         `rows` (B,) are integers. A row's checksum is verified at its first read in this process.
         """
@@ -92,7 +92,7 @@ class ActivationCache:
             return None
         parts = tuple(_gather(part, slots) for part in self._parts)
         if not np.array_equal(marks, self._marks[slots]):
-            return None  # another process has written one of them meanwhile
+            return None  # another process wrote one of them in between
         unverified = np.flatnonzero(self._verified[slots] != marks)
         damaged = [i for i in unverified.tolist() if _mark(part[i] for part in parts) != marks[i]]
         if damaged:
@@ -105,7 +105,7 @@ class ActivationCache:
     def write(self, rows: torch.Tensor, view: int, parts: Sequence[torch.Tensor]) -> None:
         """Store the parts (B, *shape), of any floating dtype and device, rounded to `dtype`.
 
-        Raises ValueError for other shapes, or numbers that are not finite in `dtype`: float16 ends at 65,504.
+        Raises ValueError for other shapes, or numbers that are not finite in `dtype` (float16 ends at 65,504).
         """
         slots = self._slots(rows, view)
         expected = [(len(slots), *shape) for shape in self.shapes]
@@ -127,16 +127,16 @@ class ActivationCache:
                 row = part[i].view(torch.int16).numpy()
                 if not hasattr(os, "pwrite"):
                     cached[slot] = part[i]
-                # Not through the map: there each fresh page faults, which is 15 times slower.
+                # Not through the map, where each fresh page faults, which is much slower.
                 elif os.pwrite(self._file.fileno(), row.data, start + slot * row.nbytes) != row.nbytes:
-                    raise OSError(errno.EIO, f"{self.path} takes no more bytes; check the disk")
+                    raise OSError(errno.EIO, f"{self.path} can't be written completely; check the disk")
             self._marks[slot] = _mark(part[i] for part in rounded)
 
     def close(self) -> None:
         """Release the file, which stays for the next run. Safe to call twice."""
         if not self._file.closed:
             self._parts.clear()
-            self._marks = self._verified = np.zeros(0, np.uint64)  # the last references: the map goes with them
+            self._marks = self._verified = np.zeros(0, np.uint64)  # releases the last references to the map
             self._file.close()
 
     def _exists(self, header: str) -> bool:
@@ -166,7 +166,7 @@ class ActivationCache:
 
 
 def prune(folder: Path) -> list[Path]:
-    """Remove the cache files that no process has open, and what killed processes left; returns the files removed.
+    """Remove cache files that no process has open, and leftovers of killed processes; returns the removed cache files.
 
     Files that `ActivationCache` did not write stay.
     """
@@ -176,7 +176,7 @@ def prune(folder: Path) -> list[Path]:
     with _folder_lock(folder):
         ours = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
         removed = [path for path in ours if path.suffix == ".activations" and _remove_unused(path)]
-        for path in ours:  # under the lock no process is making one
+        for path in ours:  # under the lock no process creates one
             if path.suffix == ".tmp" or (path.suffix == ".json" and not path.with_suffix("").exists()):
                 path.unlink(missing_ok=True)
     return removed
@@ -194,7 +194,7 @@ def _remove_unused(path: Path) -> bool:
 
 
 def _layout(count: int, views: int, shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
-    """Where each part starts, each on a page, after the marks; and where the last ends."""
+    """The start of each part (on a page, after the marks), and the end of the last one."""
     starts, end = [], 8 * count * views
     for shape in shapes:
         starts.append(-(-end // _PAGE) * _PAGE)
@@ -227,7 +227,7 @@ def _mark(row: Iterable[torch.Tensor]) -> np.uint64:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make a file of `size` zero bytes whose disk space is reserved. OSError if the disk has no room."""
+    """Create a file of `size` zero bytes with its disk space reserved. Raises OSError if the disk has no room."""
     free = shutil.disk_usage(path.parent).free
     try:
         if size > free:  # without filling the disk up first
@@ -243,7 +243,7 @@ def _reserve(path: Path, size: int) -> None:
         raise OSError(
             error.errno,
             f"can't cache the frozen stem's outputs: {size / 1e9:,.3f} GB needed in {path.parent}, "
-            f"{free / 1e9:,.3f} GB free ({error.strerror}); use fewer cached views (0 computes them each time), or "
+            f"{free / 1e9:,.3f} GB free ({error.strerror}); cache fewer views (0 computes them each time), or choose "
             "another folder",
         ) from error
 
@@ -256,7 +256,7 @@ def _write_zeros(file: int, size: int) -> None:
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """A lock under which files are made and removed; a killed process releases it."""
+    """A lock for creating and removing files; a killed process releases it."""
     with (folder / ".activations.lock").open("ab") as file:
         _lock(file.fileno(), shared=False, wait=True)
         yield

@@ -1,4 +1,4 @@
-"""CLIP's image encoder cut at the first adapter, into a frozen part and a part that training differentiates.
+"""CLIP's image encoder, split at the first adapter into a frozen part and a part that training differentiates.
 
 stem    patch embedding, the blocks before the first adapted one, and that block's attention and MLP: independent of
         the adapter, so it runs without autograd, once for both embeddings, and its outputs can be cached
@@ -16,7 +16,7 @@ from iosr_fast.exceptions import IosrFastError
 
 
 class AdaptedEncoder:
-    """The image encoder of `clip`, cut for adapters in the blocks from `first_adapted_block` on.
+    """The image encoder of `clip`, split for adapters in the blocks from `first_adapted_block` on.
 
     Raises ValueError for an encoder that pools its tokens instead of reading its CLS token.
     """
@@ -24,7 +24,9 @@ class AdaptedEncoder:
     def __init__(self, clip: LoadedClip, first_adapted_block: int) -> None:
         visual = clip.model.visual
         if visual.attn_pool is not None or visual.pool_type != "tok":
-            raise IosrFastError(f"{clip.name} pools its tokens; training needs an encoder that reads its CLS token")
+            raise IosrFastError(
+                f"expected an encoder that reads its CLS token, got {clip.name}, which pools its tokens"
+            )
         self.visual = visual
         self.blocks, self.first = vision_blocks(clip), first_adapted_block
         self.last = len(self.blocks) - 1
@@ -34,7 +36,7 @@ class AdaptedEncoder:
 
     @torch.no_grad()
     def stem(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream after the first adapted block's attention, and after its MLP too: both (B, tokens, width).
+        """The stream after the first adapted block's attention, and the one after its MLP: both (B, tokens, width).
 
         `pixels` (B, 3, S, S), normalised floats; S may differ from the CLIP's own size (crops of DINO), by patches.
         """

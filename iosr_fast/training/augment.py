@@ -1,4 +1,4 @@
-"""Random small affine and colour changes for training: drawn for each picture, applied to a batch."""
+"""Small random affine and colour changes for training, drawn for each picture and applied to a batch."""
 
 from __future__ import annotations
 

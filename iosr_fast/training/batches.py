@@ -30,8 +30,8 @@ CACHE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class MicroBatch:
     """The `rows` of a part of a step's pictures. `last` marks the end of the step.
 
-    `weight` is 0 for a picture that a process takes only because the step has none left for it. `step_pictures` counts
-    the step's pictures over all processes.
+    `weight` is 0 for a picture that fills the place of a process for which the step has none left. `step_pictures` is
+    the number of the step's pictures over all processes.
     """
 
     rows: torch.Tensor
@@ -43,9 +43,9 @@ class MicroBatch:
 def split_steps(order: torch.Tensor, config: TrainConfig, world: int, rank: int) -> list[MicroBatch]:
     """The micro-batches of process `rank` of `world` for an epoch's order (or the rest of it), in order.
 
-    Each step takes the next `config.batch` pictures and deals them to the processes in turn. A process that gets none
-    in the last step takes one at weight 0, because gradients are averaged over all. Raises ValueError if the batch
-    can't be shared evenly.
+    Each step takes the next `config.batch` pictures and distributes them to the processes in turn. A process that gets
+    none in the last step takes one at weight 0, because gradients are averaged over all processes. Raises ValueError if
+    the batch can't be shared evenly.
     """
     size = part_size(config, world)
     batches = []
@@ -62,7 +62,7 @@ def part_size(config: TrainConfig, world: int) -> int:
     if uneven:
         raise IosrFastError(
             f"expected a batch that {world} processes can take in {config.accumulate} equal parts each, got "
-            f"{config.batch}; a multiple of {world * config.accumulate} does"
+            f"{config.batch}; choose a multiple of {world * config.accumulate}"
         )
     return size
 
@@ -71,8 +71,8 @@ class Batches:
     """Micro-batches of the stem's outputs with labels, in an order that depends only on the seed and the epoch.
 
     With `config.cached_views` V the outputs are cached in a memory-mapped file in `folder`: epochs 0 to V - 1 compute
-    one view each, later ones read them in turn. Outputs are rounded alike in both cases and always computed in whole
-    batches, so an interrupted training sees the same numbers as an uninterrupted one.
+    one view each, later ones read them in turn. Outputs are rounded equally in both cases and always computed in whole
+    batches, so an interrupted training reads the same numbers as an uninterrupted one.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ def activation_key(
 
 
 def hash_seed(*parts: int) -> int:
-    """A seed from integers such as epoch, step and process: the same in every process, run and version."""
+    """A seed from integers such as epoch, step and process, the same in every process, run and version."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part + 1) % (1 << 62)

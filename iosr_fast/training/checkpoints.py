@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written whole or not at all, verified when read, with one spare in case of damage."""
+"""Checkpoints of a training: written atomically, verified when read, with one spare in case of damage."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Checkpoint:
 class Checkpoints:
     """The last two checkpoints of one training in a folder, each a folder with a manifest of hashes.
 
-    `key` (JSON-able) identifies the training: a checkpoint with another key is never resumed from.
+    `key` (JSON values) identifies the training; it never resumes from a checkpoint with another key.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.key: dict[str, Any] = json.loads(json.dumps(dict(key)))  # as it is read again: no tuples
+        self.key: dict[str, Any] = json.loads(json.dumps(dict(key)))  # as `latest` reads it: without tuples
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
-        """Write one, then remove all but the last two. Raises OSError, with the older ones untouched."""
+        """Write a checkpoint, then remove all but the last two. Raises OSError, with the older ones untouched."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -58,7 +58,9 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             earlier = self._present()
             state = (
-                f"step {int(earlier[-1].name.removeprefix('step-'))} is safe there" if earlier else "none is there yet"
+                f"that of step {int(earlier[-1].name.removeprefix('step-'))} is intact"
+                if earlier
+                else "there is no other"
             )
             raise OSError(
                 getattr(error, "errno", None) or errno.EIO,
@@ -66,10 +68,10 @@ class Checkpoints:
                 "start the same command again to resume from it",
             ) from error
         for old in self._present()[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)  # a folder that a slow share still holds goes next time
+            shutil.rmtree(old, ignore_errors=True)  # the next save removes one that a slow share still holds
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole one, or None; damaged ones are logged, renamed and skipped.
+        """The newest valid checkpoint, or None; damaged ones are logged, renamed and skipped.
 
         Raises ValueError for a checkpoint of another training.
         """
@@ -91,7 +93,7 @@ class Checkpoints:
                 differences = ", ".join(f"{k} {self.key.get(k)!r} where it has {key.get(k)!r}" for k in names)
                 raise IosrFastError(
                     f"the checkpoints in {self.folder} are of another training ({differences}); delete them, or use "
-                    "the settings they were made with"
+                    "their settings"
                 )
             return Checkpoint(step, load_file(folder / FILE), extra)
         return None
@@ -101,13 +103,13 @@ class Checkpoints:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Its state as tensors named optimizer.{parameter}.{name}. Hyper-parameters are left out: each step sets them."""
+    """Its state as tensors named optimizer.{parameter}.{name}, without hyper-parameters, which each step sets."""
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `flatten_optimizer`; other names are left alone."""
+    """The inverse of `flatten_optimizer`; tensors with other names are ignored."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):

@@ -72,7 +72,7 @@ class Dino(nn.Module):
         return self
 
     def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]:
-        """(2B, 3, S, S) global and (L B, 3, s, s) local crops, crop by crop, by the global random generator."""
+        """(2B, 3, S, S) global and (L B, 3, s, s) local crops, crop by crop, drawn by the global random generator."""
         first, second, local = self.crops
         crops = [torch.cat([first(images), second(images)])]
         if self.config.local_crops:
@@ -125,7 +125,7 @@ class Dino(nn.Module):
 
 
 def local_size(encoder: AdaptedEncoder, config: DinoConfig) -> int:
-    """Side of the local crops. Raises ValueError if it is no multiple of the patch size up to the image size."""
+    """Side of the local crops. Raises ValueError unless it is a multiple of the patch size up to the image size."""
     patch = encoder.patch_size
     size = config.local_size or -(-3 * encoder.image_size // (7 * patch)) * patch
     if size % patch or not patch <= size <= encoder.image_size:
@@ -136,7 +136,7 @@ def local_size(encoder: AdaptedEncoder, config: DinoConfig) -> int:
 
 
 def _crops(size: int, small: int, config: DinoConfig) -> tuple[Any, Any, Any]:
-    """DINO's three augmentations of a batch (kornia), each picture its own."""
+    """DINO's three augmentations of a batch (kornia), drawn for each picture."""
     kornia = require("kornia.augmentation", "train")
 
     def crop(side: int, scale: tuple[float, float], blur: float, solarize: float) -> Any:

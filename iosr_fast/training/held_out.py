@@ -46,7 +46,7 @@ class HeldOutEvaluator:
     ) -> None:
         require_installed("sklearn", "train")  # now, not after the first epoch
         self.encoder, self.fabric = encoder, fabric
-        self.normalise = Normalise(clip, True, fabric.device)  # as at inference, whatever training does
+        self.normalise = Normalise(clip, True, fabric.device)  # as at inference
         classes = int((source.labels.bincount() >= 2).sum())
         if classes < 2:
             raise IosrFastError(
@@ -63,7 +63,7 @@ class HeldOutEvaluator:
 
     @torch.no_grad()
     def measure(self, adapter: Adapter) -> tuple[Probe, Probe]:
-        """(plain, adapted); the adapter is left in the mode it was in."""
+        """(plain, adapted); the adapter keeps its mode."""
         mode = adapter.training
         adapter.eval()
         plain, adapted = [], []

@@ -1,6 +1,6 @@
 """The quality of embeddings before any few-shot method: overlap of the cosines, and a linear probe (scikit-learn).
 
-Meant for a few times a training, on held-out pictures: it takes about a second on one core.
+Meant for held-out pictures, a few times per training.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
 from iosr_fast.utils.require import require
 
-MOST_PICTURES = 2000  # the cosines of all pairs take 16 MB then
+MOST_PICTURES = 2000  # limits the cosines of all pairs to 16 MB
 RIDGE = 3e-5
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What `probe` measured, on `pictures` of `classes`.
+    """The result of `probe` on a number of `pictures` of a number of `classes`.
 
     `overlap_area` is in [0, 1], less is better; `auroc` 1 at best, 0.5 by chance (see `iosr_fast.training.overlap`).
     `linear_probe` is the share of test pictures labelled correctly; 1 / classes by chance.
@@ -36,10 +36,10 @@ class Probe:
 def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
     """Overlap, AUROC and linear-probe accuracy of `embeddings` (N, D) with integer `labels` (N,).
 
-    Rows are L2-normalised first. Classes of one picture are left out. At most 2,000 pictures are used, about as many of
-    each class, and at most 1,000 classes. They depend on `labels` and `seed` only, so encoders are compared on the same
-    pictures. The linear probe is fitted on half of each class, the larger half if they differ, and tested on the rest:
-    multinomial logistic regression, at the minimum of
+    Rows are L2-normalised first. Classes with a single picture are left out. At most 2,000 pictures, about equally many
+    of each class, and at most 1,000 classes are used. The choice depends on `labels` and `seed` only, so encoders are
+    compared on the same pictures. The linear probe is fitted on half of each class (the larger half of an odd number)
+    and tested on the rest: multinomial logistic regression, at the minimum of
 
         mean over i of -log softmax(rows[i] @ weight + bias)[labels[i]]  +  ridge / 2 * sum of weight^2
 
@@ -52,8 +52,8 @@ def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
     names, sizes = np.unique(labels[rows], return_counts=True)
     if len(names) < 2:
         raise IosrFastError(
-            f"expected at least two classes of two pictures or more, got {len(names)} among "
-            f"{len(np.unique(labels))} classes of {len(labels)} pictures; hold more pictures out"
+            f"expected at least two classes with two pictures or more, got {len(names)} among "
+            f"{len(np.unique(labels))} classes of {len(labels)} pictures; hold out more pictures"
         )
     units, labels = units[rows], labels[rows]
     paired, unpaired = pair_cosines(units, labels)
@@ -74,7 +74,7 @@ def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
 
 
 def probed_rows(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The rows that `probe` uses, ascending: no others need be encoded. Probing those alone uses all of them."""
+    """The rows that `probe` uses, ascending: only these must be encoded. A probe of these rows uses all of them."""
     return np.sort(_choose(labels, seed))
 
 
@@ -84,7 +84,7 @@ def _normalised(embeddings: np.ndarray) -> np.ndarray:
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if len(bad):
         raise IosrFastError(
-            f"expected finite embeddings other than zero, got {len(bad)} that are not, the first in row {bad[0]}"
+            f"expected finite embeddings other than zero, got {len(bad)} others, the first in row {bad[0]}"
         )
     units: np.ndarray = rows / norms
     return units

@@ -1,4 +1,4 @@
-"""The processes of a training: devices, checks that all run the same training, and signals that stop it."""
+"""The processes of a training: devices, checks that all run the same training, and handling of signals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def make_fabric(precision: str = "32-true", accelerator: str = "auto") -> Fabric:
-    """Lightning Fabric for this process: alone, or one of those that torchrun started (on one or more machines).
+    """Lightning Fabric for this process, alone or among those that torchrun started (on one or more machines).
 
     Raises ImportError if it is not installed, ValueError for a device or precision that this machine lacks.
     """
@@ -50,7 +50,7 @@ def make_fabric(precision: str = "32-true", accelerator: str = "auto") -> Fabric
 def check_shared(fabric: Fabric, folder: Path) -> None:
     """Raise ValueError in all processes if some don't see the `folder` that the first one writes to.
 
-    Without this check the error would come at a resume, after all the work.
+    Without this check the error would only appear at a resume, after all the work.
     """
     if fabric.world_size == 1:
         return
@@ -58,21 +58,21 @@ def check_shared(fabric: Fabric, folder: Path) -> None:
     mark = folder / f".shared.{os.getpid()}"
     if fabric.is_global_zero:
         mark.touch()
-    mark = folder / fabric.broadcast(mark.name)  # the name arrives after the file was made
+    mark = folder / fabric.broadcast(mark.name)  # the name arrives after the file was created
     missing = _count(fabric, not mark.exists())
     if fabric.is_global_zero:
         mark.unlink()
     if missing:
         raise IosrFastError(
             f"expected {folder} to be one folder for all processes, but {missing} of {fabric.world_size} see another "
-            "one than the first process: put it where all machines can read it"
+            "folder than the first process: put it where all machines can read it"
         )
 
 
 def check_same(fabric: Fabric, key: Mapping[str, Any]) -> None:
-    """Raise ValueError in all processes if some have another `key` (what the training is) than the first one.
+    """Raise ValueError in all processes if some have another `key` (which identifies the training) than the first one.
 
-    With other pictures on one machine, training would go wrong or the processes would wait for each other forever.
+    With other pictures on one machine, results would be wrong or the processes would wait for each other forever.
     """
     if fabric.world_size == 1:
         return
@@ -83,7 +83,7 @@ def check_same(fabric: Fabric, key: Mapping[str, Any]) -> None:
         differences = ", ".join(f"{name} {key[name]!r} where the first has {first[name]!r}" for name in names)
         raise IosrFastError(
             f"expected the same training in all processes, got in process {fabric.global_rank} {differences}; give all "
-            "the same options and the same files (copies with their times)"
+            "of them the same options and the same files (copies must keep their times)"
         )
     if differing:
         raise IosrFastError(f"expected the same training in all processes, got another in {differing} of them")
@@ -110,7 +110,7 @@ def activations_folder(folder: Path | None, config: TrainConfig) -> Iterator[Pat
 
 @contextmanager
 def on_device(device: torch.device, clip: LoadedClip) -> Iterator[None]:
-    """The image encoder on `device` for the length of a with block."""
+    """Move the image encoder to `device` for a with block, then back to the CPU."""
     clip.model.visual.to(device)
     try:
         yield
@@ -119,10 +119,10 @@ def on_device(device: torch.device, clip: LoadedClip) -> Iterator[None]:
 
 
 class Interrupt:
-    """SIGINT and SIGTERM wait until the current step is done and saved; a second SIGINT (Ctrl-C) acts at once.
+    """Delays SIGINT and SIGTERM until the current step is done and saved; a second SIGINT (Ctrl-C) acts at once.
 
     A signal sets `requested` in this process; the training loop sets `everywhere` once any process has a request.
-    Signals can be handled in a process's main thread only: in another thread they act as before.
+    Only a process's main thread can handle signals; entered in another thread, this changes nothing.
     """
 
     def __init__(self) -> None:
@@ -150,13 +150,13 @@ class Interrupt:
 def shielded(items: Iterator[T]) -> Iterator[T]:
     """The same items; worker processes that the iterator starts for its first item never receive SIGNALS.
 
-    Terminals, torchrun and batch systems signal all processes of a group. Decoding processes would end, and the step
-    that is to be finished and saved would wait for its pictures forever. This thread's signals wait for the first item.
+    Terminals, torchrun and batch systems signal all processes of a group. Decoding processes would end, and the current
+    step would wait for its pictures forever. Signals to this thread are delayed until the first item.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows has no process groups
         yield from items
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # is inherited
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # worker processes inherit it
     try:
         first = next(items, None)
     finally:

@@ -20,9 +20,9 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 class Supervised(nn.Module):
     """Cross entropy of head(tail(adapter, stem)) against the labels (the paper's supervised variant).
 
-    An objective of the training loop, as `Dino` is. `views` turns pictures (B, 3, S, S) in [0, 1] into the batches that
-    go through the frozen stem. Calling the module on the stem's outputs returns the sum of the losses over the B
-    pictures, and how many of them `metric` counts as right, both times `weight`. `result` is the trained adapter.
+    Supervised and Dino are the objectives of the training loop. `views` turns pictures (B, 3, S, S) in [0, 1] into the
+    batches for the frozen stem. Calling the module on the stem's outputs returns the sum of the losses over the B
+    pictures and the number of them that `metric` counts as right, both times `weight`. `result` is the trained adapter.
     """
 
     metric = "accuracy"

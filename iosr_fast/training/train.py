@@ -4,7 +4,7 @@ The blocks before the first adapter run without autograd (or once, with `cached_
 only the CLS token, as the compiled encoder does.
 
 Every random draw is a function of the seed, the epoch, the step and the process, and the order of the pictures does not
-depend on the number of processes. So a killed training that resumes from its last checkpoint ends, on a CPU, with
+depend on the number of processes. So, on a CPU, a killed training that resumes from its last checkpoint ends with
 exactly the weights of an uninterrupted one.
 """
 
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Reported after each step. Epochs and steps count from 1; `loss`, `accuracy` and `pictures` are the step's.
+    """The report after each step. Epochs and steps count from 1; `loss`, `accuracy` and `pictures` are of this step.
 
     With DINO `accuracy` is the share of pictures for which the student, on the second crop, and the teacher, on the
     first, choose the same prototype. `seconds` is the step's time, decoding included.
@@ -85,8 +85,8 @@ def train_adapter(
 ) -> Adapter:
     """Train `adapter` and return the result on the CPU, in evaluation mode, with the training's facts in its config.
 
-    Supervised: cross entropy of a linear head on the un-normalised adapted embedding; returns `adapter` itself. With
-    `config.dino` self-supervised; returns the teacher's adapter.
+    Without `config.dino` training is supervised (cross entropy of a linear head on the un-normalised adapted embedding)
+    and returns `adapter` itself; with it training is self-supervised and returns the teacher's adapter.
 
     `folder` receives checkpoints (at the end of each epoch, and every `checkpoint_every` steps and
     `checkpoint_minutes` if those are above 0), steps.csv and epochs.csv (with `tensorboard` its events too), and the
@@ -94,11 +94,11 @@ def train_adapter(
     checkpoint in it. Without a folder nothing is written. `held_out` pictures are encoded after each epoch: their
     overlap and linear-probe accuracy, plain and adapted, go to `report_epoch` as (epoch, plain, adapted).
 
-    `fabric`: precision, devices and processes (default: `make_fabric`). All processes make the same call; the first
+    `fabric` has precision, devices and processes (default: `make_fabric`). All processes make the same call; the first
     one reports and writes.
 
     Raises ValueError for an adapter of another CLIP, fewer than two classes (supervised), a batch that the processes
-    can't share, another folder, pictures or config in some process, or checkpoints of another training;
+    can't share, a process with another folder, other pictures or another config, or checkpoints of another training;
     KeyboardInterrupt after SIGINT or SIGTERM, once the current step is done and saved; OSError if the disk is full,
     with earlier checkpoints untouched.
     """
@@ -217,7 +217,7 @@ class _Training:
             if micro == 0:
                 self._set_rates()
                 self.optimizer.zero_grad()
-            # Dropout depends on the step, not on where training was resumed.
+            # Dropout depends on the step, not on the point where training resumed.
             torch.manual_seed(hash_seed(self.config.seed, self.done, self.fabric.global_rank, micro))
             with self.fabric.no_backward_sync(self.module) if world > 1 and not part.last else nullcontext():
                 loss, right = self.module(stems, labels, part.weight)
@@ -269,7 +269,7 @@ class _Training:
             report_epoch(epoch + 1, plain, adapted)
 
     def _save(self) -> None:
-        """The first process writes; all raise if it can't."""
+        """Save a checkpoint: the first process writes it, and all raise if it can't."""
         failed = None
         if self.checkpoints is not None and self.fabric.is_global_zero:
             if self.log is not None:
@@ -285,7 +285,7 @@ class _Training:
         self.saved = time.monotonic()
 
     def _restore(self) -> int:
-        """Load the newest whole checkpoint; returns the number of steps done."""
+        """Load the newest valid checkpoint; returns the number of steps done."""
         if self.checkpoints is None:
             return 0
         checkpoint = self.checkpoints.latest()

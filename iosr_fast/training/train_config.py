@@ -62,12 +62,12 @@ class DinoConfig:
 class TrainConfig:
     """Hyper-parameters. The defaults are the paper's supervised variant; `dino_config` gives its self-supervised one.
 
-    `batch`: pictures an optimizer step, over all processes and all `accumulate` parts that they are taken in.
-    `learning_rate`: with DINO it is for a batch of 256 and scaled by batch / 256, as its authors do.
-    `normalise`: subtract CLIP's mean and divide by its std at training too. The paper's public code does it at
+    `batch`: pictures per optimizer step, over all processes and all `accumulate` parts of the step.
+    `learning_rate`: with DINO it applies to a batch of 256 and is scaled by batch / 256, as its authors do.
+    `normalise`: subtract CLIP's mean and divide by its std during training too. The paper's public code does so at
     inference only.
-    `cached_views`: compute the frozen part once for this many (augmented) views of each picture and cache it in a
-    memory-mapped file, in `cache_precision`; 0 computes it each time (no disk, endless augmentation).
+    `cached_views`: compute the frozen part once for this number of (augmented) views of each picture and cache it in a
+    memory-mapped file, in `cache_precision`; 0 computes it each time (no disk, new augmentations in every epoch).
     `clip_grad`: largest norm of the gradient; 0 does not clip.
     """
 
@@ -109,7 +109,7 @@ class TrainConfig:
     def learning_rate_at(self, step: int, steps_an_epoch: int) -> float:
         """The rate of optimizer step `step`, counted from 0: linear warm-up, then constant or a half cosine.
 
-        lr = lr_min + (lr_max - lr_min) (1 + cos(pi t)) / 2, with t the share done of the steps after warm-up.
+        lr = lr_min + (lr_max - lr_min) (1 + cos(pi t)) / 2, where t is the completed share of the steps after warm-up.
         """
         peak = self.learning_rate * (self.batch / 256 if self.dino is not None else 1.0)
         warmup, total = self.warmup_epochs * steps_an_epoch, self.epochs * steps_an_epoch

@@ -1,4 +1,4 @@
-"""The measurements of a training by step and by epoch: CSV files that survive kills, and TensorBoard."""
+"""The measurements of a training by step and by epoch, in CSV files that survive kills and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class TrainingLog:
     """Writes `folder/steps.csv`, `folder/epochs.csv` and, with `tensorboard`, TensorBoard's event files beside them.
 
     `resume_step` is the step of the checkpoint that training resumes from, 0 for a new one. Later lines are removed
-    first, because their steps are taken again; so an interrupted and resumed training ends with the lines of an
+    first, because their steps are repeated; so an interrupted and resumed training ends with the lines of an
     uninterrupted one. For that, write a step's line before its checkpoint, and `flush` between the two. A new training
-    moves an earlier one's files in the same folder aside, to `steps.previous.csv` and `epochs.previous.csv`. If several
-    processes train, only the first should make a log.
+    renames an earlier one's files in the same folder to `steps.previous.csv` and `epochs.previous.csv`. If several
+    processes train, only the first should create a log.
 
     Raises ValueError for a CSV that this class did not write, ImportError if TensorBoard is not installed.
     """
@@ -35,9 +35,9 @@ class TrainingLog:
             writer = require("torch.utils.tensorboard", "train").SummaryWriter
         folder.mkdir(parents=True, exist_ok=True)
         self._steps, self._epochs = _Csv(folder / "steps.csv"), _Csv(folder / "epochs.csv")
-        for file in (self._steps, self._epochs):  # both are read by now, so a damaged one changes nothing
+        for file in (self._steps, self._epochs):  # both were checked first, so a damaged one changes nothing
             file.open(resume_step)
-        # TensorBoard forgets the steps of an interrupted run that are taken again.
+        # TensorBoard discards the steps of an interrupted run that are repeated.
         self._writer = writer and writer(str(folder), purge_step=resume_step + 1)
 
     def step(self, step: int, epoch: int, **values: float) -> None:
@@ -55,7 +55,7 @@ class TrainingLog:
         self.flush()
 
     def flush(self) -> None:
-        """Write everything to the disk, against a machine's failure. Lines survive a killed process without it."""
+        """Write everything to the disk, in case the machine fails. Lines survive a killed process without it."""
         self._steps.sync()
         self._epochs.sync()
         if self._writer is not None:
@@ -83,7 +83,7 @@ class _Csv:
         self.path = path
         self.file: BinaryIO | None = None
         self.content = path.read_bytes() if path.exists() else b""
-        lines = self.content.split(b"\n")[:-1]  # the rest is empty, or a line torn by a kill
+        lines = self.content.split(b"\n")[:-1]  # the rest is empty, or a line that a kill truncated
         self.header = lines[0] if lines else b""
         if lines and self.header.split(b",")[:2] != [b"step", b"epoch"]:
             raise self._damaged(1, self.header)
@@ -100,11 +100,11 @@ class _Csv:
             self.rows[int(step)] = line
 
     def open(self, resume_step: int) -> None:
-        """Cut the file to the lines up to `resume_step`, all at once, and append from there."""
+        """Cut the file atomically to the lines up to `resume_step`, and append from there."""
         if resume_step == 0:
             if self.rows:
                 aside = self.path.with_suffix(".previous.csv")
-                logger.warning("%s is of an earlier training and moves to %s", self.path, aside.name)
+                logger.warning("%s is of an earlier training and is renamed to %s", self.path, aside.name)
                 os.replace(self.path, aside)
                 self.content = b""
             self.header = b""
@@ -123,8 +123,8 @@ class _Csv:
         names = header.decode().split(",")[2:]
         if set(names) != set(values):
             raise IosrFastError(
-                f"expected the values {names}, the columns of {self.path}, got {list(values)}; log the same at each "
-                "line, or move the file away"
+                f"expected the values {names}, the columns of {self.path}, got {list(values)}; log the same values in "
+                "each line, or move the file away"
             )
         line = ",".join([str(int(step)), str(int(epoch)), *(repr(float(values[name])) for name in names)]).encode()
         self._write(self.file, line + b"\n" if self.header else header + b"\n" + line + b"\n")
@@ -145,13 +145,13 @@ class _Csv:
         before = os.fstat(file.fileno()).st_size
         try:
             if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, f"{self.path} takes no more bytes; free some of the disk and resume")
+                raise OSError(errno.ENOSPC, f"{self.path} can't be written completely; free disk space and resume")
         except OSError:
             file.truncate(before)
             raise
 
     def _damaged(self, number: int, line: bytes) -> DamagedFileError:
         return DamagedFileError(
-            f"expected {self.path} to be a training's log (step, epoch and numbers, the step growing), got in line "
+            f"expected {self.path} to be a training's log (step, epoch and numbers, with rising steps), got in line "
             f"{number}: {line[:80]!r}; move the file away, or log into another folder"
         )

@@ -231,7 +231,7 @@ def check_every_row(cache: ActivationCache) -> int:
 
 
 def test_more_than_the_disk_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"102,000.+ GB needed in .* GB free .*; use fewer cached views") as caught:
+    with pytest.raises(OSError, match=r"102,000.+ GB needed in .* GB free .*; cache fewer views") as caught:
         opened(tmp_path, count=10**9, views=1000)
     assert caught.value.errno == errno.ENOSPC
     assert not list(tmp_path.glob("[!.]*"))
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_and_is_cleaned_up(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # stands for a disk with room for a megabyte
     try:
-        with pytest.raises(OSError, match=r"can't cache the frozen stem's outputs: .* use fewer cached views"):
+        with pytest.raises(OSError, match=r"can't cache the frozen stem's outputs: .* cache fewer views"):
             opened(tmp_path, count=100_000)
         assert not list(tmp_path.glob("[!.]*"))
         with opened(tmp_path) as cache:  # what has room goes on

@@ -168,7 +168,7 @@ def test_class_names_come_from_a_file_beside_the_shards(folder: Path) -> None:
     assert source.class_names == ["rot", "grün", "blau"] and len(source.labels) == 8
     (folder / "classes.txt").write_text("rot\ngrün\n", encoding="utf-8")
     with pytest.raises(
-        ValueError, match=r"key in/000002 of shard .*train-0000.tar has the label 2, which is none of 2"
+        ValueError, match=r"key in/000002 of shard .*train-0000.tar has the label 2, which is not one of 2"
     ):
         ShardPictures(folder, SIZE)
 
@@ -217,7 +217,7 @@ def test_what_was_indexed_before_a_damaged_shard_is_kept(folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_asks_for_a_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(PermissionError, match="give cache=FOLDER"):
+    with pytest.raises(PermissionError, match="give another folder as cache="):
         ShardPictures(folder, SIZE)
 
 

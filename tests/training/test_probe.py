@@ -76,8 +76,8 @@ def test_many_pictures_are_drawn_evenly(rng: np.random.Generator) -> None:
     [
         (np.diag([1.0, 0.0, 1.0, 0.0]), np.arange(4), "finite embeddings other than zero, got 2 .* in row 1"),
         (np.array([[1.0, np.nan]] * 4), np.arange(4), "finite embeddings other than zero, got 4 .* in row 0"),
-        (np.ones((4, 2)), np.array([0, 0, 1, 2]), "two classes of two pictures or more, got 1 among 3 classes"),
-        (np.ones((0, 2)), np.zeros(0, int), "two classes of two pictures or more, got 0 among 0 classes"),
+        (np.ones((4, 2)), np.array([0, 0, 1, 2]), "two classes with two pictures or more, got 1 among 3 classes"),
+        (np.ones((0, 2)), np.zeros(0, int), "two classes with two pictures or more, got 0 among 0 classes"),
     ],
 )
 def test_bad_input_is_refused(rows: Any, labels: Any, message: str) -> None:

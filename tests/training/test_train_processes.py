@@ -222,5 +222,5 @@ def test_processes_that_differ_are_refused_before_training(tmp_path: Path) -> No
     assert "got in process 1 seed 1 where the first has 0" in second and "got another in 1 of them" in first
     assert on_two_ranks(check_shared, tmp_path / "a", tmp_path / "a") == ["", ""]
     for message in on_two_ranks(check_shared, tmp_path / "a", tmp_path / "b"):
-        assert "1 of 2 see another one than the first process" in message
+        assert "1 of 2 see another folder than the first process" in message
     assert not list(tmp_path.rglob(".shared*"))

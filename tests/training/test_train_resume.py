@@ -237,11 +237,11 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_is_an_error_that_loses_nothing(
     clip: LoadedClip, pictures: TensorPictures, whole: Callable[[str], torch.Tensor], tmp_path: Path
 ) -> None:
-    with largest_file(4096), pytest.raises(OSError, match=r"can't write a checkpoint of step 4 .*none is there yet"):
+    with largest_file(4096), pytest.raises(OSError, match=r"can't write a checkpoint of step 4 .*there is no other"):
         train_adapter(clip, fresh(clip), pictures, SUPERVISED, tmp_path / "first")
     with pytest.raises(Stopped):
         train_adapter(clip, fresh(clip), pictures, SUPERVISED, tmp_path, stop_at(2, 1))
-    with largest_file(4096), pytest.raises(OSError, match=r"step 8 .*step 4 is safe there: free some space"):
+    with largest_file(4096), pytest.raises(OSError, match=r"step 8 .*that of step 4 is intact: free some space"):
         train_adapter(clip, fresh(clip), pictures, SUPERVISED, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000004"]
     resumed = train_adapter(clip, fresh(clip), pictures, SUPERVISED, tmp_path)

@@ -81,7 +81,7 @@ def test_a_fresh_training_moves_an_earlier_one_aside(tmp_path: Path, caplog: pyt
     whole = uninterrupted(tmp_path)
     with closing(TrainingLog(tmp_path, 0)) as log:
         log.step(1, 1, other_columns=1.0)
-    assert "is of an earlier training and moves to steps.previous.csv" in caplog.text
+    assert "is of an earlier training and is renamed to steps.previous.csv" in caplog.text
     assert files(tmp_path) == {
         "epochs.csv": "",
         "epochs.previous.csv": whole["epochs.csv"],
@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 3, hard))  # stands for a disk with room for three bytes
         try:
-            with pytest.raises(OSError, match=r"takes no more bytes; free some of the disk and resume"):
+            with pytest.raises(OSError, match=r"can't be written completely; free disk space and resume"):
                 log.step(2, 1, loss=0.25)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

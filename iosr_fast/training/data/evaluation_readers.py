@@ -44,7 +44,8 @@ def split_json(root: Path, needs: list[Path]) -> Content:
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise IosrFastError(
-            f'{file} is damaged or no split file ({error}); expected {{"train": [[path, label, class name], ...], ...}}'
+            f"{file} is damaged or not a split file ({error}); expected "
+            '{"train": [[path, label, class name], ...], ...}'
         ) from error
     if "test" not in splits:
         raise IosrFastError(f"expected a split 'test' in {file}, found {', '.join(splits) or 'none'}")
@@ -67,7 +68,7 @@ def split_json(root: Path, needs: list[Path]) -> Content:
 
 
 def torchvision_set(name: str, splits: Mapping[str, str], root: Path, needs: list[Path]) -> Content:
-    """Read through torchvision's class: `splits` maps our names of splits to its own. Nothing is downloaded."""
+    """Read a set with torchvision's class; `splits` maps our names of splits to torchvision's. Downloads nothing."""
     kind = getattr(require("torchvision.datasets", "train"), name)
     rows: dict[str, Rows] = {}
     class_names: list[str] = []
@@ -78,7 +79,7 @@ def torchvision_set(name: str, splits: Mapping[str, str], root: Path, needs: lis
         except Exception as error:  # damaged .mat files make scipy raise many types
             files = ", ".join(str(path.relative_to(root)) for path in needs)
             raise IosrFastError(
-                f"torchvision's {name} can't read {files} in {root} ({error}); fetch it again"
+                f"torchvision's {name} can't read {files} in {root} ({error}); download it again"
             ) from error
         names = [spoken(str(text)) for text in data.classes]
         if class_names and names != class_names:
@@ -115,7 +116,7 @@ def cub(root: Path, needs: list[Path]) -> Content:
     index = {number: i for i, (number, _) in enumerate(classes)}
     if not paths.keys() == labels.keys() == is_train.keys():
         raise IosrFastError(
-            f"{needs[0]}, {needs[1].name} and {needs[2].name} do not list the same images; fetch them again"
+            f"{needs[0]}, {needs[1].name} and {needs[2].name} do not list the same images; download them again"
         )
     rows: dict[str, Rows] = {"train": [], "test": []}
     for image, path in paths.items():
@@ -135,7 +136,9 @@ def dogs(root: Path, needs: list[Path]) -> Content:
             labels = [int(label) - 1 for label in content["labels"].ravel()]
             rows[split] = list(zip(files, labels, strict=True))
         except Exception as error:  # damaged .mat files make scipy raise many types
-            raise IosrFastError(f"{file} is damaged or no list of Stanford Dogs ({error}); fetch it again") from error
+            raise IosrFastError(
+                f"{file} is damaged or not a list of Stanford Dogs ({error}); download it again"
+            ) from error
         names |= {label: spoken(path.split("/")[0].split("-", 1)[-1]) for path, label in rows[split]}
     if sorted(names) != list(range(len(names))):
         raise IosrFastError(f"expected labels 1 to {len(names)} in {needs[0]} and {needs[1].name}, got others")
@@ -207,7 +210,7 @@ def imagenet(root: Path, needs: list[Path]) -> Content:
 
 
 def imagenet_part(root: Path, needs: list[Path]) -> Content:
-    """Test images in folders named by wnid: the classes are those that have a folder, in the order of their wnids."""
+    """Test images in folders named by wnid. The classes are those with a folder, in the order of their wnids."""
     names = _wnids(needs[0])
     _check_wnids(needs[1], names, needs[0])
     wnids = class_folders(needs[1])
@@ -216,7 +219,7 @@ def imagenet_part(root: Path, needs: list[Path]) -> Content:
 
 
 def imagenet_v2(root: Path, needs: list[Path]) -> Content:
-    """ImageNet-V2: folders named 0 to 999, numbers into the sorted wnids."""
+    """ImageNet-V2: folders named 0 to 999, which index the sorted wnids."""
     names = list(_wnids(needs[0]).values())
     folders = class_folders(needs[1])
     if sorted(folders) != sorted(str(i) for i in range(len(names))):
@@ -228,7 +231,7 @@ def imagenet_v2(root: Path, needs: list[Path]) -> Content:
 
 
 def _wnids(file: Path) -> dict[str, str]:
-    """wnid -> class name, by wnid, which is how every ImageNet list numbers them."""
+    """wnid -> class name, sorted by wnid: the numbering of every ImageNet list."""
     return dict(sorted(read_pairs(file)))
 
 
@@ -257,11 +260,13 @@ def folder_rows(folder: Path, split: Path, classes: Iterable[tuple[str, int]]) -
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file without those that are blank. Raises ValueError if it is not UTF-8."""
+    """The lines of a text file that are not blank, stripped. Raises ValueError if it is not UTF-8."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise IosrFastError(f"{path} is damaged or no text file ({error})") from error
+        raise IosrFastError(
+            f"expected a text file in UTF-8 at {path}, got another or a damaged one ({error})"
+        ) from error
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
@@ -270,7 +275,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     for number, line in enumerate(read_lines(path), 1):
         first, _, rest = line.partition(" ")
         if not rest.strip():
-            raise IosrFastError(f"expected two words at least in line {number} of {path}, got {line!r}")
+            raise IosrFastError(f"expected at least two words in line {number} of {path}, got {line!r}")
         pairs.append((first, rest.strip()))
     return pairs
 
@@ -278,5 +283,5 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 def look_up(table: Mapping[str, int], name: str, file: Path) -> int:
     """The label of a class. Raises ValueError naming the file for an unknown one."""
     if name not in table:
-        raise IosrFastError(f"{file} names {name!r}, which is none of the {len(table)} classes")
+        raise IosrFastError(f"{file} names {name!r}, which is not one of the {len(table)} classes")
     return table[name]

@@ -41,7 +41,7 @@ PHOTO = "a photo of a {}."
 
 @dataclass(frozen=True)
 class Need:
-    """A file or folder of a layout: `paths` under the root, any of which will do, and the URL of its source."""
+    """A file or folder of a layout: alternative `paths` under the root, and the URL of its source."""
 
     paths: tuple[str, ...]
     url: str
@@ -60,7 +60,7 @@ class Layout:
     splits: Mapping[str, str]
 
     def read(self, root: Path, paths: list[Path]) -> readers.Content:
-        """`paths` is where each need was found under `root`."""
+        """The content; `paths` has the location of each need under `root`."""
         kind, _, name = self.reader.partition(":")
         if kind == "torchvision":
             return readers.torchvision_set(name, self.splits, root, paths)
@@ -70,7 +70,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Download:
-    """A set of the catalog. The first complete one of its layouts is read."""
+    """A set of the catalog. The first of its layouts that is complete is read."""
 
     name: str
     title: str
@@ -79,7 +79,7 @@ class Download:
 
     @property
     def templates(self) -> list[str]:
-        """The prompts to average: CLIP's seven for ImageNet and its shifted versions, else the one."""
+        """The prompts to average: CLIP's seven for ImageNet and its shifted versions, else `prompt` alone."""
         return list(IMAGENET_SEVEN) if self.name.startswith("imagenet") else [self.prompt]
 
 
@@ -135,17 +135,17 @@ def catalog() -> dict[str, Download]:
 
 
 def describe(name: str) -> Download:
-    """What to download for a set and where to put it. Raises ValueError for an unknown name."""
+    """The files of a set, where to download them and where to put them. Raises ValueError for an unknown name."""
     if name not in catalog():
-        raise IosrFastError(f"expected an evaluation set among {', '.join(catalog())}, got {name!r}")
+        raise IosrFastError(f"expected an evaluation set of {', '.join(catalog())}, got {name!r}")
     return catalog()[name]
 
 
 def open_evaluation_set(name: str, root: str | Path) -> EvaluationSet:
     """The set of this name under `root`, in the first of its layouts that is complete; every image file must exist.
 
-    Raises ValueError for an unknown name or a damaged file (naming it), FileNotFoundError that lists every missing
-    thing, its URL and where to put it, or counts and names missing images.
+    Raises ValueError for an unknown name or a damaged file (naming it); FileNotFoundError that lists each missing file
+    or folder with its URL and its place, or counts and names missing images.
     """
     download, root = describe(name), Path(root)
     for layout in download.layouts:
@@ -167,7 +167,7 @@ def _finish(download: Download, layout: Layout, content: readers.Content) -> Eva
         if labels.min() < 0 or labels.max() >= len(content.class_names):
             raise IosrFastError(
                 f"expected labels from 0 to {len(content.class_names) - 1} in the split {name!r} of {download.title} "
-                f"in {content.folder}, got {labels.min()} to {labels.max()}; fetch its lists again"
+                f"in {content.folder}, got {labels.min()} to {labels.max()}; download its lists again"
             )
         sizes, times = np.full((2, len(keys)), -1, np.int64)
         for row, key in enumerate(keys):
@@ -181,7 +181,7 @@ def _finish(download: Download, layout: Layout, content: readers.Content) -> Eva
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} images of {download.title} are missing from {content.folder}: {', '.join(missing[:10])}"
-            f"{', ...' if len(missing) > 10 else ''}; get them from {layout.needs[-1].url}"
+            f"{', ...' if len(missing) > 10 else ''}; download them from {layout.needs[-1].url}"
         )
     return EvaluationSet(download.name, content.class_names, download.templates, splits, digest(facts), layout.title)
 
@@ -191,4 +191,4 @@ def _missing(download: Download, root: Path) -> str:
     for layout in download.layouts:
         lines = [f"    {root / need.paths[0]}  from {need.url}" for need in layout.needs if need.find(root) is None]
         ways.append("\n".join([f"  {layout.title}:", *lines]))
-    return f"{download.title} is not (all) under {root}. Missing for\n" + "\n  or\n".join(ways)
+    return f"{download.title} is missing or incomplete under {root}. Missing for\n" + "\n  or\n".join(ways)

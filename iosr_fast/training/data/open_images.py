@@ -34,7 +34,7 @@ CANDIDATE = np.dtype([("id", np.uint64), ("class", np.int32), ("split", np.uint8
 
 @dataclass(frozen=True)
 class Subset:
-    """Rows of (image id, class name, official split), and the classes left out with the number of images they have."""
+    """Rows of (image id, class name, official split), and the omitted classes with their numbers of images."""
 
     image_ids: list[str]
     class_names: list[str]
@@ -50,13 +50,13 @@ def balanced_subset(
     min_confidence: float = 1.0,
     images: str | Path | None = None,
 ) -> Subset:
-    """Exactly `images_a_class` images of every class that has as many, each image in one class only.
+    """Exactly `images_a_class` images of every class that has enough, each image in one class only.
 
-    Classes with few images choose first, so an image of several classes goes where it is needed most. The choice
-    depends on image ids and the seed, not on the order of lines or files. With `images`, only those in that folder
-    count. Classes with the same DisplayName are one. A candidate is a label of at least `min_confidence` (1: verified
-    by people); the label files are streamed, and 13 bytes for each candidate stay in memory (several times that while
-    they are sorted).
+    Classes with few images choose first, because an image serves one class only. The choice
+    depends on image ids and the seed, not on the order of lines or files. With `images`, only images in that folder
+    count. Classes with the same DisplayName are merged. A candidate is a label with at least `min_confidence` (1:
+    verified by people). The label files are streamed; each candidate takes 13 bytes of memory (several times that
+    during sorting).
 
     The official split (`type`) comes from the name of a label file. Raises FileNotFoundError for missing files,
     ValueError for files of another format or without train, validation or test in their names, before any is read.
@@ -108,7 +108,7 @@ def balanced_subset(
 
 
 def read_class_descriptions(path: str | Path) -> dict[str, str]:
-    """LabelName -> DisplayName, from a file with or without header. Raises ValueError naming a line that is neither."""
+    """LabelName -> DisplayName, from a file with or without header. Raises ValueError naming an invalid line."""
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file))
     if rows and rows[0][:2] == ["LabelName", "DisplayName"]:
@@ -133,7 +133,7 @@ def _check_label_csv(path: Path) -> int:
     splits = [i for i, split in enumerate(SPLITS) if split in words or (split == "validation" and "val" in words)]
     if len(splits) != 1:
         raise IosrFastError(
-            f"expected one of {', '.join(SPLITS)} in the name of {path} as a word, as the official files have"
+            f"expected exactly one of the words {', '.join(SPLITS)} in the name of {path}, as in the official files"
         )
     return splits[0]
 
@@ -205,13 +205,13 @@ def _find_images(folder: str | Path) -> dict[str, Path]:
 
 
 def write_subset_csv(subset: Subset, path: str | Path) -> None:
-    """Write ImageID,DisplayName,type (UTF-8, with header), whole or not at all."""
+    """Write ImageID,DisplayName,type (UTF-8, with header), atomically."""
     rows = zip(subset.image_ids, subset.class_names, subset.types, strict=True)
     _write_lines(Path(path), [COLUMNS, *rows])
 
 
 def write_download_list(subset: Subset, path: str | Path) -> None:
-    """Write one `train/abcdef...` a line: what the official downloader.py takes."""
+    """Write one `train/abcdef...` per line, the input of the official downloader.py."""
     _write_lines(Path(path), [(f"{t}/{i}",) for i, t in zip(subset.image_ids, subset.types, strict=True)])
 
 
@@ -222,7 +222,7 @@ def _write_lines(path: Path, rows: Sequence[Sequence[str]]) -> None:
 
 
 def read_subset_csv(path: str | Path) -> Subset:
-    """The rows of a subset's CSV file, ours or the paper's. Raises ValueError naming what is missing, and the line."""
+    """The rows of a subset's CSV file, ours or the paper's. Raises ValueError naming the missing column or value."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected the CSV of a subset of Open Images, found none at {path}")
@@ -244,8 +244,8 @@ def read_subset_csv(path: str | Path) -> Subset:
 class OpenImagesPictures(FilePictures):
     """The images of a subset's CSV: IMAGES/ID.jpg, or in IMAGES/train, /validation or /test.
 
-    Classes are numbered in the order of the file. `missing` lists the ids without a file: FileNotFoundError counts and
-    names them unless `leave_out_missing`, and is always raised if no image is left.
+    Classes are numbered in the order of the file. `missing` lists the ids without a file. Raises FileNotFoundError for
+    missing files, unless `leave_out_missing`, and always if no image is left.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""An index of WebDataset shards: their samples in order, with labels. Shards are read once; the index is a JSON file.
+"""An index of WebDataset shards, with their samples in order and labels. Shards are read once; the index is JSON.
 
 A shard is a tar file in which the files of one sample are adjacent and share a name up to its first dot (its key):
 an image (.jpg, .jpeg, .png or .webp) and a label, the first of .cls (an integer), .json (its "label" or "class",
@@ -41,7 +41,7 @@ class Shard:
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The local files of a folder, of a path with braces ("train-{000..127}.tar"), or of a list of those.
+    """The files of a local folder, of a path with braces ("train-{000..127}.tar"), or of a list of those.
 
     Raises FileNotFoundError for missing shards, ValueError for repeated ones.
     """
@@ -61,8 +61,8 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def index_shards(paths: Sequence[Path], cache: Path | None) -> list[Shard]:
-    """Read every shard that is new or changed since the index was written, and write the index: in `cache` if given,
-    else beside the shards.
+    """Read every shard that is new or changed since the index was written, and write the index to `cache` or, without
+    it, beside the shards.
 
     Raises ValueError, naming shard and key, for a damaged shard or a sample without image or label, PermissionError if
     the index can't be written.
@@ -107,7 +107,9 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
             except (*DAMAGE, ValueError) as error:
                 where = "at its start" if key is None else f"after key {key}"
                 reason = error.args[0] if error.args else type(error).__name__
-                raise IosrFastError(f"shard {path} is damaged {where} ({reason}); fetch or make it again") from error
+                raise IosrFastError(
+                    f"shard {path} is damaged {where} ({reason}); download or create it again"
+                ) from error
             if sample is None:
                 return
             key = sample["__key__"]
@@ -129,7 +131,7 @@ def _read_entry(path: Path) -> dict[str, Any]:
         images.append(suffixes[0])
         labels.append(_label(sample, where))
     if not keys:
-        raise IosrFastError(f"shard {path} holds no samples; leave it out, or fetch or make it again")
+        raise IosrFastError(f"shard {path} holds no samples; leave it out, or download or create it again")
     return {"keys": keys, "images": images, "labels": labels}
 
 
@@ -165,13 +167,13 @@ def _check_end(path: Path) -> None:
     except DAMAGE as error:
         for _ in read_samples(path):  # its message names the last good key, if it finds the damage
             pass
-        raise IosrFastError(f"shard {path} is damaged ({error}); fetch or make it again") from error
+        raise IosrFastError(f"shard {path} is damaged ({error}); download or create it again") from error
     if not sizes or 0 in sizes:
-        raise IosrFastError(f"shard {path} is damaged: it does not end as a tar file does; fetch or make it again")
+        raise IosrFastError(f"shard {path} is damaged: it does not end as a tar file does; download or create it again")
 
 
 def _load_index(index: Path) -> dict[str, Any]:
-    """The entries by shard; none if the file is missing, of another format or damaged: it is made again then."""
+    """The entries by shard; none if the file is missing, damaged or of another format, and is to be written again."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -185,4 +187,4 @@ def _load_index(index: Path) -> dict[str, Any]:
 def _check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"the index of the shards can't be written into {folder}; give cache=FOLDER for it")
+        raise PermissionError(f"the index of the shards can't be written to {folder}; give another folder as cache=")

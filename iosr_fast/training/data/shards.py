@@ -21,16 +21,15 @@ MOST_OPEN = 64  # shards in one window: each is an open file
 
 
 class ShardPictures:
-    """Labelled pictures in tar files; rows are numbered through the shards in their order (a folder's: by name).
+    """Labelled pictures in tar files. Rows are numbered through the shards in order (those of a folder by name).
 
     `shards`: a folder of .tar files, a path with braces, or a list of those. An epoch takes them in random order and
     shuffles samples within windows of `window`: a pass holds at most a window and two batches of encoded pictures in
     memory. `workers` threads decode (0: the caller's thread). `class_names` default to the lines of `classes.txt`
     beside the shards, else to the distinct labels. `cache` is the folder of the index (default: beside the shards).
 
-    Raises FileNotFoundError for missing shards, ValueError for damaged ones, for files of class names that differ, for
-    labels of both kinds (integers and names) or outside the class names; `iterate` raises BadImageError naming shard
-    and key.
+    Raises FileNotFoundError for missing shards; ValueError for damaged shards, classes.txt files that differ, labels of
+    both kinds (integers and names) or outside the class names; `iterate` raises BadImageError naming shard and key.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class ShardPictures:
         counts = [len(shard.keys) for shard in self.shards]
         self._start = np.concatenate([[0], np.cumsum(counts)])
         self._shard = np.repeat(np.arange(len(counts)), counts)
-        # The labels do not show which kind of label a shard holds; its file's size and time do.
+        # Equal labels may come from different kinds of labels; the file's size and time distinguish these.
         stamps = [f"{shard.path.name} {shard.bytes} {shard.mtime_ns}" for shard in self.shards]
         self.fingerprint = digest([str(VERSION), str(size), self.labels.numpy(), str(self.class_names), *stamps])
 
@@ -80,10 +79,10 @@ class ShardPictures:
         return torch.cat(blocks)
 
     def iterate(self, order: torch.Tensor, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """See PictureSource; each row at most once. Rows that the shards have before their place in the order are held
-        until then, and count towards the window.
+        """As PictureSource, with each row at most once. Rows that a shard has before their place in the order are kept
+        in memory until then, and count towards the window.
 
-        Raises ValueError for an order that would hold more than a window in memory.
+        Raises ValueError for an order that needs more than a window in memory.
         """
         decoded = self._decode(self._encoded(order.tolist()), ahead=2 * batch)
         for rows in order.split(batch) if len(order) else ():
@@ -135,7 +134,7 @@ class ShardPictures:
             if len(buffered) > self.window or len(readers) > MOST_OPEN:
                 raise IosrFastError(
                     f"this order needs more than the window of {self.window} samples (or {MOST_OPEN} shards) at once; "
-                    "expected a part of what order() gives, from a source with the same window"
+                    "expected a part of the order that order() returns, from a source with the same window"
                 )
             yield row, buffered.pop(row)
             remaining[index].remove(row)
@@ -161,7 +160,7 @@ def _names_beside(shards: list[Shard]) -> list[str] | None:
         if names != (first := next(iter(contents.values()))):
             raise IosrFastError(
                 f"expected the same classes beside all shards, got others ({len(names)}) in {file} than in "
-                f"{next(iter(contents))} ({len(first)}); give class_names, or make the files agree"
+                f"{next(iter(contents))} ({len(first)}); give class_names, or make the files equal"
             )
     return next(iter(contents.values()), None)
 
@@ -187,6 +186,6 @@ def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], to
         for key, label in zip(shard.keys, shard.labels, strict=True):
             if label not in index:
                 raise IosrFastError(
-                    f"key {key} of shard {shard.path} has the label {label!r}, which is none of {len(names)} classes"
+                    f"key {key} of shard {shard.path} has the label {label!r}, which is not one of {len(names)} classes"
                 )
     return names, torch.tensor([index[label] for shard in shards for label in shard.labels])

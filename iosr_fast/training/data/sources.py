@@ -28,7 +28,7 @@ class PictureSource(Protocol):
     def fingerprint(self) -> str:
         """A hex digest that changes when the pictures, their labels, their order or their size change.
 
-        For files it covers names, sizes and times of change: a large set is never read for its fingerprint.
+        For files it covers names, sizes and times of change, so that a large set need not be read.
         """
         ...
 
@@ -68,8 +68,8 @@ class TensorPictures:
 class FilePictures:
     """One file for each picture, decoded by worker processes; CLIP's resize and centre crop.
 
-    `paths` and `labels` (N,) belong together; the fingerprint uses `names` (default: the paths), so it need not depend
-    on the folder. An unreadable picture raises BadImageError with its path when its turn comes.
+    `paths` and `labels` (N,) correspond; the fingerprint uses `names` (default: the paths), so it need not depend on
+    the folder. `iterate` raises BadImageError with the path of an unreadable picture when it is reached.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class FilePictures:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the files' names, sizes and times of change, the labels, class names, size and pixels.VERSION;
-        at first use."""
+        """SHA-256 over the files' names, sizes and times of change, the labels, class names, size and pixels.VERSION,
+        computed at first use."""
         files = (f"{name}\0{stamp(path)}" for name, path in zip(self._names, self.paths, strict=True))
         return digest([str(VERSION), str(self.size), self.labels.numpy(), *self.class_names, *files])
 
@@ -108,7 +108,7 @@ class FilePictures:
             sampler=order.tolist(),
             num_workers=self.workers,
             collate_fn=_stack,
-            generator=torch.Generator(),  # the default is the global one: dropout would depend on the source
+            generator=torch.Generator(),  # with the default, the global one, dropout would depend on the source
         )
         for rows, pixels in zip(order.split(batch), loader, strict=True):
             if not isinstance(pixels, torch.Tensor):
@@ -210,7 +210,7 @@ class SubsetPictures:
 def split(source: PictureSource, share: float, seed: int) -> tuple[SubsetPictures, SubsetPictures]:
     """(train, held out): `share` of each class held out at random, at least two pictures of it and at most half.
 
-    A measure of pairs needs two. A class of fewer than four pictures stays in training. Raises ValueError unless
+    Measures of pairs need two. A class of fewer than four pictures stays in training. Raises ValueError unless
     0 < share < 1.
     """
     if not 0 < share < 1:
@@ -228,7 +228,7 @@ def split(source: PictureSource, share: float, seed: int) -> tuple[SubsetPicture
 
 
 def digest(parts: Iterable[str | np.ndarray]) -> str:
-    """SHA-256 over texts and arrays, each preceded by its length, so that other cuts give another digest."""
+    """SHA-256 over texts and arrays, each preceded by its length, so that another division gives another digest."""
     hasher = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else np.ascontiguousarray(part).data
