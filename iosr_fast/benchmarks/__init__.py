@@ -1,1 +1,1 @@
-"""What tools/benchmark.py runs: each file is one subject, harness.py times and reports them all alike."""
+"""What `iosr-fast benchmark` runs: each file is one subject, harness.py times and reports them all alike."""

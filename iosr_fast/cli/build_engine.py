@@ -1,53 +1,103 @@
-"""Fuse a CLIP and its adapter into one encoder, compile it and check it against PyTorch.
-
-    python tools/build_engine.py --model demo --runtime onnxruntime --out build/demo-engine
-    python tools/build_engine.py --model ViT-B-16 --pretrained openai --adapter adapter.safetensors \\
-        --runtime tensorrt --precision fp16 --max-batch 64 --out build/b16
-
-    python tools/build_engine.py --model ViT-B-16 --pretrained openai --adapter adapter.safetensors \\
-        --runtime onnxruntime --precision int8 --calibration photos/ --out build/b16-int8
-    python tools/build_engine.py --add-plan --runtime tensorrt --out build/b16      # for this GPU, beside the others
-
-The demo uses its shipped adapter. --first-adapted-block instead of --adapter fuses a random adapter, to measure speed.
-Without either, or with --adapter none, the engine returns the plain embedding only. --runtime auto is TensorRT or
-TensorRT-RTX on a GPU, PyTorch on a GPU without them, ONNX Runtime on a CPU.
-"""
+"""The command `iosr-fast build-engine`."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
-from iosr_fast.utils.command import one_line_errors
+from iosr_fast.cli.options import Adapter, Model, Runtime
 from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.require import require_installed
 
-with one_line_errors("iosr-fast"):
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def build_engine(
+    out: Annotated[Path, typer.Option(help="Folder to write. An engine that is there is replaced.")],
+    model: Model = "demo",
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip's tag of the weights, a file, or none: random. Not for the demo.")
+    ] = None,
+    adapter: Adapter = "auto",
+    first_adapted_block: Annotated[
+        int | None, typer.Option(help="Instead of --adapter: a random one from this block on, to measure speed.")
+    ] = None,
+    runtime: Runtime = "auto",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 (GPUs), bf16 (openvino), int8 (not torch) or fp8 (tensorrt, tensorrt_rtx).")
+    ] = "fp32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="For int8 and fp8: images like those to classify [default: for the demo its own]."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Images of one run at most; larger batches are split.")] = 32,
+    add: Annotated[
+        bool, typer.Option("--add-plan", help="Add a plan for --runtime and this machine to the engine in OUT.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is chosen, and TensorRT's messages.")
+    ] = False,
+) -> None:
+    """Fuse a CLIP and its adapter into one encoder, compile it, and check it against PyTorch.
+
+    Without an adapter the engine returns the plain embeddings only. The runtime auto is TensorRT or TensorRT-RTX on a
+    GPU, PyTorch on a GPU without them, and ONNX Runtime on a CPU.
+
+    \b
+    iosr-fast build-engine --model ViT-B-16 --pretrained openai \\
+        --adapter adapter.safetensors --out engine
+    """
+    if verbose:
+        logging.getLogger().setLevel(logging.INFO)
     require_installed("torch", "cpu")
     from iosr_fast.clip.architecture import check_architecture
-    from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.clip.load import load_clip
-    from iosr_fast.encoders.runtimes.plans import describe_target
     from iosr_fast.export.calibration import calibration_pictures
     from iosr_fast.export.engine_precision import QUANTISED, choose_builder
     from iosr_fast.export.export import add_plan, random_adapter, write_engine
-    from iosr_fast.export.export_check import CHECKED_PICTURES
     from iosr_fast.export.pretrained import choose_adapter, read_adapter
-    from iosr_fast.images.preprocess import to_pixels
+
+    if adapter not in ("auto", "none") and first_adapted_block is not None:
+        raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
+    if calibration is not None and precision not in QUANTISED:
+        raise typer.BadParameter(f"--calibration is for {' and '.join(QUANTISED)}, got --precision {precision}")
+    if add and (adapter != "auto" or pretrained or first_adapted_block is not None):
+        raise typer.BadParameter("--add-plan compiles the engine at --out as it is; leave model and adapter out")
+    if add:
+        describe(add_plan(out, runtime), out)
+        return
+    check_new_folder(out, "engine")
+    choose_builder(runtime, precision)
+    check_architecture(model)
+    file = None if adapter == "none" or first_adapted_block is not None else adapter
+    read_adapter(model, file)  # checks it before the CLIP is loaded
+    clip = load_clip(model, pretrained)
+    fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
+    pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
+    real = real_pictures(clip.image_size)
+    describe(write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures), out)
 
 
 def real_pictures(size: int) -> np.ndarray:
     """Some of the demo's pictures at the model's size: uint8 (N, size, size, 3)."""
+    import numpy as np
+
+    from iosr_fast.clip.demo.pictures import load_pictures
+    from iosr_fast.export.export_check import CHECKED_PICTURES
+    from iosr_fast.images.preprocess import to_pixels
+
     images = load_pictures("held-out").images
     return to_pixels(images[np.linspace(0, len(images) - 1, CHECKED_PICTURES).astype(int)], size)
 
 
 def describe(manifest: dict[str, Any], out: Path) -> None:
     """Print the engine's files and its errors against two passes in fp32 PyTorch."""
+    from iosr_fast.encoders.runtimes.plans import describe_target
+
     adapter = {
         None: "no adapter: plain embeddings only",
         "trained": "trained adapter",
@@ -69,50 +119,3 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
         target = f", for {describe_target(manifest['plans'][name])}" if name in manifest["plans"] else ""
         print(f"  {out / name}  {entry['bytes'] / 1e6:.1f} MB{target}")
     print(f"  {out / 'manifest.json'}")
-
-
-def build_engine(
-    out: Path = typer.Option(..., help="the folder to write; replaces an engine"),
-    model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
-    pretrained: str | None = typer.Option(
-        None, help="tag, weights file, or 'none' for random weights; not needed for the demo"
-    ),
-    adapter: str | None = typer.Option(
-        None, help="a file of tools/train_adapter.py, or 'none' [demo: the shipped one]"
-    ),
-    first_adapted_block: int | None = typer.Option(
-        None, help="fuse a random adapter from this block on, to measure speed"
-    ),
-    runtime: str = typer.Option("auto", help="auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch"),
-    precision: str = typer.Option(
-        "fp32", help="fp32, fp16 (GPUs), bf16 (openvino), int8 (all but torch) or fp8 (tensorrt, tensorrt_rtx)"
-    ),
-    calibration: Path | None = typer.Option(
-        None, help="int8, fp8: a folder of pictures like those to be classified [demo: its generic ones]"
-    ),
-    max_batch: int = typer.Option(32, help="the largest batch of one run; larger ones are split"),
-    add: bool = typer.Option(
-        False, "--add-plan", help="add a plan for --runtime and this machine to the engine at --out"
-    ),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="log choices, and TensorRT's messages"),
-) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    if adapter not in (None, "none") and first_adapted_block is not None:
-        raise typer.BadParameter("--first-adapted-block is for a random adapter; a file's adapter knows its own blocks")
-    if calibration is not None and precision not in QUANTISED:
-        raise typer.BadParameter(f"--calibration is for {' and '.join(QUANTISED)}, got --precision {precision}")
-    if add and (adapter or pretrained or first_adapted_block is not None):
-        raise typer.BadParameter("--add-plan compiles the engine at --out as it is; leave model and adapter out")
-    if add:
-        describe(add_plan(out, runtime), out)
-        return
-    check_new_folder(out, "engine")
-    choose_builder(runtime, precision)
-    check_architecture(model)
-    file = None if adapter == "none" or first_adapted_block is not None else adapter or "auto"
-    read_adapter(model, file)  # checks it before the CLIP is loaded
-    clip = load_clip(model, pretrained)
-    fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
-    pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
-    real = real_pictures(clip.image_size)
-    describe(write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures), out)

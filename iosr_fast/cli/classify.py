@@ -4,32 +4,119 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
+from iosr_fast.cli import parts
+from iosr_fast.cli.options import Address, Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import stop_message
+from iosr_fast.utils.require import require
+
+FILES = (".csv", ".parquet")
+# Options that only a folder of parts has, and their defaults.
+OF_PARTS = {
+    "chunk": 1024,
+    "kind": "auto",
+    "path_column": "path",
+    "keep_columns": "",
+    "image_field": None,
+    "ray": False,
+    "workers": None,
+    "gpus": 0,
+    "address": None,
+}
 
 
 def classify(
-    classifier: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
-    images: list[Path] = typer.Argument(..., help="images, or folders of images"),
-    out: Path = typer.Option(None, help="a .csv or .parquet file to write instead; an interrupted run resumes"),
-    top: int = typer.Option(1, help="classes to report per image"),
-    batch: int = typer.Option(None, help="images encoded at a time [default: 16 on a CPU, 64 on a GPU]"),
-    threads: int = typer.Option(None, help="cores to use on a CPU [default: all]"),
-    decoder: str = typer.Option("auto", help="auto, cpu, cpu-exact, torchvision-cuda or nvimagecodec"),
-    runtime: str = typer.Option("auto"),
-    skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out (with --out: say why)"),
+    classifier: SavedClassifier,
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES",
+            help="Images, or folders of images. For a folder of parts: one folder of images, .tar shards (folder, glob "
+            "or braces) or .parquet tables.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write (.csv or .parquet), or a folder for parts. An interrupted run resumes."),
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Classes of each image [default: 1; in parts 5].")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images encoded at a time [default: 16 on a CPU, else 64; in parts 64].")
+    ] = None,
+    decoder: Annotated[
+        Literal["auto", "cpu", "cpu-exact", "torchvision-cuda", "nvimagecodec"],
+        typer.Option(metavar="NAME", help="auto, cpu, cpu-exact, torchvision-cuda or nvimagecodec."),
+    ] = "auto",
+    runtime: Runtime = "auto",
+    threads: parts.Threads = None,
+    skip_bad: SkipBad = False,
+    chunk: parts.Chunk = 1024,
+    kind: parts.Kind = "auto",
+    path_column: parts.PathColumn = "path",
+    keep_columns: parts.KeepColumns = "",
+    image_field: parts.ImageField = None,
+    ray: parts.Ray = False,
+    workers: parts.Workers = None,
+    gpus: parts.Gpus = 0,
+    address: Address = None,
 ) -> None:
-    """Classify images; writes CSV (path, label, probability) to standard output, or a file with --out."""
+    """Classify images with a saved classifier.
+
+    Writes rows of path, label and probability as CSV to standard output, or to a file.
+
+    For millions of images, or on Ray, --out is a folder (a name without a suffix). It gets Parquet parts, which also
+    have the class id and the two terms of the logit: zero_shot, from the texts, and cache, from the support images; and
+    manifest.json when all parts exist. With --ray the machines of a cluster need this package, the images, the
+    classifier and the folder at the same paths, and one version of Ray.
+    """
+    options = {**locals()}
+    if out is not None and out.suffix not in FILES:
+        if out.suffix:
+            raise IosrFastError(
+                f"expected --out to end in {' or '.join(FILES)}, or a folder without a suffix, got {out}"
+            )
+        if len(images) > 1 or decoder != "auto":
+            raise IosrFastError("expected one input and no --decoder with --out FOLDER; give a file for several inputs")
+        for name in ("images", "decoder", "classifier"):
+            del options[name]
+        options |= {"location": images[0], "batch": batch or 64}
+        require("pyarrow", "parquet")
+        from iosr_fast.pipeline import run as runs
+        from iosr_fast.pipeline.prediction_files import COLUMNS
+
+        classes = options.pop("top") or 5
+        parts.write_parts(
+            lambda source, run_options: runs.classify(classifier, source, out, run_options, classes), COLUMNS, **options
+        )
+        return
+    if given := [f"--{name.replace('_', '-')}" for name, default in OF_PARTS.items() if options[name] != default]:
+        raise IosrFastError(f"expected --out FOLDER with {', '.join(given)}")
+    _classify_list(
+        classifier, [Path(image) for image in images], out, top or 1, batch, decoder, runtime, threads, skip_bad
+    )
+
+
+def _classify_list(
+    classifier: Path,
+    images: list[Path],
+    out: Path | None,
+    top: int,
+    batch: int | None,
+    decoder: str,
+    runtime: str,
+    threads: int | None,
+    skip_bad: bool,
+) -> None:
+    """To standard output, or to a file."""
     from iosr_fast.classifier import Classifier
     from iosr_fast.images.decoders import choose_decoder
     from iosr_fast.pipeline.job import Job, check_place
     from iosr_fast.pipeline.stream import choose_batch
 
-    if top < 1:
-        raise IosrFastError(f"expected --top of at least 1, got {top}")
     with stop_message("stopped" + ("" if out is None else f"; the same command resumes {out}"), "iosr-fast"):
         paths = _list(images, skip_bad)
         if out is not None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from iosr_fast.cli.options import SavedClassifier
+
 
 def export_triton(
-    classifier: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
-    out: Path = typer.Argument(..., help="the model repository to write"),
-    max_batch: int = typer.Option(32, help="images per model call"),
-    instances: int = typer.Option(1, help="copies of each model that run in parallel"),
-    gpu: bool = typer.Option(False, "--gpu", help="encoder and scoring on GPUs, the encoder through TensorRT"),
-    top: int = typer.Option(5, help="classes in the example in README.txt"),
+    classifier: SavedClassifier,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model repository to write.")],
+    max_batch: Annotated[int, typer.Option(help="Images of a call to a model at most.")] = 32,
+    instances: Annotated[int, typer.Option(help="Copies of each model that run in parallel.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run on GPUs; the encoder through TensorRT.")] = False,
+    top: Annotated[int, typer.Option(help="Classes that the example in README.txt reports.")] = 5,
 ) -> None:
-    """Write a classifier as a model repository of NVIDIA Triton Inference Server."""
+    """Write a saved classifier as a model repository of NVIDIA Triton Inference Server."""
     from iosr_fast.serving.triton import export_triton as export
 
     export(classifier, out, max_batch=max_batch, instances=instances, gpu=gpu, top=top)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 
 def info(
-    folder: Path | None = typer.Argument(None, help="a saved classifier or an engine: its contents and its digest"),
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="A saved classifier or an engine, which is verified.")
+    ] = None,
 ) -> None:
-    """Versions, runtimes and scoring kernels of this machine, or the contents of a saved classifier, verified."""
+    """Describe this machine (versions, runtimes, scoring kernels), or the contents of a folder and its digest."""
     if folder is None:
         from iosr_fast.info import format_info
 

@@ -1,36 +1,37 @@
-"""Choose a balanced subset of Open Images to train the adapter on, from the official label files.
-
-    python tools/open_images_subset.py --classes oidv7-class-descriptions.csv \\
-        --labels oidv7-train-annotations-human-imagelabels.csv --images-a-class 200 \\
-        --out oi_data.csv --download-list images.txt
-    python downloader.py images.txt --download_folder=images    # the official downloader
-
-The files are at https://storage.googleapis.com/openimages/web/download_v7.html.
-"""
+"""The command `iosr-fast open-images-subset`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from iosr_fast.cli.options import Seed
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import new_file, one_line_errors
-
-with one_line_errors("iosr-fast"):
-    from iosr_fast.training.data.open_images import balanced_subset, write_download_list, write_subset_csv
+from iosr_fast.utils.command import new_file
 
 
 def open_images_subset(
-    classes: Path = typer.Option(..., help="class descriptions: LabelName,DisplayName"),
-    labels: list[Path] = typer.Option(..., help="image labels: ImageID,Source,LabelName,Confidence; may be repeated"),
-    images_a_class: int = typer.Option(..., help="exactly so many images a class; classes with fewer are left out"),
-    out: Path = typer.Option(..., callback=new_file, help="the subset to write: ImageID,DisplayName,type"),
-    download_list: Path = typer.Option(None, callback=new_file, help="file to write for the official downloader.py"),
-    images: Path = typer.Option(None, help="choose only among the images in this folder"),
-    min_confidence: float = typer.Option(1.0, help="1: labels verified by people only"),
-    seed: int = typer.Option(0),
+    classes: Annotated[Path, typer.Option(help="Class descriptions: a CSV file of LabelName,DisplayName.")],
+    labels: Annotated[
+        list[Path], typer.Option(help="Labels: a CSV file of ImageID,Source,LabelName,Confidence. Repeatable.")
+    ],
+    images_a_class: Annotated[int, typer.Option(help="Images of each class. Classes with fewer are left out.")],
+    out: Annotated[Path, typer.Option(callback=new_file, help="CSV file to write: ImageID,DisplayName,type.")],
+    download_list: Annotated[
+        Path | None, typer.Option(callback=new_file, help="File to write for Open Images' downloader.py.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Choose only among the images in this folder.")] = None,
+    min_confidence: Annotated[float, typer.Option(help="Least confidence of a label; 1: verified by people.")] = 1.0,
+    seed: Seed = 0,
 ) -> None:
+    """Choose a balanced subset of Open Images to train an adapter on.
+
+    The label files and downloader.py are at https://storage.googleapis.com/openimages/web/download_v7.html.
+    """
+    from iosr_fast.training.data.open_images import balanced_subset, write_download_list, write_subset_csv
+
     if download_list is not None and download_list.absolute() == out.absolute():
         raise IosrFastError(f"expected two files to write, got {out} twice")
     subset = balanced_subset(classes, labels, images_a_class, seed, min_confidence, images)

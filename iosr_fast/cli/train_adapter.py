@@ -1,14 +1,4 @@
-"""Train the bottleneck adapter of a CLIP: supervised, or self-supervised by DINO; on one process or many.
-
-    python tools/train_adapter.py --out adapter.safetensors                                   # the demo's
-    python tools/train_adapter.py --model ViT-B-16 --pretrained openai --data DIR --out adapter.safetensors
-    python tools/train_adapter.py ... --data open-images --csv subset.csv --images DIR        # the paper's
-    python tools/train_adapter.py ... --objective dino                                        # no labels
-    torchrun --nproc-per-node 4 tools/train_adapter.py ...                                    # one process a GPU
-
-The defaults are the paper's, and for the demo the shipped adapter's. A run that was stopped or killed resumes from its
-last checkpoint, in the folder beside --out, when it is started again with the same options.
-"""
+"""The command `iosr-fast train-adapter`."""
 
 from __future__ import annotations
 
@@ -16,77 +6,126 @@ import os
 import shutil
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from safetensors import SafetensorError
 
+from iosr_fast.cli.options import Model, Seed
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils import command
 from iosr_fast.utils.require import require_installed
 
-with command.one_line_errors("iosr-fast"):
-    require_installed("torch", "train")
-    from iosr_fast.clip.adapter import init_adapter, load_adapter, save_adapter
-    from iosr_fast.clip.architecture import check_architecture
-    from iosr_fast.clip.load import load_clip
-    from iosr_fast.training import train as training
-    from iosr_fast.training.adapted_encoder import AdaptedEncoder
-    from iosr_fast.training.dino import local_size
-    from iosr_fast.training.processes import make_fabric
-    from iosr_fast.training.progress import TrainingBar
-    from iosr_fast.training.sources import Sources, open_sources
-    from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config
+if TYPE_CHECKING:
+    from iosr_fast.training.sources import Sources
+    from iosr_fast.training.train_config import TrainConfig
 
 # DINO takes its random crops from pictures this much larger than the encoder's own size.
 DINO_MARGIN = 10 / 7
 
 
-class Goal(StrEnum):
-    supervised = "supervised"
-    dino = "dino"
-
-
 def train_adapter(
-    out: Path = typer.Option(..., help="the adapter file to write (.safetensors)"),
-    model: str = typer.Option("demo", help="'demo' or a model of open_clip"),
-    pretrained: str = typer.Option(None, help="tag, weights file, or 'none'; not needed for the demo"),
-    objective: Goal = typer.Option(Goal.supervised, help="supervised with labels, or DINO without"),
-    data: str = typer.Option("demo", help="'demo', a folder of class folders, 'open-images', or .tar shards"),
-    csv: Path = typer.Option(None, help="with --data open-images: ImageID,DisplayName,type (open_images_subset.py)"),
-    images: Path = typer.Option(None, help="with --data open-images: the folder that holds ImageID.jpg"),
-    skip_missing: bool = typer.Option(False, "--skip-missing", help="leave out listed pictures that have no file"),
-    held_out: float = typer.Option(0.02, min=0, max=0.5, help="share of each class to measure on after each epoch"),
-    first_adapted_block: int = typer.Option(None, help="blocks from this one on get an adapter [demo: 3, else 0]"),
-    bottleneck: int = typer.Option(None, help="[demo: 256, else 64]"),
-    scale: float = typer.Option(None, help="[demo and dino: 0.1, else 0.03]"),
-    epochs: int = typer.Option(None, help="[demo: 32, dino: 10, else 1]"),
-    batch: int = typer.Option(None, help="pictures a step, over all processes [128; dino 120]"),
-    accumulate: int = typer.Option(1, help="micro-batches into which a process splits its share of a batch"),
-    learning_rate: float = typer.Option(None, help="[8e-3; dino 8e-4 for a batch of 256]"),
-    schedule: str = typer.Option(None, help="constant or cosine [demo and dino: cosine, else constant]"),
-    augment: bool = typer.Option(None, help="supervised: small affine and colour changes [demo: yes, else no]"),
-    normalise: bool = typer.Option(True, help="CLIP's mean and std at training too (the public code leaves them out)"),
-    cached_views: int = typer.Option(0, help="supervised: views whose frozen activations are cached on disk"),
-    kept_precision: str = typer.Option("fp16", help="of the cached activations: fp16 or bf16"),
-    precision: str = typer.Option("32-true", help="32-true, bf16-mixed or 16-mixed"),
-    accelerator: str = typer.Option("auto", help="auto, cpu or cuda"),
-    dino_out: int = typer.Option(None, help="dino: prototypes of the projection head [65536; demo 2048]"),
-    dino_momentum: float = typer.Option(None, help="dino: of the teacher [0.9998; demo 0.99]"),
-    dino_width: int = typer.Option(256, min=1, help="dino: of the vectors that are compared with the prototypes"),
-    local_crops: int = typer.Option(10, min=0, help="dino: small crops of each picture"),
-    global_scale: tuple[float, float] = typer.Option((0.25, 1.0), help="dino: share of the picture in a global crop"),
-    local_scale: tuple[float, float] = typer.Option((0.05, 0.25), help="dino: share of the picture in a local crop"),
-    train_head: bool = typer.Option(True, help="dino: train the projection head too (the public code freezes it)"),
-    checkpoint_every: int = typer.Option(0, min=0, help="steps between checkpoints; 0: no further ones"),
-    checkpoint_minutes: float = typer.Option(10, min=0, help="minutes between them; 0: at the end of epochs only"),
-    tensorboard: bool = typer.Option(False, "--tensorboard", help="write TensorBoard events beside the CSV files"),
-    workers: int = typer.Option(2, help="processes that decode images"),
-    seed: int = typer.Option(0),
+    out: Annotated[Path, typer.Option(help="Adapter file to write (.safetensors).")],
+    model: Model = "demo",
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip's tag of the weights, a file, or none: random. Not for the demo.")
+    ] = None,
+    objective: Annotated[
+        Literal["supervised", "dino"], typer.Option(help="Train with labels, or without by DINO.")
+    ] = "supervised",
+    data: Annotated[
+        str, typer.Option(help="demo, a folder with one folder of images for each class, .tar shards, or open-images.")
+    ] = "demo",
+    csv: Annotated[
+        Path | None, typer.Option(help="For open-images: the file of `iosr-fast open-images-subset`.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="For open-images: the folder that holds ImageID.jpg.")] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="For open-images: leave out images without a file.")
+    ] = False,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of each class to measure on after each epoch.")
+    ] = 0.02,
+    first_adapted_block: Annotated[
+        int | None, typer.Option(help="The first block with an adapter [default: 0; demo 3].")
+    ] = None,
+    bottleneck: Annotated[int | None, typer.Option(help="Width of the adapter [default: 64; demo 256].")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of the adapter's output [default: 0.03; demo and dino 0.1].")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images [default: 1; demo 32; dino 10].")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images of a step, of all processes together [default: 128; dino 120].")
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches into which a process splits its images.")] = 1,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: 8e-3; dino 8e-4 for a batch of 256]")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant or cosine [default: constant; demo and dino cosine].")
+    ] = None,
+    augment: Annotated[
+        bool | None, typer.Option(help="Supervised: small affine and colour changes [default: for the demo only].")
+    ] = None,
+    normalise: Annotated[
+        bool, typer.Option(help="Apply CLIP's mean and standard deviation in training; the papers' code does not.")
+    ] = True,
+    cached_views: Annotated[
+        int, typer.Option(help="Supervised: views whose activations before the adapter are cached on disk.")
+    ] = 0,
+    cache_precision: Annotated[str, typer.Option(help="Of the cached activations: fp16 or bf16.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dino_out: Annotated[
+        int | None, typer.Option(help="DINO: prototypes of the projection head [default: 65536; demo 2048].")
+    ] = None,
+    dino_momentum: Annotated[
+        float | None, typer.Option(help="DINO: momentum of the teacher [default: 0.9998; demo 0.99].")
+    ] = None,
+    dino_width: Annotated[
+        int, typer.Option(min=1, help="DINO: width of the vectors that are compared with prototypes.")
+    ] = 256,
+    local_crops: Annotated[int, typer.Option(min=0, help="DINO: small crops of each image.")] = 10,
+    global_scale: Annotated[
+        tuple[float, float], typer.Option(help="DINO: share of the image in a global crop, from and to.")
+    ] = (0.25, 1.0),
+    local_scale: Annotated[
+        tuple[float, float], typer.Option(help="DINO: share of the image in a small crop, from and to.")
+    ] = (0.05, 0.25),
+    train_head: Annotated[
+        bool, typer.Option(help="DINO: train the projection head, too; the papers' code freezes it.")
+    ] = True,
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: by time only.")] = 0,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes between checkpoints; 0: at the end of epochs only.")
+    ] = 10,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard events beside the CSV files.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
+    seed: Seed = 0,
 ) -> None:
-    demo, dino = data == "demo", objective is Goal.dino
+    """Train the bottleneck adapter of a CLIP, with labels or by DINO.
+
+    The defaults are the paper's; for the demo they are those of its own adapter. The same command resumes an
+    interrupted run from its last checkpoint, in the folder OUT.training.
+
+    Examples; torchrun starts a process for each GPU:
+
+    \b
+    iosr-fast train-adapter --model ViT-B-16 --pretrained openai --data DIR \\
+        --out adapter.safetensors
+    torchrun --nproc-per-node 4 -m iosr_fast train-adapter ...
+    """
+    require_installed("torch", "train")
+    from iosr_fast.clip.adapter import init_adapter
+    from iosr_fast.clip.architecture import check_architecture
+    from iosr_fast.clip.load import load_clip
+    from iosr_fast.training.adapted_encoder import AdaptedEncoder
+    from iosr_fast.training.dino import local_size
+    from iosr_fast.training.processes import make_fabric
+    from iosr_fast.training.sources import open_sources
+    from iosr_fast.training.train_config import DinoConfig, TrainConfig, dino_config
+
+    demo, dino = data == "demo", objective == "dino"
     check_out(out)
     check_architecture(model)
     clip = load_clip(model, pretrained)
@@ -106,7 +145,7 @@ def train_adapter(
         "augment": or_default(augment, demo and not dino),
         "accumulate": accumulate,
         "normalise": normalise,
-        "cache_precision": kept_precision,
+        "cache_precision": cache_precision,
         "precision": precision,
         "cached_views": cached_views,
         "seed": seed,
@@ -144,6 +183,8 @@ def training_folder(out: Path) -> Path:
 
 def check_out(out: Path) -> None:
     """Raise ValueError or OSError if the trained adapter couldn't be written, or would replace a file that is none."""
+    from iosr_fast.clip.adapter import load_adapter
+
     if out.is_dir():
         raise IosrFastError(f"expected --out as the file to write, got the folder {out}; add a name to it")
     if out.exists():
@@ -172,6 +213,9 @@ def run(
     tensorboard: bool,
 ) -> None:
     """Train, with the bar, and write `out`. `checkpoints` are arguments of `train_adapter`."""
+    from iosr_fast.training import train as training
+    from iosr_fast.training.progress import TrainingBar
+
     folder = training_folder(out)
     bar = TrainingBar(config, len(sources.train.labels), shown=fabric.is_global_zero)
     bar.say(
@@ -212,6 +256,8 @@ def run(
 
 def write(trained: Any, out: Path) -> None:
     """Raises OSError if the disk is full; nothing is lost, because the last checkpoint holds the same."""
+    from iosr_fast.clip.adapter import save_adapter
+
     try:
         save_adapter(trained, out)
     except (OSError, SafetensorError) as error:

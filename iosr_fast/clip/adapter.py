@@ -155,7 +155,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter at {path}; tools/train_adapter.py trains one")
+        raise FileNotFoundError(f"no adapter at {path}; `iosr-fast train-adapter` trains one")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("iosr_fast_adapter")

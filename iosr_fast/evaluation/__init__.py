@@ -1,1 +1,1 @@
-"""What tools/evaluate.py runs: tasks of a data set, every method on them, and tables, files and figures of it."""
+"""What `iosr-fast evaluate` runs: tasks of a data set, every method on them, and tables, files and figures of it."""

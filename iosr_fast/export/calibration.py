@@ -28,7 +28,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
         if clip.name != "demo":
             raise IosrFastError(
                 f"expected calibration pictures to quantise {clip.name}, got none; give a folder of a few hundred "
-                "like those to be classified (tools/build_engine.py --calibration DIR)"
+                "like those to be classified (iosr-fast build-engine --calibration DIR)"
             )
         from iosr_fast.clip.demo.pictures import load_pictures
 

@@ -5,7 +5,7 @@
     support.safetensors   embeddings of the support images and of the class names
     plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
     pictures.safetensors  thumbnails of the support images, where they are kept
-    engine/               the encoder (tools/build_engine.py)
+    engine/               the encoder (iosr_fast.export.export)
     text/                 the text encoder, where the CLIP's can be exported
 
 It is written beside its place and renamed: a crash at any byte leaves the old folder or the new one. It is opened once

@@ -16,7 +16,7 @@ from iosr_fast.utils.temporaries import MANIFEST as MANIFEST
 SCHEMA = 2
 LARGEST_MANIFEST = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-_REBUILD = {"engine": "tools/build_engine.py builds it again", "classifier": "fit and save it again"}
+_REBUILD = {"engine": "iosr-fast build-engine builds it again", "classifier": "fit and save it again"}
 
 
 def sha256(path: Path) -> str:

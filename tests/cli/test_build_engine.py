@@ -1,4 +1,4 @@
-"""tools/build_engine.py from the command line, on the demo's CLIP."""
+"""iosr-fast build-engine from the command line, on the demo's CLIP."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
         "labels.txt": "to end in .csv or .parquet",
         "nowhere/labels.csv": "expected a folder to write",
         "file/labels.csv": "expected a folder to write",
-        "mine": "to end in .csv or .parquet",
+        "mine": "holds other files than a run's parts",
     }.items():
         assert said in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / place)
     (tmp_path / "there.csv").write_text("mine")
@@ -86,8 +86,12 @@ def test_classify_names_what_is_missing_before_the_bundle_is_opened(
     said = refused("classify", "bundle", folder, tmp_path / "nowhere.png", tmp_path / "gone")
     assert "no such file or folder" in said and "nowhere.png" in said and "gone" in said
     assert "found none in" in refused("classify", "bundle", tmp_path / "empty")
+    assert "expected --out FOLDER with --chunk, --ray" in refused("classify", "bundle", folder, "--ray", "--chunk", "2")
+    one = "expected one input and no --decoder with --out FOLDER"
+    assert one in refused("classify", "bundle", folder, folder, "--out", tmp_path / "parts")
+    assert one in refused("classify", "bundle", folder, "--out", tmp_path / "parts", "--decoder", "cpu")
     assert "found none in" in refused("classify", "bundle", tmp_path / "empty", "--out", tmp_path / "labels.csv")
-    assert "--top of at least 1, got -3" in refused("classify", "bundle", folder, "--top", "-3")
+    assert "'--top': " in refused("classify", "bundle", folder, "--top", "-3")
     assert not (tmp_path / "labels.csv").exists()
 
 

@@ -1,4 +1,4 @@
-"""tools/train_adapter.py: invalid options are refused before training, and a full disk at the end loses nothing."""
+"""iosr-fast train-adapter: invalid options are refused before training, and a full disk at the end loses nothing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_adapter_that_does_not_fit_the_disk_is_written_by_the_next_run(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(tool, "save_adapter", full)
+        patched.setattr("iosr_fast.clip.adapter.save_adapter", full)
         failed = run(folder, "--epochs", "2")
     assert failed.exit_code == 2 and "the same command writes it at once" in printed(failed)
     lines = (folder / "out" / "a.safetensors.training" / "steps.csv").read_bytes()

@@ -203,7 +203,7 @@ def test_missing_and_foreign_folders(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
         open_engine(tmp_path / "nowhere")
     rewrite_manifest(copied, schema=99)
-    with pytest.raises(ValueError, match=r"schema 99.*tools/build_engine\.py builds it again"):
+    with pytest.raises(ValueError, match=r"schema 99.*iosr-fast build-engine builds it again"):
         open_engine(copied)
     rewrite_manifest(copied, schema=SCHEMA, kind="classifier")
     with pytest.raises(ValueError, match="got a classifier"):

@@ -1,4 +1,4 @@
-"""tools/evaluate.py features and demo: no test image has a part in a choice, and the rows agree with the tables."""
+"""iosr-fast evaluate features and demo: no test image has a part in a choice, and the rows agree with the tables."""
 
 from __future__ import annotations
 

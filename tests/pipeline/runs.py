@@ -1,4 +1,4 @@
-"""Runs of tools/embed.py and tools/classify.py: pictures for them, and what they write."""
+"""Runs of `iosr-fast embed` and `classify` into folders of parts: pictures for them, and what they write."""
 
 from __future__ import annotations
 
@@ -17,19 +17,14 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.cli import embed
+from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.pipeline.embedding_files import Part, read_embeddings
 from iosr_fast.pipeline.part_folder import LOG
 from iosr_fast.pipeline.prediction_files import SCORES, read_predictions
-from iosr_fast.utils.command import command_app
 from iosr_fast.utils.manifest import read_manifest
-from tests import ROOT
-from tools import classify
-
-APPS = {"embed": command_app(embed.embed), "classify": command_app(classify.main)}
 
 
 @cache
@@ -48,12 +43,12 @@ def write_pictures(folder: Path, n: int) -> list[Path]:
 
 
 def words(tool: str, model: Path, given: Path | str, out: Path, *options: str) -> list[str]:
-    option = "--engine" if tool == "embed" else "--bundle"
-    return [option, str(model), "--input", str(given), "--out", str(out), "--threads", "1", *options]
+    first = ["--engine", str(model), "--input", str(given)] if tool == "embed" else [str(model), str(given)]
+    return [tool, *first, "--out", str(out), "--threads", "1", *options]
 
 
 def run(tool: str, model: Path, given: Path | str, out: Path, *options: str) -> Result:
-    return CliRunner().invoke(APPS[tool], words(tool, model, given, out, *options))
+    return CliRunner().invoke(app, words(tool, model, given, out, *options))
 
 
 def embedded(engine: Path, given: Path | str, out: Path, *options: str) -> Part:
@@ -114,7 +109,7 @@ def logged(out: Path) -> list[dict[str, Any]]:
 
 def kill_in_the_middle(tool: str, model: Path, given: Path, out: Path, parts: int, *options: str) -> None:
     """Start a run of `parts` parts in a process, and kill it once 3 are written."""
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *words(tool, model, given, out, *options)]
+    command = [sys.executable, "-m", "iosr_fast", *words(tool, model, given, out, *options)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120

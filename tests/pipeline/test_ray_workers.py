@@ -25,7 +25,6 @@ from iosr_fast.pipeline.source import Chunk
 from iosr_fast.pipeline.sources import open_source
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.utils.manifest import read_manifest
-from tests import ROOT
 from tests.pipeline.runs import (
     assert_answers,
     assert_encodes,
@@ -68,9 +67,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(bundle: Path, tmp_path: Pat
     classified(bundle, given, tmp_path / "local", *OPTIONS, "--skip-bad")
     options = words("classify", bundle, given, out, *OPTIONS, "--skip-bad", "--ray", "--workers", "2")
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tools" / "classify.py"), *options], stdout=said, stderr=said
-        )
+        process = subprocess.Popen([sys.executable, "-m", "iosr_fast", *options], stdout=said, stderr=said)
         try:
             killed, unfinished = kill_a_worker(out, lambda: process.poll() is None)
             existing = part_bytes(out)
@@ -125,7 +122,7 @@ def test_on_a_cluster_that_is_running(engine: Path, cluster: dict[str, str], tmp
     def run_there(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
         words = ["--engine", str(engine), "--input", str(given), "--out", str(out), *OPTIONS]
         words += ["--ray", "--address", cluster["RAY_ADDRESS"], *options]
-        command = [sys.executable, str(ROOT / "tools" / "embed.py"), *words]
+        command = [sys.executable, "-m", "iosr_fast", "embed", *words]
         return subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=180)
 
     stopped = run_there(out, "--workers", "2", "--threads", "1")

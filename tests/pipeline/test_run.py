@@ -1,4 +1,4 @@
-"""tools/embed.py in one process: the content of its parts, and that an interrupted run resumes and loses nothing."""
+"""iosr-fast embed in one process: the content of its parts, and that an interrupted run resumes and loses nothing."""
 
 from __future__ import annotations
 
@@ -280,13 +280,13 @@ def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: p
     [
         (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
         (("--batch", "0"), "expected --batch of at least 1, got 0"),
-        (("--format", "csv"), "expected --format safetensors or parquet, got csv"),
-        (("--dtype", "int8"), "expected --dtype float32 or float16, got int8"),
+        (("--format", "csv"), "'--format': "),
+        (("--dtype", "int8"), "'--dtype': "),
         (("--workers", "2"), "expected --workers, --gpus and --address only with --ray"),
         (("--keep-columns", "label"), "expected --format parquet with --keep-columns"),
         (("--path-column", "file"), "expected --path-column and --keep-columns only with Parquet files"),
         (("--image-field", "jpg"), "expected --image-field only with WebDataset shards"),
-        (("--kind", "zip"), "expected --kind auto or one of"),
+        (("--kind", "zip"), "'--kind': "),
     ],
 )
 def test_options_that_can_not_be_are_refused_before_any_work(

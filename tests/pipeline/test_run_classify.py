@@ -1,4 +1,4 @@
-"""tools/classify.py in one process: its rows are the answers of Classifier, and an interrupted run resumes."""
+"""iosr-fast classify into parts: its rows are the answers of Classifier, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -148,12 +148,11 @@ def test_columns_of_the_input_go_with_their_rows(bundle: Path, pictures: list[Pa
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--top", "0"), "expected --top of at least 1, got 0"),
+        (("--top", "0"), "'--top': "),
         (("--chunk", "0"), "expected --chunk from 1 to 65536, got 0"),
         (("--threads", "0"), "expected --threads of at least 1, got 0"),
         (("--gpus", "1"), "expected --workers, --gpus and --address only with --ray"),
         (("--runtime", "abacus"), "expected runtime 'auto' or one of"),
-        (("--bundle", "nowhere"), "expected a folder with a manifest.json (classifier), found none"),
     ],
 )
 def test_what_can_not_be_is_refused_before_any_work(

@@ -1,4 +1,4 @@
-"""What tools/embed.py takes: folders, WebDataset shards and Parquet files; and how it is cut into chunks."""
+"""What iosr-fast embed takes: folders, WebDataset shards and Parquet files; and how it is cut into chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/train_adapter.py on two processes over gloo: the same batches as one, and exact resumption after a kill."""
+"""iosr-fast train-adapter on two processes over gloo: the same batches as one, and exact resumption after a kill."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ OPTIONS = {
 }
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["iosr_fast.cli.train_adapter", "torch.distributed", "kornia.augmentation", "open_clip"])
+SPAWN.set_forkserver_preload(
+    ["iosr_fast.training.train", "iosr_fast.training.sources", "torch.distributed", "kornia.augmentation", "open_clip"]
+)
 
 
 @pytest.fixture(scope="module")

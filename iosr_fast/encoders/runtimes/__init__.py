@@ -1,4 +1,4 @@
-"""Execute an engine folder of tools/build_engine.py in ONNX Runtime, OpenVINO, PyTorch, TensorRT or TensorRT-RTX."""
+"""Execute an engine folder in ONNX Runtime, OpenVINO, PyTorch, TensorRT or TensorRT-RTX."""
 
 from typing import TYPE_CHECKING, Any
 

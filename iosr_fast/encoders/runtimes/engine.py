@@ -93,7 +93,7 @@ def open_engine(
     threads: int | None = None,
     buckets: Iterable[int] | None = None,
 ) -> Encoder:
-    """Open an engine folder of tools/build_engine.py, or a verified folder that was checked already.
+    """Open an engine folder of `iosr-fast build-engine`, or a verified folder that was checked already.
 
     "auto" takes the first runtime that the engine has files for and that works here: TensorRT or TensorRT-RTX on a GPU;
     PyTorch on a GPU; the CPU runtime that the engine was built for; ONNX Runtime, OpenVINO, PyTorch on the CPU. The
@@ -159,7 +159,7 @@ def choose_runtime(
         if built_for is not None and runtime not in built_for:
             raise IosrFastError(
                 f"expected one of the runtimes this engine was built for, {sorted(built_for)}, got {runtime!r}; "
-                f"tools/build_engine.py --runtime {runtime} builds one for it"
+                f"`iosr-fast build-engine --runtime {runtime}` builds one for it"
             )
         return runtime
     candidates = RUNTIMES if built_for is None else [name for name in RUNTIMES if name in built_for]

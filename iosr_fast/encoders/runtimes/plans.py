@@ -112,7 +112,7 @@ def open_plan(folder: Path, manifest: Mapping[str, Any], target: Target, build: 
             return Plan((folder / name).read_bytes(), folder / name)
         others.append(f"{name} was built for {describe_target(facts)}")
     misfit = f"{'; '.join(others) or f'{folder} has no plan'}; this is {target}"
-    advice = f"build the engine on this machine (tools/build_engine.py --runtime {target.runtime}), or open it with "
+    advice = f"build the engine on this machine (iosr-fast build-engine --runtime {target.runtime}), or open it with "
     advice += "runtime='onnxruntime'"
     if ONNX_FILE not in manifest["files"]:
         raise UnavailableError(f"{misfit}; and {folder} has no {ONNX_FILE} to build a plan from: {advice}")

@@ -1,0 +1,25 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SavedClassifier = Annotated[
+    Path, typer.Argument(metavar="CLASSIFIER", help="Folder that `iosr-fast fit` or Classifier.save wrote.")
+]
+Model = Annotated[str, typer.Option(help="Name of an open_clip model, or demo.")]
+Pretrained = Annotated[
+    str | None, typer.Option(help="open_clip's tag of the weights, which are downloaded, or a file. Not for the demo.")
+]
+Adapter = Annotated[
+    str, typer.Option(help="File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo, else none.")
+]
+Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read, and report them.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+Address = Annotated[
+    str | None, typer.Option(help="With Ray: address of a running cluster; auto: the one on this machine.")
+]
