@@ -17,7 +17,7 @@ from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.fit import Fit, check_fit, fit
-from iosr_fast.state.labels import class_ids, labelled_images
+from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.predictions import Prediction, predict, softmax
 from iosr_fast.state.updates import LiveUpdates
 from iosr_fast.utils.verified_folder import VerifiedFolder
@@ -127,8 +127,10 @@ class Classifier(LiveUpdates, DeprecatedCalls):
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
-        `labels` are class names, or integers into `class_names` (which is then required). For "zero-shot" images may be
-        left out. Copies of a picture within a class are warned of. (deprecated: the parameters, as arguments.)
+        `labels` are class names, or integers into `class_names` (which is then required, because CLIP reads names):
+        `classes_`, `predict` and `score` then speak in integers, too. A class keeps its integer whatever classes are
+        added or removed, and a new one gets the next; `explain` and `predict_folder` give names. For "zero-shot"
+        images may be left out. Copies of a picture within a class are warned of.
 
         Raises IosrFastError, before a CLIP is opened, for a parameter out of range, parameters given where they are to
         be chosen, fewer than two classes, class names that are none or look alike, missing labels or labels without a
@@ -174,14 +176,13 @@ class Classifier(LiveUpdates, DeprecatedCalls):
         return classifier
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
-        """Logits (B, C) float32, of any number of images, encoded in chunks."""
-        fit = self._fitted()
-        parts = [fit.state.score(fit.clip.encoder.encode(pixels), impl) for pixels in self._chunks(fit, images)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(fit.state.uids)), np.float32)
+        """Logits (B, C) float32, also of two classes, of any number of images, encoded in chunks."""
+        return self._logits(self._fitted(), images, impl)
 
     def predict(self, images: Any) -> np.ndarray:
-        """Class names (B,). Raises BadImageError for an image that can't be read."""
-        return np.array([prediction.label for prediction in self.explain(images, top=1)], dtype=str)
+        """The labels (B,) out of `classes_`. Raises BadImageError for an image that can't be read."""
+        fit = self._fitted()
+        return fit.labels(self._logits(fit, images).argmax(1))
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """softmax of the logits, (B, C) float32."""
@@ -228,12 +229,17 @@ class Classifier(LiveUpdates, DeprecatedCalls):
         return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest)]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
-        """The share of images whose predicted class is their label (names, or integers into `classes_`)."""
-        listed = as_image_list(images)
-        ids = class_ids(listed, labels, self.snapshot().class_names)
+        """The share of images whose predicted class is their label: a class name; or an integer as at the fit, into
+        `classes_` if the fit had names."""
+        fit, listed = self._fitted(), as_image_list(images)
+        ids = fit.class_ids(listed, labels)
         if not len(ids):
             raise IosrFastError("expected at least one image to score, got none")
-        return float((self.decision_function(listed).argmax(1) == ids).mean())
+        return float((self._logits(fit, listed).argmax(1) == ids).mean())
+
+    def _logits(self, fit: Fit, images: Any, impl: str = "auto") -> np.ndarray:
+        parts = [fit.state.score(fit.clip.encoder.encode(pixels), impl) for pixels in self._chunks(fit, images)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(fit.state.uids)), np.float32)
 
     def save(self, folder: str | Path) -> None:
         """Write everything `load` needs, engine and text encoder included, to `folder`: whole or not at all.
@@ -244,7 +250,10 @@ class Classifier(LiveUpdates, DeprecatedCalls):
         """
         fit = self._fitted()
         clip = fit.clip
-        bundle = Bundle(fit.state, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, clip.encoder.source)
+        source = clip.encoder.source
+        bundle = Bundle(
+            fit.state, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, source, fit.integer_labels
+        )
         save_bundle(bundle, folder)
 
     @classmethod
@@ -272,5 +281,5 @@ class Classifier(LiveUpdates, DeprecatedCalls):
         encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
         clip = OpenedClip(encoder, bundle.engine, bundle.text, bundle.state.tau)
         classifier = cls._with_clip(clip, **bundle.parameters(), runtime=runtime)
-        classifier._replace(Fit(clip, bundle.state, bundle.views))
+        classifier._replace(Fit(clip, bundle.state, bundle.views, integer_labels=bundle.integer_labels))
         return classifier

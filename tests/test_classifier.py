@@ -68,7 +68,7 @@ def folder(tmp_path: Path, pictures) -> Path:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_classifies_far_above_chance(fresh: Classifier, pictures, method: str) -> None:
     images, labels, queries, truth, names = pictures
-    assert refit(fresh, images, labels, class_names=names, method=method, views=1) is fresh
+    assert refit(fresh, images, [names[c] for c in labels], class_names=names, method=method, views=1) is fresh
     assert fresh.classes_.tolist() == names and fresh.method_ == method
     accuracy = fresh.score(queries, truth)
     assert accuracy > (0.4 if METHODS[method].needs_support else 1.5 / CLASSES)
@@ -261,7 +261,7 @@ def test_without_an_adapter_plus_plus_is_refused(demo_cache: Path, monkeypatch, 
 @pytest.mark.slow
 def test_save_and_load(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
-    refit(fresh, images, labels, class_names=names, views=1, method="tip-adapter++", alpha=3.0, beta=7.0)
+    refit(fresh, images, [names[c] for c in labels], class_names=names, **GIVEN)
     fresh.save(tmp_path / "saved")
     fresh.save(tmp_path / "saved")  # over an older one
     loaded = Classifier.load(tmp_path / "saved")
@@ -300,7 +300,7 @@ def test_narrow_keys_are_kept_through_saving(fresh: Classifier, pictures, tmp_pa
 @pytest.mark.slow
 def test_loading_needs_no_torch(fresh: Classifier, pictures, tmp_path: Path) -> None:
     images, labels, queries, _, names = pictures
-    refit(fresh, images, labels, class_names=names, **GIVEN).save(tmp_path / "saved")
+    refit(fresh, images, [names[c] for c in labels], class_names=names, **GIVEN).save(tmp_path / "saved")
     np.save(tmp_path / "queries.npy", queries[:3])
     program = (
         "import sys, numpy as np; from iosr_fast import Classifier;"

@@ -23,8 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from iosr_fast.benchmarks import harness
 from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, load_clip
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, WEIGHTS
@@ -151,7 +149,7 @@ def make_bundle(model: str, folder: Path) -> Path:
         beta=5.5,
         views=1,
     )
-    labels = np.arange(len(images)) % CLASSES
+    labels = [names[i % CLASSES] for i in range(len(images))]
     classifier.fit(images, labels, class_names=names).save(folder / "bundle")
     return picture
 

@@ -23,7 +23,7 @@ def make_demo_bundle(
     """
     pictures, rows = _draw(classes, shots)
     support = np.concatenate([row[:shots] for row in rows])
-    labels = np.repeat(np.arange(len(rows)), shots)
+    labels = [pictures.names[concept] for concept in pictures.concepts[support]]
     names = [pictures.names[pictures.concepts[row[0]]] for row in rows]
     classifier = Classifier("demo", runtime="onnxruntime", method=method, views=1)
     classifier.fit(pictures.images[support], labels, class_names=names)

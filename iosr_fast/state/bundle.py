@@ -47,6 +47,7 @@ class Bundle:
     encoder_fingerprint: str
     text: TextSource | None
     files: VerifiedFolder | None = None
+    integer_labels: bool = False
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.
@@ -97,6 +98,8 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
             "adapter_fingerprint": facts.adapter_fingerprint,
             "encoder_fingerprint": bundle.encoder_fingerprint,
             "text": _write_text(bundle.text, temporary / TEXT),
+            # Left out with names for labels, so that earlier versions read the bundle.
+            **({"integer_labels": True} if bundle.integer_labels else {}),
         }
         manifest = write_manifest(temporary, KIND, written, known)
         _read(open_verified(temporary, KIND, verify=False))  # what can't be loaded is not written
@@ -133,7 +136,7 @@ def load_bundle(
         if facts.text is None
         else TextEncoder(verified.folder / TEXT, verified.manifest["text"], threads, verified.part(TEXT))
     )
-    return Bundle(state, views, engine.folder, facts.encoder_fingerprint, text, engine)
+    return Bundle(state, views, engine.folder, facts.encoder_fingerprint, text, engine, facts.integer_labels)
 
 
 def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:

@@ -99,6 +99,7 @@ class ClassifierManifest(StateFacts, frozen=True, kw_only=True):
     adapter_fingerprint: Fingerprint | None
     encoder_fingerprint: Fingerprint
     text: TextFacts | None
+    integer_labels: bool = False
 
     def support_views(self) -> SupportViews:
         """The views; a field that an older version had not keeps its default. Raises ValueError."""

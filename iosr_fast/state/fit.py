@@ -16,7 +16,7 @@ from iosr_fast.methods.tuning.tune import Tuned, check_choice
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import check_number
-from iosr_fast.state.labels import check_labels
+from iosr_fast.state.labels import check_labels, class_ids
 from iosr_fast.state.method_config import choose_config, is_searched
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews, check_support, encode_images
@@ -27,13 +27,25 @@ from iosr_fast.utils.text import abbreviate
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A fitted classifier: `state` and what it was computed with. `tuned` is None if no parameter was searched,
-    `skipped` names the unreadable images that were left out."""
+    `skipped` names the unreadable images that were left out. With `integer_labels`, the label of a class is its uid:
+    its position in the class names of the fit, which no later change moves."""
 
     clip: OpenedClip
     state: State
     views: SupportViews
     tuned: Tuned | None = None
     skipped: tuple[str, ...] = ()
+    integer_labels: bool = False
+
+    def labels(self, classes: np.ndarray | None = None) -> np.ndarray:
+        """The labels of the classes at these positions, or of all: names (str), or uids (int64)."""
+        values, dtype = (self.state.uids, np.int64) if self.integer_labels else (self.state.class_names, np.str_)
+        return np.array(values if classes is None else [values[c] for c in classes], dtype)
+
+    def class_ids(self, images: Sequence[Any], labels: Any) -> np.ndarray:
+        """Each image's class by its position (labels.class_ids)."""
+        state = self.state
+        return class_ids(images, labels, state.class_names, state.uids if self.integer_labels else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +55,7 @@ class FitInputs:
     images: Sequence[Any]
     ids: np.ndarray
     names: list[str]
+    integer_labels: bool
     method: str
     reducer: str | None
     tune: str | None
@@ -67,10 +80,12 @@ def check_fit(parameters: Mapping[str, Any], images: Any, labels: Any, class_nam
     values = {name: parameters[name] for name in ("alpha", "beta", "gamma", "ridge")}
     chosen = check_choice(method, reducer, tune, **values)
     listed = [] if images is None else as_image_list(images)
-    names, ids = check_labels(listed, labels, class_names)
+    names, ids, integers = check_labels(listed, labels, class_names)
     _check_classes(method, ids, names)
     skip_bad, progress = bool(parameters["skip_bad"]), bool(parameters["progress"])
-    return FitInputs(listed, ids, names, method, reducer, tune, chosen, views, key_precision, skip_bad, progress)
+    return FitInputs(
+        listed, ids, names, integers, method, reducer, tune, chosen, views, key_precision, skip_bad, progress
+    )
 
 
 def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
@@ -108,7 +123,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
         )
     state = State.first(names, embedded, tau, examples, config)
     views = replace(views, single=examples.queries is not None)
-    return Fit(clip, state, views, tuned, tuple(error.where for error in errors))
+    return Fit(clip, state, views, tuned, tuple(error.where for error in errors), inputs.integer_labels)
 
 
 def _check_classes(method: str, ids: np.ndarray, names: Sequence[str]) -> None:

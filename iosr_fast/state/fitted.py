@@ -33,8 +33,8 @@ class FittedAttributes:
 
     @property
     def classes_(self) -> np.ndarray:
-        """(C,) the class names."""
-        return np.array(self.snapshot().class_names)
+        """(C,) the class names; the classes' integers (int64) if the fit had integer labels."""
+        return self._fitted().labels()
 
     @property
     def plan_(self) -> ScoringPlan:

@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 _MISSING_AS_TEXT = frozenset({"nan", "NaN", "None", "null", "<NA>", "NaT"})
 
 
-def check_labels(images: Sequence[Any], labels: Any, class_names: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
-    """The class names and each image's class id, for a fit.
+def check_labels(
+    images: Sequence[Any], labels: Any, class_names: Sequence[str] | None
+) -> tuple[list[str], np.ndarray, bool]:
+    """The class names, each image's class id, and whether the labels are integers, for a fit.
 
     Raises ValueError for labels as `class_ids` does, and for class names that are no names or can't be told apart.
     """
@@ -43,16 +45,19 @@ def check_labels(images: Sequence[Any], labels: Any, class_names: Sequence[str] 
             )
         class_names = sorted(set(values))
     names = check_names(class_names)
-    return names, _ids(values, names)
+    return names, _ids(values, names, range(len(names))), bool(values) and isinstance(values[0], int)
 
 
-def class_ids(images: Sequence[Any], labels: Any, names: Sequence[str]) -> np.ndarray:
-    """Each image's class id (N,) int64; `labels` are names out of `names` or integers into them.
+def class_ids(
+    images: Sequence[Any], labels: Any, names: Sequence[str], numbers: Sequence[int] | None = None
+) -> np.ndarray:
+    """Each image's class id (N,) int64, the position of its class in `names`; `labels` are names, or integers: the
+    classes' `numbers` (None: positions).
 
     Raises ValueError, naming the position, for a missing label (None, NaN, NaT), one that is neither text nor an
     integer, a mixture of both, one without a class, and for another number of labels than images.
     """
-    return _ids(_label_values(labels, len(images)), names)
+    return _ids(_label_values(labels, len(images)), names, range(len(names)) if numbers is None else numbers)
 
 
 def _label_values(labels: Any, n_images: int) -> list[Any]:
@@ -175,13 +180,16 @@ def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, s
     return pairs
 
 
-def _ids(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
+def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
     if values and isinstance(values[0], int):
-        outside = sorted({i for i in values if not 0 <= i < len(names)})
+        position = {number: i for i, number in enumerate(numbers)}
+        outside = sorted({number for number in values if number not in position})
         if outside:
-            shown = abbreviate([str(i) for i in outside])
-            raise IosrFastError(f"expected labels in 0..{len(names) - 1}, one for each class name, got {shown}")
-        return np.array(values, np.int64)
+            removed = numbers[-1] + 1 - len(numbers)
+            but = f" except the {removed} of removed classes" if removed else ""
+            shown = abbreviate([str(number) for number in outside])
+            raise IosrFastError(f"expected labels in 0..{numbers[-1]}, one for each class name{but}, got {shown}")
+        return np.array([position[number] for number in values], np.int64)
     index = {name: i for i, name in enumerate(names)}
     unknown = sorted({name for name in values if name not in index})
     if unknown:

@@ -161,6 +161,8 @@ class State:
 
     def find_class(self, name_or_id: str) -> int:
         """The uid of a class by id ("~7") or name. Raises ValueError for an unknown class."""
+        if not isinstance(name_or_id, str):
+            raise IosrFastError(f"expected the name or the id (like '~3') of a class, got {name_or_id!r}")
         uid = uid_of(name_or_id)
         if uid is not None and self.name_of(name_or_id) is not None:
             return uid

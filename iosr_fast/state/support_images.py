@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,19 @@ def check_support(
     if key_precision not in PRECISIONS:
         raise IosrFastError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
     prompts = None if templates is None else check_templates(templates)
-    return SupportViews(views, mirror, seed, False, prompts, thumbnails, exif_orientation)
+    views, seed, thumbnails = _whole("views", views, 1), _whole("seed", seed, 0), _whole("thumbnails", thumbnails, 0)
+    return SupportViews(views, bool(mirror), seed, False, prompts, thumbnails, bool(exif_orientation))
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """`value`, of any integer type, as an int."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise IosrFastError(f"expected {name} to be a whole number, got {value!r}") from None
+    if number < least:
+        raise IosrFastError(f"expected {name} of at least {least}, got {number}")
+    return number
 
 
 def encode_images(

@@ -23,7 +23,7 @@ from iosr_fast.state.examples import Examples
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.fitted import FittedAttributes
 from iosr_fast.state.ids import class_id, example_id
-from iosr_fast.state.labels import as_seen, class_ids, name_fault
+from iosr_fast.state.labels import as_seen, name_fault
 from iosr_fast.state.log_writer import AuditLog
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
@@ -140,7 +140,7 @@ class LiveUpdates(FittedAttributes):
         queries, ids = None, None
         if images is not None:
             listed = as_image_list(images)
-            ids = class_ids(listed, labels, state.class_names)
+            ids = fit.class_ids(listed, labels)
             queries = Embeddings.concatenate([fit.clip.encoder.encode(pixels) for pixels in self._chunks(fit, listed)])
         if reducer is None and method == state.config.method:
             reducer = state.config.reducer_name

@@ -37,7 +37,7 @@ def arrow(direction: int, side: int = 32) -> np.ndarray:
 
 def fitted(engine: Path = Path("none"), **options: Any) -> Classifier:
     chosen = {"method": "tip-adapter", "alpha": 400.0, "beta": 5.0, "views": 1} | options
-    return unfitted(engine, **chosen).fit([arrow(i) for i in range(4)], range(4), class_names=NAMES)
+    return unfitted(engine, **chosen).fit([arrow(i) for i in range(4)], NAMES)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_rotated_support_picture_is_fit_upright() -> None:
     turned = [oriented("PNG", arrow(i), 6) for i in range(4)]
     classifier = unfitted(method="tip-adapter", alpha=400.0, beta=5.0, mirror=False)
     for views in (1, 2):
-        classifier.set_params(views=views).fit(turned, range(4), class_names=NAMES)
+        classifier.set_params(views=views).fit(turned, NAMES)
         assert classifier.predict([arrow(i) for i in range(4)]).tolist() == NAMES
     shown = np.asarray(open_image(classifier.picture(classifier.examples(NAMES[0])[0]))).astype(int)
     assert np.abs(shown - arrow(0)).mean() < 8, "the thumbnail too"

@@ -64,7 +64,7 @@ def bundle() -> Path:
         if not (folder / "manifest.json").is_file():
             images, labels, _, _, names = _drawn()
             classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", views=1)
-            classifier.fit(images, labels, class_names=names)
+            classifier.fit(images, [names[c] for c in labels], class_names=names)
             classifier.save(folder)
     return folder
 

@@ -16,7 +16,7 @@ NAN = float("nan")
 
 
 def ids_of(labels: Any, names: list[str] | None = None) -> tuple[list[str], list[int]]:
-    found, ids = check_labels([None] * len(labels), labels, names)
+    found, ids, _ = check_labels([None] * len(labels), labels, names)
     return found, ids.tolist()
 
 

@@ -1,0 +1,402 @@
+"""Classifier as an estimator of scikit-learn: parameters, copies, cross-validation, integer labels, old calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast import Classifier, IosrFastError
+from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.exceptions import NotFittedError
+from iosr_fast.export import pretrained
+from tests.cli.runs import never
+from tests.state.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, small_classifier, unfitted
+
+sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn and train extras")
+from sklearn import exceptions as sklearn_exceptions  # noqa: E402
+from sklearn.base import clone, is_classifier  # noqa: E402
+from sklearn.metrics import accuracy_score, log_loss  # noqa: E402
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.utils.validation import check_is_fitted  # noqa: E402
+
+NAMES = [f"motif {c}" for c in range(5)]
+GIVEN: dict[str, Any] = {"method": "tip-adapter++", "alpha": 40.0, "beta": 5.0, "views": 1}
+
+
+@pytest.fixture
+def clip(monkeypatch: pytest.MonkeyPatch) -> OpenedClip:
+    """The CLIP that every classifier opens; it embeds pixels of 8x8."""
+    opened = pixel_clip()
+    monkeypatch.setattr(pretrained, "open_shared", lambda **_: opened)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[np.ndarray, np.ndarray]:
+    """30 pictures of 5 classes, and integer labels."""
+    return pictures(np.random.default_rng(3), 5, 6)
+
+
+@pytest.fixture
+def paths(data: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> list[str]:
+    files = [tmp_path / f"{i}.png" for i in range(len(data[0]))]
+    for file, image in zip(files, data[0], strict=True):
+        Image.fromarray(image).save(file)
+    return [str(file) for file in files]
+
+
+# Parameters
+
+
+def test_parameters_are_stored_as_they_are_and_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "open_shared", never)
+    values = {name: object() for name in Classifier().get_params()}
+    odd = Classifier(**values)
+    assert odd.get_params() == values and odd.get_params(deep=False) == values
+    assert all(getattr(odd, name) is value for name, value in values.items() if name != "tune")
+    assert callable(odd.tune), "the method stays, and get_params has the parameter of its name"
+    assert clone(odd.set_params(**Classifier().get_params())).get_params() == Classifier().get_params()
+    assert odd.set_params() is odd and odd.set_params(views=3, method="gda") is odd
+    assert (odd.views, odd.method) == (3, "gda")
+    with pytest.raises(IosrFastError, match="Classifier has no parameter 'shots'; it has model, pretrained, adapter, "):
+        odd.set_params(views=7, shots=2)
+    assert odd.views == 3, "all or nothing"
+
+
+def test_repr_shows_what_differs_from_the_defaults() -> None:
+    assert repr(Classifier()) == "Classifier()"
+    shown = "Classifier(model='ViT-B-32', adapter=None, method='gda', tune='none', alpha=0.5)"
+    assert repr(Classifier("ViT-B-32", adapter=None, method="gda", tune="none", alpha=0.5)) == shown
+
+
+def test_parameters_and_data_are_checked_before_a_clip_is_opened(
+    monkeypatch: pytest.MonkeyPatch, data: tuple[np.ndarray, np.ndarray]
+) -> None:
+    monkeypatch.setattr(pretrained, "open_shared", never)
+    images, labels = data
+    for message, parameters in {
+        "expected a method of": {"method": "magic"},
+        "views to be a whole number, got 2.5": {"views": 2.5},
+        "seed of at least 0, got -1": {"seed": -1},
+        "thumbnails of 0": {"thumbnails": 5000},
+        "expected templates": {"templates": ["a photo"]},
+    }.items():
+        with pytest.raises(IosrFastError, match=message):
+            Classifier("demo", **parameters).fit(images, labels, NAMES)
+    with pytest.raises(IosrFastError, match="got 29 labels"):
+        Classifier("demo").fit(images, labels[1:], NAMES)
+    with pytest.raises(IosrFastError, match="integer labels have no names: pass class_names"):
+        Classifier("demo").fit(images, labels)
+
+
+def test_set_params_counts_from_the_next_fit(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
+    images, labels = data
+    clips = {"demo": pixel_clip(), "other": pixel_clip()}
+    clips["other"].encoder.projections = clips["demo"].encoder.projections[::-1]  # type: ignore[attr-defined]
+    monkeypatch.setattr(pretrained, "open_shared", lambda model, **_: clips[model])
+    classifier = Classifier("demo", **GIVEN).fit(images, labels, NAMES)
+    logits = classifier.decision_function(images)
+    classifier.set_params(model="other", method="gda", alpha=None, beta=None, exif_orientation=False)
+    assert classifier.encoder is clips["demo"].encoder and classifier.exif_orientation_
+    np.testing.assert_array_equal(classifier.decision_function(images), logits)
+    classifier.add_examples(NAMES[0], images[0] // 2)
+    assert classifier.method_ == "tip-adapter++"
+    classifier.fit(images, labels, NAMES)
+    assert classifier.encoder is clips["other"].encoder and classifier.method_ == "gda"
+    assert not classifier.exif_orientation_
+
+
+def test_what_was_encoded_for_another_fit_is_no_change_of_this_one(data: Any) -> None:
+    images, labels = data
+    classifier = small_classifier()
+    text = classifier._fit.clip.text
+    assert text is not None
+    embed = text.embed_classes
+
+    def refits(*arguments: Any) -> np.ndarray:
+        text.embed_classes = embed  # type: ignore[method-assign]
+        classifier.set_params(views=2).fit(images, labels, NAMES)
+        return embed(*arguments)
+
+    text.embed_classes = refits  # type: ignore[method-assign]
+    with pytest.raises(IosrFastError, match="was fitted again while images or texts were encoded"):
+        classifier.add_class("new", images[:1] // 2)
+    assert len(classifier.classes_) == 5
+
+
+# Before a fit, copies, pickles
+
+
+def test_nothing_is_answered_before_a_fit(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
+    monkeypatch.setattr(pretrained, "open_shared", never)
+    classifier, image = Classifier("demo"), data[0][:1]
+    for call in (
+        lambda: classifier.predict(image),
+        lambda: classifier.predict_proba(image),
+        lambda: classifier.explain(image),
+        lambda: classifier.score(image, ["a"]),
+        lambda: classifier.predict_folder("."),
+        lambda: classifier.save("nowhere"),
+        lambda: classifier.add_class("a"),
+        lambda: classifier.open_log("nowhere"),
+        lambda: classifier.classes_,
+        lambda: classifier.tuned_,
+        lambda: classifier.exif_orientation_,
+    ):
+        with pytest.raises(NotFittedError, match="this Classifier is not fitted yet: call fit or fit_folder") as raised:
+            call()
+        assert isinstance(raised.value, sklearn_exceptions.NotFittedError)
+        assert isinstance(pickle.loads(pickle.dumps(raised.value)), sklearn_exceptions.NotFittedError)
+    assert not hasattr(classifier, "classes_")
+    with pytest.raises(sklearn_exceptions.NotFittedError):
+        check_is_fitted(classifier)
+    check_is_fitted(small_classifier())
+
+
+def test_scikit_learn_is_not_imported_by_what_a_server_calls(tmp_path: Path) -> None:
+    program = (
+        "import sys; from tests.state.live_parts import small_classifier, pictures, unfitted; import numpy as np\n"
+        "small_classifier().predict(pictures(np.random.default_rng(0), 2, 1)[0])\n"
+        "try: unfitted().predict('a.jpg')\n"
+        "except AttributeError as error: print(type(error).__name__, 'sklearn' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "NotFittedError False", done.stderr
+
+
+def test_a_copy_shares_the_encoder_and_changes_alone(data: Any, tmp_path: Path) -> None:
+    classifier = small_classifier(templates=["the {}"])
+    classifier.open_log(tmp_path / "changes.jsonl")
+    for copied in (copy.copy(classifier), copy.deepcopy(classifier)):
+        assert copied.encoder is classifier.encoder and copied.get_params() == classifier.get_params()
+        np.testing.assert_array_equal(copied.decision_function(data[0]), classifier.decision_function(data[0]))
+        copied.remove_class("~0")
+        copied.fit(data[0], data[1], NAMES)  # it logs nothing
+        assert len(copied.classes_) == len(classifier.classes_) == 5 and classifier.version == 1
+    assert copied.templates is not classifier.templates, "deepcopy copies parameters"
+    assert copy.deepcopy(unfitted(method="gda")).get_params()["method"] == "gda"
+    classifier.close_log()
+
+
+def test_pickles_have_parameters_alone() -> None:
+    again = pickle.loads(pickle.dumps(Classifier("demo", method="gda", tune="none")))
+    assert repr(again) == "Classifier(model='demo', method='gda', tune='none')" and not again.__sklearn_is_fitted__()
+    with pytest.raises(IosrFastError, match=r"never pickled.*save\(folder\) writes it and load\(folder\) opens it"):
+        pickle.dumps(small_classifier())
+
+
+# Labels
+
+
+@pytest.mark.parametrize("dtype", [list, np.int8, np.uint32, np.int64, "object"])
+def test_integer_labels_come_back_as_integers(dtype: Any, clip: OpenedClip, data: Any) -> None:
+    images, labels = data
+    given = labels.tolist() if dtype is list else labels.astype(dtype)
+    classifier = Classifier("demo", **GIVEN).fit(images, given, NAMES)
+    assert classifier.classes_.dtype == np.int64 and classifier.classes_.tolist() == [0, 1, 2, 3, 4]
+    found = classifier.predict(images)
+    assert found.dtype == np.int64 and classifier.predict([]).dtype == np.int64
+    assert classifier.score(images, labels) == accuracy_score(labels, found) > 0.9
+    assert classifier.score(images, labels) == classifier.score(images, [NAMES[c] for c in labels])
+    assert log_loss(labels, classifier.predict_proba(images), labels=classifier.classes_) < 1
+    one = classifier.explain(images[:1])[0]
+    assert (one.label, one.class_id) == (NAMES[found[0]], f"~{found[0]}")
+    by_name = Classifier("demo", **GIVEN).fit(images, [NAMES[c] for c in labels], NAMES)
+    np.testing.assert_array_equal(by_name.predict(images), np.array(NAMES)[found])
+    assert by_name.score(images, labels) == classifier.score(images, labels), "integers into classes_"
+
+
+def test_a_class_keeps_its_integer(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = data
+    made = unfitted(engine_folder(tmp_path / "engine"), **GIVEN).fit(images, labels, NAMES)
+    monkeypatch.setattr("iosr_fast.encoders.runtimes.open_engine", lambda *_, **__: PixelEncoder())
+    text = made._fit.clip.text
+    assert text is not None
+    made.save(tmp_path / "bundle")
+    log = tmp_path / "changes.jsonl"
+    classifier = Classifier.load(tmp_path / "bundle")
+    classifier.open_log(log)
+    for changed in (made, classifier):
+        changed.remove_class("~1")
+        changed.add_class("new", images[labels == 1], text=text.embed_classes(["new"])[0])
+        assert changed.classes_.tolist() == [0, 2, 3, 4, 5]
+        expected = np.where(labels == 1, 5, labels)
+        np.testing.assert_array_equal(changed.predict(images), expected)
+        assert changed.score(images, expected) == 1.0
+        with pytest.raises(IosrFastError, match=r"labels in 0\.\.5, one for each .* except the 1 of removed.* got '1'"):
+            changed.score(images, labels)
+        assert changed.tune(images, expected).accuracy == 1.0
+    classifier.close_log()
+    again = Classifier.load(tmp_path / "bundle")
+    again.open_log(log)
+    again.save(tmp_path / "later")
+    again.close_log()
+    for loaded in (again, Classifier.load(tmp_path / "later"), copy.deepcopy(made)):
+        assert loaded.classes_.dtype == np.int64 and loaded.classes_.tolist() == [0, 2, 3, 4, 5]
+        np.testing.assert_array_equal(loaded.predict(images), np.where(labels == 1, 5, labels))
+
+
+def test_a_loaded_classifier_knows_its_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = small_classifier(engine_folder(tmp_path / "engine"), views=3, mirror=False, templates=["a {}"], thumbnails=8)
+    made.save(tmp_path / "bundle")
+    monkeypatch.setattr("iosr_fast.encoders.runtimes.open_engine", lambda *_, **__: PixelEncoder())
+    loaded = Classifier.load(tmp_path / "bundle", runtime="onnxruntime")
+    expected = {
+        "model": "pixels",
+        "pretrained": None,
+        "adapter": "auto",
+        "runtime": "onnxruntime",
+        "engine": tmp_path / "bundle" / "engine",
+        "reducer": "none",
+        "templates": ("a {}",),
+    }
+    assert loaded.get_params() == made.get_params() | expected
+    with pytest.raises(IosrFastError, match="has no text encoder to fit with"):
+        loaded.fit(*pictures(np.random.default_rng(0), 5, 2), NAMES)
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(pretrained, "open_shared", lambda **named: opened.append(named) or pixel_clip())
+    clone(loaded).set_params(pretrained="weights.pt").fit(*pictures(np.random.default_rng(0), 5, 2), NAMES)
+    assert opened[0]["engine"] == tmp_path / "bundle" / "engine" and opened[0]["pretrained"] == "weights.pt"
+
+
+# Model selection
+
+
+def forms(paths: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "list": paths,
+        "Paths": [Path(path) for path in paths],
+        "strings": np.array(paths),
+        "objects": np.array(paths, dtype=object),
+    }
+    try:
+        import pandas
+    except ImportError:
+        return found
+    return found | {"Series": pandas.Series(paths, index=range(7, 7 + len(paths)))}
+
+
+def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any, paths: list[str]) -> None:
+    images, labels = data
+    classifier = Classifier("demo", **GIVEN)
+    names = [NAMES[c] for c in labels]
+    expected = cross_val_score(classifier, images, names, cv=3)
+    assert expected.shape == (3,) and expected.min() > 0.8
+    for form, given in {**forms(paths), "pixels in a list": list(images)}.items():
+        assert cross_val_score(classifier, given, names, cv=3).tolist() == expected.tolist(), form
+    for form, given in forms(names).items():
+        if form != "Paths":
+            assert cross_val_score(classifier, paths, given, cv=3).tolist() == expected.tolist(), form
+    by_number = cross_val_score(classifier, paths, labels, cv=3, params={"class_names": NAMES})
+    assert by_number.tolist() == expected.tolist()
+    assert cross_val_score(classifier, images, names, cv=3, scoring="neg_log_loss").max() < 0
+    assert (cross_val_predict(classifier, paths, names, cv=3) == names).mean() == pytest.approx(expected.mean())
+    assert cross_val_score(make_pipeline("passthrough", classifier), paths, names, cv=3).tolist() == expected.tolist()
+    assert not classifier.__sklearn_is_fitted__() and is_classifier(classifier)
+
+
+def test_grid_search_over_methods(clip: OpenedClip, data: Any, paths: list[str]) -> None:
+    names = [NAMES[c] for c in data[1]]
+    grid = {"method": ["zero-shot", "tip-adapter", "gda++"], "views": np.array([1, 2])}
+    search = GridSearchCV(Classifier("demo"), grid, cv=3).fit(paths, names)
+    assert search.best_params_["method"] != "zero-shot" and search.best_score_ > 0.8
+    assert search.best_estimator_.method_ == search.best_params_["method"]
+    assert search.predict(paths[:1]).tolist() == names[:1] and search.classes_.tolist() == NAMES
+    assert search.cv_results_["rank_test_score"].shape == (6,)
+
+
+@pytest.mark.slow
+def test_cross_validation_on_the_demo_opens_one_clip(
+    demo_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
+    opened = []
+    really = pretrained.open_pretrained
+    monkeypatch.setattr(pretrained, "open_pretrained", lambda *named: opened.append(named) or really(*named))
+    monkeypatch.setattr(pretrained, "_latest", None)
+    monkeypatch.setattr(pretrained, "_in_use", type(pretrained._in_use)())
+    held_out = load_pictures("held-out", min_styles=5)
+    chosen = np.linspace(0, len(held_out.names) - 1, 8).astype(int)
+    rows = np.flatnonzero(np.isin(held_out.concepts, chosen))
+    for row in rows:
+        Image.fromarray(held_out.images[row]).save(tmp_path / f"{row}.png")
+    paths, labels = [tmp_path / f"{row}.png" for row in rows], [held_out.names[held_out.concepts[row]] for row in rows]
+    classifier = Classifier("demo", runtime="onnxruntime", method="tip-adapter++", views=1)
+    assert cross_val_score(classifier, paths, labels, cv=4).mean() > 3 / 8
+    search = GridSearchCV(classifier, {"method": ["zero-shot", "gda++"]}, cv=2).fit(paths, labels)
+    assert search.best_params_ == {"method": "gda++"}
+    assert len(opened) == 1, "for all folds"
+
+
+def test_classifiers_share_a_clip_until_its_files_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(pretrained, "open_pretrained", lambda *named: opened.append(named) or pixel_clip())
+    monkeypatch.setattr(pretrained, "_latest", None)
+    monkeypatch.setattr(pretrained, "_in_use", type(pretrained._in_use)())
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes(b"one")
+    one = Classifier("demo", adapter=adapter).encoder
+    assert Classifier("demo", adapter=adapter, method="gda").encoder is one and len(opened) == 1
+    adapter.write_bytes(b"another")
+    assert Classifier("demo", adapter=adapter).encoder is not one
+    assert Classifier("demo", adapter=None).encoder is not Classifier("demo", adapter="None").encoder
+    assert len(pretrained._in_use) == 1, "nothing holds the others: only the latest stays in memory"
+
+
+# Calls of version 0.1
+
+
+def test_parameters_as_arguments_of_fit_are_deprecated(clip: OpenedClip, data: Any, tmp_path: Path) -> None:
+    images, labels = data
+    message = (
+        r"^fit\(\.\.\., method='tip-adapter', views=1\) is deprecated and will go with version 0\.3: these are "
+        r"parameters of Classifier now\. Write Classifier\(\.\.\., method='tip-adapter', views=1\), or set_params\("
+        r"method='tip-adapter', views=1\) before fit$"
+    )
+    classifier = Classifier("demo")
+    with pytest.warns(FutureWarning, match=message) as warned:
+        classifier.fit(images, labels, class_names=NAMES, method="tip-adapter", views=1)
+    assert warned[0].filename == __file__ and len(warned) == 1
+    assert classifier.method_ == "tip-adapter" and classifier.get_params()["views"] == 1
+    for c in (0, 1):
+        (tmp_path / NAMES[c]).mkdir()
+        Image.fromarray(images[labels == c][0]).save(tmp_path / NAMES[c] / "a.png")
+    with pytest.warns(FutureWarning, match=r"^fit_folder\(\.\.\., method='gda'\)") as warned:
+        classifier.fit_folder(tmp_path, method="gda")
+    assert warned[0].filename == __file__ and len(warned) == 1 and classifier.method_ == "gda"
+    for message, call in {
+        r"expected images, labels and class_names, got 4 arguments: .*Classifier\(templates=\['a \{\}'\]\)": lambda: (
+            classifier.fit(images, labels, NAMES, ["a {}"])
+        ),
+        r"fit takes images, labels and class_names, got model; give it to Classifier": lambda: classifier.fit(
+            images, labels, NAMES, model="demo"
+        ),
+        "fit_folder takes a folder, got shots": lambda: classifier.fit_folder(tmp_path, shots=2),
+    }.items():
+        with pytest.raises(IosrFastError, match=message):
+            call()
+
+
+def test_from_pretrained_is_deprecated(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(pretrained, "open_shared", lambda **named: opened.append(named) or pixel_clip())
+    with pytest.warns(FutureWarning, match=r"from_pretrained\(\.\.\.\) is deprecated .*: write Classifier") as warned:
+        classifier = Classifier.from_pretrained("demo", "none", None, "onnxruntime", "fp16", "engine")
+    assert warned[0].filename == __file__ and len(opened) == 1, "it opens the CLIP at once, as it did"
+    shown = "Classifier(model='demo', pretrained='none', adapter=None, runtime='onnxruntime', precision='fp16', engine"
+    assert repr(classifier) == f"{shown}='engine')"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Classifier("demo", **GIVEN).fit(*pictures(np.random.default_rng(0), 5, 2), NAMES)
