@@ -21,8 +21,12 @@ METHODS: dict[str, Method] = {
 
 
 def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
-    """The parameters that are not None, as floats. Raises ValueError for an unknown method, a parameter that the method
-    does not have, or a value out of range."""
+    """The parameters that are not None, as floats. Raises IosrFastError for an unknown method, a parameter that the
+    method does not have, or a value out of range.
+
+    >>> check_parameters("gda", alpha=1, beta=None)
+    {'alpha': 1.0}
+    """
     method = METHODS.get(name)
     if method is None:
         raise IosrFastError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
@@ -36,7 +40,18 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
 
 
 def unavailable_reason(name: str, support: SupportSet) -> str | None:
-    """Why a method can't be compiled for a support set; None if it can."""
+    """Why a method can't be compiled for a support set; None if it can.
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> unavailable_reason("gda++", support)
+    "gda++ needs an encoder with an adapter; this one has none: use 'gda'"
+    >>> unavailable_reason("gda", support) is None
+    True
+    """
     method = METHODS[name]
     n_images = len(support.embeddings)
     if method.needs_text and support.text is None:
@@ -63,8 +78,19 @@ def compile_method(
     """The plan of a method by name; a parameter that is None or missing takes the method's default.
 
     `reducer` is a fitted one, or the name of one to fit on the embeddings that the method compares
-    (scoring.reducers.fit_reducer). Raises ValueError for an unknown method, parameter or reducer, and if the support
-    set lacks what the method needs: images, texts, adapted embeddings.
+    (scoring.reducers.fit_reducer). Raises IosrFastError for an unknown method, parameter or reducer, a value out of
+    range, and if the support set lacks what the method needs: images, texts, adapted embeddings.
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> plan = compile_method("tip-adapter", support, beta=3.0, reducer="centre")
+    >>> plan.alpha, plan.beta, plan.keys.shape
+    (1.0, 3.0, (3, 4))
+    >>> score(plan, images).argmax(1)
+    array([0, 1, 1])
     """
     values = check_parameters(name, **parameters)
     reason = unavailable_reason(name, support)

@@ -22,11 +22,29 @@ def ape(
     beta: float = 5.5,
     gamma: float = 0.1,
 ) -> ScoringPlan:
-    """Tip-Adapter's logits on a subset of channels, with key j weighted by exp(gamma * KL(label[j] || p[j])).
+    """Tip-Adapter's logits on a subset of channels, with key j weighted by exp(gamma * KL(label[j] || p[j])), (B, C).
 
     p[j] = softmax(<key[j], text>), both restricted to the subset and normalised again. The subset is the three quarters
-    of the channels with the largest 0.3 * variance over texts - 0.7 * similarity between classes (choose_channels): the
-    paper's weights for ImageNet. The paper chooses the number of channels for each data set.
+    of the D channels with the largest 0.3 * variance over texts - 0.7 * similarity between classes (choose_channels):
+    the paper's weights for ImageNet. The paper chooses the number of channels for each data set. The text term keeps
+    all channels. alpha, beta and gamma >= 0 have no units; `support` has text.
+
+    Raises IosrFastError for values that a plan can't have (ScoringPlan).
+
+    Source: APE (Zhu et al., ICCV 2023, equations 6 to 12).
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> plan = ape(support, alpha=2.0, beta=1.0, gamma=0.5)
+    >>> plan.reducer.projection  # the channels
+    array([1., 1., 1., 0.], dtype=float32)
+    >>> score(plan, images).round(2)
+    array([[14.4 ,  1.21],
+           [ 6.08, 11.21],
+           [ 2.82,  3.3 ]], dtype=float32)
     """
     assert support.text is not None  # guaranteed by compile_method
     chosen = choose_channels(support, image_rows(support.embeddings, which, reducer))

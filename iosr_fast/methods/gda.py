@@ -11,11 +11,27 @@ from iosr_fast.scoring.reducers import Reducer
 
 
 def gda(support: SupportSet, which: Which = "plain", reducer: Reducer | None = None, alpha: float = 0.1) -> ScoringPlan:
-    """logits[b, c] = tau <plain[b], text[c]> + alpha * (<x[b], P mu_c> + log(1 / C) - mu_c' P mu_c / 2).
+    """logits[b, c] = tau <plain[b], text[c]> + alpha * (<x[b], P mu_c> + log(1 / C) - mu_c' P mu_c / 2), (B, C).
 
+    x (B, D) are the plain or the adapted embeddings (`which`), after the reducer; each class has at least one image.
     mu_c is the mean of class c; P = D * inv((N - 1) Sigma + tr(Sigma) I) the shrunk precision of all N images about
     their class means (Kubokawa & Srivastava's estimator), Sigma their covariance. If each class has one image, Sigma
-    is 0 and P = I: the nearest mean.
+    is 0 and P = I: the nearest mean. Computed in float64. Without text the first term is left out. alpha >= 0 has no
+    unit.
+
+    Raises IosrFastError for values that a plan can't have (ScoringPlan).
+
+    Source: GDA (Wang et al., ICLR 2024, equations 4 to 8).
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> score(gda(support, alpha=1.0), images).round(2)
+    array([[11.31, -4.69],
+           [ 1.31,  5.31],
+           [-2.69,  3.31]], dtype=float32)
     """
     rows = image_rows(support.embeddings, which, reducer).astype(np.float64)
     counts = support.counts

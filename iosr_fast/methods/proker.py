@@ -21,12 +21,27 @@ def proker(
     beta: float = 1.0,
     ridge: float = 3.0,
 ) -> ScoringPlan:
-    """logits[b, c] = tau * (<plain[b], text[c]> + alpha * sum_j k(x[b], key[j]) V[j, c])
+    """logits[b, c] = tau * (<plain[b], text[c]> + alpha * sum_j k(x[b], key[j]) V[j, c]), (B, C)
 
-    with k(x, y) = exp(-beta (1 - <x, y>)) and
+    with k(x, y) = exp(-beta (1 - <x, y>)), x (B, D) and the keys (N, D) plain or adapted (`which`) and reduced, and
     V = (K + ridge * I)^-1 (Y - F): ridge regression, in the kernel's space, of the one-hot labels Y minus the zero-shot
     cosines F = <plain key, text> (0 without text). alpha = 1 is the paper's closed form; the public code's solution is
-    `ridge` times that, which alpha can express.
+    `ridge` times that, which alpha can express. alpha, beta and ridge have no units; ridge > 0. Solved in float64, at
+    N^3 operations.
+
+    Raises IosrFastError for values that a plan can't have (ScoringPlan).
+
+    Source: ProKeR (Bendou et al., CVPR 2025, section 4).
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> score(proker(support, alpha=1.0, beta=1.0, ridge=0.5), images).round(2)
+    array([[10.73,  0.  ],
+           [ 6.31,  4.42],
+           [ 0.73,  5.58]], dtype=float32)
     """
     keys = image_rows(support.embeddings, which, reducer)
     kernel = _kernel(keys, keys, beta)

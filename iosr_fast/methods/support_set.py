@@ -50,7 +50,13 @@ class SupportSet:
 
 
 def image_rows(embeddings: Embeddings, which: Which, reducer: Reducer | None) -> np.ndarray:
-    """The embeddings that are compared with other images, (N, D) float32: plain or adapted, after the reducer."""
+    """The embeddings that are compared with other images, (N, D) float32: plain or adapted, after the reducer.
+
+    >>> rows = Embeddings(plain=np.eye(2, 3), adapted=np.eye(3)[1:])
+    >>> image_rows(rows, "adapted", None)
+    array([[0., 1., 0.],
+           [0., 0., 1.]], dtype=float32)
+    """
     rows: np.ndarray = np.asarray(embeddings.plain if which == "plain" else embeddings.adapted, np.float32)
     return rows if reducer is None else reducer(rows)
 
@@ -98,7 +104,11 @@ def make_support_set(
 
 def mean_of_views(embeddings: Embeddings, views: int) -> Embeddings:
     """The mean of each `views` consecutive rows, L2-normalised again, as Tip-Adapter builds its cache from random views
-    (Zhang et al., ECCV 2022, section 3.1)."""
+    (Zhang et al., ECCV 2022, section 3.1). Embeddings (N * views, D) become (N, D).
+
+    >>> mean_of_views(Embeddings(np.eye(2, dtype=np.float32)), views=2).plain.round(3)
+    array([[0.707, 0.707]], dtype=float32)
+    """
 
     def mean(rows: np.ndarray) -> np.ndarray:
         means = rows.reshape(-1, views, rows.shape[1]).mean(1)

@@ -24,10 +24,10 @@ def tip_x(
     beta: float = 5.5,
     gamma: float = 1.0,
 ) -> ScoringPlan:
-    """Tip-Adapter's logits + gamma * sum_{j of class c} -scale(KL(s[b] || S[j])).
+    """Tip-Adapter's logits + gamma * sum_{j of class c} -scale(KL(s[b] || S[j])), (B, C).
 
-    s and S are softmax(<plain, text> / 0.5) of queries and keys; scale takes the range of the divergences to that of
-    the cosines between images. With H = sum s log(C s), the sum over a class collapses to a linear term over [s, H]:
+    s (B, C) and S (N, C) are softmax(<plain, text> / 0.5) of queries and keys; scale takes the range of the divergences
+    to that of the cosines between images. alpha, beta and gamma >= 0 have no units; `support` has text. With H = sum s log(C s), the sum over a class collapses to a linear term over [s, H]:
 
         sum_j KL(s || S[j]) = n_c H - <s, sum_j log(C S[j])>
 
@@ -37,6 +37,21 @@ def tip_x(
     The public code takes both ranges over the whole test set, so that a label depends on its batch. Here they are those
     of all pairs of different support images, frozen in the plan (with a single image the term is left unscaled);
     tests/methods/tip_x_reference.py has the literal form.
+
+    Raises IosrFastError for values that a plan can't have (ScoringPlan).
+
+    Sources: Tip-X (Udandarao et al., ICCV 2023, equations 5 to 7); with adapted embeddings Kravets & Namboodiri, BMVC
+    2024.
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.float32([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]))
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2), tau=10.0)
+    >>> score(tip_x(support, alpha=2.0, beta=1.0, gamma=0.5), images).round(2)
+    array([[13.7 ,  0.34],
+           [11.68,  7.2 ],
+           [ 1.58, 12.06]], dtype=float32)
     """
     keys = image_rows(support.embeddings, which, reducer)
     log_s, slope, offset = divergences(support, keys)
