@@ -27,7 +27,8 @@ def tip_x(
     """Tip-Adapter's logits + gamma * sum_{j of class c} -scale(KL(s[b] || S[j])), (B, C).
 
     s (B, C) and S (N, C) are softmax(<plain, text> / 0.5) of queries and keys; scale takes the range of the divergences
-    to that of the cosines between images. alpha, beta and gamma >= 0 have no units; `support` has text. With H = sum s log(C s), the sum over a class collapses to a linear term over [s, H]:
+    to that of the cosines between images. alpha, beta and gamma >= 0 have no units; `support` has text. With H = sum of
+    s log(C s), the sum over a class collapses to a linear term over [s, H]:
 
         sum_j KL(s || S[j]) = n_c H - <s, sum_j log(C S[j])>
 
