@@ -70,17 +70,17 @@ def compile_ahead(
 ) -> list[dict[str, Any]]:
     """Compile kernels for compute capability arch / 10 and report each one's resources, with D = 512.
 
-    Rows of {kernel, precision, arch, registers (per thread), spills (bytes of local memory and stack per thread),
-    shared_bytes (per block), tensor_core_instruction ("mma.sync HMMA.16816.F32": of the PTX and of the machine code; ""
-    for none)}. affine and merge are float32 only, dense-float is for float16 and int8 keys. Raises ImportError without
-    Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET, which
-    compiles nothing.
+    Returns rows of {kernel, precision, arch, registers (per thread), spills (bytes of local memory and stack per
+    thread), shared_bytes (per block), tensor_core_instruction ("mma.sync HMMA.16816.F32": of the PTX and of the machine
+    code; "" for none)}. affine and merge are float32 only, dense-float is for float16 and int8 keys. Raises ImportError
+    without Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET,
+    which compiles nothing.
     """
     require("triton", "gpu")
     from triton import knobs
 
     if knobs.runtime.interpret:
-        raise RuntimeError("compiling needs TRITON_INTERPRET unset, got it set; kernels would run in the interpreter")
+        raise RuntimeError("expected TRITON_INTERPRET unset to compile, got it set; the interpreter compiles nothing")
     chosen = kernel_names() if kernels is None else list(kernels)
     for what, names, allowed in (
         ("a kernel", chosen, kernel_names()),
@@ -89,7 +89,7 @@ def compile_ahead(
     ):
         for name in names:
             if name not in allowed:
-                raise IosrFastError(f"expected {what} out of {', '.join(map(str, allowed))}, got {name!r}")
+                raise IosrFastError(f"expected {what} of {', '.join(map(str, allowed))}, got {name!r}")
     rows = []
     for kernel in chosen:
         for precision in _precisions(kernel, precisions):

@@ -1,8 +1,8 @@
-"""The kernels of cache_score (affine terms, aligned classes, ragged classes, the merge of cut ones) and dense_values.
+"""The kernels of cache_score (affine terms, aligned classes, ragged classes, merge of split classes) and dense_values.
 
 Kernels of the cache term add alpha times a class's sum to logits that the affine kernel has written. Two programs sum
-the same class only if it was cut, and the pieces of a cut class are added in order, so results don't depend on timing.
-Numbers that change from call to call aren't specialised, so that a new batch size compiles nothing.
+the same class only if it is split, and the pieces of a split class are added in order, so results don't depend on
+timing. Numbers that change from call to call aren't specialised, so that a new batch size compiles nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -72,8 +72,8 @@ def aligned_kernel(
     BLOCK_D: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """BLOCK_N // SHOTS whole classes of SHOTS keys each; if SHOTS is BLOCK_N, one class in as many tiles as it needs.
-    Keys are read in place: missing shots of a class read key 0 and add 0."""
+    """Sums BLOCK_N // SHOTS whole classes of SHOTS keys each; if SHOTS is BLOCK_N, one class in as many tiles as it
+    needs. Keys are read in place: missing shots of a class read key 0 and add 0."""
     GROUP: tl.constexpr = BLOCK_N // SHOTS
     block, column = place(tl.cdiv(n_queries, BLOCK_B), tl.cdiv(n_classes, GROUP))
     rows, read = query_rows(block, n_queries, BLOCK_B)
@@ -130,8 +130,8 @@ def ragged_kernel(
     BLOCK_C: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """One work item (layout.py): up to BLOCK_C whole classes, or with SPLIT a piece of one class, whose sum goes to row
-    `slot` of partial (n_slots, B).
+    """Sums one work item (layout.py): up to BLOCK_C whole classes, or with SPLIT a piece of one class, whose sum goes
+    to row `slot` of partial (n_slots, B).
 
     A tile's keys are summed by class as affinity @ member, where member (BLOCK_N, BLOCK_C) has zeros and ones, computed
     from the class offsets in registers. Three bfloat16 parts represent the affinity's 24 bits exactly."""
@@ -161,7 +161,7 @@ def ragged_kernel(
             sums = tl.dot(operand(part), member, sums)
     slot = tl.load(item + 4)
     if SPLIT:
-        # A piece's class is the item's only one, and its sum the first column.
+        # A piece's class is the only one of its item; its sum is the first column.
         at = partial + slot.to(tl.int64) * n_queries + rows
         sum_of_piece = tl.sum(tl.where((own == 0)[None, :], sums, 0.0), axis=1)
         tl.store(at, sum_of_piece, mask=rows < tl.where(slot >= 0, n_queries, 0))
@@ -176,15 +176,15 @@ def merge_kernel(partial, cut, logits, n_queries, n_classes, alpha, BLOCK_B: tl.
     """logits[:, c] += alpha * (sums of c's pieces, first to last), for each row (c, first slot, end slot) of cut."""
     entry = cut + tl.program_id(0) * 3
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    live = rows < n_queries
+    inside = rows < n_queries
     first = tl.load(entry + 1)
     piece = partial + first.to(tl.int64) * n_queries + rows
     total = tl.zeros((BLOCK_B,), dtype=tl.float32)
     for _ in range(first, tl.load(entry + 2)):
-        total += tl.load(piece, mask=live, other=0.0)
+        total += tl.load(piece, mask=inside, other=0.0)
         piece += n_queries
     at = logits + rows.to(tl.int64) * n_classes + tl.load(entry)
-    tl.store(at, tl.load(at, mask=live, other=0.0) + alpha * total, mask=live)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + alpha * total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "n_stretches", "stretch"])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from iosr_fast.scoring.device_plan import DevicePlan
 
-# The aligned path is faster than the ragged one up to this much more work, which missing shots cause.
+# The aligned path is faster than the ragged one as long as missing shots cost at most this factor more work.
 ALIGNED_OVERHEAD = 1.25
 _MERGE_BLOCK = 128
 
@@ -50,8 +50,8 @@ def score_triton(
     "triton/aligned"  tiles of whole classes, all padded to the same number of keys; chosen if that takes at most 1.25
                       times the tiles of the ragged path
     "triton/ragged"   work items of whole classes of any size
-    "triton/split"    large classes are also cut into pieces, and partial sums (at most 64 MB) added in order; chosen if
-                      the longest class would occupy one multiprocessor after the others have finished
+    "triton/split"    large classes are also split into pieces, and partial sums (at most 64 MB) are added in order;
+                      chosen if the longest class would occupy one multiprocessor after the others have finished
     "triton/dense"    keys with values in place of classes: dense_values
     "triton/no-keys"  the plan has no cache term
 
@@ -67,7 +67,7 @@ def score_triton(
             return logits, "triton/no-keys"
         if plan.values is not None:
             if path is not None:
-                raise IosrFastError(f'expected no path where the keys have values, got "{path}"')
+                raise IosrFastError(f'expected no path for keys with values, got "{path}"')
             _add_dense(plan, plan.query_rows(plain, adapted), logits, config)
             return logits, "triton/dense"
         precision = PRECISION[plan.keys.dtype]
@@ -108,7 +108,7 @@ def piece_keys(plan: DevicePlan, batch: int, config: Config, n_multiprocessors: 
 
 
 def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config: Config | None = None) -> Tensor:
-    """tau * plain @ text' + feature @ linear' + bias, missing terms left out: (B, C) float32."""
+    """tau * plain @ text' + feature @ linear' + bias without missing terms: (B, C) float32."""
     n_queries, n_classes = len(plain), plan.n_classes
     if not n_queries or (plan.text is None and plan.linear is None and plan.bias is None):
         return torch.zeros((n_queries, n_classes), dtype=torch.float32, device=plan.device)

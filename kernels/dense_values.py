@@ -44,7 +44,7 @@ def dense_values(
     config      overrides the launch configuration, for tests and tuning
 
     Returns (B, V) float32 without forming the (B, N) affinity: two products per tile as in FlashAttention (Dao et al.,
-    2022), without a running maximum, as the exponent is never positive. Queries are rounded to the keys' half type
+    2022), without a running maximum, because the exponent is never positive. Queries are rounded to the keys' half type
     (float16 for int8), affinities to the values' type; sums are float32. Each block of block_v columns computes the
     affinities again. With few queries several programs share the keys, and their sums (at most 64 MB) are added in
     order. Raises ValueError if a shape, a dtype, a device or beta is wrong.

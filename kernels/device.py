@@ -1,4 +1,4 @@
-"""Facts for a launch: types of keys and queries, the GPU's name and size, the scale of the exponent."""
+"""Facts for launches: types of keys and queries, the GPU's name and size, the scale of the exponent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def exponent_scale(beta: float) -> float:
 
 
 def pointer(tensor: torch.Tensor | None, unread: torch.Tensor) -> torch.Tensor:
-    """The tensor, or in its place any other, as an argument that the kernel doesn't read."""
+    """The tensor; or `unread`, as an argument that the kernel doesn't read."""
     return unread if tensor is None else tensor
 
 

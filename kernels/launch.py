@@ -1,6 +1,6 @@
 """Launch configurations: tile shapes, warps and pipeline stages by GPU, path, key precision and batch.
 
-launch_configs.json stores them. "default" serves every GPU without an entry; tools/tune_kernels.py measures one.
+launch_configs.json stores them. "default" is for every GPU without an entry; tools/tune_kernels.py measures entries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Load = Literal["few", "many"]
 
 @dataclass(frozen=True)
 class Config:
-    """block_b queries by block_n keys (classes, for the affine terms) a tile, block_d channels a step.
+    """block_b queries by block_n keys (classes, for the affine terms) per tile, block_d channels per step.
 
     swap       put keys on the longer side of the tensor cores
     block_c    classes per work item (ragged and split)
@@ -88,7 +88,7 @@ def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
             place = f"{CONFIGS_FILE.name}, {name!r}/{path}/{precision}/{load}"
             raise IosrFastError(f"{place}: {error}; correct the entry or run tools/tune_kernels.py") from error
     raise IosrFastError(
-        f"expected a path out of {', '.join(PATHS)} and a precision out of {', '.join(PRECISIONS)} that "
+        f"expected a path of {', '.join(PATHS)} and a precision of {', '.join(PRECISIONS)} that "
         f"{CONFIGS_FILE.name} has, got {path!r} and {precision!r}"
     )
 

@@ -1,4 +1,4 @@
-"""How a plan's keys are dealt to programs: tables of a few integers per tile. No key is ever copied or padded.
+"""The distribution of a plan's keys over programs: tables of a few integers per tile. Keys are never copied or padded.
 
 A table takes 20 bytes per work item. It is computed once per plan and tile shape and cached with the plan's offsets.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Aligned:
     """Classes seen as `shots` keys each, block_n // shots of them to a tile.
 
-    tiles counts tiles of block_n keys over the whole plan, longest those of the longest program.
+    `tiles` is the number of tiles of block_n keys of the whole plan, `longest` that of the longest program.
     """
 
     shots: int
@@ -34,8 +34,8 @@ class Aligned:
 class Items:
     """Work items: table (M, 5) int32 of first key, end key, first class, number of classes, slot.
 
-    An item holds whole classes, at least one with keys, and slot -1; or a piece of one class and the row of partial
-    sums that it fills. cut (K, 3) int32 lists the classes in pieces: class, first slot, end slot.
+    An item has whole classes, at least one with keys, and slot -1; or a piece of one class and the row of partial sums
+    that it fills. cut (K, 3) int32 lists the classes in pieces: class, first slot, end slot.
     """
 
     table: np.ndarray
@@ -46,7 +46,7 @@ class Items:
 
 
 def align(offsets: np.ndarray, block_n: int) -> Aligned:
-    """Deal whole classes to tiles of block_n keys, with the largest class rounded up to a power of two."""
+    """Distribute whole classes over tiles of block_n keys, with the largest class rounded up to a power of two."""
     counts = np.diff(offsets)
     shots = 1 << int(counts.max() - 1).bit_length()
     if shots < block_n:
@@ -58,8 +58,8 @@ def align(offsets: np.ndarray, block_n: int) -> Aligned:
 def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None = None) -> Items:
     """Runs of at most block_c classes and block_n keys; a class of more than block_n keys is an item of its own.
 
-    With `piece`, larger classes are cut into pieces of that many keys. Classes without keys are left out except between
-    two others of a run.
+    With `piece`, larger classes are split into pieces of that number of keys. Classes without keys are left out, except
+    between two others of a run.
     """
     table: list[list[int]] = []
     cut: list[tuple[int, int, int]] = []
@@ -88,7 +88,7 @@ def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None
 def class_offsets(plan: DevicePlan) -> np.ndarray:
     """The plan's class offsets on the host, (C + 1,) int64.
 
-    Raises RuntimeError if a CUDA graph is recorded before the plan was scored once: reading them must wait.
+    Raises RuntimeError if a CUDA graph is recorded before the plan was scored once, because reading them must wait.
     """
     offsets = plan.class_offsets
     assert offsets is not None

@@ -51,7 +51,7 @@ def dot_products(
     SWAP: tl.constexpr,
 ):
     """<left[left_rows[i]], right[right_rows[j]]> in float32. int8 rows are converted in registers; float32 rows take
-    three TF32 products each (Ootomo and Yokota, 2022), which keeps float32's accuracy on tensor cores.
+    three TF32 products (Ootomo and Yokota, 2022), which keep float32's accuracy on tensor cores.
 
     SWAP computes the transpose, so that the many rows on the right fill the tensor cores' longer side."""
     channels = tl.arange(0, BLOCK_D)

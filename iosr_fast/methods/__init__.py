@@ -14,7 +14,7 @@ from iosr_fast.scoring.validation import check_number
 
 __all__ = ["METHODS", "Method", "check_parameters", "compile_method", "fit_method_reducer", "unavailable_reason"]
 
-# By name. Of methods that leave-one-out can't tell apart "auto" takes the last one, as published comparisons favour it.
+# By name. If leave-one-out can't distinguish methods, "auto" takes the last one, which published comparisons favour.
 METHODS: dict[str, Method] = {
     form.name: form for module in (zero_shot, tip_adapter, tip_x, ape, gda, proker) for form in module.METHOD.forms()
 }

@@ -1,4 +1,4 @@
-"""What a training-free method is: how it compiles a support set, what it needs, and its parameters."""
+"""The description of a training-free method: how it compiles a support set, what it needs, and its parameters."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan, Which
 
-# Slopes are float32 sums: a difference of this share of them, or less, may be nothing but their rounding.
+# Slopes are float32 sums: a difference of at most this share of them may be mere rounding.
 ROUNDING = 64 * float(np.finfo(np.float32).eps)
 # The largest alpha, and the largest factor of logits: float32 logits then stay far from overflow (fields.LARGEST).
 MAX_ALPHA = 1e8
 # Within these ranges a plan's float32 logits are usable (scoring.fields.RANGES has those of a plan).
 PARAMETER_RANGES = {"alpha": (0.0, MAX_ALPHA), "beta": RANGES["beta"], "gamma": (0.0, 1000.0), "ridge": (1e-6, 1e6)}
-# The grid of the paper's public code and values beyond it, so that an exact search is never worse than that grid.
+# The grid of the paper's public code, and larger values; an exact search over these is never worse than that grid.
 BETAS = (*np.linspace(0.0, 20.0, 20).tolist(), 27.0, 40.0, 60.0)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's compile function and all that the rest of the package asks of a method.
+    """A method's compile function and all other facts that the package needs about it.
 
     compile            (support, which, reducer, **parameters) -> ScoringPlan
     which              the embeddings of images that it compares; "adapted" for the "++" form
     parameters         names and default values
     scales             the term of the plan that alpha multiplies; None for a method without support images
-    axes               for each parameter but alpha, the values at which a search begins, rising
+    axes               for each parameter but alpha, the first values of a search, rising
     additive           a key's share of the logits does not depend on other keys, so adding a key costs one product
     by_moments         counts, sums and second moments of the images determine the plan (state.moments)
-    one_shot           "auto" may choose it where each class has a single image
-    max_support        the largest number of support images, if there is one
+    one_shot           "auto" may choose it if each class has a single image
+    max_support        the largest number of support images, if there is a limit
     max_support_auto   the largest number of support images for which "auto" tries the method
     leave_out          (support, which, reducer, setting, queries, folds) -> (N, C) float32: for each support image the
                        term that alpha multiplies at alpha 1, fitted without the image's fold, in closed form; None for

@@ -89,11 +89,11 @@ def leave_out(
 def kernel_ridge_without(
     kernel: np.ndarray, query_kernel: np.ndarray, residual: np.ndarray, ridge: float, folds: np.ndarray
 ) -> np.ndarray:
-    """Kernel ridge's prediction (N, C) float64 for query j, fitted without all images of j's fold.
+    """Kernel ridge's predictions (N, C) float64; that of query j is fitted without the images of j's fold.
 
-    kernel (N, N) of the images, query_kernel (N, N) of queries and images, residual (N, C), folds (N,) int64; a
-    negative fold is never left out, and its rows are NaN. With A = inv(kernel + ridge I) and V = A residual, the values
-    fitted without the fold F are
+    kernel (N, N) of the images, query_kernel (N, N) of queries and images, residual (N, C), folds (N,) int64; images of
+    a negative fold are never left out, and their rows are NaN. With A = inv(kernel + ridge I) and V = A residual, the
+    values fitted without the fold F are
 
         V - A[:, F] inv(A[F, F]) V[F]
 

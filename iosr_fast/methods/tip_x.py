@@ -32,11 +32,11 @@ def tip_x(
 
         sum_j KL(s || S[j]) = n_c H - <s, sum_j log(C S[j])>
 
-    The factor C affects only the rounding: both terms stay as small as divergences are, instead of differences of
+    The factor C affects only the rounding: both terms are as small as the divergences, instead of differences of large
     entropies.
 
-    The public code takes both ranges over the whole test set, so that a label depends on its batch. Here they are those
-    of all pairs of different support images, frozen in the plan (with a single image the term is left unscaled);
+    The public code takes both ranges over the whole test set, so that a label depends on its batch. Here the ranges are
+    those over all pairs of different support images, frozen in the plan (with a single image the term is not scaled).
     tests/methods/tip_x_reference.py has the literal form.
 
     Raises IosrFastError for values that a plan can't have (ScoringPlan).

@@ -1,4 +1,4 @@
-"""Plans and queries in the form that csrc/cuda reads: padded rows, parts in half precision, the class of each key."""
+"""Plans and queries in the layout that csrc/cuda reads: padded rows, parts in half precision, the class of each key."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def query_parts(query: Tensor, key_dtype: torch.dtype) -> tuple[Tensor, int, flo
 
 
 def split_rows(rows: Tensor) -> tuple[Tensor, float] | None:
-    """rows = scale * (part 1 + part 0 / 2**11) in float16, side by side, and scale, the power of two that brings them
-    into float16's range. None while a graph is recorded, because the largest value must be waited for."""
+    """(parts, scale) with rows = scale * (part 1 + part 0 / 2**11): float16 parts side by side, and the power of two
+    that brings them into float16's range. None while a graph is recorded, because reading the largest value waits."""
     import torch
 
     if is_recording(rows.device):
@@ -52,7 +52,7 @@ def split_rows(rows: Tensor) -> tuple[Tensor, float] | None:
 
 
 def _parts(rows: Tensor, half: torch.dtype, n_parts: int, up: float) -> Tensor:
-    """rows = last part + (last but one + ...) / up, side by side, each padded to whole pipeline stages."""
+    """Parts with rows = last part + (second to last + ...) / up, side by side, each padded to whole pipeline stages."""
     import torch
 
     left = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _STAGE))
@@ -84,7 +84,7 @@ def class_layout(plan: DevicePlan, chunk: int) -> ClassLayout:
         counts = offsets.diff()
         key_class = torch.repeat_interleave(classes, counts, output_size=len(keys))
         if is_recording(plan.device):
-            return ClassLayout(key_class, True, True)  # the true values must be waited for
+            return ClassLayout(key_class, True, True)  # reading the actual values would wait
         spanning = (counts > 0) & (offsets[:-1] // chunk != (offsets[1:] - 1) // chunk)
         has_spanning, has_empty = torch.stack([spanning.any(), (counts == 0).any()]).tolist()
         return ClassLayout(key_class, has_spanning, has_empty)
@@ -93,7 +93,7 @@ def class_layout(plan: DevicePlan, chunk: int) -> ClassLayout:
 
 
 def padded(rows: Tensor) -> Tensor:
-    """Contiguous rows that begin and end at multiples of 16 bytes; the tensor itself if they do so already."""
+    """Contiguous rows that begin and end at multiples of 16 bytes; the tensor itself if its rows do."""
     import torch
 
     missing = -rows.shape[1] % (_COPY // rows.element_size())

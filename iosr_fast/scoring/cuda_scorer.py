@@ -1,4 +1,4 @@
-"""Scoring by the CUDA C++ kernels of csrc/cuda, for GPUs of compute capability 8.0 and newer, without Triton."""
+"""Scoring with the CUDA C++ kernels of csrc/cuda, for GPUs of compute capability 8.0 and newer, without Triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from iosr_fast.scoring.device_plan import DevicePlan
 
-# Bytes of class sums that wait to be merged; a batch that would need more is scored in slices.
+# Bytes of class sums to be merged; a batch that needs more is scored in slices.
 _WORKSPACE = 64 << 20
 
 
@@ -35,23 +35,23 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, checked unit rows; adapted may be None if
     the plan doesn't read it. Returns logits (B, C) float32 and the path of the cache term:
 
-    "cuda/mma"        half or int8 keys on the tensor cores, sums in float32. int8 is converted to float16 in registers.
+    "cuda/mma"        half or int8 keys on the tensor cores, sums in float32; int8 is converted to float16 in registers
     "cuda/mma-split"  the same for queries with more bits than the keys: they are a sum of 2 or 3 half matrices
     "cuda/fp32"       float32 keys, by fused multiply-adds
-    "cuda/dense-torch"  keys with values in place of classes: there is no kernel for them, torch_scorer adds the term
+    "cuda/dense-torch"  keys with values in place of classes, which have no kernel: torch_scorer adds the term
     "cuda/linear", "cuda/linear-mma"  the plan has no cache term; queries are float32, or half
     "cuda/empty"      there is no query
 
-    Paths of kernels end in "-small" for up to 16 queries. Neither the (B, N) affinity nor a one-hot matrix reaches
-    memory (with "dense-torch" the affinity does, in tiles). Sums of classes that span several runs of 64 keys do, in at
-    most 64 MB, and are merged in order: equal calls give equal bits. The linear terms keep float32's precision: float32
-    queries, including those that a reducer has converted, take fused multiply-adds, half ones the tensor cores
-    ("cuda/linear-mma"). A linear term over the distribution over texts is added by PyTorch.
+    Paths of kernels end in "-small" for up to 16 queries. Neither the (B, N) affinity nor a one-hot matrix is stored
+    in memory (except tiles of the affinity with "dense-torch"). Sums of classes that span several runs of 64 keys are
+    stored, in at most 64 MB, and merged in order: equal calls give equal bits. The linear terms keep float32's
+    precision: float32 queries, including those that a reducer has converted, take fused multiply-adds, half ones the
+    tensor cores ("cuda/linear-mma"). PyTorch adds a linear term over the distribution over texts.
 
     The first call for a plan reads back whether classes are empty or large and how large its rows are, and caches that;
     later calls neither wait for the device nor read from it. A CUDA graph may record even the first call, which then
     caches nothing, assumes empty and large classes, and computes the linear terms in float32.
-    Raises RuntimeError, with CUDA's own words, if a launch fails.
+    Raises RuntimeError with CUDA's message if a launch fails.
     Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
     """
     import torch
@@ -145,9 +145,10 @@ class _LinearTerms:
 
 
 def _linear_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> _LinearTerms:
-    """Half queries multiply rows split into two float16 matrices, on the tensor cores; float32 ones multiply the rows.
+    """The text and linear terms. Half queries multiply rows that are split into two float16 matrices, on the tensor
+    cores; float32 queries multiply the rows.
 
-    A linear term over the distribution over texts isn't as wide as an embedding and is left out.
+    A linear term over the distribution over texts has another width than an embedding and is left out.
     """
     import torch
 
@@ -196,7 +197,7 @@ def _place(device: torch.device) -> tuple[int, int]:
 
     if device.type != "cuda":
         raise IosrFastError(
-            f"expected a plan on a CUDA device, got one on {device}; device_plan(plan, 'cuda') makes it"
+            f"expected a plan on a CUDA device, got one on {device}; device_plan(plan, 'cuda') moves it"
         )
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream

@@ -1,4 +1,4 @@
-"""A ScoringPlan as torch tensors on one device, and what is computed from these tensors once."""
+"""A ScoringPlan as torch tensors on one device, and a cache of values derived from these tensors."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ _lock = threading.RLock()
 
 
 def device_plan(plan: ScoringPlan, device: Any) -> DevicePlan:
-    """`plan` on `device`, a torch.device or its name: copied once and cached as long as the plan lives.
+    """`plan` on `device`, a torch.device or its name, copied once and cached as long as the plan exists.
 
     On the CPU the tensors share the plan's memory (except class_offsets, which become int32). On a GPU, plans with the
-    same array share one copy of it, so that a live change doesn't upload all keys again. Raises ImportError without
-    PyTorch, ValueError for 2**31 keys or more.
+    same array share one copy of it, so that a change of classes doesn't upload all keys again. Raises ImportError
+    without PyTorch, ValueError for 2**31 keys or more.
     """
     torch = require("torch", "cpu")
     place = torch.device(device)
@@ -143,14 +143,14 @@ def _move(plan: ScoringPlan, device: torch.device) -> DevicePlan:
 
 
 def _copy_to(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on a device; one copy for all plans that have this very array."""
+    """The array on a device, with one copy for all plans that share the array."""
     if device.type == "cpu":
         return as_tensor(array)
     place = (id(array), device)
     copy = _copies.get(place)
     if copy is None:
         copy = _copies[place] = as_tensor(array).to(device)
-        # Another array may get this id later.
+        # Another array may have the same id later.
         weakref.finalize(array, _copies.pop, place, None)
     return copy
 
@@ -165,7 +165,7 @@ class _Writable:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """A CPU tensor on the array's memory, which must not be written to; uint16 is read as bfloat16's bits."""
+    """A CPU tensor on the array's memory, which must not be written to; uint16 holds the bits of bfloat16."""
     torch = require("torch", "cpu")
     shared: np.ndarray = array if array.flags.writeable else np.asarray(_Writable(array))
     if array.dtype == np.uint16:
@@ -183,10 +183,10 @@ def _derived() -> Any:
 
 
 def cached(tensor: Tensor, key: Any, compute: Callable[[], _T]) -> _T:
-    """compute(), cached under `key` as long as `tensor` lives: what kernels derive from a plan's tensors.
+    """compute(), cached under `key` as long as `tensor` exists, for values that kernels derive from a plan's tensors.
 
-    The cache belongs to the tensors and not to the DevicePlan, because torch.ops.iosr_fast.score makes a DevicePlan at
-    every call. While a CUDA graph is recorded nothing is cached.
+    The cache belongs to the tensors and not to the DevicePlan, because torch.ops.iosr_fast.score creates a DevicePlan
+    at every call. Nothing is cached while a CUDA graph is recorded.
     """
     import torch
 
@@ -196,7 +196,7 @@ def cached(tensor: Tensor, key: Any, compute: Callable[[], _T]) -> _T:
         found: _T = known[key]
         return found
     value = compute()
-    # A result recorded into a graph exists only once the graph has run. A tensor cached under itself never dies.
+    # A result recorded into a graph exists only after the graph has run. A tensor cached under itself is never freed.
     if value is tensor or is_recording(tensor.device):
         return value
     if tensor.is_cuda:  # the next call may come on another stream, which doesn't wait for this one
@@ -207,7 +207,7 @@ def cached(tensor: Tensor, key: Any, compute: Callable[[], _T]) -> _T:
 
 
 def is_recording(device: torch.device) -> bool:
-    """Whether a CUDA graph is being recorded: nothing may wait for the device then."""
+    """Whether a CUDA graph is being recorded, during which nothing may wait for the device."""
     import torch
 
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

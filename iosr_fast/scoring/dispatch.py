@@ -1,6 +1,6 @@
-"""The scoring implementations: which exist, why one is unavailable, and which one runs.
+"""The registry of scoring implementations and the choice among them.
 
-IOSR_FAST_IMPL=NAME forces one wherever the caller leaves the choice open; it raises if that one can't run.
+IOSR_FAST_IMPL=NAME replaces the choice "auto"; it is an error if that implementation can't run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _missing_package(package: str, extra: str) -> str | None:
 
 @functools.cache
 def _driver_unavailable_reason() -> str | None:
-    """Whether NVIDIA's driver is missing, without the seconds that importing PyTorch takes."""
+    """Why NVIDIA's driver can't be loaded, or None, without importing PyTorch, which takes seconds."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
             ctypes.CDLL(library)
@@ -107,7 +107,7 @@ def _gpu_unavailable_reason() -> str | None:
     import torch
 
     if torch.version.hip is not None:
-        return "the kernels are written for NVIDIA GPUs and this PyTorch is built for ROCm"
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
     if not torch.cuda.is_available():
         return f"PyTorch {torch.__version__} sees no CUDA device{_why_no_device(torch)}"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -119,7 +119,7 @@ def _gpu_unavailable_reason() -> str | None:
 
 def _why_no_device(torch: Any) -> str:
     if torch.version.cuda is None:
-        return ": it is built for CPUs alone; install a CUDA build from pytorch.org"
+        return ": it is a CPU build; install a CUDA build from pytorch.org"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -207,11 +207,11 @@ REGISTRY: tuple[Implementation, ...] = (
 
 
 def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
-    """What executes plans for embeddings on `device`: the named implementation, or for "auto" the best available one.
+    """The implementation of this name, or for "auto" the best available one, for embeddings on `device`.
 
-    IOSR_FAST_IMPL replaces "auto", never a name that the caller gave. An implementation for GPUs only may be named for
-    embeddings on the CPU if there is a GPU to copy them to. Raises ValueError for an unknown name, RuntimeError for a
-    known one that can't run here or not on this device.
+    IOSR_FAST_IMPL replaces "auto", never another name. An implementation for GPUs may be named for embeddings on the
+    CPU if there is a GPU to copy them to. Raises ValueError for an unknown name, RuntimeError for an implementation
+    that can't run here or not on this device.
     """
     forced = os.environ.get(ENVIRONMENT, "")
     source = f"impl={impl!r}"
@@ -226,7 +226,7 @@ def choose(impl: str = "auto", device: str = "cpu") -> Implementation:
                 raise UnavailableError(f"{source} can't run here: {reason}")
             return entry
     names = ", ".join(["auto", *(entry.name for entry in REGISTRY)])
-    raise IosrFastError(f"expected an implementation out of {names}, got {source}")
+    raise IosrFastError(f"expected an implementation of {names}, got {source}")
 
 
 def _device_unavailable_reason(entry: Implementation, device: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The fields of a ScoringPlan in one table, which the plan, its executors and its files walk."""
+"""The table of a ScoringPlan's fields, which the plan, its executors and its files iterate over."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Embedding = Literal["plain", "adapted"]
 Term = Literal["text", "cache", "linear", "reducer"]
 
 EMBEDDINGS: tuple[Embedding, ...] = ("plain", "adapted")
-# The largest size of a term in which all implementations agree: far below the largest float32, also where embeddings
-# are as far from unit norm as allowed, and beta and 1 / temperature multiply the rounding of a cosine.
+# The largest magnitude of a term at which all implementations agree. It is far below the largest float32, even if norms
+# are as far from 1 as allowed and beta and 1 / temperature multiply the rounding of a cosine.
 LARGEST = 1e15
 
 
 @dataclass(frozen=True)
 class ArrayField:
-    """An array of a plan, which is None if the plan has none.
+    """An array of a plan, or None.
 
     name          its name in DevicePlan and in torch.ops.iosr_fast.score
     term          the term that reads it; a reducer moves what the cache and the linear term read
@@ -36,7 +36,7 @@ class ArrayField:
     attribute: str = ""
 
     def of(self, plan: Any) -> np.ndarray | None:
-        """This array of a ScoringPlan."""
+        """The array of a ScoringPlan, or None."""
         value = plan
         for name in (self.attribute or self.name).split("."):
             value = None if value is None else getattr(value, name)
@@ -81,7 +81,7 @@ RANGES = {field.name: field.limits for field in CONSTANTS if field.limits is not
 
 
 class PlanTerms:
-    """What ScoringPlan and DevicePlan derive from their fields."""
+    """Properties that ScoringPlan and DevicePlan derive from their fields."""
 
     width: Any
     text: Any

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class GraphedScorer:
     """score(plan, embeddings) on a GPU as one launch, for batches padded to one of a few sizes.
 
-    The constructor records each of `buckets` after a first scoring of the plan (in which Triton reads the class offsets
-    back). A graph holds its plan's arrays: another plan needs another GraphedScorer. Batches beyond the largest bucket
-    take several runs. Calls from several threads take turns.
+    The constructor scores the plan once (Triton then reads the class offsets back) and records each of `buckets`. A
+    graph holds its plan's arrays, so another plan needs another GraphedScorer. Batches beyond the largest bucket take
+    several runs. Threads take turns.
     Not yet run on a GPU.
     """
 
@@ -54,7 +54,7 @@ class GraphedScorer:
         self._replay = {size: self._recorder.record(partial(self._score, size)) for size in self.buckets}
 
     def __call__(self, embeddings: Embeddings) -> Array:
-        """Logits (B, C) float32: a NumPy array for NumPy arrays, for tensors a tensor on their device.
+        """Logits (B, C) float32: a NumPy array for NumPy arrays, a tensor on their device for tensors.
 
         Finiteness and norms are not checked, as in score(check=False). Raises ValueError if the embeddings don't fit.
         """

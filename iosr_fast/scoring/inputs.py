@@ -1,4 +1,4 @@
-"""Embeddings of callers (NumPy, torch, DLPack), checked once and passed on, without a copy if possible."""
+"""Callers' embeddings (NumPy, torch, DLPack), checked once and passed on, without a copy if possible."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def scoring_inputs(plan: PlanTerms, embeddings: Embeddings, check: bool = True) 
 
 
 def _is_tensor(array: Any) -> bool:
-    # Without torch loaded there are no tensors; this check must not load it.
+    # If torch is not loaded there are no tensors; this check must not load it.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 

@@ -1,4 +1,4 @@
-"""int8 keys in an adapted basis: channels with little energy give their bytes to those with much."""
+"""int8 keys in a basis fitted to the keys: channels with little energy give their bytes to those with much."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _NARROW = 32  # channels; below, no channel can be spared
 class _Basis:
     """Orthonormal columns: `main` (D, D - r), coded once, and `top` (D, r), whose error is coded again in finer steps.
 
-    `gain` is the ratio of the fine step to the coarse one; `moment` and `factor` are round_channels' for `main`.
+    `gain` is the ratio of the fine step to the coarse one; `moment` and `factor` are the arguments of round_channels
+    for `main`.
     """
 
     main: np.ndarray
@@ -47,12 +48,12 @@ def compact_int8(
 
     key[j] is approximately scales[j] * codes[j] @ T, so <query, key[j]> is about scales[j] * <T @ query, codes[j]>.
 
-    Let H be the keys' second moment. Scoring reads an error e as <query, e>, and queries vary like keys: strongly along
-    H's leading eigenvectors, hardly along its last ones. So the last r eigenvectors are dropped, and the r channels
-    that this frees store the rounding error along the first r, in steps fine enough to remove it. The other D - r
+    Let H be the keys' second moment. An error e of a key changes its cosine by <query, e>, and queries vary like keys:
+    strongly along H's leading eigenvectors, hardly along its last ones. So the last r eigenvectors are dropped, and the
+    r freed channels store the rounding error along the first r, in steps fine enough to remove it. The other D - r
     channels are those of a random rotation, which spreads the keys evenly over them, rounded with compensation
-    (precision.quantize_int8) for H without its first r eigenvectors. r, and whether to transform at all, minimises the
-    mean e' H e of a sample of the keys. The result depends on the keys only.
+    (precision.quantize_int8) for H without its first r eigenvectors. r, and the choice to transform at all, minimise
+    the mean e' H e of a sample of the keys. The result depends on the keys only.
 
     keys: (N, D) of any precision, key_scales with int8. Raises ValueError for a row that is zero or not finite.
     """

@@ -25,7 +25,7 @@ def _rows(embeddings: Embeddings, which: str) -> np.ndarray:
 
 
 def query_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    """The queries (B, D) float32 of the cache term, reduced if the plan says so, before any query_transform."""
+    """The queries (B, D) float32 of the cache term, after the plan's reducer and before its query_transform."""
     rows = _rows(embeddings, plan.query)
     return rows if plan.reducer is None else plan.reducer(rows)
 
@@ -98,8 +98,8 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
 def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
     """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets.
 
-    Two terms take one more product: dense values multiply affinities that the kernel has computed, and a linear term
-    over the distribution over texts is added to its logits.
+    NumPy adds two terms: the product of the kernel's affinities with dense values, and a linear term over the
+    distribution over texts.
     """
     from iosr_fast import _C
 

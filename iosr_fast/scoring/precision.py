@@ -1,6 +1,6 @@
 """Keys in fewer bits: float16, bfloat16 (as uint16, since NumPy has no bfloat16) and int8 with one scale per key.
 
-Conversions process the keys in chunks, so that they need little memory beside the result.
+Conversions process the keys in chunks, so that they need little memory besides the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BY_DTYPE: dict[np.dtype, Precision] = {
 }
 # Elements of a chunk: 4 MB of float32.
 _CHUNK = 1 << 20
-# Channels that are rounded one by one before a matrix product carries their errors to all later channels.
+# Number of channels that are rounded one by one before a matrix product carries their errors to all later channels.
 _BLOCK = 64
 LARGEST_CODE = 127
 # Headroom for compensated codes, which may exceed the nearest ones.
@@ -116,8 +116,8 @@ def quantize_int8(
 ) -> tuple[np.ndarray, np.ndarray]:
     """codes (N, D) int8 in -127..127 and scales (N,) float32 with key[j] approximately scales[j] * codes[j].
 
-    Rounding to nearest errs alike in all directions. Scoring reads an error e_j as <query, e_j>, and queries are
-    distributed much like keys, so its expected square is e_j' H e_j with H = K'K/N, plus 1e-3 of its mean diagonal.
+    Rounding to nearest gives equal errors in all directions. An error e_j changes a cosine by <query, e_j>, and queries
+    are distributed much like keys, so its expected square is e_j' H e_j with H = K'K/N, plus 1e-3 of its mean diagonal.
     Channels are rounded one after another, and each error is compensated in the channels that follow:
 
         z_i = round(w_i / s) * s,   w_k -= (w_i - z_i) * U_ik / U_ii for k > i,   inv(H) = U'U
@@ -203,7 +203,7 @@ def _fit_scale(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scale that makes each key's error orthogonal to the key, and the resulting e' H e (0 without H)."""
     along = np.einsum("dm,dm->m", codes, target)
-    # Compensation may reverse a key's direction. No such scale exists then, and an infinite cost rejects the codes.
+    # Compensation may reverse a key's direction. Then no such scale exists, and an infinite cost rejects the codes.
     valid = along > 0
     scale = np.where(valid, np.einsum("dm,dm->m", target, target) / np.where(valid, along, 1.0), step)
     if moment is None:

@@ -1,4 +1,4 @@
-"""Overlap reducers that need no training: move image embeddings so that different classes lie further apart.
+"""Overlap reducers without training: they move image embeddings so that different classes lie further apart.
 
 A reducer applies to embeddings that are compared with images (keys, queries, features of a linear term), never to
 those compared with text.
@@ -44,11 +44,11 @@ class Reducer:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, frozen(name, value, np.float32))
-                # A larger shift would round unit rows away; a larger projection might overflow squared norms.
-                most = 10.0 if name == "shift" else 1e6
-                check_size(
-                    name, getattr(self, name), most, "rows and shift are of unit size, and the norm is divided out"
-                )
+                # A larger shift would lose unit rows to rounding; a larger projection might overflow squared norms.
+                if name == "shift":
+                    check_size(name, getattr(self, name), 10.0, "the rows that it shifts have unit norm")
+                else:
+                    check_size(name, getattr(self, name), 1e6, "scale it down: the reduced rows are normalised")
         if self.shift is None and self.projection is None:
             raise IosrFastError("expected a reducer with a shift or a projection, got neither; leave the reducer out")
         if self.shift is not None and self.shift.ndim != 1:

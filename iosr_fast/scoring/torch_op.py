@@ -1,4 +1,4 @@
-"""Scoring inside PyTorch programs: the operator torch.ops.iosr_fast.score, and a module that calls it on a plan."""
+"""Scoring inside PyTorch programs: the operator torch.ops.iosr_fast.score, and a module that calls it with a plan."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def score_tensors(
 
 
 def _host_view(plan: DevicePlan) -> Any:
-    """NumPy views of a CPU plan under ScoringPlan's names; a new ScoringPlan would check all keys again."""
+    """NumPy views of a CPU plan with ScoringPlan's names; constructing a ScoringPlan would check all keys again."""
     arrays: dict[str, np.ndarray | None] = {}
     for field in ARRAYS:
         tensor: Tensor | None = getattr(plan, field.name)

@@ -1,4 +1,4 @@
-"""Checks of arrays, in chunks, so that checking a million keys takes little memory."""
+"""Checks of arrays, in chunks, so that a check of a million keys takes little memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def frozen(name: str, value: Any, dtype: type) -> np.ndarray:
     with np.errstate(over="ignore"):  # values beyond float32 become infinite, which check_finite refuses
         array: np.ndarray = np.ascontiguousarray(value, dtype=dtype)
     if array.flags.writeable:
-        # The caller may write to its own array later; a conversion has fresh memory.
+        # The caller may write to its own array later; a converted array has its own memory.
         array = array.copy() if np.may_share_memory(array, value) else array
         array.flags.writeable = False
     return array
@@ -85,7 +85,7 @@ def check_unit_rows(
 
 
 def unit_norm_message(name: str, wrong: int, n_rows: int, first: int, first_norm: float, finite: bool) -> str:
-    """The error message for `wrong` rows out of n_rows, the first of them with norm `first_norm`."""
+    """The error message for `wrong` of n_rows rows; row `first` has norm `first_norm`."""
     fix = f"divide by np.linalg.norm({name}, axis=1, keepdims=True)" if finite else "it holds NaN or infinite values"
     return (
         f"expected {name} rows of unit norm, got {wrong} of {n_rows} that aren't "

@@ -77,7 +77,7 @@ def test_the_environment_takes_the_place_of_auto_only(
 
 
 def test_an_unknown_name_is_refused(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "out of auto, cpp, numpy, triton, cuda, torch, reference, got "
+    message = "implementation of auto, cpp, numpy, triton, cuda, torch, reference, got "
     with pytest.raises(ValueError, match=f"{message}impl='fortran'"):
         path_taken(rng, "fortran")
     monkeypatch.setenv("IOSR_FAST_IMPL", "fortran")

@@ -138,7 +138,7 @@ def test_what_the_module_cannot_score_is_refused(rng: np.random.Generator) -> No
         module(rows.plain[:, 1:], rows.adapted)
     with pytest.raises(ValueError, match=r"adapted embeddings of shape \(5, 24\), got \(4, 24\)"):
         module(rows.plain, rows.adapted[:4])
-    with pytest.raises(ValueError, match=r"out of auto, .*, got impl='fortran'"):
+    with pytest.raises(ValueError, match=r"implementation of auto, .*, got impl='fortran'"):
         torch_op.ScoringModule(random_plan(rng, [3, 2], 24), "fortran")(rows.plain, rows.adapted)
 
 

@@ -172,7 +172,7 @@ def test_a_gpu_of_its_own_entry_takes_it(tmp_path: Path, monkeypatch: pytest.Mon
         launch.write_configs({"default": default, "GPU X": {"aligned": {"fp16": {"few": entry | {"block_b": 16}}}}})
         assert launch.config_for("GPU X", "aligned", "fp16", "few").block_b == 16
         assert launch.config_for("GPU X", "aligned", "fp16", "many").block_b == 32
-        with pytest.raises(ValueError, match=r"expected a path out of affine, .* got 'diagonal' and 'fp16'"):
+        with pytest.raises(ValueError, match=r"expected a path of affine, .* got 'diagonal' and 'fp16'"):
             launch.config_for("GPU X", "diagonal", "fp16", "few")
         launch.write_configs({"default": default, "GPU X": {"aligned": {"fp16": {"few": entry | {"block_b": 24}}}}})
         with pytest.raises(ValueError, match=r"'GPU X'/aligned/fp16/few: expected block_b a power of two .* got 24"):

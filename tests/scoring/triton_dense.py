@@ -157,5 +157,5 @@ def test_half_embeddings_of_extended_plans(dtype: torch.dtype, rng: np.random.Ge
 @pytest.mark.parametrize("path", ["aligned", "dense"])
 def test_keys_with_values_leave_no_choice_of_a_path(path: str, rng: np.random.Generator) -> None:
     plan = device_plan(random_plan(rng, [2, 1], 8, dense=True), DEVICE)
-    with pytest.raises(ValueError, match=f'expected no path where the keys have values, got "{path}"'):
+    with pytest.raises(ValueError, match=f'expected no path for keys with values, got "{path}"'):
         cache_score.score_triton(plan, *tensors(random_embeddings(rng, 2, 8)), path=path)

@@ -29,10 +29,10 @@ Setting = Mapping[str, float]  # a method's parameters but alpha
 
 @dataclass(frozen=True, eq=False)
 class HeldOutSet:
-    """`queries` with `labels` (V,), scored by what `method` compiles of `support` without the images of a query's fold.
+    """`queries` with `labels` (V,), scored by plans that `method` compiles without the support images of their fold.
 
-    `folds` (N,) int64 is each support image's fold; the queries are then the support images in their order, and those
-    of a negative fold are never left out and not scored. None: the queries are a validation set.
+    `folds` (N,) int64 has each support image's fold. The queries are then the support images in their order; images of
+    a negative fold are never left out and not scored. None: the queries are a validation set.
     """
 
     method: Method
@@ -60,11 +60,12 @@ class HeldOutSet:
 
     @classmethod
     def leave_one_out(cls, method: Method, reducer: Reducer | None, support: SupportSet) -> HeldOutSet:
-        """The support images themselves, one of each class left out at a time.
+        """The support images themselves, with one of each class left out at a time.
 
-        Leaving out one image alone leaves its class a key short of all others, which biases whatever sums over keys;
-        with one of each class left out, all are equally short. There are as many folds as the largest class has
-        images, at most MAX_FOLDS: then a 16th of each class is left out. The only image of a class always stays.
+        If one image alone were left out, its class would have one key less than the others, which biases sums over
+        keys; with one of each class left out, no class is at a disadvantage. The number of folds is the number of
+        images of the largest class, at most MAX_FOLDS (then a 16th of each class is left out at a time). The only image
+        of a class always stays.
         """
         labels, counts = support.labels, support.counts
         rank = np.arange(len(labels)) - support.class_offsets[labels]
@@ -81,7 +82,7 @@ class HeldOutSet:
 
     @cached_property
     def splits(self) -> list[tuple[np.ndarray, SupportSet]]:
-        """Of each fold the rows of its queries, and the support set without them; a validation set is one fold."""
+        """For each fold the rows of its queries, and the support set without them; a validation set is one fold."""
         if self.folds is None or not self.method.needs_support:
             return [(self.rows, self.support)]
         folds = np.unique(self.folds[self.rows])
@@ -104,7 +105,7 @@ class HeldOutSet:
         return logits
 
     def intervals(self, settings: Sequence[Setting]) -> Intervals:
-        """The alphas at which each of the rows is right, for each setting (search.Intervals)."""
+        """The alphas at which each row is right, for each setting (search.Intervals)."""
         if self.method.class_keys:
             return Intervals.concatenate([self._stream(*split, settings) for split in self.splits])
         labels = self.labels[self.rows]
@@ -113,7 +114,7 @@ class HeldOutSet:
         return Intervals(lower, upper, flags, parts[0].path)
 
     def plans(self, parameters: Mapping[str, float]) -> Iterator[tuple[np.ndarray, ScoringPlan]]:
-        """Of each fold the rows of its queries, and the plan that scores them, compiled with all parameters."""
+        """For each fold the rows of its queries, and the plan that scores them, compiled with all parameters."""
         for rows, support in self.splits:
             yield rows, self.method.compile(support, self.method.which, self.reducer, **parameters)
 
@@ -138,9 +139,9 @@ class HeldOutSet:
         return (score(replace(plan, **rest), queries) if has_rest else np.zeros_like(scores)), scores
 
     def _stream(self, rows: np.ndarray, support: SupportSet, settings: Sequence[Setting]) -> Intervals:
-        """The intervals of a method with class keys, without ever forming an affinity."""
+        """The intervals of a method with class keys, without forming an affinity."""
         queries = self.queries[rows]
-        # Of this plan only what does not depend on the setting is used; gamma 1 leaves its term unscaled.
+        # Only the parts of this plan that do not depend on the setting are used; gamma 1 leaves its term unscaled.
         plan = self._compile(support, dict.fromkeys(settings[0], 1.0))
         call: dict[str, Any] = {
             "base": zero_shot_logits(support, queries),

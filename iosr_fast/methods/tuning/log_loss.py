@@ -1,4 +1,4 @@
-"""Log-loss of logits z + alpha * s at the temperature that fits them best."""
+"""The log-loss of logits z + alpha * s at the best temperature."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 
 from iosr_fast.methods.method import MAX_ALPHA, ROUNDING
 
-# Elements of z; of more, every n-th sample is used.
+# Elements of z; if there are more, every n-th sample is used.
 _LARGEST = 1 << 18
 _STEPS = 30
-_MIN_GAIN = 1e-6  # nats: a step that gains less is the last
+_MIN_GAIN = 1e-6  # nats; a step with a smaller gain is the last
 _SMALL = 1e-9
 _PENALTY = 0.01
-# The least weight of a direction, in units of its spread: beside the other one it is then negligible.
+# The smallest weight of a direction, in units of its spread; it is negligible compared with the other one.
 _LEAST = 1e-4
 
 
 def spread(part: np.ndarray) -> float:
-    """The standard deviation over classes of logits (V, C), or 0 where it is no more than their rounding in float32.
+    """The standard deviation over classes of logits (V, C), or 0 if it is no larger than their rounding in float32.
 
     A part that is constant over classes changes no softmax and no label; its measured deviation is noise, and dividing
     by it would amplify that noise.
@@ -36,7 +36,7 @@ def _sample(logits: np.ndarray) -> slice:
 
 @dataclass(frozen=True)
 class Fit:
-    """softmax(factor * (z + alpha * s)) has this mean log-loss in nats, the penalty of fit_alpha included."""
+    """softmax(factor * (z + alpha * s)) has this mean log-loss in nats, including the penalty of fit_alpha."""
 
     alpha: float
     factor: float
@@ -44,13 +44,13 @@ class Fit:
 
 
 def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Fit:
-    """The alpha from 0 to MAX_ALPHA and the factor > 0 of the least log-loss.
+    """The alpha from 0 to MAX_ALPHA and the factor > 0 with the least log-loss.
 
     Mean over samples of -log softmax(t z + u s)[y], which is convex in (t, u) = (factor, factor * alpha), plus
     0.01 / (2 V) of their squares in units of the spreads of z and s: without it the factor would grow without bound if
     all samples are right. Newton's method with step halving, both kept above zero. base, slope (V, C), labels (V,).
 
-    A direction that is constant over classes (spread) is left out: alpha is 0 if s is constant, and 1 if only z is.
+    A direction that is constant over classes (spread 0) is left out: alpha is 0 if s is constant, and 1 if only z is.
     """
     if not spread(slope):
         return fit_factor(base, slope, labels, 0.0)
@@ -62,7 +62,7 @@ def fit_alpha(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Fit:
 
 
 def fit_factor(base: np.ndarray, slope: np.ndarray, labels: np.ndarray, alpha: float) -> Fit:
-    """The factor > 0 of the least log-loss at this alpha; 1 if the logits are constant over classes."""
+    """The factor > 0 with the least log-loss at this alpha; 1 if the logits are constant over classes."""
     some = _sample(base)
     logits = base[some] + alpha * slope[some].astype(np.float64)
     if not spread(logits):

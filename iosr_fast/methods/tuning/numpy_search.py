@@ -1,6 +1,6 @@
 """The exact search for alpha in NumPy, used if the extension can't be imported, and as the reference in its tests.
 
-Arguments are those of search.py, checked there. Samples are taken in chunks, so that memory stays bounded.
+search.py checks the arguments. Samples are processed in chunks, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _bounds(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Rows:
         bound = e / d
     below = np.where(beaten, np.inf, np.where(d > 0, bound, -np.inf))
     above = np.where(d < 0, bound, np.inf)
-    # The largest bound with and without itself; open where one of the former is among the largest.
+    # The largest bounds that exclude themselves (strict) and that don't; an end is open if a strict one is the largest.
     lower_strict = np.where(strict, below, -np.inf).max(axis=1)
     lower = np.maximum(np.where(strict, -np.inf, below).max(axis=1), 0.0)
     upper_strict = np.where(strict, above, np.inf).min(axis=1)
@@ -103,8 +103,8 @@ def cache_intervals(
     return rows
 
 
-# A position on the line of alphas: twice the bits of v for the point v, and one more for just after it. (Numbers >= 0
-# have the order of their bits.) An interval covers the positions from its start to before its end.
+# A position on the axis of alphas: twice the bits of v for the point v, and one more for just after it. (Numbers >= 0
+# sort like their bits.) An interval covers the positions from its start to before its end.
 def _position(alpha: np.ndarray, after: np.ndarray | bool) -> np.ndarray:
     bits: np.ndarray = np.ascontiguousarray(alpha, dtype=np.float64).view(np.uint64)
     return (bits << np.uint64(1)) | np.asarray(after, dtype=np.uint64)

@@ -15,17 +15,17 @@ from iosr_fast.methods.tuning.log_loss import fit_alpha, fit_factor, spread
 from iosr_fast.methods.tuning.numpy_search import EMPTY, LOWER_OPEN, UPPER_OPEN
 from iosr_fast.methods.tuning.search import Intervals, sweep
 
-# Standard errors of the difference up to which two candidates are level.
+# Two candidates are level if they differ by at most this number of standard errors.
 LEVEL = 2.0
 _SHORTLIST = 20
 _ROUNDS = 2
 
 
 def is_level(right: np.ndarray | None, best: np.ndarray | None) -> bool:
-    """Whether `right` is as good as `best` within noise; each is (V,) bool, the images that a candidate gets right.
+    """Whether `right` is as good as `best` within noise. Both are (V,) bool: the images that a candidate gets right.
 
-    lost - won <= LEVEL * sqrt(lost + won), with lost the images that only `best` gets right, won those that only the
-    other gets right; sqrt(lost + won) is the standard error of their difference.
+    lost - won <= LEVEL * sqrt(lost + won), with lost the number of images that only `best` gets right and won that of
+    images that only `right` gets right; sqrt(lost + won) is the standard error of their difference.
     """
     assert right is not None and best is not None
     lost, won = int((best & ~right).sum()), int((right & ~best).sum())
@@ -34,7 +34,7 @@ def is_level(right: np.ndarray | None, best: np.ndarray | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A setting with an alpha; `intervals` at `row` are those of its images."""
+    """A setting with an alpha; row `row` of `intervals` has the intervals of its images."""
 
     setting: Setting
     alpha: float
@@ -45,7 +45,7 @@ class Candidate:
     log_loss: float | None = None
     factor: float = 1.0
     right: np.ndarray | None = None  # at alpha, where the log-loss was computed
-    spreads: tuple[float, float] | None = None  # of base and slope, likewise
+    spreads: tuple[float, float] | None = None  # of base and slope, where the log-loss was computed
 
     @property
     def width(self) -> float:
@@ -90,12 +90,12 @@ class ParameterSearch:
             self.tried.append(Candidate(setting, float(best.alpha[row]), plateau, accuracy, intervals, row))
 
     def most_right(self) -> Candidate:
-        """The highest accuracy; of equals the widest plateau of alphas in proportion to alpha; then the first."""
+        """The candidate with the highest accuracy; then with the widest plateau relative to alpha; then the first."""
         return max(self.tried, key=lambda c: (c.accuracy, c.width / max(c.alpha, 1e-30)))
 
     def level_with_least_loss(self) -> Candidate:
-        """Of the candidates that are level with the best, each at its best alpha and at that of least log-loss, the one
-        of least log-loss."""
+        """The candidate with the least log-loss among those that are level with the best, each tried at its best alpha
+        and at its alpha of least log-loss."""
         best = self.most_right().accuracy
         error = float(np.sqrt(best * (1 - best) / len(self.labels)))
         near = sorted((c for c in self.tried if c.accuracy >= best - 3 * error), key=lambda c: -c.accuracy)
@@ -122,7 +122,7 @@ class ParameterSearch:
 
 
 def _cut(intervals: Intervals) -> Intervals:
-    """The intervals from 0 to MAX_ALPHA: an end beyond it becomes infinite, an interval that begins beyond it empty."""
+    """The intervals from 0 to MAX_ALPHA: an end beyond it becomes infinite, an interval beyond it becomes empty."""
     upper = np.where(intervals.upper > MAX_ALPHA, np.inf, intervals.upper)
     flags = np.where(intervals.lower > MAX_ALPHA, np.uint8(EMPTY), intervals.flags)
     return replace(intervals, upper=upper, flags=flags)

@@ -1,4 +1,4 @@
-"""After every search: the compiled plans give the labels that the search promises, and each term has a part in them."""
+"""Checks after every search: the compiled plans give the labels that the search predicts, and each term matters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 
-# A term whose logits spread over classes less than this share of the other's decides nothing but ties.
+# A term whose spread over classes is below this share of the other term's affects only ties.
 _NEGLIGIBLE = 1e-4
 
 
@@ -41,17 +41,17 @@ def right_by_plan(
         finite = bool(np.isfinite(logits).all())
         if clear.any() or not finite:
             raise RuntimeError(
-                f"expected the compiled plan of {held_out.method.name} at {dict(parameters)}, factor {factor:g}, to do "
-                f"as the search says, got {right.mean():.4f} right where the search has {expected.mean():.4f}"
-                f"{'' if finite else ', and logits that are not finite'}; please report this: until it is mended, give "
+                f"expected the compiled plan of {held_out.method.name} at {dict(parameters)}, factor {factor:g}, to "
+                f"agree with the search, got an accuracy of {right.mean():.4f} instead of {expected.mean():.4f}"
+                f"{'' if finite else ', and logits that are not finite'}; please report this bug, and meanwhile give "
                 "the parameters or tune on validation images"
             )
     return right
 
 
 def rounding(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:
-    """(B,): how far logits may be from the formula's, and the search's from both: 256 roundings of float32 at the
-    largest sum of the terms' sizes, and 16 of each exponent, which beta multiplies."""
+    """(B,): the tolerance between logits, the formula and the search: 256 roundings of float32 at the largest sum of
+    the terms' magnitudes, and 16 of each exponent, which beta multiplies."""
     size = np.full(len(queries), abs(plan.tau) if plan.text is not None else 0.0)
     if plan.keys is not None:
         sizes = {part: np.abs(array) for part in ("weights", "values") if (array := getattr(plan, part)) is not None}
@@ -65,17 +65,20 @@ def rounding(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:
 
 
 def negligible_term(base: float, slope: float, alpha: float, has_text: bool) -> str:
-    """A note if one of the terms of base + alpha * slope decides nothing, judged by the spreads of both; else ""."""
+    """A note if one of the terms of base + alpha * slope has no effect, judged by the spreads of both; else ""."""
     images = alpha * slope
     if has_text and base <= _NEGLIGIBLE * images:
-        return f"alpha {alpha:.3g}: the texts don't count"
-    return f"alpha {alpha:.3g}: similarity to support images doesn't count" if images <= _NEGLIGIBLE * base else ""
+        return f"alpha {alpha:.3g}: the texts have no effect"
+    return f"alpha {alpha:.3g}: similarity to support images has no effect" if images <= _NEGLIGIBLE * base else ""
 
 
 def single_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:
-    """A note if the plan gives all support images one label though the search got images of several classes right
-    (`right`, their classes): the encoder can't tell the images apart. Else ""."""
+    """A note if the plan gives all support images one label although the search got images of several classes right
+    (`right`, their classes), because the encoder can't distinguish the images; else ""."""
     labels = np.unique(score(plan, support.queries or support.embeddings).argmax(1))
     if len(labels) > 1 or len(np.unique(right)) < 2:
         return ""
-    return f"all {len(support.labels)} support images get the label of class {labels[0]}: the encoder finds them alike"
+    return (
+        f"all {len(support.labels)} support images get the label of class {labels[0]}: the encoder does not "
+        "distinguish them"
+    )

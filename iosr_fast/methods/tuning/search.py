@@ -6,7 +6,7 @@ z + alpha * s is right on one interval of alphas, so the best alpha lies where m
 
 Each runs in C++ (csrc/search) or in NumPy (numpy_search.py) with the same results: `impl` is "cpp", "numpy" or "auto",
 which takes C++ if the extension can be imported, unless IOSR_FAST_IMPL names one of the two. Results name the path that
-ran. A wrong argument raises ValueError before any work, and "cpp" that can't run raises RuntimeError.
+ran. A wrong argument raises ValueError before any work; "cpp" raises RuntimeError if it can't run.
 """
 
 from __future__ import annotations
