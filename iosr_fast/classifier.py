@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -55,15 +55,14 @@ class Classifier(LiveUpdates, DeprecatedCalls):
     skip_bad     leave unreadable support images out (`skipped_`) instead of refusing them
     progress     show bars on stderr if that is a terminal
 
-    `fit` opens the CLIP, which needs the `cpu` or `gpu` extra; classifiers of one process with the same CLIP share it
-    (export.pretrained.open_shared). A saved classifier needs no torch. `tune` is also a method: read the parameter by
-    `get_params()["tune"]`. After `set_params` a fitted classifier predicts as before, until it is fitted again.
+    `fit` opens the CLIP, which needs the `cpu` or `gpu` extra. Classifiers of one process share it; beside those in use
+    only the one opened last stays in memory. A saved classifier needs no torch. `tune` is also a method: read the
+    parameter by `get_params()["tune"]`. A fitted classifier predicts as before after `set_params`, until the next fit.
 
     After a fit: `classes_`, `plan_`, `support_`, `method_`, `reducer_`, `parameters_`, `tuned_`, `key_precision_`,
     `exif_orientation_`, `skipped_` (state.fitted), `encoder` and `engine_`, its folder. Any number of threads may
-    classify while others change classes and examples (state.updates).
-
-    Sources: CLIP (Radford et al. 2021); methods.METHODS names the paper of each method.
+    classify while others change classes and examples (state.updates). Sources: CLIP (Radford et al. 2021), and the
+    papers of the methods (iosr_fast.methods).
 
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures
@@ -74,12 +73,27 @@ class Classifier(LiveUpdates, DeprecatedCalls):
     Classifier(model='demo', method='tip-adapter++', views=1)
     >>> classifier.predict(images[:1]).tolist() == labels[:1]
     True
-    >>> classifier.predict_proba(images[:5]).shape == (5, len(classifier.classes_))
+    >>> [best] = classifier.explain(images[0])  # what texts and what images contribute to the logit
+    >>> best.label == labels[0] and abs(best.logit - best.zero_shot - best.cache) < 1e-3
     True
+
+    A saved classifier, another class, and a folder:
+
+    >>> import pathlib, tempfile, PIL.Image
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> classifier.save(folder / "classifier")
+    >>> loaded = Classifier.load(folder / "classifier")
+    >>> loaded.score(images, labels) == classifier.score(images, labels)
+    True
+    >>> loaded.add_class("night", [images[0] // 9]).class_id
+    '~4'
+    >>> PIL.Image.fromarray(images[0] // 9).save(folder / "a.png")
+    >>> loaded.predict_folder(folder).labels.tolist()
+    ['night']
     """
 
-    _stored_as = {"tune": "_tune"}  # noqa: RUF012
-    _shared = ("_fit", "_own")
+    _stored_as: ClassVar[dict[str, str]] = {"tune": "_tune"}
+    _shared: ClassVar[tuple[str, ...]] = ("_fit", "_own")
 
     def __init__(
         self,
@@ -272,8 +286,9 @@ class Classifier(LiveUpdates, DeprecatedCalls):
         `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
         missing, damaged or foreign, and what open_engine raises.
 
-        `get_params` gives what the bundle knows: it names no file of weights or of an adapter. `fit` uses the bundle's
-        own encoders; a clone opens its CLIP and the bundle's engine, and needs `pretrained` set for that.
+        `get_params` gives what the bundle knows: no `pretrained`, no file of an adapter, and the fitted method with its
+        parameters, so that a further fit searches nothing. `fit` and clones use the bundle's own encoders, until
+        `set_params` names another CLIP.
         """
         from iosr_fast.encoders.runtimes import open_engine
 

@@ -68,6 +68,12 @@ class Estimator:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self._copy(copy.deepcopy(self.get_params(), memo))
 
+    def __sklearn_clone__(self) -> Self:
+        """A copy that is not fitted. It shares an opened CLIP that parameters cannot name, such as a loaded one."""
+        other = copy.deepcopy(self)
+        other._fit = None
+        return other
+
     def _copy(self, parameters: dict[str, Any]) -> Self:
         other = type(self)(**parameters)
         for name in self._shared:
