@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from iosr_fast.few_shot_head import FewShotHead
     from iosr_fast.scoring.plan import ScoringPlan
     from iosr_fast.scoring.score import score
+    from iosr_fast.state.labels import labelled_images
 
     __version__: str
 
@@ -26,9 +27,19 @@ _HOME = {
     "FewShotHead": "few_shot_head",
     "IosrFastError": "exceptions",
     "ScoringPlan": "scoring.plan",
+    "labelled_images": "state.labels",
     "score": "scoring.score",
 }
-__all__ = ["Classifier", "Embeddings", "FewShotHead", "IosrFastError", "ScoringPlan", "__version__", "score"]
+__all__ = [
+    "Classifier",
+    "Embeddings",
+    "FewShotHead",
+    "IosrFastError",
+    "ScoringPlan",
+    "__version__",
+    "labelled_images",
+    "score",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -198,8 +198,24 @@ def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) ->
 
 
 def labelled_images(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
-    """Images of a folder of classes, the label of each, and all class names: the sub-folders' names with blanks for
-    underscores. Raises as `list_folder` does."""
+    """The images of a folder with one sub-folder for each class.
+
+    Returns the paths, sorted within a class; the label of each; and all class names, sorted: the names of the
+    sub-folders, with blanks for underscores. Files that are no images are left out with a warning (images.listing).
+
+    Raises FileNotFoundError without the folder; IosrFastError for fewer than two classes, a class without images, and
+    a folder that holds splits (train/, test/) instead of classes.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     for name in ("lemon", "green_apple"):
+    ...         Path(folder, name).mkdir()
+    ...         Path(folder, name, "1.jpg").touch()
+    ...     paths, labels, class_names = labelled_images(folder)
+    >>> labels, class_names
+    (['green apple', 'lemon'], ['green apple', 'lemon'])
+    """
     paths, labels, classes = list_folder(folder)
     spoken = {name: name.replace("_", " ").strip() for name in classes}
     return paths, [spoken[name] for name in labels], [spoken[name] for name in classes]

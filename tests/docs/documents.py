@@ -1,0 +1,163 @@
+"""The code blocks of a Markdown document, and how each kind is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from packaging.requirements import Requirement
+from sybil import Document as Parsed
+from sybil import Example, Region
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from typer.core import TyperGroup
+
+from tests import ROOT
+
+OUTPUT = ("", "text", "bibtex")  # no code: what something prints, or a citation
+SHELL = ("sh", "bash", "console")
+# Lines that tests can't run, and why. The options of iosr-fast's commands are parsed all the same.
+NOT_RUN = {
+    r"serve-ray|--ray": "starts Ray; tests/serving and tests/pipeline do",
+    r"--runtime tensorrt|--gpu|--device cuda": "needs an NVIDIA GPU",
+    r"torchrun": "trains in several processes; tests/training does",
+    r"docker": "needs Docker",
+    r"git clone|cd iosr_fast": "needs the repository's address",
+    r"python3? -m venv|\.venv/bin/activate": "the tests run in an environment already",
+}
+START_S = 60
+
+
+class Document:
+    """A document's blocks, run in their order in one folder, one Python namespace and one shell environment."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.folder = folder
+        self.blocks = blocks(path)
+        self.port = _free_port()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._done = 0
+        (folder / ".environment").touch()
+
+    def run(self, number: int) -> None:
+        """Run block `number` and those before it that have not been run."""
+        while self._done <= number:
+            block = self.blocks[self._done]
+            self._done += 1
+            text = block.parsed.replace(":8000", f":{self.port}")
+            kind = block.region.lexemes["language"]
+            if kind == "python":
+                exec(compile("\n" * block.line + text, block.path, "exec"), block.namespace)
+            elif kind in SHELL:
+                for line in shell_lines(text, kind):
+                    self._shell(line)
+            else:
+                assert kind in OUTPUT, f"line {block.line}: expected python or one of {SHELL + OUTPUT}, got {kind!r}"
+
+    def _shell(self, line: str) -> None:
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["pip", "install"]:
+            check_requirements(words[2:])
+        elif words[0] == "make":
+            command = ["make", "-C", str(ROOT), "--dry-run", *words[1:]]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        elif any(re.search(pattern, line) for pattern in NOT_RUN):
+            check_options(words)
+        elif re.search(r"\biosr-fast serve ", line):
+            self._serve(f"{line.rstrip('& ')} --port {self.port}")
+        else:
+            script = f"set -euo pipefail\nsource .environment\n{line}\nexport -p > .environment"
+            done = subprocess.run(["bash", "-c", script], cwd=self.folder, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+    def _serve(self, line: str) -> None:
+        """Start a server in place of the one of an earlier line, and wait until it is ready."""
+        self.close()
+        script = f"set -a; source .environment; {line}"
+        log = self.folder / "server.log"
+        with log.open("wb") as file:
+            self._server = subprocess.Popen(["bash", "-c", script], cwd=self.folder, stdout=file, stderr=file)
+        until = time.monotonic() + START_S
+        while not _is_ready(self.port):
+            started = self._server.poll() is None and time.monotonic() < until
+            assert started, f"{line} has not started:\n{log.read_text()}"
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.terminate()
+            self._server.wait(30)
+            self._server = None
+
+
+def blocks(path: Path) -> list[Example]:
+    """All fenced blocks; `region.lexemes` has the language, "" where none is named."""
+    parsed = Parsed.parse(str(path), _fenced_blocks)
+    found = list(parsed.examples())
+    fences = len(re.findall(r"^\s*(?:```|~~~)", parsed.text, re.M))
+    assert fences == 2 * len(found), f"{path.name}: {fences} fences, but {len(found)} blocks"
+    return found
+
+
+def _fenced_blocks(document: Parsed) -> Iterator[Region]:
+    for region in RawFencedCodeBlockLexer(re.compile(r" *(?P<language>\S*)[^\n]*\n"))(document):
+        region.parsed = region.lexemes["source"]
+        yield region
+
+
+def shell_lines(text: str, kind: str) -> list[str]:
+    """The commands: continued lines joined, without comments; in a console those after a prompt."""
+    lines = text.replace("\\\n", " ").splitlines()
+    if kind == "console":
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return [line for line in lines if shlex.split(line, comments=True)]
+
+
+def check_requirements(words: list[str]) -> None:
+    """The extras of iosr_fast in a `pip install` are those of pyproject.toml."""
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    for word in words:
+        path, _, extras = word.partition("[")
+        if path in (".", "iosr_fast", "dist/*.whl") and extras:
+            assert Requirement(f"iosr_fast[{extras}").extras <= known, f"{word}: expected extras of {sorted(known)}"
+
+
+def check_options(words: list[str]) -> None:
+    """A command line of iosr-fast has the options and values that the command takes; other commands are not checked."""
+    if "iosr-fast" in words:
+        command, options = find_command(words[words.index("iosr-fast") + 1 :])
+        command.make_context("iosr-fast", options)
+
+
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command of iosr-fast that the first words name, and the other words."""
+    from iosr_fast.cli import app
+
+    command: Any = typer.main.get_command(app)
+    while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+        name, *words = words
+        command = command.get_command(typer.Context(command), name)
+        assert command is not None, f"iosr-fast has no command {name}"
+    return command, words
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

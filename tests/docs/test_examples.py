@@ -1,0 +1,68 @@
+"""Every code block of the README, the quickstart and the guide runs, so that none is ever untrue."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.docs.documents import Document, blocks, find_command
+from tests.docs.place import users_place
+
+DOCS = ROOT / "docs"
+DOCUMENTS = [ROOT / "README.md", DOCS / "quickstart.md", *sorted((DOCS / "guide").glob("*.md"))]
+BLOCKS = [(path, number, block.line) for path in DOCUMENTS for number, block in enumerate(blocks(path))]
+
+
+@pytest.fixture(scope="module")
+def open_document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Document]]:
+    """One document is open at a time, until another is asked for: its blocks share a folder and variables."""
+    current: dict[Path, Document] = {}
+    with ExitStack() as stack:
+
+        def open_one(path: Path) -> Document:
+            if path not in current:
+                stack.close()
+                current.clear()
+                folder = stack.enter_context(users_place(tmp_path_factory.mktemp("user")))
+                current[path] = stack.enter_context(closing(Document(path, folder)))
+            return current[path]
+
+        yield open_one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "number"), [pytest.param(path, number, id=f"{path.stem}:{line}") for path, number, line in BLOCKS]
+)
+def test_a_block_runs(open_document: Callable[[Path], Document], path: Path, number: int) -> None:
+    open_document(path).run(number)
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_names_commands_options_and_targets_that_exist(path: Path) -> None:
+    """Between code marks in the text; a command may be without what it needs, so it is not parsed whole."""
+    text = path.read_text(encoding="utf-8")
+    for line in re.findall(r"`iosr-fast ([^`]+)`", text):
+        command, _ = find_command([word for word in line.split() if not word.isupper()])
+        known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        options = {word.partition("=")[0] for word in line.split() if word.startswith("--")}
+        assert options <= known | {"--help"}, f"{line}: {options - known}"
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([\w-]+)", text)) <= targets
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_names_clips_that_can_be_downloaded(path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"--model (\S+)\s+(?:\\\s+)?--pretrained ([\w.-]+)", text)
+    named += re.findall(r'"(ViT-[\w-]+)",\s*(?:"?pretrained"?[=:]\s*)?"([\w.-]+)"', text)
+    assert [pair for pair in named if pair not in open_clip.list_pretrained()] == []
