@@ -136,28 +136,26 @@ def local_size(encoder: AdaptedEncoder, config: DinoConfig) -> int:
 
 
 def _crops(size: int, small: int, config: DinoConfig) -> tuple[Any, Any, Any]:
-    """DINO's three augmentations of a batch (kornia), drawn for each picture."""
-    kornia = require("kornia.augmentation", "train")
+    """DINO's three augmentations of a batch, each picture with its own draws from the global random generator."""
+    v2 = require("torchvision.transforms.v2", "train")
 
     def crop(side: int, scale: tuple[float, float], blur: float, solarize: float) -> Any:
-        steps = [
-            kornia.RandomResizedCrop((side, side), scale=scale, resample="bicubic"),
-            kornia.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
-            kornia.RandomGrayscale(p=0.2),
-            kornia.RandomGaussianBlur((_odd(side / 10), _odd(side / 10)), (0.1, 2.0), p=blur),
-        ]
-        if config.mirror:
-            steps.insert(1, kornia.RandomHorizontalFlip(p=0.5))
-        if solarize:
-            steps.append(kornia.RandomSolarize(thresholds=0.0, additions=0.0, p=solarize))
+        cut = v2.RandomResizedCrop(side, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        change = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(p=0.5 if config.mirror else 0.0),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([v2.GaussianBlur(_odd(side / 10), (0.1, 2.0))], p=blur),
+                v2.RandomSolarize(threshold=0.5, p=solarize),
+            ]
+        )
 
         @torch.no_grad()
-        def clamped(images: torch.Tensor) -> torch.Tensor:
-            for step in steps:
-                images = step(images).clamp(0, 1)  # bicubic resampling overshoots
-            return images
+        def augment(images: torch.Tensor) -> torch.Tensor:
+            return torch.stack([change(cut(image).clamp(0, 1)) for image in images])  # bicubic resampling overshoots
 
-        return clamped
+        return augment
 
     return (
         crop(size, config.global_scale, blur=1.0, solarize=0.0),

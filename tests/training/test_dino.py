@@ -9,7 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
 pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
-pytest.importorskip("kornia", reason="kornia comes with the train extra")
 
 from iosr_fast.clip.adapter import encode_adapted, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402

@@ -36,7 +36,13 @@ OPTIONS = {
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
-    ["iosr_fast.training.train", "iosr_fast.training.sources", "torch.distributed", "kornia.augmentation", "open_clip"]
+    [
+        "iosr_fast.training.train",
+        "iosr_fast.training.sources",
+        "torch.distributed",
+        "torchvision.transforms.v2",
+        "open_clip",
+    ]
 )
 
 
