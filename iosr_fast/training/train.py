@@ -276,7 +276,7 @@ class _Training:
                 self.log.flush()
             tensors = {**self.objective.state_dict(), **flatten_optimizer(self.optimizer.optimizer)}
             try:
-                self.checkpoints.save(self.done, tensors, {"precision": self.fabric._precision.state_dict()})
+                self.checkpoints.save(self.done, tensors, {"precision": self.fabric.strategy.precision.state_dict()})
             except OSError as error:
                 failed = error
         failed = self.fabric.broadcast(failed)
@@ -297,6 +297,6 @@ class _Training:
         self.objective.load_state_dict(state)
         restore_optimizer(self.optimizer.optimizer, checkpoint.tensors)
         if checkpoint.extra["precision"]:  # empty without a gradient scaler, as on a CPU
-            self.fabric._precision.load_state_dict(checkpoint.extra["precision"])
+            self.fabric.strategy.precision.load_state_dict(checkpoint.extra["precision"])
         log.info("resuming after step %d of %d", step, self.total)
         return step

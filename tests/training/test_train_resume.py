@@ -161,7 +161,11 @@ def test_the_gradient_scaler_goes_on_as_well(clip: LoadedClip, pictures: TensorP
     resuming = scaled()
     resumed = train_adapter(clip, fresh(clip), pictures, config, tmp_path, fabric=resuming)
     assert torch.equal(weights(resumed), weights(uninterrupted))
-    assert resuming._precision.state_dict() == fabric._precision.state_dict() != scaled()._precision.state_dict()
+    assert (
+        resuming.strategy.precision.state_dict()
+        == fabric.strategy.precision.state_dict()
+        != scaled().strategy.precision.state_dict()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:You passed .Fabric")
