@@ -116,7 +116,7 @@ PYBIND11_MODULE(_C, module) {
                py::arg("linear") = py::none(), py::arg("bias") = py::none(),
                py::arg("key_scales") = py::none(), py::arg("query_transform") = py::none(), py::arg("threads") = 0,
                "Execute a scoring plan: (logits (B, C) float32, name of the path that ran). threads=0 takes\n"
-               "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises ValueError where an array's dtype, shape\n"
-               "or layout is wrong, RuntimeError where IOSR_FAST_SIMD or IOSR_FAST_THREADS can't be met.");
+               "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises ValueError if an array's dtype, shape\n"
+               "or layout is wrong, RuntimeError if IOSR_FAST_SIMD or IOSR_FAST_THREADS is invalid here.");
     iosr::bind_search(module);
 }

@@ -1,5 +1,5 @@
-// The pybind11 file of the CUDA module. Memory is the caller's: tensors come as device addresses with their shapes, are
-// checked as far as addresses can be, and nothing is allocated, synchronised or read back.
+// The pybind11 file of the CUDA module. The caller owns all memory: tensors are passed as device addresses with their
+// shapes and checked as far as addresses can be; nothing is allocated, synchronised or read back.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -162,12 +162,11 @@ PYBIND11_MODULE(_C_cuda, module) {
                py::arg("scale"), py::arg("alpha"), py::arg("edges"), py::arg("logits"),
                "Write the cache term of the classes that have keys to logits (B, C); see CacheArgs in plan.h.\n"
                "`edges` is float32 (2 * ceil(N / chunk), B), or None where no class spans chunks. Returns the path's\n"
-               "name. Raises ValueError for an argument that can't be right, RuntimeError with CUDA's words where a\n"
-               "launch fails.");
+               "name. Raises ValueError for an invalid argument, RuntimeError with CUDA's message if a launch fails.");
     module.def("linear", &linear, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("precision"),
                py::arg("n_queries"), py::arg("n_classes"), py::arg("operands"), py::arg("row_parts"),
                py::arg("part_scale"), py::arg("bias"), py::arg("class_offsets"), py::arg("logits"),
                "Add bias and at most two operands (queries, query_bytes, rows, row_bytes, factor) to logits (B, C),\n"
-               "which are taken as 0 in classes without keys (class_offsets None: in all). Returns and raises as\n"
+               "which count as 0 in classes without keys (class_offsets None: in all). Returns and raises as\n"
                "cache().");
 }

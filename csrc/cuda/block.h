@@ -162,7 +162,7 @@ IOSR_BLOCK void linear_block(Machine& machine, const LinearArgs& args, int64_t b
     }
 }
 
-// Adds the partial sums of the class that begins in one chunk and continues in the next, if one does.
+// Adds the partial sums of the class that begins in one chunk and continues in the next, if there is one.
 template <class Machine>
 IOSR_BLOCK void merge_block(Machine& machine, const MergeArgs& args, int64_t block) {
     const int64_t query_tiles = (args.n_queries + kMergeThreads - 1) / kMergeThreads;

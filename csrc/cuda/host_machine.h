@@ -1,8 +1,8 @@
-// The machine of multiply.h on a CPU, for tests: every phase runs thread by thread, mma and cp.async are emulated from
-// the PTX ISA's description, independently of tile.h. Misuse that a GPU would forgive at random is caught:
-//   - an asynchronous copy fills its target with NaNs until it is waited for, and lands as late as it may;
+// The machine of multiply.h on a CPU, for tests: every phase runs thread by thread; mma and cp.async are emulated from
+// the PTX ISA's description, independently of tile.h. Errors that may go unnoticed on a GPU are caught:
+//   - an asynchronous copy fills its target with NaNs until it is waited for, and completes as late as allowed;
 //   - shared memory written by one thread and touched by another without a barrier between is reported as a race;
-//   - an access out of bounds or not aligned is reported.
+//   - an access that is out of bounds or not aligned is reported.
 #pragma once
 
 #include <cstdint>

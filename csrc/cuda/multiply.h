@@ -90,7 +90,7 @@ template <class T, class Machine>
 IOSR_BLOCK void start_stage(Machine& machine, const Matrices& from, int step, int part_steps) {
     using Row = typename T::Row;
     const int base = step % T::kStages * T::kStageBytes;
-    // The side that isn't split starts again with every part.
+    // The side that isn't split is read again for every part.
     const int again = step - (step < part_steps ? 0 : step < 2 * part_steps ? part_steps : 2 * part_steps);
     const int query_step = T::kSplitKeys ? again : step;
     const int key_step = T::kSplitKeys ? step : again;
@@ -105,7 +105,7 @@ IOSR_BLOCK void start_stage(Machine& machine, const Matrices& from, int step, in
 
 template <class T, class Machine>
 IOSR_BLOCK void multiply_mma(Machine& machine, int base) {
-    // Unrolled, the fragments of both steps would be loaded together and no longer fit the registers.
+    // Not unrolled: the fragments of both steps would be loaded together and not fit the registers.
     IOSR_ROLLED
     for (int step = 0; step < 2; ++step) {
         machine.each_thread([&](int thread, Registers<T>& own) {
@@ -219,7 +219,7 @@ IOSR_BLOCK void multiply_tile(Machine& machine, const Matrices& from) {
             }
             if constexpr (T::kSplitKeys) {
                 // The tensor cores truncate sums instead of rounding them. Over few channels that error is smaller than
-                // float's rounding, which the addition of these sums does.
+                // the rounding of the float additions of these sums.
                 machine.each_thread([&](int, Registers<T>& own) {
                     IOSR_UNROLL
                     for (int i = 0; i < T::kMI * kBlocksN * 4; ++i) {
@@ -239,7 +239,7 @@ IOSR_BLOCK void multiply_tile(Machine& machine, const Matrices& from) {
             }
         }
     }
-    machine.barrier();  // all copies have landed and been read: the shared memory is free
+    machine.barrier();  // all copies are complete and read: the shared memory is free
 }
 
 }  // namespace iosr::cuda

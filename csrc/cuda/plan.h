@@ -1,4 +1,4 @@
-// Arguments of the kernels: device pointers they don't own, checked by the caller. Rows of queries and keys are
+// Arguments of the kernels: device pointers that they don't own, checked by the caller. Rows of queries and keys are
 // contiguous, 16-byte aligned and zero-padded to a multiple of 16 bytes.
 #pragma once
 
@@ -45,9 +45,9 @@ struct MergeArgs {
     float* logits = nullptr;
 };
 
-// logits[b, c] = start[b, c] + sum over operands: factor * <queries[b], row[c]>, and start[b, c] = bias[c], plus
-// logits[b, c] if class c has keys (class_offsets). Queries and rows are float32; or both are
-// fp16, and rows come in row_parts parts as the queries of CacheArgs do, part_scale apart.
+// logits[b, c] = start[b, c] + sum over operands: factor * <queries[b], row[c]>, with start[b, c] = bias[c], plus
+// logits[b, c] if class c has keys (class_offsets). Queries and rows are float32; or both are fp16, and rows come in
+// row_parts parts with part_scale between two, as the queries of CacheArgs do.
 struct Operand {
     const void* queries = nullptr;  // (B, query_bytes)
     const void* rows = nullptr;     // (C, row_bytes)

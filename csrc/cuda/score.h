@@ -11,11 +11,12 @@ struct CUstream_st;
 
 namespace iosr::cuda {
 
-// Up to here the tile with 16 queries is used.
+// The largest batch for the tile with 16 queries.
 constexpr int64_t kSmallBatch = 16;
 
-// Makes `device` current for its lifetime. cudaSetDevice creates a context, so nothing is set if the device is current
-// already, as it is for score_cuda. Throws if there is no such device or driver, or it is older than 8.0.
+// Makes `device` current for its lifetime. cudaSetDevice creates a context, so it is not called if the device is
+// current already, as it is for score_cuda. Throws if there is no such device or driver, or the device is older than
+// compute capability 8.0.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device);

@@ -30,8 +30,8 @@ constexpr int kBlocksN = kChunk / 8;
 
 enum class Keys { kFp32, kFp16, kBf16, kInt8 };
 
-// One stage of the pipeline holds kDepth channels of each row. Rows of floats are read by lanes of different rows at
-// one channel, so their distance is 16 bytes more than their length. Half and int8 rows are swizzled instead:
+// One stage of the pipeline holds kDepth channels of each row. Lanes read rows of floats at one channel each, so the
+// distance of these rows is 16 bytes more than their length. Half and int8 rows are swizzled instead:
 // row_offset exchanges the halves of the rows in every second 128 bytes, so that the lanes of one load (four rows at a
 // time with 8 bytes a lane, eight with 4) read each bank once.
 template <Keys K>
@@ -44,7 +44,7 @@ struct Stage {
     static constexpr int kKeyStride = kKeyBytes + kPadding;
 };
 
-// Where byte `byte` of a row with RowBytes bytes in the stage lies, from the beginning of its matrix.
+// The offset of byte `byte` of a row with RowBytes bytes in the stage, from the beginning of its matrix.
 template <Keys K, int RowBytes>
 IOSR_HD constexpr int row_offset(int row, int byte) {
     if (K == Keys::kFp32) {
@@ -97,8 +97,8 @@ using LargeTile = Tile<K, K == Keys::kFp32 ? 2 : 4, 2, 2, K == Keys::kInt8 ? 4 :
 // because waiting for keys takes most of the time.
 template <Keys K>
 using SmallTile = Tile<K, 1, 1, 1, K == Keys::kFp32 ? 5 : 6>;
-// The linear terms have as many rows as classes, far fewer than keys: a smaller tile makes more blocks. Rows are
-// float32. For half queries they are a sum of two fp16 matrices, on the tensor cores.
+// The linear terms have as many rows as classes, far fewer than keys, so a smaller tile gives more blocks. Rows are
+// float32. For half queries they are the sum of two fp16 matrices, on the tensor cores.
 template <Keys K>
 using LinearTile = Tile<K, 4, 1, 1, K == Keys::kFp32 ? 3 : 4, K != Keys::kFp32>;
 template <Keys K>

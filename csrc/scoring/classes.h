@@ -1,4 +1,4 @@
-// Which classes a run of keys belongs to.
+// The classes of a range of keys.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // The inner loops that differ between instruction sets: one table of functions for each, one source file each.
 //
 // The driver (score.cpp) is compiled for the baseline processor. Only these functions are compiled with wider flags, so
-// that no inline function of the standard library leaks from a wide file into the rest of the program.
+// that the rest of the program can't link an inline function of the standard library from a wide file.
 #pragma once
 
 #include <cstddef>

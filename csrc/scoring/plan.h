@@ -1,4 +1,4 @@
-// Arguments of a scoring kernel: views of arrays it doesn't own. The caller checks shapes.
+// Arguments of a scoring kernel: views of arrays that it doesn't own. The caller checks shapes.
 #pragma once
 
 #include <cstddef>

@@ -5,9 +5,9 @@
 // keys are widened block by block, once for all panels. With few queries each block of keys is read once, at memory
 // bandwidth, for all queries.
 //
-// Threads share the keys in chunks. A chunk writes the classes inside it straight into the logits. A class that crosses
-// its border leaves a partial sum; these are added in the order of the chunks, so that the result doesn't depend on the
-// number of threads.
+// Threads share the keys in chunks. A chunk writes the classes inside it directly to the logits. A class that crosses a
+// border between chunks leaves partial sums; these are added in the order of the chunks, so that the result doesn't
+// depend on the number of threads.
 #include "scoring/score.h"
 
 #include <algorithm>

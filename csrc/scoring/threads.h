@@ -1,4 +1,4 @@
-// A small pool of worker threads. Without OpenMP a wheel needs no library of the compiler.
+// A small pool of worker threads, without OpenMP, so that a wheel needs no library of the compiler.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace iosr {
 
-// Threads that this process may use (its affinity mask counts); at least 1.
+// The number of threads that this process may use (by its affinity mask); at least 1.
 std::size_t usable_threads();
 
 // Any free worker runs task(worker, i), once for each i in [0, n_tasks). It must not throw.
@@ -17,8 +17,8 @@ struct Phase {
 };
 
 // Runs the phases one after another, each finished before the next begins, on the caller (worker 0) and on up to
-// n_workers - 1 threads of the pool. Threads join when they wake up; the caller never waits for a sleeping one. It does
-// all of the work itself if the pool is busy with another call or can't start threads. Safe after fork().
+// n_workers - 1 threads of the pool. Threads join when they wake up; the caller never waits for a sleeping one. The
+// caller does all of the work itself if the pool is busy with another call or can't start threads. Safe after fork().
 void run_phases(std::size_t n_workers, const std::vector<Phase>& phases);
 
 }  // namespace iosr

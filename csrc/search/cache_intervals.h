@@ -31,8 +31,8 @@ struct CacheView {
 };
 
 // Writes the intervals (K * G, V) with up to `threads` threads (at least 1), whose number doesn't change the result. It
-// stores nothing of size V x N, N x C or V x C: beside its arguments it uses about 10 MB per thread, more only if 16 *
-// C bytes per lane exceed that. Throws std::bad_alloc before any work.
+// stores nothing of size V x N, N x C or V x C: besides its arguments it uses about 10 MB per thread, and more only if
+// 16 * C bytes per lane exceed that. Throws std::bad_alloc before any work if memory is insufficient.
 void cache_intervals(const CacheView& cache, const Microkernels& kernels, std::size_t threads,
                      const IntervalRows& out);
 

@@ -6,7 +6,7 @@
 
 namespace iosr {
 
-// Of an interval of alphas. The ends of an empty one mean nothing.
+// Flags of an interval of alphas. The ends of an empty one have no meaning.
 enum IntervalFlags : std::uint8_t { kLowerOpen = 1, kUpperOpen = 2, kEmpty = 4 };
 
 // The destination of intervals, (n,) each.

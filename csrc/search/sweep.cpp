@@ -1,6 +1,6 @@
-// A position on the line of alphas is twice v's bits for the point v, and one more for just after it. (Numbers >= 0 are
-// in the order of their bits.) An interval, open or closed, covers the positions from its start to before its end, so
-// the number of right samples changes at positions only: sort starts and ends, and walk along both.
+// A position on the axis of alphas is twice v's bits for the point v, and one more for just after it. (Numbers >= 0
+// sort like their bits.) An interval, open or closed, covers the positions from its start to before its end, so the
+// number of right samples changes at positions only: the sweep sorts starts and ends and merges both.
 #include "search/sweep.h"
 
 #include <algorithm>

@@ -47,6 +47,7 @@ def check_architecture(name: str) -> None:
 
 
 def not_a_vision_transformer(name: str, kind: str) -> IosrFastError:
+    """The error for a model with another kind of image encoder."""
     return IosrFastError(
         f"{name} has a {kind} image encoder; expected open_clip's VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, "
         "ViT-L-14-336 and similar models)"

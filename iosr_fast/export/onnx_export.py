@@ -73,6 +73,7 @@ def to_onnx(
 
 
 def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
     return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 

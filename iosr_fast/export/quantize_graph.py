@@ -95,6 +95,7 @@ class EncoderGraph:
         return list(groups.values()), others
 
     def value(self, name: str) -> np.ndarray:
+        """The constant of this name."""
         array: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name])
         return array
 

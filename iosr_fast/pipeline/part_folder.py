@@ -181,4 +181,5 @@ def _remove_leftovers(out: Path) -> None:
 
 
 def log(line: str) -> None:
+    """Print a line to stderr."""
     print(line, file=sys.stderr, flush=True)

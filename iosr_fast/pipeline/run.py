@@ -120,8 +120,9 @@ def _run(
 
 
 def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
+    """The last line of a command: readable images, parts, time and unreadable images."""
     counted = PLANS[manifest["kind"]].counted
-    unreadable = f"; {manifest['errors']:,} unread" if manifest["errors"] else ""
+    unreadable = f"; {manifest['errors']:,} unreadable" if manifest["errors"] else ""
     return (
         f"{manifest[counted]:,} of {manifest['images']:,} images in {len(manifest['parts'])} parts in {out}, after "
         f"{seconds:.0f} s{unreadable}"

@@ -71,6 +71,7 @@ class Source:
     rows: Any = None
 
     def keys_digest(self) -> str:
+        """SHA-256 over the keys, in order."""
         digest = hashlib.sha256()
         for item in self.items:
             digest.update(item.key.encode() + b"\0")
@@ -135,6 +136,7 @@ class ItemDecoder:
 
 
 def stamp_of(status: os.stat_result) -> str:
+    """Size in bytes and time of change in nanoseconds of a file."""
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 

@@ -65,6 +65,7 @@ def _always() -> None:
 
 @functools.cache
 def cpp_unavailable_reason() -> str | None:
+    """Why the C++ extension can't be used, or None."""
     try:
         from iosr_fast import _C
     except ImportError as error:

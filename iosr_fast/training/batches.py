@@ -180,6 +180,7 @@ def read_stems(
 def open_cache(
     folder: Path, key: dict[str, Any], count: int, views: int, encoder: AdaptedEncoder, config: TrainConfig
 ) -> ActivationCache:
+    """The activation cache of the stem's outputs for `count` pictures in `views` views each."""
     return ActivationCache(folder, key, count, views, encoder.stem_shapes(), CACHE_DTYPES[config.cache_precision])
 
 

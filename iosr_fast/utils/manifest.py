@@ -20,6 +20,7 @@ _REBUILD = {"engine": "iosr-fast build-engine builds it again", "classifier": "f
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -19,6 +19,7 @@ class Budget:
         self.limit, self.used = limit, 0
 
     def take(self, count: int) -> bool:
+        """Reserve `count` bytes; False, with nothing reserved, if they exceed the limit."""
         if self.used + count > self.limit:
             return False
         self.used += count
@@ -44,6 +45,7 @@ class BoundedBody:
         self._whole = False
 
     async def receive(self) -> Message:
+        """The next ASGI message. Raises ApiError."""
         if self._whole:
             return await self._receive()
         limit = self._limit

@@ -30,6 +30,7 @@ _NAME = {"name": {"type": "string", "minLength": 1, "maxLength": _MAX_NAME}}
 
 
 def make_router(service: Service) -> APIRouter:
+    """Routes that add, rename and remove classes, add and remove support images, and retune."""
     # HTTPBearer only documents the scheme; middleware.Authorisation checks the token before a body is read.
     bearer = HTTPBearer(auto_error=False, description="the token that the server was started with")
     router = APIRouter(tags=["changes"], dependencies=[Depends(bearer)])

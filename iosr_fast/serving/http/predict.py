@@ -24,6 +24,7 @@ _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
 
 def make_router(service: Service) -> APIRouter:
+    """The route /v1/predict."""
     settings = service.settings
     router = APIRouter(tags=["predict"])
 

@@ -18,6 +18,8 @@ class ErrorInfo(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
+    """The body of every error."""
+
     error: ErrorInfo
 
 

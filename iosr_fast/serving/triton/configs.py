@@ -128,6 +128,7 @@ def plan_config(served: Served) -> Any:
 
 
 def scoring_config(served: Served) -> Any:
+    """The scoring graph, on a GPU with `gpu`; a warm-up runs its batch sizes with zeros."""
     inputs: Tensors = {name: ("FP32", [served.width]) for name in served.scoring_inputs}
     config = _onnx(served, SCORING, inputs, _scores(served), gpu=served.gpu)
     _batch(config, served, _SCORING_DELAY_US)
@@ -153,6 +154,7 @@ def ensemble_config(served: Served) -> Any:
 
 
 def to_pbtxt(config: Any) -> str:
+    """The text of a config.pbtxt."""
     return require("google.protobuf.text_format", "triton-server").MessageToString(config)
 
 
