@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad
 from iosr_fast.utils.command import stop_message
 from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.progress import progress
@@ -16,30 +17,51 @@ if TYPE_CHECKING:
 
 
 def fit(
-    folder: Path = typer.Argument(..., help="one sub-folder of images a class"),
-    out: Path = typer.Option(..., help="the folder to write the classifier to"),
-    model: str = typer.Option(
-        ...,
-        help="a model of open_clip, like ViT-B-32 with --pretrained laion2b_s34b_b79k or ViT-B-16 with --pretrained "
-        "openai; or 'demo', a toy for trying out that is near chance on photographs",
-    ),
-    pretrained: str = typer.Option(None, help="tag (downloaded) or weights file; not needed for the demo"),
-    adapter: str = typer.Option("auto", help="a file of `iosr-fast train-adapter`, 'auto' or 'none'"),
-    method: str = typer.Option("auto", help="a training-free method (`iosr-fast info` lists them), or 'auto'"),
-    alpha: float = typer.Option(None, help="weight of the images against the texts [default: chosen by leave-one-out]"),
-    beta: float = typer.Option(None, help="sharpness of the cache [default: likewise]"),
-    gamma: float = typer.Option(None, help="the third parameter of tip-x and ape [default: likewise]"),
-    ridge: float = typer.Option(None, help="proker's regularisation [default: likewise]"),
-    reducer: str = typer.Option(None, help="none, centre, pca or pca:64 [default: none; auto chooses]"),
-    tune: str = typer.Option(None, help="loo or none [default: loo where no parameter is given]"),
-    template: list[str] = typer.Option(None, help="a prompt with {} for the class name; may be given more than once"),
-    views: int = typer.Option(10, help="random views averaged into each key; 1 takes the image as it is"),
-    mirror: bool = typer.Option(True, help="mirror half of the views"),
-    runtime: str = typer.Option("auto"),
-    skip_bad: bool = typer.Option(False, "--skip-bad", help="leave unreadable images out and count them"),
-    key_precision: str = typer.Option("fp32", help="of the keys when scoring: fp32, fp16, bf16 or int8"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="One sub-folder of images for each class.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the classifier to.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Name of an open_clip model: ViT-B-32 with --pretrained laion2b_s34b_b79k, ViT-B-16 with --pretrained "
+            "openai, and others. demo is a toy to try the commands; it is near chance on photographs."
+        ),
+    ],
+    pretrained: Pretrained = None,
+    adapter: Adapter = "auto",
+    method: Annotated[
+        str, typer.Option(help="A training-free method (`iosr-fast info` lists them), or auto: the best on FOLDER.")
+    ] = "auto",
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the images against the texts [default: chosen by leave-one-out].")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Sharpness of the similarity to images [default: likewise].")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Third parameter of tip-x and ape [default: likewise].")] = None,
+    ridge: Annotated[float | None, typer.Option(help="Regularisation of proker [default: likewise].")] = None,
+    reducer: Annotated[
+        str | None, typer.Option(help="none, centre, pca or pca:RANK [default: none; method auto chooses].")
+    ] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="loo: choose parameters by leave-one-out, or none [default: loo].")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt with {} for the class name. Repeatable [default: those of the CLIP]."),
+    ] = None,
+    views: Annotated[int, typer.Option(help="Random views averaged into each key; 1: the image as it is.")] = 10,
+    mirror: Annotated[bool, typer.Option(help="Mirror half of the views.")] = True,
+    runtime: Runtime = "auto",
+    skip_bad: SkipBad = False,
+    key_precision: Annotated[str, typer.Option(help="Precision of the keys: fp32, fp16, bf16 or int8.")] = "fp32",
 ) -> None:
-    """Fit a few-shot classifier on a folder and save it."""
+    """Fit a few-shot classifier on a folder of images and save it.
+
+    \b
+    iosr-fast fit support/ --model ViT-B-32 --pretrained laion2b_s34b_b79k \\
+        --out my-classifier
+    iosr-fast classify my-classifier photos/
+    """
     parameters: dict[str, Any] = {**locals()}
     for name in ("folder", "out", "template"):
         del parameters[name]  # the others are parameters of Classifier

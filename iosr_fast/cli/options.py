@@ -23,3 +23,11 @@ Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Address = Annotated[
     str | None, typer.Option(help="With Ray: address of a running cluster; auto: the one on this machine.")
 ]
+# Of the servers.
+MaxBatch = Annotated[
+    int | None, typer.Option(help="Most images of a batch [default: 8 on a CPU; on a GPU as many as the engine takes].")
+]
+MaxWait = Annotated[float, typer.Option(help="Longest wait of a batch for more images, in milliseconds.")]
+MaxImages = Annotated[int, typer.Option(help="Most images of a request.")]
+Deadline = Annotated[int, typer.Option(help="Deadline of a request that names none, in milliseconds.")]
+MaxDeadline = Annotated[int, typer.Option(help="Longest deadline that a request may name, in milliseconds.")]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from iosr_fast.cli.options import Deadline, MaxBatch, MaxDeadline, MaxImages, MaxWait, Runtime, SavedClassifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import MIB, Settings
 from iosr_fast.utils.require import require
@@ -18,46 +19,65 @@ _DEFAULT = Settings()
 
 
 def serve(
-    bundle: Path = typer.Argument(..., help="a folder that `iosr-fast fit` or Classifier.save wrote"),
-    host: str = typer.Option(_DEFAULT.host, help="address to listen on; 0.0.0.0 for all"),
-    port: int = typer.Option(_DEFAULT.port, help="0 for a free port, which the log names"),
-    token_file: Path = typer.Option(
-        None, help=f"file with the bearer token for class changes [or {TOKEN}; without either: no changes]"
-    ),
-    log: Path = typer.Option(None, help="file that records class changes; they are replayed at the start"),
-    recover: bool = typer.Option(
-        False, "--recover", help="open a damaged --log: keep its intact records, report the lost ones"
-    ),
-    runtime: str = typer.Option(_DEFAULT.runtime),
-    expected_digest: str = typer.Option(None, help="sha256:... of `iosr-fast info BUNDLE`; refuse any other content"),
-    max_batch: int = typer.Option(None, help="images a batch [default: 8 on a CPU, the engine's own on a GPU]"),
-    max_wait_ms: float = typer.Option(_DEFAULT.max_wait_ms, help="longest wait of a batch for more images"),
-    max_queue: int = typer.Option(
-        _DEFAULT.max_queue, help="images accepted and not yet answered; further ones get a 503"
-    ),
-    decode_threads: int = typer.Option(None, help="threads that decode images [default: chosen]"),
-    engine_threads: int = typer.Option(None, help="threads of the encoder on a CPU [default: all cores but one]"),
-    max_images: int = typer.Option(_DEFAULT.max_images, help="images a request"),
-    max_body_mb: float = typer.Option(_DEFAULT.max_body_bytes / MIB, help="of a request"),
-    max_image_mb: float = typer.Option(_DEFAULT.max_image_bytes / MIB, help="of an image, encoded"),
-    max_buffered_mb: float = typer.Option(_DEFAULT.max_buffered_bytes / MIB, help="of all requests' bodies together"),
-    max_pixels: int = typer.Option(_DEFAULT.max_pixels, help="of an image"),
-    max_decoding_pixels: int = typer.Option(
-        _DEFAULT.max_decoding_pixels, help="total pixels of images above 16 million pixels that are decoded at a time"
-    ),
-    decode_timeout_s: float = typer.Option(_DEFAULT.decode_timeout_s, "--decode-timeout", help="CPU seconds per image"),
-    max_connections: int = typer.Option(_DEFAULT.max_connections),
-    body_timeout_s: float = typer.Option(
-        _DEFAULT.body_timeout_s, "--body-timeout", help="seconds for a request's body"
-    ),
-    deadline_ms: int = typer.Option(_DEFAULT.deadline_ms, help="for requests without a deadline"),
-    max_deadline_ms: int = typer.Option(_DEFAULT.max_deadline_ms, help="longest deadline of a request"),
-    drain_s: float = typer.Option(_DEFAULT.drain_s, "--drain", help="seconds to accept requests after a signal"),
-    grace_s: int = typer.Option(_DEFAULT.grace_s, "--grace", help="seconds then left for accepted requests"),
+    classifier: SavedClassifier,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = _DEFAULT.host,
+    port: Annotated[int, typer.Option(help="Port; 0: a free one, which the log names.")] = _DEFAULT.port,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"File with the bearer token for class changes [default: the variable {TOKEN}; without either, "
+            "changes are off]."
+        ),
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="File that records class changes; they are replayed at the start.")
+    ] = None,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Open a damaged --log: keep its intact records, report the lost ones.")
+    ] = False,
+    runtime: Runtime = _DEFAULT.runtime,
+    expected_digest: Annotated[
+        str | None,
+        typer.Option(help="Refuse a folder with another digest than this, of `iosr-fast info FOLDER`."),
+    ] = None,
+    max_batch: MaxBatch = None,
+    max_wait_ms: MaxWait = _DEFAULT.max_wait_ms,
+    max_queue: Annotated[
+        int, typer.Option(help="Most images that are accepted and not yet answered; others get status 503.")
+    ] = _DEFAULT.max_queue,
+    decode_threads: Annotated[int | None, typer.Option(help="Images decoded in parallel [default: chosen].")] = None,
+    engine_threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the encoder [default: all cores but one].")
+    ] = None,
+    max_images: MaxImages = _DEFAULT.max_images,
+    max_body_mb: Annotated[float, typer.Option(help="Largest request, in MB.")] = _DEFAULT.max_body_bytes / MIB,
+    max_image_mb: Annotated[float, typer.Option(help="Largest image file, in MB.")] = _DEFAULT.max_image_bytes / MIB,
+    max_buffered_mb: Annotated[
+        float, typer.Option(help="Largest total of the requests that are being received, in MB.")
+    ] = _DEFAULT.max_buffered_bytes / MIB,
+    max_pixels: Annotated[int, typer.Option(help="Largest image, in pixels.")] = _DEFAULT.max_pixels,
+    max_decoding_pixels: Annotated[
+        int, typer.Option(help="Largest total of the images above 16 million pixels that are decoded in parallel.")
+    ] = _DEFAULT.max_decoding_pixels,
+    decode_timeout_s: Annotated[
+        float, typer.Option("--decode-timeout", help="CPU seconds to decode an image.")
+    ] = _DEFAULT.decode_timeout_s,
+    max_connections: Annotated[int, typer.Option(help="Most open connections.")] = _DEFAULT.max_connections,
+    body_timeout_s: Annotated[
+        float, typer.Option("--body-timeout", help="Seconds to receive the body of a request.")
+    ] = _DEFAULT.body_timeout_s,
+    deadline_ms: Deadline = _DEFAULT.deadline_ms,
+    max_deadline_ms: MaxDeadline = _DEFAULT.max_deadline_ms,
+    drain_s: Annotated[
+        float, typer.Option("--drain", help="After a signal to stop: seconds in which requests are still accepted.")
+    ] = _DEFAULT.drain_s,
+    grace_s: Annotated[
+        int, typer.Option("--grace", help="Then: seconds to answer the requests that were accepted.")
+    ] = _DEFAULT.grace_s,
 ) -> None:
-    """Serve a classifier over HTTP: predictions for everyone, class changes with the token."""
+    """Serve a saved classifier over HTTP. Clients with the token may change its classes."""
     options: dict[str, Any] = {**locals()}
-    del options["bundle"], options["token_file"]  # the others are the fields of Settings
+    del options["classifier"], options["token_file"]  # the others are the fields of Settings
     for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         require(module, "serve")
     for name in ("body", "image", "buffered"):
@@ -65,7 +85,7 @@ def serve(
     settings = Settings(token=_token(token_file), **options)
     from iosr_fast.serving.http.server import run
 
-    run(bundle, settings)
+    run(classifier, settings)
 
 
 def _bytes(option: str, mib: float) -> int:

@@ -6,10 +6,11 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from iosr_fast.cli.options import Address, Deadline, MaxBatch, MaxDeadline, MaxImages, MaxWait, Runtime
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray.deployment import Scale
@@ -20,45 +21,56 @@ _T = TypeVar("_T")
 
 
 def serve_ray(
-    bundle: Path | None = typer.Argument(None, help="a folder that `iosr-fast fit` or Classifier.save wrote"),
-    replicas: int | None = typer.Option(None, help=f"classifiers [default: {_SCALE.replicas}]"),
-    min_replicas: int = typer.Option(_SCALE.min_replicas, help="with --max-replicas"),
-    max_replicas: int | None = typer.Option(None, help="as many as the load needs, up to this, instead of --replicas"),
-    target_ongoing_requests: float = typer.Option(
-        _SCALE.target_ongoing_requests, help="with --max-replicas: concurrent requests of each"
-    ),
-    cpus: float = typer.Option(_SCALE.cpus, help="cores of each replica"),
-    gpus: float = typer.Option(_SCALE.gpus, help="GPUs of each replica, or its share of one"),
-    threads: int = typer.Option(None, help="threads of each replica [default: its cores]"),
-    ingresses: int = typer.Option(_SCALE.ingresses, help="processes that take requests and forward them"),
-    ingress_cpus: float = typer.Option(_SCALE.ingress_cpus, help="cores of each of them"),
-    health_period_s: float = typer.Option(
-        _SCALE.health_period_s, "--health-period", help="seconds between health checks of a replica"
-    ),
-    address: str | None = typer.Option(None, help="join this cluster ('auto': the one on this machine)"),
-    name: str = typer.Option("iosr_fast", help="of the application"),
-    stop: bool = typer.Option(False, "--stop", help="with --address: stop the application there"),
-    host: str = typer.Option(_SETTINGS.host, help="address to listen on; 0.0.0.0 for all"),
-    port: int = typer.Option(_SETTINGS.port),
-    runtime: str = typer.Option(_SETTINGS.runtime),
-    max_batch: int = typer.Option(None, help="images a batch [default: 8 on a CPU, the engine's own on a GPU]"),
-    max_wait_ms: float = typer.Option(_SETTINGS.max_wait_ms, help="longest wait of a batch for more images"),
-    max_queue: int = typer.Option(_SETTINGS.max_queue, help="images that a replica has accepted and not answered"),
-    max_images: int = typer.Option(_SETTINGS.max_images, help="images a request"),
-    deadline_ms: int = typer.Option(_SETTINGS.deadline_ms, help="for requests without a deadline"),
-    max_deadline_ms: int = typer.Option(_SETTINGS.max_deadline_ms, help="longest deadline of a request"),
-    grace_s: int = typer.Option(_SETTINGS.grace_s, "--grace", help="seconds that a replica has for its last requests"),
+    classifier: Annotated[
+        Path | None, typer.Argument(metavar="CLASSIFIER", help="Folder that `iosr-fast fit` or Classifier.save wrote.")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help=f"Number of replicas [default: {_SCALE.replicas}].")] = None,
+    min_replicas: Annotated[int, typer.Option(help="With --max-replicas: the smallest number.")] = _SCALE.min_replicas,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Instead of --replicas: as many as the load needs, up to this number.")
+    ] = None,
+    target_ongoing_requests: Annotated[
+        float, typer.Option(help="With --max-replicas: concurrent requests of a replica.")
+    ] = _SCALE.target_ongoing_requests,
+    cpus: Annotated[float, typer.Option(help="CPU cores of a replica.")] = _SCALE.cpus,
+    gpus: Annotated[float, typer.Option(help="GPUs of a replica, or its share of one.")] = _SCALE.gpus,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a replica [default: its cores].")] = None,
+    ingresses: Annotated[
+        int, typer.Option(help="Processes that receive requests and pass them to the replicas.")
+    ] = _SCALE.ingresses,
+    ingress_cpus: Annotated[float, typer.Option(help="CPU cores of such a process.")] = _SCALE.ingress_cpus,
+    health_period_s: Annotated[
+        float, typer.Option("--health-period", help="Seconds between health checks of a replica.")
+    ] = _SCALE.health_period_s,
+    address: Address = None,
+    name: Annotated[str, typer.Option(help="Name of the application in Ray Serve.")] = "iosr_fast",
+    stop: Annotated[bool, typer.Option("--stop", help="With --address: stop the application there.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = _SETTINGS.host,
+    port: Annotated[int, typer.Option(help="Port.")] = _SETTINGS.port,
+    runtime: Runtime = _SETTINGS.runtime,
+    max_batch: MaxBatch = None,
+    max_wait_ms: MaxWait = _SETTINGS.max_wait_ms,
+    max_queue: Annotated[
+        int, typer.Option(help="Most images that a replica has accepted and not yet answered.")
+    ] = _SETTINGS.max_queue,
+    max_images: MaxImages = _SETTINGS.max_images,
+    deadline_ms: Deadline = _SETTINGS.deadline_ms,
+    max_deadline_ms: MaxDeadline = _SETTINGS.max_deadline_ms,
+    grace_s: Annotated[
+        int, typer.Option("--grace", help="Seconds in which a stopping replica answers its last requests.")
+    ] = _SETTINGS.grace_s,
 ) -> None:
-    """Serve a classifier by Ray Serve, on this machine or on a cluster; with another bundle: a rolling update.
+    """Serve replicas of a saved classifier by Ray Serve.
 
-    Without --address it starts Ray here, prints an address that other machines can join, and serves until Ctrl-C or
-    SIGTERM. With --address it deploys to that cluster and ends. Repeated with another bundle, or with new content in
-    the same folder, it is a rolling update: replicas load the new bundle beside the old one and swap, and no request
-    fails. A bundle that can't be loaded is refused (exit code 2), and the old one stays. Changed options restart
-    replicas, some at a time.
+    Without --address the command starts Ray on this machine, prints the address that other machines join, and serves
+    until Ctrl-C or SIGTERM. With --address it deploys to that cluster and ends.
 
-    Machines of a cluster need iosr_fast and the bundle at the same paths (a shared folder), and one version of Ray.
-    Each takes requests on --port. Classes can't be changed over this API (iosr_fast.serving.ray).
+    The same command with another classifier, or with new content in the folder, is a rolling update: replicas load the
+    new classifier beside the old one and swap, and no request fails. A folder that can't be loaded is refused (exit
+    code 2), and the old classifier stays. Changed options restart replicas a few at a time.
+
+    The machines of a cluster need this package and CLASSIFIER at the same paths (a shared folder), and one version of
+    Ray. Each machine receives requests on --port. Class changes are off.
     """
     options: dict[str, Any] = {**locals(), "replicas": _SCALE.replicas if replicas is None else replicas}
     serve = require("ray.serve", "ray")
@@ -71,12 +83,12 @@ def serve_ray(
         with joined(address, 0):
             serve.delete(name)
         return
-    if bundle is None:
-        raise IosrFastError("expected a bundle, got none")
+    if classifier is None:
+        raise IosrFastError("expected CLASSIFIER, the folder of a saved classifier, got none")
     if replicas is not None and max_replicas is not None:
         raise IosrFastError("expected --replicas or --max-replicas, got both")
     settings, scale = _choose(Settings, options), _choose(Scale, options)
-    Source.of(str(bundle), settings.verify)  # an invalid bundle is refused before Ray is started
+    Source.of(str(classifier), settings.verify)  # an invalid folder is refused before Ray is started
     total = (max_replicas or scale.replicas) * cpus + ingresses * ingress_cpus
     cores = math.ceil(total) if address is None else 0
     with joined(address, cores) as ray:
@@ -84,7 +96,7 @@ def serve_ray(
         if address is None:
             for number in (signal.SIGTERM, signal.SIGINT):  # instead of Ray's handlers, which end the process at once
                 signal.signal(number, lambda *_: stopped.set())
-        _deploy(serve, bundle, settings, scale, name)
+        _deploy(serve, classifier, settings, scale, name)
         if address is None:
             typer.echo(f"join with --address {ray.get_runtime_context().gcs_address}; stop with Ctrl-C")
             stopped.wait()
