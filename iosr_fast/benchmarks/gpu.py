@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.benchmarks import score
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.provenance import commit, cpu_description
 
@@ -192,6 +192,11 @@ def count_tests(lines: Iterable[str]) -> dict[str, int]:
 def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Sequence[Part] | None = None) -> Path:
     """Run all parts, or "machine" and `only`; the file's path. Raises RuntimeError where there is no GPU, and, after
     all parts, where one failed or was stopped."""
+    if not (ROOT / BENCHMARK[0]).is_file():
+        raise UnavailableError(
+            "gpu needs the source tree, for its build and its tests; parity, score and encoder run without it, with "
+            "--device cuda"
+        )
     chosen = parts(rehearsal) if chosen is None else chosen
     if unknown := sorted(set(only) - {part.name for part in chosen}):
         raise IosrFastError(

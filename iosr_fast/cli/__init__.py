@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from iosr_fast import __version__
-from iosr_fast.utils.command import command_app, new_app
+from iosr_fast.utils.command import Group, command_app, new_app
 
 # By section of the help: each command and its line there. NAME is the function, or the app, of its module.
 COMMANDS = {
     "Classify": {
-        "fit": "Fit a few-shot classifier on a folder of class folders and save it.",
+        "fit": "Fit a few-shot classifier on a folder and save it.",
         "classify": "Classify images with a saved classifier.",
         "info": "Describe this machine, or verify and describe a saved folder.",
     },
@@ -31,13 +31,13 @@ COMMANDS = {
         "open-images-subset": "Choose a balanced subset of Open Images to train on.",
     },
     "Measure": {
-        "evaluate": "Measure the accuracy of methods on your data, the demo or the paper's data sets.",
-        "benchmark": "Time every part of the package against its rivals.",
+        "evaluate": "Compare the accuracy of methods.",
+        "benchmark": "Time each part of the package and its rivals.",
     },
 }
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """The commands of COMMANDS, imported on demand."""
 
     def __init__(self, **options: Any) -> None:
@@ -52,10 +52,8 @@ class Commands(TyperGroup):
             self.commands[name] = typer.main.get_command(one)
         return self.commands.get(name)
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        for section, commands in COMMANDS.items():
-            with formatter.section(section):
-                formatter.write_dl(list(commands.items()))
+    def sections(self, ctx: Any) -> Mapping[str, Mapping[str, str]]:
+        return COMMANDS
 
 
 app = new_app("iosr-fast", Commands, no_args_is_help=True)
@@ -69,8 +67,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: bool = typer.Option(False, "--version", help="print the version", callback=_print_version, is_eager=True),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="say which runtimes and kernels are chosen"),
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version, is_eager=True),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log which runtimes and kernels are chosen."),
 ) -> None:
-    """Few-shot image classification with CLIP. `iosr-fast COMMAND --help` describes a command."""
+    """Few-shot image classification with CLIP.
+
+    `iosr-fast COMMAND --help` describes a command.
+    """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")

@@ -1,7 +1,4 @@
-"""Verify, then time, then compare with rivals and with what the machine can do at best.
-
-python tools/benchmark.py all --out benchmarks/results     # then python tools/report.py
-"""
+"""The command `iosr-fast benchmark`."""
 
 from __future__ import annotations
 
@@ -17,22 +14,27 @@ import typer
 
 from iosr_fast.utils.command import new_app, new_file
 
-benchmark = new_app("iosr-fast", no_args_is_help=True, help=__doc__)
+benchmark = new_app(
+    "iosr-fast",
+    no_args_is_help=True,
+    help="""Time each part of the package, its rivals, and the limits of this machine.
+
+    A result is verified before it is timed.""",
+)
+ON_GPU = "On an NVIDIA GPU"
 
 Json = Annotated[Path | None, typer.Option("--json", callback=new_file, help="Write the rows here, as JSON.")]
 Csv = Annotated[Path | None, typer.Option("--csv", callback=new_file, help="Write the rows here, as CSV.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch; all that may be used where left out.")
-]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch [default: all].")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of each implementation, interleaved.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Small cases only, to see that everything runs.")]
-Model = Annotated[str, typer.Option(help="An open_clip ViT, or demo.")]
-Models = Annotated[list[str], typer.Option("--model", help="An open_clip ViT, or demo. Repeatable.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or rehearsal: the code for GPUs on the CPU.")]
-FirstBlock = Annotated[int, typer.Option(min=0, help="The first block that holds an adapter.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run small cases only.")]
+Model = Annotated[str, typer.Option(help="Name of an open_clip ViT, or demo.")]
+Models = Annotated[list[str], typer.Option("--model", help="Name of an open_clip ViT, or demo. Repeatable.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or rehearsal: the GPU code on the CPU.")]
+FirstBlock = Annotated[int, typer.Option(min=0, help="First block with an adapter.")]
 FirstBlocks = Annotated[
     list[int] | None,
-    typer.Option("--first-adapted-block", min=0, help="Of ours: the first block that holds an adapter. Repeatable."),
+    typer.Option("--first-adapted-block", min=0, help="First block with an adapter. Repeatable."),
 ]
 
 
@@ -64,11 +66,11 @@ class Bench(NamedTuple):
 # The benches of `all`, in this order. Each runs in its own process, so that none inherits another's threads and memory.
 BENCHES = {
     "encoder": Bench(
-        "Both embeddings of a batch: fused in one pass, and in two passes by all that compiles them.",
+        "Both embeddings of a batch: in one fused pass, and in two passes by other compilers.",
         "--model demo --batch 2 --repeats 1",
         {
             "models": (Models, ["ViT-B-16", "ViT-B-32", "demo"]),
-            "batch": number(None, "Images a call; 8, and 64 for the demo."),
+            "batch": number(None, "Images of a call [default: 8; demo 64]."),
             "first_adapted_blocks": (FirstBlocks, None),
             **timing(5),
             "device": (Device, "cpu"),
@@ -76,12 +78,12 @@ BENCHES = {
         },
     ),
     "precision": Bench(
-        "The encoder in fewer bits: its speed, how far its embeddings are from fp32's, the demo's accuracy.",
+        "The encoder in fewer bits: speed, distance to the embeddings in fp32, accuracy on the demo.",
         "--model demo --repeats 1",
         {"models": (Models, ["demo", "ViT-B-16"]), **timing(7)},
     ),
     "pipeline": Bench(
-        "JPEG files to labels: predict_folder, the encoder alone, and the script that anyone would write.",
+        "JPEG files to labels: predict_folder, the encoder alone, and a plain script.",
         "--model demo --first-adapted-block 3 --pictures 16 --repeats 1",
         {
             "model": (Model, "ViT-B-32"),
@@ -91,55 +93,55 @@ BENCHES = {
         },
     ),
     "classifier": Bench(
-        "The demo's classifier, pictures to labels, one at a time and in batches, against two passes.",
+        "Images to labels, one at a time and in batches, against two passes.",
         "--repeats 1",
         timing(7),
     ),
     "cold-start": Bench(
-        "From nothing to the first label, in a new process each time.",
+        "The start of a process to its first label.",
         "--model demo --repeats 1",
         {"models": (Models, ["demo", "ViT-B-16"]), "repeats": (Repeats, 5)},
     ),
     "score": Bench(
-        "Execute scoring plans: our implementations, the papers' formula, the best of eager PyTorch.",
+        "Embeddings to logits: each implementation, the papers' formula, and PyTorch.",
         "--cases q1-k1600-d512-c100 --cases q8-k1600-d512-c100 --repeats 1",
         {
-            "cases": cases("Like q256-k16000-d512-c1000: queries, keys, channels, classes"),
+            "cases": cases("For example q256-k16000-d512-c1000: queries, keys, channels, classes"),
             **timing(7),
             "device": (Device, "cpu"),
         },
     ),
     "scaling": Bench(
-        "How time grows with batches, classes, keys and queries.",
+        "How times grow with batches, classes, keys and queries.",
         "--quick --repeats 1",
         {**timing(5), "quick": (Quick, False)},
     ),
     "search": Bench(
-        "Choose a method's parameters on a validation set: the exact search, and the grid of the public code.",
+        "The choice of a method's parameters: the exact search, and the grid of the papers' code.",
         "--cases tip-adapter-v60-c6-s3-d24 --repeats 1",
         {
             "cases": cases(
-                "tip-adapter, tip-x, or like tip-x-v2500-c100-s16-d512: validation images, classes, shots, channels"
+                "tip-adapter, tip-x or tip-x-v2500-c100-s16-d512: validation images, classes, shots, channels"
             ),
             **timing(3),
         },
     ),
     "train": Bench(
-        "Train an adapter, first epoch and later ones: ours, and the recipe of the papers' public code.",
+        "Training of an adapter: ours, and the recipe of the papers' code.",
         "--model demo --first-adapted-block 3 --batch 4 --pictures 8 --repeats 1",
         {
             "model": (Model, "ViT-B-16"),
-            "batch": number(16, "Pictures a step."),
+            "batch": number(16, "Images of a step."),
             "first_adapted_block": (FirstBlock, 8),
-            "count": number(48, "Pictures an epoch.", "--pictures"),
+            "count": number(48, "Images of an epoch.", "--pictures"),
             **timing(3),
         },
     ),
     "updates": Bench(
-        "Change a running classifier: an example or a class more or less, against fitting it again.",
+        "Changes of a running classifier, against fitting it again.",
         "--cases tip-adapter++-k1000-c100-d512 --repeats 1",
         {
-            "cases": cases("Like tip-adapter++-k100000-c100-d512: method, keys, classes, channels"),
+            "cases": cases("For example tip-adapter++-k100000-c100-d512: method, keys, classes, channels"),
             **timing(7),
         },
     ),
@@ -190,9 +192,9 @@ for _name, _bench in BENCHES.items():
     add_command(_name, _bench)
 
 
-@benchmark.command()
+@benchmark.command(rich_help_panel=ON_GPU)
 def parity(json_path: Json = None, device: Device = "cuda") -> None:
-    """Errors of the encoder and the scoring kernels on a GPU, as a table; code 1 if one is too large."""
+    """Print the errors of the encoder and the scoring kernels; exit code 1 if one is too large."""
     from iosr_fast.benchmarks import gpu
     from iosr_fast.benchmarks import parity as check
 
@@ -201,9 +203,9 @@ def parity(json_path: Json = None, device: Device = "cuda") -> None:
         raise typer.Exit(1)
 
 
-@benchmark.command()
+@benchmark.command(rich_help_panel=ON_GPU)
 def machine(json_path: Json = None, device: Device = "cuda") -> None:
-    """The GPU, its driver, the host and what is not installed."""
+    """Print the GPU, its driver, the host, and packages that are missing."""
     from iosr_fast.benchmarks import gpu
 
     facts = gpu.machine(device)
@@ -212,13 +214,13 @@ def machine(json_path: Json = None, device: Device = "cuda") -> None:
         gpu.write_whole(json_path, facts)
 
 
-@benchmark.command()
+@benchmark.command(rich_help_panel=ON_GPU)
 def gpu(
-    out: Annotated[Path, typer.Option(help="The folder for gpu-check-GPU.json.")],
-    only: Annotated[list[str] | None, typer.Option(help="A part of it, like score-q1-k1600-d512-c100.")] = None,
-    rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Tiny shapes on the CPU.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for gpu-check-GPU.json.")],
+    only: Annotated[list[str] | None, typer.Option(help="Run this part only. Repeatable.")] = None,
+    rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Run tiny shapes on the CPU.")] = False,
 ) -> None:
-    """Everything that needs a GPU, in less than 8 minutes: build, parity, benches, tests. One JSON file."""
+    """In a source tree: build, parity, benchmarks and tests in at most 8 minutes; writes one JSON file."""
     from iosr_fast.benchmarks import gpu as check
 
     check.run(out, rehearsal, only or ())
@@ -226,11 +228,14 @@ def gpu(
 
 @benchmark.command("all")
 def run_all(
-    out: Annotated[Path, typer.Option(help="The folder for cpu-BENCH.json and cpu-BENCH.csv.")],
-    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(BENCHES)}. Repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for cpu-BENCH.json and cpu-BENCH.csv.")],
+    only: Annotated[list[str] | None, typer.Option(help="Run this benchmark only. Repeatable.")] = None,
     quick: Quick = False,
 ) -> None:
-    """Every bench in a process of its own. If one fails, its old rows stay and the others run."""
+    """Run all of the above but those on a GPU, each in its own process.
+
+    If one fails, its old rows stay and the others run.
+    """
     if unknown := sorted(set(only or ()) - set(BENCHES)):
         raise typer.BadParameter(f"expected --only of {', '.join(BENCHES)}, got {', '.join(unknown)}")
     out.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,35 @@ def stop_message(message: str, prefix: str = "error") -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def new_app(prefix: str = "error", group: type[TyperGroup] = TyperGroup, **options: Any) -> typer.Typer:
+class Group(TyperGroup):
+    """Commands in sections (typer's rich_help_panel), each with the whole first paragraph of its help."""
+
+    prefix = "error"
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_errors(self.prefix):
+            return super().invoke(ctx)
+
+    def sections(self, ctx: Any) -> Mapping[str, Mapping[str, str]]:
+        """For each section its commands and their lines in the help."""
+        sections: dict[str, dict[str, str]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            section = sections.setdefault(command.rich_help_panel or "Commands", {})
+            section[name] = command.get_short_help_str(limit=1000)
+        return sections
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for title, commands in self.sections(ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
+
+
+def new_app(prefix: str = "error", group: type[Group] = Group, **options: Any) -> typer.Typer:
     """An app with `one_line_errors`. Its help shows `[...]` as written, which rich would interpret as markup."""
-
-    class Group(group):  # type: ignore[misc, valid-type]
-        def invoke(self, ctx: Any) -> Any:
-            with one_line_errors(prefix):
-                return super().invoke(ctx)
-
+    named = type(group.__name__, (group,), {"prefix": prefix})
     return typer.Typer(
-        cls=Group, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
+        cls=named, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ def cpu_description() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with +dirty where tracked or new files differ from it; "unknown" outside a repository.
+    """The checked-out commit of the source tree, with +dirty where tracked or new files differ from it.
 
-    benchmarks/ is ignored, because a run writes there.
+    benchmarks/ is ignored, because a run writes there. Without a repository of its own, as in an installed package:
+    "version 0.2.0" for example.
     """
 
     def git(*arguments: str) -> str | None:
@@ -30,9 +32,12 @@ def commit() -> str:
             return None
         return done.stdout.strip()
 
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head is None:
-        return "unknown"
+    # An installed package may lie in a repository that is another project's.
+    top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "--short=12", "HEAD")
+    if top is None or head is None or not os.path.samefile(top, ROOT):
+        from iosr_fast import __version__
+
+        return f"version {__version__}"
     return head + ("+dirty" if git("status", "--porcelain", "--", ".", ":!benchmarks") else "")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast import _C
+from iosr_fast import _C, __version__
 from iosr_fast.benchmarks import ceilings, harness
 from iosr_fast.cli import benchmark
 from iosr_fast.utils import provenance
@@ -151,7 +151,7 @@ def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance.commit() == "unknown"
+    assert provenance.commit() == f"version {__version__}"
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "first")
     head = git("rev-parse", "HEAD").strip()
@@ -161,6 +161,8 @@ def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: p
     assert provenance.commit() == head[:12], "rows are what a run writes"
     (tmp_path / "new").write_text("")
     assert provenance.commit() == f"{head[:12]}+dirty"
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "benchmarks")
+    assert provenance.commit() == f"version {__version__}", "the repository is not the package's own"
 
 
 def test_cases_are_read_or_refused() -> None:
