@@ -73,7 +73,7 @@ def export_triton(
     folder = open_verified(bundle, BUNDLE_KIND)
     classifier = Classifier.load(folder, runtime="onnxruntime")
     engine = folder.inner(ENGINE, ENGINE_KIND).manifest
-    plan, labels = classifier.plan_, classifier.classes_.tolist()
+    plan, labels = classifier.plan_, list(classifier.snapshot().class_names)
     broken = [name for name in labels if len(name.splitlines()) > 1]
     if broken:
         raise IosrFastError(f"expected class names of one line each, as in a file of labels, got {abbreviate(broken)}")
