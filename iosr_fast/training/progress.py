@@ -1,4 +1,4 @@
-"""A training's progress bar: images a second, time left, and the measures after each epoch."""
+"""The progress bar of a training: images per second, time left, and the measures after each epoch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from iosr_fast.training.probe import Probe
 from iosr_fast.training.train import Progress as Step
 from iosr_fast.training.train_config import TrainConfig
 
-# The weight of the newest step in the shown rate.
+# The weight of the newest step in the displayed rate.
 SMOOTHING = 0.1
 
 
 class TrainingBar:
-    """Reports of `train_adapter` on the terminal; silent unless `shown`, which one process of a training sets."""
+    """Shows the reports of `train_adapter` on the terminal if `shown`, which one process of a training sets."""
 
     def __init__(self, config: TrainConfig, pictures: int, shown: bool = True) -> None:
         self.config, self.shown = config, shown

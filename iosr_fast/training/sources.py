@@ -1,4 +1,4 @@
-"""A training's pictures by name: the demo's, a folder of class folders, Open Images, WebDataset shards."""
+"""The pictures of a training by name: the demo's, a folder of class folders, Open Images, WebDataset shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from iosr_fast.training.data.open_images import OpenImagesPictures
 
 @dataclass(frozen=True)
 class Sources:
-    """`held_out` (at the encoder's own size) shares no picture with `train`; `notes` are for the terminal."""
+    """`held_out` (at the encoder's size) shares no picture with `train`; `notes` are for the terminal."""
 
     train: PictureSource
     held_out: PictureSource | None
@@ -43,7 +43,7 @@ def open_sources(
     """Pictures of `size` to train on, and a share `held_out` of every class at `held_out_size` to measure on.
 
     The demo's held-out pictures are those of its validation concepts, on which no accuracy is reported. Raises
-    ValueError or OSError that names what is missing, before anything is decoded.
+    ValueError or OSError, naming what is missing, before decoding.
     """
     if (data == "open-images") != (csv is not None and images is not None):
         raise IosrFastError("expected --csv FILE and --images DIR with --data open-images, and only with it")
@@ -58,12 +58,12 @@ def open_sources(
 
     source = open_at(size)
     if missing := getattr(source, "missing", ()):
-        notes = (f"left out {len(missing)} pictures that the CSV names and {images} lacks, {missing[0]} among them",)
+        notes = (f"skipped {len(missing)} pictures of the CSV that are missing from {images}, first {missing[0]}",)
     if not held_out:
         return Sources(source, None, notes)
     train, measured = split(source, held_out, seed)
     if len(measured.labels.unique()) < 2:
-        note = "nothing is measured between epochs: too few classes have four pictures, of which two can be held out"
+        note = "nothing is measured between epochs: fewer than two classes have at least four pictures"
         return Sources(source, None, (*notes, note))
     if size != held_out_size:
         measured = SubsetPictures(open_at(held_out_size), measured.rows)
@@ -71,7 +71,7 @@ def open_sources(
 
 
 def is_shards(data: str) -> bool:
-    """Whether `data` is a .tar file, a pattern of them, or a folder with some."""
+    """Whether `data` is a .tar file, a pattern of .tar files, or a folder with some."""
     folder = Path(data)
     return ".tar" in folder.name or (folder.is_dir() and next(folder.glob("*.tar"), None) is not None)
 

@@ -18,7 +18,7 @@ from iosr_fast.utils.outputs import check_new_file
 def one_line_errors(prefix: str = "error") -> Iterator[None]:
     """Print bad input, file errors and missing packages as one line on stderr and exit with code 2.
 
-    Wrap imports at the top of a tool in it where they need an optional package.
+    Wrap imports of optional packages at the top of a tool in it.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def stop_message(message: str, prefix: str = "error") -> Iterator[None]:
 
 
 class Group(TyperGroup):
-    """Commands in sections (typer's rich_help_panel), each with the whole first paragraph of its help."""
+    """Lists commands in sections (typer's rich_help_panel), each with the full first paragraph of its help."""
 
     prefix = "error"
 
@@ -82,7 +82,7 @@ class ListCommand(TyperCommand):
             if word in repeatable:
                 option = word
                 if i + 1 == len(args) or args[i + 1].startswith("-"):
-                    expanded.append(word)  # the parser says that its value is missing
+                    expanded.append(word)  # the parser reports that its value is missing
             elif word.startswith("-"):
                 option = None
                 expanded.append(word)

@@ -1,4 +1,4 @@
-"""Measured rows and the facts that stand in them: the processor and the commit."""
+"""Facts for rows of measurements, the processor and the commit; and writing of such rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def cpu_description() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit of the source tree, with +dirty where tracked or new files differ from it.
+    """The checked-out commit of the source tree, with +dirty if tracked or new files differ from it.
 
-    benchmarks/ is ignored, because a run writes there. Without a repository of its own, as in an installed package:
-    "version 0.2.0" for example.
+    benchmarks/ is ignored, because a run writes there. Without its own repository, as in an installed package, the
+    version, such as "version 0.2.0".
     """
 
     def git(*arguments: str) -> str | None:
@@ -32,7 +32,7 @@ def commit() -> str:
             return None
         return done.stdout.strip()
 
-    # An installed package may lie in a repository that is another project's.
+    # An installed package may lie in the repository of another project.
     top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "--short=12", "HEAD")
     if top is None or head is None or not os.path.samefile(top, ROOT):
         from iosr_fast import __version__
@@ -42,6 +42,6 @@ def commit() -> str:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows as a JSON list, one row a line."""
+    """Write the rows as a JSON list, one row per line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

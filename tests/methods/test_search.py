@@ -331,7 +331,7 @@ def test_the_implementation_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch
     arrays = (np.zeros((2, 2)), np.zeros((2, 2)), [0, 1])
     assert intervals(*arrays).path == "cpp"
     assert sweep(intervals(*arrays)).path == "cpp"
-    with pytest.raises(ValueError, match=r"out of auto, cpp, numpy, got impl='triton'"):
+    with pytest.raises(ValueError, match=r"implementation of auto, cpp, numpy, got impl='triton'"):
         intervals(*arrays, impl="triton")
     for forced, path in (("numpy", "numpy"), ("cpp", "cpp"), ("torch", "cpp")):
         monkeypatch.setenv("IOSR_FAST_IMPL", forced)

@@ -190,12 +190,12 @@ def cache_intervals(
 def sweep(intervals: Intervals, impl: str = "auto") -> Best:
     """The alpha at which most samples are right, for each setting.
 
-    The number of right samples is constant between neighbouring ends of intervals. Of its plateaus at the maximum the
-    widest is taken, the first of equals, and of that the middle; a single point wins only if strictly more samples are
-    right there than beside it. O(V log V) a setting.
+    The number of right samples is constant between neighbouring ends of intervals. The result is the middle of its
+    widest plateau at the maximum (the first one of equals); a single point wins only if strictly more samples are right
+    there than next to it. O(V log V) per setting.
 
-    Alphas reach from 0 to twice the largest finite end above 0 of the setting's intervals, or to 2 without one, so that
-    a plateau without end has a middle. If no sample is ever right, all of it is the plateau.
+    Alphas range from 0 to twice the largest finite end above 0 of the setting's intervals, or to 2 without one, so that
+    an unbounded plateau has a middle. If no sample is right at any alpha, the whole range is the plateau.
     """
     path = _choose(impl)
     rows = {"lower": intervals.lower, "upper": intervals.upper, "flags": intervals.flags}
@@ -215,7 +215,7 @@ def _choose(impl: str) -> str:
     if impl == "auto" and forced in ("cpp", "numpy"):
         impl, source = forced, f"{dispatch.ENVIRONMENT}={forced}"
     if impl not in ("auto", "cpp", "numpy"):
-        raise IosrFastError(f"expected an implementation out of auto, cpp, numpy, got {source}")
+        raise IosrFastError(f"expected an implementation of auto, cpp, numpy, got {source}")
     if impl == "numpy":
         return impl
     reason = dispatch.cpp_unavailable_reason()

@@ -149,7 +149,7 @@ def tune(
 
 
 def _without_parameters(held_out: HeldOutSet, protocol: Protocol) -> Tuned:
-    """Of a method that uses no support images there is only the factor to fit."""
+    """The result for a method without support images, of which only the factor is fitted."""
     method, labels = held_out.method, held_out.labels
     base = score(method.compile(held_out.support), held_out.queries)
     fit = fit_factor(base, np.zeros_like(base), labels, 0.0)
@@ -160,15 +160,15 @@ def _without_parameters(held_out: HeldOutSet, protocol: Protocol) -> Tuned:
 
 
 def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | None) -> dict[str, float]:
-    """The method's defaults, with alpha such that images weigh against texts as texts are wrong against right.
+    """The method's defaults, with an alpha that gives images more weight the less accurate the texts are.
 
-    With a the zero-shot accuracy on the support images (at least one, at most all but one counted right):
+    With a the zero-shot accuracy on the support images (with at least one, and at most all but one, counted as right):
 
         alpha = (1 - a) / a * spread(zero-shot logits) / spread(the term that alpha multiplies)
 
-    where spread is the mean over the images of the standard deviation over the other classes; if either is no more than
-    rounding (with two classes there is one other) alpha stays the default. A method with a `ridge` (the proximal weight
-    of its closed form) keeps alpha and takes ridge = 3 a^2. A rule of thumb: nothing is fitted.
+    where spread is the mean over the images of the standard deviation over the other classes. alpha stays the default
+    if either spread is mere rounding (with two classes there is only one other class). A method with a `ridge` (the
+    proximal weight of its closed form) keeps alpha and takes ridge = 3 a^2. This is a rule of thumb; nothing is fitted.
     """
     parameters = dict(method.parameters)
     if support.text is None:
@@ -194,10 +194,10 @@ def tune_auto(support: SupportSet, queries: Embeddings | None = None, labels: np
     """method="auto": method, reducer, plain or adapted embeddings and all parameters, by leave-one-out on the support
     set, or on a validation set if one is given.
 
-    First every method that the support set allows, on plain and, where there are any, on adapted embeddings, without a
-    reducer; then the best of them with each reducer. Whatever can't be told from the most accurate (is_level) is level
-    with it; of that the last in METHODS wins, then the lowest log-loss (on a validation set the highest accuracy). If
-    each class has one image, the last method that is marked `one_shot`.
+    It tries every method that the support set allows, on plain and, if there are any, on adapted embeddings, without a
+    reducer; then the best of them with each reducer. Among the results that are level with the most accurate one
+    (is_level) the last in METHODS wins, then the lowest log-loss (on a validation set the highest accuracy). If each
+    class has one image, the last method that is marked `one_shot` wins.
 
     Raises ValueError if there are neither support images nor text embeddings.
     """
