@@ -107,6 +107,17 @@ def test_a_row_has_the_same_logits_in_any_batch(rng: np.random.Generator, name: 
     np.testing.assert_array_equal(head.decision_function(np.asfortranarray(queries)), logits)
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_order_of_support_rows_does_not_count(rng: np.random.Generator, name: str) -> None:
+    rows, labels, centres = clusters(rng, 4, 5, 20)
+    both, order = np.hstack([rows, rows[:, ::-1]]), rng.permutation(len(rows))
+    head = FewShotHead(name, tune="none", reducer="pca", text=centres, adapted=True)
+    queries = rng.standard_normal((30, 40))
+    logits = head.fit(both, labels).decision_function(queries)
+    again = head.fit(both[order], labels[order]).decision_function(queries)
+    np.testing.assert_allclose(again, logits, atol=2e-5 * np.abs(logits).max())
+
+
 @pytest.mark.parametrize("fit", [{}, {"method": "auto", "alpha": None, "beta": None}, {"reducer": "pca:3"}])
 def test_equals_a_classifier_on_its_embeddings(rng: np.random.Generator, fit: dict[str, Any]) -> None:
     classifier = small_classifier(**fit)
