@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError, NotFittedError
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.tune import check_choice
@@ -20,12 +20,13 @@ from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.method_config import choose_config
+from iosr_fast.utils.estimator import not_fitted
 from iosr_fast.utils.require import require
 
 require("sklearn.base", "sklearn")
 
-from sklearn import exceptions as sklearn_exceptions  # noqa: E402
 from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
+from sklearn.exceptions import NotFittedError  # noqa: E402
 from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data  # noqa: E402
 
@@ -95,7 +96,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         of another shape than (C, D), and a method that needs `text` or `adapted=True` without it. By the other methods:
         for values that are not finite, and another number of columns.
     NotFittedError
-        By all methods before `fit`; it is scikit-learn's NotFittedError too.
+        By all methods before `fit`: that of `iosr_fast.exceptions` and scikit-learn's in one.
     MissingPackageError
         By the import of this class, without scikit-learn.
 
@@ -213,8 +214,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     def _logits(self, X: Any) -> np.ndarray:
         try:
             check_is_fitted(self)
-        except sklearn_exceptions.NotFittedError as error:
-            raise _NotFitted(str(error)) from None
+        except NotFittedError as error:
+            raise not_fitted(str(error)) from None
         with _as_iosr_errors():
             rows = validate_data(self, X, reset=False, dtype=_FLOATS, order="C")
         self._usable(rows, "their cosines count as 0, and their labels mean nothing")
@@ -267,10 +268,6 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         reason = unavailable_reason(self.method, support)
         if reason is not None:
             raise IosrFastError(f"{reason}; give text=, an array (C, D)" if support.text is None else reason)
-
-
-class _NotFitted(NotFittedError, sklearn_exceptions.NotFittedError):
-    """Caught under either name."""
 
 
 @contextmanager
