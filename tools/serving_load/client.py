@@ -51,7 +51,7 @@ def make_queries(classifier: Classifier, count: int) -> Queries:
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "PNG")
         images.append(file.getvalue())
-    return Queries(images, [str(label) for label in classifier.predict(images)])
+    return Queries(images, [prediction.label for prediction in classifier.explain(images, top=1)])
 
 
 @dataclass(slots=True)
