@@ -23,6 +23,11 @@ class Embeddings:
     `plain` (B, D) is compared with text; `adapted` (B, D), computed with the adapter, is compared with images, and is
     None for an encoder without an adapter. Both are float32 NumPy arrays, or torch tensors on one device (float32,
     float16 or bfloat16; `score` computes there), or other objects with `__dlpack__`.
+
+    >>> import numpy as np
+    >>> rows = Embeddings(plain=np.eye(3, dtype=np.float32), adapted=np.eye(3, dtype=np.float32)[::-1])
+    >>> len(rows), rows[:2].adapted.shape
+    (3, (2, 3))
     """
 
     plain: Array

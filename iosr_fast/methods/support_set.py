@@ -14,12 +14,20 @@ from iosr_fast.scoring.reducers import Reducer
 
 @dataclass(frozen=True)
 class SupportSet:
-    """Embeddings of N support images and of C class names: the input of a method.
+    """Embeddings of N support images and of C class names, of D channels: the input of a method.
 
-    `embeddings` (N, D), sorted by class; `class_offsets` (C+1,) int64: class c owns rows class_offsets[c] to
-    class_offsets[c+1]; `text` (C, D), L2-normalised, or None without class names; `tau`, the CLIP's logit scale.
-    `queries` (N, D), optional, are the same images as queries arrive (one view, not the mean of several):
-    leave-one-out scores these.
+    embeddings     (N, D), sorted by class
+    class_offsets  (C + 1,) int64: class c owns the rows class_offsets[c]:class_offsets[c + 1]
+    text           (C, D) float32, unit rows; None without class names
+    tau            the CLIP's logit scale
+    queries        (N, D): the same images with one view each, as queries have; leave-one-out scores these. None: the
+                   rows of `embeddings`
+
+    `make_support_set` sorts the rows and makes one.
+
+    >>> support = make_support_set(Embeddings(np.eye(3)), labels=[1, 0, 1], text=None, tau=100.0, n_classes=2)
+    >>> support.counts, support.labels
+    (array([1, 2]), array([0, 1, 1]))
     """
 
     embeddings: Embeddings
@@ -73,10 +81,21 @@ def make_support_set(
     n_classes: int | None = None,
     queries: Embeddings | None = None,
 ) -> SupportSet:
-    """Sort by class (stably) and compute class_offsets. `n_classes` is required if text is None.
+    """A support set from rows in any order; rows of one class keep their order.
 
-    Raises ValueError if labels and embeddings differ in number, a label names no class, or the widths of image and text
-    embeddings differ.
+    `embeddings` are (N, D), `labels` (N,) integers from 0 to C - 1, `text` (C, D) or None; `n_classes` is C and is
+    required if `text` is None. `tau` and `queries` as in SupportSet.
+
+    Raises IosrFastError if labels and embeddings differ in number, a label names no class, or the widths of image and
+    text embeddings differ.
+
+    >>> support = make_support_set(Embeddings(np.eye(3)), labels=[1, 0, 1], text=np.eye(2, 3), tau=100.0)
+    >>> support.embeddings.plain
+    array([[0., 1., 0.],
+           [1., 0., 0.],
+           [0., 0., 1.]])
+    >>> support.class_offsets
+    array([0, 1, 3])
     """
     labels = np.asarray(labels, np.int64)
     if text is not None:

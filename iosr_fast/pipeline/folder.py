@@ -31,6 +31,22 @@ class FolderPredictions:
     probabilities  (B,) float32, of the labels
     errors         a BadImageError for each unreadable image, in order, with its path and the reason
     skipped        counts by reason of other files: not images, hidden, linked twice, ...
+
+    Iterating gives (path, label, probability) of each readable image.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from PIL import Image
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", views=1).fit(images, labels)
+    >>> with TemporaryDirectory() as folder:
+    ...     Image.fromarray(images[0]).save(Path(folder, "a.png"))
+    ...     results = classifier.predict_folder(folder)
+    >>> [(path.name, label == labels[0]) for path, label, probability in results], results.errors
+    ([('a.png', True)], [])
     """
 
     paths: list[Path]

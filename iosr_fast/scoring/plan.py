@@ -49,8 +49,20 @@ class ScoringPlan(PlanTerms):
 
     Arrays are converted to these dtypes (keys of any other to float32), made C-contiguous and read-only, and copied
     only if necessary. `with_key_precision` stores the keys in fewer bits.
-    Raises ValueError if a shape, a norm or an offset is wrong, a value isn't finite, a constant is outside RANGES or a
-    term may exceed LARGEST.
+
+    Raises IosrFastError if a shape, a norm or an offset is wrong, a value isn't finite, a constant is outside RANGES or
+    a term may exceed LARGEST.
+
+    Two classes with one key each, and no texts:
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, ScoringPlan, score
+    >>> plan = ScoringPlan(2, keys=np.eye(2, 4), class_offsets=[0, 1, 2], alpha=2.0, beta=1.0)
+    >>> score(plan, Embeddings(np.eye(2, 4, dtype=np.float32))).round(3)
+    array([[2.   , 0.736],
+           [0.736, 2.   ]], dtype=float32)
+    >>> plan.with_key_precision("int8").keys.dtype
+    dtype('int8')
     """
 
     n_classes: int

@@ -20,8 +20,14 @@ def score(plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, chec
     CPU to the GPU and the logits back. `check=False` skips the check of finiteness and norms, which reads each
     embedding once more and, on a GPU, waits for the result: CUDA graphs can't record that.
 
-    Raises ValueError if the embeddings don't fit the plan or aren't finite and of unit norm, or if no such
-    implementation exists; RuntimeError if it exists and can't run.
+    Raises IosrFastError if the embeddings don't fit the plan or aren't finite and of unit norm, or if no such
+    implementation exists; UnavailableError if it exists and can't run.
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, ScoringPlan, score
+    >>> plan = ScoringPlan(2, text=np.eye(2, 4), tau=100.0)
+    >>> score(plan, Embeddings(np.eye(4, dtype=np.float32)[:1]))
+    array([[100.,   0.]], dtype=float32)
     """
     return score_with_path(plan, embeddings, impl, check=check)[0]
 

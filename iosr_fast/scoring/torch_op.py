@@ -103,6 +103,13 @@ class ScoringModule(nn.Module):
     would write to the plan.
 
     `impl` as for scoring.score. Embeddings must be of unit norm; that is not checked.
+
+    >>> import torch
+    >>> from iosr_fast import ScoringPlan
+    >>> from iosr_fast.scoring.torch_op import ScoringModule
+    >>> head = ScoringModule(ScoringPlan(2, text=torch.eye(2, 4).numpy(), tau=100.0))
+    >>> head(torch.eye(4)[:1], None)
+    tensor([[100.,   0.]])
     """
 
     def __init__(self, plan: ScoringPlan, impl: str = "auto") -> None:

@@ -21,7 +21,11 @@ OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_c
 
 @dataclass(frozen=True)
 class ChangeResult:
-    """The version that a change made, its class ("" for none), and the examples that it added or removed."""
+    """What a change did: the version that it made, its class ("" for none), the examples that it added or removed.
+
+    >>> ChangeResult(version=2, class_id="~3", example_ids=("~12", "~13")).version
+    2
+    """
 
     version: int
     class_id: str = ""

@@ -16,9 +16,13 @@ from iosr_fast.state.state import State
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class: logit = zero_shot + cache, what the texts and what the support images contribute.
+    """One class of a Prediction: logit = zero_shot + cache.
 
-    `probability` is the softmax over the logits of all classes, those not shown included.
+    `zero_shot` is the contribution of the class name, `cache` that of the support images. `probability` is the softmax
+    over the logits of all classes, those that are not shown included. `class_id` stays when a class is renamed.
+
+    >>> ClassScore("pear", "~1", probability=0.9, logit=25.0, zero_shot=22.0, cache=3.0).cache
+    3.0
     """
 
     label: str
@@ -31,7 +35,11 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A support image near the query, as the method compares images: `similarity` is the cosine, in [-1, 1]."""
+    """A support image near the query; `similarity` is the cosine, in [-1, 1], of what the method compares.
+
+    >>> Neighbour("~7", "pear", "~1", similarity=0.93).label
+    'pear'
+    """
 
     example_id: str
     label: str
@@ -41,7 +49,22 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's label and the reasons for it, all of one `version` of the classifier."""
+    """The label of one image and the reasons for it, all of one `version` of the classifier.
+
+    `top` are the classes with the largest logits, best first: top[0] is the label. `nearest` are the support images
+    with the largest cosines, best first; none by default. The other fields are those of top[0] (ClassScore).
+
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", views=1).fit(images, labels)
+    >>> [prediction] = classifier.explain(images[0], top=2, nearest=1)
+    >>> prediction.label == labels[0], len(prediction.top), len(prediction.nearest)
+    (True, 2, 1)
+    >>> round(prediction.nearest[0].similarity, 3)  # the image is one of the support images
+    1.0
+    """
 
     label: str
     class_id: str
@@ -49,8 +72,8 @@ class Prediction:
     logit: float
     zero_shot: float
     cache: float
-    top: tuple[ClassScore, ...]  # best first; top[0] is the label's own
-    nearest: tuple[Neighbour, ...]  # nearest support images, best first; empty by default
+    top: tuple[ClassScore, ...]
+    nearest: tuple[Neighbour, ...]
     version: int
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,6 +42,17 @@ class LiveUpdates(FittedAttributes):
     For "tip-adapter", "tip-adapter++" and "zero-shot" the cost of a change depends on the images that it adds, not on
     the size of the cache; for "gda" it is a matrix inverse. "ape", "tip-x" and "proker" weigh all images against one
     another and are fitted again on the stored embeddings. Method, parameters and reducer stay until `retune`.
+
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", views=1).fit(images, labels)
+    >>> change = classifier.add_class("night", [images[0] // 9])
+    >>> change.version, classifier.predict(images[0] // 9).tolist()
+    (2, ['night'])
+    >>> classifier.remove_class("night").version
+    3
     """
 
     def __init__(self) -> None:

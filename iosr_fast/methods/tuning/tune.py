@@ -45,6 +45,11 @@ class Tuned:
                   one_shot_parameters), "none"
     settings      combinations of the other parameters that were tried, with every alpha for each
     note          what a user has to know of the choice: texts or images that have no effect; else empty
+
+    >>> from iosr_fast.methods.tuning.tune import Tuned
+    >>> tuned = Tuned("gda", "none", {"alpha": 0.5}, accuracy=0.9, scored=40, protocol="loo")
+    >>> f"{tuned.method}: {tuned.accuracy:.0%} of {tuned.scored} images"
+    'gda: 90% of 40 images'
     """
 
     method: str
@@ -99,8 +104,20 @@ def tune(
     counts as level, and the lowest log-loss among it wins. Alpha is searched from 0 to MAX_ALPHA. If each class has one
     image, nothing can be left out, and one_shot_parameters decides.
 
-    Raises ValueError for an unknown method or reducer, labels that don't fit, or if the support set lacks what the
+    Raises IosrFastError for an unknown method or reducer, labels that don't fit, or if the support set lacks what the
     method needs; RuntimeError if the compiled plan disagrees with the search (plan_check).
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> labels = np.repeat([0, 1], 8)
+    >>> rows = np.random.default_rng(0).normal(size=(16, 4)) + 4 * np.eye(2, 4)[labels]
+    >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
+    >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=2)
+    >>> tuned = tune("gda", support)
+    >>> tuned.protocol, tuned.scored, sorted(tuned.parameters)
+    ('loo', 16, ['alpha'])
+    >>> plan = tuned.compile(support)
     """
     if method == AUTO:
         return tune_auto(support, queries, labels)

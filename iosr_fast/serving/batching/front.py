@@ -37,9 +37,6 @@ _requests = itertools.count()
 class BatchingClassifier:
     """Classifies images that arrive one at a time, from any number of threads or an event loop, in batches.
 
-    with BatchingClassifier(classifier) as batching:
-        batching.submit("a.jpg").result().label
-
     Images are those that Classifier.predict takes; do not modify them before they are answered.
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
@@ -58,7 +55,17 @@ class BatchingClassifier:
     `healthy` is False until the engine works again; while idle, it is tried every second.
 
     Callbacks of futures run on the threads that answer: keep them short, and don't wait in them for another image.
-    Raises ValueError for a classifier that is not fitted and for invalid settings.
+    Raises NotFittedError for a classifier that is not fitted, and IosrFastError for invalid settings.
+
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", views=1).fit(images, labels)
+    >>> with BatchingClassifier(classifier, decode_threads=1) as batching:
+    ...     futures = [batching.submit(image, top=1) for image in images[:3]]
+    ...     [future.result().label for future in futures] == labels[:3]
+    True
     """
 
     def __init__(
