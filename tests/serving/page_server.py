@@ -85,7 +85,7 @@ class Visit:
     def fill_in(self, name: str, pictures: list[Any], token: str = TOKEN) -> Visit:
         """Fill in the form of a new class, up to its button."""
         self.page.fill("#new-name", name)
-        self.page.set_input_files("#new-pictures", pictures)
+        self.page.set_input_files("#new-examples", pictures)
         self.page.locator("#new-strip li").nth(len(pictures) - 1).wait_for()
         self.page.fill("#token", token)
         return self
@@ -97,6 +97,13 @@ class Visit:
         """Wait for the notice to say these words, on the screen and to screen readers."""
         self.page.locator("#notice-text", has_text=words).wait_for()
         assert words in self.text("#notice-live")
+
+    def refused(self, field: str, words: str) -> None:
+        """Wait for these words at the field, which is marked and has the focus."""
+        self.page.locator(f"#{field}-error", has_text=words).wait_for()
+        assert self.page.evaluate("document.activeElement.id") == field
+        assert self.page.get_attribute(f"#{field}", "aria-invalid") == "true"
+        assert f"{field}-error" in self.page.get_attribute(f"#{field}", "aria-describedby").split()
 
     def was_refused(self, *statuses: int) -> None:
         """The server refused exactly this since the last call; any other refusal fails the test."""

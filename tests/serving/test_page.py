@@ -35,7 +35,15 @@ def test_comes_whole_from_its_own_server(visit: Visit) -> None:
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|https?://(?!www\.w3\.org/2000/svg\")"
     )
     assert [path.name for path in PAGE.glob("*.js") if forbidden.search(path.read_text(encoding="utf-8"))] == []
-    assert re.fullmatch(r"8 classes, model version \d+", visit.text("#model"))
+
+
+def test_the_empty_page_says_what_it_does(visit: Visit) -> None:
+    visit.page.locator("#answer", has_text="Each picture gets one of the 8 classes below.").wait_for()
+    assert visit.text("#matches") == "8 classes" and not visit.page.locator(".legend").is_visible()
+    assert visit.text("#stage strong.for-mouse") == "Drop pictures"
+    visit.choose(file(visit.site.queries[0]))
+    assert visit.page.locator(".legend").is_visible()
+    assert visit.text("#stage strong.for-mouse") == "Drop more pictures"
 
 
 def test_a_chosen_picture_is_explained(visit: Visit) -> None:
@@ -44,7 +52,6 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     visit.choose(file(query, "chosen.png"))
     page = visit.page
     assert visit.text("#answer .label").startswith(expected.label)
-    assert re.search(r"\d+\.\d ms in the server, \d+\.\d ms round trip, model version \d+", visit.text("#times"))
     rows = page.locator(".bars li[data-class]")
     assert rows.locator(".name").all_inner_texts() == [score.label for score in expected.top]
     shown = [float(text.strip("<>% ")) for text in rows.locator(".probability").all_inner_texts()]
@@ -52,17 +59,20 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     assert visit.text(".bars .rest .name") == "3 other classes"
 
     parts = np.array([[score.zero_shot, score.cache] for score in expected.top])
-    from_lowest = parts - parts.min(0)
+    from_start = parts - parts.min(0) + 0.1 * np.ptp(parts, 0)
     lengths = [
         page.locator(f".bar rect.{part}").evaluate_all("all => all.map(rect => parseFloat(rect.getAttribute('width')))")
-        for part in ("texts", "pictures")
+        for part in ("texts", "examples")
     ]
-    np.testing.assert_allclose(np.transpose(lengths), 100 * from_lowest / from_lowest.sum(1).max(), atol=0.1)
+    np.testing.assert_allclose(np.transpose(lengths), 100 * from_start / from_start.sum(1).max(), atol=0.1)
+    assert np.min(lengths) > 0, "the smallest part has a length too"
 
     page.locator("details.numbers summary").click()
     cells = page.locator("details.numbers tbody tr").first.locator("td").all_inner_texts()
     numbers = [float(text.replace("\u2212", "-")) for text in cells]
     np.testing.assert_allclose(numbers, [expected.zero_shot, expected.cache, expected.logit], atol=0.006)
+    times = r"\d+\.\d ms in the server, \d+\.\d ms round trip, model version \d+"
+    assert re.fullmatch(times, visit.text("details.numbers p:last-child"))
 
     near = page.locator(".nearest li")
     assert near.locator(".name").all_inner_texts() == [neighbour.label for neighbour in expected.nearest]
@@ -78,14 +88,17 @@ def test_bars_of_any_sign(visit: Visit) -> None:
         """async () => {
           const { barLengths } = await import("/static/result.js");
           const top = (...rows) => rows.map(([zero_shot, cache]) => ({ zero_shot, cache }));
-          return [top([-4, 3], [-5, 1], [-2, -3]), top([7, -7]), top([1, 2], [1, 2])].map(barLengths);
+          return [top([-4, 3], [-5, 1], [-2, -3]), top([7, -7]), top([1, 2], [1, 2]), top([0, 5], [0, 1])]
+            .map(barLengths);
         }"""
     )
-    mixed, alone, tied = lengths
-    assert mixed["longest"] == 7  # (-4 + 5) + (3 + 3)
-    lengths = [[bar["texts"], bar["pictures"]] for bar in mixed["bars"]]
-    np.testing.assert_allclose(lengths, [[1 / 7, 6 / 7], [0, 4 / 7], [3 / 7, 0]])
-    assert alone["bars"] == [{"texts": 0, "pictures": 0}] and tied["bars"] == [{"texts": 0, "pictures": 0}] * 2
+    mixed, alone, tied, without_texts = lengths
+    longest = 7.9  # (-4 + 5 + 0.3) + (3 + 3 + 0.6)
+    assert mixed["longest"] == pytest.approx(longest)
+    lengths = [[bar["texts"], bar["examples"]] for bar in mixed["bars"]]
+    np.testing.assert_allclose(np.array(lengths) * longest, [[1.3, 6.6], [0.3, 4.6], [3.3, 0.6]])
+    assert alone["bars"] == [{"texts": 0, "examples": 0}] and tied["bars"] == [{"texts": 0, "examples": 0}] * 2
+    assert [bar["texts"] for bar in without_texts["bars"]] == [0, 0]
 
 
 @pytest.mark.parametrize("visit", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True)
@@ -126,7 +139,10 @@ def test_drop_of_several_with_one_that_is_unreadable(visit: Visit) -> None:
 
     page.locator("#strip button").nth(1).click()
     assert visit.text("#answer .label") == "Not classified" and not page.locator("#scores").is_visible()
-    assert re.search(r"1\.png: .*(expected|image|decode)", visit.text("#answer"))
+    expected = "1.png: expected a JPEG, PNG or WebP image, got a file of another kind; convert it to one of these"
+    assert expected in visit.text("#answer") and not page.locator(".legend").is_visible()
+    inside = "(box) => [box.scrollWidth - box.clientWidth, box.scrollHeight - box.clientHeight]"
+    assert page.locator("#picture .missing").evaluate(inside) == [0, 0]
     assert page.get_attribute("#answer", "aria-live") == "polite"
     page.locator("#strip button").nth(0).click()
     assert visit.text("#answer .label").startswith(second) and visit.text("#file-name") == "0.png"
@@ -201,7 +217,9 @@ def test_phone_scrolls_one_way_only(visit: Visit) -> None:
     page.locator(".panel button", has_text="Rename").tap()
     visit.fill_in("x" * 200, [file(image, f"{i}.png") for i, image in enumerate(visit.site.newcomer)], token="wrong")
     page.locator("#add-class").tap()
-    visit.notice("The token was not accepted")
+    visit.refused("token", "Wrong token.")
+    below, above = (page.locator(selector).bounding_box()["y"] for selector in ("#teach", "#classes"))
+    assert above < below
     assert page.evaluate(width) <= 360
     visit.was_refused(401)
 
@@ -210,7 +228,7 @@ def test_phone_scrolls_one_way_only(visit: Visit) -> None:
 def test_contrast(visit: Visit) -> None:
     """WCAG 2.2 AA: 4.5 for text, 3 for what is drawn and for the edges of fields."""
     visit.choose(file(visit.site.queries[6], "contrast.png"))
-    least = {"ink": 7, "quiet": 4.5, "texts": 4.5, "pictures": 4.5, "bad": 4.5, "edge": 3}
+    least = {"ink": 7, "quiet": 4.5, "texts": 4.5, "examples": 4.5, "bad": 4.5, "edge": 3}
     found = visit.page.evaluate(
         """(names) => names.map((name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`))""",
         ["paper", "raised", *least],
@@ -227,7 +245,7 @@ def test_contrast(visit: Visit) -> None:
             dark, light = sorted((luminance(ground), luminance(colour)))
             assert (light + 0.05) / (dark + 0.05) >= ratio, (ground, name)
     for name, colour in zip(least, others, strict=True):
-        if name in ("texts", "pictures"):
+        if name in ("texts", "examples"):
             fill = visit.page.locator(f"rect.{name}").first.evaluate("rect => getComputedStyle(rect).fill")
             assert fill == f"rgb({', '.join(map(str, colour))})"
 
@@ -241,12 +259,12 @@ def test_a_class_is_added_and_wins(visit: Visit) -> None:
     visit.choose(file(other, "other.png"))
     before = visit.text("#answer .label")
     visit.fill_in(NEWCOMER, [file(image, f"{i}.png") for i, image in enumerate(support)]).page.click("#add-class")
-    visit.notice(f"Class “{NEWCOMER}” added with 3 pictures")
+    visit.notice(f"Class “{NEWCOMER}” added with 3 examples")
     page.locator("#answer .label", has_text=NEWCOMER).wait_for()  # without a second request
     assert visit.text(".bars li:first-child .tag") == "new"
     assert re.sub(r"\s[\d.]+%$", "", before) in visit.text("#answer p:nth-child(2)")
     assert site.classifier.predict([other])[0] == NEWCOMER and len(site.classifier.examples(NEWCOMER)) == 3
-    assert visit.text("#model") == f"9 classes, model version {site.classifier.version}"
+    assert visit.text("#matches") == "9 classes"
     kept = page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie]")
     assert kept == [{"iosr_fast.token": TOKEN}, {}, ""]
     assert page.input_value("#new-name") == "" and page.locator("#new-strip li").count() == 0
@@ -267,19 +285,30 @@ def test_markup_in_names_is_text(visit: Visit) -> None:
 def test_what_is_refused_is_said_and_nothing_is_lost(visit: Visit) -> None:
     page, site = visit.page, visit.site
     page.click("#add-class")
-    visit.notice("The class needs a name.")
+    visit.refused("new-name", "The class needs a name.")
     page.fill("#new-name", "x")
+    assert visit.text("#new-name-error") == "" and page.get_attribute("#new-name", "aria-invalid") is None
     page.click("#add-class")
-    visit.notice("The class needs at least one picture.")
-    visit.fill_in("refused", [file(site.newcomer[0])], token="wrong").page.click("#add-class")
-    visit.notice("The token was not accepted")
-    assert page.evaluate("document.activeElement.id") == "token" and page.get_attribute("#token", "aria-invalid")
-    visit.was_refused(401)
+    visit.refused("new-examples", "The class needs at least one example.")
+    visit.fill_in("refused", [file(site.newcomer[0])], token="").page.click("#add-class")
+    assert visit.text("#new-examples-error") == ""
+    visit.refused("token", "Enter the token.")
+    page.fill("#token", "wrong")
+    page.click("#add-class")
+    visit.refused("token", "Wrong token.")
+    assert "--token-file" in visit.text("#token-hint")
+    visit.was_refused(401, 401)
     page.fill("#token", TOKEN)
     page.fill("#new-name", str(site.classifier.classes_[0]))
     page.click("#add-class")
-    visit.notice("already")
-    visit.was_refused(409)
+    visit.refused("new-name", "Another class has this name.")
+    page.locator("#classes button").nth(1).click()
+    page.click(".panel button:has-text('Rename')")
+    for name, words in (("", "The class needs a name."), (site.classifier.classes_[0], "Another class has this name.")):
+        page.fill("#rename", str(name))
+        page.keyboard.press("Enter")
+        visit.refused("rename", words)
+    visit.was_refused(409, 409)
     assert page.locator("#new-strip li").count() == 1 and len(site.classifier.classes_) == 8
 
 
@@ -320,14 +349,14 @@ def test_all_of_it_by_keyboard(visit: Visit) -> None:
     assert page.locator("details.numbers table").is_visible()
     tab_to(page, "#new-name")
     keys.type("typed")
-    choose_by_key(visit, "#new-pictures", [file(image, f"{i}.png") for i, image in enumerate(site.newcomer[:3])])
+    choose_by_key(visit, "#new-examples", [file(image, f"{i}.png") for i, image in enumerate(site.newcomer[:3])])
     page.locator("#new-strip li").nth(2).wait_for()
     tab_to(page, "#new-strip li:last-child button")
     keys.press("Enter")  # leaves one of the three out
     tab_to(page, "#token")
     keys.type(TOKEN)
     keys.press("Enter")
-    visit.notice("Class “typed” added with 2 pictures")
+    visit.notice("Class “typed” added with 2 examples")
 
     tab_to(page, "#filter")
     keys.type("TYPED")
@@ -335,14 +364,14 @@ def test_all_of_it_by_keyboard(visit: Visit) -> None:
     keys.press("Enter")
     page.locator(".panel img").nth(1).wait_for()
     choose_by_key(visit, ".panel label input", [file(site.newcomer[4], "more.png")])
-    visit.notice("1 picture added to “typed”")
+    visit.notice("1 example added to “typed”")
     page.locator(".panel img").nth(2).wait_for()
     tab_to(page, ".panel .drop-one")
     keys.press("Enter")
     tab_to(page, "dialog button[value=yes]")
     keys.press("Enter")
-    visit.notice("Picture of “typed” removed")
-    page.locator("#classes .row-button", has_text="2 pictures").wait_for()
+    visit.notice("Example of “typed” removed")
+    page.locator("#classes .row-button", has_text="2 examples").wait_for()
     tab_to(page, ".panel .row > button")
     keys.press("Enter")
     keys.type("typed again")
@@ -371,11 +400,12 @@ def test_a_thousand_classes(visit: Visit) -> None:
 
     visit.page.route(re.compile(r".*/v1/classes(\?.*)?$"), page_of)
     visit.page.reload()
-    visit.page.locator("#model", has_text="1,000 classes").wait_for()
+    visit.page.locator("#matches", has_text="1,000 classes").wait_for()
     assert visit.page.locator("#classes li").count() == 12
+    assert visit.text("#more") == "Show 100 more of 988"
     visit.page.click("#more")
-    assert visit.page.locator("#classes li").count() == 24
+    assert visit.page.locator("#classes li").count() == 112
     assert visit.page.evaluate("document.activeElement.innerText").startswith("class 12")
     visit.page.fill("#filter", "Class 77")
     assert visit.text("#matches") == "11 of 1,000 classes" and not visit.page.locator("#more").is_visible()
-    assert visit.page.locator("#classes li").nth(10).inner_text().split("\n") == ["class 779", "2 pictures"]
+    assert visit.page.locator("#classes li").nth(10).inner_text().split("\n") == ["class 779", "2 examples"]

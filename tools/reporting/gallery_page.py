@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tools.page_screenshot import SHOWN as ON_PAGE
 from tools.reporting.gallery_figures import Answer
 from tools.reporting.load import Row
 from tools.reporting.text import percent, table
@@ -71,11 +72,13 @@ highest cosines.
 
 ## The server's page
 
-![The server's page: a picture of a pear and three others on the left; on the right the predicted
-class, the probabilities with the parts of the logits, and the nearest support pictures.](page.png)
+![The server's page: a picture of a pear and four others on the left; on the right the predicted
+class, the probabilities with bars for texts and examples, and the nearest examples. Below, the
+list of classes and the form that adds one.](page.png)
 
-`make serve` serves the classifier above with this page. Here the class "pear" was just added from
-three pictures.
+`make serve` serves the classifier above with this page. The small pictures are the first {on_page} of the
+grid above, whatever their labels: {on_page_right} of the {on_page} labels are right. The last one is a pear. That
+class was missing, and was then added from three examples.
 `python tools/page_screenshot.py --out docs/page.png` makes this picture again and needs Chromium.
 
 ## Sources and licences of the pictures
@@ -128,6 +131,8 @@ def page(
         right=right,
         right_share=f"{right / len(answers):.1%}",
         chance=f"{1 / facts['classes']:.1%}",
+        on_page=ON_PAGE,
+        on_page_right=sum(answer.right for answer in shown[:ON_PAGE]),
         explained="\n".join(_explain(answer) for answer in explained),
         licence_table=_table(_licence_columns(facts["styles"]), texts=3),
     )

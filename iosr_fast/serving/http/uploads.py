@@ -43,7 +43,7 @@ def check_image(data: bytes, settings: Settings, side: int) -> Refusal | None:
     if len(data) > settings.max_image_bytes:
         return _too_large(len(data), settings.max_image_bytes)
     if not image_kind(data):
-        got = f"{len(data)} bytes that begin with {data[:8]!r}" if data else "nothing"
+        got = "a file of another kind; convert it to one of these" if data else "an empty file; send all of it"
         return Refusal("unsupported_type", f"expected a JPEG, PNG or WebP image, got {got}")
     size = claimed_size(data)
     if size is None:

@@ -2,12 +2,18 @@
 
 const LONGEST_WAIT_S = 60;
 const TOKEN = "iosr_fast.token";
+// Instead of messages for programs.
+const WORDS = {
+  unauthorized: "Wrong token.",
+  changes_disabled: "This server takes no changes. Its operator enables them with IOSR_FAST_TOKEN or --token-file.",
+  name_taken: "Another class has this name.",
+};
 
-/** An error of the server or the network; `status` is 0 without an answer. */
+/** An error of the server or the network; `status` is 0 and `code` null without an answer. */
 export class ServerError extends Error {
-  constructor(message, status = 0) {
+  constructor(message, status = 0, code = null) {
     super(message);
-    this.status = status;
+    Object.assign(this, { status, code });
   }
 }
 
@@ -67,7 +73,8 @@ function checked(response, text) {
   // If all pictures are bad, the answer is a 422 with an error for each.
   if (data !== null && (response.ok || data.predictions)) return data;
   const words = data?.error?.message ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".";
-  throw new ServerError(words, response.status);
+  const code = data?.error?.code ?? null;
+  throw new ServerError(WORDS[code] ?? words, response.status, code);
 }
 
 function form(pictures, fields = {}) {

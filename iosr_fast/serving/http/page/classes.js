@@ -1,14 +1,15 @@
-// The list of classes: filter, view pictures, add and remove pictures, rename, remove.
+// The list of classes: filter, view examples, add and remove them, rename, remove.
 
 import * as api from "./api.js";
-import { complain, confirmed, count, find, make, quoted, removable } from "./dom.js";
+import { complain, confirmed, count, find, make, quoted, refuse, removable } from "./dom.js";
 import { acceptChoices } from "./pictures.js";
 import { supportPicture } from "./result.js";
 import { preparedAll } from "./upright.js";
 
-const STEP = 12; // Rows at first and with every "more"; 1,000 rows would be 1,000 stops of the Tab key.
+// Rows at first and with every "more"; 1,000 rows at once would be 1,000 stops of the Tab key.
+const [FIRST, STEP] = [12, 100];
 let all = [];
-let rows = STEP;
+let rows = FIRST;
 let openId = null;
 let change;
 
@@ -41,7 +42,7 @@ function draw() {
   find("classes").replaceChildren(...matches.slice(0, rows).map(row));
   const left = matches.length - rows;
   find("more").hidden = left <= 0;
-  find("more").textContent = `Show ${Math.min(STEP, left)} more of ${left}`;
+  find("more").textContent = left > STEP ? `Show ${STEP} more of ${left}` : `Show ${left} more`;
   // The focused element was replaced: focus the row of its class, or the filter if the class was removed.
   if (focused) (find("classes").querySelector('[aria-expanded="true"]') ?? find("filter")).focus();
 }
@@ -60,14 +61,14 @@ function row(info) {
       "button",
       { type: "button", class: "row-button", "aria-expanded": String(open), click: toggle },
       make("span", { class: "name" }, info.name),
-      make("span", { class: "quiet" }, count(info.examples, "picture")),
+      make("span", { class: "quiet" }, count(info.examples, "example")),
     ),
     open ? panel(info) : null,
   );
 }
 
 function panel(info) {
-  const pictures = make("ul", { class: "strip", "aria-label": `Pictures of ${info.name}` });
+  const pictures = make("ul", { class: "strip", "aria-label": `Examples of ${info.name}` });
   drawExamples(info, pictures);
   const actions = make("div", { class: "row" });
   drawActions(info, actions);
@@ -79,8 +80,8 @@ async function drawExamples(info, list) {
     const { data } = await api.examples(info.class_id);
     list.replaceChildren(
       ...data.example_ids.map((id, i) => {
-        const words = `picture ${i + 1} of ${info.name}`;
-        return removable(supportPicture(id, words), `Remove ${words}`, () => removePicture(info, id, i + 1));
+        const words = `example ${i + 1} of ${info.name}`;
+        return removable(supportPicture(id, words), `Remove ${words}`, () => removeExample(info, id, i + 1));
       }),
     );
   } catch (error) {
@@ -90,10 +91,10 @@ async function drawExamples(info, list) {
 
 function drawActions(info, actions) {
   const input = make("input", { type: "file", accept: "image/*", multiple: true });
-  acceptChoices(input, (files) => addPictures(info, files));
+  acceptChoices(input, (files) => addExamples(info, files));
   const rename = make("button", { type: "button", class: "button", click: () => askName(info, actions) }, "Rename");
   actions.replaceChildren(
-    make("label", { class: "button" }, input, "Add pictures"),
+    make("label", { class: "button" }, input, "Add examples"),
     rename,
     make("button", { type: "button", class: "button danger", click: () => removeClass(info) }, "Remove class"),
   );
@@ -101,7 +102,13 @@ function drawActions(info, actions) {
 }
 
 function askName(info, actions) {
-  const input = make("input", { value: info.name, maxlength: 200, "aria-label": `New name of ${info.name}` });
+  const input = make("input", {
+    id: "rename",
+    value: info.name,
+    maxlength: 200,
+    "aria-label": `New name of ${info.name}`,
+    "aria-describedby": "rename-error",
+  });
   const cancel = () => drawActions(info, actions).focus();
   const form = make(
     "form",
@@ -109,13 +116,14 @@ function askName(info, actions) {
       class: "row",
       submit: (event) => {
         event.preventDefault();
-        rename(info, input.value.trim(), cancel);
+        rename(info, input, cancel);
       },
       keydown: (event) => {
         if (event.key === "Escape") cancel();
       },
     },
     input,
+    make("p", { id: "rename-error", class: "error" }),
     make("button", { class: "button strong" }, "Save"),
     make("button", { type: "button", class: "button", click: cancel }, "Cancel"),
   );
@@ -123,43 +131,45 @@ function askName(info, actions) {
   input.select();
 }
 
-function addPictures(info, files) {
+function addExamples(info, files) {
   return change(
     async (onWait) => api.addExamples(info.class_id, await preparedAll(files), onWait),
-    ({ version }) => ({
-      words: `${count(files.length, "picture")} added to ${quoted(info.name)}: model version ${version}.`,
-      mark: { classId: info.class_id, name: info.name, word: "more pictures" },
+    () => ({
+      words: `${count(files.length, "example")} added to ${quoted(info.name)}.`,
+      mark: { classId: info.class_id, name: info.name, word: "more examples" },
       look: true,
     }),
   );
 }
 
-function rename(info, name, cancel) {
+function rename(info, input, cancel) {
+  const name = input.value.trim();
   if (name === info.name) return cancel();
-  if (!name) return complain("The class needs a name.");
+  if (!name) return refuse(input, "The class needs a name.");
   return change(
     (onWait) => api.renameClass(info.class_id, name, onWait),
-    ({ version }) => ({
-      words: `${quoted(info.name)} renamed to ${quoted(name)}: model version ${version}.`,
+    () => ({
+      words: `${quoted(info.name)} renamed to ${quoted(name)}.`,
       mark: { classId: info.class_id, name, word: "renamed" },
     }),
+    input,
   );
 }
 
 async function removeClass(info) {
-  const question = `Remove ${quoted(info.name)} and its ${count(info.examples, "picture")}? This can't be undone.`;
+  const question = `Remove ${quoted(info.name)} and its ${count(info.examples, "example")}? This can't be undone.`;
   if (!(await confirmed(question))) return;
   await change(
     (onWait) => api.removeClass(info.class_id, onWait),
-    ({ version }) => ({ words: `Class ${quoted(info.name)} removed: model version ${version}.` }),
+    () => ({ words: `Class ${quoted(info.name)} removed.` }),
   );
 }
 
-async function removePicture(info, exampleId, place) {
-  if (!(await confirmed(`Remove picture ${place} of ${quoted(info.name)}? This can't be undone.`))) return;
+async function removeExample(info, exampleId, place) {
+  if (!(await confirmed(`Remove example ${place} of ${quoted(info.name)}? This can't be undone.`))) return;
   await change(
     (onWait) => api.removeExample(exampleId, onWait),
-    ({ version }) => ({ words: `Picture of ${quoted(info.name)} removed: model version ${version}.` }),
+    () => ({ words: `Example of ${quoted(info.name)} removed.` }),
   );
 }
 
@@ -167,7 +177,7 @@ async function removePicture(info, exampleId, place) {
 export function setUp(send) {
   change = send;
   find("filter").addEventListener("input", () => {
-    rows = STEP;
+    rows = FIRST;
     draw();
   });
   find("more").addEventListener("click", () => {

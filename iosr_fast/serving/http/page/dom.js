@@ -21,7 +21,7 @@ export const make = (tag, attributes = {}, ...children) => fill(document.createE
 export const makeSvg = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
 
-/** "1 picture", "1,000 pictures". */
+/** "1 example", "1,000 examples". */
 export const count = (number, one, many = `${one}s`) => `${COUNT.format(number)} ${number === 1 ? one : many}`;
 
 /** A probability to a tenth of a per cent, never rounded to certainty. */
@@ -35,6 +35,8 @@ export function percent(probability) {
 export const signed = (number) => number.toFixed(2).replace("-", "\u2212");
 
 export const quoted = (name) => `\u201c${name}\u201d`;
+
+export const noPreview = () => make("span", { class: "missing", "aria-hidden": "true" }, "no preview");
 
 /** A picture of a strip with a button that removes it. */
 export const removable = (picture, words, remove) =>
@@ -54,6 +56,19 @@ export function say(text, error = false) {
 }
 
 export const complain = (problem) => say(problem, true);
+
+/** Mark a field, say why below it (in the element "<its id>-error"), and focus it, until its value changes. */
+export function refuse(field, words) {
+  field.setAttribute("aria-invalid", "true");
+  find(`${field.id}-error`).textContent = words;
+  field.addEventListener("input", () => accept(field), { once: true });
+  field.focus();
+}
+
+export function accept(field) {
+  field.removeAttribute("aria-invalid");
+  find(`${field.id}-error`).textContent = "";
+}
 
 export function sayNothing() {
   find("notice").hidden = true;

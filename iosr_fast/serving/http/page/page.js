@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import * as classes from "./classes.js";
-import { complain, count, find, make, say, sayNothing } from "./dom.js";
+import { complain, count, find, make, noPreview, refuse, say, sayNothing } from "./dom.js";
 import { acceptChoices, acceptDrops, filesOf } from "./pictures.js";
 import { show } from "./result.js";
 import * as teach from "./teach.js";
@@ -100,15 +100,16 @@ function thumbnail(item) {
     following = false;
     view(item);
   };
-  const canvas = make("canvas", { width: 56, height: 56, "aria-hidden": "true" });
+  let picture = noPreview();
   if (item.picture) {
     const { width, height } = item.picture;
     const side = Math.min(width, height);
-    canvas.getContext("2d").drawImage(item.picture, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 56, 56);
+    picture = make("canvas", { width: 56, height: 56, "aria-hidden": "true" });
+    picture.getContext("2d").drawImage(item.picture, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 56, 56);
   }
   const label = make("span", { class: "name" }, words);
   const current = String(item === shown);
-  return make("li", {}, make("button", { type: "button", "aria-current": current, click: choose }, canvas, label));
+  return make("li", {}, make("button", { type: "button", "aria-current": current, click: choose }, picture, label));
 }
 
 async function refresh(how) {
@@ -116,24 +117,23 @@ async function refresh(how) {
   if (!data) return;
   version = data.version;
   classCount = data.classes.length;
-  find("model").textContent = `${count(classCount, "class", "classes")}, model version ${version}`;
+  const promise = find("promise"); // Until the first answer takes its place.
+  if (promise) promise.textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below.`;
 }
 
 /**
  * Send a change, announce it, and classify the shown picture again. `describe(data)` returns {words, mark, look}: the
- * announcement, the class to mark, whether to scroll to the result. True if it succeeded.
+ * announcement, the class to mark, whether to scroll to the result. `nameField` has the new name of a class, if there is
+ * one. True if it succeeded.
  */
-async function change(request, describe) {
+async function change(request, describe, nameField = null) {
   let data;
   try {
     ({ data } = await request(announceWait));
   } catch (error) {
-    const refused = error.status === 401;
-    complain(refused ? `The token was not accepted: ${error.message}` : error.message);
-    if (refused) {
-      find("token").setAttribute("aria-invalid", "true");
-      find("token").focus();
-    }
+    if (error.status === 401) refuse(find("token"), api.token.get() ? error.message : "Enter the token.");
+    else if (error.code === "name_taken") refuse(nameField, error.message);
+    else complain(error.message);
     return false;
   }
   const { words, mark: marked = null, look: scroll = false } = describe(data);

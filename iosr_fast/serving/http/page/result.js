@@ -1,8 +1,9 @@
-// The result of one picture: label, bars in two parts, numbers, nearest support pictures.
+// The result of one picture: label, bars in two parts, numbers, nearest examples.
 
 import { pictureAddress } from "./api.js";
-import { count, find, make, makeSvg, percent, quoted, signed } from "./dom.js";
+import { count, find, make, makeSvg, noPreview, percent, quoted, signed } from "./dom.js";
 
+const START = 0.1; // Length of the shortest part of a bar, as a share of the range of that part.
 const FACTORS = [
   [1e6, "a million times"],
   [1000, "1,000 times"],
@@ -13,31 +14,32 @@ const FACTORS = [
 
 /**
  * Lengths of the bars as shares of the longest. The logit of a class is zero_shot + cache. Either can be negative, and
- * softmax depends on differences between classes only. So each part starts at its minimum over the shown classes: no
- * length is negative, and the ends of two bars differ as their logits do.
+ * softmax depends on differences between classes only. So each part starts a little below its minimum over the shown
+ * classes: every length is positive, and the ends of two bars differ as their logits do. A part that is the same for
+ * all of them has no length.
  */
 export function barLengths(top) {
-  const lowest = (part) => Math.min(...top.map((score) => score[part]));
-  const [textsFrom, picturesFrom] = [lowest("zero_shot"), lowest("cache")];
-  const parts = top.map((score) => ({ texts: score.zero_shot - textsFrom, pictures: score.cache - picturesFrom }));
-  const longest = Math.max(...parts.map(({ texts, pictures }) => texts + pictures));
-  const share = (length) => (longest > 0 ? length / longest : 0);
-  return {
-    bars: parts.map(({ texts, pictures }) => ({ texts: share(texts), pictures: share(pictures) })),
-    longest,
+  const part = (name) => {
+    const values = top.map((score) => score[name]);
+    const [lowest, highest] = [Math.min(...values), Math.max(...values)];
+    return values.map((value) => value - lowest + START * (highest - lowest));
   };
+  const [texts, examples] = [part("zero_shot"), part("cache")];
+  const longest = Math.max(...top.map((_, i) => texts[i] + examples[i]));
+  const share = (length) => (longest > 0 ? length / longest : 0);
+  return { bars: top.map((_, i) => ({ texts: share(texts[i]), examples: share(examples[i]) })), longest };
 }
 
-function bar({ texts, pictures }, score) {
+function bar({ texts, examples }, score) {
   const rect = (part, from, share) =>
     makeSvg("rect", { class: part, x: `${100 * from}%`, width: `${100 * share}%`, height: "100%" });
-  const words = `texts ${signed(score.zero_shot)}, pictures ${signed(score.cache)}, sum ${signed(score.logit)}`;
+  const words = `texts ${signed(score.zero_shot)}, examples ${signed(score.cache)}, sum ${signed(score.logit)}`;
   return makeSvg(
     "svg",
     { class: "bar", "aria-hidden": "true" },
     makeSvg("title", {}, words),
     rect("texts", 0, texts),
-    rect("pictures", texts, pictures),
+    rect("examples", texts, examples),
   );
 }
 
@@ -58,11 +60,7 @@ function scale(longest) {
       line("0", "4.5", `${width}%`, "4.5"),
       line(`${width}%`, "0", `${width}%`, "9"),
     ),
-    make(
-      "p",
-      { class: "quiet" },
-      `This much longer means ${words} as likely. Only differences count, so each part starts at its minimum.`,
-    ),
+    make("p", { class: "quiet" }, `A bar that is longer by this much means ${words} as likely.`),
   );
 }
 
@@ -87,7 +85,7 @@ function bars(top, mark, classCount) {
   return [make("ol", { class: "bars", "aria-label": "Most probable classes" }, ...rows), scale(longest)];
 }
 
-function numbers(top) {
+function numbers(top, { latencyMs, roundTripMs, version }) {
   const row = (score) =>
     make(
       "tr",
@@ -95,7 +93,8 @@ function numbers(top) {
       make("th", { scope: "row" }, score.label),
       ...[score.zero_shot, score.cache, score.logit].map((value) => make("td", {}, signed(value))),
     );
-  const heads = ["class", "texts", "pictures", "sum"];
+  const heads = ["class", "texts", "examples", "sum"];
+  const times = `${latencyMs.toFixed(1)} ms in the server, ${roundTripMs.toFixed(1)} ms round trip`;
   return make(
     "details",
     { class: "numbers", open: find("scores").querySelector("details.numbers")?.open },
@@ -106,6 +105,8 @@ function numbers(top) {
       make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
       make("tbody", {}, ...top.map(row)),
     ),
+    make("p", { class: "quiet" }, "Bars show differences: each part of a bar starts just below its lowest number here."),
+    make("p", { class: "quiet" }, `${times}, model version ${version}`),
   );
 }
 
@@ -122,13 +123,13 @@ function neighbours(nearest) {
     make(
       "li",
       {},
-      supportPicture(example_id, `labelled picture of ${label}`),
+      supportPicture(example_id, `example of ${label}`),
       make("span", { class: "name" }, label),
       make("span", { class: "quiet" }, signed(similarity)),
     ),
   );
   return [
-    make("h3", {}, "Nearest labelled pictures ", make("span", { class: "quiet" }, "with their cosine similarity")),
+    make("h3", {}, "Nearest examples ", make("span", { class: "quiet" }, "with their cosine similarity")),
     make("ul", { class: "nearest" }, ...figures),
   ];
 }
@@ -156,19 +157,16 @@ export function show(item, mark, classCount) {
   const notes = item.sent?.notes.length ? ` (${item.sent.notes.join(", ")} before sending)` : "";
   find("file-name").textContent = item.name + notes;
   find("picture").hidden = false;
-  find("picture").replaceChildren(item.picture ?? make("span", { class: "missing" }, "no preview"));
+  find("picture").replaceChildren(item.picture ?? noPreview());
   find("result").setAttribute("aria-busy", String(item.busy));
-  const { prediction, error, latencyMs, roundTripMs, version } = item;
+  const { prediction, error } = item;
   find("scores").hidden = !prediction;
   if (prediction) {
     find("answer").replaceChildren(...heading(item));
-    const times = `${latencyMs.toFixed(1)} ms in the server, ${roundTripMs.toFixed(1)} ms round trip`;
-    find("times").textContent = `${times}, model version ${version}`;
     const { top, nearest } = prediction;
-    const parts = [...bars(top, mark, classCount), numbers(top), ...neighbours(nearest)];
-    find("scores").replaceChildren(...parts.filter((part) => part !== null));
+    const parts = [...bars(top, mark, classCount), numbers(top, item), ...neighbours(nearest)];
+    find("parts").replaceChildren(...parts.filter((part) => part !== null));
   } else {
-    find("times").textContent = "";
     const waiting = make("p", { class: "label quiet-label" }, "Classifying\u2026");
     find("answer").replaceChildren(...(error ? refusal(item) : [waiting]));
   }

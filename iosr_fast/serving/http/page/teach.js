@@ -1,76 +1,67 @@
-// The form that adds a class: name, pictures, token.
+// The form that adds a class: name, examples, token.
 
 import * as api from "./api.js";
-import { complain, count, find, make, quoted, removable } from "./dom.js";
+import { accept, count, find, noPreview, quoted, refuse, removable } from "./dom.js";
 import { acceptChoices, acceptDrops } from "./pictures.js";
 import { drawn, preparedAll } from "./upright.js";
 
 const THUMBNAIL = 96;
-let pictures = [];
+let examples = [];
 
-/** Add pictures to the form. */
+/** Add examples to the form. */
 export async function collect(files) {
   const added = await Promise.all(files.map(async (file) => ({ file, canvas: await drawn(file, THUMBNAIL) })));
-  pictures.push(...added);
+  examples.push(...added);
+  accept(find("new-examples"));
   draw();
 }
 
 function draw() {
   const strip = find("new-strip");
-  strip.hidden = !pictures.length;
+  strip.hidden = !examples.length;
   strip.replaceChildren(
-    ...pictures.map((picture) =>
-      removable(
-        picture.canvas ?? make("span", { class: "missing" }, "no preview"),
-        `Leave out ${picture.file.name}`,
-        () => leaveOut(picture),
-      ),
+    ...examples.map((example) =>
+      removable(example.canvas ?? noPreview(), `Leave out ${example.file.name}`, () => leaveOut(example)),
     ),
   );
-  const words = pictures.length ? ` with ${count(pictures.length, "picture")}` : "";
+  const words = examples.length ? ` with ${count(examples.length, "example")}` : "";
   find("add-class").textContent = `Add the class${words}`;
 }
 
-function leaveOut(picture) {
-  const place = pictures.indexOf(picture);
-  pictures = pictures.filter((other) => other !== picture);
+function leaveOut(example) {
+  const place = examples.indexOf(example);
+  examples = examples.filter((other) => other !== example);
   draw();
   const buttons = find("new-strip").querySelectorAll("button");
-  (buttons[Math.min(place, buttons.length - 1)] ?? find("new-pictures")).focus();
+  (buttons[Math.min(place, buttons.length - 1)] ?? find("new-examples")).focus();
 }
 
 async function send(change) {
-  const name = find("new-name").value.trim();
-  if (!name) return refuse("The class needs a name.", find("new-name"));
-  if (!pictures.length) return refuse("The class needs at least one picture.", find("new-pictures"));
-  const sent = pictures.map((picture) => picture.file);
+  const field = find("new-name");
+  const name = field.value.trim();
+  if (!name) return refuse(field, "The class needs a name.");
+  if (!examples.length) return refuse(find("new-examples"), "The class needs at least one example.");
+  const sent = examples.map((example) => example.file);
   const added = await change(
     async (onWait) => api.addClass(name, await preparedAll(sent), onWait),
-    ({ version, class_id }) => ({
-      words: `Class ${quoted(name)} added with ${count(sent.length, "picture")}: model version ${version}.`,
+    ({ class_id }) => ({
+      words: `Class ${quoted(name)} added with ${count(sent.length, "example")}.`,
       mark: { classId: class_id, name, word: "new" },
       look: true,
     }),
+    field,
   );
   if (!added) return;
-  find("new-name").value = "";
-  pictures = [];
+  field.value = "";
+  examples = [];
   draw();
-}
-
-function refuse(words, field) {
-  complain(words);
-  field.focus();
 }
 
 /** `change(request, describe)` sends a change and announces it; see page.js. */
 export function setUp(change) {
   find("token").value = api.token.get();
-  find("token").addEventListener("input", (event) => {
-    api.token.set(event.target.value.trim());
-    event.target.removeAttribute("aria-invalid");
-  });
-  acceptChoices(find("new-pictures"), collect);
+  find("token").addEventListener("input", (event) => api.token.set(event.target.value.trim()));
+  acceptChoices(find("new-examples"), collect);
   acceptDrops(find("teach-stage"), collect);
   const button = find("add-class");
   find("teach").addEventListener("submit", async (event) => {
