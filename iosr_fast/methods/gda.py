@@ -65,7 +65,14 @@ def gda_plan(
 
 
 def shrunk_precision(scatter: np.ndarray, n_rows: int) -> np.ndarray:
-    """P (D, D), float64, of the scatter (D, D) of n_rows images about their class means."""
+    """P (D, D), float64, of the scatter (D, D) of n_rows images about their class means; I if the scatter is zero.
+
+    P = D * inv(scatter + tr(scatter) / (n_rows - 1) * I), as scatter = (n_rows - 1) Sigma.
+
+    >>> shrunk_precision(np.diag([2.0, 0.0]), n_rows=3)
+    array([[0.66666667, 0.        ],
+           [0.        , 2.        ]])
+    """
     width = len(scatter)
     trace = np.trace(scatter)
     if trace <= n_rows * np.finfo(np.float32).eps:

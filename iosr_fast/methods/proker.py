@@ -60,7 +60,7 @@ def proker(
 
 
 def residual(support: SupportSet) -> np.ndarray:
-    """Y - F, (N, C) float64."""
+    """Y - F, (N, C) float64: one-hot labels minus the zero-shot cosines (0 without text)."""
     labels = np.eye(support.n_classes)[support.labels]
     return labels if support.text is None else labels - support.embeddings.plain @ support.text.T
 

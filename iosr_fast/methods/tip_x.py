@@ -90,7 +90,14 @@ def divergences(support: SupportSet, keys: np.ndarray) -> tuple[np.ndarray, floa
 
 
 def pair_range(rows: np.ndarray, others: np.ndarray, offset: np.ndarray | float = 0.0) -> tuple[float, float]:
-    """The least and the largest of offset[i] + <others[i], rows[j]> over i != j; (0, 0) for fewer than two rows."""
+    """The least and the largest of offset[i] + <others[i], rows[j]> over i != j; (0, 0) for fewer than two rows.
+
+    rows, others (N, D), offset (N, 1) or a number; in blocks of bounded memory.
+
+    >>> rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    >>> pair_range(rows, rows)
+    (0.0, 0.8)
+    """
     n_rows = len(rows)
     if n_rows < 2:
         return 0.0, 0.0

@@ -40,7 +40,11 @@ def feature_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
 
 
 def text_distribution(cosines: np.ndarray, temperature: float) -> np.ndarray:
-    """[s, H], (B, C + 1): s = softmax(cosines / temperature) and H = sum of s * log(C s). cosines (B, C)."""
+    """[s, H], (B, C + 1): s = softmax(cosines / temperature) and H = sum of s * log(C s). cosines (B, C).
+
+    >>> text_distribution(np.array([[0.2, 0.2]]), temperature=0.5)
+    array([[0.5, 0.5, 0. ]])
+    """
     exponents = cosines / cosines.dtype.type(temperature)
     exponents -= exponents.max(1, keepdims=True)
     powers = np.exp(exponents)

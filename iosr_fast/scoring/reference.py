@@ -79,7 +79,11 @@ def _keys(plan: ScoringPlan) -> np.ndarray:
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """exp(scores) over its sum along the last axis, (B, C) float64."""
+    """exp(scores) over its sum along the last axis, (B, C) float64.
+
+    >>> softmax(np.log([[1.0, 3.0]]))
+    array([[0.25, 0.75]])
+    """
     powers = np.exp(scores - scores.max(-1, keepdims=True))
     shares: np.ndarray = powers / powers.sum(-1, keepdims=True)
     return shares
