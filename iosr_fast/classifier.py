@@ -32,38 +32,78 @@ class Classifier(LiveUpdates, DeprecatedCalls):
     Images are paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a
     sequence, a pandas Series or an array of them (iosr_fast.images.pixels has the rules by which they become RGB).
 
-    Parameters, stored as they are and checked by `fit`:
+    Parameters
+    ----------
+    model : str, default=None
+        A model of open_clip, like "ViT-B-32", or "demo", a toy CLIP for trying out. None is "demo", with a warning.
+    pretrained : str or Path, default=None
+        A tag of open_clip ("laion2b_s34b_b79k", downloaded once), a weights file, or "none" for random weights.
+    adapter : str, Path or None, default="auto"
+        A file of `iosr-fast train-adapter`; None for no adapter; "auto" is the shipped one, which only the demo has.
+    runtime : str, default="auto"
+        "onnxruntime", "openvino", "torch", "tensorrt" or "tensorrt_rtx".
+    precision : {"fp32", "fp16", "bf16", "int8", "fp8"}, default="fp32"
+        Precision of the image encoder.
+    engine : str or Path, default=None
+        A folder of `iosr-fast build-engine`. None builds an engine once and keeps it in the user's cache folder.
+    method : str, default="auto"
+        A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" chooses the method, its reducer
+        and all parameters by leave-one-out on the support images.
+    reducer : str, default=None
+        "none", "centre", "pca" or "pca:64", applied before images are compared. None: "none", or the choice of "auto".
+    tune : {"loo", "none"}, default=None
+        "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
+    alpha, beta, gamma, ridge : float, default=None
+        Parameters of the method, as far as it has them. None: searched, or the method's default.
+    views : int, default=10
+        Random views of a support image that are averaged into its key. 1 takes the image as it is.
+    mirror : bool, default=True
+        Whether half of the views are mirrored. Use False where left and right matter.
+    templates : sequence of str, default=None
+        Prompts with {} for the class name. None: those of the CLIP.
+    seed : int, default=0
+        Seed of the views. A view depends on the pixels of its image and the seed, not on the order of images.
+    key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
+        How the keys are stored for scoring.
+    thumbnails : int, default=96
+        Longer side in pixels of the stored picture of a support image. 0 stores none.
+    exif_orientation : bool, default=True
+        Whether support images and queries are turned upright by their EXIF data.
+    skip_bad : bool, default=False
+        Whether `fit` leaves unreadable support images out (`skipped_`) instead of refusing them.
+    progress : bool, default=False
+        Whether to show bars on stderr if that is a terminal.
 
-    model        "demo", a toy for trying out (the default, with a warning), or one of open_clip's models: "ViT-B-32"
-    pretrained   one of open_clip's tags ("laion2b_s34b_b79k": downloaded once), a weights file, or "none" (random)
-    adapter      a file of `iosr-fast train-adapter`, None for none; "auto": the shipped one, which the demo has
-    runtime      "auto", "onnxruntime", "openvino", "torch", "tensorrt" or "tensorrt_rtx"
-    precision    of the image encoder: "fp32", "fp16", "bf16", "int8" or "fp8"
-    engine       a folder of `iosr-fast build-engine`; None: one is built, once, in the user's cache folder
-    method       one of `iosr_fast.methods.METHODS` ("++" compares adapted embeddings); "auto" chooses it, its reducer
-                 and all parameters by leave-one-out on the support images
-    reducer      "none", "centre", "pca" or "pca:64", before images are compared; None: "none", or chosen by "auto"
-    tune         "loo" searches the parameters, "none" takes the defaults; None: "loo" unless one of them is given
-    alpha, beta, gamma, ridge   parameters of the method, as far as it has them; None: searched, or the default
-    views        random views of a support image that are averaged into its key; 1 takes the image as it is
-    mirror       mirror half of the views; False where left and right matter
-    templates    prompts with {} for the class name; None: those of the CLIP
-    seed         a view is drawn from a hash of the image's pixels and this number, whatever the order of images
-    key_precision   of the keys that are scored: "fp32", "fp16", "bf16" or "int8"
-    thumbnails   longer side in pixels of the stored picture of a support image; 0 stores none
-    exif_orientation   turn images upright by EXIF, support images and queries
-    skip_bad     leave unreadable support images out (`skipped_`) instead of refusing them
-    progress     show bars on stderr if that is a terminal
+    Attributes
+    ----------
+    classes_ : array of shape (C,)
+        Class names, in the order of `class_names` or sorted; integers if the labels were integers.
+    plan_ : ScoringPlan
+        What is executed.
+    support_ : SupportSet
+        The embeddings of the support images and class names.
+    method_, reducer_, key_precision_, parameters_
+        The choices made or given.
+    tuned_ : Tuned or None
+        The search that chose the parameters; None if nothing was searched.
+    skipped_ : list of str
+        The unreadable images that `skip_bad` left out.
+    encoder, engine_
+        The image encoder and its folder.
 
-    `fit` opens the CLIP, which needs the `cpu` or `gpu` extra. Classifiers of one process share it; beside those in use
-    only the one opened last stays in memory. A saved classifier needs no torch. `tune` is also a method: read the
-    parameter by `get_params()["tune"]`. A fitted classifier predicts as before after `set_params`, until the next fit.
+    Notes
+    -----
+    The constructor stores its parameters; `fit` checks them and opens the CLIP, which needs the extra `cpu` or `gpu`.
+    Classifiers of one process share a CLIP; beside those in use, only the one opened last stays in memory. A saved
+    classifier needs no torch. After `set_params`, a fitted classifier predicts as before until the next `fit`. Any
+    number of threads may classify while others change classes and examples. `tune` is also a method; the parameter is
+    read by `get_params()["tune"]`.
 
-    After a fit: `classes_`, `plan_`, `support_`, `method_`, `reducer_`, `parameters_`, `tuned_`, `key_precision_`,
-    `exif_orientation_`, `skipped_` (state.fitted), `encoder` and `engine_`, its folder. Any number of threads may
-    classify while others change classes and examples (state.updates). Sources: CLIP (Radford et al. 2021), and the
-    papers of the methods (iosr_fast.methods).
+    Sources: CLIP (Radford et al., ICML 2021); the adapter (Kravets & Namboodiri, BMVC 2024); `iosr_fast.methods` names
+    the paper of each method.
 
+    Examples
+    --------
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures
     >>> pictures = load_pictures("held-out", min_styles=5)
