@@ -14,6 +14,7 @@ import pytest
 from click import Context
 from typer.main import get_command
 
+import iosr_fast
 from tests import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -79,6 +80,13 @@ def test_the_page_of_commands_lists_all_of_them() -> None:
 
     listed = re.findall(r"^\| `iosr-fast ([\w-]+)` \|", (ROOT / "docs/commands.md").read_text("utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(name for names in COMMANDS.values() for name in names)
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs/api.md").read_text("utf-8")
+    for name in set(iosr_fast.__all__) - {"__version__"}:
+        assert f"\n::: iosr_fast.{name}\n" in text or name == "IosrFastError", name
+    assert "\n::: iosr_fast.exceptions\n" in text
 
 
 def test_the_list_of_rooms_is_that_of_the_layers() -> None:
