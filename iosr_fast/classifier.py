@@ -51,7 +51,7 @@ class Classifier(LiveUpdates, DeprecatedCalls):
         and all parameters by leave-one-out on the support images.
     reducer : str, default=None
         "none", "centre", "pca" or "pca:64", applied before images are compared. None: "none", or the choice of "auto".
-    tune : {"loo", "none"}, default=None
+    tune : str, default=None
         "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
     alpha, beta, gamma, ridge : float, default=None
         Parameters of the method, as far as it has them. None: searched, or the method's default.
