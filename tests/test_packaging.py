@@ -116,7 +116,7 @@ def test_extras_bring_what_they_promise() -> None:
 
 def test_what_is_used_beyond_its_promises_has_an_upper_bound() -> None:
     bounded = {each.name for each in requirements() if "<" in str(each.specifier)}
-    assert bounded >= {"uvicorn", "open_clip_torch", "ray", "webdataset", "triton"}
+    assert bounded >= {"uvicorn", "open_clip_torch", "ray", "triton"}
     torch = next(each for each in requirements() if each.name == "torch")
     assert "2.5.1" not in torch.specifier, "before 2.6 torch.load runs code by default"
 

@@ -25,7 +25,7 @@ from iosr_fast.utils.manifest import MANIFEST, read_manifest, write_manifest
 from iosr_fast.utils.temporaries import is_open_at, try_lock
 
 PLAN, LOG, LOCK = "plan.json", "log.jsonl", ".lock"
-PACKAGES = ("numpy", "pillow", "onnxruntime", "torch", "safetensors", "pyarrow", "webdataset", "ray")
+PACKAGES = ("numpy", "pillow", "onnxruntime", "torch", "safetensors", "pyarrow", "ray")
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,13 @@
 """WebDataset shards: the position of each sample's image in its tar file, so that a chunk reads only its own bytes.
 
-Only the tar headers are read, so shards must be uncompressed tar files on a file system. The webdataset library expands
-patterns and groups members into samples.
+Only the tar headers are read, so shards must be uncompressed tar files on a file system.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import re
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,9 @@ from typing import Any
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import IMAGE_SUFFIXES, walk
 from iosr_fast.pipeline.source import Item, Source, check_keys, stamp_of
-from iosr_fast.utils.require import require
+from iosr_fast.utils.tar_shards import expand_braces, read_members
 
 READERS = 8  # shards indexed at a time: reading headers waits for the disk
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _FIELDS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 
@@ -63,9 +59,8 @@ def find_shards(location: str) -> list[Path]:
     elif Path(location).is_file():
         paths = [Path(location)]
     else:
-        expand = require("webdataset.shardlists", "train").expand_urls
         paths = []
-        for pattern in expand(location):
+        for pattern in expand_braces(location):
             matches = [Path(path) for path in glob.glob(pattern, recursive=True)]
             if not matches:
                 raise FileNotFoundError(f"expected shards at {pattern} (of {location}), found none")
@@ -78,11 +73,10 @@ def find_shards(location: str) -> list[Path]:
 
 def index_shard(path: Path, name: str, field: str | None = None) -> list[Item]:
     """The samples of one shard as items with the image's position in the file. Reads headers only."""
-    group = require("webdataset.tariterators", "train").group_by_keys
     stamp = stamp_of(path.stat())
     try:
         with tarfile.open(path, "r:") as tar:
-            samples = list(group(_members(tar, str(path))))
+            samples = list(read_members(tar, lambda member: (member.offset_data, member.size)))
             _check_end(tar)
     except tarfile.ReadError as error:
         raise IosrFastError(
@@ -91,12 +85,6 @@ def index_shard(path: Path, name: str, field: str | None = None) -> list[Item]:
     except ValueError as error:
         raise IosrFastError(f"expected every member once in the shard {path}: {error.args[0]}") from error
     return [_item(sample, path, name, stamp, field) for sample in samples]
-
-
-def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
-    for member in tar:
-        if member.isreg() and not _META.match(member.name):
-            yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": url}
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
@@ -109,7 +97,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 def _item(sample: dict[str, Any], path: Path, name: str, stamp: str, field: str | None) -> Item:
     key = f"{name}#{sample['__key__']}"
-    field = None if field is None else field.lower().removeprefix(".")  # as the library names fields
+    field = None if field is None else field.lower().removeprefix(".")
     images = [field] if field in sample else [] if field is not None else sorted(_FIELDS & set(sample))
     if len(images) > 1:
         raise IosrFastError(f"expected one image a sample, got {images} in {key}; choose one with --image-field")

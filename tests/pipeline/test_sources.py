@@ -36,7 +36,6 @@ def pictures(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def shards(pictures: list[Path], tmp_path: Path) -> Path:
     """Three shards with 8, 8 and 4 samples: a class and a picture each, and what webdataset skips."""
-    pytest.importorskip("webdataset")
     folder = tmp_path / "shards"
     for number in range(3):
         members = {"__about__": b"x", "__meta__/a.txt": b"x"}
@@ -148,7 +147,6 @@ def test_a_sample_without_its_image_is_kept_with_its_error(
     pictures: list[Path],
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("webdataset")
     data = pictures[0].read_bytes()
     write_shard(tmp_path / "a.tar", {"1.png": data, "2.cls": b"3", "3.png": data, "4.png": b"nothing"})
     refused = run("embed", engine, tmp_path / "a.tar", tmp_path / "out")
@@ -161,7 +159,6 @@ def test_a_sample_without_its_image_is_kept_with_its_error(
 
 
 def test_a_sample_with_two_images_is_asked_about(pictures: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("webdataset")
     first, second = (path.read_bytes() for path in pictures[:2])
     write_shard(tmp_path / "a.tar", {"1.png": first, "1.webp": second})
     given = str(tmp_path / "a.tar")

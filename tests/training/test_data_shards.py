@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 torch = pytest.importorskip("torch", reason="torch comes with the train extra")
-pytest.importorskip("webdataset", reason="webdataset comes with the train extra")
 
 from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.training.data import ShardPictures, shards, split  # noqa: E402

@@ -19,7 +19,7 @@ from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import new_file
-from iosr_fast.utils.require import require
+from iosr_fast.utils.tar_shards import expand_braces, read_members
 
 INDEX = ".iosr_fast-shards.json"
 FORMAT = 1
@@ -51,8 +51,7 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
         if not files:
             raise FileNotFoundError(f"expected shards ({', '.join(SUFFIXES)}) in {patterns[0]}, found none")
         return files
-    expand = require("webdataset.shardlists", "train").expand_urls
-    paths = [Path(path) for pattern in patterns for path in expand(str(pattern))]
+    paths = [Path(path) for pattern in patterns for path in expand_braces(str(pattern))]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:10])}")
     if len(set(paths)) != len(paths) or not paths:
@@ -97,23 +96,17 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises ValueError, naming the shard and the last good key, for a damaged one.
     """
-    library = require("webdataset.tariterators", "train")
     key = None
     with path.open("rb") as stream:
-        samples = library.group_by_keys(library.tar_file_expander([{"url": str(path), "stream": stream}]))
-        while True:
-            try:
-                sample = next(samples, None)
-            except (*DAMAGE, ValueError) as error:
-                where = "at its start" if key is None else f"after key {key}"
-                reason = error.args[0] if error.args else type(error).__name__
-                raise IosrFastError(
-                    f"shard {path} is damaged {where} ({reason}); download or create it again"
-                ) from error
-            if sample is None:
-                return
-            key = sample["__key__"]
-            yield sample
+        try:
+            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for sample in read_members(tar, lambda member: tar.extractfile(member).read()):  # type: ignore[union-attr]
+                    key = sample["__key__"]
+                    yield sample
+        except (*DAMAGE, ValueError) as error:
+            where = "at its start" if key is None else f"after key {key}"
+            reason = error.args[0] if error.args else type(error).__name__
+            raise IosrFastError(f"shard {path} is damaged {where} ({reason}); download or create it again") from error
 
 
 def _read_entry(path: Path) -> dict[str, Any]:
