@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, requires
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
@@ -138,12 +137,12 @@ def test_every_folder_of_the_package_is_packaged() -> None:
     assert [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
-@pytest.mark.parametrize(("package", "folder"), [("clip.demo", "data"), ("serving.http", "page")])
-def test_every_data_file_is_packaged(package: str, folder: str) -> None:
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"][f"iosr_fast.{package}"]
-    home = ROOT / "iosr_fast" / package.replace(".", "/")
-    kept = {path for pattern in patterns for path in home.glob(pattern)}
-    assert {path for path in (home / folder).rglob("*") if path.is_file()} == kept != set()
+def test_every_data_file_is_packaged() -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]
+    homes = {name: ROOT / name.replace("iosr_fast.kernels", "kernels").replace(".", "/") for name in patterns}
+    packaged = {path for name, home in homes.items() for pattern in patterns[name] for path in home.glob(pattern)}
+    files = {path for room in ("iosr_fast", "kernels") for path in (ROOT / room).rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc", ".so", ".pyd")} == packaged
 
 
 def test_the_command_prints_its_version() -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from iosr_fast import Classifier
+from iosr_fast import Classifier, cli
 from iosr_fast.export import pretrained
+from iosr_fast.utils.command import ListCommand, new_app
 from iosr_fast.utils.progress import progress
+from tests import ROOT
 from tests.cli.runs import never, refused, run
 from tests.state.live_parts import engine_folder, pixel_clip, small_classifier
 
@@ -22,6 +28,58 @@ def unfitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Classifier:
     clip = pixel_clip(engine_folder(tmp_path / "engine"))
     monkeypatch.setattr(pretrained, "open_shared", lambda *_, **__: clip)
     return Classifier(method="tip-adapter", views=2)
+
+
+def test_help_lists_every_command_without_importing_one() -> None:
+    files = {path.stem.replace("_", "-") for path in Path(cli.__file__).parent.glob("[!_]*.py")}
+    listed = {name for commands in cli.COMMANDS.values() for name in commands}
+    assert listed == files - {"options", "parts"}
+    code = """import sys
+from typer.testing import CliRunner
+from iosr_fast.cli import app
+print(CliRunner().invoke(app, ["--help"]).output)
+print(sorted({"numpy", "torch", "PIL", "msgspec", *(name for name in sys.modules if name[:14] == "iosr_fast.cli.")}
+    & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    help, imported = done.stdout.rsplit("\n", 2)[:2]
+    assert imported == "[]"
+    for section, commands in cli.COMMANDS.items():
+        assert f"{section}:\n" in help
+        for name, line in commands.items():
+            assert re.search(rf"^  {name} +{re.escape(line)}$", help, re.MULTILINE), name
+
+
+def test_a_name_that_is_no_command_gets_a_suggestion() -> None:
+    assert "Did you mean 'train-adapter'?" in refused("train_adapter")
+
+
+def test_an_option_takes_several_words() -> None:
+    seen: dict[str, list[str]] = {}
+
+    def several(file: str, name: Annotated[list[str], typer.Option()], flag: bool = False) -> None:
+        seen.update(file=[file], name=name)
+
+    one = new_app()
+    one.command(cls=ListCommand)(several)
+    for words in (["f", "--name", "a", "b"], ["f", "--name", "a", "--name", "b"], ["f", "--name", "a", "b", "--flag"]):
+        assert CliRunner().invoke(one, words).exit_code == 0
+        assert seen.pop("name") == ["a", "b"] and seen.pop("file") == ["f"]
+    refused_words = CliRunner().invoke(one, ["f", "--name"])
+    assert refused_words.exit_code == 2 and "requires an argument" in refused_words.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tool",
+    ["benchmark", "build_engine", "classify", "embed", "evaluate", "open_images_subset", "train_adapter"],
+)
+def test_a_script_of_tools_is_the_command(tool: str, tmp_path: Path) -> None:
+    name = tool.replace("_", "-")
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split()[1:3] == ["iosr-fast", name]
+    from_here = run(name, "--help").output.replace("root", "iosr-fast", 1)
+    assert "".join(done.stdout.split()) == "".join(from_here.split())
 
 
 def test_fit_takes_no_toy_without_a_word(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
