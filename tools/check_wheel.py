@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ STEP, SHOTS = 30, 3  # neighbours among the concepts look alike
 def main() -> None:
     home = Path(iosr_fast.__file__).resolve()
     assert home.is_relative_to(sys.prefix), f"expected iosr_fast from the wheel in {sys.prefix}, got {home}"
+    tops = {file.parts[0] for file in metadata.files("iosr_fast") or []}
+    assert "iosr_fast" in tops and not tops & {"tools", "tests", "kernels"}, f"expected the package alone, got {tops}"
+    assert (home.parent / "py.typed").exists(), "expected py.typed in the package"
     kernels = {"scalar", "avx2", "avx512"} if platform.machine() in ("x86_64", "AMD64") else {"scalar"}
     assert kernels <= set(simd_paths()), f"expected the kernels {sorted(kernels)}, got {list(simd_paths())}"
     pictures = load_pictures("held-out")
