@@ -72,7 +72,10 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise IosrFastError(f"{name} needs weights: pretrained= one of {tags}, a .safetensors or .pt file, or 'none'")
+        raise IosrFastError(
+            f"expected weights for {name}, got none: give pretrained= one of {tags}, a .safetensors or .pt file, or "
+            "'none'"
+        )
     with _quiet_open_clip():
         if str(pretrained) == "none":
             model = _random_model(open_clip, name)
@@ -83,7 +86,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
         elif Path(pretrained).is_file():
             model = _model_from_file(open_clip, name, Path(pretrained))
         elif Path(pretrained).suffix:
-            raise FileNotFoundError(f"no weights file at {pretrained}")
+            raise FileNotFoundError(f"expected a file of weights at {pretrained}, found none")
         else:
             raise IosrFastError(
                 f"{name} has no pretrained tag {str(pretrained)!r}: expected one of {tags}, a file, or 'none'"

@@ -35,7 +35,9 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
         return _evenly(load_pictures("generic").images, count)
     paths = list_images(folder).paths
     if not paths:
-        raise IosrFastError(f"{folder} has no pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise IosrFastError(
+            f"expected pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none"
+        )
     return to_pixels(_evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)
 
 

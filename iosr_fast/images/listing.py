@@ -110,7 +110,7 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
     if len(classes) < 2:
         raise IosrFastError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
     for name, reason in empty.items():
-        raise IosrFastError(f"the class folder {folder / name} has no images ({reason})")
+        raise IosrFastError(f"expected images in the class folder {folder / name}, found none ({reason})")
     listed = [path for name in classes for path in paths[name]]
     skipped.warn(folder, len(listed))
     return listed, [name for name in classes for _ in paths[name]], classes

@@ -191,7 +191,7 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path: Path) -> None:
 def test_bad_names_say_what_exists(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one of open_clip's models, got 'ViT-Z-99'"):
         load_clip("ViT-Z-99", "none")
-    with pytest.raises(ValueError, match=r"ViT-B-32 needs weights.*'openai'"):
+    with pytest.raises(ValueError, match=r"expected weights for ViT-B-32, .*'openai'"):
         load_clip("ViT-B-32")
     with pytest.raises(ValueError, match="no pretrained tag 'opnai'"):
         load_clip("ViT-B-32", "opnai")

@@ -173,13 +173,13 @@ def test_what_lies_beside_class_folders_is_counted(tmp_path: Path, caplog: pytes
 
 def test_a_class_without_images_says_what_it_holds(tmp_path: Path) -> None:
     touch(tmp_path, "cat/a.png", "dog/a.txt", "dog/b.txt", "dog/.c.png")
-    with pytest.raises(ValueError, match=r"dog has no images \(2 not images \(\.txt\), 1 hidden\)"):
+    with pytest.raises(ValueError, match=r"dog, found none \(2 not images \(\.txt\), 1 hidden\)"):
         list_folder(tmp_path)
     (tmp_path / "eel").mkdir()
     for path in (tmp_path / "dog").iterdir():
         path.unlink()
     touch(tmp_path, "dog/a.png")
-    with pytest.raises(ValueError, match=r"eel has no images \(it is empty\)"):
+    with pytest.raises(ValueError, match=r"eel, found none \(it is empty\)"):
         list_folder(tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_folders(rng: np.random.Generator, tmp_path: Path) -> None:
         list_folder(tmp_path)
     (tmp_path / "dog" / "more").mkdir(parents=True)
     picture(rng, 8, 8).save(tmp_path / "dog" / "more" / "x.PNG")
-    with pytest.raises(ValueError, match="cat has no images"):
+    with pytest.raises(ValueError, match="cat, found none"):
         list_folder(tmp_path)
     picture(rng, 8, 8).save(tmp_path / "cat" / "y.png")
     (tmp_path / "cat" / "notes.txt").write_text("not an image")

@@ -117,7 +117,9 @@ class DecoderProcess(Decoder):
         except TimeoutError:
             self.kill()
             if left_s < limit_s:
-                raise DeadlineExceededError("the deadline passed while the image was decoded") from None
+                raise DeadlineExceededError(
+                    "the deadline passed while the image was decoded; allow more time, or send a smaller one"
+                ) from None
             raise self._too_slow(position) from None
         except (_ProcessLost, OSError, ValueError) as error:
             self.kill()

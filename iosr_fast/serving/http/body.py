@@ -66,7 +66,7 @@ class BoundedBody:
             if self.size + count > limit:
                 raise self._too_large("more")
             if not self._budget.take(count):
-                raise busy("busy", "too many bodies are being received; try again")
+                raise busy("busy", "too many request bodies are being received; try again")
             self.size += count
             self._whole = not message.get("more_body", False)
         return message

@@ -63,7 +63,7 @@ def find_head(data: bytearray, searched: int, max_bytes: int) -> int:
     if size > MAX_LINE and data.find(b"\r\n", 0, MAX_LINE + 2) < 0:
         raise Refused(414, "uri_too_long", f"expected a request line of at most {MAX_LINE} bytes")
     if not complete and size >= max_bytes:
-        raise Refused(431, "headers_too_large", f"Headers too large. Expected at most {max_bytes} bytes")
+        raise Refused(431, "headers_too_large", f"expected a request line and headers of at most {max_bytes} bytes")
     return end if complete else 0
 
 
@@ -103,7 +103,7 @@ def check_head(head: bytes) -> None:
     if (len(hosts) != 1 and (hosts or version == b"HTTP/1.1")) or any(not _AUTHORITY.fullmatch(host) for host in hosts):
         raise _bad("one Host header, a name or address with or without a port")
     if len(lengths) > 1 or any(not _LENGTH.fullmatch(length) for length in lengths):
-        raise _bad("at most one Content-Length, a whole number")
+        raise _bad("at most one Content-Length with a whole number")
     if codings and (lengths or version == b"HTTP/1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
         raise _bad("at most one Transfer-Encoding, `chunked`, and none in HTTP/1.0 or beside a Content-Length")
 

@@ -86,7 +86,7 @@ def run(bundle: str | Path, settings: Settings) -> None:
             threading.Thread(target=server.warm, name="iosr-fast-warm-up", daemon=True).start()
             server.run([listener])
             if server.failure is not None:
-                raise RuntimeError(f"the engine does not work: {server.failure}") from server.failure
+                raise RuntimeError(f"the engine failed during its warm-up: {server.failure}") from server.failure
         finally:
             listener.close()
             service.close()

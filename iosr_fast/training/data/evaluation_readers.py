@@ -83,7 +83,10 @@ def torchvision_set(name: str, splits: Mapping[str, str], root: Path, needs: lis
             ) from error
         names = [spoken(str(text)) for text in data.classes]
         if class_names and names != class_names:
-            raise IosrFastError(f"torchvision's {name} in {root} has other classes in {theirs!r} than in other splits")
+            raise IosrFastError(
+                f"expected the same classes in all splits of torchvision's {name} in {root}, got others in {theirs!r}; "
+                "download it again"
+            )
         class_names = names
         rows[ours] = [(os.path.relpath(path, root), label) for path, label in listed]
     return Content(root, class_names, rows)
@@ -237,7 +240,9 @@ def _wnids(file: Path) -> dict[str, str]:
 
 def _check_wnids(folder: Path, names: dict[str, str], file: Path) -> None:
     if unknown := [wnid for wnid in class_folders(folder) if wnid not in names]:
-        raise IosrFastError(f"{len(unknown)} class folders of {folder} are not in {file}: {unknown[:10]}")
+        raise IosrFastError(
+            f"expected class folders in {folder} that {file} lists, got {len(unknown)} others: {unknown[:10]}"
+        )
 
 
 def spoken(name: str) -> str:
