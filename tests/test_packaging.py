@@ -97,6 +97,18 @@ def test_every_missing_package_is_answered_with_an_extra_that_brings_it() -> Non
     assert wrong == []
 
 
+def test_every_extra_that_a_text_names_exists() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("Dockerfile*")]
+    named = {
+        (path.name, extra)
+        for path in [*SOURCES, *pages]
+        for extras in re.findall(r"(?:iosr_fast|\"\.|'\.)\[([a-z,-]+)\]", path.read_text(encoding="utf-8"))
+        for extra in extras.split(",")
+    }
+    assert len(named) > 5
+    assert {(file, extra) for file, extra in named if extra not in EXTRAS} == set()
+
+
 def test_the_core_asks_for_few_packages() -> None:
     core = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert core == {"msgspec", "numpy", "pillow", "safetensors", "typer"}
