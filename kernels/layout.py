@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Aligned:
-    """Classes seen as `shots` keys each, block_n // shots of them to a tile.
+    """Classes as `shots` keys each, block_n // shots of them per tile.
 
     `tiles` is the number of tiles of block_n keys of the whole plan, `longest` that of the longest program.
     """

@@ -48,7 +48,7 @@ class Skipped:
         return self.reasons.total() + self.suffixes.total()
 
     def summary(self) -> str:
-        """Such as "12 not images (.txt, .xmp), 2 hidden"; empty if nothing was skipped."""
+        """The counts as text, such as "12 not images (.txt, .xmp), 2 hidden"; "" if nothing was skipped."""
         counts = []
         if self.suffixes:
             names = [name for name, _ in sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))]

@@ -187,15 +187,15 @@ def from_array(array: np.ndarray) -> Image:
     if array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)):
         return to_rgb(Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array))
     first = array.ndim == 3 and array.shape[0] in _CHANNELS
-    advice = "; an array's channels come last: np.moveaxis(array, 0, -1)" if first else ""
+    advice = "; move the channels to the last axis with np.moveaxis(array, 0, -1)" if first else ""
     raise IosrFastError(f"expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}{advice}")
 
 
 _ADVICE = {
-    "f": ": of floats in [0, 1], (array * 255).round().astype(np.uint8) makes them",
-    "u": ": of 16 bits, (array / 257).round().astype(np.uint8) makes them",
-    "i": ": of levels from 0 to 255, array.astype(np.uint8) makes them",
-    "b": ": array * np.uint8(255) makes them",
+    "f": "; convert floats in [0, 1] with (array * 255).round().astype(np.uint8)",
+    "u": "; convert 16 bits with (array / 257).round().astype(np.uint8)",
+    "i": "; convert levels from 0 to 255 with array.astype(np.uint8)",
+    "b": "; convert them with array * np.uint8(255)",
 }
 
 
@@ -207,8 +207,8 @@ def tensor_array(tensor: Any) -> np.ndarray:
     """
     if str(tensor.dtype) != "torch.uint8":
         raise IosrFastError(
-            f"expected uint8 pixels, got a tensor of {tensor.dtype}: of floats in [0, 1], "
-            "(tensor * 255).round().to(torch.uint8) makes them; undo a normalisation first"
+            f"expected uint8 pixels, got a tensor of {tensor.dtype}; undo a normalisation, then convert floats in "
+            "[0, 1] with (tensor * 255).round().to(torch.uint8)"
         )
     array: np.ndarray = tensor.detach().cpu().numpy()
     if array.ndim in (3, 4) and array.shape[-3] in _CHANNELS:

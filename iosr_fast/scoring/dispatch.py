@@ -45,7 +45,7 @@ class Implementation:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Where it can execute: "cpu", "cuda"."""
+        """The devices on which it can execute: "cpu", "cuda"."""
         return ("cpu", *self.native) if self.interpreter and _is_set(self.interpreter) else self.native
 
     def load(self) -> Callable[..., tuple[Any, str]]:

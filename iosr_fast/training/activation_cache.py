@@ -213,7 +213,7 @@ def _header_of(path: Path) -> Path:
 
 
 def _gather(part: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
-    # NumPy's allocator asks for huge pages: faulting a fresh batch in costs half of the time otherwise.
+    # NumPy's allocator requests huge pages, which make the page faults of a new batch cheap.
     out = torch.from_numpy(np.empty((len(slots), *part.shape[1:]), np.int16)).view(part.dtype)
     return torch.index_select(part, 0, torch.from_numpy(slots), out=out)
 

@@ -106,5 +106,5 @@ def _choose(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _position(sizes: np.ndarray) -> np.ndarray:
-    """For rows that lie class by class: the position of each in its class, from 0."""
+    """The position of each row in its class, from 0, for rows sorted by class."""
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)

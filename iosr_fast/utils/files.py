@@ -82,7 +82,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     with claimed(path) as temporary:
         try:
             temporary.mkdir(0o755)
-            temporary.chmod(0o755)  # whatever the umask says
+            temporary.chmod(0o755)  # independent of the umask
             yield temporary
             _sync_tree(temporary)
             superseded = _set_aside(path)

@@ -67,7 +67,7 @@ def load_pictures(split: Split, min_styles: int = 4) -> Pictures:
 
 
 def held_out() -> tuple[Pictures, Pictures]:
-    """Test concepts, drawn in more than POOL styles, and validation concepts, drawn in just POOL."""
+    """Test concepts, drawn in more than POOL styles, and validation concepts, drawn in exactly POOL."""
     pictures = load_pictures("held-out")
     spare = np.bincount(pictures.concepts) > POOL
     return only(pictures, spare), only(pictures, ~spare)

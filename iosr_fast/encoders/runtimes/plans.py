@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan is built for: a runtime, its version, and this machine's GPU (None without one)."""
+    """The target of a plan: a runtime, its version, and this machine's GPU (None without one)."""
 
     runtime: str
     version: str

@@ -1,4 +1,4 @@
-"""The exact search for alpha: which alphas make a sample right, and the one that makes most samples right.
+"""The exact search for alpha: the alphas at which a sample is right, and the one at which most samples are right.
 
 Tip-Adapter's public code (Zhang et al., ECCV 2022) tries a grid of alphas. None is needed: a sample with logits
 z + alpha * s is right on one interval of alphas, so the best alpha lies where most intervals overlap. `intervals` and

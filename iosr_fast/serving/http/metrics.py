@@ -108,5 +108,5 @@ class Metrics:
         self._series -= removed
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
