@@ -14,19 +14,18 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
 from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.predictions import Prediction, predict, softmax
+from iosr_fast.state.saving import Saving
 from iosr_fast.state.updates import LiveUpdates
-from iosr_fast.utils.verified_folder import VerifiedFolder
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(LiveUpdates, DeprecatedCalls):
+class Classifier(LiveUpdates, Saving, DeprecatedCalls):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
     Images are paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a
@@ -294,47 +293,3 @@ class Classifier(LiveUpdates, DeprecatedCalls):
     def _logits(self, fit: Fit, images: Any, impl: str = "auto") -> np.ndarray:
         parts = [fit.state.score(fit.clip.encoder.encode(pixels), impl) for pixels in self._chunks(fit, images)]
         return np.concatenate(parts) if parts else np.zeros((0, len(fit.state.uids)), np.float32)
-
-    def save(self, folder: str | Path) -> None:
-        """Write everything `load` needs, engine and text encoder included, to `folder`: whole or not at all.
-
-        A crash at any moment leaves what was there before, or this. A CLIP whose text encoder can't be exported is
-        saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
-        while they are copied: ValueError for one that was changed, with nothing written.
-        """
-        fit = self._fitted()
-        clip = fit.clip
-        source = clip.encoder.source
-        bundle = Bundle(
-            fit.state, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, source, fit.integer_labels
-        )
-        save_bundle(bundle, folder)
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path | VerifiedFolder,
-        runtime: str = "auto",
-        verify: bool = True,
-        threads: int | None = None,
-        expected_digest: str | None = None,
-    ) -> Self:
-        """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
-
-        Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
-        the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
-        `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
-        missing, damaged or foreign, and what open_engine raises.
-
-        `get_params` gives what the bundle knows: no `pretrained`, no file of an adapter, and the fitted method with its
-        parameters, so that a further fit searches nothing. `fit` and clones use the bundle's own encoders, until
-        `set_params` names another CLIP.
-        """
-        from iosr_fast.encoders.runtimes import open_engine
-
-        bundle = load_bundle(folder, verify, threads, expected_digest)
-        encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
-        clip = OpenedClip(encoder, bundle.engine, bundle.text, bundle.state.tau)
-        classifier = cls._with_clip(clip, **bundle.parameters(), runtime=runtime)
-        classifier._replace(Fit(clip, bundle.state, bundle.views, integer_labels=bundle.integer_labels))
-        return classifier

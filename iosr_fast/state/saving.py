@@ -1,0 +1,66 @@
+"""Saving a fitted classifier, and loading it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Self
+
+from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.state.bundle import Bundle, load_bundle, save_bundle
+from iosr_fast.state.fit import Fit
+from iosr_fast.state.fitted import FittedAttributes
+from iosr_fast.utils.verified_folder import VerifiedFolder
+
+
+class Saving(FittedAttributes):
+    """The part of Classifier that writes and reads a bundle."""
+
+    @classmethod
+    @abstractmethod
+    def _with_clip(cls, clip: OpenedClip, **parameters: Any) -> Self:
+        """A classifier on an opened CLIP, whatever `parameters` name."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything `load` needs, engine and text encoder included, to `folder`: whole or not at all.
+
+        A crash at any moment leaves what was there before, or this. A CLIP whose text encoder can't be exported is
+        saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
+        while they are copied: ValueError for one that was changed, with nothing written.
+        """
+        fit = self._fitted()
+        clip = fit.clip
+        source = clip.encoder.source
+        bundle = Bundle(
+            fit.state, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, source, fit.integer_labels
+        )
+        save_bundle(bundle, folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path | VerifiedFolder,
+        runtime: str = "auto",
+        verify: bool = True,
+        threads: int | None = None,
+        expected_digest: str | None = None,
+    ) -> Self:
+        """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
+
+        Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
+        the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
+        `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
+        missing, damaged or foreign, and what open_engine raises.
+
+        `get_params` gives what the bundle knows: no `pretrained`, no file of an adapter, and the fitted method with its
+        parameters, so that a further fit searches nothing. `fit` and clones use the bundle's own encoders, until
+        `set_params` names another CLIP.
+        """
+        from iosr_fast.encoders.runtimes import open_engine
+
+        bundle = load_bundle(folder, verify, threads, expected_digest)
+        encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
+        clip = OpenedClip(encoder, bundle.engine, bundle.text, bundle.state.tau)
+        classifier = cls._with_clip(clip, **bundle.parameters(), runtime=runtime)
+        classifier._fit = Fit(clip, bundle.state, bundle.views, integer_labels=bundle.integer_labels)
+        return classifier
