@@ -172,7 +172,7 @@ def test_a_tensor_of_anything_but_uint8_pixels_says_what_to_do() -> None:
     torch = pytest.importorskip("torch")
     classifier = fitted()
     for tensor, said in (
-        (torch.rand(3, 8, 8), r"tensor of torch\.float32: .*\(tensor \* 255\)\.round\(\)\.to\(torch\.uint8\)"),
+        (torch.rand(3, 8, 8), r"tensor of torch\.float32; .*\(tensor \* 255\)\.round\(\)\.to\(torch\.uint8\)"),
         (torch.rand(2, 3, 8, 8).half(), r"tensor of torch\.float16"),
         (torch.zeros(2, 8, 8, 8, dtype=torch.uint8), r"got \(2, 8, 8, 8\)"),
         (torch.zeros(8, 8, 8, dtype=torch.uint8), r"got \(8, 8, 8\)"),

@@ -167,8 +167,8 @@ def test_arrays_with_one_channel_are_grey() -> None:
     [
         (np.zeros((4, 4, 3), np.float32), r"array of float32; convert floats in \[0, 1\] with \(array \* 255\)"),
         (np.zeros((4, 4), np.uint16), r"array of uint16; convert 16 bits with \(array / 257\)"),
-        (np.zeros((4, 4), np.int64), r"array of int64: .* array\.astype\(np\.uint8\)"),
-        (np.zeros((4, 4), bool), r"array of bool: array \* np\.uint8\(255\)"),
+        (np.zeros((4, 4), np.int64), r"array of int64; .* array\.astype\(np\.uint8\)"),
+        (np.zeros((4, 4), bool), r"array of bool; .* array \* np\.uint8\(255\)"),
         (np.zeros((3, 8, 9), np.uint8), r"got \(3, 8, 9\); move the channels to the last axis with np\.moveaxis"),
         (np.zeros((2, 8, 9, 3), np.uint8), r"got \(2, 8, 9, 3\)"),
         (np.zeros(9, np.uint8), r"got \(9,\)"),
