@@ -50,7 +50,7 @@ def options_of_script(script: str) -> set[str]:
 
 def options_of(words: list[str]) -> set[str]:
     """All options of the command that a shell line calls: of iosr-fast, or of a script in tools/."""
-    if words[0] != "iosr-fast":
+    if words[0] not in ("iosr-fast", "iosr_fast"):
         return options_of_script(words[0])
     from iosr_fast.cli import app
 
@@ -67,7 +67,7 @@ def test_every_shell_line_names_commands_and_options_that_exist() -> None:
     for page in PAGES:
         for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                for command in re.findall(r"(?:iosr-fast|tools/\w+\.py)\b[^&|;>]*", line):
+                for command in re.findall(r"(?:iosr-fast|(?<=-m )iosr_fast|tools/\w+\.py)\b[^&|;>]*", line):
                     words = shlex.split(command, comments=True)
                     unknown = {word for word in words if word.startswith("--")} - {*options_of(words), "--help"}
                     assert not unknown, f"{page.name}: no {unknown} in {command}"
