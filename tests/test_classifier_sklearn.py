@@ -310,6 +310,13 @@ def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any
     assert not classifier.__sklearn_is_fitted__() and is_classifier(classifier)
 
 
+def test_a_table_is_no_sequence_of_images(paths: list[str]) -> None:
+    table = pytest.importorskip("pandas").DataFrame({"path": paths, "label": "x"})
+    for call in (lambda: small_classifier().predict(table), lambda: Classifier("demo").fit(table, table["label"])):
+        with pytest.raises(IosrFastError, match=r"a table with the columns 'path', 'label'; .* like table\['path'\]"):
+            call()
+
+
 def test_grid_search_over_methods(clip: OpenedClip, data: Any, paths: list[str]) -> None:
     names = [NAMES[c] for c in data[1]]
     grid = {"method": ["zero-shot", "tip-adapter", "gda++"], "views": np.array([1, 2])}

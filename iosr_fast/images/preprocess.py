@@ -15,6 +15,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
+from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,6 +133,12 @@ def as_image_list(images: Any) -> Sequence[Any]:
     array = as_array(images)
     if array is not None:
         return list(array) if array.ndim == 4 else [array]
+    if hasattr(images, "columns"):  # iterating over a table would give its columns' names
+        columns = abbreviate([str(name) for name in images.columns])
+        raise IosrFastError(
+            f"expected one column of images, got a table with the columns {columns}; give the column of their paths, "
+            "like table['path']"
+        )
     if not isinstance(images, Iterable):
         raise TypeError(f"expected an image or a sequence of images, got {type(images).__name__}")
     return list(images)
