@@ -14,8 +14,8 @@ from tests.docs.documents import Document, blocks, find_command
 from tests.docs.place import users_place
 
 DOCS = ROOT / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("quickstart", "production", "api")]
-DOCUMENTS = [ROOT / "README.md", *PAGES, *sorted((DOCS / "guide").glob("*.md"))]
+PARTS = [DOCS / f"{name}.md" for name in ("quickstart", "production", "api")]
+DOCUMENTS = [ROOT / "README.md", *PARTS, *sorted((DOCS / "guide").glob("*.md"))]
 BLOCKS = [(path, number, block.line) for path in DOCUMENTS for number, block in enumerate(blocks(path))]
 
 
