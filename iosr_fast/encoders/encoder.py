@@ -60,6 +60,14 @@ class Encoder(Protocol):
     buckets            the batch sizes that a GPU executes; None on a CPU, which executes any size
     threads            CPU threads of one run; None for the runtime's choice
     source             the verified engine folder that the encoder was opened from, or None
+
+    >>> import numpy as np
+    >>> from iosr_fast import Classifier
+    >>> encoder = Classifier("demo").encoder
+    >>> encoder.image_size, encoder.width, encoder.adapted
+    (64, 128, True)
+    >>> encoder.encode(np.zeros((2, 64, 64, 3), np.uint8)).adapted.shape
+    (2, 128)
     """
 
     image_size: int

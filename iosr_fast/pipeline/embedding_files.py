@@ -40,13 +40,17 @@ _ENTRY = "iosr_fast"
 
 @dataclass(frozen=True)
 class Part:
-    """n images.
+    """The embeddings of n images.
 
-    keys        identify them
+    keys        identify the images: their paths, for example
     embeddings  NumPy arrays (n, D), float32 or float16; NaN for unreadable images
-    errors      None for readable images
+    errors      the reason for each unreadable image; None for readable ones
     columns     a pyarrow.Table of n rows carried from the input, or None; Parquet only
     facts       JSON values of the writer
+
+    >>> part = Part(["a.jpg"], Embeddings(np.ones((1, 4), np.float32) / 2), [None])
+    >>> part.embeddings.plain.shape
+    (1, 4)
     """
 
     keys: list[str]
@@ -95,7 +99,21 @@ def read_part(path: str | Path) -> Part:
 def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
     """The parts of a finished folder of `iosr-fast embed`, in order, one in memory at a time.
 
-    Raises as `read_manifest` does for a folder that is unfinished, damaged or of another kind.
+    `verify` compares every file's SHA-256 with the manifest.
+
+    Raises FileNotFoundError without the folder or its manifest, and DamagedFileError for one that is unfinished,
+    damaged or of another kind.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from PIL import Image
+    >>> from iosr_fast.cli.embed import embed
+    >>> with TemporaryDirectory() as folder:
+    ...     Path(folder, "in").mkdir()
+    ...     Image.new("RGB", (80, 60)).save(Path(folder, "in", "a.png"))
+    ...     embed("demo", str(Path(folder, "in")), Path(folder, "out"), threads=1)  # iosr-fast embed --engine demo ...
+    ...     [part.keys for part in iterate_parts(Path(folder, "out"))]
+    1 of 1 images in 1 parts in ..., after 0 s
+    [['a.png']]
     """
     folder = Path(folder)
     manifest = read_manifest(folder, KIND, verify)
@@ -104,7 +122,21 @@ def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
 
 
 def read_embeddings(folder: str | Path, verify: bool = True) -> Part:
-    """All parts of a finished folder as one: every image once, in input order. Raises as iterate_parts does."""
+    """All parts of a finished folder of `iosr-fast embed` as one: every image once, in the order of the input.
+
+    Raises as iterate_parts does.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from PIL import Image
+    >>> from iosr_fast.cli.embed import embed
+    >>> with TemporaryDirectory() as folder:
+    ...     Path(folder, "in").mkdir()
+    ...     Image.new("RGB", (80, 60)).save(Path(folder, "in", "a.png"))
+    ...     embed("demo", str(Path(folder, "in")), Path(folder, "out"), threads=1)  # iosr-fast embed --engine demo ...
+    ...     read_embeddings(Path(folder, "out")).embeddings.plain.shape
+    1 of 1 images in 1 parts in ..., after 0 s
+    (1, 128)
+    """
     parts = list(iterate_parts(folder, verify))
     columns = [part.columns for part in parts if part.columns is not None]
     adapted = [part.embeddings.adapted for part in parts if part.embeddings.adapted is not None]

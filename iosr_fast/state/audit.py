@@ -71,8 +71,17 @@ def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[Aud
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a log's file as written, verified by their chain; the first is what it begins from.
 
-    `path` is the file in use or a closed one (".gz"). Raises ValueError for damage, and where the head of the file in
+    `path` is the file in use or a closed one (".gz"). Raises IosrFastError for damage, and if the head of the file in
     use counts more lines.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from iosr_fast import Classifier
+    >>> classifier = Classifier("demo", method="zero-shot").fit(class_names=["lemon", "pear"])
+    >>> with TemporaryDirectory() as folder:
+    ...     classifier.open_log(Path(folder, "changes.jsonl"))
+    ...     _ = classifier.rename_class("pear", "apple")
+    ...     [line["op"] for line in read_log(Path(folder, "changes.jsonl"))]
+    ['open', 'rename_class']
     """
     path = Path(path)
     mark = read_head(path.with_name(f"{path.name}.head"))

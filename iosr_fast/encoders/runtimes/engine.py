@@ -104,6 +104,14 @@ def open_engine(
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime that the
     engine was not built for, RuntimeError if no runtime here can execute it, ImportError for a missing package.
+
+    >>> import numpy as np
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.encoders.runtimes import open_engine
+    >>> folder = Classifier("demo", runtime="onnxruntime").encoder.source.folder  # or one of `iosr-fast build-engine`
+    >>> encoder = open_engine(folder, threads=1)
+    >>> encoder.encode(np.zeros((1, 64, 64, 3), np.uint8)).plain.shape
+    (1, 128)
     """
     if threads is not None and threads < 1:
         raise IosrFastError(f"expected threads >= 1, got {threads}")
