@@ -167,7 +167,7 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(renaming: str
     assert done.returncode == 0, done.stderr
     kills, *found = done.stdout.split()
     assert int(kills) > 30 and found == ["new", "old", "thing"], "both states were met and no leftover stays"
-    assert ("is back" in done.stderr) == (renaming == "two renames")
+    assert ("is restored" in done.stderr) == (renaming == "two renames")
 
 
 def test_what_a_kill_leaves_is_removed_at_once(tmp_path: Path) -> None:
