@@ -112,7 +112,7 @@ def iterate_parts(folder: str | Path, verify: bool = True) -> Iterator[Part]:
     ...     Image.new("RGB", (80, 60)).save(Path(folder, "in", "a.png"))
     ...     embed("demo", str(Path(folder, "in")), Path(folder, "out"), threads=1)  # iosr-fast embed --engine demo ...
     ...     [part.keys for part in iterate_parts(Path(folder, "out"))]
-    1 of 1 images in 1 parts in ..., after 0 s
+    1 of 1 images in 1 parts in ..., after ... s
     [['a.png']]
     """
     folder = Path(folder)
@@ -134,7 +134,7 @@ def read_embeddings(folder: str | Path, verify: bool = True) -> Part:
     ...     Image.new("RGB", (80, 60)).save(Path(folder, "in", "a.png"))
     ...     embed("demo", str(Path(folder, "in")), Path(folder, "out"), threads=1)  # iosr-fast embed --engine demo ...
     ...     read_embeddings(Path(folder, "out")).embeddings.plain.shape
-    1 of 1 images in 1 parts in ..., after 0 s
+    1 of 1 images in 1 parts in ..., after ... s
     (1, 128)
     """
     parts = list(iterate_parts(folder, verify))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, chdir, closing
 from pathlib import Path
 
 import pytest
@@ -67,3 +67,20 @@ def test_a_page_names_clips_that_can_be_downloaded(path: Path) -> None:
     named = re.findall(r"--model (\S+)\s+(?:\\\s+)?--pretrained ([\w.-]+)", text)
     named += re.findall(r'"(ViT-[\w-]+)",\s*(?:"?pretrained"?[=:]\s*)?"([\w.-]+)"', text)
     assert [pair for pair in named if pair not in open_clip.list_pretrained()] == []
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("```yaml\na: 1\n```", "expected python or one of"),
+        ("```python\nassert 1 == 2, 'unequal'\n```", "unequal"),
+        ("```sh\nfalse\n```", "false"),
+        ("```sh\npip install '.[nothing]'\n```", "expected extras of"),
+        ("```sh\niosr-fast serve-ray my-classifier --copies 2\n```", "No such option: --copies"),
+        ("```python\n", "1 fences, but"),
+    ],
+)
+def test_an_untrue_block_fails(block: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(f"# A page\n\n{block}\n")
+    with pytest.raises(Exception, match=re.escape(message)), chdir(tmp_path):
+        Document(tmp_path / "page.md", tmp_path).run(0)
