@@ -1,4 +1,4 @@
-"""Every code block of the README, the quickstart, the guide and two more pages runs, so that none is ever untrue."""
+"""Every code block of the README, the quickstart, the guide and three more pages runs, so that none is ever untrue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.docs.documents import Document, blocks, find_command
 from tests.docs.place import users_place
 
 DOCS = ROOT / "docs"
-PARTS = [DOCS / f"{name}.md" for name in ("quickstart", "production", "api")]
+PARTS = [DOCS / f"{name}.md" for name in ("index", "quickstart", "production", "api")]
 DOCUMENTS = [ROOT / "README.md", *PARTS, *sorted((DOCS / "guide").glob("*.md"))]
 BLOCKS = [(path, number, block.line) for path in DOCUMENTS for number, block in enumerate(blocks(path))]
 
