@@ -140,7 +140,7 @@ def as_image_list(images: Any) -> Sequence[Any]:
             "like table['path']"
         )
     if not isinstance(images, Iterable):
-        raise TypeError(f"expected an image or a sequence of images, got {type(images).__name__}")
+        raise IosrFastError(f"expected an image or a sequence of images, got {type(images).__name__}")
     return list(images)
 
 

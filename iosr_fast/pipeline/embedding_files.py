@@ -40,7 +40,7 @@ _ENTRY = "iosr_fast"
 
 @dataclass(frozen=True)
 class Part:
-    """The embeddings of n images.
+    """One file of embeddings: those of n images.
 
     keys        identify the images: their paths, for example
     embeddings  NumPy arrays (n, D), float32 or float16; NaN for unreadable images

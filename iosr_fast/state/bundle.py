@@ -75,7 +75,7 @@ class Bundle:
 
 
 def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
-    """Write `folder` whole or not at all, engine included; returns the manifest.
+    """Write `folder`, engine included, and return its manifest; an interrupted call leaves what was there.
 
     Raises ValueError, with nothing written, where the engine or the text encoder is not as its manifest says, or
     another than the one that encoded the support images.

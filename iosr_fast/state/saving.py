@@ -22,9 +22,9 @@ class Saving(FittedAttributes):
         """A classifier on an opened CLIP, whatever `parameters` name."""
 
     def save(self, folder: str | Path) -> None:
-        """Write everything `load` needs, engine and text encoder included, to `folder`: whole or not at all.
+        """Write everything `load` needs to `folder`, engine and text encoder included.
 
-        A crash at any moment leaves what was there before, or this. A CLIP whose text encoder can't be exported is
+        A crash at any moment leaves the earlier content or the complete new one. A CLIP whose text encoder can't be exported is
         saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
         while they are copied: ValueError for one that was changed, with nothing written.
         """

@@ -158,8 +158,8 @@ def test_strided_and_read_only_pixels(engines: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("pixels", "error", "message"),
     [
-        (np.zeros((2, 32, 32, 3), np.float32), TypeError, "uint8 array .*got float32"),
-        ([[0]], TypeError, "got list"),
+        (np.zeros((2, 32, 32, 3), np.float32), ValueError, "uint8 array .*got float32"),
+        ([[0]], ValueError, "got list"),
         (
             np.zeros((2, 3, 32, 32), np.uint8),
             ValueError,

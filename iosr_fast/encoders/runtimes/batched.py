@@ -50,13 +50,13 @@ class BatchedEncoder(Encoder):
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1; more than `max_batch` take several runs.
 
-        Returns float32 (B, width), L2-normalised; `adapted` is None for an engine without an adapter. Raises TypeError
-        for another dtype and ValueError for another shape.
+        Returns float32 (B, width), L2-normalised; `adapted` is None for an engine without an adapter. Raises
+        IosrFastError for another dtype or shape.
         """
         expected = f"(B, {self.image_size}, {self.image_size}, 3) with B >= 1"
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
             got = pixels.dtype if isinstance(pixels, np.ndarray) else type(pixels).__name__
-            raise TypeError(
+            raise IosrFastError(
                 f"expected pixels as a uint8 array {expected}, got {got}; the engine scales and normalises pixels "
                 "itself, so pass them as bytes"
             )

@@ -100,8 +100,8 @@ def tune(
     "auto" also the best method and reducer (`tune_auto`; `reducer` is not used).
 
     On a validation set (`queries`, `labels`) the highest accuracy wins, then the widest plateau of alphas. By
-    leave-one-out (HeldOutSet.leave_one_out) the images are few, so whatever can't be told from the best (is_level)
-    counts as level, and the lowest log-loss among it wins. Alpha is searched from 0 to MAX_ALPHA. If each class has one
+    leave-one-out (HeldOutSet.leave_one_out) the images are few: settings within two standard errors of the best
+    (is_level) count as equal, and the lowest log-loss among them wins. Alpha is searched from 0 to MAX_ALPHA. If each class has one
     image, nothing can be left out, and one_shot_parameters decides.
 
     Raises IosrFastError for an unknown method or reducer, labels that don't fit, or if the support set lacks what the
