@@ -69,7 +69,7 @@ def open_log(path: str | Path, state: State, recover: bool = False) -> tuple[Aud
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log's file as written, verified by their chain. The first names the state that the log begins from.
+    """The lines of a log's file as written, verified by their chain. The first names the state before the log.
 
     `path` is the file in use or a closed one (".gz"). Raises IosrFastError for damage, and if the head of the file in
     use counts more lines.

@@ -24,9 +24,9 @@ class Saving(FittedAttributes):
     def save(self, folder: str | Path) -> None:
         """Write everything `load` needs to `folder`, engine and text encoder included.
 
-        A crash at any moment leaves the earlier content or the complete new one. A CLIP whose text encoder can't be exported is
-        saved without it: classes can then be added with `text=` only. Files are compared with the engine's manifest
-        while they are copied: ValueError for one that was changed, with nothing written.
+        A crash at any moment leaves the earlier content or the complete new one. A CLIP whose text encoder can't
+        be exported is saved without it: classes can then be added with `text=` only. Files are compared with the
+        engine's manifest while they are copied: DamagedFileError for one that was changed, with nothing written.
         """
         fit = self._fitted()
         clip = fit.clip

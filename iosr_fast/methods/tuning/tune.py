@@ -101,8 +101,8 @@ def tune(
 
     On a validation set (`queries`, `labels`) the highest accuracy wins, then the widest plateau of alphas. By
     leave-one-out (HeldOutSet.leave_one_out) the images are few: settings within two standard errors of the best
-    (is_level) count as equal, and the lowest log-loss among them wins. Alpha is searched from 0 to MAX_ALPHA. If each class has one
-    image, nothing can be left out, and one_shot_parameters decides.
+    (is_level) count as equal, and the lowest log-loss among them wins. Alpha is searched from 0 to MAX_ALPHA.
+    If each class has one image, nothing can be left out, and one_shot_parameters decides.
 
     Raises IosrFastError for an unknown method or reducer, labels that don't fit, or if the support set lacks what the
     method needs; RuntimeError if the compiled plan disagrees with the search (plan_check).
