@@ -44,23 +44,18 @@ class Document:
         self.blocks = blocks(path)
         self.port = _free_port()
         self._server: subprocess.Popen[bytes] | None = None
-        self._done = 0
         (folder / ".environment").touch()
 
-    def run(self, number: int) -> None:
-        """Run block `number` and those before it that have not been run."""
-        while self._done <= number:
-            block = self.blocks[self._done]
-            self._done += 1
-            text = block.parsed.replace(":8000", f":{self.port}")
-            kind = block.region.lexemes["language"]
-            if kind == "python":
-                exec(compile("\n" * block.line + text, block.path, "exec"), block.namespace)
-            elif kind in SHELL:
-                for line in shell_lines(text, kind):
-                    self._shell(line)
-            else:
-                assert kind in OUTPUT, f"line {block.line}: expected python or one of {SHELL + OUTPUT}, got {kind!r}"
+    def run(self, block: Example) -> None:
+        text = block.parsed.replace(":8000", f":{self.port}")
+        kind = block.region.lexemes["language"]
+        if kind == "python":
+            exec(compile("\n" * block.line + text, block.path, "exec"), block.namespace)
+        elif kind in SHELL:
+            for line in shell_lines(text, kind):
+                self._shell(line)
+        else:
+            assert kind in OUTPUT, f"line {block.line}: expected python or one of {SHELL + OUTPUT}, got {kind!r}"
 
     def _shell(self, line: str) -> None:
         words = shlex.split(line, comments=True)

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, chdir, closing
+from contextlib import chdir, closing
 from pathlib import Path
 
 import pytest
 
 from tests import ROOT
-from tests.docs.documents import Document, blocks, find_command
+from tests.docs.documents import Document, find_command
 from tests.docs.place import users_place
 
 DOCS = ROOT / "docs"
 PARTS = [DOCS / f"{name}.md" for name in ("index", "quickstart", "production", "api")]
 DOCUMENTS = [ROOT / "README.md", *PARTS, *sorted((DOCS / "guide").glob("*.md"))]
-BLOCKS = [(path, number, block.line) for path in DOCUMENTS for number, block in enumerate(blocks(path))]
-
-
-@pytest.fixture(scope="module")
-def open_document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Document]]:
-    """One document is open at a time, until another is asked for: its blocks share a folder and variables."""
-    current: dict[Path, Document] = {}
-    with ExitStack() as stack:
-
-        def open_one(path: Path) -> Document:
-            if path not in current:
-                stack.close()
-                current.clear()
-                folder = stack.enter_context(users_place(tmp_path_factory.mktemp("user")))
-                current[path] = stack.enter_context(closing(Document(path, folder)))
-            return current[path]
-
-        yield open_one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("path", "number"), [pytest.param(path, number, id=f"{path.stem}:{line}") for path, number, line in BLOCKS]
-)
-def test_a_block_runs(open_document: Callable[[Path], Document], path: Path, number: int) -> None:
-    open_document(path).run(number)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_every_block_of_a_page_runs(path: Path, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """In order, in one folder: a block uses what those before it have made. A failure names its line, others go on."""
+    with users_place(tmp_path) as folder, closing(Document(path, folder)) as document:
+        for block in document.blocks:
+            with subtests.test(line=block.line):
+                document.run(block)
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
@@ -83,4 +66,5 @@ def test_a_page_names_clips_that_can_be_downloaded(path: Path) -> None:
 def test_an_untrue_block_fails(block: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(f"# A page\n\n{block}\n")
     with pytest.raises(Exception, match=re.escape(message)), chdir(tmp_path):
-        Document(tmp_path / "page.md", tmp_path).run(0)
+        document = Document(tmp_path / "page.md", tmp_path)
+        document.run(document.blocks[0])
