@@ -97,7 +97,7 @@ def test_every_architecture_and_kernel_was_compiled(rows: list[dict[str, Any]]) 
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"expected an architecture out of 80, .* got 75"):
+    with pytest.raises(ValueError, match=r"expected an architecture of 80, .* got 75"):
         aot.compile_ahead(75)
     with pytest.raises(ValueError, match=r"expected a kernel of .* got 'diagonal'"):
         aot.compile_ahead(80, ["diagonal"])
