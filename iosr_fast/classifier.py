@@ -229,8 +229,9 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
         return classifier
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
-        """Logits (B, C) float32, also of two classes, of any number of images, encoded in chunks."""
-        return self._logits(self._fitted(), images, impl)
+        """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's."""
+        logits = self._logits(self._fitted(), images, impl)
+        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def predict(self, images: Any) -> np.ndarray:
         """The labels (B,) out of `classes_`. Raises BadImageError for an image that can't be read."""
@@ -238,8 +239,8 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
         return fit.labels(self._logits(fit, images).argmax(1))
 
     def predict_proba(self, images: Any) -> np.ndarray:
-        """softmax of the logits, (B, C) float32."""
-        return softmax(self.decision_function(images))
+        """softmax of the logits, (B, C) float32, columns in the order of `classes_`."""
+        return softmax(self._logits(self._fitted(), images))
 
     def predict_folder(
         self,

@@ -379,7 +379,6 @@ NOT_FOR_PICTURES = {
     "check_estimator_sparse_array": "a sparse matrix is no picture",
     "check_estimator_sparse_matrix": "a sparse matrix is no picture",
     "check_estimators_pickle": "a fitted classifier is saved, never pickled",
-    "check_classifiers_classes": "decision_function has a column for each of two classes, too",
     "check_dtype_object": "labels of another type are refused, in other words than it expects",
     "check_classifiers_regression_target": "labels of another type are refused, in other words than it expects",
     "check_supervised_y_2d": "a column of labels is refused; it expects a warning",
@@ -422,6 +421,9 @@ class RowClassifier(Classifier):
 
     def decision_function(self, X: Any) -> np.ndarray:  # type: ignore[override]
         return super().decision_function(as_pictures(X))
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        return super().predict_proba(as_pictures(X))
 
     def score(self, X: Any, y: Any) -> float:
         return accuracy_score(y, self.predict(X))
