@@ -308,7 +308,7 @@ def test_no_affinity_is_ever_held(impl: str, rng: np.random.Generator) -> None:
     used = extra_memory_mb(call)
     if used is None:
         pytest.skip("the peak of memory can be reset on Linux only")
-    assert used < n_samples * n_keys * 4 / 1e6 / 3  # a third of the affinity's 96 MB
+    assert used < n_samples * n_keys * 4 / 1e6 / 2  # half of the affinity's 96 MB: a chunk takes some 32 MB
 
 
 @each_impl

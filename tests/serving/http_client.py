@@ -152,6 +152,7 @@ class Gate:
         self._encoder = classifier.encoder
         self._open = threading.Event()
         self._open.set()
+        self.entered = threading.Event()  # since it was shut
         self.error: Exception | None = None
         fit = classifier._fit
         classifier._fit = replace(fit, clip=replace(fit.clip, encoder=self))
@@ -160,6 +161,7 @@ class Gate:
         return getattr(self._encoder, name)
 
     def encode(self, pixels: np.ndarray) -> Any:
+        self.entered.set()
         assert self._open.wait(20)
         if self.error is not None:
             raise self.error
@@ -167,6 +169,7 @@ class Gate:
 
     def shut(self) -> None:
         self._open.clear()
+        self.entered.clear()
 
     def open(self) -> None:
         self._open.set()

@@ -94,7 +94,7 @@ def test_a_deadline_that_passes_is_a_504() -> None:
     with serving(classifier, max_batch=1) as client:
         gate.shut()
         first = client.start("POST", "/v1/predict?deadline_ms=60000", content=GREY)
-        wait_until(lambda: client.service.batching.pending == 1)
+        assert gate.entered.wait(20), "else the second one may be encoded before it"
         assert error_of(client.predict(GREY, query="?deadline_ms=30"), 504) == "deadline_exceeded"
         wait_until(lambda: client.service.batching.pending == 1)  # what was given up gives its place back
         gate.open()
