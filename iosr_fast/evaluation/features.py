@@ -69,7 +69,8 @@ def read_features(
         validation = (embeddings["val"], labels["val"]) if "val" in embeddings else None
         return Task(support, embeddings["test"], labels["test"], validation)
 
-    return Source(path.name, wanted, tuple(range(seeds)), draw, embeddings["test"], labels["test"])
+    name = path.name if use_text or "text" not in arrays else f"{path.name}, without texts"
+    return Source(name, wanted, tuple(range(seeds)), draw, embeddings["test"], labels["test"])
 
 
 def _drawn(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
