@@ -21,7 +21,7 @@ from iosr_fast.methods import METHODS
 from tests.state.live_parts import refit
 from tests.state.manifests import rewrite_manifest
 
-pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
 CLASSES = 12

@@ -22,7 +22,8 @@ from iosr_fast.export import pretrained
 from tests.cli.runs import never
 from tests.state.live_parts import PixelEncoder, engine_folder, pictures, pixel_clip, small_classifier, unfitted
 
-sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn and train extras")
+sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
+pandas = pytest.importorskip("pandas", reason="pandas comes with the dev extra")
 from sklearn import exceptions as sklearn_exceptions  # noqa: E402
 from sklearn.base import clone, is_classifier  # noqa: E402
 from sklearn.metrics import accuracy_score, log_loss  # noqa: E402
@@ -277,17 +278,13 @@ def test_a_loaded_classifier_knows_its_parameters(tmp_path: Path, monkeypatch: p
 
 
 def forms(paths: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    return {
         "list": paths,
         "Paths": [Path(path) for path in paths],
         "strings": np.array(paths),
         "objects": np.array(paths, dtype=object),
+        "Series": pandas.Series(paths, index=range(7, 7 + len(paths))),
     }
-    try:
-        import pandas
-    except ImportError:
-        return found
-    return found | {"Series": pandas.Series(paths, index=range(7, 7 + len(paths)))}
 
 
 def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any, paths: list[str]) -> None:
@@ -311,7 +308,7 @@ def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any
 
 
 def test_a_table_is_no_sequence_of_images(paths: list[str]) -> None:
-    table = pytest.importorskip("pandas").DataFrame({"path": paths, "label": "x"})
+    table = pandas.DataFrame({"path": paths, "label": "x"})
     for call in (lambda: small_classifier().predict(table), lambda: Classifier("demo").fit(table, table["label"])):
         with pytest.raises(IosrFastError, match=r"a table with the columns 'path', 'label'; .* like table\['path'\]"):
             call()
@@ -331,7 +328,7 @@ def test_grid_search_over_methods(clip: OpenedClip, data: Any, paths: list[str])
 def test_cross_validation_on_the_demo_opens_one_clip(
     demo_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     opened = []
     really = pretrained.open_pretrained

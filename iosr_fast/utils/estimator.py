@@ -93,7 +93,7 @@ class Estimator:
 
 
 def not_fitted(message: str) -> NotFittedError:
-    """A NotFittedError that is also scikit-learn's, if scikit-learn is imported: otherwise nobody can expect that."""
+    """A NotFittedError. It is scikit-learn's, too, if a caller has imported scikit-learn."""
     theirs = sys.modules.get("sklearn.exceptions")
     return NotFittedError(message) if theirs is None else _both(theirs.NotFittedError)(message)
 

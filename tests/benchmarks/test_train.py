@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
 from iosr_fast.benchmarks import train as bench  # noqa: E402

@@ -181,7 +181,7 @@ def test_nothing_read_is_no_success(folder: Path, tmp_path: Path, monkeypatch: p
     ],
 )
 def test_options_of_serve_are_called_by_name(words: tuple[str, ...], said: str) -> None:
-    pytest.importorskip("fastapi")
+    pytest.importorskip("fastapi", reason="fastapi comes with the serve extra")
     assert said in refused("serve", "bundle", *words)
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests import ROOT
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
 from iosr_fast.clip.adapter import (  # noqa: E402
     Adapter,

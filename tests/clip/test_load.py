@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
-open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
 from iosr_fast.clip.load import DEMO_FOLDER, load_clip  # noqa: E402
 

@@ -58,7 +58,7 @@ def users_place(folder: Path) -> Iterator[Path]:
         (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         (commands / name).chmod(0o755)
     (folder / ".curlrc").write_text("silent\nshow-error\nfail\n")
-    open_clip = pytest.importorskip("open_clip")
+    open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
     with pytest.MonkeyPatch.context() as patch:
         for name in REPLACED:
             patch.setattr(open_clip, name, getattr(open_clip, name))  # put back at the end

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("torch", reason="torch comes with the train extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
 from iosr_fast.evaluation.paper import model as models
 from iosr_fast.evaluation.paper import problems, store

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="torch comes with the train extra")
+pytest.importorskip("torch", reason="torch comes with the cpu extra")
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.accuracy import Draw

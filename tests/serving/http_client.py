@@ -26,7 +26,7 @@ from tests.pictures import encode
 # Modules that import this one are skipped if a package is missing. open_clip, which takes seconds, is not imported: the
 # classifier is usually built already.
 if importlib.util.find_spec("open_clip") is None:
-    pytest.skip("open_clip comes with the train extra", allow_module_level=True)
+    pytest.skip("open_clip comes with the cpu extra", allow_module_level=True)
 for _module, _extra in {
     "onnxruntime": "cpu",
     "uvicorn": "serve",

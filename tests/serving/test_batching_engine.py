@@ -18,7 +18,7 @@ from tests.demo_cache import demo_bundle
 from tests.pictures import encode
 
 if find_spec("open_clip") is None:
-    pytest.skip("open_clip comes with the train extra", allow_module_level=True)
+    pytest.skip("open_clip comes with the cpu extra", allow_module_level=True)
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 
 CLASSES, SHOTS = 12, 3

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 pytest.importorskip("onnxruntime", reason="onnxruntime comes with the triton-server extra")
 pytest.importorskip("tritonclient.grpc", reason="tritonclient comes with the triton-server extra")
 

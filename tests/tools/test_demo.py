@@ -54,8 +54,8 @@ def test_sizes_and_licences() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_adapter_belongs_to_the_shipped_clip_and_reduces_overlap() -> None:
-    torch = pytest.importorskip("torch", reason="torch comes with the train extra")
-    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+    pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
     from iosr_fast.clip.fuse import build_dual_encoder
     from iosr_fast.clip.load import load_clip
     from iosr_fast.export.pretrained import choose_adapter
@@ -105,7 +105,7 @@ def test_another_adapter_is_evaluated_on_the_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that changes nothing: adapted and plain embeddings are the same."""
-    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
     from iosr_fast.clip.adapter import init_adapter, save_adapter
     from iosr_fast.clip.demo.pictures import only
     from iosr_fast.clip.load import load_clip
@@ -132,7 +132,7 @@ def test_another_adapter_is_evaluated_on_the_demo(
 @pytest.mark.slow
 def test_the_whole_demo_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step runs and the report is complete: one epoch on some generic concepts, few held-out concepts."""
-    pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+    pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
     from iosr_fast.clip.demo.pictures import only
     from iosr_fast.export import export
     from iosr_fast.training.data import TensorPictures

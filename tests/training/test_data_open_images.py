@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
 
 from iosr_fast.cli.open_images_subset import open_images_subset  # noqa: E402

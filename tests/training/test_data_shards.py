@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 
 from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.training.data import ShardPictures, shards, split  # noqa: E402

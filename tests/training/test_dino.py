@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
 from iosr_fast.clip.adapter import encode_adapted, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402

@@ -20,7 +20,7 @@ import pytest
 
 from tests import ROOT
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
 from PIL import Image  # noqa: E402

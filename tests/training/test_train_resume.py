@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch comes with the train extra")
-pytest.importorskip("open_clip", reason="open_clip comes with the train extra")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
 from iosr_fast.clip.load import LoadedClip  # noqa: E402

@@ -146,5 +146,5 @@ def _unexpected(result: Prediction | Exception) -> bool:
 
 
 def _portable(result: Prediction | Exception) -> Prediction | Exception:
-    """A result that another process can unpickle; exceptions of some libraries can't be."""
+    """A result that Ray can send to another process; exceptions of some libraries become RuntimeErrors."""
     return RuntimeError(f"{type(result).__name__}: {result}") if _unexpected(result) else result
