@@ -32,6 +32,7 @@ develop: $(STAMP)
 
 # Not everything installs on every machine; Ray and Triton's client are installed together, as both bound protobuf.
 $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+	@echo "installing into $(VENV), which takes a few minutes and prints nothing if all is well"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e ".[train,docs,dev]"
 	$(PIP_INSTALL) triton \
@@ -82,7 +83,7 @@ gallery: $(STAMP)
 # builds for an older one and for every Python.
 wheel: $(STAMP)
 	rm -rf dist build/wheel
-	$(BIN)/python -m build --outdir build/wheel
+	$(BIN)/python -m build --quiet --outdir build/wheel
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist/
 	ls -l dist

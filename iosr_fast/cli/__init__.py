@@ -9,7 +9,6 @@ from typing import Any
 
 import typer
 
-from iosr_fast import __version__
 from iosr_fast.utils.command import Group, command_app, new_app
 
 # By section of the help: each command and its line there. NAME is the function, or the app, of its module.
@@ -61,6 +60,8 @@ app = new_app("iosr-fast", Commands, no_args_is_help=True)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from iosr_fast import __version__
+
         typer.echo(f"iosr-fast {__version__}")
         raise typer.Exit
 
