@@ -45,7 +45,7 @@ def build_engine(
     """Fuse a CLIP and its adapter into one encoder, compile it, and check it against PyTorch.
 
     Without an adapter the engine returns the plain embeddings only. The runtime auto is TensorRT or TensorRT-RTX on a
-    GPU, PyTorch on a GPU without them, and ONNX Runtime on a CPU.
+    GPU, PyTorch on a GPU without them, OpenVINO on an x86-64 CPU, and ONNX Runtime on others.
 
     \b
     iosr-fast build-engine --model ViT-B-16 --pretrained openai \\

@@ -59,6 +59,8 @@ class Encoder(Protocol):
     max_batch          the largest batch of one run; `encode` splits larger ones
     buckets            the batch sizes that a GPU executes; None on a CPU, which executes any size
     threads            CPU threads of one run; None for the runtime's choice
+    runs               how many threads may execute it at once, with one copy of the weights; further ones wait
+    parallel           whether `open_engine` can open it for more than one of `runs`
     source             the verified engine folder that the encoder was opened from, or None
 
     >>> import numpy as np
@@ -78,6 +80,8 @@ class Encoder(Protocol):
     max_batch: int = 64
     buckets: tuple[int, ...] | None = None
     threads: int | None = None
+    runs: int = 1
+    parallel: bool = False
     source: VerifiedFolder | None = None
 
     @abstractmethod

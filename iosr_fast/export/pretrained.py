@@ -83,7 +83,7 @@ def open_pretrained(
         require(module, "cpu")
     from iosr_fast.clip.adapter import check_belongs
     from iosr_fast.encoders.runtimes import open_engine
-    from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, check_runtime
+    from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, check_engine, check_runtime
     from iosr_fast.export.calibration import calibration_pictures
     from iosr_fast.export.clip_text import ClipText
     from iosr_fast.export.engine_precision import QUANTISED, choose_builder, quantised_by
@@ -118,8 +118,9 @@ def open_pretrained(
         calibration = calibration_pictures(clip) if precision in QUANTISED else None
         quantised = quantised_by(clip, runtime, precision, calibration)
         fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
-        # Versions with another schema or layout use another folder.
-        folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{runtime}-v{SCHEMA}.{LAYOUT}"
+        # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
+        form = "onnx" if runtime in ONNX_RUNTIMES else runtime
+        folder = cache_folder() / "engines" / f"{fingerprint[:16]}-{form}-v{SCHEMA}.{LAYOUT}"
         if not _is_cached(folder):
             with progress("build the engine", None, shown=shown):
                 write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)

@@ -1,7 +1,7 @@
 """Images in, predictions or embeddings out, in order: decoding overlaps encoding, and few images are in memory at once.
 
-There are two ways to use a CPU. If several threads may run one session at once (ONNX Runtime), each of `callers`
-threads decodes and encodes whole batches in a session with few threads, so no thread waits at a barrier for another.
+There are two ways to use a CPU. If several threads may execute one encoder at once (`Encoder.parallel`), each of
+`callers` threads decodes and encodes whole batches with few cores, so no core waits at a barrier for another.
 Otherwise, and on a GPU, one caller encodes with all cores, and threads decode ahead of it.
 """
 
@@ -32,7 +32,6 @@ Errors: TypeAlias = list[BadImageError | None]
 _MAX_CALLERS = 8  # each has a batch and its activations in memory; with more cores, sessions get more threads
 _MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
 _MIN_BATCH = 4  # images in the smaller batches at the end
-_PARALLEL = frozenset({"onnxruntime"})  # runtimes whose sessions several threads may run at once
 _R = TypeVar("_R")
 
 
@@ -50,7 +49,7 @@ def choose_stage(
 ) -> Stage:
     """How to use `threads` cores (None: all) for a number of images.
 
-    For many batches it opens the engine again with few threads per session, unless `encoder` already has that number.
+    For many batches it opens the engine again for several runs at once with few threads each, unless `encoder` is so.
     Raises ValueError for threads below 1.
     """
     from iosr_fast.encoders.runtimes import open_engine
@@ -59,10 +58,12 @@ def choose_stage(
         raise IosrFastError(f"expected threads of at least 1, got {threads}")
     threads = usable_threads() if threads is None else threads
     callers = min(threads, _MAX_CALLERS)
-    if encoder.runtime in _PARALLEL and callers > 1 and images >= _MIN_BATCHES * callers * batch:
-        if encoder.threads != threads // callers:
+    if encoder.parallel and callers > 1 and images >= _MIN_BATCHES * callers * batch:
+        few = threads // callers
+        if (encoder.threads, encoder.runs) != (few, callers):
             # The folder may have been replaced since the encoder was opened from it.
-            encoder = open_engine(encoder.source or engine, encoder.runtime, verify=False, threads=threads // callers)
+            source = encoder.source or engine
+            encoder = open_engine(source, encoder.runtime, verify=False, threads=few, runs=callers)
         return Stage(encoder, callers, 0)
     if encoder.buckets is None:  # on a CPU, where the encoder needs most cores
         threads = max(1, threads // 4)

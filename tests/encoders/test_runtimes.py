@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_bf16_is_computed_where_the_processor_has_it(
 ) -> None:
     pytest.importorskip("openvino")
     encoder = open_engine(engines["openvino"])
-    assert encoder.runtime == "openvino", "the runtime that it was built for comes first"
+    assert encoder.runtime == "openvino"
     found = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert encoder.computes_in == ("bf16" if found else "fp32")
     pixels = random_pixels(5, 32)
@@ -118,14 +119,30 @@ def test_bf16_is_computed_where_the_processor_has_it(
     assert "ONNX Runtime computes this bf16 engine in fp32" in caplog.text
 
 
-def test_threads_share_an_openvino_engine(engines: dict[str, Path]) -> None:
-    pytest.importorskip("openvino")
-    encoder = open_engine(engines["onnxruntime"], "openvino")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_threads_share_an_engine(runtime: str, runs: int, engines: dict[str, Path]) -> None:
+    pytest.importorskip(runtime)
+    encoder = open_engine(engines["onnxruntime"], runtime, threads=1, runs=runs)
+    assert (encoder.parallel, encoder.runs, encoder.threads) == (True, runs, 1)
     pixels = random_pixels(40, 32)
     expected = encoder.encode(pixels).plain
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
         for i, got in enumerate(pool.map(lambda i: encoder.encode(pixels[i : i + 1]).plain[0], range(40))):
             np.testing.assert_allclose(got, expected[i], atol=1e-6)
+
+
+def test_openvino_executes_as_many_runs_as_it_was_opened_for(engines: dict[str, Path]) -> None:
+    pytest.importorskip("openvino")
+    encoder: Any = open_engine(engines["onnxruntime"], "openvino", threads=1, runs=2)
+    assert encoder._compiled.get_property("NUM_STREAMS") == 2
+    assert encoder._compiled.get_property("INFERENCE_NUM_THREADS") == 2
+    requests = [encoder._idle.get_nowait() for _ in range(2)]
+    assert encoder._idle.empty(), "a third thread waits for one of the two"
+    for request in requests:
+        encoder._idle.put(request)
+    with pytest.raises(ValueError, match="expected runs >= 1, got 0"):
+        open_engine(engines["onnxruntime"], runs=0)
 
 
 def test_large_batches_are_split(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,32 +250,54 @@ def test_auto_takes_the_best_and_says_why_not_the_others(
     caplog.set_level(logging.INFO, "iosr_fast.encoders.runtimes.engine")
     assert choose_runtime("auto") == "tensorrt_rtx"
     assert choose_runtime("auto", {"torch", "onnxruntime", "tensorrt"}) == "onnxruntime"
-    assert choose_runtime("auto", {"onnxruntime", "openvino"}) == "onnxruntime"
-    assert choose_runtime("auto", {"onnxruntime", "openvino"}, "openvino") == "openvino"
-    assert choose_runtime("auto", {"onnxruntime", "openvino", "tensorrt_rtx"}, "openvino") == "tensorrt_rtx"
+    assert choose_runtime("auto", {"onnxruntime", "openvino", "tensorrt_rtx"}) == "tensorrt_rtx"
     assert "no GPU" in caplog.text and "not built for it" in caplog.text
     with pytest.raises(RuntimeError, match="tensorrt: no GPU"):
         choose_runtime("auto", {"tensorrt"})
 
 
-def test_auto_is_torch_on_a_gpu_without_tensorrt_and_onnx_runtime_without_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, engines: dict[str, Path]
+@pytest.mark.parametrize(
+    ("processor", "best", "second"),
+    [
+        ("x86_64", "openvino", "onnxruntime"),
+        ("AMD64", "openvino", "onnxruntime"),
+        ("aarch64", "onnxruntime", "openvino"),
+    ],
+)
+def test_auto_on_a_cpu_is_openvino_on_x86_and_onnx_runtime_elsewhere(
+    processor: str, best: str, second: str, monkeypatch: pytest.MonkeyPatch, engines: dict[str, Path]
 ) -> None:
+    missing: dict[str, str | None] = {"openvino": None, "onnxruntime": None, "torch": None}
+    monkeypatch.setattr(engine, "unavailable_reason", missing.get)
+    monkeypatch.setattr(machine, "this_gpu", lambda: None)
+    monkeypatch.setattr(platform, "machine", lambda: processor)
+    assert choose_runtime("auto", {"torch", "onnxruntime", "openvino"}) == best
+    for built in ("onnxruntime", "openvino"):
+        if built in engines:
+            assert open_engine(engines[built]).runtime == best, "whichever of the two it was built for"
+    missing[best] = "not installed"
+    assert choose_runtime("auto", {"torch", "onnxruntime", "openvino"}) == second
+    missing[second] = "not installed"
+    assert choose_runtime("auto", {"torch", "onnxruntime", "openvino"}) == "torch"
+
+
+def test_auto_is_torch_on_a_gpu_without_tensorrt(monkeypatch: pytest.MonkeyPatch, engines: dict[str, Path]) -> None:
     monkeypatch.setattr(engine, "find_spec", lambda name: None if name in engine.EXTRAS else find_spec(name))
     monkeypatch.setattr(machine, "this_gpu", lambda: machine.Gpu("NVIDIA H100", (9, 0)))
     assert choose_runtime("auto") == "torch"
-    assert choose_runtime("auto", {"torch", "onnxruntime"}, "onnxruntime") == "torch"
-    assert choose_runtime("auto", {"onnxruntime", "openvino"}) == "onnxruntime"
-    assert choose_builder("auto", "fp16") == "torch" and choose_builder("auto", "int8") == "onnxruntime"
+    assert choose_runtime("auto", {"torch", "onnxruntime"}) == "torch"
+    on_cpu = choose_runtime("auto", {"onnxruntime", "openvino"})
+    assert on_cpu in engine.ONNX_RUNTIMES
+    assert choose_builder("auto", "fp16") == "torch" and choose_builder("auto", "int8") == on_cpu
     monkeypatch.setattr(machine, "this_gpu", lambda: None)
-    assert choose_runtime("auto") == choose_builder("auto", "fp32") == "onnxruntime"
-    assert choose_runtime("auto", {"torch", "onnxruntime"}, "torch") == "torch"
+    assert choose_runtime("auto") == choose_builder("auto", "fp32") == on_cpu
+    assert choose_runtime("auto", {"torch"}) == "torch"
 
     def never() -> None:
         raise AssertionError("this_gpu imports torch, which an ONNX engine does not need")
 
     monkeypatch.setattr(machine, "this_gpu", never)
-    assert open_engine(engines["onnxruntime"]).runtime == "onnxruntime"
+    assert open_engine(engines["onnxruntime"]).runtime == on_cpu
 
 
 @pytest.mark.slow
@@ -303,7 +342,7 @@ def test_tensorrt_rtx_compiles_without_a_gpu(
     assert plan["profile"]["max"] == plan["max_batch"] == MAX_BATCH
     assert manifest["check"]["tensorrt_rtx"] is None and "random" in manifest["check"]["onnxruntime"]
     assert "2 output network tensors" in caplog.text  # TensorRT's own words, in Python's logging
-    assert open_engine(tmp_path / "engine").runtime == "onnxruntime"
+    assert open_engine(tmp_path / "engine").runtime in engine.ONNX_RUNTIMES
     with pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
         open_engine(tmp_path / "engine", "tensorrt_rtx")
 
@@ -364,7 +403,7 @@ def test_int8_products_are_added_without_overflow(tmp_path: Path, monkeypatch: p
     clip, pixels = small_clip(), random_pixels(12, 32)
     write_engine(clip, None, tmp_path / "int8", "onnxruntime", "int8", calibration=pixels, real_images=pixels)
     assert set(set_to) == {("session.x64quantprecision", "1")}
-    encoder = open_engine(tmp_path / "int8")
+    encoder = open_engine(tmp_path / "int8", "onnxruntime")
     expected = two_passes(clip, random_adapter(clip, 1), pixels)[0]
     assert (encoder.encode(pixels).plain * expected).sum(1).min() > 0.99
 

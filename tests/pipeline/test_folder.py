@@ -72,12 +72,14 @@ def test_the_stage_fits_the_runtime(bundle: Path, monkeypatch: pytest.MonkeyPatc
     side_by_side = stream.choose_stage(encoder, engine, cpu, 1024, 32, 8)
     assert side_by_side.callers == 8 and side_by_side.encoder is not encoder
     assert stream.choose_stage(side_by_side.encoder, engine, cpu, 1024, 32, 8).encoder is side_by_side.encoder
-    opened: list[int] = []
-    monkeypatch.setattr(runtimes, "open_engine", lambda *_, threads, **__: opened.append(threads) or encoder)
-    assert stream.choose_stage(encoder, engine, cpu, 10_000, 32, 33).callers == 8 and opened == [4]
+    opened: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        runtimes, "open_engine", lambda *_, threads, runs, **__: opened.append((threads, runs)) or encoder
+    )
+    assert stream.choose_stage(encoder, engine, cpu, 10_000, 32, 33).callers == 8 and opened == [(4, 8)]
     few = stream.choose_stage(encoder, engine, cpu, 1000, 32, 8)
     assert few == stream.Stage(encoder, 1, 2)
-    monkeypatch.setattr(encoder, "runtime", "openvino")
+    monkeypatch.setattr(encoder, "parallel", False)
     assert stream.choose_stage(encoder, engine, cpu, 10_000, 32, 8) == few
     monkeypatch.setattr(encoder, "buckets", (1, 2, 4))  # a GPU's: the cores are free to decode
     assert stream.choose_stage(encoder, engine, cpu, 1000, 32, 8) == stream.Stage(encoder, 1, 8)

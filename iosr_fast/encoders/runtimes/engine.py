@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,9 @@ from iosr_fast.utils.schema import (
 )
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
-RUNTIMES = ("tensorrt", "tensorrt_rtx", "onnxruntime", "openvino", "torch")  # choose_runtime has the order of "auto"
+RUNTIMES = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")  # choose_runtime has the order of "auto"
+ONNX_RUNTIMES = ("openvino", "onnxruntime")  # execute encoder.onnx on a CPU: an engine of one is an engine of the other
+X86 = ("x86_64", "AMD64")  # platform.machine() where OpenVINO comes first
 ENGINE_KIND = "engine"
 log = logging.getLogger(__name__)
 
@@ -92,15 +95,16 @@ def open_engine(
     verify: bool = True,
     threads: int | None = None,
     buckets: Iterable[int] | None = None,
+    runs: int = 1,
 ) -> Encoder:
     """Open an engine folder of `iosr-fast build-engine`, or a verified folder that was checked already.
 
     "auto" takes the first runtime that the engine has files for and that works here: TensorRT or TensorRT-RTX on a GPU;
-    PyTorch on a GPU; the CPU runtime that the engine was built for; ONNX Runtime, OpenVINO, PyTorch on the CPU. The
-    choice is logged, with the reason against each of the others. If the engine's plans are for another GPU or version,
-    one is built from encoder.onnx, once, in the user's cache (plans.open_plan). `verify` compares every file's SHA-256
-    with the manifest. `threads` applies to CPU runtimes; `buckets`, the executed batch sizes, to GPUs (None: powers of
-    two).
+    PyTorch on a GPU; OpenVINO on an x86-64 CPU; ONNX Runtime, OpenVINO, PyTorch. The choice is logged, with the reason
+    against each of the others. If the engine's plans are for another GPU or version, one is built from encoder.onnx,
+    once, in the user's cache (plans.open_plan). `verify` compares every file's SHA-256 with the manifest. `runs`
+    threads may execute the encoder at once, with one copy of its weights, where the runtime can (`Encoder.parallel`);
+    each run uses `threads` cores of the CPU. `buckets`, the executed batch sizes, apply to GPUs (None: powers of two).
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime that the
     engine was not built for, RuntimeError if no runtime here can execute it, ImportError for a missing package.
@@ -115,6 +119,8 @@ def open_engine(
     """
     if threads is not None and threads < 1:
         raise IosrFastError(f"expected threads >= 1, got {threads}")
+    if runs < 1:
+        raise IosrFastError(f"expected runs >= 1, got {runs}")
     if isinstance(folder, VerifiedFolder):
         source = folder
     else:
@@ -122,8 +128,8 @@ def open_engine(
         check_engine(source)
         source.check()
     manifest = source.manifest
-    runtime = choose_runtime(runtime, _runtimes_of(manifest), manifest["runtime"])
-    if runtime in ("onnxruntime", "openvino") and manifest["precision"] in ("fp16", "fp8"):
+    runtime = choose_runtime(runtime, _runtimes_of(manifest))
+    if runtime in ONNX_RUNTIMES and manifest["precision"] in ("fp16", "fp8"):
         log.warning(
             "an %s engine is no faster on a CPU, which computes in fp32; build one in fp32 or int8",
             manifest["precision"],
@@ -133,9 +139,9 @@ def open_engine(
 
     def open_folder(path: Path) -> BatchedEncoder:
         if runtime == "openvino":
-            return OpenVINOEncoder(path, manifest, threads)
+            return OpenVINOEncoder(path, manifest, threads, runs)
         if runtime == "onnxruntime":
-            return OnnxRuntimeEncoder(path, manifest, threads)
+            return OnnxRuntimeEncoder(path, manifest, threads, runs)
         if runtime == "torch":
             return TorchEncoder(path, manifest, threads, buckets=buckets)
         return TensorRTEncoder(path, manifest, runtime, buckets)
@@ -152,14 +158,11 @@ def check_engine(source: VerifiedFolder) -> EngineManifest:
     return facts
 
 
-def choose_runtime(
-    runtime: str = "auto", built_for: Collection[str] | None = None, preferred: str | None = None
-) -> str:
+def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = None) -> str:
     """Resolve "auto" to a runtime that works here (in the order of `open_engine`); any other name is returned.
 
-    `built_for`: the runtimes that the engine has files for; None before it is built. `preferred`: the CPU runtime that
-    "auto" tries first. Raises ValueError for an unknown name and for one that is not in `built_for`, RuntimeError if
-    "auto" finds none.
+    `built_for`: the runtimes that the engine has files for; None before it is built. Raises ValueError for an unknown
+    name and for one that is not in `built_for`, RuntimeError if "auto" finds none.
     """
     if runtime not in ("auto", *RUNTIMES):
         raise IosrFastError(f"expected runtime 'auto' or one of {list(RUNTIMES)}, got {runtime!r}")
@@ -174,8 +177,9 @@ def choose_runtime(
     # this_gpu imports torch, so only engines that torch may execute ask for it.
     torch_on_gpu = "torch" in candidates and machine.this_gpu() is not None
     refusals = {name: "this engine was not built for it" for name in RUNTIMES if name not in candidates}
-    order = {"torch": 1 if torch_on_gpu else 3, preferred: 2} | dict.fromkeys(EXTRAS, 0)
-    for name in sorted(candidates, key=lambda name: order.get(name, 3)):
+    on_cpu = ONNX_RUNTIMES if platform.machine() in X86 else ONNX_RUNTIMES[::-1]
+    order = [*EXTRAS, "torch", *on_cpu] if torch_on_gpu else [*EXTRAS, *on_cpu, "torch"]
+    for name in sorted(candidates, key=order.index):
         reason = unavailable_reason(name)
         if reason is None:
             log.info("runtime %s chosen; unavailable: %s", name, refusals or "none")
@@ -196,7 +200,7 @@ def check_runtime(runtime: str) -> None:
 
 
 def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
-    by_file = {ONNX_FILE: ("onnxruntime", "openvino"), TORCH_FILE: ("torch",)}
+    by_file = {ONNX_FILE: ONNX_RUNTIMES, TORCH_FILE: ("torch",)}
     runtimes = {name for file, names in by_file.items() if file in manifest["files"] for name in names}
     return runtimes | {facts["runtime"] for facts in manifest["plans"].values()}
 

@@ -17,14 +17,18 @@ WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"  # beside FILE and mapped into memory; olde
 
 
 class OnnxRuntimeEncoder(BatchedEncoder):
-    """Executes encoder.onnx; `threads` of one session (None: one per core). Threads may share it."""
+    """Executes encoder.onnx; `threads` of one run (None: one per core). Any number of threads may share it; for `runs`
+    of them the session has enough threads."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+    parallel = True
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None, runs: int = 1) -> None:
         super().__init__(manifest, "onnxruntime")
-        self.threads = threads
+        self.threads, self.runs = threads, runs
         ort = require("onnxruntime", "cpu")
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        # Each run adds its calling thread to the session's, and ONNX Runtime counts one caller.
+        options.intra_op_num_threads = 0 if threads is None else runs * (threads - 1) + 1
         options.log_severity_level = 3
         if manifest["precision"] == "int8":
             # Without it, processors without VNNI add 8-bit products in 16 bits, which can overflow.

@@ -6,10 +6,10 @@ import ctypes
 import functools
 import logging
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,17 @@ def openvino_core() -> Any:
 
 
 class OpenVINOEncoder(BatchedEncoder):
-    """Executes encoder.onnx; `threads` of one stream (None: one per core). Threads may share it; they take turns.
+    """Executes encoder.onnx in `runs` streams, which share the weights; `threads` of one stream (None: an even share of
+    the cores). Threads may share it; at most `runs` execute at once.
 
     An engine of precision "bf16" has fp32 weights. OpenVINO multiplies them in bf16 if the processor has AVX512_BF16 or
     AMX, and otherwise in fp32, with a warning. bf16 can be slower than fp32, so it is off for every other engine,
     although OpenVINO's default would turn it on.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+    parallel = True
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None, runs: int = 1) -> None:
         super().__init__(manifest, "openvino")
         core = openvino_core()
         bf16 = manifest["precision"] == "bf16"
@@ -50,23 +53,28 @@ class OpenVINOEncoder(BatchedEncoder):
             log.warning("this processor has no bf16 instructions: the engine in %s computes in fp32", folder)
             bf16 = False
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
+        options["NUM_STREAMS"] = str(runs)
         if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = str(threads)
+            options["INFERENCE_NUM_THREADS"] = str(threads * runs)
         try:
             self._compiled = core.compile_model(str(folder / FILE), "CPU", options)
-            self._request = self._compiled.create_infer_request()
+            self._idle: SimpleQueue[Any] = SimpleQueue()  # one request a stream
+            for _ in range(runs):
+                self._idle.put(self._compiled.create_infer_request())
         except RuntimeError as error:
             raise UnavailableError(
                 f"OpenVINO can't load {FILE} in {folder}: {error}; build the engine again"
             ) from error
         self.computes_in = "bf16" if bf16 else "fp32"
-        self.threads = threads
-        self._lock = threading.Lock()
+        self.threads, self.runs = threads, runs
 
     def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-        with self._lock:
-            outputs = self._request.infer({"pixels": pixels})
+        request = self._idle.get()
+        try:
+            outputs = request.infer({"pixels": pixels})
             return tuple(np.array(outputs[name]) for name in self.outputs)  # copies: the request reuses its memory
+        finally:
+            self._idle.put(request)
 
 
 class _Stack(ctypes.Structure):
