@@ -66,6 +66,28 @@ def test_invalid_options_are_refused_and_never_replaced_by_a_default(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ([], (4, 256, 0.1)),
+        (["--preset", "paper"], (0, 64, 0.03)),
+        (["--preset", "paper", "--bottleneck", "8"], (0, 8, 0.03)),
+        (["--preset", "demo", "--epochs", "1"], (3, 256, 0.1)),
+        (["--preset", "paper", "--objective", "dino", "--epochs", "1", "--dino-out", "8"], (0, 64, 0.1)),
+    ],
+    ids=["default", "paper", "override", "demo", "dino"],
+)
+def test_a_preset_gives_the_defaults(folder: Path, options: Sequence[str], place: tuple[int, int, float]) -> None:
+    out = folder / "a.safetensors"
+    words = ["--data", str(folder / "in"), "--out", str(out), "--workers", "0", "--batch", "4", "--local-crops", "1"]
+    done = CliRunner().invoke(APP, [*words, *options])
+    assert done.exit_code == 0, done.output
+    config = load_adapter(out).config
+    assert (config.first_adapted_block, config.bottleneck, config.scale) == place
+    assert config.training["epochs"] == 1
+
+
+@pytest.mark.slow
 def test_only_an_adapter_is_replaced(folder: Path) -> None:
     out = folder / "out" / "a.safetensors"
     out.parent.mkdir()

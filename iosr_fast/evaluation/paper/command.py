@@ -131,7 +131,9 @@ def reproduce(options: Options, report: Report) -> None:
     model = models.load_model(options.model or sets.DEMO, options.pretrained, options.adapter, options.runtime)
     shots, seeds = choose_shots(options, problems), list(dict.fromkeys(options.seeds))
     without = [name for name in names if METHODS[name].needs_adapter and model.adapter is None]
-    reason = f"no adapter for {model.clip.name}: give --adapter FILE (iosr-fast train-adapter trains one)"
+    reason = (
+        f"no adapter for {model.clip.name}: give --adapter FILE (iosr-fast train-adapter --preset paper trains one)"
+    )
     if named := [name for name in without if name in options.methods]:
         raise IosrFastError(f"{', '.join(named)}: {reason}")
     rows = table_rows([name for name in names if name not in without], options.reducers)
