@@ -23,7 +23,8 @@ from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.two_pass import TwoPasses
 from iosr_fast.encoders.runtimes.openvino import openvino_core
-from iosr_fast.export.onnx_export import export_onnx, save_onnx, to_onnx
+from iosr_fast.export.onnx_export import export_onnx, to_onnx
+from iosr_fast.export.onnx_files import save_onnx
 
 COMPILED = ("torch-compile", "onnxruntime", "openvino")
 Embed = Callable[[], tuple[np.ndarray, ...]]

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from iosr_fast.clip.dual_encoder import Precision
 from iosr_fast.encoders.runtimes import choose_runtime
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.load import LoadedClip
+    from iosr_fast.clip.dual_encoder import Precision
 
 # The runtimes of each precision. For bf16 the graph is fp32, and OpenVINO rounds.
 RUNTIMES_OF = {
@@ -49,7 +48,7 @@ def graph_precision(precision: str, runtime: str) -> Precision:
 
 
 def quantised_by(
-    clip: LoadedClip, runtime: str, precision: str, calibration: np.ndarray | None
+    image_size: int, runtime: str, precision: str, calibration: np.ndarray | None
 ) -> dict[str, Any] | None:
     """What a quantised engine's embeddings depend on besides its weights, as JSON values; None for other precisions.
 
@@ -57,13 +56,12 @@ def quantised_by(
     """
     if precision not in QUANTISED:
         return None
-    size = clip.image_size
-    expected = f"calibration pictures as uint8 (N, {size}, {size}, 3)"
+    expected = f"calibration pictures as uint8 (N, {image_size}, {image_size}, 3)"
     if calibration is None:
         raise IosrFastError(
             f"expected {expected} for {precision}, got none; export.calibration reads them from a folder"
         )
-    if calibration.dtype != np.uint8 or calibration.ndim != 4 or calibration.shape[1:] != (size, size, 3):
+    if calibration.dtype != np.uint8 or calibration.ndim != 4 or calibration.shape[1:] != (image_size, image_size, 3):
         raise IosrFastError(
             f"expected {expected}, got {calibration.dtype} {calibration.shape}; images.preprocess.to_pixels resizes"
         )

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.two_pass import two_passes
-from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, unavailable_reason
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
-from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
-from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
+from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, target
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.convert import EXPORT_VERSION, device_of, fingerprint_of, finish_engine, write_plan
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.onnx_export import OPSET, export_onnx
 from iosr_fast.utils.files import new_folder
-from iosr_fast.utils.machine import cpu_model, package_version
+from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import write_manifest
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -37,25 +32,20 @@ if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.load import LoadedClip
 
-EXPORT_VERSION = 1  # increases when the same weights give other embeddings
 LAYOUT = 2  # increases when an engine with the same embeddings has other files
 
 
 def engine_fingerprint(
     clip: LoadedClip, adapter: Adapter | None, precision: str, quantised: dict[str, Any] | None = None
 ) -> str:
-    """SHA-256 over CLIP, adapter, precision, export version and quantisation.
-
-    It is equal for all runtimes that compute the same embeddings, so that they share cached keys.
-    """
-    parts = [clip.fingerprint, "" if adapter is None else adapter.fingerprint(), precision, str(EXPORT_VERSION)]
-    if quantised is not None:
-        parts.append(json.dumps(quantised, sort_keys=True))
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    """The fingerprint (convert.fingerprint_of) of an engine of this CLIP and adapter."""
+    return fingerprint_of(clip.fingerprint, None if adapter is None else adapter.fingerprint(), precision, quantised)
 
 
 def random_adapter(clip: LoadedClip, first_adapted_block: int, bottleneck: int = 64) -> Adapter:
     """An adapter with random weights, marked as such, to measure speed: it is as fast as a trained one."""
+    import torch
+
     from iosr_fast.clip.adapter import init_adapter
 
     adapter = init_adapter(clip, first_adapted_block, bottleneck, training={"random": True})
@@ -93,7 +83,7 @@ def write_engine(
         raise IosrFastError(f"expected max_batch >= 1, got {max_batch}")
     started = time.perf_counter()
     runtime = choose_builder(runtime, precision)
-    quantised = quantised_by(clip, runtime, precision, calibration)
+    quantised = quantised_by(clip.image_size, runtime, precision, calibration)
     encoder = build_dual_encoder(clip, adapter, graph_precision(precision, runtime))
     facts: dict[str, Any] = {
         "model": clip.name,
@@ -116,7 +106,7 @@ def write_engine(
         "opset": None if runtime == "torch" else OPSET,
         "dual_encoder": encoder.config,
         "versions": _versions(runtime),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model(),
+        "device": device_of(runtime),
         "plans": {},
         "check": {},
     }
@@ -130,38 +120,12 @@ def write_engine(
 
             save_file(encoder.state_dict(), folder / TORCH_FILE)
             facts["check"][runtime] = check(TorchEncoder(folder, facts), pictures, truth, precision)
-        else:
-            if quantised is None:
-                export_onnx(encoder, folder / ONNX_FILE)
-            else:
-                assert calibration is not None
-                report = _export_quantised(encoder, folder, calibration, QUANTISED[precision], quantised["scheme"])
-                facts["quantised"] = quantised | report
-            if runtime == "openvino":
-                facts["check"][runtime] = check(OpenVINOEncoder(folder, facts), pictures, truth, precision)
-            elif runtime == "onnxruntime" or not torch.cuda.is_available() or package_version("onnxruntime"):
-                facts["check"]["onnxruntime"] = check(OnnxRuntimeEncoder(folder, facts), pictures, truth, precision)
-            if runtime in EXTRAS:
-                compiled = _write_plan(folder, facts, runtime)
-                facts["check"][runtime] = None if compiled is None else check(compiled, pictures, truth, precision)
-        facts["build_seconds"] = round(time.perf_counter() - started, 2)
-        return write_manifest(folder, "engine", facts)
-
-
-def _export_quantised(
-    encoder: DualEncoder,
-    folder: Path,
-    calibration: np.ndarray,
-    kind: Literal["int8", "fp8"],
-    scheme: Literal["cpu", "tensorrt"],
-) -> dict[str, Any]:
-    """Write encoder.onnx with quantised products; returns the report of quantize_onnx."""
-    from iosr_fast.export.quantize import quantize_onnx
-
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / ONNX_FILE
-        export_onnx(encoder, source)
-        return quantize_onnx(source, folder / ONNX_FILE, calibration, kind, scheme)
+            facts["build_seconds"] = round(time.perf_counter() - started, 2)
+            return write_manifest(folder, ENGINE_KIND, facts)
+        with tempfile.TemporaryDirectory() as temporary:
+            exported = (folder if quantised is None else Path(temporary)) / ONNX_FILE
+            export_onnx(encoder, exported)
+            return finish_engine(folder, facts, exported, quantised, calibration, pictures, truth, started)
 
 
 def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
@@ -184,24 +148,14 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
         for name in source.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             source.copy(name, folder / name)
-        compiled, facts["check"][runtime] = _write_plan(folder, facts, runtime), None
+        compiled, facts["check"][runtime] = write_plan(folder, facts, runtime), None
         if compiled is not None:
             pictures = checked_pictures(manifest["image_size"], None)
             expected = OnnxRuntimeEncoder(folder, facts).encode(pictures["random"])
             truth = {"random": tuple(getattr(expected, name) for name in compiled.outputs)}
             facts["check"][runtime] = check(compiled, pictures, truth, facts["precision"])
         facts["versions"] |= {runtime: package_version(runtime)}
-        return write_manifest(folder, "engine", facts)
-
-
-def _write_plan(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEncoder | None:
-    """Compile encoder.onnx for this machine and add the plan to `facts`; returns its encoder if this GPU can run it."""
-    plan_target = target(runtime)
-    data, built = build_plan(folder / ONNX_FILE, runtime, facts["max_batch"])
-    (folder / plan_target.file).parent.mkdir(exist_ok=True)
-    (folder / plan_target.file).write_bytes(data)
-    facts["plans"][plan_target.file] = {**plan_target.facts(), "precision": facts["precision"], **built}
-    return TensorRTEncoder(folder, facts, runtime) if unavailable_reason(runtime) is None else None
+        return write_manifest(folder, ENGINE_KIND, facts)
 
 
 def _versions(runtime: str) -> dict[str, str | None]:

@@ -14,13 +14,12 @@ import torch
 from torch import nn
 
 from iosr_fast.clip.dual_encoder import DualEncoder
-from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS_SUFFIX
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.onnx_files import save_onnx
 from iosr_fast.utils.require import require
 
 OPSET = 20  # the first with Gelu as one operator
 LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, minus room for the graph
-_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, for shape inference and constant folding
 
 
 def export_onnx(encoder: DualEncoder, path: Path) -> None:
@@ -75,19 +74,6 @@ def to_onnx(
 def module_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return sum(value.numel() * value.element_size() for value in module.state_dict().values())
-
-
-def save_onnx(model: Any, path: Path) -> None:
-    """Write an onnx.ModelProto: its graph to `path`, tensors of 1 KiB or more to `path`.with_suffix(".weights").
-
-    The graph names the weights file beside it, so both files move together. Replaces existing files.
-    """
-    onnx = require("onnx", "cpu")
-    weights = path.with_suffix(WEIGHTS_SUFFIX)
-    weights.unlink(missing_ok=True)  # onnx appends
-    onnx.save_model(model, str(path), save_as_external_data=True, location=weights.name, size_threshold=_EXTERNAL)
-    if weights.exists():  # a graph may have no large tensor
-        weights.chmod(0o644)  # onnx makes it readable for its owner only
 
 
 @contextlib.contextmanager

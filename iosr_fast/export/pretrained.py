@@ -18,11 +18,13 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import cache_folder, recover
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA
 from iosr_fast.utils.progress import progress
-from iosr_fast.utils.require import require
+from iosr_fast.utils.require import require, require_installed
 from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
+
+require_installed("torch", "cpu")
 
 DEMO_ADAPTER = DEMO_FOLDER / "adapter.safetensors"
 log = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def open_pretrained(
         if chosen is not None:
             check_belongs(chosen, clip)
         calibration = calibration_pictures(clip) if precision in QUANTISED else None
-        quantised = quantised_by(clip, runtime, precision, calibration)
+        quantised = quantised_by(clip.image_size, runtime, precision, calibration)
         fingerprint = engine_fingerprint(clip, chosen, precision, quantised)
         # Versions with another schema or layout use another folder; the CPU runtimes of one graph share theirs.
         form = "onnx" if runtime in ONNX_RUNTIMES else runtime

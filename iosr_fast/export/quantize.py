@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.onnx_export import save_onnx
+from iosr_fast.export.onnx_files import save_onnx
 from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, Quantised
 from iosr_fast.utils.require import require
 
