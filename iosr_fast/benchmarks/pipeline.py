@@ -29,12 +29,9 @@ from torch import nn
 from iosr_fast.benchmarks import harness
 from iosr_fast.benchmarks.encoder_rivals import open_session, write_passes
 from iosr_fast.benchmarks.photographs import write_photographs
-from iosr_fast.classifier import Classifier
+from iosr_fast.benchmarks.random_weights import fit
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.clip.load import LoadedClip, load_clip
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.encoders.opened_clip import OpenedClip
-from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export.export import random_adapter, write_engine
 from iosr_fast.images.decode import CpuDecoder
@@ -42,47 +39,14 @@ from iosr_fast.images.pixels import FORMATS
 from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, choose_stage
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.state.examples import Examples
-from iosr_fast.state.fit import Fit
-from iosr_fast.state.method_config import MethodConfig
-from iosr_fast.state.state import State
-from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 
 RIVALS = ("obvious-script", "two-pass", "encoder-only")
-CLASSES, SHOTS = 100, 16
 RIVALS_BATCH = 32
 LABELS_EQUAL, LEVELS = 0.999, 1.0
 Embed = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Label = Callable[[], np.ndarray]
-
-
-def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
-    """A tip-adapter++ of CLASSES classes with SHOTS keys each, around the embeddings of CLASSES of the pictures."""
-    encoder = open_engine(engine, "onnxruntime", verify=False, threads=threads)
-    classes = min(CLASSES, len(paths))
-    pixels = np.stack([resize_and_crop(open_image(path), encoder.image_size) for path in paths[:classes]])
-    centres = encoder.encode(pixels)
-    rng = np.random.default_rng(0)
-
-    def near(rows: Any) -> np.ndarray:
-        # Noise of a fifth of the distance between two pictures, in place of 16 views of each.
-        apart = float(np.linalg.norm(rows - rows.mean(0), axis=1).mean())
-        noise = rng.standard_normal((classes * SHOTS, rows.shape[1])) * 0.2 * apart / rows.shape[1] ** 0.5
-        keys = np.repeat(rows, SHOTS, 0) + noise
-        return np.asarray(keys / np.linalg.norm(keys, axis=1, keepdims=True), np.float32)
-
-    count = classes * SHOTS
-    embeddings = Embeddings(near(centres.plain), near(centres.adapted))
-    examples = Examples(embeddings, np.repeat(np.arange(classes), SHOTS), np.arange(count), (None,) * count)
-    support = examples.as_support(range(classes), centres.plain, 100.0)
-    config = MethodConfig("tip-adapter++", {"alpha": 1.0, "beta": 5.5}, "centre").fitted(support)
-    clip = OpenedClip(encoder, engine, None, 100.0)
-    classifier = Classifier._with_clip(clip)
-    state = State.first([f"picture {c}" for c in range(classes)], centres.plain, 100.0, examples, config)
-    classifier._replace(Fit(clip, state, SupportViews()))
-    return classifier
 
 
 class PapersFormula:
