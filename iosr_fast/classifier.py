@@ -54,8 +54,8 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
         "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
     alpha, beta, gamma, ridge : float, default=None
         Parameters of the method, as far as it has them. None: searched, or the method's default.
-    views : int, default=10
-        Random views of a support image that are averaged into its key. 1 takes the image as it is.
+    views : int, default=1
+        1: the key of a support image is the embedding of the image as it is. More: the mean of that many random views.
     mirror : bool, default=True
         Whether half of the views are mirrored. Use False where left and right matter.
     templates : sequence of str, default=None
@@ -107,9 +107,9 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
     >>> from iosr_fast.clip.demo.pictures import load_pictures
     >>> pictures = load_pictures("held-out", min_styles=5)
     >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
-    >>> classifier = Classifier("demo", method="tip-adapter++", views=1).fit(images, labels)
+    >>> classifier = Classifier("demo", method="tip-adapter++").fit(images, labels)
     >>> classifier
-    Classifier(model='demo', method='tip-adapter++', views=1)
+    Classifier(model='demo', method='tip-adapter++')
     >>> classifier.predict(images[:1]).tolist() == labels[:1]
     True
     >>> [best] = classifier.explain(images[0])  # what texts and what images contribute to the logit
@@ -150,7 +150,7 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
         beta: float | None = None,
         gamma: float | None = None,
         ridge: float | None = None,
-        views: int = 10,
+        views: int = 1,
         mirror: bool = True,
         templates: Sequence[str] | None = None,
         seed: int = 0,

@@ -49,7 +49,7 @@ def fit(
         list[str] | None,
         typer.Option(help="Prompt with {} for the class name. Repeatable [default: those of the CLIP]."),
     ] = None,
-    views: Annotated[int, typer.Option(help="Random views averaged into each key; 1: the image as it is.")] = 10,
+    views: Annotated[int, typer.Option(help="Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, typer.Option(help="Mirror half of the views.")] = True,
     runtime: Runtime = "auto",
     skip_bad: SkipBad = False,

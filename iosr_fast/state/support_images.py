@@ -7,8 +7,10 @@ import io
 import logging
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.state.examples import Examples, no_examples
+from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.ordered import map_ordered
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,6 +66,11 @@ class SupportViews:
     def two_forms(self) -> bool:
         """Whether an image is encoded as a query too, beside the views of its key."""
         return self.single and self.views > 1
+
+    @property
+    def forms(self) -> int:
+        """How many pictures an image is encoded as."""
+        return self.views + self.two_forms
 
     def pixels(self, image: Image, size: int, digest: bytes) -> list[np.ndarray]:
         """The views of a decoded image, each (size, size, 3) uint8, and last the single one where it is kept.
@@ -125,10 +134,10 @@ def encode_images(
 ) -> tuple[Examples, list[BadImageError]]:
     """Decode each image once and encode its views; `labels` (N,) int64 become the examples' class ids.
 
-    Returns the examples, in the order of the images, and the errors of unreadable images, which `skip_bad` leaves out.
-    `step` is called with 1 after each image. Raises ValueError with the names of all unreadable images, and for a
-    picture (its pixels, whatever the file) under two labels, `names` of `labels`; nothing is encoded once one of these
-    is found. Warns of copies within a class.
+    Threads decode ahead of the encoder. Returns the examples, in the order of the images, and the errors of unreadable
+    images, which `skip_bad` leaves out. `step` is called with 1 after each image. Raises ValueError with the names of
+    all unreadable images, and for a picture (its pixels, whatever the file) under two labels, `names` of `labels`;
+    nothing is encoded once one of these is found. Warns of copies within a class.
     """
     encoding = _Encoding(encoder, views)
     pictures: list[bytes | None] = []
@@ -137,23 +146,37 @@ def encode_images(
     first: dict[tuple[tuple[int, int], bytes], int] = {}
     copies: list[tuple[int, int]] = []
     refused = False
-    for i, source in enumerate(images):
+    pil = Lock()  # PIL images load their pixels when they are first read, and one may be given twice
+
+    def prepare(item: tuple[int, Any]) -> _Prepared | BadImageError:
+        i, source = item
         try:
-            image = open_image(source, i, views.exif_orientation)
+            with pil if hasattr(source, "getbands") else nullcontext():
+                image = open_image(source, i, views.exif_orientation)
         except BadImageError as error:
-            errors.append(error)
-            refused |= not skip_bad
-        else:
-            digest = hashlib.sha256(image.tobytes()).digest()
-            earlier = first.setdefault((image.size, digest), i)
-            if earlier != i:
-                copies.append((earlier, i))
-                refused |= labels[earlier] != labels[i]
-            if not refused:
-                encoding.add(views.pixels(image, encoder.image_size, digest))
-                pictures.append(views.picture(image))
-                readable.append(i)
-        step(1)
+            return error
+        digest = hashlib.sha256(image.tobytes()).digest()
+        identity = image.size, digest
+        if refused:
+            return _Prepared(identity, [], None)
+        return _Prepared(identity, views.pixels(image, encoder.image_size, digest), views.picture(image))
+
+    ahead = 2 * -(-_BATCH // views.forms)
+    with closing(map_ordered(enumerate(images), prepare, usable_threads(), ahead)) as prepared:
+        for i, image in enumerate(prepared):
+            if isinstance(image, BadImageError):
+                errors.append(image)
+                refused |= not skip_bad
+            else:
+                earlier = first.setdefault(image.identity, i)
+                if earlier != i:
+                    copies.append((earlier, i))
+                    refused |= bool(labels[earlier] != labels[i])
+                if not refused:
+                    encoding.add(image.pixels)
+                    pictures.append(image.thumbnail)
+                    readable.append(i)
+            step(1)
     if errors and not skip_bad:
         if len(errors) == 1:
             raise errors[0]
@@ -166,6 +189,15 @@ def encode_images(
         return no_examples(encoder.width), errors
     keys, queries = encoding.finish()
     return Examples(keys, labels[readable], np.arange(len(readable)), tuple(pictures), queries), errors
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A decoded image: its size and the SHA-256 of its pixels, its views (SupportViews.pixels) and its thumbnail."""
+
+    identity: tuple[tuple[int, int], bytes]
+    pixels: list[np.ndarray]
+    thumbnail: bytes | None
 
 
 class _Encoding:
