@@ -17,15 +17,15 @@ from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.labels import labelled_images
+from iosr_fast.state.optimizing import Optimizing
 from iosr_fast.state.predictions import Prediction, predict, softmax
 from iosr_fast.state.saving import Saving
-from iosr_fast.state.updates import LiveUpdates
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(LiveUpdates, Saving, DeprecatedCalls):
+class Classifier(Optimizing, Saving, DeprecatedCalls):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
     Images are paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a
@@ -41,8 +41,9 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
         A file of `iosr-fast train-adapter`; None for no adapter; "auto" is the shipped one, which only the demo has.
     runtime : str, default="auto"
         "onnxruntime", "openvino", "torch", "tensorrt" or "tensorrt_rtx".
-    precision : {"fp32", "fp16", "bf16", "int8", "fp8"}, default="fp32"
-        Precision of the image encoder.
+    precision : {"auto", "fp32", "fp16", "bf16", "int8", "fp8"}, default="fp32"
+        Precision of the image encoder. "auto" fits in fp32, then changes to the fastest engine that keeps the accuracy
+        (`optimize`). It costs seconds and a second encoding, which cross-validation would pay for each fold.
     engine : str or Path, default=None
         A folder of `iosr-fast build-engine`. None builds an engine once and keeps it in the user's cache folder.
     method : str, default="auto"
@@ -87,6 +88,8 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
         The search that chose the parameters; None if nothing was searched.
     skipped_ : list of str
         The unreadable images that `skip_bad` left out.
+    engine_choice_ : EngineChoice or None
+        The engines that were tried, what was measured of each, and why it was not chosen.
     encoder, engine_
         The image encoder and its folder.
 
@@ -194,7 +197,8 @@ class Classifier(LiveUpdates, Saving, DeprecatedCalls):
         """
         self._take_fit_arguments("fit", deprecated, deprecated_parameters)
         inputs = check_fit(self.get_params(), images, labels, class_names)
-        self._replace(fit(self._open(), inputs))
+        fitted = fit(self._open(), inputs)
+        self._replace(self._with_best_engine(fitted, inputs.images) if self.precision == "auto" else fitted)
         return self
 
     def fit_folder(self, folder: str | Path, **deprecated_parameters: Any) -> Self:

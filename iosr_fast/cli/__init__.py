@@ -15,6 +15,7 @@ from iosr_fast.utils.command import Group, command_app, new_app
 COMMANDS = {
     "Classify": {
         "fit": "Fit a few-shot classifier on a folder and save it.",
+        "optimize": "Change a saved classifier's engine for the fastest one here.",
         "classify": "Classify images with a saved classifier.",
         "info": "Describe this machine, or verify and describe a saved folder.",
     },

@@ -52,6 +52,13 @@ def fit(
     views: Annotated[int, typer.Option(help="Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, typer.Option(help="Mirror half of the views.")] = True,
     runtime: Runtime = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of the encoder: fp32, bf16 (openvino), fp16 (GPUs), or auto: the fastest engine here that keeps the "
+            "accuracy on FOLDER."
+        ),
+    ] = "auto",
     skip_bad: SkipBad = False,
     key_precision: Annotated[str, typer.Option(help="Precision of the keys: fp32, fp16, bf16 or int8.")] = "fp32",
 ) -> None:
@@ -78,6 +85,8 @@ def fit(
         f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {classifier.method_}"
     )
     typer.echo(_describe_choice(classifier))
+    if classifier.engine_choice_ is not None:
+        typer.echo("\n".join(classifier.engine_choice_.lines()))
     if classifier.skipped_:
         typer.echo(f"left out {len(classifier.skipped_)} unreadable images", err=True)
 

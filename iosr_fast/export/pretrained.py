@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -127,7 +128,30 @@ def open_pretrained(
             with progress("build the engine", None, shown=shown):
                 write_engine(clip, chosen, folder, runtime, precision, calibration=calibration)
         encoder = open_engine(folder, runtime, verify=False)
-    return OpenedClip(encoder, folder, ClipText(clip, cache_folder() / "text"), clip.logit_scale)
+    text, adapted_by = ClipText(clip, cache_folder() / "text"), None if chosen is None else chosen.fingerprint()
+    assert encoder.source is not None
+    same = encoder.source.manifest["adapter_fingerprint"] == adapted_by
+    return OpenedClip(encoder, folder, text, clip.logit_scale, (clip, chosen) if same else None)
+
+
+def with_loaded(opened: OpenedClip, pretrained: str | Path, adapter: str | Path | None) -> OpenedClip:
+    """A saved classifier's CLIP with the one in torch that its engine was exported from.
+
+    `pretrained` and `adapter` as for Classifier ("demo" for the demo's weights). Raises ValueError for another CLIP or
+    adapter than the engine's.
+    """
+    assert opened.encoder.source is not None
+    manifest = opened.encoder.source.manifest
+    clip = load_clip(manifest["model"], None if manifest["model"] == "demo" else pretrained)
+    chosen = choose_adapter(clip, adapter)
+    names = {"CLIP": clip.fingerprint, "adapter": None if chosen is None else chosen.fingerprint()}
+    for name, got in names.items():
+        if (expected := manifest[f"{name.lower()}_fingerprint"]) != got:
+            raise IosrFastError(
+                f"expected the {name} that the engine was built from, {(expected or 'none')[:12]}, got "
+                f"{(got or 'none')[:12]}; name its weights by pretrained and its adapter's file by adapter"
+            )
+    return replace(opened, loaded=(clip, chosen))
 
 
 def open_shared(
@@ -143,12 +167,13 @@ def open_shared(
     the CLIP open.
 
     A CLIP stays in memory while a classifier holds it; of the others only the one opened last does, until another is
-    opened. A file that changed since is opened again. Without a `model` it is the demo's, with a warning.
+    opened. A file that changed since is opened again. Without a `model` it is the demo's, with a warning. The precision
+    "auto" opens the engine in fp32, from which the others are made.
     """
     global _latest
     if model is None:
         _warn_of_the_demo()
-    named = (model or "demo", pretrained, adapter, runtime, precision, engine)
+    named = (model or "demo", pretrained, adapter, runtime, "fp32" if precision == "auto" else precision, engine)
     key = (str(cache_folder()), *map(_identity, named))
     with _opening:
         clip = _in_use.get(key)

@@ -20,10 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.bundle_schema import ClassifierManifest
+from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
@@ -48,6 +51,7 @@ class Bundle:
     text: TextSource | None
     files: VerifiedFolder | None = None
     integer_labels: bool = False
+    engine_choice: EngineChoice | None = None
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.
@@ -98,8 +102,9 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
             "adapter_fingerprint": facts.adapter_fingerprint,
             "encoder_fingerprint": bundle.encoder_fingerprint,
             "text": _write_text(bundle.text, temporary / TEXT),
-            # Left out with names for labels, so that earlier versions read the bundle.
+            # Left out where they say nothing, so that earlier versions read the bundle.
             **({"integer_labels": True} if bundle.integer_labels else {}),
+            **({} if bundle.engine_choice is None else {"engine_choice": msgspec.to_builtins(bundle.engine_choice)}),
         }
         manifest = write_manifest(temporary, KIND, written, known)
         _read(open_verified(temporary, KIND, verify=False))  # what can't be loaded is not written
@@ -136,7 +141,8 @@ def load_bundle(
         if facts.text is None
         else TextEncoder(verified.folder / TEXT, verified.manifest["text"], threads, verified.part(TEXT))
     )
-    return Bundle(state, views, engine.folder, facts.encoder_fingerprint, text, engine, facts.integer_labels)
+    fingerprint = facts.encoder_fingerprint
+    return Bundle(state, views, engine.folder, fingerprint, text, engine, facts.integer_labels, facts.engine_choice)
 
 
 def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]:
@@ -236,6 +242,7 @@ def _classifier_lines(verified: VerifiedFolder) -> list[str]:
         f"keys in {config.key_precision}",
         *_facts(check_engine(engine)),
         f"text encoder {'none' if bundle.text is None else 'included'}",
+        *([] if bundle.engine_choice is None else bundle.engine_choice.lines()),
     ]
 
 

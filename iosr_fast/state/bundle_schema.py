@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
+from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.ids import uid_of
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.utils.schema import (
@@ -100,6 +101,7 @@ class ClassifierManifest(StateFacts, frozen=True, kw_only=True):
     encoder_fingerprint: Fingerprint
     text: TextFacts | None
     integer_labels: bool = False
+    engine_choice: EngineChoice | None = None
 
     def support_views(self) -> SupportViews:
         """The views; a field that an older version had not keeps its default. Raises ValueError."""

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.opened_clip import OpenedClip
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.tune import Tuned, check_choice
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import check_number
+from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.labels import check_labels, class_ids
 from iosr_fast.state.method_config import choose_config, is_searched
 from iosr_fast.state.state import State
@@ -27,15 +28,17 @@ from iosr_fast.utils.text import abbreviate
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A fitted classifier: `state` and what it was computed with. `tuned` is None if no parameter was searched,
-    `skipped` names the unreadable images that were left out. With `integer_labels`, the label of a class is its uid:
+    `skipped` has the errors of unreadable images that were left out, `engine_choice` the candidates for the
+    engine, where it was chosen. With `integer_labels`, the label of a class is its uid:
     its position in the class names of the fit, which no later change moves."""
 
     clip: OpenedClip
     state: State
     views: SupportViews
     tuned: Tuned | None = None
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[BadImageError, ...] = ()
     integer_labels: bool = False
+    engine_choice: EngineChoice | None = None
 
     def labels(self, classes: np.ndarray | None = None) -> np.ndarray:
         """The labels of the classes at these positions, or of all: names (str), or uids (int64)."""
@@ -123,7 +126,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
         )
     state = State.first(names, embedded, tau, examples, config)
     views = replace(views, single=examples.queries is not None)
-    return Fit(clip, state, views, tuned, tuple(error.where for error in errors), inputs.integer_labels)
+    return Fit(clip, state, views, tuned, tuple(errors), inputs.integer_labels)
 
 
 def _check_classes(method: str, ids: np.ndarray, names: Sequence[str]) -> None:

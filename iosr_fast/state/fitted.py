@@ -8,6 +8,7 @@ from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
+from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.ids import example_id
 from iosr_fast.state.state import ClassInfo, State
@@ -74,7 +75,12 @@ class FittedAttributes:
     @property
     def skipped_(self) -> list[str]:
         """The unreadable images that `skip_bad` left out of the fit."""
-        return list(self._fitted().skipped)
+        return [error.where for error in self._fitted().skipped]
+
+    @property
+    def engine_choice_(self) -> EngineChoice | None:
+        """The candidates for the engine and what was measured of each; None if none were tried."""
+        return self._fitted().engine_choice
 
     @property
     def exif_orientation_(self) -> bool:

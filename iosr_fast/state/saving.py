@@ -30,9 +30,16 @@ class Saving(FittedAttributes):
         """
         fit = self._fitted()
         clip = fit.clip
-        source = clip.encoder.source
+        encoder = clip.encoder
         bundle = Bundle(
-            fit.state, fit.views, clip.engine, clip.encoder.fingerprint, clip.text, source, fit.integer_labels
+            fit.state,
+            fit.views,
+            clip.engine,
+            encoder.fingerprint,
+            clip.text,
+            encoder.source,
+            fit.integer_labels,
+            fit.engine_choice,
         )
         save_bundle(bundle, folder)
 
@@ -49,6 +56,7 @@ class Saving(FittedAttributes):
 
         Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
         the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
+        "auto" is the runtime that was chosen by measuring (`engine_choice_`) where this is the same processor.
         `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
         missing, damaged or foreign, and what open_engine raises.
 
@@ -59,8 +67,12 @@ class Saving(FittedAttributes):
         from iosr_fast.encoders.runtimes import open_engine
 
         bundle = load_bundle(folder, verify, threads, expected_digest)
-        encoder = open_engine(bundle.files or bundle.engine, runtime=runtime, verify=False, threads=threads)
+        choice = bundle.engine_choice
+        name = choice.runtime if runtime == "auto" and choice is not None else runtime
+        encoder = open_engine(bundle.files or bundle.engine, runtime=name, verify=False, threads=threads)
         clip = OpenedClip(encoder, bundle.engine, bundle.text, bundle.state.tau)
         classifier = cls._with_clip(clip, **bundle.parameters(), runtime=runtime)
-        classifier._fit = Fit(clip, bundle.state, bundle.views, integer_labels=bundle.integer_labels)
+        classifier._fit = Fit(
+            clip, bundle.state, bundle.views, integer_labels=bundle.integer_labels, engine_choice=choice
+        )
         return classifier

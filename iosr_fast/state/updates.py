@@ -227,9 +227,14 @@ class LiveUpdates(FittedAttributes):
     def _replace(self, fit: Fit) -> None:
         """Take over the result of a fit, or a bundle."""
         with self._changing:
-            if self._log is not None:
-                raise IosrFastError(f"expected no audit log to be open, got {self._log.path}: it has no line for a fit")
+            self._check_no_log()
             self._fit = fit
+
+    def _check_no_log(self) -> None:
+        if self._log is not None:
+            raise IosrFastError(
+                f"expected no audit log to be open, got {self._log.path}: it has no line for a fit or another engine"
+            )
 
     def _same_fit(self, fit: Fit) -> Fit:
         """Under the lock: the current version of `fit`, with whose encoder something was encoded outside the lock."""

@@ -213,13 +213,26 @@ def test_fit_shows_what_it_does(
         advance(1)
     assert "encode" not in shown.getvalue() and "quiet" not in shown.getvalue()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    done = run("fit", folder, "--model", "demo", "--out", tmp_path / "out", "--views", "1")
+    done = run("fit", folder, "--model", "demo", "--out", tmp_path / "out", "--views", "1", "--precision", "fp32")
     assert done.exit_code == 0 and "3 classes, 9 images" in done.output, done.output
 
 
 def test_fit_says_once_what_it_skips(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "notes.txt").write_text("not an image")
-    options = ("--model", "demo", "--method", "tip-adapter", "--alpha", "1", "--beta", "1", "--views", "1")
+    options = (
+        "--model",
+        "demo",
+        "--method",
+        "tip-adapter",
+        "--alpha",
+        "1",
+        "--beta",
+        "1",
+        "--views",
+        "1",
+        "--precision",
+        "fp32",
+    )
     done = run("fit", folder, "--out", tmp_path / "out", *options)
     assert done.exit_code == 0, done.output
     assert caplog.text.count("skipped 1 of") == 1

@@ -128,7 +128,7 @@ def open_engine(
         check_engine(source)
         source.check()
     manifest = source.manifest
-    runtime = choose_runtime(runtime, _runtimes_of(manifest))
+    runtime = choose_runtime(runtime, runtimes_of(manifest))
     if runtime in ONNX_RUNTIMES and manifest["precision"] in ("fp16", "fp8"):
         log.warning(
             "an %s engine is no faster on a CPU, which computes in fp32; build one in fp32 or int8",
@@ -199,7 +199,8 @@ def check_runtime(runtime: str) -> None:
         raise MissingPackageError(reason)
 
 
-def _runtimes_of(manifest: dict[str, Any]) -> set[str]:
+def runtimes_of(manifest: dict[str, Any]) -> set[str]:
+    """The runtimes that an engine has files for."""
     by_file = {ONNX_FILE: ONNX_RUNTIMES, TORCH_FILE: ("torch",)}
     runtimes = {name for file, names in by_file.items() if file in manifest["files"] for name in names}
     return runtimes | {facts["runtime"] for facts in manifest["plans"].values()}

@@ -1,0 +1,71 @@
+"""The command `iosr-fast optimize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from iosr_fast.cli.options import Adapter, Runtime, SavedClassifier
+from iosr_fast.utils.command import stop_message
+from iosr_fast.utils.outputs import check_new_folder
+from iosr_fast.utils.progress import progress
+
+
+def optimize(
+    folder: SavedClassifier,
+    images: Annotated[
+        Path, typer.Option(help="The images that it was fitted on: one sub-folder of images for each class.")
+    ],
+    objective: Annotated[
+        Literal["latency", "throughput", "size"],
+        typer.Option(metavar="NAME", help="latency: one image; throughput: a batch; size: bytes of the engine."),
+    ] = "latency",
+    tolerance: Annotated[float, typer.Option(help="Loss of accuracy that is accepted, in points.")] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: the classifier's own].")] = None,
+    runtime: Runtime = "auto",
+    precision: Annotated[str, typer.Option(help="Only this precision: fp32, bf16, fp16, int8 or fp8.")] = "auto",
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip's tag of the CLIP's weights, or a file; demo for the demo.")
+    ] = None,
+    adapter: Adapter = "auto",
+) -> None:
+    """Choose the fastest engine for a saved classifier that this machine can run and that keeps the accuracy.
+
+    Engines are built, calibrated on the images, timed, and judged by the labels of left-out images. The images are
+    encoded again with the chosen engine; classes, ids and the method stay. A log of changes that began before belongs
+    to the old classifier: save a classifier with its changes first.
+
+    It needs no PyTorch, except with --pretrained, which names the weights of the CLIP (and --adapter its adapter), for
+    engines that are exported again: fp16, int8 and fp8 on a GPU, and any other of a classifier that is not in fp32.
+
+    \b
+    iosr-fast optimize my-classifier --images support/
+    """
+    from iosr_fast.classifier import Classifier
+    from iosr_fast.state.labels import labelled_images
+    from iosr_fast.state.optimize import OptimizeOptions
+
+    OptimizeOptions(objective, tolerance, runtime, precision)  # checks them
+    target = folder if out is None else out
+    with stop_message("stopped; nothing was written", "iosr-fast"):
+        if out is not None:
+            check_new_folder(out, "classifier")
+        paths, labels, _ = labelled_images(images)
+        classifier = Classifier.load(folder)
+        classifier.progress = True
+        choice = classifier.optimize(
+            paths,
+            labels,
+            objective,
+            tolerance,
+            runtime,
+            precision,
+            pretrained,
+            None if adapter == "none" else adapter,
+        )
+        with progress("save", None):
+            classifier.save(target)
+    typer.echo(f"{target}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images")
+    typer.echo("\n".join(choice.lines()))

@@ -1,0 +1,177 @@
+"""The engines that this machine can run in place of a given one, and each of them built and opened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, runtimes_of, unavailable_reason
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+from iosr_fast.export.convert import convert_engine, fingerprint_of
+from iosr_fast.export.engine_precision import QUANTISED, RUNTIMES_OF, graph_precision
+from iosr_fast.export.quantize import MIN_PICTURES
+from iosr_fast.utils.files import cache_folder
+from iosr_fast.utils.machine import this_gpu
+from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
+
+if TYPE_CHECKING:
+    from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.load import LoadedClip
+
+ON_CPU, ON_GPU = ("fp32", "bf16", "int8"), ("fp32", "fp16", "int8", "fp8")
+
+
+class Candidate(NamedTuple):
+    """A runtime and a precision; `left_out` says why it is not tried, "" if it is."""
+
+    runtime: str
+    precision: str
+    left_out: str = ""
+
+
+def list_candidates(
+    engine: VerifiedFolder, pictures: int, runtime: str = "auto", precision: str = "auto", with_clip: bool = False
+) -> list[Candidate]:
+    """The engines to try in place of `engine`, more exact precisions first; another name than "auto" restricts them.
+
+    `pictures` are at hand to calibrate with; `with_clip`, the CLIP is at hand to export from. On a GPU: TensorRT,
+    TensorRT-RTX and PyTorch in fp32, fp16, int8 and fp8, as far as they have them. On a CPU: OpenVINO and ONNX Runtime
+    in fp32, bf16 and int8; fp16 and fp8 are no faster there. Runtimes that are not installed are not listed. An engine
+    that is not in fp32 keeps its precision, because its weights are rounded.
+    """
+    gpu = None if runtime in ONNX_RUNTIMES else this_gpu()
+    names: tuple[str, ...] = ONNX_RUNTIMES if gpu is None else ("tensorrt", "tensorrt_rtx", "torch")
+    precisions: tuple[str, ...] = ON_CPU if gpu is None else ON_GPU
+    if engine.manifest["precision"] != "fp32":
+        precisions = (engine.manifest["precision"],)
+    listed = []
+    for each in precisions:
+        for name in names:
+            if name not in RUNTIMES_OF[each] or runtime not in ("auto", name) or precision not in ("auto", each):
+                continue
+            if runtime == "auto" and unavailable_reason(name) is not None:
+                continue
+            listed.append(Candidate(name, each, _left_out(name, each, engine, pictures, with_clip)))
+    return listed
+
+
+def _left_out(runtime: str, precision: str, engine: VerifiedFolder, pictures: int, with_clip: bool) -> str:
+    if (reason := unavailable_reason(runtime)) is not None:
+        return reason
+    if precision == "bf16" and "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "this processor has no bf16 instructions"
+    gpu = this_gpu() if precision == "fp8" else None
+    if gpu is not None and gpu.capability < (8, 9):
+        return f"{gpu.name} has no fp8 instructions"
+    if precision == engine.manifest["precision"] and runtime in runtimes_of(engine.manifest):
+        return ""
+    if precision in QUANTISED and pictures < MIN_PICTURES:
+        return f"{MIN_PICTURES} pictures are needed to calibrate, got {pictures}"
+    if _is_exported(runtime, precision, engine) and not with_clip:
+        return "it is exported from the CLIP, which was not named"
+    return ""
+
+
+def _is_exported(runtime: str, precision: str, engine: VerifiedFolder) -> bool:
+    """Whether the engine's own encoder.onnx is not enough to build this one."""
+    has_graph = ONNX_RUNTIMES[0] in runtimes_of(engine.manifest)
+    return runtime == "torch" or graph_precision(precision, runtime) != "fp32" or not has_graph
+
+
+class CandidateBuilder:
+    """Opens candidates in place of `engine`. What has to be built is built once, in a folder of its own in the cache,
+    of which `keep` leaves one engine, and `close` nothing."""
+
+    def __init__(
+        self,
+        engine: VerifiedFolder,
+        calibration: np.ndarray | None,
+        loaded: tuple[LoadedClip, Adapter | None] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.engine, self._calibration, self._loaded, self._threads = engine, calibration, loaded, threads
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="optimize-", dir=cache_folder()))
+        self._built: dict[str, Path | Exception] = {}
+
+    def start_in_fp32(self, runtime: str) -> Encoder:
+        """Export the CLIP in fp32 in place of an engine in another precision; returns the encoder."""
+        folder = self._folder / "fp32"
+        self._export(folder, runtime, "fp32")
+        self.engine = open_verified(folder, ENGINE_KIND, verify=False)
+        return open_engine(self.engine, runtime, threads=self._threads)
+
+    def open(self, runtime: str, precision: str) -> Encoder:
+        """The candidate's encoder. Raises what building raises, and ArithmeticError for embeddings that are off."""
+        manifest = self.engine.manifest
+        if self._is_there(runtime, precision):
+            return open_engine(self.engine, runtime, threads=self._threads)
+        if precision == "bf16":  # the runtime rounds: such an engine differs in its manifest alone
+            fingerprint = fingerprint_of(manifest["clip_fingerprint"], manifest["adapter_fingerprint"], precision)
+            changed = replace(self.engine, manifest=manifest | {"precision": precision, "fingerprint": fingerprint})
+            return open_engine(changed, runtime, threads=self._threads)
+        return open_engine(self._build(runtime, precision), runtime, verify=False, threads=self._threads)
+
+    def keep(self, runtime: str, precision: str, encoder: Encoder) -> tuple[Encoder, Path]:
+        """The candidate that `open` gave, and its folder, which stays as long as the encoder; others are removed."""
+        folder = self.engine.folder if self._is_there(runtime, precision) else self._build(runtime, precision)
+        if self._folder not in folder.parents:
+            self.close()
+            return encoder, folder
+        if precision == "bf16":
+            encoder = open_engine(folder, runtime, verify=False, threads=self._threads)
+        for other in self._folder.iterdir():
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        weakref.finalize(encoder, _remove, self._folder, os.getpid())
+        return encoder, folder
+
+    def close(self) -> None:
+        """Remove what was built."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _is_there(self, runtime: str, precision: str) -> bool:
+        return precision == self.engine.manifest["precision"] and runtime in runtimes_of(self.engine.manifest)
+
+    def _build(self, runtime: str, precision: str) -> Path:
+        # The CPU runtimes execute the same file.
+        name = f"{precision}-{'cpu' if runtime in ONNX_RUNTIMES else runtime}"
+        if name not in self._built:
+            try:
+                self._write(self._folder / name, runtime, precision)
+                self._built[name] = self._folder / name
+            except Exception as error:
+                self._built[name] = error
+        result = self._built[name]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _write(self, folder: Path, runtime: str, precision: str) -> None:
+        if _is_exported(runtime, precision, self.engine):
+            self._export(folder, runtime, precision)
+        else:
+            calibration = self._calibration if precision in QUANTISED else None
+            convert_engine(self.engine, folder, runtime, precision, calibration)
+
+    def _export(self, folder: Path, runtime: str, precision: str) -> None:
+        from iosr_fast.export.export import write_engine
+
+        assert self._loaded is not None  # _left_out
+        calibration = self._calibration if precision in QUANTISED else None
+        max_batch = self.engine.manifest["max_batch"]
+        write_engine(*self._loaded, folder, runtime, precision, max_batch, self._calibration, calibration)
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # a forked process has the encoder, too
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""The candidates that were tried for a classifier's engine, what was measured of each, and the rule that chose one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from typing import Annotated, Literal
+
+import numpy as np
+from msgspec import Meta
+
+from iosr_fast.utils.machine import cpu_model
+from iosr_fast.utils.schema import Above0, Name, Natural, Size, Strict
+
+Objective = Literal["latency", "throughput", "size"]
+Verdict = Literal["chosen", "accepted", "not judged", "rejected", "failed", "left out"]
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # the more exact ones first
+LEAST_COSINE = 0.99
+SIGNIFICANT = 0.15
+LEVEL = 0.05  # candidates whose times differ by at most this share are equally fast
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_Cosine = Annotated[float, Meta(ge=-1.001, le=1.001)]
+
+
+class EngineCandidate(Strict, frozen=True, kw_only=True):
+    """An engine that was tried.
+
+    `ms_one` and `ms_batch` are the median milliseconds of one picture and of a batch (EngineChoice.batch); `bytes` is
+    the size of its files; `cosines` has the smallest and the mean cosine to the reference by embedding ("plain",
+    "adapted"); `agreement` is the share of labels that are the reference's, and `accuracy` that of right ones, both of
+    left-out support images. None where it was not measured; `reason` says why it was not chosen.
+    """
+
+    runtime: Name
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    verdict: Verdict
+    reason: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{0,512}\Z")] = ""
+    ms_one: Above0 | None = None
+    ms_batch: Above0 | None = None
+    bytes: Natural | None = None
+    cosines: dict[str, tuple[_Cosine, _Cosine]] | None = None
+    agreement: _Share | None = None
+    accuracy: _Share | None = None
+
+
+class EngineChoice(Strict, frozen=True, kw_only=True):
+    """The table of candidates, the chosen one first, and how it was made.
+
+    `tolerance` is in points of accuracy; `judged` images were left out, `calibrated` ones gave the ranges of int8;
+    `processor` is where the times were measured.
+    """
+
+    objective: Objective
+    tolerance: Annotated[float, Meta(ge=0, le=100)]
+    batch: Size
+    judged: Natural
+    calibrated: Natural
+    processor: Name
+    seconds: Annotated[float, Meta(ge=0)]
+    candidates: Annotated[list[EngineCandidate], Meta(min_length=1)]
+    note: str = ""
+
+    @property
+    def chosen(self) -> EngineCandidate:
+        """The engine in use."""
+        return self.candidates[0]
+
+    @property
+    def runtime(self) -> str:
+        """The runtime to open the engine with: the chosen one on the processor where it was measured, else "auto"."""
+        return self.chosen.runtime if self.processor == cpu_model() else "auto"
+
+    def lines(self) -> list[str]:
+        """The table as text."""
+        best = self.chosen
+        head = (
+            f"engine {best.runtime} {best.precision}, chosen for {self.objective} on {self.processor}; "
+            f"{self.judged} left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s"
+        )
+        titles = ("runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels", "accuracy")
+        rows = [titles, *(_cells(each) for each in self.candidates)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+        ends = ["", *(f"{each.verdict}{each.reason and ': '}{each.reason}" for each in self.candidates)]
+        table = []
+        for row, end in zip(rows, ends, strict=True):
+            cells = [f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+            table.append("  " + "  ".join([*cells, end]).rstrip())
+        return [head, *table, *([self.note] if self.note else [])]
+
+
+def _cells(candidate: EngineCandidate) -> tuple[str, ...]:
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else form.format(value)
+
+    cosines = candidate.cosines
+    return (
+        candidate.runtime,
+        candidate.precision,
+        shown(candidate.ms_one, "{:,.2f} ms"),
+        shown(candidate.ms_batch, "{:,.2f} ms"),
+        shown(None if candidate.bytes is None else candidate.bytes / 1e6, "{:,.1f} MB"),
+        shown(None if cosines is None else min(least for least, _ in cosines.values()), "{:.4f}"),
+        shown(candidate.agreement, "{:.1%}"),
+        shown(candidate.accuracy, "{:.1%}"),
+    )
+
+
+def rejection(
+    reference: np.ndarray, right: np.ndarray, cosines: dict[str, tuple[float, float]], tolerance: float
+) -> str:
+    """Why a candidate is rejected; "" if it is not.
+
+    `reference` and `right` (V,) bool say which of the same left-out images fp32 and the candidate get right. A
+    candidate is rejected if a cosine is below LEAST_COSINE, or if it loses more than `tolerance` points of accuracy and
+    the loss is no accident: with `lost` images that only fp32 gets right and `won` that only the candidate does, the
+    chance that at least `lost` of them fall that way, were both equally good, is below SIGNIFICANT (an exact one-sided
+    sign test). So one flip of 40 images, 2.5 points, rejects nothing; three flips against none do. Where the images are
+    few, the cosine is what refuses: by the test alone a real loss of 3 points passes at 40 images nearly always.
+    """
+    least = {name: low for name, (low, _) in cosines.items() if not low >= LEAST_COSINE}
+    if least:
+        return ", ".join(f"cosine of {name} embeddings {low:.3f} < {LEAST_COSINE}" for name, low in least.items())
+    lost, won = int((reference & ~right).sum()), int((right & ~reference).sum())
+    loss = 100 * (lost - won) / max(len(right), 1)
+    chance = sign_test(lost, won)
+    if loss <= tolerance or chance >= SIGNIFICANT:
+        return ""
+    return (
+        f"accuracy {reference.mean():.1%} falls to {right.mean():.1%} ({lost} images lost, {won} won, chance "
+        f"{chance:.2g}; tolerance {tolerance:g} points)"
+    )
+
+
+def sign_test(lost: int, won: int) -> float:
+    """P(X >= lost) for X ~ Binomial(lost + won, 1/2).
+
+    >>> sign_test(1, 0), sign_test(3, 0), sign_test(2, 2)
+    (0.5, 0.125, 0.6875)
+    """
+    n = lost + won
+    return sum(comb(n, k) for k in range(lost, n + 1)) / 2**n
+
+
+def best_of(values: Sequence[float], precisions: Sequence[str], ties: Sequence[float]) -> int:
+    """The index of the smallest value. Values within LEVEL of it are equal: among those the more exact precision wins,
+    then the smaller of `ties`."""
+    level = min(values) * (1 + LEVEL)
+    equal = [i for i, value in enumerate(values) if value <= level]
+    return min(equal, key=lambda i: (PRECISIONS.index(precisions[i]), ties[i]))
