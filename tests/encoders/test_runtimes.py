@@ -408,6 +408,27 @@ def test_int8_products_are_added_without_overflow(tmp_path: Path, monkeypatch: p
     assert (encoder.encode(pixels).plain * expected).sum(1).min() > 0.99
 
 
+WITHOUT_CONVERTER = """
+import sys
+from iosr_fast.encoders.runtimes.openvino import openvino_core
+openvino_core()
+assert "openvino.tools.ovc" not in sys.modules, "it takes two thirds of the time of the import"
+import openvino
+try:
+    openvino.nothing
+except AttributeError as error:
+    assert str(error) == "module 'openvino' has no attribute 'nothing'"
+from openvino import convert_model
+print(convert_model.__name__, "openvino.tools.ovc" in sys.modules)
+"""
+
+
+def test_openvino_is_imported_without_its_converter() -> None:
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_CONVERTER], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["convert_model", "True"], done.stderr
+
+
 RELEASES_MODELS = """
 import faulthandler, gc, os, signal
 import numpy as np

@@ -138,12 +138,12 @@ def test_what_was_classified_is_not_classified_again(
     bundle: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad picture stops the run; what came before is kept, and so is all when only the file was not renamed yet."""
-    from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
+    from iosr_fast.encoders.runtimes.batched import BatchedEncoder
     from iosr_fast.pipeline import job
 
     seen: list[int] = []
-    encode = OnnxRuntimeEncoder.encode
-    monkeypatch.setattr(OnnxRuntimeEncoder, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+    encode = BatchedEncoder.encode
+    monkeypatch.setattr(BatchedEncoder, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
     good = pictures[32].read_bytes()
     pictures[32].write_bytes(b"no picture")
     stopped = run(bundle, tmp_path / "in", "--out", tmp_path / "labels.csv")
