@@ -208,8 +208,11 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
 
     @property
     def encoder(self) -> Encoder:
-        """The image encoder of the fit; before one, that of the parameters, which is opened now."""
-        return (self._open() if self._fit is None else self._fit.clip).encoder
+        """The image encoder of queries, without adapted embeddings where the fitted method compares none.
+
+        Before a fit, the encoder of the parameters, which is opened now.
+        """
+        return self._open().encoder if self._fit is None else self._fit.encoder
 
     @property
     def engine_(self) -> Path:
@@ -269,7 +272,7 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         fit = self._fitted()
         return predict_folder(
             fit.state,
-            fit.clip.encoder,
+            fit.encoder,
             fit.clip.engine,
             folder,
             exif_orientation=fit.views.exif_orientation,
@@ -283,7 +286,7 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         """A Prediction for each image: label and probability, the `top` classes with what texts say of each and what
         the examples add, and the `nearest` support images. All of one state of the classifier."""
         fit = self._fitted()
-        rows = (fit.clip.encoder.encode(pixels) for pixels in self._chunks(fit, images))
+        rows = (fit.encoder.encode(pixels) for pixels in self._chunks(fit, images))
         return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest)]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
@@ -296,5 +299,5 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         return float((self._logits(fit, listed).argmax(1) == ids).mean())
 
     def _logits(self, fit: Fit, images: Any, impl: str = "auto") -> np.ndarray:
-        parts = [fit.state.score(fit.clip.encoder.encode(pixels), impl) for pixels in self._chunks(fit, images)]
+        parts = [fit.state.score(fit.encoder.encode(pixels), impl) for pixels in self._chunks(fit, images)]
         return np.concatenate(parts) if parts else np.zeros((0, len(fit.state.uids)), np.float32)

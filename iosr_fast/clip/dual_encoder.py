@@ -198,7 +198,9 @@ class DualEncoder(nn.Module):
                 # As fast in ONNX Runtime as one GEMM [h, relu(down x)] @ [W_proj | scale W_up]; stores no weight twice.
                 first, second = _halves(x + update)
                 x = torch.cat([first, second + block.adapt(_halves(x)[1])])
-        embeddings = F.normalize(self.proj(self.ln_post(x)).float(), dim=-1)
+        x = self.proj(self.ln_post(x)).float()
+        # As F.normalize, whose exported form computes sizes.
+        embeddings = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
         return tuple(_halves(embeddings)) if split else (embeddings,)
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -215,6 +217,14 @@ class DualEncoder(nn.Module):
         return embedded.to(self.shapes.dtype)
 
 
+def is_adapter_weight(name: str) -> bool:
+    """Whether an entry of a dual encoder's state dict belongs to the adapter."""
+    return ".down_proj." in name or ".up_proj." in name
+
+
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(2B, ...) -> twice (B, ...), by a reshape, so that the exported graph computes no sizes."""
+    """(2B, ...) -> twice (B, ...), by a reshape, so that the exported graph computes no sizes.
+
+    `export.plain_graph` finds the streams by these reshapes.
+    """
     return x.reshape(2, -1, *x.shape[1:]).unbind(0)

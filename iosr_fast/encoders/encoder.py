@@ -55,7 +55,7 @@ class Encoder(Protocol):
     image_size, width  side of the square images that it takes; channels D of its embeddings
     fingerprint        identifies the exact export, so that keys are never compared with another encoder's queries
     runtime            "onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx", or a name of your own
-    adapted            whether it returns adapted embeddings
+    adapted            whether it returns adapted embeddings beside the plain ones
     max_batch          the largest batch of one run; `encode` splits larger ones
     buckets            the batch sizes that a GPU executes; None on a CPU, which executes any size
     threads            CPU threads of one run; None for the runtime's choice

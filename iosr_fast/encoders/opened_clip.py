@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +15,51 @@ if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.load import LoadedClip
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class OpenedClip:
     """`encoder` for images, opened from the folder `engine`; `text` for class names, None if a saved classifier has
-    none; `tau`, the CLIP's logit scale; `loaded`, the CLIP in torch and its adapter, None for a saved classifier."""
+    none; `tau`, the CLIP's logit scale; `loaded`, the CLIP in torch and its adapter, None for a saved classifier.
+
+    `encoder` gives both embeddings or, if it was opened so, the plain one alone. `encoder_for` opens the other form of
+    the same engine at its first use, and keeps it: support images need both embeddings, queries those that their method
+    compares.
+    """
 
     encoder: Encoder
     engine: Path
     text: TextSource | None
     tau: float
     loaded: tuple[LoadedClip, Adapter | None] | None = None
+    _other: list[Encoder] = field(default_factory=list, init=False, repr=False)
+    _opening: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the CLIP has an adapter, whichever form of its engine is open."""
+        source = self.encoder.source
+        return self.encoder.adapted or (source is not None and source.manifest["first_adapted_block"] is not None)
+
+    def encoder_for(self, adapted: bool) -> Encoder:
+        """The encoder that gives adapted embeddings, or the cheaper one that does not.
+
+        The same encoder serves for both where the engine has one form, for example without an adapter.
+        """
+        first, source = self.encoder, self.encoder.source
+        if adapted == first.adapted or source is None or not self.has_adapter:
+            return first
+        from iosr_fast.encoders.runtimes.engine import has_plain_form, open_engine
+
+        if not has_plain_form(source.manifest, first.runtime):
+            return first
+        if not self._other:
+            with self._opening:
+                if not self._other:
+                    log.info("opening the engine for %s", "both embeddings" if adapted else "plain embeddings only")
+                    other = open_engine(
+                        source, first.runtime, False, first.threads, first.buckets, first.runs, adapted=adapted
+                    )
+                    self._other.append(other)
+        return self._other[0]

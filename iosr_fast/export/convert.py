@@ -14,14 +14,15 @@ import numpy as np
 
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine, unavailable_reason
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, check_engine, unavailable_reason
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
-from iosr_fast.encoders.runtimes.onnxruntime import OnnxRuntimeEncoder
+from iosr_fast.encoders.runtimes.onnxruntime import PLAIN_FILE, OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.export.export_check import check, checked_pictures
+from iosr_fast.export.plain_graph import write_plain_graph
 from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
 from iosr_fast.utils.manifest import write_manifest
@@ -107,8 +108,8 @@ def finish_engine(
     truth: dict[str, tuple[np.ndarray, ...]],
     started: float,
 ) -> dict[str, Any]:
-    """Quantise the file `exported` into `folder` (where it is already, unless `quantised`), compile it, compare it with
-    `truth` and write the manifest."""
+    """Quantise the file `exported` into `folder` (where it is already, unless `quantised`), write its plain form,
+    compile it, compare both with `truth` and write the manifest."""
     runtime, precision = facts["runtime"], facts["precision"]
     if quantised is not None:
         from iosr_fast.export.quantize import quantize_onnx
@@ -116,10 +117,14 @@ def finish_engine(
         assert calibration is not None
         report = quantize_onnx(exported, folder / ONNX_FILE, calibration, QUANTISED[precision], quantised["scheme"])
         facts["quantised"] = quantised | report
-    if runtime == "openvino":
-        facts["check"][runtime] = check(OpenVINOEncoder(folder, facts), pictures, truth, precision)
-    elif runtime == "onnxruntime" or find_spec("onnxruntime") is not None or this_gpu() is None:
-        facts["check"]["onnxruntime"] = check(OnnxRuntimeEncoder(folder, facts), pictures, truth, precision)
+    has_plain = write_plain_graph(folder)
+    if runtime in ONNX_RUNTIMES or find_spec("onnxruntime") is not None or this_gpu() is None:
+        on_cpu = OpenVINOEncoder if runtime == "openvino" else OnnxRuntimeEncoder
+        name = runtime if runtime in ONNX_RUNTIMES else "onnxruntime"
+        facts["check"][name] = check(on_cpu(folder, facts), pictures, truth, precision)
+        if has_plain:
+            plain = on_cpu(folder, facts, adapted=False)
+            facts["check"][f"{name}, {PLAIN_FILE}"] = check(plain, pictures, truth, precision)
     if runtime in EXTRAS:
         compiled = write_plan(folder, facts, runtime)
         facts["check"][runtime] = None if compiled is None else check(compiled, pictures, truth, precision)

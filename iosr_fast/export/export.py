@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
     from iosr_fast.clip.load import LoadedClip
 
-LAYOUT = 2  # increases when an engine with the same embeddings has other files
+LAYOUT = 3  # increases when an engine with the same embeddings has other files
 
 
 def engine_fingerprint(
@@ -68,9 +68,10 @@ def write_engine(
 ) -> dict[str, Any]:
     """Build an engine folder and return its manifest.
 
-    Files: for onnxruntime and openvino encoder.onnx and encoder.weights; for torch encoder.safetensors; for tensorrt
-    and tensorrt_rtx encoder.onnx and encoder.weights, so that the engine opens on machines with another GPU or none,
-    and a plan in plans/, named after its runtime, GPU and version (`add_plan` adds further plans). "int8" and "fp8" are
+    Files: for onnxruntime and openvino encoder.onnx and encoder.weights, and with an adapter plain.onnx, which computes
+    the plain embedding alone (plain_graph); for torch encoder.safetensors; for tensorrt and tensorrt_rtx the same as
+    for onnxruntime, so that the engine opens on machines with another GPU or none, and a plan in plans/, named after
+    its runtime, GPU and version (`add_plan` adds further plans). "int8" and "fp8" are
     quantised (quantize.quantize_onnx) with ranges measured on `calibration` pictures, uint8 (N, S, S, 3), which should
     resemble those to be classified. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3), are
     compared with the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written, atomically.

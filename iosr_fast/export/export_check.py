@@ -38,7 +38,7 @@ def check(
     for kind, pixels in pictures.items():
         embeddings = encoder.encode(pixels)
         results[kind] = {"pictures": len(pixels)}
-        for name, expected in zip(encoder.outputs, truth[kind], strict=True):
+        for name, expected in zip(encoder.outputs, truth[kind], strict=False):  # a plain form has no adapted ones
             got = getattr(embeddings, name)
             error = float(np.abs(got - expected).max())
             norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)

@@ -137,7 +137,8 @@ class ClassifyPlan(Plan):
             raise RuntimeError(
                 f"expected one classifier on all machines, but {socket.gethostname()} has another in {folder}"
             )
-        encoder = open_engine(bundle.files or bundle.engine, self.runtime, verify=False, threads=threads)
+        source = bundle.files or bundle.engine
+        encoder = open_engine(source, self.runtime, verify=False, threads=threads, adapted=self.adapted)
         return encoder, self.writer(bundle)
 
     def writer(self, bundle: Bundle | None) -> WritePart:
@@ -192,7 +193,7 @@ def make_plan(
         "runtime": runtime,
         "image_size": engine["image_size"],
         "width": engine["width"],
-        "adapted": engine["first_adapted_block"] is not None,
+        "adapted": engine["first_adapted_block"] is not None and (bundle is None or bundle.state.needs_adapted),
         "dtype": dtype,
         "format": file_format,
     }

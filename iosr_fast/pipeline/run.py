@@ -100,7 +100,8 @@ def _run(
     """Workers open `folder`. This process opens `engine` to run it or to choose a runtime; `facts` is its manifest."""
     encoder, runtime = None, options.runtime
     if options.pool is None or runtime == "auto":  # else this machine may lack the GPU that its workers have
-        encoder = open_engine(engine, runtime, verify=bundle is None, threads=options.threads)
+        adapted = bundle is None or bundle.state.needs_adapted
+        encoder = open_engine(engine, runtime, verify=bundle is None, threads=options.threads, adapted=adapted)
         runtime = encoder.runtime
     chunks = source.cut(options.chunk)
     plan = make_plan(source, chunks, facts, runtime, chunk=options.chunk, batch=options.batch, bundle=bundle, **of_plan)

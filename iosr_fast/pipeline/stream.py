@@ -63,7 +63,8 @@ def choose_stage(
         if (encoder.threads, encoder.runs) != (few, callers):
             # The folder may have been replaced since the encoder was opened from it.
             source = encoder.source or engine
-            encoder = open_engine(source, encoder.runtime, verify=False, threads=few, runs=callers)
+            adapted = encoder.adapted
+            encoder = open_engine(source, encoder.runtime, verify=False, threads=few, runs=callers, adapted=adapted)
         return Stage(encoder, callers, 0)
     if encoder.buckets is None:  # on a CPU, where the encoder needs most cores
         threads = max(1, threads // 4)

@@ -74,7 +74,7 @@ class Judge:
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(state.uids), examples.class_ids[rows])
         singles = examples.embeddings if fit.views.views == 1 or not len(rows) else examples.queries
-        stored = singles is not None and reference is fit.clip.encoder
+        stored = singles is not None and reference is fit.clip.encoder_for(adapted=True)
         self._reference = singles[rows] if stored and singles is not None else reference.encode(pixels)
         self._labels, self._rows = self._left_out_labels(self._reference)
         self.count = len(self._rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.preprocess import as_image_list
@@ -39,6 +40,11 @@ class Fit:
     skipped: tuple[BadImageError, ...] = ()
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of queries: it gives the embeddings that the method compares, and no others where it can."""
+        return self.clip.encoder_for(self.state.needs_adapted)
 
     def labels(self, classes: np.ndarray | None = None) -> np.ndarray:
         """The labels of the classes at these positions, or of all: names (str), or uids (int64)."""
@@ -98,7 +104,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     """
     method, parameters, names = inputs.method, inputs.parameters, inputs.names
     tau = check_number("tau, the CLIP's logit scale,", clip.tau, *RANGES["tau"])
-    if method != "auto" and METHODS[method].needs_adapter and not clip.encoder.adapted:
+    if method != "auto" and METHODS[method].needs_adapter and not clip.has_adapter:
         raise IosrFastError(f"{method} needs an encoder with an adapter; this one has none: use {method[:-2]!r}")
     if clip.text is None:
         raise IosrFastError(
@@ -109,8 +115,9 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     # Later queries are single views, so that is what leave-one-out has to score.
     views = replace(inputs.views, single=searched and inputs.views.views > 1)
     embedded = clip.text.embed_classes(names, views.templates)
+    encoder = clip.encoder_for(adapted=True)
     with bar("encode", len(inputs.images), shown=inputs.progress) as step:
-        examples, errors = encode_images(clip.encoder, inputs.images, inputs.ids, views, inputs.skip_bad, names, step)
+        examples, errors = encode_images(encoder, inputs.images, inputs.ids, views, inputs.skip_bad, names, step)
     if errors:
         _check_classes(method, examples.class_ids, names)
     examples = examples.rows(np.argsort(examples.class_ids, kind="stable"))

@@ -49,7 +49,7 @@ def optimize(fit: Fit, images: Sequence[Any], options: OptimizeOptions, version:
     clip, choice = choose_engine(fit, images, options)
     state = fit.state
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
-        state = reencode(state, clip.encoder, images, fit.views, version, options.progress)
+        state = reencode(state, clip.encoder_for(adapted=True), images, fit.views, version, options.progress)
     return replace(fit, clip=clip, state=state, engine_choice=choice)
 
 
@@ -92,7 +92,7 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     calibration = pixels[evenly(len(pixels), CALIBRATED)]
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads)
     try:
-        reference, note = clip.encoder, ""
+        reference, note = clip.encoder_for(adapted=True), ""
         if source.manifest["precision"] != "fp32" and clip.loaded is not None:
             with bar("build the engine in fp32", None, shown=options.progress):
                 reference = builder.start_in_fp32(clip.encoder.runtime)

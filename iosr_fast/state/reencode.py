@@ -68,7 +68,8 @@ def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = Fal
     if examples.queries is not None:
         views = replace(views, views=1, single=False)
     with bar("find the support images", len(images), shown=shown) as step:
-        encoded, _ = encode_images(fit.clip.encoder, images, classes, views, names=state.class_names, step=step)
+        encoder = fit.clip.encoder_for(adapted=True)
+        encoded, _ = encode_images(encoder, images, classes, views, names=state.class_names, step=step)
     found = np.full(len(examples), -1)
     for position, uid in enumerate(state.uids):
         rows, candidates = np.flatnonzero(examples.class_ids == uid), np.flatnonzero(classes == position)

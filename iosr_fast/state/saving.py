@@ -69,7 +69,10 @@ class Saving(FittedAttributes):
         bundle = load_bundle(folder, verify, threads, expected_digest)
         choice = bundle.engine_choice
         name = choice.runtime if runtime == "auto" and choice is not None else runtime
-        encoder = open_engine(bundle.files or bundle.engine, runtime=name, verify=False, threads=threads)
+        # Support images that come later need both embeddings: OpenedClip opens that form then.
+        encoder = open_engine(
+            bundle.files or bundle.engine, name, verify=False, threads=threads, adapted=bundle.state.needs_adapted
+        )
         clip = OpenedClip(encoder, bundle.engine, bundle.text, bundle.state.tau)
         classifier = cls._with_clip(clip, **bundle.parameters(), runtime=runtime)
         classifier._fit = Fit(

@@ -104,6 +104,11 @@ class State:
             next_example,
         )
 
+    @property
+    def needs_adapted(self) -> bool:
+        """Whether the method compares the adapted embeddings of queries."""
+        return self.config.which == "adapted"
+
     @cached_property
     def support(self) -> SupportSet:
         """All active support images, sorted by class; computed at first use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from iosr_fast.state.state import State
 from iosr_fast.state.support_images import encode_images
 
 _CHUNK = 256
+log = logging.getLogger(__name__)
 
 
 class LiveUpdates(FittedAttributes):
@@ -152,7 +154,8 @@ class LiveUpdates(FittedAttributes):
         if images is not None:
             listed = as_image_list(images)
             ids = fit.class_ids(listed, labels)
-            queries = Embeddings.concatenate([fit.clip.encoder.encode(pixels) for pixels in self._chunks(fit, listed)])
+            encoder = fit.clip.encoder_for(adapted=True)
+            queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in self._chunks(fit, listed)])
         if reducer is None and method == state.config.method:
             reducer = state.config.reducer_name
         with self._changing:
@@ -199,6 +202,10 @@ class LiveUpdates(FittedAttributes):
         """Under the lock: search the parameters and change to them."""
         state = self.snapshot()
         tuned = search(method, state.support, queries, ids, reducer or "none")
+        chosen = METHODS[tuned.method]
+        if (chosen.which == "adapted") != state.needs_adapted:
+            log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, chosen.which)
+            self._fitted().clip.encoder_for(chosen.which == "adapted")  # opened now, so that no reader waits for it
         result = self._make(Change("retune", config=MethodConfig.of(tuned, state.config.key_precision)))
         self._fit = replace(self._fitted(), tuned=tuned)
         return tuned, result
@@ -260,7 +267,7 @@ class LiveUpdates(FittedAttributes):
         """The images as examples without class and numbers yet; None for no images."""
         if not images:
             return None
-        return encode_images(fit.clip.encoder, images, np.full(len(images), -1), fit.views)[0]
+        return encode_images(fit.clip.encoder_for(adapted=True), images, np.full(len(images), -1), fit.views)[0]
 
     @staticmethod
     def _text_of(fit: Fit, name: str) -> np.ndarray:

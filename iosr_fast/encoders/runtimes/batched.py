@@ -37,20 +37,22 @@ class BatchedEncoder(Encoder):
     CPU, where padding only costs time.
     """
 
-    def __init__(self, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None) -> None:
+    def __init__(
+        self, manifest: dict[str, Any], runtime: str, buckets: Iterable[int] | None = None, adapted: bool = True
+    ) -> None:
         self.runtime = runtime
         self.model: str = manifest["model"]
         self.image_size: int = manifest["image_size"]
         self.width: int = manifest["width"]
         self.fingerprint: str = manifest["fingerprint"]
         self.max_batch: int = manifest["max_batch"]
-        self.adapted = manifest["first_adapted_block"] is not None
+        self.adapted = adapted and manifest["first_adapted_block"] is not None
         self.buckets = None if buckets is None else check_buckets(buckets, self.max_batch)
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1; more than `max_batch` take several runs.
 
-        Returns float32 (B, width), L2-normalised; `adapted` is None for an engine without an adapter. Raises
+        Returns float32 (B, width), L2-normalised; `adapted` is None where the encoder has none. Raises
         IosrFastError for another dtype or shape.
         """
         expected = f"(B, {self.image_size}, {self.image_size}, 3) with B >= 1"

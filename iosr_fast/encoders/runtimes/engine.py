@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
-from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS, OnnxRuntimeEncoder
+from iosr_fast.encoders.runtimes.onnxruntime import PLAIN_FILE, WEIGHTS, OnnxRuntimeEncoder
 from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
@@ -96,6 +96,7 @@ def open_engine(
     threads: int | None = None,
     buckets: Iterable[int] | None = None,
     runs: int = 1,
+    adapted: bool = True,
 ) -> Encoder:
     """Open an engine folder of `iosr-fast build-engine`, or a verified folder that was checked already.
 
@@ -105,6 +106,9 @@ def open_engine(
     once, in the user's cache (plans.open_plan). `verify` compares every file's SHA-256 with the manifest. `runs`
     threads may execute the encoder at once, with one copy of its weights, where the runtime can (`Encoder.parallel`);
     each run uses `threads` cores of the CPU. `buckets`, the executed batch sizes, apply to GPUs (None: powers of two).
+
+    Without `adapted` the encoder computes the plain embedding only, equal up to rounding, where the engine can
+    (`has_plain_form`); `Encoder.adapted` says whether it does.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one and for a runtime that the
     engine was not built for, RuntimeError if no runtime here can execute it, ImportError for a missing package.
@@ -116,6 +120,8 @@ def open_engine(
     >>> encoder = open_engine(folder, threads=1)
     >>> encoder.encode(np.zeros((1, 64, 64, 3), np.uint8)).plain.shape
     (1, 128)
+    >>> open_engine(folder, threads=1, adapted=False).encode(np.zeros((1, 64, 64, 3), np.uint8)).adapted is None
+    True
     """
     if threads is not None and threads < 1:
         raise IosrFastError(f"expected threads >= 1, got {threads}")
@@ -137,13 +143,18 @@ def open_engine(
     if runtime == "onnxruntime" and manifest["precision"] == "bf16":
         log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
 
+    if not adapted and not has_plain_form(manifest, runtime):
+        if manifest["first_adapted_block"] is not None:
+            log.info("the engine in %s has no plain form for %s, so both streams run", source.folder, runtime)
+        adapted = True
+
     def open_folder(path: Path) -> BatchedEncoder:
         if runtime == "openvino":
-            return OpenVINOEncoder(path, manifest, threads, runs)
+            return OpenVINOEncoder(path, manifest, threads, runs, adapted)
         if runtime == "onnxruntime":
-            return OnnxRuntimeEncoder(path, manifest, threads, runs)
+            return OnnxRuntimeEncoder(path, manifest, threads, runs, adapted)
         if runtime == "torch":
-            return TorchEncoder(path, manifest, threads, buckets=buckets)
+            return TorchEncoder(path, manifest, threads, buckets=buckets, adapted=adapted)
         return TensorRTEncoder(path, manifest, runtime, buckets)
 
     encoder = source.open_with(open_folder)
@@ -154,8 +165,19 @@ def open_engine(
 def check_engine(source: VerifiedFolder) -> EngineManifest:
     """The manifest of an engine. Raises ValueError for a missing, invalid or unknown field, or an unknown file."""
     facts = read_facts(source, EngineManifest)
-    check_files(source, set(facts.plans), {ONNX_FILE, WEIGHTS, TORCH_FILE})
+    check_files(source, set(facts.plans), {ONNX_FILE, PLAIN_FILE, WEIGHTS, TORCH_FILE})
     return facts
+
+
+def has_plain_form(manifest: dict[str, Any], runtime: str) -> bool:
+    """Whether an engine can compute the plain embedding alone in this runtime.
+
+    An engine without an adapter computes nothing else. A plan of TensorRT has both streams, and so has an ONNX file of
+    iosr_fast 0.2 or before.
+    """
+    if manifest["first_adapted_block"] is None:
+        return False
+    return runtime == "torch" or (runtime in ONNX_RUNTIMES and PLAIN_FILE in manifest["files"])
 
 
 def choose_runtime(runtime: str = "auto", built_for: Collection[str] | None = None) -> str:

@@ -14,16 +14,25 @@ from iosr_fast.utils.require import require
 FILE = "encoder.onnx"
 WEIGHTS_SUFFIX = ".weights"
 WEIGHTS = f"encoder{WEIGHTS_SUFFIX}"  # beside FILE and mapped into memory; older engines have one file with both
+PLAIN_FILE = "plain.onnx"  # FILE without the adapted stream, on the same WEIGHTS
 
 
 class OnnxRuntimeEncoder(BatchedEncoder):
-    """Executes encoder.onnx; `threads` of one run (None: one per core). Any number of threads may share it; for `runs`
-    of them the session has enough threads."""
+    """Executes encoder.onnx, or plain.onnx without `adapted`; `threads` of one run (None: one per core). Any number of
+    threads may share it; for `runs` of them the session has enough threads."""
 
     parallel = True
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None, runs: int = 1) -> None:
-        super().__init__(manifest, "onnxruntime")
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        threads: int | None = None,
+        runs: int = 1,
+        adapted: bool = True,
+    ) -> None:
+        super().__init__(manifest, "onnxruntime", adapted=adapted)
+        file = FILE if adapted else PLAIN_FILE
         self.threads, self.runs = threads, runs
         ort = require("onnxruntime", "cpu")
         options = ort.SessionOptions()
@@ -34,10 +43,10 @@ class OnnxRuntimeEncoder(BatchedEncoder):
             # Without it, processors without VNNI add 8-bit products in 16 bits, which can overflow.
             options.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            self._session = ort.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise UnavailableError(
-                f"ONNX Runtime can't load {FILE} in {folder}: {error}; build the engine again"
+                f"ONNX Runtime can't load {file} in {folder}: {error}; build the engine again"
             ) from error
 
     def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:

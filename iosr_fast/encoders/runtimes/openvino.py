@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder
-from iosr_fast.encoders.runtimes.onnxruntime import FILE
+from iosr_fast.encoders.runtimes.onnxruntime import FILE, PLAIN_FILE
 from iosr_fast.exceptions import UnavailableError
 from iosr_fast.utils.require import require
 
@@ -61,8 +61,9 @@ def openvino_core() -> Any:
 
 
 class OpenVINOEncoder(BatchedEncoder):
-    """Executes encoder.onnx in `runs` streams, which share the weights; `threads` of one stream (None: an even share of
-    the cores). Threads may share it; at most `runs` execute at once.
+    """Executes encoder.onnx, or plain.onnx without `adapted`, in `runs` streams, which share the weights.
+
+    `threads` of one stream (None: an even share of the cores). Threads may share it; at most `runs` execute at once.
 
     An engine of precision "bf16" has fp32 weights. OpenVINO multiplies them in bf16 if the processor has AVX512_BF16 or
     AMX, and otherwise in fp32, with a warning. bf16 can be slower than fp32, so it is off for every other engine,
@@ -71,8 +72,16 @@ class OpenVINOEncoder(BatchedEncoder):
 
     parallel = True
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None, runs: int = 1) -> None:
-        super().__init__(manifest, "openvino")
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        threads: int | None = None,
+        runs: int = 1,
+        adapted: bool = True,
+    ) -> None:
+        super().__init__(manifest, "openvino", adapted=adapted)
+        file = FILE if adapted else PLAIN_FILE
         core = openvino_core()
         bf16 = manifest["precision"] == "bf16"
         if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -83,13 +92,13 @@ class OpenVINOEncoder(BatchedEncoder):
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads * runs)
         try:
-            self._compiled = core.compile_model(str(folder / FILE), "CPU", options)
+            self._compiled = core.compile_model(str(folder / file), "CPU", options)
             self._idle: SimpleQueue[Any] = SimpleQueue()  # one request a stream
             for _ in range(runs):
                 self._idle.put(self._compiled.create_infer_request())
         except RuntimeError as error:
             raise UnavailableError(
-                f"OpenVINO can't load {FILE} in {folder}: {error}; build the engine again"
+                f"OpenVINO can't load {file} in {folder}: {error}; build the engine again"
             ) from error
         self.computes_in = "bf16" if bf16 else "fp32"
         self.threads, self.runs = threads, runs

@@ -33,20 +33,25 @@ class TorchEncoder(BatchedEncoder):
         threads: int | None = None,
         device: str | None = None,
         buckets: Iterable[int] | None = None,
+        adapted: bool = True,
     ) -> None:
-        """`buckets`: batch sizes on a GPU, None for powers of two."""
+        """`buckets`: batch sizes on a GPU, None for powers of two. Without `adapted` the adapter is left out."""
         torch = require("torch", "cpu")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device.startswith("cuda")
         sizes = powers_of_two(manifest["max_batch"]) if buckets is None else buckets
-        super().__init__(manifest, "torch", sizes if on_gpu else None)
+        super().__init__(manifest, "torch", sizes if on_gpu else None, adapted)
         from safetensors.torch import load_file
 
-        from iosr_fast.clip.dual_encoder import DualEncoder
+        from iosr_fast.clip.dual_encoder import DualEncoder, is_adapter_weight
 
-        encoder = DualEncoder.from_config(manifest["dual_encoder"])
+        config, weights = manifest["dual_encoder"], load_file(folder / FILE)
+        if not adapted:
+            config = {**config, "first_adapted_block": None, "bottleneck": None}
+            weights = {name: w for name, w in weights.items() if not is_adapter_weight(name)}
+        encoder = DualEncoder.from_config(config)
         try:
-            encoder.load_state_dict(load_file(folder / FILE))
+            encoder.load_state_dict(weights)
         except RuntimeError as error:
             raise IosrFastError(
                 f"{FILE} in {folder} does not fit its manifest: {error}; build the engine again"
