@@ -1,5 +1,7 @@
-// The CPU module and its scoring function: checks arrays, releases the GIL, calls. search/bind.cpp binds the search.
+// The CPU module and its scoring: checks arrays, releases the GIL, calls. search/bind.cpp binds the search.
 #include <pybind11/stl.h>
+
+#include <cmath>
 
 #include "arrays.h"
 #include "scoring/score.h"
@@ -32,67 +34,117 @@ const void* checked_keys(const py::array& keys, const std::vector<py::ssize_t>& 
     return keys.data();
 }
 
-py::tuple score(py::ssize_t n_classes, const std::optional<py::array>& plain, const std::optional<py::array>& query,
-                const std::optional<py::array>& feature, const std::optional<py::array>& text, float tau,
-                const std::optional<py::array>& keys, const std::optional<py::array>& class_offsets,
-                const std::optional<py::array>& weights, float alpha, float beta,
-                const std::optional<py::array>& linear, const std::optional<py::array>& bias,
-                const std::optional<py::array>& key_scales, const std::optional<py::array>& query_transform,
-                py::ssize_t threads) {
-    const std::optional<py::array>& any = plain ? plain : query ? query : feature;
-    if (!any || any->ndim() != 2 || n_classes < 1) {
-        throw py::value_error("expected n_classes >= 1 and embeddings of shape (B, D)");
-    }
-    if ((text && !plain) || (keys && (!query || !class_offsets || keys->ndim() != 2)) || (linear && !feature)) {
-        throw py::value_error(
-            "expected plain with text, query and class_offsets with keys of shape (N, D), feature with linear");
-    }
-    const py::ssize_t n_queries = any->shape(0);
-    const py::ssize_t width = any->shape(1);
-    const py::ssize_t n_keys = keys ? keys->shape(0) : 0;
-
-    iosr::QueryView queries;
-    queries.n_queries = static_cast<std::size_t>(n_queries);
-    queries.plain = checked<float>(plain, "plain", {n_queries, width});
-    queries.query = checked<float>(query, "query", {n_queries, width});
-    queries.feature = checked<float>(feature, "feature", {n_queries, width});
-
-    iosr::PlanView plan;
-    plan.n_classes = static_cast<std::size_t>(n_classes);
-    plan.width = static_cast<std::size_t>(width);
-    plan.text = checked<float>(text, "text", {n_classes, width});
-    if (keys) {
-        plan.keys = checked_keys(*keys, {n_keys, width}, plan.key_type);
-    }
-    plan.key_scales = checked<float>(key_scales, "key_scales", {n_keys});
-    plan.query_transform = checked<float>(query_transform, "query_transform", {width, width});
-    plan.class_offsets = checked<std::int64_t>(class_offsets, "class_offsets", {n_classes + 1});
-    plan.weights = checked<float>(weights, "weights", {n_keys});
-    plan.linear = checked<float>(linear, "linear", {n_classes, width});
-    plan.bias = checked<float>(bias, "bias", {n_classes});
-    plan.tau = tau;
-    plan.alpha = alpha;
-    plan.beta = beta;
-    if (width < 1) {
-        throw py::value_error("expected a width of at least 1");
-    }
-    if ((plan.key_type == iosr::KeyType::kInt8) != (plan.key_scales != nullptr)) {
-        throw py::value_error("expected key_scales with int8 keys, and with no others");
-    }
-    if (plan.keys != nullptr) {
-        iosr::check_offsets(plan.class_offsets, n_classes, n_keys);
+// A plan's arrays, checked once and kept alive. A call checks and scores one batch.
+class BoundPlan {
+  public:
+    BoundPlan(py::ssize_t n_classes, py::ssize_t width, const std::optional<py::array>& text, float tau,
+              const std::optional<py::array>& keys, const std::optional<py::array>& class_offsets,
+              const std::optional<py::array>& weights, float alpha, float beta, const std::optional<py::array>& linear,
+              const std::optional<py::array>& bias, const std::optional<py::array>& key_scales,
+              const std::optional<py::array>& query_transform, bool adapted_query, bool adapted_feature,
+              float tolerance)
+        : adapted_query_(adapted_query), adapted_feature_(adapted_feature), tolerance_(tolerance) {
+        if (n_classes < 1 || width < 1) {
+            throw py::value_error("expected n_classes >= 1 and a width of at least 1");
+        }
+        if (keys.has_value() != class_offsets.has_value() || (keys && keys->ndim() != 2)) {
+            throw py::value_error("expected keys of shape (N, D) together with class_offsets");
+        }
+        const py::ssize_t n_keys = keys ? keys->shape(0) : 0;
+        plan_.n_classes = static_cast<std::size_t>(n_classes);
+        plan_.width = static_cast<std::size_t>(width);
+        plan_.text = checked<float>(text, "text", {n_classes, width});
+        if (keys) {
+            plan_.keys = checked_keys(*keys, {n_keys, width}, plan_.key_type);
+        }
+        plan_.key_scales = checked<float>(key_scales, "key_scales", {n_keys});
+        plan_.query_transform = checked<float>(query_transform, "query_transform", {width, width});
+        plan_.class_offsets = checked<std::int64_t>(class_offsets, "class_offsets", {n_classes + 1});
+        plan_.weights = checked<float>(weights, "weights", {n_keys});
+        plan_.linear = checked<float>(linear, "linear", {n_classes, width});
+        plan_.bias = checked<float>(bias, "bias", {n_classes});
+        plan_.tau = tau;
+        plan_.alpha = alpha;
+        plan_.beta = beta;
+        if ((plan_.key_type == iosr::KeyType::kInt8) != (plan_.key_scales != nullptr)) {
+            throw py::value_error("expected key_scales with int8 keys, and with no others");
+        }
+        if (plan_.keys != nullptr) {
+            iosr::check_offsets(plan_.class_offsets, n_classes, n_keys);
+        }
+        for (const auto* array : {&text, &keys, &class_offsets, &weights, &linear, &bias, &key_scales, &query_transform}) {
+            if (*array) {
+                arrays_.push_back(**array);
+            }
+        }
     }
 
-    const iosr::ScorePath& path = iosr::requested_path();
-    const std::size_t n_threads = iosr::checked_threads(threads);
-    py::array_t<float> logits({n_queries, n_classes});
-    float* out = logits.mutable_data();
-    {
-        py::gil_scoped_release release;
-        iosr::score(plan, queries, *path.kernels, n_threads, out);
+    // (logits, path); None if an embedding isn't a C-contiguous float32 array (B, D), if a term lacks what it reads, or
+    // if a row of plain or adapted isn't of unit norm. `query` and `feature` replace what the plan's terms read.
+    py::object operator()(const py::object& plain, const py::object& adapted, bool check, const py::object& query,
+                          const py::object& feature) const {
+        iosr::QueryView queries;
+        const float* second = nullptr;
+        if (py::isinstance<py::array>(plain) && py::reinterpret_borrow<py::array>(plain).ndim() == 2) {
+            queries.n_queries = static_cast<std::size_t>(py::reinterpret_borrow<py::array>(plain).shape(0));
+        }
+        const auto rows = [&](const py::object& object, const float*& data) {
+            if (object.is_none()) {
+                return true;
+            }
+            if (!py::isinstance<py::array_t<float, py::array::c_style>>(object)) {
+                return false;
+            }
+            const auto array = py::reinterpret_borrow<py::array>(object);
+            data = static_cast<const float*>(array.data());
+            return array.ndim() == 2 && static_cast<std::size_t>(array.shape(0)) == queries.n_queries &&
+                   static_cast<std::size_t>(array.shape(1)) == plan_.width;
+        };
+        if (!rows(plain, queries.plain) || queries.plain == nullptr || !rows(adapted, second) ||
+            !rows(query, queries.query) || !rows(feature, queries.feature)) {
+            return py::none();
+        }
+        queries.query = queries.query != nullptr ? queries.query : adapted_query_ ? second : queries.plain;
+        queries.feature = queries.feature != nullptr ? queries.feature : adapted_feature_ ? second : queries.plain;
+        if ((plan_.keys != nullptr && queries.query == nullptr) || (plan_.linear != nullptr && queries.feature == nullptr)) {
+            return py::none();
+        }
+        const iosr::ScorePath& path = iosr::requested_path();
+        const std::size_t threads = iosr::default_threads();
+        py::array_t<float> logits({queries.n_queries, plan_.n_classes});
+        float* out = logits.mutable_data();
+        bool good = true;
+        {
+            py::gil_scoped_release release;
+            if (check) {
+                good = unit_rows(*path.kernels, queries.plain, queries.n_queries) &&
+                       (second == nullptr || unit_rows(*path.kernels, second, queries.n_queries));
+            }
+            if (good) {
+                iosr::score(plan_, queries, *path.kernels, threads, out);
+            }
+        }
+        return good ? py::object(py::make_tuple(std::move(logits), path.name)) : py::none();
     }
-    return py::make_tuple(std::move(logits), path.name);
-}
+
+  private:
+    // NaN compares false and so counts as wrong.
+    bool unit_rows(const iosr::Microkernels& kernels, const float* rows, std::size_t n_rows) const {
+        for (std::size_t r = 0; r < n_rows; ++r, rows += plan_.width) {
+            float square = 0.0F;
+            kernels.dot_rows(rows, iosr::KeyType::kFloat32, 1, plan_.width, rows, 1, &square, 1);
+            if (!(std::abs(std::sqrt(square) - 1.0F) <= tolerance_)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    iosr::PlanView plan_;
+    std::vector<py::array> arrays_;
+    bool adapted_query_, adapted_feature_;
+    float tolerance_;
+};
 
 }  // namespace
 
@@ -109,14 +161,24 @@ PYBIND11_MODULE(_C, module) {
             return paths;
         },
         "Compiled paths, best first, each with whether this processor can run it.");
-    module.def("score", &score, py::kw_only(), py::arg("n_classes"), py::arg("plain") = py::none(),
-               py::arg("query") = py::none(), py::arg("feature") = py::none(), py::arg("text") = py::none(),
-               py::arg("tau") = 0.0F, py::arg("keys") = py::none(), py::arg("class_offsets") = py::none(),
-               py::arg("weights") = py::none(), py::arg("alpha") = 0.0F, py::arg("beta") = 0.0F,
-               py::arg("linear") = py::none(), py::arg("bias") = py::none(),
-               py::arg("key_scales") = py::none(), py::arg("query_transform") = py::none(), py::arg("threads") = 0,
-               "Execute a scoring plan: (logits (B, C) float32, name of the path that ran). threads=0 takes\n"
-               "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises ValueError if an array's dtype, shape\n"
-               "or layout is wrong, RuntimeError if IOSR_FAST_SIMD or IOSR_FAST_THREADS is invalid here.");
+    py::class_<BoundPlan>(module, "BoundPlan",
+                          "A scoring plan's arrays, checked once and kept alive. Raises ValueError if a dtype, shape or\n"
+                          "layout is wrong. `tolerance` is the largest difference of an embedding's norm from 1.")
+        .def(py::init<py::ssize_t, py::ssize_t, const std::optional<py::array>&, float, const std::optional<py::array>&,
+                      const std::optional<py::array>&, const std::optional<py::array>&, float, float,
+                      const std::optional<py::array>&, const std::optional<py::array>&,
+                      const std::optional<py::array>&, const std::optional<py::array>&, bool, bool, float>(),
+             py::kw_only(), py::arg("n_classes"), py::arg("width"), py::arg("text") = py::none(), py::arg("tau") = 0.0F,
+             py::arg("keys") = py::none(), py::arg("class_offsets") = py::none(), py::arg("weights") = py::none(),
+             py::arg("alpha") = 0.0F, py::arg("beta") = 0.0F, py::arg("linear") = py::none(),
+             py::arg("bias") = py::none(), py::arg("key_scales") = py::none(), py::arg("query_transform") = py::none(),
+             py::arg("adapted_query") = false, py::arg("adapted_feature") = false, py::arg("tolerance") = 1e-3F)
+        .def("__call__", &BoundPlan::operator(), py::arg("plain"), py::arg("adapted") = py::none(),
+             py::arg("check") = true, py::arg("query") = py::none(), py::arg("feature") = py::none(),
+             "(logits (B, C) float32, name of the instruction set) of embeddings (B, D). None if an embedding isn't a\n"
+             "C-contiguous float32 array of this width, if a term lacks the one that it reads or, with `check`, if a row\n"
+             "isn't of unit norm. `query` and `feature` replace what the cache and the linear term read. The threads are\n"
+             "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises RuntimeError if IOSR_FAST_SIMD or\n"
+             "IOSR_FAST_THREADS is invalid here.");
     iosr::bind_search(module);
 }

@@ -1,8 +1,8 @@
 // The inner loops, written once for a vector type V that the including file defines for its instruction set.
 //
-// V has: kLanes; zero(); broadcast(float); load(const T*) for float, Half, Bfloat, std::int8_t; store(float*); fma(a,
-// b, c) = a * b + c; operators + - *; max(a, b); sum(); scale_by_power(value, biased) = value * 2^n, where n is the
-// integer in the low bits of `biased` (see exp2). The including file puts channels.inl, V and this file into an unnamed
+// V has: kLanes; kBlockRows (see dot_rows_for); zero(); broadcast(float); load(const T*) for float, Half, Bfloat,
+// std::int8_t; store(float*); fma(a, b, c) = a * b + c; operators + - *; max(a, b); sum(); scale_by_power(value, biased) =
+// value * 2^n, where n is the integer in the low bits of `biased` (see exp2). The including file puts channels.inl, V and this file into an unnamed
 // namespace and uses nothing of the standard library but memcpy: an inline function of a shared header, compiled here
 // with wider flags, might be the copy that the linker keeps for the whole program.
 
@@ -129,7 +129,8 @@ void widen_as(const T* channels, std::size_t n, float* out) {
     }
 }
 
-// The hardware prefetcher can't follow eight streams of narrow rows. Prefetching past the end is harmless.
+// Bytes from a row that is multiplied to one that is prefetched. The hardware's prefetcher can't follow several streams,
+// except one query's eight streams of float32. Prefetching past the end is harmless.
 constexpr std::size_t kAhead = 8192;
 
 inline void prefetch(const char* p) {
@@ -140,11 +141,14 @@ inline void prefetch(const char* p) {
 #endif
 }
 
-// R rows times Q queries, R * Q = 8 independent sums: enough to hide the latency of a multiply-add.
+// R rows times Q queries: R * Q independent sums, at least 8 of them to hide the latency of a multiply-add, and as many
+// as the registers hold, so that each row and each query that is loaded takes part in several.
 template <std::size_t R, std::size_t Q, typename T>
 void dot_block(const T* rows, std::size_t width, const float* queries, float* dots, std::size_t stride) {
     V sums[R][Q];
+#pragma GCC unroll 8
     for (std::size_t r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (std::size_t q = 0; q < Q; ++q) {
             sums[r][q] = V::zero();
         }
@@ -153,25 +157,35 @@ void dot_block(const T* rows, std::size_t width, const float* queries, float* do
     const char* ahead = reinterpret_cast<const char*>(rows) + kAhead;
     constexpr std::size_t kStep = R * V::kLanes * sizeof(T);  // bytes that a step of the loop reads
     for (; d + V::kLanes <= width; d += V::kLanes) {
-        V x[Q];
-        for (std::size_t line = 0; sizeof(T) < sizeof(float) && line < kStep; line += 64) {
+        for (std::size_t line = 0; (Q > 1 || sizeof(T) < sizeof(float)) && line < kStep; line += 64) {
             prefetch(ahead + line);
         }
         ahead += kStep;
+        if constexpr (Q == 1) {
+            const V x = V::load(queries + d);
 #pragma GCC unroll 8
-        for (std::size_t q = 0; q < Q; ++q) {
-            x[q] = V::load(queries + q * width + d);
-        }
+            for (std::size_t r = 0; r < R; ++r) {
+                sums[r][0] = V::fma(V::load(rows + r * width + d), x, sums[r][0]);
+            }
+        } else {
+            V row[R];
 #pragma GCC unroll 8
-        for (std::size_t r = 0; r < R; ++r) {
-            const V row = V::load(rows + r * width + d);
+            for (std::size_t r = 0; r < R; ++r) {
+                row[r] = V::load(rows + r * width + d);
+            }
 #pragma GCC unroll 8
             for (std::size_t q = 0; q < Q; ++q) {
-                sums[r][q] = V::fma(row, x[q], sums[r][q]);
+                const V x = V::load(queries + q * width + d);
+#pragma GCC unroll 8
+                for (std::size_t r = 0; r < R; ++r) {
+                    sums[r][q] = V::fma(row[r], x, sums[r][q]);
+                }
             }
         }
     }
+#pragma GCC unroll 8
     for (std::size_t r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (std::size_t q = 0; q < Q; ++q) {
             float sum = sums[r][q].sum();
             for (std::size_t i = d; i < width; ++i) {
@@ -185,7 +199,7 @@ void dot_block(const T* rows, std::size_t width, const float* queries, float* do
 template <std::size_t Q, typename T>
 void dot_rows_for(const T* rows, std::size_t n_rows, std::size_t width, const float* queries, float* dots,
                   std::size_t stride) {
-    constexpr std::size_t R = 8 / Q;
+    constexpr std::size_t R = Q == 1 ? 8 : Q <= 3 ? 4 : V::kBlockRows;
     std::size_t r = 0;
     for (; r + R <= n_rows; r += R) {
         dot_block<R, Q>(rows + r * width, width, queries, dots + r, stride);
@@ -196,21 +210,36 @@ void dot_rows_for(const T* rows, std::size_t n_rows, std::size_t width, const fl
 }
 
 template <typename T>
+void dot_few(const T* rows, std::size_t n_rows, std::size_t width, const float* queries, std::size_t n_queries,
+             float* dots, std::size_t stride) {
+    switch (n_queries) {
+        case 1: dot_rows_for<1>(rows, n_rows, width, queries, dots, stride); break;
+        case 2: dot_rows_for<2>(rows, n_rows, width, queries, dots, stride); break;
+        case 3: dot_rows_for<3>(rows, n_rows, width, queries, dots, stride); break;
+        case 4: dot_rows_for<4>(rows, n_rows, width, queries, dots, stride); break;
+        case 5: dot_rows_for<5>(rows, n_rows, width, queries, dots, stride); break;
+        default: dot_rows_for<6>(rows, n_rows, width, queries, dots, stride); break;
+    }
+}
+
+template <typename T>
 void dot_rows_as(const T* rows, std::size_t n_rows, std::size_t width, const float* queries, std::size_t n_queries,
                  float* dots, std::size_t stride) {
-    // A few rows at a time, so that they are still in the first-level cache for the next queries.
-    constexpr std::size_t kRows = 16;
-    for (std::size_t r = 0; r < n_rows; r += kRows) {
-        const std::size_t count = n_rows - r < kRows ? n_rows - r : kRows;
-        std::size_t b = 0;
-        for (; b + 4 <= n_queries; b += 4) {
-            dot_rows_for<4>(rows + r * width, count, width, queries + b * width, dots + b * stride + r, stride);
-        }
-        for (; b + 2 <= n_queries; b += 2) {
-            dot_rows_for<2>(rows + r * width, count, width, queries + b * width, dots + b * stride + r, stride);
-        }
-        if (b < n_queries) {
-            dot_rows_for<1>(rows + r * width, count, width, queries + b * width, dots + b * stride + r, stride);
+    constexpr std::size_t kMost = 6;  // queries in a block
+    constexpr std::size_t kTileBytes = 16384;
+    const std::size_t n_blocks = (n_queries + kMost - 1) / kMost;
+    if (n_blocks <= 1) {
+        return dot_few(rows, n_rows, width, queries, n_queries, dots, stride);
+    }
+    // A few rows at a time, which are still in the first-level cache for the next block of queries.
+    const std::size_t fit = kTileBytes / (width * sizeof(T)) / 8 * 8;
+    const std::size_t step = fit < 8 ? 8 : fit;
+    for (std::size_t r = 0; r < n_rows; r += step) {
+        const std::size_t count = n_rows - r < step ? n_rows - r : step;
+        for (std::size_t b = 0, left = n_blocks; left > 0; --left) {
+            const std::size_t n = (n_queries - b + left - 1) / left;  // blocks of about equal size
+            dot_few(rows + r * width, count, width, queries + b * width, n, dots + b * stride + r, stride);
+            b += n;
         }
     }
 }

@@ -3,6 +3,7 @@ template <std::size_t N>
 struct PortableVector {
     using Self = PortableVector;
     static constexpr std::size_t kLanes = N;
+    static constexpr std::size_t kBlockRows = 2;
     float lane[N];
 
     template <typename F>

@@ -21,7 +21,7 @@
 namespace iosr {
 namespace {
 
-constexpr std::size_t kFewQueries = 6;        // up to this many queries a panel would be mostly empty
+constexpr std::size_t kFewQueries = 6;        // multiplied without a panel on any path; see largest_few
 constexpr std::size_t kBlockQueries = 256;    // queries per task
 constexpr std::size_t kGroupQueries = 2048;   // queries packed at a time, fewer if they are long
 constexpr std::size_t kGroupFloats = 3 << 20;  // 12 MB of a term's panels
@@ -31,13 +31,20 @@ constexpr std::size_t kMaxChunks = 256;
 constexpr std::size_t kThreadWork = 1 << 18;  // multiply-adds that justify waking a thread
 constexpr double kLog2E = 1.4426950408889634;
 
+// The largest batch whose rows are multiplied without a panel, of which a smaller one would fill half or less. Narrow keys
+// favour it more, because a panel's keys are first widened in memory.
+std::size_t largest_few(const PlanView& plan, const Microkernels& kernels) {
+    const bool narrow = plan.keys != nullptr && plan.key_type != KeyType::kFloat32;
+    return std::max(kFewQueries, narrow ? 3 * kernels.panel / 4 : kernels.panel / 2);
+}
+
 class Scorer {
   public:
     Scorer(const PlanView& plan, const QueryView& queries, const Microkernels& kernels, std::size_t threads, float* logits)
         : plan_(plan), queries_(queries), kernels_(kernels), classes_(plan.class_offsets, plan.n_classes),
           logits_(logits), width_(plan.width) {
         n_keys_ = plan.keys == nullptr ? 0 : static_cast<std::size_t>(plan.class_offsets[plan.n_classes]);
-        few_ = queries.n_queries <= kFewQueries;
+        few_ = queries.n_queries <= largest_few(plan, kernels);
         panel_ = few_ ? queries.n_queries : kernels.panel;
         block_rows_ = std::clamp<std::size_t>(kBlockFloats / width_ / 6 * 6, 6, kBlockRows);
         chunk_rows_ = std::max(ceil_div(ceil_div(n_keys_, kMaxChunks), block_rows_), std::size_t{1}) * block_rows_;

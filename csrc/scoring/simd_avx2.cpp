@@ -13,6 +13,7 @@ namespace {
 
 struct V {
     static constexpr std::size_t kLanes = 8;
+    static constexpr std::size_t kBlockRows = 2;
     __m256 v;
 
     static V zero() { return {_mm256_setzero_ps()}; }

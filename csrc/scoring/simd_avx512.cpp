@@ -13,6 +13,7 @@ namespace {
 
 struct V {
     static constexpr std::size_t kLanes = 16;
+    static constexpr std::size_t kBlockRows = 4;
     __m512 v;
 
     static V zero() { return {_mm512_setzero_ps()}; }

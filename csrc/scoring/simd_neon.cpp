@@ -13,6 +13,7 @@ namespace {
 
 struct V {
     static constexpr std::size_t kLanes = 4;
+    static constexpr std::size_t kBlockRows = 4;
     float32x4_t v;
 
     static V zero() { return {vdupq_n_f32(0.0F)}; }

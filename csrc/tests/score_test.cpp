@@ -138,7 +138,7 @@ void test_against_the_formula() {
         {0, 3, 4, 8, 9, 14}, {0, 0, 0, 2, 2, 9, 9}, {0, 1}, {0, 97}, {0, 1, 2, 3, 4, 5, 6, 7, 8}, {0, 150, 150, 377}};
     for (const KeyType type : {KeyType::kFloat32, KeyType::kFloat16, KeyType::kBfloat16, KeyType::kInt8}) {
         for (const std::size_t width : {1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 123, 300}) {
-            for (const std::size_t batch : {1, 2, 3, 5, 6, 7, 16, 33}) {
+            for (const std::size_t batch : {1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 17, 24, 33}) {
                 const bool transformed = (width + batch / 2) % 2 == 1;
                 const Problem problem(layouts[(width + batch) % layouts.size()], width, batch, type, transformed);
                 const std::size_t n_classes = problem.offsets.size() - 1;
@@ -167,7 +167,7 @@ void test_against_the_formula() {
 void test_threads_change_nothing() {
     // A class of one key, one that spans many chunks, then ragged ones: sums cross the borders of chunks.
     const std::vector<std::int64_t> offsets = {0, 1, 9000, 9000, 9100, 9301, 12000};
-    for (const std::size_t batch : {1, 6, 40, 300}) {
+    for (const std::size_t batch : {1, 6, 16, 40, 300}) {
         const Problem problem(offsets, 8, batch, KeyType::kInt8, batch % 4 == 0);
         for (const Path& path : paths()) {
             const std::vector<float> alone = problem.run(*path.kernels, 1);

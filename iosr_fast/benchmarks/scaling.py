@@ -21,7 +21,7 @@ from iosr_fast.clip.load import load_clip
 from iosr_fast.export.export import random_adapter
 from iosr_fast.utils.machine import usable_threads
 
-IMPLEMENTATIONS = ("eager-best", "papers-formula")  # beside ours
+IMPLEMENTATIONS = (score.PUBLIC, "eager-best", "papers-formula")  # beside those of the C++ kernel
 
 
 def score_cases(queries: Sequence[int], keys: Sequence[int], classes: Sequence[int]) -> list[str]:

@@ -21,7 +21,8 @@ from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.scoring.reference import score_reference
-from iosr_fast.scoring.score import score_with_path
+from iosr_fast.scoring.score import score
+from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.utils.machine import usable_threads
 
 DEFAULT_CASES = (
@@ -39,6 +40,7 @@ GPU_CASES = (
 # Of the largest logit. float32 is right to 1e-6 of it. Queries in half precision, as on a GPU, err by 1e-3 of a cosine.
 TOLERANCE, GPU_TOLERANCE = 2e-5, 2e-3
 VERIFIED = 16  # queries, and classes
+PUBLIC = "score()"
 CHUNK = 65536
 KEY_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 OUT_OF_CACHE = 256e6  # bytes: more than the last-level caches of a few cores
@@ -107,6 +109,7 @@ class Candidate:
 def ours(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str, Candidate]:
     """Every implementation that runs natively on `device`, at every precision with code of its own.
 
+    Each is timed as a Classifier holds it, bound by Scorer; PUBLIC is the function, which chooses at every call.
     On a GPU, keys of half precision and int8 meet float32 queries and (":q16") float16 ones, checks are off.
     """
     batches = {"": embeddings}
@@ -134,15 +137,13 @@ def ours(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str,
             for suffix, batch in batches.items():
                 if suffix and precision == "fp32":
                     continue
-                path = entry.name if device.is_gpu else score_with_path(narrow, batch[:1], entry.name)[1]
+                scorer = Scorer(narrow, entry.name)
+                path = entry.name if device.is_gpu else scorer.with_path(batch[:1])[1]
                 name = path + ("" if precision == "fp32" else f":{precision}") + suffix
-                run = partial(score_with_path, narrow, batch, entry.name, check=not device.is_gpu)
-                candidates[name] = Candidate(partial(_first, run), narrow, precision)
+                candidates[name] = Candidate(partial(scorer, batch, check=not device.is_gpu), narrow, precision)
+    if not device.is_gpu:
+        candidates[PUBLIC] = Candidate(partial(score, plan, embeddings), plan, "fp32")
     return candidates
-
-
-def _first(run: Callable[[], tuple[np.ndarray, str]]) -> np.ndarray:
-    return run()[0]
 
 
 def rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str, Candidate]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from iosr_fast.scoring.fields import ARRAYS
 from iosr_fast.scoring.precision import key_rows
+from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
@@ -99,40 +100,66 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
         logits[:, classes] += np.float32(plan.alpha) * sums.T
 
 
+def kernel_has_all_terms(plan: ScoringPlan) -> bool:
+    """Whether the C++ kernel computes the whole plan, from the embeddings as they are."""
+    distribution = plan.linear is not None and plan.feature == "text-distribution"
+    return plan.reducer is None and plan.values is None and not distribution
+
+
+def bound_plan(plan: ScoringPlan) -> Any:
+    """The plan's terms that the C++ kernel computes as _C.BoundPlan, which is cached with the plan."""
+    bound = vars(plan).get("_bound")
+    if bound is None:
+        left_out = {"values", "linear"} if plan.feature == "text-distribution" else {"values"}
+        terms = ("text", "linear") if plan.class_offsets is None else ("text", "cache", "linear")
+        arrays = {field.name: field.of(plan) for field in ARRAYS if field.term in terms and field.name not in left_out}
+        bound = vars(plan)["_bound"] = _bind(plan, plan.n_classes, plan.alpha, arrays)
+    return bound
+
+
+def _affinities(plan: ScoringPlan) -> Any:
+    """The cache term with a class for each key: logits[b, j] is the affinity of key j."""
+    assert plan.keys is not None
+    arrays = {field.name: field.of(plan) for field in ARRAYS if field.term == "cache" and field.name != "values"}
+    return _bind(plan, len(plan.keys), 1.0, {**arrays, "class_offsets": np.arange(len(plan.keys) + 1)})
+
+
+def _bind(plan: ScoringPlan, n_classes: int, alpha: float, arrays: dict[str, np.ndarray | None]) -> Any:
+    from iosr_fast import _C
+
+    return _C.BoundPlan(
+        n_classes=n_classes,
+        width=plan.width,
+        tau=plan.tau,
+        alpha=alpha,
+        beta=plan.beta,
+        adapted_query=plan.query == "adapted",
+        adapted_feature=plan.feature == "adapted",
+        tolerance=UNIT_NORM_TOLERANCE["fp32"],
+        **arrays,
+    )
+
+
 def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
     """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets.
 
-    NumPy adds two terms: the product of the kernel's affinities with dense values, and a linear term over the
-    distribution over texts.
+    NumPy applies a reducer, and adds two terms: the product of the kernel's affinities with dense values, and a linear
+    term over the distribution over texts.
     """
-    from iosr_fast import _C
-
+    distribution = plan.feature == "text-distribution"
     query = None if plan.keys is None else query_rows(plan, embeddings)
-    linear = plan.linear if plan.feature != "text-distribution" else None
-    cache: dict[str, Any] = {"beta": plan.beta}
-    cache |= {field.name: field.of(plan) for field in ARRAYS if field.term == "cache" and field.name != "values"}
-    classes = plan.class_offsets is not None
-    logits, path = _C.score(
-        n_classes=plan.n_classes,
-        plain=embeddings.plain,
-        query=query if classes else None,
-        feature=None if linear is None else feature_rows(plan, embeddings),
-        text=plan.text,
-        tau=plan.tau,
-        linear=linear,
-        bias=plan.bias,
-        **({**cache, "alpha": plan.alpha} if classes else {}),
-    )
-    if plan.linear is not None and linear is None:
+    feature = None if plan.linear is None or distribution else feature_rows(plan, embeddings)
+    # scoring_inputs() has checked the embeddings.
+    logits, path = bound_plan(plan)(embeddings.plain, embeddings.adapted, False, query, feature)
+    if plan.linear is not None and distribution:
         logits += feature_rows(plan, embeddings) @ plan.linear.T
     if plan.values is not None:
         assert query is not None
-        n_keys = len(plan.values)
-        cache |= {"alpha": 1.0, "class_offsets": np.arange(n_keys + 1)}  # a class for each key: its affinity
-        step = max(1, _KEYS_PER_TILE * _QUERIES_PER_TILE // n_keys)
+        affinities = _affinities(plan)
+        step = max(1, _KEYS_PER_TILE * _QUERIES_PER_TILE // len(plan.values))
         for first in range(0, len(query), step):
             block = slice(first, first + step)
-            affinity, _ = _C.score(n_classes=n_keys, query=query[block], **cache)
+            affinity, _ = affinities(query[block], None, False, query[block])
             logits[block] += np.float32(plan.alpha) * (affinity @ plan.values)
     return logits, f"cpp/{path}"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -168,6 +168,10 @@ class ScoringPlan(PlanTerms):
             linear=None if self.linear is None else np.float32(factor) * self.linear,
             bias=None if self.bias is None else np.float32(factor) * self.bias,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields alone: a copy with other arrays must not take what the C++ kernel has bound (`bound_plan`)."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _largest_cache_term(self) -> float:
         """An upper bound of the cache term at alpha 1."""

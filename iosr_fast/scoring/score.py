@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from iosr_fast.encoders.encoder import Array, Embeddings
-from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.inputs import ScoringInputs, scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.scorer import Scorer
 
 
 def score(plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, check: bool = True) -> Array:
@@ -20,6 +19,8 @@ def score(plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, chec
     CPU to the GPU and the logits back. `check=False` skips the check of finiteness and norms, which reads each
     embedding once more and, on a GPU, waits for the result: CUDA graphs can't record that.
 
+    `Scorer(plan)` (scoring/scorer.py) does the same for many batches; it makes the choice once.
+
     Raises IosrFastError if the embeddings don't fit the plan or aren't finite and of unit norm, or if no such
     implementation exists; UnavailableError if it exists and can't run.
 
@@ -29,32 +30,11 @@ def score(plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, chec
     >>> score(plan, Embeddings(np.eye(4, dtype=np.float32)[:1]))
     array([[100.,   0.]], dtype=float32)
     """
-    return score_with_path(plan, embeddings, impl, check=check)[0]
+    return Scorer(plan, impl)(embeddings, check=check)
 
 
 def score_with_path(
     plan: ScoringPlan, embeddings: Embeddings, impl: str = "auto", *, check: bool = True
 ) -> tuple[Array, str]:
     """score(), and the path that computed it: "numpy", "cpp/scalar", "torch/cuda", "reference"."""
-    inputs = scoring_inputs(plan, embeddings, check)
-    entry = dispatch.choose(impl, inputs.device)
-    if entry.kind == "tensors":
-        return _score_tensors(plan, inputs, entry)
-    logits, path = entry.load()(plan, inputs.embeddings)
-    if inputs.torch:
-        from iosr_fast.scoring.device_plan import as_tensor
-
-        return as_tensor(logits), path
-    return logits, path
-
-
-def _score_tensors(plan: ScoringPlan, inputs: ScoringInputs, entry: dispatch.Implementation) -> tuple[Array, str]:
-    from iosr_fast.scoring.device_plan import as_tensor, device_plan
-
-    plain, adapted = inputs.embeddings.plain, inputs.embeddings.adapted
-    if inputs.device == "cuda":
-        return entry.load()(device_plan(plan, plain.device), plain, adapted)
-    on_device = device_plan(plan, "cpu" if "cpu" in entry.devices else "cuda")
-    moved = [None if array is None else as_tensor(array).to(on_device.device) for array in (plain, adapted)]
-    logits, path = entry.load()(on_device, *moved)
-    return (logits.cpu() if inputs.torch else logits.cpu().numpy()), path
+    return Scorer(plan, impl).with_path(embeddings, check=check)

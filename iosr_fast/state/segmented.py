@@ -11,7 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.score import score
+from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.scoring.validation import frozen
 
 
@@ -30,18 +30,30 @@ class SegmentedPlan:
     def n_classes(self) -> int:
         return self.head.n_classes
 
-    def score(self, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
-        """Logits (B, C) float32."""
-        logits: np.ndarray = score(self.head, embeddings, impl)
-        for plan, columns in self.parts:
+
+class SegmentedScorer:
+    """A SegmentedPlan bound to an implementation: `scorer(embeddings)` gives the logits (B, C) float32."""
+
+    def __init__(self, plan: SegmentedPlan, impl: str = "auto") -> None:
+        self._head = Scorer(plan.head, impl)
+        self._parts = []
+        for part, columns in plan.parts:
+            active = columns >= 0
+            whole = np.array_equal(columns, np.arange(plan.n_classes))
+            self._parts.append((Scorer(part, impl), slice(None) if whole else columns[active], active))
+
+    def __call__(self, embeddings: Embeddings) -> np.ndarray:
+        logits: np.ndarray = self._head(embeddings)
+        for scorer, columns, active in self._parts:
             # The head's score has checked the norms of the embeddings.
-            part = score(plan, embeddings, impl, check=False)
-            if len(columns) == logits.shape[1] and (columns == np.arange(len(columns))).all():
-                logits += part
-            else:
-                active = columns >= 0
-                logits[:, columns[active]] += part[:, active]
+            part = scorer(embeddings, check=False)
+            logits[:, columns] += part if isinstance(columns, slice) else part[:, active]
         return logits
+
+
+def scorer_of(plan: ScoringPlan | SegmentedPlan, impl: str = "auto") -> Scorer | SegmentedScorer:
+    """Either kind of plan, bound to an implementation."""
+    return SegmentedScorer(plan, impl) if isinstance(plan, SegmentedPlan) else Scorer(plan, impl)
 
 
 def with_arrays(plan: ScoringPlan, **changed: Any) -> ScoringPlan:
@@ -66,14 +78,6 @@ def fused(head: ScoringPlan, part: ScoringPlan, columns: np.ndarray) -> ScoringP
     counts[columns] = np.diff(part.class_offsets)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return with_arrays(part, n_classes=head.n_classes, text=head.text, tau=head.tau, class_offsets=offsets)
-
-
-def score_plan(plan: ScoringPlan | SegmentedPlan, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
-    """Logits (B, C) float32 of either kind of plan."""
-    if isinstance(plan, SegmentedPlan):
-        return plan.score(embeddings, impl)
-    logits: np.ndarray = score(plan, embeddings, impl)
-    return logits
 
 
 def assemble(

@@ -19,11 +19,12 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
 from iosr_fast.state.ids import class_id, example_number, uid_of
 from iosr_fast.state.method_config import COMPENSATED_KEYS, MethodConfig
 from iosr_fast.state.moments import Moments
-from iosr_fast.state.segmented import SegmentedPlan, assemble, columns_of, score_plan, with_arrays
+from iosr_fast.state.segmented import SegmentedPlan, SegmentedScorer, assemble, columns_of, scorer_of, with_arrays
 from iosr_fast.utils.text import abbreviate
 
 # Segments of up to this many examples are joined: a bound on the work of a change, however large the cache is.
@@ -131,9 +132,16 @@ class State:
             return self.plan
         return self.config.compile(self.support)
 
+    @cached_property
+    def scorer(self) -> Scorer | SegmentedScorer:
+        """The plan bound to the best implementation for the CPU; computed at first use."""
+        return scorer_of(self.plan)
+
     def score(self, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
         """Logits (B, C) float32."""
-        return score_plan(self.plan, embeddings, impl)
+        scorer = self.scorer if impl == "auto" else scorer_of(self.plan, impl)
+        logits: np.ndarray = scorer(embeddings)
+        return logits
 
     @cached_property
     def counts(self) -> np.ndarray:

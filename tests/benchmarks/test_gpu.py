@@ -20,6 +20,7 @@ from iosr_fast.benchmarks.ceilings import Ceilings, exact_products  # noqa: E402
 from iosr_fast.benchmarks.devices import Device  # noqa: E402
 from iosr_fast.benchmarks.gpu import Part  # noqa: E402
 from iosr_fast.encoders.runtimes import cuda_graphs  # noqa: E402
+from iosr_fast.scoring.scorer import Scorer  # noqa: E402
 
 REHEARSAL = Device("rehearsal")
 
@@ -297,13 +298,13 @@ def test_scoring_leaves_out_wrong_rivals_and_reports_ours(
 
 def test_scoring_on_a_gpu_checks_nothing(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[bool] = []
-    true_score = score.score_with_path
+    with_path = Scorer.with_path
 
-    def watched(*arguments: Any, check: bool = True) -> Any:
+    def watched(scorer: Scorer, *arguments: Any, check: bool = True) -> Any:
         checks.append(check)
-        return true_score(*arguments, check=check)
+        return with_path(scorer, *arguments, check=check)
 
-    monkeypatch.setattr(score, "score_with_path", watched)
+    monkeypatch.setattr(Scorer, "with_path", watched)
     score.run(["q2-k6-d8-c3"], 1, 1, "rehearsal", wanted=lambda name: name == "torch")
     assert checks and not any(checks)
 

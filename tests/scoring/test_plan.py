@@ -159,19 +159,36 @@ def test_the_binding_refuses_what_would_read_out_of_bounds(rng: np.random.Genera
     keys, query = unit_rows(rng, 5, 8), unit_rows(rng, 2, 8)
     offsets = np.array([0, 2, 5])
     bad = [
-        {"keys": keys, "query": query, "class_offsets": np.array([0, 2, 6])},
-        {"keys": keys, "query": query, "class_offsets": np.array([0, 2])},
-        {"keys": keys.astype(np.float64), "query": query, "class_offsets": offsets},
-        {"keys": np.asfortranarray(keys), "query": query, "class_offsets": offsets},
-        {"keys": keys, "query": unit_rows(rng, 2, 7), "class_offsets": offsets},
-        {"keys": keys, "class_offsets": offsets},
-        {"keys": keys, "plain": query, "class_offsets": offsets},
-        {"text": keys, "plain": query},
-        {},
+        {"keys": keys, "class_offsets": np.array([0, 2, 6])},
+        {"keys": keys, "class_offsets": np.array([0, 2])},
+        {"keys": keys.astype(np.float64), "class_offsets": offsets},
+        {"keys": np.asfortranarray(keys), "class_offsets": offsets},
+        {"keys": unit_rows(rng, 5, 7), "class_offsets": offsets},
+        {"keys": keys.astype(np.int8), "class_offsets": offsets},
+        {"keys": keys, "class_offsets": offsets, "weights": np.ones(4, np.float32)},
+        {"keys": keys},
+        {"class_offsets": offsets},
+        {"text": keys},
     ]
     for arguments in bad:
         with pytest.raises(ValueError, match="expected"):
-            _C.score(n_classes=2, **arguments)
+            _C.BoundPlan(n_classes=2, width=8, **arguments)
+    bound = _C.BoundPlan(n_classes=2, width=8, keys=keys, class_offsets=offsets, adapted_query=True)
+    wrong = [
+        (query, None),  # the cache term reads adapted embeddings
+        (unit_rows(rng, 2, 7), unit_rows(rng, 2, 7)),
+        (query, query[:1]),
+        (query, query.astype(np.float16)),
+        (query, np.asfortranarray(query)),
+        (query[0], query[0]),
+        (query.tolist(), query),
+        (None, query),
+        (query, query, False, query[:1]),
+        (query, query, False, query, query[:, :7]),
+    ]
+    for embeddings in wrong:
+        assert bound(*embeddings) is None
+    assert bound(query, query)[0].shape == (2, 2)
 
 
 def test_read_only_keys_of_each_precision_are_kept_without_a_copy(rng: np.random.Generator) -> None:

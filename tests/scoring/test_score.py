@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score, score_with_path
+from iosr_fast.scoring.scorer import Scorer
 from tests.conftest import EXTENDED, TERMS, random_embeddings, random_plan, unit_rows
 from tests.scoring.numerics import (
     PATHS,
@@ -30,7 +30,7 @@ from tests.scoring.numerics import (
 )
 
 WIDTHS = (1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 123)
-BATCHES = (1, 2, 5, 33)
+BATCHES = (1, 2, 3, 5, 7, 12, 17, 33)
 TERM_SETS = [terms for n in (1, 2, 3) for terms in itertools.combinations(TERMS, n)]
 # Class layouts: ragged, empty classes at both ends and between, one class, one key, more keys than one tile holds.
 LAYOUTS = ([3, 1, 4, 1, 5], [0, 0, 2, 0, 7, 0], [9], [0, 1, 0], [1] * 70, [150, 0, 61])
@@ -210,11 +210,11 @@ def test_the_kernel_runs_without_the_gil(rng: np.random.Generator) -> None:
 
     counter = threading.Thread(target=count)
     counter.start()
-    arrays = {"query": embeddings.adapted, "keys": plan.keys, "class_offsets": plan.class_offsets}
+    scorer = Scorer(plan, "cpp")
     try:
         started.set()
         before = len(steps)
-        _C.score(n_classes=plan.n_classes, alpha=1.0, beta=1.0, **arrays)
+        scorer(embeddings)
         during = len(steps) - before
     finally:
         done.set()
