@@ -74,6 +74,8 @@ def cpp_unavailable_reason() -> str | None:
 
     if _C.version != __version__:
         return f"iosr_fast._C was built for version {_C.version}, this is {__version__}; `pip install .` rebuilds it"
+    if not hasattr(_C, "BoundPlan"):
+        return "iosr_fast._C was built from older sources of this version; `pip install .` rebuilds it"
     return None
 
 

@@ -156,6 +156,10 @@ def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPa
     dispatch.cpp_unavailable_reason.cache_clear()
     try:
         assert "was built for version 0.0.1" in (dispatch.cpp_unavailable_reason() or "")
+        monkeypatch.undo()
+        monkeypatch.delattr(_C, "BoundPlan")
+        dispatch.cpp_unavailable_reason.cache_clear()
+        assert "was built from older sources" in (dispatch.cpp_unavailable_reason() or "")
     finally:
         dispatch.cpp_unavailable_reason.cache_clear()
 
