@@ -35,9 +35,9 @@ class Method:
     one_shot           "auto" may choose it if each class has a single image
     max_support        the largest number of support images, if there is a limit
     max_support_auto   the largest number of support images for which "auto" tries the method
-    leave_out          (support, which, reducer, setting, queries, folds) -> (N, C) float32: for each support image the
-                       term that alpha multiplies at alpha 1, fitted without the image's fold, in closed form; None for
-                       methods that are compiled again for each fold
+    leave_out          (support, which, reducer, queries, folds) -> setting -> (N, C) float32: for each support image
+                       the term that alpha multiplies at alpha 1, fitted without the image's fold, in closed form; None
+                       for methods that are compiled again for each fold
     """
 
     name: str
@@ -53,7 +53,7 @@ class Method:
     one_shot: bool = False
     max_support: int | None = None
     max_support_auto: int | None = None
-    leave_out: Callable[..., np.ndarray] | None = None
+    leave_out: Callable[..., Callable[[Mapping[str, float]], np.ndarray]] | None = None
 
     @property
     def needs_support(self) -> bool:

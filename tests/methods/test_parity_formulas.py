@@ -13,7 +13,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.ape import choose_channels
-from iosr_fast.methods.proker import kernel_ridge_without
+from iosr_fast.methods.proker import kernel_ridge_without, lower_inverse
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.scoring.score import score
 from tests.conftest import random_embeddings, unit_rows
@@ -279,3 +279,11 @@ def test_kernel_ridge_without_a_fold_is_a_fit_without_it(kind: str, folds: str, 
         kept = own != fold
         values = ridge_values(rows[kept], residual[kept], 2.0, 0.05)
         np.testing.assert_allclose(found[j], query_kernel[j, kept] @ values, atol=1e-8)
+    of_images = kernel_ridge_without(kernel, kernel, residual, 0.05, own)
+    np.testing.assert_allclose(kernel_ridge_without(kernel, None, residual, 0.05, own), of_images, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 257])
+def test_the_inverse_of_a_triangle_is_that_of_numpy(size: int, rng: np.random.Generator) -> None:
+    lower = np.tril(rng.standard_normal((size, size))) / size + np.eye(size)
+    np.testing.assert_allclose(lower_inverse(lower), np.linalg.inv(lower), atol=1e-12)

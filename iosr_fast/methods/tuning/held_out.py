@@ -6,7 +6,7 @@ support images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -90,24 +90,25 @@ class HeldOutSet:
 
     def logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """base, slope (V, C) float32 of the rows: their logits at alpha are base + alpha * slope."""
+        if self.method.class_keys:
+            parts = [fold.logits(setting) for fold in self._folds]
+            return np.concatenate([base for base, _ in parts]), np.concatenate([slope for _, slope in parts])
         key = tuple(setting.items())
         if key in self._logits:
             return self._logits[key]
-        leave_out = None if self.folds is None else self.method.leave_out
-        if leave_out is not None:
-            slope = leave_out(self.support, self.method.which, self.reducer, setting, self.queries, self.folds)
-            logits = self._zero_shot, slope[self.rows]
+        if self._leave_out is not None:
+            logits = self._zero_shot, self._leave_out(setting)[self.rows]
         else:
             parts = [self._terms(support, setting, self.queries[rows]) for rows, support in self.splits]
             logits = np.concatenate([base for base, _ in parts]), np.concatenate([slope for _, slope in parts])
-        if leave_out is not None or not setting:  # other methods use few settings twice
+        if self._leave_out is not None or not setting:  # other methods use few settings twice
             self._logits[key] = logits
         return logits
 
     def intervals(self, settings: Sequence[Setting]) -> Intervals:
         """The alphas at which each row is right, for each setting (search.Intervals)."""
         if self.method.class_keys:
-            return Intervals.concatenate([self._stream(*split, settings) for split in self.splits])
+            return Intervals.concatenate([fold.intervals(settings) for fold in self._folds])
         labels = self.labels[self.rows]
         parts = [intervals(*self.logits(setting), labels) for setting in settings]
         lower, upper, flags = (np.concatenate([getattr(p, f) for p in parts]) for f in ("lower", "upper", "flags"))
@@ -118,16 +119,34 @@ class HeldOutSet:
         for rows, support in self.splits:
             yield rows, self.method.compile(support, self.method.which, self.reducer, **parameters)
 
-    def _compile(self, support: SupportSet, setting: Setting) -> ScoringPlan:
-        return self.method.compile(support, self.method.which, self.reducer, alpha=1.0, **setting)
-
     @cached_property
     def _zero_shot(self) -> np.ndarray:
         return zero_shot_logits(self.support, self.queries)[self.rows]
 
+    @cached_property
+    def _leave_out(self) -> Callable[[Setting], np.ndarray] | None:
+        """Method.leave_out on the support images; None for another method and for a validation set."""
+        if self.folds is None or self.method.leave_out is None:
+            return None
+        return self.method.leave_out(self.support, self.method.which, self.reducer, self.queries, self.folds)
+
+    @cached_property
+    def _folds(self) -> list[_ClassKeys]:
+        """For each of `splits` its queries and the plan of the others, of a method with class keys."""
+        ones = {name: 1.0 for name in self.method.parameters}
+        return [
+            _ClassKeys(
+                self.method.compile(support, self.method.which, self.reducer, **ones),
+                self.queries[rows],
+                self.labels[rows],
+                zero_shot_logits(support, self.queries[rows]),
+            )
+            for rows, support in self.splits
+        ]
+
     def _terms(self, support: SupportSet, setting: Setting, queries: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         """The logits of the terms that alpha does not multiply, and of the one that it does."""
-        plan = self._compile(support, setting)
+        plan = self.method.compile(support, self.method.which, self.reducer, alpha=1.0, **setting)
         no_linear: dict[str, Any] = {"linear": None, "bias": None}
         if self.method.scales == "linear":
             slope, rest = replace(plan, text=None), no_linear
@@ -138,30 +157,56 @@ class HeldOutSet:
         has_rest = plan.text is not None or (self.method.scales == "cache" and plan.linear is not None)
         return (score(replace(plan, **rest), queries) if has_rest else np.zeros_like(scores)), scores
 
-    def _stream(self, rows: np.ndarray, support: SupportSet, settings: Sequence[Setting]) -> Intervals:
-        """The intervals of a method with class keys, without forming an affinity."""
-        queries = self.queries[rows]
-        # Only the parts of this plan that do not depend on the setting are used; gamma 1 leaves its term unscaled.
-        plan = self._compile(support, dict.fromkeys(settings[0], 1.0))
-        call: dict[str, Any] = {
-            "base": zero_shot_logits(support, queries),
-            "query": image_rows(queries, self.method.which, plan.reducer),
-            "keys": plan.keys,
-            "class_offsets": plan.class_offsets,
-            "labels": self.labels[rows],
-            "betas": [setting["beta"] for setting in settings],
-        }
-        if plan.linear is not None:  # gamma multiplies the linear term: settings are every beta with every gamma
+
+@dataclass(frozen=True, eq=False)
+class _ClassKeys:
+    """Queries with `labels` (V,), their zero-shot logits (V, C), and the plan of other images, all of whose parameters
+    are 1. beta is a plan's own; gamma multiplies the linear term, or is the power of the keys' weights.
+    """
+
+    plan: ScoringPlan
+    queries: Embeddings
+    labels: np.ndarray
+    zero_shot: np.ndarray
+
+    @cached_property
+    def _linear(self) -> np.ndarray | None:
+        """The linear term at gamma 1, (V, C) float32."""
+        if self.plan.linear is None:
+            return None
+        return score(replace(self.plan, keys=None, class_offsets=None, weights=None, tau=0.0), self.queries)
+
+    def _weights(self, setting: Setting) -> np.ndarray | None:
+        weights = self.plan.weights
+        return weights if weights is None else np.asarray(weights, np.float64) ** setting["gamma"]
+
+    def logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+        """As HeldOutSet.logits."""
+        cache: dict[str, Any] = {"beta": setting["beta"], "weights": self._weights(setting)}
+        cache |= {"text": None, "linear": None, "bias": None, "feature": "plain"}
+        base = self.zero_shot
+        if self._linear is not None:
+            base = base + np.float32(setting["gamma"]) * self._linear
+        return base, score(replace(self.plan, **cache), self.queries)
+
+    def intervals(self, settings: Sequence[Setting]) -> Intervals:
+        """As HeldOutSet.intervals, without forming an affinity."""
+        call: dict[str, Any] = {"betas": [setting["beta"] for setting in settings]}
+        if self._linear is not None:  # settings are every beta with every gamma
             betas, gammas = (list(dict.fromkeys(s[name] for s in settings)) for name in ("beta", "gamma"))
             if [dict(s) for s in settings] != [{"beta": b, "gamma": g} for b, g in product(betas, gammas)]:
-                raise IosrFastError(f"expected every beta with every gamma, betas first, for {self.method.name}")
-            extra = score(replace(plan, keys=None, class_offsets=None, tau=0.0), queries)
-            call |= {"betas": betas, "extra": extra, "gammas": gammas}
-        elif plan.weights is not None:  # gamma shapes the weights of the keys
-            distinct = {setting["gamma"] for setting in settings}
-            weights = {g: self._compile(support, {"beta": 1.0, "gamma": g}).weights for g in distinct}
-            call["weights"] = np.stack([np.asarray(weights[setting["gamma"]]) for setting in settings])
-        return cache_intervals(**call)
+                raise IosrFastError("expected every beta with every gamma, betas first")
+            call = {"betas": betas, "extra": self._linear, "gammas": gammas}
+        elif self.plan.weights is not None:
+            call["weights"] = np.stack([np.asarray(self._weights(setting)) for setting in settings])
+        return cache_intervals(
+            base=self.zero_shot,
+            query=image_rows(self.queries, self.plan.query, self.plan.reducer),
+            keys=self.plan.keys,
+            class_offsets=self.plan.class_offsets,
+            labels=self.labels,
+            **call,
+        )
 
 
 def zero_shot_logits(support: SupportSet, queries: Embeddings) -> np.ndarray:
