@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -88,8 +88,8 @@ def _is_exported(runtime: str, precision: str, engine: VerifiedFolder) -> bool:
 
 
 class CandidateBuilder:
-    """Opens candidates in place of `engine`. What has to be built is built once, in a folder of its own in the cache,
-    of which `keep` leaves one engine, and `close` nothing."""
+    """Opens candidates in place of `engine`, in the form that open_engine's `adapted` names. What has to be built is
+    built once, in a folder of its own in the cache, of which `keep` leaves one engine, and `close` nothing."""
 
     def __init__(
         self,
@@ -97,8 +97,10 @@ class CandidateBuilder:
         calibration: np.ndarray | None,
         loaded: tuple[LoadedClip, Adapter | None] | None = None,
         threads: int | None = None,
+        adapted: bool = True,
     ) -> None:
-        self.engine, self._calibration, self._loaded, self._threads = engine, calibration, loaded, threads
+        self.engine, self._calibration, self._loaded = engine, calibration, loaded
+        self._options: dict[str, Any] = {"threads": threads, "adapted": adapted}
         cache_folder().mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="optimize-", dir=cache_folder()))
         self._built: dict[str, Path | Exception] = {}
@@ -108,18 +110,18 @@ class CandidateBuilder:
         folder = self._folder / "fp32"
         self._export(folder, runtime, "fp32")
         self.engine = open_verified(folder, ENGINE_KIND, verify=False)
-        return open_engine(self.engine, runtime, threads=self._threads)
+        return open_engine(self.engine, runtime, **self._options)
 
     def open(self, runtime: str, precision: str) -> Encoder:
         """The candidate's encoder. Raises what building raises, and ArithmeticError for embeddings that are off."""
         manifest = self.engine.manifest
         if self._is_there(runtime, precision):
-            return open_engine(self.engine, runtime, threads=self._threads)
+            return open_engine(self.engine, runtime, **self._options)
         if precision == "bf16":  # the runtime rounds: such an engine differs in its manifest alone
             fingerprint = fingerprint_of(manifest["clip_fingerprint"], manifest["adapter_fingerprint"], precision)
             changed = replace(self.engine, manifest=manifest | {"precision": precision, "fingerprint": fingerprint})
-            return open_engine(changed, runtime, threads=self._threads)
-        return open_engine(self._build(runtime, precision), runtime, verify=False, threads=self._threads)
+            return open_engine(changed, runtime, **self._options)
+        return open_engine(self._build(runtime, precision), runtime, verify=False, **self._options)
 
     def keep(self, runtime: str, precision: str, encoder: Encoder) -> tuple[Encoder, Path]:
         """The candidate that `open` gave, and its folder, which stays as long as the encoder; others are removed."""
@@ -128,7 +130,7 @@ class CandidateBuilder:
             self.close()
             return encoder, folder
         if precision == "bf16":
-            encoder = open_engine(folder, runtime, verify=False, threads=self._threads)
+            encoder = open_engine(folder, runtime, verify=False, **self._options)
         for other in self._folder.iterdir():
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)

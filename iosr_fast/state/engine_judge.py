@@ -17,7 +17,7 @@ from iosr_fast.state.engine_choice import rejection
 from iosr_fast.state.fit import Fit
 
 JUDGED = 400  # images, and at least two of each class
-CALIBRATED = 256
+CALIBRATED = 128
 _ROUNDS = (3, 15)  # fewest and most of a timing
 _TIMING_S = 3.0
 _COMPARED = 8  # pictures on which another runtime of the same precision is compared
@@ -74,7 +74,7 @@ class Judge:
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(state.uids), examples.class_ids[rows])
         singles = examples.embeddings if fit.views.views == 1 or not len(rows) else examples.queries
-        stored = singles is not None and reference is fit.clip.encoder_for(adapted=True)
+        stored = singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint
         self._reference = singles[rows] if stored and singles is not None else reference.encode(pixels)
         self._labels, self._rows = self._left_out_labels(self._reference)
         self.count = len(self._rows)

@@ -76,7 +76,8 @@ class _Row:
 def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> tuple[OpenedClip, EngineChoice]:
     """The best engine by the objective that is not rejected (engine_choice.rejection), and the table of all.
 
-    Every candidate (candidates.list_candidates) is built, calibrated on the images and timed. Beginning with the best,
+    Every candidate (candidates.list_candidates) is built, calibrated on the images and timed, in the form that the
+    method needs: with adapted embeddings or without. Beginning with the best,
     candidates are judged on the images as single views (engine_judge.Judge), by comparison with the present engine, or,
     if that is not in fp32 and the CLIP is at hand, with one in fp32. The present engine is kept if no candidate is
     left. A candidate that fails is a row of the table.
@@ -90,9 +91,9 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     size = clip.encoder.image_size
     pixels = to_pixels([images[i] for i in chosen], size, fit.views.exif_orientation)
     calibration = pixels[evenly(len(pixels), CALIBRATED)]
-    builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads)
+    builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.state.needs_adapted)
     try:
-        reference, note = clip.encoder_for(adapted=True), ""
+        reference, note = fit.encoder, ""
         if source.manifest["precision"] != "fp32" and clip.loaded is not None:
             with bar("build the engine in fp32", None, shown=options.progress):
                 reference = builder.start_in_fp32(clip.encoder.runtime)

@@ -87,6 +87,11 @@ def test_auto_in_python_keeps_its_engine_as_long_as_the_classifier(tmp_path: Pat
     assert classifier.encoder.fingerprint != exact.encoder.fingerprint
     cosines = (classifier.support_.embeddings.plain * exact.support_.embeddings.plain).sum(1)
     assert 0.99 < cosines.min() < 1.0
+    plain = Classifier("demo", method="tip-adapter", alpha=3.0, beta=7.0, views=1).fit(images, labels)
+    of_one_stream = plain.optimize(images, labels, objective="size").chosen
+    assert list(of_one_stream.cosines) == ["plain"] and not plain.encoder.adapted
+    assert plain.support_.embeddings.adapted is not None and plain.add_class("new", images[0] // 9).version == 3
+    del plain
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     assert classifier.predict_folder(tmp_path).labels.tolist() == classifier.predict(images[:1]).tolist()
     classifier.save(tmp_path / "bundle")

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import typer
 from PIL import Image
@@ -109,7 +110,8 @@ def show_accuracy(results: dict[str, dict[int, Result]]) -> None:
 
 
 def fit_and_show(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> Classifier:
-    """Fit a Classifier by "auto" on two pictures of each concept, save it, and classify a few other pictures."""
+    """Fit a Classifier by "auto" on two pictures of each concept, on its fastest engine, save it, and classify a few
+    other pictures."""
     rng = np.random.default_rng(0)
     order = [rng.permutation(np.flatnonzero(pictures.concepts == c)) for c in range(len(pictures.names))]
     support = np.concatenate([rows[:2] for rows in order])
@@ -117,7 +119,7 @@ def fit_and_show(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> 
     _, first = np.unique(pictures.images[support].reshape(len(support), -1), axis=0, return_index=True)
     alike = np.setdiff1d(np.arange(len(support)), first)
     support = support[~np.isin(pictures.concepts[support], pictures.concepts[support[alike]])]
-    classifier = Classifier("demo", adapter=adapter, engine=engine, views=1)
+    classifier = Classifier("demo", adapter=adapter, engine=engine, precision="auto", views=1)
     names = [pictures.names[c] for c in pictures.concepts[support]]
     classifier.fit(pictures.images[support], names, class_names=list(dict.fromkeys(names)))
     tuned = classifier.tuned_
@@ -127,6 +129,10 @@ def fit_and_show(engine: Path, adapter: Path, pictures: Pictures, out: Path) -> 
         f"  chosen by leave-one-out in {tuned.seconds:.0f} s: {tuned.method}, reducer {tuned.reducer}, {chosen}; "
         f"{tuned.accuracy:.1%} of {tuned.scored} support pictures right"
     )
+    choice = classifier.engine_choice_
+    assert choice is not None
+    for line in choice.lines():
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
     classifier.save(out / "classifier")
     (out / "pictures").mkdir(exist_ok=True)
     for c in rng.choice(len(order), 5, replace=False):
@@ -204,6 +210,7 @@ def main(
         },
         "labels_changed_by_narrow_keys": changed,
         "engines": engines,
+        "engine_choice": msgspec.to_builtins(classifier.engine_choice_),
         "latency_ms": latency_ms,
         "images_per_s": images_per_s,
         "train_seconds": seconds,
