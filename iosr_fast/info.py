@@ -16,6 +16,7 @@ OPTIONAL_PACKAGES = (
     "openvino",
     "torch",
     "torchvision",
+    "torchcodec",
     "open_clip_torch",
     "onnx",
     "onnxscript",

@@ -1,10 +1,10 @@
 """One cold start, in its own process: from a bundle to the first label.
 
-    python iosr_fast/benchmarks/cold_process.py iosr-fast BUNDLE PICTURE            # the runtime alone
+    python iosr_fast/benchmarks/cold_process.py iosr-fast BUNDLE PICTURE [RUNTIME]  # without PyTorch
     python iosr_fast/benchmarks/cold_process.py open-clip BUNDLE PICTURE MODEL WEIGHTS ADAPTER    # the public way
 
-Prints one line of JSON: the label, seconds of importing, loading and predicting, the peak of resident memory, and
-whether PyTorch was imported.
+Prints one line of JSON: the label, seconds of importing, loading and predicting, the peak of resident memory, the
+private memory at the end, and whether PyTorch was imported.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 
-def with_iosr_fast(bundle: Path, picture: Path) -> tuple[str, float, float]:
+def with_iosr_fast(bundle: Path, picture: Path, runtime: str = "auto") -> tuple[str, float, float]:
     """The label, and the times at which importing and loading ended."""
     from iosr_fast import Classifier
 
     imported = time.perf_counter()
-    classifier = Classifier.load(bundle)
+    classifier = Classifier.load(bundle, runtime)
     loaded = time.perf_counter()
     return str(classifier.predict(picture)[0]), imported, loaded
 
@@ -60,21 +60,22 @@ def with_open_clip(
         return str(facts["class_names"][int(logits.argmax())]), imported, loaded
 
 
-def peak_memory_mb() -> float | None:
-    """The peak of this process's resident memory, memory-mapped pages included; None outside Linux."""
+def memory_mb(field: str) -> float | None:
+    """A field of this process's /proc/self/status: VmHWM, the peak of resident memory, memory-mapped pages included;
+    RssAnon, private memory. None outside Linux."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
     except (OSError, StopIteration):
         return None
 
 
-def main(way: str, bundle: str, picture: str, *rival: str) -> None:
+def main(way: str, bundle: str, picture: str, *options: str) -> None:
     started = time.perf_counter()
     if way == "iosr-fast":
-        label, imported, loaded = with_iosr_fast(Path(bundle), Path(picture))
+        label, imported, loaded = with_iosr_fast(Path(bundle), Path(picture), *options)
     else:
-        model, weights, adapter = rival
+        model, weights, adapter = options
         label, imported, loaded = with_open_clip(Path(bundle), Path(picture), model, Path(weights), Path(adapter))
     predicted = time.perf_counter()
     print(
@@ -84,7 +85,8 @@ def main(way: str, bundle: str, picture: str, *rival: str) -> None:
                 "import_s": imported - started,
                 "load_s": loaded - imported,
                 "predict_s": predicted - loaded,
-                "peak_memory_mb": peak_memory_mb(),
+                "peak_memory_mb": memory_mb("VmHWM"),
+                "private_memory_mb": memory_mb("RssAnon"),
                 "torch_imported": "torch" in sys.modules,
             }
         ),

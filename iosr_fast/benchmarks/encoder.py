@@ -1,9 +1,11 @@
 """Both embeddings of a batch: fused in one pass, against every way that takes two, all in one run.
 
     onnxruntime-sN, openvino-sN    ours: the dual encoder with adapters from block N on, the same file in two runtimes
+    openvino-bf16-sN, openvino-int8-sN    ours in fewer bits, for the last N at which rivals are measured
     encoder_rivals                 the rivals; "-sN" of a rival is where its adapters begin
 
-Weights are random, which changes no speed. Everything is checked against the eager two passes before it is timed.
+Weights are random, which changes no speed; pictures and those that calibrate int8 are precision.pictures_of's.
+Everything is checked against the eager two passes before it is timed; `min_cosine` of fewer bits is with them.
 
 Rivals take two passes at the first and at one late first adapted block only: of twelve blocks an adapter less changes
 two passes by less than a hundredth. Other rows are compared with those of the nearest block. ratios has
@@ -32,10 +34,14 @@ from iosr_fast.benchmarks import harness
 from iosr_fast.benchmarks.ceilings import measure_beside_gemm
 from iosr_fast.benchmarks.encoder_gpu import fused_flops
 from iosr_fast.benchmarks.encoder_rivals import Embed
+from iosr_fast.benchmarks.precision import pictures_of
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.export import random_adapter
+from iosr_fast.export.export_check import MIN_COSINES
+from iosr_fast.export.quantize import quantize_onnx
 from iosr_fast.utils.machine import usable_threads
 
 TOLERANCE = 1e-4
@@ -61,12 +67,13 @@ def run(
     blocks = len(clip.model.visual.transformer.resblocks)
     first_blocks = tuple(first_adapted_blocks or FIRST_BLOCKS.get(blocks, (0, 2 * blocks // 3)))
     late = [s for s in RIVALS_AT.get(blocks, first_blocks) if s in first_blocks]
-    shape = (batch, clip.image_size, clip.image_size, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    calibration, judged = pictures_of(clip)
+    pixels = np.resize(judged, (batch, *judged.shape[1:]))
     with tempfile.TemporaryDirectory() as folder, harness.torch_threads(threads):
         adapters = {s: random_adapter(clip, s) for s in first_blocks}
         runs, flops = candidates(clip, adapters, late or first_blocks, pixels, threads, Path(folder))
-        verify(runs, {s: rivals.eagerly(clip, adapter, pixels)() for s, adapter in adapters.items()})
+        runs |= fewer_bits((late or first_blocks)[-1], pixels, calibration, threads, Path(folder))
+        cosines = verify(runs, {s: rivals.eagerly(clip, adapter, pixels)() for s, adapter in adapters.items()})
         runtimes_ms, ceiling, library = measure_beside_gemm(runs, repeats, threads)
     rows = harness.rows(
         "encoder",
@@ -77,7 +84,9 @@ def run(
         work={name: flop * batch / 1e9 for name, flop in flops.items()},
         ceiling=ceiling / 1e9,
         packages=("onnxruntime", "openvino", "torch", "open_clip_torch"),
-        extra={name: {"ceiling_library": library} for name in flops},
+        precision={name: precision_of(name) for name in runtimes_ms},
+        extra={name: {"ceiling_library": library} for name in flops}
+        | {name: {"min_cosine": round(cosine, 7)} for name, cosine in cosines.items()},
     )
     medians = {name: statistics.median(times) for name, times in runtimes_ms.items()}
     for row in rows:
@@ -142,6 +151,24 @@ def candidates(
     return runs, flops
 
 
+def fewer_bits(first: int, pixels: np.ndarray, calibration: np.ndarray, threads: int, folder: Path) -> dict[str, Embed]:
+    """The fused encoder of `candidates` with adapters from block `first` on, in OpenVINO in bf16 and int8."""
+    if find_spec("openvino") is None:
+        return {}
+    path, quantised = folder / f"fused-s{first}.onnx", folder / f"int8-s{first}.onnx"
+    quantize_onnx(path, quantised, calibration)
+    runs = {f"openvino-int8-s{first}": rivals.in_openvino(quantised, pixels, threads)}
+    if "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        runs[f"openvino-bf16-s{first}"] = rivals.in_openvino(path, pixels, threads, "bf16")
+    else:
+        left_out(f"openvino-bf16-s{first}", "this processor has no bf16 instructions")
+    return runs
+
+
+def precision_of(name: str) -> str:
+    return next((precision for precision in ("bf16", "int8") if precision in name.split("-")), "fp32")
+
+
 def left_out(name: str, reason: str) -> None:
     print(f"left out: {name}: {reason}", file=sys.stderr)
 
@@ -166,11 +193,22 @@ def ratios(name: str, medians: Mapping[str, float]) -> dict[str, float]:
     return {rival: round(medians[other] / medians[name], 3) for rival, other in compared.items() if other != name}
 
 
-def verify(runs: Mapping[str, Embed], truths: Mapping[int, tuple[np.ndarray, ...]]) -> None:
-    """Raise ArithmeticError unless every candidate agrees with `truths`, eager two passes by first adapted block."""
+def verify(runs: Mapping[str, Embed], truths: Mapping[int, tuple[np.ndarray, ...]]) -> dict[str, float]:
+    """Raise ArithmeticError unless every candidate agrees with `truths`, eager two passes by first adapted block.
+
+    Returns the least cosine of each candidate in fewer bits.
+    """
+    cosines = {}
     for name, run in runs.items():
-        first = first_block(name)
+        first, precision = first_block(name), precision_of(name)
         expected = next(iter(truths.values()))[:1] if first is None else truths[first]
-        error = max(float(np.abs(got - right).max()) for got, right in zip(run(), expected, strict=True))
-        if not error <= TOLERANCE:
+        pairs = list(zip(run(), expected, strict=True))
+        error = max(float(np.abs(got - right).max()) for got, right in pairs)
+        cosine = min(float(((got * right).sum(1) / np.linalg.norm(got, axis=1)).min()) for got, right in pairs)
+        if precision == "fp32" and not error <= TOLERANCE:
             raise ArithmeticError(f"{name} is off by {error:.2g} (allowed: {TOLERANCE}); not timed")
+        if precision != "fp32":
+            if not cosine >= MIN_COSINES[precision]:
+                raise ArithmeticError(f"{name} has a cosine of {cosine:.5f} (>= {MIN_COSINES[precision]}); not timed")
+            cosines[name] = cosine
+    return cosines

@@ -99,9 +99,9 @@ def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int, spin: bool = Tr
     return lambda: tuple(session.run(None, {"pixels": pixels}))
 
 
-def in_openvino(path: Path, pixels: np.ndarray, threads: int) -> Embed:
-    """In fp32: OpenVINO would choose bf16 by itself where the processor has it."""
-    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "f32") -> Embed:
+    """In `precision`, "f32" or "bf16": OpenVINO would choose bf16 by itself where the processor has it."""
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     request = openvino_core().compile_model(path, "CPU", options).create_infer_request()
 
     def call() -> tuple[np.ndarray, ...]:

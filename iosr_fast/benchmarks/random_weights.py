@@ -27,7 +27,7 @@ CLASSES, SHOTS = 100, 16
 
 def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
     """A tip-adapter++ of CLASSES classes with SHOTS keys each, around the embeddings of CLASSES of the pictures."""
-    encoder = open_engine(engine, "onnxruntime", verify=False, threads=threads)
+    encoder = open_engine(engine, verify=False, threads=threads)
     classes = min(CLASSES, len(paths))
     pixels = np.stack([resize_and_crop(open_image(path), encoder.image_size) for path in paths[:classes]])
     centres = encoder.encode(pixels)

@@ -48,8 +48,8 @@ def classify(
         int | None, typer.Option(min=1, help="Images encoded at a time [default: 16 on a CPU, else 64; in parts 64].")
     ] = None,
     decoder: Annotated[
-        Literal["auto", "cpu", "cpu-exact", "torchvision-cuda", "nvimagecodec"],
-        typer.Option(metavar="NAME", help="auto, cpu, cpu-exact, torchvision-cuda or nvimagecodec."),
+        Literal["auto", "cpu", "cpu-exact", "torchcodec", "nvimagecodec"],
+        typer.Option(metavar="NAME", help="auto, cpu, cpu-exact, torchcodec or nvimagecodec."),
     ] = "auto",
     runtime: Runtime = "auto",
     threads: parts.Threads = None,

@@ -9,10 +9,10 @@ from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.images.decode import CpuDecoder, Decoder
 from iosr_fast.utils import machine
 
-DECODERS = ("cpu", "cpu-exact", "torchvision-cuda", "nvimagecodec")
-_NEEDED_MODULES = {"torchvision-cuda": ("torchvision",), "nvimagecodec": ("nvidia.nvimgcodec",)}
+DECODERS = ("cpu", "cpu-exact", "torchcodec", "nvimagecodec")
+_NEEDED_MODULES = {"torchcodec": ("torchcodec",), "nvimagecodec": ("nvidia.nvimgcodec",)}
 _INSTALL = {
-    "torchvision-cuda": "pip install 'iosr_fast[gpu]' brings it",
+    "torchcodec": "pip install 'iosr_fast[gpu]' brings it",
     "nvimagecodec": "pip install nvidia-nvimgcodec-cu12 (or -cu13, as PyTorch's CUDA) brings it",
 }
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _missing(module: str) -> bool:
 def _make(name: str, exif_orientation: bool) -> Decoder:
     if name not in _NEEDED_MODULES:
         return CpuDecoder(name == "cpu-exact", exif_orientation)
-    from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder
+    from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchCodecDecoder
 
-    decoder_type = TorchvisionDecoder if name == "torchvision-cuda" else NvImageCodecDecoder
+    decoder_type = TorchCodecDecoder if name == "torchcodec" else NvImageCodecDecoder
     return decoder_type(exif_orientation=exif_orientation)

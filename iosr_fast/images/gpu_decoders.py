@@ -1,7 +1,6 @@
 """JPEGs decoded and resized on an NVIDIA GPU; the CPU decodes each image that the GPU's decoder can't read.
 
-These have not run on a GPU yet. The tests run torchvision's decoder and the resizing on the CPU, and nvImageCodec's
-calls against a fake.
+These have not run on a GPU yet. The tests run the resizing on the CPU, and the calls of both decoders against fakes.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ class GpuDecoder(ABC):
 
     name: str
     threads: int | None = 2
+    turns = False  # whether `_decode` always turns images upright itself
 
     def __init__(self, device: str = "cuda", exif_orientation: bool = True) -> None:
         self.device, self.exif_orientation = device, exif_orientation
@@ -39,7 +39,9 @@ class GpuDecoder(ABC):
         jpegs = {i: data for i, source in enumerate(sources) if (data := _read_jpeg(source)) is not None}
         pixels: dict[int, Decoded] = {}
         for (i, data), image in zip(jpegs.items(), self._decode([*jpegs.values()]), strict=True):
-            orientation = _orientation(data) if self.exif_orientation else 1
+            orientation = _orientation(data) if self.exif_orientation or self.turns else 1
+            if self.turns and orientation is not None:
+                orientation = 1 if self.exif_orientation or orientation == 1 else None  # None: the CPU decodes it
             if (
                 image is not None
                 and orientation is not None
@@ -53,19 +55,20 @@ class GpuDecoder(ABC):
 
     @abstractmethod
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
-        """Each JPEG as stored: uint8 (3, H, W), RGB, on `device`; None for one that can't be decoded."""
+        """Each JPEG, as stored or (`turns`) upright: uint8 (3, H, W), RGB, on `device`; None for one that can't be
+        decoded."""
 
 
-class TorchvisionDecoder(GpuDecoder):
-    """torchvision.io.decode_jpeg, which is nvJPEG on a GPU."""
+class TorchCodecDecoder(GpuDecoder):
+    """torchcodec.decoders.decode_jpeg, which is nvJPEG on a GPU and always applies the EXIF orientation."""
 
-    name = "torchvision-cuda"
+    name = "torchcodec"
+    turns = True
 
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
-        torch, io = require("torch", "gpu"), require("torchvision.io", "gpu")
-        raw = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in data]
+        decoders = require("torchcodec.decoders", "gpu")
         try:
-            return list(io.decode_jpeg(raw, mode=io.ImageReadMode.RGB, device=self.device)) if raw else []
+            return list(decoders.decode_jpeg(data, mode="RGB", device=self.device)) if data else []
         except RuntimeError:  # one bad JPEG fails the whole batch
             return [None] if len(data) == 1 else [image for jpeg in data for image in self._decode([jpeg])]
 
@@ -82,7 +85,7 @@ class NvImageCodecDecoder(GpuDecoder):
         super().__init__(device, exif_orientation)
         self._codec = importlib.import_module("nvidia.nvimgcodec")
         self._thread = threading.local()
-        # `turned` applies the orientation for both decoders. RGB is the default; its name differs between versions.
+        # `turned` applies the orientation. RGB is the default; its name differs between versions.
         self._params = self._codec.DecodeParams(apply_exif_orientation=False)
 
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:

@@ -49,8 +49,12 @@ def test_rows(small: None) -> None:
     compiled = [way for way in ways if way in ("onnxruntime", "openvino")]
     expected = {f"{way}-two-pass-s{s}" for way in ways for s in (0, 1)} | {"open-clip-one-pass"}
     expected |= {f"{way}-one-pass" for way in compiled} | {f"{way}-s{s}" for way in compiled for s in (0, 1)}
-    assert {row["impl"] for row in made} == expected and len(made) == len(expected)
     by_name = {row["impl"]: row for row in made}
+    if find_spec("openvino"):
+        expected |= {"openvino-int8-s1"}
+        assert by_name["openvino-int8-s1"]["precision"] == "int8" and by_name["openvino-int8-s1"]["min_cosine"] > 0.99
+        assert by_name["openvino-int8-s1"]["ratios"]["best-compiled-two-pass"] > 0
+    assert set(by_name) - {"openvino-bf16-s1"} == expected and len(made) == len(by_name)
     for name, row in by_name.items():
         assert row["case"] == "small-b3" and row["threads"] == 1 and row["runtime_ms"] > 0
         ours = name in {f"{way}-s{s}" for way in compiled for s in (0, 1)}
@@ -125,5 +129,8 @@ def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(harness, "measure", lambda *_: pytest.fail("timed a wrong candidate"))
     with pytest.raises(ArithmeticError, match="onnxruntime-s1 is off by"):
         encoder.run("Small", batch=2, first_adapted_blocks=(1,), threads=1, repeats=1)
+    with pytest.raises(ArithmeticError, match=r"openvino-int8-s0 has a cosine of 0\.98"):
+        encoder.verify({"openvino-int8-s0": lambda: (np.array([[0.6, 0.8]]),)}, {0: (np.array([[0.74, 0.6726]]),)})
+    assert encoder.verify({"openvino-bf16-s0": lambda: (np.eye(2),)}, {0: (np.eye(2),)}) == {"openvino-bf16-s0": 1.0}
     with pytest.raises(ArithmeticError, match="nan"):
         encoder.verify({"a-one-pass": lambda: (np.full((1, 2), np.nan),)}, {0: (np.zeros((1, 2)),) * 2})

@@ -16,6 +16,7 @@ pytest.importorskip("open_clip")
 
 from iosr_fast.benchmarks import harness, pipeline  # noqa: E402
 from iosr_fast.benchmarks.photographs import photograph, texture, write_photographs  # noqa: E402
+from iosr_fast.encoders.runtimes.engine import ONNX_RUNTIMES, choose_runtime  # noqa: E402
 from tests.clip.small_clip import small_clip  # noqa: E402
 
 PICTURES = 8
@@ -53,14 +54,19 @@ def test_a_texture_falls_with_frequency() -> None:
 @pytest.mark.slow
 def test_rows(small: None) -> None:
     made = pipeline.run("Small", pictures=PICTURES, first_adapted_block=1, threads=1, repeats=1)
-    names = ["predict-folder", "encoder-only", "decode-only", "obvious-script", "two-pass"]
-    assert [row["impl"] for row in made] == names
-    for row in made:
+    ours = ["predict-folder", "predict-folder-int8", "encoder-only", "encoder-only-int8"]
+    assert {row["impl"] for row in made} == {*ours, "decode-only", "obvious-script", "two-pass"} and len(made) == 7
+    by_name = {row["impl"]: row for row in made}
+    for name, row in by_name.items():
+        assert row["precision"] == ("int8" if "int8" in name else "fp32")
+        assert row.get("runtime") == (choose_runtime("auto", ONNX_RUNTIMES) if name in ours else None)
         assert row["case"] == f"small-{PICTURES}-photographs-s1" and row["images"] == PICTURES
         assert row["rate_unit"] == "images/s" and row["rate"] > 0 and row["threads"] == 1
         assert (row["share_of_ceiling"] is None) == (row["impl"] == "decode-only")
-        assert (row["memory_mb"] is None) <= (row["impl"] in ("encoder-only", "decode-only"))
-    assert made[1]["share_of_ceiling"] == 1
+        assert (row["memory_mb"] is None) <= ("only" in row["impl"])
+    assert by_name["encoder-only"]["share_of_ceiling"] == by_name["encoder-only-int8"]["share_of_ceiling"] == 1
+    ratio = by_name["encoder-only-int8"]["runtime_ms"] / by_name["predict-folder-int8"]["runtime_ms"]
+    assert by_name["predict-folder-int8"]["share_of_ceiling"] == pytest.approx(ratio, abs=2e-3)
 
 
 @pytest.mark.slow

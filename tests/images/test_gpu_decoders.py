@@ -1,5 +1,5 @@
-"""Which decoder is chosen and why not, and the GPU decoders' batches: torchvision's on the CPU, nvImageCodec's calls
-against a stand-in. None of it needs a GPU; none of it shows that a GPU does it."""
+"""Which decoder is chosen and why not, and the GPU decoders' batches: their calls against stand-ins.
+None of it needs a GPU; none of it shows that a GPU does it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("torchvision")
 
 from iosr_fast.benchmarks.photographs import photograph  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
@@ -24,7 +23,7 @@ from iosr_fast.encoders.runtimes import plans  # noqa: E402
 from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.images import decoders, gpu_decoders  # noqa: E402
 from iosr_fast.images.decoders import choose_decoder  # noqa: E402
-from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchvisionDecoder, shrink  # noqa: E402
+from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchCodecDecoder, shrink  # noqa: E402
 from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
 from tests.pictures import encode  # noqa: E402
@@ -58,9 +57,7 @@ def assert_decoded(made: list[Any], sources: list[Any]) -> None:
         assert np.abs(pixels.astype(int) - expected).mean() <= 1
 
 
-def test_torchvision_decodes_what_it_can_and_the_cpu_the_rest(
-    batch: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchcodec_decodes_what_it_can_and_the_cpu_the_rest(batch: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
     right = gpu_decoders.try_decode
 
@@ -69,7 +66,8 @@ def test_torchvision_decodes_what_it_can_and_the_cpu_the_rest(
         return right(source, size, position, *rest)
 
     monkeypatch.setattr(gpu_decoders, "try_decode", noted)
-    assert_decoded(TorchvisionDecoder("cpu").decode(batch, 64, 30), batch)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", FakeTorchCodec)
+    assert_decoded(TorchCodecDecoder("cpu").decode(batch, 64, 30), batch)
     assert left == [2, 3, 4, 5, 6, 7]
 
 
@@ -82,12 +80,15 @@ def test_shrink_is_the_reference(pictures: np.ndarray, shape: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", [TorchvisionDecoder, "nvimagecodec"])
+@pytest.mark.parametrize("kind", [TorchCodecDecoder, "nvimagecodec"])
 def test_a_rotated_jpeg_is_turned_upright_on_a_gpu_too(
     pictures: np.ndarray, kind: Any, orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", FakeCodec)
-    monkeypatch.setattr(gpu_decoders, "try_decode", lambda *_: pytest.fail("left to the CPU"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", FakeTorchCodec)
+    left: list[Any] = []
+    right = gpu_decoders.try_decode
+    monkeypatch.setattr(gpu_decoders, "try_decode", lambda *rest: left.append(rest[0]) or right(*rest))
     made = NvImageCodecDecoder if kind == "nvimagecodec" else kind
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -96,6 +97,21 @@ def test_a_rotated_jpeg_is_turned_upright_on_a_gpu_too(
         (found,) = made("cpu", exif_orientation=chosen).decode([data], 64)
         expected = resize_and_crop(open_image(data, exif_orientation=chosen), 64)
         assert np.abs(found.astype(int) - expected).mean() <= 1
+    stored = kind is TorchCodecDecoder and orientation != 1  # it gives upright images only
+    assert left == [data] * stored, "the CPU decodes what the GPU can't"
+
+
+class FakeTorchCodec:
+    """A fake of torchcodec.decoders, which decodes with Pillow; like it, it turns images and fails as a batch."""
+
+    @staticmethod
+    def decode_jpeg(source: list[bytes], *, mode: str = "RGB", device: Any = "cpu") -> list[Any]:
+        assert isinstance(source, list) and source and mode == "RGB"
+        try:
+            images = [ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB") for data in source]
+        except OSError as error:
+            raise RuntimeError("jpeg decoding failed") from error
+        return [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device) for image in images]
 
 
 class FakeCodec:
@@ -164,22 +180,22 @@ def test_nvimagecodec_decodes_on_the_stream_that_torch_reads_on_with_a_decoder_a
 
 
 def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="expected decoder to be one of auto, cpu, cpu-exact, torchvision-cuda"):
+    with pytest.raises(ValueError, match="expected decoder to be one of auto, cpu, cpu-exact, torchcodec"):
         choose_decoder("abacus")
     monkeypatch.setattr(decoders, "_missing", lambda module: module.startswith("nvidia"))
     monkeypatch.setattr(machine, "this_gpu", lambda: None)
     assert choose_decoder("cpu").name == choose_decoder().name == choose_decoder("auto", "tensorrt").name == "cpu"
     assert choose_decoder("cpu-exact").name == "cpu-exact"
-    with pytest.raises(RuntimeError, match="decoder='torchvision-cuda' can't run here: PyTorch sees no NVIDIA GPU"):
-        choose_decoder("torchvision-cuda")
+    with pytest.raises(RuntimeError, match="decoder='torchcodec' can't run here: PyTorch sees no NVIDIA GPU"):
+        choose_decoder("torchcodec")
     with pytest.raises(RuntimeError, match=r"nvidia\.nvimgcodec can't be found; pip install nvidia-nvimgcodec-cu12"):
         choose_decoder("nvimagecodec")
     monkeypatch.setattr(machine, "this_gpu", lambda: GPU)
-    assert choose_decoder("auto", "tensorrt").name == "torchvision-cuda"
+    assert choose_decoder("auto", "tensorrt").name == "torchcodec"
     assert choose_decoder("auto", "onnxruntime").name == "cpu"
     monkeypatch.setattr(decoders, "_missing", lambda module: False)
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", FakeCodec)
     assert choose_decoder("auto", "tensorrt_rtx").name == choose_decoder("nvimagecodec").name == "nvimagecodec"
     monkeypatch.setattr(decoders, "_missing", lambda module: module == "torch")
     with pytest.raises(RuntimeError, match="torch can't be found"):
-        choose_decoder("torchvision-cuda")
+        choose_decoder("torchcodec")

@@ -96,7 +96,7 @@ def test_what_can_not_be_is_refused_before_any_work(bundle: Path, tmp_path: Path
     with pytest.raises(ValueError, match="expected threads of at least 1, got 0"):
         classifier.predict_folder(tmp_path, threads=0)
     with pytest.raises(
-        ValueError, match="expected decoder to be one of auto, cpu, cpu-exact, torchvision-cuda, nvimagecodec"
+        ValueError, match="expected decoder to be one of auto, cpu, cpu-exact, torchcodec, nvimagecodec"
     ):
         classifier.predict_folder(tmp_path, decoder="abacus")
     nothing = classifier.predict_folder(tmp_path)
