@@ -2,6 +2,7 @@
 
 python tools/load_test.py --seconds 60 --json build/load-test.json
 python tools/load_test.py --fuzz 2000 --json build/fuzz.json
+python tools/load_test.py --peer infinity --seconds 15 --json build/peers.json
 
 It starts `iosr-fast serve` itself. Latency counts from when a request was due, not from when it could be sent; every
 label is compared with that of Classifier.predict for the same bytes.
@@ -9,9 +10,6 @@ label is compared with that of Classifier.predict for the same bytes.
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import importlib.util
 import secrets
 import shlex
 import tempfile
@@ -22,13 +20,14 @@ import typer
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.evaluation.demo_bundle import make_demo_bundle
-from iosr_fast.serving.http.settings import CPU_BATCH, Settings
+from iosr_fast.serving.http.settings import Settings
 from iosr_fast.utils.command import new_file, run
 from iosr_fast.utils.machine import usable_threads
 from tools.serving_load.churn import is_rebuilt, measure_churn
-from tools.serving_load.client import Arrivals, Queries, make_queries
+from tools.serving_load.client import Arrivals, Queries, make_queries, run_alone
+from tools.serving_load.compare import Peer, compare
 from tools.serving_load.fuzz import fuzz as send_hostile
-from tools.serving_load.measure import Load, measure_alone, measure_load, measure_memory
+from tools.serving_load.measure import Load, measure_capacity, measure_load, measure_lone, measure_memory
 from tools.serving_load.report import goals, print_report, provenance, write
 from tools.serving_load.server import ServerProcess
 from tools.serving_load.throughput import measure_throughput
@@ -61,24 +60,33 @@ def main(
     churn: Annotated[bool, typer.Option("--churn", help="Add and remove classes at 0.5 x capacity.")] = False,
     fuzz: Annotated[int, typer.Option(min=0, help="Hostile uploads to send instead of all loads.")] = 0,
     seed: Annotated[int, typer.Option(help="Of --fuzz.")] = 0,
-    max_batch: Annotated[int, typer.Option(help="Of the server.")] = CPU_BATCH,
+    max_batch: Annotated[int | None, typer.Option(help="Of the server [default: chosen by it].")] = None,
     max_wait_ms: Annotated[float, typer.Option(help="Of the server.")] = _SETTINGS.max_wait_ms,
     max_queue: Annotated[int, typer.Option(help="Of the server.")] = _SETTINGS.max_queue,
     engine_threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the server, and of the engine alone [default: all cores but one].")
+        int | None, typer.Option(min=1, help="Of the server, and of the engine alone [default: chosen; all cores].")
     ] = None,
     serve: Serve = None,
+    peer: Annotated[
+        Peer | None,
+        typer.Option(help="Compare with another server, loaded in turns with ours; ViT-B/32 of random weights."),
+    ] = None,
 ) -> None:
     """Start a server on a bundle and load it. Exit code 1, and a partial report, if the server dies; with --fuzz also
     for a server error (a 5xx other than 503) or a hang."""
+    if peer is not None:
+        at = tuple(loads or (0.5, 0.8))
+        compare(json_path, Load(seconds, 60_000, arrivals, at, min(lone, 30), capacity_seconds), serve or ())
+        return
     try:
         folder, classifier = _open_bundle(bundle)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(f"expected a saved classifier: {error}") from error
-    threads = engine_threads or max(1, usable_threads() - 1)
-    words = ["--engine-threads", str(threads), "--max-batch", str(max_batch)]
+    given = {"--engine-threads": engine_threads, "--max-batch": max_batch}
+    words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
     words += ["--max-wait-ms", str(max_wait_ms), "--max-queue", str(max_queue)]
     words += [word for text in serve or () for word in shlex.split(text)]
+    threads = engine_threads or usable_threads()
     queries = make_queries(classifier, _QUERIES)
     load = Load(seconds, deadline_ms, arrivals, tuple(loads or _LOADS), lone, capacity_seconds)
     report: dict[str, Any] = {
@@ -88,7 +96,7 @@ def main(
         "max_wait_ms": max_wait_ms,
         "max_batch": max_batch,
         "max_queue": max_queue,
-        "engine_threads": threads,
+        "engine_threads": engine_threads,
         "deadline_ms": deadline_ms,
         "arrivals": arrivals.value,
         "seconds": seconds,
@@ -96,8 +104,6 @@ def main(
         "runs": [],
     }
     del classifier
-    gc.collect()
-    gc.freeze()  # the collector must not scan all modules while requests are timed
     try:
         if fuzz:
             with ServerProcess(folder, *words) as server:
@@ -110,17 +116,12 @@ def main(
             work = _measure(
                 report, folder, queries, load, words, threads, memory_minutes, churn, batch if throughput else None
             )
-            fast = importlib.util.find_spec("uvloop") is not None  # a lighter client leaves more to the server
-            loop_factory = importlib.import_module("uvloop").new_event_loop if fast else asyncio.new_event_loop
-            with asyncio.Runner(loop_factory=loop_factory) as runner:
-                runner.run(work)
+            run_alone(work)
     except RuntimeError as error:
         report["error"] = str(error)
     except BaseException as error:
         write({**report, "error": repr(error)}, json_path)  # what was measured is not lost
         raise
-    finally:
-        gc.unfreeze()  # else extension modules report frozen objects as leaks at exit
     report["client_cpu_share"] = max((run["client_cpu_share"] for run in report["runs"]), default=None)
     if "error" not in report and not fuzz:
         report["goals"] = goals(report)
@@ -156,7 +157,8 @@ async def _measure(
     """Add the measurements to the report, one by one. All loads share a server, so that memory kept between them shows;
     `churn` and batches of `batch` pictures have servers of their own."""
     with ServerProcess(bundle, *options) as server:
-        report |= await server.alongside(measure_alone(server, queries, load))
+        report |= await server.alongside(measure_lone(server, queries, load))
+        report |= await server.alongside(measure_capacity(server, queries, load))
         capacity_rps = report["capacity_rps"]
         for share in load.loads:
             row = await server.alongside(measure_load(server, queries, load, share, capacity_rps))

@@ -63,7 +63,7 @@ def run_tool(path: Path, *options: str) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_request_is_counted_and_every_label_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_PAUSE_S", 0.1)
+    monkeypatch.setattr(measure, "PAUSE_S", 0.1)
     done, made = run_tool(tmp_path / "load.json", *QUICK, "--churn", "--serve", "--decode-threads 1")
     assert done.exit_code == 0, done.output
     assert made["lone_ms"] > 0 and made["capacity_rps"] > 0 and made["capacity_wrong"] == 0

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib
+import importlib.util
 import io
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import numpy as np
 from PIL import Image
 from yarl import URL
 
+from iosr_fast.benchmarks.photographs import QUALITY, photograph
 from iosr_fast.classifier import Classifier
 from iosr_fast.evaluation.demo_bundle import held_out_queries
 
+Result = TypeVar("Result")
 BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
 _PATIENCE_S = 20.0  # beyond the deadline: a missing answer is an error, not a hang
 _OLDEST_S = 30.0  # idle connections are closed earlier than the server closes them
 _LEAD_S = 0.05  # before the first request of an open loop, for its thread to start
+MIN_ANSWERS = 8  # for a rate, whatever the time they take
 _BOUNDARY = "iosr-fast-load-test"
 
 
@@ -34,24 +40,39 @@ class Arrivals(Enum):
 
 @dataclass(frozen=True)
 class Queries:
-    """`images[i]` is a PNG; `labels[i]` is the prediction of Classifier.predict for its bytes."""
+    """What is asked: `images[i]` is an encoded picture, `labels[i]` the prediction of Classifier.predict for it."""
 
     images: list[bytes] = field(repr=False)
     labels: list[str] = field(repr=False)
+    content_type: str = "image/png"
+    path: str = "/v1/predict"
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def is_wrong(self, number: int, content: Any) -> bool:
+        """Whether the body of a 200 for image `number` differs from the prediction. ValueError, KeyError or TypeError
+        for another form of a body."""
+        (prediction,) = content["predictions"]
+        return bool(prediction["label"] != self.labels[number])
+
 
 def make_queries(classifier: Classifier, count: int) -> Queries:
-    """`count` held-out pictures of the demo, evenly spread."""
+    """`count` pictures: PNGs of the demo's held-out ones, evenly spread, for a CLIP with the demo's input, else JPEGs
+    of 500 x 375 (benchmarks.photographs)."""
     pictures = held_out_queries()[0]
+    pictures = pictures[np.linspace(0, len(pictures) - 1, count).astype(int)]
+    small = pictures.shape[1] == classifier.encoder.image_size
     images = []
-    for picture in pictures[np.linspace(0, len(pictures) - 1, count).astype(int)]:
+    for number, picture in enumerate(pictures):
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG")
+        if small:
+            Image.fromarray(picture).save(file, "PNG")
+        else:
+            photograph(picture, seed=number).save(file, "JPEG", quality=QUALITY)
         images.append(file.getvalue())
-    return Queries(images, [prediction.label for prediction in classifier.explain(images, top=1)])
+    labels = [prediction.label for prediction in classifier.explain(images, top=1)]
+    return Queries(images, labels, "image/png" if small else "image/jpeg")
 
 
 @dataclass(slots=True)
@@ -89,7 +110,7 @@ class Client:
     def __init__(self, url: str, queries: Queries, deadline_ms: int, check: bool = True) -> None:
         self.queries, self.deadline_s, self.check = queries, deadline_ms / 1e3, check
         self.connections = 0  # made so far
-        self._url, self._predict = url, f"/v1/predict?deadline_ms={deadline_ms}"
+        self._url, self._predict = url, f"{queries.path}?deadline_ms={deadline_ms}"
 
     async def __aenter__(self) -> Client:
         trace = aiohttp.TraceConfig()
@@ -120,7 +141,7 @@ class Client:
             async with self._session.post(
                 URL(self._url + self._predict + query, encoded=True),
                 data=self.queries.images[number],
-                headers={"Content-Type": "image/png"},
+                headers={"Content-Type": self.queries.content_type},
             ) as response:
                 body = await response.read()
         except BROKEN as error:
@@ -134,8 +155,7 @@ class Client:
         else:
             try:
                 content = json.loads(body)
-                (prediction,) = content["predictions"]
-                answer.wrong = self.check and prediction["label"] != self.queries.labels[number]
+                answer.wrong = self.queries.is_wrong(number, content) and self.check
                 answer.content = None if read is None else read(content)
             except (ValueError, KeyError, TypeError) as error:
                 answer.error = f"unreadable answer: {type(error).__name__}"
@@ -160,6 +180,20 @@ class Client:
             return response.status, json.loads(content)
         except ValueError:
             return response.status, content.decode("utf-8", "replace")
+
+
+def run_alone(work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work` on an event loop of its own: uvloop's where it is installed, as a lighter client leaves more
+    to the server, and without collections of all that was imported."""
+    fast = importlib.util.find_spec("uvloop") is not None
+    loop_factory = importlib.import_module("uvloop").new_event_loop if fast else asyncio.new_event_loop
+    gc.collect()
+    gc.freeze()  # the collector must not scan all modules while requests are timed
+    try:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(work)
+    finally:
+        gc.unfreeze()  # else extension modules report frozen objects as leaks at exit
 
 
 def multipart(images: list[bytes], texts: dict[str, str]) -> bytes:
@@ -188,6 +222,15 @@ async def closed_loop(client: Client, connections: int, seconds: float) -> list[
 
     await asyncio.gather(*map(use, range(connections)))
     return answers
+
+
+def steady_rps(done: Sequence[float], start: float, until: float) -> float:
+    """Answers a second: the slope of their number over time between `start` and `until`, so that neither the wait for
+    the first batch nor half a batch at the end counts."""
+    times = sorted(at for at in done if start <= at <= until)
+    if len(times) < MIN_ANSWERS:
+        times = sorted(done)[-MIN_ANSWERS:]
+    return float(np.polyfit(np.array(times) - times[0], np.arange(len(times)), 1)[0])
 
 
 def windows_rps(answers: Sequence[Answer], skip_s: float, width_s: float = 1.0) -> list[float]:

@@ -22,9 +22,9 @@ from tools.serving_load.client import (
 from tools.serving_load.report import percentile_ms, row_of
 from tools.serving_load.server import ServerProcess, Usage
 
-_CONNECTIONS = 32
+CONNECTIONS = 32
 _WARMUP_S = 2.0
-_PAUSE_S = 1.0  # between runs, for what is queued to be answered
+PAUSE_S = 1.0  # between runs, for what is queued to be answered
 _MEMORY_LOAD = 0.8
 
 
@@ -41,31 +41,33 @@ class Load:
     capacity_seconds: float = 10.0
 
 
-async def measure_alone(server: ServerProcess, queries: Queries, load: Load) -> dict[str, Any]:
-    """{"lone_ms", "lone_p99_ms", "capacity_rps", "capacity_windows_rps", ...}. The pictures' labels are checked."""
+async def measure_lone(server: ServerProcess, queries: Queries, load: Load) -> dict[str, Any]:
+    """{"lone_ms", "lone_p99_ms", "lone_requests"}, after a warm-up. Every label is checked."""
     async with Client(server.url, queries, load.deadline_ms) as client:
         warmup = max(20, load.lone // 4)
         answers = [await client.predict(number) for number in range(warmup + load.lone)]
     if failed := [answer for answer in answers if not answer.ok]:
         raise RuntimeError(f"expected 200 of an idle server, got {failed[0]}")
     lone = [answer.latency_s for answer in answers[warmup:]]
+    return {"lone_ms": percentile_ms(lone, 50), "lone_p99_ms": percentile_ms(lone, 99), "lone_requests": load.lone}
+
+
+async def measure_capacity(server: ServerProcess, queries: Queries, load: Load) -> dict[str, Any]:
+    """{"capacity_rps", "capacity_windows_rps", ...}: a closed loop."""
     async with Client(server.url, queries, deadline_ms=60_000) as client:
         usage = Usage(server)
         warmup_s = min(_WARMUP_S, load.capacity_seconds / 2)
-        answers = await closed_loop(client, _CONNECTIONS, warmup_s + load.capacity_seconds)
+        answers = await closed_loop(client, CONNECTIONS, warmup_s + load.capacity_seconds)
         shares = usage.shares()
     windows = windows_rps(answers, warmup_s, min(1.0, load.capacity_seconds))
     wrong, failed = sum(answer.wrong for answer in answers), [answer for answer in answers if not answer.ok]
     if failed or not statistics.median(windows):
         answer = failed[0] if failed else "no answer"
-        raise RuntimeError(f"expected 200 of {_CONNECTIONS} connections, got {answer}, {len(failed)} times")
+        raise RuntimeError(f"expected 200 of {CONNECTIONS} connections, got {answer}, {len(failed)} times")
     return {
-        "lone_ms": percentile_ms(lone, 50),
-        "lone_p99_ms": percentile_ms(lone, 99),
-        "lone_requests": load.lone,
         "capacity_rps": round(statistics.median(windows), 2),
         "capacity_windows_rps": windows,
-        "capacity_connections": _CONNECTIONS,
+        "capacity_connections": CONNECTIONS,
         "capacity_p50_ms": percentile_ms([answer.latency_s for answer in answers], 50),
         "capacity_wrong": wrong,
         **{f"capacity_{name}": share for name, share in shares.items()},
@@ -76,7 +78,7 @@ async def measure_load(
     server: ServerProcess, queries: Queries, load: Load, share: float, capacity_rps: float
 ) -> dict[str, Any]:
     """A row of "runs": an open loop at `share` of the capacity."""
-    await asyncio.sleep(_PAUSE_S)
+    await asyncio.sleep(PAUSE_S)
     async with Client(server.url, queries, load.deadline_ms) as client:
         rss_mb, usage, load_average = server.rss_mb(), Usage(server), os.getloadavg()[0]
         times = arrival_times(share * capacity_rps, load.seconds, load.arrivals)

@@ -9,7 +9,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.provenance import commit, cpu_description
 from tools.serving_load.client import Answer
 
-_PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "fastapi", "uvicorn", "uvloop", "h11", "aiohttp")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PACKAGES = ("iosr_fast", "numpy", "onnxruntime", "openvino", "fastapi", "uvicorn", "uvloop", "h11", "aiohttp")
 _REFUSAL_GOAL_MS = 50.0
 
 
@@ -92,18 +95,52 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def peer_goals(report: dict[str, Any], least: dict[str, float]) -> list[dict[str, Any]]:
+    """The goals of a comparison: the ratios of `least`, and for these servers the latency at 0.8 of their capacity."""
+    rows = []
+    for row in report["servers"]:
+        if row["server"] in least:
+            ratio, limit = report["ratios"][row["server"]], least[row["server"]]
+            goal = f"{row['server']}: pictures/s of the peer's >= {limit}"
+            rows.append({"goal": goal, "limit": limit, "measured": ratio, "met": ratio >= limit})
+            limit = round(3 * row["lone_ms"] + report["max_wait_ms"], 3)
+            for run in row["runs"]:
+                goal = f"{row['server']}: p99_ms <= 3 lone_ms + max_wait_ms at {run['load']:g} x capacity"
+                met = run["p99_ms"] is not None and run["p99_ms"] <= limit
+                rows.append({"goal": goal, "limit": limit, "measured": run["p99_ms"], "met": met})
+    return rows
+
+
+def print_peers(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = _console()
+    _print_origin(console, report)
+    shown = ("pictures_per_s", "pictures_per_s_spread", "p50_ms", "p99_ms", "lone_ms", "client_cpu_share")
+    loads = [run["load"] for run in report["servers"][0]["runs"]]
+    heads = (f"p50, p99 ms at {load:g} of capacity" for load in loads)
+    table = Table("server", "engine", "precision", *shown, "x peer", *heads)
+    for row in report["servers"]:
+        ratio = report["ratios"].get(row["server"], "")
+        tails = (f"{run['p50_ms']}, {run['p99_ms']}" for run in row["runs"])
+        table.add_row(
+            f"{row['server']} {row['version']}", row["engine"], row["precision"], *(str(row[k]) for k in shown),
+            str(ratio), *tails,
+        )  # fmt: skip
+    console.print(table)
+    _print_goals(console, report)
+
+
 def write(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def print_report(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 150)
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    console.print(f"{report['device']}; {versions}; {report['commit']}; load average {report['load_average_at_start']}")
+    console = _console()
+    _print_origin(console, report)
     for name in ("lone_ms", "max_wait_ms", "capacity_rps", "memory", "throughput", "churn", "fuzz", "error"):
         if name in report:
             console.print(f"{name}: {report[name]}", markup=False)
@@ -115,6 +152,21 @@ def print_report(report: dict[str, Any]) -> None:
     for run in report.get("runs", []):
         table.add_row(*(str(run[name]) for name in shown))
     console.print(table)
+    _print_goals(console, report)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else 150)
+
+
+def _print_origin(console: Console, report: dict[str, Any]) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    console.print(f"{report['device']}; {versions}; {report['commit']}; load average {report['load_average_at_start']}")
+
+
+def _print_goals(console: Console, report: dict[str, Any]) -> None:
     for goal in report.get("goals", []):
         result = {None: "not measured", True: "met", False: "NOT MET"}[goal["met"]]
         console.print(f"{result}: {goal['goal']} (limit {goal['limit']}, measured {goal['measured']})", markup=False)

@@ -36,9 +36,12 @@ class ServerProcess:
     """
 
     def __init__(self, bundle: Path, *options: str, environment: dict[str, str] | None = None) -> None:
+        self._start([sys.executable, "-m", "iosr_fast", "serve", str(bundle), "--port", "0", *options], environment)
+
+    def _start(self, command: list[str], environment: dict[str, str] | None) -> None:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (kill() closes it)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "iosr_fast", "serve", str(bundle), "--port", "0", *options],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
@@ -85,9 +88,8 @@ class ServerProcess:
         return round(int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, 2) if fields else None
 
     def cpu_s(self) -> float:
-        """Seconds of CPU time of all its threads; NaN without /proc."""
-        fields = _proc(f"{self.pid}/stat").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else math.nan
+        """Seconds of CPU time of all its threads and of its child processes; NaN without /proc."""
+        return _cpu_s(self.pid)
 
     def stop(self) -> None:
         """SIGTERM; waits for the server to answer what it accepted. Raises ServerDied for an exit code other than 0."""
@@ -131,14 +133,28 @@ class Usage:
         self._start = time.perf_counter()
         self._client_s, self._server_s, self._busy_s = time.process_time(), server.cpu_s(), _busy_s()
 
+    def cores_s(self) -> float:
+        """Seconds since the start, times the number of cores."""
+        return (time.perf_counter() - self._start) * usable_threads()
+
     def shares(self) -> dict[str, float | None]:
         """client_cpu_share, server_cpu_share, others_cpu_share; None if unknown."""
-        cores_s = (time.perf_counter() - self._start) * usable_threads()
+        cores_s = self.cores_s()
         client = time.process_time() - self._client_s
         server, busy = self._server.cpu_s() - self._server_s, _busy_s() - self._busy_s
         used = {"client_cpu_share": client, "server_cpu_share": server, "others_cpu_share": busy - client - server}
         shares = {name: max(seconds, 0.0) / cores_s for name, seconds in used.items() if math.isfinite(seconds)}
         return {name: round(shares[name], 3) if name in shares else None for name in used}
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process, of those children that have ended, and of those that run."""
+    fields = _proc(f"{pid}/stat").rpartition(")")[2].split()
+    if not fields:
+        return math.nan
+    children = [child for task in Path("/proc", str(pid), "task").glob("*/children") for child in _read(task).split()]
+    running = [seconds for child in children if math.isfinite(seconds := _cpu_s(int(child)))]
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(running)
 
 
 def _busy_s() -> float:
@@ -152,7 +168,11 @@ def _busy_s() -> float:
 
 def _proc(name: str) -> str:
     """The content of /proc/NAME; empty off Linux, or if the process has ended."""
+    return _read(Path("/proc", name))
+
+
+def _read(path: Path) -> str:
     try:
-        return Path("/proc", name).read_text()
+        return path.read_text()
     except OSError:
         return ""

@@ -16,13 +16,12 @@ import numpy as np
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.evaluation.demo_bundle import held_out_queries
-from tools.serving_load.client import Client, Queries
+from tools.serving_load.client import MIN_ANSWERS, Client, Queries, steady_rps
 from tools.serving_load.server import ServerProcess, Usage
 
 _CONCURRENT = 4  # requests: one is encoded, one decoded, one in transfer, one being answered
 _WARMUP_S = 1.0
 _PAUSE_S = 0.1  # after each run, because threads of an engine spin for a while
-_MIN_ANSWERS = 8  # for a rate, whatever the time they take
 
 
 @cache
@@ -99,7 +98,7 @@ async def _over_http(client: Client, images: list[bytes], expected: list[str], s
 
     async def use() -> None:
         nonlocal wrong
-        while time.perf_counter() < until or len(done) < _MIN_ANSWERS:
+        while time.perf_counter() < until or len(done) < MIN_ANSWERS:
             status, answer = await client.post_form(None, images)
             if status != 200:
                 raise RuntimeError(f"expected 200 for {len(expected)} pictures, got {status}: {answer}")
@@ -108,8 +107,4 @@ async def _over_http(client: Client, images: list[bytes], expected: list[str], s
             wrong += sum(a != b for a, b in zip(labels, expected, strict=True))
 
     await asyncio.gather(*(use() for _ in range(_CONCURRENT)))
-    steady = sorted(at for at in done if start + _WARMUP_S <= at <= until)
-    if len(steady) < _MIN_ANSWERS:
-        steady = sorted(done)[-_MIN_ANSWERS:]
-    slope = np.polyfit(np.array(steady) - start, np.arange(len(steady)) * len(expected), 1)[0]
-    return float(slope), wrong
+    return steady_rps(done, start + _WARMUP_S, until) * len(expected), wrong
