@@ -90,12 +90,38 @@ def all_files() -> dict[str, Any]:
         ],
         "cpu-novel.json": [timing("novel", "x", "one", 9.99996)],
         "cpu-serving.json": serving(),
+        "cpu-serving-peer.json": serving_peers(),
         "accuracy-demo.json": evaluation(),
         "aot-cuda.json": [
             {"kernel": "k", "arch": arch, "registers": 100 + arch, "spills": 0, "shared_bytes": 1024}
             for arch in (80, 90)
         ],
         "gpu-check-h200.json": gpu(),
+    }
+
+
+def serving_peers() -> dict[str, Any]:
+    def row(server: str, rate: float) -> dict[str, Any]:
+        runs = [{"load": load, "p50_ms": 100 * load, "p99_ms": 200 * load} for load in (0.5, 0.8)]
+        spread = {"pictures_per_s": rate, "pictures_per_s_spread": [rate - 1, rate + 1], "p50_ms": 5e2, "p99_ms": 6e2}
+        return {
+            "server": server,
+            "version": "1.2",
+            "engine": "torch",
+            "precision": "fp32",
+            "lone_ms": 44.4,
+            "runs": runs,
+        } | spread
+
+    return {
+        "kind": "serving-peers",
+        "device": "a test machine",
+        "versions": {"python": "3.11"},
+        "commit": "abc",
+        "clients": 32,
+        "servers": [row("ours", 60.0), row("infinity-emb", 15.0)],
+        "ratios": {"ours": 4.125},
+        "goals": [{"goal": "ours >= 3.3", "limit": 3.3, "measured": 4.125, "met": True}],
     }
 
 

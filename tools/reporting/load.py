@@ -41,7 +41,7 @@ class BrokenResults(ValueError):
 
 @dataclass(frozen=True)
 class Results:
-    """One file. `kind` is rows, serving or gpu; `rows` are grouped by bench; `facts` is a serving or GPU file's."""
+    """One file. `kind` is rows, serving, peers or gpu; `rows` are grouped by bench; `facts` is that of the others."""
 
     name: str
     kind: str
@@ -75,6 +75,10 @@ def read_file(path: Path) -> Results:
         for i, run in enumerate(content["runs"]):
             _check_fields(path, i, run, ("load", "ok", "p50_ms", "p99_ms"))
         return Results(path.name, "serving", facts=content)
+    if content.get("kind") == "serving-peers":
+        for i, row in enumerate(content.get("servers") or []):
+            _check_fields(path, i, row, ("server", "pictures_per_s", "pictures_per_s_spread", "lone_ms", "runs"))
+        return Results(path.name, "peers", facts=content)
     if content.get("kind") == "gpu-check":
         return Results(path.name, "gpu", rows=_by_bench(path, content.get("rows") or []), facts=content)
     keys = ", ".join(sorted(content)[:6]) or "nothing"

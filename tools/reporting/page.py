@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tools.reporting.charts import Chart, charts
 from tools.reporting.load import EVALUATIONS, NEEDED, TIMINGS, BrokenResults, Results
-from tools.reporting.tables import compiled_table, evaluation_tables, gpu_tables, serving_tables
+from tools.reporting.tables import compiled_table, evaluation_tables, gpu_tables, peer_tables, serving_tables
 from tools.reporting.timings import timing_tables
 
 PAGE, PLOTS = "README.md", "plots"
@@ -66,6 +66,7 @@ def pages(results: Sequence[Results], folder: Path, out: Path) -> tuple[str, lis
             lines += _render(part, partial(_timings, bench), link)
     sections: tuple[tuple[str, Callable[[Results, str], list[str]], Callable[[Results], bool]], ...] = (
         ("Serving", serving_tables, lambda part: part.kind == "serving"),
+        ("Serving, beside another server", peer_tables, lambda part: part.kind == "peers"),
         ("Accuracy", evaluation_tables, lambda part: any(part.rows.get(bench) for bench in EVALUATIONS)),
         ("NVIDIA GPUs", gpu_tables, lambda part: part.kind == "gpu"),
     )

@@ -16,7 +16,7 @@ LONGEST = 300
 
 def serving_tables(part: Results, link: str) -> list[str]:
     """Runs and goals as tables, all else that was measured in a sentence each."""
-    facts, goals = part.facts, part.facts.get("goals") or []
+    facts = part.facts
     runs = sorted(facts["runs"], key=lambda run: run["load"])
     heads = {key: "load, of capacity" if key == "load" else words(key) for key in RUN}
     lines = table({head: [plain(run.get(key)) for run in runs] for key, head in heads.items()}, f"runs of {part.name}")
@@ -25,11 +25,40 @@ def serving_tables(part: Results, link: str) -> list[str]:
     lines += ["", origin([facts], part.name, link), "", sentence("Settings and capacity", facts, placed)]
     for name, values in groups.items():
         lines += ["", sentence(title(name), values)]
-    if goals:
-        columns = {"goal": [str(goal["goal"]) for goal in goals]}
-        columns |= {key: [plain(goal.get(key)) for goal in goals] for key in ("limit", "measured", "met")}
-        lines += ["", *table(columns, f"goals of {part.name}")]
-    return lines
+    return lines + _goals(part)
+
+
+def peer_tables(part: Results, link: str) -> list[str]:
+    """A line a server: pictures a second, the ratio to the peer's, latency alone and at shares of its own capacity."""
+    facts, servers = part.facts, part.facts["servers"]
+    ratios = facts.get("ratios") or {}
+    columns = {
+        "server": [f"{row['server']} ({plain(row.get('version'))})" for row in servers],
+        "engine": [f"{plain(row.get('engine'))}, {plain(row.get('precision'))}" for row in servers],
+        "pictures/s": [number(row["pictures_per_s"]) for row in servers],
+        "lowest, highest": [", ".join(map(number, row["pictures_per_s_spread"])) for row in servers],
+        "x peer": [number(ratios[row["server"]]) if row["server"] in ratios else "" for row in servers],
+        "p50, p99 ms": [f"{plain(row.get('p50_ms'))}, {plain(row.get('p99_ms'))}" for row in servers],
+        "lone ms": [plain(row["lone_ms"]) for row in servers],
+    }
+    for load in sorted({run["load"] for row in servers for run in row["runs"]}):
+        runs = [next((run for run in row["runs"] if run["load"] == load), {}) for row in servers]
+        columns[f"p50, p99 ms at {load:g}"] = [
+            f"{plain(run.get('p50_ms'))}, {plain(run.get('p99_ms'))}" for run in runs
+        ]
+    placed = ("kind", "servers", "ratios", "goals", "device", "commit", "versions")
+    lines = table(columns, f"servers of {part.name}")
+    lines += ["", origin([facts], part.name, link), "", sentence("Settings", facts, placed)]
+    return lines + _goals(part)
+
+
+def _goals(part: Results) -> list[str]:
+    goals = part.facts.get("goals") or []
+    if not goals:
+        return []
+    columns = {"goal": [str(goal["goal"]) for goal in goals]}
+    columns |= {key: [plain(goal.get(key)) for goal in goals] for key in ("limit", "measured", "met")}
+    return ["", *table(columns, f"goals of {part.name}")]
 
 
 def evaluation_tables(part: Results, link: str) -> list[str]:

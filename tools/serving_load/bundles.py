@@ -40,9 +40,10 @@ def make_bundles(folder: Path) -> dict[str, Path]:
 
 def _loads(folder: Path) -> bool:
     try:
-        return bool(Classifier.load(folder).classes_)
+        Classifier.load(folder)
     except (ValueError, OSError):
         return False
+    return True
 
 
 def _support() -> tuple[list[np.ndarray], list[str]]:

@@ -11,6 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from iosr_fast.classifier import Classifier
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.utils.machine import package_version
@@ -33,7 +35,7 @@ class Peer(Enum):
 
 
 def compare(json_path: Path, load: Load, serve: Sequence[str] = ()) -> None:
-    """Measure, write the report and print it. Raises RuntimeError for a wrong answer, after a partial report."""
+    """Measure, write the report and print it. Exit code 1 for a wrong answer, or a server that dies."""
     bundles = make_bundles(_BUILD)
     report: dict[str, Any] = {
         "kind": "serving-peers",
@@ -55,9 +57,10 @@ def compare(json_path: Path, load: Load, serve: Sequence[str] = ()) -> None:
             report["servers"] = rows = run_alone(measure_versus(contenders, load))
         report["ratios"] = ratios(rows, infinity.NAME)
         report["goals"] = peer_goals(report, GOALS)
-    except BaseException as error:
-        write({**report, "error": repr(error)}, json_path)
-        raise
+    except RuntimeError as error:
+        write({**report, "error": str(error)}, json_path)
+        typer.echo(f"load_test: {error}", err=True)
+        raise typer.Exit(1) from None
     write(report, json_path)
     print_peers(report)
 
