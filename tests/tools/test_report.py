@@ -122,8 +122,15 @@ def test_serving_and_accuracy_are_their_rows(results: Path) -> None:
         assert value(line["load, of capacity"]) == run["load"] and value(line["ok"]) == run["ok"]
         assert near(line["p50 ms"], run["p50_ms"]) and near(line["p99 ms"], run["p99_ms"])
     assert f"capacity per s {number(serving['capacity_rps']).rstrip('0').rstrip('.')}" in page
-    (goals,) = (lines for lines in all_lines if "goal" in lines[0])
-    assert [line["met"] for line in goals] == ["yes" if goal["met"] else "no" for goal in serving["goals"]]
+    peers = json.loads((results / "cpu-serving-peer.json").read_text())
+    (servers,) = (lines for lines in all_lines if "x peer" in lines[0])
+    for line, row in zip(servers, peers["servers"], strict=True):
+        assert line["server"] == f"{row['server']} ({row['version']})" and line["engine"] == "torch, fp32"
+        assert near(line["pictures/s"], row["pictures_per_s"]) and near(line["lone ms"], row["lone_ms"])
+        assert line["p50, p99 ms at 0.8"] == "80, 160"
+    assert [line["x peer"] for line in servers] == ["4.125", ""]
+    goals = [line["met"] for lines in all_lines if "goal" in lines[0] for line in lines]
+    assert goals == ["yes" if goal["met"] else "no" for goal in [*serving["goals"], *peers["goals"]]]
     (methods,) = (lines for lines in all_lines if "method" in lines[0])
     cells = {
         (line["method"], shots): line[f"{shots} shot{'s' * (shots > 1)}, %"] for line in methods for shots in (1, 2)
