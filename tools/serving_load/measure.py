@@ -42,12 +42,12 @@ class Load:
 
 
 async def measure_lone(server: ServerProcess, queries: Queries, load: Load) -> dict[str, Any]:
-    """{"lone_ms", "lone_p99_ms", "lone_requests"}, after a warm-up. Every label is checked."""
+    """{"lone_ms", "lone_p99_ms", "lone_requests"}, after a warm-up. RuntimeError for a wrong answer."""
     async with Client(server.url, queries, load.deadline_ms) as client:
         warmup = max(20, load.lone // 4)
         answers = [await client.predict(number) for number in range(warmup + load.lone)]
-    if failed := [answer for answer in answers if not answer.ok]:
-        raise RuntimeError(f"expected 200 of an idle server, got {failed[0]}")
+    if failed := [answer for answer in answers if not answer.ok or answer.wrong]:
+        raise RuntimeError(f"expected the right answer of an idle server, got {failed[0]}")
     lone = [answer.latency_s for answer in answers[warmup:]]
     return {"lone_ms": percentile_ms(lone, 50), "lone_p99_ms": percentile_ms(lone, 99), "lone_requests": load.lone}
 

@@ -13,7 +13,7 @@ from tools.serving_load.measure import CONNECTIONS, PAUSE_S, Load, measure_load,
 from tools.serving_load.report import percentile_ms
 from tools.serving_load.server import ServerProcess, Usage
 
-ROUNDS = 1
+ROUNDS = 3
 _WARMUP_S = 4.0  # more than two batches of the slowest server
 _MAX_IDLE = 0.02  # of the machine, for all servers that are not loaded
 
