@@ -10,6 +10,8 @@ transformation is exact up to rounding:
                      W_v sum_j p_j x_j: no token is projected to a key or a value. Key biases cancel in the softmax,
                      value biases add up
     preprocessing    the input is uint8 pixels; mean and std are folded into the patch projection and the positions
+    merged tokens    optional and not exact: blocks average similar tokens (token_merging). The streams share the matching
+                     where they share the tokens; from the first adapted block's output on each has its own
     scales           1/sqrt(head width) is folded into the query weights, LayerScale into the weights before it, the
                      adapter's scale into up_proj
 
@@ -30,12 +32,17 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from iosr_fast.clip.token_merging import merge_tokens, merged_per_block  # noqa: E402
+
 Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
 class DualEncoderConfig:
-    """The shapes of a dual encoder: all that `DualEncoder` needs besides its weights."""
+    """The shapes of a dual encoder: all that `DualEncoder` needs besides its weights.
+
+    `merged` tokens disappear in each block but the last (token_merging).
+    """
 
     image_size: int
     patch_size: int
@@ -50,6 +57,7 @@ class DualEncoderConfig:
     precision: Precision
     first_adapted_block: int | None = None
     bottleneck: int | None = None
+    merged: int = 0
 
     @property
     def patches_per_side(self) -> int:
@@ -93,8 +101,11 @@ class Block(nn.Module):
             nn.Linear(config.width, config.width, dtype=config.dtype) for _ in range(3)
         )
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """x + attention(ln_1(x)); x (N, L, width)."""
+    def attend(self, x: torch.Tensor, sizes: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + attention(ln_1(x)) and the keys (N, heads, L, width / heads); x (N, L, width).
+
+        With `sizes` (N, L) of merged tokens a token counts as often as it has patches: log(size) is added to its logit.
+        """
         length, width = x.shape[1:]
         y = self.ln_1(x)
         q, k, v = (
@@ -103,11 +114,13 @@ class Block(nn.Module):
         )
         if torch.compiler.is_exporting():
             # Written out, because the exporter's form computes the softmax in the input's dtype.
-            weights = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype)
-            attended = weights @ v
+            logits = (q @ k.transpose(2, 3)).float()
+            weights = torch.softmax(logits if sizes is None else logits + sizes.log()[:, None, None], dim=-1)
+            attended = weights.to(v.dtype) @ v
         else:
-            attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return x + self.out_proj(attended.transpose(1, 2).reshape(-1, length, width))
+            mask = None if sizes is None else sizes.log()[:, None, None].to(q.dtype)
+            attended = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+        return x + self.out_proj(attended.transpose(1, 2).reshape(-1, length, width)), k
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """mlp(ln_2(x)); both streams of the first adapted block share it."""
@@ -134,16 +147,17 @@ class LastBlock(Block):
         self.k_weight = nn.Parameter(torch.empty(config.heads, head_width, config.width, dtype=config.dtype))
         self.v_weight = nn.Parameter(torch.empty(config.heads, config.width, head_width, dtype=config.dtype))
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """(x + attention(ln_1(x)))[:, 0] without keys or values; x (N, L, width) -> (N, width)."""
+    def attend(self, x: torch.Tensor, sizes: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + attention(ln_1(x)))[:, 0] without keys or values, and ln_1(x); x (N, L, width) -> (N, width)."""
         width = x.shape[2]
         y = self.ln_1(x)
         q = self.q_proj(y[:, 0]).reshape(-1, self.heads, width // self.heads).transpose(0, 1)
         q = (q @ self.k_weight).transpose(0, 1)  # (N, heads, width): W_k' q
-        weights = torch.softmax((q @ y.transpose(1, 2)).float(), dim=-1).to(y.dtype)
+        logits = (q @ y.transpose(1, 2)).float()
+        weights = torch.softmax(logits if sizes is None else logits + sizes.log()[:, None], dim=-1).to(y.dtype)
         mixed = (weights @ y).transpose(0, 1)  # (heads, N, width): sum_j p_j y_j
         attended = (mixed @ self.v_weight).transpose(0, 1).reshape(-1, width)
-        return x[:, 0] + self.out_proj(attended)
+        return x[:, 0] + self.out_proj(attended), y
 
 
 class DualEncoder(nn.Module):
@@ -161,6 +175,7 @@ class DualEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             (LastBlock if i == config.blocks - 1 else Block)(config, adapted=i >= first) for i in range(config.blocks)
         )
+        self.merged = merged_per_block(patches, config.blocks, config.merged)
         self.ln_post = Norm(width, eps=config.eps)
         self.proj = nn.Linear(width, config.embedding_width, bias=False, dtype=config.dtype)
 
@@ -173,7 +188,8 @@ class DualEncoder(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> DualEncoder:
         """The module in evaluation mode with uninitialised weights. Raises ValueError for missing or unknown fields."""
         expected = {field.name for field in fields(DualEncoderConfig)}
-        if set(config) != expected:
+        # Engines of iosr_fast 0.2 and before have no `merged`.
+        if set(config) | {"merged"} != expected:
             raise IosrFastError(
                 f"expected the fields {sorted(expected)} in a dual encoder's config, got {sorted(config)}; "
                 "was the engine built by another version of iosr_fast?"
@@ -185,15 +201,19 @@ class DualEncoder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self._embed(pixels)
         split = False
-        for block in self.blocks:
+        sizes: torch.Tensor | None = None  # of tokens, once some are merged
+        for block, merged in zip(self.blocks, self.merged, strict=True):
             assert isinstance(block, Block)
-            x = block.attend(x)
+            x, keys = block.attend(x, sizes)
+            if merged:
+                x, sizes = merge_tokens(x, sizes, keys, merged)
             update = block.mlp(x)
             if not block.adapted:
                 x = x + update
             elif not split:
                 plain = x + update
                 x, split = torch.cat([plain, plain + block.adapt(x)]), True
+                sizes = None if sizes is None else torch.cat([sizes, sizes])
             else:
                 # As fast in ONNX Runtime as one GEMM [h, relu(down x)] @ [W_proj | scale W_up]; stores no weight twice.
                 first, second = _halves(x + update)

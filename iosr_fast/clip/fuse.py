@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 State = dict[str, torch.Tensor]
 
 
-def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision) -> DualEncoderConfig:
+def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision, merged: int = 0) -> DualEncoderConfig:
     """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
     visual = clip.model.visual
     _check_fusible(clip.name, visual)
@@ -44,6 +44,7 @@ def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision
         precision=precision,
         first_adapted_block=None if adapter is None else adapter.config.first_adapted_block,
         bottleneck=None if adapter is None else adapter.config.bottleneck,
+        merged=merged,
     )
 
 
@@ -139,18 +140,23 @@ def _layer_scale(module: Any) -> float | torch.Tensor:
     return 1.0 if isinstance(module, nn.Identity) else module.gamma.double()
 
 
-def build_dual_encoder(clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32") -> DualEncoder:
+def build_dual_encoder(
+    clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32", merged: int = 0
+) -> DualEncoder:
     """Fuse an open_clip image encoder and its adapter; on the CPU, in evaluation mode.
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
-    LayerNorm, softmax and last normalisation. Raises ValueError for an image encoder that can't be fused (no
+    LayerNorm, softmax and last normalisation. Each block but the last merges `merged` tokens (token_merging), 0 for
+    none; `resize.resize_clip` gives a CLIP for smaller pictures. Raises ValueError for an image encoder that can't be fused (no
     VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
     """
     if precision not in ("fp32", "fp16"):
         raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if adapter is not None:
         check_belongs(adapter, clip)
-    config = infer_config(clip, adapter, precision)
+    if merged < 0:
+        raise IosrFastError(f"expected merged of at least 0 tokens a block, got {merged}")
+    config = infer_config(clip, adapter, precision, merged)
     encoder = DualEncoder.from_config(asdict(config))
     encoder.load_state_dict(fused_state_dict(clip, adapter, config))
     return encoder
