@@ -10,7 +10,7 @@ transformation is exact up to rounding:
                      W_v sum_j p_j x_j: no token is projected to a key or a value. Key biases cancel in the softmax,
                      value biases add up
     preprocessing    the input is uint8 pixels; mean and std are folded into the patch projection and the positions
-    merged tokens    optional and not exact: blocks average similar tokens (token_merging). The streams share the matching
+    merged tokens    optional and not exact: blocks average similar tokens (token_merging). The streams share a matching
                      where they share the tokens; from the first adapted block's output on each has its own
     scales           1/sqrt(head width) is folded into the query weights, LayerScale into the weights before it, the
                      adapter's scale into up_proj

@@ -147,8 +147,10 @@ def build_dual_encoder(
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
     LayerNorm, softmax and last normalisation. Each block but the last merges `merged` tokens (token_merging), 0 for
-    none; `resize.resize_clip` gives a CLIP for smaller pictures. Raises ValueError for an image encoder that can't be fused (no
-    VisionTransformer, attentional pooler, average pooling, custom blocks) and for an adapter of another CLIP.
+    none; `resize.resize_clip` gives a CLIP for smaller pictures.
+
+    Raises ValueError for an image encoder that can't be fused (no VisionTransformer, attentional pooler, average
+    pooling, custom blocks), an adapter of another CLIP, and a negative `merged`.
     """
     if precision not in ("fp32", "fp16"):
         raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")

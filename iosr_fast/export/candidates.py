@@ -118,7 +118,8 @@ class CandidateBuilder:
         if self._is_there(runtime, precision):
             return open_engine(self.engine, runtime, **self._options)
         if precision == "bf16":  # the runtime rounds: such an engine differs in its manifest alone
-            fingerprint = fingerprint_of(manifest["clip_fingerprint"], manifest["adapter_fingerprint"], precision)
+            clip, adapter = manifest["clip_fingerprint"], manifest["adapter_fingerprint"]
+            fingerprint = fingerprint_of(clip, adapter, precision, tokens=manifest.get("tokens"))
             changed = replace(self.engine, manifest=manifest | {"precision": precision, "fingerprint": fingerprint})
             return open_engine(changed, runtime, **self._options)
         return open_engine(self._build(runtime, precision), runtime, verify=False, **self._options)

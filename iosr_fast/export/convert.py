@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from iosr_fast.encoders.runtimes.openvino import OpenVINOEncoder
 from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder, build_plan, target
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
-from iosr_fast.export.export_check import check, checked_pictures
+from iosr_fast.export.export_check import check as compare
+from iosr_fast.export.export_check import checked_pictures
 from iosr_fast.export.plain_graph import write_plain_graph
 from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
@@ -33,15 +35,21 @@ _SEALED = ("schema", "kind", "files", "checksum")  # of a manifest: what write_m
 
 
 def fingerprint_of(
-    clip_fingerprint: str, adapter_fingerprint: str | None, precision: str, quantised: dict[str, Any] | None = None
+    clip_fingerprint: str,
+    adapter_fingerprint: str | None,
+    precision: str,
+    quantised: dict[str, Any] | None = None,
+    tokens: dict[str, int] | None = None,
 ) -> str:
-    """SHA-256 over CLIP, adapter, precision, export version and quantisation.
+    """SHA-256 over CLIP, adapter, precision, export version, quantisation and fewer `tokens` (as in the manifest).
 
     It is equal for all runtimes that compute the same embeddings, so that they share cached keys.
     """
     parts = [clip_fingerprint, adapter_fingerprint or "", precision, str(EXPORT_VERSION)]
     if quantised is not None:
         parts.append(json.dumps(quantised, sort_keys=True))
+    if tokens is not None:
+        parts.append(json.dumps({"tokens": tokens}, sort_keys=True))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -79,7 +87,9 @@ def convert_engine(
     facts = {name: value for name, value in manifest.items() if name not in (*_SEALED, "quantised")} | {
         "runtime": runtime,
         "precision": precision,
-        "fingerprint": fingerprint_of(engine.clip_fingerprint, engine.adapter_fingerprint, precision, quantised),
+        "fingerprint": fingerprint_of(
+            engine.clip_fingerprint, engine.adapter_fingerprint, precision, quantised, engine.tokens
+        ),
         "versions": manifest["versions"] | {name: package_version(name) for name in ("onnx", runtime)},
         "device": device_of(runtime),
         "plans": {},
@@ -117,6 +127,7 @@ def finish_engine(
         assert calibration is not None
         report = quantize_onnx(exported, folder / ONNX_FILE, calibration, QUANTISED[precision], quantised["scheme"])
         facts["quantised"] = quantised | report
+    check = partial(compare, merged=bool(facts["dual_encoder"].get("merged")))
     has_plain = write_plain_graph(folder)
     if runtime in ONNX_RUNTIMES or find_spec("onnxruntime") is not None or this_gpu() is None:
         on_cpu = OpenVINOEncoder if runtime == "openvino" else OnnxRuntimeEncoder

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.resize import resize_clip
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
@@ -30,16 +31,22 @@ from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
     from iosr_fast.clip.adapter import Adapter
+    from iosr_fast.clip.dual_encoder import DualEncoder
     from iosr_fast.clip.load import LoadedClip
 
 LAYOUT = 3  # increases when an engine with the same embeddings has other files
 
 
 def engine_fingerprint(
-    clip: LoadedClip, adapter: Adapter | None, precision: str, quantised: dict[str, Any] | None = None
+    clip: LoadedClip,
+    adapter: Adapter | None,
+    precision: str,
+    quantised: dict[str, Any] | None = None,
+    tokens: dict[str, int] | None = None,
 ) -> str:
     """The fingerprint (convert.fingerprint_of) of an engine of this CLIP and adapter."""
-    return fingerprint_of(clip.fingerprint, None if adapter is None else adapter.fingerprint(), precision, quantised)
+    of_adapter = None if adapter is None else adapter.fingerprint()
+    return fingerprint_of(clip.fingerprint, of_adapter, precision, quantised, tokens)
 
 
 def random_adapter(clip: LoadedClip, first_adapted_block: int, bottleneck: int = 64) -> Adapter:
@@ -65,6 +72,9 @@ def write_engine(
     max_batch: int = 32,
     real_images: np.ndarray | None = None,
     calibration: np.ndarray | None = None,
+    *,
+    image_size: int | None = None,
+    merged: int = 0,
 ) -> dict[str, Any]:
     """Build an engine folder and return its manifest.
 
@@ -76,16 +86,27 @@ def write_engine(
     resemble those to be classified. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3), are
     compared with the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written, atomically.
 
-    Raises ValueError for an encoder that can't be fused or exported, a precision that the runtime doesn't support, and
-    missing calibration pictures; ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below
-    0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
+    Fewer tokens, which are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
+    with interpolated positions (clip.resize), and then also the S of all pictures given here; each block but the last
+    merges `merged` tokens (clip.token_merging). Both are in the manifest's `tokens` and in the fingerprint, so support
+    images are encoded by the same engine. The comparison is then with the two passes of the CLIP with interpolated
+    positions, and for merged tokens, which two literal passes don't have, with the same encoder in fp32 PyTorch, by
+    cosine (export_check.MERGED_MIN_COSINES). What they cost in accuracy only labelled pictures can say.
+
+    Raises ValueError for an encoder that can't be fused or exported, a precision that the runtime doesn't support, a
+    size that doesn't fit, and missing calibration pictures; ArithmeticError for an embedding with an error above 1e-4
+    (fp32) or a cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
     """
     if max_batch < 1:
         raise IosrFastError(f"expected max_batch >= 1, got {max_batch}")
     started = time.perf_counter()
     runtime = choose_builder(runtime, precision)
+    fewer = {} if image_size in (None, clip.image_size) else {"image_size": image_size}
+    fewer |= {"merged": merged} if merged else {}
+    tokens: Any = fewer or None
+    clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
     quantised = quantised_by(clip.image_size, runtime, precision, calibration)
-    encoder = build_dual_encoder(clip, adapter, graph_precision(precision, runtime))
+    encoder = build_dual_encoder(clip, adapter, graph_precision(precision, runtime), merged)
     facts: dict[str, Any] = {
         "model": clip.name,
         "image_size": clip.image_size,
@@ -102,7 +123,7 @@ def write_engine(
         "runtime": runtime,
         "precision": precision,
         "max_batch": max_batch,
-        "fingerprint": engine_fingerprint(clip, adapter, precision, quantised),
+        "fingerprint": engine_fingerprint(clip, adapter, precision, quantised, tokens),
         "export_version": EXPORT_VERSION,
         "opset": None if runtime == "torch" else OPSET,
         "dual_encoder": encoder.config,
@@ -110,23 +131,35 @@ def write_engine(
         "device": device_of(runtime),
         "plans": {},
         "check": {},
+        **({} if tokens is None else {"tokens": tokens}),  # left out, so that earlier versions read the engine
     }
     if runtime in EXTRAS:
         _ = target(runtime).file  # raises, before any work, if no plan can be built
     pictures = checked_pictures(clip.image_size, real_images, noise=precision not in QUANTISED)
-    truth = {kind: two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
+    if merged:
+        exact = build_dual_encoder(clip, adapter, merged=merged)
+        truth = {kind: _encode(exact, pixels) for kind, pixels in pictures.items()}
+    else:
+        truth = {kind: two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
     with new_folder(out) as folder:
         if runtime == "torch":
             from safetensors.torch import save_file
 
             save_file(encoder.state_dict(), folder / TORCH_FILE)
-            facts["check"][runtime] = check(TorchEncoder(folder, facts), pictures, truth, precision)
+            facts["check"][runtime] = check(TorchEncoder(folder, facts), pictures, truth, precision, bool(merged))
             facts["build_seconds"] = round(time.perf_counter() - started, 2)
             return write_manifest(folder, ENGINE_KIND, facts)
         with tempfile.TemporaryDirectory() as temporary:
             exported = (folder if quantised is None else Path(temporary)) / ONNX_FILE
             export_onnx(encoder, exported)
             return finish_engine(folder, facts, exported, quantised, calibration, pictures, truth, started)
+
+
+def _encode(encoder: DualEncoder, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+    import torch
+
+    with torch.inference_mode():
+        return tuple(rows.numpy() for rows in encoder(torch.from_numpy(pixels.copy())))
 
 
 def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
@@ -154,7 +187,8 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
             pictures = checked_pictures(manifest["image_size"], None)
             expected = OnnxRuntimeEncoder(folder, facts).encode(pictures["random"])
             truth = {"random": tuple(getattr(expected, name) for name in compiled.outputs)}
-            facts["check"][runtime] = check(compiled, pictures, truth, facts["precision"])
+            merged = bool(facts["dual_encoder"].get("merged"))
+            facts["check"][runtime] = check(compiled, pictures, truth, facts["precision"], merged)
         facts["versions"] |= {runtime: package_version(runtime)}
         return write_manifest(folder, ENGINE_KIND, facts)
 

@@ -87,6 +87,7 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     check: dict[str, Any]
     build_seconds: Annotated[float, Meta(ge=0)]
     quantised: dict[str, Any] | None = None
+    tokens: dict[str, Positive] | None = None
 
 
 def open_engine(

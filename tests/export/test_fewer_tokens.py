@@ -1,0 +1,80 @@
+"""Engines with fewer tokens: recorded, told apart by their fingerprint, converted, and fitted like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
+pytest.importorskip("onnxscript")
+pytest.importorskip("open_clip")
+
+from iosr_fast import Classifier  # noqa: E402
+from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
+from iosr_fast.clip.load import load_clip  # noqa: E402
+from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
+from iosr_fast.exceptions import IosrFastError  # noqa: E402
+from iosr_fast.export.convert import convert_engine  # noqa: E402
+from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
+from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
+from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_what_is_written(runtime: str, tmp_path: Path) -> None:
+    clip = small_clip()
+    adapter = random_adapter(clip, 1)
+    tokens = [{}, {"image_size": 24}, {"merged": 3}, {"image_size": 24, "merged": 2}]
+    seen = []
+    for i, fewer in enumerate(tokens):
+        folder = tmp_path / str(i)
+        manifest = write_engine(clip, adapter, folder, runtime, max_batch=4, **fewer)
+        assert manifest.get("tokens", {}) == fewer
+        assert manifest["image_size"] == fewer.get("image_size", 32)
+        assert manifest["dual_encoder"]["merged"] == fewer.get("merged", 0)
+        assert manifest["clip_fingerprint"] == clip.fingerprint
+        encoder = open_engine(folder, runtime)
+        assert encoder.encode(random_pixels(3, encoder.image_size)).plain.shape == (3, 24)
+        seen.append(manifest["fingerprint"])
+    assert len(set(seen)) == len(tokens)
+    with pytest.raises(IosrFastError, match="a multiple of 8"):
+        write_engine(clip, adapter, tmp_path / "new", runtime, image_size=20)
+
+
+def test_the_demo_with_fewer_tokens(tmp_path: Path) -> None:
+    clip = load_clip("demo")
+    pictures = load_pictures("held-out", min_styles=5)
+    images, labels = pictures.images[:60], [pictures.names[c] for c in pictures.concepts[:60]]
+    adapter = choose_adapter(clip, "auto")
+    manifest = write_engine(clip, adapter, tmp_path / "engine", "onnxruntime", image_size=48, merged=2)
+    generic = load_pictures("generic").images[:16]
+    from iosr_fast.images.preprocess import to_pixels
+
+    converted = convert_engine(
+        tmp_path / "engine", tmp_path / "int8", "openvino", "int8", to_pixels(generic, 48, False)
+    )
+    direct = write_engine(
+        clip,
+        adapter,
+        tmp_path / "direct",
+        "openvino",
+        "int8",
+        calibration=to_pixels(generic, 48, False),
+        image_size=48,
+        merged=2,
+    )
+    assert converted["fingerprint"] == direct["fingerprint"] != manifest["fingerprint"]
+    for folder in ("engine", "int8"):
+        classifier = Classifier("demo", engine=tmp_path / folder, method="tip-adapter++", alpha=3.0, beta=7.0, views=1)
+        classifier.fit(images, labels)
+        assert classifier.encoder.image_size == 48
+        assert classifier.score(images, labels) > 0.5
+        classifier.save(tmp_path / "bundle")
+        loaded = Classifier.load(tmp_path / "bundle")
+        np.testing.assert_allclose(
+            loaded.decision_function(images[:4]), classifier.decision_function(images[:4]), atol=1e-2
+        )
