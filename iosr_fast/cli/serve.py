@@ -46,9 +46,7 @@ def serve(
         int, typer.Option(help="Most images that are accepted and not yet answered; others get status 503.")
     ] = _DEFAULT.max_queue,
     decode_threads: Annotated[int | None, typer.Option(help="Images decoded in parallel [default: chosen].")] = None,
-    engine_threads: Annotated[
-        int | None, typer.Option(help="CPU threads of the encoder [default: all cores but one].")
-    ] = None,
+    engine_threads: Annotated[int | None, typer.Option(help="CPU cores of the encoder [default: all].")] = None,
     max_images: MaxImages = _DEFAULT.max_images,
     max_body_mb: Annotated[float, typer.Option(help="Largest request, in MB.")] = _DEFAULT.max_body_bytes / MIB,
     max_image_mb: Annotated[float, typer.Option(help="Largest image file, in MB.")] = _DEFAULT.max_image_bytes / MIB,
@@ -78,7 +76,7 @@ def serve(
     """Serve a saved classifier over HTTP. Clients with the token may change its classes."""
     options: dict[str, Any] = {**locals()}
     del options["classifier"], options["token_file"]  # the others are the fields of Settings
-    for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
+    for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "threadpoolctl"):
         require(module, "serve")
     for name in ("body", "image", "buffered"):
         options[f"max_{name}_bytes"] = _bytes(f"--max-{name}-mb", options.pop(f"max_{name}_mb"))

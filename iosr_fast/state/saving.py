@@ -51,14 +51,15 @@ class Saving(FittedAttributes):
         verify: bool = True,
         threads: int | None = None,
         expected_digest: str | None = None,
+        runs: int = 1,
     ) -> Self:
         """A fitted classifier from `save`, whatever writers do to the folder meanwhile; needs no torch.
 
         Checks every field, every array and every file's hash (hashes not where `verify` is False). `expected_digest`,
         the "sha256:..." that `iosr-fast info FOLDER` prints, pins the content: nothing of another one is read.
         "auto" is the runtime that was chosen by measuring (`engine_choice_`) where this is the same processor.
-        `threads` of the encoders on a CPU; None: one a core. Raises FileNotFoundError or ValueError naming what is
-        missing, damaged or foreign, and what open_engine raises.
+        `threads` of the encoders on a CPU; None: one a core. `runs` threads may encode at once (open_engine). Raises
+        FileNotFoundError or ValueError naming what is missing, damaged or foreign, and what open_engine raises.
 
         `get_params` gives what the bundle knows: no `pretrained`, no file of an adapter, and the fitted method with its
         parameters, so that a further fit searches nothing. `fit` and clones use the bundle's own encoders, until
@@ -70,9 +71,8 @@ class Saving(FittedAttributes):
         choice = bundle.engine_choice
         name = choice.runtime if runtime == "auto" and choice is not None else runtime
         # Support images that come later need both embeddings: OpenedClip opens that form then.
-        encoder = open_engine(
-            bundle.files or bundle.engine, name, verify=False, threads=threads, adapted=bundle.state.needs_adapted
-        )
+        adapted, files = bundle.state.needs_adapted, bundle.files or bundle.engine
+        encoder = open_engine(files, name, verify=False, threads=threads, runs=runs, adapted=adapted)
         clip = OpenedClip(encoder, bundle.engine, bundle.text, bundle.state.tau)
         classifier = cls._with_clip(clip, **bundle.parameters(), runtime=runtime)
         classifier._fit = Fit(

@@ -256,13 +256,13 @@ def test_nothing_is_encoded_by_two_threads_at_once(batching, classifier: FakeCla
         warming.join(0.05)
         assert warming.is_alive() and classifier.encoder.batches == [[1]]
     warming.join(PATIENCE_S)
-    assert outcomes([first]) == [1] and sorted(map(len, classifier.encoder.batches)) == [1, 1, 1, 2, 4, 8]
+    assert outcomes([first]) == [1] and sorted(map(len, classifier.encoder.batches)) == [1, 1, 1, 2, 3, 4, 8]
 
 
 def test_warming_runs_every_bucket_before_serving(classifier: FakeClassifier) -> None:
     assert [bucket_sizes(n) for n in (1, 2, 5, 32)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8, 16, 32]]
     with BatchingClassifier(classifier, max_batch=6, warm=True):
-        assert classifier.encoder.batches == [[0] * n for n in (1, 2, 4, 6, 1)]
+        assert classifier.encoder.batches == [[0] * n for n in (1, 2, 3, 4, 6, 1)]
         assert len(classifier.asked) == 1, "scoring is warmed as well"
 
     class Warmable(FakeEncoder):
@@ -275,7 +275,7 @@ def test_warming_runs_every_bucket_before_serving(classifier: FakeClassifier) ->
     classifier.encoder = Warmable()
     with BatchingClassifier(classifier, max_batch=16) as batching:
         batching.warm()
-        assert classifier.encoder.warmed == (1, 2, 4) and classifier.encoder.batches == [[BLACK]]
+        assert classifier.encoder.warmed == (1, 2, 3, 4) and classifier.encoder.batches == [[BLACK]]
     classifier.encoder.raises = raising(EngineError, lambda numbers: True)
     before = threading.active_count()
     with pytest.raises(EngineError):

@@ -155,7 +155,8 @@ def open_engine(
         if runtime == "onnxruntime":
             return OnnxRuntimeEncoder(path, manifest, threads, runs, adapted)
         if runtime == "torch":
-            return TorchEncoder(path, manifest, threads, buckets=buckets, adapted=adapted)
+            cores = None if threads is None else threads * runs  # it executes one run at a time
+            return TorchEncoder(path, manifest, cores, buckets=buckets, adapted=adapted)
         return TensorRTEncoder(path, manifest, runtime, buckets)
 
     encoder = source.open_with(open_folder)

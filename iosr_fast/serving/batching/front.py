@@ -40,11 +40,13 @@ class BatchingClassifier:
     Images are those that Classifier.predict takes; do not modify them before they are answered.
     `decode_threads` threads decode images while the previous batch is encoded. A batch of at most `max_batch` images
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
-    image is being decoded: a single image starts at once. Each batch sees exactly one state of the classifier.
+    image is being decoded: a single image starts at once. If the encoder has several `runs`, as many batches are
+    encoded at once, and an idle run starts at once with its share of the images that are ready. Each batch sees exactly
+    one state of the classifier.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
-    bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at every batch size 1, 2,
-    4, ... before the constructor returns (`warm()`).
+    bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at the usual batch sizes
+    before the constructor returns (`warm()`).
 
     Requests take turns at decoding, one image each, and images above 16 million pixels leave one decoder to the others.
     `isolated` decodes encoded bytes in a separate process for each decoding thread, because they may be untrusted. An
@@ -182,7 +184,8 @@ class BatchingClassifier:
         return old
 
     def warm(self) -> None:
-        """Run the engine at every batch size 1, 2, 4, ..., max_batch once. Raises what the engine raises."""
+        """Run the engine at the usual batch sizes once: 1, 2, 4, ..., max_batch, on a CPU also 3. Raises what it
+        raises."""
         self._engine.warm(self.classifier)
 
     def close(self, timeout: float | None = None) -> None:

@@ -169,7 +169,7 @@ class WholeImage:
 class QueuedBatch:
     """`items` to encode with `classifier`, `expired` ones to refuse, and how many are still `waiting`."""
 
-    classifier: Any
+    classifier: Any = None
     items: list[Item] = field(default_factory=list)
     expired: list[Item] = field(default_factory=list)
     waiting: int = 0

@@ -27,21 +27,24 @@ _LEAST_RETRY_S = 0.01
 class BatchQueue:
     """Items from admission to their batch. Its lock is never held during decoding, encoding, scoring or a callback.
 
-    An item is DECODING, then READY, then TAKEN. Ready items have pixels of the current classifier's size. A batch
-    starts when it is full, when its first item has been ready for `max_wait_s`, or when no accepted item is still
-    DECODING and could join.
+    An item is DECODING, then READY, then TAKEN. Ready items have pixels of the current classifier's size. Each of the
+    encoder's `runs` has a thread that takes batches. With one run, a batch starts when it is full, when its first item
+    has been ready for `max_wait_s`, or when no accepted item is still DECODING and could join. With several, a free run
+    starts at once with its share of the ready items, rounded up: the other runs take the others, so waiting gains
+    nothing.
     """
 
     def __init__(
         self, classifier: Any, max_batch: int, max_wait_s: float, max_queue: int, hooks: Hooks, turns: Turns
     ) -> None:
         self.classifier = classifier
+        self.runs: int = classifier.encoder.runs
         self.image_size: int = classifier.encoder.image_size
         self.exif_orientation: bool = classifier.exif_orientation_
         self.max_queue = max_queue
         self.closed = False
         self._max_batch, self._max_wait_s, self._hooks = max_batch, max_wait_s, hooks
-        self._changed = threading.Condition()  # the batch thread waits for it
+        self._changed = threading.Condition()  # the batch threads wait for it
         self._accepted: set[Item] = set()
         self._ready: deque[Item] = deque()
         self._decoding = 0
@@ -139,20 +142,24 @@ class BatchQueue:
             self._wake()
         self._hooks.done(time.monotonic() - item.submitted, "cancelled", None)
 
-    def take(self, idle_s: float = math.inf) -> QueuedBatch | None:
-        """Wait for the next batch; an empty one after `idle_s` idle seconds. None: closed, and all are answered."""
+    def take(self, batch: QueuedBatch, idle_s: float = math.inf) -> bool:
+        """Wait for the next batch and fill `batch`; it stays empty after `idle_s` idle seconds. False: closed, and all
+        are answered."""
         with self._changed:
             while not (self.closed and not self._accepted):
                 due_s = self._until_due_s()
                 if due_s > 0:
                     wait_s = min(due_s, idle_s)
                     if not self._changed.wait(wait_s if wait_s < math.inf else None) and idle_s < due_s:
-                        return QueuedBatch(self.classifier)
+                        batch.classifier = self.classifier
+                        return True
                     continue
-                batch = self._form()
+                self._fill(batch)
                 if batch.items or batch.expired:
-                    return batch
-            return None
+                    self._wake()  # another thread for what is left
+                    return True
+            self._changed.notify_all()  # the other threads end as well
+            return False
 
     def release(self, items: Sequence[Item], measure: bool) -> None:
         """Remove the finished items of a batch. `measure`: their time is representative."""
@@ -171,6 +178,7 @@ class BatchQueue:
             if self.closed:
                 raise _closed()
             old, self.classifier = self.classifier, classifier
+            self.runs = classifier.encoder.runs
             form = classifier.encoder.image_size, classifier.exif_orientation_
             if (self.image_size, self.exif_orientation) != form:
                 self.image_size, self.exif_orientation = form
@@ -204,14 +212,6 @@ class BatchQueue:
             self._decoding = 0
             self._changed.notify_all()
         return abandoned
-
-    def forget_taken(self) -> list[Item]:
-        """Remove and return the items of the current batch, after an unexpected error."""
-        with self._changed:
-            taken = [item for item in self._accepted if item.stage is Stage.TAKEN]
-            self._accepted.difference_update(taken)
-            self._wake()
-        return taken
 
     # --- all below is called under the lock ---
 
@@ -259,23 +259,25 @@ class BatchQueue:
     def _until_due_s(self) -> float:
         if not self._ready:
             return math.inf
-        if len(self._ready) >= self._max_batch or not self._decoding:
+        if self.runs > 1 or len(self._ready) >= self._max_batch or not self._decoding:
             return 0.0
         return self._ready[0].ready_at + self._max_wait_s - time.monotonic()
 
-    def _form(self) -> QueuedBatch:
-        batch = QueuedBatch(self.classifier)
-        now = time.monotonic()
-        while self._ready and len(batch.items) < self._max_batch:
+    def _fill(self, batch: QueuedBatch) -> None:
+        now, batch.classifier = time.monotonic(), self.classifier
+        size = min(self._max_batch, math.ceil(len(self._ready) / self.runs))
+        while self._ready and len(batch.items) < size:
             item = self._ready.popleft()
-            if self._claim(item):
-                (batch.expired if item.deadline < now else batch.items).append(item)
+            batch.items.append(item)  # first, so that no error can lose it
+            if not self._claim(item):
+                batch.items.pop()
+            elif item.deadline < now:
+                batch.expired.append(batch.items.pop())
         batch.waiting = len(self._accepted) - len(batch.items) - len(batch.expired)
-        return batch
 
     def _wake(self) -> None:
-        """Wake the batch thread if a batch is due or its timer must start."""
-        if len(self._ready) <= 1 or len(self._ready) >= self._max_batch or not self._decoding:
+        """Wake a batch thread if a batch is due or its timer must start."""
+        if self.runs > 1 or len(self._ready) <= 1 or len(self._ready) >= self._max_batch or not self._decoding:
             self._changed.notify()
 
 

@@ -1,4 +1,4 @@
-"""The threads of BatchingClassifier: several decode, one runs batches. No exception ends them before close()."""
+"""The threads of BatchingClassifier: some decode, some run batches. No exception ends them before close()."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ class Workers:
         self._errors: list[BaseException | None] = [None] * len(decoders)
         self._attempted = [threading.Event() for _ in decoders]
         self._threads = [
-            threading.Thread(target=self._run_batches, name="iosr-fast-batches", daemon=True),
+            *(
+                threading.Thread(target=self._run_batches, name=f"iosr-fast-batches-{i}", daemon=True)
+                for i in range(queue.runs)
+            ),
             *(
                 threading.Thread(target=self._decode, args=(i,), name=f"iosr-fast-decode-{i}", daemon=True)
                 for i in range(len(decoders))
@@ -103,16 +106,17 @@ class Workers:
 
     def _run_batch(self) -> bool:
         """Wait for a batch and answer it; False when there are no more."""
-        batch: QueuedBatch | None = None
+        batch = QueuedBatch()
         try:
-            batch = self._queue.take(math.inf if self._engine.healthy else _PROBE_S)
-            if batch is not None:
+            taken = self._queue.take(batch, math.inf if self._engine.healthy else _PROBE_S)
+            if taken:
                 self._answer(batch)
-            return batch is not None
+            return taken
         except BaseException as error:
             log.exception("a batch could not be run; its images get the error, and the next batch runs")
-            unanswered = [] if batch is None else [*batch.expired, *batch.items]
-            for item in {*self._queue.forget_taken(), *unanswered}:
+            unanswered = [*batch.expired, *batch.items]
+            self._queue.release(unanswered, measure=False)
+            for item in unanswered:
                 if not item.future.done():
                     item.answer(without_frames(error), self._hooks)
             return True

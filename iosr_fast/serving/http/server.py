@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from threadpoolctl import threadpool_limits
 
 from iosr_fast import __version__
 from iosr_fast.classifier import Classifier
@@ -25,7 +26,6 @@ from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.protocol import Edge
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.utils.machine import usable_threads
 
 _GC_THRESHOLDS = (5_000, 20, 100)
 _FILES = 100  # open files besides connections: of the bundle, of libraries, pipes
@@ -46,9 +46,11 @@ def run(bundle: str | Path, settings: Settings) -> None:
     """
     start = time.perf_counter()
     keep_freed_memory()
+    # NumPy's BLAS keeps a thread spinning on another core for tens of milliseconds after a small product.
+    threadpool_limits(1, "blas")
     _allow_files(settings)
-    threads = settings.engine_threads or max(1, usable_threads() - 1)
-    classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads, settings.expected_digest)
+    runs, threads = settings.engine_layout
+    classifier = Classifier.load(bundle, settings.runtime, settings.verify, threads, settings.expected_digest, runs)
     if settings.log is not None:
         with json_logs():
             classifier.open_log(settings.log, settings.recover)

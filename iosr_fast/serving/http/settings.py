@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from msgspec import Meta
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits
+from iosr_fast.utils.machine import usable_threads
 
 if TYPE_CHECKING:
     from iosr_fast.classifier import Classifier
@@ -51,9 +53,9 @@ class Settings:
     Changes of classes require the bearer token `token`; None disables changes. At most `max_changes` may wait.
 
     Batches: `max_batch` images (None: 8 on a CPU, where larger ones only delay each other, and the engine's own maximum
-    on a GPU). The first image of a batch waits at most `max_wait_ms`. `max_queue` images may be accepted and not yet
-    answered. `decode_threads` decoders (None: chosen by BatchingClassifier); `engine_threads` of the encoder on a CPU
-    (None: all cores but one, which requests and decoders need).
+    on a GPU). With one run of the encoder, the first image of a batch waits at most `max_wait_ms`. `max_queue` images
+    may be accepted and not yet answered. `decode_threads` decoders (None: chosen by BatchingClassifier);
+    `engine_threads` of the encoder on a CPU (None: all cores), shared by several runs (engine_layout).
 
     Decoding runs in processes. A process is killed when an image takes `decode_timeout_s` of CPU time or twice as long
     by the clock. Images above 16 million pixels that are decoded at the same time have at most `max_decoding_pixels`
@@ -126,6 +128,17 @@ class Settings:
                     f"expected {small} of at most {large}, got {getattr(self, small)} and {getattr(self, large)}; "
                     f"lower --{small.replace('_', '-')} or raise --{large.replace('_', '-')}"
                 )
+
+    @property
+    def engine_layout(self) -> tuple[int, int]:
+        """(runs, threads of each run) of the encoder on a CPU: about as many runs as threads, which use its cores.
+
+        Each run has batches of its own, so a core that a decoder or a request takes delays one run. One run on all
+        cores would wait at every layer for the core that is taken. One thread a run would be slow for a lone image.
+        """
+        cores = self.engine_threads or usable_threads()
+        runs = math.ceil(math.sqrt(cores))
+        return runs, cores // runs
 
     def make_batching(self, classifier: Classifier, **options: Any) -> BatchingClassifier:
         """A BatchingClassifier with these limits, whose decoders run in processes; `options` go to its constructor."""
