@@ -92,6 +92,16 @@ BENCHES = {
             **timing(3),
         },
     ),
+    "fit": Bench(
+        "JPEG files to a fitted classifier: its parts, encoding alone, and logistic regression on open_clip.",
+        "--model demo --pictures 24 --classes 4",
+        {
+            "model": (Model, "ViT-B-32"),
+            "pictures": number(800, "JPEG files."),
+            "classes": number(100, "Classes, with as many pictures each."),
+            **timing(1),
+        },
+    ),
     "classifier": Bench(
         "Images to labels, one at a time and in batches, against two passes.",
         "--repeats 1",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
+_BATCH = 32  # texts of a run
 # The demo's CLIP was trained with these (tools/demo/train_clip.py).
 DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
 
@@ -40,11 +41,11 @@ def embed_classes(clip: LoadedClip, class_names: Sequence[str], templates: Seque
     """
     import torch
 
+    from iosr_fast.clip.text_tower import encode_tokens
+
     templates = default_templates(clip) if templates is None else check_templates(templates)
-    rows = []
+    texts = [template.replace("{}", name) for name in class_names for template in templates]
     with torch.inference_mode():
-        for name in class_names:
-            tokens = clip.tokenizer([template.replace("{}", name) for template in templates])
-            mean = clip.model.encode_text(tokens, normalize=True).mean(0)
-            rows.append(mean / mean.norm())
-    return torch.stack(rows).numpy()
+        parts = [encode_tokens(clip, clip.tokenizer(texts[i : i + _BATCH])) for i in range(0, len(texts), _BATCH)]
+        means = torch.cat(parts).unflatten(0, (len(class_names), len(templates))).mean(1)
+        return (means / means.norm(dim=1, keepdim=True)).numpy()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from iosr_fast.clip.demo.pictures import load_index
 from iosr_fast.clip.dual_encoder import Precision
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
+from iosr_fast.clip.text_tower import TextTower
 from iosr_fast.encoders.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export_check import require_accuracy
@@ -54,30 +54,6 @@ HARD_TEXTS = (
     "1234567890" * 20,
     "",
 )
-
-
-class TextTower(nn.Module):
-    """tokens int64 (T, L), any L from 2 to the context length -> embeddings (T, D) float32, L2-normalised.
-
-    open_clip's own layers. Attention is causal, so a batch may be cut behind its last end token: positions and mask
-    are cut alike.
-    """
-
-    mask: torch.Tensor
-
-    def __init__(self, model: Any, eot: int) -> None:
-        super().__init__()
-        self.token_embedding, self.positional_embedding = model.token_embedding, model.positional_embedding
-        self.transformer, self.ln_final, self.projection = model.transformer, model.ln_final, model.text_projection
-        self.register_buffer("mask", model.attn_mask)
-        self.eot = eot
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        length = tokens.shape[1]
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]
-        x = self.ln_final(self.transformer(x, attn_mask=self.mask[:length, :length]))
-        end = (tokens == self.eot).int().argmax(1)
-        return F.normalize(x[torch.arange(x.shape[0]), end] @ self.projection, dim=-1)
 
 
 def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:

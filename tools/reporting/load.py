@@ -21,6 +21,7 @@ TIMINGS = {
     "train": "Training an adapter",
     "updates": "Changing a running classifier",
     "pipeline": "Folders of pictures",
+    "fit": "Fitting a classifier",
     "classifier": "The classifier, picture to label",
     "cold-start": "Starting",
 }

@@ -25,6 +25,7 @@ ABOUT = {
     "train": "An epoch: ours, with the frozen part's outputs cached and not, and the recipe of the papers' public "
     "code; `pruned-graph` is that recipe with autograd from the first adapter on.",
     "updates": "One example or class more or less, against fitting again.",
+    "fit": "From files to a fitted classifier, beside encoding alone and a logistic regression.",
     "pipeline": "From files to labels, beside what encoding and decoding reach alone and a straightforward script.",
     "classifier": "From uint8 pictures to labels.",
     "cold-start": "From process start to the first answer.",
