@@ -80,7 +80,20 @@ BENCHES = {
     "precision": Bench(
         "The encoder in fewer bits: speed, distance to the embeddings in fp32, accuracy on the demo.",
         "--model demo --repeats 1",
-        {"models": (Models, ["demo", "ViT-B-16"]), **timing(7)},
+        {
+            "models": (
+                Annotated[
+                    list[str],
+                    typer.Option(
+                        "--model",
+                        help="Name of an open_clip ViT, or demo; with -hard behind it, with outliers in its weights. "
+                        "Repeatable.",
+                    ),
+                ],
+                ["demo", "demo-hard", "ViT-B-16", "ViT-B-16-hard"],
+            ),
+            **timing(7),
+        },
     ),
     "pipeline": Bench(
         "JPEG files to labels: predict_folder, the encoder alone, and a plain script.",

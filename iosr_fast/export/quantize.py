@@ -1,35 +1,48 @@
 """INT8 and FP8 encoders from an ONNX file of export_onnx: 8-bit products, everything between them in float.
 
 Each product with a constant matrix, y = x W, becomes y = DQ(Q(x)) DQ(W_q), with one scale for the activation, from its
-range on calibration pictures, and one for each output of W. Before that, the scales of channels are balanced, exactly:
+range on calibration pictures, and one for each output of W. Trained CLIPs have a few channels far above the others,
+which would set the scale of all. If that costs more than SMOOTHED_ABOVE, the channels are balanced first, exactly:
 
-    LN(u) W = (LN(u) / s) (diag(s) W),  1/s in the gain and bias of the LayerNorm
+    x W = (x / s) (diag(s) W)
 
-so that one large channel does not set the scale of all (SmoothQuant, arXiv 2211.10438). s is max|x|^a / max|W|^(1-a)
-per channel, with the exponent a of EXPONENTS that leaves the smallest error of y. If none halves the error, s is 1.
+with 1/s in the gain and bias of the LayerNorm before x, or, where there is none, in a product with x (SmoothQuant,
+arXiv 2211.10438). s is max|x|^a / max|W|^(1-a) per channel, with the exponent a of EXPONENTS that leaves the smallest
+error of y.
 
-Ranges reach from the smallest to the largest value; they are not clipped.
+The errors that remain are measured where they matter, in the embeddings: the products that cost most stay in float
+(quantize_sensitivity). Ranges reach from the smallest to the largest value; they are not clipped.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.onnx_files import save_onnx
-from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, Quantised
+from iosr_fast.export.onnx_export import save_onnx
+from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, QuantisedGroup
+from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float
+from iosr_fast.export.quantize_values import (
+    LIMITS,
+    Kind,
+    Scheme,
+    activation_scale,
+    dequantised,
+    quantise_matrix,
+    rounded,
+)
 from iosr_fast.utils.require import require
 
-Kind = Literal["int8", "fp8"]
-Scheme = Literal["cpu", "tensorrt"]
 MIN_PICTURES = 8
+RANGE_PIXELS = 6_000_000  # of the pictures on which ranges are measured: 119 of 224 pixels, 1,464 of 64
+JUDGED_PICTURES = 16
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
-WORTH = 0.5  # largest share of the unsmoothed error; smaller gains in a product do not improve the embeddings
-LARGEST_ERROR = 0.01  # of |y|^2; 0.01% is usual, 1% means channels or tokens that no scale fits
-_LIMITS = {"int8": 127.0, "fp8": 448.0}
+SMOOTHED_ABOVE = 0.002  # error of a product; 0.0001 to 0.001 is usual without outliers
+LARGEST_ERROR = 0.05  # of a product; above, it stays in float without a measurement of the embeddings
+LARGEST_EMBEDDING_ERROR = {"int8": 0.002, "fp8": 0.02}  # of the variance, for the worst of the judged pictures
 
 
 def quantize_onnx(
@@ -44,15 +57,17 @@ def quantize_onnx(
 
     These products stay in float: those of attention, which have no constant factor; the last block's matrices per head;
     the last projection, which is cheap and whose error is the embedding's; for "tensorrt" the patch projection, since
-    only uint8 fits the 256 levels of pixels; products whose squared error exceeds 1% of their square.
+    only uint8 fits the 256 levels of pixels; products whose own error exceeds 5%; and, while the worst of 16
+    calibration pictures has an error of its embeddings above 0.2% of their variance (fp8: 2%), those that contribute
+    most to it for the time they take.
 
     Returns JSON values: kind, scheme, calibration_pictures, products (number quantised), smoothed (number of
-    LayerNorms) and kept (the products in float: {name: reason}).
+    activations), embedding_error (share of the variance) and kept (the products in float: {name: reason}).
 
     Raises ValueError for another kind or scheme, fp8 for a CPU, pictures of another dtype, shape or number, and a file
     that is not an encoder or has nothing to quantise; FileNotFoundError for a missing file.
     """
-    if kind not in _LIMITS or scheme not in ("cpu", "tensorrt"):
+    if kind not in LIMITS or scheme not in ("cpu", "tensorrt"):
         raise IosrFastError(
             f"expected kind 'int8' or 'fp8' and scheme 'cpu' or 'tensorrt', got {kind!r} and {scheme!r}"
         )
@@ -62,29 +77,44 @@ def quantize_onnx(
     groups, kept = graph.groups()
     if len(groups) < 3:
         raise IosrFastError(f"expected an encoder of export_onnx in {source}, found no products with constant matrices")
-    kept |= _names(groups.pop(), "the last projection")
+    exempt = {len(groups) - 1: "the last projection"}
     if scheme == "tensorrt":
-        kept |= _names(groups.pop(0), "the patch projection")
-    activations = graph.activations([group.tensor for group in groups], pictures)
-    products = smoothed = 0
-    for group in groups:
-        best = _quantise(group, activations[group.tensor], kind, scheme, graph.dtype(group))
-        if not best.error <= LARGEST_ERROR:
-            reason = f"its squared error would be {best.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
-            kept |= _names(group, reason)
-            continue
-        if best.divisor is not None:
-            graph.divide(group.norm, best.divisor)
-            smoothed += 1
-        graph.insert(group, best.activation, best.weights)
-        products += len(best.weights)
+        exempt[0] = "the patch projection"
+    measured = [i for i in range(len(groups)) if i not in exempt]
+    activations = graph.activations(
+        [groups[i].tensor for i in measured], _evenly(pictures, RANGE_PIXELS // pictures[0, :, :, 0].size)
+    )
+    attempts: list[QuantisedGroup | None] = [None] * len(groups)
+    reasons = dict(exempt)
+    for i in measured:
+        attempt = _quantise(groups[i], activations[groups[i].tensor], kind, scheme, graph.dtype(groups[i]))
+        if attempt.error <= LARGEST_ERROR:
+            attempts[i] = attempt
+        else:
+            reasons[i] = f"its squared error would be {attempt.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
+    encoder = GatedEncoder(_open(source, pictures), attempts, _evenly(pictures, JUDGED_PICTURES))
+    work = [
+        activations[group.tensor].rows.shape[0] * group.weight.size if i in measured else 0
+        for i, group in enumerate(groups)
+    ]
+    floats, error = choose_float(encoder, attempts, work, LARGEST_EMBEDDING_ERROR[kind])
+    for i, alone in floats.items():
+        attempts[i] = None
+        reasons[i] = f"alone it would move the embeddings by {alone:.2%} of their variance"
+    for i, (group, chosen) in enumerate(zip(groups, attempts, strict=True)):
+        if chosen is None:
+            kept |= {product.name: reasons[i] for product in group.products}
+        else:
+            graph.insert(group, chosen)
     save_onnx(graph.finish(), target)
+    used = [(group, chosen) for group, chosen in zip(groups, attempts, strict=True) if chosen is not None]
     return {
         "kind": kind,
         "scheme": scheme,
         "calibration_pictures": len(pictures),
-        "products": products,
-        "smoothed": smoothed,
+        "products": sum(len(group.products) for group, _ in used),
+        "smoothed": sum(chosen.divisor is not None for _, chosen in used),
+        "embedding_error": round(error, 6),
         "kept": kept,
     }
 
@@ -113,89 +143,34 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
     return EncoderGraph(model)
 
 
-def _names(group: Group, reason: str) -> dict[str, str]:
-    return {product.name: reason for product in group.products}
+def _evenly(pictures: np.ndarray, count: int) -> np.ndarray:
+    return pictures[np.unique(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int))]
 
 
-class _Attempt(NamedTuple):
-    activation: Quantised
-    weights: list[Quantised]
-    divisor: np.ndarray | None  # of the activation's channels
-    error: float  # |y - y_quantised|^2 / |y|^2 on the sampled rows
-
-
-def _quantise(group: Group, measured: Activation, kind: Kind, scheme: Scheme, dtype: Any) -> _Attempt:
-    """The best attempt: without smoothing, or, if the group can be smoothed, with one of EXPONENTS."""
+def _quantise(group: Group, measured: Activation, kind: Kind, scheme: Scheme, dtype: Any) -> QuantisedGroup:
+    """The attempt with the smallest error: without smoothing, and, if that is too rough, with each of EXPONENTS."""
     exact = measured.rows @ group.weight
-    norm = float((exact**2).sum()) or 1.0
+    # Around the mean, because a constant is no information; of each row, because few rows may be far above the others.
+    energy = ((exact - exact.mean(0)) ** 2).sum(1)
+    energy = np.maximum(energy, max(float(np.median(energy)), 1e-30))
 
-    def attempt(divisor: np.ndarray | None) -> _Attempt:
+    def attempt(divisor: np.ndarray | None) -> QuantisedGroup:
         by = np.ones(len(measured.low), np.float32) if divisor is None else divisor
         low, high = float((measured.low / by).min()), float((measured.high / by).max())
         activation = activation_scale(low, high, kind, scheme, dtype)
         weights = [quantise_matrix(p.weight * by[:, None], p.transposed, kind, dtype) for p in group.products]
         matrix = np.concatenate([dequantised(weight) for weight in weights], axis=1)
-        error = float(((rounded(measured.rows / by, activation) @ matrix - exact) ** 2).sum()) / norm
-        return _Attempt(activation, weights, divisor, error)
+        off = ((rounded(measured.rows / by, activation) @ matrix - exact) ** 2).sum(1)
+        return QuantisedGroup(activation, weights, divisor, float((off / energy).mean()))
 
     best = attempt(None)
-    if group.norm is None:
+    if best.error <= SMOOTHED_ABOVE:
         return best
-    limit = WORTH * best.error
     largest_x = np.maximum(np.maximum(np.abs(measured.low), np.abs(measured.high)), 1e-6)
     largest_w = np.maximum(np.abs(group.weight).max(1), 1e-6)
     for exponent in EXPONENTS:
         divisor = largest_x**exponent / largest_w ** (1 - exponent)
         smoothed = attempt((divisor / np.exp(np.log(divisor).mean())).astype(np.float32))
-        if smoothed.error <= min(limit, best.error):
+        if not best.error <= smoothed.error:
             best = smoothed
     return best
-
-
-def activation_scale(low: float, high: float, kind: Kind, scheme: Scheme, dtype: Any) -> Quantised:
-    """Scale (of `dtype`) and zero point for values from `low` to `high`, which include zero."""
-    if scheme == "cpu":
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = _at_least(np.asarray((high - low) / 255), dtype)
-        return Quantised(scale, np.asarray(np.clip(np.rint(-low / scale.astype(np.float64)), 0, 255), np.uint8))
-    scale = _at_least(np.asarray(max(-low, high, 0.0) / _LIMITS[kind]), dtype)
-    return Quantised(scale, np.zeros((), _type(kind)))
-
-
-def quantise_matrix(weight: np.ndarray, transposed: bool, kind: Kind, dtype: Any) -> Quantised:
-    """(inputs, outputs) in 8 bits, symmetric, with a scale for each output; `transposed` if the graph stores W'."""
-    scale = _at_least(np.abs(weight).max(0) / _LIMITS[kind], dtype)
-    scaled = np.clip(weight / scale.astype(np.float32), -_LIMITS[kind], _LIMITS[kind])
-    values = (np.rint(scaled) if kind == "int8" else scaled).astype(_type(kind))
-    zero = np.zeros(scale.shape, _type(kind))
-    return Quantised(scale, zero, values.T if transposed else values, 0 if transposed else 1)
-
-
-def dequantised(weight: Quantised) -> np.ndarray:
-    """DQ of a matrix: (inputs, outputs) float32."""
-    assert weight.values is not None
-    values = weight.values.astype(np.float32)
-    return (values.T if weight.axis == 0 else values) * weight.scale.astype(np.float32)
-
-
-def rounded(x: np.ndarray, to: Quantised) -> np.ndarray:
-    """DQ(Q(x)) of an activation, float32."""
-    scale, zero = to.scale.astype(np.float32), to.zero.astype(np.float32)
-    if to.zero.dtype.kind in "iu":
-        limits = np.iinfo(to.zero.dtype)
-        values = np.clip(np.rint(x / scale) + zero, limits.min, limits.max) - zero
-    else:
-        values = np.clip(x / scale, -_LIMITS["fp8"], _LIMITS["fp8"]).astype(to.zero.dtype).astype(np.float32)
-    return np.asarray(values * scale, np.float32)
-
-
-def _type(kind: Kind) -> Any:
-    return np.int8 if kind == "int8" else require("ml_dtypes", "cpu").float8_e4m3fn
-
-
-def _at_least(scale: np.ndarray, dtype: Any) -> np.ndarray:
-    """Positive scales, rounded up to `dtype` so that the largest value still fits."""
-    exact = np.maximum(scale, 1e-30 if dtype == np.float32 else 1e-6)
-    near = exact.astype(dtype)
-    up = np.nextafter(near, np.asarray(np.inf, dtype))
-    return np.asarray(np.where(near.astype(np.float64) < exact, up, near), dtype)

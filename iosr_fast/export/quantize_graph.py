@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.export.quantize_values import Quantised
 from iosr_fast.utils.require import require
 
 SAMPLED_ROWS = 512
-_PIXELS = 2**18  # per batch while ranges are measured; bounds the memory of its activations
+PIXELS = 2**18  # per batch while activations are measured; bounds their memory
 
 
 @dataclass
@@ -41,19 +42,19 @@ class Group:
 class Activation:
     """The values of one tensor (..., channels) on the calibration pictures."""
 
-    rows: np.ndarray  # (about SAMPLED_ROWS, channels) float32, sampled at random
+    rows: np.ndarray  # (about SAMPLED_ROWS, channels) float32: the first token of each picture, and others at random
     low: np.ndarray  # (channels,), over all rows
     high: np.ndarray
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A quantised tensor: `values` (None for an activation), `scale`, `zero`, the axis of the scales."""
+class QuantisedGroup:
+    """The activation of a Group divided by `divisor` (channels,) and quantised; its matrices, multiplied by it."""
 
-    scale: np.ndarray
-    zero: np.ndarray
-    values: np.ndarray | None = None
-    axis: int | None = None
+    activation: Quantised
+    weights: list[Quantised]
+    divisor: np.ndarray | None
+    error: float  # squared, as a share of the outputs' square
 
 
 class EncoderGraph:
@@ -104,57 +105,76 @@ class EncoderGraph:
         return self.value(group.products[0].node.input[1]).dtype
 
     def activations(self, tensors: list[str], pictures: np.ndarray) -> dict[str, Activation]:
-        """The values of `tensors` while ONNX Runtime executes the graph on `pictures`."""
-        ort = require("onnxruntime", "cpu")
+        """The values of `tensors` while ONNX Runtime executes the graph on `pictures`.
+
+        The graph reduces each tensor to its range and its sampled tokens, so that whole activations are never returned.
+        """
+        rng = np.random.default_rng(0)
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in self.model.graph.value_info}
         probe = self._onnx.ModelProto()
         probe.CopyFrom(self.model)
-        probe.graph.output.extend(self._onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        rng = np.random.default_rng(0)
-        batch = max(1, _PIXELS // (pictures.shape[1] * pictures.shape[2]))
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
-        ranges: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        sampled = -(-SAMPLED_ROWS // len(pictures))
+        added: list[str] = []
+
+        def add(op: str, name: str, result: str, second: np.ndarray, **attributes: int) -> None:
+            constant = self._onnx.numpy_helper.from_array(second.astype(np.int64), f"{name}_{result}_constant")
+            probe.graph.initializer.append(constant)
+            inputs, outputs = [name, constant.name], [f"{name}_{result}"]
+            probe.graph.node.append(self._onnx.helper.make_node(op, inputs, outputs, **attributes))
+            added.append(outputs[0])
+
+        for name in tensors:
+            axes = np.arange(len(shapes[name]) - 1)
+            add("ReduceMin", name, "low", axes, keepdims=0)
+            add("ReduceMax", name, "high", axes, keepdims=0)
+            if len(axes) == 2:
+                others = 1 + rng.permutation(shapes[name][1].dim_value - 1)[:sampled]
+                add("Gather", name, "rows", np.concatenate([[0], others]), axis=1)
+            else:
+                added.append(name)  # one token a picture and stream
+        probe.graph.output.extend(map(self._onnx.helper.make_empty_tensor_value_info, added))
+        session, batch = open_session(probe), max(1, PIXELS // (pictures.shape[1] * pictures.shape[2]))
+        parts: list[list[np.ndarray]] = [[] for _ in added]
         for start in range(0, len(pictures), batch):
-            part = np.ascontiguousarray(pictures[start : start + batch])
-            sampled = -(-SAMPLED_ROWS * len(part) // len(pictures))
-            for name, value in zip(tensors, session.run(tensors, {"pixels": part}), strict=True):
-                x = value.reshape(-1, value.shape[-1])
-                low, high = ranges.get(name, (np.inf, -np.inf))
-                ranges[name] = np.minimum(low, x.min(0)), np.maximum(high, x.max(0))
-                rows[name].append(x[rng.permutation(len(x))[:sampled]].astype(np.float32))
+            values = session.run(added, {"pixels": np.ascontiguousarray(pictures[start : start + batch])})
+            for part, value in zip(parts, values, strict=True):
+                part.append(value.reshape(-1, value.shape[-1]).astype(np.float32))
         return {
-            name: Activation(np.concatenate(rows[name]), *(limit.astype(np.float32) for limit in ranges[name]))
-            for name in tensors
+            name: Activation(np.concatenate(rows), np.concatenate(low).min(0), np.concatenate(high).max(0))
+            for name, low, high, rows in zip(tensors, parts[::3], parts[1::3], parts[2::3], strict=True)
         }
 
-    def divide(self, norm: Any, by: np.ndarray) -> None:
-        """Divide the output of a LayerNormalization, channel by channel."""
-        for i in (1, 2):
-            value = self.value(norm.input[i])
-            # As a separate constant: the exporter stores equal constants once, so other nodes may read this one.
-            norm.input[i] = self._add(f"{norm.name}_{i}_divided", (value / by).astype(value.dtype))
+    def insert(self, group: Group, by: QuantisedGroup, gate: str | None = None) -> None:
+        """Insert Q/DQ on the activation, one pair for all readers, and DQ on each product's quantised matrix.
 
-    def insert(self, group: Group, activation: Quantised, weights: list[Quantised]) -> None:
-        """Insert Q/DQ on the activation, one pair for all readers, and DQ on each product's quantised matrix."""
-        producer = self._producer.get(group.tensor)
-        if producer is not None and producer.op_type == "Relu" and activation.zero.dtype.kind not in "iu":
-            # ONNX Runtime 1.32 drops a float32 Relu before Q to fp8, as if zero point 0 excluded negative values.
-            producer.op_type = "Max"
-            producer.input.append(self._add(f"{group.tensor}_least", np.zeros((), activation.scale.dtype)))
-        pair = self._pair(group.tensor, activation)
-        for product, weight in zip(group.products, weights, strict=True):
-            product.node.input[0], product.node.input[1] = pair, self._pair(f"{product.node.name}_matrix", weight)
+        The divisor goes into the LayerNormalization before the group, otherwise into a Mul. With a `gate`, the name of
+        a boolean, the products in float stay beside the quantised ones, and the gate selects.
+        """
+        name = group.tensor
+        if by.divisor is not None and group.norm is not None and gate is None:
+            self._divide(group.norm, by.divisor)
+        elif by.divisor is not None:
+            name = self._multiplied(name, (1 / by.divisor).astype(self.dtype(group)))
+        pair = self._pair(name, by.activation)
+        for product, weight in zip(group.products, by.weights, strict=True):
+            node = product.node
+            if gate is not None:
+                node = self._gated(node, gate)
+            node.input[0], node.input[1] = pair, self._pair(f"{product.node.name}_matrix", weight)
 
     def finish(self) -> Any:
         """The model with the new nodes in topological order and without unused constants."""
         graph = self.model.graph
         nodes: list[Any] = []
-        for node in graph.node:
+
+        def place(node: Any) -> None:
             for name in node.input:
-                nodes += self._before.pop(name, [])
+                for other in self._before.pop(name, ()):
+                    place(other)
             nodes.append(node)
+
+        for node in graph.node:
+            place(node)
         del graph.node[:]
         graph.node.extend(nodes)
         read = {name for node in nodes for name in node.input}
@@ -163,8 +183,45 @@ class EncoderGraph:
         self._onnx.checker.check_model(self.model)
         return self.model
 
+    def add_gates(self, count: int) -> list[str]:
+        """Add the input "gates", bool (count,), and return the name of each of its values."""
+        onnx = self._onnx
+        self.model.graph.input.append(onnx.helper.make_tensor_value_info("gates", onnx.TensorProto.BOOL, [count]))
+        names = [f"gate_{i}" for i in range(count)]
+        for i, name in enumerate(names):
+            index = self._add(f"{name}_index", np.asarray(i, np.int64))
+            self._before[name] = [onnx.helper.make_node("Gather", ["gates", index], [name], name)]
+        return names
+
+    def _divide(self, norm: Any, by: np.ndarray) -> None:
+        """Divide the output of a LayerNormalization, channel by channel."""
+        for i in (1, 2):
+            value = self.value(norm.input[i])
+            # As a separate constant: the exporter stores equal constants once, so other nodes may read this one.
+            norm.input[i] = self._add(f"{norm.name}_{i}_divided", (value / by).astype(value.dtype))
+
+    def _multiplied(self, name: str, by: np.ndarray) -> str:
+        result = f"{name}_smoothed"
+        factor = self._add(f"{name}_factor", by)
+        self._before[result] = [self._onnx.helper.make_node("Mul", [name, factor], [result], result)]
+        return result
+
+    def _gated(self, node: Any, gate: str) -> Any:
+        """A copy of a product, for other inputs; where `gate` is true its output replaces the product's."""
+        result, copied = node.output[0], type(node)()
+        copied.CopyFrom(node)
+        copied.name, copied.output[0], node.output[0] = f"{node.name}_gated", f"{result}_narrow", f"{result}_float"
+        chosen = self._onnx.helper.make_node("Where", [gate, copied.output[0], node.output[0]], [result], result)
+        self._before[result] = [copied, chosen]
+        return copied
+
     def _pair(self, name: str, tensor: Quantised) -> str:
         """Add the nodes; returns the name of the dequantised tensor."""
+        producer = self._producer.get(name)
+        if producer is not None and producer.op_type == "Relu" and tensor.zero.dtype.kind not in "iu":
+            # ONNX Runtime 1.32 drops a float32 Relu before Q to fp8, as if zero point 0 excluded negative values.
+            producer.op_type = "Max"
+            producer.input.append(self._add(f"{name}_least", np.zeros((), tensor.scale.dtype)))
         result = f"{name}_dequantized"
         parameters = [self._add(f"{name}_scale", tensor.scale), self._add(f"{name}_zero", tensor.zero)]
         quantised = f"{name}_quantized"
@@ -205,3 +262,11 @@ class EncoderGraph:
             if name in self.constants and len(self._readers[name]) == 1 and name.endswith((".weight", ".bias")):
                 return name.rpartition(".")[0]
         return str(node.name)
+
+
+def open_session(model: Any) -> Any:
+    """An ONNX Runtime session of a ModelProto on the CPU."""
+    ort = require("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

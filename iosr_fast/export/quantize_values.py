@@ -1,0 +1,73 @@
+"""Values in 8 bits: scales and zero points of activations and matrices, and what rounding leaves of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from iosr_fast.utils.require import require
+
+Kind = Literal["int8", "fp8"]
+Scheme = Literal["cpu", "tensorrt"]
+LIMITS = {"int8": 127.0, "fp8": 448.0}
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised tensor: `values` (None for an activation), `scale`, `zero`, the axis of the scales."""
+
+    scale: np.ndarray
+    zero: np.ndarray
+    values: np.ndarray | None = None
+    axis: int | None = None
+
+
+def activation_scale(low: float, high: float, kind: Kind, scheme: Scheme, dtype: Any) -> Quantised:
+    """Scale (of `dtype`) and zero point for values from `low` to `high`, which include zero."""
+    if scheme == "cpu":
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = _at_least(np.asarray((high - low) / 255), dtype)
+        return Quantised(scale, np.asarray(np.clip(np.rint(-low / scale.astype(np.float64)), 0, 255), np.uint8))
+    scale = _at_least(np.asarray(max(-low, high, 0.0) / LIMITS[kind]), dtype)
+    return Quantised(scale, np.zeros((), _type(kind)))
+
+
+def quantise_matrix(weight: np.ndarray, transposed: bool, kind: Kind, dtype: Any) -> Quantised:
+    """(inputs, outputs) in 8 bits, symmetric, with a scale for each output; `transposed` if the graph stores W'."""
+    scale = _at_least(np.abs(weight).max(0) / LIMITS[kind], dtype)
+    scaled = np.clip(weight / scale.astype(np.float32), -LIMITS[kind], LIMITS[kind])
+    values = (np.rint(scaled) if kind == "int8" else scaled).astype(_type(kind))
+    zero = np.zeros(scale.shape, _type(kind))
+    return Quantised(scale, zero, values.T if transposed else values, 0 if transposed else 1)
+
+
+def dequantised(weight: Quantised) -> np.ndarray:
+    """DQ of a matrix: (inputs, outputs) float32."""
+    assert weight.values is not None
+    values = weight.values.astype(np.float32)
+    return (values.T if weight.axis == 0 else values) * weight.scale.astype(np.float32)
+
+
+def rounded(x: np.ndarray, to: Quantised) -> np.ndarray:
+    """DQ(Q(x)) of an activation, float32."""
+    scale, zero = to.scale.astype(np.float32), to.zero.astype(np.float32)
+    if to.zero.dtype.kind in "iu":
+        limits = np.iinfo(to.zero.dtype)
+        values = np.clip(np.rint(x / scale) + zero, limits.min, limits.max) - zero
+    else:
+        values = np.clip(x / scale, -LIMITS["fp8"], LIMITS["fp8"]).astype(to.zero.dtype).astype(np.float32)
+    return np.asarray(values * scale, np.float32)
+
+
+def _type(kind: Kind) -> Any:
+    return np.int8 if kind == "int8" else require("ml_dtypes", "cpu").float8_e4m3fn
+
+
+def _at_least(scale: np.ndarray, dtype: Any) -> np.ndarray:
+    """Positive scales, rounded up to `dtype` so that the largest value still fits."""
+    exact = np.maximum(scale, 1e-30 if dtype == np.float32 else 1e-6)
+    near = exact.astype(dtype)
+    up = np.nextafter(near, np.asarray(np.inf, dtype))
+    return np.asarray(np.where(near.astype(np.float64) < exact, up, near), dtype)
