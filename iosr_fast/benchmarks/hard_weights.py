@@ -62,7 +62,7 @@ def harden(
             chosen = _some(len(part.down_proj.bias), generator)
             _scale((part.down_proj.weight, part.down_proj.bias), part.up_proj.weight, chosen, factor)
     if isinstance(visual.ln_pre, nn.LayerNorm):
-        visual.ln_pre.bias += offset
+        visual.ln_pre.bias.add_(offset)
         for part in adapter.blocks.values():
             part.down_proj.bias -= offset * part.down_proj.weight.double().sum(1).float()
     return replace(clip, model=model), adapter

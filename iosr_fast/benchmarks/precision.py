@@ -2,7 +2,7 @@
 
     onnxruntime-fp32, -int8    one encoder.onnx, and its quantised form (iosr_fast/export/quantize.py)
     openvino-fp32, -bf16, -int8  the same two files; in bf16 OpenVINO rounds by itself, where the processor has bf16
-    onnxruntime-nncf-int8, openvino-nncf-int8  encoder.onnx quantised by NNCF, where it is installed (pip install nncf)
+    openvino-nncf-int8         encoder.onnx quantised by NNCF, where it is installed (pip install nncf)
 
 Cosines are with the fp32 encoder in PyTorch. The demo is calibrated on generic pictures and judged on its test
 concepts, keys and queries encoded alike, parameters by leave-one-out on each support set. Any other CLIP has random
@@ -12,7 +12,6 @@ model whose name ends in "-hard" gets outliers that leave its embeddings in fp32
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,6 +25,7 @@ from iosr_fast.benchmarks import harness
 from iosr_fast.benchmarks.ceilings import measure_beside_gemm
 from iosr_fast.benchmarks.encoder_gpu import fused_flops
 from iosr_fast.benchmarks.hard_weights import harden
+from iosr_fast.benchmarks.precision_nncf import NncfEncoder
 from iosr_fast.clip.demo.pictures import held_out, load_pictures
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
@@ -38,13 +38,12 @@ from iosr_fast.evaluation.tasks import Encoded
 from iosr_fast.export.calibration import calibration_pictures
 from iosr_fast.export.export import export_onnx, random_adapter
 from iosr_fast.export.export_check import FP32_MAX_ERROR, MIN_COSINES
-from iosr_fast.export.onnx_export import save_onnx
 from iosr_fast.export.pretrained import choose_adapter
 from iosr_fast.export.quantize import quantize_onnx
 from iosr_fast.utils.machine import usable_threads
 
 RIVALS = ("onnxruntime-fp32", "openvino-fp32")
-HARD = "-hard"
+HARD, NNCF = "-hard", "openvino-nncf-int8"
 DEMO_BATCH = 64
 SHOTS, SEEDS = (4, 1), (0, 1, 2)
 METHODS = ("tip-adapter++", "proker++")
@@ -132,36 +131,25 @@ def candidates(
         "max_batch": DEMO_BATCH,
         "first_adapted_block": encoder.shapes.first_adapted_block,
     }
-    kinds = ["fp32", "int8"] + ["nncf-int8"] * (find_spec("nncf") is not None)
-    for kind in kinds:
+    for kind in ("fp32", "int8"):
         (folder / kind).mkdir()
     export_onnx(encoder, folder / "fp32" / FILE)
     quantize_onnx(folder / "fp32" / FILE, folder / "int8" / FILE, calibration)
-    if "nncf-int8" in kinds:
-        quantize_by_nncf(folder / "fp32" / FILE, folder / "nncf-int8" / FILE, calibration)
     encoders: dict[str, BatchedEncoder] = {}
-    for kind in kinds:
-        manifest = facts | {"precision": precision_of(kind)}
-        encoders[f"onnxruntime-{kind}"] = OnnxRuntimeEncoder(folder / kind, manifest, threads)
+    for precision in ("fp32", "int8"):
+        manifest = facts | {"precision": precision}
+        encoders[f"onnxruntime-{precision}"] = OnnxRuntimeEncoder(folder / precision, manifest, threads)
     if find_spec("openvino") is not None:
-        for kind in ("bf16", *kinds):
-            name = f"openvino-{kind}"
-            in_openvino = OpenVINOEncoder(folder / kind_of(name), facts | {"precision": precision_of(kind)}, threads)
-            if kind != "bf16" or in_openvino.computes_in == "bf16":
-                encoders[name] = in_openvino
+        for precision in ("fp32", "bf16", "int8"):
+            manifest = facts | {"precision": precision}
+            in_openvino = OpenVINOEncoder(folder / kind_of(precision), manifest, threads)
+            if precision != "bf16" or in_openvino.computes_in == "bf16":
+                encoders[f"openvino-{precision}"] = in_openvino
+        if find_spec("nncf") is not None:
+            target = folder / kind_of(NNCF) / "encoder.xml"
+            target.parent.mkdir()
+            encoders[NNCF] = NncfEncoder(folder / "fp32" / FILE, target, manifest, calibration, threads)
     return encoders
-
-
-def quantize_by_nncf(source: Path, target: Path, pictures: np.ndarray) -> None:
-    """Post-training quantisation by NNCF as its documentation advises for transformers, with SmoothQuant."""
-    import nncf
-    import onnx
-
-    nncf.set_log_level(logging.ERROR)
-    chosen = pictures[np.linspace(0, len(pictures) - 1, min(CALIBRATED, len(pictures))).astype(int)]
-    dataset = nncf.Dataset(list(chosen[:, None]), lambda pixels: {"pixels": pixels})
-    options = {"model_type": nncf.ModelType.TRANSFORMER, "preset": nncf.QuantizationPreset.MIXED}
-    save_onnx(nncf.quantize(onnx.load(source), dataset, subset_size=len(chosen), **options), target)
 
 
 def precision_of(name: str) -> str:
@@ -170,8 +158,7 @@ def precision_of(name: str) -> str:
 
 def kind_of(name: str) -> str:
     """The folder of the file that an implementation executes."""
-    kind = name.partition("-")[2]
-    return kind if precision_of(name) == "int8" else "fp32"
+    return "nncf" if name == NNCF else "int8" if precision_of(name) == "int8" else "fp32"
 
 
 def in_batches(run: Callable[[np.ndarray], Embeddings], pictures: np.ndarray) -> Embeddings:
@@ -191,7 +178,7 @@ def verify(name: str, embeddings: Embeddings, truth: Embeddings) -> dict[str, An
         means.append(float(each.mean()))
         error = float(np.abs(got - expected).max())
         # Written so that a NaN is refused too.
-        if "nncf" not in name and not (
+        if name != NNCF and not (
             error <= FP32_MAX_ERROR if precision == "fp32" else cosines[kind] >= MIN_COSINES[precision]
         ):
             allowed = f"error <= {FP32_MAX_ERROR}" if precision == "fp32" else f"cosine >= {MIN_COSINES[precision]}"

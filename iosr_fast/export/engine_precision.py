@@ -22,6 +22,7 @@ RUNTIMES_OF = {
     "int8": ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
     "fp8": ("tensorrt", "tensorrt_rtx"),
 }
+QUANTISER_VERSION = 2  # increases when the same weights and pictures give other embeddings
 QUANTISED: dict[str, Literal["int8", "fp8"]] = {"int8": "int8", "fp8": "fp8"}
 
 
@@ -66,4 +67,5 @@ def quantised_by(
             f"expected {expected}, got {calibration.dtype} {calibration.shape}; images.preprocess.to_pixels resizes"
         )
     digest = hashlib.sha256(calibration.tobytes()).hexdigest()
-    return {"scheme": "tensorrt" if runtime in EXTRAS else "cpu", "calibration_sha256": digest}
+    scheme = "tensorrt" if runtime in EXTRAS else "cpu"
+    return {"scheme": scheme, "calibration_sha256": digest, "version": QUANTISER_VERSION}
