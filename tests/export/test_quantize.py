@@ -63,7 +63,7 @@ def made(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("quantised")
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "LARGEST_EMBEDDING_ERROR", {"int8": np.inf, "fp8": np.inf})
+        without_bounds(patch)
         for precision, kind, scheme in FORMS:
             target = folder / f"{precision}-{kind}-{scheme}.onnx"
             report = quantize_onnx(sources[precision], target, emoji("generic", 64), kind, scheme)  # type: ignore[arg-type]
@@ -220,7 +220,7 @@ def test_large_channels_are_shifted_into_the_weights(
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantise whatever it costs."""
     monkeypatch.setattr(quantize, "LARGEST_ERROR", np.inf)
-    monkeypatch.setattr(quantize, "LARGEST_EMBEDDING_ERROR", {"int8": np.inf})
+    monkeypatch.setattr(quantize, "LARGEST_EMBEDDING_ERROR", {"int8": np.inf, "fp8": np.inf})
 
 
 def test_constants_that_layers_share_are_not_changed_for_all(
