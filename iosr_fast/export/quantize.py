@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.onnx_export import save_onnx
+from iosr_fast.export.onnx_files import save_onnx
 from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, QuantisedGroup
 from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float
 from iosr_fast.export.quantize_values import (

@@ -13,6 +13,7 @@ import numpy as np
 from iosr_fast.export.quantize_graph import PIXELS, EncoderGraph, QuantisedGroup, open_session
 
 SUSPECTS, ALONE_PICTURES = 16, 4  # groups measured alone before products return to float, and on how many pictures
+LEAST_VARIANCE = 0.1  # trained CLIPs have 0.2 to 0.5; with random weights all embeddings are near one another
 
 
 class GatedEncoder:
@@ -33,12 +34,12 @@ class GatedEncoder:
         self._exact = self._run(np.zeros(self._size, bool))
 
     def error(self, quantised: np.ndarray, count: int | None = None) -> float:
-        """|e - e_float|^2 of the worst picture, as a share of the mean of |e_float - mean|^2; the larger of both
-        embeddings. `quantised` is bool (groups,); `count` limits the pictures to the first ones."""
+        """|e - e_float|^2 of the worst picture, as a share of the mean of |e_float - mean|^2 (at least LEAST_VARIANCE);
+        the larger of both embeddings. `quantised` is bool (groups,); `count` limits the pictures to the first ones."""
         shares = []
         for got, exact in zip(self._run(quantised, count), self._exact, strict=True):
             variance = float(((exact - exact.mean(0)) ** 2).sum(1).mean())
-            shares.append(float(((got - exact[:count]) ** 2).sum(1).max()) / max(variance, 1e-12))
+            shares.append(float(((got - exact[:count]) ** 2).sum(1).max()) / max(variance, LEAST_VARIANCE))
         return max(shares)
 
     def _run(self, quantised: np.ndarray, count: int | None = None) -> list[np.ndarray]:
