@@ -30,6 +30,9 @@ def optimize(
         str | None, typer.Option(help="open_clip's tag of the CLIP's weights, or a file; demo for the demo.")
     ] = None,
     adapter: Adapter = "auto",
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Try fewer tokens: smaller images and merged tokens. Needs --pretrained.")
+    ] = False,
 ) -> None:
     """Choose the fastest engine for a saved classifier that this machine can run and that keeps the accuracy.
 
@@ -48,6 +51,8 @@ def optimize(
     from iosr_fast.state.optimize import OptimizeOptions
 
     OptimizeOptions(objective, tolerance, runtime, precision)  # checks them
+    if tokens and pretrained is None:
+        raise typer.BadParameter("--tokens exports from the CLIP: name its weights by --pretrained")
     target = folder if out is None else out
     with stop_message("stopped; nothing was written", "iosr-fast"):
         if out is not None:
@@ -64,6 +69,7 @@ def optimize(
             precision,
             pretrained,
             None if adapter == "none" else adapter,
+            tokens,
         )
         with progress("save", None):
             classifier.save(target)

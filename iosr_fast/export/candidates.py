@@ -19,6 +19,7 @@ from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.convert import convert_engine, fingerprint_of
 from iosr_fast.export.engine_precision import QUANTISED, RUNTIMES_OF, graph_precision
 from iosr_fast.export.quantize import MIN_PICTURES
+from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.files import cache_folder
 from iosr_fast.utils.machine import this_gpu
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
@@ -30,12 +31,30 @@ if TYPE_CHECKING:
 ON_CPU, ON_GPU = ("fp32", "bf16", "int8"), ("fp32", "fp16", "int8", "fp8")
 
 
+Tokens = dict[str, int]  # of an engine with fewer tokens: {"image_size": 192} or {"merged": 8}
+
+
 class Candidate(NamedTuple):
-    """A runtime and a precision; `left_out` says why it is not tried, "" if it is."""
+    """A runtime and a precision, and how tokens are saved, if they are; `left_out` says why it is not tried, "" if it
+    is."""
 
     runtime: str
     precision: str
     left_out: str = ""
+    tokens: Tokens | None = None
+
+
+def with_fewer_tokens(engine: VerifiedFolder, listed: list[Candidate]) -> list[Candidate]:
+    """Candidates with fewer tokens: images of 6/7 and 5/7 of the side (192 and 160 of 224), and 4% of the patches
+    merged in each block; in int8 where that is tried, in the runtime that comes first."""
+    config, tried = engine.manifest["dual_encoder"], [one for one in listed if not one.left_out]
+    if not tried:
+        return []
+    first = next((one for one in tried if one.precision == "int8"), tried[0])
+    side = engine.manifest["image_size"] // config["patch_size"]
+    sizes = sorted({round(side * part / 7) * config["patch_size"] for part in (6, 5)}, reverse=True)
+    forms = [{"image_size": size} for size in sizes] + [{"merged": max(1, round(0.04 * side**2))}]
+    return [first._replace(tokens=form) for form in forms]
 
 
 def list_candidates(
@@ -112,9 +131,11 @@ class CandidateBuilder:
         self.engine = open_verified(folder, ENGINE_KIND, verify=False)
         return open_engine(self.engine, runtime, **self._options)
 
-    def open(self, runtime: str, precision: str) -> Encoder:
+    def open(self, runtime: str, precision: str, tokens: Tokens | None = None) -> Encoder:
         """The candidate's encoder. Raises what building raises, and ArithmeticError for embeddings that are off."""
         manifest = self.engine.manifest
+        if tokens:
+            return open_engine(self._build(runtime, precision, tokens), runtime, verify=False, **self._options)
         if self._is_there(runtime, precision):
             return open_engine(self.engine, runtime, **self._options)
         if precision == "bf16":  # the runtime rounds: such an engine differs in its manifest alone
@@ -124,13 +145,16 @@ class CandidateBuilder:
             return open_engine(changed, runtime, **self._options)
         return open_engine(self._build(runtime, precision), runtime, verify=False, **self._options)
 
-    def keep(self, runtime: str, precision: str, encoder: Encoder) -> tuple[Encoder, Path]:
+    def keep(
+        self, runtime: str, precision: str, encoder: Encoder, tokens: Tokens | None = None
+    ) -> tuple[Encoder, Path]:
         """The candidate that `open` gave, and its folder, which stays as long as the encoder; others are removed."""
-        folder = self.engine.folder if self._is_there(runtime, precision) else self._build(runtime, precision)
+        there = not tokens and self._is_there(runtime, precision)
+        folder = self.engine.folder if there else self._build(runtime, precision, tokens)
         if self._folder not in folder.parents:
             self.close()
             return encoder, folder
-        if precision == "bf16":
+        if precision == "bf16" and not tokens:
             encoder = open_engine(folder, runtime, verify=False, **self._options)
         for other in self._folder.iterdir():
             if other != folder:
@@ -145,12 +169,13 @@ class CandidateBuilder:
     def _is_there(self, runtime: str, precision: str) -> bool:
         return precision == self.engine.manifest["precision"] and runtime in runtimes_of(self.engine.manifest)
 
-    def _build(self, runtime: str, precision: str) -> Path:
+    def _build(self, runtime: str, precision: str, tokens: Tokens | None = None) -> Path:
         # The CPU runtimes execute the same file.
-        name = f"{precision}-{'cpu' if runtime in ONNX_RUNTIMES else runtime}"
+        form = "".join(f"-{name}-{value}" for name, value in (tokens or {}).items())
+        name = f"{precision}-{'cpu' if runtime in ONNX_RUNTIMES else runtime}{form}"
         if name not in self._built:
             try:
-                self._write(self._folder / name, runtime, precision)
+                self._write(self._folder / name, runtime, precision, tokens)
                 self._built[name] = self._folder / name
             except Exception as error:
                 self._built[name] = error
@@ -159,20 +184,22 @@ class CandidateBuilder:
             raise result
         return result
 
-    def _write(self, folder: Path, runtime: str, precision: str) -> None:
-        if _is_exported(runtime, precision, self.engine):
-            self._export(folder, runtime, precision)
+    def _write(self, folder: Path, runtime: str, precision: str, tokens: Tokens | None) -> None:
+        if tokens or _is_exported(runtime, precision, self.engine):
+            self._export(folder, runtime, precision, tokens)
         else:
             calibration = self._calibration if precision in QUANTISED else None
             convert_engine(self.engine, folder, runtime, precision, calibration)
 
-    def _export(self, folder: Path, runtime: str, precision: str) -> None:
+    def _export(self, folder: Path, runtime: str, precision: str, tokens: Tokens | None = None) -> None:
         from iosr_fast.export.export import write_engine
 
         assert self._loaded is not None  # _left_out
-        calibration = self._calibration if precision in QUANTISED else None
-        max_batch = self.engine.manifest["max_batch"]
-        write_engine(*self._loaded, folder, runtime, precision, max_batch, self._calibration, calibration)
+        real, size = self._calibration, (tokens or {}).get("image_size")
+        if real is not None and size is not None:
+            real = to_pixels(list(real), size)
+        calibration, max_batch = real if precision in QUANTISED else None, self.engine.manifest["max_batch"]
+        write_engine(*self._loaded, folder, runtime, precision, max_batch, real, calibration, **(tokens or {}))
 
 
 def _remove(folder: Path, process: int) -> None:

@@ -28,13 +28,15 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
     `ms_one` and `ms_batch` are the median milliseconds of one picture and of a batch (EngineChoice.batch); `bytes` is
     the size of its files; `cosines` has the smallest and the mean cosine to the reference by embedding ("plain",
     "adapted"); `agreement` is the share of labels that are the reference's, and `accuracy` that of right ones, both of
-    left-out support images. None where it was not measured; `reason` says why it was not chosen.
+    left-out support images. None where it was not measured; `reason` says why it was not chosen. `tokens` says how an
+    engine saves tokens: "image_size" is the side of its images, "merged" how many tokens each block merges.
     """
 
     runtime: Name
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
     verdict: Verdict
     reason: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{0,512}\Z")] = ""
+    tokens: dict[str, Size] | None = None
     ms_one: Above0 | None = None
     ms_batch: Above0 | None = None
     bytes: Natural | None = None
@@ -92,10 +94,11 @@ def _cells(candidate: EngineCandidate) -> tuple[str, ...]:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else form.format(value)
 
-    cosines = candidate.cosines
+    cosines, tokens = candidate.cosines, candidate.tokens or {}
+    forms = {"image_size": "{} pixels", "merged": "{} merged"}
     return (
         candidate.runtime,
-        candidate.precision,
+        " ".join([candidate.precision, *(forms[name].format(value) for name, value in tokens.items())]),
         shown(candidate.ms_one, "{:,.2f} ms"),
         shown(candidate.ms_batch, "{:,.2f} ms"),
         shown(None if candidate.bytes is None else candidate.bytes / 1e6, "{:,.1f} MB"),
@@ -106,7 +109,11 @@ def _cells(candidate: EngineCandidate) -> tuple[str, ...]:
 
 
 def rejection(
-    reference: np.ndarray, right: np.ndarray, cosines: dict[str, tuple[float, float]], tolerance: float
+    reference: np.ndarray,
+    right: np.ndarray,
+    cosines: dict[str, tuple[float, float]],
+    tolerance: float,
+    fewer_tokens: bool = False,
 ) -> str:
     """Why a candidate is rejected; "" if it is not.
 
@@ -116,12 +123,20 @@ def rejection(
     chance that at least `lost` of them fall that way, were both equally good, is below SIGNIFICANT (an exact one-sided
     sign test). So one flip of 40 images, 2.5 points, rejects nothing; three flips against none do. Where the images are
     few, the cosine is what refuses: by the test alone a real loss of 3 points passes at 40 images nearly always.
+
+    Embeddings of `fewer_tokens` are others, so their cosines say nothing: any loss above `tolerance` rejects them, and
+    so does it if no image was left out.
     """
+    lost, won = int((reference & ~right).sum()), int((right & ~reference).sum())
+    loss = 100 * (lost - won) / len(right) if len(right) else 0.0
+    if fewer_tokens:
+        if len(right) and loss <= tolerance:
+            return ""
+        fall = f"{reference.mean():.1%} falls to {right.mean():.1%}" if len(right) else "was not compared"
+        return f"accuracy {fall} (with fewer tokens any loss above {tolerance:g} points rejects)"
     least = {name: low for name, (low, _) in cosines.items() if not low >= LEAST_COSINE}
     if least:
         return ", ".join(f"cosine of {name} embeddings {low:.3f} < {LEAST_COSINE}" for name, low in least.items())
-    lost, won = int((reference & ~right).sum()), int((right & ~reference).sum())
-    loss = 100 * (lost - won) / max(len(right), 1)
     chance = sign_test(lost, won)
     if loss <= tolerance or chance >= SIGNIFICANT:
         return ""
@@ -141,9 +156,12 @@ def sign_test(lost: int, won: int) -> float:
     return sum(comb(n, k) for k in range(lost, n + 1)) / 2**n
 
 
-def best_of(values: Sequence[float], precisions: Sequence[str], ties: Sequence[float]) -> int:
-    """The index of the smallest value. Values within LEVEL of it are equal: among those the more exact precision wins,
-    then the smaller of `ties`."""
+def best_of(
+    values: Sequence[float], precisions: Sequence[str], ties: Sequence[float], fewer_tokens: Sequence[bool] = ()
+) -> int:
+    """The index of the smallest value. Values within LEVEL of it are equal: among those all tokens win, then the more
+    exact precision, then the smaller of `ties`."""
+    fewer = fewer_tokens or [False] * len(values)
     level = min(values) * (1 + LEVEL)
     equal = [i for i, value in enumerate(values) if value <= level]
-    return min(equal, key=lambda i: (PRECISIONS.index(precisions[i]), ties[i]))
+    return min(equal, key=lambda i: (fewer[i], PRECISIONS.index(precisions[i]), ties[i]))

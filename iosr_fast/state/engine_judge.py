@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,9 +45,11 @@ def evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, max(count - 1, 0), min(most, count)).round().astype(np.int64))
 
 
-def time_encoders(encoders: Mapping[_Key, Encoder], pixels: np.ndarray, batch: int) -> dict[_Key, tuple[float, float]]:
+def time_encoders(encoders: Mapping[_Key, Encoder], batch: int) -> dict[_Key, tuple[float, float]]:
     """Median milliseconds of one picture and of a batch. The encoders take turns, in rounds, for some three seconds."""
-    pictures = np.resize(pixels, (batch, *pixels.shape[1:]))
+    sizes = {encoder.image_size for encoder in encoders.values()}
+    rng = np.random.default_rng(0)
+    pictures = {size: rng.integers(0, 256, (batch, size, size, 3), np.uint8) for size in sizes}
     times: dict[_Key, list[tuple[float, float]]] = {name: [] for name in encoders}
     started = time.perf_counter()
     for done in range(_ROUNDS[1] if encoders else 0):
@@ -55,8 +57,8 @@ def time_encoders(encoders: Mapping[_Key, Encoder], pixels: np.ndarray, batch: i
             break
         for name, encoder in encoders.items():
             marks = [time.perf_counter()]
-            for part in (pictures[:1], pictures):
-                encoder.encode(part)
+            for count in (1, batch):
+                encoder.encode(pictures[encoder.image_size][:count])
                 marks.append(time.perf_counter())
             times[name].append((marks[1] - marks[0], marks[2] - marks[1]))
     medians = {name: np.median(np.array(rows), axis=0) * 1e3 for name, rows in times.items()}
@@ -65,17 +67,27 @@ def time_encoders(encoders: Mapping[_Key, Encoder], pixels: np.ndarray, batch: i
 
 class Judge:
     """Compares candidates with the engine `reference` on some support images of `fit`: the `rows` of its examples, and
-    their `pixels` as single views. `count` images are left out, one of each class at a time; `note` says why none is.
+    their `pixels` by the side, single views. `count` images are left out, one of each class at a time; `note` says why
+    none is.
     """
 
-    def __init__(self, fit: Fit, reference: Encoder, rows: np.ndarray, pixels: np.ndarray, tolerance: float) -> None:
+    def __init__(
+        self,
+        fit: Fit,
+        reference: Encoder,
+        rows: np.ndarray,
+        pixels: Callable[[int], np.ndarray],
+        tolerance: float,
+    ) -> None:
         state, examples = fit.state, fit.state.examples
         self._state, self._pixels, self._tolerance = state, pixels, tolerance
         self._fingerprint = reference.fingerprint
         self._classes = np.searchsorted(np.array(state.uids), examples.class_ids[rows])
         singles = examples.embeddings if fit.views.views == 1 or not len(rows) else examples.queries
         stored = singles is not None and reference.fingerprint == fit.clip.encoder.fingerprint
-        self._reference = singles[rows] if stored and singles is not None else reference.encode(pixels)
+        self._reference = (
+            singles[rows] if stored and singles is not None else reference.encode(pixels(reference.image_size))
+        )
         self._labels, self._rows = self._left_out_labels(self._reference)
         self.count = len(self._rows)
         self.note = ""
@@ -85,15 +97,15 @@ class Judge:
 
     def seconds(self, ms: float) -> float:
         """How long judging takes, at so many milliseconds an image."""
-        return ms * len(self._pixels) / 1e3
+        return ms * len(self._classes) / 1e3
 
-    def __call__(self, encoder: Encoder, precision: str) -> tuple[dict[str, Any], str]:
+    def __call__(self, encoder: Encoder, precision: str, fewer_tokens: bool = False) -> tuple[dict[str, Any], str]:
         """The facts of an EngineCandidate, and why it is rejected; "" if it is not.
 
         Another runtime of the same fp32 engine gives the same embeddings up to rounding, so a few pictures are enough.
         """
         same = encoder.fingerprint == self._fingerprint and precision == "fp32"
-        pixels = self._pixels[: _COMPARED if same else None]
+        pixels = self._pixels(encoder.image_size)[: _COMPARED if same else None]
         if not len(pixels):
             return {}, "" if same else "there are no support images to judge it on"
         embeddings, reference = encoder.encode(pixels), self._reference[: len(pixels)]
@@ -102,7 +114,7 @@ class Judge:
         right, expected = ((each == self._classes)[self._rows] for each in (labels, self._labels))
         if self.count:
             facts |= {"agreement": float((labels == self._labels)[self._rows].mean()), "accuracy": float(right.mean())}
-        return facts, rejection(expected, right, facts["cosines"], self._tolerance)
+        return facts, rejection(expected, right, facts["cosines"], self._tolerance, fewer_tokens)
 
     def _left_out_labels(self, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
         """The label (N,) of each image by the fitted method without the image, keys and queries being `embeddings`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.candidates import CandidateBuilder, list_candidates
+from iosr_fast.export.candidates import CandidateBuilder, Tokens, list_candidates, with_fewer_tokens
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.state.engine_choice import LEVEL, EngineCandidate, EngineChoice, Objective, Verdict, best_of
 from iosr_fast.state.engine_judge import CALIBRATED, JUDGED, Judge, evenly, sample_rows, time_encoders
@@ -28,12 +29,13 @@ _MEASURES = {"latency": "ms_one", "throughput": "ms_batch", "size": "bytes"}
 @dataclass(frozen=True)
 class OptimizeOptions:
     """What to optimize, and how many points of accuracy it may cost; `runtime` and `precision` restrict the
-    candidates."""
+    candidates. With `tokens`, engines with fewer tokens are candidates, too."""
 
     objective: Objective = "latency"
     tolerance: float = 0.5
     runtime: str = "auto"
     precision: str = "auto"
+    tokens: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class _Row:
     verdict: Verdict | None = None
     reason: str = ""
     encoder: Encoder | None = None
+    tokens: Tokens | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def end(self, verdict: Verdict, reason: str = "") -> None:
@@ -70,6 +73,7 @@ class _Row:
 
     def entry(self) -> EngineCandidate:
         names: dict[str, Any] = {"runtime": self.runtime, "precision": self.precision, "verdict": self.verdict}
+        names["tokens"] = self.tokens
         return EngineCandidate(**names, reason=self.reason, **self.facts)
 
 
@@ -89,7 +93,14 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
         raise IosrFastError("expected an encoder that was opened from an engine folder, got one without a folder")
     chosen = sample_rows(examples.class_ids, JUDGED)
     size = clip.encoder.image_size
-    pixels = to_pixels([images[i] for i in chosen], size, fit.views.exif_orientation)
+    if options.tokens and clip.loaded is None:
+        raise IosrFastError("engines with fewer tokens are exported from the CLIP: name it by pretrained")
+
+    @functools.cache
+    def pixels_of(side: int) -> np.ndarray:
+        return to_pixels([images[i] for i in chosen], side, fit.views.exif_orientation)
+
+    pixels = pixels_of(size)
     calibration = pixels[evenly(len(pixels), CALIBRATED)]
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.state.needs_adapted)
     try:
@@ -103,17 +114,21 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
             )
         restricted = options.runtime, options.precision
         listed = list_candidates(builder.engine, len(pixels), *restricted, clip.loaded is not None)
-        table = [_Row(one.runtime, one.precision, "left out" if one.left_out else None, one.left_out) for one in listed]
+        if options.tokens:
+            listed += with_fewer_tokens(builder.engine, listed)
+        table = [
+            _Row(one.runtime, one.precision, "left out" if one.left_out else None, one.left_out, None, one.tokens)
+            for one in listed
+        ]
         batch = 8 if clip.encoder.buckets is None else 32
-        timed = pixels if len(pixels) else np.zeros((1, size, size, 3), np.uint8)
-        _measure(table, builder, reference, timed, batch, options.progress)
-        judge = Judge(fit, reference, chosen, pixels, options.tolerance)
+        _measure(table, builder, reference, batch, options.progress)
+        judge = Judge(fit, reference, chosen, pixels_of, options.tolerance)
         best = _choose(table, judge, options)
         if best is None:
             best = _Row(reference.runtime, builder.engine.manifest["precision"], encoder=reference)
             table.append(best)
         assert best.encoder is not None
-        encoder, folder = builder.keep(best.runtime, best.precision, best.encoder)
+        encoder, folder = builder.keep(best.runtime, best.precision, best.encoder, best.tokens)
     except BaseException:
         builder.close()
         raise
@@ -133,17 +148,15 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     return replace(clip, encoder=encoder, engine=folder), choice
 
 
-def _measure(
-    table: list[_Row], builder: CandidateBuilder, current: Encoder, pixels: np.ndarray, batch: int, shown: bool
-) -> None:
+def _measure(table: list[_Row], builder: CandidateBuilder, current: Encoder, batch: int, shown: bool) -> None:
     """Build, open and time the candidates that are not left out."""
     present = (current.runtime, builder.engine.manifest["precision"])
     for row in table:
         if row.verdict is None:
             with bar(f"build {row.runtime} {row.precision}", None, shown=shown):
                 try:
-                    there = (row.runtime, row.precision) == present
-                    row.encoder = current if there else builder.open(row.runtime, row.precision)
+                    there = (row.runtime, row.precision) == present and not row.tokens
+                    row.encoder = current if there else builder.open(row.runtime, row.precision, row.tokens)
                     row.encoder.warm((1, batch))
                 except ArithmeticError as error:
                     row.end("rejected", str(error))
@@ -151,7 +164,7 @@ def _measure(
                     row.end("failed", str(error))
     with bar("time the engines", None, shown=shown):
         encoders = {i: row.encoder for i, row in enumerate(table) if row.encoder is not None}
-        for i, (one, many) in time_encoders(encoders, pixels, batch).items():
+        for i, (one, many) in time_encoders(encoders, batch).items():
             source = encoders[i].source
             assert source is not None
             size = sum(file.size for file in source.files.values())
@@ -170,7 +183,7 @@ def _choose(table: list[_Row], judge: Judge, options: OptimizeOptions) -> _Row |
                 row.end("not judged", "it is no better than the choice")
                 continue
             try:
-                facts, reason = judge(row.encoder, row.precision)
+                facts, reason = judge(row.encoder, row.precision, bool(row.tokens))
             except Exception as error:
                 row.end("failed", str(error))
                 continue
@@ -182,7 +195,7 @@ def _choose(table: list[_Row], judge: Judge, options: OptimizeOptions) -> _Row |
     if not accepted:
         return None
     values, ties = ([row.facts[name] for row in accepted] for name in (measure, "ms_one"))
-    best = accepted[best_of(values, [row.precision for row in accepted], ties)]
+    best = accepted[best_of(values, [row.precision for row in accepted], ties, [bool(row.tokens) for row in accepted])]
     for row in accepted:
         if row is not best:
             level = row.facts[measure] <= best.facts[measure] * (1 + LEVEL) and row.precision != best.precision

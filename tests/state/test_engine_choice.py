@@ -55,6 +55,15 @@ def test_cosines_reject_whatever_the_accuracy() -> None:
     assert rejection(nothing, nothing, GOOD, 0.5) == ""
 
 
+def test_fewer_tokens_are_judged_by_accuracy_alone() -> None:
+    far = {"plain": (0.8, 0.9)}
+    assert rejection(*flips(400, 2, 0), far, 0.5, fewer_tokens=True) == ""
+    assert "with fewer tokens any loss above 0.5 points" in rejection(*flips(40, 1, 0), far, 0.5, fewer_tokens=True)
+    nothing = np.zeros(0, bool)
+    assert "was not compared" in rejection(nothing, nothing, GOOD, 0.5, fewer_tokens=True)
+    assert best_of([10.0, 9.8], ["int8", "fp32"], [1.0, 1.0], [False, True]) == 0
+
+
 def test_the_sign_test_is_exact() -> None:
     assert sign_test(0, 0) == 1.0 and sign_test(0, 5) == 1.0 and sign_test(5, 0) == 2.0**-5
     rng = np.random.default_rng(0)

@@ -71,13 +71,13 @@ def run(
         def __init__(self, engine: Any, *_: Any) -> None:
             self.engine = engine
 
-        def open(self, *name: str) -> Any:
-            one = candidates[name][0]
+        def open(self, runtime: str, precision: str, tokens: Any = None) -> Any:
+            one = candidates[runtime, precision][0]
             if isinstance(one, Exception):
                 raise one
             return one
 
-        def keep(self, runtime: str, precision: str, encoder: Any) -> Any:
+        def keep(self, runtime: str, precision: str, encoder: Any, tokens: Any = None) -> Any:
             return encoder, self.engine.folder
 
         def close(self) -> None:
