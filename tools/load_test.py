@@ -176,7 +176,8 @@ async def _measure(
                 row, last = await server.alongside(changes)
                 server.stop()
             report["churn"] = row
-            row["rebuilt"] = is_rebuilt(bundle, log, row["last_version"], queries, last, threads)
+            layout = Settings(engine_threads=threads).engine_layout
+            row["rebuilt"] = is_rebuilt(bundle, log, row["last_version"], queries, last, layout)
     if batch is not None:
         seconds = min(load.seconds, _THROUGHPUT_S)
         with ServerProcess(bundle, *options, "--max-batch", str(batch)) as server:

@@ -174,9 +174,12 @@ def is_torn(top: int, content: tuple[Any, ...], versions: dict[int, Classes]) ->
     return not known or len(set(ids)) != min(top, len(classes)) or len(ids) != len(set(ids))
 
 
-def is_rebuilt(bundle: Path, log: Path, version: int, queries: Queries, last: list[Any], threads: int) -> bool:
+def is_rebuilt(
+    bundle: Path, log: Path, version: int, queries: Queries, last: list[Any], layout: tuple[int, int]
+) -> bool:
     """Whether bundle and log restore a classifier of that version with the same answers, to the last bit."""
-    classifier = Classifier.load(bundle, threads=threads)  # rounding depends on the number of threads
+    runs, threads = layout  # of the server's encoder: rounding depends on them
+    classifier = Classifier.load(bundle, threads=threads, runs=runs)
     classifier.open_log(log)
     try:
         if classifier.version != version or not last or None in last:
