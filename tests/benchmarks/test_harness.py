@@ -197,6 +197,7 @@ def test_the_score_benchmark_runs_from_the_command_line(tmp_path: Path) -> None:
     narrow = {f"cpp/{simd}:{precision}" for precision in ("fp16", "bf16", "int8")}
     assert {row["impl"] for row in made} == {
         "numpy",
+        "score()",
         f"cpp/{simd}",
         "torch/cpu",
         "papers-formula",

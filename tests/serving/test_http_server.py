@@ -280,7 +280,7 @@ def test_freed_memory_is_kept_where_the_c_library_is_glibc(monkeypatch: pytest.M
 
 def test_batches_and_threads_suit_the_engine() -> None:
     classifier = Classifier.load(bundle(), threads=1)
-    assert classifier.encoder._session.get_session_options().intra_op_num_threads == 1
+    assert classifier.encoder.threads == 1
     assert Settings().batch_for(classifier.encoder) == 8 and Settings(max_batch=5).batch_for(classifier.encoder) == 5
     classifier.encoder.buckets = (1, 32)  # as an engine on a GPU has them
     assert Settings().batch_for(classifier.encoder) == classifier.encoder.max_batch == 32
