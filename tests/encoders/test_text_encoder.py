@@ -323,7 +323,7 @@ def test_wrong_tokens_and_wrong_embeddings_are_not_left_behind(
         with pytest.raises(ValueError, match=rf"{TOKENIZER_FILE} to encode .* as open_clip's \[49406, .*, got \["):
             export_text(demo, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    scale(model, "ln_final.bias", 3.0)
+    scale(model, "ln_final.bias", 1.1)
     with pytest.raises(ArithmeticError, match=r"embeddings by text\.onnx in fp32 are wrong: expected error <= 0\.0001"):
         export_text(demo, tmp_path)
     assert list(tmp_path.iterdir()) == []
