@@ -29,7 +29,7 @@ from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, load_clip
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, PLAIN_FILE, WEIGHTS
 from iosr_fast.export.pretrained import DEMO_ADAPTER
 from iosr_fast.utils.machine import usable_threads
-from iosr_fast.utils.manifest import MANIFEST, write_manifest
+from iosr_fast.utils.manifest import MANIFEST, OWN_FIELDS, write_manifest
 
 RIVALS = ("onnxruntime", "weights-in-graph", "open-clip")
 CHILD = Path(__file__).with_name("cold_process.py")
@@ -163,7 +163,7 @@ def copy_bundle(bundle: Path, out: Path, change: Callable[[Path], None]) -> None
     for folder, kind in ((out / "engine", "engine"), (out, "classifier")):
         facts = json.loads((folder / MANIFEST).read_bytes())
         (folder / MANIFEST).unlink()
-        fields = {name: value for name, value in facts.items() if name not in ("schema", "kind", "files", "checksum")}
+        fields = {name: value for name, value in facts.items() if name not in OWN_FIELDS}
         write_manifest(folder, kind, fields)
 
 

@@ -84,14 +84,13 @@ def build_engine(
 
 def real_pictures(size: int) -> np.ndarray:
     """Some of the demo's pictures at the model's size: uint8 (N, size, size, 3)."""
-    import numpy as np
-
     from iosr_fast.clip.demo.pictures import load_pictures
+    from iosr_fast.export.calibration import evenly
     from iosr_fast.export.export_check import CHECKED_PICTURES
     from iosr_fast.images.preprocess import to_pixels
 
     images = load_pictures("held-out").images
-    return to_pixels(images[np.linspace(0, len(images) - 1, CHECKED_PICTURES).astype(int)], size)
+    return to_pixels(evenly(images, CHECKED_PICTURES), size)
 
 
 def describe(manifest: dict[str, Any], out: Path) -> None:

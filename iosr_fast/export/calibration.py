@@ -32,15 +32,16 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
             )
         from iosr_fast.clip.demo.pictures import load_pictures
 
-        return _evenly(load_pictures("generic").images, count)
+        return evenly(load_pictures("generic").images, count)
     paths = list_images(folder).paths
     if not paths:
         raise IosrFastError(
             f"expected pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none"
         )
-    return to_pixels(_evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)
+    return to_pixels(evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)
 
 
-def _evenly(items: np.ndarray, count: int) -> np.ndarray:
+def evenly(items: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of `items`, evenly spaced from the first to the last, each once."""
     chosen: np.ndarray = items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))]
     return chosen

@@ -27,11 +27,10 @@ from iosr_fast.export.export_check import checked_pictures
 from iosr_fast.export.plain_graph import write_plain_graph
 from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
-from iosr_fast.utils.manifest import write_manifest
+from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 EXPORT_VERSION = 1  # increases when the same weights give other embeddings
-_SEALED = ("schema", "kind", "files", "checksum")  # of a manifest: what write_manifest adds
 
 
 def fingerprint_of(
@@ -84,7 +83,7 @@ def convert_engine(
             f"the CLIP: iosr-fast build-engine --precision {precision} --runtime {runtime}"
         )
     quantised = quantised_by(engine.image_size, runtime, precision, calibration)
-    facts = {name: value for name, value in manifest.items() if name not in (*_SEALED, "quantised")} | {
+    facts = {name: value for name, value in manifest.items() if name not in (*OWN_FIELDS, "quantised")} | {
         "runtime": runtime,
         "precision": precision,
         "fingerprint": fingerprint_of(
@@ -155,5 +154,5 @@ def write_plan(folder: Path, facts: dict[str, Any], runtime: str) -> BatchedEnco
 
 def device_of(runtime: str) -> str:
     """What an engine for `runtime` is built on: the GPU, or for a CPU runtime the processor."""
-    gpu = None if runtime in ("onnxruntime", "openvino") else this_gpu()
+    gpu = None if runtime in ONNX_RUNTIMES else this_gpu()
     return cpu_model() if gpu is None else gpu.name

@@ -26,7 +26,7 @@ from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.onnx_export import OPSET, export_onnx
 from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.machine import package_version
-from iosr_fast.utils.manifest import write_manifest
+from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
             f"expected one of {sorted(EXTRAS)} and an engine with {ONNX_FILE} to add a plan, got {runtime!r} and an "
             f"engine with {sorted(manifest['files'])}"
         )
-    facts = {name: value for name, value in manifest.items() if name not in ("schema", "kind", "files", "checksum")}
+    facts = {name: value for name, value in manifest.items() if name not in OWN_FIELDS}
     with new_folder(engine) as folder:
         for name in source.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

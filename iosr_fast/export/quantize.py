@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export.calibration import evenly
 from iosr_fast.export.onnx_files import save_onnx
 from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, QuantisedGroup
 from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float
@@ -82,7 +83,7 @@ def quantize_onnx(
         exempt[0] = "the patch projection"
     measured = [i for i in range(len(groups)) if i not in exempt]
     activations = graph.activations(
-        [groups[i].tensor for i in measured], _evenly(pictures, RANGE_PIXELS // pictures[0, :, :, 0].size)
+        [groups[i].tensor for i in measured], evenly(pictures, RANGE_PIXELS // pictures[0, :, :, 0].size)
     )
     attempts: list[QuantisedGroup | None] = [None] * len(groups)
     reasons = dict(exempt)
@@ -92,7 +93,7 @@ def quantize_onnx(
             attempts[i] = attempt
         else:
             reasons[i] = f"its squared error would be {attempt.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
-    encoder = GatedEncoder(_open(source, pictures), attempts, _evenly(pictures, JUDGED_PICTURES))
+    encoder = GatedEncoder(_open(source, pictures), attempts, evenly(pictures, JUDGED_PICTURES))
     work = [
         activations[group.tensor].rows.shape[0] * group.weight.size if i in measured else 0
         for i, group in enumerate(groups)
@@ -141,10 +142,6 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
             f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess resizes them"
         )
     return EncoderGraph(model)
-
-
-def _evenly(pictures: np.ndarray, count: int) -> np.ndarray:
-    return pictures[np.unique(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int))]
 
 
 def _quantise(group: Group, measured: Activation, kind: Kind, scheme: Scheme, dtype: Any) -> QuantisedGroup:

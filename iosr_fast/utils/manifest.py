@@ -14,6 +14,7 @@ from iosr_fast.utils.files import recover
 from iosr_fast.utils.temporaries import MANIFEST as MANIFEST
 
 SCHEMA = 2
+OWN_FIELDS = ("schema", "kind", "files", "checksum")  # those that write_manifest adds to the facts
 LARGEST_MANIFEST = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 _REBUILD = {"engine": "iosr-fast build-engine builds it again", "classifier": "fit and save it again"}

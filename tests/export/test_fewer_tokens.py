@@ -1,4 +1,4 @@
-"""Engines with fewer tokens: recorded, told apart by their fingerprint, converted, and fitted like any other."""
+"""Engines with fewer tokens: recorded, distinguished by their fingerprint, converted, and fitted like any other."""
 
 from __future__ import annotations
 

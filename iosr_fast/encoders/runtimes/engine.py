@@ -174,8 +174,8 @@ def check_engine(source: VerifiedFolder) -> EngineManifest:
 def has_plain_form(manifest: dict[str, Any], runtime: str) -> bool:
     """Whether an engine can compute the plain embedding alone in this runtime.
 
-    An engine without an adapter computes nothing else. A plan of TensorRT has both streams, and so has an ONNX file of
-    iosr_fast 0.2 or before.
+    An engine without an adapter computes nothing else. A plan of TensorRT has both streams, and so has an engine that
+    was built before there was a plain form.
     """
     if manifest["first_adapted_block"] is None:
         return False
