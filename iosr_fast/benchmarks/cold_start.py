@@ -133,9 +133,10 @@ def make_bundle(model: str, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from iosr_fast.clip.adapter import save_adapter
+    from iosr_fast.clip.vision_tower import vision_tower
 
     clip = load_clip(model, "none")
-    adapter = random_adapter(clip, 2 * len(clip.model.visual.transformer.resblocks) // 3)
+    adapter = random_adapter(clip, 2 * len(vision_tower(clip.model.visual, model).blocks) // 3)
     save_file(clip.model.state_dict(), folder / "clip.safetensors")
     save_adapter(adapter, folder / "adapter.safetensors")
     write_engine(clip, adapter, folder / "engine", "onnxruntime")

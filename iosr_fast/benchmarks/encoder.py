@@ -38,6 +38,7 @@ from iosr_fast.benchmarks.precision import pictures_of
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.vision_tower import vision_tower
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.export import random_adapter
 from iosr_fast.export.export_check import MIN_COSINES
@@ -64,7 +65,7 @@ def run(
     threads = threads or usable_threads()
     batch = batch or (64 if model == "demo" else 8)
     clip = load_clip(model, None if model == "demo" else "none")
-    blocks = len(clip.model.visual.transformer.resblocks)
+    blocks = len(vision_tower(clip.model.visual, model).blocks)
     first_blocks = tuple(first_adapted_blocks or FIRST_BLOCKS.get(blocks, (0, 2 * blocks // 3)))
     late = [s for s in RIVALS_AT.get(blocks, first_blocks) if s in first_blocks]
     calibration, judged = pictures_of(clip)

@@ -21,7 +21,9 @@ from torch import nn
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.tower_open_clip import OpenClipBlock
 from iosr_fast.clip.two_pass import TwoPasses
+from iosr_fast.clip.vision_tower import vision_tower
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.onnx_export import export_onnx, to_onnx
 from iosr_fast.export.onnx_files import save_onnx
@@ -33,24 +35,30 @@ Embed = Callable[[], tuple[np.ndarray, ...]]
 class Pass(nn.Module):
     """One literal pass: uint8 (B, S, S, 3) -> (B, D), L2-normalised, nothing shared or left out. What rivals compile.
 
-    Preprocessing is open_clip's. Attention is written with scaled_dot_product_attention, because nn.MultiheadAttention
-    exports a fixed batch; the rest is open_clip's own.
+    Preprocessing is open_clip's. Its attention is written with scaled_dot_product_attention, because
+    nn.MultiheadAttention exports a fixed batch; the rest is open_clip's or timm's own.
     """
 
     def __init__(self, clip: LoadedClip, adapter: Adapter | None) -> None:
         super().__init__()
         self.visual, self.image_size = clip.model.visual, clip.image_size
+        self.tower = vision_tower(self.visual, clip.name)
         self.adapters = {} if adapter is None else dict(adapter.blocks.items())
         self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = self.visual._embeds((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
-        for i, block in enumerate(self.visual.transformer.resblocks):
-            x = x + self._attention(block.attn, block.ln_1(x))
-            update = block.mlp(block.ln_2(x))
+        x = self.tower.embed((pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
+        for i, block in enumerate(self.tower.blocks):
+            x = self._attend(block, x) if isinstance(block, OpenClipBlock) else block.attend(x)
+            update = block.mlp(x)
             x = x + (update + self.adapters[str(i)](x) if str(i) in self.adapters else update)
-        pooled, _ = self.visual._pool(x)
-        return nn.functional.normalize(pooled @ self.visual.proj, dim=-1)
+        return nn.functional.normalize(self.tower.pool(x), dim=-1)
+
+    @staticmethod
+    def _attend(block: OpenClipBlock, x: torch.Tensor) -> torch.Tensor:
+        own = block.block
+        attended: torch.Tensor = x + own.ls_1(Pass._attention(own.attn, own.ln_1(x)))
+        return attended
 
     @staticmethod
     def _attention(attn: Any, x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from iosr_fast.benchmarks import harness
-from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain, init_adapter, vision_blocks
+from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain, init_adapter
 from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export import random_adapter
@@ -55,7 +55,7 @@ class PublicRecipe:
 
     def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # An adapter in block 0 would have its sum with the MLP's output be the first tensor that needs a gradient.
-        mlp = vision_blocks(self.clip)[0].mlp
+        mlp = self.clip.model.visual.transformer.resblocks[0].mlp
         hook = mlp.register_forward_hook(lambda module, inputs, output: output.requires_grad_(self.everywhere))
         try:
             features = encode_adapted(self.clip, self.adapter, self._normalise(pixels))

@@ -123,9 +123,10 @@ def train_adapter(
     torchrun --nproc-per-node 4 -m iosr_fast train-adapter ...
     """
     require_installed("torch", "train")
-    from iosr_fast.clip.adapter import init_adapter, vision_blocks
+    from iosr_fast.clip.adapter import init_adapter
     from iosr_fast.clip.architecture import check_architecture
     from iosr_fast.clip.load import load_clip
+    from iosr_fast.clip.vision_tower import vision_tower
     from iosr_fast.training.adapted_encoder import AdaptedEncoder
     from iosr_fast.training.dino import local_size
     from iosr_fast.training.presets import PRESETS
@@ -137,9 +138,10 @@ def train_adapter(
     check_out(out)
     check_architecture(model)
     clip = load_clip(model, pretrained)
+    blocks = len(vision_tower(clip.model.visual, clip.name).blocks)
     adapter = init_adapter(
         clip,
-        first_adapted_block=or_default(first_adapted_block, chosen.first_adapted_block(len(vision_blocks(clip)))),
+        first_adapted_block=or_default(first_adapted_block, chosen.first_adapted_block(blocks)),
         bottleneck=or_default(bottleneck, chosen.bottleneck),
         scale=or_default(scale, chosen.scale),
         seed=seed,

@@ -1,6 +1,6 @@
 """The bottleneck adapter of Kravets & Namboodiri (BMVC 2024), its files, and the literal encoding with it.
 
-In each adapted block, beside the MLP and on the residual stream after attention (the input of ln_2):
+In each adapted block, beside the MLP and on the residual stream after attention, in every family of encoders:
 
     x <- x + mlp(ln_2(x)) + scale * up_proj(relu(down_proj(x)))
 """
@@ -22,6 +22,8 @@ require_installed("torch", "cpu")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
+
+from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,6 @@ class Adapter(nn.Module):
         return digest.hexdigest()
 
 
-def vision_blocks(clip: LoadedClip) -> Any:
-    """The transformer blocks of the image encoder. Raises ValueError for an encoder without them."""
-    blocks = getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
-    if blocks is None:
-        raise IosrFastError(
-            f"{clip.name} has a {type(clip.model.visual).__name__} image encoder; the adapter needs open_clip's "
-            "VisionTransformer (ViT-B-32, ViT-B-16, ViT-L-14, ViT-L-14-336 and similar models)"
-        )
-    return blocks
-
-
 def init_adapter(
     clip: LoadedClip,
     first_adapted_block: int = 0,
@@ -108,12 +99,12 @@ def init_adapter(
     **more: Any,
 ) -> Adapter:
     """A new adapter for `clip`. It changes no embedding before training, because up_proj is zero."""
-    blocks = vision_blocks(clip)
+    tower = vision_tower(clip.model.visual, clip.name)
     config = AdapterConfig(
         clip_fingerprint=clip.fingerprint,
         clip_name=clip.name,
-        width=blocks[0].ln_2.normalized_shape[0],
-        blocks=len(blocks),
+        width=tower.width,
+        blocks=len(tower.blocks),
         first_adapted_block=first_adapted_block,
         bottleneck=bottleneck,
         scale=scale,
@@ -187,14 +178,13 @@ def encode_adapted(clip: LoadedClip, adapter: Adapter, pixels: torch.Tensor) -> 
 
 
 def adapted_pass(visual: Any, adapter: Adapter, pixels: torch.Tensor) -> torch.Tensor:
-    """`encode_adapted` of an open_clip VisionTransformer."""
-    x = visual._embeds(pixels)
-    for i, block in enumerate(visual.transformer.resblocks):
-        x = x + block.ls_1(block.attention(block.ln_1(x)))
-        update = block.ls_2(block.mlp(block.ln_2(x)))
+    """`encode_adapted` of an image encoder, a vision transformer of open_clip or timm (`vision_tower`)."""
+    tower = vision_tower(visual)
+    x = tower.embed(pixels)
+    for i, block in enumerate(tower.blocks):
+        x = block.attend(x)
+        update = block.mlp(x)
         if str(i) in adapter.blocks:
             update = update + adapter.blocks[str(i)](x)
         x = x + update
-    pooled, _ = visual._pool(x)
-    projected: torch.Tensor = pooled @ visual.proj if visual.proj is not None else pooled
-    return projected
+    return tower.pool(x)

@@ -14,7 +14,7 @@ _CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "
 # timm's names of the vision transformers that `fuse` reads, and the family of each.
 _TIMM_FAMILIES = {
     r"vit_\w+_siglip_\d+": "siglip",
-    r"vit_\w+_clip_\d+": "vit",
+    r"vit_\w+_(clip|gap)_\d+": "vit",
     r"vit_base_mci_\d+": "mobileclip-b",
     r"vit_pe_core_\w+": "pe-core",
     r"eva_giant_\w+": "eva",
@@ -71,7 +71,7 @@ def _refusals(vision: Mapping[str, Any]) -> dict[str, bool]:
     if vision.get("timm_model_name"):
         pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
         return {
-            f"{pool!r} pooling; expected 'token', 'avg' or 'map'": pool not in ("token", "avg", "map"),
+            f"{pool!r} pooling; expected 'token', 'avg', 'map' or timm's own": pool not in ("token", "avg", "map", ""),
             f"{projection!r} projection; expected a linear one or none": projection == "mlp",
         }
     custom = [option for option in _CUSTOM if vision.get(option)]

@@ -34,7 +34,7 @@ class TwoPasses(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        x = x.to(self.visual.conv1.weight.dtype)
+        x = x.to(next(self.visual.parameters()).dtype)
         features = [self.visual(x)]
         if self.adapter is not None:
             features.append(adapted_pass(self.visual, self.adapter, x))

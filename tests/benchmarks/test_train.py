@@ -52,11 +52,11 @@ def test_public_recipe_trains_what_ours_trains() -> None:
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_the_public_recipe_differentiates_all_blocks_and_the_pruned_one_does_not(everywhere: bool) -> None:
     """Adapters begin in block 4 of 6: the gradient passes block 1 only in the public code's way."""
-    from iosr_fast.clip.adapter import init_adapter, vision_blocks
+    from iosr_fast.clip.adapter import init_adapter
 
     clip = load_clip("demo")
     passed: list[int] = []
-    blocks = vision_blocks(clip)
+    blocks = clip.model.visual.transformer.resblocks
     hooks = [
         blocks[i].attn.register_full_backward_hook(lambda module, into, out, i=i: passed.append(i)) for i in (0, 1, 5)
     ]

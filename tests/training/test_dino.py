@@ -125,8 +125,8 @@ def test_local_crops_go_by_patches(clip: LoadedClip) -> None:
 
 def test_positions_are_resampled_for_crops_and_left_alone_at_the_own_size(clip: LoadedClip) -> None:
     encoder = AdaptedEncoder(clip, 4)
-    torch.testing.assert_close(encoder._positions(8), clip.model.visual.positional_embedding, atol=1e-5, rtol=1e-5)
-    halved = encoder._positions(4)
+    torch.testing.assert_close(encoder.tower.positions(8), clip.model.visual.positional_embedding, atol=1e-5, rtol=1e-5)
+    halved = encoder.tower.positions(4)
     assert halved.shape == (17, 128)
     torch.testing.assert_close(halved[0], clip.model.visual.positional_embedding[0])
     grid = clip.model.visual.positional_embedding[1:].reshape(8, 8, -1)

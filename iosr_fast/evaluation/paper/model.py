@@ -72,10 +72,10 @@ def load_model(name: str, pretrained: str | Path | None, adapter: str | Path | N
 
 def has_transformer(clip: LoadedClip) -> bool:
     """Whether the dual encoder can be built: ResNets (RN50, of which most published figures are) have no blocks."""
-    from iosr_fast.clip.adapter import vision_blocks
+    from iosr_fast.clip.vision_tower import vision_tower
 
     try:
-        vision_blocks(clip)
+        vision_tower(clip.model.visual)
     except ValueError:
         return False
     return True
