@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from iosr_fast.clip.architecture import downloading
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
+from iosr_fast.clip.load_tokenizer import load_tokenizer
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
@@ -76,23 +77,22 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
             f"expected weights for {name}, got none: give pretrained= one of {tags}, a .safetensors or .pt file, or "
             "'none'"
         )
+    if str(pretrained) not in ("none", *tags) and not Path(pretrained).is_file():
+        if Path(pretrained).suffix:
+            raise FileNotFoundError(f"expected a file of weights at {pretrained}, found none")
+        raise IosrFastError(
+            f"{name} has no pretrained tag {str(pretrained)!r}: expected one of {tags}, a file, or 'none'"
+        )
     with _quiet_open_clip():
+        tokenizer = load_tokenizer(name, open_clip.get_model_config(name))
         if str(pretrained) == "none":
             model = _random_model(open_clip, name)
         elif str(pretrained) in tags:
             quick = bool(open_clip.get_pretrained_cfg(name, str(pretrained)).get("quick_gelu"))
             with downloading(name, f"the weights {str(pretrained)!r}"):
                 model = open_clip.create_model(name, pretrained=str(pretrained), force_quick_gelu=quick)
-        elif Path(pretrained).is_file():
-            model = _model_from_file(open_clip, name, Path(pretrained))
-        elif Path(pretrained).suffix:
-            raise FileNotFoundError(f"expected a file of weights at {pretrained}, found none")
         else:
-            raise IosrFastError(
-                f"{name} has no pretrained tag {str(pretrained)!r}: expected one of {tags}, a file, or 'none'"
-            )
-        with downloading(name, "the tokenizer"):
-            tokenizer = open_clip.get_tokenizer(name)
+            model = _model_from_file(open_clip, name, Path(pretrained))
     model = model.float().eval().requires_grad_(False)
     size = model.visual.image_size
     size = size if isinstance(size, int) else size[0]
