@@ -24,7 +24,8 @@ from torch import nn
 from iosr_fast.benchmarks import harness
 from iosr_fast.benchmarks.ceilings import Ceilings
 from iosr_fast.benchmarks.devices import Device
-from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision
+from iosr_fast.clip.dual_config import DualEncoderConfig, Precision
+from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.load import load_clip
 from iosr_fast.clip.two_pass import TwoPasses, two_passes
@@ -115,7 +116,7 @@ def random_state(config: DualEncoderConfig) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name, value in DualEncoder.from_config(asdict(config)).state_dict().items():
         kind = name.split(".")[-2] if "." in name else name
-        if kind.startswith("ln_"):
+        if kind.startswith("ln"):
             state[name] = torch.full(value.shape, float(name.endswith("weight")))
             continue
         scale = 0.02 if value.ndim < 2 or kind == "position" else value.shape[-1] ** -0.5
@@ -127,19 +128,29 @@ def random_state(config: DualEncoderConfig) -> dict[str, torch.Tensor]:
 
 def fused_flops(config: DualEncoderConfig, batch: int) -> float:
     """FLOP of the GEMMs that the fused encoder does, attention included."""
-    tokens, width, hidden = config.patches_per_side**2 + 1, config.width, config.mlp_width
+    tokens, width = config.tokens, config.width
     first = config.blocks if config.first_adapted_block is None else config.first_adapted_block
     adapter = 2 * width * (config.bottleneck or 0)
-    macs = 3.0 * config.patch_size**2 * width * (tokens - 1)
+    mlp = (3 if config.activation == "swiglu" else 2) * width * config.mlp_width
+    macs, inputs, side = 0.0, 3, config.image_size
+    for kernel, outputs in zip(config.kernels, [*(outputs for _, outputs in config.stem), width], strict=True):
+        side //= kernel
+        macs += side**2 * kernel**2 * inputs * outputs
+        inputs = outputs
     for i in range(config.blocks):
         streams = 2 if i > first else 1
         adapted = adapter if i >= first else 0
-        if i < config.blocks - 1:
-            block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden
-            macs += streams * block + adapted * tokens
-        else:  # the CLS token only: q, W_k' q, scores, mix, W_v, out-projection, MLP
-            macs += streams * (4 * width**2 + 2 * config.heads * tokens * width + 2 * width * hidden) + adapted
-    macs += (2 if first < config.blocks else 1) * width * config.embedding_width
+        if i < config.blocks - 1 or config.pool != "cls":
+            macs += streams * tokens * (4 * width**2 + 2 * tokens * width + mlp) + adapted * tokens
+            continue
+        # The CLS token only: q, W_k' q, scores, mix, W_v, out-projection, MLP; rotated keys are those of all tokens.
+        keys = tokens * width**2 + tokens * width if config.rotary else width**2 + config.heads * tokens * width
+        macs += streams * (3 * width**2 + keys + config.heads * tokens * width + mlp) + adapted
+    pool = 0
+    if config.pool == "map":  # scores, mix, W_v, out-projection, MLP
+        pool = 2 * config.pool_heads * tokens * width + 2 * width**2 + 2 * width * config.pool_mlp_width
+    projection = width * config.embedding_width if config.proj else 0
+    macs += (2 if first < config.blocks else 1) * (pool + projection)
     return 2.0 * macs * batch
 
 

@@ -10,7 +10,7 @@ import torch
 from iosr_fast.benchmarks import encoder_gpu, score
 from iosr_fast.benchmarks.ceilings import exact_products
 from iosr_fast.benchmarks.devices import Device
-from iosr_fast.clip.dual_encoder import Precision
+from iosr_fast.clip.dual_config import Precision
 from iosr_fast.scoring import dispatch
 
 MODELS = ("demo", "ViT-B-16")

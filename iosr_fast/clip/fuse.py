@@ -1,4 +1,4 @@
-"""From an open_clip image encoder and an adapter to a dual encoder; an encoder that can't be fused is refused."""
+"""From an image encoder and an adapter to a dual encoder; an encoder that can't be fused is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from iosr_fast.clip.adapter import Adapter, check_belongs  # noqa: E402
-from iosr_fast.clip.architecture import not_a_vision_transformer, refuse_fusing  # noqa: E402
-from iosr_fast.clip.dual_encoder import DualEncoder, DualEncoderConfig, Precision  # noqa: E402
+from iosr_fast.clip.architecture import refuse_fusing  # noqa: E402
+from iosr_fast.clip.dual_config import DualEncoderConfig, Precision  # noqa: E402
+from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
+from iosr_fast.clip.tower import Affine, AttentionPoolParts, BlockParts, MlpParts, TowerParts  # noqa: E402
+from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
@@ -25,132 +28,232 @@ State = dict[str, torch.Tensor]
 
 def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision, merged: int = 0) -> DualEncoderConfig:
     """The shapes of the dual encoder for this CLIP. Raises ValueError for an image encoder that can't be fused."""
-    visual = clip.model.visual
-    _check_fusible(clip.name, visual)
-    blocks, norms = visual.transformer.resblocks, [m for m in visual.modules() if isinstance(m, nn.LayerNorm)]
-    if len({norm.eps for norm in norms}) != 1 or any(norm.weight is None or norm.bias is None for norm in norms):
-        raise IosrFastError(f"{clip.name}: expected LayerNorms with weight, bias and one eps throughout")
+    tower = vision_tower(clip.model.visual, clip.name)
+    refuse_fusing(clip.name, tower.refusals())
+    parts = tower.parts()
+    block, pool = parts.blocks[0], parts.attention_pool
+    activation = _activation(clip.name, block.mlp)
+    refuse_fusing(
+        clip.name,
+        {
+            "another activation in its stem than in its MLPs": len(parts.stem) > 1 and activation != "gelu",
+            "another MLP in its attention pool than in its blocks": pool is not None
+            and (_activation(clip.name, pool.mlp) != activation or (pool.mlp.norm or block.mlp.norm) is not None),
+        },
+    )
+    if merged and parts.rotary is not None:
+        raise IosrFastError(
+            f"{clip.name} has rotary positions, which a mean of several tokens has not; expected merged 0, got {merged}"
+        )
     return DualEncoderConfig(
-        image_size=visual.image_size[0],
-        patch_size=visual.conv1.kernel_size[0],
-        width=visual.conv1.out_channels,
-        blocks=len(blocks),
-        heads=blocks[0].attn.num_heads,
-        mlp_width=blocks[0].mlp.c_fc.out_features,
-        embedding_width=visual.proj.shape[1],
-        activation=_activation(clip.name, blocks[0].mlp.gelu),
-        ln_pre=not isinstance(visual.ln_pre, nn.Identity),
-        eps=norms[0].eps,
+        image_size=tower.image_size[0],
+        patch_size=tower.patch_size,
+        width=tower.width,
+        blocks=len(parts.blocks),
+        heads=tower.heads,
+        mlp_width=len(block.mlp.expand.weight),
+        embedding_width=tower.embedding_width,
+        activation=activation,
+        ln_pre=parts.norm_pre is not None,
+        eps=_eps(clip.name, parts),
         precision=precision,
         first_adapted_block=None if adapter is None else adapter.config.first_adapted_block,
         bottleneck=None if adapter is None else adapter.config.bottleneck,
         merged=merged,
+        prefix=tower.prefix,
+        stem=tuple((conv.weight.shape[-1], len(conv.weight)) for conv in parts.stem[:-1]),
+        rotary=parts.rotary is not None,
+        attention_norm=block.attention_norm is not None,
+        mlp_norm=block.mlp.norm is not None,
+        post_norm=block.post_norm,
+        pool=parts.pool,
+        norm_after_pool=parts.norm_after_pool,
+        pool_heads=0 if pool is None else pool.heads,
+        pool_mlp_width=0 if pool is None else len(pool.mlp.expand.weight),
+        pool_prefix=pool is not None and pool.with_prefix,
+        proj=parts.projection is not None,
+        proj_bias=parts.projection is not None and parts.projection.bias is not None,
     )
 
 
-def _check_fusible(name: str, visual: Any) -> None:
-    kind = type(visual).__name__
-    if kind != "VisionTransformer":
-        raise not_a_vision_transformer(name, kind)
-    (height, width), (patch_height, patch_width) = visual.image_size, visual.patch_size
-    custom = {type(block).__name__ for block in visual.transformer.resblocks} - {"ResidualAttentionBlock"}
-    reasons = {
-        "an attentional pooler; expected the CLS token's output ('tok' pooling)": visual.attn_pool is not None,
-        f"{visual.pool_type!r} pooling; expected 'tok' (the CLS token's output)": visual.pool_type != "tok",
-        f"{'/'.join(sorted(custom))} blocks (query-key norms, cosine attention, scaled heads); expected plain "
-        "ResidualAttentionBlock": bool(custom),
-        f"images of {height}x{width} in patches of {patch_height}x{patch_width}; expected both square": height != width
-        or patch_height != patch_width,
-        "no projection to the embedding width": visual.proj is None,
-    }
-    refuse_fusing(name, reasons)
+def _activation(name: str, mlp: MlpParts) -> Any:
+    """The config's name of an MLP's activation, which open_clip, PyTorch and timm have under several class names."""
+    kind = type(mlp.activation).__name__
+    if getattr(mlp.activation, "approximate", "none") == "tanh":
+        kind = "GELUTanh"
+    known = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+    if mlp.gate is not None:
+        known = {"SiLU": "swiglu"}
+    if kind not in known:
+        gated = "" if mlp.gate is None else " with a gate"
+        raise IosrFastError(f"{name} can't be fused: expected GELU, QuickGELU or SwiGLU in its MLPs, got {kind}{gated}")
+    return known[kind]
 
 
-def _activation(name: str, module: nn.Module) -> Any:
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    if type(module).__name__ == "QuickGELU":
-        return "quick_gelu"
-    raise IosrFastError(f"{name} can't be fused: expected GELU or QuickGELU in its MLPs, got {type(module).__name__}")
+def _eps(name: str, parts: TowerParts) -> float:
+    """The eps of all LayerNorms. Raises ValueError unless they have one, and weights and biases."""
+    norms = [parts.norm, parts.norm_pre, parts.attention_pool and parts.attention_pool.norm]
+    for block in parts.blocks:
+        norms += [block.norm_1, block.norm_2, block.attention_norm, block.mlp.norm]
+    used = [norm for norm in norms if norm is not None]
+    eps = {norm.eps for norm in used if isinstance(norm, nn.LayerNorm) and norm.weight is not None}
+    if len(eps) != 1 or not all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in used):
+        raise IosrFastError(f"{name}: expected LayerNorms with weight, bias and one eps throughout")
+    return float(eps.pop())
 
 
 def fused_state_dict(clip: LoadedClip, adapter: Adapter | None, config: DualEncoderConfig) -> State:
     """The dual encoder's state dict in fp32: preprocessing, scales and biases are folded in float64."""
-    visual = clip.model.visual
+    parts = vision_tower(clip.model.visual, clip.name).parts()
     state: State = {}
-    for name in ("ln_pre", "ln_post"):
-        _copy(state, name, getattr(visual, name))
-    state["proj.weight"] = visual.proj.double().T
-
-    # Pixels p: (p/255 - mean)/std = (256/255 u + 128/255 - mean)/std with u = p/256 - 1/2, computed by the encoder.
-    kernel = visual.conv1.weight.double()
-    mean, std = (torch.tensor(value, dtype=torch.float64).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
-    state["patch_proj.weight"] = (kernel * (256 / 255) / std).permute(0, 2, 3, 1).flatten(1)
-    bias = (kernel * ((128 / 255 - mean) / std)).sum((1, 2, 3))
-    if visual.conv1.bias is not None:
-        bias = bias + visual.conv1.bias.double()
-    position = visual.positional_embedding.double()
-    state["cls_token"] = (visual.class_embedding.double() + position[0]).view(1, 1, -1)
-    state["position"] = position[1:] + bias
-
-    for i, block in enumerate(visual.transformer.resblocks):
-        _fold_block(state, f"blocks.{i}", block, config, last=i == config.blocks - 1)
+    _put_norm(state, "ln_pre", parts.norm_pre)
+    _put_norm(state, "ln_post", parts.norm)
+    _put_embedding(state, parts, clip)
+    if parts.rotary is not None:
+        _put_rotary(state, parts.rotary, parts.half_layout, config.prefix)
+    for i, block in enumerate(parts.blocks):
+        last = config.pool == "cls" and i == config.blocks - 1
+        interleaved = config.rotary and not parts.half_layout
+        _put_block(state, f"blocks.{i}", block, config, last=last, interleaved=interleaved)
         if adapter is not None and str(i) in adapter.blocks:
             part: Any = adapter.blocks[str(i)]
-            _copy(state, f"blocks.{i}.down_proj", part.down_proj)
-            _copy(state, f"blocks.{i}.up_proj", part.up_proj, scale=part.scale)
-    return {key: value.detach().float().contiguous() for key, value in state.items()}
+            _put_affine(state, f"blocks.{i}.down_proj", Affine(part.down_proj.weight, part.down_proj.bias))
+            _put_affine(state, f"blocks.{i}.up_proj", Affine(part.up_proj.weight, part.up_proj.bias), part.scale)
+    if parts.attention_pool is not None:
+        _put_attention_pool(state, parts.attention_pool)
+    if parts.projection is not None:
+        _put(state, "proj.weight", parts.projection.weight)
+        if parts.projection.bias is not None:
+            _put(state, "proj.bias", parts.projection.bias)
+    return state
 
 
-def _fold_block(state: State, prefix: str, block: Any, config: DualEncoderConfig, last: bool) -> None:
-    for name in ("ln_1", "ln_2"):
-        _copy(state, f"{prefix}.{name}", getattr(block, name))
-    _copy(state, f"{prefix}.c_fc", block.mlp.c_fc)
-    _copy(state, f"{prefix}.c_proj", block.mlp.c_proj, scale=_layer_scale(block.ls_2))
-    _copy(state, f"{prefix}.out_proj", block.attn.out_proj, scale=_layer_scale(block.ls_1))
-
-    width, head_width = config.width, config.width // config.heads
-    weights = block.attn.in_proj_weight.double().view(3, width, width)
-    biases = block.attn.in_proj_bias.double().view(3, width)
-    state[f"{prefix}.q_proj.weight"] = weights[0] * head_width**-0.5
-    state[f"{prefix}.q_proj.bias"] = biases[0] * head_width**-0.5
-    if last:
-        state[f"{prefix}.k_weight"] = weights[1].view(config.heads, head_width, width)
-        state[f"{prefix}.v_weight"] = weights[2].view(config.heads, head_width, width).transpose(1, 2)
-        # Attention weights sum to one, so the value biases are added unchanged.
-        state[f"{prefix}.out_proj.bias"] = state[f"{prefix}.out_proj.bias"] + (
-            state[f"{prefix}.out_proj.weight"] @ biases[2]
-        )
-    else:
-        for j, name in enumerate(("k_proj", "v_proj"), start=1):
-            state[f"{prefix}.{name}.weight"], state[f"{prefix}.{name}.bias"] = weights[j], biases[j]
+def _put(state: State, name: str, value: torch.Tensor) -> None:
+    state[name] = value.detach().float().contiguous()
 
 
-def _copy(state: State, prefix: str, module: Any, scale: float | torch.Tensor = 1.0) -> None:
-    """Copy weight and bias of a Linear or LayerNorm, its output multiplied by `scale` (a number, or one per output)."""
-    if isinstance(module, nn.Identity):
+def _put_norm(state: State, prefix: str, norm: nn.Module | None) -> None:
+    if norm is not None:
+        _put(state, f"{prefix}.weight", norm.weight)
+        _put(state, f"{prefix}.bias", norm.bias)
+
+
+def _put_affine(state: State, prefix: str, layer: Affine, scale: float | torch.Tensor = 1.0) -> None:
+    """A layer with its output multiplied by `scale`, a number or one per output; a missing bias is 0."""
+    weight, bias = _doubles(layer)
+    per_row = scale.double().unsqueeze(1) if isinstance(scale, torch.Tensor) else scale
+    _put(state, f"{prefix}.weight", weight * per_row)
+    _put(state, f"{prefix}.bias", bias * scale)
+
+
+def _doubles(layer: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = layer.weight.double()
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
+
+
+def _put_embedding(state: State, parts: TowerParts, clip: LoadedClip) -> None:
+    """The stem's convolutions as products with flattened windows, the last one's bias with the positions."""
+    bias = torch.zeros(())
+    for i, layer in enumerate(parts.stem):
+        kernel, bias = _doubles(layer)
+        if i == 0:
+            # Pixels p: (p/255 - mean)/std = (256/255 u + 128/255 - mean)/std with u = p/256 - 1/2, as the encoder has.
+            mean, std = (torch.tensor(value, dtype=torch.float64).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
+            bias = bias + (kernel * ((128 / 255 - mean) / std)).sum((1, 2, 3))
+            kernel = kernel * (256 / 255) / std
+        weight = kernel.permute(0, 2, 3, 1).flatten(1)
+        if i < len(parts.stem) - 1:
+            _put(state, f"stem.{i}.weight", weight)
+            _put(state, f"stem.{i}.bias", bias)
+        else:
+            _put(state, "patch_proj.weight", weight)
+    _put(state, "position", parts.positions.double() + bias)
+    if len(parts.prefix):
+        _put(state, "cls_token", parts.prefix.double()[None])
+
+
+def _put_rotary(state: State, rotary: tuple[torch.Tensor, torch.Tensor], half_layout: bool, prefix: int) -> None:
+    """Tables for pairs (i, i + d/2); the sine is negative where the first of a pair takes the second."""
+    sin, cos = (table[:, : table.shape[1] // 2] if half_layout else table[:, ::2] for table in rotary)
+    pad = torch.zeros(prefix, 2 * sin.shape[1])
+    _put(state, "rotary_cos", torch.cat([pad + 1, torch.cat([cos, cos], dim=1)]))
+    _put(state, "rotary_sin", torch.cat([pad, torch.cat([-sin, sin], dim=1)]))
+
+
+def _put_block(
+    state: State, prefix: str, block: BlockParts, config: DualEncoderConfig, last: bool, interleaved: bool
+) -> None:
+    _put_norm(state, f"{prefix}.ln_1", block.norm_1)
+    _put_norm(state, f"{prefix}.ln_2", block.norm_2)
+    _put_norm(state, f"{prefix}.ln_attention", block.attention_norm)
+    _put_mlp(state, prefix, block.mlp, block.scale_2)
+    scale = 1.0 if block.scale_1 is None else block.scale_1
+    query, key = block.query, block.key
+    if interleaved:  # products of queries and keys stay the same
+        query, key = (_pairs_apart(layer, config.heads) for layer in (query, key))
+    _put_affine(state, f"{prefix}.q_proj", query, config.head_width**-0.5)
+    if not last or config.rotary:
+        _put_affine(state, f"{prefix}.k_proj", key)
+    if not last:
+        _put_affine(state, f"{prefix}.out_proj", block.out, scale)
+        _put_affine(state, f"{prefix}.v_proj", block.value)
         return
-    per_row = scale.unsqueeze(1) if isinstance(scale, torch.Tensor) else scale
-    state[f"{prefix}.weight"] = module.weight.double() * per_row
-    state[f"{prefix}.bias"] = module.bias.double() * scale
+    value, value_bias = _doubles(block.value)
+    if not config.rotary:  # key biases cancel
+        _put(state, f"{prefix}.k_weight", key.weight.view(config.heads, config.head_width, -1))
+    _put(state, f"{prefix}.v_weight", value.view(config.heads, config.head_width, -1).transpose(1, 2))
+    if config.attention_norm:
+        _put(state, f"{prefix}.v_bias", value_bias)
+        _put_affine(state, f"{prefix}.out_proj", block.out, scale)
+    else:
+        _put_affine(state, f"{prefix}.out_proj", _after_values(block.out, value_bias), scale)
 
 
-def _layer_scale(module: Any) -> float | torch.Tensor:
-    """LayerScale's gamma in float64; 1 for a block without one."""
-    return 1.0 if isinstance(module, nn.Identity) else module.gamma.double()
+def _after_values(out: Affine, value_bias: torch.Tensor) -> Affine:
+    """out_proj with the value biases, which attention adds unchanged, because its weights sum to one."""
+    weight, bias = _doubles(out)
+    return Affine(weight, bias + weight @ value_bias)
+
+
+def _pairs_apart(layer: Affine, heads: int) -> Affine:
+    """The rows x0 y0 x1 y1 ... of each head as x0 x1 ... y0 y1 ...."""
+
+    def reorder(rows: torch.Tensor) -> torch.Tensor:
+        return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+    return Affine(reorder(layer.weight), None if layer.bias is None else reorder(layer.bias))
+
+
+def _put_mlp(state: State, prefix: str, mlp: MlpParts, scale: torch.Tensor | None = None) -> None:
+    _put_affine(state, f"{prefix}.c_fc", mlp.expand)
+    if mlp.gate is not None:
+        _put_affine(state, f"{prefix}.c_gate", mlp.gate)
+    _put_norm(state, f"{prefix}.ln_mlp", mlp.norm)
+    _put_affine(state, f"{prefix}.c_proj", mlp.project, 1.0 if scale is None else scale)
+
+
+def _put_attention_pool(state: State, pool: AttentionPoolParts) -> None:
+    value, value_bias = _doubles(pool.value)
+    key = pool.key.weight.double().view(pool.heads, -1, value.shape[1])
+    query = pool.query.double().view(pool.heads, -1) * key.shape[1] ** -0.5
+    _put(state, "pool.query.weight", torch.einsum("hd,hdw->hw", query, key))  # key biases cancel
+    _put(state, "pool.v_weight", value.view(key.shape).transpose(1, 2))
+    _put_affine(state, "pool.out_proj", _after_values(pool.out, value_bias))
+    _put_norm(state, "pool.ln", pool.norm)
+    _put_mlp(state, "pool", pool.mlp)
 
 
 def build_dual_encoder(
     clip: LoadedClip, adapter: Adapter | None = None, precision: Precision = "fp32", merged: int = 0
 ) -> DualEncoder:
-    """Fuse an open_clip image encoder and its adapter; on the CPU, in evaluation mode.
+    """Fuse a vision transformer of open_clip or timm (`architecture.fused_family`) and its adapter; on the CPU.
 
     Without an adapter the result gives the plain embedding only. "fp16" is strongly typed: fp16 weights and GEMMs, fp32
     LayerNorm, softmax and last normalisation. Each block but the last merges `merged` tokens (token_merging), 0 for
     none; `resize.resize_clip` gives a CLIP for smaller pictures.
 
-    Raises ValueError for an image encoder that can't be fused (no VisionTransformer, attentional pooler, average
-    pooling, custom blocks), an adapter of another CLIP, and a negative `merged`.
+    Raises ValueError for an image encoder that can't be fused (a convolutional network, an attentional pooler of
+    open_clip, custom blocks), an adapter of another CLIP, a negative `merged`, and one above 0 with rotary positions.
     """
     if precision not in ("fp32", "fp16"):
         raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")

@@ -12,7 +12,7 @@ from iosr_fast.encoders.runtimes.tensorrt import EXTRAS
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.clip.dual_encoder import Precision
+    from iosr_fast.clip.dual_config import Precision
 
 # The runtimes of each precision. For bf16 the graph is fp32, and OpenVINO rounds.
 RUNTIMES_OF = {

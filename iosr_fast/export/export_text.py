@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from iosr_fast.clip.demo.pictures import load_index
-from iosr_fast.clip.dual_encoder import Precision
+from iosr_fast.clip.dual_config import Precision
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
 from iosr_fast.clip.text_tower import TextTower
 from iosr_fast.encoders.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder

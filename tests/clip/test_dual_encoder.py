@@ -142,7 +142,7 @@ def test_config_round_trip_through_json() -> None:
     ("vision", "message"),
     [
         ({"attentional_pool": True, "attn_pooler_heads": 4}, "attentional pooler"),
-        ({"pool_type": "avg"}, "'avg' pooling"),
+        ({"pool_type": "none"}, "'none' pooling"),
         ({"qk_norm": True}, "CustomResidualAttentionBlock"),
         ({"image_size": (32, 40)}, "32x40"),
         ({"layers": (1, 1, 1, 1), "head_width": 64}, "ModifiedResNet"),

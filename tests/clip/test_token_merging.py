@@ -105,7 +105,7 @@ def test_each_stream_is_a_literal_pass(first: int | None, merged: int, monkeypat
     encoder = build_dual_encoder(clip, adapter, merged=merged)
     assert encoder.merged[0] == min(merged, 8) and encoder.merged[-1] == 0
     outputs = run(encoder, pixels)
-    monkeypatch.setattr("iosr_fast.clip.dual_encoder.Norm.forward", torch.nn.LayerNorm.forward)
+    monkeypatch.setattr("iosr_fast.clip.dual_blocks.Norm.forward", torch.nn.LayerNorm.forward)
     exact = build_dual_encoder(clip, adapter, merged=merged)
     with torch.inference_mode():
         embedded = exact._embed(torch.from_numpy(pixels)).double()

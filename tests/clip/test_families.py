@@ -1,0 +1,107 @@
+"""The fused encoder of every family of vision transformers against two literal passes of open_clip's and timm's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("open_clip")
+pytest.importorskip("timm")
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
+from iosr_fast.clip.resize import resize_clip  # noqa: E402
+from iosr_fast.clip.two_pass import two_passes  # noqa: E402
+from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
+from iosr_fast.encoders.runtimes.onnxruntime import FILE, PLAIN_FILE  # noqa: E402
+from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
+from iosr_fast.export.onnx_export import export_onnx  # noqa: E402
+from iosr_fast.export.plain_graph import write_plain_graph  # noqa: E402
+from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
+from tests.clip.families import FAMILIES, family_clip  # noqa: E402
+from tests.clip.small_clip import random_adapter, random_pixels  # noqa: E402
+from tests.clip.test_dual_encoder import run  # noqa: E402
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first", [None, 0, 1, 2])
+def test_equals_two_passes(family: str, first: int | None) -> None:
+    clip = family_clip(family)
+    adapter = None if first is None else random_adapter(clip, first)
+    encoder = build_dual_encoder(clip, adapter)
+    for batch in (1, 3):
+        pixels = random_pixels(batch, clip.image_size)
+        expected, got = two_passes(clip, adapter, pixels), run(encoder, pixels)
+        assert len(got) == len(expected) == (1 if first is None else 2)
+        for row, right in zip(got, expected, strict=True):
+            np.testing.assert_allclose(row, right, atol=1e-5)
+        assert np.abs(expected[0] - expected[-1]).max() > 1e-2 or first is None
+        assert batch == 1 or np.abs(expected[0][0] - expected[0][1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp16_is_close_and_the_config_survives_json(family: str) -> None:
+    clip = family_clip(family)
+    adapter, pixels = random_adapter(clip, 1), random_pixels(4, clip.image_size)
+    encoder = build_dual_encoder(clip, adapter, "fp16")
+    again = DualEncoder.from_config(json.loads(json.dumps(encoder.config)))
+    again.load_state_dict(encoder.state_dict())
+    expected = two_passes(clip, adapter, pixels)
+    for got, same, right in zip(run(encoder, pixels), run(again, pixels), expected, strict=True):
+        np.testing.assert_array_equal(got, same)
+        assert (got * right).sum(1).min() > 0.9999
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smaller_pictures_are_timms_and_open_clips_own(family: str) -> None:
+    """After resize_clip two passes are those of the resized modules; the CLIP itself stays as it is."""
+    clip = family_clip(family)
+    patch = vision_tower(clip.model.visual).patch_size
+    pixels = random_pixels(2, clip.image_size)
+    before = two_passes(clip, None, pixels)[0]
+    smaller = resize_clip(clip, 3 * patch)
+    adapter, small_pixels = random_adapter(clip, 1), random_pixels(2, 3 * patch)
+    for got, expected in zip(
+        run(build_dual_encoder(smaller, adapter), small_pixels), two_passes(smaller, adapter, small_pixels), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_array_equal(two_passes(clip, None, pixels)[0], before)
+    if hasattr(clip.model.visual, "trunk"):
+        other = copy.deepcopy(clip.model.visual)
+        other.set_input_size((3 * patch, 3 * patch))
+        x = torch.randn(2, 3, 3 * patch, 3 * patch)
+        torch.testing.assert_close(smaller.model.visual(x), other(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_has_both_streams_and_the_plain_form(family: str, tmp_path: Path) -> None:
+    """The ONNX graph in both runtimes, the plain graph beside it, and 8-bit products."""
+    clip = family_clip(family)
+    adapter = random_adapter(clip, 1)
+    export_onnx(build_dual_encoder(clip, adapter), tmp_path / FILE)
+    assert write_plain_graph(tmp_path)
+    graph = onnx.load(tmp_path / FILE, load_external_data=False).graph
+    assert not {"Size", "Shape", "If", "Loop"} & {node.op_type for node in graph.node}
+    for batch in (1, 3):
+        pixels = random_pixels(batch, clip.image_size)
+        expected = two_passes(clip, adapter, pixels)
+        for got, right in zip(encode(tmp_path / FILE, pixels), expected, strict=True):
+            np.testing.assert_allclose(got, right, atol=1e-4)
+        np.testing.assert_allclose(encode(tmp_path / PLAIN_FILE, pixels)[0], expected[0], atol=1e-4)
+        request = openvino_core().compile_model(tmp_path / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for got, right in zip(request([pixels]).values(), expected, strict=True):
+            np.testing.assert_allclose(got, right, atol=1e-4)
+    report = quantize_onnx(tmp_path / FILE, tmp_path / "int8.onnx", random_pixels(32, clip.image_size))
+    assert report["products"] >= 8
+    pixels = random_pixels(9, clip.image_size)
+    for got, right in zip(encode(tmp_path / "int8.onnx", pixels), two_passes(clip, adapter, pixels), strict=True):
+        assert (got * right).sum(1).min() >= 0.99
+
+
+def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray] = session.run(None, {"pixels": pixels})
+    return outputs
