@@ -132,7 +132,7 @@ def _put(state: State, name: str, value: torch.Tensor) -> None:
     state[name] = value.detach().float().contiguous()
 
 
-def _put_norm(state: State, prefix: str, norm: nn.Module | None) -> None:
+def _put_norm(state: State, prefix: str, norm: Any) -> None:
     if norm is not None:
         _put(state, f"{prefix}.weight", norm.weight)
         _put(state, f"{prefix}.bias", norm.bias)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +16,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.resize import resize_clip  # noqa: E402
 from iosr_fast.clip.two_pass import two_passes  # noqa: E402
