@@ -14,6 +14,7 @@ from itertools import islice, repeat
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -33,6 +34,7 @@ _MAX_CALLERS = 8  # each has a batch and its activations in memory; with more co
 _MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
 _MIN_BATCH = 4  # images in the smaller batches at the end
 _R = TypeVar("_R")
+_several_runs: WeakKeyDictionary[Encoder, Encoder] = WeakKeyDictionary()  # an encoder -> the one opened for its folders
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def choose_stage(
 ) -> Stage:
     """How to use `threads` cores (None: all) for a number of images.
 
-    For many batches it opens the engine again for several runs at once with few threads each, unless `encoder` is so.
-    Raises ValueError for threads below 1.
+    For many batches it opens the engine again for several runs at once with few threads each, unless `encoder` is so,
+    and keeps it for the next call as long as `encoder` is in use. Raises ValueError for threads below 1.
     """
     from iosr_fast.encoders.runtimes import open_engine
 
@@ -61,10 +63,13 @@ def choose_stage(
     if encoder.parallel and callers > 1 and images >= _MIN_BATCHES * callers * batch:
         few = threads // callers
         if (encoder.threads, encoder.runs) != (few, callers):
-            # The folder may have been replaced since the encoder was opened from it.
-            source = encoder.source or engine
-            adapted = encoder.adapted
-            encoder = open_engine(source, encoder.runtime, verify=False, threads=few, runs=callers, adapted=adapted)
+            several = _several_runs.get(encoder)
+            if several is None or (several.threads, several.runs) != (few, callers):
+                # The folder may have been replaced since the encoder was opened from it.
+                source, name, adapted = encoder.source or engine, encoder.runtime, encoder.adapted
+                several = open_engine(source, name, verify=False, threads=few, runs=callers, adapted=adapted)
+                _several_runs[encoder] = several
+            encoder = several
         return Stage(encoder, callers, 0)
     if encoder.buckets is None:  # on a CPU, where the encoder needs most cores
         threads = max(1, threads // 4)

@@ -71,7 +71,8 @@ def test_the_stage_fits_the_runtime(bundle: Path, monkeypatch: pytest.MonkeyPatc
     encoder, engine = classifier.encoder, classifier.engine_
     side_by_side = stream.choose_stage(encoder, engine, cpu, 1024, 32, 8)
     assert side_by_side.callers == 8 and side_by_side.encoder is not encoder
-    assert stream.choose_stage(side_by_side.encoder, engine, cpu, 1024, 32, 8).encoder is side_by_side.encoder
+    for opened_before in (side_by_side.encoder, encoder):
+        assert stream.choose_stage(opened_before, engine, cpu, 1024, 32, 8).encoder is side_by_side.encoder
     opened: list[tuple[int, int]] = []
     monkeypatch.setattr(
         runtimes, "open_engine", lambda *_, threads, runs, **__: opened.append((threads, runs)) or encoder
