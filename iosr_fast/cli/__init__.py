@@ -25,6 +25,7 @@ COMMANDS = {
         "export-triton": "Write a model repository for NVIDIA Triton Inference Server.",
     },
     "Adapters, engines and embeddings": {
+        "models": "List the CLIPs of open_clip and what is supported of each.",
         "train-adapter": "Train the adapter of a CLIP.",
         "build-engine": "Compile a CLIP and its adapter into an engine folder.",
         "embed": "Write the embeddings of a set of images.",

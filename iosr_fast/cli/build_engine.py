@@ -20,7 +20,7 @@ def build_engine(
     out: Annotated[Path, typer.Option(help="Folder to write. An engine that is there is replaced.")],
     model: Model = "demo",
     pretrained: Annotated[
-        str | None, typer.Option(help="open_clip's tag of the weights, a file, or none: random. Not for the demo.")
+        str | None, typer.Option(help="open_clip's tag of the weights, a file, or none: random.")
     ] = None,
     adapter: Adapter = "auto",
     first_adapted_block: Annotated[
@@ -44,8 +44,9 @@ def build_engine(
 ) -> None:
     """Fuse a CLIP and its adapter into one encoder, compile it, and check it against PyTorch.
 
-    Without an adapter the engine returns the plain embeddings only. The runtime auto is TensorRT or TensorRT-RTX on a
-    GPU, PyTorch on a GPU without them, OpenVINO on an x86-64 CPU, and ONNX Runtime on others.
+    Without an adapter the engine returns the plain embeddings only, as it does for an image encoder that is no vision
+    transformer (ConvNeXt, ResNet) and can't have one: `iosr-fast models` lists them. The runtime auto is TensorRT or
+    TensorRT-RTX on a GPU, PyTorch on a GPU without them, OpenVINO on an x86-64 CPU, and ONNX Runtime on others.
 
     \b
     iosr-fast build-engine --model ViT-B-16 --pretrained openai \\
@@ -54,8 +55,8 @@ def build_engine(
     if verbose:
         logging.getLogger().setLevel(logging.INFO)
     require_installed("torch", "cpu")
-    from iosr_fast.clip.architecture import check_architecture
     from iosr_fast.clip.load import load_clip
+    from iosr_fast.clip.models import check_adaptable, check_model, is_fused
     from iosr_fast.export.calibration import calibration_pictures
     from iosr_fast.export.engine_precision import QUANTISED, choose_builder
     from iosr_fast.export.export import add_plan, random_adapter, write_engine
@@ -71,8 +72,10 @@ def build_engine(
         describe(add_plan(out, runtime), out)
         return
     check_new_folder(out, "engine")
-    choose_builder(runtime, precision)
-    check_architecture(model)
+    check_model(model, pretrained)
+    choose_builder(runtime, precision, is_fused(model))
+    if first_adapted_block is not None:
+        check_adaptable(model)
     file = None if adapter == "none" or first_adapted_block is not None else adapter
     read_adapter(model, file)  # checks it before the CLIP is loaded
     clip = load_clip(model, pretrained)

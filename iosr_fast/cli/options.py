@@ -10,9 +10,11 @@ import typer
 SavedClassifier = Annotated[
     Path, typer.Argument(metavar="CLASSIFIER", help="Folder that `iosr-fast fit` or Classifier.save wrote.")
 ]
-Model = Annotated[str, typer.Option(help="Name of an open_clip model, or demo.")]
+Model = Annotated[
+    str, typer.Option(help="demo, a model of open_clip (iosr-fast models), hf-hub:OWNER/REPOSITORY or local-dir:FOLDER.")
+]
 Pretrained = Annotated[
-    str | None, typer.Option(help="open_clip's tag of the weights, which are downloaded, or a file. Not for the demo.")
+    str | None, typer.Option(help="Of a model of open_clip: the tag of its weights, which are downloaded, or a file.")
 ]
 Adapter = Annotated[
     str, typer.Option(help="File of `iosr-fast train-adapter`, none, or auto: the demo's for the demo, else none.")

@@ -124,8 +124,8 @@ def train_adapter(
     """
     require_installed("torch", "train")
     from iosr_fast.clip.adapter import init_adapter
-    from iosr_fast.clip.architecture import check_architecture
     from iosr_fast.clip.load import load_clip
+    from iosr_fast.clip.models import check_adaptable, check_model
     from iosr_fast.clip.vision_tower import vision_tower
     from iosr_fast.training.adapted_encoder import AdaptedEncoder
     from iosr_fast.training.dino import local_size
@@ -136,7 +136,8 @@ def train_adapter(
     demo, dino = data == "demo", objective == "dino"
     chosen = PRESETS[preset or ("demo" if demo else "fast"), objective]
     check_out(out)
-    check_architecture(model)
+    check_model(model, pretrained)
+    check_adaptable(model)
     clip = load_clip(model, pretrained)
     blocks = len(vision_tower(clip.model.visual, clip.name).blocks)
     adapter = init_adapter(

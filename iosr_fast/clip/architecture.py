@@ -24,7 +24,8 @@ _TIMM_FAMILIES = {
 
 def vision_config(name: str) -> dict[str, Any] | None:
     """The configuration of a model's image encoder; None for a name that open_clip does not know."""
-    config = require("open_clip", "cpu").get_model_config(name.replace("/", "-"))
+    own = name if name.startswith(("hf-hub:", "local-dir:")) else name.replace("/", "-")
+    config = require("open_clip", "cpu").get_model_config(own)
     return None if config is None else dict(config["vision_cfg"])
 
 

@@ -76,6 +76,15 @@ class DualEncoder(nn.Module):
         )
 
     @property
+    def image_size(self) -> int:
+        return self.shapes.image_size
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what `forward` returns."""
+        return ("plain",) if self.shapes.first_adapted_block is None else ("plain", "adapted")
+
+    @property
     def config(self) -> dict[str, Any]:
         """JSON-ready; `DualEncoder.from_config(config)` and `load_state_dict` restore the module."""
         return asdict(self.shapes)

@@ -76,6 +76,15 @@ def infer_config(clip: LoadedClip, adapter: Adapter | None, precision: Precision
     )
 
 
+def unfusible_reason(clip: LoadedClip) -> str | None:
+    """Why this CLIP's image encoder can't be fused, or None."""
+    try:
+        infer_config(clip, None, "fp32")
+    except IosrFastError as error:
+        return str(error)
+    return None
+
+
 def _activation(name: str, mlp: MlpParts) -> Any:
     """The config's name of an MLP's activation, which open_clip, PyTorch and timm have under several class names."""
     kind = type(mlp.activation).__name__

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,16 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.clip.architecture import downloading
-from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.clip.load_tokenizer import load_tokenizer
+from iosr_fast.clip.models import (
+    DEMO_FOLDER,
+    DEMO_NAME,
+    HUB,
+    LOCAL,
+    check_model,
+    find_weights,
+    is_torchscript,
+)
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
@@ -24,7 +31,6 @@ if TYPE_CHECKING:
 
     import torch
 
-DEMO_NAME = "iosr-fast-demo"
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's archives, not weights
 
 
@@ -50,7 +56,8 @@ class LoadedClip:
 def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     """Load a CLIP by name.
 
-    `load_clip("demo")` is the small CLIP that ships with the package. Otherwise `name` is one of open_clip's models and
+    `load_clip("demo")` is the small CLIP that ships with the package. "hf-hub:OWNER/REPOSITORY" and "local-dir:FOLDER"
+    have their own configuration and weights (clip.models). Otherwise `name` is one of open_clip's models and
     `pretrained` one of its tags ("openai": downloaded by open_clip), a file (open_clip's .safetensors, a state dict in
     .pt, or OpenAI's own TorchScript .pt), or "none" for random weights from a fixed seed (to measure speed).
     Models whose weights were trained with QuickGELU use it, even if their name does not end in "-quickgelu".
@@ -59,35 +66,23 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     only if its SHA-256 is the one that OpenAI published for `name`.
 
     Raises ValueError for an unknown model or tag and for a file with anything but its weights, FileNotFoundError for a
-    missing file, OSError for a failed download.
+    missing file, OSError for a failed download; what the configuration can say, before a model is made (check_model).
     """
     open_clip = require("open_clip", "cpu")
     if name == "demo":
         name, pretrained = DEMO_NAME, pretrained or DEMO_FOLDER / "clip.safetensors"
     if name == DEMO_NAME:
         open_clip.add_model_config(DEMO_FOLDER / f"{DEMO_NAME}.json")
-    name = name.replace("/", "-")
-    if name not in open_clip.list_models():
-        raise IosrFastError(
-            f"expected 'demo' or one of open_clip's models, got {name!r}: open_clip.list_models() has all"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None:
-        raise IosrFastError(
-            f"expected weights for {name}, got none: give pretrained= one of {tags}, a .safetensors or .pt file, or "
-            "'none'"
-        )
-    if str(pretrained) not in ("none", *tags) and not Path(pretrained).is_file():
-        if Path(pretrained).suffix:
-            raise FileNotFoundError(f"expected a file of weights at {pretrained}, found none")
-        raise IosrFastError(
-            f"{name} has no pretrained tag {str(pretrained)!r}: expected one of {tags}, a file, or 'none'"
-        )
+    config = check_model(name, pretrained)
+    if not name.startswith((HUB, LOCAL)):
+        name = name.replace("/", "-")
     with _quiet_open_clip():
-        tokenizer = load_tokenizer(name, open_clip.get_model_config(name))
+        tokenizer = load_tokenizer(name, config)
         if str(pretrained) == "none":
             model = _random_model(open_clip, name)
-        elif str(pretrained) in tags:
+        elif pretrained is None:
+            model = _model_of_its_own(open_clip, name)
+        elif str(pretrained) in open_clip.list_pretrained_tags_by_model(name):
             quick = bool(open_clip.get_pretrained_cfg(name, str(pretrained)).get("quick_gelu"))
             with downloading(name, f"the weights {str(pretrained)!r}"):
                 model = open_clip.create_model(name, pretrained=str(pretrained), force_quick_gelu=quick)
@@ -115,15 +110,32 @@ def _random_model(open_clip: Any, name: str) -> Any:
     torch = require("torch", "cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return open_clip.create_model(name)
+        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+
+
+def _model_of_its_own(open_clip: Any, name: str) -> Any:
+    """The model of a repository of the hub or of a folder. open_clip loads tensors only (weights_only)."""
+    if name.startswith(HUB):
+        with downloading(name, "the weights"):
+            return open_clip.create_model(name, require_pretrained=True)
+    try:
+        return open_clip.create_model(name, require_pretrained=True)
+    except Exception as error:  # what open_clip and torch raise depends on the file
+        path = find_weights(Path(name.removeprefix(LOCAL)))
+        first = str(error).strip().partition("\n")[0]
+        raise IosrFastError(f"expected weights of the configuration of {name} in {path}: {first}") from error
 
 
 def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
     """The architecture `name` with the weights of a file. OpenAI's TorchScript archives imply QuickGELU."""
     torch = require("torch", "cpu")
     if path.suffix == ".safetensors":
-        return open_clip.create_model(name, pretrained=str(path))
-    if not _is_torchscript(path):
+        try:
+            return open_clip.create_model(name, pretrained=str(path))
+        except Exception as error:  # safetensors' and torch's errors have no common base
+            first = " ".join(str(error).split("\n")[:2])
+            raise IosrFastError(f"expected weights of {name} in {path}: {first}") from error
+    if not is_torchscript(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state) if isinstance(state, dict) else None
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -141,15 +153,6 @@ def _model_from_file(open_clip: Any, name: str, path: Path) -> Any:
     except RuntimeError as error:
         raise IosrFastError(f"expected weights of {name} in {path}: {str(error).splitlines()[1].strip()}") from error
     return model
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether PyTorch would load the file as a program."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        inside = {entry.split("/")[1] for entry in archive.namelist() if "/" in entry}
-    return not inside.isdisjoint({"code", "constants.pkl"})
 
 
 def _published_archive(open_clip: Any, name: str, path: Path) -> io.BytesIO:

@@ -17,7 +17,7 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, ONNX_RUNTIMES, runtimes_of, unavailable_reason
 from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.convert import convert_engine, fingerprint_of
-from iosr_fast.export.engine_precision import QUANTISED, RUNTIMES_OF, graph_precision
+from iosr_fast.export.engine_precision import QUANTISED, graph_precision, runtimes_in
 from iosr_fast.export.quantize import MIN_PICTURES
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.utils.files import cache_folder
@@ -48,7 +48,7 @@ def with_fewer_tokens(engine: VerifiedFolder, listed: list[Candidate]) -> list[C
     """Candidates with fewer tokens: images of 6/7 and 5/7 of the side (192 and 160 of 224), and 4% of the patches
     merged in each block; in int8 where that is tried, in the runtime that comes first."""
     config, tried = engine.manifest["dual_encoder"], [one for one in listed if not one.left_out]
-    if not tried:
+    if not tried or config is None:
         return []
     first = next((one for one in tried if one.precision == "int8"), tried[0])
     side = engine.manifest["image_size"] // config["patch_size"]
@@ -72,10 +72,10 @@ def list_candidates(
     precisions: tuple[str, ...] = ON_CPU if gpu is None else ON_GPU
     if engine.manifest["precision"] != "fp32":
         precisions = (engine.manifest["precision"],)
-    listed = []
+    listed, fused = [], engine.manifest["dual_encoder"] is not None
     for each in precisions:
         for name in names:
-            if name not in RUNTIMES_OF[each] or runtime not in ("auto", name) or precision not in ("auto", each):
+            if name not in runtimes_in(each, fused) or runtime not in ("auto", name) or precision not in ("auto", each):
                 continue
             if runtime == "auto" and unavailable_reason(name) is not None:
                 continue
@@ -103,7 +103,8 @@ def _left_out(runtime: str, precision: str, engine: VerifiedFolder, pictures: in
 def _is_exported(runtime: str, precision: str, engine: VerifiedFolder) -> bool:
     """Whether the engine's own encoder.onnx is not enough to build this one."""
     has_graph = ONNX_RUNTIMES[0] in runtimes_of(engine.manifest)
-    return runtime == "torch" or graph_precision(precision, runtime) != "fp32" or not has_graph
+    fused = engine.manifest["dual_encoder"] is not None
+    return runtime == "torch" or graph_precision(precision, runtime, fused) != "fp32" or not has_graph
 
 
 class CandidateBuilder:

@@ -71,13 +71,14 @@ def convert_engine(
     verified = source if isinstance(source, VerifiedFolder) else open_verified(source, ENGINE_KIND)
     manifest, engine = verified.manifest, check_engine(verified)
     started = time.perf_counter()
-    runtime = choose_builder(runtime, precision)
+    fused = engine.dual_encoder is not None
+    runtime = choose_builder(runtime, precision, fused)
     if engine.precision != "fp32" or ONNX_FILE not in verified.files:
         raise IosrFastError(
             f"expected an engine in fp32 with {ONNX_FILE} to convert, got one in {engine.precision} with "
             f"{sorted(verified.files)}; `iosr-fast build-engine` builds one from the CLIP"
         )
-    if runtime == "torch" or graph_precision(precision, runtime) != "fp32":
+    if runtime == "torch" or graph_precision(precision, runtime, fused) != "fp32":
         raise IosrFastError(
             f"expected a precision whose graph is that of fp32, got {precision} for {runtime}, which is exported from "
             f"the CLIP: iosr-fast build-engine --precision {precision} --runtime {runtime}"
@@ -126,7 +127,7 @@ def finish_engine(
         assert calibration is not None
         report = quantize_onnx(exported, folder / ONNX_FILE, calibration, QUANTISED[precision], quantised["scheme"])
         facts["quantised"] = quantised | report
-    check = partial(compare, merged=bool(facts["dual_encoder"].get("merged")))
+    check = partial(compare, merged=bool((facts.get("tokens") or {}).get("merged")))
     has_plain = write_plain_graph(folder)
     if runtime in ONNX_RUNTIMES or find_spec("onnxruntime") is not None or this_gpu() is None:
         on_cpu = OpenVINOEncoder if runtime == "openvino" else OnnxRuntimeEncoder

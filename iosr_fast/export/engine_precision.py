@@ -26,14 +26,27 @@ QUANTISER_VERSION = 2  # increases when the same weights and pictures give other
 QUANTISED: dict[str, Literal["int8", "fp8"]] = {"int8": "int8", "fp8": "fp8"}
 
 
-def choose_builder(runtime: str, precision: str) -> str:
+def runtimes_in(precision: str, fused: bool = True) -> tuple[str, ...]:
+    """The runtimes that compute in a precision. An encoder that is not fused is exported in fp32 and has ONNX only."""
+    if fused:
+        return RUNTIMES_OF[precision]
+    return () if precision in ("fp16", "fp8") else tuple(name for name in RUNTIMES_OF[precision] if name != "torch")
+
+
+def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
     """The runtime to build an engine for: `runtime` itself, or the best one here for "auto".
 
-    Raises ValueError for an unknown precision and for one that the runtime doesn't compute in.
+    `fused`: whether the image encoder can be fused (clip.architecture.fused_family). Raises ValueError for an unknown
+    precision and for one that the runtime doesn't compute in.
     """
     if precision not in RUNTIMES_OF:
         raise IosrFastError(f"expected a precision of {list(RUNTIMES_OF)}, got {precision!r}")
-    capable = RUNTIMES_OF[precision]
+    capable = runtimes_in(precision, fused)
+    if not fused and (not capable or runtime not in ("auto", *capable)):
+        raise IosrFastError(
+            "expected fp32, bf16 (openvino) or int8, in onnxruntime, openvino, tensorrt or tensorrt_rtx, for an image "
+            f"encoder that can't be fused, got {precision} in {runtime}"
+        )
     runtime = choose_runtime(runtime, capable if runtime == "auto" else None)
     if runtime not in capable:
         raise IosrFastError(
@@ -42,10 +55,11 @@ def choose_builder(runtime: str, precision: str) -> str:
     return runtime
 
 
-def graph_precision(precision: str, runtime: str) -> Precision:
+def graph_precision(precision: str, runtime: str, fused: bool = True) -> Precision:
     """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for TensorRT,
-    fp32 on a CPU."""
-    return "fp16" if precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS) else "fp32"
+    fp32 on a CPU and for an encoder that is not `fused`."""
+    half = precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS)
+    return "fp16" if half and fused else "fp32"
 
 
 def quantised_by(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.fuse import build_dual_encoder, unfusible_reason
+from iosr_fast.clip.plain_encoder import PlainEncoder, plain_pass
 from iosr_fast.clip.resize import resize_clip
 from iosr_fast.clip.two_pass import two_passes
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, check_engine
@@ -93,24 +94,33 @@ def write_engine(
     positions, and for merged tokens, which two literal passes don't have, with the same encoder in fp32 PyTorch, by
     cosine (export_check.MERGED_MIN_COSINES). What they cost in accuracy only labelled pictures can say.
 
-    Raises ValueError for an encoder that can't be fused or exported, a precision that the runtime doesn't support, a
-    size that doesn't fit, and missing calibration pictures; ArithmeticError for an embedding with an error above 1e-4
+    An image encoder that can't be fused (clip.plain_encoder) gives the plain embedding only, compared with open_clip's
+    encode_image, in ONNX files whose graph is fp32.
+
+    Raises ValueError for an adapter or fewer tokens with an encoder that can't be fused, a precision that the runtime
+    doesn't support, a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4
     (fp32) or a cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
     """
     if max_batch < 1:
         raise IosrFastError(f"expected max_batch >= 1, got {max_batch}")
     started = time.perf_counter()
-    runtime = choose_builder(runtime, precision)
+    reason = unfusible_reason(clip)
+    if reason is not None and (adapter is not None or merged):
+        raise IosrFastError(reason)
+    runtime = choose_builder(runtime, precision, reason is None)
     fewer = {} if image_size in (None, clip.image_size) else {"image_size": image_size}
     fewer |= {"merged": merged} if merged else {}
     tokens: Any = fewer or None
     clip = resize_clip(clip, clip.image_size if image_size is None else image_size)
     quantised = quantised_by(clip.image_size, runtime, precision, calibration)
-    encoder = build_dual_encoder(clip, adapter, graph_precision(precision, runtime), merged)
+    encoder: DualEncoder | PlainEncoder = (
+        build_dual_encoder(clip, adapter, graph_precision(precision, runtime), merged)
+        if reason is None
+        else PlainEncoder(clip)
+    )
     facts: dict[str, Any] = {
         "model": clip.name,
         "image_size": clip.image_size,
-        "width": encoder.shapes.embedding_width,
         "mean": list(clip.mean),
         "std": list(clip.std),
         "interpolation": clip.interpolation,
@@ -118,15 +128,15 @@ def write_engine(
         "clip_fingerprint": clip.fingerprint,
         "adapter": None if adapter is None else "random" if adapter.config.training.get("random") else "trained",
         "adapter_fingerprint": None if adapter is None else adapter.fingerprint(),
-        "first_adapted_block": encoder.shapes.first_adapted_block,
-        "bottleneck": encoder.shapes.bottleneck,
+        "first_adapted_block": None if adapter is None else adapter.config.first_adapted_block,
+        "bottleneck": None if adapter is None else adapter.config.bottleneck,
         "runtime": runtime,
         "precision": precision,
         "max_batch": max_batch,
         "fingerprint": engine_fingerprint(clip, adapter, precision, quantised, tokens),
         "export_version": EXPORT_VERSION,
         "opset": None if runtime == "torch" else OPSET,
-        "dual_encoder": encoder.config,
+        "dual_encoder": None if isinstance(encoder, PlainEncoder) else encoder.config,
         "versions": _versions(runtime),
         "device": device_of(runtime),
         "plans": {},
@@ -136,11 +146,14 @@ def write_engine(
     if runtime in EXTRAS:
         _ = target(runtime).file  # raises, before any work, if no plan can be built
     pictures = checked_pictures(clip.image_size, real_images, noise=precision not in QUANTISED)
-    if merged:
+    if reason is not None:
+        truth = {kind: plain_pass(clip, pixels) for kind, pixels in pictures.items()}
+    elif merged:
         exact = build_dual_encoder(clip, adapter, merged=merged)
         truth = {kind: _encode(exact, pixels) for kind, pixels in pictures.items()}
     else:
         truth = {kind: two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
+    facts["width"] = next(iter(truth.values()))[0].shape[1]
     with new_folder(out) as folder:
         if runtime == "torch":
             from safetensors.torch import save_file
@@ -187,7 +200,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
             pictures = checked_pictures(manifest["image_size"], None)
             expected = OnnxRuntimeEncoder(folder, facts).encode(pictures["random"])
             truth = {"random": tuple(getattr(expected, name) for name in compiled.outputs)}
-            merged = bool(facts["dual_encoder"].get("merged"))
+            merged = bool((facts.get("tokens") or {}).get("merged"))
             facts["check"][runtime] = check(compiled, pictures, truth, facts["precision"], merged)
         facts["versions"] |= {runtime: package_version(runtime)}
         return write_manifest(folder, ENGINE_KIND, facts)

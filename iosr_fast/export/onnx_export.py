@@ -8,45 +8,50 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from iosr_fast.clip.dual_encoder import DualEncoder
-from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export.onnx_files import save_onnx
+from iosr_fast.export.onnx_files import EXTERNAL, WEIGHTS_SUFFIX
 from iosr_fast.utils.require import require
 
+if TYPE_CHECKING:
+    from iosr_fast.clip.dual_encoder import DualEncoder
+    from iosr_fast.clip.plain_encoder import PlainEncoder
+
 OPSET = 20  # the first with Gelu as one operator
-LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, minus room for the graph
+LARGEST_FILE = 2**31 - 2**24  # of one file with its weights: protobuf's limit, minus room for the graph
 
 
-def export_onnx(encoder: DualEncoder, path: Path) -> None:
+def export_onnx(encoder: DualEncoder | PlainEncoder, path: Path) -> None:
     """Write `encoder` as ONNX, opset 20: "pixels" uint8 (batch, S, S, 3) -> "plain" and "adapted" (batch, D) fp32.
 
-    The batch is dynamic; the weights, in the encoder's precision, are in a second file (`save_onnx`). Raises ValueError
-    for weights of 2 GB or more, RuntimeError if the exported graph has a fixed batch.
+    The batch is dynamic; the weights, in the encoder's precision and of any size, are in a second file, which the graph
+    names: `path`.with_suffix(".weights"). Replaces existing files. Raises RuntimeError if the exported graph has a
+    fixed batch.
     """
-    size = module_bytes(encoder)
-    if size > LARGEST_FILE:
-        raise IosrFastError(
-            f"expected weights under 2 GB, the limit of one ONNX file, got {size / 1e9:.1f} GB; "
-            "export in fp16, or use the torch runtime"
-        )
-    shapes = encoder.shapes
-    outputs = ["plain"] if shapes.first_adapted_block is None else ["plain", "adapted"]
-    pixels = torch.zeros(2, shapes.image_size, shapes.image_size, 3, dtype=torch.uint8)
-    save_onnx(to_onnx(encoder, pixels, "pixels", outputs, {0: torch.export.Dim("batch", min=1)}), path)
+    size, weights = encoder.image_size, path.with_suffix(WEIGHTS_SUFFIX)
+    pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    model = to_onnx(encoder, pixels, "pixels", encoder.outputs, batch, weights)
+    require("onnx", "cpu").save_model(model, str(path))
 
 
 def to_onnx(
-    module: nn.Module, example: torch.Tensor, name: str, outputs: Sequence[str], dynamic: Mapping[int, Any]
+    module: nn.Module,
+    example: torch.Tensor,
+    name: str,
+    outputs: Sequence[str],
+    dynamic: Mapping[int, Any],
+    weights: Path | None = None,
 ) -> Any:
     """A module with one input as an onnx.ModelProto of opset 20.
 
-    `example` is an input; `name` the input's name; `dynamic` has the torch.export.Dim of each dynamic axis. Raises
-    RuntimeError if one of these axes, or the first axis of an output, was exported with a fixed size.
+    `example` is an input; `name` the input's name; `dynamic` has the torch.export.Dim of each dynamic axis. Tensors of
+    1 KiB or more are written to the file `weights`, one after the other, so that the model may exceed 2 GB; None leaves
+    them in the model. Raises RuntimeError if one of these axes, or the first axis of an output, was exported with a
+    fixed size.
     """
     require("onnxscript", "cpu")
     with _quiet_exporter():
@@ -61,7 +66,14 @@ def to_onnx(
             dynamic_shapes=(dict(dynamic),),
         )
     assert program is not None
-    model = program.model_proto
+    if weights is None:
+        model = program.model_proto
+    else:
+        ir = require("onnx_ir", "cpu")
+        ir.external_data.unload_from_model(
+            program.model, weights.parent, weights.name, size_threshold_bytes=EXTERNAL
+        )
+        model = ir.to_proto(program.model)
     for item in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         item.ClearField("metadata_props")  # the exporter leaves stack traces with local paths there
     axes = {name: dynamic} | {value.name: (0,) for value in model.graph.output}

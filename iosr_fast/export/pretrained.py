@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from iosr_fast.clip.architecture import check_architecture, vision_config
-from iosr_fast.clip.load import DEMO_FOLDER, DEMO_NAME, LoadedClip, load_clip
+from iosr_fast.clip.architecture import vision_config
+from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.files import cache_folder, recover
@@ -38,7 +39,8 @@ _latest: OpenedClip | None = None
 def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
     """The adapter in a file; for "auto" the shipped one if `model` is the demo, and otherwise None.
 
-    Raises FileNotFoundError or ValueError for a file that is no adapter or whose shape does not fit `model`.
+    Raises FileNotFoundError or ValueError for a file that is no adapter or whose shape does not fit `model`, and for a
+    model that can't have one.
     `choose_adapter` also compares the CLIP's weights.
     """
     from iosr_fast.clip.adapter import load_adapter
@@ -47,6 +49,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
         adapter = DEMO_ADAPTER if model in ("demo", DEMO_NAME) else None
     if adapter is None:
         return None
+    check_adaptable(model)
     loaded = load_adapter(adapter)
     vision = vision_config(model)
     if vision is not None:
@@ -92,11 +95,11 @@ def open_pretrained(
     from iosr_fast.export.engine_precision import QUANTISED, choose_builder, quantised_by
     from iosr_fast.export.export import LAYOUT, engine_fingerprint, write_engine
 
-    check_architecture(model)
+    check_model(model, pretrained)
     chosen = read_adapter(model, adapter)
     source = None if engine is None else open_verified(engine, ENGINE_KIND)
     if source is None:
-        runtime = choose_builder(runtime, precision)
+        runtime = choose_builder(runtime, precision, is_fused(model))
     else:
         facts = check_engine(source)
         if adapter not in ("auto", None) and chosen and facts.adapter_fingerprint != chosen.fingerprint():
@@ -189,9 +192,9 @@ def _identity(value: Any) -> tuple[Any, ...]:
     name = (type(value).__name__ if value is None else "", str(value))
     if not isinstance(value, str | os.PathLike):
         return name
-    path = Path(value)
+    path = Path(str(value).removeprefix(LOCAL))
     try:
-        facts = (path / MANIFEST if path.is_dir() else path).stat()
+        facts = (path / MANIFEST if (path / MANIFEST).is_file() else path).stat()
     except (OSError, ValueError):
         return name  # the name of a model or a tag, or a missing file, which open_pretrained reports
     return *name, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns

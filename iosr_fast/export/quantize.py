@@ -95,7 +95,7 @@ def quantize_onnx(
             reasons[i] = f"its squared error would be {attempt.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
     encoder = GatedEncoder(_open(source, pictures), attempts, evenly(pictures, JUDGED_PICTURES))
     work = [
-        activations[group.tensor].rows.shape[0] * group.weight.size if i in measured else 0
+        activations[group.tensor].rows.shape[0] * group.size if i in measured else 0
         for i, group in enumerate(groups)
     ]
     floats, error = choose_float(encoder, attempts, work, LARGEST_EMBEDDING_ERROR[kind])
@@ -107,7 +107,7 @@ def quantize_onnx(
             kept |= {product.name: reasons[i] for product in group.products}
         else:
             graph.insert(group, chosen)
-    save_onnx(graph.finish(), target)
+    save_onnx(graph.load(), target)
     used = [(group, chosen) for group, chosen in zip(groups, attempts, strict=True) if chosen is not None]
     return {
         "kind": kind,
@@ -124,7 +124,7 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
     onnx = require("onnx", "cpu")
     if not source.is_file():
         raise FileNotFoundError(f"expected an ONNX file of export_onnx, found no {source}")
-    model = onnx.load(source)
+    model = onnx.load(source, load_external_data=False)
     inputs = {value.name: value.type.tensor_type for value in model.graph.input}
     if set(inputs) != {"pixels"} or len(inputs["pixels"].shape.dim) != 4:
         raise IosrFastError(
@@ -141,7 +141,7 @@ def _open(source: Path, pictures: np.ndarray) -> EncoderGraph:
         raise IosrFastError(
             f"expected {expected}, got shape {pictures.shape}; iosr_fast.images.preprocess resizes them"
         )
-    return EncoderGraph(model)
+    return EncoderGraph(model, source.parent)
 
 
 def _quantise(group: Group, measured: Activation, kind: Kind, scheme: Scheme, dtype: Any) -> QuantisedGroup:

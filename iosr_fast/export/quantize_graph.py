@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +22,19 @@ PIXELS = 2**18  # per batch while activations are measured; bounds their memory
 
 @dataclass
 class Product:
-    """A MatMul or Gemm, x @ W + bias, with a constant W; `weight` is (inputs, outputs) in float32."""
+    """A MatMul or Gemm, x @ W + bias, with a constant W."""
 
     node: Any
     name: str
-    weight: np.ndarray
+    stored: Callable[[], np.ndarray]  # reads the constant, because all at once may take gigabytes
     transposed: bool  # the graph stores W'
+    size: int
+
+    @property
+    def weight(self) -> np.ndarray:
+        """(inputs, outputs) in float32."""
+        weight = self.stored()
+        return np.asarray(weight.T if self.transposed else weight, np.float32)
 
 
 @dataclass
@@ -36,6 +49,11 @@ class Group:
     def weight(self) -> np.ndarray:
         """(inputs, outputs of all products)."""
         return np.concatenate([product.weight for product in self.products], axis=1)
+
+    @property
+    def size(self) -> int:
+        """Of `weight`, without reading it."""
+        return sum(product.size for product in self.products)
 
 
 @dataclass(frozen=True)
@@ -58,11 +76,15 @@ class QuantisedGroup:
 
 
 class EncoderGraph:
-    """A ModelProto, changed in place, with its constants, readers and producers by name."""
+    """A ModelProto, changed in place, with its constants, readers and producers by name.
 
-    def __init__(self, model: Any) -> None:
+    `folder` has the file of the weights, if they are not in the model; they are read from it one by one.
+    """
+
+    def __init__(self, model: Any, folder: Path | None = None) -> None:
         self._onnx = require("onnx", "cpu")
         self.model = model
+        self.folder = folder
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self._readers: dict[str, list[Any]] = {}
         for node in model.graph.node:
@@ -81,13 +103,11 @@ class EncoderGraph:
                 continue
             if node.input[1] not in self.constants:
                 attention += 1
-            elif (weight := self.value(node.input[1])).ndim != 2:
-                others[node.input[1]] = "a matrix for each head, for the CLS token alone"
+            elif len(dims := self.constants[name := node.input[1]].dims) != 2:
+                others[name] = "a matrix for each head, for the CLS token alone"
             else:
                 transposed = any(a.name == "transB" and a.i == 1 for a in node.attribute)
-                product = Product(
-                    node, self._name(node), (weight.T if transposed else weight).astype(np.float32), transposed
-                )
+                product = Product(node, self._name(node), partial(self.value, name), transposed, math.prod(dims))
                 groups.setdefault(node.input[0], Group(node.input[0])).products.append(product)
         for group in groups.values():
             group.norm = self._norm(group)
@@ -97,12 +117,13 @@ class EncoderGraph:
 
     def value(self, name: str) -> np.ndarray:
         """The constant of this name."""
-        array: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name])
+        array: np.ndarray = self._onnx.numpy_helper.to_array(self.constants[name], str(self.folder or ""))
         return array
 
     def dtype(self, group: Group) -> Any:
         """The dtype of a group's products, float32 or float16."""
-        return self.value(group.products[0].node.input[1]).dtype
+        weight = self.constants[group.products[0].node.input[1]]
+        return self._onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)
 
     def activations(self, tensors: list[str], pictures: np.ndarray) -> dict[str, Activation]:
         """The values of `tensors` while ONNX Runtime executes the graph on `pictures`.
@@ -127,13 +148,17 @@ class EncoderGraph:
             axes = np.arange(len(shapes[name]) - 1)
             add("ReduceMin", name, "low", axes, keepdims=0)
             add("ReduceMax", name, "high", axes, keepdims=0)
-            if len(axes) == 2:
-                others = 1 + rng.permutation(shapes[name][1].dim_value - 1)[:sampled]
+            if len(axes) > 1:
+                places = int(np.prod([dim.dim_value for dim in shapes[name][1:-1]]))
+                if len(axes) > 2:
+                    add("Reshape", name, "places", np.array([0, -1, shapes[name][-1].dim_value]))
+                    name = added.pop()
+                others = 1 + rng.permutation(places - 1)[:sampled]
                 add("Gather", name, "rows", np.concatenate([[0], others]), axis=1)
             else:
                 added.append(name)  # one token a picture and stream
         probe.graph.output.extend(map(self._onnx.helper.make_empty_tensor_value_info, added))
-        session, batch = open_session(probe), max(1, PIXELS // (pictures.shape[1] * pictures.shape[2]))
+        session, batch = open_session(probe, self.folder), max(1, PIXELS // (pictures.shape[1] * pictures.shape[2]))
         parts: list[list[np.ndarray]] = [[] for _ in added]
         for start in range(0, len(pictures), batch):
             values = session.run(added, {"pixels": np.ascontiguousarray(pictures[start : start + batch])})
@@ -180,8 +205,14 @@ class EncoderGraph:
         read = {name for node in nodes for name in node.input}
         del graph.initializer[:]
         graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in read)
-        self._onnx.checker.check_model(self.model)
         return self.model
+
+    def load(self) -> Any:
+        """`finish`, with the constants in the model."""
+        model = self.finish()
+        if self.folder is not None:
+            self._onnx.load_external_data_for_model(model, str(self.folder))
+        return model
 
     def add_gates(self, count: int) -> list[str]:
         """Add the input "gates", bool (count,), and return the name of each of its values."""
@@ -264,9 +295,17 @@ class EncoderGraph:
         return str(node.name)
 
 
-def open_session(model: Any) -> Any:
-    """An ONNX Runtime session of a ModelProto on the CPU."""
+def open_session(model: Any, folder: Path | None = None) -> Any:
+    """An ONNX Runtime session of a ModelProto on the CPU; `folder` has the file of the weights, if there is one."""
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    if folder is None:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    file, name = tempfile.mkstemp(".onnx", dir=folder)  # beside the weights, which the graph names by a relative path
+    try:
+        with os.fdopen(file, "wb") as opened:
+            opened.write(model.SerializeToString())
+        return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+    finally:
+        os.unlink(name)

@@ -28,7 +28,7 @@ class GatedEncoder:
         for group, attempt, gate in zip(groups, attempts, gates, strict=False):
             if attempt is not None:
                 graph.insert(group, attempt, gate)
-        self._session = open_session(graph.finish())
+        self._session = open_session(graph.finish(), graph.folder)
         self._pictures = pictures
         self._size = len(attempts)
         self._exact = self._run(np.zeros(self._size, bool))

@@ -20,11 +20,12 @@ def cached_exports(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from iosr_fast.benchmarks import encoder_rivals
     from iosr_fast.export import onnx_export
+    from iosr_fast.export.onnx_files import save_onnx
 
     export = onnx_export.to_onnx
     source = Path(encoder_rivals.__file__).read_bytes()
 
-    def cached(module: Any, example: Any, name: str, outputs: Sequence[str], dynamic: Mapping[int, Any]) -> Any:
+    def cached(module: Any, example: Any, name: str, outputs: Sequence[str], dynamic: Mapping[int, Any], weights: Path | None = None) -> Any:
         digest = hashlib.sha256(source + f"{type(module)} {example.shape} {outputs}".encode())
         adapters = getattr(module, "adapters", {})  # Pass has them in a plain dictionary
         states = {"": module.state_dict(), **{key: adapter.state_dict() for key, adapter in adapters.items()}}
@@ -37,7 +38,10 @@ def cached_exports(monkeypatch: pytest.MonkeyPatch) -> None:
             partial = path.with_suffix(f".{os.getpid()}")
             onnx.save_model(export(module, example, name, outputs, dynamic), str(partial))
             os.replace(partial, path)
-        return onnx.load(str(path))
+        if weights is None:
+            return onnx.load(str(path))
+        save_onnx(onnx.load(str(path)), weights.with_suffix(".onnx"))
+        return onnx.load(str(weights.with_suffix(".onnx")), load_external_data=False)
 
     for module in (onnx_export, encoder_rivals):
         monkeypatch.setattr(module, "to_onnx", cached)

@@ -1,0 +1,255 @@
+"""What a configuration of open_clip says of a model before one is made: whether it exists, what it has, what it can.
+
+Models have the names that open_clip takes: one of its own ("ViT-B-16"), "hf-hub:OWNER/REPOSITORY" of the Hugging Face
+hub, and "local-dir:FOLDER", a folder with open_clip_config.json and a file of weights. Nothing is loaded here; only the
+configuration of a model of the hub is downloaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iosr_fast.clip.architecture import check_architecture, downloading, fused_family
+from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
+from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
+from iosr_fast.utils.require import require
+
+DEMO_NAME = "iosr-fast-demo"
+HUB, LOCAL = "hf-hub:", "local-dir:"
+CONFIG = "open_clip_config.json"
+# The order in which open_clip looks for weights in a folder; then any other, safetensors first.
+_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+# By the first part of timm's name.
+_PLAIN_FAMILIES = {"convnext": "convnext", "fastvit": "mobileclip-s", "vitamin": "vitamin"}
+
+
+@dataclass(frozen=True)
+class ModelSupport:
+    """What is supported of a model with published weights.
+
+    plain  its image encoder becomes an engine with the plain embedding, for the methods without ++
+    dual   its image encoder is fused with an adapter (clip.dual_encoder)
+    text   its text encoder is exported, so that a saved classifier adds classes without PyTorch and transformers
+    needs  the package that its text encoder runs in, "transformers", if it is one of Hugging Face's; else None
+    """
+
+    name: str
+    tags: tuple[str, ...]
+    family: str
+    image_size: int
+    width: int
+    plain: bool
+    dual: bool
+    text: bool
+    needs: str | None
+
+
+def list_models() -> list[ModelSupport]:
+    """Every model of open_clip that has published weights, from the configurations alone."""
+    open_clip = require("open_clip", "cpu")
+    names = dict.fromkeys(name for name, _ in open_clip.list_pretrained())
+    return [describe_model(name) for name in sorted(names, key=str.casefold)]
+
+
+def describe_model(name: str) -> ModelSupport:
+    """What is supported of one model; `name` as for `model_config`, which raises for an unknown one."""
+    config = model_config(name)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    size, fused = vision.get("image_size", 224), fused_family(vision)
+    own = not name.startswith((HUB, LOCAL)) and name not in ("demo", DEMO_NAME)
+    tags = require("open_clip", "cpu").list_pretrained_tags_by_model(_own_name(name)) if own else []
+    return ModelSupport(
+        name=name,
+        tags=tuple(tags),
+        family=fused or _plain_family(config),
+        image_size=size if isinstance(size, int) else size[0],
+        width=config["embed_dim"],
+        plain=True,
+        dual=fused is not None,
+        text=not text.get("hf_model_name") and "multimodal_cfg" not in config,
+        needs="transformers" if text.get("hf_model_name") else None,
+    )
+
+
+def _plain_family(config: dict[str, Any]) -> str:
+    vision = config["vision_cfg"]
+    if "multimodal_cfg" in config:
+        return "coca"
+    timm_name = vision.get("timm_model_name")
+    if timm_name:
+        first = str(timm_name).partition("_")[0]
+        return _PLAIN_FAMILIES.get(first, first)
+    return "resnet" if isinstance(vision.get("layers"), list | tuple) else "vit"
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a model: embed_dim, vision_cfg, text_cfg and more.
+
+    Raises ValueError for an unknown model and for a configuration that is none, FileNotFoundError for a missing folder
+    or file, OSError for a failed download.
+    """
+    open_clip = require("open_clip", "cpu")
+    if name in ("demo", DEMO_NAME):
+        return _checked(json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()), name)
+    if name.startswith(LOCAL):
+        return _checked(_read_config(Path(name.removeprefix(LOCAL))), f"{CONFIG} of {name}")
+    if name.startswith(HUB):
+        with downloading(name, "the configuration"):
+            downloaded = open_clip.get_model_config(name)
+        return _checked(downloaded, f"{CONFIG} of {name}")
+    config = open_clip.get_model_config(_own_name(name))
+    if config is None:
+        raise _unknown(name, open_clip.list_models())
+    return dict(config)
+
+
+def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
+    """Refuse what `load_clip` could not load, from the configuration and the names of files alone; returns the
+    configuration.
+
+    Raises ValueError for an unknown model or tag, and for a model without weights or with two; FileNotFoundError for
+    missing files; ImportError for a model that needs a package that is missing.
+    """
+    config = model_config(name)
+    if missing := _missing_package(name, config):
+        raise MissingPackageError(missing)
+    if str(pretrained) == "none" or (name == "demo" and pretrained is None):
+        return config
+    if name.startswith((HUB, LOCAL)):
+        if pretrained is not None:
+            raise IosrFastError(
+                f"{name} names its weights itself, so expected no pretrained beside it (or 'none', random weights, to "
+                f"measure speed), got {str(pretrained)!r}"
+            )
+        if name.startswith(LOCAL):
+            refuse_programs(find_weights(Path(name.removeprefix(LOCAL))))
+        return config
+    tags = require("open_clip", "cpu").list_pretrained_tags_by_model(_own_name(name))
+    published = f"one of its tags {tags}" if tags else "(open_clip lists none for it)"
+    if pretrained is None:
+        raise IosrFastError(
+            f"expected weights for {name}, got none: give pretrained= {published}, a .safetensors or .pt file, or "
+            "'none' (random weights, to measure speed)"
+        )
+    if str(pretrained) in tags or Path(pretrained).is_file():
+        return config
+    if Path(pretrained).suffix:
+        raise FileNotFoundError(f"expected a file of weights at {pretrained}, found none")
+    close = difflib.get_close_matches(str(pretrained), tags, 1, 0.6)
+    raise IosrFastError(
+        f"{name} has no pretrained tag {str(pretrained)!r}: {f'did you mean {close[0]!r}? ' if close else ''}expected "
+        f"{published}, a file, or 'none'"
+    )
+
+
+def is_fused(name: str) -> bool:
+    """Whether a model's image encoder is fused, with or without an adapter; others give the plain embedding only."""
+    return fused_family(model_config(name)["vision_cfg"]) is not None
+
+
+def check_adaptable(name: str) -> None:
+    """Raise ValueError for a model whose image encoder can't have an adapter."""
+    try:
+        check_architecture(name)
+    except IosrFastError as error:
+        raise IosrFastError(
+            f"{error}. Without an adapter {name} gives the plain embedding, for every method without ++"
+        ) from error
+
+
+def find_weights(folder: Path) -> Path:
+    """The file that open_clip loads from a folder. Raises FileNotFoundError if there is none."""
+    files = [path for suffix in ("safetensors", "bin", "pth") for path in sorted(folder.glob(f"*.{suffix}"))]
+    if not files:
+        raise FileNotFoundError(
+            f"expected weights beside {CONFIG} in {folder} (open_clip_model.safetensors, or another .safetensors, .bin "
+            "or .pth), found none"
+        )
+    named = [path for path in files if path.name in _WEIGHTS]
+    return min(named, key=lambda path: _WEIGHTS.index(path.name)) if named else files[0]
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether PyTorch would load the file as a program."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        inside = {entry.split("/")[1] for entry in archive.namelist() if "/" in entry}
+    return not inside.isdisjoint({"code", "constants.pkl"})
+
+
+def refuse_programs(path: Path) -> None:
+    """Raise ValueError for a TorchScript archive."""
+    if is_torchscript(path):
+        raise IosrFastError(
+            f"{path} is a TorchScript archive, a program that loading would run; expected .safetensors, or a .bin or "
+            ".pth with tensors only"
+        )
+
+
+def _own_name(name: str) -> str:
+    return name.replace("/", "-")
+
+
+def _unknown(name: str, names: list[str]) -> IosrFastError:
+    lower = {known.casefold(): known for known in names}
+    close = difflib.get_close_matches(_own_name(name).casefold(), lower, 3, 0.6)
+    hint = f"did you mean {', '.join(lower[each] for each in close)}? " if close else ""
+    return IosrFastError(
+        f"expected 'demo' or one of open_clip's models ({HUB}OWNER/REPOSITORY, {LOCAL}FOLDER), got {name!r}: {hint}"
+        "`iosr-fast models` lists all"
+    )
+
+
+def _read_config(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder with {CONFIG} and weights at {folder}, found none")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {CONFIG} in {folder}, found none; open_clip's save_for_hf writes it")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(f"expected JSON in {path}, got: {error}") from error
+    return content.get("model_cfg") if isinstance(content, dict) else None
+
+
+def _checked(config: Any, what: str) -> dict[str, Any]:
+    """The configuration. Raises ValueError for one without the fields of every CLIP."""
+    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    fields = config if isinstance(config, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(fields.get(key), kind)]
+    if wrong:
+        raise DamagedFileError(
+            f"expected embed_dim, vision_cfg and text_cfg of a CLIP in {what}, below model_cfg; {', '.join(wrong)} "
+            "missing or of another type"
+        )
+    return dict(config)
+
+
+def _missing_package(name: str, config: dict[str, Any]) -> str | None:
+    """What can't be loaded without a package that is not installed."""
+    model = config["text_cfg"].get("hf_model_name")
+    if model and importlib.util.find_spec("transformers") is None:
+        return (
+            f"the text encoder of {name}, {model}, runs in Hugging Face's transformers, which is not installed: "
+            "pip install transformers sentencepiece protobuf"
+        )
+    if config["vision_cfg"].get("timm_model_name") and importlib.util.find_spec("timm") is None:
+        return f"the image encoder of {name} is one of timm, which is not installed: pip install timm"
+    return None
