@@ -11,7 +11,8 @@ SavedClassifier = Annotated[
     Path, typer.Argument(metavar="CLASSIFIER", help="Folder that `iosr-fast fit` or Classifier.save wrote.")
 ]
 Model = Annotated[
-    str, typer.Option(help="demo, a model of open_clip (iosr-fast models), hf-hub:OWNER/REPOSITORY or local-dir:FOLDER.")
+    str,
+    typer.Option(help="demo, a model of open_clip (iosr-fast models), hf-hub:OWNER/NAME or local-dir:FOLDER."),
 ]
 Pretrained = Annotated[
     str | None, typer.Option(help="Of a model of open_clip: the tag of its weights, which are downloaded, or a file.")

@@ -125,19 +125,19 @@ def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
     Raises ValueError for an unknown model or tag, and for a model without weights or with two; FileNotFoundError for
     missing files; ImportError for a model that needs a package that is missing.
     """
+    if name.startswith((HUB, LOCAL)) and pretrained is not None and str(pretrained) != "none":
+        raise IosrFastError(
+            f"{name} names its weights itself, so expected no pretrained beside it (or 'none', random weights, to "
+            f"measure speed), got {str(pretrained)!r}"
+        )
     config = model_config(name)
     if missing := _missing_package(name, config):
         raise MissingPackageError(missing)
     if str(pretrained) == "none" or (name == "demo" and pretrained is None):
         return config
+    if name.startswith(LOCAL):
+        refuse_programs(find_weights(Path(name.removeprefix(LOCAL))))
     if name.startswith((HUB, LOCAL)):
-        if pretrained is not None:
-            raise IosrFastError(
-                f"{name} names its weights itself, so expected no pretrained beside it (or 'none', random weights, to "
-                f"measure speed), got {str(pretrained)!r}"
-            )
-        if name.startswith(LOCAL):
-            refuse_programs(find_weights(Path(name.removeprefix(LOCAL))))
         return config
     tags = require("open_clip", "cpu").list_pretrained_tags_by_model(_own_name(name))
     published = f"one of its tags {tags}" if tags else "(open_clip lists none for it)"
@@ -211,7 +211,7 @@ def _unknown(name: str, names: list[str]) -> IosrFastError:
     close = difflib.get_close_matches(_own_name(name).casefold(), lower, 3, 0.6)
     hint = f"did you mean {', '.join(lower[each] for each in close)}? " if close else ""
     return IosrFastError(
-        f"expected 'demo' or one of open_clip's models ({HUB}OWNER/REPOSITORY, {LOCAL}FOLDER), got {name!r}: {hint}"
+        f"expected 'demo', {HUB}OWNER/REPOSITORY, {LOCAL}FOLDER or one of open_clip's models, got {name!r}: {hint}"
         "`iosr-fast models` lists all"
     )
 

@@ -70,9 +70,7 @@ def to_onnx(
         model = program.model_proto
     else:
         ir = require("onnx_ir", "cpu")
-        ir.external_data.unload_from_model(
-            program.model, weights.parent, weights.name, size_threshold_bytes=EXTERNAL
-        )
+        ir.external_data.unload_from_model(program.model, weights.parent, weights.name, size_threshold_bytes=EXTERNAL)
         model = ir.to_proto(program.model)
     for item in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         item.ClearField("metadata_props")  # the exporter leaves stack traces with local paths there

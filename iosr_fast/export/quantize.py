@@ -95,8 +95,7 @@ def quantize_onnx(
             reasons[i] = f"its squared error would be {attempt.error:.1%} of its square (at most {LARGEST_ERROR:.0%})"
     encoder = GatedEncoder(_open(source, pictures), attempts, evenly(pictures, JUDGED_PICTURES))
     work = [
-        activations[group.tensor].rows.shape[0] * group.size if i in measured else 0
-        for i, group in enumerate(groups)
+        activations[group.tensor].rows.shape[0] * group.size if i in measured else 0 for i, group in enumerate(groups)
     ]
     floats, error = choose_float(encoder, attempts, work, LARGEST_EMBEDDING_ERROR[kind])
     for i, alone in floats.items():

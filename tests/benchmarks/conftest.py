@@ -25,7 +25,14 @@ def cached_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     export = onnx_export.to_onnx
     source = Path(encoder_rivals.__file__).read_bytes()
 
-    def cached(module: Any, example: Any, name: str, outputs: Sequence[str], dynamic: Mapping[int, Any], weights: Path | None = None) -> Any:
+    def cached(
+        module: Any,
+        example: Any,
+        name: str,
+        outputs: Sequence[str],
+        dynamic: Mapping[int, Any],
+        weights: Path | None = None,
+    ) -> Any:
         digest = hashlib.sha256(source + f"{type(module)} {example.shape} {outputs}".encode())
         adapters = getattr(module, "adapters", {})  # Pass has them in a plain dictionary
         states = {"": module.state_dict(), **{key: adapter.state_dict() for key, adapter in adapters.items()}}

@@ -298,7 +298,7 @@ def test_wrong_options_are_refused_before_any_data_set_is_opened(
     ("words", "message"),
     [
         (["--shots", "1", "4"], "tiny has 3"),
-        (["--model", "ViT-Z"], "expected 'demo' or one of open_clip's models"),
+        (["--model", "ViT-Z"], "or one of open_clip's models, got 'ViT-Z'"),
         (["--adapter", "nowhere.safetensors"], "no adapter at"),
         (["--status"], "no run in"),
     ],

@@ -1,0 +1,68 @@
+"""A small CLIP of every family of image encoders that is not fused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from timm.models.vitamin import GeGluMlp, VitCfg, VitConvCfg, _create_vitamin
+
+from iosr_fast.clip.load import LoadedClip
+from tests.clip.families import randomise, timm_clip
+from tests.clip.small_clip import TEXT, small_clip
+
+create_model = timm.create_model  # timm_clip replaces it
+
+
+def vitamin(_small: str, pretrained: bool = False, **options: Any) -> Any:
+    stages = VitCfg(
+        embed_dim=(16, 32, 64),
+        depths=(1, 1, 1),
+        stem_width=16,
+        conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
+        head_type="1d",
+    )
+    sizes = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_layer": GeGluMlp, "mlp_ratio": 2.0}
+    return _create_vitamin(
+        "vitamin_small_224", pretrained, stages, class_token=False, global_pool="avg", **sizes, **options
+    )
+
+
+def mobileclip_s(_small: str, **options: Any) -> Any:
+    return create_model("fastvit_mci0", layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 64), **options)
+
+
+def convnext(_small: str, **options: Any) -> Any:
+    return create_model("test_convnext", **options)
+
+
+def coca() -> LoadedClip:
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
+    vision |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    text = {**TEXT, "embed_cls": True, "output_tokens": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = open_clip.CoCa(24, {**TEXT, "dim_head": 16}, text, vision)
+        randomise(model.visual)
+    return replace(small_clip(), model=model.eval().requires_grad_(False))
+
+
+PLAIN_CLIPS: dict[str, Callable[[], LoadedClip]] = {
+    "resnet": lambda: small_clip(layers=[1, 2, 1, 1], width=16, image_size=64, patch_size=None, head_width=32),
+    "convnext": lambda: timm_clip(convnext, 64, timm_pool="", timm_proj="linear"),
+    "convnext-mlp": lambda: timm_clip(convnext, 64, timm_pool="", timm_proj="mlp"),
+    "mobileclip-s": lambda: timm_clip(mobileclip_s, 64, timm_pool="avg"),
+    "vitamin": lambda: timm_clip(vitamin, 64, timm_pool="", timm_proj="linear"),
+    "coca": coca,
+}
+
+
+@functools.cache
+def plain_clip(name: str) -> LoadedClip:
+    """The small CLIP of a family; don't change it."""
+    return PLAIN_CLIPS[name]()

@@ -1,0 +1,151 @@
+"""What the configurations say of models, against what loading and fusing say; models of the hub and of folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+
+from iosr_fast.clip.load import load_clip  # noqa: E402
+from iosr_fast.clip.models import (  # noqa: E402
+    DEMO_FOLDER,
+    check_adaptable,
+    check_model,
+    describe_model,
+    is_fused,
+    list_models,
+    model_config,
+)
+from iosr_fast.exceptions import MissingPackageError  # noqa: E402
+from tests.cli.runs import never, refused, run  # noqa: E402
+
+MODEL = json.loads((DEMO_FOLDER / "iosr-fast-demo.json").read_text())
+CONFIG = {"model_cfg": MODEL, "preprocess_cfg": {"std": [0.5] * 3}}
+KEYS = ["name", "tags", "family", "plain", "dual", "text"]
+PLAIN = {"resnet", "convnext", "vitamin", "coca", "mobileclip-s"}
+NAMES = sorted({name for name, _ in open_clip.list_pretrained()})
+
+
+def raises(error: type[Exception], call: Any, *arguments: Any) -> bool:
+    try:
+        call(*arguments)
+    except error:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_says_what_the_checks_say(name: str) -> None:
+    support = describe_model(name)
+    assert support.tags == tuple(open_clip.list_pretrained_tags_by_model(name)) and support.plain
+    assert support.dual == is_fused(name) == (not raises(ValueError, check_adaptable, name))
+    missing = bool(support.needs) and importlib.util.find_spec(str(support.needs)) is None
+    for pretrained in (*support.tags, "none"):
+        assert raises(MissingPackageError, check_model, name, pretrained) == missing
+    assert support.family and support.image_size == model_config(name)["vision_cfg"]["image_size"]
+
+
+def test_most_models_are_usable_and_two_thirds_are_fused() -> None:
+    listed = list_models()
+    assert [one.name for one in listed] == sorted(NAMES, key=str.casefold)
+    assert sum(one.plain for one in listed) >= 108 and sum(one.dual for one in listed) >= 70
+    assert {"vit", "clipa", "siglip", "pe-core", "eva", "eva02", *PLAIN} <= {one.family for one in listed}
+    assert all((one.family in PLAIN) != one.dual for one in listed)
+
+
+def test_the_command_makes_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_clip, "create_model", never)
+    rows = json.loads(run("models", "--json").output)
+    assert len(rows) == len(NAMES) and all(list(row) == KEYS for row in rows)
+    table = run("models").output.splitlines()
+    assert len(table) == len(NAMES) + 2 and table[-1].startswith(f"{len(NAMES)} models: ")
+    assert any(line.split()[:3] == ["convnext_base", "convnext", "224"] for line in table)
+    one = run("models", "ViT-B-16-SigLIP2").output
+    assert one.startswith("ViT-B-16-SigLIP2: siglip, images of 224x224") and "webli" in one
+    assert json.loads(run("models", "demo", "--json").output)["tags"] == []
+    assert "did you mean ViT-B-16-SigLIP2" in refused("models", "ViT-B16-SigLip2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder with the demo's weights."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    save_file(load_clip("demo").model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_a_folder_is_loaded_by_its_own_configuration(folder: Path) -> None:
+    name, demo = f"local-dir:{folder}", load_clip("demo")
+    clip = load_clip(name)
+    assert clip.name == name and clip.std == (0.5, 0.5, 0.5) and clip.image_size == 64
+    state = demo.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in clip.model.state_dict().items())
+    assert torch.equal(clip.tokenizer(["a cat"]), demo.tokenizer(["a cat"]))
+    assert is_fused(name) and describe_model(name).dual and describe_model(name).tags == ()
+    assert load_clip(name, "none").fingerprint != clip.fingerprint
+    weights = folder / "open_clip_model.safetensors"
+    torch.save(demo.model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    weights.unlink()
+    assert load_clip(name).fingerprint == clip.fingerprint
+
+
+def test_a_repository_of_the_hub_is_loaded_by_its_own_configuration(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(model_id: str, filename: str = "open_clip_model.safetensors", **_: Any) -> str:
+        if model_id != "owner/repository":
+            raise ConnectionError("no route to the hub")
+        return str(folder / filename)
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
+    assert load_clip("hf-hub:owner/repository").fingerprint == load_clip(f"local-dir:{folder}").fingerprint
+    with pytest.raises(OSError, match=r"the configuration of hf-hub:owner/other can't be downloaded or read: no route"):
+        load_clip("hf-hub:owner/other")
+    with pytest.raises(ValueError, match=r"names its weights itself.* got 'openai'"):
+        load_clip("hf-hub:owner/repository", "openai")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "open_clip_config.json").unlink(), "expected open_clip_config.json in"),
+        (lambda folder: (folder / "open_clip_config.json").write_text("{"), "expected JSON in"),
+        (
+            lambda folder: (folder / "open_clip_config.json").write_text("[]"),
+            "expected embed_dim, vision_cfg",
+        ),
+        (lambda folder: (folder / "open_clip_model.safetensors").unlink(), "expected weights beside open_clip_config"),
+        (lambda folder: archive(folder / "open_clip_model.safetensors"), "is a TorchScript archive, a program"),
+    ],
+)
+def test_a_folder_that_is_none_is_refused_before_a_model_is_made(
+    folder: Path, change: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_clip, "create_model", never)
+    change(folder)
+    with pytest.raises((ValueError, OSError), match=said):
+        load_clip(f"local-dir:{folder}")
+
+
+def archive(path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(1, 1)).save(str(path))
+
+
+def test_weights_of_another_model_in_a_folder_are_refused(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, folder / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match=r"expected weights of the configuration of local-dir:.*model\.safetensors"):
+        load_clip(f"local-dir:{folder}")
+    with pytest.raises(ValueError, match=r"expected weights of ViT-B-32 in .*model\.safetensors"):
+        load_clip("ViT-B-32", folder / "open_clip_model.safetensors")

@@ -1,0 +1,100 @@
+"""Engines of image encoders that are not fused: the numbers are open_clip's own, in every precision and batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+for package in ("torch", "open_clip", "timm", "onnxruntime", "openvino", "onnxscript"):
+    pytest.importorskip(package)
+
+import torch  # noqa: E402
+
+from iosr_fast.clip.fuse import unfusible_reason  # noqa: E402
+from iosr_fast.clip.plain_encoder import PlainEncoder, plain_pass  # noqa: E402
+from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
+from iosr_fast.export.candidates import list_candidates, with_fewer_tokens  # noqa: E402
+from iosr_fast.export.convert import convert_engine  # noqa: E402
+from iosr_fast.export.export import write_engine  # noqa: E402
+from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
+from tests.clip.families import FAMILIES, family_clip  # noqa: E402
+from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
+from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
+
+
+@pytest.fixture(scope="module", params=PLAIN_CLIPS)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """A family, its engine in fp32 and the manifest."""
+    folder = tmp_path_factory.mktemp(request.param) / "engine"
+    return request.param, folder, write_engine(plain_clip(request.param), None, folder, "onnxruntime")
+
+
+@pytest.mark.slow
+def test_an_engine_is_open_clips_own_encode_image(built: tuple[str, Path, Any]) -> None:
+    family, folder, manifest = built
+    clip = plain_clip(family)
+    assert manifest["dual_encoder"] is None and manifest["first_adapted_block"] is None and manifest["width"] == 24
+    pixels = random_pixels(5, clip.image_size)
+    with torch.inference_mode():
+        x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(clip.mean).view(3, 1, 1)) / (
+            torch.tensor(clip.std).view(3, 1, 1)
+        )
+        expected = clip.model.encode_image(x, normalize=True).numpy()
+    assert expected.std(0).max() > 1e-3  # pictures differ
+    for runtime in ("onnxruntime", "openvino"):
+        encoder = open_engine(folder, runtime)
+        assert not encoder.adapted and encoder.width == 24
+        for batch in (1, 2, 5):
+            got = encoder.encode(pixels[:batch])
+            assert got.adapted is None
+            np.testing.assert_allclose(got.plain, expected[:batch], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_int8_is_near_and_optimize_knows_what_there_is(built: tuple[str, Path, Any], tmp_path: Path) -> None:
+    family, folder, _ = built
+    clip = plain_clip(family)
+    source = open_verified(folder, "engine")
+    listed = list_candidates(source, pictures=16, with_clip=True)
+    assert {one.precision for one in listed} <= {"fp32", "bf16", "int8"} and "torch" not in {c.runtime for c in listed}
+    assert with_fewer_tokens(source, listed) == []
+    pictures = random_pixels(16, clip.image_size)
+    manifest = convert_engine(source, tmp_path / "int8", "onnxruntime", "int8", pictures)
+    assert manifest["quantised"]["products"] + len(manifest["quantised"]["kept"]) >= 3
+    got, expected = open_engine(tmp_path / "int8", "onnxruntime").encode(pictures).plain, plain_pass(clip, pictures)[0]
+    assert (got * expected).sum(1).min() >= 0.99
+
+
+@pytest.mark.parametrize("family", PLAIN_CLIPS)
+def test_what_needs_fusing_says_why_not(family: str, tmp_path: Path) -> None:
+    clip = plain_clip(family)
+    reason = unfusible_reason(clip)
+    assert reason is not None
+    with pytest.raises(ValueError, match="got fp32 in torch"):
+        write_engine(clip, None, tmp_path / "engine", "torch")
+    with pytest.raises(ValueError, match="got fp16 in onnxruntime"):
+        write_engine(clip, None, tmp_path / "engine", "onnxruntime", "fp16")
+    with pytest.raises(ValueError) as raised:
+        write_engine(clip, None, tmp_path / "engine", "onnxruntime", merged=2)
+    assert str(raised.value) == reason and not (tmp_path / "engine").exists()
+
+
+def test_an_adapter_of_another_encoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="an attentional pooler"):
+        write_engine(plain_clip("coca"), random_adapter(small_clip(), 1), tmp_path / "engine", "onnxruntime")
+
+
+@pytest.mark.parametrize("family", [*PLAIN_CLIPS, *FAMILIES])
+def test_the_module_is_the_encoders_own_for_every_family(family: str) -> None:
+    """Attention, pools and summed branches, and the model itself stays as it was."""
+    clip = plain_clip(family) if family in PLAIN_CLIPS else family_clip(family)
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    pixels = random_pixels(3, clip.image_size)
+    with torch.inference_mode():
+        (got,) = PlainEncoder(clip)(torch.from_numpy(pixels))
+    np.testing.assert_allclose(got.numpy(), plain_pass(clip, pixels)[0], atol=1e-5)
+    after = clip.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
