@@ -108,7 +108,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return linear
 
 
-def _exportable(module: nn.Module) -> nn.Module:
+def _exportable(module: Any) -> Any:
     """The module with its attention replaced; `module` stays as it is, and weights are shared."""
     if isinstance(module, nn.MultiheadAttention):
         return Attention(module)
@@ -127,7 +127,7 @@ def _exportable(module: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def plain_pass(clip: LoadedClip, pixels: np.ndarray) -> tuple[np.ndarray]:
+def plain_pass(clip: LoadedClip, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
     """The reference: open_clip's own encode_image of uint8 pixels (B, S, S, 3), L2-normalised; ((B, D) float32,)."""
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (clip.mean, clip.std))
     rows = [

@@ -280,7 +280,8 @@ def _is_patches(embed: Any) -> bool:
     """Whether an embedding is what `_stem` reads: convolutions whose windows don't overlap, with GELU between."""
     if type(embed).__name__ == "PatchEmbed":
         return isinstance(embed.norm, nn.Identity)
-    layers = list(getattr(embed, "backbone", ()))
+    backbone = getattr(embed, "backbone", None)
+    layers = list(backbone) if isinstance(backbone, nn.Sequential) else []
     if not layers or not isinstance(embed.proj, nn.Identity) or not all(hasattr(layer, "conv") for layer in layers):
         return False
     convolutions = [layer.conv for layer in layers]

@@ -41,6 +41,19 @@ def convnext(_small: str, **options: Any) -> Any:
     return create_model("test_convnext", **options)
 
 
+def resnet() -> LoadedClip:
+    clip = small_clip(layers=[1, 2, 1, 1], width=16, image_size=64, patch_size=None, head_width=32)
+    visual = clip.model.visual
+    randomise(visual)
+    for module in visual.modules():  # statistics of its own activations, so that pictures differ in the end
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        visual.train()(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    visual.eval()
+    return clip
+
+
 def coca() -> LoadedClip:
     vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
     vision |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
@@ -53,7 +66,7 @@ def coca() -> LoadedClip:
 
 
 PLAIN_CLIPS: dict[str, Callable[[], LoadedClip]] = {
-    "resnet": lambda: small_clip(layers=[1, 2, 1, 1], width=16, image_size=64, patch_size=None, head_width=32),
+    "resnet": resnet,
     "convnext": lambda: timm_clip(convnext, 64, timm_pool="", timm_proj="linear"),
     "convnext-mlp": lambda: timm_clip(convnext, 64, timm_pool="", timm_proj="mlp"),
     "mobileclip-s": lambda: timm_clip(mobileclip_s, 64, timm_pool="avg"),

@@ -80,7 +80,8 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     fingerprint: Fingerprint
     export_version: Positive
     opset: Positive | None
-    dual_encoder: dict[str, int | float | str | bool | None] | None  # None: clip.plain_encoder, in fp32 ONNX
+    # None: an encoder that is not fused (clip.plain_encoder).
+    dual_encoder: dict[str, int | float | str | bool | None | list[list[int]]] | None
     versions: dict[str, str | None]
     device: Name
     plans: dict[str, CompiledPlan]
