@@ -81,7 +81,7 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     export_version: Positive
     opset: Positive | None
     # None: an encoder that is not fused (clip.plain_encoder).
-    dual_encoder: dict[str, int | float | str | bool | None | list[list[int]]] | None
+    dual_encoder: dict[str, int | float | str | bool | list[list[int]] | None] | None
     versions: dict[str, str | None]
     device: Name
     plans: dict[str, CompiledPlan]
