@@ -57,7 +57,7 @@ def get_adapter(clip: LoadedClip, start: int, width: int, folder: Path, epochs: 
         config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=4)
         folder.mkdir(parents=True, exist_ok=True)
         training = path.with_name(path.name + ".training")
-        save_adapter(train_adapter(clip, adapter, demo_pictures(clip.image_size), config, training), path)
+        save_adapter(train_adapter(clip, adapter, demo_pictures(clip.geometry), config, training), path)
         shutil.rmtree(training)
     adapter = load_adapter(path)
     check_belongs(adapter, clip)

@@ -46,9 +46,7 @@ def public_embeddings(clip: Any, paths: list[Path]) -> np.ndarray:
     rows = []
     with torch.inference_mode():
         for start in range(0, len(paths), PUBLIC_BATCH):
-            pixels = [
-                resize_and_crop(open_image(path), clip.image_size) for path in paths[start : start + PUBLIC_BATCH]
-            ]
+            pixels = [resize_and_crop(open_image(path), clip.geometry) for path in paths[start : start + PUBLIC_BATCH]]
             batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div(255)
             rows.append(clip.model.encode_image((batch - mean) / std, normalize=True))
     embeddings: np.ndarray = torch.cat(rows).numpy()

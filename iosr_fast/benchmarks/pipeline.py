@@ -39,6 +39,7 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.export.convert import convert_engine
 from iosr_fast.export.export import random_adapter, write_engine
 from iosr_fast.images.decode import CpuDecoder
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import FORMATS
 from iosr_fast.images.preprocess import open_image, resize_and_crop
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, choose_stage
@@ -77,7 +78,16 @@ def by_script(paths: list[Path], clip: LoadedClip, embed: Embed, formula: Papers
     import open_clip
     from PIL import Image
 
-    transform = open_clip.image_transform(clip.image_size, is_train=False, mean=clip.mean, std=clip.std)
+    geometry = clip.geometry
+    transform = open_clip.image_transform(
+        geometry.size,
+        is_train=False,
+        mean=clip.mean,
+        std=clip.std,
+        resize_mode=geometry.resize_mode,
+        interpolation=geometry.interpolation,
+        fill_color=geometry.fill,
+    )
     labels = []
     for start in range(0, len(paths), RIVALS_BATCH):
         pixels = torch.stack([transform(Image.open(p, formats=FORMATS)) for p in paths[start : start + RIVALS_BATCH]])
@@ -121,21 +131,21 @@ def precision_of(impl: str) -> str:
     return "int8" if impl.endswith(SUFFIXES["int8"]) else "fp32"
 
 
-def decode(paths: list[Path], size: int) -> list[np.ndarray]:
+def decode(paths: list[Path], geometry: Geometry) -> list[np.ndarray]:
     """By the decoder of predict_folder. Raises BadImageError for the first bad image."""
     images = []
-    for image in CpuDecoder().decode(paths, size):
+    for image in CpuDecoder().decode(paths, geometry):
         if isinstance(image, BadImageError):
             raise image
         images.append(image)
     return images
 
 
-def verify_pixels(paths: list[Path], size: int) -> None:
+def verify_pixels(paths: list[Path], geometry: Geometry) -> None:
     """Raise ArithmeticError unless our decoder's pixels are those of the reference, within LEVELS on average."""
     off = [
-        np.abs(a.astype(int) - resize_and_crop(open_image(b), size)).mean()
-        for a, b in zip(decode(paths, size), paths, strict=True)
+        np.abs(a.astype(int) - resize_and_crop(open_image(b), geometry)).mean()
+        for a, b in zip(decode(paths, geometry), paths, strict=True)
     ]
     if not np.mean(off) <= LEVELS:
         raise ArithmeticError(f"pixels are off by {np.mean(off):.2f} levels on average (allowed: {LEVELS}); not timed")
@@ -179,7 +189,7 @@ def run(
         convert_engine(folder / "fp32", folder / "int8", "auto", "int8", pictures_of(clip)[0])
         classifiers = {precision: fit(folder / precision, paths, threads) for precision in SUFFIXES}
         formula = PapersFormula(classifiers["fp32"].plan_)
-        size = clip.image_size
+        geometry = clip.geometry
         encoder, engine = classifiers["fp32"].encoder, classifiers["fp32"].engine_
         batch = choose_batch(encoder, None)
         callers = choose_stage(encoder, engine, CpuDecoder(), pictures, batch, threads).callers
@@ -187,7 +197,7 @@ def run(
         groups = [paths[start:end] for start, end in pairwise([0, *ends])]
 
         def decoded() -> list[np.ndarray]:
-            with closing(map_ordered(groups, lambda group: decode(group, size), threads, 2 * threads)) as batches:
+            with closing(map_ordered(groups, lambda group: decode(group, geometry), threads, 2 * threads)) as batches:
                 return [np.stack(batch) for batch in batches]
 
         def ours(classifier: Classifier) -> np.ndarray:
@@ -210,7 +220,7 @@ def run(
 
         memory_mb = {impl: harness.extra_memory_mb(partial(keep, impl, label)) for impl, label in labelling.items()}
         verify_labels(labels, "obvious-script")
-        verify_pixels(paths[:50], size)
+        verify_pixels(paths[:50], geometry)
         batches = decoded()
         impls: dict[str, Callable[[], object]] = {
             **labelling,

@@ -113,7 +113,7 @@ def pictures_of(clip: LoadedClip) -> tuple[np.ndarray, np.ndarray]:
     sets = []
     for pictures, count in ((load_pictures("generic").images, CALIBRATED), (held_out()[0].images, JUDGED)):
         chosen = np.linspace(0, len(pictures) - 1, count).astype(int)
-        views = [resize_and_crop(photograph(pictures[i], seed=int(i)), clip.image_size) for i in chosen]
+        views = [resize_and_crop(photograph(pictures[i], seed=int(i)), clip.geometry) for i in chosen]
         sets.append(np.stack(views))
     return sets[0], sets[1]
 

@@ -29,7 +29,7 @@ def fit(engine: Path, paths: list[Path], threads: int) -> Classifier:
     """A tip-adapter++ of CLASSES classes with SHOTS keys each, around the embeddings of CLASSES of the pictures."""
     encoder = open_engine(engine, verify=False, threads=threads)
     classes = min(CLASSES, len(paths))
-    pixels = np.stack([resize_and_crop(open_image(path), encoder.image_size) for path in paths[:classes]])
+    pixels = np.stack([resize_and_crop(open_image(path), encoder.geometry) for path in paths[:classes]])
     centres = encoder.encode(pixels)
     rng = np.random.default_rng(0)
 

@@ -15,6 +15,8 @@ from iosr_fast.utils.require import require_installed
 if TYPE_CHECKING:
     import numpy as np
 
+    from iosr_fast.images.geometry import Geometry
+
 
 def build_engine(
     out: Annotated[Path, typer.Option(help="Folder to write. An engine that is there is replaced.")],
@@ -81,11 +83,11 @@ def build_engine(
     clip = load_clip(model, pretrained)
     fused = choose_adapter(clip, file) if first_adapted_block is None else random_adapter(clip, first_adapted_block)
     pictures = calibration_pictures(clip, calibration) if precision in QUANTISED else None
-    real = real_pictures(clip.image_size)
+    real = real_pictures(clip.geometry)
     describe(write_engine(clip, fused, out, runtime, precision, max_batch, real, pictures), out)
 
 
-def real_pictures(size: int) -> np.ndarray:
+def real_pictures(geometry: Geometry) -> np.ndarray:
     """Some of the demo's pictures at the model's size: uint8 (N, size, size, 3)."""
     from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.export.calibration import evenly
@@ -93,7 +95,7 @@ def real_pictures(size: int) -> np.ndarray:
     from iosr_fast.images.preprocess import to_pixels
 
     images = load_pictures("held-out").images
-    return to_pixels(evenly(images, CHECKED_PICTURES), size)
+    return to_pixels(evenly(images, CHECKED_PICTURES), geometry)
 
 
 def describe(manifest: dict[str, Any], out: Path) -> None:

@@ -176,7 +176,8 @@ def train_adapter(
         seed=seed,
     )
     size = round(clip.image_size * DINO_MARGIN) if dino and not demo else clip.image_size
-    sources = open_sources(data, size, clip.image_size, held_out, workers, seed, csv, images, skip_missing)
+    geometry = replace(clip.geometry, size=size)
+    sources = open_sources(data, geometry, clip.geometry, held_out, workers, seed, csv, images, skip_missing)
     fabric = make_fabric(precision, accelerator)
     checkpoints = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
     run(out, clip, adapter, config, sources, fabric, checkpoints, tensorboard)

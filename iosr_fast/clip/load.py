@@ -24,6 +24,7 @@ from iosr_fast.clip.models import (
     is_torchscript,
 )
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
+log = logging.getLogger(__name__)
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in OpenAI's archives, not weights
 
 
@@ -38,19 +40,23 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers in 
 class LoadedClip:
     """An open_clip model on the CPU in fp32 and evaluation mode, with its preprocessing.
 
-    `mean` and `std` are per channel for pixels in [0, 1]; `logit_scale` is exp of the trained parameter (100 for CLIP);
-    `fingerprint` is a SHA-256 over the configuration and every weight.
+    `geometry` is how a picture becomes pixels; `mean` and `std` are per channel for pixels in [0, 1]; `logit_scale` is
+    exp of the trained parameter (100 for CLIP); `fingerprint` is a SHA-256 over the configuration and every weight.
     """
 
     model: Any
     tokenizer: Callable[..., torch.Tensor]
     name: str
-    image_size: int
+    geometry: Geometry
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
     logit_scale: float
     fingerprint: str
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square pictures that the model takes."""
+        return self.geometry.size
 
 
 def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
@@ -61,6 +67,8 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     `pretrained` one of its tags ("openai": downloaded by open_clip), a file (open_clip's .safetensors, a state dict in
     .pt, or OpenAI's own TorchScript .pt), or "none" for random weights from a fixed seed (to measure speed).
     Models whose weights were trained with QuickGELU use it, even if their name does not end in "-quickgelu".
+    Preprocessing is that of the tag. For a file and for random weights it is the one that all tags of the model share,
+    and open_clip's default, with a warning, if they differ.
 
     No code of a file runs: a .pt may contain tensors only, and a TorchScript archive, which is a program, is loaded
     only if its SHA-256 is the one that OpenAI published for `name`.
@@ -89,21 +97,41 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
         else:
             model = _model_from_file(open_clip, name, Path(pretrained))
     model = model.float().eval().requires_grad_(False)
-    size = model.visual.image_size
-    size = size if isinstance(size, int) else size[0]
-    preprocess = open_clip.get_model_preprocess_cfg(model)
+    preprocess = _preprocessing(open_clip, model, name, str(pretrained))
+    geometry = Geometry.from_open_clip(preprocess)
     mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+    facts = {"image_size": geometry.size, "mean": mean, "std": std, "gelu": _activation(model), **geometry.changes()}
     return LoadedClip(
         model=model,
         tokenizer=tokenizer,
         name="demo" if name == DEMO_NAME else name,
-        image_size=size,
+        geometry=geometry,
         mean=mean,
         std=std,
-        interpolation=preprocess.get("interpolation") or "bicubic",
         logit_scale=float(model.logit_scale.exp()),
-        fingerprint=_fingerprint(model, {"image_size": size, "mean": mean, "std": std, "gelu": _activation(model)}),
+        fingerprint=_fingerprint(model, facts),
     )
+
+
+def _preprocessing(open_clip: Any, model: Any, name: str, pretrained: str) -> dict[str, Any]:
+    """The fields of open_clip's PreprocessCfg for a model. open_clip gives weights without a tag its default."""
+    preprocess: dict[str, Any] = dict(open_clip.get_model_preprocess_cfg(model))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags or not tags:
+        return preprocess
+    fields = ("mean", "std", "interpolation", "resize_mode")
+    shared = [{key: open_clip.get_pretrained_cfg(name, tag)[key] for key in fields} for tag in tags]
+    if all(each == shared[0] for each in shared):
+        return preprocess | shared[0]
+    if pretrained != "none":
+        log.warning(
+            "the published weights of %s differ in preprocessing; %s gets open_clip's default, %s. If its weights need "
+            "another, load it by local-dir: with an open_clip_config.json beside it",
+            name,
+            pretrained,
+            {key: preprocess[key] for key in fields},
+        )
+    return preprocess
 
 
 def _random_model(open_clip: Any, name: str) -> Any:

@@ -32,4 +32,4 @@ def resize_clip(clip: LoadedClip, image_size: int) -> LoadedClip:
         )
     model = shallow_copy(clip.model)
     model.visual = tower.resized(image_size)
-    return replace(clip, model=model, image_size=image_size)
+    return replace(clip, model=model, geometry=replace(clip.geometry, size=image_size))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from iosr_fast.images.geometry import Geometry
+
 if TYPE_CHECKING:
     from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -53,6 +55,7 @@ class Encoder(Protocol):
     """An image encoder, compiled or eager. A subclass inherits the defaults below.
 
     image_size, width  side of the square images that it takes; channels D of its embeddings
+    geometry           how a picture of any shape becomes such an image; a subclass may override it
     fingerprint        identifies the exact export, so that keys are never compared with another encoder's queries
     runtime            "onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx", or a name of your own
     adapted            whether it returns adapted embeddings beside the plain ones
@@ -83,6 +86,11 @@ class Encoder(Protocol):
     runs: int = 1
     parallel: bool = False
     source: VerifiedFolder | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        """By default that of OpenAI's CLIP: the shorter side resized to `image_size`, the centre cropped."""
+        return Geometry(self.image_size)
 
     @abstractmethod
     def encode(self, pixels: np.ndarray) -> Embeddings:

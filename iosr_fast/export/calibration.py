@@ -38,7 +38,7 @@ def calibration_pictures(clip: LoadedClip, folder: str | Path | None = None, cou
         raise IosrFastError(
             f"expected pictures to calibrate on ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}, found none"
         )
-    return to_pixels(evenly(np.array(paths, dtype=object), count).tolist(), clip.image_size)
+    return to_pixels(evenly(np.array(paths, dtype=object), count).tolist(), clip.geometry)
 
 
 def evenly(items: np.ndarray, count: int) -> np.ndarray:

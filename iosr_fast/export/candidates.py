@@ -196,12 +196,12 @@ class CandidateBuilder:
         from iosr_fast.export.export import write_engine
 
         assert self._loaded is not None  # _left_out
+        clip, adapter = self._loaded
         fewer = tokens or {}
         real, size = self._calibration, fewer.get("image_size")
         if real is not None and size is not None:
-            real = to_pixels(list(real), size)
+            real = to_pixels(list(real), replace(clip.geometry, size=size))
         calibration, max_batch = real if precision in QUANTISED else None, self.engine.manifest["max_batch"]
-        clip, adapter = self._loaded
         forms: dict[str, Any] = {"image_size": size, "merged": fewer.get("merged", 0)}
         write_engine(clip, adapter, folder, runtime, precision, max_batch, real, calibration, **forms)
 

@@ -120,10 +120,9 @@ def write_engine(
     )
     facts: dict[str, Any] = {
         "model": clip.name,
-        "image_size": clip.image_size,
+        **clip.geometry.facts(),
         "mean": list(clip.mean),
         "std": list(clip.std),
-        "interpolation": clip.interpolation,
         "logit_scale": clip.logit_scale,
         "clip_fingerprint": clip.fingerprint,
         "adapter": None if adapter is None else "random" if adapter.config.training.get("random") else "trained",

@@ -1,6 +1,6 @@
 """Images to an encoder's pixels, on the CPU: only the crop is resized, and large JPEGs are decoded at a fraction.
 
-`preprocess.resize_and_crop(preprocess.open_image(source), size)` is the reference for the geometry.
+`preprocess.resize_and_crop(preprocess.open_image(source), geometry)` is the reference for the geometry.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import is_plain, orientation_of, to_rgb, turn, upright_rgb
-from iosr_fast.images.preprocess import ENCODED, open_image, opened_encoded, resize_and_crop
+from iosr_fast.images.preprocess import ENCODED, open_image, opened_encoded, pad, resize_and_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +37,7 @@ class Decoder(Protocol):
     threads: int | None  # None: no limit
     exif_orientation: bool
 
-    def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
+    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> list[Decoded]:
         """Each image as (size, size, 3) uint8 or its error, in order. Positions in errors count from `start`."""
         ...
 
@@ -49,23 +50,24 @@ class CpuDecoder:
     def __init__(self, exact: bool = False, exif_orientation: bool = True) -> None:
         self.name, self._exact, self.exif_orientation = "cpu-exact" if exact else "cpu", exact, exif_orientation
 
-    def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
+    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> list[Decoded]:
         return [
-            try_decode(source, size, start + i, self.exif_orientation, self._exact) for i, source in enumerate(sources)
+            try_decode(source, geometry, start + i, self.exif_orientation, self._exact)
+            for i, source in enumerate(sources)
         ]
 
 
-def try_decode(source: Any, size: int, position: int, exif_orientation: bool, exact: bool = False) -> Decoded:
+def try_decode(source: Any, geometry: Geometry, position: int, exif_orientation: bool, exact: bool = False) -> Decoded:
     """`decode_pixels`, with BadImageError returned instead of raised."""
     try:
-        return decode_pixels(source, size, position, exact=exact, exif_orientation=exif_orientation)
+        return decode_pixels(source, geometry, position, exact=exact, exif_orientation=exif_orientation)
     except BadImageError as error:
         return error
 
 
 def decode_pixels(
     source: Any,
-    size: int,
+    geometry: Geometry,
     position: int = 0,
     name: Path | None = None,
     check: SizeCheck | None = None,
@@ -75,9 +77,10 @@ def decode_pixels(
     """One image, as `open_image` takes it, as (size, size, 3) uint8, C-contiguous.
 
     On average over a photograph's pixels the result is within 1 level of the reference; it differs by rounding and, for
-    JPEGs whose shorter side is at least 2 * MARGIN * size, by decoding at a fraction of the size. The work depends on
-    the decoded pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name` names encoded bytes
-    in errors. `check` is called with the size of an encoded image before it is decoded. Raises BadImageError.
+    JPEGs of at least 2 * MARGIN times the size that they are resized to, by decoding at a fraction of the size. The
+    work depends on the decoded pixels, not on the aspect ratio. `exact` gives the reference to the last bit. `name`
+    names encoded bytes in errors. `check` is called with the size of an encoded image before it is decoded. Raises
+    BadImageError.
     """
     if isinstance(source, (str, Path, *ENCODED)):
         with opened_encoded(source, position, name) as image:
@@ -85,47 +88,53 @@ def decode_pixels(
             if check is not None and (reason := check(*shape)):
                 raise IosrFastError(reason)
             if exact:
-                return resize_and_crop(upright_rgb(image, exif_orientation), size)
-            fraction = _draft(image, size)
+                return resize_and_crop(upright_rgb(image, exif_orientation), geometry)
+            fraction = _draft(image, geometry)
             image.load()
-            return crop_pixels(image, size, fraction, shape, orientation_of(image) if exif_orientation else 1)
+            return crop_pixels(image, geometry, fraction, shape, orientation_of(image) if exif_orientation else 1)
     image = open_image(source, position, exif_orientation)
-    return resize_and_crop(image, size) if exact else crop_pixels(image, size)
+    return resize_and_crop(image, geometry) if exact else crop_pixels(image, geometry)
 
 
 def crop_pixels(
-    image: Image, size: int, fraction: int = 1, shape: tuple[int, int] | None = None, orientation: int = 1
+    image: Image, geometry: Geometry, fraction: int = 1, shape: tuple[int, int] | None = None, orientation: int = 1
 ) -> np.ndarray:
     """`resize_and_crop` of an image stored with this EXIF orientation: (size, size, 3) uint8.
 
     Only the crop is resized, and then turned. `image` may be decoded at 1 / `fraction` of its own size `shape`,
     (width, height).
     """
-    from PIL.Image import Resampling
-
     width, height = shape or image.size
-    short = min(width, height)
     if not is_plain(image):
         image = to_rgb(image)
-    resized = int(size * width / short), int(size * height / short)  # the size from which resize_and_crop crops
+    resized = geometry.resized(width, height)  # the size from which resize_and_crop crops
+    cropped = min(geometry.size, resized[0]), min(geometry.size, resized[1])
     left, top = (
         # The upright image rounds an odd excess; a reversed axis must round it the other way.
         excess - round(excess / 2) if orientation in reversed_by else round(excess / 2)
-        for excess, reversed_by in ((resized[0] - size, _REVERSED_X), (resized[1] - size, _REVERSED_Y))
+        for excess, reversed_by in (
+            (resized[0] - cropped[0], _REVERSED_X),
+            (resized[1] - cropped[1], _REVERSED_Y),
+        )
     )
     if image.size == resized:
-        image = image.crop((left, top, left + size, top + size))
+        image = image.crop((left, top, left + cropped[0], top + cropped[1]))
     else:
         x, y = width / resized[0] / fraction, height / resized[1] / fraction
-        right, bottom = min((left + size) * x, image.width), min((top + size) * y, image.height)
-        image = image.resize((size, size), Resampling.BICUBIC, box=(left * x, top * y, right, bottom))
+        right, bottom = min((left + cropped[0]) * x, image.width), min((top + cropped[1]) * y, image.height)
+        image = image.resize(cropped, geometry.resampling, box=(left * x, top * y, right, bottom))
     pixels = np.asarray(turn(image, orientation))
-    return np.repeat(pixels[:, :, None], 3, 2) if pixels.ndim == 2 else pixels
+    return pad(np.repeat(pixels[:, :, None], 3, 2) if pixels.ndim == 2 else pixels, geometry)
 
 
-def _draft(image: Image, size: int) -> int:
-    """Set a large JPEG to be decoded at 1 / n of its size; returns n."""
-    width, height = image.size
-    scale = next((scale for scale in _SCALES if min(width, height) >= MARGIN * size * scale), 1)
-    draft = image.draft(None, (width // scale, height // scale)) if scale > 1 else None  # None for all but JPEGs
+def _draft(image: Image, geometry: Geometry) -> int:
+    """Set a large JPEG to be decoded at 1 / n of its size; returns n.
+
+    Both sides keep MARGIN times the pixels that they are resized to: a squashed one is shrunk more on its longer side.
+    """
+    (width, height), resized = image.size, geometry.resized(*image.size)
+    least = min(width / resized[0], height / resized[1])
+    scale = next((scale for scale in _SCALES if least >= MARGIN * scale), 1)
+    # None for all but JPEGs. A side may have fewer pixels than `scale`.
+    draft = image.draft(None, (max(1, width // scale), max(1, height // scale))) if scale > 1 else None
     return 1 if draft is None else round(width / draft[1][2])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.images.decode import Decoded, try_decode
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import opened, orientation_of
 from iosr_fast.utils.require import require
 
@@ -34,7 +35,7 @@ class GpuDecoder(ABC):
     def __init__(self, device: str = "cuda", exif_orientation: bool = True) -> None:
         self.device, self.exif_orientation = device, exif_orientation
 
-    def decode(self, sources: Sequence[Any], size: int, start: int = 0) -> list[Decoded]:
+    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> list[Decoded]:
         """As Decoder.decode: within 1 level of the CPU's on average."""
         jpegs = {i: data for i, source in enumerate(sources) if (data := _read_jpeg(source)) is not None}
         pixels: dict[int, Decoded] = {}
@@ -47,9 +48,9 @@ class GpuDecoder(ABC):
                 and orientation is not None
                 and max(image.shape[1:]) <= _MAX_ASPECT * min(image.shape[1:])
             ):
-                pixels[i] = shrink(turned(image, orientation), size).permute(1, 2, 0).contiguous().cpu().numpy()
+                pixels[i] = shrink(turned(image, orientation), geometry).permute(1, 2, 0).contiguous().cpu().numpy()
         return [
-            pixels[i] if i in pixels else try_decode(source, size, start + i, self.exif_orientation)
+            pixels[i] if i in pixels else try_decode(source, geometry, start + i, self.exif_orientation)
             for i, source in enumerate(sources)
         ]
 
@@ -117,19 +118,22 @@ def _orientation(jpeg: bytes) -> int | None:
         return None
 
 
-def shrink(image: torch.Tensor, size: int) -> torch.Tensor:
-    """`resize_and_crop` on uint8 (3, H, W): bicubic with antialiasing, rounded and clamped -> (3, size, size) uint8."""
+def shrink(image: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """`resize_and_crop` on uint8 (3, H, W): resized with antialiasing, rounded and clamped -> (3, size, size) uint8."""
     import torch
 
-    height, width = image.shape[1:]
-    short = min(width, height)
-    if short != size:
-        shape = int(size * height / short), int(size * width / short)
+    size, shape = geometry.size, geometry.resized(image.shape[2], image.shape[1])[::-1]
+    if tuple(image.shape[1:]) != shape:
         resized = torch.nn.functional.interpolate(
-            image[None].float(), shape, mode="bicubic", antialias=True, align_corners=False
+            image[None].float(), shape, mode=geometry.interpolation, antialias=True, align_corners=False
         )[0]
         image = resized.round().clamp(0, 255).to(torch.uint8)
-    top, left = round((image.shape[1] - size) / 2), round((image.shape[2] - size) / 2)
+    if geometry.resize_mode == "longest":
+        padded = image.new_full((3, size, size), geometry.fill)
+        top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
+        padded[:, top : top + shape[0], left : left + shape[1]] = image
+        return padded
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
     return image[:, top : top + size, left : left + size]
 
 

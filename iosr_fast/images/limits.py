@@ -1,7 +1,7 @@
 """Limits of images from untrusted sources, checked by the file's header: nothing is decoded or allocated.
 
-A few hundred bytes can claim billions of pixels, so the claim is checked before a decoder reads the file. The resized
-image is bounded too: one of 1 x 60,000 pixels, with its shorter side resized to 224, would have three billion.
+A few hundred bytes can claim billions of pixels, so the claim is checked before a decoder reads the file. Resizing is
+bounded too: an image of 1 x 60,000 pixels, with its shorter side resized to 224, would have three billion.
 
 These checks take microseconds. `decoder_process.structure` checks the whole file, in a separate process.
 """
@@ -9,6 +9,8 @@ These checks take microseconds. `decoder_process.structure` checks the whole fil
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from iosr_fast.images.geometry import Geometry
 
 Encoded = bytes | bytearray | memoryview
 Size = tuple[int, int]  # width, height
@@ -26,7 +28,7 @@ class DecodeLimits:
     """Bounds of one image; None: no limit.
 
     max_bytes            encoded
-    max_pixels           of the image, and of the image after its shorter side is resized
+    max_pixels           of the image, and of what resizing makes of it
     max_pixels_together  of all images above 16 million pixels that are decoded at the same time
     timeout_s            CPU seconds for decoding one, or twice as long by the clock; enforced in a process only
     """
@@ -42,14 +44,14 @@ class DecodeLimits:
             return ""
         return f"expected at most {self.max_bytes} encoded bytes, got {count}; send a smaller image"
 
-    def size_error(self, size: Size, side: int) -> str:
-        """Why an image of `size`, whose shorter side is resized to `side`, is refused; "" if it is not."""
+    def size_error(self, size: Size, geometry: Geometry) -> str:
+        """Why an image of `size`, which becomes pixels by `geometry`, is refused; "" if it is not."""
         width, height = size
         if self.max_pixels is None:
             return ""
         if width * height > self.max_pixels:
             return f"expected at most {self.max_pixels} pixels, got {width} x {height}; send a smaller one"
-        if min(size) > 0 and side * side * max(size) > self.max_pixels * min(size):
+        if min(size) > 0 and work_pixels(size, geometry) > self.max_pixels:
             return f"aspect ratio too extreme ({width} x {height}); crop the image"
         return ""
 
@@ -70,10 +72,11 @@ def claimed_size(data: Encoded) -> Size | None:
     return size if size is not None and min(size) > 0 else None
 
 
-def work_pixels(size: Size, side: int) -> int:
-    """Pixels of the largest picture on the way from `size` to `side` x `side`: the image itself or the resized one."""
-    short, long = min(size), max(size)
-    return max(short * long, side * side * long // short)
+def work_pixels(size: Size, geometry: Geometry) -> int:
+    """Pixels of the largest picture on the way from `size` to the geometry's: the image itself, the image resized in
+    one direction (Pillow resizes rows first, and EXIF may have turned it), or the resized one."""
+    (width, height), (columns, rows) = size, geometry.resized(*size)
+    return max(width * height, columns * height, width * rows, columns * rows)
 
 
 def _png_size(data: Encoded) -> Size | None:

@@ -1,7 +1,7 @@
 """Paths, PIL images, arrays and tensors to the uint8 pixels that an encoder takes: the reference implementation.
 
-The geometry is CLIP's: resize the shorter side (bicubic, antialiased), crop the centre. Mean and standard deviation are
-folded into the encoder, so pixels stay uint8.
+The geometry is the model's own (`images.geometry.Geometry`). Mean and standard deviation are folded into the encoder,
+so pixels stay uint8.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
 from iosr_fast.utils.text import abbreviate
 
@@ -79,26 +80,37 @@ def naming(path: Path | None, position: int) -> Iterator[None]:
         raise BadImageError(path, position, str(error)) from error
 
 
-def resize_and_crop(image: Image, size: int) -> np.ndarray:
-    """CLIP's geometry: (size, size, 3) uint8. Equals torchvision's Resize(size, bicubic) and CenterCrop(size)."""
-    from PIL import Image
+def resize_and_crop(image: Image, geometry: Geometry) -> np.ndarray:
+    """An RGB image as (size, size, 3) uint8: resized, then cropped or padded.
 
-    width, height = image.size
-    short = min(width, height)
-    if short != size:
-        # torchvision truncates the longer side; rounding instead would shift the crop by half a pixel.
-        image = image.resize((int(size * width / short), int(size * height / short)), resample=Image.Resampling.BICUBIC)
+    Equals open_clip's transform for evaluation, for "shortest" torchvision's Resize(size) and CenterCrop(size).
+    """
+    size, resized = geometry.size, geometry.resized(*image.size)
+    if image.size != resized:
+        image = image.resize(resized, resample=geometry.resampling)
+    if geometry.resize_mode == "longest":
+        return pad(np.asarray(image), geometry)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def random_view(image: Image, size: int, rng: np.random.Generator, mirror: bool) -> np.ndarray:
+def pad(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Pixels (H, W, 3) of at most the geometry's size, in the middle of (size, size, 3) with its fill around them."""
+    (height, width), size = pixels.shape[:2], geometry.size
+    if height == width == size:
+        return pixels
+    padded = np.full((size, size, 3), geometry.fill, np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2  # an odd pixel more below and to the right
+    padded[top : top + height, left : left + width] = pixels
+    return padded
+
+
+def random_view(image: Image, geometry: Geometry, rng: np.random.Generator, mirror: bool) -> np.ndarray:
     """A random crop of half to all of the area, resized to (size, size, 3) uint8; `mirror` mirrors it half of the time.
 
-    Equals the papers' augmentation: torchvision's RandomResizedCrop(scale=(0.5, 1)) and RandomHorizontalFlip.
+    Equals the papers' augmentation: torchvision's RandomResizedCrop(scale=(0.5, 1)) and RandomHorizontalFlip, for any
+    resize mode, as open_clip trains.
     """
-    from PIL import Image
-
     width, height = image.size
     area = width * height * rng.uniform(0.5, 1.0)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -106,7 +118,7 @@ def random_view(image: Image, size: int, rng: np.random.Generator, mirror: bool)
     crop_height = min(height, max(1, round((area / ratio) ** 0.5)))
     left, top = int(rng.integers(width - crop_width + 1)), int(rng.integers(height - crop_height + 1))
     box = (left, top, left + crop_width, top + crop_height)
-    view = np.asarray(image.resize((size, size), resample=Image.Resampling.BICUBIC, box=box))
+    view = np.asarray(image.resize((geometry.size, geometry.size), resample=geometry.resampling, box=box))
     return np.ascontiguousarray(view[:, ::-1]) if mirror and rng.random() < 0.5 else view
 
 
@@ -144,12 +156,17 @@ def as_image_list(images: Any) -> Sequence[Any]:
     return list(images)
 
 
-def to_pixels(images: Any, size: int, exif_orientation: bool = True) -> np.ndarray:
-    """One image or many -> (B, size, size, 3) uint8, in order. Raises BadImageError for the first unreadable one."""
+def to_pixels(images: Any, geometry: Geometry, exif_orientation: bool = True) -> np.ndarray:
+    """One image or many -> (B, size, size, 3) uint8, in order. Raises BadImageError for the first unreadable one.
+
+    >>> to_pixels(np.zeros((2, 30, 40, 3), np.uint8), Geometry(24)).shape
+    (2, 24, 24, 3)
+    """
+    size = geometry.size
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
         return images
     listed = as_image_list(images)
     pixels = np.empty((len(listed), size, size, 3), np.uint8)
     for i, image in enumerate(listed):
-        pixels[i] = resize_and_crop(open_image(image, i, exif_orientation), size)
+        pixels[i] = resize_and_crop(open_image(image, i, exif_orientation), geometry)
     return pixels

@@ -13,6 +13,7 @@ from typing import Any
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.decode import Decoded, decode_pixels
+from iosr_fast.images.geometry import Geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +116,10 @@ class ItemDecoder:
     def __init__(self, exif_orientation: bool = True) -> None:
         self.exif_orientation = exif_orientation
 
-    def decode(self, sources: Sequence[Item], size: int, start: int = 0) -> list[Decoded]:
-        return [self._decode_one(item, size) for item in sources]
+    def decode(self, sources: Sequence[Item], geometry: Geometry, start: int = 0) -> list[Decoded]:
+        return [self._decode_one(item, geometry) for item in sources]
 
-    def _decode_one(self, item: Item, size: int) -> Decoded:
+    def _decode_one(self, item: Item, geometry: Geometry) -> Decoded:
         name = Path(item.key if item.offset or item.size >= 0 else item.path)
         if item.fault is not None:
             return BadImageError(name, 0, item.fault)
@@ -128,7 +129,7 @@ class ItemDecoder:
                 data = file.read(item.size)
             if item.size >= 0 and len(data) != item.size:
                 return BadImageError(name, 0, f"expected {item.size} bytes of it in {item.path}, found {len(data)}")
-            return decode_pixels(data, size, name=name, exact=True, exif_orientation=self.exif_orientation)
+            return decode_pixels(data, geometry, name=name, exact=True, exif_orientation=self.exif_orientation)
         except BadImageError as error:
             return error
         except OSError as error:

@@ -111,7 +111,7 @@ def encode_batches(
     """
 
     def decode(batch: tuple[int, Sequence[Any]]) -> list[Decoded]:
-        return decoder.decode(batch[1], stage.encoder.image_size, batch[0])
+        return decoder.decode(batch[1], stage.encoder.geometry, batch[0])
 
     def encode(decoded: list[Decoded]) -> tuple[Errors, _R | None]:
         errors = [pixels if isinstance(pixels, BadImageError) else None for pixels in decoded]

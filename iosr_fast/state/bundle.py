@@ -25,6 +25,7 @@ import msgspec
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.state import State
@@ -97,7 +98,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
         written = {
             **state_facts,
             "views": asdict(bundle.views),
-            "preprocessing": {key: engine.manifest[key] for key in ("image_size", "interpolation", "mean", "std")},
+            "preprocessing": {**Geometry.from_facts(engine.manifest).facts(), "mean": facts.mean, "std": facts.std},
             "clip_fingerprint": facts.clip_fingerprint,
             "adapter_fingerprint": facts.adapter_fingerprint,
             "encoder_fingerprint": bundle.encoder_fingerprint,

@@ -12,6 +12,7 @@ import numpy as np
 from msgspec import Meta
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Interpolation, ResizeMode
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.ids import uid_of
@@ -22,7 +23,7 @@ from iosr_fast.utils.schema import (
     Deviations,
     Entry,
     Fingerprint,
-    Name,
+    Level,
     Natural,
     Positive,
     Sha256,
@@ -37,9 +38,11 @@ KeyPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
 class Preprocessing(Strict, frozen=True, kw_only=True):
     image_size: Size
-    interpolation: Name
+    interpolation: Interpolation
     mean: Channels
     std: Deviations
+    resize_mode: ResizeMode = "shortest"
+    fill: Level = 0
 
 
 class PlanConstants(Strict, frozen=True, kw_only=True):

@@ -92,15 +92,15 @@ def choose_engine(fit: Fit, images: Sequence[Any], options: OptimizeOptions) -> 
     if source is None:
         raise IosrFastError("expected an encoder that was opened from an engine folder, got one without a folder")
     chosen = sample_rows(examples.class_ids, JUDGED)
-    size = clip.encoder.image_size
+    geometry = clip.encoder.geometry
     if options.tokens and clip.loaded is None:
         raise IosrFastError("engines with fewer tokens are exported from the CLIP: name it by pretrained")
 
     @functools.cache
     def pixels_of(side: int) -> np.ndarray:
-        return to_pixels([images[i] for i in chosen], side, fit.views.exif_orientation)
+        return to_pixels([images[i] for i in chosen], replace(geometry, size=side), fit.views.exif_orientation)
 
-    pixels = pixels_of(size)
+    pixels = pixels_of(geometry.size)
     calibration = pixels[evenly(len(pixels), CALIBRATED)]
     builder = CandidateBuilder(source, calibration, clip.loaded, clip.encoder.threads, fit.state.needs_adapted)
     try:

@@ -18,6 +18,7 @@ import numpy as np
 from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.scoring.precision import PRECISIONS
@@ -72,16 +73,16 @@ class SupportViews:
         """How many pictures an image is encoded as."""
         return self.views + self.two_forms
 
-    def pixels(self, image: Image, size: int, digest: bytes) -> list[np.ndarray]:
+    def pixels(self, image: Image, geometry: Geometry, digest: bytes) -> list[np.ndarray]:
         """The views of a decoded image, each (size, size, 3) uint8, and last the single one where it is kept.
 
         `digest` is the SHA-256 of the image's pixels: the same image gives the same views in any order of calls.
         """
         if self.views == 1:
-            return [resize_and_crop(image, size)]
+            return [resize_and_crop(image, geometry)]
         rng = np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little")])
-        views = [random_view(image, size, rng, self.mirror) for _ in range(self.views)]
-        return [*views, resize_and_crop(image, size)] if self.two_forms else views
+        views = [random_view(image, geometry, rng, self.mirror) for _ in range(self.views)]
+        return [*views, resize_and_crop(image, geometry)] if self.two_forms else views
 
     def picture(self, image: Image) -> bytes | None:
         """The thumbnail of a decoded image as WebP; shrinks the image itself."""
@@ -159,7 +160,7 @@ def encode_images(
         identity = image.size, digest
         if refused:
             return _Prepared(identity, [], None)
-        return _Prepared(identity, views.pixels(image, encoder.image_size, digest), views.picture(image))
+        return _Prepared(identity, views.pixels(image, encoder.geometry, digest), views.picture(image))
 
     ahead = 2 * -(-_BATCH // views.forms)
     with closing(map_ordered(enumerate(images), prepare, usable_threads(), ahead)) as prepared:

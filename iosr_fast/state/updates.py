@@ -258,7 +258,7 @@ class LiveUpdates(FittedAttributes):
         listed = array if array is not None and array.ndim == 4 else as_image_list(images)
         for start in range(0, len(listed), _CHUNK):
             try:
-                yield to_pixels(listed[start : start + _CHUNK], fit.clip.encoder.image_size, fit.views.exif_orientation)
+                yield to_pixels(listed[start : start + _CHUNK], fit.clip.encoder.geometry, fit.views.exif_orientation)
             except BadImageError as error:
                 raise error.moved(start) from error.__cause__
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.training.data import (
     FolderPictures,
     PictureSource,
@@ -31,8 +32,8 @@ class Sources:
 
 def open_sources(
     data: str,
-    size: int,
-    held_out_size: int,
+    geometry: Geometry,
+    held_out_geometry: Geometry,
     held_out: float,
     workers: int,
     seed: int,
@@ -40,7 +41,7 @@ def open_sources(
     images: Path | None = None,
     skip_missing: bool = False,
 ) -> Sources:
-    """Pictures of `size` to train on, and a share `held_out` of every class at `held_out_size` to measure on.
+    """Pictures of `geometry` to train on, and a share `held_out` of every class, of `held_out_geometry`, to measure on.
 
     The demo's held-out pictures are those of its validation concepts, on which no accuracy is reported. Raises
     ValueError or OSError, naming what is missing, before decoding.
@@ -48,15 +49,15 @@ def open_sources(
     if (data == "open-images") != (csv is not None and images is not None):
         raise IosrFastError("expected --csv FILE and --images DIR with --data open-images, and only with it")
     if data == "demo":
-        return Sources(demo_pictures(size), validation_pictures(held_out_size))
+        return Sources(demo_pictures(geometry), validation_pictures(held_out_geometry))
     notes: tuple[str, ...] = ()
 
-    def open_at(at: int) -> PictureSource:
+    def open_at(at: Geometry) -> PictureSource:
         if csv is not None and images is not None:
             return OpenImagesPictures(csv, images, at, workers, leave_out_missing=skip_missing)
         return ShardPictures(data, at, workers) if is_shards(data) else FolderPictures(data, at, workers)
 
-    source = open_at(size)
+    source = open_at(geometry)
     if missing := getattr(source, "missing", ()):
         notes = (f"skipped {len(missing)} pictures of the CSV that are missing from {images}, first {missing[0]}",)
     if not held_out:
@@ -65,8 +66,8 @@ def open_sources(
     if len(measured.labels.unique()) < 2:
         note = "nothing is measured between epochs: fewer than two classes have at least four pictures"
         return Sources(source, None, (*notes, note))
-    if size != held_out_size:
-        measured = SubsetPictures(open_at(held_out_size), measured.rows)
+    if geometry != held_out_geometry:
+        measured = SubsetPictures(open_at(held_out_geometry), measured.rows)
     return Sources(train, measured, notes)
 
 
@@ -76,11 +77,11 @@ def is_shards(data: str) -> bool:
     return ".tar" in folder.name or (folder.is_dir() and next(folder.glob("*.tar"), None) is not None)
 
 
-def validation_pictures(size: int) -> TensorPictures:
+def validation_pictures(geometry: Geometry) -> TensorPictures:
     """The demo's validation concepts: held out from the training of its CLIP and of its adapter."""
     from iosr_fast.clip.demo.pictures import held_out
     from iosr_fast.images.preprocess import to_pixels
 
     _, pictures = held_out()
-    images = torch.from_numpy(to_pixels(pictures.images, size)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(to_pixels(pictures.images, geometry)).permute(0, 3, 1, 2)
     return TensorPictures(images, torch.from_numpy(pictures.concepts), pictures.names)

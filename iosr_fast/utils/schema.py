@@ -18,6 +18,7 @@ Name = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,512}\Z")]  # no co
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
+Level = Annotated[int, Meta(ge=0, le=255)]  # of a pixel
 # JSON can't express infinite numbers, and msgspec refuses overflowing ones.
 Above0 = Annotated[float, Meta(gt=0)]
 Channels = Annotated[list[float], Meta(min_length=3, max_length=3)]

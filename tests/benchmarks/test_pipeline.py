@@ -17,6 +17,7 @@ pytest.importorskip("open_clip")
 from iosr_fast.benchmarks import harness, pipeline  # noqa: E402
 from iosr_fast.benchmarks.photographs import photograph, texture, write_photographs  # noqa: E402
 from iosr_fast.encoders.runtimes.engine import ONNX_RUNTIMES, choose_runtime  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from tests.clip.small_clip import small_clip  # noqa: E402
 
 PICTURES = 8
@@ -83,10 +84,12 @@ def test_a_wrong_candidate_is_not_timed(small: None, monkeypatch: pytest.MonkeyP
 
 def test_wrong_pixels_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write_photographs(tmp_path, 3)
-    pipeline.verify_pixels(paths, 64)
-    monkeypatch.setattr(pipeline, "resize_and_crop", lambda image, size: np.asarray(image.resize((size, size))))
+    pipeline.verify_pixels(paths, Geometry(64))
+    monkeypatch.setattr(
+        pipeline, "resize_and_crop", lambda image, geometry: np.asarray(image.resize((geometry.size, geometry.size)))
+    )
     with pytest.raises(ArithmeticError, match="pixels are off by"):
-        pipeline.verify_pixels(paths, 64)
+        pipeline.verify_pixels(paths, Geometry(64))
 
 
 @pytest.mark.parametrize("faster", ["one", "many"])

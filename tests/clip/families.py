@@ -14,6 +14,7 @@ import torch
 from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.images.geometry import Geometry
 from tests.clip.small_clip import TEXT, small_clip
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
@@ -41,7 +42,7 @@ def timm_clip(create: Callable[..., Any], size: int = 32, **vision: Any) -> Load
         width = 64 if config["timm_proj"] == "none" else 24
         model = open_clip.model.CLIP(width, open_clip.CLIPVisionCfg(**config), open_clip.CLIPTextCfg(**TEXT))
         randomise(model.visual)
-    return replace(small_clip(), model=model.eval().requires_grad_(False), image_size=size)
+    return replace(small_clip(), model=model.eval().requires_grad_(False), geometry=Geometry(size))
 
 
 def named(name: str, **changes: Any) -> Callable[..., Any]:

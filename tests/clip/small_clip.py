@@ -10,6 +10,7 @@ import torch
 
 from iosr_fast.clip.adapter import init_adapter
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.images.geometry import Geometry
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 
@@ -29,10 +30,9 @@ def small_clip(quick_gelu: bool = False, fingerprint: str = "small", **vision: A
         model=model,
         tokenizer=lambda texts: texts,
         name="small",
-        image_size=size if isinstance(size, int) else size[0],
+        geometry=Geometry(size if isinstance(size, int) else size[0]),
         mean=(0.48, 0.46, 0.41),
         std=(0.27, 0.26, 0.28),
-        interpolation="bicubic",
         logit_scale=100.0,
         fingerprint=fingerprint,
     )

@@ -35,6 +35,7 @@ from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder  #
 from iosr_fast.export import export_text as module  # noqa: E402
 from iosr_fast.export.clip_text import ClipText  # noqa: E402
 from iosr_fast.export.export_text import export_text  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from tests.demo_cache import demo_cache, shared_cache  # noqa: E402
 
 VOCABULARY = 49408
@@ -89,10 +90,9 @@ def small_clip(quick_gelu: bool = False, **text: Any) -> LoadedClip:
         model=model.eval().requires_grad_(False),
         tokenizer=open_clip.SimpleTokenizer(context_length=config["context_length"]),
         name="small",
-        image_size=16,
+        geometry=Geometry(16),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        interpolation="bicubic",
         logit_scale=100.0,
         fingerprint="small",
     )

@@ -15,10 +15,13 @@ from PIL import Image
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.evaluation.paper.model import Model
 from iosr_fast.evaluation.paper.store import Wanted
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.training.data.evaluation_sets import EvaluationSet
 
 CLASSES, TRAIN, FIRST = 5, 3, 140
-CLIP: Any = SimpleNamespace(name="ViT-B-16", fingerprint="clip", image_size=64, logit_scale=100.0)
+CLIP: Any = SimpleNamespace(
+    name="ViT-B-16", fingerprint="clip", image_size=64, geometry=Geometry(64), logit_scale=100.0
+)
 held_out = lru_cache(load_pictures)  # decoding the demo's sheets takes long
 
 

@@ -108,10 +108,10 @@ def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Pr
     model = models.load_model("demo", None, "auto", "torch")
 
     def embed(split: str, rows: np.ndarray, views: int, rng: np.random.Generator) -> Embeddings:
-        size, images = model.clip.image_size, [data.splits[split].image(row) for row in rows]
+        geometry, images = model.clip.geometry, [data.splits[split].image(row) for row in rows]
         if views == 1:
-            return model.encoder.encode(np.stack([resize_and_crop(image, size) for image in images]))
-        pixels = [random_view(image, size, rng, True) for image in images for _ in range(views)]
+            return model.encoder.encode(np.stack([resize_and_crop(image, geometry) for image in images]))
+        pixels = [random_view(image, geometry, rng, True) for image in images for _ in range(views)]
         return mean_of_views(model.encoder.encode(np.stack(pixels)), views)
 
     parts, labels = [], []

@@ -20,12 +20,14 @@ from iosr_fast.evaluation.paper.model import Model
 from iosr_fast.evaluation.paper.problems import Problem, pose
 from iosr_fast.evaluation.paper.run import Views, plan
 from iosr_fast.evaluation.paper.store import Store, Wanted
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.methods.tuning.tune import Tuned
 from tests.evaluation.paper_sets import CLASSES, Pictures, model, tiny, wanted
 
 CHANGES: dict[str, Callable[[], tuple[Model, Wanted]]] = {
     "clip": lambda: (model(fingerprint="another"), wanted()),
     "size": lambda: (model(image_size=96), wanted()),
+    "resize mode": lambda: (model(geometry=Geometry(64, "squash")), wanted()),
     "adapter": lambda: (model("another"), wanted()),
     "engine": lambda: (model(engine="another"), wanted()),
     "no adapter": lambda: (model(None), wanted()),

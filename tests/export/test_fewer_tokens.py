@@ -21,6 +21,7 @@ from iosr_fast.exceptions import IosrFastError  # noqa: E402
 from iosr_fast.export.convert import convert_engine  # noqa: E402
 from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
 from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.preprocess import to_pixels  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 
@@ -54,7 +55,7 @@ def test_the_demo_with_fewer_tokens(tmp_path: Path) -> None:
     manifest = write_engine(clip, adapter, tmp_path / "engine", "onnxruntime", image_size=48, merged=2)
     generic = load_pictures("generic").images[:16]
     converted = convert_engine(
-        tmp_path / "engine", tmp_path / "int8", "openvino", "int8", to_pixels(generic, 48, False)
+        tmp_path / "engine", tmp_path / "int8", "openvino", "int8", to_pixels(generic, Geometry(48), False)
     )
     direct = write_engine(
         clip,
@@ -62,7 +63,7 @@ def test_the_demo_with_fewer_tokens(tmp_path: Path) -> None:
         tmp_path / "direct",
         "openvino",
         "int8",
-        calibration=to_pixels(generic, 48, False),
+        calibration=to_pixels(generic, Geometry(48), False),
         image_size=48,
         merged=2,
     )

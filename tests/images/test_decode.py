@@ -15,6 +15,7 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import decode
 from iosr_fast.images.decode import MARGIN, CpuDecoder, crop_pixels, decode_pixels
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, resize_and_crop
 from tests.pictures import encode
 
@@ -27,9 +28,10 @@ def pictures() -> np.ndarray:
 
 def difference(data: bytes, size: int) -> np.ndarray:
     """Of the pixels to the reference's, in levels."""
-    got = decode_pixels(data, size)
+    geometry = Geometry(size)
+    got = decode_pixels(data, geometry)
     assert got.shape == (size, size, 3) and got.dtype == np.uint8 and got.flags.c_contiguous
-    return np.abs(got.astype(int) - resize_and_crop(open_image(data), size))
+    return np.abs(got.astype(int) - resize_and_crop(open_image(data), geometry))
 
 
 SHAPES = [(500, 375), (375, 500), (224, 224), (300, 224), (640, 427), (427, 640), (1600, 1200), (1250, 1900), (97, 64)]
@@ -83,19 +85,19 @@ def test_what_is_not_decoded_small_differs_by_rounding(rng: np.random.Generator)
         (31, 30, 32),
     ]:
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        error = np.abs(crop_pixels(image, size).astype(int) - resize_and_crop(image, size))
+        error = np.abs(crop_pixels(image, Geometry(size)).astype(int) - resize_and_crop(image, Geometry(size)))
         assert error.max() <= 1 and error.mean() < 0.01
     # Pillow resizes some tall pictures top to bottom first, and the overshoot of noise is clipped in between.
     image = Image.fromarray(rng.integers(0, 256, (700, 300, 3), dtype=np.uint8))
-    assert np.abs(crop_pixels(image, 224).astype(int) - resize_and_crop(image, 224)).mean() < 1
+    assert np.abs(crop_pixels(image, Geometry(224)).astype(int) - resize_and_crop(image, Geometry(224))).mean() < 1
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction(pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, tuple[int, int]]] = []
 
-    def crop(image: Image.Image, size: int, fraction: int, shape: tuple[int, int], *rest: int) -> np.ndarray:
+    def crop(image: Image.Image, geometry: Geometry, fraction: int, shape: tuple[int, int], *rest: int) -> np.ndarray:
         seen.append((fraction, image.size))
-        return crop_pixels(image, size, fraction, shape, *rest)
+        return crop_pixels(image, geometry, fraction, shape, *rest)
 
     monkeypatch.setattr(decode, "crop_pixels", crop)
     size = 32
@@ -113,9 +115,9 @@ def test_exact_is_the_reference_to_the_last_bit(rng: np.random.Generator, width:
     image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA").convert(mode)
     data = encode(image.convert("RGB") if mode == "RGB" else image, "JPEG" if mode == "RGB" else "PNG")
     for source in (data, image):
-        expected = resize_and_crop(open_image(source), 64)
-        assert (decode_pixels(source, 64, exact=True) == expected).all()
-        assert (CpuDecoder(exact=True).decode([source], 64)[0] == expected).all()
+        expected = resize_and_crop(open_image(source), Geometry(64))
+        assert (decode_pixels(source, Geometry(64), exact=True) == expected).all()
+        assert (CpuDecoder(exact=True).decode([source], Geometry(64))[0] == expected).all()
 
 
 def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +131,7 @@ def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pyte
 
     monkeypatch.setattr(Image.Image, "resize", counted)
     column = rng.integers(0, 256, (60_000, 1, 3), dtype=np.uint8)
-    pixels = decode_pixels(encode(column), 224)
+    pixels = decode_pixels(encode(column), Geometry(224))
     assert made == [224 * 224]
     middle = column[29_998:30_002, 0].astype(int)
     assert (pixels.min((0, 1)) >= middle.min(0) - 40).all() and (pixels.max((0, 1)) <= middle.max(0) + 40).all()
@@ -139,9 +141,9 @@ def test_orientation_is_applied_unless_pixels_are_wanted_as_stored(pictures: np.
     image, exif = photograph(pictures[5], 120, 90), Image.Exif()
     exif[0x0112] = 6
     turned = encode(image, "JPEG", exif=exif)
-    plain = decode_pixels(encode(image, "JPEG"), 32)
-    assert (decode_pixels(turned, 32, exif_orientation=False) == plain).all()
-    assert np.abs(decode_pixels(turned, 32).astype(int) - np.rot90(plain, -1)).mean() < 1
+    plain = decode_pixels(encode(image, "JPEG"), Geometry(32))
+    assert (decode_pixels(turned, Geometry(32), exif_orientation=False) == plain).all()
+    assert np.abs(decode_pixels(turned, Geometry(32)).astype(int) - np.rot90(plain, -1)).mean() < 1
 
 
 def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
@@ -151,12 +153,12 @@ def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
     cut.write_bytes(data[: len(data) // 2])
     for path, said in ((text, "not an image of a known format"), (cut, "truncated"), (nowhere, "no such file")):
         with pytest.raises(BadImageError, match=said) as raised:
-            decode_pixels(path, 32, 4)
+            decode_pixels(path, Geometry(32), 4)
         assert raised.value.path == path and raised.value.position == 4
     with pytest.raises(BadImageError, match="number 4"):
-        decode_pixels(data[:500], 32, 4)
+        decode_pixels(data[:500], Geometry(32), 4)
     with pytest.raises(BadImageError, match=r"inside\.tar/a\.jpg"):
-        decode_pixels(data[:500], 32, 4, Path("inside.tar/a.jpg"))
+        decode_pixels(data[:500], Geometry(32), 4, Path("inside.tar/a.jpg"))
     with pytest.raises(BadImageError, match="float32"):
         decode_pixels(np.zeros((4, 4, 3), np.float32), 32)
 
@@ -164,4 +166,6 @@ def test_errors_name_the_file(pictures: np.ndarray, tmp_path: Path) -> None:
 def test_a_check_is_asked_before_anything_is_decoded(pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "crop_pixels", lambda *_: pytest.fail("decoded what was to be refused"))
     with pytest.raises(BadImageError, match="number 2: 500 by 375 is too large"):
-        decode_pixels(encode(photograph(pictures[5]), "JPEG"), 32, 2, check=lambda w, h: f"{w} by {h} is too large")
+        decode_pixels(
+            encode(photograph(pictures[5]), "JPEG"), Geometry(32), 2, check=lambda w, h: f"{w} by {h} is too large"
+        )

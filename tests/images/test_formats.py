@@ -16,6 +16,7 @@ from PIL import EpsImagePlugin, Image, TiffImagePlugin, features
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import pixels
 from iosr_fast.images.decode import decode_pixels
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, resize_and_crop, to_pixels
 from tests.pictures import encode
 
@@ -76,12 +77,14 @@ def test_a_rotated_picture_is_turned_upright(kind: str, orientation: int, tmp_pa
             and np.abs(np.asarray(made)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
         )
         assert open_image(made).size == (48, 32), "not turned twice"
-        assert (decode_pixels(source, 24, exact=True) == resize_and_crop(open_image(source), 24)).all()
+        assert (
+            decode_pixels(source, Geometry(24), exact=True) == resize_and_crop(open_image(source), Geometry(24))
+        ).all()
     if kind != "TIFF":  # which Pillow turns
         expected = Image.open(io.BytesIO(data)).convert("RGB")
         assert (rgb(data, exif_orientation=False) == np.asarray(expected)).all()
-        exact = decode_pixels(data, 24, exact=True, exif_orientation=False)
-        assert (exact == resize_and_crop(expected, 24)).all()
+        exact = decode_pixels(data, Geometry(24), exact=True, exif_orientation=False)
+        assert (exact == resize_and_crop(expected, Geometry(24))).all()
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -91,7 +94,7 @@ def test_turning_the_crop_is_cropping_what_is_turned(
 ) -> None:
     """Noise would show a crop that is off by one pixel, which an odd number of cut pixels gives on one of two sides."""
     data = oriented("PNG", rng.integers(0, 256, (*shape, 3), dtype=np.uint8), orientation, compress_level=1)
-    found, expected = decode_pixels(data, 64), resize_and_crop(open_image(data), 64)
+    found, expected = decode_pixels(data, Geometry(64)), resize_and_crop(open_image(data), Geometry(64))
     assert found.flags.c_contiguous
     error = np.abs(found.astype(int) - expected)
     assert error.mean() < 1 and np.percentile(error, 99) <= 4
@@ -100,8 +103,8 @@ def test_turning_the_crop_is_cropping_what_is_turned(
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_large_rotated_jpeg_is_decoded_at_a_fraction(orientation: int) -> None:
     data = oriented("JPEG", upright(700, 500), orientation, quality=90)
-    found = decode_pixels(data, 32)
-    assert np.abs(found.astype(int) - resize_and_crop(open_image(data), 32)).mean() <= 1
+    found = decode_pixels(data, Geometry(32))
+    assert np.abs(found.astype(int) - resize_and_crop(open_image(data), Geometry(32))).mean() <= 1
     turned = Image.open(io.BytesIO(data))
     assert turned.size == ((500, 700) if orientation > 4 else (700, 500))
 
@@ -130,7 +133,7 @@ def test_damaged_exif_is_no_reason_to_refuse_a_picture(block: bytes, kind: str) 
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
     data = encode(upright(), kind, exif=block, **options)
     assert np.abs(rgb(data)[4::8, 4::8].astype(int) - upright()[4::8, 4::8]).max() < 60
-    assert decode_pixels(data, 16).shape == (16, 16, 3)
+    assert decode_pixels(data, Geometry(16)).shape == (16, 16, 3)
 
 
 # Formats
@@ -142,7 +145,7 @@ def test_a_renamed_eps_starts_no_ghostscript(tmp_path: Path, monkeypatch: pytest
     data = encode(upright(), "EPS")
     for name in ("a.jpg", "a.eps", "a.png"):
         (tmp_path / name).write_bytes(data)
-        for read in (open_image, lambda path: decode_pixels(path, 8)):
+        for read in (open_image, lambda path: decode_pixels(path, Geometry(8))):
             with pytest.raises(BadImageError, match=r"not an image of a known format \(JPEG, PNG"):
                 read(tmp_path / name)
     with pytest.raises(BadImageError):
@@ -194,7 +197,7 @@ def test_heic_is_read_and_turned_once(orientation: int, tmp_path: Path) -> None:
         made = open_image(source)
         assert made.size == (64, 48)
         assert np.abs(np.asarray(made)[4::8, 4::8].astype(int) - upright(64, 48)[4::8, 4::8]).max() < 60
-        assert np.abs(decode_pixels(source, 16).astype(int) - to_pixels(source, 16)[0]).mean() <= 1
+        assert np.abs(decode_pixels(source, Geometry(16)).astype(int) - to_pixels(source, Geometry(16))[0]).mean() <= 1
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1", b"hevc"])
@@ -205,7 +208,7 @@ def test_heic_without_its_library_names_the_command(
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     path = tmp_path / "a.heic"
     path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(64))
-    for read in (open_image, lambda path: decode_pixels(path, 8)):
+    for read in (open_image, lambda path: decode_pixels(path, Geometry(8))):
         with pytest.raises(BadImageError, match=r"a\.heic: pillow_heif is needed .* pip install 'iosr_fast\[heic\]'"):
             read(path)
 
@@ -233,6 +236,6 @@ def test_containers_are_told_apart_by_their_first_box() -> None:
 )
 def test_what_is_no_file_is_called_what_it_is(make: str, said: str, tmp_path: Path) -> None:
     getattr(os, make)(tmp_path / "a.jpg")
-    for read in (open_image, lambda path: decode_pixels(path, 8)):
+    for read in (open_image, lambda path: decode_pixels(path, Geometry(8))):
         with pytest.raises(BadImageError, match=rf"a\.jpg: it is {said.removeprefix('it is ')}"):
             read(tmp_path / "a.jpg")

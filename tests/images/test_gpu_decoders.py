@@ -23,6 +23,7 @@ from iosr_fast.encoders.runtimes import plans  # noqa: E402
 from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.images import decoders, gpu_decoders  # noqa: E402
 from iosr_fast.images.decoders import choose_decoder  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchCodecDecoder, shrink  # noqa: E402
 from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
@@ -52,7 +53,7 @@ def assert_decoded(made: list[Any], sources: list[Any]) -> None:
         if i in (4, 5, 6):
             assert isinstance(pixels, BadImageError) and pixels.position == 30 + i
             continue
-        expected = resize_and_crop(open_image(source), 64)
+        expected = resize_and_crop(open_image(source), Geometry(64))
         assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
         assert np.abs(pixels.astype(int) - expected).mean() <= 1
 
@@ -67,7 +68,7 @@ def test_torchcodec_decodes_what_it_can_and_the_cpu_the_rest(batch: list[Any], m
 
     monkeypatch.setattr(gpu_decoders, "try_decode", noted)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", FakeTorchCodec)
-    assert_decoded(TorchCodecDecoder("cpu").decode(batch, 64, 30), batch)
+    assert_decoded(TorchCodecDecoder("cpu").decode(batch, Geometry(64), 30), batch)
     assert left == [2, 3, 4, 5, 6, 7]
 
 
@@ -75,7 +76,9 @@ def test_torchcodec_decodes_what_it_can_and_the_cpu_the_rest(batch: list[Any], m
 def test_shrink_is_the_reference(pictures: np.ndarray, shape: tuple[int, int]) -> None:
     image = photograph(pictures[2], *shape, deviation=40)
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    error = np.abs(shrink(tensor, 64).permute(1, 2, 0).numpy().astype(int) - resize_and_crop(image, 64))
+    error = np.abs(
+        shrink(tensor, Geometry(64)).permute(1, 2, 0).numpy().astype(int) - resize_and_crop(image, Geometry(64))
+    )
     assert error.mean() <= 0.5 and error.max() <= 8
 
 
@@ -94,8 +97,8 @@ def test_a_rotated_jpeg_is_turned_upright_on_a_gpu_too(
     exif[0x0112] = orientation
     data = encode(photograph(pictures[4], 201, 150), "JPEG", quality=95, exif=exif)
     for chosen in (True, False):
-        (found,) = made("cpu", exif_orientation=chosen).decode([data], 64)
-        expected = resize_and_crop(open_image(data, exif_orientation=chosen), 64)
+        (found,) = made("cpu", exif_orientation=chosen).decode([data], Geometry(64))
+        expected = resize_and_crop(open_image(data, exif_orientation=chosen), Geometry(64))
         assert np.abs(found.astype(int) - expected).mean() <= 1
     stored = kind is TorchCodecDecoder and orientation != 1  # it gives upright images only
     assert left == [data] * stored, "the CPU decodes what the GPU can't"
@@ -149,8 +152,8 @@ def test_nvimagecodec_decodes_what_it_can_and_the_cpu_the_rest(
     batch: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", FakeCodec)
-    assert_decoded(NvImageCodecDecoder("cpu").decode(batch, 64, 30), batch)
-    assert isinstance(NvImageCodecDecoder("cpu").decode([b"no picture"], 64)[0], BadImageError)
+    assert_decoded(NvImageCodecDecoder("cpu").decode(batch, Geometry(64), 30), batch)
+    assert isinstance(NvImageCodecDecoder("cpu").decode([b"no picture"], Geometry(64))[0], BadImageError)
 
 
 def test_nvimagecodec_decodes_on_the_stream_that_torch_reads_on_with_a_decoder_a_thread(
@@ -164,7 +167,7 @@ def test_nvimagecodec_decodes_on_the_stream_that_torch_reads_on_with_a_decoder_a
 
     def decode(_: int) -> Any:
         both.wait(30)  # so that each is decoded in a thread of its own
-        return decoder.decode([jpeg], 64)[0]
+        return decoder.decode([jpeg], Geometry(64))[0]
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(decode, range(2))
@@ -175,7 +178,7 @@ def test_nvimagecodec_decodes_on_the_stream_that_torch_reads_on_with_a_decoder_a
     monkeypatch.setattr(torch.cuda, "current_stream", current.__getitem__)
     monkeypatch.setattr(torch, "as_tensor", lambda image, device: torch.from_numpy(image))
     FakeCodec.streams.clear()
-    decoder.decode([jpeg], 64)
+    decoder.decode([jpeg], Geometry(64))
     assert FakeCodec.streams == [77]
 
 

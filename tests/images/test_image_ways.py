@@ -15,6 +15,7 @@ from PIL import Image, features
 
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.state.bundle import load_bundle
@@ -155,8 +156,10 @@ def test_a_torch_tensor_is_one_picture_and_a_batch_is_its_pictures() -> None:
     assert len(as_image_list(first)) == 1 and len(as_image_list(batch)) == 4
     alpha = torch.cat([first, torch.zeros_like(first[:1])])
     assert (np.asarray(open_image(alpha)) == 255).all(), "transparent"
-    exact = to_pixels(batch, 32)
-    assert (exact == batch.numpy()).all() and (to_pixels(batch.permute(0, 3, 1, 2), 32) == batch.numpy()).all()
+    exact = to_pixels(batch, Geometry(32))
+    assert (exact == batch.numpy()).all() and (
+        to_pixels(batch.permute(0, 3, 1, 2), Geometry(32)) == batch.numpy()
+    ).all()
     with BatchingClassifier(classifier) as batching:
         assert batching.submit(first).result(PATIENCE_S).label == NAMES[1]
         for given, expected in ((first, NAMES[1:2]), (arrow(1), NAMES[1:2]), (batch, NAMES), (list(batch), NAMES)):
@@ -198,8 +201,9 @@ def test_arrays_need_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
+        "from iosr_fast.images.geometry import Geometry\n"
         "from iosr_fast.images.preprocess import to_pixels\n"
-        "print(to_pixels(np.zeros((2, 9, 9, 3), np.uint8), 4).shape)"
+        "print(to_pixels(np.zeros((2, 9, 9, 3), np.uint8), Geometry(4)).shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "(2, 4, 4, 3)"
@@ -232,9 +236,9 @@ def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, mon
     with pytest.raises(ValueError, match=r"another plan, which differs in pixels \(there 1, now 2\)"), output.open():
         pass
 
-    prints = [sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint]
+    prints = [sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], Geometry(8)).fingerprint]
     monkeypatch.setattr(sources, "VERSION", 1)
-    prints.append(sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], 8).fingerprint)
+    prints.append(sources.FilePictures([tmp_path / "a.png"], torch.zeros(1), ["a"], Geometry(8)).fingerprint)
     assert prints[0] != prints[1]
 
     made = fitted()

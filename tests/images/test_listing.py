@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.listing import IMAGE_SUFFIXES, Skipped, list_folder, list_images, walk
 from tests.pictures import encode
 
@@ -240,7 +241,7 @@ def test_fit_predict_embed_and_calibration_list_alike(tmp_path: Path) -> None:
     assert [item.key for item in open_source(str(root)).items] == listed
 
     class Clip:
-        name, image_size = "other", 8
+        name, geometry = "other", Geometry(8)
 
     pixels = calibration_pictures(Clip(), root)  # type: ignore[arg-type]
     assert pixels[:, 4, 4, 0].tolist() == [0, 60, 120, 180]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import as_image_list, open_image, to_pixels
 from tests.images.test_formats import rgb, upright
 from tests.pictures import encode
@@ -53,7 +54,7 @@ LEVELS = np.rint(RAMP / 257).astype(np.uint8)
 def test_a_sixteen_bit_tiff_is_not_white(order: str) -> None:
     for data in (tiff(RAMP, 16, 1, order), encode(Image.fromarray(RAMP.astype(f"{order}u2")), "TIFF")):
         assert (rgb(data) == LEVELS[:, :, None]).all()
-        assert np.abs(decode_pixels(data, 8).astype(int) - to_pixels(data, 8)[0]).max() <= 1
+        assert np.abs(decode_pixels(data, Geometry(8)).astype(int) - to_pixels(data, Geometry(8))[0]).max() <= 1
 
 
 def test_a_sixteen_bit_png_is_not_white() -> None:
@@ -134,7 +135,7 @@ def test_what_is_transparent_is_white() -> None:
     for source in sources:
         found = rgb(source)
         assert (found[:, :4] == 255).all() and (found[:, 4:] != 255).any()
-        assert decode_pixels(source, 8)[0, 0].min() == 255
+        assert decode_pixels(source, Geometry(8))[0, 0].min() == 255
     assert np.abs(rgb(half)[0, 7].astype(int) - (227, 142, 157)).max() <= 1
     for source in (
         encode(palette, transparency=transparent),
@@ -142,7 +143,7 @@ def test_what_is_transparent_is_white() -> None:
         encode(image.convert("RGB"), transparency=(200, 30, 60)),
         encode(image.convert("L"), transparency=image.convert("L").getpixel((0, 0))),
     ):
-        assert (rgb(source) == 255).all() and decode_pixels(source, 4).min() == 255
+        assert (rgb(source) == 255).all() and decode_pixels(source, Geometry(4)).min() == 255
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -159,7 +160,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 def test_arrays_with_one_channel_are_grey() -> None:
     grey = upright()[:, :, 0]
     assert (rgb(grey[:, :, None]) == grey[:, :, None]).all() and (rgb(grey) == grey[:, :, None]).all()
-    assert to_pixels(np.stack([grey[:, :, None]] * 3), 16).shape == (3, 16, 16, 3)
+    assert to_pixels(np.stack([grey[:, :, None]] * 3), Geometry(16)).shape == (3, 16, 16, 3)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.listing import list_folder
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop, to_pixels
 
@@ -25,27 +26,27 @@ def test_geometry_equals_torchvision(rng: np.random.Generator, shape: tuple[int,
     reference = transforms.Compose(
         [transforms.Resize(32, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(32)]
     )
-    np.testing.assert_array_equal(resize_and_crop(image, 32), np.asarray(reference(image)))
+    np.testing.assert_array_equal(resize_and_crop(image, Geometry(32)), np.asarray(reference(image)))
 
 
 def test_every_kind_of_source_gives_the_same_pixels(rng: np.random.Generator, tmp_path: Path) -> None:
     image = picture(rng, 40, 50)
     image.save(tmp_path / "a.png")
-    expected = to_pixels(image, 32)
+    expected = to_pixels(image, Geometry(32))
     assert expected.shape == (1, 32, 32, 3) and expected.dtype == np.uint8
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(image), [image], np.asarray(image)[None]):
-        np.testing.assert_array_equal(to_pixels(source, 32), expected)
+        np.testing.assert_array_equal(to_pixels(source, Geometry(32)), expected)
 
 
 def test_grey_and_alpha_become_rgb(rng: np.random.Generator) -> None:
     grey = rng.integers(0, 256, (32, 32), dtype=np.uint8)
-    np.testing.assert_array_equal(to_pixels(grey, 32)[0], np.repeat(grey[:, :, None], 3, 2))
-    assert to_pixels(rng.integers(0, 256, (32, 32, 4), dtype=np.uint8), 32).shape == (1, 32, 32, 3)
+    np.testing.assert_array_equal(to_pixels(grey, Geometry(32))[0], np.repeat(grey[:, :, None], 3, 2))
+    assert to_pixels(rng.integers(0, 256, (32, 32, 4), dtype=np.uint8), Geometry(32)).shape == (1, 32, 32, 3)
 
 
 def test_pixels_of_the_right_size_are_not_copied(rng: np.random.Generator) -> None:
     pixels = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    assert to_pixels(pixels, 32) is pixels
+    assert to_pixels(pixels, Geometry(32)) is pixels
 
 
 @pytest.mark.parametrize(
@@ -65,12 +66,16 @@ def test_bad_sources_are_named(source: object, said: str) -> None:
 
 def test_views_differ_repeat_with_the_seed_and_mirror_only_if_asked() -> None:
     ramp = Image.fromarray(np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 64, 3)).copy())
-    views = [random_view(ramp, 16, np.random.default_rng(0), mirror=False) for _ in range(2)]
+    views = [random_view(ramp, Geometry(16), np.random.default_rng(0), mirror=False) for _ in range(2)]
     np.testing.assert_array_equal(views[0], views[1])
     rng = np.random.default_rng(0)
-    rises = [(np.diff(random_view(ramp, 16, rng, mirror=False)[8, :, 0].astype(int)) >= 0).all() for _ in range(20)]
+    rises = [
+        (np.diff(random_view(ramp, Geometry(16), rng, mirror=False)[8, :, 0].astype(int)) >= 0).all() for _ in range(20)
+    ]
     assert all(rises)
-    mirrored = [(np.diff(random_view(ramp, 16, rng, mirror=True)[8, :, 0].astype(int)) <= 0).all() for _ in range(20)]
+    mirrored = [
+        (np.diff(random_view(ramp, Geometry(16), rng, mirror=True)[8, :, 0].astype(int)) <= 0).all() for _ in range(20)
+    ]
     assert 0 < sum(mirrored) < 20
 
 

@@ -74,7 +74,7 @@ def read_all(out: Path) -> Any:
 
 def assert_encodes(engine: Path, part: Part, paths: Sequence[Path], atol: float = 1e-6) -> None:
     encoder = open_engine(engine, threads=1)
-    expected = encoder.encode(to_pixels(paths, encoder.image_size))
+    expected = encoder.encode(to_pixels(paths, encoder.geometry))
     np.testing.assert_allclose(part.embeddings.plain, expected.plain, rtol=0, atol=atol)
     np.testing.assert_allclose(part.embeddings.adapted, expected.adapted, rtol=0, atol=atol)
     assert part.errors == [None] * len(paths)

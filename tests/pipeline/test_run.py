@@ -14,6 +14,7 @@ from PIL import Image
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.pipeline import part_folder
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.embedding_files import iterate_parts, read_embeddings, read_part
@@ -162,7 +163,7 @@ def test_an_engine_without_adapter_gives_plain_embeddings(
     class Plain:
         """The demo's engine less its adapted output."""
 
-        runtime, adapted, image_size = "onnxruntime", False, 64
+        runtime, adapted, geometry = "onnxruntime", False, Geometry(64)
 
         def encode(self, pixels: np.ndarray) -> Embeddings:
             return Embeddings(open_engine(engine, threads=1).encode(pixels).plain)
@@ -264,14 +265,14 @@ def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path: Path, monkeypatch: p
     path = tmp_path / "a.tif"
     Image.new("RGB", (8, 8)).save(path)
     item = Item("a.tif", str(path), "")
-    (pixels,) = ItemDecoder().decode([item], 8)
+    (pixels,) = ItemDecoder().decode([item], Geometry(8))
     assert isinstance(pixels, np.ndarray)
 
     def convert(*_: object) -> None:
         raise TypeError("'str' object cannot be interpreted as an integer")
 
     monkeypatch.setattr(Image.Image, "convert", convert)
-    (bad,) = ItemDecoder().decode([item], 8)
+    (bad,) = ItemDecoder().decode([item], Geometry(8))
     assert isinstance(bad, BadImageError) and "a.tif: 'str' object cannot be" in str(bad)
 
 

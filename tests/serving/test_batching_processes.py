@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier, DecodeLimits, processes
 from iosr_fast.serving.batching.decode import decode
 from iosr_fast.serving.batching.processes import DecoderProcess
@@ -80,7 +81,9 @@ def test_pixels_are_those_of_the_thread_to_the_last_bit(decoder: DecoderProcess)
     for number, (name, made) in enumerate(FAIR.items()):
         data = made(np.random.default_rng(number))
         for side in (32, 224, 64):
-            np.testing.assert_array_equal(decoder.decode(data, 0, side, FOREVER), decode(data, 0, side, LIMITS), name)
+            np.testing.assert_array_equal(
+                decoder.decode(data, 0, Geometry(side), FOREVER), decode(data, 0, Geometry(side), LIMITS), name
+            )
         for kind in (bytes, bytearray, memoryview):
             np.testing.assert_array_equal(
                 decoder.decode(kind(data), 0, None, FOREVER), decode(data, 0, None, LIMITS), name
@@ -93,20 +96,20 @@ def test_bad_images_are_named_and_cost_no_process(decoder: DecoderProcess) -> No
     for name, made in IMAGES.items():
         data = made(np.random.default_rng(1))
         for ask in (
-            lambda data=data: decoder.decode(data, 5, 64, FOREVER),
+            lambda data=data: decoder.decode(data, 5, Geometry(64), FOREVER),
             lambda data=data: decoder.decode(data, 5, None, FOREVER),
         ):
             try:
                 ask()
             except BadImageError as error:
                 assert error.position == 5 and error.reason, name
-    assert pid_of(decoder) == pid and decoder.decode(GREY, 0, 4, FOREVER)[0, 0].tolist() == [7, 7, 7]
+    assert pid_of(decoder) == pid and decoder.decode(GREY, 0, Geometry(4), FOREVER)[0, 0].tolist() == [7, 7, 7]
 
 
 def test_what_is_the_programs_own_needs_no_process(decoder: DecoderProcess, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(GREY)
     for own in (tmp_path / "a.png", Image.new("RGB", (9, 9), (7, 7, 7)), picture(7, 9), picture(7)):
-        assert decoder.decode(own, 0, SIZE, FOREVER).tolist() == picture(7).tolist()
+        assert decoder.decode(own, 0, Geometry(SIZE), FOREVER).tolist() == picture(7).tolist()
 
 
 def test_a_process_may_do_little(decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +127,7 @@ def test_a_process_may_do_little(decoder: DecoderProcess, monkeypatch: pytest.Mo
     assert "onnxruntime" not in loaded and "torch" not in loaded
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal or a service manager, for all of the group
         os.kill(pid, number)
-    assert len(decoder.decode(GREY, 0, 4, FOREVER)) == 4 and pid_of(decoder) == pid
+    assert len(decoder.decode(GREY, 0, Geometry(4), FOREVER)) == 4 and pid_of(decoder) == pid
 
 
 # --- where an image goes too far ---
@@ -134,10 +137,13 @@ def test_an_image_that_takes_too_long_is_stopped_alone() -> None:
     decoder = slow_decoder(0.05)
     try:
         pid = pid_of(decoder)
-        for ask in (lambda: decoder.decode(SLOW, 3, 64, FOREVER), lambda: decoder.decode(SLOW, 3, None, FOREVER)):
+        for ask in (
+            lambda: decoder.decode(SLOW, 3, Geometry(64), FOREVER),
+            lambda: decoder.decode(SLOW, 3, None, FOREVER),
+        ):
             with pytest.raises(BadImageError, match=r"number 3: it takes more than 0.05 s"):
                 ask()
-        assert is_gone(pid) and len(decoder.decode(GREY, 0, 4, FOREVER)) == 4
+        assert is_gone(pid) and len(decoder.decode(GREY, 0, Geometry(4), FOREVER)) == 4
     finally:
         decoder.close()
 
@@ -147,8 +153,8 @@ def test_a_decoder_that_never_answers_is_killed() -> None:
     try:
         os.kill(pid_of(decoder), signal.SIGSTOP)
         with pytest.raises(BadImageError, match="takes more than"):
-            decoder.decode(GREY, 0, 4, FOREVER)
-        assert len(decoder.decode(GREY, 0, 4, FOREVER)) == 4
+            decoder.decode(GREY, 0, Geometry(4), FOREVER)
+        assert len(decoder.decode(GREY, 0, Geometry(4), FOREVER)) == 4
     finally:
         decoder.close()
 
@@ -158,10 +164,10 @@ def test_a_processor_that_is_used_up_ends_it_without_a_parent(decoder: DecoderPr
     os.kill(pid_of(decoder), signal.SIGXCPU)  # what the system sends at the limit
     os.kill(pid_of(decoder), signal.SIGCONT)
     with pytest.raises(BadImageError, match="takes more than 4 s"):
-        decoder._ask(processes.Task.CROP, GREY, 0, 4, 48, FOREVER, True)
+        decoder._ask(processes.Task.CROP, GREY, 0, Geometry(4), 48, FOREVER, True)
     soft = [line.split()[3] for line in Path(f"/proc/{os.getpid()}/limits").read_text().splitlines() if "cpu" in line]
     decoder.start()
-    decoder.decode(GREY, 0, 4, FOREVER)
+    decoder.decode(GREY, 0, Geometry(4), FOREVER)
     child = [
         line.split()[3] for line in Path(f"/proc/{pid_of(decoder)}/limits").read_text().splitlines() if "cpu" in line
     ]
@@ -170,10 +176,10 @@ def test_a_processor_that_is_used_up_ends_it_without_a_parent(decoder: DecoderPr
 
 def test_a_deadline_does_not_kill_what_works(decoder: DecoderProcess) -> None:
     pid, now = pid_of(decoder), time.monotonic()
-    assert len(decoder.decode(GREY, 0, 4, now)) == 4 and pid_of(decoder) == pid  # there are 0.5 s for each
+    assert len(decoder.decode(GREY, 0, Geometry(4), now)) == 4 and pid_of(decoder) == pid  # there are 0.5 s for each
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(DeadlineExceededError):
-        decoder.decode(GREY, 0, 4, now)
+        decoder.decode(GREY, 0, Geometry(4), now)
     assert is_gone(pid)
 
 
@@ -181,13 +187,13 @@ def test_an_image_may_not_take_more_memory_than_its_header_claims(
     decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid = pid_of(decoder)
-    monkeypatch.setattr(processes, "work_pixels", lambda size, side: 0)  # as if its header claimed nothing
+    monkeypatch.setattr(processes, "work_pixels", lambda size, geometry: 0)  # as if its header claimed nothing
     for data in (SLOW, jpeg(0xC2, 7000, 7000, scan(1, 2, 3, band=(0, 0, 0)))):
         with pytest.raises(BadImageError):
-            decoder.decode(data, 0, 4, FOREVER)
+            decoder.decode(data, 0, Geometry(4), FOREVER)
     with pytest.raises(BadImageError, match="more memory"):
-        decoder.decode(SLOW, 0, 4, FOREVER)
-    assert pid_of(decoder) == pid and len(decoder.decode(GREY, 0, 4, FOREVER)) == 4
+        decoder.decode(SLOW, 0, Geometry(4), FOREVER)
+    assert pid_of(decoder) == pid and len(decoder.decode(GREY, 0, Geometry(4), FOREVER)) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -197,12 +203,12 @@ def test_an_image_that_crashes_its_decoder_fails_alone(decoder: DecoderProcess, 
     os.kill(pid, number)
     if number == signal.SIGKILL:  # while it had nothing to do: no image is to blame
         until(lambda: decoder._process.poll() is not None)  # type: ignore[union-attr]
-        assert len(decoder.decode(GREY, 0, 4, FOREVER)) == 4
+        assert len(decoder.decode(GREY, 0, Geometry(4), FOREVER)) == 4
         return
     os.kill(pid, signal.SIGCONT)
     with pytest.raises(BadImageError, match="crashed"):
-        decoder._ask(processes.Task.CROP, GREY, 0, 4, 48, FOREVER, True)
-    assert len(decoder.decode(GREY, 0, 4, FOREVER)) == 4 and is_gone(pid)
+        decoder._ask(processes.Task.CROP, GREY, 0, Geometry(4), 48, FOREVER, True)
+    assert len(decoder.decode(GREY, 0, Geometry(4), FOREVER)) == 4 and is_gone(pid)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +231,9 @@ def test_answers_that_cannot_be_are_no_pixels(decoder: DecoderProcess, answer: b
     other.sendall(answer)
     other.shutdown(socket.SHUT_WR)
     with pytest.raises(BadImageError, match="crashed"):
-        decoder.decode(GREY, 0, 4, FOREVER)
+        decoder.decode(GREY, 0, Geometry(4), FOREVER)
     other.close()
-    assert is_gone(pid) and len(decoder.decode(GREY, 0, 4, FOREVER)) == 4
+    assert is_gone(pid) and len(decoder.decode(GREY, 0, Geometry(4), FOREVER)) == 4
 
 
 # --- many of them ---

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching.decode import decoding_cost
 from iosr_fast.serving.batching.turns import LARGE_PIXELS, Turns
@@ -118,10 +119,12 @@ def test_what_is_cancelled_waits_no_longer() -> None:
 
 
 def test_cost_is_the_largest_picture_that_decoding_makes() -> None:
-    assert decoding_cost(encode(Image.new("L", (640, 480))), 64) == 640 * 480
-    assert decoding_cost(jpeg(0xC2, 7000, 6000, scan(1)), 224) == 42_000_000
-    assert decoding_cost(png(1, 900), 224) == 224 * 224 * 900  # its shorter side is resized to 224
-    assert [decoding_cost(image, 64) for image in (b"", b"abc", picture(1), "a.png", Image.new("L", (9, 9)))] == [0] * 5
+    assert decoding_cost(encode(Image.new("L", (640, 480))), Geometry(64)) == 640 * 480
+    assert decoding_cost(jpeg(0xC2, 7000, 6000, scan(1)), Geometry(224)) == 42_000_000
+    assert decoding_cost(png(1, 900), Geometry(224)) == 224 * 224 * 900  # its shorter side is resized to 224
+    assert [
+        decoding_cost(image, Geometry(64)) for image in (b"", b"abc", picture(1), "a.png", Image.new("L", (9, 9)))
+    ] == [0] * 5
     assert LARGE_PIXELS < BIG
 
 

@@ -21,6 +21,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from iosr_fast.cli import app
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http.metrics import Metrics
 from iosr_fast.serving.http.settings import Settings
@@ -35,7 +36,7 @@ from tests.pictures import GREY
 from tests.serving.http_client import CLASSES, Client, Gate, bundle, load, queries
 from tests.serving.ray_load import error_of, save_broken, save_renamed
 
-FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, 64, 2)
+FACTS = Facts("r1", 1, "here", Source("b", "c"), 3, Geometry(64), 2)
 
 
 def reply(status: str, **fields: Any) -> Reply:
@@ -216,7 +217,7 @@ def test_a_replica_takes_a_new_bundle_and_keeps_the_old_one_where_it_can_not(alo
         await one.reconfigure(asdict(Source.of(str(new))))
         assert await told() == [f"new {label}" for label in labels]
         assert await one.describe() == Facts(
-            "r1", os.getpid(), socket.gethostname(), Source.of(str(new)), 1 + CLASSES, 64, CLASSES
+            "r1", os.getpid(), socket.gethostname(), Source.of(str(new)), 1 + CLASSES, Geometry(64), CLASSES
         )
         one.check_health()
         one.__del__()

@@ -18,6 +18,7 @@ import onnx
 
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import resize_and_crop
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
@@ -171,14 +172,14 @@ def smooth(rng: np.random.Generator, height: int, width: int) -> Image.Image:
 
 def preprocess(pictures: list[Image.Image], size: int) -> np.ndarray:
     stacked = np.stack([np.asarray(picture) for picture in pictures])
-    made: np.ndarray = open_session(preprocess_model(size)).run(["PIXELS"], {"IMAGE": stacked})[0]
+    made: np.ndarray = open_session(preprocess_model(Geometry(size))).run(["PIXELS"], {"IMAGE": stacked})[0]
     assert made.dtype == np.uint8 and made.shape == (len(pictures), size, size, 3)
     return made
 
 
 def differences(pictures: list[Image.Image], size: int) -> np.ndarray:
     """Levels between the graph's pixels and resize_and_crop's."""
-    expected = np.stack([resize_and_crop(picture, size) for picture in pictures])
+    expected = np.stack([resize_and_crop(picture, Geometry(size)) for picture in pictures])
     return np.abs(preprocess(pictures, size).astype(int) - expected)
 
 
@@ -210,17 +211,17 @@ def test_long_pictures_are_pillows_but_for_a_level_or_two(height: int, width: in
 
 
 def test_a_very_long_picture_is_not_resized_whole(rng: np.random.Generator) -> None:
-    model = onnx.load_from_string(preprocess_model(64))
+    model = onnx.load_from_string(preprocess_model(Geometry(64)))
     model.graph.output.append(onnx.helper.make_tensor_value_info("resized", onnx.TensorProto.UINT8, None))
     strip = rng.integers(0, 256, (1, 1, 50_000, 3), dtype=np.uint8)
     pixels, resized = open_session(model.SerializeToString()).run(["PIXELS", "resized"], {"IMAGE": strip})
     assert pixels.shape == (1, 64, 64, 3)
     assert resized.shape[2] <= (MAX_RATIO + 4) * 64
     middle = Image.fromarray(strip[0, :, 24_980:25_020])
-    assert np.abs(pixels[0].astype(int) - resize_and_crop(middle, 64)).max() <= 1
+    assert np.abs(pixels[0].astype(int) - resize_and_crop(middle, Geometry(64))).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 9, 3), (1, 9, 0, 3), (1, 0, 0, 3)])
 def test_a_picture_without_pixels_is_no_crash(shape: tuple[int, ...]) -> None:
-    session = open_session(preprocess_model(64))
+    session = open_session(preprocess_model(Geometry(64)))
     assert session.run(["PIXELS"], {"IMAGE": np.zeros(shape, np.uint8)})[0].size == 0

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.images import pixels, preprocess
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.support_images import SupportViews, encode_images
 from tests.pictures import encode
@@ -93,7 +94,7 @@ def test_bundles_from_before_draw_the_views_of_later_images_as_they_did() -> Non
     image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     drawn = int.from_bytes(hashlib.sha256(np.asarray(image).tobytes()).digest()[:8], "little")
     draws = np.random.default_rng([7, drawn])
-    views = [preprocess.random_view(image, 8, draws, True) for _ in range(3)]
+    views = [preprocess.random_view(image, Geometry(8), draws, True) for _ in range(3)]
     expected = PixelEncoder().encode(np.stack(views)).adapted.mean(0)
     (row,) = encoded([image], [0], views=3, mirror=True, seed=7).embeddings.adapted
     np.testing.assert_array_equal(row, expected / np.linalg.norm(expected))

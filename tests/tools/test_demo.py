@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import FOLDER, load_index, load_pictures
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.command import command_app
 from tests import ROOT
 
@@ -140,10 +141,10 @@ def test_the_whole_demo_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     from tools.demo import run as demo
 
     monkeypatch.setattr(export, "export_onnx", export_once)
-    generic, (test, validation) = demo.demo_pictures(64), demo.held_out()
+    generic, (test, validation) = demo.demo_pictures(Geometry(64)), demo.held_out()
     some = TensorPictures(generic.images[::10], generic.labels[::10], generic.class_names)
     few = only(test, np.arange(len(test.names)) % 8 == 0)
-    monkeypatch.setattr(demo, "demo_pictures", lambda size: some)
+    monkeypatch.setattr(demo, "demo_pictures", lambda geometry: some)
     monkeypatch.setattr(demo, "held_out", lambda: (few, validation))
     words = ("--epochs", "1", "--views", "1", "--seeds", "2", "--auto-shots", "1")
     done = run(demo.main, "--out", str(tmp_path), *words)

@@ -15,6 +15,7 @@ pytest.importorskip("pyarrow", reason="pyarrow comes with the train extra")
 
 from iosr_fast.cli.open_images_subset import open_images_subset  # noqa: E402
 from iosr_fast.exceptions import BadImageError  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.training.data.open_images import (  # noqa: E402
     OpenImagesPictures,
     balanced_subset,
@@ -203,7 +204,7 @@ def paper_csv(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pictures_of_the_papers_csv(paper_csv: Path, tmp_path: Path, workers: int) -> None:
-    source = OpenImagesPictures(paper_csv, tmp_path / "images", 8, workers)
+    source = OpenImagesPictures(paper_csv, tmp_path / "images", Geometry(8), workers)
     assert source.class_names == ["Zèbre", "Ax/Saw"] and source.labels.tolist() == [0, 1, 0, 1]
     assert source.missing == []
     ((rows, pixels),) = source.iterate(torch.tensor([3, 0]), 5)
@@ -211,25 +212,25 @@ def test_pictures_of_the_papers_csv(paper_csv: Path, tmp_path: Path, workers: in
     assert (pixels[:, 0, 4, 4].int() - torch.tensor([ord("d"), ord("a")])).abs().max() <= 2
     fingerprint, moved = source.fingerprint, tmp_path / "elsewhere"
     (tmp_path / "images").rename(moved)
-    assert OpenImagesPictures(paper_csv, moved, 8).fingerprint == fingerprint
+    assert OpenImagesPictures(paper_csv, moved, Geometry(8)).fingerprint == fingerprint
 
 
 def test_missing_images_are_counted_and_named_or_left_out(paper_csv: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "train" / "bb.jpg").unlink()
     (tmp_path / "images" / "test" / "dd.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"2 of 4 images of .*oi_data.csv are missing from .*images \(bb, dd\)"):
-        OpenImagesPictures(paper_csv, tmp_path / "images", 8)
-    source = OpenImagesPictures(paper_csv, tmp_path / "images", 8, leave_out_missing=True)
+        OpenImagesPictures(paper_csv, tmp_path / "images", Geometry(8))
+    source = OpenImagesPictures(paper_csv, tmp_path / "images", Geometry(8), leave_out_missing=True)
     assert source.missing == ["bb", "dd"] and source.labels.tolist() == [0, 0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="4 of 4 images"):
-        OpenImagesPictures(paper_csv, tmp_path / "empty", 8, leave_out_missing=True)
+        OpenImagesPictures(paper_csv, tmp_path / "empty", Geometry(8), leave_out_missing=True)
 
 
 def test_an_unreadable_image_and_a_bad_csv_are_named(paper_csv: Path, tmp_path: Path) -> None:
     bad = tmp_path / "images" / "train" / "bb.jpg"
     bad.write_bytes(bad.read_bytes()[:100])
-    source = OpenImagesPictures(paper_csv, tmp_path / "images", 8, workers=1)
+    source = OpenImagesPictures(paper_csv, tmp_path / "images", Geometry(8), workers=1)
     with pytest.raises(BadImageError, match=str(bad)):
         list(source.iterate(torch.arange(4), 2))
     for text, message in (
@@ -239,7 +240,7 @@ def test_an_unreadable_image_and_a_bad_csv_are_named(paper_csv: Path, tmp_path: 
     ):
         paper_csv.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
-            OpenImagesPictures(paper_csv, tmp_path / "images", 8)
+            OpenImagesPictures(paper_csv, tmp_path / "images", Geometry(8))
 
 
 def test_the_command_line_writes_both_files(class_csv: Path, label_csvs: list[Path], tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 
 from iosr_fast.exceptions import BadImageError  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.training.data import ShardPictures, shards, split  # noqa: E402
 from iosr_fast.training.data.shard_index import INDEX, read_samples  # noqa: E402
 from tests.pictures import encode  # noqa: E402
 
 SIZE = 8
+GEOMETRY = Geometry(SIZE)
 
 
 def png(number: int) -> bytes:
@@ -72,7 +74,7 @@ def numbers(source: ShardPictures, order: torch.Tensor, batch: int = 4) -> list[
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("window", [1, 6, 2000])
 def test_any_part_of_an_order_comes_exactly(folder: Path, window: int, workers: int) -> None:
-    source = ShardPictures(folder, SIZE, workers, window=window)
+    source = ShardPictures(folder, GEOMETRY, workers, window=window)
     assert source.labels.tolist() == [i % 3 for i in range(40)] and source.class_names == ["0", "1", "2"]
     order = source.order(torch.Generator().manual_seed(5))
     assert sorted(order.tolist()) == list(range(40)) and order.dtype == torch.int64
@@ -84,7 +86,7 @@ def test_any_part_of_an_order_comes_exactly(folder: Path, window: int, workers: 
 
 
 def test_an_order_shuffles_within_windows_only(folder: Path) -> None:
-    source = ShardPictures(folder, SIZE, window=6)
+    source = ShardPictures(folder, GEOMETRY, window=6)
     starts = np.cumsum([0, *COUNTS])
     generator = torch.Generator().manual_seed(0)
     orders = [source.order(generator).tolist() for _ in range(20)]
@@ -104,7 +106,7 @@ def test_an_order_shuffles_within_windows_only(folder: Path) -> None:
 def test_a_pass_reads_each_shard_once_forward_and_none_that_is_not_needed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = ShardPictures(folder, SIZE, workers=0, window=6)
+    source = ShardPictures(folder, GEOMETRY, workers=0, window=6)
     opened: list[str] = []
 
     def counting(path: Path) -> object:
@@ -123,7 +125,7 @@ def test_a_pass_reads_each_shard_once_forward_and_none_that_is_not_needed(
 
 
 def test_an_order_that_does_not_stream_is_refused(folder: Path) -> None:
-    source = ShardPictures(folder, SIZE, workers=0, window=3)
+    source = ShardPictures(folder, GEOMETRY, workers=0, window=3)
     with pytest.raises(ValueError, match="needs more than the window of 3 samples"):
         numbers(source, torch.arange(39, -1, -1))
 
@@ -132,13 +134,13 @@ def test_many_small_shards_are_not_all_open_at_once(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shards, "MOST_OPEN", 8)
     for i in range(40):
         write_tar(tmp_path / f"{i:03d}.tar", cls_members(3 * i, 3, classes=2))
-    source = ShardPictures(tmp_path, SIZE, workers=0)
+    source = ShardPictures(tmp_path, GEOMETRY, workers=0)
     order = source.order(torch.Generator().manual_seed(0))
     assert numbers(source, order) == order.tolist()
 
 
 def test_shards_split_by_class_and_still_stream(folder: Path) -> None:
-    source = ShardPictures(folder, SIZE, workers=0, window=6)
+    source = ShardPictures(folder, GEOMETRY, workers=0, window=6)
     train, held = split(source, 0.25, seed=0)
     assert len(train.labels) + len(held.labels) == 40 and held.labels.bincount().min() >= 3
     order = train.order(torch.Generator().manual_seed(2))
@@ -153,23 +155,23 @@ def test_labels_in_json_and_text_and_names_of_any_kind(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", joined)
     webp = encode(Image.new("RGB", (SIZE, SIZE)), "WEBP")
     write_tar(tmp_path / "b.tar.gz", [("k.webp", webp), ("k.txt", "日本\n".encode())], "w:gz")
-    source = ShardPictures(tmp_path, SIZE)
+    source = ShardPictures(tmp_path, GEOMETRY)
     assert source.class_names == sorted(names)
     assert [source.class_names[label] for label in source.labels] == [*names, names[0], "日本"]
     assert [rows.tolist() for rows, _ in source.iterate(torch.arange(5), 2)] == [[0, 1], [2, 3], [4]]
-    listed = ShardPictures([tmp_path / "b.tar.gz", tmp_path / "a.tar"], SIZE, class_names=[*names, "unused"])
+    listed = ShardPictures([tmp_path / "b.tar.gz", tmp_path / "a.tar"], GEOMETRY, class_names=[*names, "unused"])
     assert listed.labels.tolist() == [1, 0, 1, 2, 0]
 
 
 def test_class_names_come_from_a_file_beside_the_shards(folder: Path) -> None:
     (folder / "classes.txt").write_text("rot\ngrün\nblau\n", encoding="utf-8")
-    source = ShardPictures(str(folder / "train-{0000..0001}.tar"), SIZE)
+    source = ShardPictures(str(folder / "train-{0000..0001}.tar"), GEOMETRY)
     assert source.class_names == ["rot", "grün", "blau"] and len(source.labels) == 8
     (folder / "classes.txt").write_text("rot\ngrün\n", encoding="utf-8")
     with pytest.raises(
         ValueError, match=r"key in/000002 of shard .*train-0000.tar has the label 2, which is not one of 2"
     ):
-        ShardPictures(folder, SIZE)
+        ShardPictures(folder, GEOMETRY)
 
 
 def test_class_files_beside_the_shards_agree_or_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -179,26 +181,26 @@ def test_class_files_beside_the_shards_agree_or_are_refused(folder: Path, tmp_pa
     shards = [folder / "train-0000.tar", other / "train-0001.tar"]
     for place in (folder, other):
         (place / "classes.txt").write_text("rot\ngrün\nblau\n", encoding="utf-8")
-    assert ShardPictures(shards, SIZE, cache=tmp_path).class_names == ["rot", "grün", "blau"]
+    assert ShardPictures(shards, GEOMETRY, cache=tmp_path).class_names == ["rot", "grün", "blau"]
     (other / "classes.txt").write_text("blau\ngrün\nrot\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"the same classes beside all shards, got others .*other/classes.txt than"):
-        ShardPictures(shards, SIZE, cache=tmp_path)
-    assert ShardPictures(shards, SIZE, cache=tmp_path, class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
+        ShardPictures(shards, GEOMETRY, cache=tmp_path)
+    assert ShardPictures(shards, GEOMETRY, cache=tmp_path, class_names=["a", "b", "c"]).class_names == ["a", "b", "c"]
 
 
 def test_the_index_is_made_once_and_again_for_a_changed_shard(folder: Path, tmp_path: Path) -> None:
-    first = ShardPictures(folder, SIZE)
+    first = ShardPictures(folder, GEOMETRY)
     index = folder / INDEX
     stamp = index.stat().st_mtime_ns
-    assert ShardPictures(folder, SIZE).fingerprint == first.fingerprint and index.stat().st_mtime_ns == stamp
+    assert ShardPictures(folder, GEOMETRY).fingerprint == first.fingerprint and index.stat().st_mtime_ns == stamp
     write_tar(folder / "train-0001.tar", cls_members(100, 3))
-    changed = ShardPictures(folder, SIZE)
+    changed = ShardPictures(folder, GEOMETRY)
     assert len(changed.labels) == 42 and changed.fingerprint != first.fingerprint
     index.write_text('{"format": 1, "shards": {"train', encoding="utf-8")
-    assert ShardPictures(folder, SIZE).fingerprint == changed.fingerprint
+    assert ShardPictures(folder, GEOMETRY).fingerprint == changed.fingerprint
     cache = tmp_path / "cache"
     index.unlink()
-    assert ShardPictures(folder, SIZE, cache=cache).fingerprint == changed.fingerprint
+    assert ShardPictures(folder, GEOMETRY, cache=cache).fingerprint == changed.fingerprint
     assert (cache / INDEX).is_file() and not index.exists()
 
 
@@ -207,25 +209,25 @@ def test_what_was_indexed_before_a_damaged_shard_is_kept(folder: Path) -> None:
     good = last.read_bytes()
     last.write_bytes(good[:1000])
     with pytest.raises(ValueError, match=r"train-0004.tar is damaged"):
-        ShardPictures(folder, SIZE)
+        ShardPictures(folder, GEOMETRY)
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     assert sorted(index["shards"]) == [f"train-{i:04d}.tar" for i in range(4)]
     last.write_bytes(good)
-    assert len(ShardPictures(folder, SIZE).labels) == 40
+    assert len(ShardPictures(folder, GEOMETRY).labels) == 40
 
 
 def test_a_folder_that_cannot_be_written_asks_for_a_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="give another folder as cache="):
-        ShardPictures(folder, SIZE)
+        ShardPictures(folder, GEOMETRY)
 
 
 def test_missing_shards_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"2 of 7 shards are missing: .*train-0005.tar, .*train-0006.tar"):
-        ShardPictures(str(folder / "train-{0000..0006}.tar"), SIZE)
+        ShardPictures(str(folder / "train-{0000..0006}.tar"), GEOMETRY)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="expected shards"):
-        ShardPictures(tmp_path / "empty", SIZE)
+        ShardPictures(tmp_path / "empty", GEOMETRY)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "no end", "not a tar", "gzip"])
@@ -247,7 +249,7 @@ def test_damaged_shards_are_named_before_training_starts(folder: Path, damage: s
         data = bytearray(path.read_bytes()[:-300])
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"shard .*{path.name} is damaged"):
-        ShardPictures(folder, SIZE)
+        ShardPictures(folder, GEOMETRY)
 
 
 @pytest.mark.parametrize(
@@ -266,19 +268,19 @@ def test_damaged_shards_are_named_before_training_starts(folder: Path, damage: s
 def test_bad_samples_are_named(folder: Path, members: list[tuple[str, bytes]], message: str) -> None:
     write_tar(folder / "bad.tar", members)
     with pytest.raises(ValueError, match=message):
-        ShardPictures(folder, SIZE)
+        ShardPictures(folder, GEOMETRY)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_undecodable_image_names_shard_and_key(folder: Path, workers: int) -> None:
     write_tar(folder / "train-0001.tar", [("in/broken.png", png(3)[:50]), ("in/broken.cls", b"1")])
-    source = ShardPictures(folder, SIZE, workers)
+    source = ShardPictures(folder, GEOMETRY, workers)
     with pytest.raises(BadImageError, match=r"key in/broken of shard .*train-0001.tar"):
         numbers(source, torch.arange(40))
 
 
 def test_a_shard_that_changes_after_it_was_opened_is_named(folder: Path) -> None:
-    source = ShardPictures(folder, SIZE, workers=0)
+    source = ShardPictures(folder, GEOMETRY, workers=0)
     write_tar(folder / "train-0000.tar", cls_members(1, 7))
     with pytest.raises(ValueError, match=r"train-0000.tar changed after it was opened"):
         numbers(source, torch.arange(40))
@@ -294,19 +296,19 @@ def test_a_flipped_bit_in_a_compressed_shard_is_found(tmp_path: Path, mode: str)
     noise = np.random.default_rng(0).bytes(600)  # what deflate can't make smaller is stored: it decodes after a flip
     write_tar(path, [(name, data + noise if "PNG" in name else data) for name, data in cls_members(0, 12)], mode)
     good = path.read_bytes()
-    assert len(ShardPictures([path], SIZE, cache=tmp_path / "cache").labels) == 12
+    assert len(ShardPictures([path], GEOMETRY, cache=tmp_path / "cache").labels) == 12
     for position in random.Random(0).sample(range(12, len(good) - 12), 25):
         bad = bytearray(good)
         bad[position] ^= 4
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"shard .*a\.tar\.\w+ is damaged"):
-            ShardPictures([path], SIZE, cache=tmp_path / "cache")
+            ShardPictures([path], GEOMETRY, cache=tmp_path / "cache")
 
 
 def test_other_labels_under_the_same_keys_are_noticed_after_opening(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_tar(path, cls_members(0, 6))
-    source = ShardPictures(tmp_path, SIZE, workers=0)
+    source = ShardPictures(tmp_path, GEOMETRY, workers=0)
     write_tar(path, cls_members(0, 6, classes=2))
     later = path.stat().st_mtime_ns + 10**9
     os.utime(path, ns=(later, later))

@@ -12,6 +12,7 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 
 from iosr_fast.exceptions import BadImageError  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.preprocess import to_pixels  # noqa: E402
 from iosr_fast.training.data import (  # noqa: E402
     FolderPictures,
@@ -22,6 +23,7 @@ from iosr_fast.training.data import (  # noqa: E402
 )
 
 SIZE = 8
+GEOMETRY = Geometry(SIZE)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -45,8 +47,8 @@ def everything(source: PictureSource) -> torch.Tensor:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_gives_the_rows_asked_for_in_their_order(folder: Path, workers: int) -> None:
-    source = FolderPictures(folder, SIZE, workers)
-    expected = torch.from_numpy(to_pixels(source.paths, SIZE)).permute(0, 3, 1, 2)
+    source = FolderPictures(folder, GEOMETRY, workers)
+    expected = torch.from_numpy(to_pixels(source.paths, GEOMETRY)).permute(0, 3, 1, 2)
     order = source.order(seeded(1))
     assert sorted(order.tolist()) == list(range(10)) and order.dtype == torch.int64
     assert torch.equal(order, source.order(seeded(1))) and not torch.equal(order, source.order(seeded(2)))
@@ -60,24 +62,24 @@ def test_a_folder_gives_the_rows_asked_for_in_their_order(folder: Path, workers:
 
 
 def test_the_classes_are_the_sub_folders(folder: Path) -> None:
-    source = FolderPictures(folder, SIZE, 0)
+    source = FolderPictures(folder, GEOMETRY, 0)
     assert source.class_names == ["blue sky", "c", "Ärger"]
     assert source.labels.tolist() == [0] * 4 + [1] + [2] * 5 and source.labels.dtype == torch.int64
 
 
 def test_fingerprint_of_a_folder_changes_with_what_is_in_it(folder: Path) -> None:
-    first = FolderPictures(folder, SIZE, 0).fingerprint
-    assert FolderPictures(folder, SIZE, 2).fingerprint == first
+    first = FolderPictures(folder, GEOMETRY, 0).fingerprint
+    assert FolderPictures(folder, GEOMETRY, 2).fingerprint == first
     moved = folder.parent / f"{folder.name}-moved"
     folder.rename(moved)
-    assert FolderPictures(moved, SIZE, 0).fingerprint == first
-    assert FolderPictures(moved, SIZE + 1, 0).fingerprint != first
+    assert FolderPictures(moved, GEOMETRY, 0).fingerprint == first
+    assert FolderPictures(moved, Geometry(SIZE + 1), 0).fingerprint != first
     picture = moved / "c" / "0.png"
     Image.new("RGB", (9, 9)).save(picture)
-    second = FolderPictures(moved, SIZE, 0).fingerprint
+    second = FolderPictures(moved, GEOMETRY, 0).fingerprint
     os.utime(picture, ns=(0, 0))
     picture.rename(moved / "c" / "1.png")
-    assert len({first, second, FolderPictures(moved, SIZE, 0).fingerprint}) == 3
+    assert len({first, second, FolderPictures(moved, GEOMETRY, 0).fingerprint}) == 3
 
 
 def test_fingerprint_of_tensors_is_their_content() -> None:
@@ -101,14 +103,14 @@ def test_fingerprint_of_tensors_is_their_content() -> None:
 def test_an_unreadable_picture_is_named_from_a_worker_too(folder: Path, workers: int) -> None:
     bad = folder / "Ärger" / "2.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    source = FolderPictures(folder, SIZE, workers)
+    source = FolderPictures(folder, GEOMETRY, workers)
     with pytest.raises(BadImageError) as caught:
         everything(source)
     assert caught.value.path == bad and str(bad) in str(caught.value)
 
 
 def test_a_subset_is_a_source_of_its_own(folder: Path) -> None:
-    whole = FolderPictures(folder, SIZE, 0)
+    whole = FolderPictures(folder, GEOMETRY, 0)
     rows = torch.tensor([7, 0, 3])
     part = SubsetPictures(whole, rows)
     assert part.labels.tolist() == [2, 0, 0] and part.class_names == whole.class_names
@@ -125,7 +127,7 @@ def test_a_subset_is_a_source_of_its_own(folder: Path) -> None:
 
 
 def test_a_split_holds_out_a_share_of_every_class(folder: Path) -> None:
-    source = FolderPictures(folder, SIZE, 0)
+    source = FolderPictures(folder, GEOMETRY, 0)
     train, held = split(source, 0.4, seed=0)
     assert sorted([*train.rows.tolist(), *held.rows.tolist()]) == list(range(10))
     assert held.labels.bincount(minlength=3).tolist() == [2, 0, 2]

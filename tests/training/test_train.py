@@ -13,6 +13,7 @@ pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the 
 
 from iosr_fast.clip.adapter import Adapter, encode_plain, init_adapter  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.training import probe as probe_module  # noqa: E402
 from iosr_fast.training.batches import split_steps  # noqa: E402
 from iosr_fast.training.data import FolderPictures, SubsetPictures, TensorPictures  # noqa: E402
@@ -117,7 +118,7 @@ def test_normalisation_is_an_option(clip: LoadedClip, pictures: TensorPictures) 
 @pytest.mark.slow
 def test_held_out_pictures_are_measured_each_epoch(clip: LoadedClip, pictures: TensorPictures, tmp_path: Path) -> None:
     reports = []
-    held_out = SubsetPictures(validation_pictures(64), torch.arange(60))
+    held_out = SubsetPictures(validation_pictures(Geometry(64)), torch.arange(60))
     for cached_views in (0, 1):
         train_adapter(
             clip,
@@ -151,7 +152,7 @@ def write_folder(folder: Path, each: int) -> None:
 def test_only_what_is_measured_is_encoded(
     clip: LoadedClip, pictures: TensorPictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held_out = SubsetPictures(validation_pictures(64), torch.arange(120))
+    held_out = SubsetPictures(validation_pictures(Geometry(64)), torch.arange(120))
     monkeypatch.setattr(probe_module, "MOST_PICTURES", 60)
     encoded: list[int] = []
     iterate = SubsetPictures.iterate
@@ -184,7 +185,7 @@ def test_only_what_is_measured_is_encoded(
 @pytest.mark.slow
 def test_a_folder_trains_and_a_damaged_file_is_named(clip: LoadedClip, tmp_path: Path) -> None:
     write_folder(tmp_path, 3)
-    source = FolderPictures(tmp_path, clip.image_size, workers=0)
+    source = FolderPictures(tmp_path, clip.geometry, workers=0)
     assert source.class_names == ["blue", "red"] and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
     train_adapter(clip, fresh(clip), source, TrainConfig(batch=4))
     (tmp_path / "red" / "1.png").write_bytes(b"damaged")

@@ -112,7 +112,7 @@ def test_a_signal_to_all_processes_of_the_group_leaves_those_that_decode(
 ) -> None:
     """Ctrl-C in a terminal, torchrun and batch systems signal the group; the step needs its pictures all the same."""
     write_folder(tmp_path / "in", 20)
-    source = FolderPictures(tmp_path / "in", clip.image_size, workers=2)
+    source = FolderPictures(tmp_path / "in", clip.geometry, workers=2)
     signalled = []
 
     def report(progress: Progress) -> None:

@@ -52,7 +52,7 @@ def train(clip: LoadedClip, path: Path, epochs: int, views: int) -> tuple[Adapte
     """Train an adapter on the generic concepts and save it. Returns it and the seconds."""
     adapter = init_adapter(clip, FIRST_ADAPTED_BLOCK, BOTTLENECK, SCALE)
     config = TrainConfig(epochs=epochs, schedule="cosine", augment=True, cached_views=views)
-    pictures = demo_pictures(clip.image_size)
+    pictures = demo_pictures(clip.geometry)
     bar = TrainingBar(config, len(pictures.labels))
     with bar:
         train_adapter(clip, adapter, pictures, config, report=bar.step)

@@ -10,6 +10,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
@@ -42,12 +43,17 @@ class BatchedEncoder(Encoder):
     ) -> None:
         self.runtime = runtime
         self.model: str = manifest["model"]
-        self.image_size: int = manifest["image_size"]
+        self._geometry = Geometry.from_facts(manifest)
+        self.image_size = self._geometry.size
         self.width: int = manifest["width"]
         self.fingerprint: str = manifest["fingerprint"]
         self.max_batch: int = manifest["max_batch"]
         self.adapted = adapted and manifest["first_adapted_block"] is not None
         self.buckets = None if buckets is None else check_buckets(buckets, self.max_batch)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1; more than `max_batch` take several runs.

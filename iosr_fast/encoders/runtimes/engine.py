@@ -20,6 +20,7 @@ from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
+from iosr_fast.images.geometry import Interpolation, ResizeMode
 from iosr_fast.utils import machine
 from iosr_fast.utils.schema import (
     Above0,
@@ -27,6 +28,7 @@ from iosr_fast.utils.schema import (
     Deviations,
     Entry,
     Fingerprint,
+    Level,
     Name,
     Natural,
     Positive,
@@ -67,7 +69,7 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     width: Size
     mean: Channels
     std: Deviations
-    interpolation: Name
+    interpolation: Interpolation
     logit_scale: Above0
     clip_fingerprint: Fingerprint
     adapter: Literal["trained", "random"] | None
@@ -89,6 +91,8 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     build_seconds: Annotated[float, Meta(ge=0)]
     quantised: dict[str, Any] | None = None
     tokens: dict[str, Positive] | None = None
+    resize_mode: ResizeMode = "shortest"
+    fill: Level = 0
 
 
 def open_engine(

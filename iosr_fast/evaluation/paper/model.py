@@ -11,6 +11,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 
 if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
@@ -38,7 +39,8 @@ class Model:
             "engine": self.engine,
             "precision": PRECISION,
             "size": self.clip.image_size,
-            "interpolation": "bicubic",
+            "interpolation": self.clip.geometry.interpolation,
+            **self.clip.geometry.changes(),
         }
 
     @cached_property
@@ -93,6 +95,10 @@ class EagerEncoder(Encoder):
         self.width: int = clip.model.visual.output_dim
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._visual = clip.model.visual.to(self._device)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.clip.geometry
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """uint8 pixels (B, S, S, 3) -> plain (B, D) float32, L2-normalised."""

@@ -171,12 +171,12 @@ def encode(part: Wanted, model: Model, encoded: Callable[[int], None]) -> Embedd
     For one view the threads also bring the image to size; for several views images wait at their full size, so fewer
     are decoded ahead.
     """
-    split, size, threads = part.data.splits[part.split], model.clip.image_size, max(2, usable_threads())
+    split, geometry, threads = part.data.splits[part.split], model.clip.geometry, max(2, usable_threads())
 
     def decode(row: int) -> Any:
         try:
             image = open_image(split.image(row), row)
-            return resize_and_crop(image, size) if part.views == 1 else image
+            return resize_and_crop(image, geometry) if part.views == 1 else image
         except Exception as error:  # whatever a decoder raises
             if isinstance(error, BadImageError) and error.path is not None:
                 raise
@@ -187,7 +187,7 @@ def encode(part: Wanted, model: Model, encoded: Callable[[int], None]) -> Embedd
         while batch := list(islice(images, max(1, BATCH // part.views))):
             views = batch
             if part.views > 1:
-                views = [random_view(image, size, rng, part.mirror) for image in batch for _ in range(part.views)]
+                views = [random_view(image, geometry, rng, part.mirror) for image in batch for _ in range(part.views)]
             parts.append(mean_of_views(model.encoder.encode(np.stack(views)), part.views))
             encoded(len(views))
     return Embeddings.concatenate(parts)

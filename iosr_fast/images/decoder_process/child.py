@@ -79,12 +79,13 @@ def _answer(request: Request, data: bytearray, block: mmap.mmap) -> tuple[Answer
 
 def _decode(request: Request, data: bytearray, block: mmap.mmap) -> tuple[int, int]:
     """Write the pixels into the block; return height and width."""
+    geometry = request.geometry
 
     def check(width: int, height: int) -> str:
-        return DecodeLimits(max_pixels=request.max_pixels).size_error((width, height), request.side)
+        return DecodeLimits(max_pixels=request.max_pixels).size_error((width, height), geometry)
 
     if request.task == Task.CROP:
-        pixels = decode_pixels(data, request.side, check=check, exact=True, exif_orientation=request.exif_orientation)
+        pixels = decode_pixels(data, geometry, check=check, exact=True, exif_orientation=request.exif_orientation)
     else:
         pixels = np.asarray(open_image(data, exif_orientation=request.exif_orientation))
     if pixels.nbytes > len(block):

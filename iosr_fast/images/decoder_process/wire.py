@@ -6,9 +6,11 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
+from iosr_fast.images.geometry import INTERPOLATIONS, RESIZE_MODES, Geometry
+
 
 class Task(IntEnum):
-    CROP = 0  # pixels (side, side, 3), as the encoder takes them
+    CROP = 0  # pixels (size, size, 3), as the encoder takes them
     WHOLE = 1  # the whole image, (height, width, 3); the process then drops the block
 
 
@@ -20,16 +22,30 @@ class Status(IntEnum):
 
 class Request(NamedTuple):
     """`length` bytes of an encoded image follow. `block` is the size of a new shared block, sent as a file descriptor
-    with this message; 0: the previous block. `work_pixels`: of the largest picture during decoding, by the header."""
+    with this message; 0: the previous block. `work_pixels`: of the largest picture during decoding, by the header. The
+    geometry is sent as `size`, the positions of its modes in RESIZE_MODES and INTERPOLATIONS, and `fill`."""
 
     task: int
-    side: int
+    size: int
+    resize_mode: int
+    interpolation: int
+    fill: int
     block: int
     length: int
     max_pixels: int
     work_pixels: int
     cpu_s: float
     exif_orientation: bool
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.size, RESIZE_MODES[self.resize_mode], INTERPOLATIONS[self.interpolation], self.fill)
+
+
+def geometry_fields(geometry: Geometry) -> tuple[int, int, int, int]:
+    """The fields of a Request from `size` to `fill`."""
+    mode, interpolation = RESIZE_MODES.index(geometry.resize_mode), INTERPOLATIONS.index(geometry.interpolation)
+    return geometry.size, mode, interpolation, geometry.fill
 
 
 class Answer(NamedTuple):
@@ -41,7 +57,7 @@ class Answer(NamedTuple):
     length: int
 
 
-REQUEST = struct.Struct("<BIQQQQd?")
+REQUEST = struct.Struct("<BIBBBQQQQd?")
 ANSWER = struct.Struct("<BIII")
 READY = b"ready"  # sent once, when the process accepts requests
 MAX_MESSAGE = 2000

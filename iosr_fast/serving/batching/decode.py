@@ -12,6 +12,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import decode_pixels
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits, claimed_size, image_kind, work_pixels
 from iosr_fast.images.preprocess import ENCODED, as_array, open_image
 
@@ -29,10 +30,10 @@ class Decoder:
         """Start the decoder unless it runs; called before each image. Raises if it can't decode at all."""
 
     def decode(
-        self, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool = True
+        self, image: Any, position: int, geometry: Geometry | None, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
         """As the function `decode`."""
-        return decode(image, position, size, self._limits, exif_orientation)
+        return decode(image, position, geometry, self._limits, exif_orientation)
 
     def kill(self) -> None:
         """Stop the current image, if possible. May be called from any thread."""
@@ -47,27 +48,27 @@ def is_pixels(image: Any, size: int) -> bool:
 
 
 def decode(
-    image: Any, position: int, size: int | None, limits: DecodeLimits, exif_orientation: bool = True
+    image: Any, position: int, geometry: Geometry | None, limits: DecodeLimits, exif_orientation: bool = True
 ) -> np.ndarray:
-    """An image that open_image takes -> pixels (size, size, 3) uint8; size None: all pixels, (height, width, 3).
+    """An image that open_image takes -> pixels (size, size, 3) uint8; geometry None: all pixels, (height, width, 3).
 
     Raises BadImageError for an image that can't be read or is beyond the limits.
     """
-    if size is not None and is_pixels(image, size):
+    if geometry is not None and is_pixels(image, geometry.size):
         return image
     check_bytes(image, position, limits)
-    if size is None:
+    if geometry is None:
         return np.asarray(open_image(image, position, exif_orientation))
 
     def check(width: int, height: int) -> str:
-        return limits.size_error((width, height), size)
+        return limits.size_error((width, height), geometry)
 
     if not isinstance(image, (str, Path, *ENCODED)):
         array = as_array(image, position)  # of a tensor, with the channels last
         image = image if array is None or hasattr(image, "getbands") else array
         if reason := check(*_dimensions(image)):
             raise BadImageError(None, position, reason)
-    return decode_pixels(image, size, position, check=check, exact=True, exif_orientation=exif_orientation)
+    return decode_pixels(image, geometry, position, check=check, exact=True, exif_orientation=exif_orientation)
 
 
 def check_bytes(image: Any, position: int, limits: DecodeLimits) -> None:
@@ -76,12 +77,12 @@ def check_bytes(image: Any, position: int, limits: DecodeLimits) -> None:
         raise BadImageError(Path(image) if isinstance(image, str | Path) else None, position, error)
 
 
-def decoding_cost(image: Any, size: int) -> int:
+def decoding_cost(image: Any, geometry: Geometry) -> int:
     """Pixels of the largest intermediate image, by the header of encoded bytes; 0 if unknown."""
     if not isinstance(image, ENCODED) or not image_kind(image):
         return 0
     claimed = claimed_size(image)
-    return 0 if claimed is None else work_pixels(claimed, size)
+    return 0 if claimed is None else work_pixels(claimed, geometry)
 
 
 @cache

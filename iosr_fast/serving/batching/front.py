@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.serving.batching.decode import decoding_cost
@@ -124,9 +125,9 @@ class BatchingClassifier:
         than `max_queue` images, which can never be accepted.
         """
         query = Query(**options)
-        now, turn, size = time.monotonic(), next(_requests), self._queue.image_size
+        now, turn, geometry = time.monotonic(), next(_requests), self._queue.form.geometry
         items = [
-            Item(image, i, query, now, turn, decoding_cost(image, size))
+            Item(image, i, query, now, turn, decoding_cost(image, geometry))
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:
@@ -143,7 +144,7 @@ class BatchingClassifier:
         ClosedError. Raises ClosedError at once after close().
         """
         deadline = time.monotonic() + deadline_s
-        job = WholeImage(image, position, deadline, next(_requests), decoding_cost(image, 1))
+        job = WholeImage(image, position, deadline, next(_requests), decoding_cost(image, Geometry(1)))
         self._queue.admit_whole(job)
         return job.future
 

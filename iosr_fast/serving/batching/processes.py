@@ -19,7 +19,18 @@ import numpy as np
 
 import iosr_fast
 from iosr_fast.exceptions import BadImageError, DeadlineExceededError
-from iosr_fast.images.decoder_process.wire import ANSWER, MAX_MESSAGE, READY, REQUEST, Answer, Request, Status, Task
+from iosr_fast.images.decoder_process.wire import (
+    ANSWER,
+    MAX_MESSAGE,
+    READY,
+    REQUEST,
+    Answer,
+    Request,
+    Status,
+    Task,
+    geometry_fields,
+)
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DecodeLimits, claimed_size, work_pixels
 from iosr_fast.images.preprocess import ENCODED
 from iosr_fast.serving.batching.decode import Decoder, check_bytes, grey_png
@@ -31,6 +42,7 @@ _START_S = 30.0  # a swapping machine starts an interpreter slowly
 _MIN_S = 0.5
 _CLOCK_PER_CPU = 2.0  # seconds by the clock for each second of CPU time, because cores may be overloaded
 _NO_LIMIT = 1 << 40  # pixels
+_TESTED, _WHOLE = Geometry(2), Geometry(1)  # of the test image; of whole images, which are not resized
 # Variables that an interpreter may need; secrets such as tokens are not passed on.
 _ENVIRONMENT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "SYSTEMROOT")
 _MAIN = "import sys; sys.path[:] = sys.argv[2:]; from iosr_fast.images.decoder_process.child import main; main()"
@@ -63,7 +75,7 @@ class DecoderProcess(Decoder):
                     raise _ProcessLost("it sent an unexpected first message")
                 # A test image, so that a broken library shows here and not as bad images.
                 until = time.monotonic() + _START_S
-                answer, message = self._exchange(Task.CROP, grey_png(), 2, 2 * 2 * 3, until)
+                answer, message = self._exchange(Task.CROP, grey_png(), _TESTED, 2 * 2 * 3, until)
                 if answer.status != Status.OK:
                     raise _ProcessLost(f"it can't decode a grey PNG: {message}")
             except (_ProcessLost, OSError) as error:
@@ -73,22 +85,23 @@ class DecoderProcess(Decoder):
                 raise RuntimeError(f"the process that decodes images does not start: {output or error}") from error
 
     def decode(
-        self, image: Any, position: int, size: int | None, deadline: float, exif_orientation: bool = True
+        self, image: Any, position: int, geometry: Geometry | None, deadline: float, exif_orientation: bool = True
     ) -> np.ndarray:
         """As the function `decode`. Only encoded bytes are untrusted; other images are decoded in this process."""
         if not isinstance(image, ENCODED):
-            return super().decode(image, position, size, deadline, exif_orientation)
+            return super().decode(image, position, geometry, deadline, exif_orientation)
         check_bytes(image, position, self._limits)
-        if size is not None:
+        if geometry is not None:
             self.start()  # it may have been killed while idle, which is not the fault of this image
-            return self._ask(Task.CROP, image, position, size, size * size * 3, deadline, exif_orientation).copy()
+            room = geometry.size**2 * 3
+            return self._ask(Task.CROP, image, position, geometry, room, deadline, exif_orientation).copy()
         sides = claimed_size(image)
         if sides is None:
             raise BadImageError(None, position, "expected a JPEG, PNG or WebP image with an intact header")
         self.start()
         self._block = None
         try:
-            return self._ask(Task.WHOLE, image, position, 1, sides[0] * sides[1] * 3, deadline, exif_orientation)
+            return self._ask(Task.WHOLE, image, position, _WHOLE, sides[0] * sides[1] * 3, deadline, exif_orientation)
         finally:
             self._block = None  # now only the array refers to the memory
 
@@ -107,13 +120,14 @@ class DecoderProcess(Decoder):
         self._process = self._channel = self._block = None
 
     def _ask(
-        self, task: Task, image: Any, position: int, side: int, room: int, deadline: float, upright: bool
+        self, task: Task, image: Any, position: int, geometry: Geometry, room: int, deadline: float, upright: bool
     ) -> np.ndarray:
         """The pixels, in the shared block. Raises BadImageError, or DeadlineExceededError if that came first."""
         left_s = max(_MIN_S, deadline - time.monotonic())
         limit_s = _CLOCK_PER_CPU * self._limits.timeout_s
         try:
-            answer, message = self._exchange(task, image, side, room, time.monotonic() + min(left_s, limit_s), upright)
+            until = time.monotonic() + min(left_s, limit_s)
+            answer, message = self._exchange(task, image, geometry, room, until, upright)
         except TimeoutError:
             self.kill()
             if left_s < limit_s:
@@ -140,12 +154,12 @@ class DecoderProcess(Decoder):
         return BadImageError(None, position, reason)
 
     def _exchange(
-        self, task: Task, image: Any, side: int, room: int, until: float, upright: bool = True
+        self, task: Task, image: Any, geometry: Geometry, room: int, until: float, upright: bool = True
     ) -> tuple[Answer, str]:
         assert self._channel is not None
         data = memoryview(image).cast("B")
         size, max_pixels = claimed_size(data), self._limits.max_pixels or _NO_LIMIT
-        work = max_pixels if size is None else work_pixels(size, side)
+        work = max_pixels if size is None else work_pixels(size, geometry)
         fresh: list[int] = []
         try:
             if self._block is None or len(self._block) < room:
@@ -154,8 +168,9 @@ class DecoderProcess(Decoder):
                 except OSError as error:  # of this machine, not of the image
                     raise RuntimeError(f"no memory to share for pixels of an image: {error}") from error
                 fresh.append(file)
+            form, block = geometry_fields(geometry), room if fresh else 0
             head = REQUEST.pack(
-                *Request(task, side, room if fresh else 0, len(data), max_pixels, work, self._limits.timeout_s, upright)
+                *Request(task, *form, block, len(data), max_pixels, work, self._limits.timeout_s, upright)
             )
             self._channel.settimeout(max(1e-3, until - time.monotonic()))
             sent = socket.send_fds(self._channel, [head, data], fresh)
@@ -166,7 +181,11 @@ class DecoderProcess(Decoder):
             self._channel.sendall(data[sent - len(head) :])
         answer = Answer(*ANSWER.unpack(self._receive(ANSWER.size, until)))
         sides = answer.height, answer.width
-        fits = sides == (side, side) if task == Task.CROP else sides[0] * sides[1] * 3 <= len(self._block)
+        fits = (
+            sides == (geometry.size, geometry.size)
+            if task == Task.CROP
+            else sides[0] * sides[1] * 3 <= len(self._block)
+        )
         if answer.status > max(Status) or answer.length > MAX_MESSAGE or (answer.status == Status.OK and not fits):
             raise _ProcessLost(f"it sent an invalid answer: {answer}")
         return answer, self._receive(answer.length, until).decode("utf-8", "replace")

@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from iosr_fast.exceptions import ClosedError, QueueFullError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.batching.decode import is_pixels
 from iosr_fast.serving.batching.item import Hooks, Item, QueuedBatch, Stage, WholeImage
 from iosr_fast.serving.batching.pace import Pace
@@ -24,10 +25,21 @@ from iosr_fast.serving.batching.turns import Turns
 _LEAST_RETRY_S = 0.01
 
 
+class PixelForm(NamedTuple):
+    """How a classifier's images become pixels."""
+
+    geometry: Geometry
+    exif_orientation: bool
+
+    @classmethod
+    def of(cls, classifier: Any) -> PixelForm:
+        return cls(classifier.encoder.geometry, classifier.exif_orientation_)
+
+
 class BatchQueue:
     """Items from admission to their batch. Its lock is never held during decoding, encoding, scoring or a callback.
 
-    An item is DECODING, then READY, then TAKEN. Ready items have pixels of the current classifier's size. Each of the
+    An item is DECODING, then READY, then TAKEN. Ready items have pixels of the current classifier's form. Each of the
     encoder's `runs` has a thread that takes batches. With one run, a batch starts when it is full, when its first item
     has been ready for `max_wait_s`, or when no accepted item is still DECODING and could join. With several, a free run
     starts at once with its share of the ready items, rounded up: the other runs take the others, so waiting gains
@@ -39,8 +51,7 @@ class BatchQueue:
     ) -> None:
         self.classifier = classifier
         self.runs: int = classifier.encoder.runs
-        self.image_size: int = classifier.encoder.image_size
-        self.exif_orientation: bool = classifier.exif_orientation_
+        self.form = PixelForm.of(classifier)
         self.max_queue = max_queue
         self.closed = False
         self._max_batch, self._max_wait_s, self._hooks = max_batch, max_wait_s, hooks
@@ -102,12 +113,12 @@ class BatchQueue:
             self.fail(job, job.late(now))
         return job.stage is Stage.DECODING
 
-    def decoded(self, item: Item, pixels: np.ndarray, exif_orientation: bool) -> None:
-        """Set the pixels (S, S, 3) of an item. It is decoded again if a new classifier takes other pixels."""
+    def decoded(self, item: Item, pixels: np.ndarray, form: PixelForm) -> None:
+        """Set the pixels (S, S, 3) of an item, decoded to `form`; decode it again if a new classifier takes another."""
         with self._changed:
             if item.stage is not Stage.DECODING:
                 return
-            if (len(pixels), exif_orientation) != (self.image_size, self.exif_orientation):
+            if form != self.form:
                 self.turns.put(item)
                 return
             self._decoding -= 1
@@ -179,9 +190,9 @@ class BatchQueue:
                 raise _closed()
             old, self.classifier = self.classifier, classifier
             self.runs = classifier.encoder.runs
-            form = classifier.encoder.image_size, classifier.exif_orientation_
-            if (self.image_size, self.exif_orientation) != form:
-                self.image_size, self.exif_orientation = form
+            form = PixelForm.of(classifier)
+            if self.form != form:
+                self.form = form
                 outdated = list(self._ready)
                 self._ready.clear()
                 for item in outdated:
@@ -239,7 +250,7 @@ class BatchQueue:
 
     def _send(self, item: Item) -> None:
         """Queue an item for decoding, or make it ready if it has pixels."""
-        if is_pixels(item.image, self.image_size):
+        if is_pixels(item.image, self.form.geometry.size):
             self._make_ready(item, item.image)
         else:
             item.stage, item.pixels = Stage.DECODING, None

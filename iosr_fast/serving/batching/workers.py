@@ -18,7 +18,7 @@ from iosr_fast.images.limits import DecodeLimits
 from iosr_fast.serving.batching.decode import Decoder
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import Hooks, Item, QueuedBatch, WholeImage, without_frames
-from iosr_fast.serving.batching.queue import BatchQueue
+from iosr_fast.serving.batching.queue import BatchQueue, PixelForm
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +148,10 @@ class Workers:
         queue, decoder = self._queue, self._decoders[place]
         try:
             while self._started(place) and (job := queue.next_to_decode()) is not None:
-                size, upright = None if isinstance(job, WholeImage) else queue.image_size, queue.exif_orientation
-                result = _try_decode(decoder, job.image, job.position, size, job.deadline, upright)
-                _hand_over(queue, job, result, upright)
+                form = queue.form
+                geometry = None if isinstance(job, WholeImage) else form.geometry
+                result = _try_decode(decoder, job.image, job.position, geometry, job.deadline, form.exif_orientation)
+                _hand_over(queue, job, result, form)
                 queue.turns.done(job)
                 del job, result
         finally:
@@ -192,14 +193,14 @@ def _try_decode(decoder: Decoder, *args: Any) -> np.ndarray | BaseException:
         return error
 
 
-def _hand_over(queue: BatchQueue, job: Item | WholeImage, result: Any, exif_orientation: bool) -> None:
+def _hand_over(queue: BatchQueue, job: Item | WholeImage, result: Any, form: PixelForm) -> None:
     try:
         if isinstance(job, WholeImage):
             (job.future.set_exception if isinstance(result, BaseException) else job.future.set_result)(result)
         elif isinstance(result, BaseException):
             queue.fail(job, result)
         else:
-            queue.decoded(job, result, exif_orientation)
+            queue.decoded(job, result, form)
     except BaseException as error:
         if isinstance(job, Item):
             queue.fail(job, without_frames(error))

@@ -74,9 +74,9 @@ class Service(ClassifierLists):
 
     def check(self, images: list[bytes | Refusal]) -> list[bytes | Refusal]:
         """The same list, with a Refusal for each image that must not reach a decoder."""
-        settings, side = self.settings, self.classifier.encoder.image_size
+        settings, geometry = self.settings, self.classifier.encoder.geometry
         return [
-            image if isinstance(image, Refusal) else check_image(image, settings, side) or image for image in images
+            image if isinstance(image, Refusal) else check_image(image, settings, geometry) or image for image in images
         ]
 
     def admit(self) -> None:

@@ -11,6 +11,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.limits import DAMAGED, DecodeLimits, claimed_size, image_kind
 from iosr_fast.serving.http.errors import ApiError
 from iosr_fast.serving.http.settings import Settings
@@ -35,10 +36,10 @@ class Upload:
     texts: dict[str, str] = field(default_factory=dict)
 
 
-def check_image(data: bytes, settings: Settings, side: int) -> Refusal | None:
+def check_image(data: bytes, settings: Settings, geometry: Geometry) -> Refusal | None:
     """Why `data` must not reach a decoder; None if it may. Decoders check all of it and may still find damage.
 
-    `max_pixels` holds for the image as it is, and once its shorter side is resized to `side`.
+    `max_pixels` holds for the image as it is, and for what resizing to `geometry` makes of it.
     """
     if len(data) > settings.max_image_bytes:
         return _too_large(len(data), settings.max_image_bytes)
@@ -48,7 +49,7 @@ def check_image(data: bytes, settings: Settings, side: int) -> Refusal | None:
     size = claimed_size(data)
     if size is None:
         return Refusal("bad_image", DAMAGED)
-    message = settings.decode_limits.size_error(size, side)
+    message = settings.decode_limits.size_error(size, geometry)
     return Refusal("too_many_pixels", message) if message else None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.state.predictions import Prediction
 from iosr_fast.utils.manifest import read_manifest
@@ -66,7 +67,7 @@ class Facts:
     host: str
     source: Source
     version: int  # of the classifier's state
-    image_size: int
+    geometry: Geometry
     classes: int
     pending: int = 0  # images accepted and not yet answered
     refused: str = ""  # why the last update failed; "" if it did not

@@ -77,7 +77,7 @@ class Remote:
         """The attributes of a classifier that routes read without waiting, from the last answer of a replica."""
         if self._facts is None:
             raise RuntimeError("expected describe() to have been called")
-        return SimpleNamespace(version=self._facts.version, encoder=SimpleNamespace(image_size=self._facts.image_size))
+        return SimpleNamespace(version=self._facts.version, encoder=SimpleNamespace(geometry=self._facts.geometry))
 
     async def ask(self, method: str, *values: Any) -> Any:
         """The result of a method of any replica."""

@@ -128,7 +128,7 @@ class ClassifierReplica(ClassifierLists):
             socket.gethostname(),
             self._source,
             state.version,
-            self.classifier.encoder.image_size,
+            self.classifier.encoder.geometry,
             len(state.uids),
             self._serving.pending,
             self._refused,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.utils.require import require
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class EnginePlan:
 class Served:
     """The facts that the configurations depend on."""
 
-    image_size: int
+    geometry: Geometry
     width: int
     adapted: bool
     precision: str
@@ -90,7 +91,7 @@ def preprocess_config(served: Served) -> Any:
     if served.gpu:
         config.parameters["intra_op_thread_count"].string_value = "1"
     config.dynamic_batching.SetInParent()
-    size = served.image_size
+    size = served.geometry.size
     _warm_up(config, 1, {"IMAGE": ("UINT8", [size + size // 2, 2 * size, 3])})
     return config
 
@@ -163,7 +164,7 @@ def _schema() -> Any:
 
 
 def _pixels(served: Served) -> list[int]:
-    return [served.image_size, served.image_size, 3]
+    return [served.geometry.size, served.geometry.size, 3]
 
 
 def _encoder_inputs(served: Served) -> Tensors:

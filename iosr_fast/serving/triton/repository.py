@@ -15,6 +15,7 @@ from iosr_fast.encoders.runtimes.engine import ENGINE_KIND
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from iosr_fast.serving.triton import configs
@@ -78,7 +79,7 @@ def export_triton(
     if broken:
         raise IosrFastError(f"expected class names of one line each, as in a file of labels, got {abbreviate(broken)}")
     served = configs.Served(
-        image_size=engine["image_size"],
+        geometry=Geometry.from_facts(engine),
         width=engine["width"],
         adapted=engine["first_adapted_block"] is not None,
         precision=engine["precision"],
@@ -109,7 +110,7 @@ def export_triton(
 def _write_models(
     folder: Path, served: configs.Served, engine: Path, facts: dict[str, Any], scoring: bytes, labels: list[str]
 ) -> None:
-    (_model(folder, configs.preprocess_config(served)) / ONNX).write_bytes(preprocess_model(served.image_size))
+    (_model(folder, configs.preprocess_config(served)) / ONNX).write_bytes(preprocess_model(served.geometry))
     (_model(folder, configs.scoring_config(served)) / ONNX).write_bytes(scoring)
     encoder = _model(folder, configs.encoder_config(served))
     copies = {engine / ONNX_FILE: encoder / ONNX}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.training.data.sources import FilePictures
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
@@ -252,7 +253,7 @@ class OpenImagesPictures(FilePictures):
         self,
         subset_csv: str | Path,
         images: str | Path,
-        size: int,
+        geometry: Geometry,
         workers: int = 2,
         leave_out_missing: bool = False,
     ) -> None:
@@ -269,4 +270,4 @@ class OpenImagesPictures(FilePictures):
         index = {name: i for i, name in enumerate(names)}
         labels = torch.tensor([index[subset.class_names[row]] for row in rows])
         ids = [subset.image_ids[row] for row in rows]
-        super().__init__([paths[i] for i in ids], labels, names, size, workers, ids)
+        super().__init__([paths[i] for i in ids], labels, names, geometry, workers, ids)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import open_image
 from iosr_fast.training.data.evaluation_readers import read_lines
@@ -35,7 +36,7 @@ class ShardPictures:
     def __init__(
         self,
         shards: str | Path | Sequence[str | Path],
-        size: int,
+        geometry: Geometry,
         workers: int = 2,
         cache: str | Path | None = None,
         class_names: Sequence[str] | None = None,
@@ -45,7 +46,7 @@ class ShardPictures:
             raise IosrFastError(f"expected a window of at least one sample, got {window}")
         cache = Path(cache) if cache is not None else None
         self.shards: list[Shard] = index_shards(find_shards(shards), cache)
-        self.size, self.workers, self.window = size, workers, window
+        self.geometry, self.workers, self.window = geometry, workers, window
         names = list(class_names) if class_names is not None else _names_beside(self.shards)
         self.class_names, self.labels = _labels(self.shards, names)
         counts = [len(shard.keys) for shard in self.shards]
@@ -53,7 +54,7 @@ class ShardPictures:
         self._shard = np.repeat(np.arange(len(counts)), counts)
         # Equal labels may come from different kinds of labels; the file's size and time distinguish these.
         stamps = [f"{shard.path.name} {shard.bytes} {shard.mtime_ns}" for shard in self.shards]
-        self.fingerprint = digest([str(VERSION), str(size), self.labels.numpy(), str(self.class_names), *stamps])
+        self.fingerprint = digest([str(VERSION), str(geometry), self.labels.numpy(), str(self.class_names), *stamps])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         """Shards in random order, their samples shuffled within windows: (N,) int64, a function of the generator."""
@@ -109,7 +110,7 @@ class ShardPictures:
         key = shard.keys[position]
         try:
             name = shard.path / f"{key}.{shard.images[position]}"
-            return to_tensor(open_image(data, row, name=name), self.size)
+            return to_tensor(open_image(data, row, name=name), self.geometry)
         except BadImageError as error:
             raise BadImageError(error.path, row, f"{error.reason} (key {key} of shard {shard.path})") from error
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.listing import list_folder
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import open_image, resize_and_crop
@@ -66,7 +67,7 @@ class TensorPictures:
 
 
 class FilePictures:
-    """One file for each picture, decoded by worker processes; CLIP's resize and centre crop.
+    """One file for each picture, decoded by worker processes to the pixels of a `geometry`.
 
     `paths` and `labels` (N,) correspond; the fingerprint uses `names` (default: the paths), so it need not depend on
     the folder. `iterate` raises BadImageError with the path of an unreadable picture when it is reached.
@@ -77,22 +78,22 @@ class FilePictures:
         paths: Sequence[str | Path],
         labels: torch.Tensor,
         class_names: list[str],
-        size: int,
+        geometry: Geometry,
         workers: int = 2,
         names: Sequence[str] | None = None,
     ) -> None:
         if len(paths) != len(labels):
             raise IosrFastError(f"expected one label a picture, got {len(paths)} pictures and {len(labels)} labels")
         self.paths, self.labels, self.class_names = paths, labels, class_names
-        self.size, self.workers = size, workers
+        self.geometry, self.workers = geometry, workers
         self._names = names if names is not None else [str(path) for path in paths]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the files' names, sizes and times of change, the labels, class names, size and pixels.VERSION,
-        computed at first use."""
+        """SHA-256 over the files' names, sizes and times of change, the labels, class names, geometry and
+        pixels.VERSION, computed at first use."""
         files = (f"{name}\0{stamp(path)}" for name, path in zip(self._names, self.paths, strict=True))
-        return digest([str(VERSION), str(self.size), self.labels.numpy(), *self.class_names, *files])
+        return digest([str(VERSION), str(self.geometry), self.labels.numpy(), *self.class_names, *files])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randperm(len(self.labels), generator=generator)
@@ -103,7 +104,7 @@ class FilePictures:
         if not len(order):
             return
         loader: Iterable[torch.Tensor | _Bad] = DataLoader(
-            _Decoded(self.paths, self.size),  # type: ignore[arg-type]  # a map-style data set need not inherit
+            _Decoded(self.paths, self.geometry),  # type: ignore[arg-type]  # a map-style data set need not inherit
             batch_size=batch,
             sampler=order.tolist(),
             num_workers=self.workers,
@@ -122,12 +123,12 @@ class FolderPictures(FilePictures):
     Raises FileNotFoundError without the folder, ValueError for fewer than two classes or a class without images.
     """
 
-    def __init__(self, folder: str | Path, size: int, workers: int = 2) -> None:
+    def __init__(self, folder: str | Path, geometry: Geometry, workers: int = 2) -> None:
         paths, classes, class_names = list_folder(folder)
         index = {name: i for i, name in enumerate(class_names)}
         labels = torch.tensor([index[name] for name in classes])
         names = [path.relative_to(folder).as_posix() for path in paths]
-        super().__init__(paths, labels, class_names, size, workers, names)
+        super().__init__(paths, labels, class_names, geometry, workers, names)
 
 
 # BadImageError's arguments, which a worker returns for an unreadable picture. The DataLoader would turn the exception
@@ -138,15 +139,15 @@ _Bad = tuple[Path, int, str]
 class _Decoded:
     """The map-style data set of FilePictures for the worker processes."""
 
-    def __init__(self, paths: Sequence[str | Path], size: int) -> None:
-        self.paths, self.size = paths, size
+    def __init__(self, paths: Sequence[str | Path], geometry: Geometry) -> None:
+        self.paths, self.geometry = paths, geometry
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> torch.Tensor | _Bad:
         try:
-            return to_tensor(open_image(Path(self.paths[row]), row), self.size)
+            return to_tensor(open_image(Path(self.paths[row]), row), self.geometry)
         except BadImageError as error:
             return Path(self.paths[row]), row, error.reason
 
@@ -158,18 +159,18 @@ def _stack(pictures: list[torch.Tensor | _Bad]) -> torch.Tensor | _Bad:
     return torch.stack([picture for picture in pictures if isinstance(picture, torch.Tensor)])
 
 
-def to_tensor(image: object, size: int) -> torch.Tensor:
-    """A PIL image, resized and cropped as CLIP does: (3, size, size) uint8."""
-    return torch.from_numpy(np.array(resize_and_crop(open_image(image), size))).permute(2, 0, 1).contiguous()
+def to_tensor(image: object, geometry: Geometry) -> torch.Tensor:
+    """A PIL image as the pixels of a geometry: (3, size, size) uint8."""
+    return torch.from_numpy(np.array(resize_and_crop(open_image(image), geometry))).permute(2, 0, 1).contiguous()
 
 
-def demo_pictures(size: int) -> TensorPictures:
-    """The demo's generic concepts, resized to the encoder's size."""
+def demo_pictures(geometry: Geometry) -> TensorPictures:
+    """The demo's generic concepts, as the encoder's pixels."""
     from iosr_fast.clip.demo.pictures import load_pictures
     from iosr_fast.images.preprocess import to_pixels
 
     pictures = load_pictures("generic")
-    images = torch.from_numpy(to_pixels(pictures.images, size)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(to_pixels(pictures.images, geometry)).permute(0, 3, 1, 2)
     return TensorPictures(images, torch.from_numpy(pictures.concepts), pictures.names)
 
 
