@@ -135,6 +135,5 @@ def _draft(image: Image, geometry: Geometry) -> int:
     (width, height), resized = image.size, geometry.resized(*image.size)
     least = min(width / resized[0], height / resized[1])
     scale = next((scale for scale in _SCALES if least >= MARGIN * scale), 1)
-    # None for all but JPEGs. A side may have fewer pixels than `scale`.
-    draft = image.draft(None, (max(1, width // scale), max(1, height // scale))) if scale > 1 else None
+    draft = image.draft(None, (width // scale, height // scale)) if scale > 1 else None  # None for all but JPEGs
     return 1 if draft is None else round(width / draft[1][2])

@@ -62,9 +62,9 @@ def test_torchcodec_decodes_what_it_can_and_the_cpu_the_rest(batch: list[Any], m
     left: list[int] = []
     right = gpu_decoders.try_decode
 
-    def noted(source: Any, size: int, position: int, *rest: Any) -> Any:
+    def noted(source: Any, geometry: Geometry, position: int, *rest: Any) -> Any:
         left.append(position - 30)
-        return right(source, size, position, *rest)
+        return right(source, geometry, position, *rest)
 
     monkeypatch.setattr(gpu_decoders, "try_decode", noted)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", FakeTorchCodec)
@@ -72,13 +72,24 @@ def test_torchcodec_decodes_what_it_can_and_the_cpu_the_rest(batch: list[Any], m
     assert left == [2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(64),
+        Geometry(64, "shortest", "bilinear"),
+        Geometry(64, "squash"),
+        Geometry(63, "squash", "bilinear"),
+        Geometry(64, "longest", fill=127),
+        Geometry(63, "longest", "bilinear"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(300, 200), (201, 333), (64, 64), (64, 91), (40, 50), (700, 525)])
-def test_shrink_is_the_reference(pictures: np.ndarray, shape: tuple[int, int]) -> None:
+def test_shrink_is_the_reference(pictures: np.ndarray, shape: tuple[int, int], geometry: Geometry) -> None:
     image = photograph(pictures[2], *shape, deviation=40)
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    error = np.abs(
-        shrink(tensor, Geometry(64)).permute(1, 2, 0).numpy().astype(int) - resize_and_crop(image, Geometry(64))
-    )
+    shrunk = shrink(tensor, geometry).permute(1, 2, 0).numpy()
+    error = np.abs(shrunk.astype(int) - resize_and_crop(image, geometry))
     assert error.mean() <= 0.5 and error.max() <= 8
 
 

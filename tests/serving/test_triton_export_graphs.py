@@ -18,7 +18,7 @@ import onnx
 
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.geometry import RESIZE_MODES, Geometry, ResizeMode
 from iosr_fast.images.preprocess import resize_and_crop
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
@@ -170,26 +170,52 @@ def smooth(rng: np.random.Generator, height: int, width: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def preprocess(pictures: list[Image.Image], size: int) -> np.ndarray:
+def preprocess(pictures: list[Image.Image], geometry: Geometry) -> np.ndarray:
     stacked = np.stack([np.asarray(picture) for picture in pictures])
-    made: np.ndarray = open_session(preprocess_model(Geometry(size))).run(["PIXELS"], {"IMAGE": stacked})[0]
-    assert made.dtype == np.uint8 and made.shape == (len(pictures), size, size, 3)
+    made: np.ndarray = open_session(preprocess_model(geometry)).run(["PIXELS"], {"IMAGE": stacked})[0]
+    assert made.dtype == np.uint8 and made.shape == (len(pictures), geometry.size, geometry.size, 3)
     return made
 
 
-def differences(pictures: list[Image.Image], size: int) -> np.ndarray:
+def differences(pictures: list[Image.Image], geometry: Geometry) -> np.ndarray:
     """Levels between the graph's pixels and resize_and_crop's."""
-    expected = np.stack([resize_and_crop(picture, Geometry(size)) for picture in pictures])
-    return np.abs(preprocess(pictures, size).astype(int) - expected)
+    expected = np.stack([resize_and_crop(picture, geometry) for picture in pictures])
+    return np.abs(preprocess(pictures, geometry).astype(int) - expected)
 
 
-@pytest.mark.parametrize("size", [64, 63, 224])
-def test_pixels_are_pillows(size: int, rng: np.random.Generator) -> None:
+GEOMETRIES = [
+    *map(Geometry, (64, 63, 224)),
+    Geometry(64, "shortest", "bilinear"),
+    Geometry(224, "squash"),
+    Geometry(63, "squash", "bilinear"),
+    Geometry(64, "longest", fill=127),
+    Geometry(224, "longest"),
+    Geometry(63, "longest", "bilinear"),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_pixels_are_pillows(geometry: Geometry, rng: np.random.Generator) -> None:
     for height, width in SIZES:
         noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        off = differences([noise, smooth(rng, height, width)], size)
-        assert off.max() <= 2 and (off > 1).mean() <= 1e-4 and off.mean() <= 0.003, (height, width)
-        if min(height, width) == size:
+        off = differences([noise, smooth(rng, height, width)], geometry)
+        if geometry.interpolation == "bilinear":  # the outermost rows and columns have other weights
+            columns, rows = geometry.resized(width, height)
+            assert off.mean() <= 0.5 and off[1].mean() <= 0.2, (height, width)
+            top, left = max(0, geometry.size - rows) // 2 + 1, max(0, geometry.size - columns) // 2 + 1
+            off = off[:, top : top + min(rows, geometry.size) - 2, left : left + min(columns, geometry.size) - 2]
+            if not off.size:
+                continue
+        if height > 4 * width and geometry.resize_mode != "shortest":
+            # Pillow resizes some tall pictures top to bottom first, and the overshoot of noise is clipped in between.
+            assert off.mean() <= 0.5, (height, width)
+            continue
+        assert (
+            off.max() <= 2
+            and (off > 1).mean() <= 1e-4
+            and off.mean() <= (0.05 if geometry.interpolation == "bilinear" else 0.005)
+        ), (height, width)
+        if geometry.resized(width, height) == (width, height):
             assert off.max() == 0
 
 
@@ -197,7 +223,7 @@ def test_pixels_of_real_pictures_are_pillows() -> None:
     emoji = [Image.fromarray(image) for image in load_pictures("held-out").images[:400:40]]
     for scaled in (emoji, [picture.resize((301, 211), Image.Resampling.LANCZOS) for picture in emoji]):
         for size in (32, 64, 97):
-            off = differences(scaled, size)
+            off = differences(scaled, Geometry(size))
             assert off.max() <= 1 and off.mean() <= 0.001
 
 
@@ -206,7 +232,7 @@ def test_long_pictures_are_pillows_but_for_a_level_or_two(height: int, width: in
     assert max(height, width) // min(height, width) > MAX_RATIO
     noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
     for size in (64, 63):
-        off = differences([noise], size)
+        off = differences([noise], Geometry(size))
         assert off.max() <= 2 and off.mean() <= 0.1
 
 
@@ -221,7 +247,8 @@ def test_a_very_long_picture_is_not_resized_whole(rng: np.random.Generator) -> N
     assert np.abs(pixels[0].astype(int) - resize_and_crop(middle, Geometry(64))).max() <= 1
 
 
+@pytest.mark.parametrize("mode", RESIZE_MODES)
 @pytest.mark.parametrize("shape", [(1, 0, 9, 3), (1, 9, 0, 3), (1, 0, 0, 3)])
-def test_a_picture_without_pixels_is_no_crash(shape: tuple[int, ...]) -> None:
-    session = open_session(preprocess_model(Geometry(64)))
+def test_a_picture_without_pixels_is_no_crash(shape: tuple[int, ...], mode: ResizeMode) -> None:
+    session = open_session(preprocess_model(Geometry(64, mode)))
     assert session.run(["PIXELS"], {"IMAGE": np.zeros(shape, np.uint8)})[0].size == 0

@@ -13,7 +13,7 @@ from iosr_fast.serving.triton.graph import Graph
 MAX_RATIO = 32
 _FILTERS: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "cubic", "cubic_coeff_a": -0.5, "exclude_outside": 1},
-    "bilinear": {"mode": "linear"},  # with antialiasing it has no weight outside of the picture anyway
+    "bilinear": {"mode": "linear"},  # exclude_outside is for cubic only
 }
 
 
@@ -27,10 +27,11 @@ def preprocess_model(geometry: Geometry) -> bytes:
                   PIXELS = resize(IMAGE to H', W') padded with fill, (S - H') // 2 above, (S - W') // 2 to the left
         squash    PIXELS = resize(IMAGE to S, S)
 
-    Resize with antialiasing and no weight outside of the picture, and for bicubic a = -0.5, is Pillow's filter. On
-    uint8 the CPU kernel of ONNX Runtime rounds after each axis, like Pillow: about one value in a thousand differs, by
-    1. The model must run on the CPU, because the CUDA kernel of this mode has a bug (microsoft/onnxruntime, issue
-    25264).
+    Cubic resizing with a = -0.5, antialiasing and no weight outside of the picture is Pillow's bicubic filter. On uint8
+    the CPU kernel of ONNX Runtime rounds after each axis, like Pillow: about one value in a thousand differs, by 1.
+    Linear resizing with antialiasing is Pillow's bilinear filter inside the picture; outside of it ONNX Runtime repeats
+    the edge, where Pillow leaves out the weight, so the outermost rows and columns differ by a few levels. The model
+    must run on the CPU, because the CUDA kernel of this mode has a bug (microsoft/onnxruntime, issue 25264).
 
     With "shortest" a picture of 1 x 100,000 pixels would become S x S * 100,000. If the aspect ratio exceeds 32, the
     graph first cuts off an even multiple of the shorter side at each end, which does not move the crop.
@@ -43,13 +44,14 @@ def preprocess_model(geometry: Geometry) -> bytes:
     if geometry.resize_mode == "shortest":
         _resize_shorter_side(graph, geometry, sides, shortest)
     else:
-        # A picture without pixels yields none, which the encoder refuses; resizing it could crash the server.
+        # A picture without pixels keeps its sides and yields none, which the encoder refuses.
+        has_pixels = graph.cast(shortest, np.bool_, "has_pixels")
         size = graph.constant("size", [geometry.size, geometry.size], np.int64)
-        size = graph.add("Mul", size, graph.add("Min", shortest, "one", name="has_pixels"), name="square")
+        square = graph.add("Where", has_pixels, size, sides, name="square")
         if geometry.resize_mode == "longest":
-            _resize_longer_side(graph, geometry, sides, size)
+            _resize_longer_side(graph, geometry, sides, square)
         else:
-            graph.add("Identity", _resize(graph, geometry, "IMAGE", size), name="PIXELS")
+            graph.add("Identity", _resize(graph, geometry, "IMAGE", square), name="PIXELS")
     return graph.model("preprocess", {"PIXELS": (np.uint8, ("batch", geometry.size, geometry.size, 3))})
 
 
@@ -87,7 +89,7 @@ def _resize_longer_side(graph: Graph, geometry: Geometry, sides: str, square: st
     ratio = graph.add("Div", longest, side, name="ratio")
     exact = graph.add("Div", lengths, ratio, name="exact")
     rounded = graph.cast(graph.add("Round", exact, name="rounded"), np.int64, "rounded_size")
-    # At least 1, and 0 for a picture without pixels.
+    # At least 1, unless the picture has no pixels.
     target = graph.add("Min", graph.add("Max", rounded, "one", name="at_least"), square, name="target")
     resized = _resize(graph, geometry, "IMAGE", target)
 
