@@ -25,7 +25,6 @@ import msgspec
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.images.geometry import Geometry
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.state import State
@@ -98,7 +97,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
         written = {
             **state_facts,
             "views": asdict(bundle.views),
-            "preprocessing": {**Geometry.from_facts(engine.manifest).facts(), "mean": facts.mean, "std": facts.std},
+            "preprocessing": {**facts.geometry.facts(), "mean": facts.mean, "std": facts.std},
             "clip_fingerprint": facts.clip_fingerprint,
             "adapter_fingerprint": facts.adapter_fingerprint,
             "encoder_fingerprint": bundle.encoder_fingerprint,
@@ -255,9 +254,11 @@ def _engine_lines(verified: VerifiedFolder) -> list[str]:
 
 def _facts(engine: EngineManifest) -> list[str]:
     plans = f", plans {', '.join(sorted(engine.plans))}" if engine.plans else ""
+    changes = engine.geometry.changes()
+    resized = f" ({', '.join(f'{name} {value}' for name, value in changes.items())})" if changes else ""
     adapter = "none" if engine.adapter is None else f"{engine.adapter} {(engine.adapter_fingerprint or '')[:12]}"
     return [
-        f"engine {engine.model}, {engine.image_size} pixels, {engine.width} channels, {engine.precision}, built for "
-        f"{engine.runtime}{plans}",
+        f"engine {engine.model}, {engine.image_size} pixels{resized}, {engine.width} channels, {engine.precision}, "
+        f"built for {engine.runtime}{plans}",
         f"CLIP {engine.clip_fingerprint[:12]}, adapter {adapter}, engine {engine.fingerprint[:12]}",
     ]

@@ -172,6 +172,24 @@ def test_a_photo_is_turned_upright_before_it_is_sent(visit: Visit) -> None:
     assert visit.text("#file-name") == "photo.jpg (turned upright before sending)"
 
 
+@pytest.mark.parametrize(
+    ("size", "redrawn"), [((2000, 1500), (1024, 768)), ((400, 3000), (400, 3000)), ((4000, 1000), (2048, 512))]
+)
+def test_a_redrawn_picture_keeps_its_aspect_ratio_and_pixels_on_both_sides(
+    visit: Visit, size: tuple[int, int], redrawn: tuple[int, int]
+) -> None:
+    """A model may crop the centre or squash all of it: it needs the shorter side's pixels either way."""
+    sent = visit.page.evaluate(
+        """async (bytes) => {
+          const { prepared } = await import("/static/upright.js");
+          const { file } = await prepared(new File([new Uint8Array(bytes)], "photo.jpg", { type: "image/jpeg" }));
+          return [...new Uint8Array(await file.arrayBuffer())];
+        }""",
+        list(turned(Image.new("RGB", size, "green"), 3)),
+    )
+    assert Image.open(io.BytesIO(bytes(sent))).size == redrawn
+
+
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 def test_a_turned_photo_gets_the_label_of_the_upright_one(visit: Visit, orientation: int) -> None:
     upright = Image.open(io.BytesIO(visit.site.queries[2])).resize((300, 200), Image.Resampling.BICUBIC)

@@ -20,7 +20,7 @@ from iosr_fast.encoders.runtimes.tensorrt import EXTRAS, TensorRTEncoder
 from iosr_fast.encoders.runtimes.torch import FILE as TORCH_FILE
 from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
-from iosr_fast.images.geometry import Interpolation, ResizeMode
+from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
 from iosr_fast.utils import machine
 from iosr_fast.utils.schema import (
     Above0,
@@ -93,6 +93,10 @@ class EngineManifest(Strict, frozen=True, kw_only=True):
     tokens: dict[str, Positive] | None = None
     resize_mode: ResizeMode = "shortest"
     fill: Level = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.image_size, self.resize_mode, self.interpolation, self.fill)
 
 
 def open_engine(

@@ -1,10 +1,13 @@
 // Prepares files for upload. The server takes JPEG, PNG and WebP, and photos of phones are far larger than the input of a
-// classifier. Photos are turned upright here, because a classifier may use pixels as they are stored; a redrawn picture has
+// classifier. Pictures are sent whole, in their own aspect ratio: the server crops, pads or squashes them as its model
+// does, so both sides must keep enough pixels. Photos are turned upright here, because a classifier may use pixels as they are stored; a redrawn picture has
 // no EXIF, so the server does not turn it again.
 
 const SUPPORTED = ["image/jpeg", "image/png", "image/webp"];
 const MAX_BYTES = 2 << 20; // Larger files are redrawn.
-const SIDE = 1024; // Longer side of a redrawn picture, in pixels.
+const SIDE = 1024; // Longer side of a redrawn picture, in pixels,
+const SHORTER = 512; // unless its shorter side would have fewer than this: no model takes more,
+const LONGEST = 8192; // as long as every browser has a canvas so large.
 const HEAD_BYTES = 256 << 10; // EXIF is near the start, in a segment of at most 64 KiB.
 const [EXIF, ORIENTATION] = [0x45786966, 0x0112];
 
@@ -54,22 +57,26 @@ function orientationInTiff(view, start) {
 }
 
 async function redraw(file) {
-  const canvas = await drawn(file, SIDE);
+  const canvas = await drawn(file, SIDE, SHORTER);
   if (!canvas) return null;
   const [type, end] = file.type === "image/jpeg" ? ["image/jpeg", "jpg"] : ["image/png", "png"];
   const blob = await new Promise((done) => canvas.toBlob(done, type, 0.95));
   return blob && new File([blob], `${file.name || "picture"}.${end}`, { type });
 }
 
-/** The file on a canvas, upright, with at most `side` pixels each way; null if the browser can't decode it. */
-export async function drawn(file, side) {
+/**
+ * The file on a canvas, upright, with at most `side` pixels each way, more if the shorter side would have fewer than
+ * `shorter`; null if the browser can't decode it.
+ */
+export async function drawn(file, side, shorter = 0) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
     return null;
   }
-  const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
+  const [short, long] = [bitmap.width, bitmap.height].sort((a, b) => a - b);
+  const scale = Math.min(1, Math.max(side / long, Math.min(shorter / short, LONGEST / long)));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));

@@ -1,0 +1,200 @@
+"""A CLIP with preprocessing of its own, from open_clip's configuration through engine and bundle to every caller."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
+from open_clip import pretrained  # noqa: E402
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # noqa: E402
+
+from iosr_fast import Classifier  # noqa: E402
+from iosr_fast.benchmarks.photographs import photograph  # noqa: E402
+from iosr_fast.clip import load  # noqa: E402
+from iosr_fast.clip.demo.pictures import FOLDER, load_pictures  # noqa: E402
+from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
+from iosr_fast.export.convert import convert_engine  # noqa: E402
+from iosr_fast.export.export import write_engine  # noqa: E402
+from iosr_fast.images.geometry import Geometry  # noqa: E402
+from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
+from iosr_fast.serving.batching import BatchingClassifier  # noqa: E402
+from iosr_fast.state.bundle import describe  # noqa: E402
+from iosr_fast.utils.manifest import MANIFEST  # noqa: E402
+from tests.state.manifests import rewrite_manifest  # noqa: E402
+
+SQUASH = Geometry(64, "squash", "bilinear")
+DEFAULT = {
+    "mean": OPENAI_DATASET_MEAN,
+    "std": OPENAI_DATASET_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+TAGS = {
+    "iosr-squash": {"one": {**DEFAULT, "interpolation": "bilinear", "resize_mode": "squash"}},
+    "iosr-default": {"one": DEFAULT},
+    "iosr-mixed": {"one": DEFAULT, "two": {**DEFAULT, "mean": (0.5,) * 3}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tiny models with tags, which say how their weights were trained. Nothing is downloaded."""
+    folder, patch = tmp_path_factory.mktemp("models"), pytest.MonkeyPatch()
+    config = json.loads((FOLDER / "iosr-fast-demo.json").read_text())
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 2
+    for name, tags in TAGS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder / f"{name}.json")
+        patch.setitem(pretrained._PRETRAINED, name, tags)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def clip() -> LoadedClip:
+    return load_clip("iosr-squash", "none")
+
+
+@pytest.fixture(scope="module")
+def engine(clip: LoadedClip, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "squash"
+    write_engine(clip, None, folder, "onnxruntime")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Wide, tall and large ones, for which another geometry gives other pixels."""
+    folder, pictures = tmp_path_factory.mktemp("photographs"), load_pictures("held-out").images
+    shapes = [(300, 100), (90, 250), (900, 500), (64, 200), (400, 399), (150, 70)]
+    paths = [folder / f"{i}.{'jpg' if i % 2 else 'png'}" for i in range(len(shapes))]
+    for i, path in enumerate(paths):
+        photograph(pictures[60 * i], *shapes[i], seed=i).save(path)
+    return paths
+
+
+def test_a_clip_has_the_preprocessing_that_its_tags_share(clip: LoadedClip, caplog: pytest.LogCaptureFixture) -> None:
+    assert (clip.geometry, clip.image_size, clip.mean) == (SQUASH, 64, OPENAI_DATASET_MEAN)
+    plain = load_clip("iosr-default", "none")
+    assert plain.geometry == Geometry(64)
+    facts = {"image_size": 64, "mean": plain.mean, "std": plain.std, "gelu": "GELU"}
+    assert plain.fingerprint == load._fingerprint(plain.model, facts), "as before there were other geometries"
+    assert clip.fingerprint != load._fingerprint(clip.model, facts)
+    for key, value in clip.model.state_dict().items():
+        assert (value == plain.model.state_dict()[key]).all()
+
+
+def test_weights_without_a_tag_get_the_default_with_a_warning_where_tags_differ(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(load_clip("iosr-mixed", "none").model.state_dict(), tmp_path / "weights.safetensors")
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        mixed = load_clip("iosr-mixed", tmp_path / "weights.safetensors")
+    assert (mixed.geometry, mixed.mean) == (Geometry(64), OPENAI_DATASET_MEAN)
+    assert "published weights of iosr-mixed differ in preprocessing" in caplog.text
+    caplog.clear()
+    assert load_clip("iosr-squash", tmp_path / "weights.safetensors").geometry == SQUASH and not caplog.records
+
+
+def test_an_engine_keeps_the_geometry(engine: Path, tmp_path: Path) -> None:
+    manifest = json.loads((engine / MANIFEST).read_text())
+    assert (manifest["image_size"], manifest["resize_mode"], manifest["interpolation"]) == (64, "squash", "bilinear")
+    assert "fill" not in manifest and open_engine(engine).geometry == SQUASH
+    convert_engine(engine, tmp_path / "openvino", "openvino", "fp32")
+    assert open_engine(tmp_path / "openvino").geometry == SQUASH
+
+
+def test_an_older_manifest_is_the_shorter_side(engine: Path, tmp_path: Path) -> None:
+    write_engine(load_clip("iosr-default", "none"), None, tmp_path / "engine", "onnxruntime")
+    manifest = json.loads((tmp_path / "engine" / MANIFEST).read_text())
+    assert manifest["interpolation"] == "bicubic" and not {"resize_mode", "fill"} & set(manifest)
+    assert open_engine(tmp_path / "engine").geometry == Geometry(64)
+    for wrong in ({"resize_mode": "stretch"}, {"interpolation": "nearest"}, {"resize_mode": "longest", "fill": 256}):
+        rewrite_manifest(tmp_path / "engine", **wrong)
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            open_engine(tmp_path / "engine")
+        rewrite_manifest(tmp_path / "engine", remove=list(wrong), interpolation="bicubic")
+    rewrite_manifest(tmp_path / "engine", resize_mode="longest", fill=7)
+    assert open_engine(tmp_path / "engine").geometry == Geometry(64, "longest", fill=7)
+
+
+def test_every_caller_of_a_classifier_uses_the_same_pixels(
+    engine: Path, photographs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"class {i % 3}" for i in range(len(photographs))]
+    classifier = Classifier(
+        "iosr-squash", pretrained="none", adapter=None, engine=engine, method="tip-adapter", alpha=1.0, beta=5.0
+    ).fit(photographs, names)
+    classifier.save(tmp_path / "bundle")
+    facts = json.loads((tmp_path / "bundle" / MANIFEST).read_text())["preprocessing"]
+    expected_facts = {"image_size": 64, "interpolation": "bilinear", "resize_mode": "squash"}
+    assert {key: facts[key] for key in expected_facts} == expected_facts
+    assert ", 64 pixels (resize_mode squash, interpolation bilinear), 128 channels" in describe(tmp_path / "bundle")
+    loaded = Classifier.load(tmp_path / "bundle")
+    assert loaded.encoder.geometry == SQUASH
+
+    encoded: list[np.ndarray] = []
+    encode = type(loaded.encoder).encode
+    monkeypatch.setattr(
+        type(loaded.encoder), "encode", lambda self, pixels: (encoded.extend(pixels), encode(self, pixels))[1]
+    )
+    expected = np.stack([resize_and_crop(open_image(path), SQUASH) for path in photographs])
+
+    def pixels() -> np.ndarray:
+        """Of the pictures that were encoded since the last call, in the order of `expected`."""
+        rows = {row.tobytes(): row for row in encoded}
+        encoded.clear()
+        return np.stack([rows[row.tobytes()] for row in expected])
+
+    labels = list(loaded.predict(photographs))
+    np.testing.assert_array_equal(pixels(), expected)
+    assert loaded.predict_folder(photographs[0].parent, decoder="cpu-exact").labels.tolist() == labels
+    np.testing.assert_array_equal(pixels(), expected)
+    assert loaded.predict_folder(photographs[0].parent).labels.tolist() == labels
+    off = np.abs(np.stack(encoded).astype(int) - expected)
+    assert off.mean() < 0.1 and off.max() <= 8  # the rounding of the fast decoder
+    for isolated in (False, True):
+        encoded.clear()
+        with BatchingClassifier(loaded, decode_threads=1, isolated=isolated) as batching:
+            answers = batching.submit_many([path.read_bytes() for path in photographs])
+            assert [answer.result(60).label for answer in answers] == labels
+        np.testing.assert_array_equal(pixels(), expected)
+    loaded.add_class("new", [photographs[0]])
+    np.testing.assert_array_equal(encoded[-1], expected[0])
+
+    rewrite_manifest(tmp_path / "bundle", preprocessing={**facts, "resize_mode": "shortest"})
+    with pytest.raises(ValueError, match="expected the engine's resize_mode, squash, got shortest"):
+        Classifier.load(tmp_path / "bundle")
+
+
+def test_the_server_uses_them_as_well(engine: Path, photographs: list[Path], tmp_path: Path) -> None:
+    from tests.serving.http_client import serving  # skips where the serve extra is missing
+
+    names = [f"class {i % 3}" for i in range(len(photographs))]
+    parameters: dict[str, Any] = {"method": "tip-adapter", "alpha": 9.0, "beta": 30.0}
+    classifier = Classifier("iosr-squash", pretrained="none", adapter=None, engine=engine, **parameters)
+    classifier.fit(photographs, names)
+    truth = classifier.predict_proba(photographs)
+    with serving(classifier) as client:
+        images = [path.read_bytes() for path in photographs]
+        body = client.predict(*images, query="?top=3").json()
+        made = [{one["label"]: one["probability"] for one in each["top"]} for each in body["predictions"]]
+        got = [[each[name] for name in classifier.classes_] for each in made]
+        np.testing.assert_allclose(got, truth, atol=1e-5)
+        # A thin picture is refused by the work of resizing it; squashing it costs little.
+        from tests.pictures import encode
+
+        thin = encode(np.zeros((1, 50_000, 3), np.uint8))
+        assert client.predict(thin).status_code == 200
