@@ -24,6 +24,9 @@ from torch import nn
 
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.load import LoadedClip
+from iosr_fast.clip.tower_open_clip import OpenClipTower
+from iosr_fast.clip.vision_tower import vision_tower
+from iosr_fast.exceptions import IosrFastError
 
 CHANNELS = 4  # of each kind and block
 PERIOD, UNITS = 4, 4.0  # hidden units with outliers: in every fourth block, of 4 times the factor
@@ -37,8 +40,11 @@ def harden(
     """`clip` and `adapter` with outliers; the arguments stay unchanged.
 
     `factor` is that of the outliers, a power of two; `offset` the constant of the residual stream. Embeddings agree
-    with those of the arguments to about 1e-5. The fingerprint is that of `clip`.
+    with those of the arguments to about 1e-5. The fingerprint is that of `clip`. Raises ValueError for an encoder that
+    is not open_clip's own VisionTransformer: inner norms and rotated pairs forbid some of these factors.
     """
+    if not isinstance(vision_tower(clip.model.visual, clip.name), OpenClipTower):
+        raise IosrFastError(f"expected open_clip's own VisionTransformer to give outliers, got {clip.name} of timm")
     generator = torch.Generator().manual_seed(seed)
     model, adapter = copy.deepcopy(clip.model), copy.deepcopy(adapter)
     visual = model.visual

@@ -104,7 +104,7 @@ class EncoderGraph:
             if node.input[1] not in self.constants:
                 attention += 1
             elif len(dims := self.constants[name := node.input[1]].dims) != 2:
-                others[name] = "a matrix for each head, for the CLS token alone"
+                others[name] = "a matrix for each head, for one token alone"
             else:
                 transposed = any(a.name == "transB" and a.i == 1 for a in node.attribute)
                 product = Product(node, self._name(node), partial(self.value, name), transposed, math.prod(dims))

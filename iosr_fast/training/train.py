@@ -1,7 +1,7 @@
 """Train the adapter of a frozen CLIP, supervised or by DINO, on one process or many, resumable at any step.
 
 The blocks before the first adapter run without autograd (or once, with `cached_views`), and the last block computes
-only the CLS token, as the compiled encoder does.
+only the CLS token where the embedding reads no other, as the compiled encoder does.
 
 Every random draw is a function of the seed, the epoch, the step and the process, and the order of the pictures does not
 depend on the number of processes. So, on a CPU, a killed training that resumes from its last checkpoint ends with

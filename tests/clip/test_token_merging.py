@@ -14,6 +14,7 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
+from iosr_fast.clip.dual_pools import AveragePool  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.resize import resize_clip  # noqa: E402
 from iosr_fast.clip.token_merging import merge_tokens, merged_per_block  # noqa: E402
@@ -27,11 +28,13 @@ from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # n
 from tests.clip.test_dual_encoder import run  # noqa: E402
 
 
-def literal_merge(x: np.ndarray, sizes: np.ndarray, keys: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def literal_merge(
+    x: np.ndarray, sizes: np.ndarray, keys: np.ndarray, count: int, prefix: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """ToMe's algorithm 1 for one picture, token by token: x (L, W), sizes (L,), keys (heads, L, d)."""
     metric = keys.mean(0)
     metric = metric / np.linalg.norm(metric, axis=1, keepdims=True)
-    sources, targets = list(range(2, len(x), 2)), list(range(1, len(x), 2))
+    sources, targets = list(range(prefix + 1, len(x), 2)), list(range(prefix, len(x), 2))
     best = {a: max(targets, key=lambda b: metric[a] @ metric[b]) for a in sources}
     moved = sorted(sources, key=lambda a: -(metric[a] @ metric[best[a]]))[:count]
     total = {b: sizes[b] for b in targets}
@@ -39,7 +42,7 @@ def literal_merge(x: np.ndarray, sizes: np.ndarray, keys: np.ndarray, count: int
     for a in moved:
         total[best[a]] += sizes[a]
         value[best[a]] = value[best[a]] + x[a] * sizes[a]
-    stay = [0, *(a for a in sources if a not in moved)]
+    stay = [*range(prefix), *(a for a in sources if a not in moved)]
     rows = [x[a] for a in stay] + [value[b] / total[b] for b in targets]
     return np.stack(rows), np.array([sizes[a] for a in stay] + [total[b] for b in targets])
 
@@ -69,13 +72,17 @@ class LiteralPass:
         self.encoder, self.adapted, self.merged = encoder.double(), adapted, encoder.merged
 
     def __call__(self, x: Any) -> np.ndarray:
-        sizes = np.ones(len(x))
-        for block, merged in zip(self.encoder.blocks[:-1], self.merged[:-1], strict=True):
+        sizes, reads_cls = np.ones(len(x)), self.encoder.pool is None
+        blocks = self.encoder.blocks[:-1] if reads_cls else self.encoder.blocks
+        for block, merged in zip(blocks, self.merged, strict=not reads_cls):
             x, keys = self.attention(block, x, sizes)
             if merged:
-                rows, sizes = literal_merge(x.numpy(), sizes, keys.numpy(), merged)
+                rows, sizes = literal_merge(x.numpy(), sizes, keys.numpy(), merged, self.encoder.shapes.prefix)
                 x = torch.tensor(rows)
             x = x + block.mlp(x) + (block.adapt(x) if self.adapted and block.adapted else 0)
+        if not reads_cls:
+            row = self.encoder.proj(self.pooled(x, torch.tensor(sizes)))
+            return np.asarray(row / row.norm())
         block = self.encoder.blocks[-1]
         y = block.ln_1(x)
         heads, width = block.heads, x.shape[1]
@@ -86,6 +93,19 @@ class LiteralPass:
         cls = cls + block.mlp(cls) + (block.adapt(cls) if self.adapted and block.adapted else 0)
         row = self.encoder.proj(self.encoder.ln_post(cls))
         return np.asarray(row / row.norm())
+
+    def pooled(self, x: Any, sizes: Any) -> Any:
+        """The tokens repeated as often as they have patches."""
+        encoder, pool = self.encoder, self.encoder.pool
+        x = torch.cat([row.repeat(int(size), 1) for row, size in zip(x, sizes, strict=True)])
+        if isinstance(pool, AveragePool):
+            mean = (x if encoder.shapes.norm_after_pool else encoder.ln_post(x))[encoder.shapes.prefix :].mean(0)
+            return encoder.ln_post(mean) if encoder.shapes.norm_after_pool else mean
+        y = encoder.ln_post(x)
+        weights = torch.softmax(pool.query(y), dim=0)
+        heads = [weights[:, h] @ y @ pool.v_weight[h] for h in range(weights.shape[1])]
+        row = pool.out_proj(torch.cat(heads))
+        return row + pool.feed(pool.ln(row))
 
     @staticmethod
     def attention(block: Any, x: Any, sizes: np.ndarray) -> tuple[Any, Any]:
@@ -112,6 +132,34 @@ def test_each_stream_is_a_literal_pass(first: int | None, merged: int, monkeypat
         for adapted, got in enumerate(outputs):
             literal = LiteralPass(exact, bool(adapted))
             np.testing.assert_allclose(got, np.stack([literal(x) for x in embedded]), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["clipa", "mean-of-norms", "siglip", "registers", "eva02-e"])
+def test_families_merge_alike(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tests.clip.families import family_clip
+
+    clip = family_clip(family)
+    adapter, pixels = random_adapter(clip, 1), random_pixels(2, clip.image_size)
+    encoder = build_dual_encoder(clip, adapter, merged=3)
+    outputs = run(encoder, pixels)
+    export_onnx(encoder, tmp_path / "encoder.onnx")
+    session = ort.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    for got, expected in zip(session.run(None, {"pixels": pixels}), outputs, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    monkeypatch.setattr("iosr_fast.clip.dual_blocks.Norm.forward", torch.nn.LayerNorm.forward)
+    exact = build_dual_encoder(clip, adapter, merged=3)
+    with torch.inference_mode():
+        embedded = exact._embed(torch.from_numpy(pixels)).double()
+        for adapted, got in enumerate(outputs):
+            literal = LiteralPass(exact, bool(adapted))
+            np.testing.assert_allclose(got, np.stack([literal(x) for x in embedded]), atol=2e-5)
+
+
+def test_rotated_tokens_are_not_merged() -> None:
+    from tests.clip.families import family_clip
+
+    with pytest.raises(IosrFastError, match="rotary positions"):
+        build_dual_encoder(family_clip("pe-core"), merged=2)
 
 
 def test_no_merging_is_the_encoder_of_before(tmp_path: Path) -> None:
