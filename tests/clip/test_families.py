@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from iosr_fast.clip.two_pass import two_passes  # noqa: E402
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, PLAIN_FILE  # noqa: E402
 from iosr_fast.encoders.runtimes.openvino import openvino_core  # noqa: E402
+from iosr_fast.export import quantize  # noqa: E402
 from iosr_fast.export.onnx_export import export_onnx  # noqa: E402
 from iosr_fast.export.plain_graph import write_plain_graph  # noqa: E402
 from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
@@ -82,14 +84,18 @@ def test_smaller_pictures_are_timms_and_open_clips_own(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_engine_has_both_streams_and_the_plain_form(family: str, tmp_path: Path) -> None:
-    """The ONNX graph in both runtimes, the plain graph beside it, and 8-bit products."""
+def test_an_engine_has_both_streams_and_the_plain_form(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ONNX graph in both runtimes, the plain graph beside it, and all products in 8 bits."""
     clip = family_clip(family)
     adapter = random_adapter(clip, 1)
     export_onnx(build_dual_encoder(clip, adapter), tmp_path / FILE)
     assert write_plain_graph(tmp_path)
     graph = onnx.load(tmp_path / FILE, load_external_data=False).graph
-    assert not {"Size", "Shape", "If", "Loop"} & {node.op_type for node in graph.node}
+    kinds = Counter(node.op_type for node in graph.node)
+    # One Shape, of the batch: the prefix tokens are repeated for each picture.
+    assert not {"Size", "If", "Loop"} & set(kinds) and kinds["Shape"] <= 1
     for batch in (1, 3):
         pixels = random_pixels(batch, clip.image_size)
         expected = two_passes(clip, adapter, pixels)
@@ -99,8 +105,9 @@ def test_an_engine_has_both_streams_and_the_plain_form(family: str, tmp_path: Pa
         request = openvino_core().compile_model(tmp_path / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         for got, right in zip(request([pixels]).values(), expected, strict=True):
             np.testing.assert_allclose(got, right, atol=1e-4)
+    monkeypatch.setitem(quantize.LARGEST_EMBEDDING_ERROR, "int8", 1.0)  # keep none in float to save the embeddings
     report = quantize_onnx(tmp_path / FILE, tmp_path / "int8.onnx", random_pixels(32, clip.image_size))
-    assert report["products"] >= 8
+    assert report["products"] >= 21, "three blocks' six matrices at least, and the adapters'"
     pixels = random_pixels(9, clip.image_size)
     for got, right in zip(encode(tmp_path / "int8.onnx", pixels), two_passes(clip, adapter, pixels), strict=True):
         assert (got * right).sum(1).min() >= 0.99

@@ -134,7 +134,7 @@ def test_each_stream_is_a_literal_pass(first: int | None, merged: int, monkeypat
             np.testing.assert_allclose(got, np.stack([literal(x) for x in embedded]), atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["clipa", "mean-of-norms", "siglip", "registers", "eva02-e"])
+@pytest.mark.parametrize("family", ["clipa", "mean-of-norms", "siglip", "registers", "mobileclip-b"])
 def test_families_merge_alike(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tests.clip.families import family_clip
 
