@@ -52,7 +52,7 @@ def read_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
     check_adaptable(model)
     loaded = load_adapter(adapter)
     vision = vision_config(model)
-    if vision is not None:
+    if vision is not None and "layers" in vision:  # timm's models are known by their weights only (check_belongs)
         expected, got = (loaded.config.width, loaded.config.blocks), (vision.get("width"), vision.get("layers"))
         if expected != got:
             raise IosrFastError(

@@ -76,6 +76,17 @@ def test_what_does_not_fit_is_refused_before_a_clip_is_made(
         Classifier(**given).fit(["a.jpg", "b.jpg"], ["a", "b"])
 
 
+def test_an_adapter_of_a_timm_encoder_is_read(tmp_path: Path) -> None:
+    """Its configuration names no width and no blocks to compare."""
+    pytest.importorskip("torch"), pytest.importorskip("open_clip")
+    from iosr_fast.clip.adapter import Adapter, AdapterConfig, save_adapter
+
+    config = AdapterConfig("f" * 64, "ViT-B-16-SigLIP2", 768, 12, first_adapted_block=11, bottleneck=2)
+    save_adapter(Adapter(config), tmp_path / "adapter.safetensors")
+    loaded = pretrained.read_adapter("ViT-B-16-SigLIP2", tmp_path / "adapter.safetensors")
+    assert loaded is not None and loaded.config == config
+
+
 def test_the_configuration_refuses_what_the_model_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """fused_family against fuse's look at the encoder itself, made of shapes alone, for every model of open_clip."""
     torch, open_clip = pytest.importorskip("torch"), pytest.importorskip("open_clip")
