@@ -53,7 +53,9 @@ def with_fewer_tokens(engine: VerifiedFolder, listed: list[Candidate]) -> list[C
     first = next((one for one in tried if one.precision == "int8"), tried[0])
     side = engine.manifest["image_size"] // config["patch_size"]
     sizes = sorted({round(side * part / 7) * config["patch_size"] for part in (6, 5)}, reverse=True)
-    forms = [{"image_size": size} for size in sizes] + [{"merged": max(1, round(0.04 * side**2))}]
+    forms = [{"image_size": size} for size in sizes]
+    if not config.get("rotary"):  # a mean of tokens has no position to rotate by; engines of 0.2 lack the field
+        forms.append({"merged": max(1, round(0.04 * side**2))})
     return [first._replace(tokens=form) for form in forms]
 
 

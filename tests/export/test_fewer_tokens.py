@@ -17,12 +17,15 @@ from iosr_fast import Classifier  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
+from iosr_fast.encoders.runtimes.engine import ENGINE_KIND  # noqa: E402
 from iosr_fast.exceptions import IosrFastError  # noqa: E402
+from iosr_fast.export.candidates import Candidate, with_fewer_tokens  # noqa: E402
 from iosr_fast.export.convert import convert_engine  # noqa: E402
 from iosr_fast.export.export import random_adapter, write_engine  # noqa: E402
 from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
 from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.preprocess import to_pixels  # noqa: E402
+from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 
 
@@ -78,3 +81,24 @@ def test_the_demo_with_fewer_tokens(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             loaded.decision_function(images[:4]), classifier.decision_function(images[:4]), atol=1e-2
         )
+
+
+@pytest.mark.parametrize(
+    ("family", "forms"),
+    [("siglip", [{"image_size": 24}, {"merged": 1}]), ("pe-core", [{"image_size": 24}])],
+)
+def test_families_with_rotary_positions_merge_no_tokens(
+    family: str, forms: list[dict[str, int]], tmp_path: Path
+) -> None:
+    pytest.importorskip("timm")
+    from tests.clip.families import family_clip
+
+    clip = family_clip(family)
+    adapter = random_adapter(clip, 1)
+    write_engine(clip, adapter, tmp_path / "engine", "onnxruntime", max_batch=4)
+    write_engine(clip, adapter, tmp_path / "torch", "torch", max_batch=4)
+    source = open_verified(tmp_path / "engine", ENGINE_KIND)
+    assert [one.tokens for one in with_fewer_tokens(source, [Candidate("onnxruntime", "fp32")])] == forms
+    for i, form in enumerate(forms):
+        manifest = write_engine(clip, adapter, tmp_path / f"fewer-{i}", "onnxruntime", max_batch=4, **form)
+        assert manifest["tokens"] == form
