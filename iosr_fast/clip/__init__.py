@@ -1,1 +1,1 @@
-"""CLIP in torch: loading, adapter, dual encoder, prompts. architecture, demo, load and models import without torch."""
+"""CLIP in torch: loading, adapter, dual encoder, prompts. No torch: `architecture`, `demo`, `load`, `models`."""

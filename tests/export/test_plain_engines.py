@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 for package in ("torch", "open_clip", "timm", "onnxruntime", "openvino", "onnxscript"):
     pytest.importorskip(package)
 
+import open_clip  # noqa: E402
 import torch  # noqa: E402
 
+from iosr_fast import Classifier  # noqa: E402
 from iosr_fast.clip.fuse import unfusible_reason  # noqa: E402
 from iosr_fast.clip.plain_encoder import PlainEncoder, plain_pass  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
@@ -20,7 +23,7 @@ from iosr_fast.export.candidates import list_candidates, with_fewer_tokens  # no
 from iosr_fast.export.convert import convert_engine  # noqa: E402
 from iosr_fast.export.export import write_engine  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
-from tests.clip.families import FAMILIES, family_clip  # noqa: E402
+from tests.clip.families import FAMILIES, family_clip, randomise  # noqa: E402
 from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
 
@@ -98,3 +101,39 @@ def test_the_module_is_the_encoders_own_for_every_family(family: str) -> None:
     np.testing.assert_allclose(got.numpy(), plain_pass(clip, pixels)[0], atol=1e-5)
     after = clip.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture
+def resnet_folder(tmp_path: Path) -> Path:
+    """A small ResNet CLIP with open_clip's tokenizer, as a folder that open_clip loads."""
+    from safetensors.torch import save_file
+
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None, "head_width": 32},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    randomise(model.visual)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_resnet_becomes_a_classifier(resnet_folder: Path, tmp_path: Path) -> None:
+    """From its name to a saved classifier, with the fastest engine, that a process without torch opens."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) // (1 + 3 * (i % 2)) for i in range(12)]
+    labels = ["bright", "dark"] * 6
+    name = f"local-dir:{resnet_folder}"
+    classifier = Classifier(name, precision="auto", method="tip-adapter").fit(images, labels)
+    assert classifier.engine_choice_ is not None and "torch" not in str(classifier.engine_choice_.chosen)
+    classifier.save(tmp_path / "saved")
+    loaded = Classifier.load(tmp_path / "saved")
+    assert list(loaded.predict(images)) == list(classifier.predict(images)) == labels
+    with pytest.raises(ValueError, match=r"has a ResNet image encoder.* every method without"):
+        Classifier(name, adapter=resnet_folder / "open_clip_model.safetensors").fit(images, labels)
