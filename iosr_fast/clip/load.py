@@ -85,7 +85,7 @@ def load_clip(name: str, pretrained: str | Path | None = None) -> LoadedClip:
     if not name.startswith((HUB, LOCAL)):
         name = name.replace("/", "-")
     with _quiet_open_clip():
-        tokenizer = load_tokenizer(name, config)
+        tokenizer = _tokenizer(name, config, needed=str(pretrained) != "none")
         if str(pretrained) == "none":
             model = _random_model(open_clip, name)
         elif pretrained is None:
@@ -132,6 +132,22 @@ def _preprocessing(open_clip: Any, model: Any, name: str, pretrained: str) -> di
             {key: preprocess[key] for key in fields},
         )
     return preprocess
+
+
+def _tokenizer(name: str, config: dict[str, Any], needed: bool) -> Any:
+    """The model's tokenizer. If it is not `needed` and can't be downloaded, one that raises when it is called: random
+    weights measure speed, for which no text is necessary."""
+    try:
+        return load_tokenizer(name, config)
+    except OSError as error:
+        if needed:
+            raise
+        reason = error
+
+    def unavailable(*_: Any, **__: Any) -> Any:
+        raise reason
+
+    return unavailable
 
 
 def _random_model(open_clip: Any, name: str) -> Any:

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 open_clip = pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
+from iosr_fast.clip import load  # noqa: E402
 from iosr_fast.clip.load import DEMO_FOLDER, load_clip  # noqa: E402
 
 TINY = "iosr-fast-demo"
@@ -197,6 +198,19 @@ def test_bad_names_say_what_exists(tmp_path: Path) -> None:
         load_clip("ViT-B-32", "opnai")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         load_clip("ViT-B-32", tmp_path / "nowhere.pt")
+
+
+def test_random_weights_need_no_download_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(load, "load_tokenizer", fails)
+    clip = load_clip("demo", "none")
+    assert clip.model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
+    with pytest.raises(OSError, match="no route to the hub"):
+        clip.tokenizer(["a cat"])
+    with pytest.raises(OSError, match="no route to the hub"):
+        load_clip("demo")
 
 
 def test_weights_of_another_model_are_refused(tiny_state: dict, tmp_path: Path) -> None:
