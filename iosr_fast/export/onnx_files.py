@@ -1,7 +1,8 @@
-"""ONNX models as two files, written without torch."""
+"""ONNX models as two files, and their sessions, without torch."""
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,22 @@ def save_onnx(model: Any, path: Path) -> None:
     if weights.exists():  # a graph may have no large tensor
         weights.chmod(0o644)  # onnx makes it readable for its owner only
     onnx.checker.check_model(str(path))  # by path, because protobuf serialises no more than 2 GB
+
+
+def open_session(model: Any, folder: Path | None = None) -> Any:
+    """An ONNX Runtime session of a ModelProto on the CPU; `folder` has the file of the weights, if there is one. The
+    model's large constants are then moved out of it."""
+    ort = require("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if folder is None:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    # Beside the weights, which the graph names by a relative path. New constants have a file, too: protobuf's limit is
+    # 2 GB.
+    path = folder / f"{uuid.uuid4().hex}.onnx"
+    try:
+        save_onnx(model, path)
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    finally:
+        for file in (path, path.with_suffix(WEIGHTS_SUFFIX)):
+            file.unlink(missing_ok=True)

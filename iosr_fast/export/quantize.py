@@ -24,7 +24,8 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.calibration import evenly
 from iosr_fast.export.onnx_files import save_onnx
-from iosr_fast.export.quantize_graph import Activation, EncoderGraph, Group, QuantisedGroup
+from iosr_fast.export.quantize_graph import EncoderGraph
+from iosr_fast.export.quantize_products import Activation, Group, QuantisedGroup
 from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float
 from iosr_fast.export.quantize_values import (
     LIMITS,

@@ -3,76 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from iosr_fast.export.onnx_files import open_session
+from iosr_fast.export.quantize_products import Activation, Group, Product, QuantisedGroup
 from iosr_fast.export.quantize_values import Quantised
 from iosr_fast.utils.require import require
 
 SAMPLED_ROWS = 512
 PIXELS = 2**18  # per batch while activations are measured; bounds their memory
-
-
-@dataclass
-class Product:
-    """A MatMul or Gemm, x @ W + bias, with a constant W."""
-
-    node: Any
-    name: str
-    stored: Callable[[], np.ndarray]  # reads the constant, because all at once may take gigabytes
-    transposed: bool  # the graph stores W'
-    size: int
-
-    @property
-    def weight(self) -> np.ndarray:
-        """(inputs, outputs) in float32."""
-        weight = self.stored()
-        return np.asarray(weight.T if self.transposed else weight, np.float32)
-
-
-@dataclass
-class Group:
-    """Products that read one activation. `norm`: the LayerNormalization before it, if nothing else reads its output."""
-
-    tensor: str
-    products: list[Product] = field(default_factory=list)
-    norm: Any | None = None
-
-    @property
-    def weight(self) -> np.ndarray:
-        """(inputs, outputs of all products)."""
-        return np.concatenate([product.weight for product in self.products], axis=1)
-
-    @property
-    def size(self) -> int:
-        """Of `weight`, without reading it."""
-        return sum(product.size for product in self.products)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The values of one tensor (..., channels) on the calibration pictures."""
-
-    rows: np.ndarray  # (about SAMPLED_ROWS, channels) float32: the first token of each picture, and others at random
-    low: np.ndarray  # (channels,), over all rows
-    high: np.ndarray
-
-
-@dataclass(frozen=True)
-class QuantisedGroup:
-    """The activation of a Group divided by `divisor` (channels,) and quantised; its matrices, multiplied by it."""
-
-    activation: Quantised
-    weights: list[Quantised]
-    divisor: np.ndarray | None
-    error: float  # squared, as a share of the outputs' square
 
 
 class EncoderGraph:
@@ -293,19 +236,3 @@ class EncoderGraph:
             if name in self.constants and len(self._readers[name]) == 1 and name.endswith((".weight", ".bias")):
                 return name.rpartition(".")[0]
         return str(node.name)
-
-
-def open_session(model: Any, folder: Path | None = None) -> Any:
-    """An ONNX Runtime session of a ModelProto on the CPU; `folder` has the file of the weights, if there is one."""
-    ort = require("onnxruntime", "cpu")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if folder is None:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    file, name = tempfile.mkstemp(".onnx", dir=folder)  # beside the weights, which the graph names by a relative path
-    try:
-        with os.fdopen(file, "wb") as opened:
-            opened.write(model.SerializeToString())
-        return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])
-    finally:
-        os.unlink(name)

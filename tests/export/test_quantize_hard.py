@@ -21,7 +21,8 @@ from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.export import quantize  # noqa: E402
 from iosr_fast.export.pretrained import choose_adapter  # noqa: E402
 from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
-from iosr_fast.export.quantize_graph import EncoderGraph, QuantisedGroup  # noqa: E402
+from iosr_fast.export.quantize_graph import EncoderGraph  # noqa: E402
+from iosr_fast.export.quantize_products import QuantisedGroup  # noqa: E402
 from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float  # noqa: E402
 from iosr_fast.export.quantize_values import Quantised  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
