@@ -108,6 +108,7 @@ def quantize_onnx(
         else:
             graph.insert(group, chosen)
     save_onnx(graph.load(), target)
+    require("onnx", "cpu").checker.check_model(str(target))  # by path, for more than 2 GB
     used = [(group, chosen) for group, chosen in zip(groups, attempts, strict=True) if chosen is not None]
     return {
         "kind": kind,
