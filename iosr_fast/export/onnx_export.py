@@ -48,8 +48,8 @@ def to_onnx(
 ) -> Any:
     """A module with one input as an onnx.ModelProto of opset 20.
 
-    `example` is an input; `name` the input's name; `dynamic` has the torch.export.Dim of each dynamic axis. Tensors of
-    1 KiB or more are written to the file `weights`, one after the other, so that the model may exceed 2 GB; None leaves
+    `example` is an input; `name` the input's name; `dynamic` has the torch.export.Dim of each dynamic axis. Tensors
+    above 1 KiB are written to the file `weights`, one after the other, so that the model may exceed 2 GB; None leaves
     them in the model. Raises RuntimeError if one of these axes, or the first axis of an output, was exported with a
     fixed size.
     """
