@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from iosr_fast.images.decoder_process.structure import structure_error
+from iosr_fast.images.geometry import Geometry
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.http.uploads import Refusal, check_image
 from tests.pictures import GREY, encode
@@ -21,7 +22,7 @@ from tools.serving_load.hostile_images import FAIR, IMAGES, chunk, encoded, pict
 def refusal(
     data: bytes, max_image_bytes: int = 8 << 20, max_pixels: int = 50_000_000, side: int = 64
 ) -> Refusal | None:
-    return check_image(data, Settings(max_image_bytes=max_image_bytes, max_pixels=max_pixels), side)
+    return check_image(data, Settings(max_image_bytes=max_image_bytes, max_pixels=max_pixels), Geometry(side))
 
 
 @pytest.fixture(scope="module")
