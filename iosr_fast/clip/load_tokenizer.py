@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_tokenizer(name: str, config: Mapping[str, Any]) -> Any:
         with _downloading(source):
             return open_clip.tokenizer.HFTokenizer(source, length, tokenizer_mode=mode, **options)
     tokenizer = hugging_face_tokenizer(source, length, **options)
-    _check_vocabulary(name, tokenizer, text.get("vocab_size", 49408))
+    check_vocabulary(name, tokenizer, text.get("vocab_size", 49408))
     return tokenizer
 
 
@@ -80,7 +81,9 @@ def hugging_face_tokenizer(
     backend.enable_truncation(context_length, direction=cut)
     if strip_sep_token:
         backend = _without_separator(backend, settings.get("sep_token") or "[SEP]", source)
-    return Tokenizer(backend, clean)
+    theirs = require("open_clip", "cpu").tokenizer.HFTokenizer
+    options = {"context_length": context_length, "clean": clean, "strip_sep_token": strip_sep_token}
+    return Tokenizer(backend, clean, partial(theirs, str(source), **options))
 
 
 def _read(source: str | Path) -> tuple[str | None, dict[str, Any]]:
@@ -163,7 +166,7 @@ def _without_separator(backend: Any, separator: str, source: str | Path) -> Any:
     return type(backend).from_str(json.dumps(content))
 
 
-def _check_vocabulary(name: str, tokenizer: Tokenizer, vocabulary: int) -> None:
+def check_vocabulary(name: str, tokenizer: Tokenizer, vocabulary: int) -> None:
     """Raise ValueError if a text could get a token for which the model, of `vocabulary` embeddings, has none.
 
     Tokens that no cleaned text contains do not count: SigLIP's multilingual tokenizer has a hundred of them behind the

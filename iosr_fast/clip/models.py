@@ -81,7 +81,7 @@ def describe_model(name: str) -> ModelSupport:
         width=config["embed_dim"],
         plain=True,
         dual=fused is not None,
-        text=not text.get("hf_model_name") and "multimodal_cfg" not in config,
+        text=not text.get("hf_model_name"),
         needs="transformers" if text.get("hf_model_name") else None,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,12 +41,13 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` that truncates and pads to its context, behind open_clip's cleaning.
 
     `clip.load_tokenizer` makes one of the files of a Hugging Face tokenizer, `export.export_text` one of open_clip's
-    SimpleTokenizer; both are stored as one tokenizer.json.
+    SimpleTokenizer; both are stored as one tokenizer.json. `reference` makes open_clip's own, which needs transformers.
     """
 
-    def __init__(self, backend: Any, clean: Clean = "lower") -> None:
+    def __init__(self, backend: Any, clean: Clean = "lower", reference: Callable[[], Any] | None = None) -> None:
         self.backend = backend
         self.clean = clean
+        self.reference = reference
         self.context_length = len(backend.encode("").ids)
         added = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
         self.special_tokens = tuple(added) or SPECIAL_TOKENS

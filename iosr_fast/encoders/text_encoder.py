@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import html
 import shutil
 import threading
 from collections.abc import Sequence
@@ -15,13 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from iosr_fast.clip.prompts import check_templates
+from iosr_fast.clip.tokenizer import Tokenizer
 from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
 FILE = "text.onnx"
+WEIGHTS_FILE = "text.weights"  # only beside a graph whose weights exceed 2 GB
 TOKENIZER_FILE = "tokenizer.json"
-SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
 _BATCH = 32  # texts per run: bounds the widest activation of ViT-B/16's text encoder to 20 MB
 _SAVE_AGAIN = "save the classifier again with its CLIP at hand"
 
@@ -53,11 +53,11 @@ class TextEncoder:
         self.facts = facts
         self.context_length: int = facts["context_length"]
         self.width: int = facts["width"]
-        self.eot: int = facts["eot"]
+        self.eot: int | None = facts["eot"]  # None: texts are never cut
         self.templates: tuple[str, ...] = tuple(facts["templates"])
         self._threads = threads
         self._lock = threading.Lock()
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[Tokenizer, Any] | None = None
 
     @classmethod
     def open(cls, folder: str | Path, facts: dict[str, Any], threads: int | None = None) -> TextEncoder:
@@ -79,12 +79,17 @@ class TextEncoder:
         """(C, D) float32, L2-normalised: each class's mean over templates t of the normalised text(t.format(name)).
 
         `templates` default to those of the CLIP. Equals `clip.prompts.embed_classes`, in batches of 32 texts, so memory
-        does not grow with C. Raises ValueError for no names, a name that is empty, is not a string or contains one of
-        CLIP's special tokens, and a template without a `{}`; RuntimeError for damaged files; ImportError without the
-        `serve` extra.
+        does not grow with C. Raises ValueError for no names, a name that is empty, is not a string or contains a
+        special token, and a template without a `{}`; RuntimeError for damaged files; ImportError without the `serve`
+        extra.
         """
         names = _check_names(names)
         templates = self.templates if templates is None else check_templates(templates)
+        tokenizer = self._load()[0]
+        for name in names:
+            if not tokenizer.clean_text(name):
+                dropped = " (this CLIP's tokenizer drops punctuation)" if tokenizer.clean == "canonicalize" else ""
+                raise IosrFastError(f"expected class names with at least one visible character{dropped}, got {name!r}")
         sums = np.zeros((len(names), self.width))
         for start in range(0, len(names) * len(templates), _BATCH):
             indices = np.arange(start, min(start + _BATCH, len(names) * len(templates)))
@@ -97,54 +102,52 @@ class TextEncoder:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """(T, D) float32, L2-normalised, in one run; T >= 1.
 
-        Attention is causal and the embedding is read at the end token, so the padding behind the longest text can be
-        cut off, exactly and for speed.
+        Where attention is causal and the embedding is read at the end token `eot`, the padding behind the longest text
+        is cut off, exactly and for speed.
         """
         tokens = self.tokenize(texts)
-        longest = int((tokens == self.eot).argmax(1).max()) + 1
-        embeddings: np.ndarray = self._load()[1].run(None, {"tokens": tokens[:, :longest]})[0]
+        if self.eot is not None:
+            tokens = tokens[:, : max(int((tokens == self.eot).argmax(1).max()) + 1, 2)]
+        embeddings: np.ndarray = self._load()[1].run(None, {"tokens": tokens})[0]
         return embeddings
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """(T, context_length) int64, equal to the tokens of open_clip's tokenizer.
 
-        Raises ValueError for a text that contains a special token, which open_clip reads as the start or the end.
+        Raises ValueError for a text that contains a special token.
         """
-        cleaned = [clean(text) for text in texts]
-        tokenizer = self._load()[0]
-        # One text at a time: encode_batch starts a pool of threads, which does not survive a later fork().
-        return np.array([tokenizer.encode(text).ids for text in cleaned], dtype=np.int64)
+        return self._load()[0].encode(texts)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Copy the files into `folder`; returns their facts. Raises ValueError for files changed since verification."""
-        for name in (FILE, TOKENIZER_FILE):
-            if self.source is None:
-                shutil.copyfile(self.folder / name, folder / name)
-            else:
+        for name in (FILE, WEIGHTS_FILE, TOKENIZER_FILE):
+            if self.source is not None and name in self.source.files:
                 self.source.copy(name, folder / name)
+            elif self.source is None and (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
         return self.facts
 
-    def _load(self) -> tuple[Any, Any]:
+    def _load(self) -> tuple[Tokenizer, Any]:
         """Tokenizer and ONNX Runtime session, loaded by the first caller."""
         with self._lock:
             if self._loaded is None:
                 self._loaded = self._load_tokenizer(), self._load_session()
             return self._loaded
 
-    def _load_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> Tokenizer:
         tokenizers = require("tokenizers", "serve")
         content = self.source.read(TOKENIZER_FILE) if self.source else (self.folder / TOKENIZER_FILE).read_bytes()
         try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            length = len(tokenizer.encode("").ids)
+            # Facts of older versions lack "clean": they wrote no other tokenizers.
+            tokenizer = Tokenizer(tokenizers.Tokenizer.from_buffer(content), self.facts.get("clean", "lower"))
         except Exception as error:  # tokenizers raises bare Exceptions
             raise UnavailableError(
                 f"tokenizers can't load {TOKENIZER_FILE} in {self.folder}: {error}; {_SAVE_AGAIN}"
             ) from error
-        if length != self.context_length:
+        if tokenizer.context_length != self.context_length:
             raise UnavailableError(
-                f"expected {TOKENIZER_FILE} in {self.folder} to fill a context of {self.context_length}, got {length}; "
-                f"{_SAVE_AGAIN}"
+                f"expected {TOKENIZER_FILE} in {self.folder} to fill a context of {self.context_length}, got "
+                f"{tokenizer.context_length}; {_SAVE_AGAIN}"
             )
         return tokenizer
 
@@ -171,27 +174,12 @@ class TextEncoder:
         return session
 
 
-def clean(text: str) -> str:
-    """A text as open_clip cleans it before tokenizing: ftfy, HTML entities twice, single spaces, lower case.
-
-    Raises ValueError for a text that contains a special token.
-    """
-    text = html.unescape(html.unescape(require("ftfy", "serve").fix_text(text)))
-    text = " ".join(text.split()).lower()
-    for token in SPECIAL_TOKENS:
-        if token in text.casefold():
-            raise IosrFastError(f"expected a text without CLIP's special token {token}, got {text!r}")
-    return text
-
-
 def _check_names(names: Sequence[str]) -> list[str]:
     if isinstance(names, str):
         raise IosrFastError(f"expected a list of class names, got the string {names!r}; put it into a list")
     for name in names:
         if not isinstance(name, str):
             raise IosrFastError(f"expected class names as strings, got {name!r} of type {type(name).__name__}")
-        if not clean(name):
-            raise IosrFastError(f"expected class names with at least one visible character, got {name!r}")
     if not len(names):
         raise IosrFastError("expected at least one class name, got none")
     return list(names)

@@ -18,7 +18,7 @@ from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
 
 TEXT_KIND = "text-encoder"
-TEXT_EXPORT = 1  # increases when export_text writes other files for the same CLIP
+TEXT_EXPORT = 2  # increases when export_text writes other files for the same CLIP
 
 
 @dataclass(frozen=True)

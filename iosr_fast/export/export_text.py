@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
-from torch import nn
 
 from iosr_fast.clip.demo.pictures import load_index
 from iosr_fast.clip.dual_config import Precision
+from iosr_fast.clip.load_tokenizer import check_vocabulary
 from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, default_templates
-from iosr_fast.clip.text_tower import TextTower
-from iosr_fast.encoders.text_encoder import FILE, SPECIAL_TOKENS, TOKENIZER_FILE, TextEncoder
+from iosr_fast.clip.text_tower import POOLS, TextTower, end_token, pooling, text_transformer
+from iosr_fast.clip.tokenizer import SPECIAL_TOKENS, Clean, Tokenizer
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export_check import require_accuracy
 from iosr_fast.export.onnx_export import LARGEST_FILE, module_bytes, to_onnx
@@ -59,37 +61,50 @@ HARD_TEXTS = (
 def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:
     """Write text.onnx and tokenizer.json into an existing `folder`; returns the facts for `TextEncoder.open`.
 
-    text.onnx: "tokens" int64 (T, L) -> "embeddings" float32 (T, D), L2-normalised, T and L <= context_length dynamic.
-    It computes in fp32; precision "fp16" halves the file by storing matrices in fp16, which is lossless for weights
-    published in fp16 (OpenAI's). Both files are compared with open_clip: token ids of every class name of the demo in
-    every template and of texts that are hard to split, and embeddings of the latter.
+    Weights over 2 GB, the limit of one ONNX file, go to text.weights beside it.
 
-    Raises ValueError for a text encoder or tokenizer of another kind or over 2 GB (before anything is written) and for
+    text.onnx: "tokens" int64 (T, L) -> "embeddings" float32 (T, D), L2-normalised. T is dynamic; L is dynamic too where
+    texts may be cut behind their end tokens (`text_tower.end_token`), and the context length elsewhere. It computes in
+    fp32; precision "fp16" halves the file by storing matrices in fp16, which is lossless for weights published in fp16
+    (OpenAI's). Both files are compared with open_clip: token ids of every class name of the demo in every template and
+    of texts that are hard to split, and embeddings of the latter.
+
+    Every TextTransformer of open_clip can be written, in a CLIP, a CustomTextCLIP or a CoCa, with open_clip's own
+    tokenizer or one of `load_tokenizer`.
+
+    Raises ValueError for a text encoder or tokenizer of another kind (before anything is written) and for
     token ids that differ; ArithmeticError for an embedding with an error above 1e-4 (fp32) or a cosine below 0.9999
-    (fp16). After an error `folder` has neither file.
+    (fp16). After an error `folder` has no file of these.
     """
     if precision not in get_args(Precision):
         raise IosrFastError(f"expected precision 'fp32' or 'fp16', got {precision!r}")
     if not folder.is_dir():
         raise FileNotFoundError(f"expected an existing folder for the text encoder, found none at {folder}")
     _check_exportable(clip)
-    tokenizer: Any = clip.tokenizer
+    written = clip.tokenizer if isinstance(clip.tokenizer, Tokenizer) else _convert(clip.tokenizer)
+    tower, length, end = TextTower(text_transformer(clip.model)).eval(), written.context_length, end_token(clip)
+    axes = {0: torch.export.Dim("texts", min=1)}
+    if end is not None:
+        axes[1] = torch.export.Dim("length", min=2, max=length)
+    tokens = torch.from_numpy(written.encode(["cat", "dog"]))[:, : None if end is None else length - 1]
+    size = module_bytes(tower)
+    if precision == "fp16" and size / 2 > LARGEST_FILE:
+        raise IosrFastError(
+            f"expected weights under 2 GB in fp16, got {size / 2e9:.1f} GB; export in fp32, in two files"
+        )
+    large = precision == "fp32" and size > LARGEST_FILE
     facts: dict[str, Any] = {
-        "context_length": clip.model.context_length,
-        "width": clip.model.text_projection.shape[1],
+        "context_length": length,
+        "width": tower(tokens).shape[1],
         "precision": precision,
-        "sot": tokenizer.sot_token_id,
-        "eot": tokenizer.eot_token_id,
-        "pad": PAD,
+        "clean": written.clean,
+        "eot": end,
         "templates": list(default_templates(clip)),
         "clip_fingerprint": clip.fingerprint,
     }
     try:
-        _build_tokenizer(tokenizer, facts["context_length"]).save(str(folder / TOKENIZER_FILE), pretty=False)
-        length = facts["context_length"]
-        axes = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("length", min=2, max=length)}
-        tokens = torch.zeros(2, length - 1, dtype=torch.int64)
-        model = to_onnx(TextTower(clip.model, facts["eot"]).eval(), tokens, "tokens", ["embeddings"], axes)
+        written.backend.save(str(folder / TOKENIZER_FILE), pretty=False)
+        model = to_onnx(tower, tokens, "tokens", ["embeddings"], axes, folder / WEIGHTS_FILE if large else None)
         if precision == "fp16":
             _store_in_fp16(model.graph)
         require("onnx", "cpu").save(model, str(folder / FILE))
@@ -97,46 +112,54 @@ def export_text(clip: LoadedClip, folder: Path, precision: Precision = "fp32") -
         facts["tokens_checked"] = _check_tokens(clip, encoder)
         facts["max_abs_error"], facts["min_cosine"] = _check_embeddings(clip, encoder, precision)
     except BaseException:
-        for name in (FILE, TOKENIZER_FILE):
+        for name in (FILE, WEIGHTS_FILE, TOKENIZER_FILE):
             (folder / name).unlink(missing_ok=True)
         raise
     return facts
 
 
 def _check_exportable(clip: LoadedClip) -> None:
+    """Raise ValueError for a text encoder or a tokenizer that can't be written."""
     open_clip = require("open_clip", "cpu")
-    model: Any = clip.model
     tokenizer: Any = clip.tokenizer
-    for part, kind in ((model, open_clip.CLIP), (tokenizer, open_clip.SimpleTokenizer)):
-        if type(part) is not kind:
-            raise IosrFastError(
-                f"the text encoder of {clip.name} can't be exported: expected open_clip's {kind.__name__}, as in "
-                f"ViT-B-32, ViT-B-16 and ViT-L-14, got {type(part).__name__}"
-            )
-    length = model.context_length
-    causal = torch.full((length, length), float("-inf")).triu(1)
-    size = module_bytes(TextTower(model, 0))
+    text = text_transformer(clip.model)
+    kinds = (open_clip.SimpleTokenizer, Tokenizer)
+    if text is None or type(tokenizer) not in kinds:
+        got = getattr(clip.model, "text", clip.model) if text is None else tokenizer
+        raise IosrFastError(
+            f"the text encoder of {clip.name} can't be exported: expected open_clip's TextTransformer with its "
+            f"SimpleTokenizer or a tokenizer.json, got {type(got).__name__}, which runs where it was loaded only"
+        )
+    length, pool = text.context_length, pooling(text)[0]
     refused = {
-        "attention that looks ahead; expected a causal mask": model.attn_mask is None
-        or not torch.equal(model.attn_mask, causal),
-        f"{model.text_pool_type!r} pooling; expected the end token's output": model.text_pool_type != "argmax"
-        and (model.text_pool_type, model.text_eos_id) != ("eos", tokenizer.eot_token_id),
-        "no projection matrix": not isinstance(model.text_projection, nn.Parameter),
-        f"weights of {size / 1e9:.1f} GB; expected under 2 GB, the limit of one ONNX file": size > LARGEST_FILE,
-        f"a vocabulary of {model.vocab_size} for {tokenizer.vocab_size} tokens": model.vocab_size
-        < tokenizer.vocab_size,
+        f"{pool!r} pooling; expected one of {POOLS}": pool not in POOLS,
         f"a context of {length} for rows of {tokenizer.context_length}": length != tokenizer.context_length,
-        "special tokens of its own": [tokenizer.decoder[i] for i in tokenizer.all_special_ids] != list(SPECIAL_TOKENS),
-        "a tokenizer that does not lower the case, or drops tokens": tokenizer.reduction_fn is not None
-        or tokenizer.clean_fn is not open_clip.tokenizer.get_clean_fn("lower"),
     }
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        refused |= {
+            f"a vocabulary of {text.vocab_size} for {tokenizer.vocab_size} tokens": text.vocab_size
+            < tokenizer.vocab_size,
+            "special tokens of its own": [tokenizer.decoder[i] for i in tokenizer.all_special_ids]
+            != list(SPECIAL_TOKENS),
+            "a tokenizer that does not lower the case, or drops tokens": tokenizer.reduction_fn is not None
+            or _clean_of(tokenizer) is None,
+        }
     for reason, applies in refused.items():
         if applies:
             raise IosrFastError(f"the text encoder of {clip.name} can't be exported: it has {reason}")
+    if isinstance(tokenizer, Tokenizer):
+        check_vocabulary(clip.name, tokenizer, text.vocab_size)
 
 
-def _build_tokenizer(tokenizer: Any, context_length: int) -> Any:
-    """open_clip's SimpleTokenizer as a tokenizer of the `tokenizers` package, for texts that are cleaned already.
+def _clean_of(tokenizer: Any) -> Clean | None:
+    """How a SimpleTokenizer cleans texts, if it lowers the case."""
+    functions = require("open_clip", "cpu").tokenizer.get_clean_fn
+    kinds: tuple[Clean, ...] = ("lower", "canonicalize")
+    return next((kind for kind in kinds if tokenizer.clean_fn is functions(kind)), None)
+
+
+def _convert(tokenizer: Any) -> Tokenizer:
+    """open_clip's SimpleTokenizer as a tokenizer of the `tokenizers` package.
 
     Character classes are written out as ranges: the two packages' regular expressions use different versions of
     Unicode, and open_clip's ignores case, which excludes U+0345 (a mark whose upper case is a letter).
@@ -157,9 +180,11 @@ def _build_tokenizer(tokenizer: Any, context_length: int) -> Any:
     converted.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(token, tokenizer.encoder[token]) for token in SPECIAL_TOKENS]
     )
-    converted.enable_truncation(context_length)
-    converted.enable_padding(length=context_length, pad_id=PAD, pad_token=tokenizer.decoder[PAD])
-    return converted
+    converted.enable_truncation(tokenizer.context_length)
+    converted.enable_padding(length=tokenizer.context_length, pad_id=PAD, pad_token=tokenizer.decoder[PAD])
+    clean = _clean_of(tokenizer)
+    assert clean is not None
+    return Tokenizer(converted, clean)
 
 
 def _character_ranges(kind: str) -> str:
@@ -185,13 +210,19 @@ def _store_in_fp16(graph: Any) -> None:
 
 
 def _check_tokens(clip: LoadedClip, encoder: TextEncoder) -> int:
-    """The number of compared texts. Raises ValueError with the first that differs."""
+    """The number of compared texts. Raises ValueError with the first that differs.
+
+    Other tokenizers than its SimpleTokenizer are open_clip's where transformers is installed, which it needs for them.
+    """
+    tokenizer: Any = clip.tokenizer
+    if isinstance(tokenizer, Tokenizer) and tokenizer.reference and importlib.util.find_spec("transformers"):
+        tokenizer = tokenizer.reference()
     names = [concept["name"] for concept in load_index()["concepts"]]
     templates = dict.fromkeys((*default_templates(clip), *DEMO_TEMPLATES, *PHOTO_TEMPLATES))
     texts = [template.replace("{}", name) for template in templates for name in names] + list(HARD_TEXTS)
-    expected, got = clip.tokenizer(texts).numpy(), encoder.tokenize(texts)
+    expected, got = tokenizer(texts).numpy(), encoder.tokenize(texts)
     for row in np.flatnonzero((expected != got).any(1))[:1]:
-        wrong, right = ([int(token) for token in ids[row] if token != PAD] for ids in (got, expected))
+        wrong, right = (ids[row].tolist() for ids in (got, expected))
         raise IosrFastError(f"expected {TOKENIZER_FILE} to encode {texts[row]!r} as open_clip's {right}, got {wrong}")
     return len(texts)
 

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
-from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder, TextSource
+from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.engine_choice import EngineChoice
@@ -151,7 +151,7 @@ def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]
     engine = verified.inner(ENGINE, ENGINE_KIND)
     own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}
     texts = set() if facts.text is None else {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
-    check_files(verified, {SUPPORT} | own | texts, {PLAN, PICTURES})
+    check_files(verified, {SUPPORT} | own | texts, {PLAN, PICTURES, f"{TEXT}/{WEIGHTS_FILE}"})
     inner = check_engine(engine)
     _check_encoder(engine, inner, facts.encoder_fingerprint)
     recorded = {name: getattr(facts.preprocessing, name) for name in facts.preprocessing.__struct_fields__}

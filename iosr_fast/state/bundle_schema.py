@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from iosr_fast.clip.tokenizer import Clean
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Interpolation, ResizeMode
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
@@ -64,14 +65,15 @@ class TextFacts(Strict, frozen=True, kw_only=True):
     context_length: Size
     width: Size
     precision: Literal["fp32", "fp16"]
-    sot: Natural
-    eot: Natural
-    pad: Natural
+    clean: Clean = "lower"
+    eot: Natural | None
     templates: Annotated[list[Template], Meta(min_length=1)]
     clip_fingerprint: Fingerprint
     tokens_checked: Natural
     max_abs_error: float
     min_cosine: float
+    sot: Natural | None = None  # written by older versions, as is pad
+    pad: Natural | None = None
 
 
 class StateFacts(Strict, frozen=True, kw_only=True):

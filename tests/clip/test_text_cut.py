@@ -10,13 +10,13 @@ pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
 from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.clip.prompts import embed_classes  # noqa: E402
-from iosr_fast.clip.text_tower import encode_tokens, is_causal  # noqa: E402
+from iosr_fast.clip.text_tower import encode_tokens, end_token  # noqa: E402
 
 
 def test_cut_texts_equal_whole_ones() -> None:
     clip = load_clip("demo")
     tokens = clip.tokenizer(["a cat", "", "word " * 100, "a drawing of a very small red house"])
-    assert is_causal(clip.model, clip.tokenizer.eot_token_id)
+    assert end_token(clip) == clip.tokenizer.eot_token_id
     with torch.inference_mode():
         for some in (tokens[:2], tokens):
             expected = clip.model.encode_text(some, normalize=True)
