@@ -46,7 +46,7 @@ def fused_family(vision: Mapping[str, Any]) -> str | None:
 
 
 def check_architecture(name: str) -> None:
-    """Raise ValueError for a model of open_clip that can't be fused; `fuse.infer_config` checks a loaded one."""
+    """Raise ValueError for a model of open_clip that can't be fused; `fuse_config.infer_config` checks a loaded one."""
     vision = vision_config(name)
     if vision is None:
         return

@@ -14,11 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from iosr_fast.clip.timm_parts import (
+    is_patches,
+    is_plain_attention,
+    is_plain_pool,
+    mlp_parts,
+    projections,
+    split_rows,
+    stem,
+    unless_identity,
+)
 from iosr_fast.clip.tower import (
     Affine,
     AttentionPoolParts,
     BlockParts,
-    MlpParts,
     Pool,
     TowerBlock,
     TowerParts,
@@ -29,7 +38,6 @@ from iosr_fast.clip.tower import (
 
 _POOLS: dict[str, Pool] = {"token": "cls", "avg": "avg", "map": "map"}
 _BLOCKS = {"Block", "EvaBlock", "EvaBlockPostNorm"}
-_ATTENTIONS = {"Attention", "EvaAttention", "AttentionRope"}
 _MLPS = {"Mlp", "GluMlp", "SwiGLU"}
 
 
@@ -58,17 +66,17 @@ class TimmBlock(TowerBlock):
 
     def parts(self) -> BlockParts:
         block, attn = self.block, self.block.attn
-        query, key, value = _projections(attn)
+        query, key, value = projections(attn)
         return BlockParts(
             norm_1=block.norm1,
             query=query,
             key=key,
             value=value,
-            attention_norm=_unless_identity(attn.norm),
+            attention_norm=unless_identity(attn.norm),
             out=affine(attn.proj),
             scale_1=self._gamma(1),
             norm_2=block.norm2,
-            mlp=_mlp(block.mlp),
+            mlp=mlp_parts(block.mlp),
             scale_2=self._gamma(2),
             post_norm=self.post_norm,
         )
@@ -123,14 +131,14 @@ class TimmTower(VisionTower):
         trunk, positions = self.trunk, self._positions()
         rotary = self.rotary(self.tokens)
         sin_cos = None if rotary is None else rotary.chunk(2, dim=-1)
-        norm, fc_norm = _unless_identity(trunk.norm), _unless_identity(trunk.fc_norm)
+        norm, fc_norm = unless_identity(trunk.norm), unless_identity(trunk.fc_norm)
         last = norm or fc_norm
         assert last is not None
         return TowerParts(
-            stem=_stem(trunk.patch_embed),
+            stem=stem(trunk.patch_embed),
             prefix=self._prefix_tokens() + positions[: self.prefix],
             positions=positions[self.prefix :],
-            norm_pre=_unless_identity(trunk.norm_pre),
+            norm_pre=unless_identity(trunk.norm_pre),
             blocks=[block.parts() for block in self.blocks],
             rotary=None if sin_cos is None else (sin_cos[0], sin_cos[1]),
             half_layout=bool(getattr(trunk.blocks[0].attn, "rotate_half", False)),
@@ -151,14 +159,14 @@ class TimmTower(VisionTower):
         return {
             f"{trunk.global_pool!r} pooling; expected 'token', 'avg' or 'map'": trunk.global_pool not in _POOLS,
             "an attention pool with several queries, positions of its own or query-key norms": pool is not None
-            and not _is_plain_pool(pool),
+            and not is_plain_pool(pool),
             f"{'/'.join(sorted(kinds))} blocks; expected Block, EvaBlock or EvaBlockPostNorm": bool(kinds),
-            f"{type(attn).__name__} layers with query-key norms, gates or grouped keys": not _is_plain(attn),
+            f"{type(attn).__name__} layers with query-key norms, gates or grouped keys": not is_plain_attention(attn),
             f"{type(mlp).__name__} layers; expected Mlp, GluMlp or SwiGLU": type(mlp).__name__ not in _MLPS
             or getattr(mlp, "gate_last", False),
             f"{type(rope).__name__} positions; expected RotaryEmbeddingCat": rope is not None
             and type(rope).__name__ != "RotaryEmbeddingCat",
-            "a stem that is no convolution, or chain of convolutions, over patches": not _is_patches(trunk.patch_embed),
+            "a stem that is no convolution, or chain of convolutions, over patches": not is_patches(trunk.patch_embed),
             "positions for pictures of any size": bool(trunk.dynamic_img_size),
             "no norm, or two, after the last block": len(norms) != 1,
             "prefix tokens in its mean": trunk.global_pool == "avg" and getattr(trunk, "pool_include_prefix", False),
@@ -178,7 +186,7 @@ class TimmTower(VisionTower):
 
     def _attention_pool(self) -> AttentionPoolParts:
         pool = self.trunk.attn_pool
-        key, value = _split(pool.kv.weight, pool.kv.bias, 2)
+        key, value = split_rows(pool.kv.weight, pool.kv.bias, 2)
         return AttentionPoolParts(
             query=pool.q(pool.latent)[0, 0],
             heads=pool.num_heads,
@@ -186,7 +194,7 @@ class TimmTower(VisionTower):
             value=value,
             out=affine(pool.proj),
             norm=pool.norm,
-            mlp=_mlp(pool.mlp),
+            mlp=mlp_parts(pool.mlp),
             with_prefix=getattr(self.trunk, "pool_include_prefix", True),  # Eva has no such option
         )
 
@@ -226,87 +234,3 @@ class TimmTower(VisionTower):
     def _norm_pre(self) -> nn.Module:
         norm: nn.Module = self.trunk.norm_pre
         return norm
-
-
-def _unless_identity(module: nn.Module) -> nn.Module | None:
-    return None if isinstance(module, nn.Identity) else module
-
-
-def _split(weight: torch.Tensor, bias: torch.Tensor | None, parts: int) -> list[Affine]:
-    """The rows of a layer that computes several outputs at once."""
-    biases = [None] * parts if bias is None else bias.chunk(parts)
-    return [Affine(rows, part) for rows, part in zip(weight.chunk(parts), biases, strict=True)]
-
-
-def _projections(attn: Any) -> list[Affine]:
-    """Query, key and value; biases may be parameters of their own, or be missing."""
-    if attn.qkv is None:
-        return [affine(attn.q_proj), affine(attn.k_proj), affine(attn.v_proj)]
-    query, key, value = _split(attn.qkv.weight, attn.qkv.bias, 3)
-    if getattr(attn, "q_bias", None) is None:
-        return [query, key, value]
-    return [Affine(query.weight, attn.q_bias), key, Affine(value.weight, attn.v_bias)]
-
-
-def _mlp(mlp: Any) -> MlpParts:
-    gate = None
-    if type(mlp).__name__ == "SwiGLU":
-        gate, expand = affine(mlp.fc1_g), affine(mlp.fc1_x)
-    elif type(mlp).__name__ == "GluMlp":
-        gate, expand = _split(mlp.fc1.weight, mlp.fc1.bias, 2)
-    else:
-        expand = affine(mlp.fc1)
-    return MlpParts(expand, gate, mlp.act, _unless_identity(mlp.norm), affine(mlp.fc2))
-
-
-def _stem(embed: Any) -> list[Affine]:
-    """The patch embedding's convolutions, batch norms folded in."""
-    if not hasattr(embed, "backbone"):
-        return [affine(embed.proj)]
-    stem = []
-    for layer in embed.backbone:
-        weight, bias = layer.conv.weight.double(), layer.conv.bias
-        if isinstance(layer.bn, nn.BatchNorm2d):
-            norm = layer.bn
-            assert norm.running_var is not None and norm.running_mean is not None
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-            shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
-            weight, bias = weight * scale[:, None, None, None], norm.bias.double() + shift * scale
-        stem.append(Affine(weight, bias))
-    return stem
-
-
-def _is_patches(embed: Any) -> bool:
-    """Whether an embedding is what `_stem` reads: convolutions whose windows don't overlap, with GELU between."""
-    if type(embed).__name__ == "PatchEmbed":
-        return isinstance(embed.norm, nn.Identity)
-    backbone = getattr(embed, "backbone", None)
-    layers = list(backbone) if isinstance(backbone, nn.Sequential) else []
-    if not layers or not isinstance(embed.proj, nn.Identity) or not all(hasattr(layer, "conv") for layer in layers):
-        return False
-    convolutions = [layer.conv for layer in layers]
-    return all(
-        type(conv) is nn.Conv2d and conv.kernel_size == conv.stride and conv.padding == (0, 0) and conv.groups == 1
-        for conv in convolutions
-    ) and all(isinstance(getattr(layer.bn, "act", None), nn.GELU) for layer in layers[:-1])
-
-
-def _is_plain(attn: Any) -> bool:
-    return (
-        type(attn).__name__ in _ATTENTIONS
-        and isinstance(attn.q_norm, nn.Identity)
-        and attn.gate is None
-        and getattr(attn, "num_kv_groups", 1) == 1
-        and attn.num_heads * attn.head_dim == attn.proj.out_features
-    )
-
-
-def _is_plain_pool(pool: Any) -> bool:
-    return (
-        type(pool).__name__ == "AttentionPoolLatent"
-        and (pool.latent_len, pool.pool, pool.pos_embed) == (1, "token", None)
-        and isinstance(pool.q_norm, nn.Identity)
-        and type(pool.mlp).__name__ == "Mlp"
-        and isinstance(pool.norm, nn.LayerNorm)
-        and pool.out_features == pool.proj.in_features
-    )

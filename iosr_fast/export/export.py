@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.clip.fuse import build_dual_encoder, unfusible_reason
+from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.fuse_config import unfusible_reason
 from iosr_fast.clip.plain_encoder import PlainEncoder, plain_pass
 from iosr_fast.clip.resize import resize_clip
 from iosr_fast.clip.two_pass import two_passes

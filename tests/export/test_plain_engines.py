@@ -16,7 +16,7 @@ import open_clip  # noqa: E402
 import torch  # noqa: E402
 
 from iosr_fast import Classifier  # noqa: E402
-from iosr_fast.clip.fuse import unfusible_reason  # noqa: E402
+from iosr_fast.clip.fuse_config import unfusible_reason  # noqa: E402
 from iosr_fast.clip.plain_encoder import PlainEncoder, plain_pass  # noqa: E402
 from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.export.candidates import list_candidates, with_fewer_tokens  # noqa: E402
