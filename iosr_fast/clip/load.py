@@ -42,6 +42,7 @@ class LoadedClip:
 
     `geometry` is how a picture becomes pixels; `mean` and `std` are per channel for pixels in [0, 1]; `logit_scale` is
     exp of the trained parameter (100 for CLIP); `fingerprint` is a SHA-256 over the configuration and every weight.
+    SigLIP's logit bias is left out: it shifts all classes alike, and so changes neither labels nor probabilities.
     """
 
     model: Any

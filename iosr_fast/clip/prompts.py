@@ -19,7 +19,10 @@ DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", 
 
 
 def default_templates(clip: LoadedClip) -> tuple[str, ...]:
-    """The templates that the demo's CLIP was trained with, or PHOTO_TEMPLATES for every other CLIP."""
+    """The templates that the demo's CLIP was trained with, or PHOTO_TEMPLATES for every other CLIP.
+
+    SigLIP's authors evaluate it with CLIP's prompts, too (big_vision, discriminative_classifier.py, "clip_paper").
+    """
     return DEMO_TEMPLATES if clip.name == "demo" else PHOTO_TEMPLATES
 
 
