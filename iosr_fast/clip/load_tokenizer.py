@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -132,7 +133,7 @@ def _convert(source: str | Path) -> tuple[str, dict[str, Any]]:
     """As `_read`, by transformers, for a repository with a SentencePiece model alone (google/mt5-base)."""
     _require_transformers(f"{source} has no tokenizer.json, and transformers has to convert what it has")
     with _downloading(source):
-        tokenizer = require("transformers", "cpu").AutoTokenizer.from_pretrained(str(source))
+        tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(str(source))
     if not tokenizer.is_fast:
         raise IosrFastError(f"expected a tokenizer.json in {source}, or files that transformers converts to one")
     names = ("pad_token", "sep_token", "padding_side", "truncation_side")

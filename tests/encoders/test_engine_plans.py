@@ -261,7 +261,7 @@ def test_the_cached_engine_is_built_again_where_it_is_damaged_or_of_another_sche
     monkeypatch.setattr(pretrained, "load_clip", lambda *_: small_clip())
 
     def engine_folder() -> Path:
-        return pretrained.open_pretrained("small", None, None, "torch", "fp32", None).engine
+        return pretrained.open_pretrained("ViT-B-32", "none", None, "torch", "fp32", None).engine
 
     folder = engine_folder()
     assert folder.parent == cache / "engines" and cache == cache_folder()

@@ -100,7 +100,7 @@ def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Pr
     from iosr_fast.clip.prompts import embed_classes
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.evaluation.paper.store import Wanted
-    from iosr_fast.methods.tuning.tune import tune
+    from iosr_fast.methods.tuning.tune import Tuned, tune
     from iosr_fast.scoring.score import score
 
     out = run("--methods", "tip-adapter++", "--seeds", "2", "--shots", "2")
@@ -128,7 +128,13 @@ def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Pr
     tuned = tune("tip-adapter++", support, validation, data.splits["val"].labels)
     expected = float((score(tuned.compile(support), queries).argmax(1) == data.splits["test"].labels).mean())
     row = rows_of(out)[0]
-    assert row["accuracies"] == [expected] and row["parameters"] == [tuned.parameters]
+    assert row["accuracies"] == [expected]
+
+    def accuracy(of: Tuned) -> float:
+        return float((score(of.compile(support), validation).argmax(1) == data.splits["val"].labels).mean())
+
+    # The run encodes in other batches; rounding decides between settings that are right on as many images.
+    assert accuracy(replace(tuned, parameters=row["parameters"][0])) == accuracy(tuned) > 0.6
 
 
 def test_without_validation_parameters_come_from_the_support_asked_in_one_view(run: Main, posed: list[Problem]) -> None:
