@@ -30,6 +30,7 @@ from torch import nn
 from iosr_fast.benchmarks import harness
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain, init_adapter
 from iosr_fast.clip.load import LoadedClip, load_clip
+from iosr_fast.clip.vision_tower import vision_tower
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.export import random_adapter
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
@@ -55,7 +56,7 @@ class PublicRecipe:
 
     def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # An adapter in block 0 would have its sum with the MLP's output be the first tensor that needs a gradient.
-        mlp = self.clip.model.visual.transformer.resblocks[0].mlp
+        mlp = vision_tower(self.clip.model.visual).blocks[0].block.mlp
         hook = mlp.register_forward_hook(lambda module, inputs, output: output.requires_grad_(self.everywhere))
         try:
             features = encode_adapted(self.clip, self.adapter, self._normalise(pixels))
@@ -172,7 +173,7 @@ def run(
             epochs_ms = {"ours": (first, later)}
             epochs_ms["ours-unkept"] = (time_ours(clip, fresh(), train, held_out, uncached)[0],) * 2
             for name in RIVALS:
-                head = nn.Linear(clip.model.visual.output_dim, CLASSES)
+                head = nn.Linear(vision_tower(clip.model.visual).embedding_width, CLASSES)
                 recipe = PublicRecipe(clip, fresh(), head, everywhere=name == "public-recipe")
                 started = time.perf_counter()
                 recipe.epoch(train, held_out, uncached)

@@ -117,7 +117,9 @@ class TowerParts:
 
 
 class TowerBlock(ABC):
-    """One transformer block, x (B, tokens, width)."""
+    """One transformer block, x (B, tokens, width). `block` is the library's own module."""
+
+    block: Any
 
     @abstractmethod
     def attend(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from iosr_fast.benchmarks.hard_weights import harden  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.resize import resize_clip  # noqa: E402
@@ -117,3 +118,9 @@ def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     outputs: list[np.ndarray] = session.run(None, {"pixels": pixels})
     return outputs
+
+
+def test_outliers_are_for_open_clips_own_transformer() -> None:
+    clip = family_clip("siglip")
+    with pytest.raises(ValueError, match="expected open_clip's own VisionTransformer"):
+        harden(clip, random_adapter(clip, 1))

@@ -74,13 +74,9 @@ def load_model(name: str, pretrained: str | Path | None, adapter: str | Path | N
 
 def has_transformer(clip: LoadedClip) -> bool:
     """Whether the dual encoder can be built: ResNets (RN50, of which most published figures are) have no blocks."""
-    from iosr_fast.clip.vision_tower import vision_tower
+    from iosr_fast.clip.fuse_config import unfusible_reason
 
-    try:
-        vision_tower(clip.model.visual)
-    except ValueError:
-        return False
-    return True
+    return unfusible_reason(clip) is None
 
 
 class EagerEncoder(Encoder):
@@ -92,7 +88,8 @@ class EagerEncoder(Encoder):
         import torch
 
         self.clip, self.fingerprint, self.image_size = clip, clip.fingerprint, clip.image_size
-        self.width: int = clip.model.visual.output_dim
+        with torch.inference_mode():
+            self.width: int = clip.model.visual(torch.zeros(1, 3, self.image_size, self.image_size)).shape[1]
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._visual = clip.model.visual.to(self._device)
 
