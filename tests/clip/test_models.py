@@ -149,3 +149,21 @@ def test_weights_of_another_model_in_a_folder_are_refused(folder: Path) -> None:
         load_clip(f"local-dir:{folder}")
     with pytest.raises(ValueError, match=r"expected weights of ViT-B-32 in .*model\.safetensors"):
         load_clip("ViT-B-32", folder / "open_clip_model.safetensors")
+
+
+def test_text_encoders_are_what_the_exporter_writes() -> None:
+    """The towers of all models, made of shapes alone and with one layer, against the table's `text`."""
+    from open_clip.model import _build_text_tower
+
+    from iosr_fast.clip.text_tower import POOLS, pooling
+
+    seen = set()
+    for one in list_models():
+        text = {**model_config(one.name)["text_cfg"], "layers": 1, "vocab_size": 8}
+        assert one.text == (one.needs is None)
+        if one.text and (key := json.dumps(text, sort_keys=True)) not in seen:
+            seen.add(key)
+            with torch.device("meta"):
+                tower = _build_text_tower(one.width, text)
+            assert type(tower) is open_clip.transformer.TextTransformer and pooling(tower)[0] in POOLS, one.name
+    assert len(seen) > 10
