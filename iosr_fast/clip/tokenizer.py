@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import string
 from collections.abc import Callable, Sequence
@@ -51,6 +52,10 @@ class Tokenizer:
         self.context_length = len(backend.encode("").ids)
         added = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
         self.special_tokens = tuple(added) or SPECIAL_TOKENS
+
+    def digest(self) -> str:
+        """SHA-256 over all that determines the tokens of a text."""
+        return hashlib.sha256(f"{self.clean} {self.backend.to_str()}".encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(T, context_length) int64, equal to the tokens of open_clip's tokenizer.

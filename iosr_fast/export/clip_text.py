@@ -12,6 +12,7 @@ import numpy as np
 
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.clip.tokenizer import Tokenizer
 from iosr_fast.export.export_text import export_text
 from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
@@ -34,7 +35,7 @@ class ClipText:
 
     def write(self, folder: Path) -> dict[str, Any] | None:
         """Export text encoder and tokenizer into `folder`; None, with a warning, if they can't be exported."""
-        export = self.cache / f"{self.clip.fingerprint[:16]}-v{SCHEMA}.{TEXT_EXPORT}"
+        export = self.cache / self._name()
         if not (export / MANIFEST).is_file():
             try:
                 with new_folder(export) as temporary:
@@ -47,3 +48,9 @@ class ClipText:
             source.copy(name, folder / name)
         facts: dict[str, Any] = source.manifest["text"]
         return facts
+
+    def _name(self) -> str:
+        """Of the cached export. The CLIP's fingerprint covers its weights, not the files of a tokenizer."""
+        tokenizer = self.clip.tokenizer
+        tokens = f"-{tokenizer.digest()[:16]}" if isinstance(tokenizer, Tokenizer) else ""
+        return f"{self.clip.fingerprint[:16]}{tokens}-v{SCHEMA}.{TEXT_EXPORT}"

@@ -25,6 +25,7 @@ pytest.importorskip("tokenizers", reason="tokenizers comes with the serve extra"
 from iosr_fast.classifier import Classifier  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
+from iosr_fast.clip.load_tokenizer import hugging_face_tokenizer  # noqa: E402
 from iosr_fast.clip.prompts import PHOTO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.clip.text_tower import encode_tokens, end_token  # noqa: E402
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder  # noqa: E402
@@ -194,6 +195,18 @@ def test_a_saved_classifier_embeds_names_without_torch(
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     np.testing.assert_allclose(json.loads(run.stdout), embed_classes(clip, names), atol=1e-5)
+
+
+def test_another_tokenizer_of_the_same_weights_is_exported_anew(tmp_path: Path) -> None:
+    clip = family("SigLIP", tmp_path / "first")
+    smaller = hugging_face_tokenizer(tokenizer_files.siglip(tmp_path / "second", 290), 16, "canonicalize")
+    written = []
+    for number, each in enumerate((clip, replace(clip, tokenizer=smaller), clip)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert ClipText(each, tmp_path / "cache").write(folder) is not None
+        written.append((folder / TOKENIZER_FILE).read_bytes())
+    assert written[0] == written[2] != written[1]
 
 
 def test_names_without_a_letter_are_refused_where_punctuation_is_dropped(tmp_path: Path) -> None:
