@@ -107,9 +107,12 @@ def refuse_fusing(name: str, reasons: Mapping[str, bool]) -> None:
             raise IosrFastError(f"{name} can't be fused: its image encoder has {reason}")
 
 
+_COPY_WEIGHTS = "copy the file here and give its path (pretrained=FILE, --pretrained FILE: .safetensors or .pt)"
+
+
 @contextmanager
-def downloading(name: str, what: str) -> Iterator[None]:
-    """Raise any error of the block as an OSError that names the model and how to load it without a network.
+def downloading(name: str, what: str, advice: str = _COPY_WEIGHTS) -> Iterator[None]:
+    """Raise any error of the block as an OSError that names the model and what to do without a network.
 
     Which library downloads a file, and what it raises, depends on the model.
     """
@@ -119,7 +122,4 @@ def downloading(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise OSError(
-            f"{what} of {name} can't be downloaded or read: {first}; without a network, copy the file here and "
-            "give its path (pretrained=FILE, --pretrained FILE: .safetensors or .pt)"
-        ) from error
+        raise OSError(f"{what} of {name} can't be downloaded or read: {first}; without a network, {advice}") from error

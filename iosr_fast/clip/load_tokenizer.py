@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from iosr_fast.clip.architecture import downloading
 from iosr_fast.clip.tokenizer import Clean, Tokenizer, clean_text
 from iosr_fast.exceptions import IosrFastError, MissingPackageError
 from iosr_fast.utils.require import require
 
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # a later file overrides an earlier one
+_COPY_FILES = (
+    f"copy {', '.join(_SETTINGS)} and tokenizer.json beside the model's open_clip_config.json and name their folder by "
+    "local-dir:FOLDER"
+)
 _PADS_LEFT = ("GemmaTokenizer", "LlamaTokenizer")  # unless their settings name a side
 _PIP = "pip install transformers sentencepiece protobuf"
 
@@ -47,7 +51,7 @@ def load_tokenizer(name: str, config: Mapping[str, Any]) -> Any:
     if model or mode or options.get("language"):
         what = f"text encoder of {name}, {model}," if model else f"tokenizer of {name}"
         _require_transformers(f"the {what} runs in Hugging Face's transformers")
-        with _downloading(source):
+        with downloading(str(source), "the tokenizer", _COPY_FILES):
             return open_clip.tokenizer.HFTokenizer(source, length, tokenizer_mode=mode, **options)
     tokenizer = hugging_face_tokenizer(source, length, **options)
     check_vocabulary(name, tokenizer, text.get("vocab_size", 49408))
@@ -104,7 +108,7 @@ def _file(source: str | Path, name: str) -> str | None:
         path = Path(source) / name
         return path.read_text("utf-8") if path.is_file() else None
     hub = require("huggingface_hub", "cpu")
-    with _downloading(source):
+    with downloading(str(source), "the tokenizer", _COPY_FILES):
         try:
             return Path(hub.hf_hub_download(str(source), name)).read_text("utf-8")
         except hub.errors.LocalEntryNotFoundError:  # an EntryNotFoundError too: the hub can't be asked
@@ -113,26 +117,10 @@ def _file(source: str | Path, name: str) -> str | None:
             return None
 
 
-@contextmanager
-def _downloading(source: str | Path) -> Iterator[None]:
-    """Raise any error of the block as an OSError that says what to do without a network."""
-    try:
-        yield
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise OSError(
-            f"the tokenizer of {source} can't be downloaded or read: {first}; without a network, copy "
-            f"{', '.join(_SETTINGS)} and tokenizer.json beside the model's open_clip_config.json and name their folder "
-            "by local-dir:FOLDER"
-        ) from error
-
-
 def _convert(source: str | Path) -> tuple[str, dict[str, Any]]:
     """As `_read`, by transformers, for a repository with a SentencePiece model alone (google/mt5-base)."""
     _require_transformers(f"{source} has no tokenizer.json, and transformers has to convert what it has")
-    with _downloading(source):
+    with downloading(str(source), "the tokenizer", _COPY_FILES):
         tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(str(source))
     if not tokenizer.is_fast:
         raise IosrFastError(f"expected a tokenizer.json in {source}, or files that transformers converts to one")

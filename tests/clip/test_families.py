@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("open_clip")
-pytest.importorskip("timm")
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+pytest.importorskip("timm", reason="timm comes with the cpu extra")
+onnx = pytest.importorskip("onnx", reason="onnx comes with the cpu extra")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
+pytest.importorskip("onnxscript", reason="onnxscript comes with the cpu extra")
 
 from iosr_fast.benchmarks.hard_weights import harden  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402

@@ -56,7 +56,7 @@ def test_tokens_are_those_of_the_file_cut_and_padded(kind: tuple[Any, ...]) -> N
     tokens = hugging_face_tokenizer(folder, length, **options)(list(HARD_TEXTS))
     assert tokens.dtype.is_floating_point is False and tokens.shape == (len(HARD_TEXTS), length)
     np.testing.assert_array_equal(tokens.numpy(), rows)
-    assert len({len(set(row)) for row in rows}) > 5  # the texts are told apart
+    assert len({len(set(row)) for row in rows}) > 5  # the texts differ
 
 
 def test_tokens_are_open_clips(kind: tuple[Any, ...]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("open_clip")
-pytest.importorskip("timm")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+pytest.importorskip("timm", reason="timm comes with the cpu extra")
 
 from iosr_fast.clip.adapter import init_adapter  # noqa: E402
 from iosr_fast.clip.vision_tower import vision_tower  # noqa: E402

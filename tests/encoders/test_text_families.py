@@ -163,7 +163,7 @@ def test_text_encoders_equal_open_clips(name: str, tmp_path: Path) -> None:
     for text, row in zip(texts, expected, strict=True):  # an embedding does not depend on the batch
         np.testing.assert_allclose(encoder.embed([text])[0], row, atol=1e-5)
     near = expected @ expected.T - np.eye(len(texts))
-    assert np.quantile(near, 0.5) < 0.99  # the texts are told apart
+    assert np.quantile(near, 0.5) < 0.99  # the texts differ
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [*PLAIN_CLIPS, *FAMILIES])
 def test_the_module_is_the_encoders_own_for_every_family(family: str) -> None:
-    """Attention, pools and summed branches, and the model itself stays as it was."""
+    """Attention, pools and summed branches are rewritten in a copy; the model does not change."""
     clip = plain_clip(family) if family in PLAIN_CLIPS else family_clip(family)
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
     pixels = random_pixels(3, clip.image_size)

@@ -25,6 +25,7 @@ from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.limits import DecodeLimits, work_pixels  # noqa: E402
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop, to_pixels  # noqa: E402
 from iosr_fast.serving.batching.processes import DecoderProcess  # noqa: E402
+from tests.images.geometries import GEOMETRIES  # noqa: E402
 from tests.pictures import encode  # noqa: E402
 
 FOREVER = float("inf")
@@ -48,14 +49,6 @@ def configurations() -> list[PreprocessCfg]:
 
 
 CONFIGURATIONS = configurations()
-GEOMETRIES = [
-    Geometry(64),
-    Geometry(64, "shortest", "bilinear"),
-    Geometry(64, "squash"),
-    Geometry(63, "squash", "bilinear"),
-    Geometry(64, "longest", fill=127),
-    Geometry(63, "longest", "bilinear"),
-]
 
 
 @functools.cache

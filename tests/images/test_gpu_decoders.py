@@ -27,6 +27,7 @@ from iosr_fast.images.geometry import Geometry  # noqa: E402
 from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchCodecDecoder, shrink  # noqa: E402
 from iosr_fast.images.preprocess import open_image, resize_and_crop  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
+from tests.images.geometries import GEOMETRIES  # noqa: E402
 from tests.pictures import encode  # noqa: E402
 
 GPU = plans.Gpu("a stand-in", (9, 0))
@@ -74,14 +75,7 @@ def test_torchcodec_decodes_what_it_can_and_the_cpu_the_rest(batch: list[Any], m
 
 @pytest.mark.parametrize(
     "geometry",
-    [
-        Geometry(64),
-        Geometry(64, "shortest", "bilinear"),
-        Geometry(64, "squash"),
-        Geometry(63, "squash", "bilinear"),
-        Geometry(64, "longest", fill=127),
-        Geometry(63, "longest", "bilinear"),
-    ],
+    GEOMETRIES,
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(300, 200), (201, 333), (64, 64), (64, 91), (40, 50), (700, 525)])

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("open_clip")
-pytest.importorskip("timm")
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+pytest.importorskip("timm", reason="timm comes with the cpu extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain  # noqa: E402

@@ -1,7 +1,7 @@
 // Prepares files for upload. The server takes JPEG, PNG and WebP, and photos of phones are far larger than the input of a
 // classifier. Pictures are sent whole, in their own aspect ratio: the server crops, pads or squashes them as its model
-// does, so both sides must keep enough pixels. Photos are turned upright here, because a classifier may use pixels as they are stored; a redrawn picture has
-// no EXIF, so the server does not turn it again.
+// does, so both sides must keep enough pixels. Photos are turned upright here, because a classifier may use pixels as
+// they are stored; a redrawn picture has no EXIF, so the server does not turn it again.
 
 const SUPPORTED = ["image/jpeg", "image/png", "image/webp"];
 const MAX_BYTES = 2 << 20; // Larger files are redrawn.
