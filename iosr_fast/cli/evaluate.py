@@ -2,40 +2,88 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from iosr_fast.utils.command import ListCommand, new_app, new_file, stop_message
+from iosr_fast.utils.command import Group, ListCommand, new_app, new_file, stop_message
 
 if TYPE_CHECKING:
     from iosr_fast.evaluation.tasks import Source
 
+# --task: the module of iosr_fast.evaluation whose `run(sources, options, console)` prints its tables and returns rows.
+TASKS = {"accuracy": "accuracy_table"}
+
+
+class Evaluate(Group):
+    """Reads `--features FILE ... OPTIONS` as `features FILE ... OPTIONS`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and "--features" in args:
+            start = args.index("--features")
+            end = next((i for i in range(start + 1, len(args)) if args[i].startswith("-")), len(args))
+            args = ["features", *args[start + 1 : end], *args[:start], *args[end:]]
+        return super().parse_args(ctx, args)
+
+
 evaluate = new_app(
     "iosr-fast",
+    Evaluate,
     no_args_is_help=True,
     help="""Measure the accuracy of methods. No test image takes part in the choice of a parameter.
 
     An option that is marked ... takes several words: --shots 1 2 4.""",
 )
 
-Methods = Annotated[list[str], typer.Option(metavar="NAME ...", help="Names, 'all', 'auto', or 'scikit-learn'.")]
-Reducers = Annotated[list[str], typer.Option(metavar="NAME ...", help="Reducers: none, centre, pca or pca:RANK.")]
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise typer.BadParameter(f"expected {' or '.join(TASKS)}, got {name}")
+    return name
+
+
+TaskName = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(TASKS),
+        callback=_known_task,
+        help="What to measure.",
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME ...",
+        help="Names, 'all' (with scikit-learn's LogisticRegression and NearestCentroid), 'auto', or 'scikit-learn' "
+        "[default: all].",
+    ),
+]
+Reducers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME ...",
+        help="Reducers: none, centre, pca or pca:RANK [default: none centre pca].",
+    ),
+]
 Shots = Annotated[
     list[int] | None, typer.Option(min=1, metavar="N ...", help="Images of each class [default: all there are, to 16].")
 ]
 Json = Annotated[Path | None, typer.Option("--json", callback=new_file, help="Write the rows here, as JSON.")]
 Runtime = Annotated[str, typer.Option(help="auto, onnxruntime, openvino, tensorrt, tensorrt_rtx or torch.")]
-REDUCERS = ["none", "centre", "pca"]
 
 
 @evaluate.command(cls=ListCommand)
 def features(
-    file: Annotated[Path, typer.Argument(help="An .npz file of embeddings and labels.")],
-    methods: Methods = ["all"],
-    reducers: Reducers = REDUCERS,
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE ...", help=".npz files of embeddings and labels; 'demo': the demo's.")
+    ],
+    task: TaskName = "accuracy",
+    methods: Methods = None,
+    reducers: Reducers = None,
     shots: Shots = None,
     tune: Annotated[
         Literal["validation", "loo"] | None,
@@ -45,28 +93,35 @@ def features(
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Draws of the support set; more than one are drawn from the largest set.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Draws of the support set; more than one are drawn from the largest set [default: 1; 3 for the demo].",
+        ),
+    ] = None,
     text: Annotated[bool, typer.Option(help="Use the file's text embeddings.")] = True,
     json_path: Json = None,
 ) -> None:
-    """Compare methods on your own embeddings.
+    """Compare methods on your own embeddings. Several FILEs get a table each, and a summary over all.
 
     Arrays of FILE: support1_x (N, D) and support1_y (N,) for one image of each class, support2_x and so on; test_x and
     test_y; and, if you have them, val_x and val_y, text (C, D), class_names (C,), tau, and embeddings of the adapter as
     support1_xa, test_xa and val_xa.
 
     The method 'scikit-learn' stands for four of its classifiers, which see no texts: compare with --no-text too.
-    """
-    from iosr_fast.evaluation.features import read_features
 
-    _compare([read_features(file, shots, seeds, text)], methods, reducers, tune, json_path)
+    Also written as: --features FILE ... OPTIONS, without the name of the command.
+    """
+    from iosr_fast.evaluation.sources import open_sources
+
+    _measure(open_sources(files, shots, seeds, text), task, (methods, reducers, tune), json_path)
 
 
 @evaluate.command(cls=ListCommand)
 def demo(
-    methods: Methods = ["all"],
-    reducers: Reducers = REDUCERS,
+    task: TaskName = "accuracy",
+    methods: Methods = None,
+    reducers: Reducers = None,
     shots: Annotated[list[int], typer.Option(metavar="N ...", help="Images of each class.")] = [1, 2, 4],
     seeds: Annotated[int, typer.Option(min=1, help="Draws of the support set.")] = 3,
     shift: Annotated[bool, typer.Option("--shift", help="Also with support and queries in different styles.")] = False,
@@ -92,8 +147,8 @@ def demo(
     if (first_adapted_block is not None) != (adapters is not None):
         raise IosrFastError("expected --first-adapted-block and --adapters DIR together")
     if first_adapted_block is not None and adapters is not None:
-        if shift or adapter:
-            raise IosrFastError("expected neither --shift nor --adapter with --first-adapted-block")
+        if shift or adapter or task != "accuracy":
+            raise IosrFastError("expected neither --shift nor --adapter nor --task with --first-adapted-block")
         from iosr_fast.benchmarks import block_sweep
 
         place = (first_adapted_block, bottleneck, adapters, epochs)
@@ -108,7 +163,7 @@ def demo(
     if shift:
         sources = list(demo.shifted(encoded, styles, shots, range(seeds)))
     facts = table.facts(table.PACKAGES[:2]) | ({} if adapter is None else {"adapter": adapter.name})
-    _compare(sources, methods, reducers, "loo", json_path, facts)
+    _measure(sources, task, (methods, reducers, "loo"), json_path, facts)
 
 
 @evaluate.command(cls=ListCommand)
@@ -119,9 +174,11 @@ def paper(
     pretrained: Annotated[str | None, typer.Option(help="A pretrained tag of open_clip, or a weights file.")] = None,
     adapter: Annotated[str, typer.Option(help="An adapter file; auto: the demo's for the demo.")] = "auto",
     methods: Annotated[
-        list[str], typer.Option(metavar="NAME ...", help="Methods: names, 'all', or 'paper': those of the paper.")
+        list[str], typer.Option(metavar="NAME ...", help="Names, 'all', 'paper' (the paper's), or 'scikit-learn'.")
     ] = ["paper"],
-    reducers: Reducers = ["none"],
+    reducers: Annotated[
+        list[str], typer.Option(metavar="NAME ...", help="Reducers: none, centre, pca or pca:RANK.")
+    ] = ["none"],
     shots: Annotated[
         list[int] | None,
         typer.Option(min=1, metavar="N ...", help="Images of each class [default: 1 2 4 8 16; with the demo 1 2 4]."),
@@ -159,43 +216,21 @@ def report(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _compare(
-    sources: list[Source],
-    methods: list[str],
-    reducers: list[str],
-    tune: Literal["validation", "loo"] | None,
+def _measure(
+    sources: Sequence[Source],
+    task: str,
+    options: tuple[list[str] | None, list[str] | None, Literal["validation", "loo"] | None],
     json_path: Path | None,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the tables of accuracy and of overlap; write their rows. `sources` are one, or the same data shifted."""
-    from iosr_fast.evaluation import accuracy, overlap, table
-    from iosr_fast.evaluation.rivals import RIVALS
-    from iosr_fast.exceptions import IosrFastError
-    from iosr_fast.methods import METHODS
-    from iosr_fast.scoring.reducers import check_reducer
+    """Print a task's tables, and write their rows."""
+    from iosr_fast.evaluation import table
+    from iosr_fast.evaluation.selection import Options
     from iosr_fast.utils.provenance import write_rows
 
-    for reducer in reducers:
-        check_reducer(reducer)
-    sample = sources[0].draw(max(sources[0].shots), sources[0].seeds[0])
-    names = accuracy.method_names(methods, {"all": [*METHODS, accuracy.AUTO], "scikit-learn": [*RIVALS]})
-    left_out = accuracy.unavailable_methods(names, sample)
-    rows = accuracy.table_rows([name for name in names if name not in left_out], reducers)
-    if not rows:
-        raise IosrFastError(f"expected a method that the data allows, got none: {'; '.join(left_out.values())}")
-    tune = tune or ("loo" if sample.validation is None else "validation")
-    if tune == "validation" and sample.validation is None:
-        raise IosrFastError("expected data with a validation set for --tune validation, got none; use --tune loo")
-    sheets = []
-    for source in sources:
-        results = accuracy.evaluate(source, rows, tune, lambda result: report(f"{result.source}: {result.summary}"))
-        notes = (table.header(source.name, results), *source.notes)
-        sheets.append(table.Sheet(source.name, tuple(results), notes))
-    overlaps = overlap.overlap_rows(sources[0].name.partition(",")[0], *overlap.representations(sources[0]))
-    out = table.console()
-    table.print_sheets(out, sheets, [f"  left out: {reason}" for reason in left_out.values()])
-    table.print_overlap(out, overlaps)
+    run = importlib.import_module(f"iosr_fast.evaluation.{TASKS[task]}").run
+    rows = run(sources, Options(*options, report), table.console())
     if json_path is not None:
         common = facts or table.facts()
-        write_rows(json_path, [{**row, **common} for row in (*table.rows_of(sheets), *overlaps)])
+        write_rows(json_path, [{**row, **common} for row in rows])
         report(f"wrote {json_path}")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from iosr_fast.evaluation.rivals import RIVALS, fit_rival, rival_accuracy, rival_unavailable_reason
+from iosr_fast.evaluation.calibration import measure
+from iosr_fast.evaluation.rivals import RIVALS, fit_rival, score_rival
+from iosr_fast.evaluation.selection import TuneOn, why_unavailable
 from iosr_fast.evaluation.tasks import Source, Task
-from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.tune import AUTO, Tuned, tune
 from iosr_fast.scoring.score import score
 
-TuneOn = Literal["validation", "loo"]
 TUNED_ON = {
     "validation": "validation images",
     "loo": "leave-one-out on the support set",
@@ -40,7 +40,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Draw:
-    """One task's outcome. `images` and `classes` are its test's; `accuracy` is on them."""
+    """One task's outcome. `images` and `classes` are its test's; the scores are on them (calibration.Scores).
+
+    `log_loss` and `calibration_error` are NaN for a classifier without probabilities.
+    """
 
     seed: int
     accuracy: float
@@ -48,6 +51,8 @@ class Draw:
     classes: int
     tuned: Tuned
     fit_seconds: float
+    log_loss: float = math.nan
+    calibration_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,18 @@ class Result:
     @property
     def mean(self) -> float:
         return float(np.mean([draw.accuracy for draw in self.draws]))
+
+    @property
+    def log_loss(self) -> float:
+        return float(np.mean([draw.log_loss for draw in self.draws]))
+
+    @property
+    def calibration_error(self) -> float:
+        return float(np.mean([draw.calibration_error for draw in self.draws]))
+
+    @property
+    def tune_seconds(self) -> float:
+        return float(np.mean([draw.tuned.seconds for draw in self.draws]))
 
     @property
     def std(self) -> float | None:
@@ -115,6 +132,10 @@ class Result:
             "std": self.std,
             "se": self.se,
             "accuracies": [draw.accuracy for draw in self.draws],
+            "log_loss": finite(self.log_loss),
+            "log_losses": [finite(draw.log_loss) for draw in self.draws],
+            "calibration_error": finite(self.calibration_error),
+            "calibration_errors": [finite(draw.calibration_error) for draw in self.draws],
             "test_images": [draw.images for draw in self.draws],
             "classes": [draw.classes for draw in self.draws],
             "seeds": [draw.seed for draw in self.draws],
@@ -123,6 +144,7 @@ class Result:
             "tuned_accuracy": [finite(draw.tuned.accuracy) for draw in self.draws],
             "chosen": [label(draw.tuned.method, draw.tuned.reducer) for draw in self.draws],
             "parameters": [draw.tuned.parameters for draw in self.draws],
+            "factors": [draw.tuned.factor for draw in self.draws],
             "tune_seconds": [round(draw.tuned.seconds, 4) for draw in self.draws],
             "fit_seconds": [round(draw.fit_seconds, 4) for draw in self.draws],
             **({} if self.published is None else {"published": published}),
@@ -138,54 +160,28 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def method_names(words: Sequence[str], groups: dict[str, Sequence[str]]) -> list[str]:
-    """The methods of --methods, each once; a word may be a group of them. Raises ValueError for an unknown name."""
-    names = list(dict.fromkeys(name for word in words for name in groups.get(word, (word,))))
-    known = [*groups, AUTO, *METHODS]
-    if unknown := [name for name in names if name not in known and not any(name in group for group in groups.values())]:
-        raise IosrFastError(f"expected --methods of {', '.join(known)}; got {', '.join(unknown)}")
-    return names
-
-
-def table_rows(names: Sequence[str], reducers: Sequence[str]) -> list[tuple[str, str]]:
-    """(method, reducer) of every row: auto chooses its reducer, a method without support images has none."""
-    rows = [
-        (name, reducer)
-        for name in names
-        for reducer in (
-            [AUTO] if name == AUTO else reducers if name in METHODS and METHODS[name].needs_support else ["none"]
-        )
-    ]
-    return list(dict.fromkeys(rows))
-
-
-def unavailable_methods(names: Sequence[str], task: Task) -> dict[str, str]:
-    """Why the task allows no plan, for each method that it does not allow."""
-    reasons = {name: _unavailable_reason(name, task) for name in names}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def _unavailable_reason(name: str, task: Task) -> str | None:
-    if name in RIVALS:
-        return rival_unavailable_reason(name, task.support)
-    return None if name == AUTO else unavailable_reason(name, task.support)
-
-
 def evaluate_draw(task: Task, method: str, reducer: str, tune_on: TuneOn, seed: int) -> Draw:
-    """Parameters by what the task has for fitting ("auto" sees the support set alone), then the accuracy on its test:
-    the share of queries whose label is the first of the highest logits."""
+    """Parameters by what the task has for fitting ("auto" sees the support set alone), then the scores on its test."""
+    fit_seconds = 0.0
     if method in RIVALS:
         estimator, tuned = fit_rival(method, task.support, seed)
-        accuracy = rival_accuracy(estimator, task.queries.plain, task.labels)
-        return Draw(seed, accuracy, len(task.queries), task.support.n_classes, tuned, 0.0)
+        scores = score_rival(method, estimator, task.queries, task.labels)
+    else:
+        tuned = tune_draw(task, method, reducer, tune_on)
+        started = time.perf_counter()
+        plan = tuned.compile(task.support)
+        fit_seconds = time.perf_counter() - started
+        scores = measure(score(plan, task.queries), task.labels)
+    images, classes = len(task.queries), task.support.n_classes
+    losses = (scores.log_loss, scores.calibration_error)
+    return Draw(seed, scores.accuracy, images, classes, tuned, fit_seconds, *losses)
+
+
+def tune_draw(task: Task, method: str, reducer: str, tune_on: TuneOn) -> Tuned:
+    """The method's parameters; "auto" sees the support set alone."""
     validated = tune_on == "validation" and method != AUTO
     queries, labels = task.validation if validated and task.validation is not None else (None, None)
-    tuned = tune(method, task.support, queries, labels, reducer)
-    started = time.perf_counter()
-    plan = tuned.compile(task.support)
-    fit_seconds = time.perf_counter() - started
-    accuracy = float((score(plan, task.queries).argmax(1) == task.labels).mean())
-    return Draw(seed, accuracy, len(task.queries), task.support.n_classes, tuned, fit_seconds)
+    return tune(method, task.support, queries, labels, reducer)
 
 
 def evaluate(
@@ -202,7 +198,7 @@ def evaluate(
     for method, reducer in rows:
         for shots in source.shots:
             tasks = [source.draw(shots, seed) for seed in source.seeds]
-            if method in RIVALS and any(_unavailable_reason(method, task) for task in tasks):
+            if method in RIVALS and any(why_unavailable(method, task) for task in tasks):
                 continue
             draws = tuple(
                 evaluate_draw(task, method, reducer, tune_on, seed)

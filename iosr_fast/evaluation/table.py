@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iosr_fast.evaluation.accuracy import AUTO, TUNED_ON, Result
+from iosr_fast.evaluation.calibration import BINS
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.provenance import commit, cpu_description
 
@@ -19,6 +21,7 @@ WIDTH = 170
 MEAN = "mean"
 PACKAGES = ("torch", "open_clip_torch", "onnxruntime")
 OVERLAP = ("overlap_area", "auroc", "feature_variance")
+CALIBRATION = f"log-loss in nats / expected calibration error in % ({BINS} bins of equal width); 0 is the best for both"
 Row = Mapping[str, Any]
 
 
@@ -32,15 +35,39 @@ class Sheet:
 
     def lines(self) -> tuple[list[str], list[list[str]]]:
         """Heads and rows; a method with published figures has a second row with them and the difference in points."""
-        shots = sorted({result.shots for result in self.results})
         rows: list[list[str]] = []
-        for name in dict.fromkeys((result.method, result.reducer) for result in self.results):
-            at = {result.shots: result for result in self.results if (result.method, result.reducer) == name}
-            rows.append([*name, *(self._cell(at[k]) if k in at else "" for k in shots)])
+        for name, at in self._by_row().items():
+            rows.append([*name, *(self._cell(at[k]) if k in at else "" for k in self._shots)])
             if any(result.published for result in at.values()):
-                figures = [" / ".join(f"{f.value:.1f} ({points:+.1f})" for f, points in at[k].compared) for k in shots]
+                figures = [
+                    " / ".join(f"{f.value:.1f} ({points:+.1f})" for f, points in at[k].compared) for k in self._shots
+                ]
                 rows.append(["  published", "", *(cell or "not at hand" for cell in figures)])
-        return ["method", "reducer", *(f"{k} shot{'' if k == 1 else 's'}" for k in shots)], rows
+        return self._heads, rows
+
+    def calibration(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows of log-loss and calibration error; without methods that give no probabilities."""
+        rows = []
+        for name, at in self._by_row().items():
+            cells = [calibration_cell(at[k]) if k in at else "" for k in self._shots]
+            if any(cells):
+                rows.append([*name, *cells])
+        return self._heads, rows
+
+    @property
+    def _shots(self) -> list[int]:
+        return sorted({result.shots for result in self.results})
+
+    @property
+    def _heads(self) -> list[str]:
+        return ["method", "reducer", *(f"{k} shot{'' if k == 1 else 's'}" for k in self._shots)]
+
+    def _by_row(self) -> dict[tuple[str, str], dict[int, Result]]:
+        """The results by shots, for each (method, reducer)."""
+        rows: dict[tuple[str, str], dict[int, Result]] = {}
+        for result in self.results:
+            rows.setdefault((result.method, result.reducer), {})[result.shots] = result
+        return rows
 
     def _cell(self, result: Result) -> str:
         # A binomial standard error is that of one set's images: a mean over sets has none.
@@ -65,7 +92,7 @@ def facts(packages: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def header(name: str, results: Sequence[Result]) -> str:
-    """The meaning of a table's numbers: data, test images, classes, draws, the spread, the tuning."""
+    """What a table's numbers mean: data, test images, classes, draws, the spread, the tuning."""
     draws = results[0].draws
     images, classes = (_range([getattr(draw, field) for draw in draws]) for field in ("images", "classes"))
     if len(draws) > 1:
@@ -73,7 +100,7 @@ def header(name: str, results: Sequence[Result]) -> str:
     else:
         spread = "one draw ± its binomial standard error (se)"
     protocols = {result.protocol for result in results if result.method != AUTO} - {"none"}
-    scored = max(result.draws[0].tuned.scored for result in results)
+    scored = max((r.draws[0].tuned.scored for r in results if r.protocol == "validation"), default=0)
     texts = {**TUNED_ON, "validation": f"{scored} {TUNED_ON['validation']}"}
     chosen = [text for name, text in texts.items() if name in protocols]
     if any(result.method == AUTO for result in results):
@@ -99,6 +126,9 @@ def print_sheets(out: Console, sheets: Sequence[Sheet], footer: Sequence[str] = 
         for note in sheet.notes:
             out.print(note, soft_wrap=True)
         print_table(out, *sheet.lines(), left=2)
+        if sheet.calibration()[1]:
+            out.print(f"{sheet.name}: {CALIBRATION}", soft_wrap=True)
+            print_table(out, *sheet.calibration(), left=2)
     for line in footer:
         out.print(line, soft_wrap=True)
 
@@ -111,6 +141,13 @@ def print_overlap(out: Console, rows: Sequence[Row]) -> None:
     )
     cells = [[row["embeddings"], *(f"{row[name]:.3f}" for name in OVERLAP)] for row in rows]
     print_table(out, ("embeddings", "overlap area", "AUROC", "feature variance"), cells, left=4)
+
+
+def calibration_cell(result: Result) -> str:
+    """Empty if a classifier gives no probabilities."""
+    if math.isnan(result.log_loss):
+        return ""
+    return f"{result.log_loss:.3f} / {100 * result.calibration_error:.1f}"
 
 
 def percent(mean: float, spread: float) -> str:
@@ -128,11 +165,15 @@ def write_markdown(path: Path, sheets: Sequence[Sheet], common: Row, footer: Seq
     described = "; ".join(f"{name} {value}" for name, value in {**settings, **common["versions"]}.items())
     text = [f"{common['device']}; {described}; {common['commit']}"]
     for sheet in sheets:
-        heads, rows = sheet.lines()
-        cells = ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows)]
-        text += ["", f"## {sheet.name}", "", *sheet.notes, "", *cells]
+        text += ["", f"## {sheet.name}", "", *sheet.notes, "", *_markdown(*sheet.lines())]
+        if sheet.calibration()[1]:
+            text += ["", f"{sheet.name}: {CALIBRATION}", "", *_markdown(*sheet.calibration())]
     text += ["", *(f"- {line}" for line in footer)]
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows)]
 
 
 def _range(values: Sequence[int]) -> str:

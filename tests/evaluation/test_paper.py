@@ -278,7 +278,7 @@ def test_an_unreadable_picture_stops_the_run_by_name_and_nothing_before_it_is_lo
 
 
 EARLY = [
-    (["--methods", "tip-adaptor"], "expected --methods of paper, all, auto, zero-shot"),
+    (["--methods", "tip-adaptor"], "expected --methods of paper, all, scikit-learn, auto, zero-shot"),
     (["--methods", "auto"], "expected --methods without auto"),
     (["--reducers", "middle"], "expected a reducer of none, centre, pca"),
     (["--shots", "0"], "'--shots': "),

@@ -189,8 +189,9 @@ def test_a_damaged_cell_is_removed_and_read_as_none(text: str, tmp_path: Path) -
     folder = cells.Cells(tmp_path, messages.append)
     cell = cells.Cell("tiny", "tip-x", "none", 1, 1, {})
     tuned = Tuned("tip-x", "none", {"alpha": 1.0}, float("nan"), 0, "one-shot")
-    folder.write(cell, Draw(1, 0.5, 10, 5, tuned, 0.1))
+    folder.write(cell, Draw(1, 0.5, 10, 5, tuned, 0.1, 1.25))
     draw = folder.read(cell)
+    assert draw is not None and draw.log_loss == 1.25 and np.isnan(draw.calibration_error)
     assert draw is not None and (draw.accuracy, draw.tuned.parameters, draw.seed) == (0.5, {"alpha": 1.0}, 1)
     folder.path(cell).write_text(text)
     assert folder.read(cell) is None and not folder.path(cell).exists()
@@ -224,7 +225,7 @@ def test_each_ingredient_is_in_the_key_of_a_cell(tmp_path: Path, monkeypatch: py
         keys_of(tmp_path, pose(replace(tiny(), class_names=list("abcde")))),
         *(keys_of(tmp_path, relabelled(split)) for split in ("train", "val", "test")),
     ]
-    for place, value in ((cells, 2), (store, 2)):
+    for place, value in ((cells, cells.VERSION + 1), (store, store.VERSION + 1)):
         with monkeypatch.context() as patched:
             patched.setattr(place, "VERSION", value)
             keys.append(keys_of(tmp_path))

@@ -12,10 +12,14 @@ import pytest
 pytest.importorskip("sklearn", reason="scikit-learn comes with the sklearn extra")
 
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from iosr_fast.cli.evaluate import evaluate
+from iosr_fast.evaluation import rivals
 from iosr_fast.evaluation.features import read_features
-from iosr_fast.evaluation.rivals import RIVALS, fit_rival
+from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, fit_rival
+from iosr_fast.evaluation.selection import GROUPS, method_names, unavailable_methods
 from tests.conftest import unit_rows
 
 CLASSES, WIDTH = 5, 12
@@ -59,21 +63,62 @@ def test_support_sets_are_drawn_from_the_largest(file: Path) -> None:
 def test_rows_of_scikit_learn(file: Path) -> None:
     rows = rows_of(file, "--methods", "gda", "scikit-learn", "--shots", "1", "6", "--reducers", "none")
     by_shots = {shots: [row["method"] for row in rows if row["shots"] == shots] for shots in (1, 6)}
-    assert by_shots[6] == ["gda", *RIVALS]
+    assert by_shots[6] == ["gda", *(name for name in RIVALS if not name.endswith("++"))]
     assert by_shots[1] == [name for name in by_shots[6] if name != "LinearDiscriminantAnalysis"]
-    tuned_on = {(row["shots"], row["tuned_on"]) for row in rows if row["method"] in RIVALS}
-    assert tuned_on == {(1, "none"), (6, "cross-validation")}
+    tuned_on = {(row["shots"], row["method"]): row["tuned_on"] for row in rows if row["method"] in RIVALS}
+    for (shots, method), protocol in tuned_on.items():
+        assert protocol == ("cross-validation" if shots == 6 and method != "NearestCentroid" else "none")
     task = read_features(file, [6]).draw(6, 0)
     row = next(row for row in rows if row["method"] == "LogisticRegression" and row["shots"] == 6)
-    model = LogisticRegression(max_iter=300, **row["parameters"][0])
+    model = LogisticRegression(max_iter=1000, tol=1e-6, **row["parameters"][0])
     model.fit(task.support.embeddings.plain, task.support.labels)
-    assert row["mean"] == model.score(task.queries.plain, task.labels) > 0.8
+    assert row["mean"] == pytest.approx(model.score(task.queries.plain, task.labels), abs=0.03) and row["mean"] > 0.7
+    expected = log_loss(task.labels, model.predict_proba(task.queries.plain))
+    assert row["log_loss"] == pytest.approx(expected, rel=0.05)
+    one_image = {row["method"]: row["log_loss"] for row in rows if row["shots"] == 1}
+    assert one_image["NearestCentroid"] is None and one_image["LogisticRegression"] > 0
+
+
+def test_the_path_of_c_is_a_grid_search(file: Path) -> None:
+    """LogisticRegressionCV starts each fit from the one before; the grid search of scikit-learn starts anew."""
+    support = read_features(file, [6]).draw(6, 0).support
+    rows, labels = support.embeddings.plain, support.labels
+    _, tuned = fit_rival("LogisticRegression", support, 0)
+    grid = {"C": list(RIVALS["LogisticRegression"].grid["C"])}
+    splits = StratifiedKFold(5, shuffle=True, random_state=0)
+    search = GridSearchCV(LogisticRegression(max_iter=300), grid, cv=splits, scoring="neg_log_loss")
+    search.fit(rows, labels)
+    assert tuned.parameters == search.best_params_
+    assert tuned.log_loss == pytest.approx(-search.best_score_, rel=0.02) and tuned.scored == len(labels)
+
+
+def test_adapted_embeddings_are_a_rivals_too(file: Path, rng: np.random.Generator) -> None:
+    arrays = dict(np.load(file))
+    for part in ("support1", "support6", "test"):
+        centres = np.eye(WIDTH)[arrays[f"{part}_y"]]
+        arrays[f"{part}_xa"] = centres + 0.01 * rng.standard_normal(centres.shape)
+    np.savez(file, **arrays)
+    rows = rows_of(file, "--methods", "NearestCentroid", "NearestCentroid++", "LogisticRegression++", "--shots", "6")
+    means = {row["method"]: row["mean"] for row in rows}
+    assert means["NearestCentroid++"] == means["LogisticRegression++"] == 1 > means["NearestCentroid"]
+
+
+def test_two_of_them_are_in_every_table(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = read_features(file, [6]).draw(6, 0)
+    names = method_names(["all"], GROUPS)
+    assert [name for name in names if name in RIVALS] == [*DEFAULT_RIVALS]
+    left_out = unavailable_methods(names, task)
+    assert {*DEFAULT_RIVALS} & {*left_out} == {name for name in DEFAULT_RIVALS if name.endswith("++")}
+    assert left_out["LogisticRegression++"].endswith("use 'LogisticRegression'")
+    monkeypatch.setattr(rivals, "find_spec", lambda _: None)
+    assert "pip install 'iosr_fast[sklearn]'" in unavailable_methods(names, task)["NearestCentroid"]
 
 
 @pytest.mark.slow
 def test_no_test_image_has_a_part_in_their_parameters(file: Path, rng: np.random.Generator) -> None:
     support = read_features(file, [6]).draw(6, 0).support
-    chosen = {name: fit_rival(name, support, 0)[1].parameters for name in RIVALS}
+    plain = [name for name in RIVALS if not name.endswith("++")]
+    chosen = {name: fit_rival(name, support, 0)[1].parameters for name in plain}
     arrays = dict(np.load(file))
     np.savez(file, **{**arrays, "test_y": rng.permutation(arrays["test_y"])})
     for row in rows_of(file, "--methods", "scikit-learn", "--shots", "6"):

@@ -168,7 +168,25 @@ def evaluation() -> list[dict[str, Any]]:
         "auroc": 0.909,
         "feature_variance": 0.633,
     }
-    return [*rows, {**overlap, **shared, "images": 2793}]
+    summary = {
+        "bench": "summary",
+        "data": "demo, other.npz",
+        "reducer": "none",
+        "at": [["demo", 1], ["demo", 2], ["other.npz", 1]],
+    }
+    summaries = [
+        {"method": method, "mean": mean, "gap_mean": gap, "gap_worst": 2 * gap, "log_loss": 1.23456}
+        | {"auto_ahead_mean": lead, "auto_ahead_worst": -lead}
+        for method, mean, gap, lead in (("gda", 0.41234, 0.1, 0.05), ("auto", 0.41734, 0.03, 0.0))
+    ]
+    joint = {"bench": "joint", "method": "auto", "reducer": "auto", "shots": 4, "alone": 0.31234, "joint": 0.33234}
+    joint |= {"gain": 2.0, "few_gain": -0.125, "refused": 0, "few_refused": 3}
+    return [
+        *rows,
+        {**overlap, **shared, "images": 2793},
+        *({**shared, **summary, **row} for row in summaries),
+        {**joint, **shared},
+    ]
 
 
 def gpu() -> dict[str, Any]:

@@ -131,13 +131,28 @@ def test_serving_and_accuracy_are_their_rows(results: Path) -> None:
     assert [line["x peer"] for line in servers] == ["4.125", ""]
     goals = [line["met"] for lines in all_lines if "goal" in lines[0] for line in lines]
     assert goals == ["yes" if goal["met"] else "no" for goal in [*serving["goals"], *peers["goals"]]]
-    (methods,) = (lines for lines in all_lines if "method" in lines[0])
+    (methods,) = (lines for lines in all_lines if "tuned on" in lines[0])
     cells = {
         (line["method"], shots): line[f"{shots} shot{'s' * (shots > 1)}, %"] for line in methods for shots in (1, 2)
     }
     for row in accuracy:
         if row["bench"] == "accuracy":
             assert cells[row["method"], row["shots"]] == f"{100 * row['mean']:.2f} ± {100 * row['std']:.2f}"
+
+
+def test_summaries_and_joint_rows_are_their_rows(results: Path) -> None:
+    rows = json.loads((results / "accuracy-demo.json").read_text())
+    all_lines = [lines for lines, _ in tables(page_of(results))]
+    (summary,) = (lines for lines in all_lines if "auto ahead worst" in lines[0])
+    by_gap = sorted((row for row in rows if row["bench"] == "summary"), key=lambda row: row["gap_mean"])
+    for line, row in zip(summary, by_gap, strict=True):
+        assert line["method"] == row["method"] and value(line["cells"]) == len(row["at"])
+        assert line["accuracy, %"] == f"{100 * row['mean']:.2f}"
+        assert near(line["gap worst"], row["gap_worst"]) and near(line["log loss"], row["log_loss"])
+    (joint,) = (lines for lines in all_lines if "few gain" in lines[0])
+    (row,) = (row for row in rows if row["bench"] == "joint")
+    assert joint[0]["joint, %"] == f"{100 * row['joint']:.2f}" and near(joint[0]["few gain"], row["few_gain"])
+    assert value(joint[0]["few refused"]) == row["few_refused"]
 
 
 def test_the_order_of_rows_changes_nothing(results: Path) -> None:

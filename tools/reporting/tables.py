@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.reporting.load import Results, Row
+from tools.reporting.load import EVALUATIONS, Results, Row
 from tools.reporting.text import by_origin, natural, number, origin, percent, plain, sentence, table, title, words
 from tools.reporting.timings import timing_tables
 
@@ -63,7 +63,8 @@ def _goals(part: Results) -> list[str]:
 
 def evaluation_tables(part: Results, link: str) -> list[str]:
     lines: list[str] = []
-    for bench, make in (("accuracy", accuracy_table), ("overlap", overlap_table), ("block-sweep", sweep_table)):
+    made = (accuracy_table, summary_table, joint_table, overlap_table, sweep_table)
+    for bench, make in zip(EVALUATIONS, made, strict=True):
         for group in by_origin(part.rows.get(bench, [])):
             for data in sorted({str(row.get("data", "")) for row in group}):
                 rows = [row for row in group if str(row.get("data", "")) == data]
@@ -119,6 +120,29 @@ def accuracy_table(summary: str, rows: Sequence[Row]) -> list[str]:
         cells = [next((row for row in group if row["shots"] == k), None) for group in groups]
         columns[f"{k} shot{'s' * (k != 1)}, %"] = [_accuracy(row) for row in cells]
     return table(columns, summary, texts)
+
+
+def summary_table(summary: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each method, over all data sets and shots of a call; gaps and leads in points."""
+    rows = sorted(rows, key=lambda row: (row["gap_mean"] is None, row["gap_mean"], row["method"], row["reducer"]))
+    columns = {key: [row[key] for row in rows] for key in ("method", "reducer")}
+    columns["cells"] = [number(len(row["at"])) for row in rows]
+    columns["accuracy, %"] = [percent(row["mean"], None) for row in rows]
+    for key in ("gap_mean", "gap_worst", "log_loss", "auto_ahead_mean", "auto_ahead_worst"):
+        columns[words(key)] = [number(row.get(key)) for row in rows]
+    return table(columns, summary, 2)
+
+
+def joint_table(summary: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each method and number of shots: all test images together, and those of few classes."""
+    rows = sorted(rows, key=lambda row: (row["method"], row["reducer"], row["shots"]))
+    columns = {key: [row[key] for row in rows] for key in ("method", "reducer")}
+    columns["shots"] = [number(row["shots"]) for row in rows]
+    for key in ("alone", "joint"):
+        columns[f"{key}, %"] = [percent(row[key], None) for row in rows]
+    for key in ("gain", "refused", "few_gain", "few_refused"):
+        columns[words(key)] = [number(row[key]) for row in rows]
+    return table(columns, summary, 2)
 
 
 def overlap_table(summary: str, rows: Sequence[Row]) -> list[str]:

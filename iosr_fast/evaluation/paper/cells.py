@@ -15,7 +15,8 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.tuning.tune import Tuned
 from iosr_fast.utils.files import new_file, remove_leftovers
 
-VERSION = 1  # raise it when the protocol changes: the same facts would give another number
+VERSION = 2  # raise it when the protocol changes: the same facts would give another number
+LOSSES = ("log_loss", "calibration_error")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,8 @@ class Cells:
             tuned = dict(result["tuned"])
             tuned["accuracy"] = math.nan if tuned["accuracy"] is None else tuned["accuracy"]
             numbers = {name: result[name] for name in ("accuracy", "images", "classes", "fit_seconds")}
-            return Draw(seed=cell.seed, tuned=Tuned(**tuned), **numbers)
+            losses: dict[str, Any] = {name: math.nan if result[name] is None else result[name] for name in LOSSES}
+            return Draw(seed=cell.seed, tuned=Tuned(**tuned), **numbers, **losses)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -73,9 +75,13 @@ class Cells:
 
     def write(self, cell: Cell, draw: Draw) -> None:
         """The whole file or none."""
-        tuned = {name: getattr(draw.tuned, name) for name in ("method", "reducer", "parameters", "scored", "protocol")}
+        tuned = {
+            name: getattr(draw.tuned, name)
+            for name in ("method", "reducer", "parameters", "scored", "protocol", "factor")
+        }
         tuned |= {"accuracy": finite(draw.tuned.accuracy), "seconds": draw.tuned.seconds}
         result = {name: getattr(draw, name) for name in ("accuracy", "images", "classes", "fit_seconds")}
+        result |= {name: finite(getattr(draw, name)) for name in LOSSES}
         result["tuned"] = tuned
         whole = {"cell": cell.named, "key": cell.key, "depends_on": cell.facts}
         write_json(self.path(cell), {**whole, "found": result, "sha256": digest(result)})

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from iosr_fast.encoders.runtimes.engine import choose_runtime
 from iosr_fast.evaluation import demo, table
-from iosr_fast.evaluation.accuracy import AUTO, Draw, method_names, table_rows
+from iosr_fast.evaluation.accuracy import AUTO, Draw
 from iosr_fast.evaluation.paper import model as models
 from iosr_fast.evaluation.paper import problems as sets
 from iosr_fast.evaluation.paper import report as reports
@@ -24,6 +24,8 @@ from iosr_fast.evaluation.paper.problems import Problem
 from iosr_fast.evaluation.paper.published import read_published
 from iosr_fast.evaluation.paper.run import Group
 from iosr_fast.evaluation.paper.store import Store
+from iosr_fast.evaluation.rivals import ADAPTED, DEFAULT_RIVALS, RIVALS
+from iosr_fast.evaluation.selection import method_names, table_rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.pretrained import cache_folder
 from iosr_fast.methods import METHODS
@@ -31,6 +33,7 @@ from iosr_fast.scoring.reducers import check_reducer
 from iosr_fast.utils.files import remove_leftovers
 from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.provenance import write_rows
+from iosr_fast.utils.require import require
 
 PAPER_METHODS = ("zero-shot", "tip-adapter", "tip-adapter++", "tip-x", "tip-x++")
 SHOTS = (1, 2, 4, 8, 16)
@@ -63,7 +66,10 @@ class Options:
 
 def check_options(options: Options) -> list[str]:
     """The methods. Raises ValueError for options that are wrong whatever the data, before any set is opened."""
-    names = method_names(options.methods, {"paper": PAPER_METHODS, "all": [*METHODS]})
+    groups = {"paper": PAPER_METHODS, "all": [*METHODS], "scikit-learn": DEFAULT_RIVALS}
+    names = method_names(options.methods, groups)
+    if any(name in RIVALS for name in names):
+        require("sklearn", "sklearn")
     if AUTO in names:
         raise IosrFastError("expected --methods without auto: the paper's tables compare methods by name")
     for reducer in options.reducers:
@@ -130,7 +136,7 @@ def reproduce(options: Options, report: Report) -> None:
     problems = sets.open_problems(options.data, options.root)
     model = models.load_model(options.model or sets.DEMO, options.pretrained, options.adapter, options.runtime)
     shots, seeds = choose_shots(options, problems), list(dict.fromkeys(options.seeds))
-    without = [name for name in names if METHODS[name].needs_adapter and model.adapter is None]
+    without = [name for name in names if name.endswith(ADAPTED) and model.adapter is None]
     reason = (
         f"no adapter for {model.clip.name}: give --adapter FILE (iosr-fast train-adapter --preset paper trains one)"
     )

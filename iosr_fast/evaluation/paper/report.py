@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from iosr_fast.evaluation.accuracy import Draw, Result
+from iosr_fast.evaluation.paper.cells import LOSSES
 from iosr_fast.evaluation.paper.problems import DEMO, Problem
 from iosr_fast.evaluation.paper.published import ARXIV, PAPER, Figure, Published, comparable
 from iosr_fast.evaluation.paper.run import Group
@@ -67,7 +68,10 @@ def _mean(sheets: Sequence[Sheet]) -> Sheet:
     results = []
     for several in zip(*(sheet.results for sheet in sheets), strict=True):
         draws = tuple(
-            replace(of_seed[0], accuracy=float(np.mean([draw.accuracy for draw in of_seed])))
+            replace(
+                of_seed[0],
+                **{name: float(np.mean([getattr(draw, name) for draw in of_seed])) for name in ("accuracy", *LOSSES)},
+            )
             for of_seed in zip(*(result.draws for result in several), strict=True)
         )
         figures = _mean_figures([result.published or () for result in several])

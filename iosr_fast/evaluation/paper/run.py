@@ -23,6 +23,7 @@ from iosr_fast.evaluation.paper import cells as cells_module
 from iosr_fast.evaluation.paper.cells import Cell, Cells
 from iosr_fast.evaluation.paper.problems import Problem
 from iosr_fast.evaluation.paper.store import Store, Wanted
+from iosr_fast.evaluation.rivals import RIVALS
 from iosr_fast.evaluation.tasks import Task
 from iosr_fast.methods.support_set import make_support_set
 from iosr_fast.utils.machine import package_version
@@ -100,7 +101,11 @@ def plan(
             "tau": store.model.clip.logit_scale,
             "tune": group.tune_on,
         }
-        cells = tuple(Cell(problem.name, method, reducer, k, seed, facts) for method, reducer in rows)
+        rival_facts = {**facts, "scikit-learn": package_version("scikit-learn")}
+        cells = tuple(
+            Cell(problem.name, method, reducer, k, seed, rival_facts if method in RIVALS else facts)
+            for method, reducer in rows
+        )
         groups.append(replace(group, cells=cells))
     return groups
 
