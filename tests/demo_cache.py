@@ -46,7 +46,7 @@ def demo_cache() -> Path:
 def shared_cache() -> Iterator[None]:
     """Set IOSR_FAST_CACHE to demo_cache() within the block, in which one process at a time builds."""
     before = os.environ.get(VARIABLE)
-    with _locked():
+    with _locked(demo_cache()):
         os.environ[VARIABLE] = str(demo_cache())
         try:
             yield
@@ -73,15 +73,20 @@ def demo_engine() -> Path:
 
 
 def export_once(encoder: Any, path: Path) -> None:
-    """`export_onnx` to `path`, encoder.onnx in some folder: it takes seconds, and runs once for each encoder."""
+    """`export_onnx` to `path`, encoder.onnx in some folder: it takes seconds, and runs once for each dual encoder."""
+    from iosr_fast.clip.dual_encoder import DualEncoder
     from iosr_fast.export.onnx_export import export_onnx
 
+    if not isinstance(encoder, DualEncoder):  # others don't have all that they compute in their `config`
+        export_onnx(encoder, path)
+        return
     packages = [version(name) for name in ("torch", "onnx", "onnxscript")]
     digest = hashlib.sha256(f"{encoder.config} {packages}".encode())
     for value in encoder.state_dict().values():
         digest.update(value.numpy().tobytes())
     cached = demo_cache() / "exports" / digest.hexdigest()[:16]
-    with _locked():
+    cached.parent.mkdir(exist_ok=True)
+    with _locked(cached):
         if not (cached / "encoder.onnx").is_file():
             with new_folder(cached) as temporary:
                 export_onnx(encoder, temporary / "encoder.onnx")
@@ -90,18 +95,18 @@ def export_once(encoder: Any, path: Path) -> None:
         shutil.copyfile(file, path.with_name(file.name))
 
 
-_depth = 0
+_depths: dict[Path, int] = {}
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
-    """One process at a time. A block within a block of the same process enters at once."""
-    global _depth
-    with (demo_cache().with_suffix(".lock")).open("w") as file:
-        if _depth == 0:
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time for each folder. A block within a block of the same process enters at once."""
+    with folder.with_suffix(".lock").open("w") as file:
+        depth = _depths.get(folder, 0)
+        if depth == 0:
             fcntl.flock(file, fcntl.LOCK_EX)
-        _depth += 1
+        _depths[folder] = depth + 1
         try:
             yield
         finally:
-            _depth -= 1
+            _depths[folder] = depth

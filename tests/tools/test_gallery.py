@@ -10,13 +10,20 @@ import pytest
 from PIL import Image
 
 from tests import ROOT
-from tests.demo_cache import shared_cache
+from tests.demo_cache import demo_bundle
 
 DOCS = ROOT / "docs"
 ROWS = ROOT / "benchmarks" / "results" / "accuracy-demo.json"
 DATA = ROOT / "iosr_fast" / "clip" / "demo" / "data"
 SUFFIXES = (".png", ".webp")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+@pytest.fixture
+def built(demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's engine is there; what follows holds no lock, because it takes long."""
+    demo_bundle()
+    monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
 
 
 def local_links(page: str) -> set[str]:
@@ -46,13 +53,12 @@ def rows_below(page: str, heading: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_a_trial_writes_the_page_and_all_pictures(tmp_path: Path) -> None:
+def test_a_trial_writes_the_page_and_all_pictures(built: None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tools.gallery import make_gallery
 
-    with shared_cache():
-        for name in ("first", "again"):
-            make_gallery(tmp_path / name, concepts=12)
+    for name in ("first", "again"):
+        make_gallery(tmp_path / name, concepts=12)
     page = (tmp_path / "first" / "gallery.md").read_text()
     check_pictures(tmp_path / "first", page)
     overlap = rows_below(page, "Overlap before and after the adapter")
@@ -101,13 +107,12 @@ def test_the_numbers_on_the_page_are_the_measured_rows() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_in_the_repository_is_what_the_script_makes(tmp_path: Path) -> None:
+def test_the_page_in_the_repository_is_what_the_script_makes(built: None, tmp_path: Path) -> None:
     """Word for word; numbers may differ in the last digit between machines."""
     pytest.importorskip("matplotlib")
     from tools.gallery import make_gallery
 
-    with shared_cache():
-        make_gallery(tmp_path)
+    make_gallery(tmp_path)
     made, committed = ((folder / "gallery.md").read_text() for folder in (tmp_path, DOCS))
     assert NUMBER.sub("#", made) == NUMBER.sub("#", committed)
     for ours, theirs in zip(NUMBER.findall(made), NUMBER.findall(committed), strict=True):
