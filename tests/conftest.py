@@ -109,6 +109,14 @@ def demo_cache() -> Path:
     return shared.demo_cache()
 
 
+@pytest.fixture
+def exports_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of the same dual encoder share one export, in all tests that take this."""
+    from iosr_fast.export import export
+
+    monkeypatch.setattr(export, "export_onnx", shared.export_once)
+
+
 @pytest.fixture(autouse=True)
 def _free_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No implementation is forced from outside, and none is remembered from another test."""

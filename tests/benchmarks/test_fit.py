@@ -14,7 +14,7 @@ from iosr_fast.benchmarks import fit as bench
 
 
 @pytest.mark.slow
-def test_each_part_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_part_has_a_row(exports_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", os.environ.get("IOSR_FAST_CACHE", ""))  # the benchmark sets it
     rows = {row["impl"]: row for row in bench.run("demo", pictures=12, classes=3)}
     assert set(rows) == {"encode-once", "fit", "public-way", "tuning", "texts"}

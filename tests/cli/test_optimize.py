@@ -27,7 +27,7 @@ ALL = {(r, p) for r in ("openvino", "onnxruntime") for p in ("fp32", "int8")} | 
 
 
 @pytest.fixture(autouse=True)
-def _cache(demo_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache(demo_cache: Path, exports_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IOSR_FAST_CACHE", str(demo_cache))
     monkeypatch.setattr(engine_judge, "_TIMING_S", 0.1)
 
@@ -144,6 +144,7 @@ def test_fewer_tokens(plain: Path, support: Path, tmp_path: Path) -> None:
 def test_optimize_needs_no_torch(plain: Path, support: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\nfrom iosr_fast.cli import app\n"
+        "from iosr_fast.state import engine_judge; engine_judge._TIMING_S = 0.1\n"
         f"app(['optimize', {str(plain)!r}, '--images', {str(support)!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -26,10 +26,7 @@ from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402
 from tests.demo_cache import export_once  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _export_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "export_onnx", export_once)
+pytestmark = pytest.mark.usefixtures("exports_once")
 
 
 @pytest.mark.slow

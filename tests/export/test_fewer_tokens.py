@@ -28,12 +28,19 @@ from iosr_fast.images.preprocess import to_pixels  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("exports_once")
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
-def test_what_is_written(runtime: str, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("runtime", "tokens"),
+    [
+        ("onnxruntime", [{}, {"image_size": 24, "merged": 2}]),  # an export of merged tokens takes ten seconds
+        ("torch", [{}, {"image_size": 24}, {"merged": 3}, {"image_size": 24, "merged": 2}]),
+    ],
+)
+def test_what_is_written(runtime: str, tokens: list[dict[str, int]], tmp_path: Path) -> None:
     clip = small_clip()
     adapter = random_adapter(clip, 1)
-    tokens = [{}, {"image_size": 24}, {"merged": 3}, {"image_size": 24, "merged": 2}]
     seen = []
     for i, fewer in enumerate(tokens):
         folder = tmp_path / str(i)
@@ -50,31 +57,23 @@ def test_what_is_written(runtime: str, tmp_path: Path) -> None:
         write_engine(clip, adapter, tmp_path / "new", runtime, image_size=20)
 
 
-def test_the_demo_with_fewer_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fewer", [{"image_size": 48}, {"merged": 3}], ids=["smaller", "merged"])
+def test_the_demo_with_fewer_tokens(fewer: dict[str, int], tmp_path: Path) -> None:
+    """In the forms that `iosr-fast optimize --tokens` tries, whose test shares the exports."""
     clip = load_clip("demo")
     pictures = load_pictures("held-out", min_styles=5)
     images, labels = pictures.images[:60], [pictures.names[c] for c in pictures.concepts[:60]]
     adapter = choose_adapter(clip, "auto")
-    manifest = write_engine(clip, adapter, tmp_path / "engine", "onnxruntime", image_size=48, merged=2)
-    generic = load_pictures("generic").images[:16]
-    converted = convert_engine(
-        tmp_path / "engine", tmp_path / "int8", "openvino", "int8", to_pixels(generic, Geometry(48), False)
-    )
-    direct = write_engine(
-        clip,
-        adapter,
-        tmp_path / "direct",
-        "openvino",
-        "int8",
-        calibration=to_pixels(generic, Geometry(48), False),
-        image_size=48,
-        merged=2,
-    )
+    manifest = write_engine(clip, adapter, tmp_path / "engine", "onnxruntime", **fewer)
+    size = fewer.get("image_size", 64)
+    generic = to_pixels(load_pictures("generic").images[:16], Geometry(size), False)
+    converted = convert_engine(tmp_path / "engine", tmp_path / "int8", "openvino", "int8", generic)
+    direct = write_engine(clip, adapter, tmp_path / "direct", "openvino", "int8", calibration=generic, **fewer)
     assert converted["fingerprint"] == direct["fingerprint"] != manifest["fingerprint"]
     for folder in ("engine", "int8"):
         classifier = Classifier("demo", engine=tmp_path / folder, method="tip-adapter++", alpha=3.0, beta=7.0, views=1)
         classifier.fit(images, labels)
-        assert classifier.encoder.image_size == 48
+        assert classifier.encoder.image_size == size
         assert classifier.score(images, labels) > 0.5
         classifier.save(tmp_path / "bundle")
         loaded = Classifier.load(tmp_path / "bundle")
@@ -95,10 +94,9 @@ def test_families_with_rotary_positions_merge_no_tokens(
 
     clip = family_clip(family)
     adapter = random_adapter(clip, 1)
-    write_engine(clip, adapter, tmp_path / "engine", "onnxruntime", max_batch=4)
-    write_engine(clip, adapter, tmp_path / "torch", "torch", max_batch=4)
+    write_engine(clip, adapter, tmp_path / "engine", "torch", max_batch=4)  # no export: test_families has them
     source = open_verified(tmp_path / "engine", ENGINE_KIND)
-    assert [one.tokens for one in with_fewer_tokens(source, [Candidate("onnxruntime", "fp32")])] == forms
+    assert [one.tokens for one in with_fewer_tokens(source, [Candidate("torch", "fp32")])] == forms
     for i, form in enumerate(forms):
-        manifest = write_engine(clip, adapter, tmp_path / f"fewer-{i}", "onnxruntime", max_batch=4, **form)
+        manifest = write_engine(clip, adapter, tmp_path / f"fewer-{i}", "torch", max_batch=4, **form)
         assert manifest["tokens"] == form
