@@ -6,6 +6,7 @@ import copy
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,27 +98,27 @@ def test_an_engine_has_both_streams_and_the_plain_form(
     kinds = Counter(node.op_type for node in graph.node)
     # One Shape, of the batch: the prefix tokens are repeated for each picture.
     assert not {"Size", "If", "Loop"} & set(kinds) and kinds["Shape"] <= 1
+    both, plain = session(tmp_path / FILE), session(tmp_path / PLAIN_FILE)
+    request = openvino_core().compile_model(tmp_path / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for batch in (1, 3):
         pixels = random_pixels(batch, clip.image_size)
         expected = two_passes(clip, adapter, pixels)
-        for got, right in zip(encode(tmp_path / FILE, pixels), expected, strict=True):
+        for got, right in zip(both.run(None, {"pixels": pixels}), expected, strict=True):
             np.testing.assert_allclose(got, right, atol=1e-4)
-        np.testing.assert_allclose(encode(tmp_path / PLAIN_FILE, pixels)[0], expected[0], atol=1e-4)
-        request = openvino_core().compile_model(tmp_path / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        np.testing.assert_allclose(plain.run(None, {"pixels": pixels})[0], expected[0], atol=1e-4)
         for got, right in zip(request([pixels]).values(), expected, strict=True):
             np.testing.assert_allclose(got, right, atol=1e-4)
     monkeypatch.setitem(quantize.LARGEST_EMBEDDING_ERROR, "int8", 1.0)  # keep none in float to save the embeddings
     report = quantize_onnx(tmp_path / FILE, tmp_path / "int8.onnx", random_pixels(32, clip.image_size))
     assert report["products"] >= 21, "three blocks' six matrices at least, and the adapters'"
     pixels = random_pixels(9, clip.image_size)
-    for got, right in zip(encode(tmp_path / "int8.onnx", pixels), two_passes(clip, adapter, pixels), strict=True):
+    in_int8 = session(tmp_path / "int8.onnx").run(None, {"pixels": pixels})
+    for got, right in zip(in_int8, two_passes(clip, adapter, pixels), strict=True):
         assert (got * right).sum(1).min() >= 0.99
 
 
-def encode(path: Path, pixels: np.ndarray) -> list[np.ndarray]:
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs: list[np.ndarray] = session.run(None, {"pixels": pixels})
-    return outputs
+def session(path: Path) -> Any:
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def test_outliers_are_for_open_clips_own_transformer() -> None:

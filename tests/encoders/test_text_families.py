@@ -46,7 +46,7 @@ SIGLIP: dict[str, Any] = {
 COCA = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
 # The text part of a configuration, the rest of it, the tokenizer's files; the token behind which texts are cut.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], Any, int | None]] = {
-    "CLIP": ({"context_length": 12}, {}, None, 49407),
+    "CLIP": ({"context_length": 12, "layers": 2}, {}, None, 49407),
     "PE-Core": ({"context_length": 12}, {"custom_text": True}, None, 49407),
     "MobileCLIP2": ({"context_length": 12, "no_causal_mask": True}, {"custom_text": True}, None, None),
     "CoCa": (
@@ -127,7 +127,7 @@ def family(name: str, folder: Path) -> LoadedClip:
     config = {
         "embed_dim": 128,
         "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
-        "text_cfg": {"width": 32, "heads": 2, "layers": 2} | text | files,
+        "text_cfg": {"width": 32, "heads": 2, "layers": 1} | text | files,
     } | others
     path = folder / f"tiny-{name.replace(' ', '-')}.json"
     path.write_text(json.dumps(config))
