@@ -22,6 +22,7 @@ from iosr_fast.encoders.runtimes import open_engine  # noqa: E402
 from iosr_fast.export.candidates import list_candidates, with_fewer_tokens  # noqa: E402
 from iosr_fast.export.convert import convert_engine  # noqa: E402
 from iosr_fast.export.export import write_engine  # noqa: E402
+from iosr_fast.state import engine_judge  # noqa: E402
 from iosr_fast.utils.verified_folder import open_verified  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip, randomise  # noqa: E402
 from tests.clip.plain_clips import PLAIN_CLIPS, plain_clip  # noqa: E402
@@ -124,8 +125,11 @@ def resnet_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_folder_with_a_resnet_becomes_a_classifier(resnet_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_resnet_becomes_a_classifier(
+    resnet_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From its name to a saved classifier, with the fastest engine, that a process without torch opens."""
+    monkeypatch.setattr(engine_judge, "_TIMING_S", 0.1)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) // (1 + 3 * (i % 2)) for i in range(12)]
     labels = ["bright", "dark"] * 6

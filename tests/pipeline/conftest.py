@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.demo_cache import demo_bundle
 from tests.pipeline.runs import write_pictures
 
 
@@ -27,11 +28,9 @@ def engine(_demo: None) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(_demo: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(_demo: None) -> Path:
     """A classifier of 8 classes with 3 shots."""
-    from iosr_fast.evaluation.demo_bundle import make_demo_bundle
-
-    return make_demo_bundle(tmp_path_factory.mktemp("pipeline") / "bundle", classes=8, shots=3)
+    return demo_bundle(8, 3)
 
 
 @pytest.fixture

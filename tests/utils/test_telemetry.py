@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.demo_cache import shared_cache
+from tests.demo_cache import demo_bundle
 
 pytestmark = pytest.mark.slow  # each works in a process of its own
 pytest.importorskip("onnxruntime")
@@ -61,7 +61,7 @@ load_clip("demo").tokenizer(["a photo"])
 import os, pathlib
 from iosr_fast.export.export import write_engine
 from tests.clip.test_dual_encoder import small_clip
-write_engine(small_clip(), None, pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
+write_engine(small_clip(layers=1), None, pathlib.Path(os.environ["IOSR_FAST_CACHE"]) / "engine", "onnxruntime")
 """,
     "tensorrt_rtx": """
 from iosr_fast.utils.require import require
@@ -93,16 +93,8 @@ def without_network() -> tuple[str, ...] | None:
     return None
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from iosr_fast.evaluation.demo_bundle import make_demo_bundle
-
-    with shared_cache():
-        return make_demo_bundle(tmp_path_factory.mktemp("bundle") / "bundle", classes=4, shots=2)
-
-
 @pytest.mark.parametrize("library", WORK)
-def test_nothing_is_reported_and_nothing_left_at_home(library: str, bundle: Path, tmp_path: Path) -> None:
+def test_nothing_is_reported_and_nothing_left_at_home(library: str, tmp_path: Path) -> None:
     pytest.importorskip(library)
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.mkdir()
@@ -111,7 +103,7 @@ def test_nothing_is_reported_and_nothing_left_at_home(library: str, bundle: Path
     environment = kept | {"HOME": str(home), "TMPDIR": str(temporary), "IOSR_FAST_CACHE": str(tmp_path / "cache")}
     enclosed = without_network()
     code = COUNTED.replace("WORK", WORK[library]) if enclosed else WORK[library]
-    command = [*(enclosed or ()), sys.executable, "-c", code, str(bundle)]
+    command = [*(enclosed or ()), sys.executable, "-c", code, str(demo_bundle())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert [str(path.relative_to(tmp_path)) for top in (home, temporary) for path in top.rglob("*")] == []
