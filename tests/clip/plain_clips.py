@@ -62,6 +62,7 @@ def coca() -> LoadedClip:
         torch.manual_seed(1)
         model = open_clip.CoCa(24, {**TEXT, "dim_head": 16}, text, vision)
         randomise(model.visual)
+        torch.nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as memory was, at times NaN
     return replace(small_clip(), model=model.eval().requires_grad_(False))
 
 
