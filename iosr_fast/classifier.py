@@ -50,7 +50,8 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" chooses the method, its reducer
         and all parameters by leave-one-out on the support images.
     reducer : str, default=None
-        "none", "centre", "pca" or "pca:64", applied before images are compared. None: "none", or the choice of "auto".
+        "none", "centre", "pca", "pca:64", "isoclip" or "isoclip:150,50", applied before images are compared. None:
+        "none", or the choice of "auto".
     tune : str, default=None
         "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
     alpha, beta, gamma, ridge : float, default=None

@@ -52,7 +52,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     ----------
     method : str, default="auto"
         A name of `iosr_fast.methods.METHODS`: "tip-adapter", "gda" and "proker" work without `text`; "zero-shot",
-        "tip-x" and "ape" need it. A name with "++" compares adapted embeddings and needs `adapted=True`. "auto"
+        "tip-x", "timo" and "ape" need it. A name with "++" compares adapted embeddings and needs `adapted=True`. "auto"
         chooses method, reducer and parameters by leave-one-out on the support rows, out of those that the data allows.
     reducer : str, default=None
         "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none", or the
@@ -62,7 +62,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         a parameter is given.
     alpha, beta, gamma, ridge : float, default=None
         Parameters of the named method, as far as it has them: the weight of the support rows, the sharpness of a key,
-        a weight of Tip-X and APE, and the ridge of ProKeR. Without units. The others take the method's defaults.
+        a weight of Tip-X, TIMO and APE, and the ridge of ProKeR. Without units. The others take the method's defaults.
     text : array of shape (C, D), default=None
         The text embedding of each class, in the order of `classes_` (sorted labels); scaled to unit length. None leaves
         the text term out.
@@ -107,7 +107,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     is 1. A row of zeros has no direction: `fit` leaves it out, the other methods take its cosines as 0; both warn.
 
     Sources: Tip-Adapter (Zhang et al., ECCV 2022), Tip-X (Udandarao et al., ICCV 2023), APE (Zhu et al., ICCV 2023),
-    GDA (Wang et al., ICLR 2024), ProKeR (Bendou et al., CVPR 2025), the "++" forms (Kravets & Namboodiri, BMVC 2024).
+    TIMO (Li et al., AAAI 2025), GDA (Wang et al., ICLR 2024), ProKeR (Bendou et al., CVPR 2025), the "++" forms
+    (Kravets & Namboodiri, BMVC 2024).
 
     Examples
     --------

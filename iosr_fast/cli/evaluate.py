@@ -66,7 +66,7 @@ Reducers = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME ...",
-        help="Reducers: none, centre, pca or pca:RANK [default: none centre pca].",
+        help="none, centre, pca or pca:RANK, for the demo isoclip, too [default: none centre pca].",
     ),
 ]
 Shots = Annotated[

@@ -37,10 +37,12 @@ def fit(
     beta: Annotated[
         float | None, typer.Option(help="Sharpness of the similarity to images [default: likewise].")
     ] = None,
-    gamma: Annotated[float | None, typer.Option(help="Third parameter of tip-x and ape [default: likewise].")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Third parameter of tip-x, timo and ape [default: likewise].")
+    ] = None,
     ridge: Annotated[float | None, typer.Option(help="Regularisation of proker [default: likewise].")] = None,
     reducer: Annotated[
-        str | None, typer.Option(help="none, centre, pca or pca:RANK [default: none; method auto chooses].")
+        str | None, typer.Option(help="none, centre, pca, pca:RANK or isoclip [default: none; method auto chooses].")
     ] = None,
     tune: Annotated[
         str | None, typer.Option(help="loo: choose parameters by leave-one-out, or none [default: loo].")

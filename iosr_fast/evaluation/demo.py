@@ -26,10 +26,12 @@ Encode = Callable[[np.ndarray], Embeddings]
 def encode(run: Encode, clip: LoadedClip, pictures: Pictures, text: np.ndarray | None = None) -> Encoded:
     """Every picture, by `run` in batches, and the concepts' names (unless `text` is given)."""
     from iosr_fast.clip.prompts import embed_classes
+    from iosr_fast.export.projections import clip_projections
 
     parts = [run(rows) for rows in np.array_split(pictures.images, -(-len(pictures.images) // BATCH))]
     text = embed_classes(clip, pictures.names) if text is None else text
-    return Encoded(Embeddings.concatenate(parts), pictures.concepts, text, clip.logit_scale, pictures.styles)
+    embeddings, projections = Embeddings.concatenate(parts), clip_projections(clip)
+    return Encoded(embeddings, pictures.concepts, text, clip.logit_scale, pictures.styles, projections)
 
 
 def torch_encoder(clip: LoadedClip, adapter: Any) -> Encode:

@@ -11,6 +11,7 @@ from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.tuning.tune import AUTO
+from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.scoring.reducers import check_reducer
 
 TuneOn = Literal["validation", "loo"]
@@ -43,14 +44,16 @@ class Selection:
 def select(source: Source, options: Options, methods: Sequence[str], reducers: Sequence[str]) -> Selection:
     """The rows that `source` allows; `methods` and `reducers` are the task's defaults.
 
-    Raises IosrFastError for unknown names, if the source allows no method, or for --tune validation without a
-    validation set.
+    Raises IosrFastError for unknown names, a reducer that needs what the source lacks, if the source allows no method,
+    or for --tune validation without a validation set.
     """
     reducers = options.reducers or reducers
     for reducer in reducers:
         check_reducer(reducer)
     names = method_names(options.methods or methods, GROUPS)
     sample = source.draw(max(source.shots), source.seeds[0])
+    for reducer in reducers:
+        check_projections(reducer, sample.support.projections)
     left_out = unavailable_methods(names, sample)
     rows = table_rows([name for name in names if name not in left_out], reducers)
     if not rows:

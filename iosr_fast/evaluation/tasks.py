@@ -10,6 +10,7 @@ import numpy as np
 
 from iosr_fast.clip.demo.pictures import POOL
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 
@@ -46,13 +47,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pictures of C concepts: labels (N,), styles (N,), text (C, D) and the CLIP's logit scale."""
+    """Pictures of C concepts: labels (N,), styles (N,), text (C, D), the CLIP's logit scale and projections."""
 
     embeddings: Embeddings
     labels: np.ndarray
     text: np.ndarray
     tau: float
     styles: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    projections: Projections | None = None
 
     def task(self, shots: int, seed: int, pool: int = POOL) -> Task:
         """Of each concept `pool` pictures are set apart, `shots` of them as support; all others are queries."""
@@ -91,6 +93,7 @@ class Encoded:
     def _task(self, support: list[np.ndarray], queries: list[np.ndarray]) -> Task:
         s, q = np.concatenate(support), np.concatenate(queries)
         support_set = make_support_set(self.embeddings[s], self.labels[s], self.text, self.tau)
+        support_set = replace(support_set, projections=self.projections)
         return Task(support_set, self.embeddings[q], self.labels[q])
 
 

@@ -26,6 +26,7 @@ from iosr_fast.export.convert import EXPORT_VERSION, device_of, fingerprint_of, 
 from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_precision, quantised_by
 from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.onnx_export import OPSET, export_onnx
+from iosr_fast.export.projections import write_projections
 from iosr_fast.utils.files import new_folder
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.dual_encoder import DualEncoder
     from iosr_fast.clip.load import LoadedClip
 
-LAYOUT = 3  # increases when an engine with the same embeddings has other files
+LAYOUT = 4  # increases when an engine with the same embeddings has other files
 
 
 def engine_fingerprint(
@@ -83,7 +84,8 @@ def write_engine(
     Files: for onnxruntime and openvino encoder.onnx and encoder.weights, and with an adapter plain.onnx, which computes
     the plain embedding alone (plain_graph); for torch encoder.safetensors; for tensorrt and tensorrt_rtx the same as
     for onnxruntime, so that the engine opens on machines with another GPU or none, and a plan in plans/, named after
-    its runtime, GPU and version (`add_plan` adds further plans). "int8" and "fp8" are
+    its runtime, GPU and version (`add_plan` adds further plans). projections.safetensors, where the CLIP has both
+    projections (export.projections). "int8" and "fp8" are
     quantised (quantize.quantize_onnx) with ranges measured on `calibration` pictures, uint8 (N, S, S, 3), which should
     resemble those to be classified. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3), are
     compared with the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written, atomically.
@@ -155,6 +157,7 @@ def write_engine(
         truth = {kind: two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
     facts["width"] = next(iter(truth.values()))[0].shape[1]
     with new_folder(out) as folder:
+        write_projections(folder, clip)
         if runtime == "torch":
             from safetensors.torch import save_file
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import ape, gda, proker, tip_adapter, tip_x, zero_shot
+from iosr_fast.methods import ape, gda, proker, timo, tip_adapter, tip_x, zero_shot
 from iosr_fast.methods.method import PARAMETER_RANGES, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.scoring.isoclip import fit_isoclip
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.reducers import Reducer, fit_reducer
+from iosr_fast.scoring.reducers import ISOCLIP, Reducer, check_reducer, fit_reducer
 from iosr_fast.scoring.validation import check_number
 
 __all__ = ["METHODS", "Method", "check_parameters", "compile_method", "fit_method_reducer", "unavailable_reason"]
 
 # By name. If leave-one-out can't distinguish methods, "auto" takes the last one, which published comparisons favour.
-METHODS: dict[str, Method] = {
-    form.name: form for module in (zero_shot, tip_adapter, tip_x, ape, gda, proker) for form in module.METHOD.forms()
-}
+_MODULES = (zero_shot, tip_adapter, tip_x, timo, ape, gda, proker)
+METHODS: dict[str, Method] = {form.name: form for module in _MODULES for form in module.METHOD.forms()}
 
 
 def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
@@ -69,7 +69,12 @@ def unavailable_reason(name: str, support: SupportSet) -> str | None:
 
 def fit_method_reducer(method: Method, reducer: str, support: SupportSet) -> Reducer | None:
     """The named reducer, fitted on the embeddings that the method compares; None if it uses no support images."""
-    return fit_reducer(reducer, image_rows(support.embeddings, method.which, None)) if method.needs_support else None
+    if not method.needs_support:
+        return None
+    rows = image_rows(support.embeddings, method.which, None)
+    if check_reducer(reducer)[0] == ISOCLIP:
+        return fit_isoclip(reducer, rows, support.labels, support.projections)
+    return fit_reducer(reducer, rows)
 
 
 def compile_method(

@@ -51,8 +51,7 @@ def gda_plan(
     alpha: float,
 ) -> ScoringPlan:
     """`gda` from class means (C, D) and the shrunk precision P (D, D), float64."""
-    linear = means @ precision
-    bias = -np.log(len(means)) - 0.5 * np.einsum("cd,cd->c", linear, means)
+    linear, bias = discriminant(means, precision)
     return ScoringPlan(
         n_classes=len(means),
         text=text,
@@ -64,7 +63,13 @@ def gda_plan(
     )
 
 
-def shrunk_precision(scatter: np.ndarray, n_rows: int) -> np.ndarray:
+def discriminant(means: np.ndarray, precision: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """P mu_c, (C, D), and log(1 / C) - mu_c' P mu_c / 2, (C,): each class's score is linear in the embedding."""
+    linear = means @ precision
+    return linear, -np.log(len(means)) - 0.5 * np.einsum("cd,cd->c", linear, means)
+
+
+def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
     """P (D, D), float64, of the scatter (D, D) of n_rows images about their class means; I if the scatter is zero.
 
     P = D * inv(scatter + tr(scatter) / (n_rows - 1) * I), as scatter = (n_rows - 1) Sigma.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reducers import Reducer
@@ -20,6 +21,7 @@ class SupportSet:
     class_offsets  (C + 1,) int64: class c owns the rows class_offsets[c]:class_offsets[c + 1]
     text           (C, D) float32, unit rows; None without class names
     tau            the CLIP's logit scale
+    projections    those of the CLIP, which the reducer "isoclip" needs; None for an encoder without them
     queries        (N, D): the same images with one view each, as queries have; leave-one-out scores these. None: the
                    rows of `embeddings`
 
@@ -35,6 +37,7 @@ class SupportSet:
     text: np.ndarray | None
     tau: float
     queries: Embeddings | None = None
+    projections: Projections | None = None
 
     @property
     def n_classes(self) -> int:

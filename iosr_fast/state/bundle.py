@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from iosr_fast.encoders.projections import read_projections
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
@@ -132,6 +133,7 @@ def load_bundle(
     verified.check(but=(SUPPORT, PLAN, PICTURES, f"{ENGINE}/{MANIFEST}"))
     try:
         state = state_from_files(facts, lambda name: verified.read(name) if name in verified.files else None)
+        state = replace(state, projections=read_projections(engine))
         views = facts.support_views()
     except ValueError as error:
         raise refused(verified, str(error)) from error

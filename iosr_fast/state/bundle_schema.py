@@ -14,6 +14,7 @@ from msgspec import Meta
 from iosr_fast.clip.tokenizer import Clean
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Interpolation, ResizeMode
+from iosr_fast.scoring.reducers import NAME
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.ids import uid_of
@@ -85,7 +86,7 @@ class StateFacts(Strict, frozen=True, kw_only=True):
     next: tuple[Natural, Natural]
     method: str
     parameters: dict[str, float]
-    reducer: Annotated[str, Meta(pattern=r"^(none|centre|pca|pca:[1-9][0-9]{0,5})\Z")]
+    reducer: Annotated[str, Meta(pattern=rf"^({NAME})\Z")]
     factor: Above0
     key_precision: KeyPrecision
     tau: Above0

@@ -15,6 +15,7 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.tune import Tuned, check_choice
 from iosr_fast.scoring.fields import RANGES
+from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.engine_choice import EngineChoice
@@ -112,6 +113,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
             "pretrained weights of its CLIP has one"
         )
     searched = is_searched(method, inputs.tune, parameters)
+    check_projections(inputs.reducer, clip.projections)
     # Later queries are single views, so that is what leave-one-out has to score.
     views = replace(inputs.views, single=searched and inputs.views.views > 1)
     embedded = clip.text.embed_classes(names, views.templates)
@@ -121,7 +123,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     if errors:
         _check_classes(method, examples.class_ids, names)
     examples = examples.rows(np.argsort(examples.class_ids, kind="stable"))
-    support = examples.as_support(range(len(names)), embedded, tau)
+    support = examples.as_support(range(len(names)), embedded, tau, clip.projections)
     with bar("tune", None, shown=inputs.progress and searched and bool(len(examples))):
         config, tuned = choose_config(
             method,
@@ -131,7 +133,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
             parameters=parameters,
             key_precision=inputs.key_precision,
         )
-    state = State.first(names, embedded, tau, examples, config)
+    state = State.first(names, embedded, tau, examples, config, projections=clip.projections)
     views = replace(views, single=examples.queries is not None)
     return Fit(clip, state, views, tuned, tuple(errors), inputs.integer_labels)
 

@@ -42,10 +42,12 @@ def reencode(
             encoder, images, labels, replace(views, thumbnail=0), names=state.class_names, step=step
         )
     examples = replace(examples, embeddings=encoded.embeddings, queries=encoded.queries)
-    config = state.config.fitted(examples.as_support(state.uids, state.text, state.tau))
+    config = state.config.fitted(examples.as_support(state.uids, state.text, state.tau, state.projections))
     numbers = (state.next_class, state.next_example)
     names, text, tau = state.class_names, state.text, state.tau
-    return State.first(names, text, tau, examples, config, None, state.uids, numbers, version)
+    return State.first(
+        names, text, tau, examples, config, None, state.uids, numbers, version, projections=state.projections
+    )
 
 
 def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = False) -> list[Any]:

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -48,6 +49,7 @@ class State:
     text               (C, D) float32, unit rows; tau is the CLIP's logit scale
     segments           the support images; `parts` are their cache terms, for an additive method
     plan               scores a batch
+    projections        those of the CLIP, for the reducer "isoclip", or None
     next_class, next_example  the numbers of the next class and the next support image
     moments            for "gda"; None until the first change
     deferred           whether `plan` is that of an earlier state, because further changes follow (`deferring`)
@@ -66,6 +68,7 @@ class State:
     next_example: int
     moments: Moments | None = None
     deferred: bool = False
+    projections: Projections | None = None
 
     @classmethod
     def first(
@@ -79,6 +82,7 @@ class State:
         uids: Sequence[int] | None = None,
         numbers: tuple[int, int] | None = None,
         version: int = 1,
+        projections: Projections | None = None,
     ) -> State:
         """The state of a fit; with `plan`, `uids` and `numbers`, that of a bundle, for which nothing is compiled."""
         owned = tuple(range(len(class_names)) if uids is None else uids)
@@ -103,6 +107,7 @@ class State:
             plan,
             next_class,
             next_example,
+            projections=projections,
         )
 
     @property
@@ -113,7 +118,7 @@ class State:
     @cached_property
     def support(self) -> SupportSet:
         """All active support images, sorted by class; computed at first use."""
-        return self.examples.as_support(self.uids, self.text, self.tau)
+        return self.examples.as_support(self.uids, self.text, self.tau, self.projections)
 
     @cached_property
     def examples(self) -> Examples:
@@ -245,18 +250,16 @@ class State:
 
     def with_config(self, config: MethodConfig) -> State:
         """The same classes and images with another method or other parameters; segments are joined."""
-        numbers = (self.next_class, self.next_example)
-        return State.first(
-            self.class_names, self.text, self.tau, self.examples, config, None, self.uids, numbers, self.version + 1
-        )
+        return self._first(config, None, self.version + 1)
 
     def joined(self) -> State:
         """The same state with one segment and one plan, bit-equal to that state saved and loaded."""
-        numbers = (self.next_class, self.next_example)
+        return self._first(self.config, self.whole_plan, self.version)
+
+    def _first(self, config: MethodConfig, plan: ScoringPlan | None, version: int) -> State:
+        numbers, known = (self.next_class, self.next_example), self.projections
         names, text, tau = self.class_names, self.text, self.tau
-        return State.first(
-            names, text, tau, self.examples, self.config, self.whole_plan, self.uids, numbers, self.version
-        )
+        return State.first(names, text, tau, self.examples, config, plan, self.uids, numbers, version, known)
 
     def _changed(self, added: Examples | None = None, taken: Examples | None = None, **fields: object) -> State:
         """A state with these fields and its plan. `added` and `taken` are the images that it gains and loses."""

@@ -26,6 +26,7 @@ N_QUERIES = 31
 PARAMETERS = {
     "tip-x": {"alpha": 2.0, "beta": 5.5, "gamma": 1.5},
     "ape": {"alpha": 3.0, "beta": 4.0, "gamma": 0.4},
+    "timo": {"alpha": 0.05, "gamma": 2.0},
     "gda": {"alpha": 0.05},
     "proker": {"alpha": 0.7, "beta": 1.3, "ridge": 0.2},
 }
@@ -59,18 +60,24 @@ def problem(kind: str, rng: np.random.Generator, counts: list[int], width: int =
     return make_support_set(images[: len(own)], own, text, 100.0), images[len(own) :]
 
 
-def moved(reducer: str, support: SupportSet, queries: Embeddings, which: str) -> tuple[Rows, Rows]:
-    """Keys and queries (float64) that meet each other, after the reducer's formula."""
-    keys, query = (getattr(e, which).astype(np.float64) for e in (support.embeddings, queries))
+def reduction(reducer: str, keys: Rows) -> Callable[[Rows], Rows]:
+    """The reducer's formula, fitted on keys (float64)."""
     if reducer == "none":
-        return keys, query
+        return lambda rows: rows
     mean = keys.mean(0)
     projection = np.eye(keys.shape[1])
     if reducer == "pca":
         rank = max(1, round(0.5 * min(keys.shape)))
         values, vectors = np.linalg.eigh((keys - mean).T @ (keys - mean))
         projection = vectors[:, np.argsort(-values)[:rank]] @ vectors[:, np.argsort(-values)[:rank]].T
-    return unit((keys - mean) @ projection.T), unit((query - mean) @ projection.T)
+    return lambda rows: unit((rows - mean) @ projection.T)
+
+
+def moved(reducer: str, support: SupportSet, queries: Embeddings, which: str) -> tuple[Rows, Rows]:
+    """Keys and queries (float64) that meet each other, after the reducer's formula."""
+    keys, query = (getattr(e, which).astype(np.float64) for e in (support.embeddings, queries))
+    move = reduction(reducer, keys)
+    return move(keys), move(query)
 
 
 def zero_shot(support: SupportSet, queries: Embeddings) -> Rows:
@@ -157,6 +164,17 @@ def gda(support: SupportSet, queries: Embeddings, keys: Rows, query: Rows, alpha
     return zero_shot(support, queries) + alpha * np.array([scores(x) for x in query])
 
 
+def timo(
+    support: SupportSet, queries: Embeddings, keys: Rows, query: Rows, alpha: float, gamma: float, text: Rows
+) -> Rows:
+    """Li et al., AAAI 2025, with one `text` a class: `gamma` (a whole number here) rows more in each class of GDA."""
+    means = [unit(sum(keys[support.labels == c])) for c in range(support.n_classes)]
+    instances = [text[c] * (means[c] @ text[c]) for c in range(support.n_classes) for _ in range(int(gamma))]
+    labels = np.concatenate([np.repeat(np.arange(support.n_classes), int(gamma)), support.labels])
+    scores = discriminant(np.concatenate([instances, keys]), labels, support.n_classes)
+    return zero_shot(support, queries) + alpha * np.array([scores(x) for x in query])
+
+
 def ridge_values(keys: Rows, residual: Rows, beta: float, ridge: float) -> Rows:
     kernel = np.array([[np.exp(-beta * (1 - a @ b)) for b in keys] for a in keys])
     return np.linalg.solve(kernel + ridge * np.eye(len(keys)), residual)
@@ -175,7 +193,7 @@ def proker(
     return logits
 
 
-PAPERS: dict[str, Callable[..., Rows]] = {"tip-x": tip_x, "ape": ape, "gda": gda, "proker": proker}
+PAPERS: dict[str, Callable[..., Rows]] = {"tip-x": tip_x, "timo": timo, "ape": ape, "gda": gda, "proker": proker}
 COUNTS = {"balanced": [4] * 6, "ragged": [3, 1, 5, 2, 2, 7], "one-shot": [1] * 6}
 
 
@@ -189,7 +207,11 @@ def test_logits_are_those_of_the_formula(
     support, queries = problem(kind, rng, COUNTS[counts])
     parameters = PARAMETERS[name.removesuffix("++")]
     keys, query = moved(reducer, support, queries, METHODS[name].which)
-    expected = PAPERS[name.removesuffix("++")](support, queries, keys, query, **parameters)
+    as_image = {}
+    if name.startswith("timo"):
+        rows = getattr(support.embeddings, METHODS[name].which).astype(np.float64)
+        as_image = {"text": reduction(reducer, rows)(support.text.astype(np.float64))}
+    expected = PAPERS[name.removesuffix("++")](support, queries, keys, query, **parameters, **as_image)
     plan = compile_method(name, support, reducer=reducer, **parameters)
     assert np.abs(expected - zero_shot(support, queries)).max() > 1e-2
     for impl in IMPLS:

@@ -29,7 +29,7 @@ from iosr_fast.evaluation.selection import method_names, table_rows
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.pretrained import cache_folder
 from iosr_fast.methods import METHODS
-from iosr_fast.scoring.reducers import check_reducer
+from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.utils.files import remove_leftovers
 from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.provenance import write_rows
@@ -73,7 +73,7 @@ def check_options(options: Options) -> list[str]:
     if AUTO in names:
         raise IosrFastError("expected --methods without auto: the paper's tables compare methods by name")
     for reducer in options.reducers:
-        check_reducer(reducer)
+        check_projections(reducer, None)  # embeddings are cached without the CLIP
     if options.runtime != "auto":
         choose_runtime(options.runtime)
     if options.model is None and options.data != [sets.DEMO]:
