@@ -21,6 +21,8 @@ from iosr_fast.kernels.device import (
 )
 from iosr_fast.kernels.launch import Config, config_for, load_of
 from iosr_fast.scoring.device_plan import on_gpu
+from iosr_fast.scoring.fields import EMBEDDINGS
+from iosr_fast.scoring.torch_scorer import add_linear_term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +57,9 @@ def score_triton(
     "triton/dense"    keys with values in place of classes: dense_values
     "triton/no-keys"  the plan has no cache term
 
-    The affine terms are computed in float32 (3xTF32); PyTorch adds a linear term over the distribution over texts,
-    which is C + 1 channels wide. The cache term rounds queries to the keys' half type (float16 for int8) and sums in
-    float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split") and `config` override the automatic
+    The affine terms are computed in float32 (3xTF32); PyTorch adds a linear term over another feature than one
+    embedding, which has another width. The cache term rounds queries to the keys' half type (float16 for int8) and sums
+    in float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split") and `config` override the automatic
     choices, for tests and tuning. Raises ValueError for another path, or for any if the keys have values.
     Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
     """
@@ -113,11 +115,11 @@ def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config
     if not n_queries or (plan.text is None and plan.linear is None and plan.bias is None):
         return torch.zeros((n_queries, n_classes), dtype=torch.float32, device=plan.device)
     logits = torch.empty((n_queries, n_classes), dtype=torch.float32, device=plan.device)
+    # The kernel expects rows as wide as an embedding.
+    linear = plan.linear if plan.feature in EMBEDDINGS else None
     rows, feature = plain.float().contiguous(), plain
-    if plan.linear is not None:
+    if linear is not None:
         feature = plan.feature_rows(plain, adapted)
-    # The kernel expects rows as wide as an embedding; a distribution over texts isn't.
-    linear = plan.linear if plan.feature != "text-distribution" else None
     config = config or config_for(gpu_name(plan.device), "affine", "fp32", load_of(n_queries))
     affine_kernel[_blocks(n_queries, config) * -(-n_classes // config.block_n),](
         rows,
@@ -136,7 +138,7 @@ def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config
         **config.meta(),
     )
     if plan.linear is not None and linear is None:
-        logits.addmm_(feature, plan.linear.T)
+        add_linear_term(plan, plain, adapted, logits)
     return logits
 
 

@@ -30,6 +30,9 @@ EXTENDED: dict[str, dict[str, Any]] = {
     "values alone": {"dense": True, "terms": ("cache",), "query": "plain"},
     "values unweighted": {"dense": True, "weighted": False, "terms": ("text", "cache")},
     "distribution": {"feature": "text-distribution", "terms": ("text", "linear")},
+    "both": {"feature": "both", "terms": ("linear",)},
+    "both and values": {"feature": "both", "dense": True, "query": "plain", "weighted": False, "beta": 1.0},
+    "both reduced": {"feature": "both", "reducer": "centre"},
     "gda": {"reducer": "centre", "feature": "adapted", "terms": ("text", "linear")},
     "tip-x": {"reducer": "centre", "feature": "text-distribution", "weighted": False},
     "ape": {"reducer": "diagonal", "query": "plain", "terms": ("text", "cache")},
@@ -86,7 +89,8 @@ def random_plan(
         if weighted:
             parts["weights"] = rng.uniform(0.1, 3.0, n_keys)
     if "linear" in terms:
-        parts["linear"] = rng.standard_normal((n_classes, n_classes + 1 if feature == "text-distribution" else width))
+        channels = {"both": 2 * width, "text-distribution": n_classes + 1}.get(feature, width)
+        parts["linear"] = rng.standard_normal((n_classes, channels))
         parts["bias"] = rng.standard_normal(n_classes)
     if reducer is not None:
         parts["reducer"] = random_reducer(rng, reducer, width)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.cuda_layout import PART_SCALE_UP, ClassLayout, class_layout, padded, query_parts, split_rows
 from iosr_fast.scoring.device_plan import cached, on_gpu
+from iosr_fast.scoring.fields import EMBEDDINGS
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
     in memory (except tiles of the affinity with "dense-torch"). Sums of classes that span several runs of 64 keys are
     stored, in at most 64 MB, and merged in order: equal calls give equal bits. The linear terms keep float32's
     precision: float32 queries, including those that a reducer has converted, take fused multiply-adds, half ones the
-    tensor cores ("cuda/linear-mma"). PyTorch adds a linear term over the distribution over texts.
+    tensor cores ("cuda/linear-mma"). PyTorch adds a linear term over another feature than one embedding.
 
     The first call for a plan reads back whether classes are empty or large and how large its rows are, and caches that;
     later calls neither wait for the device nor read from it. A CUDA graph may record even the first call, which then
@@ -63,7 +64,7 @@ def score_cuda(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> tuple
         return logits, "cuda/empty"
     with on_gpu(plan.device):
         path = _run_kernels(plan, plain, adapted, logits)
-    if plan.linear is not None and plan.feature == "text-distribution":
+    if plan.linear is not None and plan.feature not in EMBEDDINGS:
         add_linear_term(plan, plain, adapted, logits)
     if plan.values is not None:
         add_cache_term(plan, plain, adapted, logits)
@@ -148,12 +149,12 @@ def _linear_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None) -> _L
     """The text and linear terms. Half queries multiply rows that are split into two float16 matrices, on the tensor
     cores; float32 queries multiply the rows.
 
-    A linear term over the distribution over texts has another width than an embedding and is left out.
+    A linear term over another feature than one embedding has another width and is left out.
     """
     import torch
 
     terms = [] if plan.text is None else [(plan.text, plain, plan.tau)]
-    if plan.linear is not None and plan.feature != "text-distribution":
+    if plan.linear is not None and plan.feature in EMBEDDINGS:
         terms.append((plan.linear, plan.feature_rows(plain, adapted), 1.0))
     narrow = all(queries.dtype != torch.float32 for _, queries, _ in terms)
     split = [cached(rows, "split", functools.partial(split_rows, rows)) for rows, _, _ in terms] if narrow else []

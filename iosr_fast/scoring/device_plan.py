@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.scoring.fields import ARRAYS, CONSTANT_NAMES, PlanTerms
+from iosr_fast.scoring.fields import ARRAYS, CONSTANT_NAMES, EMBEDDINGS, PlanTerms
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.utils.require import require
 
@@ -72,11 +72,13 @@ class DevicePlan(PlanTerms):
         return moved.to(torch.bfloat16 if self.keys.dtype == torch.bfloat16 else torch.float16)
 
     def feature_rows(self, plain: Tensor, adapted: Tensor | None) -> Tensor:
-        """The features of the linear term: the given rows (B, D), or those reduced, float32; or, for a text
-        distribution, [s, H], (B, C + 1) float32, with s = softmax(<plain, text> / temperature) and H = sum of
-        s * log(C s)."""
+        """The features of the linear term: the given rows (B, D), or those reduced, float32; for "both", plain and
+        adapted rows of this kind side by side, (B, 2 D); or, for a text distribution, [s, H], (B, C + 1) float32, with
+        s = softmax(<plain, text> / temperature) and H = sum of s * log(C s)."""
         import torch
 
+        if self.feature == "both":
+            return torch.cat([self._reduced(_rows(which, plain, adapted)) for which in EMBEDDINGS], dim=1)
         if self.feature != "text-distribution":
             return self._reduced(_rows(self.feature, plain, adapted))
         assert self.text is not None

@@ -73,7 +73,7 @@ CONSTANTS = (
     ConstantField("beta", float, (0.0, 1000.0)),
     ConstantField("temperature", float, (0.01, 100.0)),
     ConstantField("query", str, choices=EMBEDDINGS),
-    ConstantField("feature", str, choices=(*EMBEDDINGS, "text-distribution")),
+    ConstantField("feature", str, choices=(*EMBEDDINGS, "both", "text-distribution")),
 )
 ARRAY_NAMES = tuple(field.name for field in ARRAYS)
 CONSTANT_NAMES = tuple(field.name for field in CONSTANTS)
@@ -96,7 +96,7 @@ class PlanTerms:
         read = {
             "plain" if self.text is not None else None,
             self.query if self.keys is not None else None,
-            self.feature if self.linear is not None else None,
+            *(() if self.linear is None else EMBEDDINGS if self.feature == "both" else (self.feature,)),
         }
         return tuple(name for name in EMBEDDINGS if name in read)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iosr_fast.scoring.fields import ARRAYS
+from iosr_fast.scoring.fields import ARRAYS, EMBEDDINGS
 from iosr_fast.scoring.precision import key_rows
 from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE
 
@@ -19,25 +19,26 @@ _KEYS_PER_TILE = 4096
 _QUERIES_PER_TILE = 1024
 
 
-def _rows(embeddings: Embeddings, which: str) -> np.ndarray:
+def _reduced_rows(plan: ScoringPlan, embeddings: Embeddings, which: str) -> np.ndarray:
     rows = embeddings.plain if which == "plain" else embeddings.adapted
     assert isinstance(rows, np.ndarray)  # guaranteed by scoring_inputs()
-    return rows
+    return rows if plan.reducer is None else plan.reducer(rows)
 
 
 def query_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     """The queries (B, D) float32 of the cache term, after the plan's reducer and before its query_transform."""
-    rows = _rows(embeddings, plan.query)
-    return rows if plan.reducer is None else plan.reducer(rows)
+    return _reduced_rows(plan, embeddings, plan.query)
 
 
 def feature_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    """The features of the linear term: (B, D) float32, or (B, C + 1) for the distribution over texts."""
+    """The features of the linear term: (B, D) float32, (B, 2 D) for both embeddings, (B, C + 1) for the distribution
+    over texts."""
     if plan.feature == "text-distribution":
         assert plan.text is not None
         return text_distribution(embeddings.plain @ plan.text.T, plan.temperature)
-    rows = _rows(embeddings, plan.feature)
-    return rows if plan.reducer is None else plan.reducer(rows)
+    if plan.feature == "both":
+        return np.concatenate([_reduced_rows(plan, embeddings, which) for which in EMBEDDINGS], axis=1)
+    return _reduced_rows(plan, embeddings, plan.feature)
 
 
 def text_distribution(cosines: np.ndarray, temperature: float) -> np.ndarray:
@@ -102,15 +103,14 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
 
 def kernel_has_all_terms(plan: ScoringPlan) -> bool:
     """Whether the C++ kernel computes the whole plan, from the embeddings as they are."""
-    distribution = plan.linear is not None and plan.feature == "text-distribution"
-    return plan.reducer is None and plan.values is None and not distribution
+    return plan.reducer is None and plan.values is None and (plan.linear is None or plan.feature in EMBEDDINGS)
 
 
 def bound_plan(plan: ScoringPlan) -> Any:
     """The plan's terms that the C++ kernel computes as _C.BoundPlan, which is cached with the plan."""
     bound = vars(plan).get("_bound")
     if bound is None:
-        left_out = {"values", "linear"} if plan.feature == "text-distribution" else {"values"}
+        left_out = {"values"} if plan.feature in EMBEDDINGS else {"values", "linear"}
         terms = ("text", "linear") if plan.class_offsets is None else ("text", "cache", "linear")
         arrays = {field.name: field.of(plan) for field in ARRAYS if field.term in terms and field.name not in left_out}
         bound = vars(plan)["_bound"] = _bind(plan, plan.n_classes, plan.alpha, arrays)
@@ -144,15 +144,15 @@ def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, st
     """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets.
 
     NumPy applies a reducer, and adds two terms: the product of the kernel's affinities with dense values, and a linear
-    term over the distribution over texts.
+    term over another feature than one embedding.
     """
-    distribution = plan.feature == "text-distribution"
     query = None if plan.keys is None else query_rows(plan, embeddings)
-    feature = None if plan.linear is None or distribution else feature_rows(plan, embeddings)
+    feature = None if plan.linear is None else feature_rows(plan, embeddings)
+    in_kernel = feature if plan.feature in EMBEDDINGS else None
     # scoring_inputs() has checked the embeddings.
-    logits, path = bound_plan(plan)(embeddings.plain, embeddings.adapted, False, query, feature)
-    if plan.linear is not None and distribution:
-        logits += feature_rows(plan, embeddings) @ plan.linear.T
+    logits, path = bound_plan(plan)(embeddings.plain, embeddings.adapted, False, query, in_kernel)
+    if plan.linear is not None and in_kernel is None:
+        logits += feature @ plan.linear.T
     if plan.values is not None:
         assert query is not None
         affinities = _affinities(plan)

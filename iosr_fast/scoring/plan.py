@@ -15,7 +15,7 @@ from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.scoring.validation import check_number, check_size, check_unit_rows, frozen
 
 Which = Embedding
-Feature = Literal["plain", "adapted", "text-distribution"]
+Feature = Literal["plain", "adapted", "both", "text-distribution"]
 
 _RESCALE = "scale tau, alpha, linear and bias down together: labels stay the same"
 
@@ -39,10 +39,11 @@ class ScoringPlan(PlanTerms):
     class_offsets  (C + 1,) int64; class c owns keys[class_offsets[c]:class_offsets[c + 1]], possibly none
     weights        (N,) float32; None means all ones
     values         (N, C) float32, in place of class_offsets: a row of class values for each key
-    linear, bias   (C, D) and (C,) float32
+    linear, bias   (C, D), with another number of channels for some features, and (C,) float32
     query, feature the embedding that is compared with the keys, and the one that the linear term reads
     reducer        applied to both of these embeddings before they are read; the keys are stored reduced
-    feature        may also be "text-distribution": [s, H] with s = softmax(<plain, text> / temperature) and H = sum of
+    feature        may also be "both": [plain, adapted], each reduced, so that linear is (C, 2 D); or
+                   "text-distribution": [s, H] with s = softmax(<plain, text> / temperature) and H = sum of
                    s * log(C s), C + 1 channels, so that linear is (C, C + 1)
     query_transform (D, D) float32; query_transform @ query[b] is compared with the keys in place of query[b], and
                    keys[j] @ query_transform are the unit rows
@@ -115,7 +116,7 @@ class ScoringPlan(PlanTerms):
     @property
     def width(self) -> int:
         """D, the number of channels of an embedding."""
-        return int(next(iter(self._matrices().values())).shape[1])
+        return next(iter(self._widths().values()))
 
     @property
     def key_precision(self) -> Precision | None:
@@ -179,10 +180,14 @@ class ScoringPlan(PlanTerms):
         weights = float(n_keys if self.weights is None else np.abs(self.weights).sum(dtype=np.float64))
         return weights * (1.0 if self.values is None else float(np.abs(self.values).max()))
 
-    def _matrices(self) -> dict[str, np.ndarray]:
-        """The arrays that are as wide as an embedding."""
+    def _widths(self) -> dict[str, int]:
+        """D by each array that is as wide as an embedding; by a linear term over two if there is no other."""
         names = ("text", "keys", "linear") if self.feature in EMBEDDINGS else ("text", "keys")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        arrays = {name: getattr(self, name) for name in names}
+        widths = {name: array.shape[1] for name, array in arrays.items() if array is not None and array.ndim == 2}
+        if not widths and self.feature == "both" and self.linear is not None and self.linear.ndim == 2:
+            return {"linear": self.linear.shape[1] // 2}
+        return widths
 
     def _freeze_arrays(self) -> None:
         for field in ARRAYS:
@@ -196,10 +201,9 @@ class ScoringPlan(PlanTerms):
             object.__setattr__(self, field.name, frozen(field.name, value, dtype))
 
     def _check_shapes(self) -> None:
-        matrices = self._matrices()
-        if not matrices:
+        if self.text is None and self.keys is None and self.linear is None:
             raise IosrFastError("expected at least one term: give text, keys (with class_offsets) or linear; got none")
-        widths = {name: array.shape[1] for name, array in matrices.items() if array.ndim == 2}
+        widths = self._widths()
         if len(set(widths.values())) > 1:
             raise IosrFastError(
                 f"expected text, keys and linear of one width, got {widths}; take them from one encoder"
@@ -207,7 +211,7 @@ class ScoringPlan(PlanTerms):
         width = next(iter(widths.values()), 0)
         sizes = {"C": self.n_classes, "C + 1": self.n_classes + 1, "D": width}
         sizes["N"] = 0 if self.keys is None else len(self.keys)
-        sizes["F"] = width if self.feature in EMBEDDINGS else self.n_classes + 1
+        sizes["F"] = {"both": 2 * width, "text-distribution": self.n_classes + 1}.get(self.feature, width)
         for field in ARRAYS:
             array, shape = field.of(self), tuple(sizes[axis] for axis in field.shape)
             if array is not None and field.term != "reducer" and array.shape != shape:

@@ -63,6 +63,8 @@ def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
             share = softmax(rows("plain") @ plan.text.T.astype(np.float64) / plan.temperature)
             negentropy = share * np.log(plan.n_classes * np.maximum(share, 1e-300))
             feature = np.concatenate([share, negentropy.sum(1, keepdims=True)], axis=1)
+        elif plan.feature == "both":
+            feature = np.concatenate([reduced(rows("plain")), reduced(rows("adapted"))], axis=1)
         else:
             feature = reduced(rows(plan.feature))
         logits += feature @ plan.linear.T.astype(np.float64)

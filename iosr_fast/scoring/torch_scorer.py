@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from iosr_fast.scoring.fields import EMBEDDINGS
+
 if TYPE_CHECKING:
     from iosr_fast.scoring.device_plan import DevicePlan
 
@@ -45,23 +47,23 @@ def score_torch(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | N
 
 def add_cache_term(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None, logits: torch.Tensor) -> None:
     """logits (B, C) += the cache term of score_torch."""
-    step = 1024 if plan.values is not None else max(1, min(1024, _SUMS // plan.n_classes))
+    step = 1024 if plan.values is not None else min(1024, _SUMS // plan.n_classes)
     for block in _blocks(len(plain), step):
         query = plan.query_rows(plain[block], None if adapted is None else adapted[block])
         _add_tiles(plan, query, logits[block])
 
 
 def add_linear_term(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor | None, logits: torch.Tensor) -> None:
-    """logits (B, C) += feature @ linear', in float32; in blocks of queries if a feature has C channels."""
+    """logits (B, C) += feature @ linear', in float32; in blocks of queries if a feature is more than an embedding."""
     assert plan.linear is not None
-    wide = plan.feature == "text-distribution"
-    for block in _blocks(len(plain), max(1, _SUMS // plan.n_classes) if wide else len(plain)):
+    for block in _blocks(len(plain), len(plain) if plan.feature in EMBEDDINGS else _SUMS // plan.linear.shape[1]):
         feature = plan.feature_rows(plain[block], None if adapted is None else adapted[block])
         logits[block].addmm_(feature.float(), plan.linear.T)
 
 
 def _blocks(n_queries: int, step: int) -> Iterator[slice]:
-    for first in range(0, n_queries, max(1, step)):
+    step = max(1, step)
+    for first in range(0, n_queries, step):
         yield slice(first, first + step)
 
 

@@ -14,6 +14,7 @@ from msgspec import Meta
 from iosr_fast.clip.tokenizer import Clean
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Interpolation, ResizeMode
+from iosr_fast.scoring.plan import Feature
 from iosr_fast.scoring.reducers import NAME
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 from iosr_fast.state.engine_choice import EngineChoice
@@ -55,7 +56,7 @@ class PlanConstants(Strict, frozen=True, kw_only=True):
     beta: Annotated[float, Meta(ge=0)]
     temperature: Above0
     query: Literal["plain", "adapted"]
-    feature: Literal["plain", "adapted", "text-distribution"]
+    feature: Feature
     cache: Literal["none", "dense", "classes"]
     keys: Literal["none", "support", "stored"]
 
@@ -148,7 +149,7 @@ def _form(dtype: str, *shape: str, needed: bool = False, unit: bool = False) -> 
     return Form((dtype,), (shape,), needed, unit)
 
 
-# C classes, N support images, D channels, C1 = C + 1, B bytes of pictures.
+# C classes, N support images, D channels, C1 = C + 1, D2 = 2 D, B bytes of pictures.
 SUPPORT_ARRAYS = {
     "text": _form("float32", "C", "D", needed=True, unit=True),
     "owners": _form("int64", "N", needed=True),
@@ -166,7 +167,7 @@ PLAN_ARRAYS = {
     "query_transform": _form("float32", "D", "D"),
     "weights": _form("float32", "N"),
     "values": _form("float32", "N", "C"),
-    "linear": Form(("float32",), (("C", "D"), ("C", "C1"))),
+    "linear": Form(("float32",), (("C", "D"), ("C", "D2"), ("C", "C1"))),
     "bias": _form("float32", "C"),
     "reducer.shift": _form("float32", "D"),
     "reducer.projection": _PROJECTION,

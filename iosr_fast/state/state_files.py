@@ -151,6 +151,7 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             )
     sizes = {"C": len(names), "C1": len(names) + 1}
     arrays = _arrays(SUPPORT, read, SUPPORT_ARRAYS, sizes)
+    sizes["D2"] = 2 * sizes["D"]
     derived = _arrays(PLAN, read, PLAN_ARRAYS, sizes)
     pictures = _arrays(PICTURES, read, PICTURE_ARRAYS, sizes)
     with _naming(PICTURES):

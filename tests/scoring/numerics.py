@@ -90,6 +90,8 @@ def _onehot(plan: ScoringPlan) -> np.ndarray:
 
 
 def _eager_feature(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
+    if plan.feature == "both":
+        return np.concatenate([_rows(plan, embeddings, which) for which in ("plain", "adapted")], axis=1)
     if plan.feature != "text-distribution":
         return _rows(plan, embeddings, plan.feature)
     powers = np.exp(embeddings.plain @ plan.text.T / np.float32(plan.temperature))
@@ -149,10 +151,11 @@ def _members(plan: ScoringPlan) -> np.ndarray:
 
 
 def linear_size(plan: ScoringPlan) -> float:
-    """A bound of the linear term: shares of C texts have a norm of at most 1, and their entropy is at most log(C)."""
+    """A bound of the linear term: two embeddings have a norm of sqrt(2), shares of C texts one of at most 1, and their
+    entropy is at most log(C)."""
     if plan.linear is None:
         return 0.0
-    feature = 1.0 if plan.feature != "text-distribution" else np.hypot(1.0, np.log(plan.n_classes))
+    feature = {"both": np.sqrt(2.0), "text-distribution": np.hypot(1.0, np.log(plan.n_classes))}.get(plan.feature, 1.0)
     return float(feature * np.linalg.norm(plan.linear, axis=1).max())
 
 

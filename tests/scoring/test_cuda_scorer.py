@@ -24,6 +24,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import cuda_scorer as cuda
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.device_plan import _derived, device_plan
+from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
 from tests.conftest import EXTENDED, REDUCERS, random_embeddings, random_plan, random_reducer, unit_rows
@@ -104,7 +105,8 @@ def extended_path(plan: ScoringPlan, queries: str, batch: int) -> str:
     if plan.keys is not None:
         met = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[meeting(plan, queries)]
         return expected_path(str(plan.key_precision), met if moved else queries, batch)
-    halves = queries != "fp32" and (not moved or plan.feature == "text-distribution")
+    in_kernel = plan.text is not None or plan.feature in EMBEDDINGS
+    halves = queries != "fp32" and in_kernel and (not moved or plan.feature not in EMBEDDINGS)
     return f"cuda/linear{'-mma' if halves else ''}{'-small' if batch <= 16 else ''}"
 
 

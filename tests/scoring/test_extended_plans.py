@@ -1,4 +1,5 @@
-"""Plans with a reducer, dense values or a linear term over the distribution over texts, on every path without a GPU."""
+"""Plans with a reducer, dense values, or a linear term over both embeddings or the distribution over texts, on every
+path without a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def test_odd_shapes(name: str, precision: Precision, rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("name", ["values", "tip-x", "all"])
+@pytest.mark.parametrize("name", ["values", "both and values", "tip-x", "all"])
 @pytest.mark.parametrize("shape", [(65, 4200, 17), (1030, 33, 9)])
 def test_more_than_one_tile(
     name: str, shape: tuple[int, int, int], precision: Precision, rng: np.random.Generator
@@ -81,6 +82,22 @@ def test_a_reducer_leaves_what_meets_text_alone(path: str, rng: np.random.Genera
 
 
 @each_path
+@pytest.mark.parametrize("reducer", [None, "projection"])
+def test_both_embeddings_are_one_linear_term_after_the_other(
+    path: str, reducer: str | None, rng: np.random.Generator
+) -> None:
+    plan = random_plan(rng, [1] * 9, 33, ("linear",), feature="both", reducer=reducer)
+    assert plan.width == 33 and plan.embeddings_read == ("plain", "adapted")
+    plain = replace(plan, feature="plain", linear=plan.linear[:, :33], bias=None)
+    adapted = replace(plan, feature="adapted", linear=plan.linear[:, 33:])
+    embeddings = random_embeddings(rng, 5, 33)
+    expected = run_path(path, plain, embeddings) + run_path(path, adapted, embeddings)
+    np.testing.assert_allclose(run_path(path, plan, embeddings), expected, atol=2e-5)
+    with pytest.raises(ValueError, match="adapted embeddings, which this plan reads, got None"):
+        run_path(path, plan, Embeddings(embeddings.plain))
+
+
+@each_path
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 30.0])
 def test_temperatures(path: str, temperature: float, rng: np.random.Generator) -> None:
     plan = random_plan(rng, [1] * 9, 33, ("text", "linear"), feature="text-distribution")
@@ -117,9 +134,12 @@ def test_the_reference_is_the_extended_formula_by_hand() -> None:
         np.testing.assert_allclose(run_path(path, plan, embeddings), [expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["reducer", "values", "temperature", "linear"])
-def test_the_yardstick_sees_each_part_of_an_extended_plan(part: str, rng: np.random.Generator) -> None:
-    plan = random_plan(rng, [3, 2], 16, dense=True, reducer="centre", feature="text-distribution")
+@pytest.mark.parametrize(
+    ("part", "feature"),
+    [(part, "text-distribution") for part in ("reducer", "values", "temperature", "linear")] + [("linear", "both")],
+)
+def test_the_yardstick_sees_each_part_of_an_extended_plan(part: str, feature: str, rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [3, 2], 16, dense=True, reducer="centre", feature=feature)
     embeddings = random_embeddings(rng, 5, 16)
     changed = {
         "reducer": Reducer(1.01 * plan.reducer.shift),

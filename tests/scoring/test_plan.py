@@ -54,7 +54,7 @@ BAD_PLANS = {
     "alpha NaN": ({"alpha": float("nan")}, "alpha from -1e.15 to 1e.15, got nan"),
     "unknown query": ({"query": "both"}, '"plain" or "adapted"'),
     "query of a feature": ({"query": "text-distribution"}, '"plain" or "adapted", got .text-distribution'),
-    "unknown feature": ({"feature": "both"}, '"plain", "adapted" or "text-distribution", got .both'),
+    "unknown feature": ({"feature": "all"}, '"plain", "adapted", "both" or "text-distribution", got .all'),
     "int8 keys without scales": ({"keys": CODES}, r"key_scales with int8 keys, got none; plan.with_key_precision"),
     "scales of another length": ({"keys": CODES, "key_scales": np.ones(4)}, r"key_scales of shape \(5,\), got \(4,\)"),
     "scales of zero": ({"keys": CODES, "key_scales": np.zeros(5)}, "key_scales > 0, got 0"),
@@ -76,6 +76,12 @@ BAD_PLANS = {
     "reducer of another width": ({"reducer": Reducer(np.zeros(9))}, "a reducer of 8 channels, got one of 9"),
     "projection of another width": ({"reducer": Reducer(None, np.eye(7))}, "a reducer of 8 channels, got one of 7"),
     "linear over embeddings alone": ({"feature": "text-distribution"}, r"linear of shape \(3, 4\), got \(3, 8\)"),
+    "linear over one embedding of two": ({"feature": "both"}, r"linear of shape \(3, 16\), got \(3, 8\)"),
+    "linear over half a channel": (
+        {"feature": "both", "linear": np.ones((3, 5)), **dict.fromkeys(("text", "keys", "class_offsets", "weights"))},
+        r"linear of shape \(3, 4\), got \(3, 5\)",
+    ),
+    "linear over both, one-dimensional": ({"feature": "both", "linear": np.ones(16)}, r"\(3, 16\), got \(16,\)"),
     "linear over texts alone": ({"linear": np.ones((3, 4))}, "one width, got .*'linear': 4"),
     "a distribution over no texts": (
         {"text": None, "linear": np.ones((3, 4)), "feature": "text-distribution"},

@@ -238,7 +238,7 @@ def test_every_tile_of_keys_and_queries_is_summed(
         for name in ("_TILE", "_KEY_TILE", "_SUMS"):
             monkeypatch.setattr(torch_scoring, name, elements)
         for counts in ([5, 0, 0, 9, 1, 0], [0, 0, 17], [1] * 11, [30]):
-            for parts in ({}, EXTENDED["values"], EXTENDED["tip-x"]):
+            for parts in ({}, EXTENDED["values"], EXTENDED["both"], EXTENDED["tip-x"]):
                 plan = random_plan(rng, counts, 10, **parts, precision=precision)
                 assert_close_to_truth("torch/cpu", plan, random_embeddings(rng, 7, 10))
 

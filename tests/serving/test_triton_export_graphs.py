@@ -135,6 +135,7 @@ def test_only_what_a_term_reads_is_an_input(rng: np.random.Generator) -> None:
         (("cache",), {"query": "adapted"}, ["ADAPTED"]),
         (("linear",), {"feature": "adapted"}, ["ADAPTED"]),
         (("cache", "linear"), {"query": "plain", "feature": "adapted"}, ["PLAIN", "ADAPTED"]),
+        (("linear",), {"feature": "both"}, ["PLAIN", "ADAPTED"]),
         (("text", "linear"), {"feature": "text-distribution"}, ["PLAIN"]),
     ):
         assert scoring_inputs(random_plan(rng, [2, 2], 8, terms, **options)) == expected  # type: ignore[arg-type]

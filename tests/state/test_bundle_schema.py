@@ -215,6 +215,7 @@ PLAN: dict[str, Callable[[Arrays], dict[str, np.ndarray | None]]] = {
     "an infinite shift": lambda a: {"plan_reducer.shift": a["plan_reducer.shift"] * np.float32(np.inf)},
     "no shift": lambda a: {"reducer.shift": None},
     "weights with NaN": lambda a: {"weights": np.full(15, np.nan, np.float32)},
+    "a linear term over three embeddings": lambda a: {"linear": np.repeat(a["keys"][:5], 3, axis=1)},
     "an unknown array": lambda a: {"colour": a["keys"]},
 }
 ARRAYS = {
@@ -236,6 +237,19 @@ def test_arrays_that_no_classifier_has_are_refused(what: str, bundle: Path) -> N
             ValueError, match=rf"not a complete classifier: ({name}|plan\.safetensors): .*save it again"
         ):
             load_bundle(bundle, verify)
+
+
+def test_a_linear_term_over_both_embeddings_is_read(bundle: Path) -> None:
+    arrays = load_file(bundle / "plan.safetensors")
+    linear = np.repeat(arrays["keys"][:5], 2, axis=1)
+    save_file({**arrays, "linear": linear}, bundle / "plan.safetensors")
+    sign_again(bundle, **part("plan", feature="both")(json.loads((bundle / "manifest.json").read_bytes())))
+    plan = load_bundle(bundle).state.whole_plan
+    assert plan.feature == "both" and plan.embeddings_read == ("plain", "adapted")
+    np.testing.assert_array_equal(plan.linear, linear)
+    sign_again(bundle, **part("plan", feature="plain")(json.loads((bundle / "manifest.json").read_bytes())))
+    with pytest.raises(ValueError, match=r"plan\.safetensors: expected text, keys and linear of one width"):
+        load_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", ["support", "plan", "pictures"])

@@ -58,8 +58,8 @@ def rounding(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:
         cache = replace(plan, text=None, linear=None, bias=None, feature="plain", **sizes)
         size += np.abs(score(cache, queries)).max(1)
     if plan.linear is not None:
-        feature = 1.0 if plan.feature != "text-distribution" else np.hypot(1.0, np.log(plan.n_classes))
-        size += feature * np.linalg.norm(plan.linear, axis=1).max()
+        norms = {"both": np.sqrt(2.0), "text-distribution": np.hypot(1.0, np.log(plan.n_classes))}
+        size += norms.get(plan.feature, 1.0) * np.linalg.norm(plan.linear, axis=1).max()
     size += 0.0 if plan.bias is None else np.abs(plan.bias).max()
     return (256 + 16 * plan.beta) * float(np.finfo(np.float32).eps) * size
 

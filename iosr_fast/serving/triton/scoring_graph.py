@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
 from iosr_fast.serving.triton.graph import Graph
@@ -164,7 +165,13 @@ class _ScoringGraph:
         """<feature, linear>, (B, C)."""
         plan = self.plan
         assert plan.linear is not None
-        feature = self._text_distribution() if plan.feature == "text-distribution" else self._reduce(plan.feature)
+        if plan.feature == "text-distribution":
+            feature = self._text_distribution()
+        elif plan.feature == "both":
+            halves = (self._reduce(which) for which in EMBEDDINGS)
+            feature = self.graph.add("Concat", *halves, name="both_embeddings", axis=1)
+        else:
+            feature = self._reduce(plan.feature)
         return self.graph.add("Gemm", feature, self._float("linear", plan.linear), name="linear_term", transB=1)
 
     def _text_distribution(self) -> str:
