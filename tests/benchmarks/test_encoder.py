@@ -35,7 +35,7 @@ def test_flops_are_those_that_pytorch_counts(first: int | None) -> None:
 @pytest.fixture
 def small(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny CLIP, a ceiling that takes no time, and torch.compile without its compiler, which takes seconds."""
-    monkeypatch.setattr(encoder, "load_clip", lambda *_: small_clip())
+    monkeypatch.setattr(encoder, "load_clip", lambda *_: small_clip(layers=2))
     best_gemm = ceilings.best_gemm
     monkeypatch.setattr(ceilings, "best_gemm", lambda threads: best_gemm(threads, size=64, repeats=1))
     monkeypatch.setattr(harness, "PAUSE_S", 0)

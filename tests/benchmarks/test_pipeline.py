@@ -26,7 +26,7 @@ PICTURES = 8
 @pytest.fixture
 def small(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "PAUSE_S", 0)
-    monkeypatch.setattr(pipeline, "load_clip", lambda *_: small_clip())
+    monkeypatch.setattr(pipeline, "load_clip", lambda *_: small_clip(layers=2))
     monkeypatch.setattr(pipeline, "RIVALS_BATCH", 3)
 
 

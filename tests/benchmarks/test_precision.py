@@ -31,7 +31,7 @@ def emoji(count: int) -> np.ndarray:
 @pytest.fixture
 def small(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = emoji(60)
-    monkeypatch.setattr(precision, "load_clip", lambda *_: small_clip())
+    monkeypatch.setattr(precision, "load_clip", lambda *_: small_clip(layers=2))
     monkeypatch.setattr(precision, "pictures_of", lambda clip: (pictures[:40], pictures[40:]))
     best_gemm = ceilings.best_gemm
     monkeypatch.setattr(ceilings, "best_gemm", lambda threads: best_gemm(threads, size=64, repeats=1))

@@ -15,7 +15,7 @@ from tests.clip.small_clip import small_clip
 
 @pytest.mark.slow
 def test_time_by_batch(cached_exports: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "load_clip", lambda *_: small_clip())
+    monkeypatch.setattr(scaling, "load_clip", lambda *_: small_clip(layers=2))
     monkeypatch.setattr(harness, "PAUSE_S", 0)
     made = scaling.encoders("Small", 1, (1, 3), threads=1, repeats=1)
     assert {row["case"] for row in made} == {"small-b1-s1", "small-b3-s1"}
