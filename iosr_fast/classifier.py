@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Encoder
+from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.optimizing import Optimizing
-from iosr_fast.state.predictions import Prediction, predict, softmax
+from iosr_fast.state.predictions import Prediction, predict, predict_jointly, softmax
 from iosr_fast.state.saving import Saving
 
 # The parameters that choose what is opened; the others are those of a fit.
@@ -250,6 +252,21 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         """softmax of the logits, (B, C) float32, columns in the order of `classes_`."""
         return softmax(self._logits(self._fitted(), images))
 
+    def predict_jointly(self, images: Any) -> JointPrediction:
+        """Probabilities (B, C) of images that are classified together: means and covariance of the classes are
+        estimated on support images and these images (methods.joint.predict_jointly), which gains most with few shots
+        and many images. The result's `labels` are out of `classes_`.
+
+        Support images are left out and hidden among these images: if fewer of them are right than alone, or if none
+        can be left out, `predict_proba`'s probabilities are returned and the result's `refused` says why.
+
+        Raises BadImageError for an image that can't be read.
+        """
+        fit = self._fitted()
+        parts = [fit.encoder.encode(pixels) for pixels in self._chunks(fit, images)]
+        queries = Embeddings.concatenate(parts) if parts else fit.state.examples.embeddings[:0]
+        return replace(predict_jointly(fit.state, queries), classes=fit.labels())
+
     def predict_folder(
         self,
         folder: str | Path,
@@ -257,6 +274,7 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         skip_bad: bool = False,
         threads: int | None = None,
         decoder: str = "auto",
+        joint: bool = False,
     ) -> FolderPredictions:
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
@@ -266,6 +284,9 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         that was as good as tied; the `decoder` "cpu-exact" gives the pixels of `predict` (images.decoders has all).
         `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use on a CPU
         (None: all). All is of one state of the classifier.
+
+        `joint` classifies all pictures together, as `predict_jointly` does, once all are encoded; their embeddings and
+        all probabilities are then in memory.
 
         Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
         ValueError for an unknown decoder or numbers below 1, RuntimeError for a decoder that can't run here.
@@ -281,6 +302,7 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
             skip_bad=skip_bad,
             threads=threads,
             decoder=decoder,
+            joint=joint,
         )
 
     def explain(self, images: Any, top: int = 5, nearest: int = 0) -> list[Prediction]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.joint import JointPrediction, predict_jointly
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.tune import check_choice
 from iosr_fast.scoring.fields import RANGES
@@ -192,6 +194,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             key_precision=precision,
         )
         self.plan_ = config.compile(support)
+        self._config, self._support = config, support
         self.classes_ = classes
         self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
         self.tuned_ = tuned
@@ -212,14 +215,29 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         """softmax of the logits, (n, C) float64, columns in the order of `classes_`."""
         return softmax(self._logits(X).astype(np.float64))
 
-    def _logits(self, X: Any) -> np.ndarray:
+    def predict_jointly(self, X: Any) -> JointPrediction:
+        """Probabilities (n, C) float32 of rows that are classified together, with the support rows' means and
+        covariance estimated anew on all of them; the result's `labels` are out of `classes_`. Where left-out support
+        rows say that it harms, and where none can be left out, the result's `refused` says so and its probabilities are
+        those of `predict_proba`. Formula, check and sources: methods.joint.predict_jointly.
+        """
+        rows = _units(self._checked(X), self.adapted)
+        joint = predict_jointly(self._support, self._config.compile, rows, plan=self.plan_, check=False)
+        return replace(joint, classes=self.classes_)
+
+    def _checked(self, X: Any) -> np.ndarray:
+        """Rows to classify. A row of zeros stays, with a warning."""
         try:
             check_is_fitted(self)
         except NotFittedError as error:
             raise not_fitted(str(error)) from None
         with _as_iosr_errors():
-            rows = validate_data(self, X, reset=False, dtype=_FLOATS, order="C")
+            rows: np.ndarray = validate_data(self, X, reset=False, dtype=_FLOATS, order="C")
         self._usable(rows, "their cosines count as 0, and their labels mean nothing")
+        return rows
+
+    def _logits(self, X: Any) -> np.ndarray:
+        rows = self._checked(X)
         logits = np.empty((len(rows), len(self.classes_)), np.float32)
         for first in range(0, len(rows), _BLOCK):
             block = np.minimum(np.arange(first, first + _BLOCK), len(rows) - 1)

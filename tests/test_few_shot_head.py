@@ -23,7 +23,9 @@ from sklearn.utils.estimator_checks import check_estimator
 from iosr_fast import FewShotHead, IosrFastError
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import NotFittedError
+from iosr_fast.few_shot_head import _unit
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.scoring.reference import score_reference, softmax
 from tests.state.live_parts import random_queries, small_classifier
 
@@ -276,3 +278,20 @@ def test_a_missing_scikit_learn_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'iosr_fast[sklearn]'" in done.stdout
+
+
+def test_rows_classified_together() -> None:
+    rng = np.random.default_rng(5)
+    rows, labels, centres = clusters(rng, classes=4, shots=3, width=16)
+    queries = centres[np.arange(40) % 4] + 0.5 * rng.standard_normal((40, 16))
+    head = FewShotHead("gda").fit(rows, np.array(["a", "b", "c", "d"])[labels])
+    joint = head.predict_jointly(queries)
+    again = predict_jointly(head._support, head._config.compile, Embeddings(_unit(queries)))
+    np.testing.assert_array_equal(joint.probabilities, again.probabilities)
+    assert not joint.refused and joint.labels.tolist() == list("abcd") * 10
+    with pytest.raises(NotFittedError):
+        FewShotHead().predict_jointly(queries)
+    one_shot = FewShotHead("gda").fit(centres, list("abcd"))
+    alone = one_shot.predict_jointly(queries)
+    assert "one support image" in alone.refused
+    np.testing.assert_allclose(alone.probabilities, one_shot.predict_proba(queries), atol=1e-6)

@@ -54,6 +54,10 @@ def classify(
     runtime: Runtime = "auto",
     threads: parts.Threads = None,
     skip_bad: SkipBad = False,
+    joint: Annotated[
+        bool,
+        typer.Option("--joint", help="Classify all images together, for a file or standard output; does not resume."),
+    ] = False,
     chunk: parts.Chunk = 1024,
     kind: parts.Kind = "auto",
     path_column: parts.PathColumn = "path",
@@ -79,9 +83,14 @@ def classify(
             raise IosrFastError(
                 f"expected --out to end in {' or '.join(FILES)}, or a folder without a suffix, got {out}"
             )
+        if joint:
+            raise IosrFastError(
+                f"expected a file for --out with --joint, got the folder {out}: parts are written before all images "
+                f"are encoded; use {' or '.join(FILES)}, or leave --joint out"
+            )
         if len(images) > 1 or decoder != "auto":
             raise IosrFastError("expected one input and no --decoder with --out FOLDER; give a file for several inputs")
-        for name in ("images", "decoder", "classifier"):
+        for name in ("images", "decoder", "classifier", "joint"):
             del options[name]
         options |= {"location": images[0], "batch": batch or 64}
         require("pyarrow", "parquet")
@@ -95,9 +104,8 @@ def classify(
         return
     if given := [f"--{name.replace('_', '-')}" for name, default in OF_PARTS.items() if options[name] != default]:
         raise IosrFastError(f"expected --out FOLDER with {', '.join(given)}")
-    _classify_list(
-        classifier, [Path(image) for image in images], out, top or 1, batch, decoder, runtime, threads, skip_bad
-    )
+    paths = [Path(image) for image in images]
+    _classify_list(classifier, paths, out, top or 1, batch, decoder, runtime, threads, skip_bad, joint)
 
 
 def _classify_list(
@@ -110,17 +118,23 @@ def _classify_list(
     runtime: str,
     threads: int | None,
     skip_bad: bool,
+    joint: bool,
 ) -> None:
     """To standard output, or to a file."""
     from iosr_fast.classifier import Classifier
     from iosr_fast.images.decoders import choose_decoder
     from iosr_fast.pipeline.job import Job, check_place
+    from iosr_fast.pipeline.joint import check_joint_place, stream_jointly, write_jointly
     from iosr_fast.pipeline.stream import choose_batch
 
-    with stop_message("stopped" + ("" if out is None else f"; the same command resumes {out}"), "iosr-fast"):
+    def log(line: str) -> None:
+        typer.echo(line, err=True)
+
+    resumes = out is not None and not joint
+    with stop_message(f"stopped; the same command resumes {out}" if resumes else "stopped", "iosr-fast"):
         paths = _list(images, skip_bad)
         if out is not None:
-            check_place(out, paths)
+            (check_joint_place if joint else check_place)(out, paths)
         loaded = Classifier.load(classifier, runtime=runtime, threads=threads)
         encoder = loaded.encoder
         job = Job(
@@ -135,9 +149,12 @@ def _classify_list(
             skip_bad,
         )
         try:
-            unread = job.stream(sys.stdout, lambda line: typer.echo(line, err=True)) if out is None else job.write(out)
+            if joint:
+                unread = stream_jointly(job, sys.stdout, log) if out is None else write_jointly(job, out, log)
+            else:
+                unread = job.stream(sys.stdout, log) if out is None else job.write(out)
         except BadImageError as error:
-            if out is None:
+            if not resumes:
                 raise
             advice = "earlier results are kept: repair the image or give --skip-bad, and start again"
             raise IosrFastError(f"{error}; {advice}") from error

@@ -14,7 +14,9 @@ import numpy as np
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.images.listing import Skipped, list_images
+from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.pipeline.job import Job
+from iosr_fast.pipeline.joint import classify_jointly
 from iosr_fast.pipeline.stream import choose_batch
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class FolderPredictions:
     probabilities  (B,) float32, of the labels
     errors         a BadImageError for each unreadable image, in order, with its path and the reason
     skipped        counts by reason of other files: not images, hidden, linked twice, ...
+    joint          of images that are classified together, the JointPrediction with all probabilities; its `refused`
+                   says why they are classified alone after all. None if `joint` was not asked for
 
     Iterating gives (path, label, probability) of each readable image.
 
@@ -54,6 +58,7 @@ class FolderPredictions:
     probabilities: np.ndarray
     errors: list[BadImageError]
     skipped: Skipped
+    joint: JointPrediction | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,12 +79,23 @@ def predict_folder(
     skip_bad: bool,
     threads: int | None,
     decoder: str,
+    joint: bool = False,
 ) -> FolderPredictions:
     """As Classifier.predict_folder. `engine` is `encoder`'s folder."""
     batch = choose_batch(encoder, batch)
     chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
     listing = list_images(folder)
     job = Job(state, encoder, engine, chosen, listing.paths, batch, 1, threads, skip_bad)
+    if joint:
+        unread, together = classify_jointly(job, lambda images: None)
+        return FolderPredictions(
+            [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None],
+            together.labels,
+            together.probabilities.max(1),
+            [error for error in unread if error is not None],
+            listing.skipped,
+            together,
+        )
     readable, labels, probabilities, errors = [], [], [], []
     with closing(job.answers(0, lambda images: None)) as batches:
         for path, answer in zip(listing.paths, chain.from_iterable(batches), strict=True):

@@ -113,7 +113,7 @@ class _JournaledTable:
 
     @contextmanager
     def open(self) -> Iterator[Sequence[str]]:
-        with open_journal(_journal_path(self._out), self._job.facts()) as self._journal:
+        with open_journal(journal_path(self._out), self._job.facts()) as self._journal:
             if not self._job.skip_bad:
                 self._refuse_errors()
             yield self._job.paths[sum(map(len, self._journal.read())) :]
@@ -149,11 +149,11 @@ def check_place(out: Path, paths: Iterable[str]) -> None:
     for path in paths:
         if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
             raise IosrFastError(f"expected file names in UTF-8, got {path!r}; rename it")
-    if out.exists() and not _journal_path(out).exists():
+    if out.exists() and not journal_path(out).exists():
         raise FileExistsError(f"{out} exists already; remove it or choose another name")
 
 
-def _journal_path(out: Path) -> Path:
+def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 

@@ -100,6 +100,15 @@ def classify(
             yield [next(remaining) if error is None else error for error in errors]
 
 
+def embed(
+    stage: Stage, decoder: Decoder, sources: Iterable[Any], batch: int
+) -> Generator[tuple[Errors, Embeddings | None], None, None]:
+    """For each batch of `classify`, in order: the sources' errors, and the embeddings of the readable ones."""
+    batches = _batches(sources, batch, stage.callers)
+    with closing(encode_batches(stage, decoder, batches, lambda rows: rows)) as results:
+        yield from results
+
+
 def encode_batches(
     stage: Stage, decoder: Decoder, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
 ) -> Generator[tuple[Errors, _R | None], None, None]:

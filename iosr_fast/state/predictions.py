@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.state import State
@@ -108,6 +109,12 @@ def predict(
         )
         predictions.append(Prediction(**vars(scores[0]), top=scores, nearest=neighbours[b], version=state.version))
     return predictions
+
+
+def predict_jointly(state: State, embeddings: Embeddings) -> joint.JointPrediction:
+    """Queries (B, D) of the state's encoder, classified together (methods.joint), with class names as `classes`."""
+    prediction = joint.predict_jointly(state.support, state.config.compile, embeddings, plan=state.whole_plan)
+    return replace(prediction, classes=np.array(state.class_names, dtype=str))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
