@@ -14,6 +14,7 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.deprecated import DeprecatedCalls
@@ -56,6 +57,9 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         "none", or the choice of "auto".
     tune : str, default=None
         "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
+    tune_seconds : float, default=20
+        Budget of the search of "auto" and "stack" on one core, in seconds; counted in operations, so that the same
+        images give the same choice everywhere.
     alpha, beta, gamma, ridge : float, default=None
         Parameters of the method, as far as it has them. None: searched, or the method's default.
     views : int, default=1
@@ -152,6 +156,7 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         method: str = "auto",
         reducer: str | None = None,
         tune: Literal["loo", "none"] | None = None,
+        tune_seconds: float = TUNE_SECONDS,
         alpha: float | None = None,
         beta: float | None = None,
         gamma: float | None = None,
@@ -169,7 +174,7 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         super().__init__()
         self.model, self.pretrained, self.adapter = model, pretrained, adapter
         self.runtime, self.precision, self.engine = runtime, precision, engine
-        self.method, self.reducer, self._tune = method, reducer, tune
+        self.method, self.reducer, self._tune, self.tune_seconds = method, reducer, tune, tune_seconds
         self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
         self.views, self.mirror, self.templates, self.seed = views, mirror, templates, seed
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation

@@ -15,7 +15,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.joint import JointPrediction, predict_jointly
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.tune import check_choice
+from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.reference import softmax
@@ -62,6 +62,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     tune : str, default=None
         "loo" chooses the parameters of a named method by leave-one-out, "none" takes the defaults. None is "loo" unless
         a parameter is given.
+    tune_seconds : float, default=20
+        Budget of the search of "auto" and "stack" on one core, in seconds; counted in operations, so that the same rows
+        give the same choice everywhere.
     alpha, beta, gamma, ridge : float, default=None
         Parameters of the named method, as far as it has them: the weight of the support rows, the sharpness of a key,
         a weight of Tip-X, TIMO and APE, and the ridge of ProKeR. Without units. The others take the method's defaults.
@@ -142,6 +145,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         *,
         reducer: str | None = None,
         tune: Literal["loo", "none"] | None = None,
+        tune_seconds: float = TUNE_SECONDS,
         alpha: float | None = None,
         beta: float | None = None,
         gamma: float | None = None,
@@ -154,6 +158,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self.method = method
         self.reducer = reducer
         self.tune = tune
+        self.tune_seconds = tune_seconds
         self.alpha = alpha
         self.beta = beta
         self.gamma = gamma
@@ -172,6 +177,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
         parameters = check_choice(self.method, self.reducer, self.tune, **given)
         precision = check_precision(self.key_precision)
+        seconds = check_number("tune_seconds", self.tune_seconds, 0.0, MAX_TUNE_SECONDS)
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
         with _as_iosr_errors():
             X, y = validate_data(self, X, y, dtype=_FLOATS, order="C")
@@ -192,6 +198,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             tune=self.tune,
             parameters=parameters,
             key_precision=precision,
+            seconds=seconds,
         )
         self.plan_ = config.compile(support)
         self._config, self._support = config, support

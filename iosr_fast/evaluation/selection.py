@@ -81,7 +81,7 @@ def table_rows(names: Sequence[str], reducers: Sequence[str]) -> list[tuple[str,
         (name, reducer)
         for name in names
         for reducer in (
-            [AUTO] if name == AUTO else reducers if name in METHODS and METHODS[name].needs_support else ["none"]
+            [AUTO] if name == AUTO else reducers if name in METHODS and METHODS[name].reducible else ["none"]
         )
     ]
     return list(dict.fromkeys(rows))

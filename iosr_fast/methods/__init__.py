@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import ape, gda, proker, timo, tip_adapter, tip_x, zero_shot
+from iosr_fast.methods import ape, gda, proker, stack, timo, tip_adapter, tip_x, zero_shot
 from iosr_fast.methods.method import PARAMETER_RANGES, Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.isoclip import fit_isoclip
@@ -15,8 +15,8 @@ from iosr_fast.scoring.validation import check_number
 
 __all__ = ["METHODS", "Method", "check_parameters", "compile_method", "fit_method_reducer", "unavailable_reason"]
 
-# By name. If leave-one-out can't distinguish methods, "auto" takes the last one, which published comparisons favour.
-_MODULES = (zero_shot, tip_adapter, tip_x, timo, ape, gda, proker)
+# By name.
+_MODULES = (zero_shot, tip_adapter, tip_x, timo, ape, gda, proker, stack)
 METHODS: dict[str, Method] = {form.name: form for module in _MODULES for form in module.METHOD.forms()}
 
 
@@ -69,7 +69,7 @@ def unavailable_reason(name: str, support: SupportSet) -> str | None:
 
 def fit_method_reducer(method: Method, reducer: str, support: SupportSet) -> Reducer | None:
     """The named reducer, fitted on the embeddings that the method compares; None if it uses no support images."""
-    if not method.needs_support:
+    if not method.reducible:
         return None
     rows = image_rows(support.embeddings, method.which, None)
     if check_reducer(reducer)[0] == ISOCLIP:

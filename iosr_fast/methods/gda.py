@@ -87,4 +87,12 @@ def shrunk_precision(scatter: np.ndarray, n_rows: float) -> np.ndarray:
     return symmetric
 
 
-METHOD = Method("gda", gda, parameters={"alpha": 0.1}, scales="linear", needs_every_class=True, by_moments=True)
+METHOD = Method(
+    "gda",
+    gda,
+    parameters={"alpha": 0.1},
+    scales="linear",
+    needs_every_class=True,
+    by_moments=True,
+    stack_part="discriminant",
+)

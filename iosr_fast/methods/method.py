@@ -16,7 +16,15 @@ ROUNDING = 64 * float(np.finfo(np.float32).eps)
 # The largest alpha, and the largest factor of logits: float32 logits then stay far from overflow (fields.LARGEST).
 MAX_ALPHA = 1e8
 # Within these ranges a plan's float32 logits are usable (scoring.fields.RANGES has those of a plan).
-PARAMETER_RANGES = {"alpha": (0.0, MAX_ALPHA), "beta": RANGES["beta"], "gamma": (0.0, 1000.0), "ridge": (1e-6, 1e6)}
+PARAMETER_RANGES = {
+    **dict.fromkeys(
+        ("alpha", "text", "discriminant", "discriminant_adapted", "regression", "text_regression"), (0.0, MAX_ALPHA)
+    ),
+    "beta": RANGES["beta"],
+    "gamma": (0.0, 1000.0),
+    "ridge": (1e-6, 1e6),
+    "adapted_keys": (0.0, 1.0),
+}
 # The grid of the paper's public code, and larger values; an exact search over these is never worse than that grid.
 BETAS = (*np.linspace(0.0, 20.0, 20).tolist(), 27.0, 40.0, 60.0)
 
@@ -28,36 +36,43 @@ class Method:
     compile            (support, which, reducer, **parameters) -> ScoringPlan
     which              the embeddings of images that it compares; "adapted" for the "++" form
     parameters         names and default values
+    adapted_parameters those that only the "++" form has
     scales             the term of the plan that alpha multiplies; None for a method without support images
     axes               for each parameter but alpha, the first values of a search, rising
     additive           a key's share of the logits does not depend on other keys, so adding a key costs one product
     by_moments         counts, sums and second moments of the images determine the plan (state.moments)
-    one_shot           "auto" may choose it if each class has a single image
     max_support        the largest number of support images, if there is a limit
-    max_support_auto   the largest number of support images for which "auto" tries the method
     leave_out          (support, which, reducer, queries, folds) -> setting -> (N, C) float32: for each support image
                        the term that alpha multiplies at alpha 1, fitted without the image's fold, in closed form; None
                        for methods that are compiled again for each fold
+    stack_part         the parameter of the stack that weighs what the method adds to texts, if the stack has it
+    weighted           its weights are fitted by log-loss (tuning.stack_weights), without alpha and without a reducer
     """
 
     name: str
     compile: Callable[..., ScoringPlan]
     which: Which = "plain"
     parameters: Mapping[str, float] = field(default_factory=dict)
+    adapted_parameters: Mapping[str, float] = field(default_factory=dict)
     scales: Literal["cache", "linear"] | None = None
     axes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     needs_text: bool = False
     needs_every_class: bool = False
     additive: bool = False
     by_moments: bool = False
-    one_shot: bool = False
     max_support: int | None = None
-    max_support_auto: int | None = None
     leave_out: Callable[..., Callable[[Mapping[str, float]], np.ndarray]] | None = None
+    stack_part: str = ""
+    weighted: bool = False
 
     @property
     def needs_support(self) -> bool:
         return self.scales is not None
+
+    @property
+    def reducible(self) -> bool:
+        """Whether a reducer may move what it compares."""
+        return self.needs_support and not self.weighted
 
     @property
     def needs_adapter(self) -> bool:
@@ -70,4 +85,7 @@ class Method:
 
     def forms(self) -> list[Method]:
         """The method itself and, if it compares images, its "++" form with adapted embeddings."""
-        return [self, replace(self, name=f"{self.name}++", which="adapted")] if self.needs_support else [self]
+        if not self.needs_support:
+            return [self]
+        parameters = {**self.parameters, **self.adapted_parameters}
+        return [self, replace(self, name=f"{self.name}++", which="adapted", parameters=parameters)]

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.kernel_ridge import KernelRidge, kernel_matrix
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -45,7 +46,7 @@ def proker(
            [ 0.73,  5.58]], dtype=float32)
     """
     keys = image_rows(support.embeddings, which, reducer)
-    kernel = _kernel(keys, keys, beta)
+    kernel = kernel_matrix(keys, keys, beta)
     kernel[np.diag_indices(len(keys))] += ridge
     return ScoringPlan(
         n_classes=support.n_classes,
@@ -66,12 +67,6 @@ def residual(support: SupportSet) -> np.ndarray:
     return labels if support.text is None else labels - support.embeddings.plain @ support.text.T
 
 
-def _kernel(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray:
-    """exp(-beta (1 - <rows, keys>)), float64."""
-    kernel: np.ndarray = np.exp(-beta * (1.0 - rows.astype(np.float64) @ keys.astype(np.float64).T))
-    return kernel
-
-
 def leave_out(
     support: SupportSet, which: Which, reducer: Reducer | None, queries: Embeddings, folds: np.ndarray
 ) -> Callable[[Mapping[str, float]], np.ndarray]:
@@ -82,55 +77,14 @@ def leave_out(
 
     @lru_cache(maxsize=1)  # a search varies ridge before beta
     def kernels(beta: float) -> tuple[np.ndarray, np.ndarray | None]:
-        return _kernel(keys, keys, beta), None if rows is None else _kernel(rows, keys, beta)
+        return kernel_matrix(keys, keys, beta), None if rows is None else kernel_matrix(rows, keys, beta)
 
     def predict(setting: Mapping[str, float]) -> np.ndarray:
-        predicted = kernel_ridge_without(*kernels(setting["beta"]), target, setting["ridge"], folds)
+        kernel, query_kernel = kernels(setting["beta"])
+        predicted = KernelRidge(kernel, target, setting["ridge"]).without_folds(folds, query_kernel)
         return (support.tau * predicted).astype(np.float32)
 
     return predict
-
-
-def kernel_ridge_without(
-    kernel: np.ndarray, query_kernel: np.ndarray | None, residual: np.ndarray, ridge: float, folds: np.ndarray
-) -> np.ndarray:
-    """Kernel ridge's predictions (N, C) float64; that of query j is fitted without the images of j's fold.
-
-    kernel (N, N) of the images, query_kernel (N, N) of queries and images (None: the queries are the images), residual
-    (N, C), folds (N,) int64; images of a negative fold are never left out, and their rows are NaN. With
-    A = inv(kernel + ridge I), V = A residual and Z = inv(A[F, F]) V[F], the values fitted without the fold F are
-    V - A[:, F] Z, which is zero on F. The predictions of the images of F themselves are residual[F] - Z. One
-    factorisation serves every fold: kernel + ridge I = L L', A = inv(L)' inv(L).
-    """
-    factor = lower_inverse(np.linalg.cholesky(kernel + ridge * np.eye(len(kernel))))
-    values = factor.T @ (factor @ residual)
-    predicted = np.full(residual.shape, np.nan)
-    for fold in range(int(folds.max(initial=-1)) + 1):
-        rows = np.flatnonzero(folds == fold)
-        columns = factor[:, rows]
-        removed = np.linalg.solve(columns.T @ columns, values[rows])
-        if query_kernel is None:
-            predicted[rows] = residual[rows] - removed
-        else:
-            predicted[rows] = query_kernel[rows] @ (values - factor.T @ (columns @ removed))
-    return predicted
-
-
-def lower_inverse(lower: np.ndarray) -> np.ndarray:
-    """The inverse of a lower triangular matrix (N, N), by halves: most of it is matrix products.
-
-    >>> lower_inverse(np.array([[2.0, 0.0], [1.0, 1.0]]))
-    array([[ 0.5,  0. ],
-           [-0.5,  1. ]])
-    """
-    half = len(lower) // 2
-    if half < 50:
-        return np.linalg.inv(lower)
-    first, last = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[half:, :half] = -last @ (lower[half:, :half] @ first)
-    return inverse
 
 
 METHOD = Method(
@@ -139,8 +93,7 @@ METHOD = Method(
     parameters={"alpha": 1.0, "beta": 1.0, "ridge": 3.0},
     scales="cache",
     axes={"beta": (0.3, 1.0, 3.0, 10.0), "ridge": (0.003, 0.03, 0.3, 3.0)},
-    one_shot=True,
     max_support=8192,  # the (N, N) system takes minutes beyond this
-    max_support_auto=4096,  # a search factors it for each setting
     leave_out=leave_out,
+    stack_part="regression",
 )

@@ -56,5 +56,4 @@ METHOD = Method(
     scales="cache",
     axes={"beta": BETAS},
     additive=True,
-    one_shot=True,
 )

@@ -26,6 +26,7 @@ from iosr_fast.encoders.projections import read_projections
 from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, check_engine
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods import METHODS
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.state import State
@@ -57,7 +58,7 @@ class Bundle:
     def parameters(self) -> dict[str, Any]:
         """The parameters of Classifier that an opened bundle knows: not `pretrained`, nor the file of an adapter.
 
-        Method and parameters are the fitted ones, so that another fit searches nothing.
+        Method and parameters are the fitted ones, so that another fit searches nothing; a stack weighs its parts again.
         """
         assert self.files is not None
         engine, config, views = self.files.manifest, self.state.config, self.views
@@ -68,7 +69,7 @@ class Bundle:
             "engine": self.engine,
             "method": config.method,
             "reducer": config.reducer_name,
-            **config.parameters,
+            **({} if METHODS[config.method].weighted else config.parameters),
             "views": views.views,
             "mirror": views.mirror,
             "templates": views.templates,

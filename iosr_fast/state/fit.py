@@ -13,7 +13,7 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tuning.tune import Tuned, check_choice
+from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, Tuned, check_choice
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.scoring.precision import Precision
@@ -69,6 +69,7 @@ class FitInputs:
     method: str
     reducer: str | None
     tune: str | None
+    tune_seconds: float
     parameters: dict[str, float]
     views: SupportViews
     key_precision: Precision
@@ -89,12 +90,25 @@ def check_fit(parameters: Mapping[str, Any], images: Any, labels: Any, class_nam
     )
     values = {name: parameters[name] for name in ("alpha", "beta", "gamma", "ridge")}
     chosen = check_choice(method, reducer, tune, **values)
+    seconds = check_number("tune_seconds", parameters["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
     listed = [] if images is None else as_image_list(images)
     names, ids, integers = check_labels(listed, labels, class_names)
     _check_classes(method, ids, names)
     skip_bad, progress = bool(parameters["skip_bad"]), bool(parameters["progress"])
     return FitInputs(
-        listed, ids, names, integers, method, reducer, tune, chosen, views, key_precision, skip_bad, progress
+        images=listed,
+        ids=ids,
+        names=names,
+        integer_labels=integers,
+        method=method,
+        reducer=reducer,
+        tune=tune,
+        tune_seconds=seconds,
+        parameters=chosen,
+        views=views,
+        key_precision=key_precision,
+        skip_bad=skip_bad,
+        progress=progress,
     )
 
 
@@ -132,6 +146,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
             tune=inputs.tune,
             parameters=parameters,
             key_precision=inputs.key_precision,
+            seconds=inputs.tune_seconds,
         )
     state = State.first(names, embedded, tau, examples, config, projections=clip.projections)
     views = replace(views, single=examples.queries is not None)

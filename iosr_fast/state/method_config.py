@@ -56,6 +56,11 @@ class MethodConfig:
         """Which embeddings of support images and queries it compares."""
         return METHODS[self.method].which
 
+    @property
+    def text_weight(self) -> float:
+        """What multiplies tau <plain, text> in the logits."""
+        return self.factor * self.parameters.get("text", 1.0)
+
     def compile(self, support: SupportSet) -> ScoringPlan:
         """The whole plan of a support set."""
         plan = compile_method(self.method, support, reducer=self.reducer, **self.parameters).scaled(self.factor)
@@ -90,13 +95,15 @@ def choose_config(
     tune: str | None,
     parameters: Mapping[str, float],
     key_precision: Precision,
+    seconds: float,
 ) -> tuple[MethodConfig, Tuned | None]:
     """The config of a fit, its reducer fitted on the support images, and the search that chose it, if there was one.
 
-    `method`, `reducer`, `tune` and `parameters` are those that `check_choice` has checked.
+    `method`, `reducer`, `tune` and `parameters` are those that `check_choice` has checked; `seconds` is the budget of
+    the search (tuning.tune).
     """
     if is_searched(method, tune, parameters) and len(support.embeddings):
-        tuned = search(method, support, reducer=reducer or "none")
+        tuned = search(method, support, reducer=reducer or "none", seconds=seconds)
         return MethodConfig.of(tuned, key_precision).fitted(support), None if tuned.protocol == "none" else tuned
     parameters = {**METHODS[method].parameters, **parameters}
     config = MethodConfig(method, parameters, reducer or "none", key_precision=key_precision)

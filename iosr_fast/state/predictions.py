@@ -88,15 +88,15 @@ def predict(
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
-    logit = zero_shot + cache with zero_shot = factor * tau * <plain, text>; cache is the contribution of the support
-    images, through keys or a linear term. Ties fall to the first class, as in argmax. Raises ValueError for top < 1 or
-    nearest < 0, and as `score` does.
+    logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight); cache is the
+    contribution of the support images, through keys or a linear term. Ties fall to the first class, as in argmax.
+    Raises ValueError for top < 1 or nearest < 0, and as `score` does.
     """
     if top < 1 or nearest < 0:
         raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
     logits = state.score(embeddings, impl)
     probabilities = softmax(logits)
-    scale = np.float32(state.config.factor * state.tau)
+    scale = np.float32(state.config.text_weight * state.tau)
     neighbours = _neighbours(state, embeddings, nearest) if nearest else [()] * len(logits)
     ids, names = [class_id(uid) for uid in state.uids], state.class_names
     predictions = []

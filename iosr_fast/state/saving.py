@@ -62,8 +62,8 @@ class Saving(FittedAttributes):
         FileNotFoundError or ValueError naming what is missing, damaged or foreign, and what open_engine raises.
 
         `get_params` gives what the bundle knows: no `pretrained`, no file of an adapter, and the fitted method with its
-        parameters, so that a further fit searches nothing. `fit` and clones use the bundle's own encoders, until
-        `set_params` names another CLIP.
+        parameters, so that a further fit searches nothing (a stack weighs its parts again). `fit` and clones use the
+        bundle's own encoders, until `set_params` names another CLIP.
         """
         from iosr_fast.encoders.runtimes import open_engine
 

@@ -66,10 +66,10 @@ def plan_from_files(
     fields: dict[str, Any] = {name: constants[name] for name in CONSTANTS}
     fields |= {name: arrays.get(name) for name in ARRAYS}
     if constants["keys"] == "support":
-        fields["keys"] = image_rows(support.embeddings, config.which, None)
+        fields["keys"] = image_rows(support.embeddings, constants["query"], None)
     plan = ScoringPlan(
         support.n_classes,
-        text=support.text,
+        text=support.text if config.text_weight else None,
         class_offsets=support.class_offsets if constants["cache"] == "classes" else None,
         reducer=reducer_from(arrays, "plan_reducer"),
         **fields,
@@ -84,18 +84,22 @@ def _check_fits(
 ) -> None:
     """That constants, arrays and config say the same of what the plan has."""
     method = METHODS[config.method]
+    has_cache = method.scales == "cache" and not (method.weighted and "values" not in arrays)
     expected = {
-        "cache": ("dense" if "values" in arrays else "classes") if method.scales == "cache" else "none",
-        "keys": "none" if method.scales != "cache" else "stored" if "keys" in arrays else "support",
-        "query": config.which if method.scales == "cache" else constants["query"],
+        "cache": ("dense" if "values" in arrays else "classes") if has_cache else "none",
+        "keys": "none" if not has_cache else "stored" if "keys" in arrays else "support",
     }
+    if has_cache and not (method.weighted and method.needs_adapter):
+        expected["query"] = config.which
+    if method.weighted and not method.needs_adapter:
+        expected["feature"] = config.which
     for name, value in expected.items():
         if constants[name] != value:
             raise IosrFastError(f"expected {name} {value!r} in the plan of {config.method}, got {constants[name]!r}")
     if method.scales == "linear" and not ("linear" in arrays and constants["feature"] == config.which):
         raise IosrFastError(f"expected a linear term on {config.which} embeddings in the plan of {config.method}")
-    if not math.isclose(constants["tau"], config.factor * support.tau, rel_tol=1e-6):
-        raise IosrFastError(f"expected tau {config.factor * support.tau:g} in the plan, got {constants['tau']:g}")
+    if config.text_weight and not math.isclose(constants["tau"], config.text_weight * support.tau, rel_tol=1e-6):
+        raise IosrFastError(f"expected tau {config.text_weight * support.tau:g} in the plan, got {constants['tau']:g}")
 
 
 def reducer_arrays(reducer: Reducer | None, name: str) -> dict[str, np.ndarray]:

@@ -57,6 +57,8 @@ class LiveUpdates(FittedAttributes):
     3
     """
 
+    tune_seconds: float
+
     def __init__(self) -> None:
         self._log: AuditLog | None = None
         self._changing = threading.Lock()
@@ -201,7 +203,7 @@ class LiveUpdates(FittedAttributes):
     ) -> tuple[Tuned, ChangeResult]:
         """Under the lock: search the parameters and change to them."""
         state = self.snapshot()
-        tuned = search(method, state.support, queries, ids, reducer or "none")
+        tuned = search(method, state.support, queries, ids, reducer or "none", self.tune_seconds)
         chosen = METHODS[tuned.method]
         if (chosen.which == "adapted") != state.needs_adapted:
             log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, chosen.which)

@@ -13,7 +13,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.ape import choose_channels
-from iosr_fast.methods.proker import kernel_ridge_without, lower_inverse
+from iosr_fast.methods.kernel_ridge import KernelRidge, lower_inverse
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.scoring.score import score
 from tests.conftest import random_embeddings, unit_rows
@@ -293,7 +293,7 @@ def test_kernel_ridge_without_a_fold_is_a_fit_without_it(kind: str, folds: str, 
     rows, queries = (e.astype(np.float64) for e in (support.embeddings.plain, support.embeddings.adapted))
     residual, own = rng.standard_normal((len(rows), 6)), FOLDS[folds](support.labels)
     kernel, query_kernel = (np.exp(-2.0 * (1 - x @ rows.T)) for x in (rows, queries))
-    found = kernel_ridge_without(kernel, query_kernel, residual, 0.05, own)
+    found = KernelRidge(kernel, residual, 0.05).without_folds(own, query_kernel)
     for j, fold in enumerate(own):
         if fold < 0:
             assert np.isnan(found[j]).all()
@@ -301,8 +301,8 @@ def test_kernel_ridge_without_a_fold_is_a_fit_without_it(kind: str, folds: str, 
         kept = own != fold
         values = ridge_values(rows[kept], residual[kept], 2.0, 0.05)
         np.testing.assert_allclose(found[j], query_kernel[j, kept] @ values, atol=1e-8)
-    of_images = kernel_ridge_without(kernel, kernel, residual, 0.05, own)
-    np.testing.assert_allclose(kernel_ridge_without(kernel, None, residual, 0.05, own), of_images, atol=1e-9)
+    of_images = KernelRidge(kernel, residual, 0.05).without_folds(own, kernel)
+    np.testing.assert_allclose(KernelRidge(kernel, residual, 0.05).without_folds(own), of_images, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 99, 100, 101, 257])

@@ -43,7 +43,7 @@ def task(
     return make_support_set(embed(labels), labels, names, 30.0, CLASSES), embed(asked), asked
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.weighted])
 def test_on_a_validation_set_the_accuracy_is_what_the_plan_gets(rng: np.random.Generator, method: str) -> None:
     support, queries, labels = task(rng)
     tuned = tune(method, support, queries, labels)
@@ -73,7 +73,7 @@ def test_never_below_the_public_grid(rng: np.random.Generator, method: str) -> N
     assert tune(method, support, queries, labels).accuracy >= best - 1e-12
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_support])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.reducible])
 def test_leave_one_out_scores_what_was_fit_without_the_image(rng: np.random.Generator, method: str) -> None:
     support, _, _ = task(rng, [3, 1, 4, 2, 3, 3, 2])
     reducer = fit_reducer("centre", support.embeddings.plain)
@@ -185,16 +185,13 @@ def test_auto_on_a_validation_set_takes_the_level_method_that_is_preferred(rng: 
     assert tuned.accuracy >= best - 2 / np.sqrt(len(labels))
 
 
-def test_auto_with_one_image_a_class(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_with_one_image_a_class(rng: np.random.Generator) -> None:
     support, queries, labels = task(rng, [1] * CLASSES)
     tuned = tune("auto", support)
-    assert (tuned.method, tuned.reducer, tuned.protocol, tuned.scored) == ("proker++", "none", "one-shot", 0)
+    assert (tuned.method, tuned.reducer, tuned.protocol, tuned.scored) == ("stack++", "none", "one-shot", 0)
     assert (score(tuned.compile(support), queries).argmax(1) == labels).mean() > 1.5 / CLASSES
     plain = tune("auto", replace(support, embeddings=Embeddings(support.embeddings.plain)))
-    assert plain.method == "proker"
-    for name in ("proker", "proker++"):
-        monkeypatch.setitem(METHODS, name, replace(METHODS[name], max_support_auto=CLASSES - 1))
-    assert tune("auto", support).method == "tip-adapter++"
+    assert plain.method == "stack"
     nothing = support.only(np.zeros(CLASSES, bool))
     assert tune("auto", nothing).method == "zero-shot"
     with pytest.raises(ValueError, match="support images or text embeddings"):
@@ -206,8 +203,8 @@ def test_auto_goes_without_what_is_missing(rng: np.random.Generator, caplog: pyt
     support = replace(support, text=None, embeddings=Embeddings(support.embeddings.plain))
     with caplog.at_level(logging.INFO, "iosr_fast"):
         tuned = tune("auto", support)
-    assert not tuned.method.endswith("++") and tuned.method not in ("ape", "tip-x", "zero-shot")
-    assert "compares images with texts" in caplog.text and "needs an encoder with an adapter" in caplog.text
+    assert not tuned.method.endswith("++") and tuned.shares["text"] == 0
+    assert "auto: stack: " in caplog.text and "on 21 images" in caplog.text
 
 
 def test_one_shot_weighs_images_by_how_wrong_texts_are(rng: np.random.Generator) -> None:

@@ -65,7 +65,7 @@ def engine(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("method", [*METHODS])
 def test_what_is_loaded_is_what_was_saved(method: str, precision: str, engine: Path, tmp_path: Path) -> None:
     images, _ = pictures(np.random.default_rng(1), 7, 2)
-    reducer = "centre" if METHODS[method].needs_support and precision == "fp32" else None
+    reducer = "centre" if METHODS[method].reducible and precision == "fp32" else None
     options = {"method": method, "alpha": None, "beta": None, "reducer": reducer, "key_precision": precision}
     made = small_classifier(engine, **options)
     for changed in (False, True):

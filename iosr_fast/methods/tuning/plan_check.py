@@ -10,6 +10,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.held_out import HeldOutSet
+from iosr_fast.methods.tuning.stack_weights import StackFit
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 
@@ -47,6 +48,25 @@ def right_by_plan(
                 "the parameters or tune on validation images"
             )
     return right
+
+
+def check_stack(held_out: HeldOutSet, fit: StackFit) -> None:
+    """Compile the judged stack for the first fold and compare its labels with those of the search, as `right_by_plan`
+    does for all folds. Raises RuntimeError as it does."""
+    if not len(fit.right):
+        return
+    method, (rows, support) = held_out.method, held_out.splits[0]
+    queries, expected = held_out.queries[rows], fit.judged.logits[: len(rows)]
+    plan = method.compile(support, method.which, None, **fit.judged.parameters(full=False))
+    logits = score(plan, queries)
+    labels, n = logits.argmax(1), np.arange(len(logits))
+    off = expected.max(1) - expected[n, labels] > rounding(plan, queries)
+    if off.any() or not np.isfinite(logits).all():
+        raise RuntimeError(
+            f"expected the compiled plan of {method.name} at {fit.judged.parameters(full=False)} to agree with the "
+            f"search, got {int(off.sum())} other labels of {len(off)}; please report this bug, and meanwhile name a "
+            "single method"
+        )
 
 
 def rounding(plan: ScoringPlan, queries: Embeddings) -> np.ndarray:

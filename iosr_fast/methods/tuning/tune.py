@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,12 +23,15 @@ from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.held_out import HeldOutSet, zero_shot_logits
 from iosr_fast.methods.tuning.log_loss import fit_factor, spread
 from iosr_fast.methods.tuning.parameter_search import ParameterSearch, is_level
-from iosr_fast.methods.tuning.plan_check import negligible_term, right_by_plan, single_label
+from iosr_fast.methods.tuning.plan_check import check_stack, negligible_term, right_by_plan, single_label
+from iosr_fast.methods.tuning.stack_weights import StackFit, better_alone, fit_stack
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.reducers import REDUCERS, Reducer, check_reducer
+from iosr_fast.scoring.reducers import Reducer, check_reducer
 from iosr_fast.scoring.score import score
 
 AUTO = "auto"
+TUNE_SECONDS = 20.0
+MAX_TUNE_SECONDS = 1e6
 Protocol = Literal["loo", "validation", "one-shot", "none"]
 _log = logging.getLogger("iosr_fast")
 
@@ -45,6 +49,7 @@ class Tuned:
                   one_shot_parameters), "none"
     settings      combinations of the other parameters that were tried, with every alpha for each
     note          what a user has to know of the choice: texts or images that have no effect; else empty
+    shares        of a stack: what texts, pictures and the adapter contribute to the logits; the sum is 1
 
     >>> from iosr_fast.methods.tuning.tune import Tuned
     >>> tuned = Tuned("gda", "none", {"alpha": 0.5}, accuracy=0.9, scored=40, protocol="loo")
@@ -64,6 +69,7 @@ class Tuned:
     settings: int = 0
     seconds: float = 0.0
     note: str = ""
+    shares: Mapping[str, float] = field(default_factory=dict)
     right: np.ndarray | None = field(default=None, repr=False)
 
     def compile(self, support: SupportSet) -> ScoringPlan:
@@ -79,6 +85,8 @@ def check_choice(method: str, reducer: str | None, tuning: str | None, **paramet
         raise IosrFastError(f"expected tune to be 'loo' or 'none', got {tuning!r}")
     if method != AUTO:
         values = check_parameters(method, **parameters)
+        if METHODS[method].weighted and reducer not in (None, "none"):
+            raise IosrFastError(f"{method} takes no reducer, got {reducer!r}")
         if values and tuning == "loo":
             raise IosrFastError(f"expected parameters or tune={tuning!r}, got both; leave {', '.join(values)} out")
         return values
@@ -95,9 +103,11 @@ def tune(
     queries: Embeddings | None = None,
     labels: np.ndarray | None = None,
     reducer: str = "none",
+    seconds: float = TUNE_SECONDS,
 ) -> Tuned:
     """The best parameters of `method` on a validation set, or without one by leave-one-out on the support set; for
-    "auto" also the best method and reducer (`tune_auto`; `reducer` is not used).
+    "auto" also the method (`tune_auto`; `reducer` is not used). `seconds` is the budget of a stack's regressions on one
+    core, spent by a count of operations: the same data gives the same choice on every machine.
 
     On a validation set (`queries`, `labels`) the highest accuracy wins, then the widest plateau of alphas. By
     leave-one-out (HeldOutSet.leave_one_out) the images are few: settings within two standard errors of the best
@@ -120,19 +130,18 @@ def tune(
     >>> plan = tuned.compile(support)
     """
     if method == AUTO:
-        return tune_auto(support, queries, labels)
+        return tune_auto(support, queries, labels, seconds)
     started = time.perf_counter()
     if method not in METHODS:
         raise IosrFastError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
     if (reason := unavailable_reason(method, support)) is not None:
         raise IosrFastError(reason)
     entry = METHODS[method]
-    fitted = fit_method_reducer(entry, reducer, support)
     validated = queries is not None
-    if queries is not None:
-        held_out = HeldOutSet.validation(entry, fitted, support, queries, np.asarray(labels))
-    else:
-        held_out = HeldOutSet.leave_one_out(entry, fitted, support)
+    held_out = _held_out(entry, support, queries, labels, fit_method_reducer(entry, reducer, support))
+    if entry.weighted:
+        return _tune_weighted(held_out, fit_stack(held_out, seconds), started)
+    fitted = held_out.reducer
     protocol: Protocol = "validation" if validated else "loo"
     if not entry.needs_support:
         return replace(_without_parameters(held_out, protocol), seconds=time.perf_counter() - started)
@@ -163,6 +172,38 @@ def tune(
         single_label(tuned.compile(support), support, search.labels[right]),
     )
     return replace(tuned, note="; ".join(filter(None, notes)))
+
+
+def _tune_weighted(held_out: HeldOutSet, fit: StackFit, started: float) -> Tuned:
+    """The result for a method whose weights are fitted by log-loss."""
+    check_stack(held_out, fit)
+    method, support, choice, scored = held_out.method, held_out.support, fit.choice, len(fit.right)
+    adapted = choice.shares["adapter"] > 0
+    name = method.name if adapted else method.name.removesuffix("++")
+    parameters = choice.parameters()
+    notes = [
+        f"{part} add nothing: {effect}"
+        for part, effect, used in (
+            ("texts", "class names do not matter here", support.text is None or choice.shares["text"] > 0),
+            ("adapted embeddings", "the plain engine does", adapted or not method.needs_adapter),
+        )
+        if not used
+    ]
+    protocol: Protocol = "validation" if held_out.folds is None else "loo" if scored else "one-shot"
+    return Tuned(
+        method=name,
+        reducer="none",
+        parameters={key: parameters.get(key, 0.0) for key in METHODS[name].parameters},
+        accuracy=float(fit.right.mean()) if scored else float("nan"),
+        scored=scored,
+        protocol=protocol,
+        log_loss=choice.loss if scored else None,
+        settings=fit.settings,
+        seconds=time.perf_counter() - started,
+        note="; ".join(notes),
+        shares=choice.shares,
+        right=fit.right,
+    )
 
 
 def _without_parameters(held_out: HeldOutSet, protocol: Protocol) -> Tuned:
@@ -207,56 +248,43 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
     return {**parameters, "alpha": min((1 - accuracy) / accuracy * spreads[0] / spreads[1], MAX_ALPHA)}
 
 
-def tune_auto(support: SupportSet, queries: Embeddings | None = None, labels: np.ndarray | None = None) -> Tuned:
-    """method="auto": method, reducer, plain or adapted embeddings and all parameters, by leave-one-out on the support
-    set, or on a validation set if one is given.
+def tune_auto(
+    support: SupportSet,
+    queries: Embeddings | None = None,
+    labels: np.ndarray | None = None,
+    seconds: float = TUNE_SECONDS,
+) -> Tuned:
+    """method="auto": the stack, on plain and, if there are any, on adapted embeddings; or a single method that is right
+    more often by more than noise (`is_level`) on the images that are left out, or on a validation set if one is given.
 
-    It tries every method that the support set allows, on plain and, if there are any, on adapted embeddings, without a
-    reducer; then the best of them with each reducer. Among the results that are level with the most accurate one
-    (is_level) the last in METHODS wins, then the lowest log-loss (on a validation set the highest accuracy). If each
-    class has one image, the last method that is marked `one_shot` wins.
-
-    Raises ValueError if there are neither support images nor text embeddings.
+    Without support images "zero-shot". Raises IosrFastError if there are no text embeddings either.
     """
     started = time.perf_counter()
-    names = [name for name in METHODS if _worth_trying(name, support)]
-    if queries is None and int(support.counts.max(initial=0)) < 2:
-        suited = [name for name in names if METHODS[name].one_shot]
-        if not suited:
+    if not len(support.embeddings):
+        if support.text is None:
             raise IosrFastError("expected support images or text embeddings, got neither")
-        if not METHODS[suited[-1]].needs_support:
-            return Tuned(suited[-1], "none", {}, float("nan"), 0, "none")
-        return tune(suited[-1], support)
-    tried = [tune(name, support, queries, labels) for name in names]
-    best = _choose(tried)
-    if METHODS[best.method].needs_support:
-        reducers = [name for name in REDUCERS if name != "none"]
-        tried += [tune(best.method, support, queries, labels, name) for name in reducers]
-        best = _choose(tried)
-    for result in tried:
-        text = (result.method, result.reducer, result.accuracy, result.scored)
-        _log.info("auto: %s, reducer %s: %.4f on %d images", *text)
-    settings = sum(result.settings for result in tried)
-    return replace(best, settings=settings, seconds=time.perf_counter() - started)
+        (name,) = (name for name, method in METHODS.items() if not method.needs_support)
+        return Tuned(name, "none", {}, float("nan"), 0, "none")
+    adapted = support.embeddings.adapted is not None
+    (stacked,) = (method for method in METHODS.values() if method.weighted and method.needs_adapter is adapted)
+    held_out = _held_out(stacked, support, queries, labels, None)
+    fit = fit_stack(held_out, seconds)
+    stack = _tune_weighted(held_out, fit, started)
+    rivals = [tune(rival, support, queries, labels) for rival in better_alone(fit, held_out.labels[held_out.rows])]
+    best = max(rivals, key=lambda tuned: tuned.accuracy, default=stack)
+    for result in (stack, *rivals):
+        _log.info("auto: %s: %.4f on %d images", result.method, result.accuracy, result.scored)
+    chosen = stack if is_level(stack.right, best.right) else best
+    return replace(chosen, seconds=time.perf_counter() - started)
 
 
-def _worth_trying(name: str, support: SupportSet) -> bool:
-    reason = unavailable_reason(name, support)
-    limit = METHODS[name].max_support_auto
-    if reason is None and limit is not None and len(support.embeddings) > limit:
-        reason = f"{name} is not tried on more than {limit} images"
-    if reason is not None:
-        _log.info("auto: %s", reason)
-    return reason is None
-
-
-def _choose(tried: list[Tuned]) -> Tuned:
-    top = max(tried, key=lambda t: t.accuracy)
-    families = [name.removesuffix("++") for name in METHODS]
-    return min(
-        (t for t in tried if is_level(t.right, top.right)),
-        key=lambda t: (
-            -families.index(t.method.removesuffix("++")),
-            -t.accuracy if t.protocol == "validation" else t.log_loss,
-        ),
-    )
+def _held_out(
+    method: Method,
+    support: SupportSet,
+    queries: Embeddings | None,
+    labels: np.ndarray | None,
+    reducer: Reducer | None,
+) -> HeldOutSet:
+    if queries is not None:
+        return HeldOutSet.validation(method, reducer, support, queries, np.asarray(labels))
+    return HeldOutSet.leave_one_out(method, reducer, support)

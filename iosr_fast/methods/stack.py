@@ -1,0 +1,133 @@
+"""The stack: a sum with weights >= 0 of texts, Gaussian discriminant analysis and kernel ridge regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.gda import shrunk_precision
+from iosr_fast.methods.kernel_ridge import kernel_matrix
+from iosr_fast.methods.method import Method
+from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.scoring.plan import ScoringPlan, Which
+from iosr_fast.scoring.reducers import Reducer
+
+# The (N, N) system takes minutes beyond this number of support images.
+MAX_KEYS = 8192
+
+
+def stack(
+    support: SupportSet,
+    which: Which = "plain",
+    reducer: Reducer | None = None,
+    text: float = 1.0,
+    discriminant: float = 0.03,
+    regression: float = 5.0,
+    text_regression: float = 5.0,
+    beta: float = 1.0,
+    ridge: float = 0.1,
+    discriminant_adapted: float = 0.0,
+    adapted_keys: float = 0.0,
+) -> ScoringPlan:
+    """logits[b, c] = text * tau <plain[b], text[c]>
+                    + discriminant * G(plain[b], c) + discriminant_adapted * G(adapted[b], c)
+                    + sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c], (B, C),
+
+    V = (K + ridge I)^-1 (regression * Y - text_regression * F), (N, C).
+
+    G(x, c) = x' P mu_c - mu_c' P mu_c / 2 is the discriminant of methods.gda with P = inv(Sigma +
+    tr(Sigma) / (N - 1) I), or I if each class has one image. A class without images takes the mean of the others, which
+    says nothing about it. K (N, N) is the kernel of the keys, which are the plain embeddings of the support images, or
+    with adapted_keys = 1 the adapted ones; x is the same of the query; Y (N, C) are the one-hot labels and
+    F = <plain key, text> the zero-shot cosines. With regression = text_regression the last term is ProKeR's.
+
+    All weights are >= 0, without units; ridge > 0. A term whose weight is 0 is left out of the plan. Solved in float64;
+    N^3 operations for the regression, N D^2 + D^3 for the discriminants. Without text the text terms are left out.
+
+    Raises IosrFastError for values that a plan can't have (ScoringPlan) and if all weights are 0.
+
+    Sources: the terms are those of GDA (Wang et al., ICLR 2024, equations 4 to 8) and of ProKeR (Bendou et al., CVPR
+    2025, section 4); their sum is a convex combination as in stacked generalisation (Wolpert, 1992; Breiman, 1996).
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings, score
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
+    >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
+    >>> score(stack(support, discriminant=1.0), images).argmax(1)
+    array([0, 0, 1])
+    """
+    arrays: dict[str, Any] = {}
+    weights: dict[Which, float] = {"plain": discriminant, "adapted": discriminant_adapted}
+    used = [name for name, weight in weights.items() if weight > 0]
+    if used:
+        parts = [linear_discriminant(image_rows(support.embeddings, name, None), support) for name in used]
+        arrays["linear"] = np.concatenate([weights[name] * part[0] for name, part in zip(used, parts, strict=True)], 1)
+        arrays["bias"] = sum(weights[name] * part[1] for name, part in zip(used, parts, strict=True))
+        arrays["feature"] = used[0] if len(used) == 1 else "both"
+    if regression > 0 or (text_regression > 0 and support.text is not None):
+        if len(support.embeddings) > MAX_KEYS:
+            raise IosrFastError(
+                f"the stack's regression: expected at most {MAX_KEYS} support images, got {len(support.embeddings)}; "
+                "tune the classifier again, which leaves the regression out, or choose another method"
+            )
+        query: Which = "adapted" if adapted_keys else "plain"
+        keys = image_rows(support.embeddings, query, None)
+        kernel = kernel_matrix(keys, keys, beta)
+        kernel[np.diag_indices(len(keys))] += ridge
+        values = np.linalg.solve(kernel, regression * one_hot(support) - text_regression * zero_shot(support))
+        arrays |= {"keys": keys, "values": values, "query": query, "beta": beta}
+    if support.text is not None and text > 0:
+        arrays |= {"text": support.text, "tau": text * support.tau}
+    if not arrays:
+        raise IosrFastError("expected at least one weight of the stack above 0, got none")
+    return ScoringPlan(n_classes=support.n_classes, **arrays)
+
+
+def linear_discriminant(rows: np.ndarray, support: SupportSet) -> tuple[np.ndarray, np.ndarray]:
+    """G of `stack` as linear (C, D) and bias (C,), float64, from the rows (N, D) of the support set's images."""
+    counts, exact = support.counts, rows.astype(np.float64)
+    present = counts > 0
+    means = np.add.reduceat(exact, support.class_offsets[:-1][present], axis=0) / counts[present, None]
+    centred = exact - np.repeat(means, counts[present], axis=0)
+    scatter = centred.T @ centred
+    precision = shrunk_precision(scatter, len(rows))
+    if scatter.any():  # to the precision of one image, which shots do not change; methods.gda has D / (N - 1) of it
+        precision *= (len(rows) - 1) / len(precision)
+    linear, bias = (np.empty((support.n_classes, *shape)) for shape in (precision.shape[1:], ()))
+    linear[present] = means @ precision
+    bias[present] = -0.5 * np.einsum("cd,cd->c", linear[present], means)
+    linear[~present], bias[~present] = linear[present].mean(0), bias[present].mean()
+    return linear, bias
+
+
+def one_hot(support: SupportSet) -> np.ndarray:
+    """Y of `stack`, (N, C) float64."""
+    return np.eye(support.n_classes)[support.labels]
+
+
+def zero_shot(support: SupportSet) -> np.ndarray:
+    """F of `stack`, (N, C) float64: the cosines of the support images and the texts; 0 without texts."""
+    if support.text is None:
+        return np.zeros((len(support.embeddings), support.n_classes))
+    cosines: np.ndarray = support.embeddings.plain.astype(np.float64) @ support.text.T
+    return cosines
+
+
+METHOD = Method(
+    "stack",
+    stack,
+    parameters={
+        "text": 1.0,
+        "discriminant": 0.03,
+        "regression": 5.0,
+        "text_regression": 5.0,
+        "beta": 1.0,
+        "ridge": 0.1,
+    },
+    adapted_parameters={"discriminant_adapted": 0.03, "adapted_keys": 1.0},
+    scales="cache",
+    weighted=True,
+)

@@ -1,0 +1,244 @@
+"""The weights, the kernel and the ridge of a stack: by log-loss on images that are left out, or by a prior.
+
+What can be left out depends on the number of images of a class:
+
+- three and more: every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images
+  are exact (convex, `log_loss.fit_weights`). They hold per unit of spread (`stack_parts.Part`), because the spread of a
+  part grows with the number of images.
+- two: a fold leaves one image of each class, from which no covariance can be estimated. The weights of texts and
+  regression are fitted on these folds, with a prior; those at two images are derived from them (`_fit_few_shots_on`).
+- one: nothing can be left out. The texts see no support image, so their temperature is fitted on all of them; the
+  other weights follow from their accuracy (`_prior`).
+
+The constants of `_prior` and `_fit_few_shots_on` are from validation images: Caltech-101 and Flowers, encoded by CLIP
+ViT-B/32, and the demo's validation concepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from iosr_fast.methods import METHODS
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.held_out import HeldOutSet
+from iosr_fast.methods.tuning.log_loss import fit_weights
+from iosr_fast.methods.tuning.parameter_search import is_level
+from iosr_fast.methods.tuning.search import intervals, sweep
+from iosr_fast.methods.tuning.stack_parts import HeldOutParts, Part, spread_of_others
+from iosr_fast.scoring.plan import Which
+
+# Kernels and ridges of the regression, the most useful first: a budget cuts the list.
+SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
+# With one or two images a class, where no setting can be chosen.
+FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}
+# Operations a second of one core, a cautious figure: the budget of time has to give the same choice on every machine.
+_RATE = 1e10
+# How firmly the prior holds the weights at two images a class, in units of 1 / spread^2.
+_PRIOR_STRENGTH = 30.0
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
+
+    `parts` are named by the stack's parameters: "text", "discriminant", "discriminant_adapted", "regression" and
+    "text_regression".
+    """
+
+    parts: Mapping[str, Part]
+    weights: Mapping[str, float]
+    setting: Mapping[str, float]
+    keys: Which
+    loss: float
+
+    @property
+    def logits(self) -> np.ndarray:
+        """(V, C) of the held-out images."""
+        return np.sum([self.weights[name] * part.scaled for name, part in self.parts.items()], axis=0)
+
+    def losses(self, labels: np.ndarray) -> np.ndarray:
+        """(V,) the log-loss of each held-out image, in nats."""
+        logits = self.logits - self.logits.max(1, keepdims=True)
+        losses: np.ndarray = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+        return losses
+
+    def parameters(self, full: bool = True) -> dict[str, float]:
+        """The stack's parameters; with full=False those that give `logits` without a fold."""
+        values = {
+            name: self.weights[name] / (part.full_unit if full else part.unit) for name, part in self.parts.items()
+        }
+        return {**values, **self.setting, "adapted_keys": float(self.keys == "adapted")}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What texts, plain and adapted embeddings of pictures contribute to the spread of the logits; the sum is 1."""
+        sums = {"text": 0.0, "pictures": 0.0, "adapter": 0.0}
+        for name, weight in self.weights.items():
+            adapted = name == "discriminant_adapted" or (self.keys == "adapted" and "regression" in name)
+            sums["text" if name == "text" else "adapter" if adapted else "pictures"] += weight
+        total = sum(sums.values()) or 1.0
+        return {name: value / total for name, value in sums.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class StackFit:
+    """`choice` is the stack to use. `judged` is the one that the held-out images judge, and `right` (V,) bool says
+    which of them it gets right; with three and more images a class, `judged` is `choice`, and `right` is honest about
+    the choice: one half of the folds (of a validation set: of its images) is judged with the weights and the setting
+    that the other half chooses. `settings` counts the regressions that were tried."""
+
+    choice: Choice
+    judged: Choice
+    right: np.ndarray
+    settings: int
+
+
+def fit_stack(held_out: HeldOutSet, seconds: float) -> StackFit:
+    """The best stack of held_out.method within a budget of `seconds` on one core."""
+    support, parts = held_out.support, HeldOutParts(held_out)
+    embeddings: tuple[Which, ...] = ("adapted", "plain") if held_out.method.needs_adapter else ("plain",)
+    settings = affordable(support, len(embeddings), seconds)
+    if held_out.folds is not None and int(np.maximum(support.counts - 2, 0).sum()) < support.n_classes:
+        return _fit_few_shots(parts, embeddings, bool(settings))
+    labels, choices = parts.labels, list(_candidates(parts, embeddings, settings))
+    everywhere = np.ones(len(labels), bool)
+    best = _best(choices, labels, everywhere)
+    plain = [choice for choice in map(_without_adapter, choices) if choice.keys == "plain"]
+    if best.shares["adapter"] and not _is_lower(best, other := _best(plain, labels, everywhere), labels):
+        best, choices = other, plain
+    right = best.logits.argmax(1) == labels
+    groups = np.arange(len(labels)) if held_out.folds is None else held_out.folds[held_out.rows]
+    halves = [groups % 2 == 0, groups % 2 == 1]
+    if all(half.any() for half in halves):
+        for half in halves:
+            logits = _best(choices, labels, ~half).logits
+            right[half] = (logits.argmax(1) == labels)[half]
+    return StackFit(best, best, right, len(choices))
+
+
+def _without_adapter(choice: Choice) -> Choice:
+    return replace(choice, parts={name: part for name, part in choice.parts.items() if name != "discriminant_adapted"})
+
+
+def _is_lower(choice: Choice, other: Choice, labels: np.ndarray) -> bool:
+    """Whether the log-loss of `choice` is lower by more than the standard error of the difference: the adapted
+    embedding of a query is a second stream of the encoder, which has to pay."""
+    gains = other.losses(labels) - choice.losses(labels)
+    return bool(gains.mean() > gains.std() / np.sqrt(len(gains)))
+
+
+def better_alone(fit: StackFit, labels: np.ndarray) -> list[str]:
+    """The methods of METHODS that are one image part of the stack beside the texts, and that are right more often than
+    the stack by more than noise (`is_level`), each at its best alpha; none with one or two images a class."""
+    if fit.choice is not fit.judged or not len(labels):
+        return []
+    parts = {name: part.scaled for name, part in fit.choice.parts.items()}
+    if fit.choice.keys == "adapted" and "regression" in parts:
+        parts["regression_adapted"] = parts.pop("regression")
+    names = []
+    for name, method in METHODS.items():
+        part = parts.get(method.stack_part + ("_adapted" if method.needs_adapter else ""))
+        if part is not None:
+            text = parts.get("text", np.zeros_like(part))
+            alpha = float(sweep(intervals(text, part, labels)).alpha[0])
+            if not is_level(fit.right, (text + alpha * part).argmax(1) == labels):
+                names.append(name)
+    return names
+
+
+def affordable(support: SupportSet, n_embeddings: int, seconds: float) -> Sequence[Mapping[str, float]]:
+    """The first of SETTINGS whose regressions fit into the budget, by a count of operations: the same everywhere."""
+    n, c = len(support.embeddings), support.n_classes
+    operations = 2.0 * n**3 + 12.0 * n**2 * c
+    return SETTINGS[: int(seconds * _RATE / (operations * n_embeddings))]
+
+
+def _candidates(
+    held_out: HeldOutParts, embeddings: tuple[Which, ...], settings: Sequence[Mapping[str, float]]
+) -> Iterator[Choice]:
+    """A stack, not yet weighted, for each setting and embedding of the regression; without regression if none fits."""
+    fixed = {} if held_out.text is None else {"text": held_out.text}
+    for which in reversed(embeddings):
+        fixed["discriminant" if which == "plain" else "discriminant_adapted"] = held_out.discriminant(which)
+    if not settings:
+        yield Choice(fixed, {}, FEW_SHOT_SETTING, "plain", np.inf)
+    for setting in settings:
+        for which in embeddings:
+            labels, texts = held_out.regressions(which, setting)
+            parts = {**fixed, "regression": labels, **({} if texts is None else {"text_regression": texts})}
+            yield Choice(parts, {}, setting, which, np.inf)
+
+
+def _best(choices: Sequence[Choice], labels: np.ndarray, rows: np.ndarray) -> Choice:
+    """The choice with the least log-loss on the held-out images `rows` (V,) bool, with its weights."""
+    fitted = []
+    for choice in choices:
+        weights, loss = fit_weights([part.scaled[rows] for part in choice.parts.values()], labels[rows])
+        fitted.append(replace(choice, weights=_named(choice.parts, weights), loss=loss))
+    return min(fitted, key=lambda choice: choice.loss)
+
+
+def _named(parts: Mapping[str, Part], weights: np.ndarray) -> dict[str, float]:
+    """Weights by part. If no part beats a guess and all are 0, one part of the images gets a small weight: it gives
+    labels, and probabilities near those of a guess."""
+    named = dict(zip(parts, weights.tolist(), strict=True))
+    if not weights.any():
+        named[next(name for name in ("regression", "discriminant", "discriminant_adapted") if name in parts)] = 1e-3
+    return named
+
+
+def _fit_few_shots(held_out: HeldOutParts, embeddings: tuple[Which, ...], regress: bool) -> StackFit:
+    """One or two images a class: regression on adapted embeddings, unless plain ones are better beyond noise."""
+    fits = [_fit_few_shots_on(held_out, which, regress) for which in embeddings]
+    return fits[0] if len(fits) == 1 or is_level(fits[0].right, fits[1].right) else fits[1]
+
+
+def _fit_few_shots_on(held_out: HeldOutParts, which: Which, regress: bool) -> StackFit:
+    labels, support = held_out.labels, held_out.support
+    name = "discriminant" if which == "plain" else "discriminant_adapted"
+    parts = {} if held_out.text is None else {"text": held_out.text}
+    images = "regression" if regress else name
+    if regress:
+        parts["regression"], texts = held_out.regressions(which, FEW_SHOT_SETTING)
+        parts |= {} if texts is None else {"text_regression": texts}
+    else:
+        parts[name] = held_out.discriminant(which)
+    prior = _prior(held_out)
+    weights = np.array([prior[part if part in prior else "regression"] for part in parts])
+    loss = float("nan")
+    if len(labels):
+        weights, loss = fit_weights([part.scaled for part in parts.values()], labels, weights, _PRIOR_STRENGTH)
+    judged = Choice(parts, _named(parts, weights), FEW_SHOT_SETTING, which, loss)
+    right = judged.logits.argmax(1) == labels
+    used = dict(judged.weights)
+    if len(labels):  # from one image of each class to two, or to a share of that
+        share = min(1.0, (len(support.labels) - support.n_classes) / support.n_classes)
+        if "text" in used:
+            alone = (parts[images].logits.argmax(1) == labels).mean()
+            used["text"] *= min(1.0, held_out.text_accuracy / max(alone, 1e-9))
+        if "text_regression" in used:
+            used["text_regression"] *= min(1.0, held_out.text_accuracy / max(alone, 1e-9)) * (1.0 + 0.3 * share)
+        if regress and share > 0:
+            parts = {**parts, name: held_out.discriminant(which)}
+            used[name] = 2.75 * used["regression"] ** 0.6 * share
+            used["regression"] *= 1.0 - 0.75 * share
+    return StackFit(Choice(parts, used, FEW_SHOT_SETTING, which, loss), judged, right, int(regress))
+
+
+def _prior(held_out: HeldOutParts) -> dict[str, float]:
+    """Weights at one image a class. With a the texts' accuracy on the support images and t the weight of the texts
+    alone that minimises the log-loss of these images: text = sqrt(a) t, text_regression = 0.45 a t,
+    regression = 0.3 + 0.2 a; without texts 1.3."""
+    if held_out.support.text is None:
+        return {"regression": 1.3}
+    accuracy, logits = held_out.text_accuracy, held_out.text_logits
+    labels = held_out.support.labels
+    (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
+    return {
+        "text": accuracy**0.5 * alone,
+        "text_regression": 0.45 * accuracy * alone,
+        "regression": 0.3 + 0.2 * accuracy,
+    }
