@@ -199,7 +199,10 @@ def test_methods_that_the_data_does_not_allow_are_left_out(
     for words, told in (
         (["--methods", "tip-x"], "a method that the data allows, got none: tip-x compares"),
         (["--methods", "tipx"], "--methods of all, scikit-learn, auto, zero-shot, .* got tipx"),
-        (["--reducers", "center"], "expected a reducer of none, centre, pca, pca:NUMBER, isoclip or isoclip:TOP,BOTTOM, got 'center'"),
+        (
+            ["--reducers", "center"],
+            "expected a reducer of none, centre, pca, pca:NUMBER, isoclip or isoclip:TOP,BOTTOM, got 'center'",
+        ),
         (["--shift"], "No such option: --shift"),
         (["--tune", "validation"], "a validation set for --tune validation, got none"),
         (["--json", str(tmp_path / "no" / "where.json")], "expected a folder to write"),
