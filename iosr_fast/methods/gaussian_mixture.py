@@ -14,6 +14,8 @@ from iosr_fast.methods.gda import discriminant, shrunk_precision
 
 # The exponent of an image's first probabilities, lambda of TransCLIP with support images.
 ANCHOR = 0.5
+# First probabilities below exp(FLOOR) count as this much, so that images can correct a plan that is far too sure.
+FLOOR = np.float32(-7.0)
 # The share of an unlabelled image's weight in means and covariance to that of a support image. Chosen on validation
 # images: with 1, errors of absent classes add up in folders that have a tenth of the classes; below 0.1 little is
 # learnt from the folder.
@@ -64,10 +66,10 @@ class Gaussians:
         return cls((linear - linear.mean(0)).astype(np.float32), (bias - bias.mean()).astype(np.float32))
 
     def logits(self, images: Unlabelled, rows: slice) -> np.ndarray:
-        """log N(x; mu_c, Sigma) + ANCHOR * start, (rows, C) float32, but for a term without c."""
+        """log N(x; mu_c, Sigma) + ANCHOR * max(start, FLOOR), (rows, C) float32, but for a term without c."""
         logits: np.ndarray = images.rows[rows] @ self.linear.T
         logits += self.bias
-        logits += np.float32(ANCHOR) * images.start[rows]
+        logits += np.float32(ANCHOR) * np.maximum(images.start[rows], FLOOR)
         return logits
 
 
@@ -76,7 +78,7 @@ def estimate(rows: np.ndarray, class_offsets: np.ndarray, images: Sequence[Unlab
 
         mu_c = (sum of class c's support rows + sum_i w_i z_ic x_i) / (n_c + sum_i w_i z_ic)
         Sigma = (sum over support rows of x x' + sum_i w_i x_i x_i' - sum_c m_c mu_c mu_c') / (sum_c m_c - 1)
-        z_i = softmax over c of (log N(x_i; mu_c, Sigma) + ANCHOR * start_ic),    first z_i = exp(start_i)
+        z_i = softmax over c of (log N(x_i; mu_c, Sigma) + ANCHOR * max(start_ic, FLOOR)),    first z_i = exp(start_i)
 
     with w_i an image's weight and m_c the denominator of mu_c. Sigma is then shrunk (Gaussians.of). `rows` (N, D) are
     the support's, sorted by class, at least one each; `class_offsets` (C + 1,). Classes have no proportions, and one

@@ -11,7 +11,7 @@ import pytest
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import compile_method, gaussian_mixture, joint
-from iosr_fast.methods.gaussian_mixture import ANCHOR, WEIGHT, Unlabelled, estimate
+from iosr_fast.methods.gaussian_mixture import ANCHOR, FLOOR, WEIGHT, Unlabelled, estimate
 from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.tune import tune
@@ -60,7 +60,10 @@ def estimate_in_float64(x: np.ndarray, y: np.ndarray, q: np.ndarray, start: np.n
         sigma += np.trace(sigma) / (mass.sum() - 1) * np.eye(width)
         logits = np.array(
             [
-                [-0.5 * (row - mean) @ np.linalg.solve(sigma, row - mean) + ANCHOR * first for mean, first in pairs]
+                [
+                    -0.5 * (row - mean) @ np.linalg.solve(sigma, row - mean) + ANCHOR * max(first, FLOOR)
+                    for mean, first in pairs
+                ]
                 for row, pairs in zip(q, [list(zip(means, firsts, strict=True)) for firsts in start], strict=True)
             ]
         )
@@ -75,12 +78,12 @@ def test_rounds_are_the_formulas_in_float64(rounds: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(gaussian_mixture, "_BLOCK", 7 * 5)  # 7 images of 5 classes a block
     support = support_of(3, classes=5)
     rows, queries = support.embeddings.plain, folder_of(np.arange(30) % 5).plain
-    start = np.log(softmax(np.random.default_rng(3).standard_normal((30, 5)))).astype(np.float32)
+    start = np.log(softmax(3 * np.random.default_rng(3).standard_normal((30, 5)))).astype(np.float32)
     parts = [Unlabelled(queries[:10], start[:10]), Unlabelled(queries[10:], start[10:])]
     gaussians, done = estimate(rows, support.class_offsets, parts)
     logits = np.concatenate([gaussians.logits(part, slice(None)) for part in parts])
     expected = estimate_in_float64(rows, support.labels, queries, start, rounds)
-    assert done == rounds
+    assert done == rounds and start.min() < FLOOR
     np.testing.assert_allclose(logits - logits.mean(1, keepdims=True), expected, rtol=1e-3, atol=2e-3)
 
 
