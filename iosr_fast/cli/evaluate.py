@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from iosr_fast.evaluation.tasks import Source
 
 # --task: the module of iosr_fast.evaluation whose `run(sources, options, console)` prints its tables and returns rows.
-TASKS = {"accuracy": "accuracy_table"}
+TASKS = {"accuracy": "accuracy_table", "joint": "joint_table"}
 
 
 class Evaluate(Group):
@@ -51,7 +51,7 @@ TaskName = Annotated[
     typer.Option(
         metavar="|".join(TASKS),
         callback=_known_task,
-        help="What to measure.",
+        help="accuracy: each test image for itself; joint: all of them together, as predict_folder(joint=True).",
     ),
 ]
 Methods = Annotated[
@@ -59,14 +59,14 @@ Methods = Annotated[
     typer.Option(
         metavar="NAME ...",
         help="Names, 'all' (with scikit-learn's LogisticRegression and NearestCentroid), 'auto', or 'scikit-learn' "
-        "[default: all].",
+        "[default: all; joint: auto].",
     ),
 ]
 Reducers = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME ...",
-        help="none, centre, pca or pca:RANK, for the demo isoclip, too [default: none centre pca].",
+        help="none, centre, pca or pca:RANK, for the demo isoclip, too [default: none centre pca; joint: none].",
     ),
 ]
 Shots = Annotated[

@@ -30,8 +30,9 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Scores:
     Source of the calibration error: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 3.
 
     >>> import numpy as np
-    >>> measure(np.log([[0.8, 0.2], [0.6, 0.4]]), np.array([0, 1]))
-    Scores(accuracy=0.5, log_loss=0.5697..., calibration_error=0.4)
+    >>> scores = measure(np.log([[0.8, 0.2], [0.6, 0.4]]), np.array([0, 1]))
+    >>> scores.accuracy, round(scores.log_loss, 4), round(scores.calibration_error, 4)
+    (0.5, 0.5697, 0.4)
     """
     parts = [_confidences(logits[k : k + ROWS], labels[k : k + ROWS]) for k in range(0, len(labels), ROWS)]
     of_label, confidence, right = (np.concatenate(part) for part in zip(*parts, strict=True))
