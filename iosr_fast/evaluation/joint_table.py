@@ -40,7 +40,7 @@ def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[
             for shots in source.shots if method not in RIVALS else ():
                 of_source.append(joint_row(source, method, reducer, shots, chosen.tune_on))
                 options.report(_progress(of_source[-1]))
-        _print(out, source, of_source, chosen.left_out.values())
+        _print(out, source, of_source, [*chosen.left_out.values()])
         rows += of_source
     return rows
 
