@@ -144,6 +144,7 @@ class Result:
             "tuned_accuracy": [finite(draw.tuned.accuracy) for draw in self.draws],
             "chosen": [label(draw.tuned.method, draw.tuned.reducer) for draw in self.draws],
             "parameters": [draw.tuned.parameters for draw in self.draws],
+            "shares": [dict(draw.tuned.shares) for draw in self.draws],
             "factors": [draw.tuned.factor for draw in self.draws],
             "tune_seconds": [round(draw.tuned.seconds, 4) for draw in self.draws],
             "fit_seconds": [round(draw.fit_seconds, 4) for draw in self.draws],

@@ -12,8 +12,6 @@ from iosr_fast.evaluation.accuracy import AUTO, Result, finite, label
 from iosr_fast.evaluation.table import Row, print_table
 from iosr_fast.methods import METHODS
 
-# Made of other methods, so no rival of `auto`, which may choose them.
-COMBINED = ("stack", "stack++")
 EXPLANATION = (
     "A cell is a data set at one number of shots. Gap: points below the cell's most accurate single method on the test "
     "images (neither auto nor the stack nor scikit-learn's), mean and largest. Log-loss in nats: mean, and mean and "
@@ -27,7 +25,8 @@ HEADS = (
 
 
 def is_single(method: str) -> bool:
-    return method in METHODS and method not in COMBINED
+    """Neither auto nor a stack, which is made of other methods, nor one of scikit-learn's."""
+    return method in METHODS and not METHODS[method].weighted
 
 
 def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ def test_gaps_are_to_the_best_single_method_of_each_cell() -> None:
             result("a", "auto", 4, 0.91, 0.3, 0.04),
         ),
         *(result("b", "gda", 4, 0.50, 2.0), result("b", "auto", 4, 0.49, 2.2)),
+        *(result("a", "stack", 1, 0.74, 0.7), result("b", "stack", 4, 0.52, 0.9)),
         *(result("a", "LogisticRegression", 1, 0.73, 3.0), result("b", "LogisticRegression", 4, 0.40, float("nan"))),
     ]
     rows = {row["method"]: row for row in summary_rows(results)}
@@ -48,6 +49,7 @@ def test_gaps_are_to_the_best_single_method_of_each_cell() -> None:
     assert auto["auto_ahead_mean"] == auto["auto_ahead_worst"] == 0
     assert rows["proker"]["at"] == [["a", 1], ["a", 4]] and rows["proker"]["gap_mean"] == 0
     assert rows["gda"]["gaps"] == pytest.approx([2.0, 0.0, 0.0])
+    assert rows["stack"]["gaps"] == pytest.approx([-2.0, -2.0])
     linear = rows["LogisticRegression"]  # better than all single methods, and none of them
     assert linear["gaps"] == pytest.approx([-1.0, 10.0]) and linear["auto_ahead_worst"] == pytest.approx(-1.5)
     assert linear["log_loss"] is None and linear["log_loss_gap_mean"] == pytest.approx(2.1)
