@@ -23,6 +23,7 @@ PARAMETER_RANGES = {
     "beta": RANGES["beta"],
     "gamma": (0.0, 1000.0),
     "ridge": (1e-6, 1e6),
+    "text_images": (0.0, 1000.0),
     "adapted_keys": (0.0, 1.0),
 }
 # The grid of the paper's public code, and larger values; an exact search over these is never worse than that grid.

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.gda import shrunk_precision
 from iosr_fast.methods.kernel_ridge import kernel_matrix
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.timo import estimate
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
 
@@ -28,6 +28,7 @@ def stack(
     text_regression: float = 5.0,
     beta: float = 1.0,
     ridge: float = 0.1,
+    text_images: float = 0.0,
     discriminant_adapted: float = 0.0,
     adapted_keys: float = 0.0,
 ) -> ScoringPlan:
@@ -37,19 +38,22 @@ def stack(
 
     V = (K + ridge I)^-1 (regression * Y - text_regression * F), (N, C).
 
-    G(x, c) = x' P mu_c - mu_c' P mu_c / 2 is the discriminant of methods.gda with P = inv(Sigma +
-    tr(Sigma) / (N - 1) I), or I if each class has one image. A class without images takes the mean of the others, which
-    says nothing about it. K (N, N) is the kernel of the keys, which are the plain embeddings of the support images, or
-    with adapted_keys = 1 the adapted ones; x is the same of the query; Y (N, C) are the one-hot labels and
-    F = <plain key, text> the zero-shot cosines. With regression = text_regression the last term is ProKeR's.
+    G(x, c) = x' P mu_c - mu_c' P mu_c / 2 is the discriminant of methods.gda with the precision
+    P = inv(Sigma + tr(Sigma) / (N - 1) I), or I if each class has one image and no text. Means and covariance are those
+    of the images and, as in methods.timo, of `text_images` copies of <u_c, text_c> text_c, u_c the unit mean of class
+    c. A class without images takes the mean of the others, which says nothing about it. K (N, N) is the kernel of the
+    keys, which are the plain embeddings of the support images, or with adapted_keys = 1 the adapted ones; x is the same
+    of the query; Y (N, C) are the one-hot labels and F = <plain key, text> the zero-shot cosines. With
+    regression = text_regression the last term is ProKeR's.
 
     All weights are >= 0, without units; ridge > 0. A term whose weight is 0 is left out of the plan. Solved in float64;
     N^3 operations for the regression, N D^2 + D^3 for the discriminants. Without text the text terms are left out.
 
     Raises IosrFastError for values that a plan can't have (ScoringPlan) and if all weights are 0.
 
-    Sources: the terms are those of GDA (Wang et al., ICLR 2024, equations 4 to 8) and of ProKeR (Bendou et al., CVPR
-    2025, section 4); their sum is a convex combination as in stacked generalisation (Wolpert, 1992; Breiman, 1996).
+    Sources: the terms are those of GDA (Wang et al., ICLR 2024, equations 4 to 8), with texts as TIMO takes them (Li et
+    al., AAAI 2025), and of ProKeR (Bendou et al., CVPR 2025, section 4); their sum is a convex combination as in
+    stacked generalisation (Wolpert, 1992; Breiman, 1996).
 
     >>> import numpy as np
     >>> from iosr_fast import Embeddings, score
@@ -63,7 +67,7 @@ def stack(
     weights: dict[Which, float] = {"plain": discriminant, "adapted": discriminant_adapted}
     used = [name for name, weight in weights.items() if weight > 0]
     if used:
-        parts = [linear_discriminant(image_rows(support.embeddings, name, None), support) for name in used]
+        parts = [linear_discriminant(image_rows(support.embeddings, name, None), support, text_images) for name in used]
         arrays["linear"] = np.concatenate([weights[name] * part[0] for name, part in zip(used, parts, strict=True)], 1)
         arrays["bias"] = sum(weights[name] * part[1] for name, part in zip(used, parts, strict=True))
         arrays["feature"] = used[0] if len(used) == 1 else "both"
@@ -86,17 +90,28 @@ def stack(
     return ScoringPlan(n_classes=support.n_classes, **arrays)
 
 
-def linear_discriminant(rows: np.ndarray, support: SupportSet) -> tuple[np.ndarray, np.ndarray]:
+def linear_discriminant(
+    rows: np.ndarray, support: SupportSet, text_images: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """G of `stack` as linear (C, D) and bias (C,), float64, from the rows (N, D) of the support set's images."""
     counts, exact = support.counts, rows.astype(np.float64)
+    sums = np.zeros((support.n_classes, exact.shape[1]))
+    sums[counts > 0] = np.add.reduceat(exact, support.class_offsets[:-1][counts > 0], axis=0)
+    return discriminant_of_moments(counts, sums, exact.T @ exact, support.text, text_images)
+
+
+def discriminant_of_moments(
+    counts: np.ndarray, sums: np.ndarray, second: np.ndarray, text: np.ndarray | None, text_images: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`linear_discriminant` from counts (C,), sums (C, D) and the second moment (D, D) of the images."""
     present = counts > 0
-    means = np.add.reduceat(exact, support.class_offsets[:-1][present], axis=0) / counts[present, None]
-    centred = exact - np.repeat(means, counts[present], axis=0)
-    scatter = centred.T @ centred
-    precision = shrunk_precision(scatter, len(rows))
-    if scatter.any():  # to the precision of one image, which shots do not change; methods.gda has D / (N - 1) of it
-        precision *= (len(rows) - 1) / len(precision)
-    linear, bias = (np.empty((support.n_classes, *shape)) for shape in (precision.shape[1:], ()))
+    copies = text_images if text is not None else 0.0
+    texts = np.zeros_like(sums) if text is None else text.astype(np.float64)
+    means, precision = estimate(counts[present], sums[present], second, texts[present], copies)
+    if copies or counts.sum() > present.sum():
+        # To the precision of one image, which shots do not change; shrunk_precision has D / (N - 1) of it.
+        precision = precision * (counts.sum() + copies * present.sum() - 1) / len(precision)
+    linear, bias = (np.empty((len(counts), *shape)) for shape in (second.shape[1:], ()))
     linear[present] = means @ precision
     bias[present] = -0.5 * np.einsum("cd,cd->c", linear[present], means)
     linear[~present], bias[~present] = linear[present].mean(0), bias[present].mean()
@@ -126,6 +141,7 @@ METHOD = Method(
         "text_regression": 5.0,
         "beta": 1.0,
         "ridge": 0.1,
+        "text_images": 0.0,
     },
     adapted_parameters={"discriminant_adapted": 0.03, "adapted_keys": 1.0},
     scales="cache",

@@ -46,7 +46,7 @@ def timo(
     rows = image_rows(support.embeddings, which, reducer).astype(np.float64)
     sums = np.add.reduceat(rows, support.class_offsets[:-1], axis=0)
     texts = _text_rows(support, reducer)
-    means, precision = _estimate(support.counts, sums, rows.T @ rows, texts, gamma)
+    means, precision = estimate(support.counts, sums, rows.T @ rows, texts, gamma)
     return gda_plan(means, precision, support.text, support.tau, which, reducer, alpha)
 
 
@@ -56,7 +56,7 @@ def _text_rows(support: SupportSet, reducer: Reducer | None) -> np.ndarray:
     return (support.text if reducer is None else reducer(support.text)).astype(np.float64)
 
 
-def _estimate(
+def estimate(
     counts: np.ndarray, sums: np.ndarray, second: np.ndarray, texts: np.ndarray, gamma: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class means (C, D) and shrunk precision (D, D) of the images, whose counts (C,), sums (C, D) and second moment
@@ -87,7 +87,7 @@ def leave_out(
             np.subtract.at(kept_counts, labels[out], 1)
             np.subtract.at(kept_sums, labels[out], rows[out])
             kept_second = second - rows[out].T @ rows[out]
-            means, precision = _estimate(kept_counts, kept_sums, kept_second, texts, setting["gamma"])
+            means, precision = estimate(kept_counts, kept_sums, kept_second, texts, setting["gamma"])
             linear, bias = discriminant(means, precision)
             scores[out] = asked[out] @ linear.T + bias
         return scores

@@ -21,7 +21,15 @@ from iosr_fast.methods.tuning.tune import tune
 from iosr_fast.scoring.score import score, score_with_path
 from tests.conftest import random_embeddings, unit_rows
 
-WEIGHTS = {"text": 0.7, "discriminant": 0.4, "regression": 3.0, "text_regression": 8.0, "beta": 1.7, "ridge": 0.2}
+WEIGHTS = {
+    "text": 0.7,
+    "discriminant": 0.4,
+    "regression": 3.0,
+    "text_regression": 8.0,
+    "beta": 1.7,
+    "ridge": 0.2,
+    "text_images": 2.5,
+}
 ADAPTED = {**WEIGHTS, "discriminant_adapted": 0.9, "adapted_keys": 1.0}
 
 
@@ -45,12 +53,24 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return scaled.astype(np.float32)
 
 
-def papers_discriminant(rows: np.ndarray, labels: np.ndarray, classes: int, queries: np.ndarray) -> np.ndarray:
-    """GDA (Wang et al., 2024) with the precision of one image: image by image, class by class."""
-    means = np.array([rows[labels == c].mean(0) for c in range(classes)])
-    differences = rows - means[labels]
-    n, width = rows.shape
-    covariance = differences.T @ differences / (n - 1)
+def papers_discriminant(
+    rows: np.ndarray, labels: np.ndarray, texts: np.ndarray, copies: float, queries: np.ndarray
+) -> np.ndarray:
+    """GDA (Wang et al., 2024) with the precision of one image: image by image, class by class; weighted texts are
+    further images (TIMO)."""
+    all_rows, all_labels, weights = rows, labels, np.ones(len(rows))
+    if texts.any():
+        means = np.array([rows[labels == c].mean(0) for c in range(len(texts))])
+        directions = means / np.linalg.norm(means, axis=1, keepdims=True)
+        instances = (directions * texts).sum(1, keepdims=True) * texts
+        all_rows, all_labels = np.concatenate([rows, instances]), np.append(labels, np.arange(len(texts)))
+        weights = np.append(weights, np.full(len(texts), copies))
+    means = np.array(
+        [np.average(all_rows[all_labels == c], axis=0, weights=weights[all_labels == c]) for c in range(len(texts))]
+    )
+    n, width, covariance = weights.sum(), rows.shape[1], np.zeros((rows.shape[1],) * 2)
+    for row, label, weight in zip(all_rows, all_labels, weights, strict=True):
+        covariance += weight * np.outer(row - means[label], row - means[label]) / (n - 1)
     precision = np.linalg.inv(covariance + np.trace(covariance) / (n - 1) * np.eye(width))
     return np.array([[q @ precision @ m - m @ precision @ m / 2 for m in means] for q in queries])
 
@@ -67,9 +87,11 @@ def written_out(support: SupportSet, queries: Embeddings, p: dict[str, float]) -
     target = p["regression"] * np.eye(support.n_classes)[support.labels] - p["text_regression"] * plain @ text.T
     logits = p["text"] * support.tau * query @ text.T
     logits += across @ np.linalg.inv(kernel + p["ridge"] * np.eye(len(keys))) @ target
-    logits += p["discriminant"] * papers_discriminant(plain, support.labels, support.n_classes, query)
+    logits += p["discriminant"] * papers_discriminant(plain, support.labels, text, p["text_images"], query)
     if p.get("discriminant_adapted"):
-        logits += p["discriminant_adapted"] * papers_discriminant(adapted, support.labels, support.n_classes, other)
+        logits += p["discriminant_adapted"] * papers_discriminant(
+            adapted, support.labels, text, p["text_images"], other
+        )
     return logits
 
 
@@ -140,12 +162,12 @@ def test_parts_are_those_of_plans_without_the_fold(rng: np.random.Generator, cou
     if views:
         support = replace(support, queries=random_embeddings(rng, sum(counts), 12))
     held_out = HeldOutSet.leave_one_out(METHODS["stack++"], None, support)
-    parts, setting = HeldOutParts(held_out), {"beta": 1.3, "ridge": 0.2}
+    parts, setting = HeldOutParts(held_out), {"beta": 1.3, "ridge": 0.2, "text_images": 1.5}
     labels, texts = parts.regressions("adapted", setting)
     found = {
         "text": parts.text,
-        "discriminant": parts.discriminant("plain"),
-        "discriminant_adapted": parts.discriminant("adapted"),
+        "discriminant": parts.discriminant("plain", 1.5),
+        "discriminant_adapted": parts.discriminant("adapted", 1.5),
     }
     found |= {"regression": labels, "text_regression": texts}
     assert sum(counts) - len(parts.labels) == sum(count == 1 for count in counts)

@@ -11,7 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.kernel_ridge import KernelRidge, kernel_matrix
 from iosr_fast.methods.method import ROUNDING
-from iosr_fast.methods.stack import linear_discriminant, one_hot, zero_shot
+from iosr_fast.methods.stack import discriminant_of_moments, linear_discriminant, one_hot, zero_shot
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.scoring.plan import Which
@@ -86,19 +86,24 @@ class HeldOutParts:
         logits: np.ndarray = self.support.tau * (queries.plain.astype(np.float64) @ self.support.text.T)
         return logits
 
-    def discriminant(self, which: Which) -> Part:
+    def discriminant(self, which: Which, text_images: float) -> Part:
         """G of methods.stack on these embeddings."""
         keys, queries = image_rows(self.support.embeddings, which, None), image_rows(self._queries, which, None)
-        linear, bias = linear_discriminant(keys, self.support)
+        full = linear_discriminant(keys, self.support, text_images)
         if self.folds is None:
-            logits = queries @ linear.T + bias
+            logits = queries @ full[0].T + full[1]
             return self._part(logits, logits)
+        exact, labels = keys.astype(np.float64), self.support.labels
+        second, one = exact.T @ exact, np.eye(self.support.n_classes)
+        sums = one[:, labels] @ exact
         logits = np.zeros((len(queries), self.support.n_classes))
         for fold in np.unique(self.folds[self.rows]):
-            inside = self.folds == fold
-            without, without_bias = linear_discriminant(keys[~inside], self.support.only(~inside))
-            logits[inside] = queries[inside] @ without.T + without_bias
-        return self._part(logits[self.rows], queries @ linear.T + bias)
+            out = np.flatnonzero(self.folds == fold)
+            counts = self.support.counts - np.bincount(labels[out], minlength=self.support.n_classes)
+            kept_sums, kept_second = sums - one[:, labels[out]] @ exact[out], second - exact[out].T @ exact[out]
+            linear, bias = discriminant_of_moments(counts, kept_sums, kept_second, self.support.text, text_images)
+            logits[out] = queries[out] @ linear.T + bias
+        return self._part(logits[self.rows], queries @ full[0].T + full[1])
 
     def regressions(self, which: Which, setting: Mapping[str, float]) -> tuple[Part, Part | None]:
         """Kernel ridge regression of the one-hot labels, and of the texts' cosines, negated (None without texts)."""

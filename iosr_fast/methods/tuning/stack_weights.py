@@ -1,17 +1,17 @@
 """The weights, the kernel and the ridge of a stack: by log-loss on images that are left out, or by a prior.
 
-What can be left out depends on the number of images of a class:
+Every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images are exact
+(convex, `log_loss.fit_weights`). They hold per unit of spread (`stack_parts.Part`), because the spread of a part
+changes with the number of images. With few images a class:
 
-- three and more: every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images
-  are exact (convex, `log_loss.fit_weights`). They hold per unit of spread (`stack_parts.Part`), because the spread of a
-  part grows with the number of images.
-- two: a fold leaves one image of each class, from which no covariance can be estimated. The weights of texts and
-  regression are fitted on these folds, with a prior; those at two images are derived from them (`_fit_few_shots_on`).
+- two: a fold leaves one image of each class. Texts beside the images give a covariance nevertheless (methods.timo), and
+  a prior holds the weights. Without texts the discriminant of a fold has no covariance: only the regression's weight is
+  fitted, and that of the discriminant at two images is derived from it (`_fit_two_without_texts`).
 - one: nothing can be left out. The texts see no support image, so their temperature is fitted on all of them; the
   other weights follow from their accuracy (`_prior`).
 
-The constants of `_prior` and `_fit_few_shots_on` are from validation images: Caltech-101 and Flowers, encoded by CLIP
-ViT-B/32, and the demo's validation concepts.
+The constants of `_prior` and `_fit_two_without_texts` are from validation images: Caltech-101 and Flowers, encoded by
+CLIP ViT-B/32, and the demo's validation concepts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from iosr_fast.scoring.plan import Which
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
 # With one or two images a class, where no setting can be chosen.
 FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}
+_DISCRIMINANTS: dict[Which, str] = {"plain": "discriminant", "adapted": "discriminant_adapted"}
+# Copies of a class's text among its images, for the discriminant, where texts are always right.
+_TEXT_IMAGES = 4.0
 # Operations a second of one core, a cautious figure: the budget of time has to give the same choice on every machine.
 _RATE = 1e10
 # How firmly the prior holds the weights at two images a class, in units of 1 / spread^2.
@@ -101,22 +104,41 @@ def fit_stack(held_out: HeldOutSet, seconds: float) -> StackFit:
     support, parts = held_out.support, HeldOutParts(held_out)
     embeddings: tuple[Which, ...] = ("adapted", "plain") if held_out.method.needs_adapter else ("plain",)
     settings = affordable(support, len(embeddings), seconds)
-    if held_out.folds is not None and int(np.maximum(support.counts - 2, 0).sum()) < support.n_classes:
-        return _fit_few_shots(parts, embeddings, bool(settings))
-    labels, choices = parts.labels, list(_candidates(parts, embeddings, settings))
-    everywhere = np.ones(len(labels), bool)
-    best = _best(choices, labels, everywhere)
+    few = held_out.folds is not None and int(np.maximum(support.counts - 2, 0).sum()) < support.n_classes
+    prior = None
+    if few:
+        prior, settings = _prior(parts, embeddings), [FEW_SHOT_SETTING] * bool(settings)
+        if support.text is None or not len(parts.labels):
+            return _fit_few(parts, embeddings, bool(settings), prior)
+    copies = 0.0 if support.text is None else _TEXT_IMAGES * parts.text_accuracy
+    labels, everywhere = parts.labels, np.ones(len(parts.labels), bool)
+    if copies and not few:  # whether texts help the discriminant is asked with the first setting alone
+        tried = [_candidates(parts, embeddings[:1], settings[:1], number) for number in (copies, 0.0)]
+        copies = _best([choice for some in tried for choice in some], labels, everywhere).setting["text_images"]
+    choices = list(_candidates(parts, embeddings, settings, copies))
+    best = _best(choices, labels, everywhere, prior)
     plain = [choice for choice in map(_without_adapter, choices) if choice.keys == "plain"]
-    if best.shares["adapter"] and not _is_lower(best, other := _best(plain, labels, everywhere), labels):
+    if best.shares["adapter"] and not _is_lower(best, other := _best(plain, labels, everywhere, prior), labels):
         best, choices = other, plain
     right = best.logits.argmax(1) == labels
     groups = np.arange(len(labels)) if held_out.folds is None else held_out.folds[held_out.rows]
     halves = [groups % 2 == 0, groups % 2 == 1]
     if all(half.any() for half in halves):
         for half in halves:
-            logits = _best(choices, labels, ~half).logits
+            logits = _best(choices, labels, ~half, prior).logits
             right[half] = (logits.argmax(1) == labels)[half]
-    return StackFit(best, best, right, len(choices))
+    return StackFit(_with_more_images(best, parts) if few else best, best, right, len(choices))
+
+
+def _with_more_images(choice: Choice, held_out: HeldOutParts) -> Choice:
+    """The choice for two images a class instead of the one that a fold leaves: texts lose weight if images alone are
+    right more often. With a and b the accuracy of texts and of images: min(1, sqrt(a / b)) of it."""
+    texts = ("text", "text_regression")
+    images = [choice.weights[name] * part.scaled for name, part in choice.parts.items() if name not in texts]
+    alone = float((np.sum(images, axis=0).argmax(1) == held_out.labels).mean())
+    share = min(1.0, (held_out.text_accuracy / max(alone, 1e-9)) ** 0.5)
+    weights = {name: weight * (share if name in texts else 1.0) for name, weight in choice.weights.items()}
+    return replace(choice, weights=weights)
 
 
 def _without_adapter(choice: Choice) -> Choice:
@@ -157,26 +179,36 @@ def affordable(support: SupportSet, n_embeddings: int, seconds: float) -> Sequen
 
 
 def _candidates(
-    held_out: HeldOutParts, embeddings: tuple[Which, ...], settings: Sequence[Mapping[str, float]]
+    held_out: HeldOutParts,
+    embeddings: Sequence[Which],
+    settings: Sequence[Mapping[str, float]],
+    copies: float,
 ) -> Iterator[Choice]:
     """A stack, not yet weighted, for each setting and embedding of the regression; without regression if none fits."""
     fixed = {} if held_out.text is None else {"text": held_out.text}
-    for which in reversed(embeddings):
-        fixed["discriminant" if which == "plain" else "discriminant_adapted"] = held_out.discriminant(which)
+    fixed |= {_DISCRIMINANTS[which]: held_out.discriminant(which, copies) for which in reversed(embeddings)}
     if not settings:
-        yield Choice(fixed, {}, FEW_SHOT_SETTING, "plain", np.inf)
+        yield Choice(fixed, {}, {**FEW_SHOT_SETTING, "text_images": copies}, "plain", np.inf)
     for setting in settings:
         for which in embeddings:
             labels, texts = held_out.regressions(which, setting)
             parts = {**fixed, "regression": labels, **({} if texts is None else {"text_regression": texts})}
-            yield Choice(parts, {}, setting, which, np.inf)
+            yield Choice(parts, {}, {**setting, "text_images": copies}, which, np.inf)
 
 
-def _best(choices: Sequence[Choice], labels: np.ndarray, rows: np.ndarray) -> Choice:
+def _best(
+    choices: Sequence[Choice], labels: np.ndarray, rows: np.ndarray, prior: Mapping[str, float] | None = None
+) -> Choice:
     """The choice with the least log-loss on the held-out images `rows` (V,) bool, with its weights."""
     fitted = []
     for choice in choices:
-        weights, loss = fit_weights([part.scaled[rows] for part in choice.parts.values()], labels[rows])
+        parts = [part.scaled[rows] for part in choice.parts.values()]
+        if prior is None:
+            weights, loss = fit_weights(parts, labels[rows])
+        else:
+            weights, loss = fit_weights(
+                parts, labels[rows], np.array([prior[n] for n in choice.parts]), _PRIOR_STRENGTH
+            )
         fitted.append(replace(choice, weights=_named(choice.parts, weights), loss=loss))
     return min(fitted, key=lambda choice: choice.loss)
 
@@ -190,55 +222,50 @@ def _named(parts: Mapping[str, Part], weights: np.ndarray) -> dict[str, float]:
     return named
 
 
-def _fit_few_shots(held_out: HeldOutParts, embeddings: tuple[Which, ...], regress: bool) -> StackFit:
-    """One or two images a class: regression on adapted embeddings, unless plain ones are better beyond noise."""
-    fits = [_fit_few_shots_on(held_out, which, regress) for which in embeddings]
+def _prior(held_out: HeldOutParts, embeddings: Sequence[Which]) -> dict[str, float]:
+    """Weights at one image a class. With a the texts' accuracy on the support images and t the weight of the texts
+    alone that minimises the log-loss of these images: text = 0.55 sqrt(a) t, text_regression = 0.15 a t. 1.35 is shared
+    by the discriminants. The regression has 0.05; without texts it stands in for the discriminant, with 1.3."""
+    shared = (1.35,) if len(embeddings) == 1 else (1.0, 0.35)
+    prior = {_DISCRIMINANTS[which]: weight for which, weight in zip(embeddings, shared, strict=True)}
+    if held_out.support.text is None:
+        return {**prior, "regression": 1.3}
+    logits, labels = held_out.text_logits, held_out.support.labels
+    (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
+    accuracy = held_out.text_accuracy
+    texts = {"text": 0.55 * accuracy**0.5 * float(alone), "text_regression": 0.15 * accuracy * float(alone)}
+    return {**prior, **texts, "regression": 0.05}
+
+
+def _fit_few(
+    held_out: HeldOutParts, embeddings: Sequence[Which], regress: bool, prior: Mapping[str, float]
+) -> StackFit:
+    """One image a class, or two without texts."""
+    if held_out.support.text is not None:
+        copies = _TEXT_IMAGES * held_out.text_accuracy
+        (choice, *_) = _candidates(held_out, embeddings, [FEW_SHOT_SETTING] * regress, copies)
+        weights = {name: prior[name] for name in choice.parts}
+        choice = replace(choice, weights=weights, loss=float("nan"))
+        return StackFit(choice, choice, np.zeros(0, bool), int(regress))
+    fits = [_fit_two_without_texts(held_out, which, regress, prior["regression"]) for which in embeddings]
     return fits[0] if len(fits) == 1 or is_level(fits[0].right, fits[1].right) else fits[1]
 
 
-def _fit_few_shots_on(held_out: HeldOutParts, which: Which, regress: bool) -> StackFit:
-    labels, support = held_out.labels, held_out.support
-    name = "discriminant" if which == "plain" else "discriminant_adapted"
-    parts = {} if held_out.text is None else {"text": held_out.text}
-    images = "regression" if regress else name
-    if regress:
-        parts["regression"], texts = held_out.regressions(which, FEW_SHOT_SETTING)
-        parts |= {} if texts is None else {"text_regression": texts}
-    else:
-        parts[name] = held_out.discriminant(which)
-    prior = _prior(held_out)
-    weights = np.array([prior[part if part in prior else "regression"] for part in parts])
-    loss = float("nan")
+def _fit_two_without_texts(held_out: HeldOutParts, which: Which, regress: bool, prior: float) -> StackFit:
+    """The weight of the regression on these embeddings at one image a class, and what follows for two; with w that
+    weight and s the share of the classes that have two: discriminant = 2.75 s w^0.6, regression = (1 - 0.75 s) w."""
+    labels, support, name = held_out.labels, held_out.support, _DISCRIMINANTS[which]
+    setting, images = {**FEW_SHOT_SETTING, "text_images": 0.0}, "regression" if regress else name
+    discriminant = held_out.discriminant(which, 0.0)
+    part = held_out.regressions(which, FEW_SHOT_SETTING)[0] if regress else discriminant
+    weights, loss = np.array([prior]), float("nan")
     if len(labels):
-        weights, loss = fit_weights([part.scaled for part in parts.values()], labels, weights, _PRIOR_STRENGTH)
-    judged = Choice(parts, _named(parts, weights), FEW_SHOT_SETTING, which, loss)
-    right = judged.logits.argmax(1) == labels
-    used = dict(judged.weights)
-    if len(labels):  # from one image of each class to two, or to a share of that
-        share = min(1.0, (len(support.labels) - support.n_classes) / support.n_classes)
-        if "text" in used:
-            alone = (parts[images].logits.argmax(1) == labels).mean()
-            used["text"] *= min(1.0, held_out.text_accuracy / max(alone, 1e-9))
-        if "text_regression" in used:
-            used["text_regression"] *= min(1.0, held_out.text_accuracy / max(alone, 1e-9)) * (1.0 + 0.3 * share)
-        if regress and share > 0:
-            parts = {**parts, name: held_out.discriminant(which)}
-            used[name] = 2.75 * used["regression"] ** 0.6 * share
-            used["regression"] *= 1.0 - 0.75 * share
-    return StackFit(Choice(parts, used, FEW_SHOT_SETTING, which, loss), judged, right, int(regress))
-
-
-def _prior(held_out: HeldOutParts) -> dict[str, float]:
-    """Weights at one image a class. With a the texts' accuracy on the support images and t the weight of the texts
-    alone that minimises the log-loss of these images: text = sqrt(a) t, text_regression = 0.45 a t,
-    regression = 0.3 + 0.2 a; without texts 1.3."""
-    if held_out.support.text is None:
-        return {"regression": 1.3}
-    accuracy, logits = held_out.text_accuracy, held_out.text_logits
-    labels = held_out.support.labels
-    (alone,), _ = fit_weights([logits / spread_of_others(logits, labels)], labels)
-    return {
-        "text": accuracy**0.5 * alone,
-        "text_regression": 0.45 * accuracy * alone,
-        "regression": 0.3 + 0.2 * accuracy,
-    }
+        weights, loss = fit_weights([part.scaled], labels, weights, _PRIOR_STRENGTH)
+    judged = Choice({images: part}, _named({images: part}, weights), setting, which, loss)
+    right, choice = judged.logits.argmax(1) == labels, judged
+    share = min(1.0, (len(support.labels) - support.n_classes) / support.n_classes)
+    if regress and share > 0:
+        (weight,) = judged.weights.values()
+        used = {name: 2.75 * share * weight**0.6, images: (1.0 - 0.75 * share) * weight}
+        choice = Choice({name: discriminant, images: part}, used, setting, which, loss)
+    return StackFit(choice, judged, right, int(regress))
