@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods import METHODS, compile_method
+from iosr_fast.methods import gda
 from iosr_fast.methods.gaussian_mixture import WEIGHT, Unlabelled, blocks, estimate, softmax_in_place
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.held_out import HeldOutSet
@@ -152,7 +152,7 @@ def _folds(support: SupportSet, logits_each: int) -> Iterator[tuple[np.ndarray, 
 
     `logits_each` logits are computed for a fold; all folds, or as many as give what a check needs.
     """
-    held_out = HeldOutSet.leave_one_out(METHODS["gda"], None, support)
+    held_out = HeldOutSet.leave_one_out(gda.METHOD, None, support)
     folds = held_out.folds
     assert folds is not None
     scored = logits = 0
@@ -170,12 +170,12 @@ def _which(support: SupportSet, queries: Embeddings) -> Which:
         return "plain"
     alone = replace(support, text=None)
     own = alone.queries or alone.embeddings
-    right = {"gda": 0, "gda++": 0}
+    right: dict[Which, int] = {"plain": 0, "adapted": 0}
     for chosen, others in _folds(alone, 0):
-        for name in right:
-            logits = score(compile_method(name, others, alpha=1.0), own[chosen])
-            right[name] += int((logits.argmax(1) == alone.labels[chosen]).sum())
-    return "adapted" if right["gda++"] > right["gda"] else "plain"
+        for which in right:
+            logits = score(gda.gda(others, which, alpha=1.0), own[chosen])
+            right[which] += int((logits.argmax(1) == alone.labels[chosen]).sum())
+    return "adapted" if right["adapted"] > right["plain"] else "plain"
 
 
 def _left_out(

@@ -76,7 +76,7 @@ def assert_sound(tuned: Tuned, support: SupportSet) -> None:
     assert np.isfinite(logits).all() and np.abs(logits).max() < 1e12
     shares = np.exp(logits - logits.max(1, keepdims=True))
     np.testing.assert_allclose((shares / shares.sum(1, keepdims=True)).sum(1), 1.0, rtol=1e-5)
-    if tuned.scored:
+    if tuned.scored and not METHODS[tuned.method].weighted:  # one half of the images judges what the other chooses
         assert tuned.accuracy == right_of_plans(tuned, support)
 
 
@@ -103,7 +103,7 @@ def test_what_was_tuned_is_what_the_plan_does(
         if method == "auto":  # of two methods, to be soon done
             assert_sound(tune("auto", replace(support, embeddings=Embeddings(support.embeddings.plain))), support)
         else:
-            assert_sound(tune(method, support, reducer=reducer if METHODS[method].needs_support else "none"), support)
+            assert_sound(tune(method, support, reducer=reducer if METHODS[method].reducible else "none"), support)
 
 
 @pytest.mark.parametrize("method", ["tip-x", "tip-adapter", "ape"])

@@ -34,6 +34,7 @@ from iosr_fast.scoring.plan import Which
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
 # With one or two images a class, where no setting can be chosen.
 FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}
+_PARTS = ("text", "discriminant", "discriminant_adapted", "regression", "text_regression")
 _DISCRIMINANTS: dict[Which, str] = {"plain": "discriminant", "adapted": "discriminant_adapted"}
 # Copies of a class's text among its images, for the discriminant, where texts are always right.
 _TEXT_IMAGES = 4.0
@@ -47,8 +48,7 @@ _PRIOR_STRENGTH = 30.0
 class Choice:
     """The parts of a stack that are used, with a weight >= 0 per unit of spread for each, and their log-loss.
 
-    `parts` are named by the stack's parameters: "text", "discriminant", "discriminant_adapted", "regression" and
-    "text_regression".
+    `parts` are named by the stack's parameters, _PARTS.
     """
 
     parts: Mapping[str, Part]
@@ -73,7 +73,7 @@ class Choice:
         values = {
             name: self.weights[name] / (part.full_unit if full else part.unit) for name, part in self.parts.items()
         }
-        return {**values, **self.setting, "adapted_keys": float(self.keys == "adapted")}
+        return {**dict.fromkeys(_PARTS, 0.0), **values, **self.setting, "adapted_keys": float(self.keys == "adapted")}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -216,6 +216,7 @@ def _best(
 def _named(parts: Mapping[str, Part], weights: np.ndarray) -> dict[str, float]:
     """Weights by part. If no part beats a guess and all are 0, one part of the images gets a small weight: it gives
     labels, and probabilities near those of a guess."""
+    weights = np.where(weights < 1e-9, 0.0, weights)  # a part without spread has no gradient
     named = dict(zip(parts, weights.tolist(), strict=True))
     if not weights.any():
         named[next(name for name in ("regression", "discriminant", "discriminant_adapted") if name in parts)] = 1e-3
