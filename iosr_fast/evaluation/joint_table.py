@@ -22,6 +22,7 @@ from iosr_fast.scoring.score import score
 
 # A folder may hold few of the classes: the test images of a tenth of them, and of at least two, drawn several times.
 TENTH, FEWEST, FOLDERS = 10, 2, 5
+REFUSALS = 3  # sentences that are printed
 HEADS = (
     *("method", "reducer", "shots", "alone", "joint", "gain", "refused"),
     *("a tenth: classes", "alone", "joint", "gain", "refused"),
@@ -122,15 +123,19 @@ def _print(out: Console, source: Source, rows: Sequence[Row], left_out: Sequence
     first = rows[0]["draws"][0]
     out.print(
         f"{source.name}: accuracy in % of each test image alone and of all {first['images']} together, gain in points; "
-        f"mean over {len(source.seeds)} draws of the support set. A tenth: only the images of a tenth of the "
+        f"{len(source.seeds)} draw(s) of the support set. A tenth: only the images of a tenth of the "
         f"{first['classes']} classes, mean over {FOLDERS} folders a draw. Refused: folders left as they were",
         soft_wrap=True,
     )
     for note in source.notes:
         out.print(note, soft_wrap=True)
     print_table(out, HEADS, [_cells(row) for row in rows], left=2)
-    refusals = [draw["refused"] for row in rows for draw in (*row["draws"], *row["few_draws"]) if draw["refused"]]
-    for line in (*(f"  refused: {text}" for text in dict.fromkeys(refusals)), *(f"  left out: {r}" for r in left_out)):
+    draws = [draw for row in rows for draw in (*row["draws"], *row["few_draws"])]
+    refusals = list(dict.fromkeys(draw["refused"] for draw in draws if draw["refused"]))
+    lines = [f"  refused: {text}" for text in refusals[:REFUSALS]]
+    if len(refusals) > REFUSALS:
+        lines.append(f"  ... and {len(refusals) - REFUSALS} more sentences, in the JSON file")
+    for line in (*lines, *(f"  left out: {reason}" for reason in left_out)):
         out.print(line, soft_wrap=True)
 
 
