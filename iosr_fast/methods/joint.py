@@ -14,6 +14,7 @@ from iosr_fast.methods.gaussian_mixture import WEIGHT, Unlabelled, blocks, estim
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.tuning.log_loss import fit_factor
+from iosr_fast.methods.tuning.parameter_search import is_level
 from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.score import score
@@ -81,10 +82,11 @@ def predict_jointly(
     or adapted embeddings, whichever classify left-out support images better by GDA.
 
     One image of each class at a time is left out of the support set and hidden among the queries, with all together
-    no more weight than these. If fewer of them are right than by a plan compiled without them, the plan's own
-    probabilities are returned and `refused` says why; so they are if the check is impossible, because each class has a
-    single support image, or because a class has none. At most 16 folds; fewer for more than 2,000 support images or
-    many queries. The factor of the logits that gives left-out images the least log-loss scales those of `queries`.
+    no more weight than these. If fewer of them are right than by a plan compiled without them, or not more beyond the
+    noise (is_level) while their log-loss is higher, the plan's own probabilities are returned and `refused` says why;
+    so they are if the check is impossible, because each class has a single support image, or a class has none. At most
+    16 folds; fewer for more than 2,000 support images or many queries. The factor of the logits that gives left-out
+    images the least log-loss scales those of `queries`.
 
     Time per fold and for the result, for D channels: at most 10 rounds of two products of (B, D) and (D, C). Memory:
     the result, (B, C) float32, and blocks of 16 MiB. The order of the queries changes rounding only.
@@ -190,15 +192,20 @@ def _left_out(
         labels.append(support.labels[chosen])
     alone, joint = (np.concatenate(logits) for logits in zip(*folds, strict=True))
     expected = np.concatenate(labels)
-    shares = [float((logits.argmax(1) == expected).mean()) for logits in (alone, joint)]
+    right = [logits.argmax(1) == expected for logits in (alone, joint)]
+    shares = [float(one.mean()) for one in right]
+    fits = [fit_factor(logits, np.zeros_like(logits), expected, 0.0) for logits in (alone, joint)]
     result = replace(result, left_out=len(expected), left_out_alone=shares[0], left_out_joint=shares[1])
+    refused = (
+        f"of {len(expected)} left-out support images hidden among the {len(queries)} images, {shares[1]:.1%} are right "
+        f"together, {shares[0]:.1%} alone"
+    )
     if shares[1] < shares[0]:
-        reason = (
-            f"of {len(expected)} left-out support images hidden among the {len(queries)} images, {shares[1]:.1%} are "
-            f"right together, {shares[0]:.1%} alone"
-        )
-        return replace(result, refused=reason), 1.0
-    return result, fit_factor(joint, np.zeros_like(joint), expected, 0.0).factor
+        return replace(result, refused=refused), 1.0
+    if is_level(*right) and fits[1].loss > fits[0].loss:
+        refused += f", no more than noise, and their log-loss is {fits[1].loss:.3f} instead of {fits[0].loss:.3f}"
+        return replace(result, refused=refused), 1.0
+    return result, fits[1].factor
 
 
 def _fold(

@@ -232,3 +232,24 @@ def test_memory_is_the_result_and_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert not result.refused and peak < 1.25 * result.probabilities.nbytes
+
+
+def test_refused_where_only_the_log_loss_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.repeat(np.arange(3), 8)
+    alone = np.where(np.eye(3, dtype=bool)[labels], 5.0, 0.0).astype(np.float32)
+    together = alone.copy()
+    alone[0], together[0] = (0.1, 0.0, 0.0), (5.0, 4.9, 0.0)  # right in both
+    together[1:9] *= np.float32(0.1)
+    monkeypatch.setattr(joint, "_folds", lambda *_: iter([(np.arange(24), support_of(2))]))
+    support = make_support_set(folder_of(labels), labels, None, 100.0, 3)
+    folder = folder_of(labels, 3)
+
+    def check(logits: tuple[np.ndarray, np.ndarray]) -> str:
+        monkeypatch.setattr(joint, "_fold", lambda *_: logits)
+        return predict_jointly(support, lambda part: compile_method("gda", part), folder).refused
+
+    assert check((alone, together)).startswith(
+        "of 24 left-out support images hidden among the 24 images, 100.0% are right together, 100.0% alone, no more "
+        "than noise, and their log-loss is "
+    )
+    assert check((together, alone)) == ""

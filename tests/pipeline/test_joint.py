@@ -14,6 +14,8 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.cli import app
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.methods import joint
+from iosr_fast.methods.tuning.log_loss import Fit
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,14 @@ def classify(bundle: Path, *words: object) -> Result:
     return CliRunner().invoke(app, ["classify", str(bundle), *map(str, words), "--joint", "--threads", "1"])
 
 
-def test_one_result_by_every_way(bundle: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("refused", [False, True])
+def test_one_result_by_every_way(
+    refused: bool, bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As many left-out images are right together as alone: the log-loss decides, if it is asked.
+    monkeypatch.setattr(joint, "is_level", lambda *_: refused)
+    losses = iter([1.0, 2.0] * 9)
+    monkeypatch.setattr(joint, "fit_factor", lambda *_: Fit(0.0, 1.0, next(losses)))
     classifier = Classifier.load(bundle, threads=1)
     found = classifier.predict_folder(folder, joint=True, batch=16, threads=1)
     assert found.joint is not None and len(found) >= 30 and found.paths == sorted(found.paths)
@@ -41,7 +50,8 @@ def test_one_result_by_every_way(bundle: Path, folder: Path, tmp_path: Path) -> 
     assert found.joint.refused == direct.refused and found.joint.left_out == direct.left_out == 24
     np.testing.assert_array_equal(found.labels, direct.labels)
     np.testing.assert_array_equal(found.probabilities, found.joint.probabilities.max(1))
-    if direct.refused:
+    assert bool(direct.refused) == refused
+    if refused:
         np.testing.assert_allclose(direct.probabilities, classifier.predict_proba(found.paths), atol=1e-3)
 
     out = tmp_path / "labels.csv"
