@@ -160,7 +160,7 @@ def _cuda_build_unavailable_reason() -> str | None:
 REGISTRY: tuple[Implementation, ...] = (
     Implementation(
         "cpp",
-        "iosr_fast.scoring.numpy_scorer:score_cpp",
+        "iosr_fast.scoring.cpp_scorer:score_cpp",
         kind="arrays",
         unavailable_reason=cpp_unavailable_reason,
         native=("cpu",),

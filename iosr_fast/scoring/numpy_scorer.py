@@ -1,14 +1,13 @@
-"""The implementations that need NumPy arrays: float32 NumPy, the C++ kernel, and the float64 reference."""
+"""Scoring with NumPy: float32, and the float64 reference."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iosr_fast.scoring.fields import ARRAYS, EMBEDDINGS
+from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.precision import key_rows
-from iosr_fast.scoring.validation import UNIT_NORM_TOLERANCE
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
@@ -99,69 +98,6 @@ def _add_cache_term(plan: ScoringPlan, query: np.ndarray, logits: np.ndarray) ->
         classes = np.flatnonzero(np.clip(offsets[1:], begin, end) > starts)
         sums = np.add.reduceat(affinity, starts[classes] - begin, axis=0)
         logits[:, classes] += np.float32(plan.alpha) * sums.T
-
-
-def kernel_has_all_terms(plan: ScoringPlan) -> bool:
-    """Whether the C++ kernel computes the whole plan, from the embeddings as they are."""
-    return plan.reducer is None and plan.values is None and (plan.linear is None or plan.feature in EMBEDDINGS)
-
-
-def bound_plan(plan: ScoringPlan) -> Any:
-    """The plan's terms that the C++ kernel computes as _C.BoundPlan, which is cached with the plan."""
-    bound = vars(plan).get("_bound")
-    if bound is None:
-        left_out = {"values"} if plan.feature in EMBEDDINGS else {"values", "linear"}
-        terms = ("text", "linear") if plan.class_offsets is None else ("text", "cache", "linear")
-        arrays = {field.name: field.of(plan) for field in ARRAYS if field.term in terms and field.name not in left_out}
-        bound = vars(plan)["_bound"] = _bind(plan, plan.n_classes, plan.alpha, arrays)
-    return bound
-
-
-def _affinities(plan: ScoringPlan) -> Any:
-    """The cache term with a class for each key: logits[b, j] is the affinity of key j."""
-    assert plan.keys is not None
-    arrays = {field.name: field.of(plan) for field in ARRAYS if field.term == "cache" and field.name != "values"}
-    return _bind(plan, len(plan.keys), 1.0, {**arrays, "class_offsets": np.arange(len(plan.keys) + 1)})
-
-
-def _bind(plan: ScoringPlan, n_classes: int, alpha: float, arrays: dict[str, np.ndarray | None]) -> Any:
-    from iosr_fast import _C
-
-    return _C.BoundPlan(
-        n_classes=n_classes,
-        width=plan.width,
-        tau=plan.tau,
-        alpha=alpha,
-        beta=plan.beta,
-        adapted_query=plan.query == "adapted",
-        adapted_feature=plan.feature == "adapted",
-        tolerance=UNIT_NORM_TOLERANCE["fp32"],
-        **arrays,
-    )
-
-
-def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
-    """The C++ kernel of csrc/scoring; IOSR_FAST_SIMD forces one of its instruction sets.
-
-    NumPy applies a reducer, and adds two terms: the product of the kernel's affinities with dense values, and a linear
-    term over another feature than one embedding.
-    """
-    query = None if plan.keys is None else query_rows(plan, embeddings)
-    feature = None if plan.linear is None else feature_rows(plan, embeddings)
-    in_kernel = feature if plan.feature in EMBEDDINGS else None
-    # scoring_inputs() has checked the embeddings.
-    logits, path = bound_plan(plan)(embeddings.plain, embeddings.adapted, False, query, in_kernel)
-    if plan.linear is not None and in_kernel is None:
-        logits += feature @ plan.linear.T
-    if plan.values is not None:
-        assert query is not None
-        affinities = _affinities(plan)
-        step = max(1, _KEYS_PER_TILE * _QUERIES_PER_TILE // len(plan.values))
-        for first in range(0, len(query), step):
-            block = slice(first, first + step)
-            affinity, _ = affinities(query[block], None, False, query[block])
-            logits[block] += np.float32(plan.alpha) * (affinity @ plan.values)
-    return logits, f"cpp/{path}"
 
 
 def score_reference(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:

@@ -171,7 +171,7 @@ class ScoringPlan(PlanTerms):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Fields alone: a copy with other arrays must not take what the C++ kernel has bound (`bound_plan`)."""
+        """Fields alone: a copy with other arrays must not take what is bound to the C++ kernel (cpp_scorer.py)."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _largest_cache_term(self) -> float:

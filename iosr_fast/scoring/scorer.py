@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.cpp_scorer import bound_plan
 from iosr_fast.scoring.inputs import ScoringInputs, scoring_inputs
-from iosr_fast.scoring.numpy_scorer import bound_plan, kernel_has_all_terms
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Array, Embeddings
@@ -31,7 +31,7 @@ class Scorer:
     __slots__ = ("_bound", "impl", "plan")
 
     def __init__(self, plan: ScoringPlan, impl: str = "auto") -> None:
-        native = dispatch.choose(impl, "cpu").name == "cpp" and kernel_has_all_terms(plan)
+        native = dispatch.choose(impl, "cpu").name == "cpp" and plan.reducer is None
         self.plan = plan
         self.impl = impl
         self._bound = bound_plan(plan) if native else None
@@ -43,7 +43,7 @@ class Scorer:
     def with_path(self, embeddings: Embeddings, *, check: bool = True) -> tuple[Array, str]:
         """The logits, and the path that computed them: "numpy", "cpp/scalar", "torch/cuda", "reference"."""
         if self._bound is not None:
-            scored = self._bound(embeddings.plain, embeddings.adapted, check)
+            scored = self._bound(self.plan, embeddings, check)
             if scored is not None:
                 return scored[0], f"cpp/{scored[1]}"
         # Other embeddings than float32 arrays, and those that are refused with a message.

@@ -11,8 +11,9 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.device_plan import DevicePlan, as_tensor, device_plan
-from iosr_fast.scoring.fields import ARRAY_NAMES, ARRAYS, CONSTANT_NAMES, CONSTANTS
+from iosr_fast.scoring.cpp_scorer import by_class
+from iosr_fast.scoring.device_plan import DevicePlan, as_tensor, cached, device_plan
+from iosr_fast.scoring.fields import ARRAY_NAMES, ARRAYS, CONSTANT_NAMES, CONSTANTS, PlanTerms
 from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
@@ -60,6 +61,10 @@ def score_tensors(
     return as_tensor(logits), path
 
 
+class _HostView(SimpleNamespace, PlanTerms):
+    pass
+
+
 def _host_view(plan: DevicePlan) -> Any:
     """NumPy views of a CPU plan with ScoringPlan's names; constructing a ScoringPlan would check all keys again."""
     arrays: dict[str, np.ndarray | None] = {}
@@ -78,7 +83,10 @@ def _host_view(plan: DevicePlan) -> Any:
         reducer = object.__new__(Reducer)  # its constructor would check and copy both at every call
         vars(reducer).update(shift=shift, projection=projection)
     constants = {name: getattr(plan, name) for name in ("width", *CONSTANT_NAMES)}
-    return SimpleNamespace(**arrays, **constants, reducer=reducer)
+    view = _HostView(**arrays, **constants, reducer=reducer)
+    if plan.values is not None:  # every call creates a view; cpp_scorer would transpose its values
+        view._values_by_class = cached(plan.values, "by class", lambda: by_class(view.values))
+    return view
 
 
 @torch.library.custom_op("iosr_fast::score", mutates_args=(), schema=_SCHEMA)

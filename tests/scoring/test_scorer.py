@@ -17,7 +17,7 @@ import torch
 from iosr_fast import _C
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError, UnavailableError
-from iosr_fast.scoring import dispatch
+from iosr_fast.scoring import cpp_scorer, dispatch
 from iosr_fast.scoring.inputs import scoring_inputs
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS
@@ -26,7 +26,14 @@ from iosr_fast.scoring.score import score
 from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.state.segmented import SegmentedPlan, SegmentedScorer, with_arrays
 from tests.conftest import EXTENDED, random_embeddings, random_plan, unit_rows
-from tests.scoring.numerics import PATHS, allowed_error, assert_as_good_as_eager, tensors
+from tests.scoring.numerics import (
+    CPP_PATHS,
+    PATHS,
+    allowed_error,
+    assert_as_good_as_eager,
+    assert_close_to_truth,
+    tensors,
+)
 
 WIDTH = 40
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -85,10 +92,17 @@ def _spoiled(case: str, rows: np.ndarray) -> Any:
     return rows
 
 
+PARTS = {
+    "classes": {"query": "plain", "feature": "plain"},  # adapted is checked though nothing reads it
+    **{name: EXTENDED[name] for name in ("both and values", "tip-x")},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("which", ["plain", "adapted"])
 @pytest.mark.parametrize("case", ["long", "nan", "infinite", "overflow", "zero", "width", "batch", "rank"])
-def test_errors_are_those_of_the_check_in_numpy(case: str, which: str, rng: np.random.Generator) -> None:
-    plan = random_plan(rng, [2, 3], WIDTH, query="plain", feature="plain")  # adapted is checked though nothing reads it
+def test_errors_are_those_of_the_check_in_numpy(case: str, which: str, name: str, rng: np.random.Generator) -> None:
+    plan = random_plan(rng, [2, 3], WIDTH, **PARTS[name])  # type: ignore[arg-type]
     embeddings = replace(good := random_embeddings(rng, 4, WIDTH), **{which: _spoiled(case, getattr(good, which))})
     with pytest.raises(IosrFastError, match="expected") as expected:
         scoring_inputs(plan, embeddings)
@@ -101,9 +115,20 @@ def test_errors_are_those_of_the_check_in_numpy(case: str, which: str, rng: np.r
 
 
 def test_adapted_embeddings_must_be_there_if_they_are_read(rng: np.random.Generator) -> None:
-    plan = random_plan(rng, [2, 3], WIDTH, query="adapted")
-    with pytest.raises(IosrFastError, match="expected adapted embeddings, which this plan reads, got None"):
-        Scorer(plan)(Embeddings(unit_rows(rng, 2, WIDTH)))
+    for parts in ({"query": "adapted"}, EXTENDED["both and values"], {"dense": True}):
+        plan = random_plan(rng, [2, 3], WIDTH, **parts)  # type: ignore[arg-type]
+        with pytest.raises(IosrFastError, match="expected adapted embeddings, which this plan reads, got None"):
+            Scorer(plan)(Embeddings(unit_rows(rng, 2, WIDTH)))
+
+
+@pytest.mark.parametrize("parts", [{}, {"reducer": "projection"}, {"feature": "both"}], ids=str)
+def test_affinities_of_dense_values_come_in_blocks(
+    parts: dict[str, Any], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, embeddings = random_plan(rng, [20, 0, 21], WIDTH, dense=True, **parts), random_embeddings(rng, 90, WIDTH)
+    for floats in (1, 410, 1640):  # blocks of 1, of 10 and of 40 queries
+        monkeypatch.setattr(cpp_scorer, "_AFFINITIES", floats)
+        assert_close_to_truth(CPP_PATHS, plan, embeddings)
 
 
 def test_norms_may_be_off_as_far_as_in_numpy(rng: np.random.Generator) -> None:
@@ -111,7 +136,7 @@ def test_norms_may_be_off_as_far_as_in_numpy(rng: np.random.Generator) -> None:
     for factor, good in ((0.9985, False), (0.9995, True), (1.0005, True), (1.0015, False)):
         embeddings = random_embeddings(rng, 3, WIDTH)
         embeddings = Embeddings(embeddings.plain * np.float32(factor), embeddings.adapted)
-        scored = _bound(plan)(embeddings.plain, embeddings.adapted)
+        scored = _bound(plan)(plan, embeddings, check=True)
         assert (scored is not None) == good
 
 
@@ -162,7 +187,7 @@ def test_a_plan_is_bound_once_and_a_copy_anew(rng: np.random.Generator) -> None:
     logits = score(plan, embeddings)
     bound = _bound(plan)
     score(plan, embeddings)
-    assert _bound(plan) is bound and isinstance(bound, _C.BoundPlan)
+    assert _bound(plan) is bound and isinstance(bound.whole, _C.BoundPlan)
     assert plan.weights is not None
     for other in (
         with_arrays(plan, weights=2 * plan.weights),
@@ -175,9 +200,10 @@ def test_a_plan_is_bound_once_and_a_copy_anew(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(score(same, embeddings), logits)
 
 
-def test_a_plan_that_was_bound_is_freed_at_once(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("parts", [{}, EXTENDED["both and values"]], ids=["classes", "values"])
+def test_a_plan_that_was_bound_is_freed_at_once(parts: dict[str, Any], rng: np.random.Generator) -> None:
     """No circle of references, which would hold gigabytes of keys until the collector's next run."""
-    plan = random_plan(rng, [2, 3], WIDTH)
+    plan = random_plan(rng, [2, 3], WIDTH, **parts)
     Scorer(plan)(random_embeddings(rng, 2, WIDTH))
     keys, watched = weakref.ref(plan.keys), weakref.ref(plan)
     gc.disable()

@@ -88,6 +88,8 @@ def test_a_reducer_is_rebuilt_for_arrays_without_a_look_at_them(rng: np.random.G
     assert np.shares_memory(views.reducer.projection, plan.reducer.projection)
     assert np.shares_memory(views.values, plan.values) and views.class_offsets is None
     assert (views.temperature, views.feature, views.reducer.width) == (plan.temperature, plan.feature, 24)
+    np.testing.assert_array_equal(views._values_by_class, plan.values.T)
+    assert torch_op._host_view(device_plan(plan, "cpu"))._values_by_class is views._values_by_class
     rows = random_embeddings(rng, 5, 24).plain
     np.testing.assert_array_equal(views.reducer(rows), plan.reducer(rows))
     assert torch_op._host_view(device_plan(random_plan(rng, [3, 2], 24), "cpu")).reducer is None
