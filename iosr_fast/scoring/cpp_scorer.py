@@ -83,8 +83,7 @@ def _bind(plan: ScoringPlan) -> BoundTerms:
     cache = {field.name: arrays.pop(field.name) for field in ARRAYS if field.term == "cache"}
     linear = affinities = products = None
     if plan.linear is not None and plan.feature not in EMBEDDINGS:
-        rows = arrays.pop("linear")
-        linear = _kernel_plan(plan, width=rows.shape[1], text=rows, tau=1.0)
+        linear = _kernel_plan(plan, width=plan.linear.shape[1], text=arrays.pop("linear"), tau=1.0)
     values = cache.pop("values")
     if values is None:
         arrays |= cache
