@@ -73,9 +73,10 @@ def classify(
     Writes rows of path, label and probability as CSV to standard output, or to a file.
 
     For millions of images, or on Ray, --out is a folder (a name without a suffix). It gets Parquet parts, which also
-    have the class id and the two terms of the logit: zero_shot, from the texts, and cache, from the support images; and
-    manifest.json when all parts exist. With --ray the machines of a cluster need this package, the images, the
-    classifier and the folder at the same paths, and one version of Ray.
+    have the class id and the parts of the logit: zero_shot, from the texts, cache, from the support images, and
+    adapter, what of cache comes through adapted embeddings; and manifest.json when all parts exist. With --ray the
+    machines of a cluster need this package, the images, the classifier and the folder at the same paths, and one
+    version of Ray.
     """
     options = {**locals()}
     if out is not None and out.suffix not in FILES:

@@ -10,7 +10,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.kernel_ridge import kernel_matrix
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.timo import estimate
+from iosr_fast.methods.timo import estimate, means_with_texts
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
 
@@ -94,10 +94,16 @@ def linear_discriminant(
     rows: np.ndarray, support: SupportSet, text_images: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """G of `stack` as linear (C, D) and bias (C,), float64, from the rows (N, D) of the support set's images."""
-    counts, exact = support.counts, rows.astype(np.float64)
-    sums = np.zeros((support.n_classes, exact.shape[1]))
-    sums[counts > 0] = np.add.reduceat(exact, support.class_offsets[:-1][counts > 0], axis=0)
-    return discriminant_of_moments(counts, sums, exact.T @ exact, support.text, text_images)
+    exact = rows.astype(np.float64)
+    return discriminant_of_moments(support.counts, class_sums(exact, support), exact.T @ exact, support.text, text_images)
+
+
+def class_sums(rows: np.ndarray, support: SupportSet) -> np.ndarray:
+    """The sums (C, D) float64 of the rows (N, D) of each class."""
+    present = support.counts > 0
+    sums = np.zeros((support.n_classes, rows.shape[1]))
+    sums[present] = np.add.reduceat(rows.astype(np.float64), support.class_offsets[:-1][present], axis=0)
+    return sums
 
 
 def discriminant_of_moments(
@@ -105,17 +111,32 @@ def discriminant_of_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`linear_discriminant` from counts (C,), sums (C, D) and the second moment (D, D) of the images."""
     present = counts > 0
-    copies = text_images if text is not None else 0.0
-    texts = np.zeros_like(sums) if text is None else text.astype(np.float64)
+    copies, texts = _text_copies(sums, text, text_images)
     means, precision = estimate(counts[present], sums[present], second, texts[present], copies)
     if copies or counts.sum() > present.sum():
         # To the precision of one image, which shots do not change; shrunk_precision has D / (N - 1) of it.
         precision = precision * (counts.sum() + copies * present.sum() - 1) / len(precision)
-    linear, bias = (np.empty((len(counts), *shape)) for shape in (second.shape[1:], ()))
+    linear = np.empty((len(counts), second.shape[1]))
     linear[present] = means @ precision
+    linear[~present] = linear[present].mean(0)
+    return linear, discriminant_bias(linear, counts, sums, text, text_images)
+
+
+def discriminant_bias(
+    linear: np.ndarray, counts: np.ndarray, sums: np.ndarray, text: np.ndarray | None, text_images: float
+) -> np.ndarray:
+    """The bias (C,) float64 that belongs to `linear` (C, D), which may be scaled: -<linear[c], mu_c> / 2."""
+    present = counts > 0
+    copies, texts = _text_copies(sums, text, text_images)
+    means, _ = means_with_texts(counts[present], sums[present], texts[present], copies)
+    bias = np.empty(len(counts))
     bias[present] = -0.5 * np.einsum("cd,cd->c", linear[present], means)
-    linear[~present], bias[~present] = linear[present].mean(0), bias[present].mean()
-    return linear, bias
+    bias[~present] = bias[present].mean()
+    return bias
+
+
+def _text_copies(sums: np.ndarray, text: np.ndarray | None, text_images: float) -> tuple[float, np.ndarray]:
+    return (0.0, np.zeros_like(sums)) if text is None else (text_images, text.astype(np.float64))
 
 
 def one_hot(support: SupportSet) -> np.ndarray:

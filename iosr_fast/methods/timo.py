@@ -61,13 +61,19 @@ def estimate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class means (C, D) and shrunk precision (D, D) of the images, whose counts (C,), sums (C, D) and second moment
     (D, D) are given, with gamma copies of each text."""
+    means, instances = means_with_texts(counts, sums, texts, gamma)
+    counts = counts + gamma
+    scatter = second + gamma * instances.T @ instances - (counts[:, None] * means).T @ means
+    return means, shrunk_precision((scatter + scatter.T) / 2, float(counts.sum()))
+
+
+def means_with_texts(
+    counts: np.ndarray, sums: np.ndarray, texts: np.ndarray, gamma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The means of `estimate`, and w[c] * text[c] of `timo`, both (C, D)."""
     lengths = np.maximum(np.linalg.norm(sums, axis=1), np.finfo(np.float64).tiny)
     instances = (np.einsum("cd,cd->c", sums, texts) / lengths)[:, None] * texts
-    sums = sums + gamma * instances
-    counts = counts + gamma
-    means = sums / counts[:, None]
-    scatter = second + gamma * instances.T @ instances - sums.T @ means
-    return means, shrunk_precision((scatter + scatter.T) / 2, float(counts.sum()))
+    return (sums + gamma * instances) / (counts + gamma)[:, None], instances
 
 
 def leave_out(

@@ -1,10 +1,11 @@
 """Predictions on disk: Parquet part files that verify themselves.
 
-Columns: key (string); label, class_id (string), probability, zero_shot and cache (float32, their sum is the logit) of
-the best class; top, a list of structs with the same five fields, best first, starting with the label's own; error
-(string or null); then the columns carried from the input. An unreadable image keeps its row: its error has the reason,
-the rest is null. The schema's metadata entry "iosr_fast" has the facts of the part as JSON, with a SHA-256 of them and
-of all columns but the carried ones, which have Parquet's own checksums.
+Columns: key (string); label, class_id (string), probability, zero_shot and cache (float32, their sum is the logit) and
+adapter (float32, of cache what comes through adapted embeddings) of the best class; top, a list of structs with the
+same six fields, best first, starting with the label's own; error (string or null); then the columns carried from the
+input. An unreadable image keeps its row: its error has the reason, the rest is null. The schema's metadata entry
+"iosr_fast" has the facts of the part as JSON, with a SHA-256 of them and of all columns but the carried ones, which
+have Parquet's own checksums.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
 KIND = "classifications"  # of the manifest
-SCORES = ("label", "class_id", "probability", "zero_shot", "cache")
+SCORES = ("label", "class_id", "probability", "zero_shot", "cache", "adapter")
 COLUMNS = ("key", *SCORES, "top", "error")
 
 
@@ -73,7 +74,8 @@ def read_predictions(path: str | Path) -> PredictionPart:
         raise FileNotFoundError(f"expected a part with predictions at {path}, found no such file")
     try:
         table, facts = tables.read_part(path)
-        expected, actual = facts.pop("sha256"), _digest(table.select(COLUMNS), facts)
+        own = [name for name in COLUMNS if name in table.column_names]  # parts of 0.1 have no "adapter"
+        expected, actual = facts.pop("sha256"), _digest(table.select(own), facts)
     except ImportError:
         raise
     except Exception as error:  # the error of a damaged file depends on the damaged bytes

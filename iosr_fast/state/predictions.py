@@ -11,6 +11,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
+from iosr_fast.state.adapter_part import adapter_part
 from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.state import State
 
@@ -19,11 +20,13 @@ from iosr_fast.state.state import State
 class ClassScore:
     """One class of a Prediction: logit = zero_shot + cache.
 
-    `zero_shot` is the contribution of the class name, `cache` that of the support images. `probability` is the softmax
+    `zero_shot` is the contribution of the class name, `cache` that of the support images; `adapter` is the share of
+    `cache` that comes through adapted embeddings, and cache - adapter that of plain ones. `probability` is the softmax
     over the logits of all classes, those that are not shown included. `class_id` stays when a class is renamed.
 
-    >>> ClassScore("pear", "~1", probability=0.9, logit=25.0, zero_shot=22.0, cache=3.0).cache
-    3.0
+    >>> score = ClassScore("pear", "~1", probability=0.9, logit=25.0, zero_shot=22.0, cache=3.0, adapter=1.0)
+    >>> score.zero_shot, score.cache - score.adapter, score.adapter  # texts, pictures, adapter
+    (22.0, 2.0, 1.0)
     """
 
     label: str
@@ -32,6 +35,7 @@ class ClassScore:
     logit: float
     zero_shot: float
     cache: float
+    adapter: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Prediction:
     logit: float
     zero_shot: float
     cache: float
+    adapter: float
     top: tuple[ClassScore, ...]
     nearest: tuple[Neighbour, ...]
     version: int
@@ -89,7 +94,8 @@ def predict(
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
     logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight); cache is the
-    contribution of the support images, through keys or a linear term. Ties fall to the first class, as in argmax.
+    contribution of the support images, through keys or a linear term, and `adapter` of it what adapted embeddings
+    contribute (adapter_part). Ties fall to the first class, as in argmax.
     Raises ValueError for top < 1 or nearest < 0, and as `score` does.
     """
     if top < 1 or nearest < 0:
@@ -97,13 +103,15 @@ def predict(
     logits = state.score(embeddings, impl)
     probabilities = softmax(logits)
     scale = np.float32(state.config.text_weight * state.tau)
+    adapter = adapter_part(state, embeddings)
     neighbours = _neighbours(state, embeddings, nearest) if nearest else [()] * len(logits)
     ids, names = [class_id(uid) for uid in state.uids], state.class_names
     predictions = []
     for b, classes in enumerate(_largest(logits, top)):
         logit = logits[b, classes]
         zero_shot = scale * (state.text[classes] @ embeddings.plain[b])
-        columns = (classes, probabilities[b, classes], logit, zero_shot, logit - zero_shot)
+        cache = logit - zero_shot
+        columns = (classes, probabilities[b, classes], logit, zero_shot, cache, adapter(b, classes, cache))
         scores = tuple(
             ClassScore(names[c], ids[c], *parts) for c, *parts in zip(*(x.tolist() for x in columns), strict=True)
         )

@@ -18,6 +18,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.stack import class_sums, discriminant_bias
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.scorer import Scorer
@@ -129,6 +130,14 @@ class State:
     def compared(self) -> tuple[np.ndarray, ...]:
         """Of each segment, the rows (n, D) that the method compares with a query; neighbours are found by them."""
         return tuple(self._rows(segment) for segment in self.segments)
+
+    @cached_property
+    def adapted_bias(self) -> np.ndarray:
+        """Of a plan whose linear term reads both embeddings (methods.stack), the bias (C,) of the adapted half."""
+        assert isinstance(self.plan, ScoringPlan) and self.plan.linear is not None
+        sums = class_sums(image_rows(self.support.embeddings, "adapted", None), self.support)
+        linear, copies = self.plan.linear[:, self.plan.width :], self.config.parameters["text_images"]
+        return discriminant_bias(linear, self.support.counts, sums, self.support.text, copies)
 
     @cached_property
     def whole_plan(self) -> ScoringPlan:

@@ -88,9 +88,9 @@ class FakeState:
         return [self._say(number, top, nearest) for number in numbers]
 
     def _say(self, number: int, top: int, nearest: int) -> Prediction:
-        scores = tuple(ClassScore(str(number + i), f"~{number + i}", 0.5, 2.0, 1.0, 1.0) for i in range(top))
+        scores = tuple(ClassScore(str(number + i), f"~{number + i}", 0.5, 2.0, 1.0, 1.0, 0.5) for i in range(top))
         near = tuple(Neighbour(f"e{i}", str(number), f"~{number}", 0.9) for i in range(nearest))
-        return Prediction(str(number), f"~{number}", 0.5, 2.0, 1.0, 1.0, scores, near, self.version)
+        return Prediction(str(number), f"~{number}", 0.5, 2.0, 1.0, 1.0, 0.5, scores, near, self.version)
 
 
 def _predict(state: Any, embeddings: Embeddings, *asked: int) -> list[Prediction]:

@@ -12,6 +12,9 @@ import pytest
 
 from iosr_fast import Classifier
 from iosr_fast.clip.demo.pictures import load_pictures
+from iosr_fast.methods import METHODS
+from iosr_fast.state.changes import Change
+from iosr_fast.state.method_config import MethodConfig
 from tests.serving import http_client
 from tests.serving.http_client import TOKEN
 from tools.page_screenshot import ARGUMENTS, CHROMIUM, served
@@ -114,6 +117,8 @@ class Visit:
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     classifier = http_client.load()
+    every_part = MethodConfig("stack++", dict(METHODS["stack++"].parameters))  # texts, plain and adapted embeddings
+    classifier._make(Change("retune", config=every_part))
     queries = dict(zip(http_client.query_labels(), http_client.queries(), strict=True))
     pictures = load_pictures("held-out")
     newcomer = list(pictures.images[pictures.concepts == pictures.names.index(NEWCOMER)])

@@ -114,7 +114,7 @@ def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(metrics, "_MAX_CLASSES", 2)
     made = metrics.Metrics()
     for number in (1, 2, 3, 1, 4):
-        made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, (), (), 1))
+        made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, 0.0, (), (), 1))
     text = made.text().decode()
     assert text.count("iosr_fast_predictions_total{") == 3
     assert 'iosr_fast_predictions_total{class_id="~1",name="name 1"} 2.0' in text

@@ -20,6 +20,7 @@ from tests.serving.page_server import NEWCOMER, Visit, file
 pytestmark = pytest.mark.slow
 site, browser, visit = page_server.site, page_server.browser, page_server.visit  # pytest finds fixtures by these names
 PAGE = ROOT / "iosr_fast" / "serving" / "http" / "page"
+PARTS = ("texts", "examples", "adapter")
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
 
@@ -58,11 +59,11 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     np.testing.assert_allclose(shown, [100 * score.probability for score in expected.top], atol=0.11)
     assert visit.text(".bars .rest .name") == "3 other classes"
 
-    parts = np.array([[score.zero_shot, score.cache] for score in expected.top])
+    parts = np.array([[score.zero_shot, score.cache - score.adapter, score.adapter] for score in expected.top])
     from_start = parts - parts.min(0) + 0.1 * np.ptp(parts, 0)
     lengths = [
         page.locator(f".bar rect.{part}").evaluate_all("all => all.map(rect => parseFloat(rect.getAttribute('width')))")
-        for part in ("texts", "examples")
+        for part in PARTS
     ]
     np.testing.assert_allclose(np.transpose(lengths), 100 * from_start / from_start.sum(1).max(), atol=0.1)
     assert np.min(lengths) > 0, "the smallest part has a length too"
@@ -70,7 +71,9 @@ def test_a_chosen_picture_is_explained(visit: Visit) -> None:
     page.locator("details.numbers summary").click()
     cells = page.locator("details.numbers tbody tr").first.locator("td").all_inner_texts()
     numbers = [float(text.replace("\u2212", "-")) for text in cells]
-    np.testing.assert_allclose(numbers, [expected.zero_shot, expected.cache, expected.logit], atol=0.006)
+    np.testing.assert_allclose(numbers, [*parts[0], expected.logit], atol=0.006)
+    assert page.locator("details.numbers thead th").all_inner_texts() == ["class", *PARTS, "sum"]
+    assert page.locator(".key:visible").all_inner_texts() == list(PARTS)
     times = r"\d+\.\d ms in the server, \d+\.\d ms round trip, model version \d+"
     assert re.fullmatch(times, visit.text("details.numbers p:last-child"))
 
@@ -87,18 +90,46 @@ def test_bars_of_any_sign(visit: Visit) -> None:
     lengths = visit.page.evaluate(
         """async () => {
           const { barLengths } = await import("/static/result.js");
-          const top = (...rows) => rows.map(([zero_shot, cache]) => ({ zero_shot, cache }));
-          return [top([-4, 3], [-5, 1], [-2, -3]), top([7, -7]), top([1, 2], [1, 2]), top([0, 5], [0, 1])]
+          const top = (...rows) => rows.map(([zero_shot, cache, adapter = 0]) => ({ zero_shot, cache, adapter }));
+          return [
+            top([-4, 3], [-5, 1], [-2, -3]),
+            top([7, -7]),
+            top([1, 2], [1, 2]),
+            top([0, 5, 5], [0, 1, 1]),
+            top([0, 3, 1], [0, 0, 2]),
+          ]
             .map(barLengths);
         }"""
     )
-    mixed, alone, tied, without_texts = lengths
+    mixed, alone, tied, adapted, three = lengths
     longest = 7.9  # (-4 + 5 + 0.3) + (3 + 3 + 0.6)
     assert mixed["longest"] == pytest.approx(longest)
     lengths = [[bar["texts"], bar["examples"]] for bar in mixed["bars"]]
     np.testing.assert_allclose(np.array(lengths) * longest, [[1.3, 6.6], [0.3, 4.6], [3.3, 0.6]])
-    assert alone["bars"] == [{"texts": 0, "examples": 0}] and tied["bars"] == [{"texts": 0, "examples": 0}] * 2
-    assert [bar["texts"] for bar in without_texts["bars"]] == [0, 0]
+    none = dict.fromkeys(PARTS, 0)
+    assert (
+        alone["bars"] == [none] and tied["bars"] == [none] * 2 and [bar["adapter"] for bar in mixed["bars"]] == [0] * 3
+    )
+    assert [(bar["texts"], bar["examples"]) for bar in adapted["bars"]] == [(0, 0)] * 2
+    lengths = [[bar[part] for part in PARTS] for bar in three["bars"]]  # examples 2 and -2, adapter 1 and 2
+    np.testing.assert_allclose(np.array(lengths) * three["longest"], [[0, 4.4, 0.1], [0, 0.4, 1.1]], atol=1e-9)
+
+
+def test_a_classifier_without_adapted_embeddings_has_no_such_part(visit: Visit) -> None:
+    """The server's answer, without its parts that come through the adapter."""
+
+    def without_adapter(route: Any) -> None:
+        body = route.fetch().json()
+        for score in body["predictions"][0]["top"]:
+            score["adapter"] = 0.0
+        route.fulfill(json=body)
+
+    visit.page.route("**/v1/predict*", without_adapter, times=1)
+    visit.choose(file(visit.site.queries[0], "plain.png"))
+    page = visit.page
+    assert page.locator(".key:visible").all_inner_texts() == ["texts", "examples"]
+    assert page.locator(".bar rect.examples").count() == 5 and page.locator(".bar rect.adapter").count() == 0
+    assert page.locator("details.numbers thead th").all_text_contents() == ["class", "texts", "examples", "sum"]
 
 
 @pytest.mark.parametrize("visit", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True)
@@ -246,7 +277,7 @@ def test_phone_scrolls_one_way_only(visit: Visit) -> None:
 def test_contrast(visit: Visit) -> None:
     """WCAG 2.2 AA: 4.5 for text, 3 for what is drawn and for the edges of fields."""
     visit.choose(file(visit.site.queries[6], "contrast.png"))
-    least = {"ink": 7, "quiet": 4.5, "texts": 4.5, "examples": 4.5, "bad": 4.5, "edge": 3}
+    least = {"ink": 7, "quiet": 4.5, "texts": 4.5, "examples": 4.5, "adapter": 4.5, "bad": 4.5, "edge": 3}
     found = visit.page.evaluate(
         """(names) => names.map((name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`))""",
         ["paper", "raised", *least],
@@ -263,7 +294,7 @@ def test_contrast(visit: Visit) -> None:
             dark, light = sorted((luminance(ground), luminance(colour)))
             assert (light + 0.05) / (dark + 0.05) >= ratio, (ground, name)
     for name, colour in zip(least, others, strict=True):
-        if name in ("texts", "examples"):
+        if name in PARTS:
             fill = visit.page.locator(f"rect.{name}").first.evaluate("rect => getComputedStyle(rect).fill")
             assert fill == f"rgb({', '.join(map(str, colour))})"
 

@@ -44,7 +44,7 @@ def reply(status: str, **fields: Any) -> Reply:
 
 
 def answer(label: str) -> Reply:
-    made = Prediction(label, "~0", 0.5, 1.0, 0.5, 0.5, (), (), 3)
+    made = Prediction(label, "~0", 0.5, 1.0, 0.5, 0.5, 0.0, (), (), 3)
     return reply("ok", results=[made])
 
 

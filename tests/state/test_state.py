@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring import reference
 from iosr_fast.scoring.plan import ScoringPlan
@@ -138,7 +139,7 @@ def test_what_is_near_is_what_the_method_compares() -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 300])
-@pytest.mark.parametrize("method", ["zero-shot", "tip-adapter", "gda++", "tip-x", "proker++"])
+@pytest.mark.parametrize("method", ["zero-shot", "tip-adapter", "gda++", "tip-x", "proker++", "stack++"])
 def test_predictions_add_up(method: str, classes: int) -> None:
     rng = np.random.default_rng(2)
     state = random_state(rng, classes, 2, method)
@@ -156,10 +157,52 @@ def test_predictions_add_up(method: str, classes: int) -> None:
             assert one.probability == pytest.approx(probabilities[b, c], abs=1e-5)
             assert one.zero_shot == pytest.approx(zero_shot[b, c], abs=1e-4)
             assert one.zero_shot + one.cache == pytest.approx(one.logit, abs=1e-4) == logits[b, c]
+            assert method in MIXED or one.adapter == (one.cache if method.endswith("++") else 0.0)
     if method == "zero-shot":
         assert max(abs(one.cache) for made in predict(state, queries) for one in made.top) < 1e-5
     with pytest.raises(ValueError, match="top >= 1 and nearest >= 0, got 0 and 0"):
         predict(state, queries, top=0)
+
+
+MIXED = ("tip-x++", "stack++")  # methods that read both embeddings of support images
+PLAIN_KEYS = {"adapted_keys": 0.0}
+ONE_HALF = {"adapted_keys": 0.0, "discriminant": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("tip-x++", {}), ("stack++", {}), ("stack++", PLAIN_KEYS), ("stack++", ONE_HALF), ("stack", {}), ("ape++", {})],
+)
+def test_the_adapter_contributes_what_another_adapted_embedding_changes(
+    method: str, parameters: dict[str, float]
+) -> None:
+    rng = np.random.default_rng(5)
+    state = random_state(rng, 5, 4, method, parameters)
+    queries, others = random_queries(rng, 6), random_queries(rng, 6)
+    changed = Embeddings(queries.plain, others.adapted)
+    logits = state.score(queries) - state.score(changed)
+    parts = [
+        {(b, s.label): s for b, one in enumerate(predict(state, x, top=5)) for s in one.top} for x in (queries, changed)
+    ]
+    for (b, label), score in parts[0].items():
+        change = score.adapter - parts[1][b, label].adapter
+        assert change == pytest.approx(logits[b, state.class_names.index(label)], abs=1e-4)
+    assert (max(abs(score.adapter) for score in parts[0].values()) > 0.01) is method.endswith("++")
+
+
+@pytest.mark.parametrize("adapted_keys", [0.0, 1.0])
+def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float) -> None:
+    rng = np.random.default_rng(6)
+    state = random_state(rng, 4, 3, "stack++", {"adapted_keys": adapted_keys})
+    state = state.removing([0, 1, 2])  # a class without images
+    plain_parts = {"text": 0.0, "discriminant": 0.0} | (
+        {} if adapted_keys else {"regression": 0.0, "text_regression": 0.0}
+    )
+    alone = replace(state.config, parameters={**state.config.parameters, **plain_parts}).compile(state.support)
+    expected = reference.score_reference(alone, queries := random_queries(rng, 5))
+    for b, one in enumerate(predict(state, queries, top=4)):
+        for score in one.top:
+            assert score.adapter == pytest.approx(expected[b, state.class_names.index(score.label)], abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["gda", "gda++"])

@@ -1,4 +1,4 @@
-// The result of one picture: label, bars in two parts, numbers, nearest examples.
+// The result of one picture: label, bars in parts, numbers, nearest examples.
 
 import { pictureAddress } from "./api.js";
 import { count, find, make, makeSvg, noPreview, percent, quoted, signed } from "./dom.js";
@@ -12,35 +12,47 @@ const FACTORS = [
   [2, "twice"],
 ];
 
+// The parts of a logit, in the order of a bar. `cache` is the sum of the last two.
+const PARTS = {
+  texts: (score) => score.zero_shot,
+  examples: (score) => score.cache - score.adapter,
+  adapter: (score) => score.adapter,
+};
+
+/** The parts that any of these classes has; texts and examples always. */
+const partsOf = (top) =>
+  Object.entries(PARTS).filter(([name]) => name !== "adapter" || top.some((score) => score.adapter !== 0));
+
 /**
- * Lengths of the bars as shares of the longest. The logit of a class is zero_shot + cache. Either can be negative, and
+ * Lengths of the bars as shares of the longest. The logit of a class is the sum of its parts. Each can be negative, and
  * softmax depends on differences between classes only. So each part starts a little below its minimum over the shown
  * classes: every length is positive, and the ends of two bars differ as their logits do. A part that is the same for
  * all of them has no length.
  */
 export function barLengths(top) {
-  const part = (name) => {
-    const values = top.map((score) => score[name]);
+  const bars = top.map(() => ({}));
+  for (const [name, part] of Object.entries(PARTS)) {
+    const values = top.map(part);
     const [lowest, highest] = [Math.min(...values), Math.max(...values)];
-    return values.map((value) => value - lowest + START * (highest - lowest));
-  };
-  const [texts, examples] = [part("zero_shot"), part("cache")];
-  const longest = Math.max(...top.map((_, i) => texts[i] + examples[i]));
-  const share = (length) => (longest > 0 ? length / longest : 0);
-  return { bars: top.map((_, i) => ({ texts: share(texts[i]), examples: share(examples[i]) })), longest };
+    values.forEach((value, i) => (bars[i][name] = value - lowest + START * (highest - lowest)));
+  }
+  const longest = Math.max(...bars.map((lengths) => lengths.texts + lengths.examples + lengths.adapter));
+  for (const lengths of bars) {
+    for (const name in lengths) lengths[name] = longest > 0 ? lengths[name] / longest : 0;
+  }
+  return { bars, longest };
 }
 
-function bar({ texts, examples }, score) {
-  const rect = (part, from, share) =>
-    makeSvg("rect", { class: part, x: `${100 * from}%`, width: `${100 * share}%`, height: "100%" });
-  const words = `texts ${signed(score.zero_shot)}, examples ${signed(score.cache)}, sum ${signed(score.logit)}`;
-  return makeSvg(
-    "svg",
-    { class: "bar", "aria-hidden": "true" },
-    makeSvg("title", {}, words),
-    rect("texts", 0, texts),
-    rect("examples", texts, examples),
-  );
+function bar(lengths, score, parts) {
+  let from = 0;
+  const rects = parts.map(([name]) => {
+    const rect = makeSvg("rect", { class: name, x: `${100 * from}%`, width: `${100 * lengths[name]}%`, height: "100%" });
+    from += lengths[name];
+    return rect;
+  });
+  const words = parts.map(([name, part]) => `${name} ${signed(part(score))}`);
+  const title = makeSvg("title", {}, [...words, `sum ${signed(score.logit)}`].join(", "));
+  return makeSvg("svg", { class: "bar", "aria-hidden": "true" }, title, ...rects);
 }
 
 /** A length on the scale of the bars, and how much likelier a class is whose bar ends that much further right. */
@@ -66,13 +78,14 @@ function scale(longest) {
 
 function bars(top, mark, classCount) {
   const { bars: lengths, longest } = barLengths(top);
+  const parts = partsOf(top);
   const rows = top.map((score, i) => {
     const tag = score.class_id === mark?.classId ? make("span", { class: "tag" }, mark.word) : null;
     return make(
       "li",
       { "data-class": score.class_id },
       make("span", { class: "name" }, score.label, tag && " ", tag),
-      bar(lengths[i], score),
+      bar(lengths[i], score, parts),
       make("span", { class: "probability" }, percent(score.probability)),
     );
   });
@@ -86,14 +99,15 @@ function bars(top, mark, classCount) {
 }
 
 function numbers(top, { latencyMs, roundTripMs, version }) {
+  const parts = partsOf(top);
   const row = (score) =>
     make(
       "tr",
       {},
       make("th", { scope: "row" }, score.label),
-      ...[score.zero_shot, score.cache, score.logit].map((value) => make("td", {}, signed(value))),
+      ...[...parts.map(([, part]) => part(score)), score.logit].map((value) => make("td", {}, signed(value))),
     );
-  const heads = ["class", "texts", "examples", "sum"];
+  const heads = ["class", ...parts.map(([name]) => name), "sum"];
   const times = `${latencyMs.toFixed(1)} ms in the server, ${roundTripMs.toFixed(1)} ms round trip`;
   return make(
     "details",
@@ -164,6 +178,7 @@ export function show(item, mark, classCount) {
   if (prediction) {
     find("answer").replaceChildren(...heading(item));
     const { top, nearest } = prediction;
+    find("through-adapter").hidden = !partsOf(top).some(([name]) => name === "adapter");
     const parts = [...bars(top, mark, classCount), numbers(top, item), ...neighbours(nearest)];
     find("parts").replaceChildren(...parts.filter((part) => part !== null));
   } else {
