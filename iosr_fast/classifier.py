@@ -311,8 +311,8 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         )
 
     def explain(self, images: Any, top: int = 5, nearest: int = 0) -> list[Prediction]:
-        """A Prediction for each image: label and probability, the `top` classes with what texts say of each and what
-        the examples add, and the `nearest` support images. All of one state of the classifier."""
+        """A Prediction for each image: label and probability, the `top` classes with what texts, examples and their
+        adapted embeddings contribute to each, and the `nearest` support images. All of one state of the classifier."""
         fit = self._fitted()
         rows = (fit.encoder.encode(pixels) for pixels in self._chunks(fit, images))
         return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest)]

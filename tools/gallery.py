@@ -92,7 +92,7 @@ def make_gallery(out: Path, rows: Path = ROWS, concepts: int | None = None) -> N
         explained = explain(classifier, shown, pictures / "explanation.webp")
     for licence in DEMO_DATA.glob("LICENSE-*.txt"):
         shutil.copyfile(licence, pictures / licence.name)
-    facts = {"classes": classes, "shots": SHOTS, "method": METHOD, "styles": load_index()["styles"]}
+    facts = {"classes": classes, "shots": SHOTS, "method": classifier.method_, "styles": load_index()["styles"]}
     (out / PAGE).write_text(page(overlap, accuracy, answers, shown, explained, facts), encoding="utf-8")
 
 

@@ -42,11 +42,14 @@ def fit(
     ] = None,
     ridge: Annotated[float | None, typer.Option(help="Regularisation of proker [default: likewise].")] = None,
     reducer: Annotated[
-        str | None, typer.Option(help="none, centre, pca, pca:RANK or isoclip [default: none; method auto chooses].")
+        str | None, typer.Option(help="none, centre, pca, pca:RANK or isoclip, for a named method [default: none].")
     ] = None,
     tune: Annotated[
         str | None, typer.Option(help="loo: choose parameters by leave-one-out, or none [default: loo].")
     ] = None,
+    tune_seconds: Annotated[
+        float, typer.Option(help="Budget of the search of auto and stack on one core, in seconds.")
+    ] = 20.0,
     template: Annotated[
         list[str] | None,
         typer.Option(help="Prompt with {} for the class name. Repeatable [default: those of the CLIP]."),
@@ -87,6 +90,10 @@ def fit(
         f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {classifier.method_}"
     )
     typer.echo(_describe_choice(classifier))
+    if classifier.tuned_ is not None and classifier.tuned_.shares:
+        from iosr_fast.methods.tuning.stack_weights import describe_shares
+
+        typer.echo(f"shares of the logits: {describe_shares(classifier.tuned_.shares)}")
     if classifier.engine_choice_ is not None:
         typer.echo("\n".join(classifier.engine_choice_.lines()))
     if classifier.skipped_:

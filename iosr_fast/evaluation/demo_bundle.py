@@ -10,7 +10,7 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.clip.demo.pictures import Pictures, load_pictures
 from iosr_fast.exceptions import IosrFastError
 
-CLASSES, SHOTS, METHOD = 100, 4, "proker++"
+CLASSES, SHOTS, METHOD = 100, 4, "auto"
 
 
 def make_demo_bundle(
@@ -19,7 +19,7 @@ def make_demo_bundle(
     """Fit `classes` held-out concepts from `shots` pictures each, in ONNX Runtime, and save to `folder`.
 
     Concepts are evenly spaced in Unicode's order, because neighbours look alike. Parameters are chosen by
-    leave-one-out. METHOD is the choice of "auto" for the default classes and shots, which takes it a minute.
+    leave-one-out.
     """
     pictures, rows = _draw(classes, shots)
     support = np.concatenate([row[:shots] for row in rows])

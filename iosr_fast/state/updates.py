@@ -42,8 +42,8 @@ class LiveUpdates(FittedAttributes):
     reader sees it.
 
     For "tip-adapter", "tip-adapter++" and "zero-shot" the cost of a change depends on the images that it adds, not on
-    the size of the cache; for "gda" it is a matrix inverse. "ape", "tip-x" and "proker" weigh all images against one
-    another and are fitted again on the stored embeddings. Method, parameters and reducer stay until `retune`.
+    the size of the cache; for "gda" it is a matrix inverse. the others weigh all images against one another
+    and are fitted again on the stored embeddings. Method, parameters and reducer stay until `retune`.
 
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures

@@ -16,7 +16,7 @@ from tools.reporting.charts import BLUE, GREEN, INK, LINES, ORANGE, clean_axis, 
 from tools.reporting.load import Row
 
 COLUMNS = 6
-YELLOW = LINES[4]
+PARTS = {"texts": BLUE, "examples": LINES[4], "adapter": LINES[3]}  # of a logit
 RIGHT, WRONG = "\N{CHECK MARK}", "\N{BALLOT X}"
 
 
@@ -99,27 +99,36 @@ def draw_explanations(explained: Sequence[Explained], path: Path) -> None:
     save_figure(figure, path, "What two predictions rest on")
 
 
+def _parts(one: ClassScore) -> dict[str, float]:
+    return {"texts": one.zero_shot, "examples": one.cache - one.adapter, "adapter": one.adapter}
+
+
 def _draw_parts(axis: Any, prediction: Prediction) -> None:
-    """The two parts of the highest logits, stacked. Each starts at its minimum over these classes, as on the server's
-    page: softmax depends on differences only."""
+    """The parts of the highest logits, stacked. Each starts at its minimum over these classes, as on the server's page:
+    softmax depends on differences only. A part that no class has is left out."""
     top, rows = prediction.top, range(len(prediction.top))
-    texts = np.array([one.zero_shot for one in top]) - min(one.zero_shot for one in top)
-    examples = np.array([one.cache for one in top]) - min(one.cache for one in top)
-    axis.barh(rows, texts, 0.5, color=BLUE, label="texts")
-    axis.barh(rows, examples, 0.5, left=texts, color=YELLOW, label="examples")
-    for y, (one, end) in enumerate(zip(top, texts + examples, strict=True)):
+    used = [name for name in PARTS if any(_parts(one)[name] for one in top)]
+    ends = np.zeros(len(top))
+    for name in used:
+        lengths = np.array([_parts(one)[name] for one in top])
+        lengths -= lengths.min()
+        axis.barh(rows, lengths, 0.5, left=ends, color=PARTS[name], label=name)
+        ends += lengths
+    for y, (one, end) in enumerate(zip(top, ends, strict=True)):
         place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
         axis.annotate(f"{one.probability:.0%}", (end, y), **place)
-    axis.set_yticks(rows, [f"{fill(one.label, 22)}\n{_sum(one)}" for one in top])
-    axis.set_xlim(0, max(axis.get_xlim()[1], 1.15 * max(texts + examples)))
+    axis.set_yticks(rows, [f"{fill(one.label, 22)}\n{_sum(one, used)}" for one in top])
+    axis.set_xlim(0, max(axis.get_xlim()[1], 1.15 * max(ends)))
     axis.invert_yaxis()
     clean_axis(axis, "x")
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
-def _sum(one: ClassScore) -> str:
-    return f"{one.zero_shot:.1f} {'-' if one.cache < 0 else '+'} {abs(one.cache):.1f} = {one.logit:.1f}"
+def _sum(one: ClassScore, used: Sequence[str]) -> str:
+    first, *others = (_parts(one)[name] for name in used)
+    signed = "".join(f" {'-' if value < 0 else '+'} {abs(value):.1f}" for value in others)
+    return f"{first:.1f}{signed} = {one.logit:.1f}"
 
 
 def _show(axis: Any, picture: np.ndarray, colour: str) -> None:

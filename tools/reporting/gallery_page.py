@@ -60,21 +60,20 @@ chance is {chance}. The picture shows the first {shown} of a random order, right
 ## What a prediction rests on
 
 ![{explained}
-Bars show what texts and examples contribute to the highest logits; thumbnails show the nearest
-support pictures.](gallery/explanation.webp)
+Bars show what texts, examples and adapted embeddings of the examples contribute to the highest
+logits; thumbnails show the nearest support pictures.](gallery/explanation.webp)
 
-The first right picture of the grid and the first wrong one. The logit of a class is the sum of two
-parts: what its text contributes and what the examples contribute. Below each class are both parts
-and their sum. Only differences between classes count, so the bars of each part start at its
-minimum over the classes shown. `{method}` corrects the texts by the examples, so the part of the
-examples is negative where a text scores too high. On the right are the support pictures with the
-highest cosines.
+The first right picture of the grid and the first wrong one. The logit of a class is the sum of what
+its text contributes (texts) and what the examples contribute, by their plain embeddings (examples)
+and by their adapted ones (adapter). Below each class are these parts and their sum. Only
+differences between classes count, so the bars of each part start at its minimum over the classes
+shown. A part can be negative. On the right are the support pictures with the highest cosines.
 
 ## The server's page
 
 ![The server's page: a picture of a pear and four others on the left; on the right the predicted
-class, the probabilities with bars for texts and examples, and the nearest examples. Below, the
-list of classes and the form that adds one.](page.png)
+class, the probabilities with bars for texts, examples and adapter, and the nearest examples. Below,
+the list of classes and the form that adds one.](page.png)
 
 `make serve` serves the classifier above with this page. The small pictures are the first {on_page} of the
 grid above, whatever their labels: {on_page_right} of the {on_page} labels are right. The last one is a pear. That

@@ -86,6 +86,16 @@ class Choice:
         return {name: value / total for name, value in sums.items()}
 
 
+def describe_shares(shares: Mapping[str, float]) -> str:
+    """Choice.shares in words, without a part that a classifier does not have.
+
+    >>> describe_shares({"text": 0.25, "pictures": 0.75, "adapter": 0.0})
+    'texts 25%, pictures 75%'
+    """
+    words = {"text": "texts", "pictures": "pictures", "adapter": "adapter"}
+    return ", ".join(f"{words[name]} {share:.0%}" for name, share in shares.items() if share > 0)
+
+
 @dataclass(frozen=True, eq=False)
 class StackFit:
     """`choice` is the stack to use. `judged` is the one that the held-out images judge, and `right` (V,) bool says
