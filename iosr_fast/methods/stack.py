@@ -95,7 +95,8 @@ def linear_discriminant(
 ) -> tuple[np.ndarray, np.ndarray]:
     """G of `stack` as linear (C, D) and bias (C,), float64, from the rows (N, D) of the support set's images."""
     exact = rows.astype(np.float64)
-    return discriminant_of_moments(support.counts, class_sums(exact, support), exact.T @ exact, support.text, text_images)
+    sums = class_sums(exact, support)
+    return discriminant_of_moments(support.counts, sums, exact.T @ exact, support.text, text_images)
 
 
 def class_sums(rows: np.ndarray, support: SupportSet) -> np.ndarray:

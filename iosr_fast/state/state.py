@@ -136,7 +136,7 @@ class State:
         """Of a plan whose linear term reads both embeddings (methods.stack), the bias (C,) of the adapted half."""
         assert isinstance(self.plan, ScoringPlan) and self.plan.linear is not None
         sums = class_sums(image_rows(self.support.embeddings, "adapted", None), self.support)
-        linear, copies = self.plan.linear[:, self.plan.width :], self.config.parameters["text_images"]
+        linear, copies = self.plan.linear[:, self.plan.width :], self.config.parameters.get("text_images", 0.0)
         return discriminant_bias(linear, self.support.counts, sums, self.support.text, copies)
 
     @cached_property

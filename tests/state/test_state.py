@@ -190,10 +190,10 @@ def test_the_adapter_contributes_what_another_adapted_embedding_changes(
     assert (max(abs(score.adapter) for score in parts[0].values()) > 0.01) is method.endswith("++")
 
 
-@pytest.mark.parametrize("adapted_keys", [0.0, 1.0])
-def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float) -> None:
+@pytest.mark.parametrize(("adapted_keys", "text_images"), [(0.0, 0.0), (1.0, 0.0), (0.0, 2.0)])
+def test_the_bias_of_a_stack_is_divided_between_its_halves(adapted_keys: float, text_images: float) -> None:
     rng = np.random.default_rng(6)
-    state = random_state(rng, 4, 3, "stack++", {"adapted_keys": adapted_keys})
+    state = random_state(rng, 4, 3, "stack++", {"adapted_keys": adapted_keys, "text_images": text_images})
     state = state.removing([0, 1, 2])  # a class without images
     plain_parts = {"text": 0.0, "discriminant": 0.0} | (
         {} if adapted_keys else {"regression": 0.0, "text_regression": 0.0}
