@@ -23,7 +23,8 @@ def adapter_part(state: State, embeddings: Embeddings) -> AdapterPart:
     computed, for these classes alone: the half of the linear term that is the adapted part, or what is left of `cache`
     beside it where the keys are adapted, too. A linear term over the distribution of texts (Tip-X) reads plain ones.
     """
-    plan, read = state.plan, {state.config.which}
+    plan = state.plan
+    read: set[str] = {state.config.which}
     if not isinstance(plan, SegmentedPlan):
         read = {plan.query} if plan.keys is not None else set()
         if plan.linear is not None:
