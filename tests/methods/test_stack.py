@@ -15,8 +15,8 @@ from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning import stack_weights
 from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.tuning.log_loss import fit_weights
-from iosr_fast.methods.tuning.stack_parts import HeldOutParts, spread_of_others
-from iosr_fast.methods.tuning.stack_weights import affordable, better_alone, fit_stack
+from iosr_fast.methods.tuning.stack_parts import HeldOutParts, Part, spread_of_others
+from iosr_fast.methods.tuning.stack_weights import Choice, _with_more_regression, affordable, better_alone, fit_stack
 from iosr_fast.methods.tuning.tune import tune
 from iosr_fast.scoring.score import score, score_with_path
 from tests.conftest import random_embeddings, unit_rows
@@ -256,6 +256,24 @@ def test_a_validation_set_chooses_the_weights(rng: np.random.Generator) -> None:
     assert tuned.protocol == "validation" and tuned.scored == 60
     right = score(tuned.compile(support), queries).argmax(1) == labels
     assert abs(right.mean() - tuned.accuracy) < 0.2
+
+
+def test_the_regression_gets_more_weight_where_it_makes_more_images_right(rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 6, 400)
+    noise = rng.standard_normal((3, 400, 6))
+    right = Part(np.eye(6)[labels] + 0.3 * noise[0], 1.0, 1.0)
+    parts = {"text": Part(0.5 * np.eye(6)[labels] + noise[1], 1.0, 1.0), "regression": right}
+    everywhere = np.ones(400, bool)
+    weak = Choice(parts, {"text": 1.0, "regression": 0.5}, {}, "plain", 2.0)
+    better = _with_more_regression(weak, labels, everywhere)
+    ratio = better.weights["regression"] / better.weights["text"]
+    assert ratio == pytest.approx(0.625)
+    assert (better.logits.argmax(1) == labels).sum() > (weak.logits.argmax(1) == labels).sum()
+    assert better.losses(labels).mean() == pytest.approx(better.loss, rel=1e-3)
+    fair = Choice(parts, {"text": 1.0, "regression": 50.0}, {}, "plain", 2.0)
+    assert _with_more_regression(fair, labels, everywhere) is fair
+    only = Choice({"text": parts["text"]}, {"text": 1.0}, {}, "plain", 2.0)
+    assert _with_more_regression(only, labels, everywhere) is only
 
 
 def test_the_budget_counts_operations_and_no_seconds(rng: np.random.Generator) -> None:
