@@ -68,7 +68,7 @@ class JointPrediction:
 
 def predict_jointly(
     support: SupportSet,
-    compile: Compile,
+    plan_of: Compile,
     queries: Embeddings,
     *,
     plan: ScoringPlan | None = None,
@@ -76,7 +76,7 @@ def predict_jointly(
 ) -> JointPrediction:
     """Probabilities of B images that are classified together, started from those of a plan.
 
-    `compile` makes the plan of a support set: MethodConfig.compile, Tuned.compile, or one of yours. `plan` is that of
+    `plan_of` makes the plan of a support set: MethodConfig.compile, Tuned.compile, or one of yours. `plan` is that of
     `support`, if it exists already; its probabilities, softmax of its logits, should be calibrated. One Gaussian a
     class with a shared covariance is estimated on support images and `queries` (gaussian_mixture.estimate), of plain
     or adapted embeddings, whichever classify left-out support images better by GDA.
@@ -114,14 +114,14 @@ def predict_jointly(
     True
     """
     started = time.perf_counter()
-    plan = compile(support) if plan is None else plan
+    plan = plan_of(support) if plan is None else plan
     queries = scoring_inputs(plan, queries, check).embeddings
     refused = _unavailable_reason(support, queries)
     result = JointPrediction(np.zeros(0), np.arange(support.n_classes), refused)
     factor = 1.0
     if not refused:
         which = _which(support, queries)
-        result, factor = _left_out(support, compile, queries, replace(result, which=which))
+        result, factor = _left_out(support, plan_of, queries, replace(result, which=which))
     probabilities = _log_probabilities(plan, queries)
     if result.refused:
         np.exp(probabilities, out=probabilities)
@@ -181,14 +181,14 @@ def _which(support: SupportSet, queries: Embeddings) -> Which:
 
 
 def _left_out(
-    support: SupportSet, compile: Compile, queries: Embeddings, result: JointPrediction
+    support: SupportSet, plan_of: Compile, queries: Embeddings, result: JointPrediction
 ) -> tuple[JointPrediction, float]:
     """The check: `result` with its accuracies and, if images are classified worse together, the reason for refusal;
     and the factor of the logits."""
     own = support.queries or support.embeddings
     folds, labels = [], []
     for chosen, others in _folds(support, len(queries) * support.n_classes):
-        folds.append(_fold(others, compile(others), own[chosen], queries, result.which))
+        folds.append(_fold(others, plan_of(others), own[chosen], queries, result.which))
         labels.append(support.labels[chosen])
     alone, joint = (np.concatenate(logits) for logits in zip(*folds, strict=True))
     expected = np.concatenate(labels)
