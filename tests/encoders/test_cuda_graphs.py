@@ -15,7 +15,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import cuda_graphs
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
 from iosr_fast.scoring.score import score
-from tests.conftest import random_embeddings, random_plan
+from tests.conftest import EXTENDED, random_embeddings, random_plan
 
 SIZE, WIDTH = 4, 3
 
@@ -204,13 +204,13 @@ def test_a_recorder_stays_on_its_device(how: str, monkeypatch: pytest.MonkeyPatc
     assert set(cuda.used) == {1} and cuda.current == 0
 
 
-@pytest.mark.parametrize("query", ["adapted", "plain"])
+@pytest.mark.parametrize("parts", [{"query": "adapted"}, {"query": "plain"}, EXTENDED["both and values"]], ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 8, 19])
-def test_scoring_replayed_equals_scoring(rng: np.random.Generator, query: str, batch: int) -> None:
+def test_scoring_replayed_equals_scoring(rng: np.random.Generator, parts: dict[str, Any], batch: int) -> None:
     torch = pytest.importorskip("torch")
     from iosr_fast.scoring.graphed_scorer import GraphedScorer
 
-    plan = random_plan(rng, [3, 0, 4], 16, query=query)
+    plan = random_plan(rng, [3, 0, 4], 16, **parts)
     recorder: Any = Replaying()
     graphed = GraphedScorer(plan, (8, 2), device="cpu", recorder=recorder)
     assert graphed.buckets == (2, 8) and recorder.runs == 4
@@ -348,8 +348,8 @@ def test_scoring_graphs_on_a_gpu(rng: np.random.Generator, impl: str, precision:
         choose(impl, "cuda")
     except RuntimeError as unavailable_reason:
         pytest.skip(str(unavailable_reason))
-    for counts in ([3, 0, 4, 9], [200, 1]):
-        plan = random_plan(rng, counts, 64, precision=precision)
+    for counts, parts in (([3, 0, 4, 9], {}), ([200, 1], {}), ([3, 0, 4, 9], EXTENDED["both and values"])):
+        plan = random_plan(rng, counts, 64, **parts, precision=precision)
         graphed = GraphedScorer(plan, (1, 4, 16), impl)
         for batch in (1, 3, 16, 21):
             embeddings = random_embeddings(rng, batch, 64)

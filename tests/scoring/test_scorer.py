@@ -247,7 +247,7 @@ def test_one_scorer_in_several_threads(impl: str, rng: np.random.Generator) -> N
 
 
 def test_a_segmented_plan_is_bound_with_its_parts(rng: np.random.Generator) -> None:
-    head = random_plan(rng, [1, 1, 1], WIDTH, ("text",))
+    head = random_plan(rng, [1, 1, 1], WIDTH, ("text", "linear"), feature="both")
     first, second = (random_plan(rng, counts, WIDTH, ("cache",)) for counts in ([2, 3, 1], [1, 4]))
     plan = SegmentedPlan(head, ((first, np.arange(3)), (second, np.array([-1, 1]))))
     embeddings = random_embeddings(rng, 4, WIDTH)
