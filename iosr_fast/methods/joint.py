@@ -38,6 +38,10 @@ class JointPrediction:
     left_out_alone, left_out_joint  the shares of them that are right without and with the folder; NaN without a check
     which           the embeddings that the Gaussians describe
     rounds          of the estimation, 0 if it was refused
+
+    >>> import numpy as np
+    >>> JointPrediction(np.array([[0.2, 0.8]], np.float32), classes=np.array(["apple", "pear"])).labels.tolist()
+    ['pear']
     """
 
     probabilities: np.ndarray
