@@ -50,11 +50,11 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
     engine : str or Path, default=None
         A folder of `iosr-fast build-engine`. None builds an engine once and keeps it in the user's cache folder.
     method : str, default="auto"
-        A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" chooses the method, its reducer
-        and all parameters by leave-one-out on the support images.
+        A name of `iosr_fast.methods.METHODS`; "++" compares adapted embeddings. "auto" is the stack, with weights
+        by leave-one-out on the support images, unless a single method is right more often on them by more than noise.
     reducer : str, default=None
-        "none", "centre", "pca", "pca:64", "isoclip" or "isoclip:150,50", applied before images are compared. None:
-        "none", or the choice of "auto".
+        "none", "centre", "pca", "pca:64", "isoclip" or "isoclip:150,50", applied before images are compared. None
+        is "none". "auto" and "stack" take none.
     tune : str, default=None
         "loo" searches the method's parameters, "none" takes its defaults. None: "loo" unless a parameter is given.
     tune_seconds : float, default=20

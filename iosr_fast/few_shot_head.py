@@ -53,12 +53,13 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     Parameters
     ----------
     method : str, default="auto"
-        A name of `iosr_fast.methods.METHODS`: "tip-adapter", "gda" and "proker" work without `text`; "zero-shot",
-        "tip-x", "timo" and "ape" need it. A name with "++" compares adapted embeddings and needs `adapted=True`. "auto"
-        chooses method, reducer and parameters by leave-one-out on the support rows, out of those that the data allows.
+        A name of `iosr_fast.methods.METHODS`: "stack", "tip-adapter", "gda" and "proker" work without `text`;
+        "zero-shot", "tip-x", "timo" and "ape" need it. A name with "++" compares adapted embeddings and needs
+        `adapted=True`. "auto" is the stack, with weights by leave-one-out on the support rows, unless a single method
+        is right more often on left-out rows by more than noise.
     reducer : str, default=None
-        "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none", or the
-        choice of "auto".
+        "none", "centre", "pca" or "pca:64": moves embeddings so that classes overlap less. None is "none".
+        "auto" and "stack" take none.
     tune : str, default=None
         "loo" chooses the parameters of a named method by leave-one-out, "none" takes the defaults. None is "loo" unless
         a parameter is given.
@@ -284,7 +285,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     def _check_method(self, support: SupportSet) -> None:
         """Raise IosrFastError if the named method needs more than the data has."""
         method = METHODS.get(self.method)
-        if method is None:  # "auto" tries those that the data allows
+        if method is None:  # "auto" takes what the data allows
             return
         if method.needs_adapter and not self.adapted:
             raise IosrFastError(

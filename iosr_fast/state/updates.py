@@ -143,7 +143,7 @@ class LiveUpdates(FittedAttributes):
     ) -> Tuned:
         """Choose the parameters again: on labelled validation images, or by leave-one-out without any.
 
-        `method` defaults to the fitted one; "auto" chooses among all. `labels` as for `score`. Returns the choice and
+        `method` defaults to the fitted one; "auto" as at a fit. `labels` as for `score`. Returns the choice and
         its reasons (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
         """
         fit = self._fitted()

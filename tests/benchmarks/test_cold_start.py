@@ -15,6 +15,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
 from iosr_fast.benchmarks import cold_start, harness
+from iosr_fast.encoders.projections import FILE as PROJECTIONS
 from iosr_fast.encoders.runtimes.onnxruntime import FILE, WEIGHTS
 from iosr_fast.utils.manifest import read_manifest
 from tests.demo_cache import demo_bundle
@@ -72,7 +73,7 @@ def test_rows_of_real_cold_starts(child: list[tuple[str, ...]], monkeypatch: pyt
 def test_the_variant_holds_what_it_says(made: tuple[Path, Path], tmp_path: Path) -> None:
     bundle = made[0] / "bundle"
     cold_start.copy_bundle(bundle, tmp_path / "graph", cold_start.put_weights_into_graph)
-    assert set(read_manifest(tmp_path / "graph" / "engine", "engine")["files"]) == {FILE}
+    assert set(read_manifest(tmp_path / "graph" / "engine", "engine")["files"]) == {FILE, PROJECTIONS}
     files = read_manifest(tmp_path / "graph", "classifier")["files"]
     assert f"engine/{FILE}" in files and f"engine/{WEIGHTS}" not in files
     assert (tmp_path / "graph" / "engine" / FILE).stat().st_size > (bundle / "engine" / WEIGHTS).stat().st_size
