@@ -214,7 +214,10 @@ def test_fit_shows_what_it_does(
     assert "encode" not in shown.getvalue() and "quiet" not in shown.getvalue()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     done = run("fit", folder, "--model", "demo", "--out", tmp_path / "out", "--views", "1", "--precision", "fp32")
-    assert done.exit_code == 0 and "3 classes, 9 images" in done.output, done.output
+    assert done.exit_code == 0 and "3 classes, 9 images, stack" in done.output, done.output
+    (shares,) = re.findall(r"^shares of the logits: (.*)$", done.output, re.MULTILINE)
+    numbers = dict(re.findall(r"(texts|pictures|adapter) (\d+)%", shares))
+    assert numbers and abs(sum(map(int, numbers.values())) - 100) <= 1
 
 
 def test_fit_says_once_what_it_skips(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iosr_fast.classifier import Classifier
+from iosr_fast.pipeline import prediction_files
 from iosr_fast.pipeline.prediction_files import COLUMNS, SCORES, read_predictions, write_predictions
+from iosr_fast.state.predictions import ClassScore, Prediction
 from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.manifest import read_manifest
 from tests.pipeline.runs import (
@@ -174,3 +176,16 @@ def test_a_part_notices_changed_facts(tmp_path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({"iosr_fast": json.dumps(facts | {"part": 1})}), path)
     with pytest.raises(ValueError, match="its content differs from what was written"):
         read_predictions(path)
+
+
+def test_a_part_of_an_earlier_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no column "adapter"; a run that resumes computes it again, because its columns differ."""
+    path = tmp_path / "part-00000.parquet"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(prediction_files, "SCORES", SCORES[:-1])
+        earlier.setattr(prediction_files, "COLUMNS", tuple(name for name in COLUMNS if name != "adapter"))
+        score = ClassScore("pear", "~1", 0.9, 25.0, 22.0, 3.0, 1.0)
+        prediction = Prediction(**vars(score), top=(score,), nearest=(), version=1)
+        write_predictions(path, ["a"], [prediction], [None], None, {"part": 0})
+    held = read_predictions(path)
+    assert "adapter" not in held.table.column_names and held.table["cache"].to_pylist() == [3.0]
