@@ -109,8 +109,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     Notes
     -----
     The logits of a row do not depend on the other rows of X or on their order. Probabilities are calibrated as those of
-    `Classifier` are: a search by leave-one-out also fits the factor that multiplies the logits; without a search it
-    is 1. A row of zeros has no direction: `fit` leaves it out, the other methods take its cosines as 0; both warn.
+    `Classifier` are: a factor of the logits is fitted by leave-one-out, also for parameters that are given; with
+    tune="none" it is 1. A row of zeros has no direction: `fit` leaves it out, the other methods take its cosines as 0;
+    both warn.
 
     Sources: Tip-Adapter (Zhang et al., ECCV 2022), Tip-X (Udandarao et al., ICCV 2023), APE (Zhu et al., ICCV 2023),
     TIMO (Li et al., AAAI 2025), GDA (Wang et al., ICLR 2024), ProKeR (Bendou et al., CVPR 2025), the "++" forms
@@ -192,7 +193,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         units, text = _units(X[usable], self.adapted), self._text_rows(classes, X.shape[1])
         support = make_support_set(units, ids[usable], text, tau, len(classes))
         self._check_method(support)
-        config, tuned = choose_config(
+        config = choose_config(
             self.method,
             support,
             reducer=self.reducer,
@@ -205,7 +206,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self._config, self._support = config, support
         self.classes_ = classes
         self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
-        self.tuned_ = tuned
+        self.tuned_ = config.tuned
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:

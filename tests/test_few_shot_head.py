@@ -86,13 +86,13 @@ def test_logits_equal_the_reference(
 
 def test_logits_equal_the_papers_formula(rng: np.random.Generator) -> None:
     rows, labels, centres = clusters(rng, 4, 5, 24)
-    head = FewShotHead("tip-adapter", alpha=2.0, beta=3.0, text=7.0 * centres, tau=20.0).fit(rows, labels)
+    head = FewShotHead("tip-adapter", alpha=2.0, beta=3.0, tune="none", text=7.0 * centres, tau=20.0).fit(rows, labels)
     queries = rng.standard_normal((9, 24))
     affinity = np.exp(-3.0 * (1.0 - unit64(queries) @ unit64(rows).T)) @ np.eye(4)[labels]
     expected = 20.0 * unit64(queries) @ unit64(centres).T + 2.0 * affinity
     np.testing.assert_allclose(head.decision_function(queries), expected, atol=1e-4)
     assert head.tuned_ is None and head.parameters_ == {"alpha": 2.0, "beta": 3.0} and head.reducer_ == "none"
-    without = FewShotHead("tip-adapter", alpha=2.0, beta=3.0).fit(rows, labels)
+    without = FewShotHead("tip-adapter", alpha=2.0, beta=3.0, tune="none").fit(rows, labels)
     np.testing.assert_allclose(without.decision_function(queries), 2.0 * affinity, atol=1e-5)
 
 

@@ -15,7 +15,8 @@ from iosr_fast.benchmarks import harness
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.tuning.tune import Tuned, tune
+from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.utils.machine import usable_threads
 
@@ -190,10 +191,10 @@ def verify(tuned: Tuned, support: SupportSet, queries: Embeddings, labels: np.nd
         part = slice(first, first + step)
         right += int((score_reference(plan, queries[part]).argmax(1) == labels[part]).sum())
     allowed = max(ALLOWED_SAMPLES, len(labels) // 1000)
-    if not abs(right - tuned.accuracy * len(labels)) <= allowed:
+    if not abs(right - tuned.search_accuracy * len(labels)) <= allowed:
         raise ArithmeticError(
             f"exact is wrong: its plan has {right} of {len(labels)} images right, and the search gave "
-            f"{tuned.accuracy * len(labels):.0f} (allowed: {allowed} apart); not timed"
+            f"{tuned.search_accuracy * len(labels):.0f} (allowed: {allowed} apart); not timed"
         )
 
 
@@ -229,8 +230,10 @@ def _run_case(case: Case, threads: int, repeats: int, points: int) -> list[dict[
     best: tuple[float, dict[str, float]] | None = None
     if images == case.images and images * case.classes * grid.n_points <= MOST_LOGITS:
         best = grid.best()
-        if tuned.accuracy < best[0]:
-            raise ArithmeticError(f"exact found {tuned.accuracy:.4f}, the grid {best[0]:.4f} at {best[1]}; not timed")
+        if tuned.search_accuracy < best[0]:
+            raise ArithmeticError(
+                f"exact found {tuned.search_accuracy:.4f}, the grid {best[0]:.4f} at {best[1]}; not timed"
+            )
     else:
         print(f"{case}: the grid's best accuracy is left out, it takes {grid.n_points} argmaxes of all images")
     timed = grid.spread(points)
@@ -244,7 +247,7 @@ def _run_case(case: Case, threads: int, repeats: int, points: int) -> list[dict[
     runtimes_ms[RIVAL] = [factor * ms for ms in runtimes_ms[RIVAL]]
     rows = harness.rows("search", str(case), runtimes_ms, rivals=[RIVAL], threads=threads, packages=("numpy", "torch"))
     ours, theirs = rows
-    ours |= {"accuracy": tuned.accuracy, "parameters": tuned.parameters, "settings": tuned.settings}
+    ours |= {"accuracy": tuned.search_accuracy, "parameters": tuned.parameters, "settings": tuned.settings}
     theirs |= {
         "accuracy": best and best[0],
         "best_accuracy": best and best[0],

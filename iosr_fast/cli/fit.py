@@ -107,9 +107,4 @@ def _describe_choice(classifier: Classifier) -> str:
     tuned = classifier.tuned_
     if tuned is None:
         return f"{choice} (given, or the method's defaults)"
-    if tuned.scored == 0:
-        return f"{choice} (one image a class leaves nothing to leave out: a rule of thumb)"
-    note = tuned.note and f"; {tuned.note}"
-    return (
-        f"{choice}: {tuned.accuracy:.1%} right by leave-one-out on {tuned.scored} images ({tuned.seconds:.1f} s){note}"
-    )
+    return f"{choice}: {tuned.summary()} ({tuned.seconds:.1f} s)"

@@ -15,7 +15,8 @@ from iosr_fast.evaluation.rivals import RIVALS, fit_rival, score_rival
 from iosr_fast.evaluation.selection import TuneOn, why_unavailable
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tuning.tune import AUTO, Tuned, tune
+from iosr_fast.methods.tuning.tune import AUTO, tune
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.score import score
 
 TUNED_ON = {

@@ -20,7 +20,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.calibration import Scores, measure_probabilities
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.utils.require import require
 
 FOLDS = 5

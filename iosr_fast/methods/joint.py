@@ -148,7 +148,7 @@ def _unavailable_reason(support: SupportSet, queries: Embeddings) -> str:
         return "there are no images to classify"
     if not counts.all():
         return f"{int((counts == 0).sum())} of {len(counts)} classes have no support image to estimate their mean from"
-    if counts.max() < 2:
+    if HeldOutSet.leave_one_out(gda.METHOD, None, support).distinct.max() < 2:
         return "each class has one support image, so none can be left out to check that the folder helps"
     return ""
 

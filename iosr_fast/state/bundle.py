@@ -243,10 +243,17 @@ def _classifier_lines(verified: VerifiedFolder) -> list[str]:
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {state.version}",
         f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
         f"keys in {config.key_precision}",
+        *([] if config.tuned is None else [f"tuned: {_evidence(state)}"]),
         *_facts(check_engine(engine)),
         f"text encoder {'none' if bundle.text is None else 'included'}",
         *([] if bundle.engine_choice is None else bundle.engine_choice.lines()),
     ]
+
+
+def _evidence(state: State) -> str:
+    tuned = state.config.tuned
+    assert tuned is not None
+    return replace(tuned, stale=tuned.version != state.version).summary()
 
 
 def _engine_lines(verified: VerifiedFolder) -> list[str]:

@@ -20,6 +20,7 @@ from iosr_fast.scoring.validation import check_finite, check_unit_rows
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.ids import uid_of
 from iosr_fast.state.support_images import SupportViews
+from iosr_fast.state.tuned_facts import TunedFacts
 from iosr_fast.utils.schema import (
     Above0,
     Channels,
@@ -92,6 +93,7 @@ class StateFacts(Strict, frozen=True, kw_only=True):
     key_precision: KeyPrecision
     tau: Above0
     plan: PlanConstants
+    tuned: TunedFacts | None = None
 
 
 class ClassifierManifest(StateFacts, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
+from iosr_fast.state.tuned_facts import tuned_from_json, tuned_to_json
 
 Op = Literal["add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune"]
 OPS: tuple[Op, ...] = ("add_class", "add_examples", "remove_examples", "remove_class", "rename_class", "retune")
@@ -42,7 +43,8 @@ class Change:
     text     (D,) float32, the class's text embedding: add_class, and rename_class where it changes
     added    add_class and add_examples: the support images, numbered
     numbers  remove_examples: the numbers of the images
-    config   retune: the method, its parameters, the reducer's name; its reducer is fitted when it is applied
+    config   retune: the method, its parameters, the reducer's name and the evidence; its reducer is fitted when it is
+             applied
     """
 
     op: Op
@@ -101,6 +103,8 @@ class Change:
                 name: getattr(self.config, name)
                 for name in ("method", "parameters", "reducer_name", "factor", "key_precision")
             }
+            if self.config.tuned is not None:
+                line["tuned"] = tuned_to_json(self.config.tuned)
         return line
 
     @classmethod
@@ -119,6 +123,7 @@ class Change:
                     f"expected {len(ids)} embeddings and pictures, got {len(embeddings)} and {len(pictures)}"
                 )
             added = Examples(embeddings, np.full(len(ids), line["class"], np.int64), ids, pictures, queries)
+        tuned = tuned_from_json(line["tuned"]) if "tuned" in line else None
         return cls(
             line["op"],
             line.get("class", -1),
@@ -126,7 +131,7 @@ class Change:
             _unpacked(line["text"], width)[0] if "text" in line else None,
             added,
             tuple(line.get("examples", ())) if added is None else (),
-            MethodConfig(**line["recipe"]) if "recipe" in line else None,
+            MethodConfig(**line["recipe"], tuned=tuned) if "recipe" in line else None,
         )
 
 

@@ -13,7 +13,7 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, Tuned, check_choice
+from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, check_choice
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.scoring.precision import Precision
@@ -29,15 +29,13 @@ from iosr_fast.utils.text import abbreviate
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A fitted classifier: `state` and what it was computed with. `tuned` is None if no parameter was searched,
-    `skipped` has the errors of unreadable images that were left out, `engine_choice` the candidates for the
-    engine, where it was chosen. With `integer_labels`, the label of a class is its uid:
-    its position in the class names of the fit, which no later change moves."""
+    """A fitted classifier: `state` and what it was computed with. `skipped` has the errors of unreadable images that
+    were left out, `engine_choice` the candidates for the engine, where it was chosen. With `integer_labels`, the label
+    of a class is its uid: its position in the class names of the fit, which no later change moves."""
 
     clip: OpenedClip
     state: State
     views: SupportViews
-    tuned: Tuned | None = None
     skipped: tuple[BadImageError, ...] = ()
     integer_labels: bool = False
     engine_choice: EngineChoice | None = None
@@ -139,7 +137,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     examples = examples.rows(np.argsort(examples.class_ids, kind="stable"))
     support = examples.as_support(range(len(names)), embedded, tau, clip.projections)
     with bar("tune", None, shown=inputs.progress and searched and bool(len(examples))):
-        config, tuned = choose_config(
+        config = choose_config(
             method,
             support,
             reducer=inputs.reducer,
@@ -150,7 +148,7 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
         )
     state = State.first(names, embedded, tau, examples, config, projections=clip.projections)
     views = replace(views, single=examples.queries is not None)
-    return Fit(clip, state, views, tuned, tuple(errors), inputs.integer_labels)
+    return Fit(clip, state, views, tuple(errors), inputs.integer_labels)
 
 
 def _check_classes(method: str, ids: np.ndarray, names: Sequence[str]) -> None:

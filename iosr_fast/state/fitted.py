@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.engine_choice import EngineChoice
@@ -69,8 +71,10 @@ class FittedAttributes:
 
     @property
     def tuned_(self) -> Tuned | None:
-        """The last search of parameters; None if they were given or loaded."""
-        return self._fitted().tuned
+        """The last search of parameters, `stale` if the classifier has changed since; None if they were given."""
+        state = self.snapshot()
+        tuned = state.config.tuned
+        return tuned if tuned is None or tuned.version == state.version else replace(tuned, stale=True)
 
     @property
     def skipped_(self) -> list[str]:

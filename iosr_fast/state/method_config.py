@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from iosr_fast.methods import METHODS, compile_method, fit_method_reducer
+from iosr_fast.methods import METHODS, compile_method, fit_method_reducer, unavailable_reason
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.tune import AUTO, Tuned
+from iosr_fast.methods.tuning.calibration import calibrate
+from iosr_fast.methods.tuning.tune import AUTO
 from iosr_fast.methods.tuning.tune import tune as search
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.reducers import Reducer
@@ -23,7 +25,8 @@ COMPENSATED_KEYS = 4096
 @dataclass(frozen=True, eq=False)
 class MethodConfig:
     """A method with its parameters. `reducer` is fitted when they are chosen and stays until the next choice; `factor`
-    multiplies the logits; `key_precision` is that of the cache keys."""
+    multiplies the logits; `key_precision` is that of the cache keys; `tuned` is the search that chose the parameters,
+    if there was one."""
 
     method: str
     parameters: dict[str, float]
@@ -31,11 +34,13 @@ class MethodConfig:
     reducer: Reducer | None = None
     factor: float = 1.0
     key_precision: Precision = "fp32"
+    tuned: Tuned | None = None
 
     @classmethod
     def of(cls, tuned: Tuned, key_precision: Precision) -> MethodConfig:
         """The choice of a search; its reducer is not fitted yet."""
-        return cls(tuned.method, dict(tuned.parameters), tuned.reducer, None, tuned.factor, key_precision)
+        evidence = None if tuned.protocol == "none" else tuned
+        return cls(tuned.method, dict(tuned.parameters), tuned.reducer, None, tuned.factor, key_precision, evidence)
 
     def fitted(self, support: SupportSet) -> MethodConfig:
         """With the reducer fitted on the support images."""
@@ -96,15 +101,19 @@ def choose_config(
     parameters: Mapping[str, float],
     key_precision: Precision,
     seconds: float,
-) -> tuple[MethodConfig, Tuned | None]:
-    """The config of a fit, its reducer fitted on the support images, and the search that chose it, if there was one.
+) -> MethodConfig:
+    """The config of a fit, its reducer fitted on the support images, and `tuned` if parameters were searched.
 
     `method`, `reducer`, `tune` and `parameters` are those that `check_choice` has checked; `seconds` is the budget of
-    the search (tuning.tune).
+    the search (tuning.tune). Parameters that are given keep the labels, and the factor is fitted (tuning.calibration);
+    with tune="none" nothing is fitted.
     """
     if is_searched(method, tune, parameters) and len(support.embeddings):
         tuned = search(method, support, reducer=reducer or "none", seconds=seconds)
-        return MethodConfig.of(tuned, key_precision).fitted(support), None if tuned.protocol == "none" else tuned
-    parameters = {**METHODS[method].parameters, **parameters}
-    config = MethodConfig(method, parameters, reducer or "none", key_precision=key_precision)
-    return config.fitted(support), None
+        return MethodConfig.of(tuned, key_precision).fitted(support)
+    given, parameters = bool(parameters), {**METHODS[method].parameters, **parameters}
+    config = MethodConfig(method, parameters, reducer or "none", key_precision=key_precision).fitted(support)
+    if tune == "none" or not given or not len(support.embeddings) or unavailable_reason(method, support) is not None:
+        return config
+    factor, _ = calibrate(METHODS[method], support, config.reducer, parameters)
+    return replace(config, factor=factor)

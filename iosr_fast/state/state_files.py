@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -33,6 +34,7 @@ from iosr_fast.state.bundle_schema import (
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig
 from iosr_fast.state.state import State
+from iosr_fast.state.tuned_facts import tuned_to_json
 
 # A bundle has these from its support set.
 _FROM_SUPPORT = ("n_classes", "text", "class_offsets")
@@ -132,6 +134,7 @@ def state_to_files(state: State) -> tuple[dict[str, Any], dict[str, Arrays]]:
         "key_precision": config.key_precision,
         "tau": state.tau,
         "plan": constants,
+        **({} if config.tuned is None else {"tuned": tuned_to_json(config.tuned)}),
     }
     arrays = {SUPPORT: _support_arrays(state), PLAN: plan_arrays}
     if any(state.examples.pictures):
@@ -153,6 +156,9 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             raise IosrFastError(
                 f"expected the parameters {', '.join(missing)} of {facts.method}, got none of that name"
             )
+        tuned = None if facts.tuned is None else facts.tuned.tuned()
+        if tuned is not None and tuned.version > facts.version:
+            raise IosrFastError(f"expected tuned.version up to version, {facts.version}, got {tuned.version}")
     sizes = {"C": len(names), "C1": len(names) + 1}
     arrays = _arrays(SUPPORT, read, SUPPORT_ARRAYS, sizes)
     sizes["D2"] = 2 * sizes["D"]
@@ -172,6 +178,7 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
     with _naming(PLAN):
         reducer = reducer_from(derived, "reducer")
         config = MethodConfig(facts.method, parameters, facts.reducer, reducer, facts.factor, facts.key_precision)
+        config = replace(config, tuned=tuned)
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
         plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, config)

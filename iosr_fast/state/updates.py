@@ -15,8 +15,9 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.preprocess import as_array, as_image_list, to_pixels
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tuning.tune import Tuned, check_choice
+from iosr_fast.methods.tuning.tune import check_choice
 from iosr_fast.methods.tuning.tune import tune as search
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.validation import check_unit_rows
 from iosr_fast.state.audit import open_log
 from iosr_fast.state.changes import Change, ChangeResult
@@ -208,9 +209,8 @@ class LiveUpdates(FittedAttributes):
         if (chosen.which == "adapted") != state.needs_adapted:
             log.info("%s compares %s embeddings; queries are encoded for it from now on", tuned.method, chosen.which)
             self._fitted().clip.encoder_for(chosen.which == "adapted")  # opened now, so that no reader waits for it
-        result = self._make(Change("retune", config=MethodConfig.of(tuned, state.config.key_precision)))
-        self._fit = replace(self._fitted(), tuned=tuned)
-        return tuned, result
+        tuned = replace(tuned, version=state.version + 1)
+        return tuned, self._make(Change("retune", config=MethodConfig.of(tuned, state.config.key_precision)))
 
     def _make(self, change: Change) -> ChangeResult:
         """Under the lock: apply the change to the state, log it, and then publish it in one step.

@@ -47,7 +47,7 @@ def test_a_case_leaves_alpha_something_to_weigh() -> None:
     support, queries, labels = Case.parse("tip-adapter-v500-c100-s16-d512").build()
     zero_shot = (queries.plain @ support.text.T).argmax(1) == labels
     tuned = search.tune("tip-adapter", support, queries, labels)
-    assert 0.4 < zero_shot.mean() < 0.7 and zero_shot.mean() + 0.05 < tuned.accuracy < 0.9
+    assert 0.4 < zero_shot.mean() < 0.7 and zero_shot.mean() + 0.05 < tuned.search_accuracy < 0.9
     assert (support.counts == 16).all() and queries.plain.dtype == np.float32
 
 
@@ -152,12 +152,12 @@ def test_what_is_wrong_is_not_timed(coarse: None, monkeypatch: pytest.MonkeyPatc
 
     def boasts(*arguments: Any) -> search.Tuned:
         tuned = right_tune(*arguments)
-        return replace(tuned, accuracy=tuned.accuracy + 3 / 60)
+        return replace(tuned, search_accuracy=tuned.search_accuracy + 3 / 60)
 
     def misses(*arguments: Any) -> search.Tuned:
         poor = replace(right_tune(*arguments), parameters={"alpha": 1e4, "beta": 1.0})
         _, support, queries, labels = arguments
-        return replace(poor, accuracy=float((score(poor.compile(support), queries).argmax(1) == labels).mean()))
+        return replace(poor, search_accuracy=float((score(poor.compile(support), queries).argmax(1) == labels).mean()))
 
     for wrong, message in ((boasts, "exact is wrong: its plan has .*allowed: 2 apart"), (misses, "the grid 0.* at")):
         monkeypatch.setattr(search, "tune", wrong)

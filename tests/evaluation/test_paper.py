@@ -100,7 +100,8 @@ def test_a_number_is_that_of_the_classifiers_own_steps(run: Main, posed: list[Pr
     from iosr_fast.clip.prompts import embed_classes
     from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.evaluation.paper.store import Wanted
-    from iosr_fast.methods.tuning.tune import Tuned, tune
+    from iosr_fast.methods.tuning.tune import tune
+    from iosr_fast.methods.tuning.tuned import Tuned
     from iosr_fast.scoring.score import score
 
     out = run("--methods", "tip-adapter++", "--seeds", "2", "--shots", "2")

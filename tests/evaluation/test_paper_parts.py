@@ -24,7 +24,7 @@ from iosr_fast.evaluation.paper.problems import pose
 from iosr_fast.evaluation.paper.run import Views, plan
 from iosr_fast.evaluation.paper.store import Store
 from iosr_fast.methods import METHODS
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.training.data.evaluation_sets import EvaluationSet
 from iosr_fast.utils.temporaries import claimed
 from tests import ROOT

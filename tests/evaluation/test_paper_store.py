@@ -21,7 +21,7 @@ from iosr_fast.evaluation.paper.problems import Problem, pose
 from iosr_fast.evaluation.paper.run import Views, plan
 from iosr_fast.evaluation.paper.store import Store, Wanted
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tuned import Tuned
 from tests.evaluation.paper_sets import CLASSES, Pictures, model, tiny, wanted
 
 CHANGES: dict[str, Callable[[], tuple[Model, Wanted]]] = {

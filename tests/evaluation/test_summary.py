@@ -13,7 +13,7 @@ from iosr_fast.evaluation import sources
 from iosr_fast.evaluation.accuracy import Draw, Result
 from iosr_fast.evaluation.summary import summary_rows
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tuned import Tuned
 from tests.cli.runs import main, refused
 from tests.conftest import unit_rows
 from tests.evaluation.test_evaluate import pictures_of

@@ -49,7 +49,7 @@ def test_on_a_validation_set_the_accuracy_is_what_the_plan_gets(rng: np.random.G
     tuned = tune(method, support, queries, labels)
     right = score(tuned.compile(support), queries).argmax(1) == labels
     assert tuned.protocol == "validation" and tuned.scored == len(labels)
-    assert abs(tuned.accuracy - right.mean()) <= 1 / len(labels)  # a sample on the border of float32
+    assert abs(tuned.search_accuracy - right.mean()) <= 1 / len(labels)  # a sample on the border of float32
     assert set(tuned.parameters) == set(METHODS[method].parameters)
     np.testing.assert_allclose(tuned.right.mean() if tuned.right is not None else -1, tuned.accuracy)
     if tuned.alpha_range is not None:
@@ -70,7 +70,7 @@ def test_never_below_the_public_grid(rng: np.random.Generator, method: str) -> N
             slope = score_reference(compile_method(method, support, alpha=1.0, **setting), queries) - base
             for alpha in np.linspace(0, 20, 200):
                 best = max(best, float(((base + alpha * slope).argmax(1) == labels).mean()))
-    assert tune(method, support, queries, labels).accuracy >= best - 1e-12
+    assert tune(method, support, queries, labels).search_accuracy >= best - 1e-12
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.reducible])

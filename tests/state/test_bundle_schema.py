@@ -14,9 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from iosr_fast.encoders.runtimes import open_engine
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.state.state_files import fingerprint, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
+from iosr_fast.state.tuned_facts import tuned_to_json
 from iosr_fast.utils.manifest import seal
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 from tests.state.live_parts import engine_folder, saved_classifier, small_classifier
@@ -44,6 +46,8 @@ def part(name: str, **facts: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     return change
 
+
+TUNED = tuned_to_json(Tuned("gda", "none", {"alpha": 0.5}, 0.9, 40, "loo", 0.95, log_loss=0.3, settings=1))
 
 NAMES = [f"motif {i}" for i in range(5)]
 FACTS: dict[str, Any] = {
@@ -127,6 +131,13 @@ FACTS: dict[str, Any] = {
     "no templates": part("text", templates=[]),
     "a text encoder without a context": part("text", context_length=0),
     "files of a text encoder that is not there": {"text": None},
+    "evidence of an unknown method": {"tuned": {**TUNED, "method": "magic"}},
+    "evidence above 100%": {"tuned": {**TUNED, "accuracy": 1.01}},
+    "an accuracy of no images": {"tuned": {**TUNED, "scored": 0}},
+    "evidence of a later version": {"tuned": {**TUNED, "version": 99}},
+    "a note that steers a terminal": {"tuned": {**TUNED, "note": "\x1b[2J"}},
+    "evidence with one more field": {"tuned": {**TUNED, "right": [True]}},
+    "evidence without a field": {"tuned": {n: v for n, v in TUNED.items() if n != "note"}},
     "an unknown field": {"run": "something"},
     "a missing field": lambda manifest: {"-": "views"},
     "a schema as a float": {"schema": 2.0},

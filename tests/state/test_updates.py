@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
+from iosr_fast.state.bundle import describe, load_bundle
 from iosr_fast.state.predictions import predict
 from tests.pictures import encode
-from tests.state.live_parts import WIDTH, PixelEncoder, pictures, small_classifier, unit
+from tests.state.live_parts import WIDTH, PixelEncoder, engine_folder, pictures, small_classifier, unit
 
 
 @pytest.fixture
@@ -148,6 +150,32 @@ def test_retune_and_tune_begin_from_what_is_there_now(images: np.ndarray) -> Non
     tuned = classifier.tune(method="gda")
     assert classifier.method_ == tuned.method == "gda" and classifier.version == 4
     assert classifier.score(images[6], ["motif 6"] * 4) == 1.0
+
+
+def test_evidence_is_stale_after_a_change_and_survives_a_bundle_and_a_log(images: np.ndarray, tmp_path: Path) -> None:
+    engine = engine_folder(tmp_path / "engine")
+    classifier = small_classifier(engine)
+    assert classifier.tuned_ is None
+    classifier.save(tmp_path / "before")
+    assert load_bundle(tmp_path / "before").state.config.tuned is None
+    assert "tuned" not in json.loads((tmp_path / "before" / "manifest.json").read_bytes())
+    classifier.open_log(tmp_path / "log.jsonl")
+    tuned = classifier.tune(method="gda")
+    assert classifier.tuned_ is tuned and (tuned.version, tuned.stale) == (2, False)
+    classifier.add_class("motif 6", images[6])
+    assert classifier.tuned_.stale and classifier.tuned_.accuracy == tuned.accuracy
+    classifier.save(tmp_path / "after")
+    loaded = load_bundle(tmp_path / "after").state.config.tuned
+    assert repr(loaded) == repr(tuned) and loaded.right is None
+    lines = [line for line in describe(tmp_path / "after").splitlines() if line.startswith("tuned: ")]
+    assert lines == [f"tuned: {classifier.tuned_.summary()}"] and "version 2; the classifier has changed" in lines[0]
+    classifier.close_log()
+    again = small_classifier(engine)
+    again.open_log(tmp_path / "log.jsonl")
+    assert repr(again.tuned_) == repr(classifier.tuned_) and again.tuned_.stale
+    again.retune()
+    assert not again.tuned_.stale and again.tuned_.version == again.version == 4
+    again.close_log()
 
 
 def test_no_reader_sees_half_a_change(images: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from iosr_fast.evaluation.accuracy import Draw, finite
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.utils.files import new_file, remove_leftovers
 
 VERSION = 2  # raise it when the protocol changes: the same facts would give another number

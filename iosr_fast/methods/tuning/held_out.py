@@ -18,6 +18,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.tuning.near_duplicates import group_near_duplicates
 from iosr_fast.methods.tuning.search import Intervals, cache_intervals, intervals
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import Reducer
@@ -32,7 +33,8 @@ class HeldOutSet:
     """`queries` with `labels` (V,), scored by plans that `method` compiles without the support images of their fold.
 
     `folds` (N,) int64 has each support image's fold. The queries are then the support images in their order; images of
-    a negative fold are never left out and not scored. None: the queries are a validation set.
+    a negative fold are never left out and not scored. None: the queries are a validation set. `distinct` (C,) counts
+    the images of each class of the support set, near duplicates once; all of them for a validation set.
     """
 
     method: Method
@@ -41,6 +43,7 @@ class HeldOutSet:
     queries: Embeddings
     labels: np.ndarray
     folds: np.ndarray | None = None
+    distinct: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     _logits: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -56,21 +59,43 @@ class HeldOutSet:
             )
         if labels.min() < 0 or labels.max() >= support.n_classes:
             raise IosrFastError(f"expected labels in 0..{support.n_classes - 1}, got {labels.min()}..{labels.max()}")
-        return cls(method, reducer, support, queries, labels)
+        return cls(method, reducer, support, queries, labels, distinct=support.counts)
 
     @classmethod
-    def leave_one_out(cls, method: Method, reducer: Reducer | None, support: SupportSet) -> HeldOutSet:
+    def leave_one_out(
+        cls, method: Method, reducer: Reducer | None, support: SupportSet, enough: int | None = None
+    ) -> HeldOutSet:
         """The support images themselves, with one of each class left out at a time.
 
         If one image alone were left out, its class would have one key less than the others, which biases sums over
-        keys; with one of each class left out, no class is at a disadvantage. The number of folds is the number of
-        images of the largest class, at most MAX_FOLDS (then a 16th of each class is left out at a time). The only image
-        of a class always stays.
+        keys; with one of each class left out, no class is at a disadvantage. Near duplicates of a class count as one
+        image (group_near_duplicates): they are left out together, and a class of a single group always stays. The
+        number of folds is the number of images of the largest class, at most MAX_FOLDS (then a 16th of each class is
+        left out at a time). `enough` images: where that many are scored, the other folds are not.
         """
-        labels, counts = support.labels, support.counts
-        rank = np.arange(len(labels)) - support.class_offsets[labels]
-        folds = np.where(counts[labels] > 1, rank % min(MAX_FOLDS, int(counts.max(initial=1))), -1)
-        return cls(method, reducer, support, support.queries or support.embeddings, labels, folds)
+        labels = support.labels
+        groups = group_near_duplicates(support)
+        distinct = np.zeros(support.n_classes, np.int64)
+        np.maximum.at(distinct, labels, groups + 1)
+        n_folds = min(MAX_FOLDS, int(distinct.max(initial=1)))
+        left_out = distinct[labels] > 1
+        if enough is not None:
+            left_out &= groups % n_folds < max(1, -(-n_folds * enough // max(len(labels), 1)))
+            left_out &= groups < n_folds * max(1, enough // support.n_classes)
+        folds = np.where(left_out, groups % n_folds, -1)
+        return cls(method, reducer, support, support.queries or support.embeddings, labels, folds, distinct)
+
+    @property
+    def n_duplicates(self) -> int:
+        """How many support images are near duplicates of an earlier one of their class."""
+        return int(self.support.counts.sum() - self.distinct.sum())
+
+    @cached_property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two masks (V,) of the rows, every other fold (of a validation set: every other image) in each: what one half
+        chooses is judged on the other."""
+        groups = np.arange(len(self.labels)) if self.folds is None else self.folds[self.rows]
+        return groups % 2 == 0, groups % 2 == 1
 
     @cached_property
     def rows(self) -> np.ndarray:

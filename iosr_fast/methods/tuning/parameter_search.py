@@ -82,43 +82,114 @@ class ParameterSearch:
             yield _combinations(values)
 
     def _try(self, settings: list[Setting]) -> None:
-        intervals = _cut(self.held_out.intervals(settings))
-        best = sweep(intervals)
-        for row, setting in enumerate(settings):
-            plateau = (float(best.low[row]), float(best.high[row]))
-            accuracy = float(best.right[row]) / len(self.labels)
-            self.tried.append(Candidate(setting, float(best.alpha[row]), plateau, accuracy, intervals, row))
+        self.tried += _swept(settings, _cut(self.held_out.intervals(settings)))
 
-    def most_right(self) -> Candidate:
-        """The candidate with the highest accuracy; then with the widest plateau relative to alpha; then the first."""
-        return max(self.tried, key=lambda c: (c.accuracy, c.width / max(c.alpha, 1e-30)))
+    def most_right(self, rows: np.ndarray | None = None) -> Candidate:
+        """The candidate with the highest accuracy; then with the widest plateau relative to alpha; then the first. With
+        `rows` (V,) bool, by these images alone."""
+        tried = self.tried if rows is None else self._tried_on(rows)
+        return max(tried, key=lambda c: (c.accuracy, c.width / max(c.alpha, 1e-30)))
 
-    def level_with_least_loss(self) -> Candidate:
-        """The candidate with the least log-loss among those that are level with the best, each tried at its best alpha
-        and at its alpha of least log-loss."""
-        best = self.most_right().accuracy
-        error = float(np.sqrt(best * (1 - best) / len(self.labels)))
-        near = sorted((c for c in self.tried if c.accuracy >= best - 3 * error), key=lambda c: -c.accuracy)
-        measured: list[Candidate] = []
-        for candidate in near[:: -(-len(near) // _SHORTLIST)]:
-            base, slope = self.held_out.logits(candidate.setting)
-            spreads = spread(base), spread(slope)
-            for fit in (fit_factor(base, slope, self.labels, candidate.alpha), fit_alpha(base, slope, self.labels)):
-                right = candidate.right_at(fit.alpha)
-                measured.append(
-                    replace(
-                        candidate,
-                        alpha=fit.alpha,
-                        accuracy=float(right.mean()),
-                        log_loss=fit.loss,
-                        factor=fit.factor,
-                        right=right,
-                        spreads=spreads,
-                    )
-                )
-        top = max(measured, key=lambda c: c.accuracy)
-        level = [c for c in measured if is_level(c.right, top.right)]
-        return min(level, key=lambda c: c.log_loss if c.log_loss is not None else np.inf)
+    def choose(self) -> tuple[Candidate, np.ndarray]:
+        """The candidate to use, and which held-out images are right (V,) bool by what the others choose.
+
+        By leave-one-out the least log-loss chooses among the candidates that are level with the best, each tried at
+        its best alpha and at its alpha of least log-loss; on a validation set `most_right`. Each half of the images
+        (HeldOutSet.halves) is judged at the setting and the alpha that the other half chooses by the same rule; images
+        that can't be halved, at those of the candidate.
+        """
+        halves = self.held_out.halves
+        others = [~half for half in halves] if all(half.any() for half in halves) else []
+        if self.held_out.folds is None:
+            best, *chosen = self.most_right(), *map(self.most_right, others)
+        else:
+            best, *chosen = self._level_with_least_loss([None, *others])
+        right = best.right_at(best.alpha)
+        for half, candidate in zip(halves if others else (), chosen, strict=True):
+            right[half] = candidate.right_at(candidate.alpha)[half]
+        return best, right
+
+    def _tried_on(self, rows: np.ndarray) -> list[Candidate]:
+        """The same settings, each with the best alpha of these images; `intervals` stay those of all."""
+        tried: list[Candidate] = []
+        while len(tried) < len(self.tried):
+            batch = [c for c in self.tried if c.intervals is self.tried[len(tried)].intervals]
+            some = _swept([c.setting for c in batch], batch[0].intervals.only(rows))
+            tried += [replace(c, intervals=batch[0].intervals) for c in some]
+        return tried
+
+    def _level_with_least_loss(self, rows: Sequence[np.ndarray | None]) -> list[Candidate]:
+        """For each of `rows` the choice of these images (None: of all). Logits are computed once a setting."""
+        everything = np.ones(len(self.labels), bool)
+        masks = [everything if some is None else some for some in rows]
+        shortlists = [
+            _near_the_best(self.tried if some is None else self._tried_on(some), int(mask.sum()))
+            for some, mask in zip(rows, masks, strict=True)
+        ]
+        measured: list[list[Candidate]] = [[] for _ in rows]
+        settings = {tuple(c.setting.items()): c.setting for shortlist in shortlists for c in shortlist}
+        for key, setting in settings.items():
+            base, slope = self.held_out.logits(setting)
+            for mask, shortlist, results in zip(masks, shortlists, measured, strict=True):
+                for candidate in shortlist:
+                    if tuple(candidate.setting.items()) == key:
+                        results += _by_loss(candidate, base, slope, self.labels, mask)
+        return [_least_loss(results, mask) for results, mask in zip(measured, masks, strict=True)]
+
+
+def _swept(settings: Sequence[Setting], intervals: Intervals) -> list[Candidate]:
+    """Each setting with its best alpha."""
+    best, n_samples = sweep(intervals), intervals.n_samples
+    return [
+        Candidate(
+            setting,
+            float(best.alpha[row]),
+            (float(best.low[row]), float(best.high[row])),
+            float(best.right[row]) / n_samples,
+            intervals,
+            row,
+        )
+        for row, setting in enumerate(settings)
+    ]
+
+
+def _near_the_best(tried: Sequence[Candidate], n_samples: int) -> list[Candidate]:
+    """Some candidates within three standard errors of the best."""
+    best = max(c.accuracy for c in tried)
+    error = float(np.sqrt(best * (1 - best) / n_samples))
+    near = sorted((c for c in tried if c.accuracy >= best - 3 * error), key=lambda c: -c.accuracy)
+    return near[:: -(-len(near) // _SHORTLIST)]
+
+
+def _by_loss(
+    candidate: Candidate, base: np.ndarray, slope: np.ndarray, labels: np.ndarray, rows: np.ndarray
+) -> list[Candidate]:
+    """The candidate at its alpha and at that of least log-loss on the images `rows` (V,) bool."""
+    base, slope, labels = base[rows], slope[rows], labels[rows]
+    spreads = spread(base), spread(slope)
+    results = []
+    for fit in (fit_factor(base, slope, labels, candidate.alpha), fit_alpha(base, slope, labels)):
+        right = candidate.right_at(fit.alpha)
+        results.append(
+            replace(
+                candidate,
+                alpha=fit.alpha,
+                accuracy=float(right[rows].mean()),
+                log_loss=fit.loss,
+                factor=fit.factor,
+                right=right,
+                spreads=spreads,
+            )
+        )
+    return results
+
+
+def _least_loss(measured: Sequence[Candidate], rows: np.ndarray) -> Candidate:
+    """Of the candidates that are level with the best on the images `rows`, the one with the least log-loss."""
+    top = max(measured, key=lambda c: c.accuracy)
+    assert top.right is not None
+    level = [c for c in measured if c.right is not None and is_level(c.right[rows], top.right[rows])]
+    return min(level, key=lambda c: c.log_loss if c.log_loss is not None else np.inf)
 
 
 def _cut(intervals: Intervals) -> Intervals:

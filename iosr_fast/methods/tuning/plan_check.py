@@ -92,6 +92,15 @@ def negligible_term(base: float, slope: float, alpha: float, has_text: bool) -> 
     return f"alpha {alpha:.3g}: similarity to support images has no effect" if images <= _NEGLIGIBLE * base else ""
 
 
+def duplicates_note(held_out: HeldOutSet) -> str:
+    """A note if near duplicates were left out together (HeldOutSet.leave_one_out); else ""."""
+    count = held_out.n_duplicates
+    if not count:
+        return ""
+    images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
+    return f"{images} of others of the same class and left out together with them"
+
+
 def single_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:
     """A note if the plan gives all support images one label although the search got images of several classes right
     (`right`, their classes), because the encoder can't distinguish the images; else ""."""

@@ -64,6 +64,10 @@ class Intervals:
         """V."""
         return int(self.lower.shape[1])
 
+    def only(self, rows: np.ndarray) -> Intervals:
+        """The intervals of some samples, `rows` a mask (V,) or indices."""
+        return Intervals(self.lower[:, rows], self.upper[:, rows], self.flags[:, rows], self.path)
+
     @staticmethod
     def concatenate(parts: Sequence[Intervals]) -> Intervals:
         """The samples of several parts (folds) side by side; ValueError if their numbers of settings differ."""

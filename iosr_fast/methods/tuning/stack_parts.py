@@ -59,6 +59,7 @@ class HeldOutParts:
 
     def __init__(self, held_out: HeldOutSet) -> None:
         self.support, self.folds = held_out.support, held_out.folds
+        self.distinct = held_out.distinct
         self.rows, self.labels = held_out.rows, held_out.labels[held_out.rows]
         self._own = self.support.queries or self.support.embeddings
         self._queries = held_out.queries

@@ -8,10 +8,10 @@ changes with the number of images. With few images a class:
   a prior holds the weights. Without texts the discriminant of a fold has no covariance: only the regression's weight is
   fitted, and that of the discriminant at two images is derived from it (`_fit_two_without_texts`).
 - one: nothing can be left out. The texts see no support image, so their temperature is fitted on all of them; the
-  other weights follow from their accuracy (`_prior`).
+  other weights follow from their accuracy (`one_shot_weights`).
 
-The constants of `_prior` and `_fit_two_without_texts` are from validation images: Caltech-101 and Flowers, encoded by
-CLIP ViT-B/32, and the demo's validation concepts.
+The constants of `one_shot_weights` and `_fit_two_without_texts` are from validation images: Caltech-101 and Flowers,
+encoded by CLIP ViT-B/32, and the demo's validation concepts.
 """
 
 from __future__ import annotations
@@ -98,10 +98,9 @@ def describe_shares(shares: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class StackFit:
-    """`choice` is the stack to use. `judged` is the one that the held-out images judge, and `right` (V,) bool says
-    which of them it gets right; with three and more images a class, `judged` is `choice`, and `right` is honest about
-    the choice: one half of the folds (of a validation set: of its images) is judged with the weights and the setting
-    that the other half chooses. `settings` counts the regressions that were tried."""
+    """`choice` is the stack to use. `judged` is the one that the held-out images judge; with three and more images a
+    class, it is `choice`. `right` (V,) bool says which of them are right if each half (HeldOutSet.halves) is judged
+    with the weights and the setting that the other half chooses. `settings` counts the regressions that were tried."""
 
     choice: Choice
     judged: Choice
@@ -114,10 +113,10 @@ def fit_stack(held_out: HeldOutSet, seconds: float) -> StackFit:
     support, parts = held_out.support, HeldOutParts(held_out)
     embeddings: tuple[Which, ...] = ("adapted", "plain") if held_out.method.needs_adapter else ("plain",)
     settings = affordable(support, len(embeddings), seconds)
-    few = held_out.folds is not None and int(np.maximum(support.counts - 2, 0).sum()) < support.n_classes
+    few = held_out.folds is not None and int(np.maximum(held_out.distinct - 2, 0).sum()) < support.n_classes
     prior = None
     if few:
-        prior, settings = _prior(parts, embeddings), [FEW_SHOT_SETTING] * bool(settings)
+        prior, settings = one_shot_weights(parts, embeddings), [FEW_SHOT_SETTING] * bool(settings)
         if support.text is None or not len(parts.labels):
             return _fit_few(parts, embeddings, bool(settings), prior)
     copies = 0.0 if support.text is None else _TEXT_IMAGES * parts.text_accuracy
@@ -131,10 +130,8 @@ def fit_stack(held_out: HeldOutSet, seconds: float) -> StackFit:
     if best.shares["adapter"] and not _is_lower(best, other := _best(plain, labels, everywhere, prior), labels):
         best, choices = other, plain
     right = best.logits.argmax(1) == labels
-    groups = np.arange(len(labels)) if held_out.folds is None else held_out.folds[held_out.rows]
-    halves = [groups % 2 == 0, groups % 2 == 1]
-    if all(half.any() for half in halves):
-        for half in halves:
+    if all(half.any() for half in held_out.halves):
+        for half in held_out.halves:
             logits = _best(choices, labels, ~half, prior).logits
             right[half] = (logits.argmax(1) == labels)[half]
     return StackFit(_with_more_images(best, parts) if few else best, best, right, len(choices))
@@ -251,7 +248,7 @@ def _named(parts: Mapping[str, Part], weights: np.ndarray) -> dict[str, float]:
     return named
 
 
-def _prior(held_out: HeldOutParts, embeddings: Sequence[Which]) -> dict[str, float]:
+def one_shot_weights(held_out: HeldOutParts, embeddings: Sequence[Which]) -> dict[str, float]:
     """Weights at one image a class. With a the texts' accuracy on the support images and t the weight of the texts
     alone that minimises the log-loss of these images: text = 0.55 sqrt(a) t, text_regression = 0.15 a t. 1.35 is shared
     by the discriminants. The regression has 0.05; without texts it stands in for the discriminant, with 1.3."""
@@ -283,7 +280,7 @@ def _fit_few(
 def _fit_two_without_texts(held_out: HeldOutParts, which: Which, regress: bool, prior: float) -> StackFit:
     """The weight of the regression on these embeddings at one image a class, and what follows for two; with w that
     weight and s the share of the classes that have two: discriminant = 2.75 s w^0.6, regression = (1 - 0.75 s) w."""
-    labels, support, name = held_out.labels, held_out.support, _DISCRIMINANTS[which]
+    labels, name = held_out.labels, _DISCRIMINANTS[which]
     setting, images = {**FEW_SHOT_SETTING, "text_images": 0.0}, "regression" if regress else name
     discriminant = held_out.discriminant(which, 0.0)
     part = held_out.regressions(which, FEW_SHOT_SETTING)[0] if regress else discriminant
@@ -292,7 +289,7 @@ def _fit_two_without_texts(held_out: HeldOutParts, which: Which, regress: bool, 
         weights, loss = fit_weights([part.scaled], labels, weights, _PRIOR_STRENGTH)
     judged = Choice({images: part}, _named({images: part}, weights), setting, which, loss)
     right, choice = judged.logits.argmax(1) == labels, judged
-    share = min(1.0, (len(support.labels) - support.n_classes) / support.n_classes)
+    share = min(1.0, int((held_out.distinct - 1).sum()) / held_out.support.n_classes)
     if regress and share > 0:
         (weight,) = judged.weights.values()
         used = {name: 2.75 * share * weight**0.6, images: (1.0 - 0.75 * share) * weight}

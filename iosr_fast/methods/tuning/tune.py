@@ -9,72 +9,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, check_parameters, compile_method, fit_method_reducer, unavailable_reason
+from iosr_fast.methods import METHODS, check_parameters, fit_method_reducer, unavailable_reason
 from iosr_fast.methods.method import MAX_ALPHA, Method
 from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.calibration import full_factor, usual_factor
 from iosr_fast.methods.tuning.held_out import HeldOutSet, zero_shot_logits
 from iosr_fast.methods.tuning.log_loss import fit_factor, spread
 from iosr_fast.methods.tuning.parameter_search import ParameterSearch, is_level
-from iosr_fast.methods.tuning.plan_check import check_stack, negligible_term, right_by_plan, single_label
+from iosr_fast.methods.tuning.plan_check import (
+    check_stack,
+    duplicates_note,
+    negligible_term,
+    right_by_plan,
+    single_label,
+)
 from iosr_fast.methods.tuning.stack_weights import StackFit, better_alone, fit_stack
-from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.methods.tuning.tuned import Protocol, Tuned
 from iosr_fast.scoring.reducers import Reducer, check_reducer
 from iosr_fast.scoring.score import score
 
 AUTO = "auto"
 TUNE_SECONDS = 20.0
 MAX_TUNE_SECONDS = 1e6
-Protocol = Literal["loo", "validation", "one-shot", "none"]
 _log = logging.getLogger("iosr_fast")
-
-
-@dataclass(frozen=True, eq=False)
-class Tuned:
-    """The result of a search and its evidence.
-
-    parameters    all of the method's, alpha included
-    accuracy      of the compiled plans (plan_check.right_by_plan) on `scored` held-out images, at these parameters
-    alpha_range   the widest plateau of best alphas for these other parameters; by leave-one-out alpha may lie beside it
-    log_loss      on them, in nats, with logits multiplied by `factor` (None if it was not computed)
-    right         (scored,) bool, which of the held-out images are right
-    protocol      "validation", "loo" (one image of each class left out at a time), "one-shot" (nothing can be left out:
-                  one_shot_parameters), "none"
-    settings      combinations of the other parameters that were tried, with every alpha for each
-    note          what a user has to know of the choice: texts or images that have no effect; else empty
-    shares        of a stack: what texts, pictures and the adapter contribute to the logits; the sum is 1
-
-    >>> from iosr_fast.methods.tuning.tune import Tuned
-    >>> tuned = Tuned("gda", "none", {"alpha": 0.5}, accuracy=0.9, scored=40, protocol="loo")
-    >>> f"{tuned.method}: {tuned.accuracy:.0%} of {tuned.scored} images"
-    'gda: 90% of 40 images'
-    """
-
-    method: str
-    reducer: str
-    parameters: dict[str, float]
-    accuracy: float
-    scored: int
-    protocol: Protocol
-    alpha_range: tuple[float, float] | None = None
-    log_loss: float | None = None
-    factor: float = 1.0
-    settings: int = 0
-    seconds: float = 0.0
-    note: str = ""
-    shares: Mapping[str, float] = field(default_factory=dict)
-    right: np.ndarray | None = field(default=None, repr=False)
-
-    def compile(self, support: SupportSet) -> ScoringPlan:
-        """The plan with these parameters, its logits multiplied by `factor`, which calibrates probabilities."""
-        return compile_method(self.method, support, reducer=self.reducer, **self.parameters).scaled(self.factor)
 
 
 def check_choice(method: str, reducer: str | None, tuning: str | None, **parameters: float | None) -> dict[str, float]:
@@ -112,7 +75,8 @@ def tune(
     On a validation set (`queries`, `labels`) the highest accuracy wins, then the widest plateau of alphas. By
     leave-one-out (HeldOutSet.leave_one_out) the images are few: settings within two standard errors of the best
     (is_level) count as equal, and the lowest log-loss among them wins. Alpha is searched from 0 to MAX_ALPHA.
-    If each class has one image, nothing can be left out, and one_shot_parameters decides.
+    If each class has one image, nothing can be left out, and one_shot_parameters decides. The accuracy that is
+    reported is that of images that did not choose (Tuned.accuracy), on a validation set as by leave-one-out.
 
     Raises IosrFastError for an unknown method or reducer, labels that don't fit, or if the support set lacks what the
     method needs; RuntimeError if the compiled plan disagrees with the search (plan_check).
@@ -147,11 +111,13 @@ def tune(
         return replace(_without_parameters(held_out, protocol), seconds=time.perf_counter() - started)
     if not len(held_out.rows):
         parameters = one_shot_parameters(entry, support, fitted)
-        return Tuned(method, reducer, parameters, float("nan"), 0, "one-shot", seconds=time.perf_counter() - started)
+        factor = usual_factor(entry, support, fitted, parameters)
+        tuned = Tuned(method, reducer, parameters, float("nan"), 0, "one-shot", factor=factor)
+        return replace(tuned, note=duplicates_note(held_out), seconds=time.perf_counter() - started)
     search = ParameterSearch(held_out)
-    best = search.most_right() if validated else search.level_with_least_loss()
+    best, right = search.choose()
     parameters = {"alpha": best.alpha, **best.setting}
-    right = right_by_plan(held_out, parameters, best.factor, best.right_at(best.alpha))
+    right_by_search = right_by_plan(held_out, parameters, best.factor, best.right_at(best.alpha))
     base, slope = best.spreads or (spread(part) for part in held_out.logits(best.setting))
     tuned = Tuned(
         method=method,
@@ -160,16 +126,18 @@ def tune(
         accuracy=float(right.mean()),
         scored=len(right),
         protocol=protocol,
+        search_accuracy=float(right_by_search.mean()),
         alpha_range=best.alpha_range,
         log_loss=best.log_loss,
-        factor=best.factor,
+        factor=full_factor(held_out, parameters, best.factor),
         settings=len(search.tried),
         seconds=time.perf_counter() - started,
         right=right,
     )
     notes = (
         negligible_term(base, slope, best.alpha, support.text is not None),
-        single_label(tuned.compile(support), support, search.labels[right]),
+        single_label(tuned.compile(support), support, search.labels[right_by_search]),
+        duplicates_note(held_out),
     )
     return replace(tuned, note="; ".join(filter(None, notes)))
 
@@ -189,6 +157,8 @@ def _tune_weighted(held_out: HeldOutSet, fit: StackFit, started: float) -> Tuned
         )
         if not used
     ]
+    labels = held_out.labels[held_out.rows]
+    search_accuracy = float((fit.judged.logits.argmax(1) == labels).mean()) if scored else float("nan")
     protocol: Protocol = "validation" if held_out.folds is None else "loo" if scored else "one-shot"
     return Tuned(
         method=name,
@@ -197,10 +167,11 @@ def _tune_weighted(held_out: HeldOutSet, fit: StackFit, started: float) -> Tuned
         accuracy=float(fit.right.mean()) if scored else float("nan"),
         scored=scored,
         protocol=protocol,
+        search_accuracy=search_accuracy,
         log_loss=choice.loss if scored else None,
         settings=fit.settings,
         seconds=time.perf_counter() - started,
-        note="; ".join(notes),
+        note="; ".join(filter(None, (*notes, duplicates_note(held_out)))),
         shares=choice.shares,
         right=fit.right,
     )
@@ -213,8 +184,8 @@ def _without_parameters(held_out: HeldOutSet, protocol: Protocol) -> Tuned:
     fit = fit_factor(base, np.zeros_like(base), labels, 0.0)
     right = right_by_plan(held_out, {}, fit.factor, (base.argmax(1) == labels)[held_out.rows])
     accuracy = float(right.mean()) if len(right) else float("nan")
-    result = Tuned(method.name, "none", {}, accuracy, len(right), protocol, settings=1, right=right)
-    return replace(result, log_loss=fit.loss, factor=fit.factor)
+    result = Tuned(method.name, "none", {}, accuracy, len(right), protocol, accuracy, settings=1, right=right)
+    return replace(result, log_loss=fit.loss, factor=fit.factor, note=duplicates_note(held_out))
 
 
 def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | None) -> dict[str, float]:
@@ -285,6 +256,8 @@ def _held_out(
     labels: np.ndarray | None,
     reducer: Reducer | None,
 ) -> HeldOutSet:
+    if queries is None and not method.needs_support and len(support.embeddings):  # it has seen none of the images
+        queries, labels = support.queries or support.embeddings, support.labels
     if queries is not None:
         return HeldOutSet.validation(method, reducer, support, queries, np.asarray(labels))
     return HeldOutSet.leave_one_out(method, reducer, support)
