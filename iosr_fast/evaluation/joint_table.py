@@ -17,7 +17,7 @@ from iosr_fast.evaluation.table import Row, print_table
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.joint import predict_jointly
-from iosr_fast.methods.tuning.tune import Tuned
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.score import score
 
 # A folder may hold few of the classes: the test images of a tenth of them, and of at least two, drawn several times.

@@ -43,8 +43,7 @@ def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 @pytest.mark.parametrize("method", ["tip-adapter", "tip-x", "gda", "proker", "ape", "stack"])
 @pytest.mark.parametrize("validation", [False, True])
 def test_random_labels_are_said_to_be_about_chance(method: str, validation: bool) -> None:
-    """Four classes without any difference: over ten draws the mean is chance, where the best of all tries is far
-    above it."""
+    """Four classes without any difference: over ten draws the mean is about chance."""
     said, best = [], []
     for seed in range(10):
         rng = np.random.default_rng(seed)
@@ -56,7 +55,9 @@ def test_random_labels_are_said_to_be_about_chance(method: str, validation: bool
         said.append(tuned.accuracy)
         best.append(tuned.search_accuracy)
     assert abs(np.mean(said) - 0.25) < 0.09  # three standard errors of 320 images are 0.073
-    assert np.mean(best) > np.mean(said) + (0.04 if method in ("tip-adapter", "gda") else 0.0)
+    assert np.mean(best) >= np.mean(said)
+    if method == "tip-adapter" and validation:  # the best of its tries would not pass
+        assert np.mean(best) > 0.25 + 0.09
 
 
 def test_each_half_is_judged_at_what_the_other_chooses(rng: np.random.Generator) -> None:
@@ -184,7 +185,7 @@ def test_one_image_a_class_gets_the_usual_spread(rng: np.random.Generator) -> No
         factor, loss = calibrate(METHODS[method], support, None, given)
         assert loss is None and factor == usual_factor(METHODS[method], support, None, given)
         logits = score(compile_method(method, support, **given), queries)
-        assert log_loss(factor * logits, labels) < min(np.log(8), log_loss(logits, labels))
+        assert log_loss(factor * logits, labels) < log_loss(logits, labels) / 5
     same = replace(support, text=None, embeddings=Embeddings(np.repeat(support.embeddings.plain[:1], 8, axis=0)))
     assert usual_factor(METHODS["gda"], same, None, METHODS["gda"].parameters) == 1.0
 
