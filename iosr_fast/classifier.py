@@ -14,11 +14,14 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
+from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.fit import Fit, check_fit, fit
+from iosr_fast.state.ids import example_id
 from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.optimizing import Optimizing
 from iosr_fast.state.predictions import Prediction, predict, predict_jointly, softmax
@@ -308,6 +311,50 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
             threads=threads,
             decoder=decoder,
             joint=joint,
+        )
+
+    def audit(self) -> SupportAudit:
+        """What is wrong with the support images, by those that are left out of the fit: labels that are likely wrong
+        with the label that they should have and the neighbours that say so, near duplicates within and across classes,
+        classes that are confused or have too few or too alike images, and what twice as many images would bring.
+
+        Images are named by their ids (`examples`, `picture`, `remove_examples`). Rules: methods.support_audit.
+        """
+        fit = self._fitted()
+        state, images = fit.state, [example_id(number) for number in fit.state.examples.ids]
+        config = state.config
+        return audit_support(
+            state.support, config.compile, which=config.which, images=np.array(images, str), classes=fit.labels()
+        )
+
+    def suggest(
+        self,
+        folder: str | Path,
+        n: int,
+        batch: int | None = None,
+        skip_bad: bool = False,
+        threads: int | None = None,
+        decoder: str = "auto",
+    ) -> FolderSuggestions:
+        """The n images of a folder and below to label next: diverse, and uncertain for this classifier, those that look
+        like a class of their own first (methods.suggest). Before a fit, diverse alone.
+
+        All images are encoded; the other arguments and the errors are those of `predict_folder`, and IosrFastError for
+        n below 1 and for a folder without a readable image.
+        """
+        fit = self._fit
+        clip = self._open() if fit is None else fit.clip
+        return suggest_from_folder(
+            None if fit is None else fit.state,
+            clip.encoder if fit is None else fit.encoder,
+            clip.engine,
+            folder,
+            n,
+            exif_orientation=self.exif_orientation if fit is None else fit.views.exif_orientation,
+            batch=batch,
+            skip_bad=skip_bad,
+            threads=threads,
+            decoder=decoder,
         )
 
     def explain(self, images: Any, top: int = 5, nearest: int = 0) -> list[Prediction]:

@@ -14,7 +14,9 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.joint import JointPrediction, predict_jointly
-from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.suggest import Suggestions, entropy, suggest
+from iosr_fast.methods.support_audit import SupportAudit, audit_support
+from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision, check_precision
@@ -204,6 +206,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         )
         self.plan_ = config.compile(support)
         self._config, self._support = config, support
+        rows = np.flatnonzero(usable)
+        self._support_rows = rows[np.argsort(ids[usable], kind="stable")]
         self.classes_ = classes
         self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
         self.tuned_ = config.tuned
@@ -234,16 +238,39 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         joint = predict_jointly(self._support, self._config.compile, rows, plan=self.plan_, check=False)
         return replace(joint, classes=self.classes_)
 
+    def audit(self) -> SupportAudit:
+        """Support rows whose label is likely wrong, near duplicates, classes that are confused, too few or too alike
+        images, and what more of them would bring, all by support rows that are left out of the fit. `images` and the
+        images in the lists are positions in the X of `fit`. Rules and sources: methods.support_audit.audit_support.
+        """
+        self._check_fitted()
+        config = self._config
+        return audit_support(
+            self._support, config.compile, which=config.which, images=self._support_rows, classes=self.classes_
+        )
+
+    def suggest(self, X: Any, n: int) -> Suggestions:
+        """The n rows of X (B, D) to label next: diverse, and uncertain for this head, those that look like a new class
+        first. The result's `rows` are positions in X. Formula and source: methods.suggest.suggest; before the first
+        labels exist, call that function.
+        """
+        logits = self._logits(X)
+        rows = _units(self._checked(X), self.adapted)
+        return suggest(image_rows(rows, self._config.which, None), n, entropy(logits))
+
     def _checked(self, X: Any) -> np.ndarray:
         """Rows to classify. A row of zeros stays, with a warning."""
-        try:
-            check_is_fitted(self)
-        except NotFittedError as error:
-            raise not_fitted(str(error)) from None
+        self._check_fitted()
         with _as_iosr_errors():
             rows: np.ndarray = validate_data(self, X, reset=False, dtype=_FLOATS, order="C")
         self._usable(rows, "their cosines count as 0, and their labels mean nothing")
         return rows
+
+    def _check_fitted(self) -> None:
+        try:
+            check_is_fitted(self)
+        except NotFittedError as error:
+            raise not_fitted(str(error)) from None
 
     def _logits(self, X: Any) -> np.ndarray:
         rows = self._checked(X)

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from iosr_fast.evaluation.tasks import Source
 
 # --task: the module of iosr_fast.evaluation whose `run(sources, options, console)` prints its tables and returns rows.
-TASKS = {"accuracy": "accuracy_table", "joint": "joint_table"}
+TASKS = {
+    "accuracy": "accuracy_table",
+    "joint": "joint_table",
+    "audit": "audit_table",
+    "suggest": "suggest_table",
+}
 
 
 class Evaluate(Group):

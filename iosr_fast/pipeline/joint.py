@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.pipeline.job import Job, check_place, journal_path
-from iosr_fast.pipeline.stream import Errors, choose_stage, embed
+from iosr_fast.pipeline.stream import Errors, encode_all
 from iosr_fast.pipeline.tables import csv_cells, csv_writer, write_table
 from iosr_fast.state.predictions import predict_jointly
 from iosr_fast.utils.progress import progress
@@ -21,20 +19,10 @@ from iosr_fast.utils.progress import progress
 
 def classify_jointly(job: Job, advance: Callable[[int], None]) -> tuple[Errors, JointPrediction]:
     """Each image's error, and the prediction of the readable images. Raises BadImageError unless `job.skip_bad`."""
-    stage = choose_stage(job.encoder, job.engine, job.decoder, len(job.paths), job.batch, job.threads)
-    errors: Errors = []
-    parts: list[Embeddings] = []
-    with closing(embed(stage, job.decoder, job.paths, job.batch)) as batches:
-        for unread, embeddings in batches:
-            for error in unread:
-                if error is not None and not job.skip_bad:
-                    raise error
-            errors += unread
-            if embeddings is not None:
-                parts.append(embeddings)
-            advance(len(unread))
-    queries = Embeddings.concatenate(parts) if parts else job.state.examples.embeddings[:0]
-    return errors, predict_jointly(job.state, queries)
+    errors, queries = encode_all(
+        job.encoder, job.engine, job.decoder, job.paths, job.batch, job.threads, job.skip_bad, advance
+    )
+    return errors, predict_jointly(job.state, job.state.examples.embeddings[:0] if queries is None else queries)
 
 
 def stream_jointly(job: Job, file: TextIO, log: Callable[[str], None]) -> int:

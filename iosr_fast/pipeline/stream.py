@@ -109,6 +109,35 @@ def embed(
         yield from results
 
 
+def encode_all(
+    encoder: Encoder,
+    engine: str | Path,
+    decoder: Decoder,
+    paths: Sequence[str],
+    batch: int,
+    threads: int | None,
+    skip_bad: bool,
+    advance: Callable[[int], None],
+) -> tuple[Errors, Embeddings | None]:
+    """Each image's error, and the embeddings of all readable images (None if there are none).
+
+    Raises BadImageError for the first unreadable image unless `skip_bad`, and as `choose_stage` does.
+    """
+    stage = choose_stage(encoder, engine, decoder, len(paths), batch, threads)
+    errors: Errors = []
+    parts: list[Embeddings] = []
+    with closing(embed(stage, decoder, paths, batch)) as batches:
+        for unread, embeddings in batches:
+            for error in unread:
+                if error is not None and not skip_bad:
+                    raise error
+            errors += unread
+            if embeddings is not None:
+                parts.append(embeddings)
+            advance(len(unread))
+    return errors, Embeddings.concatenate(parts) if parts else None
+
+
 def encode_batches(
     stage: Stage, decoder: Decoder, batches: Iterable[tuple[int, Sequence[Any]]], use: Callable[[Embeddings], _R]
 ) -> Generator[tuple[Errors, _R | None], None, None]:

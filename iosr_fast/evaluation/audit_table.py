@@ -1,0 +1,162 @@
+"""`iosr-fast evaluate --task audit`: labels of the support set are exchanged, and the audit has to find them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from iosr_fast.evaluation.accuracy import finite, label
+from iosr_fast.evaluation.rivals import FOLDS, RIVALS
+from iosr_fast.evaluation.selection import Options, select
+from iosr_fast.evaluation.table import Row, print_table
+from iosr_fast.evaluation.tasks import Source
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.label_noise import fit_label_noise
+from iosr_fast.methods.left_out import left_out_logits
+from iosr_fast.methods.support_audit import LIKELY
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.training.overlap import auroc
+from iosr_fast.utils.require import require
+
+SHARE = 0.1  # of the labels are exchanged
+EXCHANGES = 3  # for each draw of a support set
+HEADS = ("method", "shots", "wrong", "estimate", "AUROC", "precision", "listed", "listed right", "without")
+
+
+def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
+    """Print a table for each data set, and return its rows."""
+    selected = [select(source, options, ("auto",), ("none",)) for source in sources]  # before any work
+    if any(all(method in RIVALS for method, _ in chosen.rows) for chosen in selected):
+        raise IosrFastError("expected --methods other than scikit-learn's for --task audit, got none")
+    rows: list[dict[str, Any]] = []
+    for source, chosen in zip(sources, selected, strict=True):
+        methods = [row for row in chosen.rows if row[0] not in RIVALS]
+        of_source = [audit_row(source, method, reducer, shots) for method, reducer in methods for shots in source.shots]
+        if find_spec("cleanlab") is not None:
+            of_source += [cleanlab_row(source, shots) for shots in source.shots]
+        _print(out, source, of_source, [*chosen.left_out.values()])
+        rows += of_source
+    return rows
+
+
+def exchange_labels(support: SupportSet, share: float, seed: int) -> tuple[SupportSet, np.ndarray]:
+    """The support set with `share` of its labels exchanged between images of different classes, so that no class
+    changes its size; and which labels are wrong, (N,) bool in its order."""
+    rng = np.random.default_rng(seed)
+    labels = support.labels.copy()
+    chosen = rng.permutation(len(labels))[: round(share * len(labels))]
+    own, passed = labels[chosen], rng.permutation(labels[chosen])
+    for _ in range(1000):
+        same = np.flatnonzero(own == passed)
+        if not len(same):
+            break
+        for i, j in zip(same, rng.integers(len(chosen), size=len(same)), strict=True):
+            passed[[i, j]] = passed[[j, i]]
+    labels[chosen] = passed
+    wrong = labels != support.labels
+    exchanged = make_support_set(
+        support.embeddings, labels, support.text, support.tau, support.n_classes, support.queries
+    )
+    return replace(exchanged, projections=support.projections), wrong[np.argsort(labels, kind="stable")]
+
+
+def audit_row(source: Source, method: str, reducer: str, shots: int) -> dict[str, Any]:
+    """One method at one number of shots, JSON-ready: means over EXCHANGES of each seed.
+
+    auroc, precision   of the suspicion; of as many most suspicious labels as are wrong, the share of wrong ones
+    estimate           the expected number of wrong labels; `wrong` is the true one
+    listed, found      labels that are likely wrong, and how many of them are
+    false_alarms       labels that are likely wrong when none is exchanged
+    """
+    draws, alarms = [], []
+    for seed in source.seeds:
+        task = source.draw(shots, seed)
+        for k in range(EXCHANGES):
+            support, wrong = exchange_labels(task.support, SHARE, seed * EXCHANGES + k)
+            draws.append(_judge(support, method, reducer, wrong))
+        alarms.append(_judge(task.support, method, reducer, np.zeros(len(wrong), bool))["listed"])
+    return _row(source, label(method, reducer), shots, draws) | {"false_alarms": float(np.mean(alarms))}
+
+
+def cleanlab_row(source: Source, shots: int) -> dict[str, Any]:
+    """The same of cleanlab's label quality (self-confidence), from cross-validated logistic regression on the plain
+    and, if there are any, the adapted embeddings. Its own choice of labels is find_label_issues'."""
+    rank, choose = require("cleanlab.rank", "dev"), require("cleanlab.filter", "dev")
+    selection, models = require("sklearn.model_selection", "sklearn"), require("sklearn.linear_model", "sklearn")
+    draws = []
+    for seed in source.seeds:
+        task = source.draw(shots, seed)
+        folds = min(FOLDS, int(task.support.counts.min()))
+        for k in range(EXCHANGES if folds > 1 else 0):
+            support, wrong = exchange_labels(task.support, SHARE, seed * EXCHANGES + k)
+            rows = np.hstack([part for part in vars(support.embeddings).values() if part is not None])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a fit that stops at max_iter
+                model = models.LogisticRegression(C=10.0, max_iter=200)
+                p = selection.cross_val_predict(model, rows, support.labels, cv=folds, method="predict_proba")
+            quality = rank.get_label_quality_scores(support.labels, p, method="self_confidence")
+            listed = choose.find_label_issues(support.labels, p, n_jobs=1)
+            draws.append(_scores(-quality, wrong, listed) | {"estimate": None})
+    return _row(source, "cleanlab", shots, draws) | {"false_alarms": None}
+
+
+def _judge(support: SupportSet, method: str, reducer: str, wrong: np.ndarray) -> dict[str, Any]:
+    tuned = tune(method, support, reducer=reducer if reducer != "auto" else "none")
+    logits = left_out_logits(support, tuned.compile)
+    scored = np.isfinite(logits[:, 0])
+    noise = fit_label_noise(logits[scored], support.labels[scored])
+    return _scores(noise.surprise, wrong[scored], noise.wrong > LIKELY) | {"estimate": float(noise.wrong.sum())}
+
+
+def _scores(suspicion: np.ndarray, wrong: np.ndarray, listed: np.ndarray) -> dict[str, Any]:
+    count = int(wrong.sum())
+    most = np.argsort(-suspicion, kind="stable")[:count]
+    return {
+        "wrong": count,
+        "auroc": auroc(suspicion[wrong], suspicion[~wrong]) if count else float("nan"),
+        "precision": float(wrong[most].mean()) if count else float("nan"),
+        "listed": int(listed.sum()),
+        "found": int((listed & wrong).sum()),
+    }
+
+
+def _row(source: Source, method: str, shots: int, draws: Sequence[Row]) -> dict[str, Any]:
+    names = ("wrong", "auroc", "precision", "estimate", "listed", "found")
+    known = {name: [draw[name] for draw in draws if draw[name] is not None] for name in names}
+    means = {name: finite(float(np.mean(values))) if values else None for name, values in known.items()}
+    return {"bench": "audit", "data": source.name, "method": method, "shots": shots, "share": SHARE, **means} | {
+        "seeds": list(source.seeds),
+        "draws": [{name: value if value is None else finite(value) for name, value in draw.items()} for draw in draws],
+    }
+
+
+def _print(out: Console, source: Source, rows: Sequence[Row], left_out: Sequence[str]) -> None:
+    out.print(
+        f"{source.name}: {SHARE:.0%} of the labels of the support set exchanged, mean over {EXCHANGES} exchanges of "
+        f"{len(source.seeds)} draws. AUROC of the suspicion; precision: wrong ones of as many most suspicious labels "
+        "as are wrong; listed: labels that are likely wrong; without: listed when no label is exchanged",
+        soft_wrap=True,
+    )
+    for note in source.notes:
+        out.print(note, soft_wrap=True)
+    print_table(out, HEADS, [_cells(row) for row in rows], left=1)
+    for reason in left_out:
+        out.print(f"  left out: {reason}", soft_wrap=True)
+
+
+def _cells(row: Row) -> list[str]:
+    def cell(name: str, form: str, factor: float = 1.0) -> str:
+        return "" if row[name] is None else format(factor * row[name], form)
+
+    return [
+        *(row["method"], str(row["shots"])),
+        *(cell("wrong", ".0f"), cell("estimate", ".1f"), cell("auroc", ".4f"), cell("precision", ".1f", 100)),
+        *(cell("listed", ".1f"), cell("found", ".1f"), cell("false_alarms", ".1f")),
+    ]

@@ -1,0 +1,154 @@
+"""`iosr-fast evaluate --task suggest`: a budget of labels for unlabelled images, spent by suggestion and at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.evaluation.accuracy import label
+from iosr_fast.evaluation.rivals import RIVALS
+from iosr_fast.evaluation.selection import Options, select
+from iosr_fast.evaluation.table import Row, print_table
+from iosr_fast.evaluation.tasks import Source, Task
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.suggest import entropy, suggest
+from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
+from iosr_fast.methods.tuning.tune import Tuned, tune
+from iosr_fast.scoring.plan import Which
+from iosr_fast.scoring.score import score
+
+RANDOM = 5  # random choices of each budget
+STARTS = {
+    "nothing": "no image is labelled; the budget is --shots a class",
+    "half": "half of the classes have --shots images; the budget is one image a class",
+    "all": "each class has --shots images; the budget is one image a class",
+}
+HEADS = ("start", "method", "shots", "budget", "random", "suggested", "gain", "classes: random", "suggested")
+
+
+def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
+    """Print a table for each data set, and return its rows."""
+    selected = [select(source, options, ("gda",), ("none",)) for source in sources]  # before any work
+    if any(all(method in RIVALS for method, _ in chosen.rows) for chosen in selected):
+        raise IosrFastError("expected --methods other than scikit-learn's for --task suggest, got none")
+    rows: list[dict[str, Any]] = []
+    for source, chosen in zip(sources, selected, strict=True):
+        of_source = []
+        for method, reducer in chosen.rows:
+            for start in STARTS if method not in RIVALS else ():
+                for shots in source.shots:
+                    of_source.append(suggest_row(source, method, reducer, shots, start))
+                    row = of_source[-1]
+                    options.report(f"{source.name}: from {start}, {row['budget']:.0f} labels: {row['gain']:+.2f}")
+        _print(out, source, of_source, [*chosen.left_out.values()])
+        rows += of_source
+    return rows
+
+
+def suggest_row(source: Source, method: str, reducer: str, shots: int, start: str) -> dict[str, Any]:
+    """One budget over all seeds, JSON-ready: accuracies on the test images in 0..1, the gain in points.
+
+    Texts are left out, because nobody names a class before an image of it was seen; an image of a class that was not
+    found counts as wrong. `method` is fitted on all labelled images; "gda" and "gda++" at their defaults.
+    """
+    draws = []
+    for seed in source.seeds:
+        task = source.draw(shots, seed)
+        pool, labels, queries, expected = _split(task)
+        known = _known(task.support, start)
+        budget = min(task.support.n_classes * (shots if start == "nothing" else 1), len(labels))
+        chosen = _suggested(known, pool, budget, method, reducer, seed)
+        rng = np.random.default_rng(seed)
+        at_random = [rng.permutation(len(labels))[:budget] for _ in range(RANDOM)]
+        scores = []
+        for rows in (chosen, *at_random):
+            images = Embeddings.concatenate([known[0], pool[rows]]) if len(known[1]) else pool[rows]
+            support, names, tuned = _fit(images, np.concatenate([known[1], labels[rows]]), method, reducer)
+            answers = names[score(tuned.compile(support), queries).argmax(1)]
+            scores.append(((answers == expected).mean(), len(names)))
+        accuracies, classes = np.array(scores).T
+        draws.append(
+            {
+                "budget": budget,
+                "pool": len(labels),
+                "random": float(accuracies[1:].mean()),
+                "suggested": float(accuracies[0]),
+                "random_classes": float(classes[1:].mean()),
+                "suggested_classes": float(classes[0]),
+            }
+        )
+    means = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+    return {
+        "bench": "suggest",
+        "data": source.name,
+        "method": label(method, reducer),
+        "start": start,
+        "shots": shots,
+        **means,
+        "gain": 100 * (means["suggested"] - means["random"]),
+        "seeds": list(source.seeds),
+        "draws": draws,
+    }
+
+
+def _split(task: Task) -> tuple[Embeddings, np.ndarray, Embeddings, np.ndarray]:
+    """The unlabelled images and the test images, each with labels: the validation set as the former, or half of the
+    test images."""
+    if task.validation is not None:
+        return *task.validation, task.queries, task.labels
+    order = np.random.default_rng(0).permutation(len(task.labels))
+    pool, test = np.array_split(order, 2)
+    return task.queries[pool], task.labels[pool], task.queries[test], task.labels[test]
+
+
+def _known(support: SupportSet, start: str) -> tuple[Embeddings, np.ndarray]:
+    """The labelled images to start with."""
+    keep = {"nothing": np.zeros(len(support.labels), bool), "half": support.labels % 2 == 0}
+    rows = keep.get(start, np.ones(len(support.labels), bool))
+    return support.embeddings[rows], support.labels[rows]
+
+
+def _suggested(
+    known: tuple[Embeddings, np.ndarray], pool: Embeddings, budget: int, method: str, reducer: str, seed: int
+) -> np.ndarray:
+    which: Which = "adapted" if pool.adapted is not None else "plain"
+    weights = None
+    if len(known[1]):
+        support, _, tuned = _fit(*known, "auto", reducer)
+        weights = entropy(score(tuned.compile(support), pool))
+    return suggest(image_rows(pool, which, None), budget, weights, seed).rows
+
+
+def _fit(rows: Embeddings, labels: np.ndarray, method: str, reducer: str) -> tuple[SupportSet, np.ndarray, Tuned]:
+    classes, ids = np.unique(labels, return_inverse=True)
+    support = make_support_set(rows, ids, None, 100.0, len(classes))
+    reducer = "none" if reducer == "auto" else reducer
+    if method.startswith("gda"):  # without texts alpha has no effect
+        return support, classes, Tuned(method, reducer, {"alpha": 1.0}, float("nan"), 0, "none")
+    return support, classes, tune(method, support, reducer=reducer)
+
+
+def _print(out: Console, source: Source, rows: Sequence[Row], left_out: Sequence[str]) -> None:
+    out.print(
+        f"{source.name}: accuracy in % on the test images after a budget of labels for {rows[0]['pool']:.0f} "
+        f"unlabelled images, without texts; gain in points over {RANDOM} random choices; mean over "
+        f"{len(source.seeds)} draws",
+        soft_wrap=True,
+    )
+    for note in (*source.notes, *(f"  start from {name}: {text}" for name, text in STARTS.items())):
+        out.print(note, soft_wrap=True)
+    print_table(out, HEADS, [_cells(row) for row in rows], left=2)
+    for reason in left_out:
+        out.print(f"  left out: {reason}", soft_wrap=True)
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        *(row["start"], row["method"], str(row["shots"]), f"{row['budget']:.0f}"),
+        *(f"{100 * row['random']:.1f}", f"{100 * row['suggested']:.1f}", f"{row['gain']:+.2f}"),
+        *(f"{row['random_classes']:.1f}", f"{row['suggested_classes']:.1f}"),
+    ]

@@ -1,0 +1,119 @@
+"""The logits of support images that are left out of the fit, and what fewer images would have given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from iosr_fast.methods import gda
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.tuning.held_out import MAX_FOLDS, HeldOutSet
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.score import score
+
+Compile = Callable[[SupportSet], ScoringPlan]
+# Draws of a learning curve are repeated until this number of images has been scored at each of its points.
+_SCORED = 1000
+_MAX_DRAWS = 5
+
+
+def left_out_logits(support: SupportSet, compile: Compile) -> np.ndarray:
+    """The logits of each support image by a plan of the others, (N, C) float32.
+
+    One image of each class is left out at a time (HeldOutSet.leave_one_out; at most 16 folds, for each of which
+    `compile` is called). An image that can't be left out, because its class has no other, has a row of NaN.
+
+    >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods import compile_method
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> support = make_support_set(Embeddings(np.eye(3)[[0, 0, 1]]), [0, 0, 1], None, 100.0, n_classes=2)
+    >>> left_out_logits(support, lambda support: compile_method("gda", support)).argmax(1)[:2]
+    array([0, 0])
+    """
+    held_out = HeldOutSet.leave_one_out(gda.METHOD, None, support)
+    logits = np.full((len(support.labels), support.n_classes), np.nan, np.float32)
+    if len(held_out.rows):
+        for rows, others in held_out.splits:
+            logits[rows] = score(compile(others), held_out.queries[rows])
+    return logits
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of a learning curve: with `images` of each class, `accuracy` on `scored` others."""
+
+    images: int
+    accuracy: float
+    scored: int
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """Accuracies by the number of images a class, and what `twice` as many as now would give, in 0..1.
+
+    `points` are measured on left-out support images, the last one with all others in the fit. `twice` and `now` are
+    read from the power law through the last points; NaN if there are fewer than two.
+    """
+
+    points: tuple[CurvePoint, ...] = ()
+    now: float = float("nan")
+    twice: float = float("nan")
+
+    @property
+    def gain(self) -> float:
+        """What twice as many images would add to the accuracy."""
+        return self.twice - self.now
+
+
+def learning_curve(support: SupportSet, compile: Compile, logits: np.ndarray, seed: int = 0) -> LearningCurve:
+    """Accuracies with 1, 2, 4, ... images of each class, on the others, and with all but the left-out ones.
+
+    `logits` (N, C) are those of `left_out_logits`. The images of a smaller fit are drawn several times, until 1,000
+    others are scored, at most 5 times; at least one image of each class with two is left for the score. The error is
+    taken as a power of the number of images through the last three points (error = a * images^-b; Hestness et al.,
+    2017), each with half a mistake added, and b >= 0.
+    """
+    labels, counts = support.labels, support.counts
+    scored = np.isfinite(logits[:, 0])
+    if not scored.any():
+        return LearningCurve()
+    usual = int(np.median(counts[counts > 1]))
+    rng = np.random.default_rng(seed)
+    own = support.queries or support.embeddings
+    points = []
+    most = usual - -(-usual // MAX_FOLDS)  # images that the fit of a fold has
+    images = 1
+    while images < most:
+        right: list[np.ndarray] = []
+        while len(right) < _MAX_DRAWS and sum(map(len, right)) < _SCORED:
+            chosen = _drawn(support, images, rng)
+            right.append(score(compile(support.only(chosen)), own[~chosen]).argmax(1) == labels[~chosen])
+        points.append(_point(images, np.concatenate(right)))
+        images *= 2
+    points.append(_point(most, logits[scored].argmax(1) == labels[scored]))
+    if len(points) < 2:
+        return LearningCurve(tuple(points))
+    last = points[-3:]
+    sizes = np.log([point.images for point in last])
+    errors = np.log([1 - point.accuracy + 0.5 / point.scored for point in last])
+    slope = min(float(np.polyfit(sizes, errors, 1)[0]), 0.0)
+    now, twice = (
+        1 - float(np.exp(errors.mean() + slope * (np.log(size) - sizes.mean()))) for size in (usual, 2 * usual)
+    )
+    return LearningCurve(tuple(points), now, twice)
+
+
+def _drawn(support: SupportSet, images: int, rng: np.random.Generator) -> np.ndarray:
+    """(N,) bool: `images` of each class at random, or all but one of a smaller class; the only one of a class."""
+    order = rng.permutation(len(support.labels))
+    order = order[np.argsort(support.labels[order], kind="stable")]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - support.class_offsets[support.labels]
+    chosen: np.ndarray = rank < np.minimum(images, np.maximum(support.counts - 1, 1))[support.labels]
+    return chosen
+
+
+def _point(images: int, right: np.ndarray) -> CurvePoint:
+    return CurvePoint(images, float(right.mean()), len(right))

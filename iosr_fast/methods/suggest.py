@@ -1,0 +1,130 @@
+"""What to label next: of many unlabelled images a few that are diverse and, for a fitted classifier, uncertain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.scoring.reference import softmax
+
+_ROUNDS = 20
+_LOGITS = 1 << 24  # float32 of a block
+
+
+@dataclass(frozen=True, eq=False)
+class Suggestions:
+    """The result of `suggest` for n of B images, the most useful first.
+
+    rows     (n,) int64, the images' positions
+    stands   (n,) int64, how many of the B images each one stands for, itself included
+    """
+
+    rows: np.ndarray
+    stands: np.ndarray
+
+
+def entropy(logits: np.ndarray) -> np.ndarray:
+    """The entropy of softmax(logits), (B,) float64 in nats, for logits (B, C): how uncertain a classifier is."""
+    p = softmax(logits.astype(np.float64))
+    result: np.ndarray = -(p * np.log(np.maximum(p, 1e-300))).sum(1)
+    return result
+
+
+def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: int = 0) -> Suggestions:
+    """n images of B to label next: the medoids of weighted k-means.
+
+    `rows` (B, D) are embeddings of unit length, centred here and scaled again. `weights` (B,) >= 0, without unit: how
+    much an image's label is worth, `entropy` of a classifier's logits; None: all are worth the same, for a start
+    without labels. k-means++ draws n centres from a generator of `seed`; at most 20 rounds of
+
+        centre[k] = mean of the rows of cluster k, by weights
+
+    follow. Of each cluster the image nearest to its centre is suggested, clusters of the largest summed weight first:
+    those of images that no known class explains. If there are at most n images, all are. Time B n D a round; memory
+    blocks of 64 MiB.
+
+    Raises IosrFastError for n below 1.
+
+    Source: uncertainty-weighted clustering (CLUE; Prabhu et al., ICCV 2021), here on the classifier's own embeddings.
+
+    >>> rng = np.random.default_rng(0)
+    >>> rows = np.eye(3, 8).repeat(20, 0) + 0.1 * rng.standard_normal((60, 8))
+    >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    >>> chosen = suggest(rows, 3)
+    >>> sorted((chosen.rows // 20).tolist()), chosen.stands.tolist()
+    ([0, 1, 2], [20, 20, 20])
+    """
+    if n < 1:
+        raise IosrFastError(f"expected at least one image to suggest, got n = {n}")
+    n = min(n, len(rows))
+    if not n:
+        return Suggestions(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    centred = np.asarray(rows, np.float32) - rows.mean(0, dtype=np.float64).astype(np.float32)
+    centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    weights = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
+    weights = weights / weights.max() + 1e-9 if weights.max() > 0 else np.ones(len(rows))
+    centres = _first_centres(centred, weights, n, np.random.default_rng(seed))
+    clusters, _ = _nearest(centred, centres)
+    for _ in range(_ROUNDS):
+        _move(centres, centred, weights, clusters)
+        before = clusters
+        clusters, distances = _nearest(centred, centres)
+        if (clusters == before).all():
+            break
+    order = np.lexsort((distances, clusters))  # by cluster, the nearest to its centre first
+    found, first, stands = np.unique(clusters[order], return_index=True, return_counts=True)
+    medoids, worth = order[first], np.bincount(clusters, weights, n)[found]
+    best = np.argsort(-worth, kind="stable")
+    return _fill(Suggestions(medoids[best], stands[best]), weights * distances, n)
+
+
+def _first_centres(rows: np.ndarray, weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """k-means++ (Arthur & Vassilvitskii, 2007): each next centre is a row, by weight times squared distance."""
+    chosen = [int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum()))]
+    distances = _squared_distances(rows, rows[chosen[0]])
+    while len(chosen) < n:
+        worth = np.cumsum(weights * distances)
+        row = int(np.searchsorted(worth, rng.random() * worth[-1])) if worth[-1] > 0 else int(rng.integers(len(rows)))
+        chosen.append(min(row, len(rows) - 1))
+        np.minimum(distances, _squared_distances(rows, rows[chosen[-1]]), out=distances)
+    return rows[chosen]
+
+
+def _squared_distances(rows: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Of unit rows (B, D) and one of them, (B,) float64."""
+    return np.maximum(2.0 - 2.0 * (rows @ row).astype(np.float64), 0.0)
+
+
+def _nearest(rows: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's centre (B,) int64, and the squared distance to it."""
+    clusters, distances = np.empty(len(rows), np.int64), np.empty(len(rows), np.float64)
+    half = 0.5 * np.einsum("kd,kd->k", centres, centres)
+    step = max(1, _LOGITS // len(centres))
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        closeness = rows[block] @ centres.T
+        closeness -= half
+        clusters[block] = closeness.argmax(1)
+        distances[block] = 1.0 - 2.0 * np.take_along_axis(closeness, clusters[block, None], 1)[:, 0]
+    return clusters, np.maximum(distances, 0.0)
+
+
+def _move(centres: np.ndarray, rows: np.ndarray, weights: np.ndarray, clusters: np.ndarray) -> None:
+    """Each centre to the weighted mean of its cluster; one without rows stays."""
+    order = np.argsort(clusters, kind="stable")
+    found, first = np.unique(clusters[order], return_index=True)
+    weighted = weights[order, None].astype(np.float32) * rows[order]
+    total = np.add.reduceat(weights[order], first)
+    centres[found] = np.add.reduceat(weighted, first) / total[:, None]
+
+
+def _fill(suggestions: Suggestions, worth: np.ndarray, n: int) -> Suggestions:
+    """Where equal rows left a cluster empty: further images, of the largest `worth` (B,), each standing for itself."""
+    missing = n - len(suggestions.rows)
+    if not missing:
+        return suggestions
+    rest = np.setdiff1d(np.arange(len(worth)), suggestions.rows)
+    more = rest[np.argsort(-worth[rest], kind="stable")][:missing]
+    return Suggestions(np.r_[suggestions.rows, more], np.r_[suggestions.stands, np.ones(missing, np.int64)])

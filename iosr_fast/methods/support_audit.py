@@ -1,0 +1,318 @@
+"""The audit of a support set: labels that are likely wrong, copies, classes that are confused, too few images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.methods.label_noise import fit_label_noise
+from iosr_fast.methods.left_out import Compile, LearningCurve, learning_curve, left_out_logits
+from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.scoring.plan import Which
+from iosr_fast.scoring.reference import softmax
+
+LIKELY = 0.5  # more likely wrong than right
+_DOUBTFUL = 0.1  # listed
+_CONFUSED = 0.1  # of the probability of both classes' images goes to the other class
+_NEAR = 0.1  # of the usual distance of two images of a class
+_ALIKE = 0.4  # of the usual distance of two images of a class, on the average of a class
+_ROUNDING = 1e-6  # cosines of equal rows differ from 1 by less
+_NEIGHBOURS = 3
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image whose label is doubtful: `suspicion` is the probability that `label` is wrong (label_noise).
+
+    suggested    the most probable other class when the image is left out, with its `probability` by the classifier
+    neighbours   the support images of that class that are nearest to this one, nearest first
+    """
+
+    image: Any
+    label: Any
+    suspicion: float
+    suggested: Any
+    probability: float
+    neighbours: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two images as good as equal for the encoder; of two classes, one of the labels is wrong or both are meant."""
+
+    image: Any
+    label: Any
+    other: Any
+    other_label: Any
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Two classes: of their `images`, left out, `mistaken` were taken for the other; `share` of the probability went
+    there."""
+
+    label: Any
+    other: Any
+    images: int
+    mistaken: int
+    share: float
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """A class: its `images`, how many of them are `distinct` (near duplicates count once), how many were left out
+    (`scored`) and then `right`, how varied they are (1: as usual), and what to do in `advice`, or ""."""
+
+    label: Any
+    images: int
+    distinct: int
+    scored: int
+    right: int
+    variety: float
+    advice: str
+
+
+@dataclass(frozen=True, eq=False)
+class SupportAudit:
+    """The result of `audit_support` for N images of C classes.
+
+    images           (N,) what names an image: its position, or an example's id
+    suspicion        (N,) the probability that the label is wrong; NaN for an image that can't be left out
+    surprise         (N,) -log of the label's probability: images in its falling order are the most suspicious first
+    suspects         labels that are doubtful (suspicion of at least 10%), the most suspicious first
+    expected_wrong   how many labels are wrong by estimate, listed or not
+    duplicates       the nearest pair first
+    confusions       the most confused classes first
+    classes          all of them, in their order
+    curve            what more images would bring (left_out.LearningCurve)
+    basis            what labels were compared with: "left-out images"; "class names", if nothing could be left out;
+                     "nothing"
+    """
+
+    images: np.ndarray
+    suspicion: np.ndarray
+    surprise: np.ndarray
+    suspects: tuple[Suspect, ...]
+    expected_wrong: float
+    duplicates: tuple[Duplicate, ...]
+    confusions: tuple[Confusion, ...]
+    classes: tuple[ClassReport, ...]
+    curve: LearningCurve
+    basis: str
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def likely_wrong(self) -> tuple[Suspect, ...]:
+        """The suspects whose label is more likely wrong than right."""
+        return tuple(suspect for suspect in self.suspects if suspect.suspicion > LIKELY)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of left-out images that are right; NaN if none was left out."""
+        scored = sum(one.scored for one in self.classes)
+        return sum(one.right for one in self.classes) / scored if scored else float("nan")
+
+    def summary(self) -> str:
+        """What was found, a line each."""
+        lines = [f"{len(self.images)} images of {len(self.classes)} classes, checked by {self.basis}"]
+        scored = sum(one.scored for one in self.classes)
+        if scored:
+            lines.append(f"left-out images that are right: {self.accuracy:.1%} of {scored}")
+        if self.basis != "nothing":
+            found = f"{len(self.likely_wrong)} labels are likely wrong"
+            lines.append(f"{found}; about {self.expected_wrong:.0f} are by estimate")
+        across = sum(pair.label != pair.other_label for pair in self.duplicates)
+        lines.append(f"{len(self.duplicates)} pairs of near duplicates, {across} of them under two labels")
+        lines.append(f"{len(self.confusions)} pairs of classes are confused")
+        lines.append(f"{sum(bool(one.advice) for one in self.classes)} classes need other or more images")
+        if np.isfinite(self.curve.gain):
+            lines.append(f"twice as many images of each class: {self.curve.gain:+.1%} right by estimate")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the arrays of N."""
+        facts = {name: getattr(self, name) for name in ("expected_wrong", "basis", "seconds")}
+        lists = ("suspects", "duplicates", "confusions", "classes")
+        return {
+            "images": len(self.images),
+            "accuracy": self.accuracy,
+            **facts,
+            **{name: [asdict(one) for one in getattr(self, name)] for name in lists},
+            "curve": {**asdict(self.curve), "gain": self.curve.gain},
+        }
+
+
+def audit_support(
+    support: SupportSet,
+    compile: Compile,
+    *,
+    which: Which = "plain",
+    images: np.ndarray | None = None,
+    classes: np.ndarray | None = None,
+) -> SupportAudit:
+    """What is wrong with N labelled images of C classes, and what more of them would bring.
+
+    `compile` makes the plan of a support set: MethodConfig.compile, Tuned.compile, or one of yours; `which` are the
+    embeddings that it compares. `images` (N,) and `classes` (C,) name images and classes in the result; None: by
+    position.
+
+    Labels are judged by the logits of left-out images (left_out.left_out_logits): the suspicion of label_noise is high
+    if a label is less probable than a random error would make it, given how often the classifier is mistaken. If every
+    class has one image, the class names judge, where there are texts. Near duplicates are images whose distance
+    1 - cosine is at most a tenth of the usual one of two images of a class, the median over classes of the median of
+    their pairs. Confusions leave likely wrong labels out.
+
+    Time: `compile` for at most 16 folds and some smaller fits, and N^2 D operations for the pairs, in blocks.
+
+    Sources: the mixture of label_noise is a noise model with one rate, as in confident learning (Northcutt et al., JAIR
+    2021), fitted by likelihood.
+
+    >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> from iosr_fast.methods.tuning.tune import tune
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.arange(3).repeat(8)
+    >>> rows = 2.0 * np.eye(3, 16)[labels] + 0.3 * rng.standard_normal((24, 16))
+    >>> rows = Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
+    >>> labels[5] = 2  # an image of class 0
+    >>> support = make_support_set(rows, labels, text=None, tau=100.0, n_classes=3)
+    >>> audit = audit_support(support, tune("gda", support).compile, images=np.argsort(labels, kind="stable"))
+    >>> [(one.image, one.label, one.suggested) for one in audit.likely_wrong]
+    [(5, 2, 0)]
+    """
+    started = time.perf_counter()
+    images = np.arange(len(support.labels)) if images is None else images
+    classes = np.arange(support.n_classes) if classes is None else classes
+    logits = left_out_logits(support, compile)
+    curve = learning_curve(support, compile, logits)
+    scored, basis = np.isfinite(logits[:, 0]), "left-out images"
+    judged, of_judged = scored, logits
+    if not scored.any():
+        judged, basis = np.full(len(scored), support.text is not None), "nothing"
+        if support.text is not None and len(scored):
+            basis = "class names"
+            of_judged = support.tau * ((support.queries or support.embeddings).plain @ support.text.T)
+    noise = fit_label_noise(of_judged[judged], support.labels[judged])
+    suspicion, surprise = (np.full(len(scored), np.nan) for _ in range(2))
+    suspicion[judged], surprise[judged] = noise.wrong, noise.surprise
+    rows = image_rows(support.embeddings, which, None)
+    names = _Names(support, images, classes)
+    pairs, distinct, variety = _near_duplicates(rows, support)
+    return SupportAudit(
+        images,
+        suspicion,
+        surprise,
+        tuple(_suspects(names, rows, suspicion, surprise, of_judged)),
+        float(noise.wrong.sum()),
+        tuple(Duplicate(*names.image(i), *names.image(j), cosine) for i, j, cosine in pairs),
+        tuple(_confusions(names, logits, scored & ~(suspicion > LIKELY))),
+        tuple(_class_reports(names, logits, scored, distinct, variety)),
+        curve,
+        basis,
+        time.perf_counter() - started,
+    )
+
+
+class _Names:
+    """The public names of images and classes."""
+
+    def __init__(self, support: SupportSet, images: np.ndarray, classes: np.ndarray) -> None:
+        self.support, self.images, self.classes = support, images.tolist(), classes.tolist()
+
+    def image(self, row: int) -> tuple[Any, Any]:
+        """The image and its label."""
+        return self.images[row], self.classes[self.support.labels[row]]
+
+
+def _suspects(
+    names: _Names, rows: np.ndarray, suspicion: np.ndarray, surprise: np.ndarray, logits: np.ndarray
+) -> Iterator[Suspect]:
+    support = names.support
+    doubtful = np.flatnonzero(suspicion >= _DOUBTFUL)
+    for i in doubtful[np.argsort(-surprise[doubtful], kind="stable")]:
+        probabilities = softmax(logits[i : i + 1].astype(np.float64))[0]
+        others = np.where(np.arange(support.n_classes) == support.labels[i], -1.0, probabilities)
+        suggested = int(others.argmax())
+        first, last = support.class_offsets[suggested : suggested + 2]
+        nearest = first + np.argsort(-(rows[first:last] @ rows[i]), kind="stable")[:_NEIGHBOURS]
+        yield Suspect(
+            *names.image(i),
+            float(suspicion[i]),
+            names.classes[suggested],
+            float(probabilities[suggested]),
+            tuple(names.images[j] for j in nearest),
+        )
+
+
+def _near_duplicates(rows: np.ndarray, support: SupportSet) -> tuple[list[tuple[int, int, float]], np.ndarray, Any]:
+    """The pairs (first, second, cosine), nearest first; and of each class (C,) the number of distinct images and the
+    mean distance of its pairs over that of the median class (NaN for a class of one image)."""
+    labels, offsets = support.labels, support.class_offsets
+    mean, median = (np.full(support.n_classes, np.nan) for _ in range(2))
+    for c in np.flatnonzero(support.counts > 1):
+        own = rows[offsets[c] : offsets[c + 1]][:_BLOCK]
+        distances = (1.0 - own @ own.T)[np.triu_indices(len(own), 1)]
+        mean[c], median[c] = distances.mean(), np.median(distances)
+    several = np.isfinite(mean)
+    limit = _ROUNDING + (_NEAR * float(np.median(median[several])) if several.any() else 0.0)
+    pairs: list[tuple[int, int, float]] = []
+    for start in range(0, len(rows), _BLOCK):
+        cosines = rows[start : start + _BLOCK] @ rows.T
+        first, second = np.nonzero(cosines >= 1.0 - limit)
+        below = start + first < second
+        near = cosines[first[below], second[below]].clip(-1.0, 1.0)
+        pairs += zip((start + first[below]).tolist(), second[below].tolist(), near.tolist(), strict=True)
+    repeated = {second for first, second, _ in pairs if labels[first] == labels[second]}
+    distinct = support.counts - np.bincount(labels[list(repeated)], minlength=support.n_classes)
+    usual = float(np.median(mean[several])) if several.any() else 1.0
+    return sorted(pairs, key=lambda pair: -pair[2]), distinct, mean / max(usual, _ROUNDING)
+
+
+def _confusions(names: _Names, logits: np.ndarray, chosen: np.ndarray) -> Iterator[Confusion]:
+    """Pairs of classes, by the left-out images `chosen` (N,) bool."""
+    labels, n_classes = names.support.labels[chosen], names.support.n_classes
+    counts = np.bincount(labels, minlength=n_classes)
+    one_hot = np.eye(n_classes)[labels]
+    given = one_hot.T @ softmax(logits[chosen].astype(np.float64)) if len(labels) else np.zeros((n_classes, n_classes))
+    taken = np.zeros((n_classes, n_classes), np.int64)
+    np.add.at(taken, (labels, logits[chosen].argmax(1)), 1)
+    both = counts[:, None] + counts[None, :]
+    share = np.triu((given + given.T) / np.maximum(both, 1), 1)
+    pairs = np.argwhere(share >= _CONFUSED)
+    for a, b in sorted(pairs.tolist(), key=lambda pair: -share[tuple(pair)]):
+        mistaken = int(taken[a, b] + taken[b, a])
+        yield Confusion(names.classes[a], names.classes[b], int(both[a, b]), mistaken, float(share[a, b]))
+
+
+def _class_reports(
+    names: _Names, logits: np.ndarray, scored: np.ndarray, distinct: np.ndarray, variety: np.ndarray
+) -> Iterator[ClassReport]:
+    labels, counts = names.support.labels, names.support.counts
+    usual = float(np.median(distinct[counts > 0])) if counts.any() else 0.0
+    right = np.bincount(labels[scored][logits[scored].argmax(1) == labels[scored]], minlength=len(counts))
+    left_out = np.bincount(labels[scored], minlength=len(counts))
+    for c in range(len(counts)):
+        advice = []
+        if counts[c] == 0:
+            advice.append("no image")
+        elif distinct[c] == 1:
+            advice.append("one image: nothing can be left out" if counts[c] == 1 else "copies of one image")
+        elif distinct[c] < usual / 2:
+            advice.append(f"few images: {distinct[c]} where {usual:g} are usual")
+        if variety[c] < _ALIKE and distinct[c] > 1:
+            advice.append("images are too alike: add others of other places, angles and lights")
+        yield ClassReport(
+            names.classes[c],
+            int(counts[c]),
+            int(distinct[c]),
+            int(left_out[c]),
+            int(right[c]),
+            float(variety[c]),
+            "; ".join(advice),
+        )

@@ -1,0 +1,101 @@
+"""The work of Classifier.suggest: the images of a folder to label next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.images.decoders import choose_decoder
+from iosr_fast.images.listing import Skipped, list_images
+from iosr_fast.methods.suggest import entropy, suggest
+from iosr_fast.methods.support_set import image_rows
+from iosr_fast.pipeline.stream import choose_batch, encode_all
+from iosr_fast.state.predictions import softmax
+
+if TYPE_CHECKING:
+    from iosr_fast.encoders.encoder import Encoder
+    from iosr_fast.state.state import State
+
+
+@dataclass(frozen=True)
+class FolderSuggestions:
+    """The n images of a folder to label next, the most useful first.
+
+    paths          of the n images
+    stands         (n,) int64, how many images of the folder each one stands for, itself included
+    labels         (n,) what the classifier takes them for; "" before a fit
+    probabilities  (n,) float32, of the labels; 0 before a fit
+    images         how many readable images the folder has
+    errors         a BadImageError for each unreadable image
+    skipped        counts by reason of other files
+
+    Iterating gives (path, label, probability) of each image.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from PIL import Image
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> with TemporaryDirectory() as folder:
+    ...     for i, image in enumerate(pictures.images[:8]):
+    ...         Image.fromarray(image).save(Path(folder, f"{i}.png"))
+    ...     suggestions = Classifier("demo").suggest(folder, 3)
+    >>> len(suggestions), suggestions.images, int(suggestions.stands.sum())
+    (3, 8, 8)
+    """
+
+    paths: list[Path]
+    stands: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+    images: int
+    errors: list[BadImageError]
+    skipped: Skipped
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[tuple[Path, str, float]]:
+        return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
+
+
+def suggest_from_folder(
+    state: State | None,
+    encoder: Encoder,
+    engine: Path,
+    folder: str | Path,
+    n: int,
+    *,
+    exif_orientation: bool,
+    batch: int | None,
+    skip_bad: bool,
+    threads: int | None,
+    decoder: str,
+    advance: Callable[[int], None] = lambda images: None,
+) -> FolderSuggestions:
+    """As Classifier.suggest; `state` is None before a fit. `engine` is `encoder`'s folder."""
+    if n < 1:
+        raise IosrFastError(f"expected at least one image to suggest, got n = {n}")
+    batch = choose_batch(encoder, batch)
+    chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
+    listing = list_images(folder)
+    unread, queries = encode_all(encoder, engine, chosen, listing.paths, batch, threads, skip_bad, advance)
+    if queries is None:
+        raise IosrFastError(f"expected images to choose from in {folder}, found none that can be read")
+    readable = [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None]
+    logits = None if state is None else state.score(queries)
+    rows = image_rows(queries, "plain" if state is None else state.config.which, None)
+    best = suggest(rows, n, None if logits is None else entropy(logits))
+    labels, probabilities = np.full(len(best.rows), ""), np.zeros(len(best.rows), np.float32)
+    if state is not None and logits is not None:
+        p = softmax(logits[best.rows])
+        labels, probabilities = np.array(state.class_names, dtype=str)[p.argmax(1)], p.max(1)
+    errors = [error for error in unread if error is not None]
+    paths = [readable[row] for row in best.rows]
+    return FolderSuggestions(paths, best.stands, labels, probabilities, len(readable), errors, listing.skipped)
