@@ -37,7 +37,7 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
 
     `rows` (B, D) are embeddings of unit length, centred here and scaled again. `weights` (B,) >= 0, without unit: how
     much an image's label is worth, `entropy` of a classifier's logits; None: all are worth the same, for a start
-    without labels. k-means++ draws n centres from a generator of `seed`; at most 20 rounds of
+    without labels. Greedy k-means++ draws n centres from a generator of `seed`; at most 20 rounds of
 
         centre[k] = mean of the rows of cluster k, by weights
 
@@ -81,20 +81,22 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
 
 
 def _first_centres(rows: np.ndarray, weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """k-means++ (Arthur & Vassilvitskii, 2007): each next centre is a row, by weight times squared distance."""
-    chosen = [int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum()))]
-    distances = _squared_distances(rows, rows[chosen[0]])
+    """Greedy k-means++ (Arthur & Vassilvitskii, 2007): each next centre is a row drawn by weight times squared distance
+    to the nearest centre; of 2 + log(n) draws the one that leaves the least sum of these."""
+    tries = 2 + int(np.log(n))
+    distances = np.ones(len(rows))
+    chosen: list[int] = []
     while len(chosen) < n:
         worth = np.cumsum(weights * distances)
-        row = int(np.searchsorted(worth, rng.random() * worth[-1])) if worth[-1] > 0 else int(rng.integers(len(rows)))
-        chosen.append(min(row, len(rows) - 1))
-        np.minimum(distances, _squared_distances(rows, rows[chosen[-1]]), out=distances)
+        if worth[-1] <= 0:  # all rows are centres
+            chosen += rng.integers(len(rows), size=n - len(chosen)).tolist()
+            break
+        drawn = np.minimum(np.searchsorted(worth, rng.random(tries) * worth[-1]), len(rows) - 1)
+        nearer = np.minimum(distances[:, None], np.maximum(2.0 - 2.0 * (rows @ rows[drawn].T), 0.0))
+        best = int((weights @ nearer).argmin())
+        chosen.append(int(drawn[best]))
+        distances = nearer[:, best]
     return rows[chosen]
-
-
-def _squared_distances(rows: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Of unit rows (B, D) and one of them, (B,) float64."""
-    return np.maximum(2.0 - 2.0 * (rows @ row).astype(np.float64), 0.0)
 
 
 def _nearest(rows: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

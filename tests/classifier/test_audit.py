@@ -1,0 +1,88 @@
+"""Classifier.audit and Classifier.suggest: what they name, after live changes too; the same of FewShotHead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iosr_fast import Classifier, FewShotHead
+from iosr_fast.encoders.opened_clip import OpenedClip
+from iosr_fast.exceptions import IosrFastError, NotFittedError
+from iosr_fast.methods.suggest import entropy, suggest
+from iosr_fast.methods.support_audit import audit_support
+from tests.classifier.conftest import NAMES
+from tests.methods.test_support_audit import clusters
+
+
+def test_an_audit_names_examples_and_is_right_after_a_change(
+    clip: OpenedClip, data: tuple[np.ndarray, np.ndarray]
+) -> None:
+    images, labels = data
+    names = [NAMES[c] for c in labels]
+    wrong = names.index(NAMES[1])
+    classifier = Classifier("any", method="gda", alpha=1.0, thumbnails=0)
+    classifier.fit(images, [NAMES[3] if i == wrong else name for i, name in enumerate(names)])
+    (suspect,) = classifier.audit().likely_wrong
+    assert (suspect.label, suspect.suggested) == (NAMES[3], NAMES[1])
+    assert suspect.image in classifier.examples(NAMES[3])
+    assert set(suspect.neighbours) <= set(classifier.examples(NAMES[1]))
+    classifier.remove_examples([suspect.image])
+    audit = classifier.audit()
+    assert not audit.likely_wrong and len(audit.images) == len(images) - 1
+    assert [one.label for one in audit.classes] == NAMES and sum(one.images for one in audit.classes) == 29
+    state = classifier.snapshot()
+    again = audit_support(state.support, state.config.compile, which=state.config.which)
+    np.testing.assert_array_equal(audit.suspicion, again.suspicion)
+
+
+def test_suggestions_of_a_folder_with_and_without_labels(
+    clip: OpenedClip, data: tuple[np.ndarray, np.ndarray], paths: list[str]
+) -> None:
+    images, labels = data
+    folder = Path(paths[0]).parent
+    start = Classifier("any").suggest(folder, 5)
+    chosen = [paths.index(str(path)) for path in start.paths]
+    assert len(start) == 5 and start.images == 30 and start.stands.sum() == 30
+    assert len(set(labels[chosen])) == 5 and set(start.labels) == {""}
+    known = labels < 3
+    classifier = Classifier("any", method="gda", alpha=1.0).fit(images[known], [NAMES[c] for c in labels[known]])
+    suggestions = classifier.suggest(folder, 4)
+    first = [int(labels[paths.index(str(path))]) for path in suggestions.paths[:2]]
+    assert set(first) <= {3, 4}  # of no known class
+    for path, label, probability in suggestions:
+        assert label == classifier.predict(str(path))[0]
+        assert probability == pytest.approx(classifier.predict_proba(str(path)).max(), abs=1e-4)
+
+
+def test_suggestions_refuse_mistakes(clip: OpenedClip, paths: list[str], tmp_path: Path) -> None:
+    folder = Path(paths[0]).parent
+    with pytest.raises(IosrFastError, match="n = 0"):
+        Classifier("any").suggest(folder, 0)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(IosrFastError, match="found none"):
+        Classifier("any").suggest(tmp_path / "none", 3)
+    with pytest.raises(NotFittedError):
+        Classifier("any").audit()
+
+
+def test_a_head_names_positions_in_x() -> None:
+    rows, labels = clusters(6)
+    order = np.random.default_rng(1).permutation(len(rows))
+    X, y = np.vstack([np.zeros((1, rows.shape[1])), rows[order]]), np.r_[0, labels[order]]
+    names = np.array([f"class {c}" for c in y])
+    names[[4, 9]] = names[[9, 4]]
+    with pytest.warns(UserWarning, match="zeros only"):
+        head = FewShotHead("gda", alpha=1.0).fit(X, names)
+    audit = head.audit()
+    assert {one.image for one in audit.likely_wrong} == {4, 9} and 0 not in audit.images
+    assert {one.image: one.suggested for one in audit.likely_wrong} == {4: names[9], 9: names[4]}
+    queries, _ = clusters(10, seed=5)
+    best = head.suggest(queries, 7)
+    expected = suggest(queries, 7, entropy(head.decision_function(queries)))
+    np.testing.assert_array_equal(best.rows, expected.rows)
+    with pytest.raises(NotFittedError):
+        FewShotHead().suggest(queries, 3)
+    with pytest.raises(NotFittedError):
+        FewShotHead().audit()
