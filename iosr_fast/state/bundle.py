@@ -27,6 +27,7 @@ from iosr_fast.encoders.runtimes.engine import ENGINE_KIND, EngineManifest, chec
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, WEIGHTS_FILE, TextEncoder, TextSource
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.tuning.stack_weights import describe_shares
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.state import State
@@ -243,17 +244,19 @@ def _classifier_lines(verified: VerifiedFolder) -> list[str]:
         f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {state.version}",
         f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
         f"keys in {config.key_precision}",
-        *([] if config.tuned is None else [f"tuned: {_evidence(state)}"]),
+        *_evidence(state),
         *_facts(check_engine(engine)),
         f"text encoder {'none' if bundle.text is None else 'included'}",
         *([] if bundle.engine_choice is None else bundle.engine_choice.lines()),
     ]
 
 
-def _evidence(state: State) -> str:
+def _evidence(state: State) -> list[str]:
     tuned = state.config.tuned
-    assert tuned is not None
-    return replace(tuned, stale=tuned.version != state.version).summary()
+    if tuned is None:
+        return []
+    shares = [f"shares of the logits: {describe_shares(tuned.shares)}"] if tuned.shares else []
+    return [f"tuned: {replace(tuned, stale=tuned.version != state.version).summary()}", *shares]
 
 
 def _engine_lines(verified: VerifiedFolder) -> list[str]:

@@ -216,6 +216,7 @@ def test_fit_shows_what_it_does(
     done = run("fit", folder, "--model", "demo", "--out", tmp_path / "out", "--views", "1", "--precision", "fp32")
     assert done.exit_code == 0 and "3 classes, 9 images, stack" in done.output, done.output
     (shares,) = re.findall(r"^shares of the logits: (.*)$", done.output, re.MULTILINE)
+    assert f"shares of the logits: {shares}" in run("info", tmp_path / "out").output
     numbers = dict(re.findall(r"(texts|pictures|adapter) (\d+)%", shares))
     assert numbers and abs(sum(map(int, numbers.values())) - 100) <= 1
 
