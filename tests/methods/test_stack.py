@@ -276,10 +276,13 @@ def test_the_regression_gets_more_weight_where_it_makes_more_images_right(rng: n
     assert _with_more_regression(only, labels, everywhere) is only
 
 
-def test_the_budget_counts_operations_and_no_seconds(rng: np.random.Generator) -> None:
+def test_the_budget_counts_operations_and_no_seconds(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     support, _, _ = clustered(rng, [5] * 6)
     assert len(affordable(support, 1, 20.0)) == len(stack_weights.SETTINGS)
     assert len(affordable(support, 1, 0.0)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(stack_weights, "MAX_KEYS", 29)
+        assert len(affordable(support, 1, 1e6)) == 0
     enough = 2.0 * 30**3 + 12.0 * 30**2 * 6
     assert len(affordable(support, 1, 2.5 * enough / 1e10)) == 2
     tuned = tune("stack", support, seconds=0.0)

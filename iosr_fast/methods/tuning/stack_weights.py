@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.stack import MAX_KEYS
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.tuning.log_loss import fit_weights
@@ -182,7 +183,7 @@ def affordable(support: SupportSet, n_embeddings: int, seconds: float) -> Sequen
     """The first of SETTINGS whose regressions fit into the budget, by a count of operations: the same everywhere."""
     n, c = len(support.embeddings), support.n_classes
     operations = 2.0 * n**3 + 12.0 * n**2 * c
-    return SETTINGS[: int(seconds * _RATE / (operations * n_embeddings))]
+    return SETTINGS[: int(seconds * _RATE / (operations * n_embeddings))] if n <= MAX_KEYS else ()
 
 
 def _candidates(
