@@ -16,6 +16,7 @@ from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
+from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.scoring.precision import Precision
@@ -26,12 +27,13 @@ from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.optimizing import Optimizing
 from iosr_fast.state.predictions import Prediction, predict, predict_jointly, softmax
 from iosr_fast.state.saving import Saving
+from iosr_fast.state.uncertainty import Uncertainty
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Optimizing, Saving, DeprecatedCalls):
+class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
     Images are paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a
@@ -251,9 +253,23 @@ class Classifier(Optimizing, Saving, DeprecatedCalls):
         logits = self._logits(self._fitted(), images, impl)
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
-    def predict(self, images: Any) -> np.ndarray:
-        """The labels (B,) out of `classes_`. Raises BadImageError for an image that can't be read."""
+    def predict(
+        self,
+        images: Any,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: str | None = None,
+        keep: float = KEEP,
+    ) -> np.ndarray:
+        """The labels (B,) out of `classes_`. Raises BadImageError for an image that can't be read.
+
+        unknown="reject" gives None, or `unknown_label`, for pictures that belong to none of the classes, as far as
+        `unknown_score` tells: a share `keep` of the pictures that do belong to one keeps its label. Raises
+        IosrFastError where there are too few support images for that promise: 0.95 takes 19 that can be left out.
+        """
+        share = check_unknown(unknown, keep)
         fit = self._fitted()
+        if share is not None:
+            return self._labels_or_rejected(fit, images, share, unknown_label)
         return fit.labels(self._logits(fit, images).argmax(1))
 
     def predict_proba(self, images: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +14,14 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.conformal import COVERAGE, LeftOutLabels, Reliability, leave_out_labels, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction, predict_jointly
+from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
+from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, fit_unknown, without_rejected
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.reference import softmax
@@ -93,6 +97,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         All parameters of the method.
     tuned_ : Tuned or None
         The search that chose them (accuracy, log-loss, number of rows); None if nothing was searched.
+    unknown_ : Unknown
+        How unknown pictures are told (`methods.unknown.Unknown`): fitted at the first use, `unknown_.promise()` says
+        what can be promised.
     n_features_in_ : int
         D, or 2 D with `adapted=True`. `feature_names_in_` exists if X had names for its columns.
 
@@ -172,11 +179,12 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self.adapted = adapted
         self.key_precision = key_precision
 
-    def fit(self, X: Any, y: Any) -> FewShotHead:
+    def fit(self, X: Any, y: Any, unknown: Any = None) -> FewShotHead:
         """Compile the method on support rows X, (n, D) or (n, 2 D), any real dtype, and their labels y, (n,).
 
         Any labels that scikit-learn accepts: strings, integers, booleans. The type of X is converted to float32 after
-        the rows have been scaled to unit length in float64.
+        the rows have been scaled to unit length in float64. `unknown` are rows of pictures that belong to none of the
+        classes, if you have any: they sharpen `unknown_score`, which needs none, and change nothing else.
         """
         given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
         parameters = check_choice(self.method, self.reducer, self.tune, **given)
@@ -192,6 +200,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
         if len(empty := np.setdiff1d(np.arange(len(classes)), ids[usable])):
             raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
+        others = None if unknown is None else self._unknown_rows(unknown)
         units, text = _units(X[usable], self.adapted), self._text_rows(classes, X.shape[1])
         support = make_support_set(units, ids[usable], text, tau, len(classes))
         self._check_method(support)
@@ -205,9 +214,11 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             seconds=seconds,
         )
         self.plan_ = config.compile(support)
-        self._config, self._support = config, support
+        self._config, self._support, self._others = config, support, others
         rows = np.flatnonzero(usable)
         self._support_rows = rows[np.argsort(ids[usable], kind="stable")]
+        for fitted in ("unknown_", "_left_out"):  # at the next use by the new support rows
+            self.__dict__.pop(fitted, None)
         self.classes_ = classes
         self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
         self.tuned_ = config.tuned
@@ -218,11 +229,53 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         logits = self._logits(X)
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
-    def predict(self, X: Any) -> np.ndarray:
-        """The label of the largest logit, (n,); of equal ones the first."""
+    def predict(
+        self,
+        X: Any,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: str | None = None,
+        keep: float = KEEP,
+    ) -> np.ndarray:
+        """The label of the largest logit, (n,); of equal ones the first.
+
+        unknown="reject" gives None, or `unknown_label`, for rows that belong to none of the classes, as far as
+        `unknown_score` tells: a share `keep` of the rows that do belong to one keeps its label. Raises IosrFastError
+        where there are too few support rows for that promise: 0.95 takes 19 that can be left out.
+        """
+        share = check_unknown(unknown, keep)
         logits = self._logits(X)
         labels: np.ndarray = self.classes_[logits.argmax(1)]
-        return labels
+        if share is None:
+            return labels
+        return without_rejected(labels, self.unknown_.rejects(self._queries(X), share), unknown_label)
+
+    def unknown_score(self, X: Any) -> np.ndarray:
+        """How unlike all classes each row is, (n,) float64: of left-out support rows the mean is 0 and the standard
+        deviation 1. Formula and sources: methods.unknown.fit_unknown and methods.known_scores.KnownScores."""
+        queries = self._queries(X)
+        return self.unknown_.score(queries)
+
+    def predict_sets(self, X: Any, coverage: float = COVERAGE) -> list[np.ndarray]:
+        """For each row the labels that it may have, most likely first: a share `coverage` of the sets has the row's
+        label (conformal prediction by left-out support rows). A set is empty where no label is likely enough. Raises
+        IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out."""
+        share = check_share("coverage", coverage)
+        logits = self._logits(X)
+        return sets_of_labels(self.classes_, logits, self._left_out.sets(logits, share))
+
+    def calibration(self) -> Reliability:
+        """How right the probabilities of left-out support rows are, by bins; print it for a table."""
+        self._check_fitted()
+        return self._left_out.reliability
+
+    @cached_property
+    def unknown_(self) -> Unknown:
+        self._check_fitted()
+        return fit_unknown(self._support, METHODS[self.method_].needs_adapter, self._others)
+
+    @cached_property
+    def _left_out(self) -> LeftOutLabels:
+        return leave_out_labels(self._support, self._config.compile)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """softmax of the logits, (n, C) float64, columns in the order of `classes_`."""
@@ -234,7 +287,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         rows say that it harms, and where none can be left out, the result's `refused` says so and its probabilities are
         those of `predict_proba`. Formula, check and sources: methods.joint.predict_jointly.
         """
-        rows = _units(self._checked(X), self.adapted)
+        rows = self._queries(X)
         joint = predict_jointly(self._support, self._config.compile, rows, plan=self.plan_, check=False)
         return replace(joint, classes=self.classes_)
 
@@ -255,8 +308,15 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         labels exist, call that function.
         """
         logits = self._logits(X)
-        rows = _units(self._checked(X), self.adapted)
-        return suggest(image_rows(rows, self._config.which, None), n, entropy(logits))
+        return suggest(image_rows(self._queries(X), self._config.which, None), n, entropy(logits))
+
+    def _queries(self, X: Any) -> Embeddings:
+        return _units(self._checked(X), self.adapted)
+
+    def _unknown_rows(self, unknown: Any) -> Embeddings:
+        with _as_iosr_errors():
+            rows = validate_data(self, unknown, reset=False, dtype=_FLOATS, order="C")
+        return _units(rows[self._usable(rows, "left out of the unknown rows")], self.adapted)
 
     def _checked(self, X: Any) -> np.ndarray:
         """Rows to classify. A row of zeros stays, with a warning."""

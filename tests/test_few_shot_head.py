@@ -302,3 +302,65 @@ def test_rows_classified_together() -> None:
     alone = one_shot.predict_jointly(queries)
     assert "one support image" in alone.refused
     np.testing.assert_allclose(alone.probabilities, one_shot.predict_proba(queries), atol=1e-6)
+
+
+def test_unknown_rows_are_rejected_and_sets_of_labels_given(rng: np.random.Generator) -> None:
+    X, y, centres = clusters(rng, 8, 6, 24)
+    names = np.array(["abcdefgh"[c] for c in y])
+    head = FewShotHead(method="gda").fit(X, names)
+    others = rng.standard_normal((40, 24))
+    queries = np.concatenate([centres + 0.3 * rng.standard_normal((8, 24)), others])
+    scores = head.unknown_score(queries)
+    embeddings = Embeddings(_unit(queries))
+    assert (scores == head.unknown_.score(embeddings)).all() and scores[8:].min() > scores[:8].max()
+    labels = head.predict(queries, unknown="reject", keep=0.9)
+    assert (labels[8:] == np.array(None)).all() and (labels[:8] != np.array(None)).mean() > 0.7
+    named = head.predict(queries, unknown="reject", unknown_label="none of these")
+    assert set(named[8:]) == {"none of these"} and named.dtype.kind == "U"
+    assert (head.predict(queries) != "none of these").all()
+    sets = head.predict_sets(centres, coverage=0.9)
+    assert [list(one) for one in sets] == [[label] for label in "abcdefgh"]
+    assert head.calibration().n_images == 48 and head.calibration().accuracy > 0.95
+    integers = FewShotHead(method="gda").fit(X, y)
+    assert integers.predict(queries, unknown="reject", unknown_label="?")[8:].tolist() == ["?"] * 40
+
+
+def test_another_fit_tells_other_unknown_rows(rng: np.random.Generator) -> None:
+    X, y, centres = clusters(rng, 8, 6, 24)
+    head = FewShotHead(method="gda").fit(X[y < 4], y[y < 4])
+    assert head.unknown_score(centres)[4:].min() > head.unknown_score(centres)[:4].max()
+    before, confident = head.unknown_, head.calibration()
+    head.fit(X, y)
+    assert head.unknown_ is not before and head.calibration() is not confident
+    assert head.unknown_score(centres).max() < head.unknown_.threshold(0.95)
+    sharpened = FewShotHead(method="gda").fit(X, y, unknown=rng.standard_normal((30, 24)))
+    assert not np.allclose(sharpened.unknown_.weights, head.unknown_.weights)
+    assert (sharpened.predict_proba(X) == head.predict_proba(X)).all()
+
+
+def test_unknown_rows_need_a_fit_and_a_promise_that_can_be_kept(rng: np.random.Generator) -> None:
+    X, y, _ = clusters(rng, 4, 2, 24)
+    for call in (FewShotHead().unknown_score, FewShotHead().predict_sets):
+        with pytest.raises(NotFittedError):
+            call(X)
+    with pytest.raises(NotFittedError):
+        FewShotHead().calibration()
+    head = FewShotHead(method="gda").fit(X, y)
+    assert np.isfinite(head.unknown_score(X)).all()
+    with pytest.raises(IosrFastError, match=r"0\.95 of the pictures needs at least 19 .* got 8"):
+        head.predict(X, unknown="reject")
+    with pytest.raises(IosrFastError, match=r"0\.9 of the pictures needs at least 9 .* got 8"):
+        head.predict_sets(X)
+    with pytest.raises(IosrFastError, match="expected coverage above 0 and below 1"):
+        head.predict_sets(X, coverage=90)
+    with pytest.raises(IosrFastError, match="expected unknown to be 'reject'"):
+        head.predict(X, unknown="yes")
+
+
+def test_unknown_rows_by_adapted_embeddings_where_the_method_compares_them(rng: np.random.Generator) -> None:
+    X, y, _ = clusters(rng, 6, 4, 24)
+    both = np.concatenate([rng.standard_normal(X.shape), X], axis=1)
+    for method, adapted in (("gda++", True), ("gda", False)):
+        head = FewShotHead(method=method, adapted=True).fit(both, y)
+        assert any(name.endswith("adapted") for name in head.unknown_.names) is adapted
+        assert np.isfinite(head.unknown_score(both)).all()

@@ -21,6 +21,7 @@ TASKS = {
     "joint": "joint_table",
     "audit": "audit_table",
     "suggest": "suggest_table",
+    "unknown": "unknown_table",
 }
 
 
@@ -47,7 +48,7 @@ evaluate = new_app(
 
 def _known_task(name: str) -> str:
     if name not in TASKS:
-        raise typer.BadParameter(f"expected {' or '.join(TASKS)}, got {name}")
+        raise typer.BadParameter(f"expected {', '.join(TASKS)}, got {name}")
     return name
 
 

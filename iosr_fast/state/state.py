@@ -18,8 +18,10 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
+from iosr_fast.methods.conformal import LeftOutLabels, leave_out_labels
 from iosr_fast.methods.stack import class_sums, discriminant_bias
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
@@ -145,6 +147,16 @@ class State:
         if isinstance(self.plan, ScoringPlan) and all(segment.removed is None for segment in self.segments):
             return self.plan
         return self.config.compile(self.support)
+
+    @cached_property
+    def unknown(self) -> Unknown:
+        """How pictures of none of the classes are told; fitted at first use, by the embeddings that queries have."""
+        return fit_unknown(self.support, self.needs_adapted)
+
+    @cached_property
+    def left_out_labels(self) -> LeftOutLabels:
+        """What the method says of support images that are left out; computed at first use."""
+        return leave_out_labels(self.support, self.config.compile)
 
     @cached_property
     def scorer(self) -> Scorer | SegmentedScorer:

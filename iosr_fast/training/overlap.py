@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.ranking import auroc
+
+__all__ = ["auroc", "feature_variance", "overlap_area", "pair_cosines"]
 
 BINS = 200
 
@@ -35,14 +38,6 @@ def overlap_area(paired: np.ndarray, unpaired: np.ndarray) -> float:
     p, _ = np.histogram(np.clip(paired, -1, 1), bins=BINS, range=(-1, 1))
     q, _ = np.histogram(np.clip(unpaired, -1, 1), bins=BINS, range=(-1, 1))
     return float(np.minimum(p / p.sum(), q / q.sum()).sum())
-
-
-def auroc(paired: np.ndarray, unpaired: np.ndarray) -> float:
-    """The probability that a paired cosine exceeds an unpaired one (ties count half): 1 at best, 0.5 by chance."""
-    ordered = np.sort(unpaired)
-    below = np.searchsorted(ordered, paired, side="left")
-    up_to = np.searchsorted(ordered, paired, side="right")
-    return float((below + up_to).mean() / 2 / len(ordered))
 
 
 def feature_variance(embeddings: np.ndarray) -> float:

@@ -1,0 +1,163 @@
+"""Sets of labels with a promised coverage, and how right probabilities are: both by left-out support images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.methods.known_scores import log_odds_of_largest, log_sum_exp
+from iosr_fast.methods.promise import leave_out, threshold
+from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.score import score
+
+BINS = 10
+COVERAGE = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """Of V images in bins ((m - 1) / BINS, m / BINS] of the largest probability: how many are in a bin, their mean
+    probability and the share that is right (NaN in an empty bin), each (BINS,).
+
+    `error` is the expected calibration error, sum over bins of count / V * |right - confidence| (Guo et al., ICML 2017,
+    equation 3). `accuracy` and `log_loss` are those of the V images.
+    """
+
+    counts: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+    error: float
+    accuracy: float
+    log_loss: float
+
+    @property
+    def n_images(self) -> int:
+        return int(self.counts.sum())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.accuracy:.1%} of {self.n_images} left-out support images are right, expected calibration error "
+            f"{self.error:.1%}, log-loss {self.log_loss:.3f}",
+            "probability  images  mean   right",
+        ]
+        for k in np.flatnonzero(self.counts):
+            lines.append(
+                f"{k / BINS:.1f} to {(k + 1) / BINS:.1f}  {self.counts[k]:7d}  {self.confidence[k]:5.1%}  "
+                f"{self.right[k]:5.1%}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOutLabels:
+    """What a classifier says of V labelled images that it has not seen (`leave_out_labels`, `of_validation`).
+
+    odds        (V,) log p / (1 - p) of the label, extrapolated to all support images (promise.LeftOut)
+    confidence  (V,) the largest probability
+    right       (V,) bool, whether it is the label's
+    log_loss    (V,) -log p of the label, in nats
+    """
+
+    odds: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+    log_loss: np.ndarray
+
+    def sets(self, logits: np.ndarray, coverage: float = COVERAGE) -> np.ndarray:
+        """(B, C) bool, the labels of each image's set: those whose log p / (1 - p), p = softmax(logits), reaches the
+        threshold of `coverage`. At least that share of new images has its label in its set, if they are exchangeable
+        with the V images, and hardly more: where more images than that are right, sets of unsure images are empty.
+
+        Raises IosrFastError where the V images are too few for the promise. Source: Sadinle et al., JASA 2019.
+        """
+        reached: np.ndarray = log_odds(logits) >= threshold(self.odds, coverage)
+        return reached
+
+    @cached_property
+    def reliability(self) -> Reliability:
+        bins = np.ceil(self.confidence * BINS).astype(int).clip(1, BINS) - 1
+        counts = np.bincount(bins, minlength=BINS)
+        sums, right = np.bincount(bins, self.confidence, BINS), np.bincount(bins, self.right, BINS)
+        with np.errstate(invalid="ignore"):
+            means, shares = sums / counts, right / counts
+        n_images = max(len(bins), 1)
+        accuracy, loss = (float(part.mean()) if len(bins) else float("nan") for part in (self.right, self.log_loss))
+        return Reliability(counts, means, shares, float(np.abs(right - sums).sum() / n_images), accuracy, loss)
+
+
+def leave_out_labels(support: SupportSet, plan_of: Callable[[SupportSet], ScoringPlan]) -> LeftOutLabels:
+    """Support images, each by the plan that `plan_of` makes of the support images of other folds (promise.leave_out).
+
+    >>> from iosr_fast.methods import compile_method
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> rng = np.random.default_rng(0)
+    >>> def draw(n):
+    ...     rows = np.eye(4, 16).repeat(n, 0) + 0.3 * rng.standard_normal((4 * n, 16))
+    ...     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    ...     return Embeddings(rows.astype(np.float32)), np.arange(4).repeat(n)
+    >>> support = make_support_set(*draw(10), text=None, tau=100.0, n_classes=4)
+    >>> plan_of = lambda others: compile_method("gda", others, alpha=0.5)
+    >>> labels = leave_out_labels(support, plan_of)
+    >>> images, expected = draw(100)
+    >>> sets = labels.sets(score(plan_of(support), images), coverage=0.9)
+    >>> sets.shape, bool(0.85 < sets[np.arange(400), expected].mean() < 0.97)
+    ((400, 4), True)
+    """
+    own = support.queries or support.embeddings
+
+    def columns(others: SupportSet, rows: np.ndarray) -> np.ndarray:
+        return _columns(score(plan_of(others), own[rows]), support.labels[rows])
+
+    left = leave_out(support, columns) if len(support.embeddings) else None
+    if left is None or not len(left.rows):
+        return _labels(np.zeros((0, 4)))
+    return replace(_labels(left.values), odds=left.extrapolated[:, 0])
+
+
+def of_validation(plan: ScoringPlan, queries: Embeddings, labels: np.ndarray) -> LeftOutLabels:
+    """Labelled images (V,) that are not in the plan's support set: split conformal prediction."""
+    return _labels(_columns(score(plan, queries), np.asarray(labels)))
+
+
+def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
+    """The labels of each image's set out of `classes` (C,), the most likely first; logits and members (B, C).
+
+    >>> sets_of_labels(np.array(["a", "b", "c"]), np.array([[1.0, 3.0, 2.0]]), np.array([[True, True, False]]))
+    [array(['b', 'a'], dtype='<U1')]
+    """
+    order = np.argsort(-logits, axis=1, kind="stable")
+    return [classes[row[chosen[row]]] for row, chosen in zip(order, members, strict=True)]
+
+
+def _labels(columns: np.ndarray) -> LeftOutLabels:
+    odds, confidence, right, log_loss = columns.T
+    return LeftOutLabels(odds, confidence, right > 0, log_loss)
+
+
+def _columns(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The fields of LeftOutLabels, (V, 4)."""
+    rows, exact = np.arange(len(labels)), logits.astype(np.float64)
+    odds = log_odds(exact)[rows, labels]
+    loss = log_sum_exp(exact) - exact[rows, labels]
+    confidence = np.exp(exact.max(1) - log_sum_exp(exact)) if len(exact) else np.zeros(0)
+    return np.stack([odds, confidence, exact.argmax(1) == labels, loss], axis=1)
+
+
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """log p / (1 - p) of p = softmax(logits), (B, C) float64, C >= 2; it does not saturate where p is almost 1.
+
+    >>> log_odds(np.array([[100.0, 0.0]]))
+    array([[ 100., -100.]])
+    """
+    exact = logits.astype(np.float64)
+    if not len(exact):
+        return exact
+    logs = exact - log_sum_exp(exact)[:, None]
+    odds = logs - np.log1p(-np.minimum(np.exp(logs), 0.5))  # that of the largest p, which may exceed 0.5, is next
+    odds[np.arange(len(exact)), exact.argmax(1)] = log_odds_of_largest(exact)
+    return odds

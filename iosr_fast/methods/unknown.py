@@ -1,0 +1,228 @@
+"""Pictures of none of the classes: a score that classes of the support set, left out, teach to tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.known_scores import KnownScores, score_names
+from iosr_fast.methods.promise import check_share, folds_of, leave_out, rank_of, threshold
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.utils.ranking import auroc
+
+KEEP = 0.95
+# Halves of the classes that play the known ones, each in turn with the other half; for each, images of two folds.
+HALVES = 6
+HALF_FOLDS = 2
+# Of the discriminant that combines scores, in units of their mean variance.
+RIDGE = 0.03
+# The score that stands alone where nothing can be left out, and another where that one is too expensive.
+ALONE = ("regression", "nearest key")
+Group = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Unknown:
+    """How unlike the known classes a picture is, as fitted by `fit_unknown`.
+
+    support    by all images of which queries are scored
+    names      of the K scores (KnownScores)
+    weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
+    left_out   (V,) float64, `known` of support images that were left out, extrapolated (LeftOut)
+    auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
+               of the classes; NaN where there are too few classes
+    """
+
+    support: SupportSet = field(repr=False)
+    names: tuple[str, ...]
+    weights: np.ndarray
+    bias: float
+    left_out: np.ndarray
+    auroc: float
+
+    @cached_property
+    def scorer(self) -> KnownScores:
+        return KnownScores(self.support, self.names)
+
+    def score(self, queries: Embeddings) -> np.ndarray:
+        """(B,) float64, higher for a picture that is less like the known classes; of left-out support images the mean
+        is 0 and the standard deviation 1."""
+        return -(self.scorer(queries) @ self.weights + self.bias)
+
+    def threshold(self, keep: float = KEEP) -> float:
+        """A picture with a higher score is rejected; a share `keep` of known pictures is not. Raises IosrFastError
+        where there are too few support images for that promise (promise.threshold)."""
+        return -threshold(self.left_out, keep)
+
+    def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
+        """(B,) bool, the pictures that are rejected. Raises IosrFastError as `threshold`, before anything is scored."""
+        limit = self.threshold(keep)
+        rejected: np.ndarray = self.score(queries) > limit
+        return rejected
+
+    def promise(self, keep: float = KEEP) -> str:
+        """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
+        n_images = len(self.left_out)
+        if rank_of(n_images, keep) < 1:
+            return f"{n_images} left-out support images are too few to promise that {keep:.4g} of known pictures stay"
+        found = (
+            ""
+            if np.isnan(self.auroc)
+            else f"; classes that are left out are told apart with an AUROC of {self.auroc:.3f}"
+        )
+        return f"{keep:.4g} of known pictures stay, by {n_images} left-out support images{found}"
+
+
+def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings | None = None) -> Unknown:
+    """Combine the scores of KnownScores so that unknown pictures have a low one; `adapted` includes those of adapted
+    embeddings.
+
+    No picture of an unknown class is needed: HALVES random halves of the classes play the known ones. Left-out images
+    of a half, and images of the other one as unknown, are scored by a model of the rest of the half. The scores are
+    standardised by the left-out known images, and combined by a linear discriminant over all halves:
+
+        weights = (S_known + S_unknown + RIDGE tr / K I)^-1 (mean_known - mean_unknown)
+
+    with S the covariance of the standardised scores (K, K) and tr the trace of both. In use they are standardised by
+    left-out images of all classes, whose combined scores also give the threshold. `unknown` are pictures of none of
+    the classes, if there are any: they count as much as all halves.
+
+    Where each class has one image or there are two classes, no weights can be fitted: the regression's score
+    stands alone, and without left-out images nothing can be promised. Time: for each half and fold, and each fold of
+    `leave_out`, the fit of two Gaussians and a regression, N^3 / 8 and N^3 operations. Same support set, same result.
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings
+    >>> rng = np.random.default_rng(0)
+    >>> def draw(classes, n):
+    ...     rows = 2.0 * np.eye(16)[classes].repeat(n, 0) + 0.3 * rng.standard_normal((len(classes) * n, 16))
+    ...     return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
+    >>> known = np.arange(8)
+    >>> support = make_support_set(draw(known, 6), known.repeat(6), text=None, tau=100.0, n_classes=8)
+    >>> fitted = fit_unknown(support)
+    >>> limit = fitted.threshold(keep=0.9)
+    >>> kept, others = (fitted.score(draw(classes, 50)) <= limit for classes in (known, known + 8))
+    >>> bool(kept.mean() > 0.8), bool(others.any())
+    (True, False)
+    """
+    names = score_names(support, adapted)
+    own = support.queries or support.embeddings
+    left = leave_out(support, lambda others, rows: KnownScores(others, names)(own[rows]))
+    if not len(left.rows):
+        return Unknown(support, names, _alone(names), 0.0, np.zeros(0), float("nan"))
+    groups = list(_halves(support, own, names))
+    weights, auroc_of_halves = _weights(groups) if groups else _alone(names), _held_out_auroc(groups)
+    if unknown is not None and len(unknown):
+        group = _standardised(left.values, KnownScores(support, names)(unknown))
+        weights = _weights([*groups, group], [0.5 / max(len(groups), 1)] * len(groups) + [0.5 if groups else 1.0])
+    weights = weights / _deviations(left.values)
+    known = left.extrapolated @ weights
+    deviation = float(known.std()) or 1.0
+    bias = -float(known.mean()) / deviation
+    return Unknown(support, names, weights / deviation, bias, known / deviation + bias, auroc_of_halves)
+
+
+def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: str | None) -> np.ndarray:
+    """Labels (B,) with `word` for rejected pictures; an array of objects if that is None, or labels are no strings.
+
+    >>> without_rejected(np.array(["cat", "dog"]), np.array([False, True]), None)
+    array(['cat', None], dtype=object)
+    """
+    if word is not None and labels.dtype.kind == "U":
+        named: np.ndarray = np.where(rejected, word, labels)
+        return named
+    result = labels.astype(object)
+    result[rejected] = word
+    return result
+
+
+def check_unknown(unknown: str | None, keep: float) -> float | None:
+    """The share to keep of `predict(unknown=, keep=)`, or None if no picture is to be rejected. IosrFastError."""
+    if unknown not in (None, "reject"):
+        raise IosrFastError(f"expected unknown to be 'reject' or None, got {unknown!r}")
+    keep = check_share("keep", keep)
+    return None if unknown is None else keep
+
+
+def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Iterator[Group]:
+    """Groups of standardised scores: left-out images of one half of the classes, and images of the other half."""
+    folds, labels = folds_of(support), support.labels
+    present = np.flatnonzero(support.counts)
+    if len(present) < 3:
+        return
+    for known in _halves_of(present):
+        of_half = np.isin(np.arange(support.n_classes), known)
+        for fold in range(min(HALF_FOLDS, int(folds.max()) + 1)):
+            left, others = of_half[labels] & (folds == fold), of_half[labels] & (folds != fold)
+            unknown = ~of_half[labels] & (folds % HALF_FOLDS == fold)
+            if left.any() and unknown.any():
+                scorer = KnownScores(_of_classes(support, of_half, others), names)
+                yield _standardised(scorer(own[left]), scorer(own[unknown]))
+
+
+def _halves_of(classes: np.ndarray) -> Iterator[np.ndarray]:
+    """HALVES random halves of the classes, each followed by the other half where that has two classes."""
+    rng, size = np.random.default_rng(0), max(2, len(classes) // 2)
+    for _ in range(HALVES // 2):
+        shuffled = rng.permutation(classes)
+        yield shuffled[:size]
+        if len(classes) - size >= 2:
+            yield shuffled[size:]
+
+
+def _of_classes(support: SupportSet, classes: np.ndarray, rows: np.ndarray) -> SupportSet:
+    """The support set of the classes in a mask (C,), with the images in a mask (N,)."""
+    numbers = np.cumsum(classes) - 1
+    text = None if support.text is None else support.text[classes]
+    labels = numbers[support.labels[rows]]
+    return make_support_set(support.embeddings[rows], labels, text, support.tau, int(classes.sum()))
+
+
+def _standardised(known: np.ndarray, unknown: np.ndarray) -> Group:
+    mean, deviations = known.mean(0), _deviations(known)
+    return (known - mean) / deviations, (unknown - mean) / deviations
+
+
+def _deviations(scores: np.ndarray) -> np.ndarray:
+    """(K,) standard deviations; 1 where that is mere rounding."""
+    deviations = scores.std(0)
+    result: np.ndarray = np.where(deviations > 1e-9 * np.maximum(np.abs(scores).max(0), 1e-9), deviations, 1.0)
+    return result
+
+
+def _weights(groups: Sequence[Group], shares: Sequence[float] | None = None) -> np.ndarray:
+    """The linear discriminant of `fit_unknown`, (K,), each group with its share."""
+    shares = [1.0 / len(groups)] * len(groups) if shares is None else shares
+    means, covariance = [], np.zeros((groups[0][0].shape[1],) * 2)
+    for side in (0, 1):
+        mean = sum(share * group[side].mean(0) for share, group in zip(shares, groups, strict=True))
+        for share, group in zip(shares, groups, strict=True):
+            centred = group[side] - mean
+            covariance += share * (centred.T @ centred) / len(centred)
+        means.append(mean)
+    covariance[np.diag_indices(len(covariance))] += RIDGE * np.trace(covariance) / len(covariance)
+    weights: np.ndarray = np.linalg.solve(covariance, means[0] - means[1])
+    return weights
+
+
+def _held_out_auroc(groups: Sequence[Group]) -> float:
+    """The mean over groups of the AUROC, each by the weights of the groups of other halves."""
+    if len(groups) < 2 * HALF_FOLDS:
+        return float("nan")
+    values = []
+    for k, (known, unknown) in enumerate(groups):
+        others = [group for j, group in enumerate(groups) if j // HALF_FOLDS != k // HALF_FOLDS]
+        weights = _weights(others)
+        values.append(auroc(known @ weights, unknown @ weights))
+    return float(np.mean(values))
+
+
+def _alone(names: tuple[str, ...]) -> np.ndarray:
+    """The weights (K,) where none can be fitted: one score by the images, of adapted embeddings where there are any."""
+    name = next(name for alone in ALONE for name in reversed(names) if name in (alone, f"{alone}, adapted"))
+    return np.eye(len(names))[names.index(name)]

@@ -1,0 +1,65 @@
+"""What a classifier does not know: pictures of none of the classes, sets of labels, and how right probabilities are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
+from iosr_fast.methods.promise import check_share, threshold
+from iosr_fast.methods.unknown import Unknown, without_rejected
+from iosr_fast.state.fit import Fit
+from iosr_fast.state.updates import LiveUpdates
+
+
+class Uncertainty(LiveUpdates):
+    """The part of Classifier that answers by left-out support images. All of it is fitted at the first use, and again
+    at the first use after a change of classes, examples or parameters."""
+
+    @property
+    def unknown_(self) -> Unknown:
+        """How unknown pictures are told; `unknown_.promise()` says in words what can be promised."""
+        return self.snapshot().unknown
+
+    def unknown_score(self, images: Any) -> np.ndarray:
+        """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0 and the
+        standard deviation 1. `unknown_.threshold(0.95)` is the score that 95% of known pictures do not exceed.
+
+        Ten scores (cosines to texts, Gaussians of the classes, distance to support images and a regression) are
+        combined as classes that are left out teach: methods.unknown.fit_unknown. Raises BadImageError.
+        """
+        fit = self._fitted()
+        parts = [fit.state.unknown.score(fit.encoder.encode(pixels)) for pixels in self._chunks(fit, images)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def predict_sets(self, images: Any, coverage: float = COVERAGE) -> list[np.ndarray]:
+        """For each image the labels that it may have, the most likely first: a share `coverage` of the sets has the
+        image's label (conformal prediction by left-out support images, methods.conformal). A set is empty where no
+        label is likely enough. Raises IosrFastError where there are too few support images for that promise: 0.9 takes
+        9 that can be left out; BadImageError for an image that can't be read.
+        """
+        share = check_share("coverage", coverage)
+        fit = self._fitted()
+        left_out, labels = fit.state.left_out_labels, fit.labels()
+        threshold(left_out.odds, share)  # too few support images: before anything is encoded
+        sets: list[np.ndarray] = []
+        for pixels in self._chunks(fit, images):
+            logits = fit.state.score(fit.encoder.encode(pixels))
+            sets += sets_of_labels(labels, logits, left_out.sets(logits, share))
+        return sets
+
+    def calibration(self) -> Reliability:
+        """How right the probabilities of left-out support images are, by bins of the probability, with the expected
+        calibration error; print it for a table."""
+        return self.snapshot().left_out_labels.reliability
+
+    def _labels_or_rejected(self, fit: Fit, images: Any, keep: float, word: str | None) -> np.ndarray:
+        """The labels (B,) of images, `word` for those that are rejected."""
+        fit.state.unknown.threshold(keep)  # too few support images: before anything is encoded
+        classes, rejected = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+        for pixels in self._chunks(fit, images):
+            queries = fit.encoder.encode(pixels)
+            classes.append(fit.state.score(queries).argmax(1))
+            rejected.append(fit.state.unknown.rejects(queries, keep))
+        return without_rejected(fit.labels(np.concatenate(classes)), np.concatenate(rejected), word)

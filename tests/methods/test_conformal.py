@@ -1,0 +1,111 @@
+"""Conformal sets of labels: log-odds in float64, coverage on synthetic images; reliability of probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods import compile_method
+from iosr_fast.methods.conformal import BINS, LeftOutLabels, leave_out_labels, log_odds, of_validation, sets_of_labels
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tuning.tune import tune
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.score import score
+
+CLASSES, WIDTH = 12, 48
+CENTRES = np.random.default_rng(5).standard_normal((CLASSES, WIDTH))
+
+
+def images_of(each: int, seed: int) -> tuple[Embeddings, np.ndarray]:
+    labels = np.repeat(np.arange(CLASSES), each)
+    rows = CENTRES[labels] + 1.6 * np.random.default_rng(seed).standard_normal((len(labels), WIDTH))
+    return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)), labels
+
+
+def support_of(shots: int, seed: int) -> SupportSet:
+    return make_support_set(*images_of(shots, seed), text=None, tau=100.0, n_classes=CLASSES)
+
+
+def gda(support: SupportSet) -> ScoringPlan:
+    return compile_method("gda", support, alpha=1.0)
+
+
+def test_log_odds_are_those_of_softmax_and_do_not_saturate(rng: np.random.Generator) -> None:
+    logits = 3 * rng.standard_normal((20, 5))
+    odds = log_odds(logits)
+    for b in range(20):
+        for c in range(5):
+            p = math.exp(logits[b, c]) / sum(math.exp(z) for z in logits[b])
+            assert odds[b, c] == pytest.approx(math.log(p / (1 - p)), abs=1e-7)
+    np.testing.assert_allclose(log_odds(np.array([[900.0, 0.0, 0.0]])), [[900 - np.log(2), -900, -900]])
+    np.testing.assert_allclose(log_odds(np.array([[1.0, 1.0]])), 0.0, atol=1e-12)
+    assert log_odds(np.zeros((0, 3))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
+def test_sets_cover_what_they_promise_on_new_images(coverage: float) -> None:
+    """The mean over support sets: a single one scatters about the promise."""
+    queries, labels = images_of(60, 3)
+    covered, sizes, right = [], [], []
+    for seed in range(8):
+        support = support_of(8, 100 + seed)
+        tuned = tune("stack", support)
+        logits = score(tuned.compile(support), queries)
+        sets = leave_out_labels(support, tuned.compile).sets(logits, coverage)
+        covered.append(sets[np.arange(len(labels)), labels].mean())
+        sizes.append(sets.sum(1).mean())
+        right.append((logits.argmax(1) == labels).mean())
+    assert abs(np.mean(covered) - coverage) < 0.025, covered
+    assert np.mean(sizes) < CLASSES / 2 and (coverage < np.mean(right) or np.mean(sizes) > 1)
+
+
+def test_split_conformal_sets_by_validation_images() -> None:
+    queries, labels = images_of(100, 3)
+    plan = gda(support_of(4, 1))
+    sets = of_validation(plan, *images_of(40, 2)).sets(score(plan, queries), 0.9)
+    assert abs(sets[np.arange(len(labels)), labels].mean() - 0.9) < 0.03
+
+
+def test_left_out_images_are_scored_without_their_fold() -> None:
+    support = support_of(3, 1)
+    left = leave_out_labels(support, gda)
+    folds = np.tile(np.arange(3), CLASSES)
+    odds = {}
+    for fold in range(3):
+        logits = score(gda(support.only(folds != fold)), support.embeddings[folds == fold])
+        odds |= dict(
+            zip(np.flatnonzero(folds == fold), log_odds(logits)[np.arange(CLASSES), np.arange(CLASSES)], strict=True)
+        )
+    expected = np.array([odds[j] for fold in range(3) for j in np.flatnonzero(folds == fold)])
+    assert np.ptp(left.odds - expected) < 1e-5  # a drift is the same for all
+    assert left.reliability.n_images == 3 * CLASSES
+
+
+def test_one_image_a_class_allows_no_promise() -> None:
+    left = leave_out_labels(support_of(1, 1), gda)
+    assert left.reliability.n_images == 0 and math.isnan(left.reliability.accuracy)
+    with pytest.raises(IosrFastError, match=r"0\.9 of the pictures needs at least 9 .* got 0"):
+        left.sets(np.zeros((2, CLASSES)), 0.9)
+
+
+def test_sets_are_sorted_and_may_be_empty() -> None:
+    left = LeftOutLabels(np.arange(9.0), np.full(9, 0.5), np.ones(9, bool), np.zeros(9))
+    logits = np.array([[0.0, 3.0, 2.9, -9.0], [1.0, 1.0, 1.0, 1.0]])
+    sets = left.sets(logits, 0.9)  # log p / (1 - p) >= 0
+    assert sets.tolist() == [[False, True, False, False], [False] * 4]
+    named = sets_of_labels(np.array(["a", "b", "c", "d"]), logits, log_odds(logits) >= -1)
+    assert [one.tolist() for one in named] == [["b", "c"], []]
+
+
+def test_reliability_is_what_its_bins_say() -> None:
+    confidence, right = np.array([0.05, 0.1, 0.55, 0.6, 1.0]), np.array([False, True, True, False, True])
+    table = LeftOutLabels(np.zeros(5), confidence, right, np.array([1.0, 2, 3, 4, 5])).reliability
+    assert table.counts.tolist() == [2, 0, 0, 0, 0, 2, 0, 0, 0, 1] and len(table.counts) == BINS
+    assert table.confidence[5] == pytest.approx(0.575) and table.right[5] == 0.5 and np.isnan(table.right[1])
+    assert table.error == pytest.approx((2 * 0.425 + 2 * 0.075 + 0) / 5)
+    assert (table.accuracy, table.log_loss, table.n_images) == (0.6, 3.0, 5)
+    assert "60.0% of 5 left-out" in str(table) and "0.5 to 0.6        2  57.5%  50.0%" in str(table)

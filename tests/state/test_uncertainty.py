@@ -1,0 +1,125 @@
+"""Classifier on pictures that it does not know: rejected, scored, sets of labels; right after every change."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from iosr_fast.classifier import Classifier
+from iosr_fast.exceptions import BadImageError, IosrFastError, NotFittedError
+from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
+from iosr_fast.methods.unknown import fit_unknown
+from tests.state.live_parts import PixelEncoder, pictures, small_classifier
+
+CLASSES = 6  # known; the motifs from there on are unknown
+GDA: dict[str, Any] = {"classes": CLASSES, "shots": 4, "method": "gda", "alpha": 1.0, "beta": None}
+
+
+@pytest.fixture
+def queries(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return pictures(rng, CLASSES + 4, 5)
+
+
+@pytest.mark.parametrize("method", ["gda", "gda++"])
+def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.ndarray], method: str) -> None:
+    images, labels = queries
+    classifier = small_classifier(**{**GDA, "method": method})
+    scores = classifier.unknown_score(images)
+    fitted = fit_unknown(classifier.support_, adapted=method == "gda++")
+    assert scores == pytest.approx(fitted.score(PixelEncoder().encode(images)))
+    limit, plain = classifier.unknown_.threshold(0.9), classifier.predict(images)
+    answers = classifier.predict(images, unknown="reject", keep=0.9)
+    assert answers.tolist() == [None if s > limit else name for s, name in zip(scores, plain.tolist(), strict=True)]
+    assert (answers[labels >= CLASSES] == np.array(None)).mean() > 0.9
+    assert (answers[labels < CLASSES] == plain[labels < CLASSES]).mean() > 0.7
+    worded = classifier.predict(images, unknown="reject", unknown_label="other", keep=0.9)
+    assert ((worded == "other") == (scores > limit)).all() and worded.dtype.kind == "U"
+    assert classifier.predict(images[:0], unknown="reject", keep=0.9).shape == (0,)
+    assert classifier.unknown_score(images[:0]).shape == (0,)
+
+
+def test_sets_and_calibration_are_those_of_left_out_images(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, _ = queries
+    classifier = small_classifier(**GDA)
+    state = classifier.snapshot()
+    left_out = leave_out_labels(state.support, state.config.compile)
+    logits = state.score(PixelEncoder().encode(images))
+    for coverage in (0.6, 0.9):
+        sets = classifier.predict_sets(images, coverage)
+        expected = sets_of_labels(classifier.classes_, logits, left_out.sets(logits, coverage))
+        assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
+    assert classifier.predict_sets(images[:0]) == []
+    assert classifier.calibration().accuracy == left_out.reliability.accuracy
+    assert "24 left-out support images" in str(classifier.calibration())
+
+
+def test_a_change_is_known_at_once(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = queries
+    classifier = small_classifier(**GDA)
+    new = images[labels == CLASSES]
+    assert (classifier.predict(new, unknown="reject", keep=0.9) == np.array(None)).all()
+    before, calibrated = classifier.snapshot(), classifier.calibration()
+    classifier.add_class("new", new[:4])
+    assert classifier.predict(new[4:], unknown="reject", keep=0.9).tolist() == ["new"]
+    assert classifier.calibration().n_images == calibrated.n_images + 4
+    assert before.unknown.score(PixelEncoder().encode(new)).min() > before.unknown.threshold(0.9)  # of its version
+    classifier.remove_class("new")
+    assert (classifier.predict(new, unknown="reject", keep=0.9) == np.array(None)).all()
+    removed = classifier.examples("motif 0")[:2]
+    classifier.remove_examples(removed)
+    assert len(classifier.unknown_.left_out) == 4 * CLASSES - 2
+    fitted = fit_unknown(classifier.support_)
+    assert classifier.unknown_score(images) == pytest.approx(fitted.score(PixelEncoder().encode(images)))
+
+
+def test_nothing_is_fitted_before_it_is_used(monkeypatch: pytest.MonkeyPatch, queries: Any) -> None:
+    monkeypatch.setattr("iosr_fast.state.state.fit_unknown", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr("iosr_fast.state.state.leave_out_labels", lambda *_: pytest.fail("computed"))
+    classifier = small_classifier(**GDA)
+    classifier.predict(queries[0])
+    classifier.add_class("new", queries[0][-3:])
+    classifier.explain(queries[0])
+
+
+def test_integer_labels_stay_integers(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = queries
+    classifier = small_classifier(**GDA)
+    known = labels < CLASSES
+    names = [f"motif {c}" for c in range(CLASSES)]
+    support, support_labels = pictures(np.random.default_rng(0), CLASSES, 4)
+    classifier.fit(support, support_labels, class_names=names)
+    answers = classifier.predict(images, unknown="reject", keep=0.9)
+    assert {type(one) for one in answers[known]} <= {int, type(None)} and None in answers[~known]
+    assert all(one.dtype.kind == "i" for one in classifier.predict_sets(images))
+
+
+def test_bad_input_is_named_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFittedError):
+        Classifier().unknown_score([])
+    with pytest.raises(NotFittedError):
+        Classifier().calibration()
+    few = small_classifier(classes=4, shots=2)
+    image = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(PixelEncoder, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(IosrFastError, match="expected unknown to be 'reject' or None, got 'other'"):
+        few.predict(image, unknown="other")  # type: ignore[arg-type]
+    with pytest.raises(IosrFastError, match=r"0\.95 of the pictures needs at least 19 .* got 8: give more pictures"):
+        few.predict(image, unknown="reject")
+    with pytest.raises(IosrFastError, match=r"0\.9 of the pictures needs at least 9 .* got 8"):
+        few.predict_sets(image)
+    with pytest.raises(IosrFastError, match=r"expected coverage above 0 and below 1, like 0\.95, got 2"):
+        few.predict_sets(image, coverage=2)
+
+
+def test_an_unreadable_picture_is_named() -> None:
+    classifier = small_classifier(**GDA)
+    for call in (
+        classifier.unknown_score,
+        classifier.predict_sets,
+        partial(classifier.predict, unknown="reject", keep=0.9),
+    ):
+        with pytest.raises(BadImageError, match="1"):
+            call([np.zeros((8, 8, 3), np.uint8), b"no picture"])
