@@ -214,10 +214,11 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         self._replace(self._with_best_engine(fitted, inputs.images) if self.precision == "auto" else fitted)
         return self
 
-    def fit_folder(self, folder: str | Path, **deprecated_parameters: Any) -> Self:
-        """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces)."""
+    def fit_folder(self, folder: str | Path, *more: str | Path, **deprecated_parameters: Any) -> Self:
+        """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces), or
+        on a CSV file of path and label, or on several of both (labelled_images)."""
         self._take_fit_arguments("fit_folder", (), deprecated_parameters)
-        return self.fit(*labelled_images(folder))
+        return self.fit(*labelled_images(folder, *more))
 
     @property
     def encoder(self) -> Encoder:

@@ -17,6 +17,8 @@ COMMANDS = {
         "fit": "Fit a few-shot classifier on a folder and save it.",
         "optimize": "Change a saved classifier's engine for the fastest one here.",
         "classify": "Classify images with a saved classifier.",
+        "audit": "Find mistakes in a saved classifier's images.",
+        "suggest": "Choose the images of a folder to label next.",
         "info": "Describe this machine, or verify and describe a saved folder.",
     },
     "Serve": {

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def fit(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="One sub-folder of images for each class.")],
+    folder: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER ...",
+            help="One sub-folder of images for each class; or a .csv file of path and label, or several of both.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write the classifier to.")],
     model: Annotated[
         str,
@@ -83,7 +89,7 @@ def fit(
     classifier = Classifier(**parameters, progress=True)
     with stop_message("stopped; nothing was written", "iosr-fast"):
         check_new_folder(out, "classifier")
-        classifier.fit_folder(folder)
+        classifier.fit_folder(*folder)
         with progress("save", None):
             classifier.save(out)
     typer.echo(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import gda
 from iosr_fast.methods.gaussian_mixture import WEIGHT, Unlabelled, blocks, estimate, softmax_in_place
+from iosr_fast.methods.left_out import Compile
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.tuning.log_loss import fit_factor
@@ -24,7 +25,6 @@ from iosr_fast.scoring.scorer import Scorer
 _LEFT_OUT = 2000
 # ... or this number of logits, each fold having those of the whole folder.
 _CHECK_LOGITS = 1 << 26
-Compile = Callable[[SupportSet], ScoringPlan]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,11 @@ _SCORED = 1000
 _MAX_DRAWS = 5
 
 
-def left_out_logits(support: SupportSet, compile: Compile) -> np.ndarray:
+def left_out_logits(support: SupportSet, plan_of: Compile) -> np.ndarray:
     """The logits of each support image by a plan of the others, (N, C) float32.
 
     One image of each class is left out at a time (HeldOutSet.leave_one_out; at most 16 folds, for each of which
-    `compile` is called). An image that can't be left out, because its class has no other, has a row of NaN.
+    `plan_of` is called). An image that can't be left out, because its class has no other, has a row of NaN.
 
     >>> from iosr_fast import Embeddings
     >>> from iosr_fast.methods import compile_method
@@ -36,7 +36,7 @@ def left_out_logits(support: SupportSet, compile: Compile) -> np.ndarray:
     logits = np.full((len(support.labels), support.n_classes), np.nan, np.float32)
     if len(held_out.rows):
         for rows, others in held_out.splits:
-            logits[rows] = score(compile(others), held_out.queries[rows])
+            logits[rows] = score(plan_of(others), held_out.queries[rows])
     return logits
 
 
@@ -53,11 +53,13 @@ class CurvePoint:
 class LearningCurve:
     """Accuracies by the number of images a class, and what `twice` as many as now would give, in 0..1.
 
-    `points` are measured on left-out support images, the last one with all others in the fit. `twice` and `now` are
-    read from the power law through the last points; NaN if there are fewer than two.
+    `points` are measured on left-out support images, the last one with all others in the fit. `now`, with the usual
+    number of `images` of a class, and `twice` are read from the power law through the last points; NaN if there are
+    fewer than two.
     """
 
     points: tuple[CurvePoint, ...] = ()
+    images: int = 0
     now: float = float("nan")
     twice: float = float("nan")
 
@@ -67,7 +69,7 @@ class LearningCurve:
         return self.twice - self.now
 
 
-def learning_curve(support: SupportSet, compile: Compile, logits: np.ndarray, seed: int = 0) -> LearningCurve:
+def learning_curve(support: SupportSet, plan_of: Compile, logits: np.ndarray, seed: int = 0) -> LearningCurve:
     """Accuracies with 1, 2, 4, ... images of each class, on the others, and with all but the left-out ones.
 
     `logits` (N, C) are those of `left_out_logits`. The images of a smaller fit are drawn several times, until 1,000
@@ -89,12 +91,12 @@ def learning_curve(support: SupportSet, compile: Compile, logits: np.ndarray, se
         right: list[np.ndarray] = []
         while len(right) < _MAX_DRAWS and sum(map(len, right)) < _SCORED:
             chosen = _drawn(support, images, rng)
-            right.append(score(compile(support.only(chosen)), own[~chosen]).argmax(1) == labels[~chosen])
+            right.append(score(plan_of(support.only(chosen)), own[~chosen]).argmax(1) == labels[~chosen])
         points.append(_point(images, np.concatenate(right)))
         images *= 2
     points.append(_point(most, logits[scored].argmax(1) == labels[scored]))
     if len(points) < 2:
-        return LearningCurve(tuple(points))
+        return LearningCurve(tuple(points), usual)
     last = points[-3:]
     sizes = np.log([point.images for point in last])
     errors = np.log([1 - point.accuracy + 0.5 / point.scored for point in last])
@@ -102,7 +104,7 @@ def learning_curve(support: SupportSet, compile: Compile, logits: np.ndarray, se
     now, twice = (
         1 - float(np.exp(errors.mean() + slope * (np.log(size) - sizes.mean()))) for size in (usual, 2 * usual)
     )
-    return LearningCurve(tuple(points), now, twice)
+    return LearningCurve(tuple(points), usual, now, twice)
 
 
 def _drawn(support: SupportSet, images: int, rng: np.random.Generator) -> np.ndarray:

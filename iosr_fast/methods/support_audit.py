@@ -125,14 +125,14 @@ class SupportAudit:
         if scored:
             lines.append(f"left-out images that are right: {self.accuracy:.1%} of {scored}")
         if self.basis != "nothing":
-            found = f"{len(self.likely_wrong)} labels are likely wrong"
-            lines.append(f"{found}; about {self.expected_wrong:.0f} are by estimate")
+            listed = f"labels that are likely wrong: {len(self.likely_wrong)}"
+            lines.append(f"{listed}; by estimate {self.expected_wrong:.1f} labels are wrong")
         across = sum(pair.label != pair.other_label for pair in self.duplicates)
-        lines.append(f"{len(self.duplicates)} pairs of near duplicates, {across} of them under two labels")
-        lines.append(f"{len(self.confusions)} pairs of classes are confused")
-        lines.append(f"{sum(bool(one.advice) for one in self.classes)} classes need other or more images")
+        lines.append(f"near duplicates: {len(self.duplicates)} pairs, {across} under two labels")
+        lines.append(f"confused classes: {len(self.confusions)} pairs")
+        lines.append(f"classes that need other or more images: {sum(bool(one.advice) for one in self.classes)}")
         if np.isfinite(self.curve.gain):
-            lines.append(f"twice as many images of each class: {self.curve.gain:+.1%} right by estimate")
+            lines.append(f"twice as many images of each class: {100 * self.curve.gain:+.1f} points by estimate")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class SupportAudit:
 
 def audit_support(
     support: SupportSet,
-    compile: Compile,
+    plan_of: Compile,
     *,
     which: Which = "plain",
     images: np.ndarray | None = None,
@@ -158,7 +158,7 @@ def audit_support(
 ) -> SupportAudit:
     """What is wrong with N labelled images of C classes, and what more of them would bring.
 
-    `compile` makes the plan of a support set: MethodConfig.compile, Tuned.compile, or one of yours; `which` are the
+    `plan_of` makes the plan of a support set: MethodConfig.compile, Tuned.compile, or one of yours; `which` are the
     embeddings that it compares. `images` (N,) and `classes` (C,) name images and classes in the result; None: by
     position.
 
@@ -168,7 +168,7 @@ def audit_support(
     1 - cosine is at most a tenth of the usual one of two images of a class, the median over classes of the median of
     their pairs. Confusions leave likely wrong labels out.
 
-    Time: `compile` for at most 16 folds and some smaller fits, and N^2 D operations for the pairs, in blocks.
+    Time: `plan_of` for at most 16 folds and some smaller fits, and N^2 D operations for the pairs, in blocks.
 
     Sources: the mixture of label_noise is a noise model with one rate, as in confident learning (Northcutt et al., JAIR
     2021), fitted by likelihood.
@@ -189,8 +189,8 @@ def audit_support(
     started = time.perf_counter()
     images = np.arange(len(support.labels)) if images is None else images
     classes = np.arange(support.n_classes) if classes is None else classes
-    logits = left_out_logits(support, compile)
-    curve = learning_curve(support, compile, logits)
+    logits = left_out_logits(support, plan_of)
+    curve = learning_curve(support, plan_of, logits)
     scored, basis = np.isfinite(logits[:, 0]), "left-out images"
     judged, of_judged = scored, logits
     if not scored.any():

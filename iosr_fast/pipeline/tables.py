@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from iosr_fast.utils.csv_text import escaped
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.outputs import check_new_file
 from iosr_fast.utils.require import require
 
 SUFFIXES = (".csv", ".parquet")
-# Spreadsheets skip blanks, quotes and invisible characters, and some read full-width signs too.
-_FORMULA = re.compile("[\\s\"'\u200b\u2060\ufeff]*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 _FACTS = b"iosr_fast"  # entry of a Parquet schema's metadata
 # (path, its classes as [label, probability], best first, or why it could not be read)
@@ -28,14 +26,6 @@ def check_output(out: Path) -> None:
     check_new_file(out, SUFFIXES)
     if out.suffix == ".parquet":
         require("pyarrow.parquet", "parquet")
-
-
-def escaped(text: str) -> str:
-    """`text`, after an apostrophe if a spreadsheet would interpret it as a formula (OWASP, CSV injection).
-
-    To recover `text`, remove one apostrophe if the rest is such a formula.
-    """
-    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def write_table(out: Path, rows: Iterable[Row], top: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import list_folder
 from iosr_fast.state.ids import uid_of
+from iosr_fast.utils.csv_text import recovered
 from iosr_fast.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
@@ -197,14 +199,19 @@ def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) ->
     return np.array([index[name] for name in values], np.int64)
 
 
-def labelled_images(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
-    """The images of a folder with one sub-folder for each class.
+def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], list[str], list[str]]:
+    """The images of a folder with one sub-folder for each class, or those that a CSV file lists, or of several of both.
 
     Returns the paths, sorted within a class; the label of each; and all class names, sorted: the names of the
     sub-folders, with blanks for underscores. Files that are no images are left out with a warning (images.listing).
 
-    Raises FileNotFoundError without the folder; IosrFastError for fewer than two classes, a class without images, and
-    a folder that holds splits (train/, test/) instead of classes.
+    A file that ends in .csv has the columns `path` and `label`; others are ignored, and so are rows without a label.
+    Paths are relative to the file's folder; both texts are read as `iosr-fast suggest` and `classify` write them
+    (utils.csv_text.recovered).
+
+    Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
+    without images, a folder that holds splits (train/, test/) instead of classes, and a CSV file without these columns
+    or without a label.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -212,10 +219,42 @@ def labelled_images(folder: str | Path) -> tuple[list[Path], list[str], list[str
     ...     for name in ("lemon", "green_apple"):
     ...         Path(folder, name).mkdir()
     ...         Path(folder, name, "1.jpg").touch()
-    ...     paths, labels, class_names = labelled_images(folder)
+    ...     _ = Path(folder, "more.csv").write_text("path,label\\nnew/2.jpg,lime\\n")
+    ...     paths, labels, class_names = labelled_images(folder, Path(folder, "more.csv"))
     >>> labels, class_names
-    (['green apple', 'lemon'], ['green apple', 'lemon'])
+    (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
     """
+    paths: list[Path] = []
+    labels: list[str] = []
+    names: set[str] = set()
+    for place in map(Path, (folder, *more)):
+        is_table = place.suffix.lower() == ".csv" and not place.is_dir()
+        found, of_found, classes = _read_table(place) if is_table else _read_class_folders(place)
+        paths += found
+        labels += of_found
+        names |= set(classes)
+    return paths, labels, sorted(names)
+
+
+def _read_class_folders(folder: Path) -> tuple[list[Path], list[str], list[str]]:
     paths, labels, classes = list_folder(folder)
     spoken = {name: name.replace("_", " ").strip() for name in classes}
     return paths, [spoken[name] for name in labels], [spoken[name] for name in classes]
+
+
+def _read_table(file: Path) -> tuple[list[Path], list[str], list[str]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        reader = csv.DictReader(opened)
+        columns = reader.fieldnames or []
+        if missing := {"path", "label"} - set(columns):
+            raise IosrFastError(
+                f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
+                f"add {' and '.join(sorted(missing))}"
+            )
+        rows = [(row["path"] or "", (row["label"] or "").strip()) for row in reader]
+    labelled = [(file.parent / recovered(path), recovered(label)) for path, label in rows if label]
+    if not labelled:
+        raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column label")
+    return [path for path, _ in labelled], [label for _, label in labelled], sorted({label for _, label in labelled})

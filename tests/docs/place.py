@@ -28,7 +28,7 @@ NEW_CLASS = "pear"
 
 
 def make_files(folder: Path) -> None:
-    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ with others; a.jpg to e.jpg; adapter."""
+    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ with others; a.jpg to e.jpg; labels.csv; adapter."""
     pictures = load_pictures("held-out", min_styles=5)
     for name in (*CLASSES, NEW_CLASS):
         rows = np.flatnonzero(pictures.concepts == pictures.names.index(name))
@@ -44,6 +44,7 @@ def make_files(folder: Path) -> None:
                 path = folder / "photos" / f"{under}-{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pictures.images[row]).resize((160, 160)).save(path, quality=95)
+    (folder / "labels.csv").write_text("path,label\nd.jpg,pear\ne.jpg,\n")
     shutil.copy(pretrained.DEMO_ADAPTER, folder / "adapter.safetensors")
     for letter, name in zip("abc", ("banana", "melon", "tomato"), strict=True):
         shutil.copy(folder / "validation" / name / "4.jpg", folder / f"{letter}.jpg")

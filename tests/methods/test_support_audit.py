@@ -116,7 +116,7 @@ def test_exchanged_labels_are_found_with_their_own_and_the_neighbours_that_say_s
         assert suspect.neighbours == tuple(nearest[:3])
     in_order = audit.images[np.argsort(-audit.surprise)]
     assert set(in_order[:3]) == {3, 20, 41}
-    assert audit.basis == "left-out images" and "3 labels are likely wrong" in audit.summary()
+    assert audit.basis == "left-out images" and "likely wrong: 3;" in audit.summary()
     assert not audit_of(rows, right).likely_wrong
     assert json.loads(json.dumps(audit.to_dict()))["suspects"][0]["suggested"] in right
 

@@ -1,0 +1,71 @@
+"""The command `iosr-fast suggest`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
+from iosr_fast.utils.command import new_file
+from iosr_fast.utils.csv_text import escaped
+
+if TYPE_CHECKING:
+    from iosr_fast.pipeline.suggest import FolderSuggestions
+
+
+def suggest(
+    classifier: SavedClassifier,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Unlabelled images, also in folders below.")],
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images to suggest.")],
+    out: Annotated[
+        Path | None, typer.Option(callback=new_file, help="CSV file to write [default: standard output].")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=new_file, help="Write a page here on which the labels are typed.")
+    ] = None,
+    runtime: Runtime = "auto",
+    skip_bad: SkipBad = False,
+) -> None:
+    """Choose the images of a folder that are worth labelling next.
+
+    Diverse ones that the classifier is uncertain of, new classes first. The CSV has path, an empty label to fill in,
+    what the classifier takes the image for with its probability, and how many images it stands for. Then
+
+    \b
+    iosr-fast fit support/ labels.csv --model ... --out ...
+
+    fits on the old images and the labelled ones; rows without a label are left out.
+    """
+    from iosr_fast.classifier import Classifier
+    from iosr_fast.utils.files import new_file as written
+
+    loaded = Classifier.load(classifier, runtime=runtime)
+    suggestions = loaded.suggest(folder, number, skip_bad=skip_bad)
+    if out is not None:
+        with written(out) as file, file.open("w", encoding="utf-8", newline="") as opened:
+            _write(opened, suggestions)
+    elif html is None:
+        _write(sys.stdout, suggestions)
+    if html is not None:
+        from iosr_fast.reports.suggest_report import suggest_page
+
+        names = [info.name for info in loaded.classes()]
+        title = f"What to label next in {folder.name or folder}"
+        with written(html) as file:
+            file.write_text(suggest_page(suggestions, names, title, loaded.exif_orientation_), encoding="utf-8")
+    for path in (out, html):
+        if path is not None:
+            typer.echo(f"wrote {path}", err=True)
+    for error in suggestions.errors:
+        typer.echo(f"left out: {error}", err=True)
+
+
+def _write(file: TextIO, suggestions: FolderSuggestions) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", "label", "guess", "probability", "stands_for"])
+    for (path, label, probability), stands in zip(suggestions, suggestions.stands.tolist(), strict=True):
+        writer.writerow([escaped(str(path.resolve())), "", escaped(label), f"{probability:.4f}", stands])

@@ -1,0 +1,53 @@
+"""Suggestions as a page on which labels are typed and saved as the CSV that `iosr-fast fit` reads."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from iosr_fast.images.preprocess import open_image
+from iosr_fast.pipeline.suggest import FolderSuggestions
+from iosr_fast.reports.page import cards, element, join, note, page, percent, picture
+
+_SIDE, _QUALITY = 256, 80  # of a thumbnail, in pixels, and of its WebP
+
+
+def suggest_page(suggestions: FolderSuggestions, classes: Sequence[str], title: str, exif_orientation: bool) -> str:
+    """The HTML file; `classes` are offered as labels."""
+    items = []
+    for k, (path, label, probability) in enumerate(suggestions):
+        stands = int(suggestions.stands[k])
+        guess = f"taken for {label} at {percent(probability, 0)}; " if label else ""
+        field = element("input", id=f"label-{k}", list="classes", data_path=str(path.resolve()), autocomplete="off")
+        items.append(
+            join(
+                element("div", picture(thumbnail(path, exif_orientation), path.name), class_="large"),
+                note(f"{path.name}; {guess}stands for {stands} image{'' if stands == 1 else 's'}"),
+                element("label", "Label", for_=f"label-{k}"),
+                field,
+            )
+        )
+    return page(
+        title,
+        element("datalist", *(element("option", value=name) for name in classes), id="classes"),
+        cards(items),
+        element(
+            "div",
+            element("button", "Save labels.csv", id="save", type="button"),
+            element("span", id="status", role="status", class_="quiet"),
+            class_="actions",
+        ),
+        lead=f"{len(suggestions)} of {suggestions.images} images, the most useful first. Type a label below an image: "
+        "a class or a new name. Leave out what belongs to no class. Then save the CSV for iosr-fast fit.",
+        scripts=("labels.js",),
+    )
+
+
+def thumbnail(path: Path, exif_orientation: bool) -> bytes:
+    """An image file as a small WebP. Raises BadImageError if it can't be read."""
+    image = open_image(path, exif_orientation=exif_orientation)
+    image.thumbnail((_SIDE, _SIDE))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=_QUALITY)
+    return file.getvalue()

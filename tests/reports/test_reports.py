@@ -1,0 +1,147 @@
+"""`iosr-fast audit` and `suggest`: what they print and write, in a browser too, and the CSV that `fit` reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iosr_fast import Classifier, labelled_images
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.export import pretrained
+from tests.cli.runs import refused, run
+from tests.state.live_parts import engine_folder, pictures, pixel_clip
+from tools.page_screenshot import ARGUMENTS, CHROMIUM
+
+NAMES = ["<b>one</b>", "two", "three", "four", "five"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a saved classifier of 30 images, one label of them wrong, and unlabelled images."""
+    clip = pixel_clip(engine_folder(tmp_path / "engine"))
+    monkeypatch.setattr(pretrained, "open_shared", lambda *_, **__: clip)
+    images, labels = pictures(np.random.default_rng(3), 5, 6)
+    names = [NAMES[c] for c in labels]
+    names[7] = NAMES[3]
+    classifier = Classifier(method="gda", alpha=1.0).fit(images, names)
+    monkeypatch.setattr(Classifier, "load", classmethod(lambda *_, **__: classifier))
+    (tmp_path / "unlabelled").mkdir()
+    for i, image in enumerate(pictures(np.random.default_rng(4), 6, 3)[0]):
+        Image.fromarray(image).save(tmp_path / "unlabelled" / f"{i}.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright comes with the dev extra")
+    if not os.access(CHROMIUM, os.X_OK):
+        pytest.skip(f"no browser: {CHROMIUM} is missing (Debian's package chromium)")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+def opened(browser: Any, file: Path, width: int = 390) -> tuple[Any, list[str]]:
+    """The page, and what went wrong or was asked of the network."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, accept_downloads=True)
+    faults: list[str] = []
+    local = ("file:", "data:", "blob:")
+    page.on("console", lambda message: faults.append(message.text))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(local) or faults.append(request.url))
+    page.goto(file.as_uri())
+    return page, faults
+
+
+def test_audit_prints_and_writes_what_it_found(place: Path) -> None:
+    done = run("audit", place / "classifier", "--html", place / "a.html", "--json", place / "a.json")
+    assert done.exit_code == 0, done.output
+    assert "labels that are likely wrong: 1" in done.output and "four is rather two" in done.output
+    found = json.loads((place / "a.json").read_text())
+    assert [(one["label"], one["suggested"]) for one in found["suspects"] if one["suspicion"] > 0.5] == [
+        ("four", "two")
+    ]
+    written = (place / "a.html").read_text()
+    assert "&lt;b&gt;one&lt;/b&gt;" in written and "<b>one" not in written
+    assert written.count("data:image/webp;base64,") >= 4  # the picture and three neighbours
+
+
+def test_the_audits_page_in_a_browser(place: Path, browser: Any) -> None:
+    run("audit", place / "classifier", "--html", place / "a.html")
+    for width in (390, 1280):
+        page, faults = opened(browser, place / "a.html", width)
+        assert not faults and page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+        assert page.locator("h2").all_inner_texts()[0] == "Labels likely wrong"
+        page.close()
+
+
+def test_suggest_writes_a_csv_that_fit_reads_once_labels_are_in(place: Path) -> None:
+    done = run("suggest", place / "classifier", place / "unlabelled", "-n", 5, "--out", place / "s.csv")
+    assert done.exit_code == 0, done.output
+    with (place / "s.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 and sum(int(row["stands_for"]) for row in rows) == 18
+    assert {row["guess"] for row in rows} <= set(NAMES) and not any(row["label"] for row in rows)
+    with pytest.raises(IosrFastError, match="5 rows without one"):
+        labelled_images(place / "s.csv")
+    rows[0]["label"], rows[3]["label"] = " two ", "'=six"
+    with (place / "s.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    paths, labels, names = labelled_images(place / "s.csv")
+    assert labels == ["two", "=six"] and names == ["=six", "two"] and all(path.is_file() for path in paths)
+    printed = run("suggest", place / "classifier", place / "unlabelled", "-n", 2)
+    assert printed.output.startswith("path,label,guess,probability,stands_for\n")
+
+
+def test_labels_typed_on_the_page_are_saved_as_that_csv(place: Path, browser: Any) -> None:
+    done = run("suggest", place / "classifier", place / "unlabelled", "-n", 4, "--html", place / "s.html")
+    assert done.exit_code == 0 and not done.stdout, done.output
+    page, faults = opened(browser, place / "s.html")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    fields = page.get_by_label("Label")
+    assert fields.count() == 4 and page.locator("datalist option").count() == 5
+    fields.nth(0).fill("two")
+    fields.nth(0).press("Enter")
+    assert fields.nth(1).evaluate("(field) => field === document.activeElement")
+    fields.nth(2).fill('=a "new", one')
+    assert page.get_by_role("status").inner_text() == "2 of 4 images labelled"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save labels.csv").click()
+    download.value.save_as(place / "labels.csv")
+    assert page.get_by_role("status").inner_text() == "2 of 4 images labelled, saved" and not faults
+    paths, labels, _ = labelled_images(place / "labels.csv")
+    assert labels == ["two", '=a "new", one'] and all(path.parent == place / "unlabelled" for path in paths)
+    page.close()
+
+
+def test_folders_and_csv_files_are_read_together(tmp_path: Path) -> None:
+    for name in ("green_apple", "lemon"):
+        (tmp_path / "support" / name).mkdir(parents=True)
+        (tmp_path / "support" / name / "1.jpg").touch()
+    (tmp_path / "more.csv").write_text("note,path,label\nx,new/2.jpg,lemon\ny,/3.jpg,lime\nz,4.jpg,\n", "utf-8-sig")
+    paths, labels, names = labelled_images(tmp_path / "support", tmp_path / "more.csv")
+    assert labels == ["green apple", "lemon", "lemon", "lime"] and names == ["green apple", "lemon", "lime"]
+    assert paths[2:] == [tmp_path / "new" / "2.jpg", Path("/3.jpg")]
+    (tmp_path / "wrong.csv").write_text("file,label\n1.jpg,a\n")
+    with pytest.raises(IosrFastError, match=r"expected the columns path and label .*, got file, label; add path"):
+        labelled_images(tmp_path / "wrong.csv")
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.csv"):
+        labelled_images(tmp_path / "none.csv")
+
+
+def test_mistakes_are_refused_before_any_work(tmp_path: Path) -> None:
+    assert "none" in refused("audit", tmp_path / "none")
+    assert "found none" in refused("audit", tmp_path, "--html", tmp_path / "none" / "a.html")
+    assert "-n" in refused("suggest", tmp_path, tmp_path, "-n", 0)
