@@ -28,7 +28,7 @@ NEW_CLASS = "pear"
 
 
 def make_files(folder: Path) -> None:
-    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ with others; a.jpg to e.jpg; labels.csv."""
+    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; a.jpg to e.jpg, labels.csv."""
     pictures = load_pictures("held-out", min_styles=5)
     for name in (*CLASSES, NEW_CLASS):
         rows = np.flatnonzero(pictures.concepts == pictures.names.index(name))
