@@ -26,6 +26,12 @@ class Reliability:
 
     `error` is the expected calibration error, sum over bins of count / V * |right - confidence| (Guo et al., ICML 2017,
     equation 3). `accuracy` and `log_loss` are those of the V images.
+
+    >>> one = LeftOutLabels(np.zeros(2), np.array([0.91, 0.95]), np.array([True, False]), np.array([0.09, 3.0]))
+    >>> print(one.reliability)
+    50.0% of 2 left-out support images are right, expected calibration error 43.0%, log-loss 1.545
+    probability  images  mean   right
+    0.9 to 1.0        2  93.0%  50.0%
     """
 
     counts: np.ndarray

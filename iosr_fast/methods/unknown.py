@@ -36,6 +36,17 @@ class Unknown:
     left_out   (V,) float64, `known` of support images that were left out, extrapolated (LeftOut)
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
+
+    >>> import numpy as np
+    >>> from iosr_fast import Embeddings
+    >>> rows = np.eye(4).repeat(5, 0) + 0.1 * np.random.default_rng(0).standard_normal((20, 4))
+    >>> rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    >>> support = make_support_set(Embeddings(rows), np.arange(4).repeat(5), text=None, tau=100.0, n_classes=4)
+    >>> unknown = fit_unknown(support)
+    >>> unknown.promise(keep=0.99)
+    '20 left-out support images are too few to promise that 0.99 of known pictures stay'
+    >>> unknown.rejects(Embeddings(np.float32([[1, 0, 0, 0], [-0.5, -0.5, -0.5, -0.5]])))
+    array([False,  True])
     """
 
     support: SupportSet = field(repr=False)

@@ -4,6 +4,7 @@
                           fingerprints of CLIP and adapter, SHA-256 of every file
     support.safetensors   embeddings of the support images and of the class names
     plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
+    left_out.safetensors  what was learnt of unknown pictures and sets of labels, where it was used
     pictures.safetensors  thumbnails of the support images, where they are kept
     engine/               the encoder (iosr_fast.export.export)
     text/                 the text encoder, where the CLIP's can be exported
@@ -30,6 +31,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.stack_weights import describe_shares
 from iosr_fast.state.bundle_schema import ClassifierManifest
 from iosr_fast.state.engine_choice import EngineChoice
+from iosr_fast.state.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
@@ -94,6 +96,8 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     _check_encoder(engine, facts, bundle.encoder_fingerprint)
     state_facts, arrays = state_to_files(bundle.state)
     with new_folder(folder) as temporary:
+        if left_out := left_out_arrays(bundle.state):
+            arrays[LEFT_OUT] = left_out
         for name, parts in arrays.items():
             save_file(parts, temporary / name)
         known = _copy_engine(engine, temporary / ENGINE)
@@ -132,10 +136,14 @@ def load_bundle(
     else:
         verified = open_verified(folder, KIND, verify, expected_digest)
     facts, engine = _read(verified)
-    verified.check(but=(SUPPORT, PLAN, PICTURES, f"{ENGINE}/{MANIFEST}"))
+    verified.check(but=(SUPPORT, PLAN, PICTURES, LEFT_OUT, f"{ENGINE}/{MANIFEST}"))
+
+    def read(name: str) -> bytes | None:
+        return verified.read(name) if name in verified.files else None
+
     try:
-        state = state_from_files(facts, lambda name: verified.read(name) if name in verified.files else None)
-        state = replace(state, projections=read_projections(engine))
+        state = state_from_files(facts, read)
+        state = with_left_out(replace(state, projections=read_projections(engine)), read)
         views = facts.support_views()
     except ValueError as error:
         raise refused(verified, str(error)) from error
@@ -155,7 +163,7 @@ def _read(verified: VerifiedFolder) -> tuple[ClassifierManifest, VerifiedFolder]
     engine = verified.inner(ENGINE, ENGINE_KIND)
     own = {f"{ENGINE}/{name}" for name in (MANIFEST, *engine.files)}
     texts = set() if facts.text is None else {f"{TEXT}/{FILE}", f"{TEXT}/{TOKENIZER_FILE}"}
-    check_files(verified, {SUPPORT} | own | texts, {PLAN, PICTURES, f"{TEXT}/{WEIGHTS_FILE}"})
+    check_files(verified, {SUPPORT} | own | texts, {PLAN, PICTURES, LEFT_OUT, f"{TEXT}/{WEIGHTS_FILE}"})
     inner = check_engine(engine)
     _check_encoder(engine, inner, facts.encoder_fingerprint)
     recorded = {name: getattr(facts.preprocessing, name) for name in facts.preprocessing.__struct_fields__}

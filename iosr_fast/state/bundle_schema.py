@@ -178,6 +178,18 @@ PLAN_ARRAYS = {
 }
 PICTURE_ARRAYS = {"data": _form("uint8", "B", needed=True), "ends": _form("int64", "N", needed=True)}
 
+# K scores of unknown pictures, U images left out for them; V images left out for labels (left_out_files).
+LEFT_OUT_ARRAYS = {
+    "weights": _form("float64", "K"),
+    "bias": _form("float64", "one"),
+    "auroc": _form("float64", "none or one"),
+    "left_out": _form("float64", "U"),
+    "odds": _form("float64", "V"),
+    "confidence": _form("float64", "V"),
+    "right": _form("float64", "V"),
+    "log_loss": _form("float64", "V"),
+}
+
 
 def parse_arrays(content: bytes, forms: Mapping[str, Form], sizes: dict[str, int]) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file. Raises ValueError where one is missing, unknown or of another form.

@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -157,6 +158,17 @@ class State:
     def left_out_labels(self) -> LeftOutLabels:
         """What the method says of support images that are left out; computed at first use."""
         return leave_out_labels(self.support, self.config.compile)
+
+    def learnt(self, name: Literal["unknown", "left_out_labels"]) -> Any:
+        """One of these two if it has been used; None if it would have to be fitted."""
+        return vars(self).get(name)
+
+    def knowing(self, unknown: Unknown | None, left_out_labels: LeftOutLabels | None) -> State:
+        """The same state with those of the two that are not None, as if they had been used."""
+        state = replace(self)
+        known = {"unknown": unknown, "left_out_labels": left_out_labels}
+        vars(state).update({name: value for name, value in known.items() if value is not None})
+        return state
 
     @cached_property
     def scorer(self) -> Scorer | SegmentedScorer:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.exceptions import BadImageError, IosrFastError, NotFittedError
+from iosr_fast.exceptions import BadImageError, DamagedFileError, IosrFastError, NotFittedError
 from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
 from iosr_fast.methods.unknown import fit_unknown
-from tests.state.live_parts import PixelEncoder, pictures, small_classifier
+from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
+from tests.state.live_parts import PixelEncoder, engine_folder, pictures, small_classifier
 
 CLASSES = 6  # known; the motifs from there on are unknown
 GDA: dict[str, Any] = {"classes": CLASSES, "shots": 4, "method": "gda", "alpha": 1.0, "beta": None}
@@ -123,3 +127,48 @@ def test_an_unreadable_picture_is_named() -> None:
     ):
         with pytest.raises(BadImageError, match="1"):
             call([np.zeros((8, 8, 3), np.uint8), b"no picture"])
+
+
+def test_what_was_learnt_is_saved_and_a_change_forgets_it(
+    queries: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = queries[0]
+    classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA)
+    classifier.save(tmp_path / "unused")
+    assert not (tmp_path / "unused" / LEFT_OUT).exists()
+    classifier.unknown_score(images), classifier.calibration()
+    classifier.save(tmp_path / "bundle")
+    state = load_bundle(tmp_path / "bundle").state
+    rows = PixelEncoder().encode(images)
+    with monkeypatch.context() as patch:
+        patch.setattr("iosr_fast.state.state.fit_unknown", lambda *_: pytest.fail("fitted again"))
+        patch.setattr("iosr_fast.state.state.leave_out_labels", lambda *_: pytest.fail("computed again"))
+        np.testing.assert_array_equal(state.unknown.score(rows), classifier.unknown_score(images))
+        assert state.unknown.promise(0.9) == classifier.unknown_.promise(0.9)
+        assert str(state.left_out_labels.reliability) == str(classifier.calibration())
+        logits = state.score(rows)
+        np.testing.assert_array_equal(
+            state.left_out_labels.sets(logits), classifier.snapshot().left_out_labels.sets(logits)
+        )
+    changed = state.removing_class(0)
+    assert len(changed.unknown.left_out) == 4 * (CLASSES - 1) and changed.learnt("left_out_labels") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": np.zeros(3)}, "expected weights of shape"),
+        ({"bias": np.zeros(2)}, "expected one bias and auroc, got 2 and 1"),
+        ({"odds": None}, "expected the arrays odds, .* together, got none of odds"),
+        ({"confidence": np.full(24, 2.0)}, r"expected confidence in 0\.\.1"),
+        ({"odds": np.full(24, np.nan)}, "odds"),
+        ({"more": np.zeros(1)}, "expected no other arrays than weights"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    classifier = small_classifier(engine_folder(tmp_path / "engine"), **GDA)
+    state = classifier.snapshot()
+    assert state.unknown is not None and state.left_out_labels is not None
+    arrays = {name: array for name, array in (left_out_arrays(state) | change).items() if array is not None}
+    with pytest.raises(DamagedFileError, match=f"{LEFT_OUT}: .*{message}"):
+        with_left_out(state, lambda name: save(arrays))
