@@ -122,9 +122,9 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
     >>> from iosr_fast.clip.demo.pictures import load_pictures
     >>> pictures = load_pictures("held-out", min_styles=5)
     >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
-    >>> classifier = Classifier("demo", method="tip-adapter++").fit(images, labels)
+    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
     >>> classifier
-    Classifier(model='demo', method='tip-adapter++')
+    Classifier(model='demo', method='tip-adapter++', alpha=100, beta=20)
     >>> classifier.predict(images[:1]).tolist() == labels[:1]
     True
     >>> [best] = classifier.explain(images[0])  # what texts and what images contribute to the logit

@@ -45,7 +45,7 @@ class FolderPredictions:
     >>> from iosr_fast.clip.demo.pictures import load_pictures
     >>> pictures = load_pictures("held-out", min_styles=5)
     >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
-    >>> classifier = Classifier("demo", method="tip-adapter++").fit(images, labels)
+    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
     >>> with TemporaryDirectory() as folder:
     ...     Image.fromarray(images[0]).save(Path(folder, "a.png"))
     ...     results = classifier.predict_folder(folder)
