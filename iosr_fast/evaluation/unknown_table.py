@@ -1,4 +1,4 @@
-"""`iosr-fast evaluate --task unknown`: half of the classes known, pictures of the others told apart; sets of labels."""
+"""`iosr-fast evaluate --task unknown`: half of the classes known, pictures of the others recognised; label sets."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _LABELS = ("odds", "confidence", "right", "log_loss")
 
 
 def left_out_arrays(state: State) -> dict[str, np.ndarray]:
-    """The arrays of LEFT_OUT; none if nothing has been learnt yet, because nobody asked for it."""
+    """The arrays of LEFT_OUT; none before the first use of them."""
     arrays: dict[str, np.ndarray] = {}
     if (fitted := state.learnt("unknown")) is not None:
         auroc = [] if np.isnan(fitted.auroc) else [fitted.auroc]

@@ -151,7 +151,7 @@ class State:
 
     @cached_property
     def unknown(self) -> Unknown:
-        """How pictures of none of the classes are told; fitted at first use, by the embeddings that queries have."""
+        """How pictures of no class are recognised; fitted at first use, by the embeddings that queries have."""
         return fit_unknown(self.support, self.needs_adapted)
 
     @cached_property

@@ -19,7 +19,7 @@ class Uncertainty(LiveUpdates):
 
     @property
     def unknown_(self) -> Unknown:
-        """How unknown pictures are told; `unknown_.promise()` says in words what can be promised."""
+        """How unknown pictures are recognised; `unknown_.promise()` says in words what can be promised."""
         return self.snapshot().unknown
 
     def unknown_score(self, images: Any) -> np.ndarray:
