@@ -12,17 +12,16 @@ import numpy as np
 from rich.console import Console
 
 from iosr_fast.evaluation.accuracy import finite, label
-from iosr_fast.evaluation.rivals import FOLDS, RIVALS
-from iosr_fast.evaluation.selection import Options, select
+from iosr_fast.evaluation.rivals import FOLDS
+from iosr_fast.evaluation.selection import Options, select_own
 from iosr_fast.evaluation.table import Row, print_table
 from iosr_fast.evaluation.tasks import Source
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.label_noise import fit_label_noise
 from iosr_fast.methods.left_out import left_out_logits
 from iosr_fast.methods.support_audit import LIKELY
 from iosr_fast.methods.support_set import SupportSet, make_support_set
 from iosr_fast.methods.tuning.tune import tune
-from iosr_fast.training.overlap import auroc
+from iosr_fast.utils.ranking import auroc
 from iosr_fast.utils.require import require
 
 SHARE = 0.1  # of the labels are exchanged
@@ -32,13 +31,12 @@ HEADS = ("method", "shots", "wrong", "estimate", "AUROC", "precision", "listed",
 
 def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
     """Print a table for each data set, and return its rows."""
-    selected = [select(source, options, ("auto",), ("none",)) for source in sources]  # before any work
-    if any(all(method in RIVALS for method, _ in chosen.rows) for chosen in selected):
-        raise IosrFastError("expected --methods other than scikit-learn's for --task audit, got none")
+    selected = select_own(sources, options, ("auto",), "audit")
     rows: list[dict[str, Any]] = []
     for source, chosen in zip(sources, selected, strict=True):
-        methods = [row for row in chosen.rows if row[0] not in RIVALS]
-        of_source = [audit_row(source, method, reducer, shots) for method, reducer in methods for shots in source.shots]
+        of_source = [
+            audit_row(source, method, reducer, shots) for method, reducer in chosen.rows for shots in source.shots
+        ]
         if find_spec("cleanlab") is not None:
             of_source += [cleanlab_row(source, shots) for shots in source.shots]
         _print(out, source, of_source, [*chosen.left_out.values()])

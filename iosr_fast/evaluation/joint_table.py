@@ -11,11 +11,9 @@ from rich.console import Console
 
 from iosr_fast.evaluation.accuracy import finite, label, tune_draw
 from iosr_fast.evaluation.calibration import measure, measure_probabilities
-from iosr_fast.evaluation.rivals import RIVALS
-from iosr_fast.evaluation.selection import Options, TuneOn, select
+from iosr_fast.evaluation.selection import Options, TuneOn, select_own
 from iosr_fast.evaluation.table import Row, print_table
 from iosr_fast.evaluation.tasks import Source, Task
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.score import score
@@ -31,14 +29,12 @@ HEADS = (
 
 def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
     """Print a table for each data set, and return its rows."""
-    selected = [select(source, options, ("auto",), ("none",)) for source in sources]  # before any work
-    if any(all(method in RIVALS for method, _ in chosen.rows) for chosen in selected):
-        raise IosrFastError("expected --methods other than scikit-learn's for --task joint, got none")
+    selected = select_own(sources, options, ("auto",), "joint")
     rows: list[dict[str, Any]] = []
     for source, chosen in zip(sources, selected, strict=True):
         of_source = []
         for method, reducer in chosen.rows:
-            for shots in source.shots if method not in RIVALS else ():
+            for shots in source.shots:
                 of_source.append(joint_row(source, method, reducer, shots, chosen.tune_on))
                 options.report(_progress(of_source[-1]))
         _print(out, source, of_source, [*chosen.left_out.values()])

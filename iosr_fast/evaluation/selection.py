@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, rival_unavailable_reason
@@ -64,6 +64,16 @@ def select(source: Source, options: Options, methods: Sequence[str], reducers: S
             f"{source.name}: expected data with a validation set for --tune validation, got none; use --tune loo"
         )
     return Selection(tuple(rows), left_out, options.tune or ("loo" if sample.validation is None else "validation"))
+
+
+def select_own(sources: Sequence[Source], options: Options, methods: Sequence[str], task: str) -> list[Selection]:
+    """`select` of each source for a task that scikit-learn's classifiers have no part in: their rows are left out.
+    Raises IosrFastError, before any work, if no other method is left."""
+    selected = [select(source, options, methods, ("none",)) for source in sources]
+    own = [replace(chosen, rows=tuple(row for row in chosen.rows if row[0] not in RIVALS)) for chosen in selected]
+    if not all(chosen.rows for chosen in own):
+        raise IosrFastError(f"expected --methods other than scikit-learn's for --task {task}, got none")
+    return own
 
 
 def method_names(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:

@@ -10,11 +10,9 @@ from rich.console import Console
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.accuracy import label
-from iosr_fast.evaluation.rivals import RIVALS
-from iosr_fast.evaluation.selection import Options, select
+from iosr_fast.evaluation.selection import Options, select_own
 from iosr_fast.evaluation.table import Row, print_table
 from iosr_fast.evaluation.tasks import Source, Task
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.tuning.tune import Tuned, tune
@@ -32,14 +30,12 @@ HEADS = ("start", "method", "shots", "budget", "random", "suggested", "gain", "c
 
 def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
     """Print a table for each data set, and return its rows."""
-    selected = [select(source, options, ("gda",), ("none",)) for source in sources]  # before any work
-    if any(all(method in RIVALS for method, _ in chosen.rows) for chosen in selected):
-        raise IosrFastError("expected --methods other than scikit-learn's for --task suggest, got none")
+    selected = select_own(sources, options, ("gda",), "suggest")
     rows: list[dict[str, Any]] = []
     for source, chosen in zip(sources, selected, strict=True):
         of_source = []
         for method, reducer in chosen.rows:
-            for start in STARTS if method not in RIVALS else ():
+            for start in STARTS:
                 for shots in source.shots:
                     of_source.append(suggest_row(source, method, reducer, shots, start))
                     row = of_source[-1]

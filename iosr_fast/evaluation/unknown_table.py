@@ -11,8 +11,7 @@ from rich.console import Console
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.accuracy import label, tune_draw
-from iosr_fast.evaluation.rivals import RIVALS
-from iosr_fast.evaluation.selection import Options, TuneOn, select
+from iosr_fast.evaluation.selection import Options, TuneOn, select_own
 from iosr_fast.evaluation.table import Row, print_table
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
@@ -43,14 +42,12 @@ class Half:
 
 def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
     """Print a table for each data set and one of single scores; return the rows."""
-    selected = [select(source, options, ("auto",), ("none",)) for source in sources]  # before any work
+    selected = select_own(sources, options, ("auto",), "unknown")
     rows: list[dict[str, Any]] = []
     for source, chosen in zip(sources, selected, strict=True):
-        if all(method in RIVALS for method, _ in chosen.rows):
-            raise IosrFastError("expected --methods other than scikit-learn's for --task unknown, got none")
         of_source = []
         for method, reducer in chosen.rows:
-            for shots in source.shots if method not in RIVALS else ():
+            for shots in source.shots:
                 of_source.append(unknown_row(source, method, reducer, shots, chosen.tune_on))
                 options.report(f"{source.name}: {label(method, reducer)}, shots {shots}: {_cells(of_source[-1])[2]}")
         _print(out, source, of_source, chosen.tune_on)
