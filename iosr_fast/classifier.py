@@ -374,12 +374,26 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
             decoder=decoder,
         )
 
-    def explain(self, images: Any, top: int = 5, nearest: int = 0) -> list[Prediction]:
+    def explain(
+        self,
+        images: Any,
+        top: int = 5,
+        nearest: int = 0,
+        unknown: Literal["reject"] | None = None,
+        keep: float = KEEP,
+    ) -> list[Prediction]:
         """A Prediction for each image: label and probability, the `top` classes with what texts, examples and their
-        adapted embeddings contribute to each, and the `nearest` support images. All of one state of the classifier."""
+        adapted embeddings contribute to each, and the `nearest` support images. All of one state of the classifier.
+
+        unknown="reject" and `keep` are those of `predict`: `unknown` of a Prediction then has the score, and `label`
+        is None if the picture belongs to none of the classes.
+        """
+        share = check_unknown(unknown, keep)
         fit = self._fitted()
+        if share is not None:
+            fit.state.unknown.threshold(share)  # too few support images: before anything is encoded
         rows = (fit.encoder.encode(pixels) for pixels in self._chunks(fit, images))
-        return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest)]
+        return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest, share)]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label: a class name; or an integer as at the fit, into

@@ -53,11 +53,24 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
+class Rejection:
+    """Whether a picture belongs to none of the classes: `score` (Classifier.unknown_score) is above the threshold.
+
+    >>> Rejection(score=3.2, rejected=True).rejected
+    True
+    """
+
+    score: float
+    rejected: bool
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The label of one image and the reasons for it, all of one `version` of the classifier.
 
     `top` are the classes with the largest logits, best first: top[0] is the label. `nearest` are the support images
-    with the largest cosines, best first; none by default. The other fields are those of top[0] (ClassScore).
+    with the largest cosines, best first; none by default. `unknown` is None unless it was asked for; `label` and
+    `class_id` are None for a picture that is rejected. The other fields are those of top[0] (ClassScore).
 
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures
@@ -71,8 +84,8 @@ class Prediction:
     1.0
     """
 
-    label: str
-    class_id: str
+    label: str | None
+    class_id: str | None
     probability: float
     logit: float
     zero_shot: float
@@ -81,25 +94,39 @@ class Prediction:
     top: tuple[ClassScore, ...]
     nearest: tuple[Neighbour, ...]
     version: int
+    unknown: Rejection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         top, nearest = ([dict(vars(one)) for one in group] for group in (self.top, self.nearest))
-        return {**vars(self), "top": top, "nearest": nearest}  # a tenth of the time of dataclasses.asdict
+        unknown = None if self.unknown is None else dict(vars(self.unknown))
+        # A tenth of the time of dataclasses.asdict.
+        return {**vars(self), "top": top, "nearest": nearest, "unknown": unknown}
 
 
 def predict(
-    state: State, embeddings: Embeddings, top: int = 1, nearest: int = 0, impl: str = "auto"
+    state: State,
+    embeddings: Embeddings,
+    top: int = 1,
+    nearest: int = 0,
+    keep: float | None = None,
+    impl: str = "auto",
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
     logit = zero_shot + cache with zero_shot = weight * tau * <plain, text> (MethodConfig.text_weight); cache is the
     contribution of the support images, through keys or a linear term, and `adapter` of it what adapted embeddings
     contribute (adapter_part). Ties fall to the first class, as in argmax.
-    Raises ValueError for top < 1 or nearest < 0, and as `score` does.
+
+    `keep` asks for `unknown`: pictures of no class are rejected, so that a share `keep` of the pictures of known
+    classes is not (`state.unknown`, which is fitted at its first use).
+    Raises ValueError for top < 1 or nearest < 0, and as `score` and Unknown.threshold do.
     """
     if top < 1 or nearest < 0:
         raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
+    rejections: list[Rejection | None] = [None] * len(embeddings)
+    if keep is not None:
+        rejections[:] = _rejections(state, embeddings, keep)
     logits = state.score(embeddings, impl)
     probabilities = softmax(logits)
     scale = np.float32(state.config.text_weight * state.tau)
@@ -115,8 +142,16 @@ def predict(
         scores = tuple(
             ClassScore(names[c], ids[c], *parts) for c, *parts in zip(*(x.tolist() for x in columns), strict=True)
         )
-        predictions.append(Prediction(**vars(scores[0]), top=scores, nearest=neighbours[b], version=state.version))
+        fields = {**vars(scores[0]), "top": scores, "nearest": neighbours[b], "version": state.version}
+        if (rejection := rejections[b]) is not None and rejection.rejected:
+            fields["label"] = fields["class_id"] = None
+        predictions.append(Prediction(**fields, unknown=rejection))
     return predictions
+
+
+def _rejections(state: State, embeddings: Embeddings, keep: float) -> list[Rejection]:
+    limit = state.unknown.threshold(keep)
+    return [Rejection(score, score > limit) for score in state.unknown.score(embeddings).tolist()]
 
 
 def predict_jointly(state: State, embeddings: Embeddings) -> joint.JointPrediction:

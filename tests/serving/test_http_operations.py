@@ -116,7 +116,7 @@ def test_metrics_of_many_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     for number in (1, 2, 3, 1, 4):
         made.on_prediction(Prediction(f"name {number}", f"~{number}", 1.0, 1.0, 1.0, 0.0, 0.0, (), (), 1))
     text = made.text().decode()
-    assert text.count("iosr_fast_predictions_total{") == 3
+    assert text.count("iosr_fast_predictions_total{") == 3 and "iosr_fast_unknown_total 0.0" in text
     assert 'iosr_fast_predictions_total{class_id="~1",name="name 1"} 2.0' in text
     assert 'iosr_fast_predictions_total{class_id="",name="all others"} 2.0' in text
     made.drop_removed({"~2": "name 2"}.get)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
 from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.state.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
+from iosr_fast.state.predictions import Rejection
 from tests.state.live_parts import PixelEncoder, engine_folder, pictures, small_classifier
 
 CLASSES = 6  # known; the motifs from there on are unknown
@@ -43,6 +46,15 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
     assert ((worded == "other") == (scores > limit)).all() and worded.dtype.kind == "U"
     assert classifier.predict(images[:0], unknown="reject", keep=0.9).shape == (0,)
     assert classifier.unknown_score(images[:0]).shape == (0,)
+    for plainly, explained, score in zip(
+        classifier.explain(images), classifier.explain(images, unknown="reject", keep=0.9), scores, strict=True
+    ):
+        assert plainly.unknown is None
+        rejected = bool(score > limit)
+        assert explained.unknown == Rejection(pytest.approx(score), rejected)
+        named = {"label": None, "class_id": None} if rejected else {}
+        assert explained == replace(plainly, unknown=explained.unknown, **named)
+        assert json.loads(json.dumps(explained.to_dict()))["unknown"] == vars(explained.unknown)
 
 
 def test_sets_and_calibration_are_those_of_left_out_images(queries: tuple[np.ndarray, np.ndarray]) -> None:

@@ -31,8 +31,8 @@ class Observer(Protocol):
         """A batch has run. `queue_depth`: accepted images that were not in it."""
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
-        """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (with a `label`),
-        "bad_image", "error", "deadline", "closed" or "cancelled"."""
+        """An accepted image is about to be answered, `latency_s` after submit. `outcome` is "ok" (with a `label`,
+        None if it was rejected), "bad_image", "error", "deadline", "closed" or "cancelled"."""
 
     def on_refused(self, reason: str) -> None:
         """An image was refused at submit: "full", "deadline" or "closed"."""

@@ -48,6 +48,7 @@ class Metrics:
         self._errors = counter("errors", "Errors in answers, of requests and of their images", ("code",))
         self._refusals = counter("refusals", "Images refused before queueing", ("reason",))
         self._predictions = counter("predictions", "Images by predicted class", ("class_id", "name"))
+        self._unknown = counter("unknown", "Images rejected because they belong to none of the classes", ())
         self._series: set[tuple[str, str]] = set()
 
     def watch(self, service: Any) -> None:
@@ -79,7 +80,7 @@ class Metrics:
 
     def on_done(self, latency_s: float, outcome: str, label: str | None) -> None:
         self._images.labels(outcome).observe(latency_s)
-        if label is not None:
+        if outcome == "ok":
             self.last_answer = time.monotonic()
 
     def on_refused(self, reason: str) -> None:
@@ -94,6 +95,9 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def on_prediction(self, prediction: Prediction) -> None:
+        if prediction.class_id is None or prediction.label is None:  # rejected
+            self._unknown.inc()
+            return
         key = (prediction.class_id, prediction.label)
         if key not in self._series and len(self._series) >= _MAX_CLASSES:
             key = ("", "all others")
