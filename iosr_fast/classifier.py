@@ -28,6 +28,7 @@ from iosr_fast.state.optimizing import Optimizing
 from iosr_fast.state.predictions import Prediction, predict, predict_jointly, softmax
 from iosr_fast.state.saving import Saving
 from iosr_fast.state.uncertainty import Uncertainty
+from iosr_fast.state.unknown_images import unknown_folder
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
@@ -192,6 +193,7 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         labels: Sequence[Any] | np.ndarray | None = None,
         class_names: Sequence[str] | None = None,
         *deprecated: Any,
+        unknown_images: Any = None,
         **deprecated_parameters: Any,
     ) -> Self:
         """Encode the support images and class names, and compile the method.
@@ -201,6 +203,9 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         added or removed, and a new one gets the next; `explain` and `predict_folder` give names. For "zero-shot"
         images may be left out. Copies of a picture within a class are warned of.
 
+        `unknown_images` are pictures of none of the classes, if you have any, like those that will come: they sharpen
+        `unknown_score`, which needs none, and change no label. Their embeddings are kept with the classifier.
+
         Raises IosrFastError, before a CLIP is opened, for a parameter out of range, parameters given where they are to
         be chosen, fewer than two classes, class names that are none or look alike, missing labels or labels without a
         name, and classes without an image; before anything is encoded, for a CLIP, engine, adapter or runtime that
@@ -209,16 +214,24 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         was.
         """
         self._take_fit_arguments("fit", deprecated, deprecated_parameters)
-        inputs = check_fit(self.get_params(), images, labels, class_names)
+        inputs = check_fit(self.get_params(), images, labels, class_names, unknown_images)
         fitted = fit(self._open(), inputs)
-        self._replace(self._with_best_engine(fitted, inputs.images) if self.precision == "auto" else fitted)
+        self._replace(self._with_best_engine(fitted, inputs) if self.precision == "auto" else fitted)
         return self
 
-    def fit_folder(self, folder: str | Path, *more: str | Path, **deprecated_parameters: Any) -> Self:
+    def fit_folder(
+        self,
+        folder: str | Path,
+        *more: str | Path,
+        unknown_images: str | Path | None = None,
+        **deprecated_parameters: Any,
+    ) -> Self:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces), or
-        on a CSV file of path and label, or on several of both (labelled_images)."""
+        on a CSV file of path and label, or on several of both (labelled_images). All images in the folder
+        `unknown_images` and below belong to none of the classes."""
         self._take_fit_arguments("fit_folder", (), deprecated_parameters)
-        return self.fit(*labelled_images(folder, *more))
+        unknown = None if unknown_images is None else unknown_folder(unknown_images)
+        return self.fit(*labelled_images(folder, *more), unknown_images=unknown)
 
     @property
     def encoder(self) -> Encoder:

@@ -179,12 +179,12 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self.adapted = adapted
         self.key_precision = key_precision
 
-    def fit(self, X: Any, y: Any, unknown: Any = None) -> FewShotHead:
+    def fit(self, X: Any, y: Any, unknown_images: Any = None) -> FewShotHead:
         """Compile the method on support rows X, (n, D) or (n, 2 D), any real dtype, and their labels y, (n,).
 
         Any labels that scikit-learn accepts: strings, integers, booleans. The type of X is converted to float32 after
-        the rows have been scaled to unit length in float64. `unknown` are rows of pictures that belong to none of the
-        classes, if you have any: they sharpen `unknown_score`, which needs none, and change nothing else.
+        the rows have been scaled to unit length in float64. `unknown_images` are rows of pictures that belong to none
+        of the classes, if you have any: they sharpen `unknown_score`, which needs none, and change nothing else.
         """
         given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
         parameters = check_choice(self.method, self.reducer, self.tune, **given)
@@ -200,7 +200,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
         if len(empty := np.setdiff1d(np.arange(len(classes)), ids[usable])):
             raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
-        others = None if unknown is None else self._unknown_rows(unknown)
+        unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
         units, text = _units(X[usable], self.adapted), self._text_rows(classes, X.shape[1])
         support = make_support_set(units, ids[usable], text, tau, len(classes))
         self._check_method(support)
@@ -214,7 +214,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             seconds=seconds,
         )
         self.plan_ = config.compile(support)
-        self._config, self._support, self._others = config, support, others
+        self._config, self._support, self._unknown_images = config, support, unknown
         rows = np.flatnonzero(usable)
         self._support_rows = rows[np.argsort(ids[usable], kind="stable")]
         for fitted in ("unknown_", "_left_out"):  # at the next use by the new support rows
@@ -271,7 +271,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     @cached_property
     def unknown_(self) -> Unknown:
         self._check_fitted()
-        return fit_unknown(self._support, METHODS[self.method_].needs_adapter, self._others)
+        return fit_unknown(self._support, METHODS[self.method_].needs_adapter, self._unknown_images)
 
     @cached_property
     def _left_out(self) -> LeftOutLabels:

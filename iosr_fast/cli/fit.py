@@ -62,6 +62,10 @@ def fit(
     ] = None,
     views: Annotated[int, typer.Option(help="Random views averaged into each key; 1: the image as it is.")] = 1,
     mirror: Annotated[bool, typer.Option(help="Mirror half of the views.")] = True,
+    unknown_images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pictures of none of the classes, if there are any: they sharpen --unknown."),
+    ] = None,
     runtime: Runtime = "auto",
     precision: Annotated[
         str,
@@ -81,7 +85,7 @@ def fit(
     iosr-fast classify my-classifier photos/
     """
     parameters: dict[str, Any] = {**locals()}
-    for name in ("folder", "out", "template"):
+    for name in ("folder", "out", "template", "unknown_images"):
         del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier
 
@@ -89,7 +93,7 @@ def fit(
     classifier = Classifier(**parameters, progress=True)
     with stop_message("stopped; nothing was written", "iosr-fast"):
         check_new_folder(out, "classifier")
-        classifier.fit_folder(*folder)
+        classifier.fit_folder(*folder, unknown_images=unknown_images)
         with progress("save", None):
             classifier.save(out)
     typer.echo(

@@ -18,6 +18,9 @@ def optimize(
     images: Annotated[
         Path, typer.Option(help="The images that it was fitted on: one sub-folder of images for each class.")
     ],
+    unknown_images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures of none of the classes, if it was fitted with some.")
+    ] = None,
     objective: Annotated[
         Literal["latency", "throughput", "size"],
         typer.Option(metavar="NAME", help="latency: one image; throughput: a batch; size: bytes of the engine."),
@@ -49,6 +52,7 @@ def optimize(
     from iosr_fast.classifier import Classifier
     from iosr_fast.state.labels import labelled_images
     from iosr_fast.state.optimize import OptimizeOptions
+    from iosr_fast.state.unknown_images import unknown_folder
 
     OptimizeOptions(objective, tolerance, runtime, precision)  # checks them
     if tokens and pretrained is None:
@@ -70,6 +74,7 @@ def optimize(
             pretrained,
             None if adapter == "none" else adapter,
             tokens,
+            None if unknown_images is None else unknown_folder(unknown_images),
         )
         with progress("save", None):
             classifier.save(target)

@@ -2,7 +2,7 @@
 
     manifest.json         schema, class names and ids, method and parameters, plan constants, preprocessing,
                           fingerprints of CLIP and adapter, SHA-256 of every file
-    support.safetensors   embeddings of the support images and of the class names
+    support.safetensors   embeddings of the support images, of the class names and of unknown images
     plan.safetensors      what the plan has beyond them: narrow keys, values, a linear term, a reducer
     left_out.safetensors  what was learnt of unknown pictures and sets of labels, where it was used
     pictures.safetensors  thumbnails of the support images, where they are kept
@@ -184,11 +184,12 @@ def _check_encoder(engine: VerifiedFolder, facts: EngineManifest, expected: str)
 
 def _check_widths(verified: VerifiedFolder, facts: ClassifierManifest, engine: VerifiedFolder, state: State) -> None:
     """That embeddings are such as the engine makes, and the text encoder."""
-    width, embeddings = engine.manifest["width"], state.examples.embeddings
+    width, rows = engine.manifest["width"], [state.examples.embeddings]
+    rows += [] if state.unknown_images is None else [state.unknown_images]
     adapted = engine.manifest["first_adapted_block"] is not None
     if state.text.shape[1] != width:
         raise refused(verified, f"{SUPPORT}: expected embeddings of {width} channels, got {state.text.shape[1]}")
-    if len(embeddings) and (embeddings.adapted is not None) != adapted:
+    if any(len(some) and (some.adapted is not None) != adapted for some in rows):
         raise refused(
             verified, f"{SUPPORT}: expected {'' if adapted else 'no '}adapted embeddings, as the engine makes them"
         )
@@ -249,7 +250,8 @@ def _classifier_lines(verified: VerifiedFolder) -> list[str]:
     assert engine is not None
     return [
         f"classes {len(state.uids):,}, images {len(examples):,}, "
-        f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {state.version}",
+        f"thumbnails {sum(picture is not None for picture in examples.pictures):,}, version {state.version}"
+        + ("" if state.unknown_images is None else f", unknown images {len(state.unknown_images):,}"),
         f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
         f"keys in {config.key_precision}",
         *_evidence(state),

@@ -151,7 +151,7 @@ def _form(dtype: str, *shape: str, needed: bool = False, unit: bool = False) -> 
     return Form((dtype,), (shape,), needed, unit)
 
 
-# C classes, N support images, D channels, C1 = C + 1, D2 = 2 D, B bytes of pictures.
+# C classes, N support images, D channels, M unknown images, C1 = C + 1, D2 = 2 D, B bytes of pictures.
 SUPPORT_ARRAYS = {
     "text": _form("float32", "C", "D", needed=True, unit=True),
     "owners": _form("int64", "N", needed=True),
@@ -160,6 +160,8 @@ SUPPORT_ARRAYS = {
     "adapted": _form("float32", "N", "D", unit=True),
     "query_plain": _form("float32", "N", "D", unit=True),
     "query_adapted": _form("float32", "N", "D", unit=True),
+    "unknown_plain": _form("float32", "M", "D", unit=True),
+    "unknown_adapted": _form("float32", "M", "D", unit=True),
 }
 _PROJECTION = Form(("float32",), (("D", "D"), ("D",)))
 # ScoringPlan checks the norms of keys, which depend on their scales and transform.

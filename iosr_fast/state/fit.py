@@ -22,7 +22,8 @@ from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.labels import check_labels, class_ids
 from iosr_fast.state.method_config import choose_config, is_searched
 from iosr_fast.state.state import State
-from iosr_fast.state.support_images import SupportViews, check_support, encode_images
+from iosr_fast.state.support_images import SupportViews, check_support
+from iosr_fast.state.unknown_images import encode_with_unknown
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 
@@ -58,11 +59,13 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class FitInputs:
-    """What `fit` takes, checked: parameters of Classifier, the images (N), their class ids (N,) into `names` (C)."""
+    """What `fit` takes, checked: parameters of Classifier, the images (N), their class ids (N,) into `names` (C), and
+    pictures of none of these."""
 
     images: Sequence[Any]
     ids: np.ndarray
     names: list[str]
+    unknown_images: Sequence[Any]
     integer_labels: bool
     method: str
     reducer: str | None
@@ -75,7 +78,9 @@ class FitInputs:
     progress: bool
 
 
-def check_fit(parameters: Mapping[str, Any], images: Any, labels: Any, class_names: Any) -> FitInputs:
+def check_fit(
+    parameters: Mapping[str, Any], images: Any, labels: Any, class_names: Any, unknown_images: Any = None
+) -> FitInputs:
     """Check everything that a fit can check without an encoder. `parameters` are Classifier.get_params().
 
     Raises ValueError as Classifier.fit does.
@@ -97,6 +102,7 @@ def check_fit(parameters: Mapping[str, Any], images: Any, labels: Any, class_nam
         images=listed,
         ids=ids,
         names=names,
+        unknown_images=[] if unknown_images is None else as_image_list(unknown_images),
         integer_labels=integers,
         method=method,
         reducer=reducer,
@@ -130,8 +136,10 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     views = replace(inputs.views, single=searched and inputs.views.views > 1)
     embedded = clip.text.embed_classes(names, views.templates)
     encoder = clip.encoder_for(adapted=True)
-    with bar("encode", len(inputs.images), shown=inputs.progress) as step:
-        examples, errors = encode_images(encoder, inputs.images, inputs.ids, views, inputs.skip_bad, names, step)
+    with bar("encode", len(inputs.images) + len(inputs.unknown_images), shown=inputs.progress) as step:
+        examples, unknown_images, errors = encode_with_unknown(
+            encoder, inputs.images, inputs.ids, inputs.unknown_images, views, inputs.skip_bad, names, step
+        )
     if errors:
         _check_classes(method, examples.class_ids, names)
     examples = examples.rows(np.argsort(examples.class_ids, kind="stable"))
@@ -146,7 +154,9 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
             key_precision=inputs.key_precision,
             seconds=inputs.tune_seconds,
         )
-    state = State.first(names, embedded, tau, examples, config, projections=clip.projections)
+    state = State.first(
+        names, embedded, tau, examples, config, projections=clip.projections, unknown_images=unknown_images
+    )
     views = replace(views, single=examples.queries is not None)
     return Fit(clip, state, views, tuple(errors), inputs.integer_labels)
 

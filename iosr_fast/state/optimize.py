@@ -45,13 +45,17 @@ class OptimizeOptions:
             raise IosrFastError(f"expected a tolerance of 0 to 100 points of accuracy, got {self.tolerance}")
 
 
-def optimize(fit: Fit, images: Sequence[Any], options: OptimizeOptions, version: int) -> Fit:
+def optimize(
+    fit: Fit, images: Sequence[Any], options: OptimizeOptions, version: int, unknown_images: Sequence[Any] = ()
+) -> Fit:
     """`fit` on the engine that `choose_engine` chooses. `images` are its support images in the order of
-    `fit.state.examples`; if the embeddings change they are encoded again, and the state is of this `version`."""
+    `fit.state.examples`; if the embeddings change they are encoded again, with `unknown_images`, and the state is of
+    this `version`."""
     clip, choice = choose_engine(fit, images, options)
     state = fit.state
     if clip.encoder.fingerprint != fit.clip.encoder.fingerprint:
-        state = reencode(state, clip.encoder_for(adapted=True), images, fit.views, version, options.progress)
+        encoder = clip.encoder_for(adapted=True)
+        state = reencode(state, encoder, images, fit.views, version, options.progress, unknown_images)
     return replace(fit, clip=clip, state=state, engine_choice=choice)
 
 

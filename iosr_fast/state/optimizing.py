@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.state.engine_choice import EngineChoice, Objective
-from iosr_fast.state.fit import Fit
+from iosr_fast.state.fit import Fit, FitInputs
 from iosr_fast.state.updates import LiveUpdates
 
 
@@ -33,6 +33,7 @@ class Optimizing(LiveUpdates):
         pretrained: str | Path | None = None,
         adapter: str | Path | None = "auto",
         tokens: bool = False,
+        unknown_images: Any = None,
     ) -> EngineChoice:
         """Choose the fastest engine that this machine can run and that keeps the accuracy; encode the examples with it.
 
@@ -43,8 +44,9 @@ class Optimizing(LiveUpdates):
         `runtime` and `precision` restrict the candidates. Returns the table, which is also `engine_choice_` and is
         saved with the classifier.
 
-        Classes, ids, thumbnails, method and parameters stay. Where the embeddings change, so do the keys: `version`
-        rises by one, and an audit log that began before refuses the classifier. Some engines are exported
+        A classifier that was fitted with `unknown_images` needs pictures of none of the classes again, those of the fit
+        or others. Classes, ids, thumbnails, method and parameters stay. Where the embeddings change, so do the keys:
+        `version` rises by one, and an audit log that began before refuses the classifier. Some engines are exported
         from the CLIP in torch: fp16, on a GPU int8 and fp8, and any other of a classifier that is not in fp32. A loaded
         classifier has no CLIP, so these are left out unless `pretrained` (and `adapter`) name it as for Classifier.
 
@@ -60,14 +62,19 @@ class Optimizing(LiveUpdates):
         options = OptimizeOptions(objective, tolerance, runtime, precision, tokens, bool(self.progress))
         fit = self._fitted()
         self._check_no_log()
-        listed = as_image_list(images)
+        listed, unknown = as_image_list(images), [] if unknown_images is None else as_image_list(unknown_images)
+        if fit.state.unknown_images is not None and not unknown:
+            raise IosrFastError(
+                f"this classifier was fitted with {len(fit.state.unknown_images)} unknown images: expected "
+                "unknown_images, so that the engine that is chosen can encode them, got none"
+            )
         loaded = fit
         if pretrained is not None:
             from iosr_fast.export.pretrained import with_loaded
 
             loaded = replace(fit, clip=with_loaded(fit.clip, pretrained, adapter))
         sources = match_images(fit, listed, labels, options.progress)
-        optimized = optimize(loaded, sources, options, fit.state.version + 1)
+        optimized = optimize(loaded, sources, options, fit.state.version + 1, unknown)
         with self._changing:
             if self._fitted() is not fit:
                 raise IosrFastError("the classifier has changed while engines were tried: optimize again")
@@ -77,10 +84,12 @@ class Optimizing(LiveUpdates):
         assert choice is not None
         return choice
 
-    def _with_best_engine(self, fit: Fit, images: Sequence[Any]) -> Fit:
-        """A new fit on these images, on its fastest engine."""
+    def _with_best_engine(self, fit: Fit, inputs: FitInputs) -> Fit:
+        """A new fit on its fastest engine."""
         from iosr_fast.state.optimize import OptimizeOptions, optimize
         from iosr_fast.state.reencode import support_sources
 
         options = OptimizeOptions(runtime=self.runtime, progress=bool(self.progress))
-        return optimize(fit, support_sources(fit, images), options, fit.state.version)
+        skipped = {error.position for error in fit.skipped}
+        unknown = [image for i, image in enumerate(inputs.unknown_images, len(inputs.images)) if i not in skipped]
+        return optimize(fit, support_sources(fit, inputs.images), options, fit.state.version, unknown)

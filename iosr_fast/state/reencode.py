@@ -14,6 +14,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews, encode_images
+from iosr_fast.state.unknown_images import encode_with_unknown
 from iosr_fast.utils.progress import progress as bar
 from iosr_fast.utils.text import abbreviate
 
@@ -29,25 +30,31 @@ def support_sources(fit: Fit, images: Sequence[Any]) -> list[Any]:
 
 
 def reencode(
-    state: State, encoder: Encoder, images: Sequence[Any], views: SupportViews, version: int, shown: bool = False
+    state: State,
+    encoder: Encoder,
+    images: Sequence[Any],
+    views: SupportViews,
+    version: int,
+    shown: bool = False,
+    unknown_images: Sequence[Any] = (),
 ) -> State:
-    """`state` as `version`, with keys and queries of `encoder`; `images` are those of `state.examples` in order.
+    """`state` as `version`, with keys and queries of `encoder`; `images` are those of `state.examples` in order, and
+    `unknown_images` pictures of none of the classes.
 
     Classes, texts, the images' ids and thumbnails, method and parameters stay. The reducer is fitted again.
     """
     examples = state.examples
     labels = np.searchsorted(np.array(state.uids), examples.class_ids)
-    with bar("encode with the chosen engine", len(images), shown=shown) as step:
-        encoded, _ = encode_images(
-            encoder, images, labels, replace(views, thumbnail=0), names=state.class_names, step=step
+    views, names = replace(views, thumbnail=0), state.class_names
+    with bar("encode with the chosen engine", len(images) + len(unknown_images), shown=shown) as step:
+        encoded, unknown, _ = encode_with_unknown(
+            encoder, images, labels, unknown_images, views, names=names, step=step
         )
     examples = replace(examples, embeddings=encoded.embeddings, queries=encoded.queries)
     config = state.config.fitted(examples.as_support(state.uids, state.text, state.tau, state.projections))
     numbers = (state.next_class, state.next_example)
-    names, text, tau = state.class_names, state.text, state.tau
-    return State.first(
-        names, text, tau, examples, config, None, state.uids, numbers, version, projections=state.projections
-    )
+    known = state.uids, numbers, version, state.projections, unknown
+    return State.first(names, state.text, state.tau, examples, config, None, *known)
 
 
 def match_images(fit: Fit, images: Sequence[Any], labels: Any, shown: bool = False) -> list[Any]:

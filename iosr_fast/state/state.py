@@ -56,6 +56,7 @@ class State:
     projections        those of the CLIP, for the reducer "isoclip", or None
     next_class, next_example  the numbers of the next class and the next support image
     moments            for "gda"; None until the first change
+    unknown_images     embeddings of pictures of none of the classes, by which these are recognised, or None
     deferred           whether `plan` is that of an earlier state, because further changes follow (`deferring`)
     """
 
@@ -73,6 +74,7 @@ class State:
     moments: Moments | None = None
     deferred: bool = False
     projections: Projections | None = None
+    unknown_images: Embeddings | None = None
 
     @classmethod
     def first(
@@ -87,6 +89,7 @@ class State:
         numbers: tuple[int, int] | None = None,
         version: int = 1,
         projections: Projections | None = None,
+        unknown_images: Embeddings | None = None,
     ) -> State:
         """The state of a fit; with `plan`, `uids` and `numbers`, that of a bundle, for which nothing is compiled."""
         owned = tuple(range(len(class_names)) if uids is None else uids)
@@ -112,6 +115,7 @@ class State:
             next_class,
             next_example,
             projections=projections,
+            unknown_images=unknown_images,
         )
 
     @property
@@ -152,7 +156,7 @@ class State:
     @cached_property
     def unknown(self) -> Unknown:
         """How pictures of no class are recognised; fitted at first use, by the embeddings that queries have."""
-        return fit_unknown(self.support, self.needs_adapted)
+        return fit_unknown(self.support, self.needs_adapted, self.unknown_images)
 
     @cached_property
     def left_out_labels(self) -> LeftOutLabels:
@@ -290,9 +294,9 @@ class State:
         return self._first(self.config, self.whole_plan, self.version)
 
     def _first(self, config: MethodConfig, plan: ScoringPlan | None, version: int) -> State:
-        numbers, known = (self.next_class, self.next_example), self.projections
+        numbers, known = (self.next_class, self.next_example), (self.projections, self.unknown_images)
         names, text, tau = self.class_names, self.text, self.tau
-        return State.first(names, text, tau, self.examples, config, plan, self.uids, numbers, version, known)
+        return State.first(names, text, tau, self.examples, config, plan, self.uids, numbers, version, *known)
 
     def _changed(self, added: Examples | None = None, taken: Examples | None = None, **fields: object) -> State:
         """A state with these fields and its plan. `added` and `taken` are the images that it gains and loses."""

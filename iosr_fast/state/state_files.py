@@ -169,8 +169,9 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             check_ends(pictures["ends"], len(pictures["data"]))
     with _naming(SUPPORT):
         check_examples(arrays["owners"], arrays["ids"], numbers, facts.next[1])
-        if ("query_adapted" in arrays) > ("query_plain" in arrays):
-            raise IosrFastError("expected query_plain where query_adapted is given, got it alone")
+        for name in ("query", "unknown"):
+            if f"{name}_adapted" in arrays and f"{name}_plain" not in arrays:
+                raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
         examples = _examples(arrays, pictures or None)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
@@ -182,7 +183,8 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
         if METHODS[facts.method].needs_support and (reducer is None) != (facts.reducer == "none"):
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
         plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, config)
-    return State.first(names, arrays["text"], facts.tau, examples, config, plan, numbers, facts.next, facts.version)
+    known = numbers, facts.next, facts.version, None, _embeddings(arrays, "unknown_")
+    return State.first(names, arrays["text"], facts.tau, examples, config, plan, *known)
 
 
 def fingerprint(state: State) -> str:
@@ -200,7 +202,7 @@ def fingerprint(state: State) -> str:
     if config.reducer is not None:
         arrays += [a for a in (config.reducer.shift, config.reducer.projection) if a is not None]
     arrays += [examples.class_ids, examples.ids]
-    for rows in (examples.embeddings, examples.queries):
+    for rows in (examples.embeddings, examples.queries, state.unknown_images):
         arrays += [] if rows is None else [a for a in (rows.plain, rows.adapted) if a is not None]
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in examples.pictures))
     for array in arrays:
@@ -229,21 +231,25 @@ def _arrays(file: str, read: Callable[[str], bytes | None], forms: Mapping[str, 
 
 def _support_arrays(state: State) -> Arrays:
     examples = state.examples
-    arrays = {"text": state.text, "owners": examples.class_ids, "ids": examples.ids, "plain": examples.embeddings.plain}
-    if examples.embeddings.adapted is not None:
-        arrays["adapted"] = examples.embeddings.adapted
-    if examples.queries is not None:
-        arrays["query_plain"] = examples.queries.plain
-        if examples.queries.adapted is not None:
-            arrays["query_adapted"] = examples.queries.adapted
+    arrays = {"text": state.text, "owners": examples.class_ids, "ids": examples.ids}
+    for name, rows in (("", examples.embeddings), ("query_", examples.queries), ("unknown_", state.unknown_images)):
+        if rows is not None:
+            arrays[f"{name}plain"] = rows.plain
+            if rows.adapted is not None:
+                arrays[f"{name}adapted"] = rows.adapted
     return arrays
 
 
 def _examples(arrays: Mapping[str, np.ndarray], pictures: Mapping[str, np.ndarray] | None) -> Examples:
-    queries = Embeddings(arrays["query_plain"], arrays.get("query_adapted")) if "query_plain" in arrays else None
-    ids = arrays["ids"]
+    embeddings, queries, ids = _embeddings(arrays, ""), _embeddings(arrays, "query_"), arrays["ids"]
+    assert embeddings is not None
     shown = (None,) * len(ids) if pictures is None else _unpacked(pictures)
-    return Examples(Embeddings(arrays["plain"], arrays.get("adapted")), arrays["owners"], ids, shown, queries)
+    return Examples(embeddings, arrays["owners"], ids, shown, queries)
+
+
+def _embeddings(arrays: Mapping[str, np.ndarray], name: str) -> Embeddings | None:
+    plain = arrays.get(f"{name}plain")
+    return None if plain is None else Embeddings(plain, arrays.get(f"{name}adapted"))
 
 
 def _packed(pictures: tuple[bytes | None, ...]) -> Arrays:

@@ -281,3 +281,15 @@ def test_views_are_encoded_again_and_found_by_their_queries(tmp_path: Path, imag
     ours, theirs = (each.snapshot().examples for each in (classifier, expected))
     np.testing.assert_allclose(ours.embeddings.plain, theirs.embeddings.plain, atol=1e-6)
     np.testing.assert_allclose(ours.queries.adapted, theirs.queries.adapted, atol=1e-6)
+
+
+def test_unknown_images_are_encoded_with_the_choice(tmp_path: Path, images, monkeypatch) -> None:
+    clip = pixel_clip(engine_folder(tmp_path / "engine"))
+    clip.encoder.source = open_verified(clip.engine, "engine")
+    fast, unknown = Rounded(0.02), images[0][:6] // 9
+    fitted = Classifier._with_clip(clip, **GIVEN).fit(*images, unknown_images=unknown)
+    results = {("test", "fp32"): (None, 4.0, 20.0), INT8: (fast, 2.0, 10.0)}
+    run(fitted, images, monkeypatch, results, unknown_images=unknown[:4])
+    assert fitted.version == 2
+    np.testing.assert_allclose(fitted.snapshot().unknown_images.plain, fast.encode(unknown[:4]).plain, atol=1e-2)
+    assert len(fitted.snapshot().unknown_images) == 4

@@ -19,7 +19,8 @@ from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.state.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
 from iosr_fast.state.predictions import Rejection
-from tests.state.live_parts import PixelEncoder, engine_folder, pictures, small_classifier
+from iosr_fast.state.state_files import fingerprint
+from tests.state.live_parts import PixelEncoder, engine_folder, pictures, small_classifier, unfitted
 
 CLASSES = 6  # known; the motifs from there on are unknown
 GDA: dict[str, Any] = {"classes": CLASSES, "shots": 4, "method": "gda", "alpha": 1.0, "beta": None}
@@ -89,6 +90,54 @@ def test_a_change_is_known_at_once(queries: tuple[np.ndarray, np.ndarray]) -> No
     assert len(classifier.unknown_.left_out) == 4 * CLASSES - 2
     fitted = fit_unknown(classifier.support_)
     assert classifier.unknown_score(images) == pytest.approx(fitted.score(PixelEncoder().encode(images)))
+
+
+@pytest.fixture
+def taught(tmp_path: Path, queries: tuple[np.ndarray, np.ndarray]) -> Classifier:
+    """Fitted with 10 pictures of two other motifs as unknown ones."""
+    images, labels = pictures(np.random.default_rng(0), CLASSES, 4)
+    unknown = queries[0][queries[1] >= CLASSES + 2]
+    parameters = {"method": "gda", "alpha": 1.0, "views": 1}
+    classifier = unfitted(engine_folder(tmp_path / "engine"), **parameters)
+    return classifier.fit(images, [f"motif {c}" for c in labels], unknown_images=unknown)
+
+
+def test_unknown_images_teach_what_is_unknown(taught: Classifier, queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = queries
+    unknown = PixelEncoder().encode(images[labels >= CLASSES + 2])
+    expected = fit_unknown(taught.support_, unknown=unknown)
+    assert taught.unknown_.weights == pytest.approx(expected.weights, abs=1e-4)
+    assert taught.unknown_.weights != pytest.approx(fit_unknown(taught.support_).weights, abs=1e-4)
+    assert taught.predict(images).tolist() == small_classifier(**GDA).predict(images).tolist()
+    taught.add_class("new", images[labels == CLASSES])  # the change keeps them
+    assert taught.unknown_.weights == pytest.approx(fit_unknown(taught.support_, unknown=unknown).weights, abs=1e-4)
+    taught.tune(method="tip-adapter++")
+    fitted = fit_unknown(taught.support_, adapted=True, unknown=unknown)
+    assert taught.unknown_.weights == pytest.approx(fitted.weights, abs=1e-4)
+
+
+def test_unknown_images_are_saved_as_embeddings(taught: Classifier, queries: Any, tmp_path: Path) -> None:
+    taught.save(tmp_path / "bundle")
+    loaded = load_bundle(tmp_path / "bundle").state
+    assert fingerprint(loaded) == fingerprint(taught.snapshot())
+    assert fingerprint(replace(loaded, unknown_images=None)) != fingerprint(loaded)
+    assert loaded.learnt("unknown") is None
+    assert (loaded.unknown.weights == taught.unknown_.weights).all()
+    with pytest.raises(IosrFastError, match=r"with 10 unknown images: expected unknown_images.*got none"):
+        taught.optimize([], [])
+
+
+def test_unknown_images_are_checked_as_support_images_are() -> None:
+    images, labels = pictures(np.random.default_rng(0), 3, 3)
+    names = [f"motif {c}" for c in labels]
+    with pytest.raises(IosrFastError, match=r"number 0 \('motif 0'\) and number 9 \('none of the classes'\)"):
+        unfitted(method="gda").fit(images, names, unknown_images=images[:1])
+    with pytest.raises(BadImageError, match="number 9"):
+        unfitted(method="gda").fit(images, names, unknown_images=[b"no picture"])
+    skipping = unfitted(method="gda", skip_bad=True).fit(images, names, unknown_images=[b"no picture", images[0] // 9])
+    assert skipping.skipped_ == ["number 9"] and len(skipping.snapshot().unknown_images) == 1
+    with pytest.raises(FileNotFoundError, match="found no folder nowhere"):
+        unfitted().fit_folder("support", unknown_images="nowhere")
 
 
 def test_nothing_is_fitted_before_it_is_used(monkeypatch: pytest.MonkeyPatch, queries: Any) -> None:
