@@ -28,8 +28,13 @@ NEW_CLASS = "pear"
 
 
 def make_files(folder: Path) -> None:
-    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; a.jpg to e.jpg, labels.csv."""
+    """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; others/ of no class; a.jpg to
+    e.jpg, labels.csv."""
     pictures = load_pictures("held-out", min_styles=5)
+    (folder / "others").mkdir(parents=True)
+    for name in [name for name in pictures.names if name not in (*CLASSES, NEW_CLASS)][:6]:
+        row = int(np.flatnonzero(pictures.concepts == pictures.names.index(name))[0])
+        Image.fromarray(pictures.images[row]).save(folder / "others" / f"{row}.png")
     for name in (*CLASSES, NEW_CLASS):
         rows = np.flatnonzero(pictures.concepts == pictures.names.index(name))
         under = name.replace(" ", "_")
