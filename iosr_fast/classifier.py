@@ -405,7 +405,7 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         fit = self._fitted()
         if share is not None:
             fit.state.unknown.threshold(share)  # too few support images: before anything is encoded
-        rows = (fit.encoder.encode(pixels) for pixels in self._chunks(fit, images))
+        rows = (fit.encoder.encode_on_device(pixels) for pixels in self._chunks(fit, images))
         return [prediction for chunk in rows for prediction in predict(fit.state, chunk, top, nearest, share)]
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
@@ -418,5 +418,5 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         return float((self._logits(fit, listed).argmax(1) == ids).mean())
 
     def _logits(self, fit: Fit, images: Any, impl: str = "auto") -> np.ndarray:
-        parts = [fit.state.score(fit.encoder.encode(pixels), impl) for pixels in self._chunks(fit, images)]
+        parts = [fit.state.score(fit.encoder.encode_on_device(pixels), impl) for pixels in self._chunks(fit, images)]
         return np.concatenate(parts) if parts else np.zeros((0, len(fit.state.uids)), np.float32)

@@ -88,17 +88,24 @@ def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None
 def class_offsets(plan: DevicePlan) -> np.ndarray:
     """The plan's class offsets on the host, (C + 1,) int64.
 
-    Raises RuntimeError if a CUDA graph is recorded before the plan was scored once, because reading them must wait.
+    Raises RuntimeError if a CUDA graph is recorded before they were read once, because reading them must wait.
     """
     offsets = plan.class_offsets
     assert offsets is not None
 
     def read() -> np.ndarray:
-        if is_recording(plan.device):
-            raise RuntimeError("expected the plan to be scored with Triton once before a CUDA graph is recorded")
+        _refuse_recording(plan)
         return offsets.cpu().numpy().astype(np.int64)
 
     return cached(offsets, "host", read)
+
+
+def _refuse_recording(plan: DevicePlan) -> None:
+    if is_recording(plan.device):
+        raise RuntimeError(
+            "expected a batch of this size to be scored with Triton once before a CUDA graph records it, because the "
+            "first scoring reads class offsets and uploads a table; score it once outside of the recording"
+        )
 
 
 def aligned(plan: DevicePlan, block_n: int) -> Aligned:
@@ -115,13 +122,14 @@ def items(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None
 
 
 def tables(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None) -> tuple[Tensor, Tensor]:
-    """The tables of items() on the plan's device, cached."""
+    """The tables of items() on the plan's device, cached. Raises RuntimeError if a CUDA graph is recorded before."""
     assert plan.class_offsets is not None
     work = items(plan, block_n, block_c, piece)
 
     def move() -> tuple[Tensor, Tensor]:
         import torch
 
+        _refuse_recording(plan)
         return torch.from_numpy(work.table).to(plan.device), torch.from_numpy(work.cut).to(plan.device)
 
     return cached(plan.class_offsets, ("tables", block_n, block_c, piece), move)

@@ -91,7 +91,7 @@ def run(
             stage = choose_stage(encoder, classifier.engine_, CpuDecoder(exact=True), pictures, batch, threads)
             ends = [0, *accumulate(batch_sizes(pictures, batch, stage.callers))]
             batches = [(begin, paths[begin:end]) for begin, end in pairwise(ends)]
-            with closing(encode_batches(stage, CpuDecoder(exact=True), batches, lambda rows: rows)) as results:
+            with closing(encode_batches(stage, CpuDecoder(exact=True), batches, Embeddings.to_numpy)) as results:
                 return Embeddings.concatenate([rows for _, rows in results if rows is not None])
 
         clip = load_clip(model, pretrained)

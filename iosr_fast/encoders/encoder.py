@@ -41,6 +41,10 @@ class Embeddings:
     def __getitem__(self, rows: slice | np.ndarray) -> Embeddings:
         return Embeddings(self.plain[rows], None if self.adapted is None else self.adapted[rows])
 
+    def to_numpy(self) -> Embeddings:
+        """Tensors as float32 NumPy arrays in CPU memory; arrays as they are."""
+        return Embeddings(as_numpy(self.plain), None if self.adapted is None else as_numpy(self.adapted))
+
     @classmethod
     def concatenate(cls, parts: Sequence[Embeddings]) -> Embeddings:
         """The rows of all parts (NumPy arrays), in order; `adapted` only if every part has it."""
@@ -49,6 +53,14 @@ class Embeddings:
             np.concatenate([part.plain for part in parts]),
             np.concatenate(adapted) if len(adapted) == len(parts) else None,
         )
+
+
+def as_numpy(rows: Array) -> np.ndarray:
+    """A tensor as a float32 NumPy array, waiting for its device; an array as it is."""
+    if isinstance(rows, np.ndarray):
+        return rows
+    array: np.ndarray = rows.detach().float().cpu().numpy()
+    return array
 
 
 class Encoder(Protocol):
@@ -95,6 +107,11 @@ class Encoder(Protocol):
     @abstractmethod
     def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1, to embeddings (B, width)."""
+
+    def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
+        """As `encode`, but an encoder on a GPU gives tensors there, which `score` reads where they are; nothing waits
+        for the GPU."""
+        return self.encode(pixels)
 
     def warm(self, sizes: Iterable[int] | None = None) -> None:
         """Run each batch size once (None: the buckets, or 1), so that no request pays for a first run."""

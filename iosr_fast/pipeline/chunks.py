@@ -39,7 +39,7 @@ def run_chunks(
         for start in range(0, len(chunk.items), plan.batch)
     )
     stage = Stage(encoder, 1, threads)
-    results = encode_batches(stage, ItemDecoder(plan.exif_orientation), batches, lambda rows: rows)
+    results = encode_batches(stage, ItemDecoder(plan.exif_orientation), batches, Embeddings.to_numpy)
     try:
         for chunk in chunks:
             started, count = time.perf_counter(), len(chunk.items)

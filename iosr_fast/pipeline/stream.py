@@ -105,7 +105,7 @@ def embed(
 ) -> Generator[tuple[Errors, Embeddings | None], None, None]:
     """For each batch of `classify`, in order: the sources' errors, and the embeddings of the readable ones."""
     batches = _batches(sources, batch, stage.callers)
-    with closing(encode_batches(stage, decoder, batches, lambda rows: rows)) as results:
+    with closing(encode_batches(stage, decoder, batches, Embeddings.to_numpy)) as results:
         yield from results
 
 
@@ -154,7 +154,7 @@ def encode_batches(
     def encode(decoded: list[Decoded]) -> tuple[Errors, _R | None]:
         errors = [pixels if isinstance(pixels, BadImageError) else None for pixels in decoded]
         readable = [pixels for pixels in decoded if not isinstance(pixels, BadImageError)]
-        return errors, use(stage.encoder.encode(np.stack(readable))) if readable else None
+        return errors, use(stage.encoder.encode_on_device(np.stack(readable))) if readable else None
 
     if stage.callers > 1:
         yield from map_ordered(batches, lambda batch: encode(decode(batch)), stage.callers, 2 * stage.callers)

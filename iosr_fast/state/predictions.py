@@ -119,15 +119,16 @@ def predict(
     contribute (adapter_part). Ties fall to the first class, as in argmax.
 
     `keep` asks for `unknown`: pictures of no class are rejected, so that a share `keep` of the pictures of known
-    classes is not (`state.unknown`, which is fitted at its first use).
+    classes is not (`state.unknown`, which is fitted at its first use). Embeddings on a GPU are scored there.
     Raises ValueError for top < 1 or nearest < 0, and as `score` and Unknown.threshold do.
     """
     if top < 1 or nearest < 0:
         raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
+    logits = state.score(embeddings, impl)
+    embeddings = embeddings.to_numpy()
     rejections: list[Rejection | None] = [None] * len(embeddings)
     if keep is not None:
         rejections[:] = _rejections(state, embeddings, keep)
-    logits = state.score(embeddings, impl)
     probabilities = softmax(logits)
     scale = np.float32(state.config.text_weight * state.tau)
     adapter = adapter_part(state, embeddings)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Array, Embeddings
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.scoring.validation import frozen
@@ -37,18 +37,34 @@ class SegmentedScorer:
     def __init__(self, plan: SegmentedPlan, impl: str = "auto") -> None:
         self._head = Scorer(plan.head, impl)
         self._parts = []
+        self._uploaded: dict[tuple[int, Any], tuple[Any, Any]] = {}
         for part, columns in plan.parts:
             active = columns >= 0
             whole = np.array_equal(columns, np.arange(plan.n_classes))
             self._parts.append((Scorer(part, impl), slice(None) if whole else columns[active], active))
 
-    def __call__(self, embeddings: Embeddings) -> np.ndarray:
-        logits: np.ndarray = self._head(embeddings)
+    def __call__(self, embeddings: Embeddings) -> Array:
+        logits = self._head(embeddings)
         for scorer, columns, active in self._parts:
             # The head's score has checked the norms of the embeddings.
             part = scorer(embeddings, check=False)
-            logits[:, columns] += part if isinstance(columns, slice) else part[:, active]
+            if isinstance(columns, slice):
+                logits += part
+            elif isinstance(part, np.ndarray):
+                logits[:, columns] += part[:, active]
+            else:
+                at, of = self._indices(columns, active, part.device)
+                logits.index_add_(1, at, part.index_select(1, of))
         return logits
+
+    def _indices(self, columns: np.ndarray, active: np.ndarray, device: Any) -> tuple[Any, Any]:
+        """Columns of the logits and of the part as tensors, uploaded once a device: an index from the CPU waits."""
+        from iosr_fast.scoring.device_plan import as_tensor
+
+        key = (id(columns), device)
+        if key not in self._uploaded:
+            self._uploaded[key] = (as_tensor(columns).to(device), as_tensor(np.flatnonzero(active)).to(device))
+        return self._uploaded[key]
 
 
 def scorer_of(plan: ScoringPlan | SegmentedPlan, impl: str = "auto") -> Scorer | SegmentedScorer:

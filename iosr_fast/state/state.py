@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.encoders.encoder import Embeddings, as_numpy
 from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
@@ -176,14 +176,13 @@ class State:
 
     @cached_property
     def scorer(self) -> Scorer | SegmentedScorer:
-        """The plan bound to the best implementation for the CPU; computed at first use."""
+        """The plan bound to the best implementation for its embeddings; computed at first use."""
         return scorer_of(self.plan)
 
     def score(self, embeddings: Embeddings, impl: str = "auto") -> np.ndarray:
-        """Logits (B, C) float32."""
+        """Logits (B, C) float32; embeddings on a GPU are scored there."""
         scorer = self.scorer if impl == "auto" else scorer_of(self.plan, impl)
-        logits: np.ndarray = scorer(embeddings)
-        return logits
+        return as_numpy(scorer(embeddings))
 
     @cached_property
     def counts(self) -> np.ndarray:

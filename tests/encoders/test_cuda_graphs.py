@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.encoders.runtimes import cuda_graphs
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, bucket_of, check_buckets, powers_of_two
-from iosr_fast.scoring.score import score
-from tests.conftest import EXTENDED, random_embeddings, random_plan
 
 SIZE, WIDTH = 4, 3
 
@@ -204,57 +201,6 @@ def test_a_recorder_stays_on_its_device(how: str, monkeypatch: pytest.MonkeyPatc
     assert set(cuda.used) == {1} and cuda.current == 0
 
 
-@pytest.mark.parametrize("parts", [{"query": "adapted"}, {"query": "plain"}, EXTENDED["both and values"]], ids=str)
-@pytest.mark.parametrize("batch", [0, 1, 2, 5, 8, 19])
-def test_scoring_replayed_equals_scoring(rng: np.random.Generator, parts: dict[str, Any], batch: int) -> None:
-    torch = pytest.importorskip("torch")
-    from iosr_fast.scoring.graphed_scorer import GraphedScorer
-
-    plan = random_plan(rng, [3, 0, 4], 16, **parts)
-    recorder: Any = Replaying()
-    graphed = GraphedScorer(plan, (8, 2), device="cpu", recorder=recorder)
-    assert graphed.buckets == (2, 8) and recorder.runs == 4
-    embeddings = random_embeddings(rng, batch, 16)
-    tensors = Embeddings(torch.from_numpy(embeddings.plain), torch.from_numpy(embeddings.adapted))
-    expected = score(plan, embeddings) if batch else np.zeros((0, 3), np.float32)
-    for _ in range(2):
-        logits = graphed(embeddings)
-        assert logits.dtype == np.float32
-        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(graphed(tensors), torch.from_numpy(logits))
-    assert recorder.replays == 4 * -(-batch // 8) and recorder.turns == 4, "each batch is copied in and out in one turn"
-
-
-def test_each_plan_is_recorded_for_itself(rng: np.random.Generator) -> None:
-    pytest.importorskip("torch")
-    from iosr_fast.scoring.graphed_scorer import GraphedScorer
-
-    plans = [random_plan(rng, [2, 2], 8), random_plan(rng, [1, 5, 2], 8)]
-    recorder: Any = Replaying()
-    graphed = [GraphedScorer(plan, [4], device="cpu", recorder=recorder) for plan in plans]
-    embeddings = random_embeddings(rng, 3, 8)
-    for _ in range(2):
-        for plan, scorer in zip(plans, graphed, strict=True):
-            np.testing.assert_allclose(scorer(embeddings), score(plan, embeddings), rtol=1e-5, atol=1e-5)
-
-
-def test_what_does_not_fit_a_graph_is_refused(rng: np.random.Generator) -> None:
-    pytest.importorskip("torch")
-    from iosr_fast.scoring.graphed_scorer import GraphedScorer
-
-    plan, recorder = random_plan(rng, [2, 2], 8), Replaying()
-    with pytest.raises(ValueError, match="at least one batch size"):
-        GraphedScorer(plan, [], device="cpu", recorder=recorder)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected batch sizes of 1"):
-        GraphedScorer(plan, [0, 2], device="cpu", recorder=recorder)  # type: ignore[arg-type]
-    graphed = GraphedScorer(plan, [2], device="cpu", recorder=recorder)  # type: ignore[arg-type]
-    embeddings = random_embeddings(rng, 2, 8)
-    with pytest.raises(ValueError, match="expected adapted embeddings"):
-        graphed(Embeddings(embeddings.plain))
-    with pytest.raises(ValueError, match="expected plain embeddings of shape"):
-        graphed(random_embeddings(rng, 2, 9))
-
-
 @pytest.fixture(scope="module")
 def torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("open_clip")
@@ -292,8 +238,70 @@ def test_the_torch_encoder_replays_what_it_recorded(
     assert recorder.runs == (0 if refuses else 2 * 4) and recorder.replays == (0 if refuses else 2 * 4)
     for batch in (1, 2, 3, 6, 9):
         np.testing.assert_allclose(encode_both(graphed, pixels[:batch]), encode_both(eager, pixels[:batch]), atol=1e-6)
+        there = graphed.encode_on_device(pixels[:batch])
+        graphed.encode(pixels[::-1])  # whose replays overwrite what the graphs return
+        assert "Tensor" in type(there.plain).__name__ and there.plain.shape == (batch, eager.width)
+        np.testing.assert_array_equal(there.to_numpy().plain, graphed.encode(pixels[:batch]).plain)
     assert (recorder.replays > 8) == (not refuses)
     assert ("without a CUDA graph, which can't be recorded: an operation waits" in caplog.text) == refuses
+
+
+class LateCopies:
+    """torch with page-locked memory whose copies to the GPU are done when an event is waited for, and no sooner."""
+
+    uint8 = np.uint8
+
+    def __init__(self) -> None:
+        self.pending: list[Callable[[], None]] = []
+        self.device_of_stream: list[Any] = []
+        self.cuda = SimpleNamespace(Event=self.event, current_stream=lambda device: device)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, pin_memory: bool) -> Any:
+        assert pin_memory
+        memory = np.empty(shape, dtype)
+        return LateRows(memory, self)
+
+    def event(self) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=self.finish, record=self.device_of_stream.append)
+
+    def finish(self) -> None:
+        for copy in self.pending:
+            copy()
+        self.pending.clear()
+
+
+class LateRows:
+    is_cuda, dtype, device = True, np.uint8, "cuda:1"
+
+    def __init__(self, memory: np.ndarray, owner: LateCopies) -> None:
+        self.memory, self.owner, self.shape = memory, owner, memory.shape
+
+    def __getitem__(self, rows: slice) -> LateRows:
+        return LateRows(self.memory[rows], self.owner)
+
+    def numpy(self) -> np.ndarray:
+        return self.memory
+
+    def copy_(self, source: LateRows, non_blocking: bool) -> None:
+        assert non_blocking
+        self.owner.pending.append(lambda: self.memory.__setitem__(slice(None), source.memory))
+
+
+def test_an_upload_waits_for_the_one_before_it_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wait the second batch would overwrite the first before the GPU has read it."""
+    from iosr_fast.encoders.runtimes import upload
+
+    late = LateCopies()
+    monkeypatch.setattr(upload, "require", lambda *_: late)
+    target = LateRows(np.zeros((4, 2), np.uint8), late)
+    copy, seen = upload.Upload(target), []
+    for value, n in ((1, 4), (2, 3)):
+        copy(np.full((n, 2), value, np.uint8))
+        assert len(late.pending) == 1, "the newest copy is under way"
+        seen.append(target.memory.copy())
+    assert (seen[0] == 0).all() and (seen[1] == 1).all(), "the first copy was whole before its memory was used again"
+    late.finish()
+    assert target.memory[:, 0].tolist() == [2, 2, 2, 1] and late.device_of_stream == ["cuda:1"] * 2
 
 
 @pytest.mark.gpu
@@ -311,6 +319,10 @@ def test_torch_graphs_on_a_gpu(torch_engine: Path) -> None:
     for batch in (1, 2, 3, 5, 6, 9, 1):
         expected = encode_both(eager, pixels[:batch])
         np.testing.assert_allclose(encode_both(graphed, pixels[:batch]), expected, atol=1e-5)
+        there = graphed.encode_on_device(pixels[:batch])
+        graphed.encode(pixels[::-1])
+        assert there.plain.is_cuda
+        np.testing.assert_allclose(there.to_numpy().plain, expected[0], atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -332,29 +344,3 @@ def test_tensorrt_graphs_on_a_gpu(runtime: str, tmp_path: Path, monkeypatch: pyt
     for batch in (1, 2, 3, 5, 6, 9, 1):
         expected = encode_both(eager, pixels[:batch])
         np.testing.assert_allclose(encode_both(graphed, pixels[:batch]), expected, atol=2e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["auto", "triton", "cuda", "torch"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_scoring_graphs_on_a_gpu(rng: np.random.Generator, impl: str, precision: Any) -> None:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no NVIDIA GPU")
-    from iosr_fast.scoring.dispatch import choose
-    from iosr_fast.scoring.graphed_scorer import GraphedScorer
-
-    try:
-        choose(impl, "cuda")
-    except RuntimeError as unavailable_reason:
-        pytest.skip(str(unavailable_reason))
-    for counts, parts in (([3, 0, 4, 9], {}), ([200, 1], {}), ([3, 0, 4, 9], EXTENDED["both and values"])):
-        plan = random_plan(rng, counts, 64, **parts, precision=precision)
-        graphed = GraphedScorer(plan, (1, 4, 16), impl)
-        for batch in (1, 3, 16, 21):
-            embeddings = random_embeddings(rng, batch, 64)
-            on_gpu = Embeddings(*(torch.from_numpy(rows).cuda() for rows in (embeddings.plain, embeddings.adapted)))
-            expected = score(plan, on_gpu, impl)
-            assert graphed(on_gpu).device.type == "cuda"
-            torch.testing.assert_close(graphed(on_gpu), expected, rtol=1e-5, atol=1e-4)
-            np.testing.assert_allclose(graphed(embeddings), expected.cpu().numpy(), rtol=1e-5, atol=1e-4)

@@ -107,8 +107,11 @@ class Machine:
         )
         if rtx:
             self.trt.IRuntimeCache = Kernels
-        stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
-        cuda = SimpleNamespace(Stream=lambda: stream, stream=nullcontext, current_stream=lambda: stream)
+        stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None, device="cuda:1")
+        self.caller = SimpleNamespace(wait_stream=lambda other: self.handed_over.append(other is stream))
+        self.handed_over: list[bool] = []  # results that the caller's stream waits for, or that live until it has read
+        streams = {None: stream, "cuda:1": self.caller}
+        cuda = SimpleNamespace(Stream=lambda: stream, stream=nullcontext, current_stream=lambda on=None: streams[on])
         self.torch = SimpleNamespace(uint8=torch.uint8, cuda=cuda, zeros=self.zeros, empty=self.zeros)
         self.recorded = 0
 
@@ -141,6 +144,8 @@ def machine(runtime: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ma
     made = Machine(runtime == "tensorrt_rtx")
     monkeypatch.setattr(tensorrt, "require", made.require)
     monkeypatch.setattr(tensorrt, "Recorder", lambda stream: made)
+    record_stream = lambda tensor, stream: made.handed_over.append(stream is made.caller)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
     monkeypatch.setattr(machine_facts, "this_gpu", lambda: GPU)
     monkeypatch.setenv("IOSR_FAST_CACHE", str(tmp_path / "cache"))
     return made
@@ -169,7 +174,12 @@ def test_each_bucket_has_one_context_and_after_warming_one_graph(
     made.warm()
     assert len(machine.contexts) == machine.recorded == 3
     pixels = pictures(5)
-    np.testing.assert_allclose(made.encode(pixels).plain, pixels.mean((1, 2)), rtol=1e-6)
+    machine.handed_over.clear()
+    there = made.encode_on_device(pixels)
+    made.encode(pictures(6))
+    assert machine.handed_over == [True] * 6, "of both runs the caller's stream waits, and each output is its own"
+    assert isinstance(there.plain, torch.Tensor)
+    np.testing.assert_allclose(there.to_numpy().plain, pixels.mean((1, 2)), rtol=1e-6)
 
 
 def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(

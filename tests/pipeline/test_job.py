@@ -142,8 +142,8 @@ def test_what_was_classified_is_not_classified_again(
     from iosr_fast.pipeline import job
 
     seen: list[int] = []
-    encode = BatchedEncoder.encode
-    monkeypatch.setattr(BatchedEncoder, "encode", lambda self, x: seen.append(len(x)) or encode(self, x))
+    encode = BatchedEncoder.encode_on_device
+    monkeypatch.setattr(BatchedEncoder, "encode_on_device", lambda self, x: seen.append(len(x)) or encode(self, x))
     good = pictures[32].read_bytes()
     pictures[32].write_bytes(b"no picture")
     stopped = run(bundle, tmp_path / "in", "--out", tmp_path / "labels.csv")

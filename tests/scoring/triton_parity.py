@@ -263,8 +263,19 @@ def test_a_module_deals_its_keys_once(rng: np.random.Generator, monkeypatch: pyt
 def test_a_first_scoring_cannot_be_recorded(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "is_recording", lambda device: True)
     plan = device_plan(random_plan(rng, [3, 0, 2], 16), DEVICE)
-    with pytest.raises(RuntimeError, match="scored with Triton once before a CUDA graph is recorded"):
+    with pytest.raises(RuntimeError, match="scored with Triton once before a CUDA graph records it"):
         cache_score.score_triton(plan, *tensors(random_embeddings(rng, 4, 16)))
+
+
+def test_a_recording_may_not_upload_another_table(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan was scored, and a path or batch that needs another table is recorded: a copy from the host can't be."""
+    plan = device_plan(random_plan(rng, [40, 1], 16), DEVICE)
+    rows = tensors(random_embeddings(rng, 4, 16))
+    scored = cache_score.score_triton(plan, *rows, path="ragged", config=SMALL[0])[0]
+    monkeypatch.setattr(layout, "is_recording", lambda device: True)
+    assert torch.equal(cache_score.score_triton(plan, *rows, path="ragged", config=SMALL[0])[0], scored)
+    with pytest.raises(RuntimeError, match=r"uploads a table; score it once outside"):
+        cache_score.score_triton(plan, *rows, path="split", config=SMALL[0])
 
 
 def test_the_automatic_path() -> None:

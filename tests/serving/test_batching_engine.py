@@ -56,14 +56,14 @@ def test_equals_the_classifier_itself(classifier: Classifier, tmp_path: Path) ->
 def test_what_fails_alone_changes_no_other_answer(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     images, _labels = held_out_queries(CLASSES, SHOTS)
     expected = classifier.predict(images[:9])
-    encode = classifier.encoder.encode
+    encode = classifier.encoder.encode_on_device
 
     def refuses(pixels: np.ndarray) -> object:
         if any(np.array_equal(image, images[4]) for image in pixels):
             raise RuntimeError("no such kernel")
         return encode(pixels)
 
-    monkeypatch.setattr(classifier.encoder, "encode", refuses)
+    monkeypatch.setattr(classifier.encoder, "encode_on_device", refuses)
     with BatchingClassifier(classifier, max_batch=16) as batching:
         futures = batching.submit_many([*images[:9], b"no image"])
         errors = [future.exception(PATIENCE_S) for future in futures]

@@ -16,6 +16,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.state.bundle import describe, load_bundle
 from iosr_fast.state.predictions import predict
+from iosr_fast.state.segmented import SegmentedPlan
 from tests.pictures import encode
 from tests.state.live_parts import WIDTH, PixelEncoder, engine_folder, pictures, small_classifier, unit
 
@@ -211,6 +212,63 @@ def test_no_reader_sees_half_a_change(images: np.ndarray) -> None:
     for predictions in told:
         assert len({made.version for made in predictions}) == 1
         assert predictions == expected[predictions[0].version]
+
+
+def test_a_change_uploads_the_new_keys_alone(images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a removal none. The meta device stands in for a GPU; small segments, which are joined, would be uploaded."""
+    pytest.importorskip("torch")
+    from iosr_fast.scoring import device_plan
+    from iosr_fast.state import state
+
+    monkeypatch.setattr(state, "SMALL", 1)
+
+    classifier, uploaded = small_classifier(method="tip-adapter", alpha=1.0, beta=5.0), []
+    as_tensor = device_plan.as_tensor
+    monkeypatch.setattr(device_plan, "as_tensor", lambda array: uploaded.append(array) or as_tensor(array))
+
+    def upload() -> list[int]:
+        """Rows of the keys that came to the GPU with the newest state."""
+        uploaded.clear()
+        plan = classifier.snapshot().plan
+        plans = [plan.head, *(part for part, _ in plan.parts)] if isinstance(plan, SegmentedPlan) else [plan]
+        keys = [one.keys for one in plans if device_plan.device_plan(one, "meta").keys is not None]
+        return [len(key) for key in keys if any(array is key for array in uploaded)]
+
+    before = classifier.snapshot()
+    assert upload() == [15]
+    classifier.add_class("motif 6", images[6, :2])
+    assert upload() == [2]
+    first = classifier.examples("motif 0")[0]
+    classifier.remove_examples([first])
+    assert upload() == [] and before.version == 1
+
+
+def test_embeddings_of_a_gpu_encoder_are_scored_where_they_are(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that gives tensors, on the CPU in place of a GPU: a plan in one piece, and one in several."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("iosr_fast.state.state.SMALL", 1)
+    classifier, pixels, given = small_classifier(method="tip-adapter++", alpha=1.0, beta=5.0), images[:5, 3], []
+    encoder = classifier.encoder
+    for change in (
+        lambda: None,
+        lambda: classifier.add_class("motif 6", images[6]),
+        lambda: classifier.remove_class("motif 1"),
+    ):
+        change()
+        expected = classifier.explain(pixels, top=2, nearest=1)
+        rows = encoder.encode(pixels)
+        tensors = Embeddings(torch.from_numpy(rows.plain), torch.from_numpy(rows.adapted))
+        state = classifier.snapshot()
+        assert isinstance(state.plan, SegmentedPlan) == (classifier.version > 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder, "encode_on_device", lambda _, rows=tensors: given.append(1) or rows)
+            assert isinstance(state.score(tensors), np.ndarray)
+            np.testing.assert_array_equal(state.score(tensors), state.score(rows))
+            assert classifier.explain(pixels, top=2, nearest=1) == expected and given
+            np.testing.assert_array_equal(classifier.predict_proba(pixels).argmax(1), state.score(rows).argmax(1))
+        given.clear()
 
 
 def test_changes_from_many_threads_all_happen(images: np.ndarray) -> None:

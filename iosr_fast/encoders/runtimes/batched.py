@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings, Encoder
+from iosr_fast.encoders.encoder import Array, Embeddings, Encoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Geometry
 
@@ -61,6 +61,10 @@ class BatchedEncoder(Encoder):
         Returns float32 (B, width), L2-normalised; `adapted` is None where the encoder has none. Raises
         IosrFastError for another dtype or shape.
         """
+        return self.encode_on_device(pixels).to_numpy()
+
+    def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
+        """As `encode`; on a GPU the embeddings are tensors there, ready on the caller's current stream."""
         expected = f"(B, {self.image_size}, {self.image_size}, 3) with B >= 1"
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
             got = pixels.dtype if isinstance(pixels, np.ndarray) else type(pixels).__name__
@@ -74,7 +78,7 @@ class BatchedEncoder(Encoder):
             )
         starts = range(0, len(pixels), self.max_batch)
         parts = [self._part(np.ascontiguousarray(pixels[start : start + self.max_batch])) for start in starts]
-        plain, *adapted = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
+        plain, *adapted = (_concatenate(outputs) for outputs in zip(*parts, strict=True))
         return Embeddings(plain, adapted[0] if adapted else None)
 
     def warm(self, sizes: Iterable[int] | None = None) -> None:
@@ -97,15 +101,24 @@ class BatchedEncoder(Encoder):
     def _size(self, pictures: int) -> int:
         return pictures if self.buckets is None else bucket_of(pictures, self.buckets)
 
-    def _part(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _part(self, pixels: np.ndarray) -> tuple[Array, ...]:
         return tuple(output[: len(pixels)] for output in self._run(pixels, self._size(len(pixels))))
 
     @abstractmethod
-    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
         """Execute C-contiguous uint8 pixels of n <= max_batch pictures as a batch of `size` >= n.
 
-        Returns one float32 array of at least n rows for each of `outputs`. Without buckets, size is n.
+        Returns one float32 array of at least n rows for each of `outputs`, or a tensor on the GPU that later runs don't
+        overwrite. Without buckets, size is n.
         """
 
     def _prepare(self, size: int) -> None:
         """Do the work that a batch size needs once, before its first run."""
+
+
+def _concatenate(parts: Sequence[Array]) -> Array:
+    if len(parts) == 1 or isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else parts[0]
+    import torch
+
+    return torch.cat(list(parts))

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.encoders.encoder import Array
 from iosr_fast.encoders.runtimes import plans
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+from iosr_fast.encoders.runtimes.upload import Upload
 from iosr_fast.exceptions import IosrFastError, UnavailableError
 from iosr_fast.utils import machine
 from iosr_fast.utils.files import new_file
@@ -106,8 +108,8 @@ class TensorRTEncoder(BatchedEncoder):
             )
         self._kernels, self._config = self._load_kernels()
         shape = (self.max_batch, self.image_size, self.image_size, 3)
-        self._pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, device="cuda")
+        self._upload = Upload(self._pixels)
         self._results = [torch.empty((self.max_batch, self.width), device="cuda") for _ in self.outputs]
         self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
         self._contexts: dict[int, Any] = {}
@@ -122,17 +124,19 @@ class TensorRTEncoder(BatchedEncoder):
         super().warm(sizes)
         self._save_kernels()
 
-    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
         n, torch = len(pixels), self._torch
         with self._lock, torch.cuda.stream(self._stream):
-            self._pinned[:n].numpy()[...] = pixels
-            # The rows after these hold older pictures; their outputs are cut off.
-            self._pixels[:n].copy_(self._pinned[:n], non_blocking=True)
+            self._upload(pixels)  # later rows hold older pictures; their outputs are cut off
             self._replay[size]() if size in self._replay else self._launch(size)
-            copies = [result[:n].to("cpu", copy=True) for result in self._results]  # waits for the stream
+            copies = [result[:n].clone() for result in self._results]  # the next run overwrites the results
+        caller = torch.cuda.current_stream(self._stream.device)
+        caller.wait_stream(self._stream)
+        for copy in copies:
+            copy.record_stream(caller)
         if not self._kernels_saved and not self._kernels_file.exists():
             self._save_kernels()
-        return tuple(copy.numpy() for copy in copies)
+        return tuple(copies)
 
     def _prepare(self, size: int) -> None:
         with self._lock, self._torch.cuda.stream(self._stream):

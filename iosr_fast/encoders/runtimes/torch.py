@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from iosr_fast.encoders.encoder import Array
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+from iosr_fast.encoders.runtimes.upload import Upload
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
@@ -68,17 +70,18 @@ class TorchEncoder(BatchedEncoder):
         shape = (self.max_batch, self.image_size, self.image_size, 3)
         with self._torch.inference_mode():
             self._pixels = self._torch.zeros(shape, dtype=self._torch.uint8, device=self.device)
+            self._upload = Upload(self._pixels)
 
-    def _run(self, pixels: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-        # PyTorch warns of read-only arrays.
-        batch = self._torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
         if self.buckets is None:
+            # PyTorch warns of read-only arrays.
+            batch = self._torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
             with self._torch.inference_mode(), self._process_threads():
                 return tuple(output.cpu().numpy() for output in self._encoder(batch.to(self.device)))
         with self._torch.inference_mode(), self._recorder.turn():
-            self._pixels[: len(batch)].copy_(batch)  # later rows hold older pictures; their outputs are cut off
+            self._upload(pixels)  # later rows hold older pictures; their outputs are cut off
             outputs = self._replay[size]() if size in self._replay else self._encoder(self._pixels[:size])
-            return tuple(output[: len(batch)].to("cpu", copy=True).numpy() for output in outputs)
+            return tuple(output[: len(pixels)].clone() for output in outputs)  # the next replay overwrites them
 
     def _prepare(self, size: int) -> None:
         if self.buckets is None or size in self._replay:

@@ -101,7 +101,7 @@ class Run:
         queries = [Query(top=1)] * len(pixels) if queries is None else queries
         started = time.perf_counter()
         with self.encoding if self.classifier.encoder.runs == 1 else nullcontext():
-            embeddings = self.classifier.encoder.encode(pixels)
+            embeddings = self.classifier.encoder.encode_on_device(pixels)
         encoded = time.perf_counter()
         self.encode_s += encoded - started
         if len(embeddings) != len(pixels):
