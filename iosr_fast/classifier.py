@@ -13,14 +13,18 @@ from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
+from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, check_unknown
+from iosr_fast.pipeline.evaluate import evaluate_images
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.deprecated import DeprecatedCalls
+from iosr_fast.state.evaluation import Evaluation
 from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.ids import example_id
 from iosr_fast.state.labels import labelled_images
@@ -29,6 +33,7 @@ from iosr_fast.state.predictions import Prediction, predict, predict_jointly, so
 from iosr_fast.state.saving import Saving
 from iosr_fast.state.uncertainty import Uncertainty
 from iosr_fast.state.unknown_images import unknown_folder
+from iosr_fast.utils.progress import progress
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
@@ -386,6 +391,50 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
             threads=threads,
             decoder=decoder,
         )
+
+    def evaluate(
+        self,
+        images: Any,
+        labels: Sequence[Any] | np.ndarray,
+        unknown_images: Any = None,
+        coverage: float = COVERAGE,
+        keep: float = KEEP,
+        batch: int | None = None,
+        skip_bad: bool = False,
+        threads: int | None = None,
+        decoder: str = "auto",
+    ) -> Evaluation:
+        """Measure the classifier on labelled images that are not its support images: accuracy with its interval, each
+        class, confusions, log-loss and calibration, the most probable mistakes with their nearest support images, and
+        what the promises of `predict_sets` (`coverage`) and of `predict(unknown="reject")` (`keep`) are worth.
+
+        Labels are those of `score`. `unknown_images` belong to none of the classes. Each image is encoded once; print
+        the result's `summary()`. `batch`, `threads`, `decoder` and errors as in `predict_folder`; `skip_bad` lists
+        unreadable images in `errors` and counts them nowhere.
+
+        Raises IosrFastError, before an image is read, for labels without a class and without images.
+        """
+        coverage, keep = check_share("coverage", coverage), check_share("keep", keep)
+        fit, listed = self._fitted(), as_image_list(images)
+        ids = fit.class_ids(listed, labels)
+        others = [] if unknown_images is None else as_image_list(unknown_images)
+        with progress("encode", len(listed) + len(others), shown=bool(self.progress)) as advance:
+            return evaluate_images(
+                fit.state,
+                fit.encoder,
+                fit.clip.engine,
+                listed,
+                ids,
+                others,
+                coverage=coverage,
+                keep=keep,
+                exif_orientation=fit.views.exif_orientation,
+                batch=batch,
+                skip_bad=skip_bad,
+                threads=threads,
+                decoder=decoder,
+                advance=advance,
+            )
 
     def explain(
         self,

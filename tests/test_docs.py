@@ -56,6 +56,7 @@ def options_of(words: list[str]) -> set[str]:
 
     command, rest = get_command(app), words[1:]
     while hasattr(command, "get_command") and not rest[0].startswith("-"):
+        rest = command.named(rest) if hasattr(command, "named") else rest
         command, rest = command.get_command(Context(command), rest[0]), rest[1:]
         assert command is not None, f"no such command: {words}"
     return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}

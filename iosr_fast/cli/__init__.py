@@ -17,6 +17,7 @@ COMMANDS = {
         "fit": "Fit a few-shot classifier on a folder and save it.",
         "optimize": "Change a saved classifier's engine for the fastest one here.",
         "classify": "Classify images with a saved classifier.",
+        "evaluate": "Measure a saved classifier on labelled images, or compare methods.",
         "audit": "Find mistakes in a saved classifier's images.",
         "suggest": "Choose the images of a folder to label next.",
         "info": "Describe this machine, or verify and describe a saved folder.",
@@ -34,7 +35,6 @@ COMMANDS = {
         "open-images-subset": "Choose a balanced subset of Open Images to train on.",
     },
     "Measure": {
-        "evaluate": "Compare the accuracy of methods.",
         "benchmark": "Time each part of the package and its rivals.",
     },
 }

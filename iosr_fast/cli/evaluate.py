@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from iosr_fast.cli.evaluate_saved import saved
 from iosr_fast.utils.command import Group, ListCommand, new_app, new_file, stop_message
 
 if TYPE_CHECKING:
@@ -26,24 +27,34 @@ TASKS = {
 
 
 class Evaluate(Group):
-    """Reads `--features FILE ... OPTIONS` as `features FILE ... OPTIONS`."""
+    """Adds the name of a command where it is left out: `CLASSIFIER IMAGES` is `saved CLASSIFIER IMAGES`, and
+    `--features FILE ... OPTIONS` is `features FILE ... OPTIONS`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self.named(args))
+
+    def named(self, args: list[str]) -> list[str]:
+        """The words with the name of a command first."""
         if args and args[0].startswith("-") and "--features" in args:
             start = args.index("--features")
             end = next((i for i in range(start + 1, len(args)) if args[i].startswith("-")), len(args))
-            args = ["features", *args[start + 1 : end], *args[:start], *args[end:]]
-        return super().parse_args(ctx, args)
+            return ["features", *args[start + 1 : end], *args[:start], *args[end:]]
+        return args if not args or args[0] in ("--help", *self.commands) else ["saved", *args]
 
 
 evaluate = new_app(
     "iosr-fast",
     Evaluate,
     no_args_is_help=True,
-    help="""Measure the accuracy of methods. No test image takes part in the choice of a parameter.
+    help="""Measure a saved classifier on labelled images:
 
-    An option that is marked ... takes several words: --shots 1 2 4.""",
+    \b
+    iosr-fast evaluate CLASSIFIER IMAGES --html report.html
+
+    The other commands compare methods. No test image takes part in the choice of a parameter. An option that is marked
+    ... takes several words: --shots 1 2 4.""",
 )
+evaluate.command()(saved)
 
 
 def _known_task(name: str) -> str:

@@ -127,7 +127,12 @@ def leave_out_labels(support: SupportSet, plan_of: Callable[[SupportSet], Scorin
 
 def of_validation(plan: ScoringPlan, queries: Embeddings, labels: np.ndarray) -> LeftOutLabels:
     """Labelled images (V,) that are not in the plan's support set: split conformal prediction."""
-    return _labels(_columns(score(plan, queries), np.asarray(labels)))
+    return of_logits(score(plan, queries), labels)
+
+
+def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
+    """Labelled images (V,) that are not in the support set, by their logits (V, C)."""
+    return _labels(_columns(logits, np.asarray(labels)))
 
 
 def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray) -> list[np.ndarray]:

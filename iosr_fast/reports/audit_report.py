@@ -14,6 +14,7 @@ from iosr_fast.reports.page import (
     details,
     element,
     facts,
+    first_of,
     join,
     line_chart,
     note,
@@ -79,8 +80,7 @@ def audit_page(audit: SupportAudit, picture_of: Callable[[Any], bytes | None], t
 
 
 def _first(sentence: str, count: int) -> Html:
-    """A note, with how many are shown if not all are."""
-    return note(sentence if count <= _SHOWN else f"{sentence} The first {_SHOWN} of {count} are shown.")
+    return note(first_of(sentence, _SHOWN, count))
 
 
 def _suspects(audit: SupportAudit, picture_of: Callable[[Any], bytes | None]) -> Html:

@@ -55,6 +55,15 @@ def percent(share: float, digits: int = 1) -> str:
     return "" if math.isnan(share) else f"{share:.{digits}%}"
 
 
+def first_of(sentence: str, shown: int, count: int) -> str:
+    """The sentence, and how many of `count` are shown where it is not all.
+
+    >>> first_of("Pairs.", 100, 20), first_of("Pairs.", 100, 1234)
+    ('Pairs.', 'Pairs. The first 100 of 1,234 are shown.')
+    """
+    return sentence if shown >= count else f"{sentence} The first {shown:,} of {count:,} are shown."
+
+
 def table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html:
     """A table that scrolls sideways where it is wider than the screen. Numbers, and text that starts with a digit or a
     sign, are set to the right."""
@@ -67,6 +76,28 @@ def _cell(value: Any) -> Html:
     plain = "" if isinstance(value, Html) else str(value)
     numeric = plain.lstrip("+-−")[:1].isdigit()
     return element("td", value, class_="number" if numeric else None)
+
+
+def matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Html:
+    """A square table of counts, each shaded by its share of the row, the diagonal in another colour. Columns have the
+    numbers of the rows; it scrolls sideways."""
+    numbers = range(1, len(names) + 1)
+    head = element("tr", element("th"), *(element("th", k, scope="col", title=names[k - 1]) for k in numbers))
+    rows = []
+    for k, (name, row) in enumerate(zip(names, counts, strict=True)):
+        cells = [
+            element(
+                "td",
+                count or "",
+                style=f"--share:{count / sum(row):.2f}" if count else None,
+                class_="same" if j == k else None,
+                title=f"{name} taken for {names[j]}: {count}" if count else None,
+            )
+            for j, count in enumerate(row)
+        ]
+        rows.append(element("tr", element("th", f"{k + 1} {name}", scope="row"), *cells))
+    parts = element("thead", head), element("tbody", *rows)
+    return element("div", element("table", *parts, class_="matrix"), class_="wide", tabindex=0)
 
 
 def picture(data: bytes | None, alt: str) -> Html:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
-from iosr_fast.images.preprocess import open_image
 from iosr_fast.pipeline.suggest import FolderSuggestions
 from iosr_fast.reports.page import cards, element, join, note, page, percent, picture
+from iosr_fast.reports.thumbnail import thumbnail
 
-_SIDE, _QUALITY = 256, 80  # of a thumbnail, in pixels, and of its WebP
+_SIDE = 256  # of a picture, in pixels
 
 
 def suggest_page(suggestions: FolderSuggestions, classes: Sequence[str], title: str, exif_orientation: bool) -> str:
@@ -22,7 +20,7 @@ def suggest_page(suggestions: FolderSuggestions, classes: Sequence[str], title: 
         field = element("input", id=f"label-{k}", list="classes", data_path=str(path.resolve()), autocomplete="off")
         items.append(
             join(
-                element("div", picture(thumbnail(path, exif_orientation), path.name), class_="large"),
+                element("div", picture(thumbnail(path, _SIDE, exif_orientation), path.name), class_="large"),
                 note(f"{path.name}; {guess}stands for {stands} image{'' if stands == 1 else 's'}"),
                 element("label", "Label", for_=f"label-{k}"),
                 field,
@@ -42,12 +40,3 @@ def suggest_page(suggestions: FolderSuggestions, classes: Sequence[str], title: 
         "a class or a new name. Leave out what belongs to no class. Then save the CSV for iosr-fast fit.",
         scripts=("labels.js",),
     )
-
-
-def thumbnail(path: Path, exif_orientation: bool) -> bytes:
-    """An image file as a small WebP. Raises BadImageError if it can't be read."""
-    image = open_image(path, exif_orientation=exif_orientation)
-    image.thumbnail((_SIDE, _SIDE))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=_QUALITY)
-    return file.getvalue()

@@ -1,4 +1,4 @@
-"""`iosr-fast audit` and `suggest`: what they print and write, in a browser too, and the CSV that `fit` reads."""
+"""`iosr-fast audit`, `evaluate`, `suggest`: their text, files and pages, in a browser too; CSV files that `fit` reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from PIL import Image
 from iosr_fast import Classifier, labelled_images
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
-from tests.cli.runs import refused, run
+from iosr_fast.reports import evaluation_report
+from iosr_fast.state import evaluation
+from tests.cli.runs import never, refused, run
 from tests.state.live_parts import engine_folder, pictures, pixel_clip
 from tools.page_screenshot import ARGUMENTS, CHROMIUM
 
@@ -37,6 +39,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for i, image in enumerate(pictures(np.random.default_rng(4), 6, 3)[0]):
         Image.fromarray(image).save(tmp_path / "unlabelled" / f"{i}.png")
     return tmp_path
+
+
+@pytest.fixture
+def labelled(place: Path) -> Path:
+    """A CSV file of labelled images; two of them have wrong labels."""
+    images, labels = pictures(np.random.default_rng(5), 5, 2)
+    names = [NAMES[c] for c in labels]
+    names[0], names[9] = NAMES[1], NAMES[0]
+    with (place / "test.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label"])
+        for i, (image, name) in enumerate(zip(images, names, strict=True)):
+            Image.fromarray(image).resize((400, 300)).save(place / f"<i>{i}.png")
+            writer.writerow([f"<i>{i}.png", name])
+    return place / "test.csv"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +100,62 @@ def test_the_audits_page_in_a_browser(place: Path, browser: Any) -> None:
         assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
         assert page.locator("h2").all_inner_texts()[0] == "Labels likely wrong"
         page.close()
+
+
+def test_evaluate_prints_and_writes_what_it_measured(place: Path, labelled: Path) -> None:
+    words = ("--html", place / "e.html", "--json", place / "e.json", "--unknown", place / "unlabelled")
+    done = run("evaluate", place / "classifier", labelled, *words)
+    assert done.exit_code == 0, done.output
+    assert "80.0% of 10 images are right" in done.output and "18 images of no class" in done.output
+    assert "<b>one</b>: 1 of 2" in done.output and "two taken for <b>one</b>: 1 of 3" in done.output
+    found = json.loads((place / "e.json").read_text())
+    assert found["wrong"] == 2 and {Path(one["image"]).name for one in found["mistakes"]} == {"<i>0.png", "<i>9.png"}
+    written = (place / "e.html").read_text()
+    assert "&lt;b&gt;one&lt;/b&gt;" in written and "<b>one" not in written and "<i>" not in written
+    assert len(written) < 100_000
+    for words in (("saved", place / "classifier", labelled, "--json"), ("--json",)):
+        rest = () if len(words) > 1 else (place / "classifier", labelled)
+        assert run("evaluate", *words, place / f"{len(words)}.json", *rest).exit_code == 0
+        assert json.loads((place / f"{len(words)}.json").read_text())["mistakes"] == found["mistakes"]
+
+
+def test_the_evaluations_page_in_a_browser(place: Path, labelled: Path, browser: Any) -> None:
+    words = ("--html", place / "e.html", "--unknown", place / "unlabelled", "--keep", 0.5)
+    done = run("evaluate", place / "classifier", labelled, *words)
+    assert done.exit_code == 0, done.output
+    for width in (390, 1280):
+        page, faults = opened(browser, place / "e.html", width)
+        page.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
+        assert not faults and page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+        assert page.evaluate("Math.max(...[...document.images].map((image) => image.naturalWidth))") == 160
+        assert page.locator(".matrix td").count() == 25 and page.locator(".cards .bad").count() >= 2
+        page.close()
+
+
+def test_labels_of_no_class_are_refused_before_an_image_is_read(
+    place: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classifier, "evaluate", never)
+    labelled.write_text(labelled.read_text() + "6.png,six\n")
+    said = refused("evaluate", place / "classifier", labelled)
+    assert "among the 5 classes" in said and "got 'six': rename these or leave them out" in said
+    assert "expected pictures of none of the classes" in refused(
+        "evaluate", place / "classifier", labelled, "--unknown", place / "engine"
+    )
+    assert "found no folder" in refused("evaluate", place / "classifier", place / "none")
+
+
+def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MISTAKES", 4)
+    monkeypatch.setattr(evaluation_report, "_OPEN", 2)
+    monkeypatch.setattr(evaluation_report, "MATRIX", 4)
+    images = sorted((place / "unlabelled").iterdir())[:15]
+    found = Classifier.load("").evaluate(images, [NAMES[k % 5] for k in range(15)])
+    assert found.wrong > 4
+    written = evaluation_report.evaluation_page(found, lambda _: None, "title")
+    assert f"The first 4 of {found.wrong} are shown." in written and "<summary>2 more</summary>" in written
+    assert "Confused classes" in written and "Confusion matrix" not in written and "3 more classes" in written
 
 
 def test_suggest_writes_a_csv_that_fit_reads_once_labels_are_in(place: Path) -> None:

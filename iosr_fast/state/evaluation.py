@@ -1,0 +1,322 @@
+"""How right a fitted classifier is on labelled images that it has not seen, and on pictures of none of its classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.methods.conformal import BINS, COVERAGE, LeftOutLabels, Reliability, of_logits
+from iosr_fast.methods.promise import threshold
+from iosr_fast.methods.tuning.tuned import wilson
+from iosr_fast.methods.unknown import KEEP
+from iosr_fast.state.predictions import Neighbour, predict
+from iosr_fast.state.state import State
+from iosr_fast.utils.ranking import auroc
+
+MISTAKES = 100  # that are explained; the arrays of an Evaluation have all
+MATRIX = 30  # classes up to which a confusion matrix is shown and stored
+_NEAREST = 3
+_BLOCK = 1024  # images whose logits are in memory
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """A class: of the `images` with its label, `right` were given it; `predicted` images were given it in all."""
+
+    label: str
+    images: int
+    right: int
+    predicted: int
+
+    @property
+    def recall(self) -> float:
+        """The share of its images that are right; NaN without images."""
+        return self.right / self.images if self.images else math.nan
+
+    @property
+    def precision(self) -> float:
+        """The share of images given this label that have it; NaN if none was given it."""
+        return self.right / self.predicted if self.predicted else math.nan
+
+
+@dataclass(frozen=True)
+class Mixup:
+    """Of the `images` with `label`, `mistaken` were taken for `other`."""
+
+    label: str
+    other: str
+    images: int
+    mistaken: int
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that is `label` (None: of no class) and was taken for `predicted`, with the probability of both, and the
+    support images that are nearest to it, nearest first."""
+
+    image: Any
+    label: str | None
+    label_probability: float
+    predicted: str
+    probability: float
+    nearest: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True)
+class LabelSets:
+    """Sets of labels (predict_sets): a share `covered` has the image's label where `promised` is the promise; `size`
+    labels on the mean; a share `empty` has none. NaN where nothing can be promised, for the `reason`."""
+
+    promised: float
+    covered: float = math.nan
+    size: float = math.nan
+    empty: float = math.nan
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class UnknownResult:
+    """predict(unknown="reject", keep=promised): the share of images of the classes that is `kept`, and of `images` of
+    no class the share that is `rejected`; NaN where nothing can be promised, for the `reason`, or without `images`.
+
+    auroc     how well scores tell both apart, whatever the threshold: 1 at best, 0.5 by chance
+    accepted  images of no class that keep a label, the one that looks most like a class first
+    """
+
+    promised: float
+    kept: float = math.nan
+    images: int = 0
+    rejected: float = math.nan
+    auroc: float = math.nan
+    accepted: tuple[Mistake, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result of `evaluate` for B images, by a classifier of C classes.
+
+    images            (B,) what names an image: its path or its position
+    classes           the C class names
+    labels, predicted (B,) int64, positions of classes
+    confidence        (B,) float64, the probability of `predicted`
+    reliability       accuracy, log-loss and calibration of the B images (conformal.Reliability)
+    expected          the accuracy that left-out support images had let expect; NaN if none can be left out
+    mistakes          the most probable wrong images first, at most MISTAKES
+    sets, unknown     what promises are worth on these images
+    errors            a BadImageError for each unreadable image, which counts nowhere
+    """
+
+    images: Sequence[Any]
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    reliability: Reliability
+    expected: float
+    mistakes: tuple[Mistake, ...]
+    sets: LabelSets
+    unknown: UnknownResult
+    errors: tuple[BadImageError, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        return self.reliability.accuracy
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the accuracy (tuned.wilson)."""
+        return wilson(self.accuracy, len(self.labels))
+
+    @property
+    def wrong(self) -> int:
+        return int((self.labels != self.predicted).sum())
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(C, C) int64: images with the label of a row that were given the label of a column."""
+        count = len(self.classes)
+        pairs = np.bincount(self.labels * count + self.predicted, minlength=count**2)
+        return pairs.reshape(count, count)
+
+    @property
+    def class_results(self) -> list[ClassResult]:
+        """All classes, in their order."""
+        count, right = len(self.classes), self.labels[self.labels == self.predicted]
+        columns = (np.bincount(rows, minlength=count).tolist() for rows in (self.labels, right, self.predicted))
+        return [ClassResult(*row) for row in zip(self.classes, *columns, strict=True)]
+
+    @property
+    def mixups(self) -> list[Mixup]:
+        """Pairs of classes of which one was taken for the other, the most frequent first."""
+        wrong, images = self.labels != self.predicted, np.bincount(self.labels, minlength=len(self.classes))
+        pairs, counts = np.unique(np.stack([self.labels, self.predicted])[:, wrong], axis=1, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return [
+            Mixup(self.classes[label], self.classes[other], int(images[label]), int(count))
+            for label, other, count in zip(*pairs[:, order], counts[order], strict=True)
+        ]
+
+    def summary(self) -> str:
+        """What was measured, a line each."""
+        low, high = self.interval
+        lines = [
+            f"{self.accuracy:.1%} of {len(self.labels):,} images are right (95%: {low:.1%} to {high:.1%})",
+            f"log-loss {self.reliability.log_loss:.3f}, expected calibration error {self.reliability.error:.1%}",
+        ]
+        if not math.isnan(self.expected):
+            lines[0] += f"; {self.expected:.1%} expected by left-out support images"
+        if self.errors:
+            lines.append(f"unreadable and left out: {len(self.errors)}")
+        sets, unknown = self.sets, self.unknown
+        lines.append(
+            f"sets of labels: {sets.reason}"
+            if sets.reason
+            else f"sets of labels for {sets.promised:.4g}: {sets.covered:.1%} have the label, {sets.size:.2f} labels "
+            f"on the mean, {sets.empty:.1%} empty"
+        )
+        kept = unknown.reason or f"{unknown.kept:.1%} of these images keep their label, {unknown.promised:.4g} promised"
+        lines.append(f"unknown: {kept}")
+        if unknown.images:
+            rejected = "" if unknown.reason else f"{unknown.rejected:.1%} rejected, "
+            lines.append(f"{unknown.images:,} images of no class: {rejected}AUROC {unknown.auroc:.3f}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; null for what can't be said. The confusion matrix stands there up to MATRIX classes."""
+        low, high = self.interval
+        reliability, of_bins = self.reliability, ("counts", "confidence", "right")
+        classes = [asdict(one) | {"recall": one.recall, "precision": one.precision} for one in self.class_results]
+        facts = {
+            "images": len(self.labels),
+            "unreadable": len(self.errors),
+            "accuracy": self.accuracy,
+            "accuracy_interval": [low, high],
+            "expected_accuracy": self.expected,
+            "log_loss": reliability.log_loss,
+            "calibration_error": reliability.error,
+            "calibration": {"bins": BINS, **{name: getattr(reliability, name).tolist() for name in of_bins}},
+            "sets": asdict(self.sets),
+            "unknown": asdict(self.unknown),
+            "classes": classes,
+            "mixups": [asdict(one) for one in self.mixups],
+            "confusion": self.confusion.tolist() if len(self.classes) <= MATRIX else None,
+            "wrong": self.wrong,
+            "mistakes": [asdict(one) for one in self.mistakes],
+        }
+        written: dict[str, Any] = _json(facts)
+        return written
+
+
+def evaluate(
+    state: State,
+    embeddings: Embeddings,
+    labels: np.ndarray,
+    *,
+    images: Sequence[Any] | None = None,
+    unknown: Embeddings | None = None,
+    unknown_images: Sequence[Any] | None = None,
+    coverage: float = COVERAGE,
+    keep: float = KEEP,
+    errors: Sequence[BadImageError] = (),
+) -> Evaluation:
+    """Measure a state on B labelled images, given by their embeddings (B, D) and the positions of their classes (B,).
+
+    `unknown` are embeddings of pictures of none of the classes. `images` and `unknown_images` name the images (None: by
+    position). `coverage` and `keep` are the promises that are checked (predict_sets, predict).
+
+    Raises IosrFastError without images. What support images are too few to promise is said in `reason`.
+    """
+    if not len(labels):
+        raise IosrFastError("expected at least one readable image to evaluate on, got none")
+    left_out = state.left_out_labels
+    reason = _refusal(left_out.odds, coverage)
+
+    def judged(rows: slice) -> np.ndarray:
+        logits, of_rows = state.score(embeddings[rows]), labels[rows]
+        members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
+        one, covered = of_logits(logits, of_rows), members[np.arange(len(of_rows)), of_rows]
+        return np.stack([one.odds, one.confidence, one.right, one.log_loss, logits.argmax(1), members.sum(1), covered])
+
+    blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
+    odds, confidence, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
+    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss)
+    named = range(len(labels)) if images is None else images
+    wrong = np.flatnonzero(~outcome.right)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
+    truths = [(state.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
+    return Evaluation(
+        named,
+        state.class_names,
+        labels,
+        predicted.astype(np.int64),
+        confidence,
+        outcome.reliability,
+        left_out.reliability.accuracy,
+        _mistakes(state, embeddings[np.array(worst, int)], [named[row] for row in worst], truths),
+        LabelSets(coverage, reason=reason)
+        if reason
+        else LabelSets(coverage, float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean())),
+        _unknown_result(state, embeddings, unknown, unknown_images, keep),
+        tuple(errors),
+    )
+
+
+def _unknown_result(
+    state: State, known: Embeddings, unknown: Embeddings | None, images: Sequence[Any] | None, keep: float
+) -> UnknownResult:
+    if not len(state.examples):
+        return UnknownResult(keep, reason="there are no support images")
+    model = state.unknown
+    scores = model.score(known)
+    reason = _refusal(model.left_out, keep)
+    limit = math.nan if reason else model.threshold(keep)
+    kept = math.nan if reason else float((scores <= limit).mean())
+    if unknown is None or not len(unknown):
+        return UnknownResult(keep, kept, reason=reason)
+    others = model.score(unknown)
+    accepted = np.argsort(others, kind="stable")[: (others <= limit).sum()][:MISTAKES].tolist()
+    named = range(len(others)) if images is None else images
+    mistakes = _mistakes(
+        state, unknown[np.array(accepted, int)], [named[row] for row in accepted], [(None, 0.0)] * len(accepted)
+    )
+    rejected = math.nan if reason else float((others > limit).mean())
+    return UnknownResult(keep, kept, len(others), rejected, auroc(others, scores), mistakes, reason)
+
+
+def _mistakes(
+    state: State, embeddings: Embeddings, images: Sequence[Any], truths: Sequence[tuple[str | None, float]]
+) -> tuple[Mistake, ...]:
+    if not images:
+        return ()
+    return tuple(
+        Mistake(image, *truth, one.top[0].label, one.top[0].probability, one.nearest)
+        for image, truth, one in zip(images, truths, predict(state, embeddings, 1, _NEAREST), strict=True)
+    )
+
+
+def _refusal(scores: np.ndarray, share: float) -> str:
+    """Why `share` can't be promised by these scores, or ""."""
+    try:
+        threshold(scores, share)
+    except IosrFastError as error:
+        return str(error)
+    return ""
+
+
+def _json(value: Any) -> Any:
+    """JSON's values: null for NaN, text for paths."""
+    if isinstance(value, dict):
+        return {name: _json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(one) for one in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
