@@ -112,6 +112,17 @@ class Evaluation:
     mistakes          the most probable wrong images first, at most MISTAKES
     sets, unknown     what promises are worth on these images
     errors            a BadImageError for each unreadable image, which counts nowhere
+
+    >>> from iosr_fast import Classifier
+    >>> from iosr_fast.clip.demo.pictures import load_pictures
+    >>> pictures = load_pictures("held-out", min_styles=5)
+    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images[::2], labels[::2])
+    >>> evaluation = classifier.evaluate(images[1::2], labels[1::2])
+    >>> evaluation.accuracy == classifier.score(images[1::2], labels[1::2])
+    True
+    >>> len(evaluation.mistakes) == evaluation.wrong, int(evaluation.confusion.sum()), len(evaluation.class_results)
+    (True, 10, 4)
     """
 
     images: Sequence[Any]

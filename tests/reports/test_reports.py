@@ -1,4 +1,4 @@
-"""`iosr-fast audit`, `evaluate`, `suggest`: their text, files and pages, in a browser too; CSV files that `fit` reads."""
+"""`iosr-fast audit`, `evaluate`, `suggest`: text, files and pages, in a browser too; CSV files that `fit` reads."""
 
 from __future__ import annotations
 
