@@ -21,6 +21,7 @@ from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.evaluate import evaluate_images
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
+from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.deprecated import DeprecatedCalls
@@ -318,6 +319,9 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         threads: int | None = None,
         decoder: str = "auto",
         joint: bool = False,
+        unknown: Literal["reject"] | None = None,
+        unknown_label: str = UNKNOWN_LABEL,
+        keep: float = KEEP,
     ) -> FolderPredictions:
         """Classify all images in a folder and below, in the order of their paths: paths, labels, probabilities, errors.
 
@@ -329,11 +333,14 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         (None: all). All is of one state of the classifier.
 
         `joint` classifies all pictures together, as `predict_jointly` does, once all are encoded; their embeddings and
-        all probabilities are then in memory.
+        all probabilities are then in memory. unknown="reject" gives `unknown_label` to pictures of none of the classes,
+        with `keep` as for `predict`; with `joint` they are left out before the others are classified together.
 
         Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
-        ValueError for an unknown decoder or numbers below 1, RuntimeError for a decoder that can't run here.
+        IosrFastError for an unknown decoder, numbers below 1, a class named `unknown_label` or too few support images
+        for `keep`, all before an image is read, RuntimeError for a decoder that can't run here.
         """
+        rejecting = check_rejecting(unknown, unknown_label, keep)
         fit = self._fitted()
         return predict_folder(
             fit.state,
@@ -346,6 +353,7 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
             threads=threads,
             decoder=decoder,
             joint=joint,
+            rejecting=rejecting,
         )
 
     def audit(self) -> SupportAudit:

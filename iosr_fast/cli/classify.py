@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from iosr_fast.cli.options import Address, Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import stop_message
 from iosr_fast.utils.require import require
+
+if TYPE_CHECKING:
+    from iosr_fast.pipeline.rejecting import Rejecting
 
 FILES = (".csv", ".parquet")
 # Options that only a folder of parts has, and their defaults.
@@ -58,6 +61,16 @@ def classify(
         bool,
         typer.Option("--joint", help="Classify all images together, for a file or standard output; does not resume."),
     ] = False,
+    unknown: Annotated[
+        Literal["reject"] | None,
+        typer.Option(help="reject: images of none of the classes get --unknown-label, and all an unknown_score."),
+    ] = None,
+    unknown_label: Annotated[
+        str | None, typer.Option(metavar="WORD", help="Label of rejected images [default: unknown].")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of known images that keep their label [default: 0.95].")
+    ] = None,
     chunk: parts.Chunk = 1024,
     kind: parts.Kind = "auto",
     path_column: parts.PathColumn = "path",
@@ -79,6 +92,7 @@ def classify(
     version of Ray.
     """
     options = {**locals()}
+    rejecting = _check_unknown(*(options.pop(name) for name in ("unknown", "unknown_label", "keep")))
     if out is not None and out.suffix not in FILES:
         if out.suffix:
             raise IosrFastError(
@@ -96,17 +110,28 @@ def classify(
         options |= {"location": images[0], "batch": batch or 64}
         require("pyarrow", "parquet")
         from iosr_fast.pipeline import run as runs
-        from iosr_fast.pipeline.prediction_files import COLUMNS
+        from iosr_fast.pipeline.prediction_files import columns_of
 
         classes = options.pop("top") or 5
         parts.write_parts(
-            lambda source, run_options: runs.classify(classifier, source, out, run_options, classes), COLUMNS, **options
+            lambda source, run_options: runs.classify(classifier, source, out, run_options, classes, rejecting),
+            columns_of(None if rejecting is None else rejecting.label),
+            **options,
         )
         return
     if given := [f"--{name.replace('_', '-')}" for name, default in OF_PARTS.items() if options[name] != default]:
         raise IosrFastError(f"expected --out FOLDER with {', '.join(given)}")
     paths = [Path(image) for image in images]
-    _classify_list(classifier, paths, out, top or 1, batch, decoder, runtime, threads, skip_bad, joint)
+    _classify_list(classifier, paths, out, top or 1, batch, decoder, runtime, threads, skip_bad, joint, rejecting)
+
+
+def _check_unknown(unknown: str | None, label: str | None, keep: float | None) -> Rejecting | None:
+    from iosr_fast.methods.unknown import KEEP
+    from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
+
+    if unknown is None and (label is not None or keep is not None):
+        raise IosrFastError("expected --unknown-label and --keep only with --unknown reject")
+    return check_rejecting(unknown, UNKNOWN_LABEL if label is None else label, KEEP if keep is None else keep)
 
 
 def _classify_list(
@@ -120,6 +145,7 @@ def _classify_list(
     threads: int | None,
     skip_bad: bool,
     joint: bool,
+    rejecting: Rejecting | None,
 ) -> None:
     """To standard output, or to a file."""
     from iosr_fast.classifier import Classifier
@@ -148,20 +174,25 @@ def _classify_list(
             min(top, len(loaded.classes_)),
             threads,
             skip_bad,
+            rejecting,
         )
+        if rejecting is not None:
+            rejecting.check(job.state)
         try:
             if joint:
-                unread = stream_jointly(job, sys.stdout, log) if out is None else write_jointly(job, out, log)
+                counts = stream_jointly(job, sys.stdout, log) if out is None else write_jointly(job, out, log)
             else:
-                unread = job.stream(sys.stdout, log) if out is None else job.write(out)
+                counts = job.stream(sys.stdout, log) if out is None else job.write(out)
         except BadImageError as error:
             if not resumes:
                 raise
             advice = "earlier results are kept: repair the image or give --skip-bad, and start again"
             raise IosrFastError(f"{error}; {advice}") from error
-    if unread:
-        typer.echo(f"{'left out' if out is None else 'could not read'} {unread} of {len(paths)} images", err=True)
-    if unread == len(paths):
+    if counts.unread:
+        log(f"{'left out' if out is None else 'could not read'} {counts.unread} of {len(paths)} images")
+    if rejecting is not None:
+        log(f"rejected {counts.rejected} of {len(paths) - counts.unread} images as {rejecting.label!r}")
+    if counts.unread == len(paths):
         raise IosrFastError("none of the images could be read")
 
 

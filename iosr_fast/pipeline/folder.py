@@ -15,9 +15,12 @@ from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
+from iosr_fast.methods.unknown import without_rejected
 from iosr_fast.pipeline.job import Job
 from iosr_fast.pipeline.joint import classify_jointly
+from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.stream import choose_batch
+from iosr_fast.state.predictions import Rejection
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
@@ -29,12 +32,15 @@ class FolderPredictions:
     """The images of a folder, in the order of their paths, with their labels.
 
     paths          of the B readable images
-    labels         (B,) class names
-    probabilities  (B,) float32, of the labels
+    labels         (B,) class names; the label of unknown pictures for those that are rejected
+    probabilities  (B,) float32, of the most likely class
     errors         a BadImageError for each unreadable image, in order, with its path and the reason
     skipped        counts by reason of other files: not images, hidden, linked twice, ...
-    joint          of images that are classified together, the JointPrediction with all probabilities; its `refused`
-                   says why they are classified alone after all. None if `joint` was not asked for
+    joint          of images that are classified together, which are all that are not rejected, the JointPrediction
+                   with all probabilities; its `refused` says why they are classified alone after all. None if `joint`
+                   was not asked for
+    rejections     B Rejections, each with the unknown score and whether it rejects the picture. None if `unknown` was
+                   not asked for
 
     Iterating gives (path, label, probability) of each readable image.
 
@@ -59,6 +65,7 @@ class FolderPredictions:
     errors: list[BadImageError]
     skipped: Skipped
     joint: JointPrediction | None = None
+    rejections: list[Rejection] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -80,31 +87,47 @@ def predict_folder(
     threads: int | None,
     decoder: str,
     joint: bool = False,
+    rejecting: Rejecting | None = None,
 ) -> FolderPredictions:
     """As Classifier.predict_folder. `engine` is `encoder`'s folder."""
     batch = choose_batch(encoder, batch)
     chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
     listing = list_images(folder)
-    job = Job(state, encoder, engine, chosen, listing.paths, batch, 1, threads, skip_bad)
+    if rejecting is not None:
+        rejecting.check(state)
+    job = Job(state, encoder, engine, chosen, listing.paths, batch, 1, threads, skip_bad, rejecting)
     if joint:
-        unread, together = classify_jointly(job, lambda images: None)
+        together = classify_jointly(job, lambda images: None)
+        labels = together.joint.classes[together.probabilities.argmax(1)]
         return FolderPredictions(
-            [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None],
-            together.labels,
+            [Path(path) for path, error in zip(listing.paths, together.errors, strict=True) if error is None],
+            _marked(labels, together.rejections, rejecting),
             together.probabilities.max(1),
-            [error for error in unread if error is not None],
+            [error for error in together.errors if error is not None],
             listing.skipped,
-            together,
+            together.joint,
+            together.rejections,
         )
-    readable, labels, probabilities, errors = [], [], [], []
+    readable, answers, errors = [], [], []
     with closing(job.answers(0, lambda images: None)) as batches:
         for path, answer in zip(listing.paths, chain.from_iterable(batches), strict=True):
             if isinstance(answer, BadImageError):
                 errors.append(answer)
             else:
                 readable.append(Path(path))
-                labels.append(answer.label)
-                probabilities.append(answer.probability)
+                answers.append((answer.top[0].label, answer.probability, answer.unknown))
+    found = None if rejecting is None else [unknown for *_, unknown in answers if unknown is not None]
     return FolderPredictions(
-        readable, np.array(labels, dtype=str), np.array(probabilities, np.float32), errors, listing.skipped
+        readable,
+        _marked(np.array([label for label, *_ in answers], dtype=str), found, rejecting),
+        np.array([probability for _, probability, _ in answers], np.float32),
+        errors,
+        listing.skipped,
+        rejections=found,
     )
+
+
+def _marked(labels: np.ndarray, found: list[Rejection] | None, rejecting: Rejecting | None) -> np.ndarray:
+    if found is None or rejecting is None:
+        return labels
+    return without_rejected(labels, np.array([one.rejected for one in found], bool), rejecting.label)

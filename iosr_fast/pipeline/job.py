@@ -6,18 +6,20 @@ import hashlib
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.decode import Decoder
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline.journal import Journal, open_journal
+from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.resume import complete
 from iosr_fast.pipeline.stream import Answer, choose_stage, classify
-from iosr_fast.pipeline.tables import check_output, csv_cells, csv_writer, write_table
+from iosr_fast.pipeline.tables import Result, Row, check_output, csv_cells, csv_writer, write_table
+from iosr_fast.state.predictions import Prediction
 from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.progress import progress
 
@@ -26,9 +28,17 @@ if TYPE_CHECKING:
     from iosr_fast.state.state import State
 
 
+class Counts(NamedTuple):
+    """How many images were unreadable, and how many belong to none of the classes."""
+
+    unread: int
+    rejected: int
+
+
 @dataclass(frozen=True)
 class Job:
-    """Classifies `paths`, `batch` at a time, and reports the `top` classes of each. `engine` is `encoder`'s folder."""
+    """Classifies `paths`, `batch` at a time, and reports the `top` classes of each. `engine` is `encoder`'s folder;
+    `rejecting` was checked with `state`."""
 
     state: State
     encoder: Encoder
@@ -39,10 +49,15 @@ class Job:
     top: int
     threads: int | None
     skip_bad: bool
+    rejecting: Rejecting | None = None
 
-    def stream(self, file: TextIO, log: Callable[[str], None]) -> int:
-        """Write CSV rows one by one; returns the number of skipped images. Raises BadImageError unless skip_bad."""
-        writer, left_out = csv_writer(file, self.top, errors=False), 0
+    @property
+    def unknown_label(self) -> str | None:
+        return None if self.rejecting is None else self.rejecting.label
+
+    def stream(self, file: TextIO, log: Callable[[str], None]) -> Counts:
+        """Write CSV rows one by one. Raises BadImageError for an unreadable image unless skip_bad."""
+        writer, left_out, rejected = csv_writer(file, self.top, False, self.unknown_label), 0, 0
         bar = progress("classify", len(self.paths), not file.isatty())
         with bar as advance, closing(self.answers(0, advance)) as answers:
             for path, answer in zip(self.paths, chain.from_iterable(answers), strict=True):
@@ -50,11 +65,13 @@ class Job:
                     left_out += 1
                     log(f"left out: {answer}")
                 else:
-                    writer.writerow(csv_cells(path, _result(answer), self.top, errors=False))
-        return left_out
+                    result = _result(answer)
+                    rejected += result.rejected
+                    writer.writerow(csv_cells(path, result, self.top, False, self.unknown_label))
+        return Counts(left_out, rejected)
 
-    def write(self, out: Path) -> int:
-        """Write the file, or resume an interrupted run; returns the number of unreadable images.
+    def write(self, out: Path) -> Counts:
+        """Write the file, or resume an interrupted run.
 
         Batches go to a journal beside `out`, and from there to `out` at the end, so its bytes don't depend on
         interruptions. Raises FileExistsError if `out` exists, ValueError for a journal of other images, another
@@ -65,8 +82,8 @@ class Job:
         def compute(missing: Sequence[str], advance: Callable[[int], None]) -> Generator[list[Answer], None, None]:
             return self.answers(len(self.paths) - len(missing), advance)
 
-        unread: int = complete(_JournaledTable(self, out), compute, "classify", len)
-        return unread
+        counts: Counts = complete(_JournaledTable(self, out), compute, "classify", len)
+        return counts
 
     def facts(self) -> dict[str, Any]:
         """Everything that determines the rows, except the number of cores, which may change the last bit of a
@@ -87,14 +104,15 @@ class Job:
             "images": f"{len(self.paths)} ({digest.hexdigest()[:16]})",
             "batch": self.batch,
             "top": self.top,
+            **({} if self.rejecting is None else {"unknown": asdict(self.rejecting)}),
         }
 
     def answers(self, first: int, advance: Callable[[int], None]) -> Generator[list[Answer], None, None]:
         """Batches of answers to the images from position `first` on. Raises BadImageError unless `skip_bad`."""
         # The stage is chosen for all images, so that resuming changes no digit.
         stage = choose_stage(self.encoder, self.engine, self.decoder, len(self.paths), self.batch, self.threads)
-        paths = self.paths[first:]
-        with closing(classify(self.state, stage, self.decoder, paths, self.batch, self.top)) as batches:
+        paths, keep = self.paths[first:], None if self.rejecting is None else self.rejecting.keep
+        with closing(classify(self.state, stage, self.decoder, paths, self.batch, self.top, keep)) as batches:
             for batch in batches:
                 for answer in batch:
                     if isinstance(answer, BadImageError) and not self.skip_bad:
@@ -119,20 +137,22 @@ class _JournaledTable:
             yield self._job.paths[sum(map(len, self._journal.read())) :]
 
     def add(self, result: list[Answer]) -> None:
-        self._journal.append([_result(answer) for answer in result])
+        self._journal.append([one.reason if isinstance(one, BadImageError) else _result(one) for one in result])
 
-    def finish(self) -> int:
-        unread = 0
+    def finish(self) -> Counts:
+        unread = rejected = 0
 
-        def rows() -> Iterator[tuple[str, Any]]:
-            nonlocal unread
-            for path, result in zip(self._job.paths, chain.from_iterable(self._journal.read()), strict=True):
+        def rows() -> Iterator[Row]:
+            nonlocal unread, rejected
+            for path, held in zip(self._job.paths, chain.from_iterable(self._journal.read()), strict=True):
+                result = held if isinstance(held, str) else Result(*held)
                 unread += isinstance(result, str)
+                rejected += isinstance(result, Result) and result.rejected
                 yield path, result
 
-        write_table(self._out, rows(), self._job.top)
+        write_table(self._out, rows(), self._job.top, self._job.unknown_label)
         self._journal.remove()
-        return unread
+        return Counts(unread, rejected)
 
     def _refuse_errors(self) -> None:
         for path, result in zip(self._job.paths, chain.from_iterable(self._journal.read()), strict=False):
@@ -157,11 +177,11 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def _result(answer: Answer) -> list[list[Any]] | str:
-    """The reported classes of an image, best first, or why it can't be read; as JSON values."""
-    if isinstance(answer, BadImageError):
-        return answer.reason
-    return [[one.label, one.probability] for one in answer.top]
+def _result(answer: Prediction) -> Result:
+    """What is reported of an image, of JSON values."""
+    classes = [[one.label, one.probability] for one in answer.top]
+    unknown = answer.unknown
+    return Result(classes) if unknown is None else Result(classes, unknown.score, unknown.rejected)
 
 
 def _stamp(path: str) -> str:

@@ -4,45 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from iosr_fast.exceptions import BadImageError
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.pipeline.job import Job, check_place, journal_path
+from iosr_fast.pipeline.job import Counts, Job, check_place, journal_path
 from iosr_fast.pipeline.stream import Errors, encode_all
-from iosr_fast.pipeline.tables import csv_cells, csv_writer, write_table
-from iosr_fast.state.predictions import predict_jointly
+from iosr_fast.pipeline.tables import Result, csv_cells, csv_writer, write_table
+from iosr_fast.state.predictions import Rejection, predict_jointly, rejections, softmax
 from iosr_fast.utils.progress import progress
 
 
-def classify_jointly(job: Job, advance: Callable[[int], None]) -> tuple[Errors, JointPrediction]:
-    """Each image's error, and the prediction of the readable images. Raises BadImageError unless `job.skip_bad`."""
+class Together(NamedTuple):
+    """The result of `classify_jointly`, of B readable images and C classes.
+
+    errors         of each image
+    joint          of the images that are classified together: those that are not rejected
+    probabilities  (B, C) float32, of all; of rejected images each alone
+    rejections     of each readable image; None without `job.rejecting`
+    """
+
+    errors: Errors
+    joint: JointPrediction
+    probabilities: np.ndarray
+    rejections: list[Rejection] | None
+
+
+def classify_jointly(job: Job, advance: Callable[[int], None]) -> Together:
+    """Pictures of none of the classes are rejected first, so that they don't move the means of the classes.
+
+    Raises BadImageError unless `job.skip_bad`.
+    """
     errors, queries = encode_all(
         job.encoder, job.engine, job.decoder, job.paths, job.batch, job.threads, job.skip_bad, advance
     )
-    return errors, predict_jointly(job.state, job.state.examples.embeddings[:0] if queries is None else queries)
+    state = job.state
+    if queries is None:
+        queries = state.examples.embeddings[:0]
+    if job.rejecting is None:
+        joint = predict_jointly(state, queries)
+        return Together(errors, joint, joint.probabilities, None)
+    found = rejections(state, queries, job.rejecting.keep)
+    rejected = np.array([one.rejected for one in found], bool)
+    joint = predict_jointly(state, queries[~rejected])
+    probabilities = np.empty((len(queries), len(state.uids)), np.float32)
+    probabilities[~rejected] = joint.probabilities
+    probabilities[rejected] = softmax(state.score(queries[rejected]))
+    return Together(errors, joint, probabilities, found)
 
 
-def stream_jointly(job: Job, file: TextIO, log: Callable[[str], None]) -> int:
+def stream_jointly(job: Job, file: TextIO, log: Callable[[str], None]) -> Counts:
     """As Job.stream: write CSV rows, and log whether images are classified together."""
-    errors, rows = _classified(job, log, not file.isatty())
-    writer = csv_writer(file, job.top, errors=False)
-    for path, result in zip(job.paths, rows, strict=True):
+    together = _classified(job, log, not file.isatty())
+    writer = csv_writer(file, job.top, False, job.unknown_label)
+    for path, result in zip(job.paths, _rows(together, job.top), strict=True):
         if not isinstance(result, str):
-            writer.writerow(csv_cells(path, result, job.top, errors=False))
-    for error in errors:
-        log(f"left out: {error}")
-    return len(errors)
+            writer.writerow(csv_cells(path, result, job.top, False, job.unknown_label))
+    for error in together.errors:
+        if error is not None:
+            log(f"left out: {error}")
+    return _counts(together)
 
 
-def write_jointly(job: Job, out: Path, log: Callable[[str], None]) -> int:
+def write_jointly(job: Job, out: Path, log: Callable[[str], None]) -> Counts:
     """As Job.write, without resuming. Raises FileExistsError if `out` or a journal of it exists."""
     check_joint_place(out, job.paths)
-    errors, rows = _classified(job, log, True)
-    write_table(out, zip(job.paths, rows, strict=True), job.top)
-    return len(errors)
+    together = _classified(job, log, True)
+    write_table(out, zip(job.paths, _rows(together, job.top), strict=True), job.top, job.unknown_label)
+    return _counts(together)
 
 
 def check_joint_place(out: Path, paths: Iterable[str]) -> None:
@@ -55,22 +85,28 @@ def check_joint_place(out: Path, paths: Iterable[str]) -> None:
     check_place(out, paths)
 
 
-def _classified(
-    job: Job, log: Callable[[str], None], shown: bool
-) -> tuple[list[BadImageError], Iterator[list[list[Any]] | str]]:
-    """The errors of unreadable images, and each image's row (tables.Row) without its path."""
+def _classified(job: Job, log: Callable[[str], None], shown: bool) -> Together:
     with progress("encode", len(job.paths), shown) as advance:
-        errors, joint = classify_jointly(job, advance)
-    log(joint.summary())
-    return [error for error in errors if error is not None], _rows(errors, joint, job.top)
+        together = classify_jointly(job, advance)
+    log(together.joint.summary())
+    return together
 
 
-def _rows(errors: Errors, joint: JointPrediction, top: int) -> Iterator[list[list[Any]] | str]:
-    readable = iter(joint.probabilities)
-    for error in errors:
+def _counts(together: Together) -> Counts:
+    rejected = sum(one.rejected for one in together.rejections or ())
+    return Counts(len(together.errors) - len(together.probabilities), rejected)
+
+
+def _rows(together: Together, top: int) -> Iterator[Result | str]:
+    """Each image's result, or why it can't be read."""
+    classes, found = together.joint.classes, together.rejections
+    read = 0
+    for error in together.errors:
         if error is not None:
             yield error.reason
             continue
-        probabilities = next(readable)
+        probabilities = together.probabilities[read]
         best = np.argsort(-probabilities, kind="stable")[:top]
-        yield [[str(joint.classes[c]), float(probabilities[c])] for c in best]
+        unknown = () if found is None else (found[read].score, found[read].rejected)
+        yield Result([[str(classes[c]), float(probabilities[c])] for c in best], *unknown)
+        read += 1

@@ -129,6 +129,7 @@ class PartFolder:
             "plan": plan.digest(),
             plan.counted: plan.images - self._errors,
             "errors": self._errors,
+            **plan.count([out / name for name in parts]),
             "parts": parts,
             "versions": {name: version for name, version in versions.items() if version is not None},
         }

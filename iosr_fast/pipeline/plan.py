@@ -22,6 +22,7 @@ from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline import embedding_files, prediction_files
 from iosr_fast.pipeline.embedding_files import Format, Part
+from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.source import Chunk, Source
 from iosr_fast.state.bundle import Bundle, load_bundle
 from iosr_fast.state.predictions import Prediction, predict
@@ -105,6 +106,10 @@ class Plan:
             return "it holds other images", 0
         return self._content_error(part), sum(error is not None for error in part.errors)
 
+    def count(self, parts: Sequence[Path]) -> dict[str, Any]:
+        """What the manifest says of all parts beside the number of images."""
+        return {}
+
     def _read(self, path: Path) -> Any:
         """A part with `keys`, `errors` and `facts`. Raises OSError or ValueError if it can't be read."""
         return embedding_files.read_part(path)
@@ -120,7 +125,7 @@ class Plan:
 @dataclass(frozen=True, kw_only=True)
 class ClassifyPlan(Plan):
     """Predictions, with the `top` classes of each image. `bundle` is the fingerprint of the classifier's state, so that
-    parts of two classifiers never mix."""
+    parts of two classifiers never mix. `unknown_label` and `keep` are those of Rejecting, or None."""
 
     kind: ClassVar[str] = prediction_files.KIND
     verb: ClassVar[str] = "classify"
@@ -130,6 +135,8 @@ class ClassifyPlan(Plan):
     classes: int
     method: str
     top: int
+    unknown_label: str | None = None
+    keep: float | None = None
 
     def open(self, folder: str | Path, threads: int) -> Opened:
         bundle = load_bundle(folder, verify=False)
@@ -151,15 +158,24 @@ class ClassifyPlan(Plan):
         readable = np.flatnonzero([error is None for error in part.errors])
         for start in range(0, len(readable), self.batch):
             rows = readable[start : start + self.batch]
-            for row, prediction in zip(rows, predict(state, part.embeddings[rows], self.top), strict=True):
+            for row, prediction in zip(
+                rows, predict(state, part.embeddings[rows], self.top, keep=self.keep), strict=True
+            ):
                 predictions[row] = prediction
-        prediction_files.write_predictions(path, part.keys, predictions, part.errors, part.columns, part.facts or {})
+        prediction_files.write_predictions(
+            path, part.keys, predictions, part.errors, part.columns, part.facts or {}, self.unknown_label
+        )
+
+    def count(self, parts: Sequence[Path]) -> dict[str, Any]:
+        if self.unknown_label is None:
+            return {}
+        return {"rejected": sum(prediction_files.count_rejected(path, self.unknown_label) for path in parts)}
 
     def _read(self, path: Path) -> Any:
         return prediction_files.read_predictions(path)
 
     def _content_error(self, part: Any) -> str | None:
-        expected = [*prediction_files.COLUMNS, *self.input.get("keep_columns", [])]
+        expected = [*prediction_files.columns_of(self.unknown_label), *self.input.get("keep_columns", [])]
         if part.table.column_names == expected:
             return None
         return f"expected the columns {expected}, got {part.table.column_names}"
@@ -180,6 +196,7 @@ def make_plan(
     file_format: Format = "parquet",
     bundle: Bundle | None = None,
     top: int = 1,
+    rejecting: Rejecting | None = None,
 ) -> Plan:
     """A plan to embed or, with a `bundle`, to classify. `engine` is a manifest; `runtime` will execute that engine."""
     common: dict[str, Any] = {
@@ -206,4 +223,6 @@ def make_plan(
         classes=len(bundle.state.uids),
         method=bundle.state.config.method,
         top=top,
+        unknown_label=None if rejecting is None else rejecting.label,
+        keep=None if rejecting is None else rejecting.keep,
     )

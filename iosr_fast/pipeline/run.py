@@ -14,6 +14,7 @@ from iosr_fast.pipeline.embedding_files import Format
 from iosr_fast.pipeline.part_folder import Done, PartFolder
 from iosr_fast.pipeline.plan import PLANS, make_plan
 from iosr_fast.pipeline.ray_workers import Pool, run_on_ray
+from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.resume import complete
 from iosr_fast.pipeline.source import Chunk, Source
 from iosr_fast.state.bundle import Bundle, load_bundle
@@ -80,11 +81,16 @@ def embed(
     return _run(engine, engine, facts, source, out, options, dtype=dtype, file_format=file_format)
 
 
-def classify(folder: Path, source: Source, out: Path, options: RunOptions, top: int) -> dict[str, Any]:
+def classify(
+    folder: Path, source: Source, out: Path, options: RunOptions, top: int, rejecting: Rejecting | None = None
+) -> dict[str, Any]:
     """Write the missing predictions of `source`, by the bundle `folder`, to `out`; returns the manifest."""
     bundle = load_bundle(folder)
+    if rejecting is not None:
+        rejecting.check(bundle.state)
     assert bundle.files is not None
-    return _run(folder, bundle.files, bundle.files.manifest, source, out, options, bundle=bundle, top=top)
+    plan: dict[str, Any] = {"bundle": bundle, "top": top, "rejecting": rejecting}
+    return _run(folder, bundle.files, bundle.files.manifest, source, out, options, **plan)
 
 
 def _run(
@@ -121,10 +127,12 @@ def _run(
 
 
 def summary(manifest: dict[str, Any], out: Path, seconds: float) -> str:
-    """The last line of a command: readable images, parts, time and unreadable images."""
+    """The last line of a command: readable images, parts, time, unreadable and rejected images."""
     counted = PLANS[manifest["kind"]].counted
-    unreadable = f"; {manifest['errors']:,} unreadable" if manifest["errors"] else ""
+    notes = [f"{manifest['errors']:,} unreadable"] if manifest["errors"] else []
+    if "rejected" in manifest:
+        notes.append(f"{manifest['rejected']:,} rejected as {manifest['unknown_label']!r}")
     return (
         f"{manifest[counted]:,} of {manifest['images']:,} images in {len(manifest['parts'])} parts in {out}, after "
-        f"{seconds:.0f} s{unreadable}"
+        f"{seconds:.0f} s{''.join(f'; {note}' for note in notes)}"
     )

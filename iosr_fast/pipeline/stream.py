@@ -86,15 +86,21 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
 
 
 def classify(
-    state: State, stage: Stage, decoder: Decoder, sources: Iterable[Any], batch: int, top: int = 1
+    state: State,
+    stage: Stage,
+    decoder: Decoder,
+    sources: Iterable[Any],
+    batch: int,
+    top: int = 1,
+    keep: float | None = None,
 ) -> Generator[list[Answer], None, None]:
-    """For each batch of sources, in order, the Prediction or the error of each source.
+    """For each batch of sources, in order, the Prediction (of `top` and `keep`) or the error of each source.
 
     Batches have `batch` sources; if several callers share a known number of sources, the last batches are smaller
     (`batch_sizes`).
     """
     batches = _batches(sources, batch, stage.callers)
-    with closing(encode_batches(stage, decoder, batches, lambda rows: predict(state, rows, top))) as results:
+    with closing(encode_batches(stage, decoder, batches, lambda rows: predict(state, rows, top, keep=keep))) as results:
         for errors, predictions in results:
             remaining = iter(predictions or ())
             yield [next(remaining) if error is None else error for error in errors]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from iosr_fast.utils.csv_text import escaped
 from iosr_fast.utils.files import new_file
@@ -17,8 +17,19 @@ from iosr_fast.utils.require import require
 SUFFIXES = (".csv", ".parquet")
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 _FACTS = b"iosr_fast"  # entry of a Parquet schema's metadata
-# (path, its classes as [label, probability], best first, or why it could not be read)
-Row = tuple[str, list[list[Any]] | str]
+UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
+
+
+class Result(NamedTuple):
+    """An image's classes as [label, probability], best first; and its unknown score and whether that rejects it, where
+    unknown pictures are rejected."""
+
+    classes: list[list[Any]]
+    unknown_score: float | None = None
+    rejected: bool = False
+
+
+Row = tuple[str, Result | str]  # (path, its result, or why it could not be read)
 
 
 def check_output(out: Path) -> None:
@@ -28,21 +39,23 @@ def check_output(out: Path) -> None:
         require("pyarrow.parquet", "parquet")
 
 
-def write_table(out: Path, rows: Iterable[Row], top: int) -> None:
+def write_table(out: Path, rows: Iterable[Row], top: int, unknown_label: str | None = None) -> None:
     """Write `out` atomically. Columns: path, label and probability (4 digits in CSV) of the best class, then
 
     .csv      label_2, probability_2 and so on to `top`; error
     .parquet  top, a list of structs of label and probability (float32), best first; error
 
-    The error is the reason why an image could not be read; for other images it is empty (null).
+    The error is the reason why an image could not be read; for other images it is empty (null). With `unknown_label`,
+    the label of rejected pictures, a column unknown_score is before the error; the other columns say the most likely
+    classes of a rejected picture as of any other.
     """
     with new_file(out) as temporary:
         if out.suffix == ".csv":
             with temporary.open("w", encoding="utf-8", newline="") as file:
-                writer = csv_writer(file, top, errors=True)
-                writer.writerows(csv_cells(path, result, top, errors=True) for path, result in rows)
+                writer = csv_writer(file, top, True, unknown_label)
+                writer.writerows(csv_cells(path, result, top, True, unknown_label) for path, result in rows)
         else:
-            _write_parquet(temporary, iter(rows))
+            _write_parquet(temporary, iter(rows), unknown_label)
 
 
 class _LineFeeds:
@@ -55,19 +68,25 @@ class _LineFeeds:
         return self._file.write(row.removesuffix("\r\n") + "\n")
 
 
-def csv_writer(file: TextIO, top: int, errors: bool) -> Any:
+def csv_writer(file: TextIO, top: int, errors: bool, unknown_label: str | None = None) -> Any:
     """A csv.writer that has written the header."""
     writer = csv.writer(_LineFeeds(file), lineterminator="\r\n")
     more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
+    more += [] if unknown_label is None else [UNKNOWN_SCORE]
     writer.writerow(["path", "label", "probability", *more, *(["error"] if errors else [])])
     return writer
 
 
-def csv_cells(path: str, result: list[list[Any]] | str, top: int, errors: bool) -> list[str]:
+def csv_cells(path: str, result: Result | str, top: int, errors: bool, unknown_label: str | None = None) -> list[str]:
     """One row with `escaped` texts and `top` classes."""
     if isinstance(result, str):
-        return [escaped(path), *[""] * (2 * top), *([escaped(result)] if errors else [])]
-    cells = [cell for label, probability in result for cell in (escaped(label), f"{probability:.4f}")]
+        blank = 2 * top + (unknown_label is not None)
+        return [escaped(path), *[""] * blank, *([escaped(result)] if errors else [])]
+    cells = [cell for label, probability in result.classes for cell in (escaped(label), f"{probability:.4f}")]
+    if unknown_label is not None:
+        cells.append(f"{result.unknown_score:.4f}")
+        if result.rejected:
+            cells[0] = escaped(unknown_label)
     return [escaped(path), *cells, *([""] if errors else [])]
 
 
@@ -87,14 +106,32 @@ def prediction_columns(classes: Sequence[Sequence[Sequence[Any]] | None], scores
     return {**columns, "top": pa.array(top, pa.list_(pa.struct(types)))}
 
 
-def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
+def with_rejections(
+    columns: dict[str, Any], scores: Sequence[float | None], rejected: Sequence[bool], unknown_label: str
+) -> dict[str, Any]:
+    """Parquet columns of `prediction_columns` with UNKNOWN_SCORE, float32; a rejected picture has the label
+    `unknown_label` and no class_id, and keeps its `top`. `scores` are None for unreadable images."""
+    pa = require("pyarrow", "parquet")
+    labels = columns["label"].to_pylist()
+    marked = {"label": [unknown_label if out else label for label, out in zip(labels, rejected, strict=True)]}
+    if "class_id" in columns:
+        ids = columns["class_id"].to_pylist()
+        marked["class_id"] = [None if out else class_id for class_id, out in zip(ids, rejected, strict=True)]
+    arrays = {name: pa.array(values, pa.string()) for name, values in marked.items()}
+    return {**columns, **arrays, UNKNOWN_SCORE: pa.array(scores, pa.float32())}
+
+
+def _write_parquet(path: Path, rows: Iterator[Row], unknown_label: str | None) -> None:
     pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
 
     def table(group: list[Row]) -> Any:
-        classes = [None if isinstance(result, str) else result for _, result in group]
+        results = [None if isinstance(result, str) else result for _, result in group]
         errors = [result if isinstance(result, str) else None for _, result in group]
         paths = pa.array([name for name, _ in group], pa.string())
-        columns = prediction_columns(classes, ("label", "probability"))
+        columns = prediction_columns([one and one.classes for one in results], ("label", "probability"))
+        if unknown_label is not None:
+            scores = [one and one.unknown_score for one in results]
+            columns = with_rejections(columns, scores, [bool(one and one.rejected) for one in results], unknown_label)
         return pa.table({"path": paths, **columns, "error": pa.array(errors, pa.string())})
 
     with pq.ParquetWriter(path, table([]).schema, write_page_checksum=True) as writer:

@@ -126,9 +126,9 @@ def predict(
         raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
     logits = state.score(embeddings, impl)
     embeddings = embeddings.to_numpy()
-    rejections: list[Rejection | None] = [None] * len(embeddings)
+    found: list[Rejection | None] = [None] * len(embeddings)
     if keep is not None:
-        rejections[:] = _rejections(state, embeddings, keep)
+        found[:] = rejections(state, embeddings, keep)
     probabilities = softmax(logits)
     scale = np.float32(state.config.text_weight * state.tau)
     adapter = adapter_part(state, embeddings)
@@ -144,13 +144,14 @@ def predict(
             ClassScore(names[c], ids[c], *parts) for c, *parts in zip(*(x.tolist() for x in columns), strict=True)
         )
         fields = {**vars(scores[0]), "top": scores, "nearest": neighbours[b], "version": state.version}
-        if (rejection := rejections[b]) is not None and rejection.rejected:
+        if (rejection := found[b]) is not None and rejection.rejected:
             fields["label"] = fields["class_id"] = None
         predictions.append(Prediction(**fields, unknown=rejection))
     return predictions
 
 
-def _rejections(state: State, embeddings: Embeddings, keep: float) -> list[Rejection]:
+def rejections(state: State, embeddings: Embeddings, keep: float) -> list[Rejection]:
+    """Of each query, where a share `keep` of known pictures is not rejected. Raises as Unknown.threshold."""
     limit = state.unknown.threshold(keep)
     return [Rejection(score, score > limit) for score in state.unknown.score(embeddings).tolist()]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from iosr_fast.pipeline.tables import escaped, write_table
+from iosr_fast.pipeline.tables import Result, escaped, write_table
 
 FORMULAS = (
     *('=HYPERLINK("http://x","y")', "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", '"=1', "'=1", "\u00a0=1"),
@@ -19,7 +19,7 @@ HARMLESS = ("cat", "a=b", "3-1", "'s", '"quoted"', "", "  ", "caf\u00e9", "x@y",
 
 
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
-    rows: list[Any] = [(name, [[name, 0.5], ["plain", 0.25]]) for name in (*FORMULAS, *HARMLESS)]
+    rows: list[Any] = [(name, Result([[name, 0.5], ["plain", 0.25]])) for name in (*FORMULAS, *HARMLESS)]
     rows.append(("photos/a.jpg", "=error"))
     write_table(tmp_path / "labels.csv", rows, top=2)
     with (tmp_path / "labels.csv").open(newline="", encoding="utf-8") as file:
@@ -35,7 +35,7 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 
 def test_parquet_keeps_names_as_they_are_and_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
-    rows: list[Any] = [(name, [[name, 0.5]]) for name in FORMULAS]
+    rows: list[Any] = [(name, Result([[name, 0.5]])) for name in FORMULAS]
     write_table(tmp_path / "labels.parquet", rows, top=1)
     assert pq.read_table(tmp_path / "labels.parquet")["label"].to_pylist() == list(FORMULAS)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
