@@ -86,7 +86,9 @@ def folds_of(support: SupportSet) -> np.ndarray:
 
 
 def _has_pairs(support: SupportSet) -> bool:
-    return bool(support.counts.max(initial=0) > 1)
+    """Whether half of the classes have two images: a covariance of fewer pairs is far from that of the model in use."""
+    counts = support.counts[support.counts > 0]
+    return bool(len(counts)) and bool((counts > 1).mean() >= 0.5)
 
 
 def _count(parts: list[np.ndarray]) -> int:

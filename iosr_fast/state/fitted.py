@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from iosr_fast.methods.support_set import SupportSet
@@ -72,9 +70,7 @@ class FittedAttributes:
     @property
     def tuned_(self) -> Tuned | None:
         """The last search of parameters, `stale` if the classifier has changed since; None if they were given."""
-        state = self.snapshot()
-        tuned = state.config.tuned
-        return tuned if tuned is None or tuned.version == state.version else replace(tuned, stale=True)
+        return self.snapshot().tuned
 
     @property
     def skipped_(self) -> list[str]:

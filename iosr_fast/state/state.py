@@ -22,6 +22,7 @@ from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import LeftOutLabels, leave_out_labels
 from iosr_fast.methods.stack import class_sums, discriminant_bias
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.methods.unknown import Unknown, fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.scorer import Scorer
@@ -122,6 +123,12 @@ class State:
     def needs_adapted(self) -> bool:
         """Whether the method compares the adapted embeddings of queries."""
         return self.config.which == "adapted"
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """The search that chose the config, `stale` if the state has changed since; None if there was none."""
+        tuned = self.config.tuned
+        return tuned if tuned is None or tuned.version == self.version else replace(tuned, stale=True)
 
     @cached_property
     def support(self) -> SupportSet:

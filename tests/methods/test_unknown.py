@@ -218,6 +218,18 @@ def test_scores_are_extrapolated_as_if_linear_in_one_over_n() -> None:
     assert few.values.shape == (2 * CLASSES, 2) and (few.drift == 0).all()
 
 
+def test_one_class_of_near_duplicates_gives_no_drift_by_one_pair_of_images() -> None:
+    """At 3 images a class all others have one image left without two folds: the covariance of one pair says nothing."""
+    support = support_of(3)
+    rows = support.embeddings.plain.copy()
+    rows[1] = unit(rows[:1] + 1e-4)[0]
+    twice = make_support_set(Embeddings(rows), support.labels, support.text, 20.0, CLASSES)
+    known = fit_unknown(twice)
+    assert leave_out(twice, lambda others, rows: np.full((len(rows), 1), others.counts.mean())).drift == 0.0
+    kept = known.score(images_of(np.repeat(np.arange(CLASSES), 20), 3)) <= known.threshold(0.7)
+    assert 0.4 < kept.mean() < 0.9
+
+
 def test_leave_out_never_takes_the_only_image_of_a_class_and_stops_at_enough() -> None:
     labels = np.array([0, 1, 1, 2, 2, 2])
     support = make_support_set(images_of(labels, 1), labels, None, 20.0, 3)

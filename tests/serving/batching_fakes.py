@@ -82,7 +82,9 @@ class FakeState:
     def __init__(self, version: int, asked: list[tuple[list[int], int, int]]) -> None:
         self.version, self._asked = version, asked
 
-    def predict(self, embeddings: Embeddings, top: int = 5, nearest: int = 0) -> list[Prediction]:
+    def predict(
+        self, embeddings: Embeddings, top: int = 5, nearest: int = 0, keep: float | None = None
+    ) -> list[Prediction]:
         numbers = [int(number) for number in embeddings.plain[:, 0]]
         self._asked.append((numbers, top, nearest))
         return [self._say(number, top, nearest) for number in numbers]
@@ -93,7 +95,7 @@ class FakeState:
         return Prediction(str(number), f"~{number}", 0.5, 2.0, 1.0, 1.0, 0.5, scores, near, self.version)
 
 
-def _predict(state: Any, embeddings: Embeddings, *asked: int) -> list[Prediction]:
+def _predict(state: Any, embeddings: Embeddings, *asked: Any) -> list[Prediction]:
     return state.predict(embeddings, *asked) if isinstance(state, FakeState) else predict(state, embeddings, *asked)
 
 

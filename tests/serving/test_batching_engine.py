@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -86,3 +87,34 @@ def test_changes_of_the_classifier_are_seen_by_the_next_batch_whole(classifier: 
         assert (after.nearest[0].example_id,) == change.example_ids and after.nearest[0].similarity > 0.99
         classifier.remove_class(change.class_id)
         assert len(batching.submit(images[0], top=99).result(PATIENCE_S).top) == CLASSES
+
+
+def test_a_change_after_the_submission_does_not_make_a_batch_wait_for_a_fit(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, _labels = held_out_queries(CLASSES, SHOTS)
+    expected = classifier.explain(images[:2], unknown="reject", keep=0.7)
+    encode, begun, go = classifier.encoder.encode, Event(), Event()
+    name = classifier.classes()[0].name
+
+    def held(pixels: np.ndarray) -> object:
+        begun.set()
+        assert go.wait(PATIENCE_S)
+        return encode(pixels)
+
+    with BatchingClassifier(classifier, max_batch=8) as batching:
+        monkeypatch.setattr(classifier.encoder, "encode", held)
+        futures = batching.submit_many(images[:2], keep=0.7)
+        assert begun.wait(PATIENCE_S)
+        later = batching.submit(images[0])
+        classifier.rename_class("~0", "renamed", keep_text=True)
+        monkeypatch.setattr("iosr_fast.state.state.fit_unknown", lambda *_: pytest.fail("fitted by a batch"))
+        go.set()
+        found = [future.result(PATIENCE_S) for future in futures]
+        assert [one.version for one in found] == [one.version for one in expected]
+        assert [(one.label, one.unknown.rejected) for one in found] == [
+            (one.label, one.unknown.rejected) for one in expected
+        ]
+        plain = later.result(PATIENCE_S)
+        assert plain.version == found[0].version + 1 and plain.unknown is None
+    classifier.rename_class("~0", name, keep_text=True)

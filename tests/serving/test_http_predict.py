@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.serving.http.logs import JsonFormatter
 from tests.pictures import GREY
 from tests.serving.http_client import (
+    AUTHORISED,
     CLASSES,
+    SHOTS,
     Client,
     Gate,
     error_of,
@@ -78,8 +83,93 @@ def test_a_bad_image_is_an_error_in_its_place(shared: Client) -> None:
     assert shared.predict(cut).json()["predictions"][0]["error"]["message"]
 
 
+def test_unknown_images_are_rejected_as_by_the_library_also_after_a_change() -> None:
+    classifier, images = load(), queries()
+    rejected = 0
+    with serving(classifier) as client:
+        for number in range(2):
+            assert client.get("/v1/classifier").json()["unknown"] is None
+            body = client.predict(*images, query="?unknown=reject&keep=0.5").json()
+            made, expected = body["predictions"], classifier.explain(images, unknown="reject", keep=0.5)
+            assert body["version"] == classifier.version == number + 1
+            assert [one["label"] for one in made] == [one.label for one in expected]
+            for one, other in zip(made, expected, strict=True):
+                assert one["unknown"] == {
+                    "score": pytest.approx(other.unknown.score, abs=1e-3),
+                    "rejected": one["label"] is None,
+                }
+                assert one["class_id"] == other.class_id and len(one["top"]) == 5
+            known = client.get("/v1/classifier?keep=0.5").json()["unknown"]
+            assert known == {"promised": True, "keep": 0.5, "sentence": classifier.unknown_.promise(0.5)}
+            now = sum(one.label is None for one in expected)
+            rejected += now
+            assert 0 < now < len(images) and f"iosr_fast_unknown_total {rejected}.0" in client.get("/metrics").text
+            added = {"data": {"name": f"new {number}"}, "files": form(*images[:3]), "headers": AUTHORISED}
+            assert client.ask("POST", "/v1/classes", **added).status_code == 201
+        assert client.predict(images[0]).json()["predictions"][0]["unknown"] is None
+        refused = client.predict(images[0], query="?unknown=reject&keep=0.999")
+        assert error_of(refused, 422) == "no_promise"
+        with pytest.raises(IosrFastError) as error:
+            classifier.unknown_.threshold(0.999)
+        assert refused.json()["error"]["message"] == str(error.value)
+
+
+def test_others_do_not_wait_while_rejection_is_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go = threading.Event(), threading.Event()
+    fits: list[Any] = []
+
+    def slow_fit(*args: Any) -> Any:
+        fits.append(args)
+        begun.set()
+        assert go.wait(20)
+        return fit_unknown(*args)
+
+    monkeypatch.setattr("iosr_fast.state.state.fit_unknown", slow_fit)
+    with serving() as client:
+        asked = [client.start("POST", "/v1/predict?unknown=reject&keep=0.9", content=GREY) for _ in range(3)]
+        assert begun.wait(20)
+        assert client.predict(GREY).status_code == client.get("/v1/classifier").status_code == 200
+        late = client.predict(GREY, query="?unknown=reject&keep=0.9&deadline_ms=50")
+        assert error_of(late, 504) == "deadline_exceeded" and not any(one.done() for one in asked)
+        go.set()
+        assert [one.result(20).status_code for one in asked] == [200] * 3 and len(fits) == 1
+
+
+def test_the_classifier_is_described(shared: Client) -> None:
+    classifier, told = shared.service.classifier, shared.get("/v1/classifier").json()
+    assert told == {
+        "version": classifier.version,
+        "model": "demo",
+        "method": classifier.method_,
+        "classes": CLASSES,
+        "examples": CLASSES * SHOTS,
+        "measured": told["measured"],
+        "unknown": told["unknown"],
+    }
+    tuned = classifier.tuned_
+    assert tuned is not None and told["measured"] == {
+        "accuracy": tuned.accuracy,
+        "interval": list(tuned.interval),
+        "images": tuned.scored,
+        "protocol": "loo",
+        "summary": tuned.summary(),
+        "stale": False,
+    }
+
+
 @pytest.mark.parametrize(
-    "query", ["top=0", "top=101", "top=many", "nearest=-1", "nearest=101", "deadline_ms=0", "deadline_ms=60001"]
+    "query",
+    [
+        "top=0",
+        "top=101",
+        "top=many",
+        "nearest=-1",
+        "nearest=101",
+        "deadline_ms=0",
+        "deadline_ms=60001",
+        "unknown=yes",
+        "keep=1",
+    ],
 )
 def test_parameters_out_of_range_are_named(shared: Client, query: str) -> None:
     response = shared.predict(GREY, query=f"?{query}")

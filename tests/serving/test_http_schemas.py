@@ -28,6 +28,7 @@ CHECKS = [
 ]
 OPERATIONS = {
     ("POST", "/v1/predict"),
+    ("GET", "/v1/classifier"),
     ("GET", "/v1/classes"),
     ("POST", "/v1/classes"),
     ("PATCH", "/v1/classes/{class_id}"),
@@ -109,6 +110,8 @@ def test_answers_to_good_images_are_as_described(served: Client, schema: Any) ->
         ("/v1/predict?top=3&nearest=2", {"files": form(image, b"zip")}),
         ("/v1/predict", {"content": image, "headers": {"Content-Type": "image/png"}}),
         ("/v1/predict", {"files": form(b"zip", b"")}),
+        ("/v1/predict?unknown=reject&keep=0.5", {"files": form(image)}),
+        ("/v1/predict?unknown=reject&keep=0.999", {"files": form(image)}),
         ("/v1/classes", {"data": {"name": "a new one"}, "files": form(image), "headers": AUTHORISED}),
     ):
         response = served.ask("POST", path, **options)

@@ -123,6 +123,14 @@ def test_what_one_replica_refuses_is_offered_to_others(refusal: Reply, code: str
         assert "CUDA" not in response.text and len(replicas.calls) == MAX_REFUSALS
 
 
+def test_a_query_that_is_refused_is_not_sent_again() -> None:
+    replicas = Replicas(reply("refused", message="a promise needs at least 19 support images, got 3"))
+    with ingress(replicas) as client:
+        response = client.predict(GREY, query="?unknown=reject&keep=0.9")
+        assert error_of(response, 422) == "no_promise" and "got 3" in response.text
+    assert [call[2].keep for call in replicas.calls] == [0.9]
+
+
 def test_the_soonest_of_several_refusals_is_told() -> None:
     full = [reply("full", message="full", retry_after_s=seconds) for seconds in (9.0, 3.5, 20.0)]
     with ingress(Replicas(*full)) as client:
@@ -236,6 +244,10 @@ def test_a_replica_says_why_another_one_should_be_asked(alone: None, monkeypatch
         await one.reconfigure({"bundle": "b", "checksum": "c"})
         assert (await one.classes())["classes"][0]["class_id"] == "~0"
         assert (await one.examples("~0"))["example_ids"][0] == "e0" and await one.examples("~99") is None
+        asked = await one.classify([GREY], Query(1, keep=0.9), None)
+        assert asked.status == "ok" and asked.results == classifier.explain([GREY], 1, unknown="reject", keep=0.9)
+        assert (await one.classify([GREY], Query(1, keep=0.999), None)).status == "refused"
+        assert (await one.overview(0.999))["unknown"]["promised"] is False
         assert (await one.picture("e0"))[:4] == b"RIFF" and await one.picture("e999") is None
         gate.shut()
         first = asyncio.create_task(one.classify([GREY, GREY], Query(1), None))

@@ -84,8 +84,8 @@ class Engine:
 
 @dataclass
 class Run:
-    """One batch on one state of one classifier. `down` is the error if the engine fails on every image; `clean` is
-    False after any error."""
+    """One batch on one state of one classifier, but for what _state_of says. `down` is the error if the engine fails on
+    every image; `clean` is False after any error."""
 
     classifier: Any
     encoding: threading.Lock
@@ -96,25 +96,26 @@ class Run:
     down: BaseException | None = None
     state: Any = None
 
-    def compute(self, pixels: np.ndarray, queries: Sequence[Query] | None = None) -> list[Prediction]:
-        """Pixels (B, S, S, 3) uint8 -> B predictions with the queries' `top` and `nearest` (None: one class)."""
-        queries = [Query(top=1)] * len(pixels) if queries is None else queries
-        started = time.perf_counter()
-        with self.encoding if self.classifier.encoder.runs == 1 else nullcontext():
-            embeddings = self.classifier.encoder.encode_on_device(pixels)
+    def compute(self, pixels: np.ndarray, items: Sequence[Item] | None = None) -> list[Prediction]:
+        """Pixels (B, S, S, 3) uint8 -> B predictions as the items' queries ask for (None: one class)."""
+        started, encoder = time.perf_counter(), self.classifier.encoder
+        with self.encoding if encoder.runs == 1 else nullcontext():
+            embeddings = encoder.encode_on_device(pixels)
         encoded = time.perf_counter()
         self.encode_s += encoded - started
         if len(embeddings) != len(pixels):
             raise RuntimeError(f"expected {len(pixels)} embeddings of the encoder, got {len(embeddings)}")
         if self.state is None:
             self.state = self.classifier.snapshot()
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, query in enumerate(queries):
-            groups.setdefault((_band(query.top), _band(query.nearest)), []).append(row)
+        queries = [Query(top=1)] * len(pixels) if items is None else [item.query for item in items]
+        states = [self.state] * len(pixels) if items is None else [self._state_of(item, encoder) for item in items]
+        groups: dict[tuple[int, int, float | None, Any], list[int]] = {}
+        for row, (query, state) in enumerate(zip(queries, states, strict=True)):
+            groups.setdefault((_band(query.top), _band(query.nearest), query.keep, state), []).append(row)
         predictions: dict[int, Prediction] = {}
-        for rows in groups.values():
+        for (_, _, _, state), rows in groups.items():
             part = embeddings if len(groups) == 1 else embeddings[np.array(rows)]
-            predictions.update(zip(rows, self._explain(part, [queries[row] for row in rows]), strict=True))
+            predictions.update(zip(rows, _explain(state, part, [queries[row] for row in rows]), strict=True))
         self.score_s += time.perf_counter() - encoded
         return [predictions[row] for row in range(len(pixels))]
 
@@ -122,7 +123,7 @@ class Run:
         """Set the outcomes of all `items`, or return the error."""
         try:
             pixels = np.stack([item.pixels for item in items])  # type: ignore[misc]
-            predictions = self.compute(pixels, [item.query for item in items])
+            predictions = self.compute(pixels, items)
             for item, prediction in zip(items, predictions, strict=True):
                 item.outcome = prediction
         except BaseException as error:
@@ -155,12 +156,10 @@ class Run:
             return False
         return True
 
-    def _explain(self, embeddings: Embeddings, queries: Sequence[Query]) -> list[Prediction]:
-        top, nearest = max(query.top for query in queries), max(query.nearest for query in queries)
-        predictions = predict(self.state, embeddings, top, nearest)
-        if len(predictions) != len(embeddings):
-            raise RuntimeError(f"expected {len(embeddings)} predictions, got {len(predictions)}")
-        return [_trim(prediction, query) for prediction, query in zip(predictions, queries, strict=True)]
+    def _state_of(self, item: Item, encoder: Encoder) -> Any:
+        """The state that answers an item: of one with `keep` that of its submission, because a later one may have to
+        be fitted first; unless the classifier was replaced by one with another encoder."""
+        return item.fitted.state if item.fitted is not None and item.fitted.encoder is encoder else self.state
 
     def _failed(self, error: BaseException) -> BaseException:
         if not self.quiet:
@@ -173,6 +172,15 @@ def _band(count: int) -> int:
     """Queries with counts in the same band are computed together with the largest count, so that a small query never
     costs as much as a much larger one."""
     return max(count, 16).bit_length() // 2 if count else 0
+
+
+def _explain(state: Any, embeddings: Embeddings, queries: Sequence[Query]) -> list[Prediction]:
+    """Predictions of queries with the same `keep`."""
+    top, nearest = max(query.top for query in queries), max(query.nearest for query in queries)
+    predictions = predict(state, embeddings, top, nearest, queries[0].keep)
+    if len(predictions) != len(embeddings):
+        raise RuntimeError(f"expected {len(embeddings)} predictions, got {len(predictions)}")
+    return [_trim(prediction, query) for prediction, query in zip(predictions, queries, strict=True)]
 
 
 def _trim(prediction: Prediction, query: Query) -> Prediction:

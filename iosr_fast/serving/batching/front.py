@@ -21,6 +21,7 @@ from iosr_fast.serving.batching.decode import decoding_cost
 from iosr_fast.serving.batching.engine import Engine
 from iosr_fast.serving.batching.item import Hooks, Item, Observer, Query, QueryOptions, WholeImage
 from iosr_fast.serving.batching.queue import BatchQueue
+from iosr_fast.serving.batching.rejection import FittedState, RejectionFitter
 from iosr_fast.serving.batching.turns import Turns
 from iosr_fast.serving.batching.workers import Workers, make_decoders
 from iosr_fast.utils.machine import usable_threads
@@ -43,7 +44,8 @@ class BatchingClassifier:
     starts when the engine is idle and the batch is full, its first image has been ready for `max_wait_ms`, or no other
     image is being decoded: a single image starts at once. If the encoder has several `runs`, as many batches are
     encoded at once, and an idle run starts at once with its share of the images that are ready. Each batch sees exactly
-    one state of the classifier.
+    one state of the classifier. With `keep`, an image is answered by the state at its submission, which is fitted for
+    that at the first request after a change: in the caller's thread, or apart from the event loop.
 
     At most `max_queue` images are accepted and not yet answered; more are refused at once. `limits`, a DecodeLimits,
     bounds decoding. `observer` gets callbacks for metrics (Observer). `warm` runs the engine at the usual batch sizes
@@ -93,6 +95,7 @@ class BatchingClassifier:
         hooks = Hooks(observer)
         self._warm = warm
         self._engine = Engine(max_batch)
+        self._rejection = RejectionFitter()
         if warm:
             self._engine.warm(classifier)
         limits = DecodeLimits() if limits is None else limits
@@ -112,7 +115,7 @@ class BatchingClassifier:
         place.
 
         Raises at once: QueueFullError if the queue is full or the deadline can't be met, ClosedError after close(),
-        ValueError for a top, nearest or deadline_s out of range.
+        ValueError for an option out of range, and where there are too few support images to promise `keep`.
         """
         return self.submit_many((image,), **options)[0]
 
@@ -124,10 +127,17 @@ class BatchingClassifier:
         BadImageError names an image without a path by its position. Raises as `submit` does, and ValueError for more
         than `max_queue` images, which can never be accepted.
         """
-        query = Query(**options)
-        now, turn, geometry = time.monotonic(), next(_requests), self._queue.form.geometry
+        query, now = Query(**options), time.monotonic()
+        return self._submit(
+            images, query, now, self._rejection.fit(self.classifier, query.keep) if query.keep else None
+        )
+
+    def _submit(
+        self, images: Iterable[Any], query: Query, now: float, fitted: FittedState | None
+    ) -> list[Future[Prediction]]:
+        turn, geometry = next(_requests), self._queue.form.geometry
         items = [
-            Item(image, i, query, now, turn, decoding_cost(image, geometry))
+            Item(image, i, query, now, turn, decoding_cost(image, geometry), fitted)
             for i, image in enumerate(as_image_list(images))
         ]
         if len(items) > self._queue.max_queue:
@@ -150,17 +160,18 @@ class BatchingClassifier:
 
     async def classify(self, image: Any, **options: Unpack[QueryOptions]) -> Prediction:
         """`submit` for asyncio. Cancelling the awaiting task cancels the image."""
-        future = self.submit(image, **options)
-        try:
-            return await asyncio.wrap_future(future)
-        finally:
-            future.cancel()  # at once; no effect on a finished future
+        (result,) = await self.classify_many((image,), **options)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def classify_many(
         self, images: Iterable[Any], **options: Unpack[QueryOptions]
     ) -> list[Prediction | Exception]:
         """`submit_many` for asyncio: in order, the Prediction of each image or the exception of its future."""
-        futures = self.submit_many(images, **options)
+        query, now = Query(**options), time.monotonic()
+        fitted = await self._rejection.fit_in_thread(self.classifier, query.keep) if query.keep else None
+        futures = self._submit(images, query, now, fitted)
         try:
             results: list[Any] = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
             return results

@@ -12,10 +12,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
+from iosr_fast.methods.promise import check_share
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from iosr_fast.serving.batching.rejection import FittedState
     from iosr_fast.state.predictions import Prediction
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class QueryOptions(TypedDict, total=False):
     nearest: int
     deadline_s: float | None
     client: str
+    keep: float | None
 
 
 @dataclass(frozen=True)
@@ -87,19 +90,23 @@ class Query:
     """The options of one request. Raises ValueError for values out of range.
 
     `top` classes and `nearest` support images in each Prediction; `deadline_s`, seconds from now until the image must
-    be encoded (None: no deadline); `client`, a name: decoders serve clients in turn.
+    be encoded (None: no deadline); `client`, a name: decoders serve clients in turn. With `keep`, pictures that belong
+    to none of the classes are rejected, and this share of the others is not (predictions.predict).
     """
 
     top: int = 5
     nearest: int = 0
     deadline_s: float | None = None
     client: str = ""
+    keep: float | None = None
 
     def __post_init__(self) -> None:
         if operator.index(self.top) < 1 or operator.index(self.nearest) < 0:
             raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {self.top} and {self.nearest}")
         if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
             raise IosrFastError(f"expected deadline_s > 0 or None, got {self.deadline_s!r}")
+        if self.keep is not None:
+            check_share("keep", self.keep)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -112,6 +119,7 @@ class Item:
     submitted: float
     turn: int = 0  # number of its request; requests take turns at decoding
     cost: int = 0  # of decoding, in pixels; 0 if unknown
+    fitted: FittedState | None = None  # with `query.keep`: what answers it
     deadline: float = field(init=False)
     client: str = field(init=False)
     future: Future[Prediction] = field(default_factory=Future)

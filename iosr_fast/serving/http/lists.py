@@ -1,4 +1,4 @@
-"""Routes that read classes, support images and thumbnails of a classifier or of a replica behind an ingress."""
+"""Routes that read facts, classes, support images and thumbnails of a classifier or of a replica behind an ingress."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from fastapi import APIRouter, Path, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from iosr_fast.methods.promise import images_needed
+from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, no_class, no_example
 from iosr_fast.state.ids import CLASS_ID, EXAMPLE_ID, class_id, example_id, example_number, uid_of
@@ -27,6 +29,9 @@ CLASS_ID_PATH = Path(max_length=40, description="id of a class, from /v1/classes
 EXAMPLE_ID_PATH = Path(max_length=40, description="id of a support image, from /v1/classes/{class_id}/examples")
 
 
+KEEP_QUERY = Query(KEEP, gt=0, lt=1, description="with unknown=reject: the share of known pictures that stay")
+
+
 class ClassifierLists:
     """Lists of `classifier`, which a subclass provides. Threads build them, because there may be 100,000 classes.
 
@@ -36,6 +41,9 @@ class ClassifierLists:
     @property
     def classifier(self) -> Classifier:
         raise NotImplementedError
+
+    async def overview(self, keep: float = KEEP) -> dict[str, Any]:
+        return await run_in_threadpool(overview_of, self.classifier, keep)
 
     async def classes(self, limit: int = PAGE, after: str | None = None) -> dict[str, Any]:
         return await run_in_threadpool(class_page, self.classifier.snapshot(), limit, after)
@@ -54,6 +62,15 @@ def make_router(lists: ClassifierLists, cache_control: str, *statuses: int) -> A
     """GET routes over `lists`: `cache_control` is the header of pictures, `statuses` the errors but 404, 422, 500."""
     router = APIRouter(tags=["classes"])
     statuses = (404, 422, 500, *statuses)
+
+    @router.get(
+        "/v1/classifier",
+        response_model=schemas.ClassifierAnswer,
+        responses=schemas.errors(*statuses[1:]),
+        summary="Model, method and measured accuracy",
+    )
+    async def classifier(keep: float = KEEP_QUERY) -> Response:
+        return JSONResponse(await lists.overview(keep), headers={"Cache-Control": "no-store"})
 
     @router.get(
         "/v1/classes",
@@ -96,6 +113,34 @@ def make_router(lists: ClassifierLists, cache_control: str, *statuses: int) -> A
         return Response(thumbnail, media_type="image/webp", headers={"Cache-Control": cache_control})
 
     return router
+
+
+def overview_of(classifier: Classifier, keep: float) -> dict[str, Any]:
+    """The body of /v1/classifier. What would have to be fitted first is None."""
+    state, source = classifier.snapshot(), classifier.encoder.source
+    tuned, unknown = state.tuned, state.learnt("unknown")
+    return {
+        "version": state.version,
+        "model": None if source is None else source.manifest["model"],
+        "method": state.config.method,
+        "classes": len(state.uids),
+        "examples": int(state.counts.sum()),
+        "measured": tuned
+        and {
+            "accuracy": None if tuned.interval is None else tuned.accuracy,
+            "interval": tuned.interval,
+            "images": tuned.scored,
+            "protocol": tuned.protocol,
+            "summary": tuned.summary(),
+            "stale": tuned.stale,
+        },
+        "unknown": unknown
+        and {
+            "promised": len(unknown.left_out) >= images_needed(keep),
+            "keep": keep,
+            "sentence": unknown.promise(keep),
+        },
+    }
 
 
 def class_page(state: State, limit: int, after: str | None) -> dict[str, Any]:

@@ -6,15 +6,17 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Query
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
+from iosr_fast.serving.batching.item import QueryOptions
 from iosr_fast.serving.http import schemas
 from iosr_fast.serving.http.errors import ApiError, busy, error_body, shutting_down
+from iosr_fast.serving.http.lists import KEEP_QUERY
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.uploads import Refusal, read_images
 from iosr_fast.state.predictions import Prediction
@@ -44,13 +46,17 @@ def make_router(service: Service) -> APIRouter:
             "Send one image as the body, or several as the file fields `images` of a form. Formats are JPEG, PNG and "
             "WebP, recognised by the first bytes; only the first frame of an animation is used. EXIF orientation is "
             "applied if it was when the classifier was fit. An image that can't be classified yields an error in its "
-            "place (too_large, unsupported_type, too_many_pixels or bad_image) and does not affect the others."
+            "place (too_large, unsupported_type, too_many_pixels or bad_image) and does not affect the others. With "
+            "unknown=reject, `unknown` has a score, and `label` and `class_id` are null if the image belongs to none "
+            "of the classes; 422 (no_promise) where there are too few support images for `keep`."
         ),
     )
     async def predict(
         request: Request,
         top: int = Query(5, ge=1, le=100, description="classes to return, best first"),
         nearest: int = Query(0, ge=0, le=100, description="nearest support images to return"),
+        unknown: Literal["reject"] | None = Query(None, description="reject images of none of the classes"),
+        keep: float = KEEP_QUERY,
         deadline_ms: int = Query(
             settings.deadline_ms,
             ge=1,
@@ -64,20 +70,25 @@ def make_router(service: Service) -> APIRouter:
         checked = service.check(upload.images)
         request.scope["iosr_fast.images"] = len(checked)
         good = [image for image in checked if isinstance(image, bytes)]
-        results = await _classify(service, request, good, top, nearest, deadline_ms / 1e3) if good else []
+        options: QueryOptions = {
+            "top": top,
+            "nearest": nearest,
+            "deadline_s": deadline_ms / 1e3,
+            "client": request.client.host if request.client else "",
+            "keep": None if unknown is None else keep,
+        }
+        results = await _classify(service, request, good, options) if good else []
         return _answer(service, checked, results, start)
 
     return router
 
 
 async def _classify(
-    service: Service, request: Request, images: list[bytes], top: int, nearest: int, deadline_s: float
+    service: Service, request: Request, images: list[bytes], options: QueryOptions
 ) -> Sequence[Prediction | BaseException]:
     """A prediction or an error of each image. Raises ApiError for errors of the whole request."""
-    client = request.client.host if request.client else ""
-    task = asyncio.ensure_future(
-        service.batching.classify_many(images, top=top, nearest=nearest, deadline_s=deadline_s, client=client)
-    )
+    deadline_s = options["deadline_s"] or 0.0
+    task = asyncio.ensure_future(service.batching.classify_many(images, **options))
     try:
         done, _ = await asyncio.wait({task}, timeout=min(_WATCH_AFTER_S, deadline_s))
         if not done:
@@ -87,6 +98,8 @@ async def _classify(
         raise busy("queue_full", f"too many images are waiting already: {error}", error.retry_after_s) from None
     except ClosedError:
         raise shutting_down() from None
+    except IosrFastError as error:
+        raise _no_promise(error) from None
     finally:
         task.cancel()
 
@@ -113,6 +126,10 @@ def _too_late() -> ApiError:
     return ApiError(
         504, "deadline_exceeded", "no answer was ready before the deadline; allow more time, or send fewer images"
     )
+
+
+def _no_promise(error: IosrFastError) -> ApiError:
+    return ApiError(422, "no_promise", str(error))
 
 
 def _answer(
@@ -154,6 +171,8 @@ def _request_error(service: Service, error: BaseException) -> BaseException:
         return _too_late()
     if isinstance(error, ClosedError):
         return shutting_down()
+    if isinstance(error, IosrFastError):  # the classifier was replaced while the image waited
+        return _no_promise(error)
     if not service.batching.healthy:
         return busy("engine_failed", "the engine fails at present; try again, or use another server", 5)
     return error

@@ -32,6 +32,39 @@ class PredictAnswer(BaseModel):
     predictions: list[Prediction | ErrorAnswer]
 
 
+class Measured(BaseModel):
+    """How many left-out images were right when the parameters were chosen: `accuracy` of `images`, with its 95%
+    `interval` (null if none could be left out); `summary` in words; `stale` if the classes have changed since."""
+
+    accuracy: float | None
+    interval: tuple[float, float] | None
+    images: int
+    protocol: str
+    summary: str
+    stale: bool
+
+
+class Promise(BaseModel):
+    """Whether rejection can keep a share `keep` of the pictures of known classes, and why, in a `sentence`."""
+
+    promised: bool
+    keep: float
+    sentence: str
+
+
+class ClassifierAnswer(BaseModel):
+    """`model` is the CLIP. `measured` is null if the parameters were given. `unknown` is null after the start and after
+    each change, until a prediction has asked for it, because to fit it may take seconds."""
+
+    version: int
+    model: str | None
+    method: str
+    classes: int
+    examples: int
+    measured: Measured | None
+    unknown: Promise | None
+
+
 class ClassesAnswer(BaseModel):
     """A page of the `total` classes in order of their ids; `next` is `after` of the next page, null on the last."""
 

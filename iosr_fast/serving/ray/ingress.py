@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from iosr_fast.exceptions import DeadlineExceededError
+from iosr_fast.methods.unknown import KEEP
 from iosr_fast.serving.http import classes, health, lists
 from iosr_fast.serving.http.app import assemble
 from iosr_fast.serving.http.errors import ApiError, busy
@@ -54,6 +55,9 @@ class RemoteService(Service):
     def __init__(self, remote: Remote, settings: Settings, metrics: Metrics) -> None:
         super().__init__(cast("BatchingClassifier", remote), settings, metrics)
         self._remote = remote
+
+    async def overview(self, keep: float = KEEP) -> dict[str, Any]:
+        return await self._ask("overview", keep)
 
     async def classes(self, limit: int = PAGE, after: str | None = None) -> dict[str, Any]:
         return await self._ask("classes", limit, after)

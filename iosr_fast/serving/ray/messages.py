@@ -75,8 +75,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Reply:
-    """`status` is "ok" (`results` has a prediction or an error for each image), "full", "closed" or "failed" (the
-    engine). In the last three cases another replica may succeed."""
+    """`status` is "ok" (`results` has a prediction or an error for each image), "full", "closed", "failed" (the
+    engine) or "refused" (the query). After the middle three another replica may succeed."""
 
     status: str
     facts: Facts

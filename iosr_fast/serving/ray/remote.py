@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, Unpack
 
-from iosr_fast.exceptions import ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
 from iosr_fast.serving.batching.item import Query, QueryOptions
 from iosr_fast.serving.http.errors import ApiError, busy
 from iosr_fast.serving.http.metrics import Metrics
@@ -94,7 +94,8 @@ class Remote:
         self, images: Iterable[Any], **options: Unpack[QueryOptions]
     ) -> list[Prediction | Exception]:
         """As BatchingClassifier.classify_many. Raises QueueFullError or ClosedError if MAX_REFUSALS replicas refused
-        the request, ApiError 503 if their engines failed, ApiError 500 if MAX_DEATHS replicas died."""
+        the request, IosrFastError if one refused the query, ApiError 503 if their engines failed, ApiError 500 if
+        MAX_DEATHS replicas died."""
         query, images, start = Query(**options), list(images), time.monotonic()
         until = start + (self._longest_s if query.deadline_s is None else query.deadline_s)
         replies: list[Reply] = []
@@ -109,6 +110,8 @@ class Remote:
             if reply.status == "ok":
                 self._count(reply, time.monotonic() - start)
                 return list(reply.results)
+            if reply.status == "refused":
+                raise IosrFastError(reply.message)
             replies.append(reply)
             await asyncio.sleep(_PAUSE_S)
         raise _refusal(replies)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from iosr_fast.classifier import Classifier
-from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, QueueFullError
+from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError, QueueFullError
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.batching.item import Query
 from iosr_fast.serving.http.lists import ClassifierLists
@@ -72,6 +72,8 @@ class ClassifierReplica(ClassifierLists):
             return Reply("full", self._facts(), message=str(error), retry_after_s=error.retry_after_s)
         except ClosedError as error:
             return Reply("closed", self._facts(), message=str(error))
+        except IosrFastError as error:
+            return Reply("refused", self._facts(), message=str(error))
         if any(isinstance(result, ClosedError) for result in results):
             return Reply("closed", self._facts(), message="the replica was closed before it had answered")
         if not batching.healthy and any(_unexpected(result) for result in results):
