@@ -167,6 +167,8 @@ class Gate:
             raise self.error
         return self._encoder.encode(pixels)
 
+    encode_on_device = encode
+
     def shut(self) -> None:
         self._open.clear()
         self.entered.clear()

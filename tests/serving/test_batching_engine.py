@@ -94,7 +94,7 @@ def test_a_change_after_the_submission_does_not_make_a_batch_wait_for_a_fit(
 ) -> None:
     images, _labels = held_out_queries(CLASSES, SHOTS)
     expected = classifier.explain(images[:2], unknown="reject", keep=0.7)
-    encode, begun, go = classifier.encoder.encode, Event(), Event()
+    encode, begun, go = classifier.encoder.encode_on_device, Event(), Event()
     name = classifier.classes()[0].name
 
     def held(pixels: np.ndarray) -> object:
@@ -103,7 +103,7 @@ def test_a_change_after_the_submission_does_not_make_a_batch_wait_for_a_fit(
         return encode(pixels)
 
     with BatchingClassifier(classifier, max_batch=8) as batching:
-        monkeypatch.setattr(classifier.encoder, "encode", held)
+        monkeypatch.setattr(classifier.encoder, "encode_on_device", held)
         futures = batching.submit_many(images[:2], keep=0.7)
         assert begun.wait(PATIENCE_S)
         later = batching.submit(images[0])
