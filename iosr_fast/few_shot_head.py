@@ -255,13 +255,15 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         queries = self._queries(X)
         return self.unknown_.score(queries)
 
-    def predict_sets(self, X: Any, coverage: float = COVERAGE) -> list[np.ndarray]:
+    def predict_sets(self, X: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
         """For each row the labels that it may have, most likely first: a share `coverage` of the sets has the row's
-        label (conformal prediction by left-out support rows). A set is empty where no label is likely enough. Raises
-        IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out."""
+        label (conformal prediction by left-out support rows). A set is empty where no label is likely enough. With
+        `per_class` the share holds for the rows of each class (class-conditional or Mondrian conformal prediction).
+        Raises IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out,
+        with `per_class` 9 of each class."""
         share = check_share("coverage", coverage)
-        logits = self._logits(X)
-        return sets_of_labels(self.classes_, logits, self._left_out.sets(logits, share))
+        classes, logits = self.classes_ if per_class else None, self._logits(X)
+        return sets_of_labels(self.classes_, logits, self._left_out.sets(logits, share, classes))
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support rows are, by bins; print it for a table."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.known_scores import log_odds_of_largest, log_sum_exp
-from iosr_fast.methods.promise import leave_out, threshold
+from iosr_fast.methods.promise import MOST, images_needed, leave_out, threshold
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
+from iosr_fast.utils.text import abbreviate
 
+ClassNames = Sequence[Any] | np.ndarray
 BINS = 10
 COVERAGE = 0.9
 
@@ -27,7 +31,8 @@ class Reliability:
     `error` is the expected calibration error, sum over bins of count / V * |right - confidence| (Guo et al., ICML 2017,
     equation 3). `accuracy` and `log_loss` are those of the V images.
 
-    >>> one = LeftOutLabels(np.zeros(2), np.array([0.91, 0.95]), np.array([True, False]), np.array([0.09, 3.0]))
+    >>> right, log_loss = np.array([True, False]), np.array([0.09, 3.0])
+    >>> one = LeftOutLabels(np.zeros(2), np.array([0.91, 0.95]), right, log_loss, np.array([0, 1]), np.zeros(2))
     >>> print(one.reliability)
     50.0% of 2 left-out support images are right, expected calibration error 43.0%, log-loss 1.545
     probability  images  mean   right
@@ -67,21 +72,44 @@ class LeftOutLabels:
     confidence  (V,) the largest probability
     right       (V,) bool, whether it is the label's
     log_loss    (V,) -log p of the label, in nats
+    labels      (V,) int64, the position of the label's class
+    class_odds  (V,) as `odds`, extrapolated class by class
     """
 
     odds: np.ndarray
     confidence: np.ndarray
     right: np.ndarray
     log_loss: np.ndarray
+    labels: np.ndarray
+    class_odds: np.ndarray
 
-    def sets(self, logits: np.ndarray, coverage: float = COVERAGE) -> np.ndarray:
+    def thresholds(self, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
+        """The least log p / (1 - p) of a label in a set: one number (), or with the names of all `classes` (C,) one for
+        each, by the images of that class alone.
+
+        Raises IosrFastError where there are too few images for the promise, naming the classes that have too few.
+        """
+        if classes is None:
+            return np.array(threshold(self.odds, coverage))
+        counts, needed = np.bincount(self.labels, minlength=len(classes)), images_needed(coverage)
+        if few := [f"{name} ({n})" for name, n in zip(classes, counts.tolist(), strict=True) if n < needed]:
+            raise IosrFastError(
+                f"a promise for {coverage:.4g} of the pictures of each class needs at least {needed} support images of "
+                f"each class that can be left out (of all together {MOST} at most), got fewer of {abbreviate(few)}: "
+                "give more pictures of these classes, promise less, or leave per_class out"
+            )
+        return np.array([threshold(self.class_odds[self.labels == c], coverage) for c in range(len(classes))])
+
+    def sets(self, logits: np.ndarray, coverage: float = COVERAGE, classes: ClassNames | None = None) -> np.ndarray:
         """(B, C) bool, the labels of each image's set: those whose log p / (1 - p), p = softmax(logits), reaches the
         threshold of `coverage`. At least that share of new images has its label in its set, if they are exchangeable
         with the V images, and hardly more: where more images than that are right, sets of unsure images are empty.
+        With the names of the `classes` (C,) this holds for the images of each class (class-conditional or Mondrian
+        conformal prediction), whatever the mix of classes among new images.
 
-        Raises IosrFastError where the V images are too few for the promise. Source: Sadinle et al., JASA 2019.
+        Raises what `thresholds` raises. Sources: Sadinle et al., JASA 2019; by classes: Vovk, ACML 2012.
         """
-        reached: np.ndarray = log_odds(logits) >= threshold(self.odds, coverage)
+        reached: np.ndarray = log_odds(logits) >= self.thresholds(coverage, classes)
         return reached
 
     @cached_property
@@ -121,8 +149,10 @@ def leave_out_labels(support: SupportSet, plan_of: Callable[[SupportSet], Scorin
 
     left = leave_out(support, columns) if len(support.embeddings) else None
     if left is None or not len(left.rows):
-        return _labels(np.zeros((0, 4)))
-    return replace(_labels(left.values), odds=left.extrapolated[:, 0])
+        return _labels(np.zeros((0, 4)), np.zeros(0, np.int64))
+    by_class = left.extrapolated_by_class(support.labels)[:, 0]
+    labels = _labels(left.values, support.labels[left.rows])
+    return replace(labels, odds=left.extrapolated[:, 0], class_odds=by_class)
 
 
 def of_validation(plan: ScoringPlan, queries: Embeddings, labels: np.ndarray) -> LeftOutLabels:
@@ -132,7 +162,8 @@ def of_validation(plan: ScoringPlan, queries: Embeddings, labels: np.ndarray) ->
 
 def of_logits(logits: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
     """Labelled images (V,) that are not in the support set, by their logits (V, C)."""
-    return _labels(_columns(logits, np.asarray(labels)))
+    labels = np.asarray(labels, np.int64)
+    return _labels(_columns(logits, labels), labels)
 
 
 def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray) -> list[np.ndarray]:
@@ -145,9 +176,9 @@ def sets_of_labels(classes: np.ndarray, logits: np.ndarray, members: np.ndarray)
     return [classes[row[chosen[row]]] for row, chosen in zip(order, members, strict=True)]
 
 
-def _labels(columns: np.ndarray) -> LeftOutLabels:
+def _labels(columns: np.ndarray, labels: np.ndarray) -> LeftOutLabels:
     odds, confidence, right, log_loss = columns.T
-    return LeftOutLabels(odds, confidence, right > 0, log_loss)
+    return LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
 
 
 def _columns(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

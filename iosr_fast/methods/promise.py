@@ -27,6 +27,7 @@ class LeftOut:
     rows    (V,) int64, which images
     values  (V, m) float64
     drift   (m,) what the scores gain on the mean where no image is left out
+    gained  (G,) int64, the images on which it was measured, with `gains` (G, m), whose mean it is
 
     A model without a fold knows fewer images than the one in use, so that `values` are too low for a threshold.
     `values + drift` is their extrapolation: with n images a class on the mean, n1 without one fold and n2 without two,
@@ -38,12 +39,27 @@ class LeftOut:
 
     rows: np.ndarray
     values: np.ndarray
-    drift: np.ndarray
+    gained: np.ndarray
+    gains: np.ndarray
+
+    @property
+    def drift(self) -> np.ndarray:
+        drift: np.ndarray = self.gains.mean(0) if len(self.gains) else np.zeros(self.values.shape[1])
+        return drift
 
     @property
     def extrapolated(self) -> np.ndarray:
         """(V, m): values + drift."""
         extrapolated: np.ndarray = self.values + self.drift
+        return extrapolated
+
+    def extrapolated_by_class(self, labels: np.ndarray) -> np.ndarray:
+        """(V, m): values + the drift of an image's class; `labels` (N,) are those of all support images. A class on
+        which no drift was measured has that of all."""
+        of_class = np.tile(self.drift, (int(labels.max(initial=-1)) + 1, 1))
+        for c in np.unique(labels[self.gained]):
+            of_class[c] = self.gains[labels[self.gained] == c].mean(0)
+        extrapolated: np.ndarray = self.values + of_class[labels[self.rows]]
         return extrapolated
 
 
@@ -58,6 +74,7 @@ def leave_out(support: SupportSet, score: Score, most: int = MOST) -> LeftOut:
     rows: list[np.ndarray] = []
     values: list[np.ndarray] = []
     gains: list[np.ndarray] = []
+    gained: list[np.ndarray] = []
     sizes: list[tuple[int, int]] = []
     for fold in range(n_folds):
         if _count(rows) >= most:
@@ -68,14 +85,16 @@ def leave_out(support: SupportSet, score: Score, most: int = MOST) -> LeftOut:
         two = _without_two(support, folds, fold, (fold + 1) % n_folds)
         if _has_pairs(support.only(two)) and two.sum() < (~inside).sum() and _count(gains) < MOST_FOR_DRIFT:
             gains.append(values[-1] - score(support.only(two), rows[-1]))
+            gained.append(rows[-1])
             sizes.append((int((~inside).sum()), int(two.sum())))
     if not rows:
-        return LeftOut(np.zeros(0, np.int64), np.zeros((0, 1)), np.zeros(1))
-    drift = np.zeros(values[0].shape[1])
+        return LeftOut(np.zeros(0, np.int64), np.zeros((0, 1)), np.zeros(0, np.int64), np.zeros((0, 1)))
+    measured = np.zeros(0, np.int64), np.zeros((0, values[0].shape[1]))
     if gains:
         one, fewer = np.mean(sizes, axis=0)
-        drift = (1.0 / one - 1.0 / len(folds)) / (1.0 / fewer - 1.0 / one) * np.concatenate(gains).mean(0)
-    return LeftOut(np.concatenate(rows), np.concatenate(values), drift)
+        factor = (1.0 / one - 1.0 / len(folds)) / (1.0 / fewer - 1.0 / one)
+        measured = np.concatenate(gained), factor * np.concatenate(gains)
+    return LeftOut(np.concatenate(rows), np.concatenate(values), *measured)
 
 
 def folds_of(support: SupportSet) -> np.ndarray:

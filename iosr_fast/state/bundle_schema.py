@@ -190,6 +190,8 @@ LEFT_OUT_ARRAYS = {
     "confidence": _form("float64", "V"),
     "right": _form("float64", "V"),
     "log_loss": _form("float64", "V"),
+    "labels": _form("int64", "V"),
+    "class_odds": _form("float64", "V"),
 }
 
 

@@ -258,7 +258,7 @@ def evaluate(
 
     blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
     odds, confidence, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
-    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss)
+    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
     named = range(len(labels)) if images is None else images
     wrong = np.flatnonzero(~outcome.right)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()

@@ -16,6 +16,7 @@ from iosr_fast.state.state import State
 
 LEFT_OUT = "left_out.safetensors"
 _LABELS = ("odds", "confidence", "right", "log_loss")
+_BY_CLASS = ("labels", "class_odds")  # which earlier versions did not write
 
 
 def left_out_arrays(state: State) -> dict[str, np.ndarray]:
@@ -26,7 +27,9 @@ def left_out_arrays(state: State) -> dict[str, np.ndarray]:
         arrays |= {"weights": fitted.weights, "bias": np.array([fitted.bias]), "left_out": fitted.left_out}
         arrays |= {"auroc": np.array(auroc)}
     if (labels := state.learnt("left_out_labels")) is not None:
-        arrays |= {name: np.asarray(getattr(labels, name), np.float64) for name in _LABELS}
+        arrays |= {name: np.asarray(getattr(labels, name), np.float64) for name in _LABELS} | {
+            name: getattr(labels, name) for name in _BY_CLASS
+        }
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -37,7 +40,7 @@ def with_left_out(state: State, read: Callable[[str], bytes | None]) -> State:
         return state
     try:
         arrays = parse_arrays(content, LEFT_OUT_ARRAYS, {"K": len(score_names(state.support, state.needs_adapted))})
-        return state.knowing(_unknown(state, arrays), _labels(arrays))
+        return state.knowing(_unknown(state, arrays), _labels(arrays, len(state.uids)))
     except ValueError as error:
         raise DamagedFileError(f"{LEFT_OUT}: {error}") from error
 
@@ -52,10 +55,12 @@ def _unknown(state: State, arrays: Mapping[str, np.ndarray]) -> Unknown | None:
     return Unknown(state.support, names, arrays["weights"], float(arrays["bias"][0]), arrays["left_out"], auroc)
 
 
-def _labels(arrays: Mapping[str, np.ndarray]) -> LeftOutLabels | None:
-    if not _complete(arrays, _LABELS):
+def _labels(arrays: Mapping[str, np.ndarray], n_classes: int) -> LeftOutLabels | None:
+    if not _complete(arrays, _LABELS) or not _complete(arrays, _BY_CLASS):
         return None
-    labels = LeftOutLabels(*(arrays[name] for name in _LABELS))
+    labels = LeftOutLabels(*(arrays[name] for name in (*_LABELS, *_BY_CLASS)))
+    if len(labels.labels) and not 0 <= labels.labels.min() <= labels.labels.max() < n_classes:
+        raise IosrFastError(f"expected labels in 0..{n_classes - 1}, got others")
     if ((labels.confidence < 0) | (labels.confidence > 1)).any() or not np.isin(labels.right, (0, 1)).all():
         raise IosrFastError("expected confidence in 0..1 and right of 0 and 1, got others")
     return replace(labels, right=labels.right > 0)

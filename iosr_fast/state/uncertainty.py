@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
-from iosr_fast.methods.promise import check_share, threshold
+from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.unknown import Unknown, without_rejected
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.updates import LiveUpdates
@@ -33,20 +33,24 @@ class Uncertainty(LiveUpdates):
         parts = [fit.state.unknown.score(fit.encoder.encode(pixels)) for pixels in self._chunks(fit, images)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
-    def predict_sets(self, images: Any, coverage: float = COVERAGE) -> list[np.ndarray]:
+    def predict_sets(self, images: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
         """For each image the labels that it may have, the most likely first: a share `coverage` of the sets has the
         image's label (conformal prediction by left-out support images, methods.conformal). A set is empty where no
-        label is likely enough. Raises IosrFastError where there are too few support images for that promise: 0.9 takes
-        9 that can be left out; BadImageError for an image that can't be read.
+        label is likely enough. With `per_class` the share holds for the images of each class, however often the classes
+        occur among new images: each has its own threshold (class-conditional or Mondrian conformal prediction).
+
+        Raises IosrFastError where there are too few support images for that promise: 0.9 takes 9 that can be left out,
+        with `per_class` 9 of each class; BadImageError for an image that can't be read.
         """
         share = check_share("coverage", coverage)
         fit = self._fitted()
         left_out, labels = fit.state.left_out_labels, fit.labels()
-        threshold(left_out.odds, share)  # too few support images: before anything is encoded
+        classes = labels if per_class else None
+        left_out.thresholds(share, classes)  # too few support images: before anything is encoded
         sets: list[np.ndarray] = []
         for pixels in self._chunks(fit, images):
             logits = fit.state.score(fit.encoder.encode(pixels))
-            sets += sets_of_labels(labels, logits, left_out.sets(logits, share))
+            sets += sets_of_labels(labels, logits, left_out.sets(logits, share, classes))
         return sets
 
     def calibration(self) -> Reliability:

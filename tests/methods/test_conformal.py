@@ -70,6 +70,42 @@ def test_split_conformal_sets_by_validation_images() -> None:
     assert abs(sets[np.arange(len(labels)), labels].mean() - 0.9) < 0.03
 
 
+def test_per_class_sets_cover_each_class() -> None:
+    """Half of the classes are noisier: one threshold for all covers them less, one for each class as promised."""
+    noise = np.where(np.arange(CLASSES) < CLASSES // 2, 0.8, 2.4)
+
+    def draw(each: int, seed: int) -> tuple[Embeddings, np.ndarray]:
+        labels = np.repeat(np.arange(CLASSES), each)
+        rng = np.random.default_rng(seed)
+        rows = CENTRES[labels] + noise[labels, None] * rng.standard_normal((len(labels), WIDTH))
+        return Embeddings((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)), labels
+
+    queries, labels = draw(200, 3)
+    covered = {False: np.zeros(CLASSES), True: np.zeros(CLASSES)}
+    for seed in range(12):
+        support = make_support_set(*draw(9, 100 + seed), text=None, tau=100.0, n_classes=CLASSES)
+        left, logits = leave_out_labels(support, gda), score(gda(support), queries)
+        for per_class, shares in covered.items():
+            sets = left.sets(logits, 0.9, classes=range(CLASSES) if per_class else None)
+            shares += np.bincount(labels, sets[np.arange(len(labels)), labels]) / 200 / 12
+    halves = {per_class: shares.reshape(2, -1).mean(1) for per_class, shares in covered.items()}
+    assert np.ptp(halves[False]) > 0.1 and np.abs(halves[True] - 0.9).max() < 0.04, halves
+    assert covered[True].min() > 0.8, covered[True]
+
+
+def test_per_class_thresholds_are_those_of_their_own_images() -> None:
+    left = leave_out_labels(support_of(9, 1), gda)
+    limits = left.thresholds(0.9, range(CLASSES))
+    assert limits.tolist() == [left.class_odds[left.labels == c].min() for c in range(CLASSES)]
+    few = leave_out_labels(support_of(9, 1).only(np.arange(9 * CLASSES) > 1), gda)
+    names = [f"class {c}" for c in range(CLASSES)]
+    with pytest.raises(
+        IosrFastError, match=r"at least 9 support images of each class .* got fewer of 'class 0 \(7\)': "
+    ):
+        few.thresholds(0.9, names)
+    assert few.thresholds(0.9) == pytest.approx(np.sort(few.odds)[int(0.1 * 107) - 1])
+
+
 def test_left_out_images_are_scored_without_their_fold() -> None:
     support = support_of(3, 1)
     left = leave_out_labels(support, gda)
@@ -93,7 +129,7 @@ def test_one_image_a_class_allows_no_promise() -> None:
 
 
 def test_sets_are_sorted_and_may_be_empty() -> None:
-    left = LeftOutLabels(np.arange(9.0), np.full(9, 0.5), np.ones(9, bool), np.zeros(9))
+    left = LeftOutLabels(np.arange(9.0), np.full(9, 0.5), np.ones(9, bool), np.zeros(9), np.zeros(9, int), np.zeros(9))
     logits = np.array([[0.0, 3.0, 2.9, -9.0], [1.0, 1.0, 1.0, 1.0]])
     sets = left.sets(logits, 0.9)  # log p / (1 - p) >= 0
     assert sets.tolist() == [[False, True, False, False], [False] * 4]
@@ -103,7 +139,9 @@ def test_sets_are_sorted_and_may_be_empty() -> None:
 
 def test_reliability_is_what_its_bins_say() -> None:
     confidence, right = np.array([0.05, 0.1, 0.55, 0.6, 1.0]), np.array([False, True, True, False, True])
-    table = LeftOutLabels(np.zeros(5), confidence, right, np.array([1.0, 2, 3, 4, 5])).reliability
+    table = LeftOutLabels(
+        np.zeros(5), confidence, right, np.array([1.0, 2, 3, 4, 5]), np.zeros(5, int), np.zeros(5)
+    ).reliability
     assert table.counts.tolist() == [2, 0, 0, 0, 0, 2, 0, 0, 0, 1] and len(table.counts) == BINS
     assert table.confidence[5] == pytest.approx(0.575) and table.right[5] == 0.5 and np.isnan(table.right[1])
     assert table.error == pytest.approx((2 * 0.425 + 2 * 0.075 + 0) / 5)

@@ -73,6 +73,29 @@ def test_sets_and_calibration_are_those_of_left_out_images(queries: tuple[np.nda
     assert "24 left-out support images" in str(classifier.calibration())
 
 
+def test_sets_by_class_have_their_own_thresholds(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    images, _ = queries
+    classifier = small_classifier(**{**GDA, "shots": 9})
+    state = classifier.snapshot()
+    logits = state.score(PixelEncoder().encode(images))
+    members = state.left_out_labels.sets(logits, 0.9, classifier.classes_)
+    expected = sets_of_labels(classifier.classes_, logits, members)
+    sets = classifier.predict_sets(images, per_class=True)
+    assert [one.tolist() for one in sets] == [one.tolist() for one in expected]
+    classifier.remove_examples(classifier.examples("motif 2")[:2])
+    with pytest.raises(IosrFastError, match=r"got fewer of 'motif 2 \(7\)': give more pictures of these classes"):
+        classifier.predict_sets(images, per_class=True)
+
+
+def test_a_bundle_without_labels_of_left_out_images_has_them_computed(queries: tuple[np.ndarray, np.ndarray]) -> None:
+    state = small_classifier(**GDA).snapshot()
+    assert state.unknown is not None and state.left_out_labels is not None
+    earlier = {name: array for name, array in left_out_arrays(state).items() if name not in ("labels", "class_odds")}
+    opened = with_left_out(replace(state), lambda name: save(earlier))
+    assert opened.learnt("unknown") is not None and opened.learnt("left_out_labels") is None
+    np.testing.assert_array_equal(opened.left_out_labels.labels, state.left_out_labels.labels)
+
+
 def test_a_change_is_known_at_once(queries: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = queries
     classifier = small_classifier(**GDA)
@@ -223,6 +246,7 @@ def test_what_was_learnt_is_saved_and_a_change_forgets_it(
         ({"odds": None}, "expected the arrays odds, .* together, got none of odds"),
         ({"confidence": np.full(24, 2.0)}, r"expected confidence in 0\.\.1"),
         ({"odds": np.full(24, np.nan)}, "odds"),
+        ({"labels": np.full(24, CLASSES)}, r"expected labels in 0\.\.5"),
         ({"more": np.zeros(1)}, "expected no other arrays than weights"),
     ],
 )
