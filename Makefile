@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(addprefix --c
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast lint lint-ci docs gallery wheel check-wheel sanitize bench gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast lint lint-ci docs gallery wheel check-wheel sanitize bench gpu-bundle gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -27,7 +27,8 @@ help:
 	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
 	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
 	@echo "make audit      known vulnerabilities of what is installed in $(VENV), and its SBOM into build/sbom.json"
-	@echo "make gpu-check  with the machine's own Python, on a GPU machine: GPU tests and benchmarks into one JSON file"
+	@echo "make gpu-bundle  what a GPU machine without a network needs, into build/gpu-bundle"
+	@echo "make gpu-check CALL=parity|tuning|tables  on a GPU machine, with its own Python: one call of 8 minutes, one JSON file"
 
 develop: $(STAMP)
 
@@ -106,8 +107,17 @@ sanitize: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py all --out build/bench
 
+# PYTHON of gpu-check is the machine's, with PyTorch; GPU_PYTHON builds the modules that are carried there.
+GPU_PYTHON ?= $(shell command -v python3.12)
+CALL ?= parity
+OUT ?= benchmarks/results
+
+gpu-bundle: $(STAMP)
+	$(BIN)/python tools/benchmark.py gpu-bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) \
+		$(if $(GPU_PYTHON_VERSION),--python-version $(GPU_PYTHON_VERSION))
+
 gpu-check:
-	PYTHONPATH=$(CURDIR) $(PYTHON) tools/benchmark.py gpu --out benchmarks/results
+	PYTHONPATH=$(CURDIR) $(PYTHON) tools/benchmark.py gpu --call $(CALL) --out $(OUT)
 
 constraints: $(STAMP)
 	{ echo "# Made by make constraints: what the tests passed with. Not here, because platforms differ: $(UNCONSTRAINED)."; \

@@ -1,28 +1,36 @@
 """Measure the Triton kernels' launch configurations on this GPU; the best go into kernels/launch_configs.json.
 
+    python tools/tune_kernels.py --rank                          # no GPU: the best six of each case, by machine code
     python tools/tune_kernels.py --path aligned --precision fp16
 
-Each candidate is verified against the float64 reference before it is timed. Needs an NVIDIA GPU.
+Each candidate is verified against the float64 reference before it is timed. Candidates are the configuration that is in
+use and those of kernels/candidates.json, which --rank writes.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
 
 from iosr_fast.benchmarks.devices import Device
-from iosr_fast.kernels import launch
-from iosr_fast.kernels.launch import Config
 from iosr_fast.utils import command
 from iosr_fast.utils.require import require
+from tools.source_tree import use_source_tree
 
-DEVICE, REPEATS = "cuda", 50
-WIDTH = 512
+use_source_tree()
+
+from iosr_fast.kernels import launch  # noqa: E402
+from iosr_fast.kernels.launch import Config  # noqa: E402
+
+CANDIDATES_FILE = launch.CONFIGS_FILE.with_name("candidates.json")
+MOST = 6  # candidates that are timed, beside the configuration in use: each compiles for seconds
 BATCHES = {"few": (1, 32), "many": (256, 1024)}
 COUNTS = {
     "affine": [[16] * 1000],
@@ -31,6 +39,25 @@ COUNTS = {
     "split": [[4000] * 4, [20000]],
     "dense": [[16] * 250],
 }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured: on a GPU the shapes above; a rehearsal has tiny ones, on the CPU, in Triton's interpreter."""
+
+    device: Device
+    width: int = 512
+    repeats: int = 50
+    batches: dict[str, tuple[int, ...]] = field(default_factory=lambda: BATCHES)
+    counts: dict[str, list[list[int]]] = field(default_factory=lambda: COUNTS)
+
+    @classmethod
+    def of(cls, device: str) -> Scale:
+        if device != "rehearsal":
+            return cls(Device(device))
+        return cls(Device(device), 32, 1, {load: (3,) for load in BATCHES}, {path: [[3, 2, 4]] for path in COUNTS})
+
+
 # Roundings of half-precision queries stay well below this here; a wrong kernel is far above.
 RELATIVE_TOLERANCE = {"fp32": 3e-5, "fp16": 1e-3, "bf16": 5e-3, "int8": 1e-3}
 
@@ -52,12 +79,22 @@ def candidates(path: str, precision: str, load: str) -> Iterator[Config]:
             yield Config(block_b, block_n, block_d, warps, stages, swap, block_v=block_v)
 
 
-def unit_rows(rng: np.random.Generator, n: int) -> np.ndarray:
-    rows = rng.standard_normal((n, WIDTH))
+def ranked(path: str, precision: str, load: str, gpu: str) -> list[Config]:
+    """The configuration in use on `gpu`, and the best MOST of candidates.json."""
+    ranks = json.loads(CANDIDATES_FILE.read_text(encoding="utf-8")) if CANDIDATES_FILE.is_file() else {}
+    entries = ranks.get(path, {}).get(precision, {}).get(load, [])
+    in_use = launch.config_for(gpu, path, precision, load)  # type: ignore[arg-type]
+    return [in_use, *(config for config in map(lambda entry: Config(**entry), entries[:MOST]) if config != in_use)]
+
+
+def unit_rows(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
+    rows = rng.standard_normal((n, width))
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Callable[[Config], Any], np.ndarray]:
+def case(
+    path: str, precision: str, counts: list[int], batch: int, scale: Scale
+) -> tuple[Callable[[Config], Any], np.ndarray]:
     """A call that runs one configuration on one shape, and the truth of its result."""
     import torch
 
@@ -68,29 +105,29 @@ def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Call
     from iosr_fast.scoring.plan import ScoringPlan
     from iosr_fast.scoring.reference import score_reference
 
-    rng = np.random.default_rng(0)
+    rng, width, device = np.random.default_rng(0), scale.width, scale.device.torch
     n_keys, n_classes = sum(counts), len(counts)
-    embeddings = Embeddings(unit_rows(rng, batch))
-    query = torch.tensor(embeddings.plain, device=DEVICE)
+    embeddings = Embeddings(unit_rows(rng, batch, width))
+    query = torch.tensor(embeddings.plain, device=device)
     if path == "affine":
-        terms = ScoringPlan(n_classes, text=unit_rows(rng, n_classes), linear=unit_rows(rng, n_classes))
-        on_device = device_plan(terms, DEVICE)
+        terms = ScoringPlan(n_classes, text=unit_rows(rng, n_classes, width), linear=unit_rows(rng, n_classes, width))
+        on_device = device_plan(terms, device)
         return lambda config: affine_terms(on_device, query, None, config), score_reference(terms, embeddings)
     plan = ScoringPlan(
         n_classes,
-        keys=unit_rows(rng, n_keys),
+        keys=unit_rows(rng, n_keys, width),
         class_offsets=np.concatenate([[0], np.cumsum(counts)]),
         weights=rng.uniform(0.5, 2.0, n_keys),
         beta=5.5,
     )
     plan = plan.with_key_precision(precision)  # type: ignore[arg-type]
-    on_device = device_plan(plan, DEVICE)
+    on_device = device_plan(plan, device)
     if path != "dense":
         return (
             lambda config: score_triton(on_device, query, None, path=path, config=config)[0],
             score_reference(plan, embeddings),
         )
-    values = torch.tensor(rng.random((n_keys, 256)), device=DEVICE, dtype=torch.float16)
+    values = torch.tensor(rng.random((n_keys, 256)), device=device, dtype=torch.float16)
     cosine = embeddings.plain.astype(np.float64) @ plan.dequantize().T.astype(np.float64)
     truth = np.exp(-plan.beta * (1.0 - cosine)) @ values.cpu().double().numpy()
     keys, scales = on_device.keys, on_device.key_scales
@@ -102,7 +139,9 @@ def case(path: str, precision: str, counts: list[int], batch: int) -> tuple[Call
     return run, truth
 
 
-def measure(run: Callable[[Config], Any], truth: np.ndarray, config: Config, tolerance: float) -> float | str:
+def measure(
+    run: Callable[[Config], Any], truth: np.ndarray, config: Config, tolerance: float, scale: Scale
+) -> float | str:
     """Median milliseconds of one configuration, or why it is excluded."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -113,44 +152,59 @@ def measure(run: Callable[[Config], Any], truth: np.ndarray, config: Config, tol
     off = np.abs(got - truth).max() / np.abs(truth).max()
     if not off <= tolerance:  # NaN is wrong too
         return f"wrong: relative error {off:.2e}, at most {tolerance:.0e} expected"
-    device = Device(DEVICE)
-    call, _ = device.record(lambda: run(config))
-    return float(np.median(device.measure({"": call}, REPEATS)[""]))
+    call, _ = scale.device.record(lambda: run(config))
+    return float(np.median(scale.device.measure({"": call}, scale.repeats)[""]))
 
 
-def fastest(path: str, precision: str, load: str, verbose: bool) -> tuple[float, Config] | None:
-    """(geometric mean of milliseconds over the shapes, configuration), or None where no candidate is left."""
-    shapes = [case(path, precision, counts, batch) for counts in COUNTS[path] for batch in BATCHES[load]]
-    best: tuple[float, Config] | None = None
-    for config in candidates(path, precision, load):
-        times: list[float] = []
+def measured(path: str, precision: str, load: str, gpu: str, scale: Scale) -> Iterator[dict[str, Any]]:
+    """A line for each of ranked(): the configuration and its geometric mean of milliseconds over the shapes, or why it
+    is excluded."""
+    batches, tolerance = scale.batches[load], RELATIVE_TOLERANCE[precision]
+    shapes = [case(path, precision, counts, batch, scale) for counts in scale.counts[path] for batch in batches]
+    for config in ranked(path, precision, load, gpu):
+        outcomes: list[float | str] = []
         for run, truth in shapes:
-            outcome = measure(run, truth, config, RELATIVE_TOLERANCE[precision])
-            if isinstance(outcome, str):
-                if verbose or outcome.startswith("wrong"):
-                    print(f"  {config}: {outcome}")
+            outcomes.append(measure(run, truth, config, tolerance, scale))
+            if isinstance(outcomes[-1], str):
                 break
-            times.append(outcome)
-        if len(times) < len(shapes):
-            continue
-        mean = float(np.exp(np.mean(np.log(times))))
-        if verbose:
-            print(f"  {config}: {mean:.4f} ms")
-        if best is None or mean < best[0]:
-            best = mean, config
-    return best
+        line = {"path": path, "precision": precision, "load": load, "config": asdict(config)}
+        if isinstance(outcomes[-1], str):
+            print(f"{'WRONG' if outcomes[-1].startswith('wrong') else '  left out'}: {config}: {outcomes[-1]}")
+            yield {**line, "excluded": outcomes[-1]}
+        else:
+            yield {**line, "runtime_ms": float(np.exp(np.mean(np.log(np.array(outcomes, float)))))}
+
+
+def tune(path: str, precision: str, load: str, scale: Scale) -> list[dict[str, Any]]:
+    """Measure one case; on a GPU the fastest configuration becomes the GPU's entry of launch_configs.json."""
+    gpu = scale.device.description if scale.device.name == "cuda" else "default"
+    lines = list(measured(path, precision, load, gpu, scale))
+    timed = [line for line in lines if "runtime_ms" in line]
+    if not timed:
+        print(f"{gpu} {path} {precision} {load}: no candidate fits and is right; the entry is kept")
+        return lines
+    best = min(timed, key=lambda line: line["runtime_ms"])
+    print(f"{gpu} {path} {precision} {load}: {best['runtime_ms']:.4f} ms (geometric mean) with {best['config']}")
+    if scale.device.name == "cuda":
+        configs = launch.read_configs()
+        configs.setdefault(gpu, {}).setdefault(path, {}).setdefault(precision, {})[load] = best["config"]
+        launch.write_configs(configs)
+    return lines
 
 
 def main(
     path: list[str] = typer.Option(list(launch.PATHS), help="Path to tune; repeat for several."),
     precision: list[str] = typer.Option(list(launch.PRECISIONS), help="Key precision; repeat for several."),
     load: list[str] = typer.Option(["few", "many"], help="few or many queries; repeat for both."),
-    verbose: bool = typer.Option(False, help="Print every candidate, not the best alone."),
+    device: str = typer.Option(
+        "cuda", help="cuda, or rehearsal: tiny shapes in Triton's interpreter; nothing is kept."
+    ),
+    json_file: Path | None = typer.Option(None, "--json", help="Write every measured configuration here."),
 ) -> None:
-    """Sweep the candidates of each path, precision and load, and write the fastest for this GPU."""
+    """Measure the candidates of each path, precision and load, and write the fastest for this GPU."""
     torch = require("torch", "gpu")
     require("triton", "gpu")
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("tuning needs an NVIDIA GPU, and PyTorch sees none here; nothing was changed")
     for option, values, known in (
         ("path", path, launch.PATHS),
@@ -159,19 +213,13 @@ def main(
     ):
         if not set(values) <= set(known):
             raise typer.BadParameter(f"expected {option} out of {', '.join(known)}, got {', '.join(values)}")
-    gpu = torch.cuda.get_device_name()
-    for one_path, one_precision, one_load in itertools.product(path, precision, load):
-        if one_path == "affine" and one_precision != "fp32":
+    scale, lines = Scale.of(device), []
+    for case_ in itertools.product(path, precision, load):
+        if case_[0] == "affine" and case_[1] != "fp32":
             continue  # these terms are float32 whatever the keys are
-        best = fastest(one_path, one_precision, one_load, verbose)
-        if best is None:
-            print(f"{gpu} {one_path} {one_precision} {one_load}: no candidate fits and is right; the entry is kept")
-            continue
-        print(f"{gpu} {one_path} {one_precision} {one_load}: {best[0]:.4f} ms (geometric mean) with {best[1]}")
-        configs = launch.read_configs()
-        entry = configs.setdefault(gpu, {}).setdefault(one_path, {}).setdefault(one_precision, {})
-        entry[one_load] = asdict(best[1])
-        launch.write_configs(configs)
+        lines += tune(*case_, scale)
+        if json_file is not None:
+            json_file.write_text(json.dumps({"tables": {"configurations": lines}}), encoding="utf-8")
 
 
 if __name__ == "__main__":

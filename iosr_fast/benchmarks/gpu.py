@@ -1,11 +1,13 @@
-"""make gpu-check: the GPU's tests, parity and benches, one after another, into one JSON file.
+"""make gpu-check: the GPU's tests, parity, tuning and benches (gpu_parts), one after another; one JSON file a call.
 
 Each part is a process with a time limit, so that a crash or a hang costs its own part only; the file is whole after
-each. Nothing is installed or fetched: what is missing is named.
+each. Nothing is installed or fetched: packages and modules come from build/gpu-bundle (gpu_bundle) if it is there, and
+what is missing is named.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -18,77 +20,22 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from iosr_fast.benchmarks import score
+from iosr_fast.benchmarks import gpu_bundle, gpu_parts
+from iosr_fast.benchmarks.gpu_parts import BENCHMARK, ROOT, Part
 from iosr_fast.exceptions import IosrFastError, UnavailableError
-from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.provenance import commit, cpu_description
 
-ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = 460.0  # of 8 minutes
 LEAST_S = 5.0  # no part starts with less
 KILL_S = 5.0
-BENCHMARK = ("tools/benchmark.py",)
 PACKAGES = ("torch", "triton", "numpy", "open_clip", "safetensors", "PIL", "onnxruntime", "pytest", "xdist", "pybind11")
 DRIVER = ("driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory", "temperature.gpu")
 TEST_LINE = re.compile(r"^(?:\[gw\d+\]|\S+::).*?\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b")
-
-
-@dataclass(frozen=True)
-class Part:
-    """`command` follows the interpreter; a bench writes its result to --json, a test run prints it."""
-
-    name: str
-    limit_s: float
-    command: tuple[str, ...]
-    environment: dict[str, str] = field(default_factory=dict)
-    writes_json: bool = True
-
-
-def parts(rehearsal: bool) -> list[Part]:
-    """In order: what later parts need, what says whether results are right, what is worth most."""
-    device, repeats = ("--device", "rehearsal" if rehearsal else "cuda"), ("--repeats", "1" if rehearsal else "50")
-    cases = ("q2-k64-d32-c4", "q1-k64-d32-c4") if rehearsal else score.GPU_CASES
-    models = (("demo", "5"),) if rehearsal else (("ViT-B-16", "256"), ("ViT-B-16", "64"), ("ViT-B-32", "256"))
-    encoder = [
-        (*BENCHMARK, "encoder", "--model", model, "--batch", batch, *device, *repeats) for model, batch in models
-    ]
-    return [
-        Part("machine", 40, (*BENCHMARK, "machine", *device)),
-        Part("build", 120, ("setup.py", "-q", "egg_info", "build_ext", "--inplace"), build_environment(), False),
-        Part("parity", 90, (*BENCHMARK, "parity", *device)),
-        *(Part(f"score-{case}", 100, (*BENCHMARK, "score", "--cases", case, *device, *repeats)) for case in cases),
-        *(Part(f"encoder-{command[3]}-{command[5]}".lower(), 40, command) for command in encoder),
-        Part("tests", 150, ("-m", "pytest", *test_options(), *test_files()), writes_json=False),
-        *(Part(f"compiled-{c[3]}-{c[5]}".lower(), 80, (*c, "--compiled")) for c in encoder),
-    ]
-
-
-def build_environment() -> dict[str, str]:
-    """The CUDA module for the GPU that is here, if there is nvcc: on PATH, or where NVIDIA's installer puts it."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not Path(nvcc).is_file():
-        return {"IOSR_FAST_CUDA": "0"}
-    arguments = f"{os.environ.get('CMAKE_ARGS', '')} -DCMAKE_CUDA_ARCHITECTURES=native"
-    return {"IOSR_FAST_CUDA": "1", "CUDACXX": nvcc, "CMAKE_ARGS": arguments.strip()}
-
-
-def test_options() -> list[str]:
-    options = ["-v", "-rfEs", "-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    options += ["-n", str(min(8, usable_threads()))] if find_spec("xdist") else []
-    return options + (["--timeout", "60"] if find_spec("pytest_timeout") else [])
-
-
-def test_files() -> list[str]:
-    """Only files with GPU tests are imported: the others need packages that no GPU test needs."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    marked = [path.relative_to(ROOT) for path in files if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
-    return [str(path) for path in marked if "benchmarks" not in path.parts]
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -127,8 +74,9 @@ def run_part(part: Part, folder: Path, limit_s: float, rehearsal: bool = True) -
     status is "done", "failed" (it crashed, or reports something wrong) or "stopped" (killed at its limit).
     """
     out, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
-    command = [sys.executable, *part.command, *(["--json", str(out)] if part.writes_json else [])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "IOSR_FAST_CACHE": str(folder / "cache"), **part.environment}
+    command = [*part.wrapper, sys.executable, *part.command, *(["--json", str(out)] if part.writes_json else [])]
+    path = os.pathsep.join([str(ROOT), *gpu_bundle.import_path(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "IOSR_FAST_CACHE": str(folder / "cache"), **part.environment}
     # NVIDIA's containers set it, which makes float32 products TF32's, whatever a program asks for.
     environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
     started = time.monotonic()
@@ -153,6 +101,8 @@ def run_part(part: Part, folder: Path, limit_s: float, rehearsal: bool = True) -
     written = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     result = written if isinstance(written, dict) else {"rows": written}
     result |= read_log(lines)
+    if counters := read_counters(lines):
+        result["tables"] = {**result.get("tables", {}), "counters": counters}
     if part.name == "tests":
         result["facts"] = counts = count_tests(lines)
         if not rehearsal and not counts.get("passed"):
@@ -184,26 +134,41 @@ def read_log(lines: Iterable[str]) -> dict[str, list[str]]:
     return {"skipped": skipped, "failed": failed}
 
 
+def read_counters(lines: Sequence[str]) -> list[dict[str, str]]:
+    """The table that `ncu --csv` prints: a row a kernel and counter, without ncu's own columns."""
+    begin = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), len(lines))
+    names = ("Kernel Name", "Grid Size", "Block Size", "Metric Name", "Metric Unit", "Metric Value")
+    rows = csv.DictReader(line for line in lines[begin:] if line.startswith('"'))
+    return [{name: row[name] for name in names if row.get(name) is not None} for row in rows]
+
+
 def count_tests(lines: Iterable[str]) -> dict[str, int]:
     """Tests by outcome, from pytest's lines, which a killed run has too."""
     return dict(Counter(match[1].lower() for line in lines if (match := TEST_LINE.match(line))))
 
 
-def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Sequence[Part] | None = None) -> Path:
-    """Run all parts, or "machine" and `only`; the file's path. Raises RuntimeError where there is no GPU, and, after
-    all parts, where one failed or was stopped."""
+def run(
+    out: Path,
+    rehearsal: bool = False,
+    only: Sequence[str] = (),
+    chosen: Sequence[Part] | None = None,
+    call: str = "parity",
+) -> Path:
+    """Run all parts of a call, or "machine" and `only`; the file's path. Tuning puts launch_configs.json beside it, for
+    kernels/. Raises RuntimeError where there is no GPU, and, after all parts, where one failed or was stopped."""
     if not (ROOT / BENCHMARK[0]).is_file():
         raise UnavailableError(
             "gpu needs the source tree, for its build and its tests; parity, score and encoder run without it, with "
             "--device cuda"
         )
-    chosen = parts(rehearsal) if chosen is None else chosen
+    chosen = gpu_parts.parts(rehearsal, call) if chosen is None else chosen
     if unknown := sorted(set(only) - {part.name for part in chosen}):
         raise IosrFastError(
             f"expected parts out of {', '.join(part.name for part in chosen)}, got {', '.join(unknown)}"
         )
     started = time.monotonic()
-    content: dict[str, Any] = {"kind": "gpu-check", "trial": rehearsal, "complete": False}
+    content: dict[str, Any] = {"kind": "gpu-check", "call": call, "trial": rehearsal, "complete": False}
+    content["bundle"] = gpu_bundle.use(ROOT)
     content |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": None}
     content |= {"missing": [], "skipped": [], "failed": [], "rows": [], "parts": {}}
     path: Path | None = None
@@ -212,8 +177,8 @@ def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Se
             left_s = BUDGET_S - (time.monotonic() - started)
             if only and part.name not in ("machine", *only):
                 continue
-            if rehearsal and part.name == "build":
-                result: dict[str, Any] = {"status": "skipped", "skipped": ["a rehearsal leaves the source tree alone"]}
+            if reason := _left_out(part, rehearsal):
+                result: dict[str, Any] = {"status": "skipped", "skipped": [reason]}
             elif left_s < LEAST_S:
                 result = {"status": "skipped", "skipped": [f"{left_s:.0f} s of {BUDGET_S:.0f} are left"]}
             else:
@@ -230,15 +195,29 @@ def run(out: Path, rehearsal: bool = False, only: Sequence[str] = (), chosen: Se
                     raise RuntimeError("\n".join(result.get("last_lines", ["the machine's part gave no device"])[-3:]))
                 content |= {name: facts[name] for name in ("device", "missing", "commit")}
                 slug = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
-                path = out / f"{'trial' if rehearsal else 'gpu-check'}-{slug}.json"
+                path = out / f"{'trial' if rehearsal else 'gpu-check'}-{call}-{slug}.json"
                 out.mkdir(parents=True, exist_ok=True)
             write_whole(path, content)
+            if part.name.startswith("tune-") and not rehearsal:
+                shutil.copy(ROOT / "kernels" / "launch_configs.json", out)
     assert path is not None
     write_whole(path, content | {"complete": True, "seconds": round(time.monotonic() - started, 1)})
     print(f"{content['device']}; {len(content['rows'])} rows, {len(content['skipped'])} left out; wrote {path}")
     if content["failed"]:
         raise RuntimeError(f"failed: {', '.join(content['failed'])}; {path} has what was wrong and the last lines")
     return path
+
+
+def _left_out(part: Part, rehearsal: bool) -> str | None:
+    """Why a part can't or needn't run, or None."""
+    if part.name == "build":
+        if rehearsal:
+            return "a rehearsal builds nothing"
+        if gpu_parts.built():
+            return "both extension modules for this Python are there"
+    if part.wrapper and not Path(part.wrapper[0]).is_file():
+        return f"{part.wrapper[0]} is not found on PATH or where NVIDIA's installers put it"
+    return None
 
 
 def write_whole(path: Path, value: Any) -> None:

@@ -216,12 +216,23 @@ for _name, _bench in BENCHES.items():
 
 
 @benchmark.command(rich_help_panel=ON_GPU)
-def parity(json_path: Json = None, device: Device = "cuda") -> None:
+def parity(
+    json_path: Json = None,
+    device: Device = "cuda",
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="Score this shape only, without encoders. Repeatable.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Score keys of this precision only, by Triton.")] = None,
+) -> None:
     """Print the errors of the encoder and the scoring kernels; exit code 1 if one is too large."""
     from iosr_fast.benchmarks import gpu
     from iosr_fast.benchmarks import parity as check
 
-    result = check.run(device, lambda result: None if json_path is None else gpu.write_whole(json_path, result))
+    def save(result: dict[str, Any]) -> None:
+        if json_path is not None:
+            gpu.write_whole(json_path, result)
+
+    result = check.run(device, save, shapes or (), precision)
     if not all(line["right"] for lines in result["tables"].values() for line in lines):
         raise typer.Exit(1)
 
@@ -242,11 +253,25 @@ def gpu(
     out: Annotated[Path, typer.Option(help="Folder for gpu-check-GPU.json.")],
     only: Annotated[list[str] | None, typer.Option(help="Run this part only. Repeatable.")] = None,
     rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Run tiny shapes on the CPU.")] = False,
+    call: Annotated[str, typer.Option(help="parity, tuning or tables.")] = "parity",
 ) -> None:
-    """In a source tree: build, parity, benchmarks and tests in at most 8 minutes; writes one JSON file."""
+    """In a source tree: parity and tests, launch configurations, or timings; at most 8 minutes, one JSON file."""
     from iosr_fast.benchmarks import gpu as check
 
-    check.run(out, rehearsal, only or ())
+    check.run(out, rehearsal, only or (), call=call)
+
+
+@benchmark.command(rich_help_panel=ON_GPU)
+def gpu_bundle(
+    version: Annotated[str, typer.Option("--python-version", help="Version of the GPU machine's Python.")] = "3.12",
+    python: Annotated[str | None, typer.Option(help="Interpreter of that version, to build the modules.")] = None,
+    architectures: Annotated[str, typer.Option(help="CMAKE_CUDA_ARCHITECTURES of the CUDA module.")] = "80-real;90",
+) -> None:
+    """In a source tree: collect what a GPU machine without a network needs in build/gpu-bundle."""
+    from iosr_fast.benchmarks import gpu_bundle as bundle
+    from iosr_fast.benchmarks.gpu_parts import ROOT
+
+    typer.echo(f"wrote {bundle.make(ROOT, version, python, architectures)}")
 
 
 @benchmark.command("all")
