@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,10 +16,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from iosr_fast.benchmarks import encoder_gpu, gpu, harness, parity, score  # noqa: E402
+from iosr_fast.benchmarks import encoder_gpu, gpu, gpu_bundle, gpu_parts, harness, parity, score  # noqa: E402
 from iosr_fast.benchmarks.ceilings import Ceilings, exact_products  # noqa: E402
 from iosr_fast.benchmarks.devices import Device  # noqa: E402
-from iosr_fast.benchmarks.gpu import Part  # noqa: E402
+from iosr_fast.benchmarks.gpu_parts import Part  # noqa: E402
 from iosr_fast.encoders.runtimes import cuda_graphs  # noqa: E402
 from iosr_fast.scoring.scorer import Scorer  # noqa: E402
 
@@ -72,7 +73,7 @@ def test_what_goes_wrong_in_one_part_costs_only_that_part(
         gpu.run(tmp_path, chosen=parts)
     names = [one.name for one in parts]
     assert snapshots == [*(names[: i + 1] for i in range(len(names))), [*names, "complete"]], "whole after every part"
-    content = json.loads((tmp_path / "gpu-check-nvidia-fake-9000.json").read_text())
+    content = json.loads((tmp_path / "gpu-check-parity-nvidia-fake-9000.json").read_text())
     assert content["kind"] == "gpu-check" and content["device"] == "NVIDIA Fake 9000" and not content["trial"]
     assert content["rows"] == [row | {"runtime_ms": "nan"}] and content["skipped"] == ["wrong: a rival"]
     results = content["parts"]
@@ -96,9 +97,9 @@ def alive(process: int) -> bool:
 
 def test_parts_without_time_and_parts_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "BUDGET_S", gpu.LEAST_S + 0.01)
-    path = gpu.run(tmp_path, chosen=[MACHINE, part("late", "raise SystemExit(1)")], rehearsal=True)
+    path = gpu.run(tmp_path, chosen=[MACHINE, part("late", "raise SystemExit(1)")], rehearsal=True, call="tuning")
     content = json.loads(path.read_text())
-    assert path.name == "trial-nvidia-fake-9000.json" and content["complete"] and content["trial"]
+    assert path.name == "trial-tuning-nvidia-fake-9000.json" and content["complete"] and content["trial"]
     assert content["parts"]["late"]["status"] == "skipped" and "s of 5 are left" in content["skipped"][0]
     with pytest.raises(ValueError, match="expected parts out of machine, late, got floor"):
         gpu.run(tmp_path, only=("floor",), chosen=[MACHINE, part("late", "")])
@@ -120,27 +121,142 @@ def test_the_parts_are_commands_that_exist_and_the_first_cases_come_first() -> N
     from iosr_fast.cli import benchmark
 
     commands = get_command(benchmark.benchmark).commands  # type: ignore[attr-defined]
-    for rehearsal in (False, True):
-        parts = gpu.parts(rehearsal)
+    for rehearsal, call in itertools.product((False, True), gpu_parts.CALLS):
+        parts = gpu_parts.parts(rehearsal, call)
         assert len({one.name for one in parts}) == len(parts) and parts[0].name == "machine"
         for one in parts:
             if one.command[0] == "tools/benchmark.py":
                 _, name, *arguments = one.command
                 assert commands[name].make_context(name, arguments).params["device"] in ("cuda", "rehearsal")
-    names = [one.name for one in gpu.parts(False)]
+    names = {call: [one.name for one in gpu_parts.parts(False, call)] for call in gpu_parts.CALLS}
     scores = [f"score-{case}" for case in score.GPU_CASES]
-    assert names[:7] == ["machine", "build", "parity", *scores]
+    assert names["parity"] == ["machine", "build", "parity", "tests", "sanitizer-memcheck", "sanitizer-racecheck"]
+    assert names["tables"][:6] == ["machine", "build", *scores] and names["tuning"][1] == "tune-aligned-fp16-many"
     assert scores[0] == "score-q256-k16000-d512-c1000" and scores[1] == "score-q4096-k160000-d768-c10000"
+    with pytest.raises(ValueError, match="expected a call out of parity, tuning, tables, got 'all'"):
+        gpu_parts.parts(False, "all")
+
+
+def test_the_counted_kernels_are_those_that_triton_launches() -> None:
+    pytest.importorskip("triton")
+    from iosr_fast.kernels import cache_kernels
+
+    defined = {name for name in dir(cache_kernels) if name.endswith("_kernel")}
+    assert defined and defined <= set(gpu_parts.kernel_names())
+    (counters, _) = (one for one in gpu_parts.parts(False, "tables") if one.name.startswith("counters-"))
+    assert f"regex:^({'|'.join(gpu_parts.kernel_names())})$" in counters.wrapper
+
+
+def test_a_wrapped_part_runs_in_its_program_or_is_left_out(tmp_path: Path) -> None:
+    """A stand-in for ncu, which prints a table and then runs what follows its options."""
+    ncu = tmp_path / "ncu"
+    table = (
+        '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\\n"0","aligned_kernel","time","ns","5,120"\\n'
+    )
+    ncu.write_text(f"#!/bin/sh\nshift\nprintf '==PROF== Connected\\n{table}'\nexec \"$@\"\n")
+    ncu.chmod(0o755)
+    wrapped = part("counters-one", writes({"facts": {}}), wrapper=(str(ncu), "--csv"))
+    result = gpu.run_part(wrapped, tmp_path, 30)
+    line = {"Kernel Name": "aligned_kernel", "Metric Name": "time", "Metric Unit": "ns", "Metric Value": "5,120"}
+    assert result["status"] == "done" and result["tables"] == {"counters": [line]}
+    missing = part("counters-two", "raise SystemExit(1)", wrapper=("ncu-is-not-here",))
+    path = gpu.run(tmp_path / "out", chosen=[MACHINE, missing], rehearsal=True)
+    content = json.loads(path.read_text())
+    assert content["parts"]["counters-two"]["status"] == "skipped" and content["failed"] == []
+    assert content["skipped"][0].startswith("counters-two: ncu-is-not-here is not found on PATH")
+
+
+# The bundle.
+
+THIS = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+class Commands:
+    """In place of subprocess.run: pip and the build leave files where they are told to."""
+
+    def __init__(self, module_bytes: int = 10) -> None:
+        self.lines: list[list[str]] = []
+        self.environments: list[dict[str, str]] = []
+        self.module_bytes = module_bytes
+
+    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        self.lines.append([str(word) for word in command])
+        self.environments.append(options.get("env") or {})
+        if "--target" in command:
+            (Path(command[command.index("--target") + 1]) / "ftfy-6.3.1.dist-info").mkdir(parents=True)
+        if "--build-lib" in command:
+            folder = Path(command[command.index("--build-lib") + 1]) / "iosr_fast"
+            folder.mkdir(parents=True)
+            for name in ("_C", "_C_cuda"):
+                (folder / f"{name}.cpython-312-x86_64-linux-gnu.so").write_bytes(bytes(self.module_bytes))
+        return subprocess.CompletedProcess(command, 0, stdout="3.12\n")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source tree, and a machine with nvcc and without Python 3.12."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
+    (tmp_path / "iosr_fast").mkdir()
+    there = {"nvcc": "/usr/bin/nvcc"}
+    monkeypatch.setattr(gpu_bundle.shutil, "which", there.get)
+    monkeypatch.setattr(gpu_bundle, "commit", lambda: "abc")
+    return tmp_path
+
+
+def test_a_bundle_is_for_another_python_than_this_one(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = Commands()
+    monkeypatch.setattr(gpu_bundle.subprocess, "run", commands)
+    folder = gpu_bundle.make(tree, "3.12", "/opt/python3.12")
+    _version, install, _venv, _needs, build = commands.lines
+    assert {"--python-version", "3.12", "cp312", "manylinux_2_28_x86_64", *gpu_bundle.PACKAGES} <= set(install)
+    assert "CMAKE_CUDA_ARCHITECTURES='80-real;90'" in commands.environments[-1]["CMAKE_ARGS"]
+    assert build[1] == "setup.py" and commands.environments[-1]["IOSR_FAST_CUDA"] == "1"
+    facts = json.loads((folder / "bundle.json").read_text())
+    assert facts["python"] == "3.12" and facts["packages"] == ["ftfy-6.3.1", "iosr_fast-1.2.3"]
+    assert [name.split(".")[0] for name in facts["modules"]] == ["_C", "_C_cuda"] and facts["left_out"] == []
+
+
+def test_a_bundle_without_its_python_says_what_is_missing(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_bundle.subprocess, "run", Commands())
+    facts = json.loads((gpu_bundle.make(tree) / "bundle.json").read_text())
+    assert (
+        facts["modules"] == [] and "left out: extension modules: python3.12 is not on PATH" in capsys.readouterr().out
+    )
+    with pytest.raises(
+        ValueError, match=r"expected a Python 3.13 to build modules with, got /opt/python, which is 3.12"
+    ):
+        gpu_bundle.make(tree, "3.13", "/opt/python")
+    monkeypatch.setattr(gpu_bundle.subprocess, "run", Commands(module_bytes=11_000_000))
+    with pytest.raises(ValueError, match=r"at most 20 MB, got 22.0; the largest file is modules/_C"):
+        gpu_bundle.make(tree, "3.12", "/opt/python3.12")
+
+
+def test_a_bundle_is_used_by_its_own_python_alone(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_bundle.use(tree) == {"used": False} and gpu_bundle.import_path(tree) == []
+    folder = tree / gpu_bundle.FOLDER
+    (folder / "modules").mkdir(parents=True)
+    module, there = folder / "modules" / "_C.so", tree / "iosr_fast" / "_C.so"
+    module.write_text("new")
+    for version, used in (("2.7", False), (THIS, True)):
+        (folder / "bundle.json").write_text(json.dumps({"python": version}))
+        assert gpu_bundle.use(tree) == {"python": version, "used": used} and there.exists() == used
+        assert gpu_bundle.import_path(tree) == [str(folder / "site")] * used
+    assert f"it is for Python 2.7, and this is {THIS}" in capsys.readouterr().out
+    there.write_text("built here since")
+    gpu_bundle.use(tree)
+    assert there.read_text() == "built here since"
 
 
 def test_the_build_takes_nvcc_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: sys.executable)
     monkeypatch.setenv("CMAKE_ARGS", "-DMINE=1")
-    environment = gpu.build_environment()
+    environment = gpu_parts.build_environment()
     assert environment["CMAKE_ARGS"].split() == ["-DMINE=1", "-DCMAKE_CUDA_ARCHITECTURES=native"]
     assert environment["IOSR_FAST_CUDA"] == "1" and environment["CUDACXX"] == sys.executable
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/nowhere/nvcc")
-    assert gpu.build_environment() == {"IOSR_FAST_CUDA": "0"}
+    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: "/nowhere/nvcc")
+    assert gpu_parts.build_environment() == {"IOSR_FAST_CUDA": "0"}
 
 
 def test_gpu_tests_are_counted_from_lines_that_a_killed_run_has() -> None:
@@ -159,7 +275,7 @@ def test_gpu_tests_are_counted_from_lines_that_a_killed_run_has() -> None:
         "failed": ["FAILED tests/b.py::test_three - assert 1 == 2"],
         "skipped": ["SKIPPED [1] tests/b.py:7: no GPU"],
     }
-    files = {Path(path).name for path in gpu.test_files()}
+    files = {Path(path).name for path in gpu_parts.test_files()}
     assert {"test_triton.py", "test_cuda_graphs.py"} <= files and Path(__file__).name not in files
 
 
