@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
 from iosr_fast.cli import parts
 from iosr_fast.cli.options import Address, Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import stop_message
+from iosr_fast.utils.command import new_file, stop_message
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ def classify(
         bool,
         typer.Option("--joint", help="Classify all images together, for a file or standard output; does not resume."),
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            callback=new_file,
+            help="Write a page with the pictures by label here, one file; without --out instead of the rows.",
+        ),
+    ] = None,
     unknown: Annotated[
         Literal["reject"] | None,
         typer.Option(help="reject: images of none of the classes get --unknown-label, and all an unknown_score."),
@@ -103,9 +111,13 @@ def classify(
                 f"expected a file for --out with --joint, got the folder {out}: parts are written before all images "
                 f"are encoded; use {' or '.join(FILES)}, or leave --joint out"
             )
+        if html is not None:
+            raise IosrFastError(
+                f"expected a file for --out with --html, got the folder {out}: use {' or '.join(FILES)}"
+            )
         if len(images) > 1 or decoder != "auto":
             raise IosrFastError("expected one input and no --decoder with --out FOLDER; give a file for several inputs")
-        for name in ("images", "decoder", "classifier", "joint"):
+        for name in ("images", "decoder", "classifier", "joint", "html"):
             del options[name]
         options |= {"location": images[0], "batch": batch or 64}
         require("pyarrow", "parquet")
@@ -122,7 +134,7 @@ def classify(
     if given := [f"--{name.replace('_', '-')}" for name, default in OF_PARTS.items() if options[name] != default]:
         raise IosrFastError(f"expected --out FOLDER with {', '.join(given)}")
     paths = [Path(image) for image in images]
-    _classify_list(classifier, paths, out, top or 1, batch, decoder, runtime, threads, skip_bad, joint, rejecting)
+    _classify_list(classifier, paths, out, top or 1, batch, decoder, runtime, threads, skip_bad, joint, rejecting, html)
 
 
 def _check_unknown(unknown: str | None, label: str | None, keep: float | None) -> Rejecting | None:
@@ -146,17 +158,22 @@ def _classify_list(
     skip_bad: bool,
     joint: bool,
     rejecting: Rejecting | None,
+    html: Path | None,
 ) -> None:
-    """To standard output, or to a file."""
+    """To standard output, to a file, or to a page."""
     from iosr_fast.classifier import Classifier
     from iosr_fast.images.decoders import choose_decoder
     from iosr_fast.pipeline.job import Job, check_place
     from iosr_fast.pipeline.joint import check_joint_place, stream_jointly, write_jointly
     from iosr_fast.pipeline.stream import choose_batch
+    from iosr_fast.pipeline.tables import read_csv, read_table
+    from iosr_fast.reports.predictions_report import predictions_page
+    from iosr_fast.utils.files import new_file as written
 
     def log(line: str) -> None:
         typer.echo(line, err=True)
 
+    file: TextIO = sys.stdout if html is None else StringIO()
     resumes = out is not None and not joint
     with stop_message(f"stopped; the same command resumes {out}" if resumes else "stopped", "iosr-fast"):
         paths = _list(images, skip_bad)
@@ -180,9 +197,9 @@ def _classify_list(
             rejecting.check(job.state)
         try:
             if joint:
-                counts = stream_jointly(job, sys.stdout, log) if out is None else write_jointly(job, out, log)
+                counts = stream_jointly(job, file, log) if out is None else write_jointly(job, out, log)
             else:
-                counts = job.stream(sys.stdout, log) if out is None else job.write(out)
+                counts = job.stream(file, log) if out is None else job.write(out)
         except BadImageError as error:
             if not resumes:
                 raise
@@ -192,6 +209,15 @@ def _classify_list(
         log(f"{'left out' if out is None else 'could not read'} {counts.unread} of {len(paths)} images")
     if rejecting is not None:
         log(f"rejected {counts.rejected} of {len(paths) - counts.unread} images as {rejecting.label!r}")
+    if html is not None:
+        file.seek(0)
+        rows = read_csv(file) if out is None else read_table(out)
+        label = None if rejecting is None else rejecting.label
+        title = f"Labels of {', '.join(path.name or str(path) for path in images[:3])}{', ...' if images[3:] else ''}"
+        page = predictions_page(rows, title, counts.unread, label, loaded.exif_orientation_)
+        with written(html) as place:
+            place.write_text(page, encoding="utf-8")
+        log(f"wrote {html}")
     if counts.unread == len(paths):
         raise IosrFastError("none of the images could be read")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from iosr_fast.utils.csv_text import escaped
+from iosr_fast.utils.csv_text import escaped, recovered
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.outputs import check_new_file
 from iosr_fast.utils.require import require
@@ -18,6 +19,7 @@ SUFFIXES = (".csv", ".parquet")
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 _FACTS = b"iosr_fast"  # entry of a Parquet schema's metadata
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
+_NUMBERS = ("probability", UNKNOWN_SCORE)
 
 
 class Result(NamedTuple):
@@ -30,6 +32,17 @@ class Result(NamedTuple):
 
 
 Row = tuple[str, Result | str]  # (path, its result, or why it could not be read)
+
+
+class Labelled(NamedTuple):
+    """An image of a table: its label and the probability of its best class, or why it could not be read; and its
+    unknown score, where unknown pictures are rejected. NaN for what is missing."""
+
+    path: str
+    label: str
+    probability: float
+    unknown_score: float
+    error: str
 
 
 def check_output(out: Path) -> None:
@@ -88,6 +101,26 @@ def csv_cells(path: str, result: Result | str, top: int, errors: bool, unknown_l
         if result.rejected:
             cells[0] = escaped(unknown_label)
     return [escaped(path), *cells, *([""] if errors else [])]
+
+
+def read_csv(file: TextIO) -> Iterator[Labelled]:
+    """The rows of `csv_writer`."""
+    for row in csv.DictReader(file):
+        path, label, error = (recovered(row.get(name) or "") for name in ("path", "label", "error"))
+        yield Labelled(path, label, *(float(row.get(name) or "nan") for name in _NUMBERS), error)
+
+
+def read_table(out: Path) -> Iterator[Labelled]:
+    """The rows of `write_table`."""
+    if out.suffix == ".csv":
+        with out.open(encoding="utf-8", newline="") as file:
+            yield from read_csv(file)
+        return
+    with require("pyarrow.parquet", "parquet").ParquetFile(out) as table:
+        names = [name for name in ("path", "label", *_NUMBERS, "error") if name in table.schema_arrow.names]
+        for row in (row for batch in table.iter_batches(columns=names) for row in batch.to_pylist()):
+            numbers = (math.nan if row.get(name) is None else row[name] for name in _NUMBERS)
+            yield Labelled(row["path"], row["label"] or "", *numbers, row["error"] or "")
 
 
 def prediction_columns(classes: Sequence[Sequence[Sequence[Any]] | None], scores: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from iosr_fast.reports.page import (
     percent,
     picture,
     section,
+    short_path,
     table,
 )
 from iosr_fast.reports.thumbnail import thumbnail
@@ -39,7 +39,7 @@ def evaluation_page(
     found: Evaluation, picture_of: Callable[[str], bytes | None], title: str, exif_orientation: bool = True
 ) -> str:
     """The HTML file. Images are read again for their pictures; `picture_of` gives the thumbnail of a support image by
-    its id, or None. Raises BadImageError for an image that has become unreadable."""
+    its id, or None."""
 
     def card(one: Mistake) -> Html:
         small = thumbnail(one.image, _SIDE, exif_orientation)
@@ -79,7 +79,7 @@ def evaluation_page(
     )
 
 
-def _mistake(one: Mistake, small: bytes, picture_of: Callable[[str], bytes | None]) -> Html:
+def _mistake(one: Mistake, small: bytes | None, picture_of: Callable[[str], bytes | None]) -> Html:
     name = str(one.image)
     of_label = "" if one.label is None else f"; {one.label} has {percent(one.label_probability, 0)}"
     label = None if one.label is None else join(element("b", one.label), " ")
@@ -95,7 +95,7 @@ def _mistake(one: Mistake, small: bytes, picture_of: Callable[[str], bytes | Non
                 "div",
                 element("p", label, "taken for ", element("span", one.predicted, class_="bad name")),
                 element("p", bar(one.probability)),
-                note("/".join(Path(name).parts[-2:]), of_label),
+                note(short_path(one.image), of_label),
             ),
             class_="beside",
         ),

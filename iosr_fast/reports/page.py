@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 420, 260, 48, 34, 12  # of a chart, in units of its view box
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 420, 262, 48, 36, 12  # of a chart, in units of its view box
 _BOTTOMS = (0.0, 0.5, 0.75, 0.9)  # where a chart begins; five steps from there to 1 are round
 
 
@@ -62,6 +62,15 @@ def first_of(sentence: str, shown: int, count: int) -> str:
     ('Pairs.', 'Pairs. The first 100 of 1,234 are shown.')
     """
     return sentence if shown >= count else f"{sentence} The first {shown:,} of {count:,} are shown."
+
+
+def short_path(image: Any) -> str:
+    """An image's file and the folder that it lies in.
+
+    >>> short_path("validation/lemon/4.jpg"), short_path(4)
+    ('lemon/4.jpg', '4')
+    """
+    return "/".join(Path(str(image)).parts[-2:])
 
 
 def table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html:
@@ -119,8 +128,9 @@ def bar(share: float, label: str = "") -> Html:
 
 
 def cards(items: Iterable[Html]) -> Html:
-    """Items side by side, as many as fit."""
-    return element("ul", *(element("li", item) for item in items), class_="cards")
+    """Items side by side, as many as fit; nothing without items."""
+    listed = [element("li", item) for item in items]
+    return element("ul", *listed, class_="cards") if listed else Html("")
 
 
 def facts(values: Mapping[str, Any]) -> Html:
@@ -162,7 +172,7 @@ def line_chart(
         return _LEFT + right * (at(px) - low) / (high - low), _EDGE + height * (1 - share)
 
     ticks = sorted({px for px, _ in points}) if not diagonal else [0.0, 0.25, 0.5, 0.75, 1.0]
-    parts = [_label(place(px, bottom)[0], _HEIGHT - 16, f"{px:g}", "middle") for px in ticks]
+    parts = [_label(place(px, bottom)[0], _HEIGHT - 19, f"{px:g}", "middle") for px in ticks]
     for k in range(6):
         level = bottom + k * (1 - bottom) / 5
         height = place(ticks[0], level)[1]
@@ -174,7 +184,7 @@ def line_chart(
         parts.append(_line(places, f"line-{k % 3}" + (" dashed" if "(" in name else "")))
         dots = (element("circle", cx=f"{a:.1f}", cy=f"{b:.1f}", r=4, class_=f"dot-{k % 3}") for a, b in places)
         parts += dots
-    parts.append(_label(_WIDTH - _EDGE, _HEIGHT - 2, x))
+    parts.append(_label(_WIDTH - _EDGE, _HEIGHT - 4, x))
     description = "; ".join(f"{n}: " + ", ".join(f"{a:g}: {b:.1%}" for a, b in line) for n, line in series.items())
     keys = (element("span", name, class_=f"key line-{k % 3}") for k, name in enumerate(series))
     drawn = element(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from PIL import Image
 from iosr_fast import Classifier, labelled_images
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
-from iosr_fast.reports import evaluation_report
+from iosr_fast.pipeline.tables import Labelled
+from iosr_fast.reports import evaluation_report, predictions_report
+from iosr_fast.reports.predictions_report import predictions_page
 from iosr_fast.state import evaluation
 from tests.cli.runs import never, refused, run
 from tests.state.live_parts import engine_folder, pictures, pixel_clip
@@ -218,3 +221,47 @@ def test_mistakes_are_refused_before_any_work(tmp_path: Path) -> None:
     assert "none" in refused("audit", tmp_path / "none")
     assert "found none" in refused("audit", tmp_path, "--html", tmp_path / "none" / "a.html")
     assert "-n" in refused("suggest", tmp_path, tmp_path, "-n", 0)
+
+
+def test_classify_writes_a_page_of_pictures_by_label(place: Path) -> None:
+    folder = place / "unlabelled"
+    (folder / "broken.png").write_bytes(b"no picture")
+    words = ("classify", place / "classifier", folder, "--skip-bad", "--html")
+    alone = run(*words, place / "alone.html")
+    assert alone.exit_code == 0 and not alone.stdout, alone.output
+    pages = [(place / "alone.html").read_text()]
+    for out in ("p.csv", "p.parquet"):
+        done = run(*words, place / f"{out}.html", "--out", place / out, "--joint")
+        assert done.exit_code == 0 and (place / out).is_file(), done.output
+        pages.append((place / f"{out}.html").read_text())
+    for page in pages:
+        assert page.count("data:image/webp;base64,") == 18 and "<b>one" not in page
+        assert "<dt>unreadable</dt><dd>1</dd>" in page
+    assert pages[1] == pages[2].replace("p.parquet", "p.csv") and "broken.png: it is not an image" in pages[1]
+    rejecting = ("--unknown", "reject", "--keep", "0.9", "--unknown-label", "<other>", "--out", place / "r.csv")
+    done = run(*words, place / "r.html", *rejecting)
+    assert done.exit_code == 0 and "<other>" in (place / "r.csv").read_text(), done.output
+    assert "<h2>&lt;other&gt;</h2>" in (place / "r.html").read_text()
+    assert "expected a file for --out with --html" in refused(*words, place / "n.html", "--out", place / "parts")
+
+
+def test_a_page_of_labels_shows_the_unsure_first_and_says_what_it_leaves_out(
+    place: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions_report, "_PICTURES", 7)
+    monkeypatch.setattr(predictions_report, "_OPEN", 2)
+    images = sorted((place / "unlabelled").iterdir())
+    rows = [Labelled(str(images[k]), "abbbb<bbb"[k], 0.9 - k / 20, math.nan, "") for k in range(9)]
+    rows.append(Labelled("gone.png", "a", 0.2, math.nan, ""))
+    (place / "p.html").write_text(predictions_page(rows, "Labels"))
+    for width in (390, 1280):
+        page, faults = opened(browser, place / "p.html", width)
+        assert not faults and page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.locator("h2").all_inner_texts() == ["Labels", "<", "a", "b"]
+        assert "3 of 10 images are left out" in page.locator("header").inner_text()
+        assert "7 images. The first 4 of 7 are shown." in page.locator("section").nth(3).inner_text()
+        page.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
+        shares = page.locator("section").nth(3).locator("li .measure").all_inner_texts()
+        assert shares == ["50%", "55%", "60%", "70%"]
+        assert page.locator(".picture.none").all_inner_texts() == ["gone.png"]
+        page.close()
