@@ -19,7 +19,6 @@ SUFFIXES = (".csv", ".parquet")
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 _FACTS = b"iosr_fast"  # entry of a Parquet schema's metadata
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
-_NUMBERS = ("probability", UNKNOWN_SCORE)
 
 
 class Result(NamedTuple):
@@ -107,7 +106,8 @@ def read_csv(file: TextIO) -> Iterator[Labelled]:
     """The rows of `csv_writer`."""
     for row in csv.DictReader(file):
         path, label, error = (recovered(row.get(name) or "") for name in ("path", "label", "error"))
-        yield Labelled(path, label, *(float(row.get(name) or "nan") for name in _NUMBERS), error)
+        probability, score = (float(row.get(name) or "nan") for name in ("probability", UNKNOWN_SCORE))
+        yield Labelled(path, label, probability, score, error)
 
 
 def read_table(out: Path) -> Iterator[Labelled]:
@@ -117,10 +117,12 @@ def read_table(out: Path) -> Iterator[Labelled]:
             yield from read_csv(file)
         return
     with require("pyarrow.parquet", "parquet").ParquetFile(out) as table:
-        names = [name for name in ("path", "label", *_NUMBERS, "error") if name in table.schema_arrow.names]
+        wanted = ("path", "label", "probability", UNKNOWN_SCORE, "error")
+        names = [name for name in wanted if name in table.schema_arrow.names]
         for row in (row for batch in table.iter_batches(columns=names) for row in batch.to_pylist()):
-            numbers = (math.nan if row.get(name) is None else row[name] for name in _NUMBERS)
-            yield Labelled(row["path"], row["label"] or "", *numbers, row["error"] or "")
+            numbers = (row.get(name) for name in ("probability", UNKNOWN_SCORE))
+            probability, score = (math.nan if number is None else number for number in numbers)
+            yield Labelled(row["path"], row["label"] or "", probability, score, row["error"] or "")
 
 
 def prediction_columns(classes: Sequence[Sequence[Sequence[Any]] | None], scores: Sequence[str]) -> dict[str, Any]:
