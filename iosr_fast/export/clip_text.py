@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.clip.load import LoadedClip
-from iosr_fast.clip.prompts import embed_classes
+from iosr_fast.clip.prompts import default_templates, embed_classes
 from iosr_fast.clip.tokenizer import Tokenizer
 from iosr_fast.export.export_text import export_text
 from iosr_fast.utils.files import new_folder
@@ -46,8 +46,8 @@ class ClipText:
         source = open_verified(export, TEXT_KIND)
         for name in source.files:
             source.copy(name, folder / name)
-        facts: dict[str, Any] = source.manifest["text"]
-        return facts
+        # A CLIP of the same weights under another name has other prompts.
+        return {**source.manifest["text"], "templates": list(default_templates(self.clip))}
 
     def _name(self) -> str:
         """Of the cached export. The CLIP's fingerprint covers its weights, not the files of a tokenizer."""

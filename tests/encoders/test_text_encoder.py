@@ -30,7 +30,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from iosr_fast.clip.demo.pictures import load_index  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402
-from iosr_fast.clip.prompts import DEMO_TEMPLATES, embed_classes  # noqa: E402
+from iosr_fast.clip.prompts import DEMO_TEMPLATES, PHOTO_TEMPLATES, embed_classes  # noqa: E402
 from iosr_fast.encoders.text_encoder import FILE, TOKENIZER_FILE, TextEncoder  # noqa: E402
 from iosr_fast.export import export_text as module  # noqa: E402
 from iosr_fast.export.clip_text import ClipText  # noqa: E402
@@ -114,6 +114,14 @@ def test_facts_say_what_was_written_and_checked(demo: LoadedClip, exported: tupl
     assert 0 < facts["max_abs_error"] < 1e-5 and facts["min_cosine"] > 0.99999
     model = onnx.load(folder / FILE)
     assert not any(item.metadata_props for item in (model, model.graph, *model.graph.node, *model.graph.value_info))
+
+
+def test_the_same_weights_under_another_name_have_prompts_of_their_own(
+    demo: LoadedClip, exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    with shared_cache():
+        facts = ClipText(replace(demo, name="ViT-B-32"), demo_cache() / "text").write(tmp_path)
+    assert facts == {**exported[1], "templates": list(PHOTO_TEMPLATES)}
 
 
 def test_classes_get_the_embeddings_that_torch_gives(demo: LoadedClip, encoder: TextEncoder) -> None:
