@@ -16,10 +16,13 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import COVERAGE, LeftOutLabels, Reliability, leave_out_labels, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction, predict_jointly
+from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label, multi_label_reason
+from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
+from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
 from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, fit_unknown, without_rejected
 from iosr_fast.scoring.fields import RANGES
@@ -27,8 +30,10 @@ from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import check_number
-from iosr_fast.state.method_config import choose_config
+from iosr_fast.state.label_sets import are_label_sets, known_label_sets, label_sets, read_label_sets
+from iosr_fast.state.method_config import choose_config, is_searched
 from iosr_fast.utils.estimator import not_fitted
+from iosr_fast.utils.ranking import mean_average_precision
 from iosr_fast.utils.require import require
 
 require("sklearn.base", "sklearn")
@@ -97,6 +102,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         All parameters of the method.
     tuned_ : Tuned or None
         The search that chose them (accuracy, log-loss, number of rows); None if nothing was searched.
+    multi_label_ : MultiLabelFit
+        After a fit with several labels: the threshold of each class, and the average precision and log-loss of left-out
+        rows.
     unknown_ : Unknown
         How unknown pictures are told (`methods.unknown.Unknown`): fitted at the first use, `unknown_.promise()` says
         what can be promised.
@@ -185,12 +193,18 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         Any labels that scikit-learn accepts: strings, integers, booleans. The type of X is converted to float32 after
         the rows have been scaled to unit length in float64. `unknown_images` are rows of pictures that belong to none
         of the classes, if you have any: they sharpen `unknown_score`, which needs none, and change nothing else.
+
+        For rows with any number of labels y are sets (or lists, or tuples) of names, of which some may be empty, or an
+        indicator (n, C) of 0 and 1, whose classes are their numbers. Each class is then judged by itself
+        (methods.multi_label.fit_multi_label), and `predict` answers in the form of y.
         """
         given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "ridge")}
         parameters = check_choice(self.method, self.reducer, self.tune, **given)
         precision = check_precision(self.key_precision)
         seconds = check_number("tune_seconds", self.tune_seconds, 0.0, MAX_TUNE_SECONDS)
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
+        if are_label_sets(y):
+            return self._fit_label_sets(X, y, unknown_images, parameters, precision, seconds, tau)
         with _as_iosr_errors():
             X, y = validate_data(self, X, y, dtype=_FLOATS, order="C")
             check_classification_targets(y)
@@ -217,16 +231,50 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self._config, self._support, self._unknown_images = config, support, unknown
         rows = np.flatnonzero(usable)
         self._support_rows = rows[np.argsort(ids[usable], kind="stable")]
-        for fitted in ("unknown_", "_left_out"):  # at the next use by the new support rows
+        for fitted in ("unknown_", "_left_out", "multi_label_"):  # at the next use by the new support rows
             self.__dict__.pop(fitted, None)
         self.classes_ = classes
         self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
         self.tuned_ = config.tuned
         return self
 
+    def _fit_label_sets(
+        self,
+        X: Any,
+        y: Any,
+        unknown_images: Any,
+        parameters: dict[str, float],
+        precision: Precision,
+        seconds: float,
+        tau: float,
+    ) -> FewShotHead:
+        """`fit` of rows with any number of labels."""
+        if (reason := multi_label_reason(self.method, self.reducer)) is not None:
+            raise IosrFastError(reason)
+        if unknown_images is not None:
+            raise IosrFastError("several labels an image take no unknown_images: give them as rows with an empty set")
+        with _as_iosr_errors():
+            X = validate_data(self, X, dtype=_FLOATS, order="C")
+        names, indicator = read_label_sets(y, len(X))
+        usable = self._usable(X, "left out of the support rows")
+        classes = np.arange(indicator.shape[1]) if names is None else np.array(names, str)
+        text = self._text_rows(classes, X.shape[1])
+        images = MultiLabelSet(_units(X[usable], self.adapted), indicator[usable], text, tau)
+        search = is_searched(self.method, self.tune, parameters)
+        fit = fit_multi_label(images, self.method, parameters, search, precision, seconds)
+        for fitted in ("unknown_", "_left_out"):
+            self.__dict__.pop(fitted, None)
+        self.multi_label_, self.plan_, self.classes_ = fit, fit.plan, classes
+        self._indicator_type = None if names is not None else np.asarray(y).dtype
+        self.method_, self.reducer_, self.parameters_, self.tuned_ = fit.method, "none", fit.parameters, None
+        return self
+
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's."""
+        """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with
+        several labels always (n, C), each class by itself."""
         logits = self._logits(X)
+        if self._multi_label is not None:
+            return logits
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def predict(
@@ -241,8 +289,18 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         unknown="reject" gives None, or `unknown_label`, for rows that belong to none of the classes, as far as
         `unknown_score` tells: a share `keep` of the rows that do belong to one keeps its label. Raises IosrFastError
         where there are too few support rows for that promise: 0.95 takes 19 that can be left out.
+
+        After a fit with several labels: a frozenset of labels for each row, (n,) of dtype object, or an indicator
+        (n, C) of the dtype of y, as y was. A label is in where its probability reaches `multi_label_.thresholds`.
         """
         share = check_unknown(unknown, keep)
+        if self._multi_label is not None:
+            if share is not None:
+                self._refuse("predict(unknown='reject')", "a row of none of the classes gets no label")
+            members = sigmoid(self._logits(X)) >= self._multi_label.thresholds
+            if self._indicator_type is None:
+                return label_sets(self.classes_, members)
+            return members.astype(self._indicator_type)
         logits = self._logits(X)
         labels: np.ndarray = self.classes_[logits.argmax(1)]
         if share is None:
@@ -252,6 +310,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     def unknown_score(self, X: Any) -> np.ndarray:
         """How unlike all classes each row is, (n,) float64: of left-out support rows the mean is 0 and the standard
         deviation 1. Formula and sources: methods.unknown.fit_unknown and methods.known_scores.KnownScores."""
+        self._refuse("unknown_score")
         queries = self._queries(X)
         return self.unknown_.score(queries)
 
@@ -261,18 +320,19 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         `per_class` the share holds for the rows of each class (class-conditional or Mondrian conformal prediction).
         Raises IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out,
         with `per_class` 9 of each class."""
+        self._refuse("predict_sets")
         share = check_share("coverage", coverage)
         classes, logits = self.classes_ if per_class else None, self._logits(X)
         return sets_of_labels(self.classes_, logits, self._left_out.sets(logits, share, classes))
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support rows are, by bins; print it for a table."""
-        self._check_fitted()
+        self._refuse("calibration")
         return self._left_out.reliability
 
     @cached_property
     def unknown_(self) -> Unknown:
-        self._check_fitted()
+        self._refuse("unknown_")
         return fit_unknown(self._support, METHODS[self.method_].needs_adapter, self._unknown_images)
 
     @cached_property
@@ -280,8 +340,36 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return leave_out_labels(self._support, self._config.compile)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """softmax of the logits, (n, C) float64, columns in the order of `classes_`."""
-        return softmax(self._logits(X).astype(np.float64))
+        """softmax of the logits, (n, C) float64, columns in the order of `classes_`. After a fit with several labels
+        the probability of each class by itself, 1 / (1 + exp(-logit)): a row's sum is any number up to C."""
+        logits = self._logits(X).astype(np.float64)
+        return softmax(logits) if self._multi_label is None else sigmoid(logits)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision
+        over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
+        if self._multi_label is None:
+            return float(super().score(X, y, sample_weight))
+        if sample_weight is not None:
+            raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
+        return mean_average_precision(known_label_sets(y, len(X), self.classes_), self._logits(X))
+
+    @property
+    def _multi_label(self) -> MultiLabelFit | None:
+        """The fit of several labels an image; None after another one. Raises NotFittedError before any."""
+        self._check_fitted()
+        return self.__dict__.get("multi_label_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+    def _refuse(self, call: str, instead: str = "") -> None:
+        """Raise IosrFastError if several labels an image were fitted, which `call` can't answer for."""
+        if self._multi_label is not None:
+            fix = instead or "fit with one label for each row"
+            raise IosrFastError(f"{call} is for one label an image, and this head was fitted with several: {fix}")
 
     def predict_jointly(self, X: Any) -> JointPrediction:
         """Probabilities (n, C) float32 of rows that are classified together, with the support rows' means and
@@ -289,6 +377,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         rows say that it harms, and where none can be left out, the result's `refused` says so and its probabilities are
         those of `predict_proba`. Formula, check and sources: methods.joint.predict_jointly.
         """
+        self._refuse("predict_jointly")
         rows = self._queries(X)
         joint = predict_jointly(self._support, self._config.compile, rows, plan=self.plan_, check=False)
         return replace(joint, classes=self.classes_)
@@ -298,7 +387,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         images, and what more of them would bring, all by support rows that are left out of the fit. `images` and the
         images in the lists are positions in the X of `fit`. Rules and sources: methods.support_audit.audit_support.
         """
-        self._check_fitted()
+        self._refuse("audit")
         config = self._config
         return audit_support(
             self._support, config.compile, which=config.which, images=self._support_rows, classes=self.classes_
@@ -309,6 +398,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         first. The result's `rows` are positions in X. Formula and source: methods.suggest.suggest; before the first
         labels exist, call that function.
         """
+        self._refuse("suggest")
         logits = self._logits(X)
         return suggest(image_rows(self._queries(X), self._config.which, None), n, entropy(logits))
 

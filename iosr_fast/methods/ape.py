@@ -106,4 +106,5 @@ METHOD = Method(
     scales="cache",
     axes={"beta": BETAS, "gamma": (0.0, 0.1, 0.25, 0.5, 1.0)},
     needs_text=True,
+    multi_label="it weighs each key by the one label that the key has",
 )

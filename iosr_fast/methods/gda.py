@@ -95,4 +95,5 @@ METHOD = Method(
     needs_every_class=True,
     by_moments=True,
     stack_part="discriminant",
+    multi_label="it takes each image to be of one Gaussian class",
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
+from iosr_fast.scoring.plan import Which
+
 
 def kernel_matrix(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray:
     """exp(-beta (1 - <rows, keys>)), float64, for rows (B, D) and keys (N, D) of unit length."""
@@ -32,10 +35,18 @@ class KernelRidge:
         self._factor = lower_inverse(np.linalg.cholesky(kernel + ridge * np.eye(len(kernel))))
         self.values: np.ndarray = self._factor.T @ (self._factor @ target)
 
-    def without_one(self) -> np.ndarray:
-        """(N, C): of each image the prediction that is fitted without it, target - values / diag(A)."""
-        predicted: np.ndarray = self.target - self.values / np.einsum("ij,ij->j", self._factor, self._factor)[:, None]
-        return predicted
+    def without_one(self, query_kernel: np.ndarray | None = None) -> np.ndarray:
+        """(N, C): of each image the prediction that is fitted without it, target - values / diag(A).
+
+        query_kernel (N, N) of queries and images, if image j is query j in another view: the values without image j
+        are values - A[:, j] values[j] / A[j, j].
+        """
+        removed = self.values / np.einsum("ij,ij->j", self._factor, self._factor)[:, None]
+        if query_kernel is None:
+            predicted: np.ndarray = self.target - removed
+            return predicted
+        own = np.einsum("jk,kj->j", query_kernel @ self._factor.T, self._factor)
+        return query_kernel @ self.values - own[:, None] * removed
 
     def without_folds(self, folds: np.ndarray, query_kernel: np.ndarray | None = None) -> np.ndarray:
         """(N, C): query j's prediction is fitted without the images of j's fold.
@@ -55,6 +66,24 @@ class KernelRidge:
             else:
                 predicted[rows] = query_kernel[rows] @ (self.values - self._factor.T @ (columns @ removed))
         return predicted
+
+
+def regress_labels(images: MultiLabelSet, which: Which, beta: float, ridge: float, texts: float = 0.0) -> KeyTerm:
+    """Kernel ridge regression of the labels (N, C) minus the share of images that have each, minus `texts` times the
+    zero-shot cosines; left-out images are fitted without them, in their shares too. Without the shares the regression
+    of an image's own label would be lower where the image is left out: there is one such image less.
+
+    The regression is linear in the target: that of labels - share is that of the labels minus share times that of 1.
+    """
+    keys = images.rows(which)
+    target = np.hstack([images.labels - texts * images.zero_shot(), np.ones((len(keys), 1))])
+    model = KernelRidge(kernel_matrix(keys, keys, beta), target, ridge)
+    kernel = None if images.queries is None else kernel_matrix(images.rows(which, queries=True), keys, beta)
+    left_out, others = model.without_one(kernel), max(len(keys) - 1, 1)
+    return KeyTerm(
+        model.values[:, :-1] - model.values[:, -1:] * (images.counts / len(keys)),
+        left_out[:, :-1] - left_out[:, -1:] * ((images.counts - images.labels) / others),
+    )
 
 
 def lower_inverse(lower: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ from functools import lru_cache
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.kernel_ridge import KernelRidge, kernel_matrix
+from iosr_fast.methods.kernel_ridge import KernelRidge, kernel_matrix, regress_labels
 from iosr_fast.methods.method import Method
+from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
@@ -87,6 +88,12 @@ def leave_out(
     return predict
 
 
+def multi_label(images: MultiLabelSet, which: Which, setting: Mapping[str, float]) -> dict[str, KeyTerm]:
+    """Method.multi_label: tau times the regression of labels minus their shares minus zero-shot cosines."""
+    term = regress_labels(images, which, setting["beta"], setting["ridge"], texts=1.0)
+    return {"alpha": KeyTerm(images.tau * term.values, images.tau * term.left_out)}
+
+
 METHOD = Method(
     "proker",
     proker,
@@ -96,4 +103,5 @@ METHOD = Method(
     max_support=8192,  # the (N, N) system takes minutes beyond this
     leave_out=leave_out,
     stack_part="regression",
+    multi_label=multi_label,
 )

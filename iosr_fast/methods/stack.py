@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.kernel_ridge import kernel_matrix
+from iosr_fast.methods.kernel_ridge import kernel_matrix, regress_labels
 from iosr_fast.methods.method import Method
+from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.timo import estimate, means_with_texts
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -153,6 +155,11 @@ def zero_shot(support: SupportSet) -> np.ndarray:
     return cosines
 
 
+def multi_label(images: MultiLabelSet, which: Which, setting: Mapping[str, float]) -> dict[str, KeyTerm]:
+    """Method.multi_label: the regression alone, because a discriminant takes each image to be of one class."""
+    return {"regression": regress_labels(images, which, setting["beta"], setting["ridge"])}
+
+
 METHOD = Method(
     "stack",
     stack,
@@ -168,4 +175,5 @@ METHOD = Method(
     adapted_parameters={"discriminant_adapted": 0.03, "adapted_keys": 1.0},
     scales="cache",
     weighted=True,
+    multi_label=multi_label,
 )

@@ -110,4 +110,5 @@ METHOD = Method(
     needs_text=True,
     needs_every_class=True,
     leave_out=leave_out,
+    multi_label="it takes each image to be of one Gaussian class",
 )

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
+from iosr_fast.methods.kernel_ridge import kernel_matrix
 from iosr_fast.methods.method import BETAS, Method
+from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
@@ -49,6 +55,15 @@ def tip_adapter(
     )
 
 
+def multi_label(images: MultiLabelSet, which: Which, setting: Mapping[str, float]) -> dict[str, KeyTerm]:
+    """Method.multi_label: the sum over the keys that have the label, as of one label. An image that is left out lacks
+    one of the n keys of each of its labels, which n / (n - 1) makes up for."""
+    kernel = kernel_matrix(images.rows(which, queries=True), images.rows(which), setting["beta"])
+    np.fill_diagonal(kernel, 0.0)
+    values, more = images.labels.astype(np.float64), np.maximum(images.counts - 1, 1)
+    return {"alpha": KeyTerm(values, (kernel @ values) * np.where(images.labels, images.counts / more, 1.0))}
+
+
 METHOD = Method(
     "tip-adapter",
     tip_adapter,
@@ -56,4 +71,5 @@ METHOD = Method(
     scales="cache",
     axes={"beta": BETAS},
     additive=True,
+    multi_label=multi_label,
 )

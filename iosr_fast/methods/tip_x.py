@@ -122,4 +122,5 @@ METHOD = Method(
     scales="cache",
     axes={"beta": BETAS, "gamma": tuple(np.linspace(0.0, 30.0, 50).tolist())},
     needs_text=True,
+    multi_label="it compares distributions over texts, of which an image with several labels has no single one",
 )

@@ -28,4 +28,4 @@ def zero_shot(support: SupportSet, which: Which = "plain", reducer: Reducer | No
     return ScoringPlan(n_classes=support.n_classes, text=support.text, tau=support.tau)
 
 
-METHOD = Method("zero-shot", zero_shot, needs_text=True, additive=True)
+METHOD = Method("zero-shot", zero_shot, needs_text=True, additive=True, multi_label=lambda *_: {})

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.stack import MAX_KEYS
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.held_out import HeldOutSet
@@ -180,7 +181,7 @@ def better_alone(fit: StackFit, labels: np.ndarray) -> list[str]:
     return names
 
 
-def affordable(support: SupportSet, n_embeddings: int, seconds: float) -> Sequence[Mapping[str, float]]:
+def affordable(support: SupportSet | MultiLabelSet, n_embeddings: int, seconds: float) -> Sequence[Mapping[str, float]]:
     """The first of SETTINGS whose regressions fit into the budget, by a count of operations: the same everywhere."""
     n, c = len(support.embeddings), support.n_classes
     operations = 2.0 * n**3 + 12.0 * n**2 * c
