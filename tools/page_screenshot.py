@@ -92,7 +92,7 @@ def photograph(page: Any, address: str, out: Path) -> None:
     page.locator("#new-strip li").nth(2).wait_for()
     page.fill("#token", TOKEN)
     page.click("#add-class")
-    page.locator(".tag").wait_for()
+    page.locator(".bars .tag").wait_for()
     page.click("#notice-close")
     page.fill("#filter", NEWCOMER)
     page.click("#classes button")

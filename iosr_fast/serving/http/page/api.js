@@ -90,9 +90,9 @@ const examplePath = (id) => `v1/examples/${encodeURIComponent(id)}`;
 
 export const pictureAddress = (exampleId) => `${examplePath(exampleId)}/picture`;
 
-export function predict(picture, { top, nearest, onWait }) {
+export function predict(picture, { top, nearest, reject, onWait }) {
   const type = picture.type.startsWith("image/") ? picture.type : "application/octet-stream";
-  const path = `v1/predict?top=${top}&nearest=${nearest}`;
+  const path = `v1/predict?top=${top}&nearest=${nearest}${reject ? "&unknown=reject" : ""}`;
   return call(path, { method: "POST", body: picture, headers: { "Content-Type": type }, onWait });
 }
 
@@ -107,8 +107,11 @@ async function allPages(path, field) {
   return first;
 }
 
+export const classifier = async () => (await call("v1/classifier")).data;
 export const classes = () => allPages("v1/classes", "classes");
 export const examples = (classId) => allPages(`${classPath(classId)}/examples`, "example_ids");
+export const firstExample = async (classId) =>
+  (await call(`${classPath(classId)}/examples?limit=1`)).data.example_ids[0];
 
 // Changes; each answers with the new version.
 const changing = (path, method, options, onWait) => call(path, { method, change: true, onWait, ...options });

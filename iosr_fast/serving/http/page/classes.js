@@ -1,7 +1,7 @@
 // The list of classes: filter, view examples, add and remove them, rename, remove.
 
 import * as api from "./api.js";
-import { complain, confirmed, count, find, make, quoted, refuse, removable } from "./dom.js";
+import { complain, confirmed, count, find, make, quoted, refuse, removable, scrollTo } from "./dom.js";
 import { acceptChoices } from "./pictures.js";
 import { supportPicture } from "./result.js";
 import { preparedAll } from "./upright.js";
@@ -11,12 +11,32 @@ const [FIRST, STEP] = [12, 100];
 let all = [];
 let rows = FIRST;
 let openId = null;
+let newId = null; // A class that was just added stands first and is marked.
 let change;
 
 const matching = () => {
   const words = find("filter").value.trim().toLocaleLowerCase();
-  return all.filter(({ name }) => name.toLocaleLowerCase().includes(words));
+  const matches = all.filter(({ name }) => name.toLocaleLowerCase().includes(words));
+  const first = ({ class_id: id }) => Number(id === newId);
+  return newId === null ? matches : matches.sort((a, b) => first(b) - first(a));
 };
+
+/** The class of a name, or undefined. */
+export const named = (name) => all.find((info) => info.name === name);
+
+/** The names that contain `words`, at most `limit`. */
+export function namesWith(words, limit) {
+  const lower = words.toLocaleLowerCase();
+  return all.filter(({ name }) => name.toLocaleLowerCase().includes(lower)).slice(0, limit).map(({ name }) => name);
+}
+
+/** Put a new class first in the list, marked, and scroll to it if `scroll`. */
+export function reveal(classId, scroll) {
+  newId = classId;
+  if (!matching().some((info) => info.class_id === classId)) find("filter").value = "";
+  draw();
+  if (scroll) scrollTo(find("classes").firstElementChild, "center");
+}
 
 /**
  * Read the classes from the server: its answer, or null after an error. `keepForms` leaves the list unchanged while a
@@ -54,13 +74,14 @@ function row(info) {
     draw();
     find("classes").querySelector(`[data-class="${CSS.escape(info.class_id)}"] button`)?.focus();
   };
+  const isNew = info.class_id === newId;
   return make(
     "li",
-    { "data-class": info.class_id },
+    { "data-class": info.class_id, class: isNew && "new" },
     make(
       "button",
       { type: "button", class: "row-button", "aria-expanded": String(open), click: toggle },
-      make("span", { class: "name" }, info.name),
+      make("span", { class: "name" }, info.name, isNew ? " " : null, isNew ? make("span", { class: "tag" }, "new") : null),
       make("span", { class: "quiet" }, count(info.examples, "example")),
     ),
     open ? panel(info) : null,

@@ -75,6 +75,11 @@ export function sayNothing() {
   find("notice-live").textContent = "";
 }
 
+export function scrollTo(element, block) {
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  element.scrollIntoView({ block, behavior: still ? "auto" : "smooth" });
+}
+
 /** Ask in a modal dialog; true only if "Remove" was pressed. */
 export function confirmed(question) {
   const dialog = find("confirm");

@@ -2,9 +2,11 @@
 
 import * as api from "./api.js";
 import * as classes from "./classes.js";
-import { complain, count, find, make, noPreview, refuse, say, sayNothing } from "./dom.js";
+import * as correct from "./correct.js";
+import { complain, count, find, make, noPreview, refuse, say, sayNothing, scrollTo } from "./dom.js";
 import { acceptChoices, acceptDrops, filesOf } from "./pictures.js";
-import { show } from "./result.js";
+import { naming, show, verdict } from "./result.js";
+import { showFacts, showSamples } from "./start.js";
 import * as teach from "./teach.js";
 import { drawn, prepared } from "./upright.js";
 
@@ -14,8 +16,9 @@ const MAX_ITEMS = 60; // Pictures in the strip.
 const SLOW_MS = 250; // A slower answer is announced by "Classifying".
 const SIDE = 640;
 
-// {file, name, picture, sent: {file, notes}, busy, prediction, error, latencyMs, roundTripMs, version}; after a change
-// also {before: the previous prediction, marked: the changed class}
+// {file, name, picture, sent: {file, notes}, busy, prediction, error, latencyMs, roundTripMs, version, unchecked: why it
+// may belong to none of the classes}; after a change also {before: the previous prediction, marked: the changed class,
+// taught: the class that got the picture}
 let items = [];
 const waiting = [];
 let working = false;
@@ -24,6 +27,7 @@ let following = true; // Show the next answer; false while the user looks at ano
 let mark = null; // The class of the last change: {classId, name, word}.
 let version = null;
 let classCount = 0;
+let noPromise = null; // Why the server can't reject pictures at this version.
 
 function add(files) {
   const accepted = files.slice(0, MAX_ITEMS);
@@ -57,7 +61,7 @@ async function classify(item) {
   };
   try {
     item.sent ??= await prepared(item.file);
-    const { data, roundTripMs } = await api.predict(item.sent.file, { top: TOP, nearest: NEAREST, onWait });
+    const { data, roundTripMs } = await predict(item, onWait);
     const [answer] = data.predictions;
     item.error = answer.error?.message ?? null;
     item.prediction = answer.error ? null : answer;
@@ -74,6 +78,21 @@ async function classify(item) {
   else drawStrip();
 }
 
+/** A prediction that may reject the picture, or one that can't, with the reason in `item.unchecked`. */
+async function predict(item, onWait) {
+  const send = (reject) => api.predict(item.sent.file, { top: TOP, nearest: NEAREST, reject, onWait });
+  item.unchecked = noPromise;
+  if (noPromise !== null) return send(false);
+  try {
+    return await send(true);
+  } catch (error) {
+    if (error.code === "no_promise") noPromise = item.unchecked = error.message;
+    else if (error.code === "deadline_exceeded") item.unchecked = "that is still being learnt from the examples";
+    else throw error;
+    return send(false);
+  }
+}
+
 const announceWait = (seconds) =>
   say(`The server is busy. The page tries again in ${count(Math.ceil(seconds), "second")}.`);
 
@@ -81,6 +100,7 @@ function view(item) {
   shown = item;
   document.body.classList.add("has-picture");
   show(item, mark, classCount);
+  correct.show(item);
   drawStrip();
 }
 
@@ -95,7 +115,9 @@ function drawStrip() {
 }
 
 function thumbnail(item) {
-  const words = item.prediction?.label ?? (item.error ? "not classified" : "waiting");
+  const { prediction, error, name } = item;
+  const words = prediction ? naming(prediction) : error ? `failed: ${name}` : "waiting";
+  const look = prediction ? verdict(prediction) : null;
   const choose = () => {
     following = false;
     view(item);
@@ -109,16 +131,20 @@ function thumbnail(item) {
   }
   const label = make("span", { class: "name" }, words);
   const current = String(item === shown);
-  return make("li", {}, make("button", { type: "button", "aria-current": current, click: choose }, picture, label));
+  return make("li", { class: look }, make("button", { type: "button", "aria-current": current, click: choose }, picture, label));
 }
 
 async function refresh(how) {
   const data = await classes.refresh(how);
   if (!data) return;
+  if (data.version !== version) noPromise = null;
   version = data.version;
   classCount = data.classes.length;
+  showFacts();
   const promise = find("promise"); // Until the first answer takes its place.
-  if (promise) promise.textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below.`;
+  if (!promise) return;
+  promise.textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below, or none.`;
+  showSamples(data.classes, add);
 }
 
 /**
@@ -140,12 +166,12 @@ async function change(request, describe, nameField = null) {
   mark = marked;
   say(words);
   await refresh();
+  if (marked?.word === "new") classes.reveal(marked.classId, !shown);
   if (!shown) return true;
   Object.assign(shown, { before: shown.prediction, marked });
   following = true;
   await queue([shown]);
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  if (scroll) find("result").scrollIntoView({ block: "start", behavior: still ? "auto" : "smooth" });
+  if (scroll) scrollTo(find("result"), "start");
   return true;
 }
 
@@ -166,6 +192,7 @@ function setUp() {
   find("notice-close").addEventListener("click", sayNothing);
   classes.setUp(change);
   teach.setUp(change);
+  correct.setUp(change, () => shown);
   refresh();
 }
 

@@ -3,6 +3,7 @@
 import { pictureAddress } from "./api.js";
 import { count, find, make, makeSvg, noPreview, percent, quoted, signed } from "./dom.js";
 
+const UNSURE = 0.5; // A less probable label is more likely wrong than right.
 const START = 0.1; // Length of the shortest part of a bar, as a share of the range of that part.
 const FACTORS = [
   [1e6, "a million times"],
@@ -11,6 +12,14 @@ const FACTORS = [
   [10, "10 times"],
   [2, "twice"],
 ];
+
+/** "none" of the classes, "unsure" or "sure". */
+export const verdict = ({ unknown, probability }) =>
+  unknown?.rejected ? "none" : probability < UNSURE ? "unsure" : "sure";
+
+/** The label in few words. */
+export const naming = (prediction) =>
+  ({ none: "none of these", unsure: `? ${prediction.label}`, sure: prediction.label })[verdict(prediction)];
 
 // The parts of a logit, in the order of a bar. `cache` is the sum of the last two.
 const PARTS = {
@@ -98,7 +107,7 @@ function bars(top, mark, classCount) {
   return [make("ol", { class: "bars", "aria-label": "Most probable classes" }, ...rows), scale(longest)];
 }
 
-function numbers(top, { latencyMs, roundTripMs, version }) {
+function numbers(top, { prediction, unchecked, latencyMs, roundTripMs, version }) {
   const parts = partsOf(top);
   const row = (score) =>
     make(
@@ -118,6 +127,13 @@ function numbers(top, { latencyMs, roundTripMs, version }) {
       {},
       make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
       make("tbody", {}, ...top.map(row)),
+    ),
+    make(
+      "p",
+      { class: "quiet" },
+      prediction.unknown
+        ? `Unlikeness to all classes: ${signed(prediction.unknown.score)}, about 0 for pictures of the classes.`
+        : `Not checked for \u201cnone of these\u201d: ${unchecked}.`,
     ),
     make("p", { class: "quiet" }, "Bars show differences: each part of a bar starts just below its lowest number here."),
     make("p", { class: "quiet" }, `${times}, model version ${version}`),
@@ -148,17 +164,31 @@ function neighbours(nearest) {
   ];
 }
 
+const VERDICTS = {
+  none: ({ top: [best] }) => [
+    make("p", { class: "label" }, "None of these"),
+    make("p", {}, `This picture is unlike all classes. The nearest is ${described(best)}.`),
+  ],
+  unsure: ({ top: [best, second] }) => [
+    make("p", { class: "label" }, "Not sure: ", best.label, "? ", make("span", {}, percent(best.probability))),
+    second && make("p", {}, `It may also be ${described(second)}.`),
+  ],
+  sure: ({ label, probability }) => [make("p", { class: "label" }, label, " ", make("span", {}, percent(probability)))],
+};
+
+const described = ({ label, probability }) => `${quoted(label)}, ${percent(probability)}`;
+
 function heading({ prediction, before, marked }) {
-  const probability = make("span", {}, percent(prediction.probability));
-  const lines = [make("p", { class: "label" }, prediction.label, " ", probability)];
+  const lines = VERDICTS[verdict(prediction)](prediction);
   if (before) {
-    lines.push(make("p", {}, `Before the change: ${quoted(before.label)}, ${percent(before.probability)}.`));
+    const words = verdict(before) === "none" ? "none of the classes" : described(before);
+    lines.push(make("p", {}, `Before the change: ${words}.`));
   }
   if (marked && !prediction.top.some((score) => score.class_id === marked.classId)) {
     const first = prediction.top.length;
     lines.push(make("p", {}, `${quoted(marked.name)} is not among the top ${first} for this picture.`));
   }
-  return lines;
+  return lines.filter((line) => line);
 }
 
 const refusal = ({ name, error }) => [
@@ -175,6 +205,7 @@ export function show(item, mark, classCount) {
   find("result").setAttribute("aria-busy", String(item.busy));
   const { prediction, error } = item;
   find("scores").hidden = !prediction;
+  find("answer").className = `answer ${prediction ? verdict(prediction) : ""}`;
   if (prediction) {
     find("answer").replaceChildren(...heading(item));
     const { top, nearest } = prediction;

@@ -1,0 +1,59 @@
+// Under an answer: "It is", which confirms or corrects it and adds the picture to the examples of that class.
+
+import * as api from "./api.js";
+import { named, namesWith } from "./classes.js";
+import { accept, find, make, quoted, refuse } from "./dom.js";
+
+const OFFERED = 50; // Names at a time; a browser shows some ten of them.
+
+/** Offer the label of an item that has an answer, or say where its picture went. */
+export function show({ prediction, busy, taught }) {
+  find("correct").hidden = !prediction || Boolean(taught);
+  find("taught").hidden = !taught;
+  if (taught) find("taught").textContent = `Added to the examples of ${quoted(taught)}.`;
+  if (busy || find("correct").contains(document.activeElement)) return;
+  accept(find("truth"));
+  find("truth").value = prediction?.label ?? "";
+  offer("");
+}
+
+function offer(words) {
+  find("names").replaceChildren(...namesWith(words, OFFERED).map((value) => make("option", { value })));
+  const name = find("truth").value.trim();
+  find("correct-button").textContent = name && !named(name) ? "Add as a new class" : "Confirm";
+}
+
+async function send(change, item) {
+  const field = find("truth");
+  const name = field.value.trim();
+  if (!name) return refuse(field, "Which class is it? Choose one, or type a new name.");
+  const known = named(name);
+  const word = known ? "more examples" : "new";
+  const added = await change(
+    (onWait) =>
+      known ? api.addExamples(known.class_id, [item.sent.file], onWait) : api.addClass(name, [item.sent.file], onWait),
+    ({ class_id }) => {
+      item.taught = name;
+      return {
+        words: known ? `1 example added to ${quoted(name)}.` : `Class ${quoted(name)} added with 1 example.`,
+        mark: { classId: class_id, name, word },
+      };
+    },
+    field,
+  );
+  if (added) find("taught").focus();
+}
+
+/** `change(request, describe)` sends a change and announces it, `shown()` is the item that is shown; see page.js. */
+export function setUp(change, shown) {
+  const [field, button] = [find("truth"), find("correct-button")];
+  field.addEventListener("focus", () => field.select());
+  field.addEventListener("input", () => offer(field.value.trim()));
+  find("correct").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (button.getAttribute("aria-disabled") === "true") return; // A disabled button would lose the focus.
+    button.setAttribute("aria-disabled", "true");
+    await send(change, shown());
+    button.removeAttribute("aria-disabled");
+  });
+}
