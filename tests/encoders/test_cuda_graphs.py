@@ -246,6 +246,33 @@ def test_the_torch_encoder_replays_what_it_recorded(
     assert ("without a CUDA graph, which can't be recorded: an operation waits" in caplog.text) == refuses
 
 
+def test_the_torch_encoder_records_what_it_compiled(torch_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compilation for all batch sizes above 1, without a break; the backend stands in for PyTorch's compiler."""
+    import torch
+
+    from iosr_fast.encoders.runtimes.torch import COMPILE, TorchEncoder
+    from iosr_fast.utils.manifest import read_manifest
+    from tests.clip.small_clip import random_pixels
+
+    facts, pixels, recorder, graphs = read_manifest(torch_engine, "engine"), random_pixels(6, 32), Replaying(), []
+    compile_with = torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_with(module, backend=backend, **options))
+    monkeypatch.setenv(COMPILE, "1")
+    encoder = TorchEncoder(torch_engine, facts, device="cpu")
+    expected = encode_both(encoder, pixels)
+    assert not graphs, "a CPU compiles nothing"
+    encoder.buckets = powers_of_two(6)
+    encoder._use_buckets(recorder)  # type: ignore[arg-type]
+    encoder.warm([2, 3, 6])
+    assert len(graphs) == 1 and recorder.replays == 3
+    np.testing.assert_allclose(encode_both(encoder, pixels), expected, atol=1e-6)
+
+
 class LateCopies:
     """torch with page-locked memory whose copies to the GPU are done when an event is waited for, and no sooner."""
 
@@ -305,7 +332,8 @@ def test_an_upload_waits_for_the_one_before_it_and_for_nothing_else(monkeypatch:
 
 
 @pytest.mark.gpu
-def test_torch_graphs_on_a_gpu(torch_engine: Path) -> None:
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_torch_graphs_on_a_gpu(torch_engine: Path, compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no NVIDIA GPU")
@@ -313,7 +341,9 @@ def test_torch_graphs_on_a_gpu(torch_engine: Path) -> None:
     from tests.clip.small_clip import random_pixels
 
     pixels = random_pixels(9, 32)
-    eager, graphed = (open_engine(torch_engine, "torch", buckets=(1, 3)) for _ in range(2))
+    eager = open_engine(torch_engine, "torch", buckets=(1, 3))
+    monkeypatch.setenv("IOSR_FAST_TORCH_COMPILE", compiled)
+    graphed = open_engine(torch_engine, "torch", buckets=(1, 3))
     graphed.warm()  # type: ignore[attr-defined]
     assert sorted(graphed._replay) == [1, 3, 6]  # type: ignore[attr-defined]
     for batch in (1, 2, 3, 5, 6, 9, 1):

@@ -1,8 +1,13 @@
-"""PyTorch without open_clip, on the GPU if there is one, else on the CPU."""
+"""PyTorch without open_clip, on the GPU if there is one, else on the CPU.
+
+IOSR_FAST_TORCH_COMPILE=1 compiles the encoder on a GPU (torch.compile), which takes a minute at the first start;
+PyTorch keeps what it has compiled.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +23,13 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
 
 FILE = "encoder.safetensors"
+COMPILE = "IOSR_FAST_TORCH_COMPILE"
 log = logging.getLogger(__name__)
 
 
 class TorchEncoder(BatchedEncoder):
-    """Executes encoder.safetensors eagerly; on a GPU in a few batch sizes, which `warm` records as CUDA graphs.
+    """Executes encoder.safetensors; on a GPU in a few batch sizes, which `warm` records as CUDA graphs, eagerly or
+    compiled.
 
     On the CPU any batch size is executed; while it encodes, PyTorch uses `threads` in the whole process. The graphs
     have not been run on a GPU yet.
@@ -60,6 +67,7 @@ class TorchEncoder(BatchedEncoder):
             ) from error
         self._torch = torch
         self._encoder = encoder.to(self.device)
+        self._forward: Callable[[Any], tuple[Any, ...]] = self._encoder
         self.threads = threads
         if on_gpu:
             self._use_buckets(Recorder(device=self.device))
@@ -67,6 +75,9 @@ class TorchEncoder(BatchedEncoder):
     def _use_buckets(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._replay: dict[int, Callable[[], tuple[Any, ...]]] = {}
+        if os.environ.get(COMPILE, "") not in ("", "0"):
+            # One compilation serves all batch sizes above 1.
+            self._forward = self._torch.compile(self._encoder, fullgraph=True, dynamic=True)
         shape = (self.max_batch, self.image_size, self.image_size, 3)
         with self._torch.inference_mode():
             self._pixels = self._torch.zeros(shape, dtype=self._torch.uint8, device=self.device)
@@ -80,7 +91,7 @@ class TorchEncoder(BatchedEncoder):
                 return tuple(output.cpu().numpy() for output in self._encoder(batch.to(self.device)))
         with self._torch.inference_mode(), self._recorder.turn():
             self._upload(pixels)  # later rows hold older pictures; their outputs are cut off
-            outputs = self._replay[size]() if size in self._replay else self._encoder(self._pixels[:size])
+            outputs = self._replay[size]() if size in self._replay else self._forward(self._pixels[:size])
             return tuple(output[: len(pixels)].clone() for output in outputs)  # the next replay overwrites them
 
     def _prepare(self, size: int) -> None:
@@ -88,7 +99,7 @@ class TorchEncoder(BatchedEncoder):
             return
         try:
             with self._torch.inference_mode(), self._recorder.turn():
-                self._replay[size] = self._recorder.record(lambda: self._encoder(self._pixels[:size]))
+                self._replay[size] = self._recorder.record(lambda: self._forward(self._pixels[:size]))
         except RuntimeError as error:
             log.warning("batches of %d run without a CUDA graph, which can't be recorded: %s", size, error)
 
