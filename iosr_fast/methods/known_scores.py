@@ -30,7 +30,10 @@ _ROWS = 1024
 
 
 def score_names(support: SupportSet, adapted: bool) -> tuple[str, ...]:
-    """The scores that `KnownScores` gives for a support set, K names."""
+    """The scores that `KnownScores` gives for a support set, K names: those of the texts where fewer than two classes
+    have an image, else those of both."""
+    if np.count_nonzero(support.counts) < 2:
+        return TEXT_SCORES
     image: tuple[str, ...] = GAUSSIAN_SCORES if support.counts.max(initial=0) >= LEAST_FOR_GAUSSIANS else ()
     image += KEY_SCORES + (REGRESSION_SCORES if len(support.embeddings) <= MAX_REGRESSION else ())
     text = () if support.text is None else TEXT_SCORES
@@ -62,10 +65,12 @@ class KnownScores:
     """
 
     def __init__(self, support: SupportSet, names: tuple[str, ...]) -> None:
-        self.names, self._text, self._tau = names, support.text, support.tau
+        self.names, self.text, self.tau = names, support.text, support.tau
         parts = GAUSSIAN_SCORES[0] in names, REGRESSION_SCORES[0] in names
         embeddings: tuple[Which, ...] = ("plain", "adapted") if any("adapted" in name for name in names) else ("plain",)
-        self._models = [(which, _ImageModel(support, which, *parts)) for which in embeddings]
+        if names == TEXT_SCORES:
+            embeddings = ()
+        self.models = [(which, ImageModel(support, which, *parts)) for which in embeddings]
 
     def __call__(self, queries: Embeddings) -> np.ndarray:
         blocks = [self._block(queries[start : start + _ROWS]) for start in range(0, len(queries), _ROWS)]
@@ -73,22 +78,22 @@ class KnownScores:
 
     def _block(self, queries: Embeddings) -> np.ndarray:
         columns = []
-        if self._text is not None:
-            logits = self._tau * (queries.plain.astype(np.float64) @ self._text.T)
+        if self.text is not None:
+            logits = self.tau * (queries.plain.astype(np.float64) @ self.text.T)
             columns += [logits.max(1), log_odds_of_largest(logits)]
-        for which, model in self._models:
+        for which, model in self.models:
             columns += model.scores(image_rows(queries, which, None).astype(np.float64))
         return np.stack(columns, axis=1)
 
 
-class _ImageModel:
+class ImageModel:
     """The scores of one of the two embeddings."""
 
     def __init__(self, support: SupportSet, which: Which, gaussian: bool, regress: bool) -> None:
         self.keys = rows = image_rows(support.embeddings, which, None).astype(np.float64)
         present = np.flatnonzero(support.counts)
         labels = np.searchsorted(present, support.labels)
-        self.gaussians = _Gaussians(rows, labels) if gaussian else None
+        self.gaussians = GaussianModel(rows, labels) if gaussian else None
         self.values = None
         if regress:
             kernel = kernel_matrix(rows, rows, BETA)
@@ -106,7 +111,7 @@ class _ImageModel:
         return columns
 
 
-class _Gaussians:
+class GaussianModel:
     """One Gaussian a class with a shared covariance, of rows (N, D) with labels 0 to C - 1 that don't fall."""
 
     def __init__(self, rows: np.ndarray, labels: np.ndarray) -> None:

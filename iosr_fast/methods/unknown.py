@@ -21,8 +21,8 @@ HALVES = 6
 HALF_FOLDS = 2
 # Of the discriminant that combines scores, in units of their mean variance.
 RIDGE = 0.03
-# The score that stands alone where nothing can be left out, and another where that one is too expensive.
-ALONE = ("regression", "nearest key")
+# The score that stands alone where nothing can be left out, another where that one is too expensive, and that of texts.
+ALONE = ("regression", "nearest key", "text softmax")
 Group = tuple[np.ndarray, np.ndarray]
 
 
@@ -234,6 +234,6 @@ def _held_out_auroc(groups: Sequence[Group]) -> float:
 
 
 def _alone(names: tuple[str, ...]) -> np.ndarray:
-    """The weights (K,) where none can be fitted: one score by the images, of adapted embeddings where there are any."""
+    """The weights (K,) where none can be fitted: one score, by the images of adapted embeddings where there are any."""
     name = next(name for alone in ALONE for name in reversed(names) if name in (alone, f"{alone}, adapted"))
     return np.eye(len(names))[names.index(name)]

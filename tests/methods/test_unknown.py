@@ -266,3 +266,14 @@ def test_words_for_rejected_pictures() -> None:
     for keep in (0, 1.0, float("nan"), "much"):
         with pytest.raises(IosrFastError, match="expected keep above 0 and below 1"):
             check_unknown("reject", keep)  # type: ignore[arg-type]
+
+
+def test_texts_alone_are_scored_where_fewer_than_two_classes_have_an_image() -> None:
+    support = support_of(3)
+    queries = images_of(np.arange(2 * CLASSES), 2)
+    odds = KnownScores(support, score_names(support, False))(queries)[:, 1]
+    for kept in (np.zeros(len(support.labels), bool), support.labels == 0):
+        fitted = fit_unknown(support.only(kept))
+        assert fitted.names == ("text cosine", "text softmax")
+        assert np.corrcoef(fitted.score(queries), -odds)[0, 1] == pytest.approx(1.0)
+        assert "too few to promise" in fitted.promise()

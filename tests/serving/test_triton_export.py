@@ -18,7 +18,7 @@ pytest.importorskip("tritonclient.grpc", reason="tritonclient comes with the tri
 
 from tritonclient.grpc import model_config_pb2 as schema
 
-from iosr_fast import Classifier
+from iosr_fast import Classifier, IosrFastError
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.text_encoder import TextSource
 from iosr_fast.export.pretrained import open_pretrained
@@ -165,6 +165,37 @@ def test_what_is_written(bundle: Path, demo: Demo, tmp_path: Path) -> None:
     ]
     told = (tmp_path / "models/README.txt").read_text("utf-8")
     assert f"class_count={CLASSES}" in told and "--gpus" not in told and "up to 8 pictures" in told
+
+
+@pytest.mark.parametrize("method", ["gda++", "tip-adapter"])
+def test_the_ensemble_tells_unknown_pictures(method: str, demo: Demo, tmp_path: Path) -> None:
+    classifier = demo.save(tmp_path / "bundle", method=method, tune="none")
+    export_triton(tmp_path / "bundle", tmp_path / "models", max_batch=64, keep=0.9)
+    models = Repository(tmp_path / "models")
+    pictures = np.concatenate([demo.queries, load_pictures("held-out").images[100:1300:100]])
+    made = models.infer("iosr_fast", {"IMAGE": pictures})
+    scores = classifier.unknown_score(pictures)
+    np.testing.assert_allclose(made["UNKNOWN_SCORE"][:, 0], scores, atol=2e-2)
+    np.testing.assert_array_equal(made["LOGITS"].argmax(1), classifier.decision_function(pictures).argmax(1))
+    parameters = models.configs["iosr_fast"].parameters
+    limit = float(parameters["unknown_threshold"].string_value)
+    assert limit == classifier.unknown_.threshold(0.9) and parameters["unknown_keep"].string_value == "0.9"
+    assert 0 < (made["UNKNOWN_SCORE"] > limit).sum() < len(pictures)
+    assert [name for name in models.warm_up() if name.startswith("unknown")] == [
+        "unknown: batch of 64",
+        "unknown: batch of 1",
+    ]
+    assert f"above {limit:.6g}, the parameter unknown_threshold" in (tmp_path / "models/README.txt").read_text("utf-8")
+    manifest = read_manifest(tmp_path / "models", repository.KIND)
+    assert (manifest["threshold"], manifest["keep"]) == (limit, 0.9) and manifest["check"]["unknown_max_error"] < 1e-3
+
+
+def test_a_promise_that_needs_more_images_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(IosrFastError, match="needs at least 99 support images that can be left out, got 20"):
+        export_triton(bundle, tmp_path / "models", keep=0.99)
+    with pytest.raises(IosrFastError, match="expected keep above 0 and below 1"):
+        export_triton(bundle, tmp_path / "models", keep=95)
+    assert not (tmp_path / "models").exists()
 
 
 def test_one_picture_at_a_time(bundle: Path, demo: Demo, tmp_path: Path) -> None:

@@ -20,12 +20,15 @@ from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.images.geometry import RESIZE_MODES, Geometry, ResizeMode
 from iosr_fast.images.preprocess import resize_and_crop
+from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.unknown import fit_unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.reference import score_reference, softmax
 from iosr_fast.serving.triton import graph
 from iosr_fast.serving.triton.preprocess_graph import MAX_RATIO, preprocess_model
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
+from iosr_fast.serving.triton.unknown_graph import check_unknown, unknown_inputs, unknown_model
 from tests.conftest import EXTENDED, random_embeddings, random_plan, random_reducer, unit_rows
 from tests.scoring.numerics import allowed_error, assert_as_good_as_eager
 from tests.scoring.test_precision import correlated_rows
@@ -253,3 +256,42 @@ def test_a_very_long_picture_is_not_resized_whole(rng: np.random.Generator) -> N
 def test_a_picture_without_pixels_is_no_crash(shape: tuple[int, ...], mode: ResizeMode) -> None:
     session = open_session(preprocess_model(Geometry(64, mode)))
     assert session.run(["PIXELS"], {"IMAGE": np.zeros(shape, np.uint8)})[0].size == 0
+
+
+def unknown_support(rng: np.random.Generator, shots: int, text: bool, classes: int = 6) -> SupportSet:
+    labels, width = np.repeat(np.arange(classes), shots), 24
+    centres = rng.standard_normal((2, classes, width))
+    parts = [centre[labels] + 0.7 * rng.standard_normal((len(labels), width)) for centre in centres]
+    rows = Embeddings(*((part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32) for part in parts))
+    return make_support_set(rows, labels, unit_rows(rng, classes, width) if text else None, 20.0, classes)
+
+
+@pytest.mark.parametrize(
+    ("shots", "text", "adapted", "classes"),
+    [(1, True, False, 6), (2, False, True, 6), (5, True, True, 6), (4, False, False, 2), (5, True, False, 2)],
+)
+def test_the_unknown_score_is_that_of_numpy(
+    shots: int, text: bool, adapted: bool, classes: int, rng: np.random.Generator
+) -> None:
+    unknown = fit_unknown(unknown_support(rng, shots, text, classes), adapted)
+    assert unknown_inputs(unknown) == (["PLAIN", "ADAPTED"] if adapted else ["PLAIN"])
+    graph = unknown_model(unknown)
+    queries = random_embeddings(rng, 40, 24)
+    given = {"PLAIN": queries.plain, "ADAPTED": queries.adapted}
+    scores = open_session(graph).run(None, {name: given[name] for name in unknown_inputs(unknown)})[0]
+    assert scores.dtype == np.float32 and scores.shape == (40, 1)
+    np.testing.assert_allclose(scores[:, 0], unknown.score(queries), rtol=1e-4, atol=1e-4)
+    assert check_unknown(graph, unknown) < 1e-3
+    with pytest.raises(ArithmeticError, match="the unknown graph's scores differ"):
+        check_unknown(graph, replace(unknown, bias=unknown.bias + 1.0))
+
+
+def test_every_score_has_its_term(rng: np.random.Generator) -> None:
+    """Each score alone, with weight 1."""
+    support, queries = unknown_support(rng, 4, True), random_embeddings(rng, 12, 24)
+    fitted = fit_unknown(support, adapted=True)
+    for i, name in enumerate(fitted.names):
+        alone = replace(fitted, weights=np.eye(len(fitted.names))[i], bias=0.0)
+        inputs = {"PLAIN": queries.plain, "ADAPTED": queries.adapted}
+        scores = open_session(unknown_model(alone)).run(None, inputs)[0][:, 0]
+        np.testing.assert_allclose(scores, alone.score(queries), rtol=1e-4, atol=1e-4, err_msg=name)

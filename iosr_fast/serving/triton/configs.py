@@ -16,7 +16,9 @@ from iosr_fast.utils.require import require
 log = logging.getLogger(__name__)
 
 PREPROCESS, ENCODER, ENCODER_TRT, SCORING, ENSEMBLE = "preprocess", "encoder", "encoder_trt", "scoring", "iosr_fast"
+UNKNOWN = "unknown"
 SCORES = ("LOGITS", "PROBABILITIES", "ZERO_SHOT", "CACHE")
+UNKNOWN_SCORE = "UNKNOWN_SCORE"
 LABELS = "labels.txt"
 # Folder in the server's container for engines that TensorRT builds for ONNX Runtime.
 ENGINE_CACHE = "/tmp/iosr_fast-tensorrt"
@@ -38,7 +40,8 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class Served:
-    """The facts that the configurations depend on."""
+    """The facts that the configurations depend on. `unknown_inputs` are empty without the model of unknown pictures;
+    `threshold` is the score above which they are rejected, where a share `keep` of known ones is not."""
 
     geometry: Geometry
     width: int
@@ -51,6 +54,9 @@ class Served:
     gpu: bool
     exif_orientation: bool = True
     plans: tuple[EnginePlan, ...] = ()
+    unknown_inputs: tuple[str, ...] = ()
+    threshold: float = 0.0
+    keep: float = 0.0
 
 
 def choose_plans(engine: Path, manifest: Mapping[str, Any], max_batch: int) -> tuple[EnginePlan, ...]:
@@ -129,28 +135,48 @@ def plan_config(served: Served) -> Any:
 
 
 def scoring_config(served: Served) -> Any:
-    """The scoring graph, on a GPU with `gpu`; a warm-up runs its batch sizes with zeros."""
-    inputs: Tensors = {name: ("FP32", [served.width]) for name in served.scoring_inputs}
-    config = _onnx(served, SCORING, inputs, _scores(served), gpu=served.gpu)
+    """The scoring graph, on a GPU with `gpu`."""
+    return _of_embeddings(served, SCORING, served.scoring_inputs, _scores(served))
+
+
+def unknown_config(served: Served) -> Any:
+    """The graph of the unknown score, likewise."""
+    return _of_embeddings(served, UNKNOWN, served.unknown_inputs, {UNKNOWN_SCORE: ("FP32", [1])})
+
+
+def _of_embeddings(served: Served, name: str, inputs: tuple[str, ...], outputs: Tensors) -> Any:
+    """A graph that reads embeddings; a warm-up runs its batch sizes with zeros."""
+    tensors: Tensors = {name: ("FP32", [served.width]) for name in inputs}
+    config = _onnx(served, name, tensors, outputs, gpu=served.gpu)
     _batch(config, served, _SCORING_DELAY_US)
     for batch in _batches(served):
-        _warm_up(config, batch, inputs, zero=True)  # random bytes are rarely finite floats
+        _warm_up(config, batch, tensors, zero=True)  # random bytes are rarely finite floats
     return config
 
 
 def ensemble_config(served: Served) -> Any:
-    """IMAGE -> preprocess -> encoder -> scoring. Only tensors that a later step or a client reads may be mapped."""
-    config = _config(served, ENSEMBLE, {"IMAGE": ("UINT8", [-1, -1, 3])}, _scores(served))
+    """IMAGE -> preprocess -> encoder -> scoring, and unknown where there is that model, with the threshold as a
+    parameter. Only tensors that a later step or a client reads may be mapped."""
+    outputs, unknown = _scores(served), bool(served.unknown_inputs)
+    if unknown:
+        outputs = {**outputs, UNKNOWN_SCORE: ("FP32", [1])}
+    config = _config(served, ENSEMBLE, {"IMAGE": ("UINT8", [-1, -1, 3])}, outputs)
     config.platform = "ensemble"
     steps = config.ensemble_scheduling.step
-    embeddings = {name.lower(): name for name in served.scoring_inputs}  # the names in an engine are lower case
+    read = dict.fromkeys((*served.scoring_inputs, *served.unknown_inputs))
+    embeddings = {name.lower(): name for name in read}  # the names in an engine are lower case
     encoder = ENCODER_TRT if served.plans else ENCODER
-    for name, inputs, outputs in (
+    for name, inputs, results in (
         (PREPROCESS, {"IMAGE": "IMAGE"}, {"PIXELS": "PIXELS"}),
         (encoder, {"pixels": "PIXELS"}, embeddings),
         (SCORING, {name: name for name in served.scoring_inputs}, {name: name for name in SCORES}),
     ):
-        steps.add(model_name=name, model_version=-1, input_map=inputs, output_map=outputs)
+        steps.add(model_name=name, model_version=-1, input_map=inputs, output_map=results)
+    if unknown:
+        inputs = {name: name for name in served.unknown_inputs}
+        steps.add(model_name=UNKNOWN, model_version=-1, input_map=inputs, output_map={UNKNOWN_SCORE: UNKNOWN_SCORE})
+        config.parameters["unknown_threshold"].string_value = repr(served.threshold)
+        config.parameters["unknown_keep"].string_value = repr(served.keep)
     return config
 
 

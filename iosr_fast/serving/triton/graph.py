@@ -45,9 +45,10 @@ class Graph:
             )
         return name
 
-    def add(self, op: str, *inputs: str, name: str, **attributes: Any) -> str:
-        """Add a node with one output, `name`; returns the name. An omitted input is ""."""
-        self._nodes.append(self._onnx.helper.make_node(op, inputs, [name], name=name, **attributes))
+    def add(self, op: str, *inputs: str, name: str, more: Sequence[str] = (), **attributes: Any) -> str:
+        """Add a node with the output `name`, and others with the names `more`; returns the name. An omitted input is
+        ""."""
+        self._nodes.append(self._onnx.helper.make_node(op, inputs, [name, *more], name=name, **attributes))
         return name
 
     def cast(self, value: str, dtype: Any, name: str) -> str:

@@ -16,11 +16,14 @@ from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.methods.promise import check_share
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 from iosr_fast.serving.triton import configs
 from iosr_fast.serving.triton.preprocess_graph import preprocess_model
+from iosr_fast.serving.triton.readme import readme
 from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
+from iosr_fast.serving.triton.unknown_graph import check_unknown, unknown_inputs, unknown_model
 from iosr_fast.state.bundle import ENGINE
 from iosr_fast.state.bundle import KIND as BUNDLE_KIND
 from iosr_fast.utils.files import new_folder
@@ -32,7 +35,6 @@ from iosr_fast.utils.verified_folder import open_verified
 KIND = "triton-repository"
 README = "README.txt"
 ONNX = "model.onnx"  # as the onnxruntime backend expects
-OLDEST_TRITON = "24.08"  # the first with ONNX Runtime 1.18, on which the graphs have been run
 _CHECKED_ROWS = 16
 _MAX_ERROR = 1e-4  # of the largest logit
 
@@ -45,6 +47,7 @@ def export_triton(
     instances: int = 1,
     gpu: bool = False,
     top: int = 5,
+    keep: float | None = None,
 ) -> list[Path]:
     """Write the classifier of `bundle` to `out` as a model repository, atomically; returns its files.
 
@@ -52,22 +55,27 @@ def export_triton(
         encoder        pixels -> plain, adapted float32 (B, D)                   the bundle's encoder.onnx
         encoder_trt    the same as a TensorRT plan, with `gpu` and if the bundle has one; the ensemble then uses it
         scoring        PLAIN, ADAPTED -> LOGITS, PROBABILITIES, ZERO_SHOT, CACHE float32 (B, C)    scoring_graph
-        iosr_fast      the ensemble of the three: IMAGE -> the four scores, with the class names as labels
+        unknown        PLAIN, ADAPTED -> UNKNOWN_SCORE float32 (B, 1), with `keep`       unknown_graph
+        iosr_fast      the ensemble of these: IMAGE -> the scores, with the class names as labels
 
     `max_batch` is the largest batch of a model; `instances` of each model run in parallel. `gpu` puts encoder and
     scoring on GPUs, the encoder through TensorRT. `top` is the number of classes in the example of README.txt.
+    `keep` adds the unknown score, and the threshold above which pictures belong to none of the classes so that a share
+    `keep` of known ones is not, as parameters of the ensemble; clients compare.
 
-    The scoring graph is first compared with iosr_fast.score. An older export at `out` is replaced unless files in it
-    were added or changed. Needs the extra triton-server (onnx, onnxruntime, tritonclient).
+    The graphs are first compared with iosr_fast.score and Unknown.score. An older export at `out` is replaced unless
+    files in it were added or changed. Needs the extra triton-server (onnx, onnxruntime, tritonclient).
 
     Raises FileNotFoundError or ValueError if `bundle` is not a classifier, has no encoder.onnx or can't be served (a
-    plan of 2 GB, a class name with two lines, a TensorRT plan for smaller batches), FileExistsError if `out` is not an
-    export or was changed, ArithmeticError if the logits of the graph differ.
+    plan of 2 GB, a class name with two lines, a TensorRT plan for smaller batches, too few support images for `keep`),
+    FileExistsError if `out` is not an
+    export or was changed, ArithmeticError if the scores of a graph differ.
     """
     bundle, out = Path(bundle), Path(out)
     for name, number in (("max_batch", max_batch), ("instances", instances), ("top", top)):
         if number < 1:
             raise IosrFastError(f"expected {name} of at least 1, got {number}")
+    share = None if keep is None else check_share("keep", keep)
     for module in ("onnx", "onnxruntime", "tritonclient.grpc.model_config_pb2"):
         require(module, "triton-server")
     _check_places(bundle, out)
@@ -78,6 +86,8 @@ def export_triton(
     broken = [name for name in labels if len(name.splitlines()) > 1]
     if broken:
         raise IosrFastError(f"expected class names of one line each, as in a file of labels, got {abbreviate(broken)}")
+    unknown = None if share is None else classifier.unknown_
+    limits = {} if unknown is None or share is None else {"threshold": unknown.threshold(share), "keep": share}
     served = configs.Served(
         geometry=Geometry.from_facts(engine),
         width=engine["width"],
@@ -90,28 +100,41 @@ def export_triton(
         gpu=gpu,
         exif_orientation=classifier.exif_orientation_,
         plans=configs.choose_plans(classifier.engine_, engine, max_batch) if gpu else (),
+        unknown_inputs=() if unknown is None else tuple(unknown_inputs(unknown)),
+        **limits,
     )
-    scoring = scoring_model(plan)
+    graphs = {configs.PREPROCESS: preprocess_model(served.geometry), configs.SCORING: scoring_model(plan)}
+    check = {"logits_max_error": _check(graphs[configs.SCORING], plan)}
+    if unknown is not None:
+        graphs[configs.UNKNOWN] = unknown_model(unknown)
+        check["unknown_max_error"] = check_unknown(graphs[configs.UNKNOWN], unknown)
     facts = {
         "method": classifier.method_,
         "encoder_fingerprint": classifier.encoder.fingerprint,
         "max_batch": max_batch,
         "instances": instances,
         "gpu": gpu,
-        "check": {"logits_max_error": _check(scoring, plan)},
+        "check": check,
+        **limits,
     }
     with new_folder(out) as temporary:
-        _write_models(temporary, served, classifier.engine_, engine, scoring, labels)
-        _write_text(temporary / README, _readme(served, top))
+        _write_models(temporary, served, classifier.engine_, engine, graphs, labels)
+        _write_text(temporary / README, readme(served, top))
         written = write_manifest(temporary, KIND, facts)["files"]
     return [out / name for name in (*written, MANIFEST)]
 
 
 def _write_models(
-    folder: Path, served: configs.Served, engine: Path, facts: dict[str, Any], scoring: bytes, labels: list[str]
+    folder: Path,
+    served: configs.Served,
+    engine: Path,
+    facts: dict[str, Any],
+    graphs: dict[str, bytes],
+    labels: list[str],
 ) -> None:
-    (_model(folder, configs.preprocess_config(served)) / ONNX).write_bytes(preprocess_model(served.geometry))
-    (_model(folder, configs.scoring_config(served)) / ONNX).write_bytes(scoring)
+    for config in (configs.preprocess_config, configs.scoring_config, configs.unknown_config):
+        if (made := config(served)).name in graphs:
+            (_model(folder, made) / ONNX).write_bytes(graphs[made.name])
     encoder = _model(folder, configs.encoder_config(served))
     copies = {engine / ONNX_FILE: encoder / ONNX}
     if WEIGHTS in facts["files"]:
@@ -190,49 +213,3 @@ def _check(scoring: bytes, plan: ScoringPlan) -> float:
             f"{_MAX_ERROR:g}; nothing was written"
         )
     return error
-
-
-def _readme(served: configs.Served, top: int) -> str:
-    """README.txt: how to start a server and send requests. Triton ignores this file."""
-    shown = min(top, served.n_classes)
-    volume = f" -v iosr_fast-tensorrt:{configs.ENGINE_CACHE}" if served.gpu and not served.plans else ""
-    encoder = configs.ENCODER_TRT if served.plans else configs.ENCODER
-    orientation = "" if served.exif_orientation else ", exif_orientation=False"
-    text = f"""\
-A few-shot classifier of iosr_fast, {served.n_classes} classes, as a model repository of NVIDIA Triton Inference Server.
-
-{configs.ENSEMBLE}: {configs.PREPROCESS} -> {encoder} -> {configs.SCORING}, up to {served.max_batch} pictures at once
-  IMAGE          uint8 (B, height, width, 3), upright RGB; all pictures of a request have one size, which may be any
-  LOGITS         float32 (B, {served.n_classes}), ZERO_SHOT + CACHE
-  PROBABILITIES  float32 (B, {served.n_classes})
-  ZERO_SHOT      float32 (B, {served.n_classes}), the part of the class names
-  CACHE          float32 (B, {served.n_classes}), the part of the support images
-
-Start a server (Triton {OLDEST_TRITON} or newer; TRITON_IMAGE is NVIDIA's tritonserver image), in this folder:
-
-  docker run --rm {"--gpus all " if served.gpu else ""}-p 8000:8000 -p 8001:8001 -p 8002:8002 \\
-    -v "$PWD":/models:ro{volume} "$TRITON_IMAGE" tritonserver --model-repository=/models
-
-Send requests (pip install 'tritonclient[grpc]' iosr_fast); each answer is "value:index:label", best first:
-
-  import numpy as np, tritonclient.grpc as triton
-  from iosr_fast.images.preprocess import open_image  # upright 8-bit RGB, as this classifier was fit with
-
-  picture = np.asarray(open_image("picture.jpg"{orientation}))[None]
-  image = triton.InferInput("IMAGE", picture.shape, "UINT8")
-  image.set_data_from_numpy(picture)
-  top = triton.InferRequestedOutput("PROBABILITIES", class_count={shown})
-  answer = triton.InferenceServerClient("localhost:8001").infer("{configs.ENSEMBLE}", [image], outputs=[top])
-  print(answer.as_numpy("PROBABILITIES"))
-"""
-    if served.plans:
-        text += f"""
-{encoder} has TensorRT plans, for {" and for ".join(plan.description for plan in served.plans)}. The server needs
-such a GPU and that TensorRT. With others, name "{configs.ENCODER}" in place of "{configs.ENCODER_TRT}" in
-{configs.ENSEMBLE}/config.pbtxt and remove {configs.ENCODER_TRT}.
-"""
-    elif served.gpu:
-        text += """
-The first start takes minutes, because ONNX Runtime lets TensorRT build engines for the GPU. The volume keeps them.
-"""
-    return text
