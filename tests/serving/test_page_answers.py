@@ -61,22 +61,50 @@ def test_answers_that_are_not_sure_differ_in_words_and_shape(visit: Visit) -> No
     assert f"It may also be “{second.label}”" in visit.text("#answer") and page.input_value("#truth") == best.label
 
 
-@pytest.mark.parametrize(
-    ("code", "status", "words"),
-    [("no_promise", 422, "needs 19 images"), ("deadline_exceeded", 504, "still being learnt")],
-)
-def test_without_a_promise_the_page_asks_for_none(visit: Visit, code: str, status: int, words: str) -> None:
-    asked: list[str] = []
-    visit.page.on("request", lambda request: asked.append(request.url) if "predict" in request.url else None)
-    body = {"error": {"code": code, "message": "the promise needs 19 images"}}
-    visit.page.route("**/v1/predict*unknown=reject", lambda route: route.fulfill(status=status, json=body), times=1)
+def facts(visit: Visit, unknown: dict[str, Any] | None) -> None:
+    """Load the page anew, with these facts of what the classifier can reject."""
+    body = {"version": visit.site.classifier.version, "model": "demo", "measured": None, "unknown": unknown}
+    visit.page.route("**/v1/classifier", lambda route: route.fulfill(json=body), times=1)
+    visit.page.reload()
+    visit.page.locator("#facts", has_text="demo").wait_for()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "found by asking"])
+def test_without_a_promise_nothing_is_rejected(visit: Visit, known: bool) -> None:
+    asked: list[bool] = []
+    visit.page.on("request", lambda it: asked.append("unknown=reject" in it.url) if "predict" in it.url else None)
+    words = "the promise needs 19 images"
+    facts(visit, {"promised": False, "keep": 0.95, "sentence": words} if known else None)
+    body = {"error": {"code": "no_promise", "message": words}}
+    visit.page.route("**/v1/predict*unknown=reject", lambda route: route.fulfill(status=422, json=body), times=1)
     visit.choose(file(visit.site.queries[0], "first.png"))
     visit.page.locator("details.numbers summary").click()
-    assert words in visit.text("details.numbers")
+    assert f"Not checked for “none of these”: {words}" in visit.text("details.numbers")
     visit.choose(file(visit.site.queries[1], "second.png"))
-    rejecting = [url.endswith("&unknown=reject") for url in asked]
-    assert rejecting == [True, False, code == "deadline_exceeded"], "too few images stay too few at this version"
-    visit.was_refused(status)
+    assert asked == [False, False] if known else [True, False, False]
+    visit.was_refused(*([] if known else [422]))
+
+
+def test_a_fit_that_takes_long_delays_no_answer(visit: Visit) -> None:
+    page, learnt = visit.page, []
+    facts(visit, None)
+
+    def answer(route: Any) -> None:
+        if not learnt:
+            return route.fulfill(status=504, json={"error": {"code": "deadline_exceeded", "message": "late"}})
+        body = route.fetch().json()
+        body["predictions"][0] |= {"label": None, "class_id": None, "unknown": {"score": 3.21, "rejected": True}}
+        return route.fulfill(json=body)
+
+    page.route("**/v1/predict*unknown=reject", answer)
+    visit.choose(file(visit.site.queries[0], "first.png"))
+    assert visit.text("#answer .label") != "None of these"
+    page.locator("details.numbers summary").click()
+    assert "still being learnt" in visit.text("details.numbers")
+    learnt.append(True)
+    page.locator("#answer .label", has_text="None of these").wait_for()
+    assert set(visit.refusals) == {504}
+    visit.refusals.clear()
 
 
 def test_an_answer_is_confirmed_or_corrected(visit: Visit) -> None:

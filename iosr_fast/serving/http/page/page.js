@@ -14,6 +14,8 @@ const TOP = 5;
 const NEAREST = 6;
 const MAX_ITEMS = 60; // Pictures in the strip.
 const SLOW_MS = 250; // A slower answer is announced by "Classifying".
+const LEARN_MS = 700; // An answer waits so long for what is being learnt.
+const LEARNING = "that is still being learnt from the examples";
 const SIDE = 640;
 
 // {file, name, picture, sent: {file, notes}, busy, prediction, error, latencyMs, roundTripMs, version, unchecked: why it
@@ -27,7 +29,10 @@ let following = true; // Show the next answer; false while the user looks at ano
 let mark = null; // The class of the last change: {classId, name, word}.
 let version = null;
 let classCount = 0;
-let noPromise = null; // Why the server can't reject pictures at this version.
+// To learn what pictures to reject takes the server up to a minute after a change, with thousands of examples.
+let learnt = 0; // The version of which it can,
+let learning = null; // the one of which it has been asked to,
+let noPromise = null; // and why it never can at this version.
 
 function add(files) {
   const accepted = files.slice(0, MAX_ITEMS);
@@ -81,17 +86,46 @@ async function classify(item) {
 /** A prediction that may reject the picture, or one that can't, with the reason in `item.unchecked`. */
 async function predict(item, onWait) {
   const send = (reject) => api.predict(item.sent.file, { top: TOP, nearest: NEAREST, reject, onWait });
-  item.unchecked = noPromise;
-  if (noPromise !== null) return send(false);
-  try {
-    return await send(true);
-  } catch (error) {
-    if (error.code === "no_promise") noPromise = item.unchecked = error.message;
-    else if (error.code === "deadline_exceeded") item.unchecked = "that is still being learnt from the examples";
-    else throw error;
-    return send(false);
+  if (learnt !== version && noPromise === null) await Promise.race([learn(item), pause(LEARN_MS)]);
+  if (learnt === version) {
+    try {
+      item.unchecked = null;
+      return await send(true);
+    } catch (error) {
+      if (!learnError(error)) throw error;
+    }
   }
+  item.unchecked = noPromise ?? LEARNING;
+  if (noPromise === null) learn(item);
+  return send(false);
 }
+
+/** Ask for rejection until the server can do it, then classify again what was answered without. */
+async function learn({ sent }) {
+  if (learning === version) return;
+  const asked = (learning = version);
+  while (asked === version && learnt !== version && noPromise === null) {
+    try {
+      const { data } = await api.predict(sent.file, { top: 1, nearest: 0, reject: true });
+      if (!data.predictions[0].unknown) break; // The picture is bad.
+      learnt = data.version;
+    } catch (error) {
+      if (!learnError(error)) break;
+      await pause(LEARN_MS);
+    }
+  }
+  learning = null;
+  if (learnt === version || noPromise !== null) queue(items.filter((item) => item.unchecked === LEARNING));
+}
+
+/** Whether the server can't reject pictures, now or at this version. */
+function learnError({ code, message }) {
+  if (code === "no_promise") noPromise = message;
+  if (code === "no_promise" || code === "deadline_exceeded") learnt = 0;
+  return code === "no_promise" || code === "deadline_exceeded";
+}
+
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 const announceWait = (seconds) =>
   say(`The server is busy. The page tries again in ${count(Math.ceil(seconds), "second")}.`);
@@ -137,10 +171,11 @@ function thumbnail(item) {
 async function refresh(how) {
   const data = await classes.refresh(how);
   if (!data) return;
-  if (data.version !== version) noPromise = null;
   version = data.version;
   classCount = data.classes.length;
-  showFacts();
+  const facts = await showFacts();
+  noPromise = facts?.unknown?.promised === false ? facts.unknown.sentence : null;
+  if (facts?.unknown?.promised) learnt = facts.version;
   const promise = find("promise"); // Until the first answer takes its place.
   if (!promise) return;
   promise.textContent = `Each picture gets one of the ${count(classCount, "class", "classes")} below, or none.`;

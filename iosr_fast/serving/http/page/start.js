@@ -5,13 +5,16 @@ import { complain, count, find, make, percent } from "./dom.js";
 
 const SAMPLES = 6;
 
-/** Model, method and measured accuracy, in the headline. */
+/** Show model, method and measured accuracy in the headline: the server's answer, or null after an error. */
 export async function showFacts() {
   try {
-    const { model, method, measured } = await api.classifier();
+    const data = await api.classifier();
+    const { model, method, measured } = data;
     find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
+    return data;
   } catch (error) {
     complain(error.message);
+    return null;
   }
 }
 
