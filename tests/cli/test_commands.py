@@ -128,6 +128,10 @@ def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(
     common = ("--model", "demo", "--out", tmp_path / "out")
     assert "found no folder" in refused("fit", tmp_path / "nowhere", *common)
     assert "found no folder" in refused("fit", folder / "class_0" / "0.png", *common)
+    assert "found no folder" in refused("fit", folder, *common, "--unknown-images", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    none = refused("fit", folder, *common, "--unknown-images", tmp_path / "empty")
+    assert "expected pictures of none of the classes in" in none
     assert "at least two class folders" in refused("fit", folder / "class_0", *common)
     assert "expected a method of" in refused("fit", folder, *common, "--method", "magic")
     assert "leave alpha out" in refused("fit", folder, *common, "--alpha", "1")

@@ -16,7 +16,9 @@ from iosr_fast.evaluation.demo_bundle import held_out_queries
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import to_pixels
 from iosr_fast.methods.joint import predict_jointly
-from tests.pipeline.runs import classified, load_images, read_all, run
+from iosr_fast.pipeline.ray_workers import Worker, row_of
+from iosr_fast.pipeline.sources import open_source
+from tests.pipeline.runs import classified, load_images, part_bytes, read_all, run
 
 KNOWN = 10
 
@@ -119,6 +121,17 @@ def test_parts(bundle: Path, folder: Path, expected: list[tuple[str, str, float]
     (out / "part-00001.parquet").write_bytes(b"")
     classified(bundle, folder, out, *REJECT, "--chunk", "8", "--batch", "3")
     assert read_all(out).equals(table)
+
+
+def test_a_worker_of_ray_writes_the_same_part(bundle: Path, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    out = tmp_path / "out"
+    classified(bundle, folder, out, *REJECT, "--chunk", "8", "--batch", "3")
+    whole, plan = part_bytes(out), (out / "plan.json").read_text()
+    (out / "part-00001.parquet").unlink()
+    worker = Worker(str(bundle), "classifications", plan, str(out), 1, True)
+    assert worker(row_of(open_source(str(folder)).cut(8)[1]))["images"] == 8
+    assert part_bytes(out) == whole
 
 
 def test_together(bundle: Path, folder: Path, expected: list[tuple[str, str, float]], tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError, DamagedFileError, IosrFastError, NotFittedError
 from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
 from iosr_fast.methods.unknown import fit_unknown
-from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.bundle import describe, load_bundle
 from iosr_fast.state.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
+from iosr_fast.state.log_writer import file_of, read_state, write_state
 from iosr_fast.state.predictions import Rejection
 from iosr_fast.state.state_files import fingerprint
 from tests.state.live_parts import PixelEncoder, engine_folder, pictures, small_classifier, unfitted
@@ -144,6 +145,10 @@ def test_unknown_images_are_saved_as_embeddings(taught: Classifier, queries: Any
     loaded = load_bundle(tmp_path / "bundle").state
     assert fingerprint(loaded) == fingerprint(taught.snapshot())
     assert fingerprint(replace(loaded, unknown_images=None)) != fingerprint(loaded)
+    assert "version 1, unknown images 10" in describe(tmp_path / "bundle")
+    write_state(tmp_path / "log", 1, taught.snapshot(), {})
+    snapshot, _ = read_state(file_of(tmp_path / "log", 1, "state"))
+    assert fingerprint(snapshot) == fingerprint(loaded)
     assert loaded.learnt("unknown") is None
     assert (loaded.unknown.weights == taught.unknown_.weights).all()
     with pytest.raises(IosrFastError, match=r"with 10 unknown images: expected unknown_images.*got none"):
