@@ -124,7 +124,7 @@ class CandidateBuilder:
         self.engine, self._calibration, self._loaded = engine, calibration, loaded
         self._options: dict[str, Any] = {"threads": threads, "adapted": adapted}
         cache_folder().mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="optimize-", dir=cache_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"optimize-{os.getpid()}-", dir=cache_folder()))
         self._built: dict[str, Path | Exception] = {}
 
     def start_in_fp32(self, runtime: str) -> Encoder:
