@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 import typer
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.kernels.launch import PRECISIONS, Config, config_for, dense_config
+from iosr_fast.kernels import sass
+from iosr_fast.kernels.launch import PRECISIONS, Config, Load, config_for, dense_config
 from iosr_fast.utils.require import require
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -34,17 +36,20 @@ _POINTERS = {
     "out": "*fp32",
     "partial": "*fp32",
     "plain": "*fp32",
-    "text": "*fp32",
+    "text": "*fp16",
     "feature": "*fp32",
-    "linear": "*fp32",
+    "linear": "*fp16",
     "bias": "*fp32",
     "weights": "*fp32",
     "key_scales": "*fp32",
+    "query_scales": "*fp32",
+    "scales": "*fp32",
+    "digits": "*i8",
     "class_offsets": "*i32",
     "items": "*i32",
     "cut": "*i32",
 }
-_FLOATS = ("tau", "alpha", "scale")
+_FLOATS = ("alpha", "scale", "text_scale", "linear_scale")
 _KEYS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8"}
 _QUERY = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*fp16"}
 _VALUES = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*fp32", "int8": "*fp16"}
@@ -57,12 +62,14 @@ _TENSOR_CORE_PTX = (
 
 
 def kernel_names() -> list[str]:
-    """The kernels of compile_ahead: kernel and load ("aligned/many"), and merge, which has no product.
+    """The kernels of compile_ahead: path and load ("dense/many"), or path and way of loading ("aligned/tma",
+    "aligned/pointers"), or "merge" and "digits", which have no product. few has the cache term alone, few-terms all.
 
     dense has float16 values with float16 and int8 keys; dense-float has float32 ones, as plans do.
     """
-    loaded = ("affine", "aligned", "aligned-large", "ragged", "split", "dense", "dense-float")
-    return [f"{name}/{load}" for name in loaded for load in ("few", "many")] + ["merge"]
+    loads = [f"{name}/{load}" for name in ("affine", "dense", "dense-float") for load in ("few", "many")]
+    ways = [f"{name}/{way}" for name in ("few", "few-terms", "aligned", "ragged") for way in ("tma", "pointers")]
+    return [*ways, *loads, "merge", "digits"]
 
 
 def compile_ahead(
@@ -72,7 +79,8 @@ def compile_ahead(
 
     Returns rows of {kernel, precision, arch, registers (per thread), spills (bytes of local memory and stack per
     thread), shared_bytes (per block), tensor_core_instruction ("mma.sync HMMA.16816.F32": of the PTX and of the machine
-    code; "" for none)}. affine and merge are float32 only, dense-float is for float16 and int8 keys. Raises ImportError
+    code; "" for none), tile [queries, keys, channels, warps], instructions of a warp for a tile by kind (sass.KINDS,
+    and "all")}. affine, merge and digits are float32 only, dense-float is for float16 and int8 keys. Raises ImportError
     without Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET,
     which compiles nothing.
     """
@@ -98,41 +106,55 @@ def compile_ahead(
 
 
 def _precisions(kernel: str, precisions: Sequence[str]) -> Sequence[str]:
-    if kernel.startswith(("affine", "merge")):
+    if kernel.startswith(("affine", "merge", "digits")):
         return ("fp32",)
     return [name for name in precisions if name in ("fp16", "int8")] if kernel.startswith("dense-float") else precisions
 
 
-def _specification(kernel: str, precision: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """The function, its constexpr arguments and the compiler's options, as in the launches of cache_score."""
+@dataclass(frozen=True)
+class _Specification:
+    """A kernel with its constexpr arguments, the compiler's options among them, as in the launches of cache_score; its
+    tile, the tensor cores' products for each of the formula, the queries' type, the arguments that are descriptors."""
+
+    function: Any
+    constants: dict[str, Any]
+    config: Config | None = None
+    products: int = 1
+    query: str = ""
+    descriptors: tuple[str, ...] = ()
+
+
+def _specification(kernel: str, precision: str, arch: int) -> _Specification:
     from iosr_fast.kernels import cache_kernels
 
-    blocks: tuple[str, ...] = ()
     if kernel == "merge":
-        return cache_kernels.merge_kernel, {"BLOCK_B": 128}, {}
-    name, load = kernel.split("/")
-
-    def config(path: str) -> Config:
-        return config_for("default", path, precision, "few" if load == "few" else "many")
-
+        return _Specification(cache_kernels.merge_kernel, {"BLOCK_B": 128})
+    if kernel == "digits":
+        return _Specification(cache_kernels.digits_kernel, {"WIDTH": WIDTH, "BLOCK_D": WIDTH})
+    name, way = kernel.split("/")
+    load: Load = "few" if "few" in (name, way) or name == "few-terms" else "many"
+    terms = {"PITCH": 2 * WIDTH, **dict.fromkeys(("HAS_TEXT", "HAS_LINEAR", "HAS_BIAS"), True)}
     has = {"WIDTH": WIDTH, "HAS_WEIGHTS": True, "HAS_SCALES": precision == "int8"}
     if name == "affine":
-        chosen, extra = config("affine"), {"WIDTH": WIDTH, "HAS_TEXT": True, "HAS_LINEAR": True, "HAS_BIAS": True}
-        function = cache_kernels.affine_kernel
-    elif name in ("aligned", "aligned-large"):
-        chosen = config("aligned")
-        extra = has | {"SHOTS": SHOTS if name == "aligned" else chosen.block_n}
-        function = cache_kernels.aligned_kernel
-    elif name in ("ragged", "split"):
-        chosen, extra = config(name), has | {"SPLIT": name == "split"}
-        function, blocks = cache_kernels.ragged_kernel, ("block_c",)
-    else:
-        chosen = dense_config("default", precision, "few" if load == "few" else "many", name == "dense-float")
-        extra = has
-        function, blocks = cache_kernels.dense_kernel, ("block_v",)
-    meta = chosen.meta(*blocks)
-    options = {option: meta.pop(option) for option in chosen.options()}
-    return function, extra | meta, options
+        config = config_for("default", "affine", "fp32", load)
+        return _Specification(cache_kernels.affine_kernel, {"WIDTH": WIDTH} | terms | config.meta(), config, 3, "*fp32")
+    if name.startswith("dense"):
+        config = dense_config("default", precision, load, name == "dense-float")
+        return _Specification(
+            cache_kernels.dense_kernel, has | config.meta("block_v"), config, 3 if precision == "fp32" else 1
+        )
+    few, tma = load == "few", way == "tma"
+    path = "few" if few else name
+    config = config_for("default", f"{path}-tma" if tma else path, precision, load)
+    products = {"fp32": 3, "int8": 2}.get(precision, 1)
+    constants = has | (terms if name == "few-terms" else dict.fromkeys(terms, False) | {"PITCH": 0}) | config.meta()
+    constants.pop("SWAP")
+    constants |= {"SHOTS": SHOTS if name == "aligned" else 0, "SPLIT": name != "aligned", "FEW": few, "TMA": tma}
+    constants["BLOCK_C"] = config.block_n // SHOTS if name == "aligned" else 16
+    query_tma = tma and (precision == "int8" or not few)
+    descriptors = (("query",) if query_tma else ()) + (("keys",) if tma else ())
+    query = "*i8" if precision == "int8" else "*fp32" if few else _QUERY[precision]
+    return _Specification(cache_kernels.cache_kernel, constants, config, products, query, descriptors)
 
 
 def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
@@ -140,27 +162,47 @@ def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, constants, options = _specification(kernel, precision)
+    made = _specification(kernel, precision, arch)
+    constants = dict(made.constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     values = "*fp32" if kernel.startswith("dense-float") else _VALUES[precision]
-    special = {"query": _QUERY[precision], "keys": _KEYS[precision], "values": values}
+    special = {"query": made.query or _QUERY[precision], "keys": _KEYS[precision], "values": values}
     signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
+    for position, name in enumerate(made.function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in _FLOATS:
             signature[name] = "fp32"
+        elif name in made.descriptors:
+            assert made.config is not None
+            rows = made.config.block_b if name == "query" else made.config.block_n
+            signature[name] = f"tensordesc<{special[name][1:]}[{rows}, {made.config.block_d}]>"
         else:
             signature[name] = (special | _POINTERS).get(name, "i32")
             # As in launches: torch aligns memory to at least 16 bytes, and C = 1000 or V = 1000 isn't divisible.
             if signature[name].startswith("*"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(made.function, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"]) | {"shared_bytes": compiled.metadata.shared}
+    row = inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"]) | {"shared_bytes": compiled.metadata.shared}
+    return row | _of_a_tile(made, row.pop("counts"))
+
+
+def _of_a_tile(made: _Specification, counts: sass.Counts) -> dict[str, Any]:
+    """{"tile": (queries, keys, channels, warps), "instructions": of a warp for a tile of WIDTH channels, by kind}."""
+    config = made.config
+    if config is None:
+        return {"tile": None, "instructions": counts.tile}
+    step = config.block_b * config.block_n * config.block_d * made.products
+    # 1, or the number of steps that the compiler has unrolled. tcgen05's instructions don't say what they multiply.
+    unrolled = max(1, counts.multiplied * config.num_warps // step)
+    repeats = max(1.0, WIDTH / config.block_d / unrolled)
+    whole = {kind: round(repeats * counts.step[kind]) + counts.tile[kind] for kind in counts.step}
+    return {"tile": [config.block_b, config.block_n, WIDTH, config.num_warps], "instructions": whole}
 
 
 def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
-    """Registers and spills from cuobjdump, tensor-core instructions from the PTX and the disassembly.
+    """Registers and spills from cuobjdump, tensor-core instructions from the PTX and the disassembly, sass.Counts.
 
     A kernel counts as having such an instruction only if both have it.
     """
@@ -181,6 +223,7 @@ def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
         "registers": resources["REG"],
         "spills": resources["STACK"] + resources["LOCAL"] + local_moves,
         "tensor_core_instruction": f"{instruction} {', '.join(machine)}" if instruction and machine else "",
+        "counts": sass.count(code),
     }
 
 

@@ -1,8 +1,7 @@
-"""The kernels of cache_score (affine terms, aligned classes, ragged classes, merge of split classes) and dense_values.
+"""The kernels of cache_score (affine terms, class sums, merge of split classes, digits) and dense_values.
 
-Kernels of the cache term add alpha times a class's sum to logits that the affine kernel has written. Two programs sum
-the same class only if it is split, and the pieces of a split class are added in order, so results don't depend on
-timing. Numbers that change from call to call aren't specialised, so that a new batch size compiles nothing.
+Two programs sum the same class only if it is in pieces, which are added in order, so results don't depend on timing.
+Numbers that change from call to call aren't specialised, so that a new batch size compiles nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from iosr_fast.kernels.tiles import affinities, dot_products, operand, place, query_rows
+from iosr_fast.kernels.tiles import (
+    DIGIT,
+    affine_terms,
+    affinities,
+    digit_products,
+    dot_products,
+    operand,
+    place,
+    query_rows,
+)
 
 
 @triton.jit(do_not_specialize=["n_queries"])
@@ -25,8 +33,10 @@ def affine_kernel(
     logits,
     n_queries,
     n_classes,
-    tau,
+    text_scale,
+    linear_scale,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -35,140 +45,188 @@ def affine_kernel(
     BLOCK_D: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """logits = tau * plain @ text' + feature @ linear' + bias, for a tile of queries and classes."""
-    block, column = place(tl.cdiv(n_queries, BLOCK_B), tl.cdiv(n_classes, BLOCK_N))
+    """logits = tau * plain @ text' + feature @ linear' + bias, for a tile of queries and classes.
+
+    text_scale is tau times the scale of text's parts."""
+    block, column = place(tl.program_id(0), tl.cdiv(n_queries, BLOCK_B), tl.cdiv(n_classes, BLOCK_N))
     rows, read = query_rows(block, n_queries, BLOCK_B)
     classes = column * BLOCK_N + tl.arange(0, BLOCK_N)
     clamped = tl.minimum(classes, n_classes - 1)
-    value = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
-    if HAS_TEXT:
-        value = tau * dot_products(plain, text, read, clamped, WIDTH, BLOCK_D, SWAP)
-    if HAS_LINEAR:
-        value += dot_products(feature, linear, read, clamped, WIDTH, BLOCK_D, SWAP)
-    if HAS_BIAS:
-        value += tl.load(bias + clamped)[None, :]
+    value = affine_terms(
+        plain,
+        text,
+        feature,
+        linear,
+        bias,
+        read,
+        clamped,
+        text_scale,
+        linear_scale,
+        WIDTH,
+        PITCH,
+        HAS_TEXT,
+        HAS_LINEAR,
+        HAS_BIAS,
+        BLOCK_D,
+        SWAP,
+    )
     at = logits + rows[:, None].to(tl.int64) * n_classes + classes[None, :]
     tl.store(at, value, mask=(rows < n_queries)[:, None] & (classes < n_classes)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_queries"])
-def aligned_kernel(
-    query,
-    keys,
-    key_scales,
-    class_offsets,
-    weights,
-    logits,
-    n_queries,
-    n_classes,
-    scale,
-    alpha,
-    WIDTH: tl.constexpr,
-    SHOTS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SWAP: tl.constexpr,
-):
-    """Sums BLOCK_N // SHOTS whole classes of SHOTS keys each; if SHOTS is BLOCK_N, one class in as many tiles as it
-    needs. Keys are read in place: missing shots of a class read key 0 and add 0."""
-    GROUP: tl.constexpr = BLOCK_N // SHOTS
-    block, column = place(tl.cdiv(n_queries, BLOCK_B), tl.cdiv(n_classes, GROUP))
-    rows, read = query_rows(block, n_queries, BLOCK_B)
-    slot = tl.arange(0, BLOCK_N)
-    classes = column * GROUP + tl.arange(0, GROUP)
-    if GROUP == 1:
-        begin = tl.load(class_offsets + column)
-        end = tl.load(class_offsets + column + 1)
-        total = tl.zeros((BLOCK_B,), dtype=tl.float32)
-        for first in range(begin, end, BLOCK_N):
-            inside = first + slot < end
-            key_rows = tl.where(inside, first + slot, 0)
-            dots = dot_products(query, keys, read, key_rows, WIDTH, BLOCK_D, SWAP)
-            affinity = affinities(dots, key_rows, inside, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
-            total += tl.sum(affinity, axis=1)
-        sums = total[:, None]
-    else:
-        owner = column * GROUP + slot // SHOTS
-        begin = tl.load(class_offsets + tl.minimum(owner, n_classes - 1))
-        end = tl.load(class_offsets + tl.minimum(owner, n_classes - 1) + 1)
-        key_rows = begin + slot % SHOTS
-        inside = (owner < n_classes) & (key_rows < end)
-        key_rows = tl.where(inside, key_rows, 0)
-        dots = dot_products(query, keys, read, key_rows, WIDTH, BLOCK_D, SWAP)
-        affinity = affinities(dots, key_rows, inside, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
-        sums = tl.sum(tl.reshape(affinity, (BLOCK_B, GROUP, SHOTS)), axis=2)
-    at = logits + rows[:, None].to(tl.int64) * n_classes + classes[None, :]
-    mask = (rows < n_queries)[:, None] & (classes < n_classes)[None, :]
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + alpha * sums, mask=mask)
+def digits_kernel(query, digits, scales, n_queries, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Two int8 digits of a query: query = scale * (256 * high + low). digits (2 B, D) has the rows of high digits, then
+    those of low ones."""
+    row = tl.program_id(0)
+    channels = tl.arange(0, BLOCK_D)
+    inside = channels < WIDTH
+    q = tl.load(query + row.to(tl.int64) * WIDTH + channels, mask=inside, other=0.0).to(tl.float32)
+    # The largest number that the digits hold is 127 * 256 + 127. A row of zeros has digits of zero.
+    step = tl.maximum(tl.max(tl.abs(q), axis=0), 1e-30) * (1.0 / 32639.0)
+    code = tl.floor(q / step + 0.5)
+    high = tl.floor((code + 0.5 * DIGIT) * (1.0 / DIGIT))
+    at = digits + row.to(tl.int64) * WIDTH + channels
+    tl.store(at, high.to(tl.int8), mask=inside)
+    tl.store(at + n_queries.to(tl.int64) * WIDTH, (code - DIGIT * high).to(tl.int8), mask=inside)
+    tl.store(scales + row, step)
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_items"])
-def ragged_kernel(
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "n_items"])
+def cache_kernel(
     query,
+    query_scales,
     keys,
     key_scales,
-    class_offsets,
     weights,
-    logits,
+    class_offsets,
     items,
     partial,
+    plain,
+    text,
+    feature,
+    linear,
+    bias,
+    logits,
     n_queries,
+    n_keys,
     n_classes,
     n_items,
     scale,
     alpha,
+    text_scale,
+    linear_scale,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
+    SHOTS: tl.constexpr,
     SPLIT: tl.constexpr,
+    FEW: tl.constexpr,
+    TMA: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    HAS_LINEAR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SWAP: tl.constexpr,
 ):
-    """Sums one work item (layout.py): up to BLOCK_C whole classes, or with SPLIT a piece of one class, whose sum goes
-    to row `slot` of partial (n_slots, B).
+    """logits += alpha * sums of affinities by class; with FEW, which is for few queries, logits = affine terms + that.
 
-    A tile's keys are summed by class as affinity @ member, where member (BLOCK_N, BLOCK_C) has zeros and ones, computed
-    from the class offsets in registers. Three bfloat16 parts represent the affinity's 24 bits exactly."""
-    block, column = place(tl.cdiv(n_queries, BLOCK_B), n_items)
-    rows, read = query_rows(block, n_queries, BLOCK_B)
-    item = items + column * 5
-    first_key = tl.load(item)
-    end_key = tl.load(item + 1)
-    first_class = tl.load(item + 2)
+    A tile is BLOCK_B queries and an item of at most BLOCK_N keys. Each program takes tiles in turn, so that the keys of
+    the next one are loaded while the last one is summed. With SHOTS, an item is BLOCK_N // SHOTS classes of SHOTS keys.
+    Otherwise it is a row of `items` (layout.py): up to BLOCK_C whole classes, or with SPLIT a piece of one class, whose
+    sum goes to row `slot` of partial (n_slots, B).
+
+    The keys of such an item are summed by class as affinity @ member, where member (BLOCK_N, BLOCK_C) has zeros and
+    ones, computed from the class offsets in registers. Three bfloat16 parts represent the affinity's 24 bits exactly.
+    """
+    n_blocks = tl.cdiv(n_queries, BLOCK_B)
     own = tl.arange(0, BLOCK_C)
-    classes = first_class + own
-    has = own < tl.load(item + 3)
-    begin = tl.load(class_offsets + classes, mask=has, other=0)
-    end = tl.load(class_offsets + classes + 1, mask=has, other=0)
-    sums = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.float32)
-    for first in range(first_key, end_key, BLOCK_N):
-        key_rows = first + tl.arange(0, BLOCK_N)
-        inside = key_rows < end_key
-        key_rows = tl.where(inside, key_rows, first_key)
-        dots = dot_products(query, keys, read, key_rows, WIDTH, BLOCK_D, SWAP)
-        rest = affinities(dots, key_rows, inside, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
-        member = (key_rows[:, None] >= begin[None, :]) & (key_rows[:, None] < end[None, :])
-        member = operand(tl.where(member, 1.0, 0.0).to(tl.bfloat16))
-        for _ in tl.static_range(3):
-            part = rest.to(tl.bfloat16)
-            rest -= part.to(tl.float32)
-            sums = tl.dot(operand(part), member, sums)
-    slot = tl.load(item + 4)
-    if SPLIT:
-        # A piece's class is the only one of its item; its sum is the first column.
-        at = partial + slot.to(tl.int64) * n_queries + rows
-        sum_of_piece = tl.sum(tl.where((own == 0)[None, :], sums, 0.0), axis=1)
-        tl.store(at, sum_of_piece, mask=rows < tl.where(slot >= 0, n_queries, 0))
-    at = logits + rows[:, None].to(tl.int64) * n_classes + classes[None, :]
-    whole = own < tl.where(slot < 0, tl.load(item + 3), 0)
-    mask = (rows < n_queries)[:, None] & whole[None, :]
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + alpha * sums, mask=mask)
+    for tile in tl.range(tl.program_id(0), n_blocks * n_items, tl.num_programs(0), flatten=TMA and not FEW):
+        block, column = place(tile, n_blocks, n_items)
+        rows, read = query_rows(block, n_queries, BLOCK_B)
+        first_key = column * BLOCK_N if SHOTS > 0 else tl.load(items + column * 5)
+        slots = first_key + tl.arange(0, BLOCK_N)
+        key_rows = tl.minimum(slots, n_keys - 1)
+        if HAS_SCALES:
+            dots = digit_products(
+                query,
+                query_scales,
+                keys,
+                block * BLOCK_B,
+                read,
+                first_key,
+                key_rows,
+                n_queries,
+                WIDTH,
+                BLOCK_D,
+                FEW,
+                TMA,
+            )
+        else:
+            dots = dot_products(
+                query, keys, block * BLOCK_B, read, first_key, key_rows, WIDTH, BLOCK_D, FEW, TMA and not FEW, TMA
+            )
+        rest = affinities(dots, key_rows, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
+        if SHOTS > 0:
+            sums = tl.sum(tl.reshape(rest, (BLOCK_B, BLOCK_C, SHOTS)), axis=2)
+            classes = column * BLOCK_C + own
+            has = classes < n_classes
+            whole = has
+        else:
+            item = items + column * 5
+            end_key = tl.load(item + 1)
+            classes = tl.load(item + 2) + own
+            n_own = tl.load(item + 3)
+            has = own < n_own
+            slot = tl.load(item + 4)
+            class_begin = tl.load(class_offsets + classes, mask=has, other=-1)
+            class_end = tl.load(class_offsets + classes + 1, mask=has, other=-1)
+            # A piece's keys are fewer than its class's.
+            begin = tl.maximum(class_begin, first_key)
+            end = tl.minimum(class_end, end_key)
+            member = (slots[:, None] >= begin[None, :]) & (slots[:, None] < end[None, :])
+            member = operand(tl.where(member, 1.0, 0.0).to(tl.bfloat16))
+            sums = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.float32)
+            for _ in tl.static_range(3):
+                part = rest.to(tl.bfloat16)
+                rest -= part.to(tl.float32)
+                sums = tl.dot(operand(part), member, sums)
+            whole = has
+            if SPLIT:
+                # The class of a piece is the only one of its item, its sum the first column. Of a class's pieces, only
+                # the first writes logits, without a sum, and only if nothing else has written them.
+                at = partial + slot.to(tl.int64) * n_queries + rows
+                sum_of_piece = tl.sum(tl.where((own == 0)[None, :], sums, 0.0), axis=1)
+                tl.store(at, sum_of_piece, mask=rows < tl.where(slot >= 0, n_queries, 0))
+                sums = tl.where(slot < 0, sums, 0.0)
+                whole = has & (begin == class_begin) if FEW else own < tl.where(slot < 0, n_own, 0)
+        at = logits + rows[:, None].to(tl.int64) * n_classes + classes[None, :]
+        mask = (rows < n_queries)[:, None] & whole[None, :]
+        if FEW:
+            value = affine_terms(
+                plain,
+                text,
+                feature,
+                linear,
+                bias,
+                read,
+                tl.minimum(classes, n_classes - 1),
+                text_scale,
+                linear_scale,
+                WIDTH,
+                PITCH,
+                HAS_TEXT,
+                HAS_LINEAR,
+                HAS_BIAS,
+                BLOCK_D,
+                True,
+            )
+        else:
+            value = tl.load(at, mask=mask, other=0.0)
+        tl.store(at, value + alpha * sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_queries"])
@@ -211,7 +269,7 @@ def dense_kernel(
     SWAP: tl.constexpr,
 ):
     """out[s] = affinity @ values over the s-th stretch of keys, for BLOCK_B queries and BLOCK_V columns of values."""
-    block, column = place(tl.cdiv(n_queries, BLOCK_B), n_stretches * tl.cdiv(n_values, BLOCK_V))
+    block, column = place(tl.program_id(0), tl.cdiv(n_queries, BLOCK_B), n_stretches * tl.cdiv(n_values, BLOCK_V))
     rows, read = query_rows(block, n_queries, BLOCK_B)
     part = column % n_stretches
     columns = (column // n_stretches) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -222,8 +280,9 @@ def dense_kernel(
         key_rows = first + tl.arange(0, BLOCK_N)
         inside = key_rows < end
         key_rows = tl.where(inside, key_rows, first)
-        dots = dot_products(query, keys, read, key_rows, WIDTH, BLOCK_D, SWAP)
-        affinity = affinities(dots, key_rows, inside, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
+        dots = dot_products(query, keys, 0, read, 0, key_rows, WIDTH, BLOCK_D, SWAP, False, False)
+        affinity = affinities(dots, key_rows, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
+        affinity = tl.where(inside[None, :], affinity, 0.0)
         value = tl.load(values + key_rows[:, None].to(tl.int64) * n_values + clamped[None, :])
         total = tl.dot(affinity.to(value.dtype), value, total, input_precision="tf32x3")
     at = out + (part.to(tl.int64) * n_queries + rows[:, None]) * n_values + columns[None, :]

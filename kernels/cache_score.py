@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.kernels import layout
-from iosr_fast.kernels.cache_kernels import affine_kernel, aligned_kernel, merge_kernel, ragged_kernel
+from iosr_fast.kernels.cache_kernels import affine_kernel, cache_kernel, digits_kernel, merge_kernel
 from iosr_fast.kernels.dense_values import dense_values
 from iosr_fast.kernels.device import (
     PRECISION,
-    QUERY_DTYPE,
     WORKSPACE_BYTES,
     exponent_scale,
+    float16_parts,
     gpu_name,
+    has_tensor_memory_accelerator,
     multiprocessors,
     pointer,
 )
@@ -29,9 +33,16 @@ if TYPE_CHECKING:
 
     from iosr_fast.scoring.device_plan import DevicePlan
 
-# The aligned path is faster than the ragged one as long as missing shots cost at most this factor more work.
-ALIGNED_OVERHEAD = 1.25
+PATHS = ("few", "aligned", "ragged")
 _MERGE_BLOCK = 128
+_NO_AFFINE_TERMS = {
+    "text_scale": 1.0,
+    "linear_scale": 1.0,
+    "PITCH": 0,
+    "HAS_TEXT": False,
+    "HAS_LINEAR": False,
+    "HAS_BIAS": False,
+}
 
 
 def score_triton(
@@ -41,6 +52,7 @@ def score_triton(
     *,
     path: str | None = None,
     config: Config | None = None,
+    tma: bool | None = None,
 ) -> tuple[Tensor, str]:
     """logits[b, c] = tau * <plain[b], text[c]>
                  + alpha * sum over keys j of class c: weights[j] * exp(-beta * (1 - <query[b], keys[j]>))
@@ -49,64 +61,72 @@ def score_triton(
     plain, adapted: (B, D) float32, float16 or bfloat16 on the plan's device, checked unit rows; adapted may be None if
     the plan doesn't read it. Returns logits (B, C) float32 and the path that computed the cache term:
 
-    "triton/aligned"  tiles of whole classes, all padded to the same number of keys; chosen if that takes at most 1.25
-                      times the tiles of the ragged path
-    "triton/ragged"   work items of whole classes of any size
-    "triton/split"    large classes are also split into pieces, and partial sums (at most 64 MB) are added in order;
-                      chosen if the longest class would occupy one multiprocessor after the others have finished
+    "triton/few"      up to 32 queries: all terms in one launch, one more if a class has more keys than a tile
+    "triton/aligned"  tiles of whole classes that have equally many keys, a power of two
+    "triton/ragged"   tiles of whole classes of any size; larger classes are cut into pieces, and their sums (at most 64
+                      MB) added in order
     "triton/dense"    keys with values in place of classes: dense_values
     "triton/no-keys"  the plan has no cache term
 
-    The affine terms are computed in float32 (3xTF32); PyTorch adds a linear term over another feature than one
-    embedding, which has another width. The cache term rounds queries to the keys' half type (float16 for int8) and sums
-    in float32. Equal calls give equal bits. `path` ("aligned", "ragged" or "split") and `config` override the automatic
-    choices, for tests and tuning. Raises ValueError for another path, or for any if the keys have values.
+    The first three end in "-tma" where tensor descriptors load the tiles: compute capability 9.0 to 11.0, if rows of
+    keys take a multiple of 16 bytes. There, a program sums many tiles and loads the next one meanwhile.
+
+    The affine terms have float32's accuracy: float16 products of high and low parts; PyTorch adds a linear term over
+    another feature than one embedding, which has another width. The cache term rounds queries to the keys' half type,
+    or for int8 keys to 16 bits, and sums in float32. Equal calls give equal bits. `path`, `config` and `tma` override
+    the automatic choices, for tests and tuning. Raises ValueError for another path, for any if the keys have values, or
+    for a path or tensor descriptors that don't fit the plan; RuntimeError if a CUDA graph is recorded before the plan
+    was scored once.
     Source: Tip-Adapter (Zhang et al., ECCV 2022), eq. 5-6; here one GEMM with a segmented sum in place of its second.
     """
+    if path is not None and plan.values is not None:
+        raise IosrFastError(f'expected no path for keys with values, got "{path}"')
     with on_gpu(plan.device):
-        logits = affine_terms(plan, plain, adapted)
-        if plan.keys is None:
-            return logits, "triton/no-keys"
-        if plan.values is not None:
-            if path is not None:
-                raise IosrFastError(f'expected no path for keys with values, got "{path}"')
-            _add_dense(plan, plan.query_rows(plain, adapted), logits, config)
-            return logits, "triton/dense"
-        precision = PRECISION[plan.keys.dtype]
-        if path is None:
-            path = choose_path(plan, len(plain), gpu_name(plan.device), multiprocessors(plan.device))
-        elif path not in ("aligned", "ragged", "split"):
-            raise IosrFastError(f'expected path "aligned", "ragged" or "split", got "{path}"')
+        if plan.keys is None or plan.values is not None or not len(plain):
+            logits = affine_terms(plan, plain, adapted)
+            if plan.keys is None:
+                return logits, "triton/no-keys"
+            if plan.values is not None:
+                _add_dense(plan, plan.query_rows(plain, adapted), logits, config)
+                return logits, "triton/dense"
+        path, config, tma = choose(plan, len(plain), path, config, tma)
         if len(plain):
-            config = config or config_for(gpu_name(plan.device), path, precision, load_of(len(plain)))
-            query = plan.query_rows(plain, adapted).to(QUERY_DTYPE[precision]).contiguous()
-            if path == "aligned":
-                _add_aligned(plan, query, logits, config)
-            else:
-                _add_items(plan, query, logits, config, split=path == "split")
-    return logits, f"triton/{path}"
+            logits = _score_classes(plan, plain, adapted, path, config, tma)
+    return logits, f"triton/{path}{'-tma' if tma else ''}"
 
 
-def choose_path(plan: DevicePlan, batch: int, gpu: str, n_multiprocessors: int) -> str:
-    """ "aligned", "ragged" or "split" for a plan with keys and a batch of queries; the rules are score_triton's."""
+def choose(
+    plan: DevicePlan, batch: int, path: str | None, config: Config | None, tma: bool | None
+) -> tuple[str, Config, bool]:
+    """The path, its configuration, and whether tensor descriptors load tiles; the rules are score_triton's."""
     assert plan.keys is not None
-    precision, load = PRECISION[plan.keys.dtype], load_of(batch)
-    tile, ragged_tile = (config_for(gpu, path, precision, load) for path in ("aligned", "ragged"))
-    aligned = layout.aligned(plan, tile.block_n)
-    ragged = layout.items(plan, ragged_tile.block_n, ragged_tile.block_c)
-    cheap = aligned.tiles * tile.block_n <= ALIGNED_OVERHEAD * ragged.tiles * ragged_tile.block_n
-    path, work, config = ("aligned", aligned, tile) if cheap else ("ragged", ragged, ragged_tile)
-    fair_share = -(-work.tiles * -(-batch // config.block_b) // n_multiprocessors)
-    return "split" if work.longest > 2 * max(fair_share, 1) else path
+    if path not in (None, *PATHS):
+        raise IosrFastError(f'expected path "few", "aligned" or "ragged", got "{path}"')
+    fits = plan.width * plan.keys.element_size() % 16 == 0 and plan.keys.data_ptr() % 16 == 0
+    if tma and not fits:
+        raise IosrFastError(f"expected rows of keys of a multiple of 16 bytes for tensor descriptors, got {plan.width}")
+    tma = (has_tensor_memory_accelerator(plan.device) and fits) if tma is None else tma
+    load = "few" if path == "few" else "many" if path else load_of(batch)
 
+    precision = PRECISION[plan.keys.dtype]
 
-def piece_keys(plan: DevicePlan, batch: int, config: Config, n_multiprocessors: int) -> int:
-    """Keys of a piece on the split path: a multiprocessor's fair share, rounded up to a power of two of tiles, so that
-    few layouts are computed."""
-    assert plan.keys is not None
-    work = len(plan.keys) * -(-batch // config.block_b)
-    tiles = max(1, work // (config.block_n * n_multiprocessors))
-    return config.block_n * (1 << (tiles - 1).bit_length())
+    def default(path: str) -> Config:
+        return config_for(gpu_name(plan.device), f"{path}-tma" if tma else path, precision, load)
+
+    if path is None:
+        aligned = load == "many" and layout.shots(plan, (config or default("aligned")).block_n)
+        path = "few" if load == "few" else "aligned" if aligned else "ragged"
+    if config is None:
+        config = default(path)
+        # A few keys are dealt to all multiprocessors.
+        while load == "few" and config.block_n > 16 and len(plan.keys) < config.block_n * multiprocessors(plan.device):
+            config = replace(config, block_n=config.block_n // 2)
+    if path == "aligned" and not layout.shots(plan, config.block_n):
+        raise IosrFastError(
+            f'expected classes of equally many keys, a power of two of at most {config.block_n}, for path "aligned"; '
+            'take "ragged"'
+        )
+    return path, config, tma
 
 
 def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config: Config | None = None) -> Tensor:
@@ -115,31 +135,39 @@ def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config
     if not n_queries or (plan.text is None and plan.linear is None and plan.bias is None):
         return torch.zeros((n_queries, n_classes), dtype=torch.float32, device=plan.device)
     logits = torch.empty((n_queries, n_classes), dtype=torch.float32, device=plan.device)
-    # The kernel expects rows as wide as an embedding.
-    linear = plan.linear if plan.feature in EMBEDDINGS else None
-    rows, feature = plain.float().contiguous(), plain
-    if linear is not None:
-        feature = plan.feature_rows(plain, adapted)
     config = config or config_for(gpu_name(plan.device), "affine", "fp32", load_of(n_queries))
-    affine_kernel[_blocks(n_queries, config) * -(-n_classes // config.block_n),](
-        rows,
-        pointer(plan.text, rows),
-        rows if feature is plain else feature.float().contiguous(),
-        pointer(linear, rows),
-        pointer(plan.bias, rows),
-        logits,
-        n_queries,
-        n_classes,
-        plan.tau,
-        WIDTH=plan.width,
-        HAS_TEXT=plan.text is not None,
-        HAS_LINEAR=linear is not None,
-        HAS_BIAS=plan.bias is not None,
-        **config.meta(),
+    arguments = affine_arguments(plan, plain, adapted, logits)
+    affine_kernel[triton.cdiv(n_queries, config.block_b) * triton.cdiv(n_classes, config.block_n),](
+        logits=logits, n_queries=n_queries, n_classes=n_classes, WIDTH=plan.width, **arguments, **config.meta()
     )
-    if plan.linear is not None and linear is None:
+    if plan.linear is not None and plan.feature not in EMBEDDINGS:
         add_linear_term(plan, plain, adapted, logits)
     return logits
+
+
+def affine_arguments(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, unread: Tensor) -> dict[str, Any]:
+    """The kernels' arguments for the affine terms, without a linear term over another feature than one embedding."""
+    linear = plan.linear if plan.feature in EMBEDDINGS else None
+    text_parts, text_scale = (unread, 1.0) if plan.text is None else float16_parts(plan.text)
+    linear_parts, linear_scale = (unread, 1.0) if linear is None else float16_parts(linear)
+    return {
+        "plain": _rows(plain),
+        "text": text_parts,
+        "feature": unread if linear is None else _rows(plan.feature_rows(plain, adapted)),
+        "linear": linear_parts,
+        "bias": pointer(plan.bias, unread),
+        "text_scale": plan.tau * text_scale,
+        "linear_scale": linear_scale,
+        "PITCH": text_parts.shape[1] if linear is None else linear_parts.shape[1],
+        "HAS_TEXT": plan.text is not None,
+        "HAS_LINEAR": linear is not None,
+        "HAS_BIAS": plan.bias is not None,
+    }
+
+
+def _rows(rows: Tensor) -> Tensor:
+    """bfloat16 rows become float32, which the kernels split into two float16 numbers."""
+    return (rows.float() if rows.dtype == torch.bfloat16 else rows).contiguous()
 
 
 def _add_dense(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config | None) -> None:
@@ -148,66 +176,125 @@ def _add_dense(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config |
     logits.add_(dense_values(query, plan.keys, plan.values, **rest), alpha=plan.alpha)
 
 
-def _add_aligned(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config) -> None:
-    shots = layout.aligned(plan, config.block_n).shots
-    columns = -(-plan.n_classes // (config.block_n // shots))
-    aligned_kernel[_blocks(len(query), config) * columns,](
-        query,
-        plan.keys,
-        pointer(plan.key_scales, logits),
-        plan.class_offsets,
-        pointer(plan.weights, logits),
-        logits,
-        len(query),
-        plan.n_classes,
-        exponent_scale(plan.beta),
-        plan.alpha,
-        WIDTH=plan.width,
-        SHOTS=shots,
-        **_has(plan),
-        **config.meta(),
-    )
+@dataclass(frozen=True)
+class _Work:
+    """How a plan's keys are dealt to programs: n_items of at most block_n keys, `table` (unread with `shots`), and the
+    classes in pieces, `cut`, whose sums take n_slots rows."""
+
+    n_items: int
+    block_c: int
+    shots: int = 0
+    n_slots: int = 0
+    table: Tensor | None = None
+    cut: Tensor | None = None
 
 
-def _add_items(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config, *, split: bool) -> None:
-    piece = piece_keys(plan, len(query), config, multiprocessors(plan.device)) if split else None
-    shape = (plan, config.block_n, config.block_c, piece)
-    work = layout.items(*shape)
-    table, cut = layout.tables(*shape)
+def _work(plan: DevicePlan, path: str, block_n: int) -> _Work:
+    assert plan.keys is not None
+    if path == "aligned":
+        shots = layout.shots(plan, block_n)
+        return _Work(triton.cdiv(plan.n_classes, block_n // shots), block_n // shots, shots)
+    block_c = layout.block_classes(len(plan.keys), plan.n_classes, block_n)
+    items, table, cut = layout.items(plan, block_n, block_c)
+    return _Work(len(items.table), block_c, 0, items.n_slots, table, cut)
+
+
+def _score_classes(
+    plan: DevicePlan, plain: Tensor, adapted: Tensor | None, path: str, config: Config, tma: bool
+) -> Tensor:
+    """All terms of a plan whose keys have classes, for at least one query."""
+    few, n_queries = path == "few", len(plain)
+    if few:
+        logits = torch.empty((n_queries, plan.n_classes), dtype=torch.float32, device=plan.device)
+        affine = affine_arguments(plan, plain, adapted, logits)
+    else:
+        logits = affine_terms(plan, plain, adapted)
+        affine = _NO_AFFINE_TERMS | dict.fromkeys(("plain", "text", "feature", "linear", "bias"), logits)
+    query, work = _queries(plan, plan.query_rows(plain, adapted), few), _work(plan, path, config.block_n)
     # Whole blocks of queries at a time, as many as the workspace holds.
     blocks = max(1, WORKSPACE_BYTES // (4 * max(1, work.n_slots) * config.block_b))
-    rows = min(len(query), blocks * config.block_b)
-    partial = torch.empty((work.n_slots, rows), dtype=torch.float32, device=plan.device) if work.n_slots else logits
-    for first in range(0, len(query), rows):
-        block, out = query[first : first + rows], logits[first : first + rows]
-        ragged_kernel[_blocks(len(block), config) * len(work.table),](
-            block,
-            plan.keys,
-            pointer(plan.key_scales, logits),
-            plan.class_offsets,
-            pointer(plan.weights, logits),
-            out,
-            table,
-            partial,
-            len(block),
-            plan.n_classes,
-            len(work.table),
-            exponent_scale(plan.beta),
-            plan.alpha,
-            WIDTH=plan.width,
-            SPLIT=work.n_slots > 0,
-            **_has(plan),
-            **config.meta("block_c"),
+    step = min(n_queries, blocks * config.block_b)
+    partial = torch.empty((work.n_slots, step), dtype=torch.float32, device=plan.device)
+    for first in range(0, n_queries, step):
+        part = slice(first, first + step)
+        terms = affine | {name: affine[name][part] for name in ("plain", "feature")}
+        _launch(plan, query[part], logits[part], partial, terms, work, config, few=few, tma=tma)
+    if few and plan.linear is not None and plan.feature not in EMBEDDINGS:
+        add_linear_term(plan, plain, adapted, logits)
+    return logits
+
+
+def _queries(plan: DevicePlan, query: Tensor, few: bool) -> Tensor:
+    """Queries in the keys' half type. digits() rounds those for int8 keys, and cache_kernel a few; to bfloat16 not,
+    because Triton's interpreter cuts bits off instead."""
+    assert plan.keys is not None
+    if plan.keys.dtype == torch.int8 or (few and plan.keys.dtype != torch.bfloat16):
+        return _rows(query)
+    return query.to(plan.keys.dtype).contiguous()
+
+
+def _launch(
+    plan: DevicePlan,
+    query: Tensor,
+    logits: Tensor,
+    partial: Tensor,
+    affine: dict[str, Any],
+    work: _Work,
+    config: Config,
+    *,
+    few: bool,
+    tma: bool,
+) -> None:
+    keys, n_queries, scales = plan.keys, len(query), logits
+    assert keys is not None
+    if keys.dtype == torch.int8:
+        query, scales = digits(query)
+    query_tma = tma and (keys.dtype == torch.int8 or not few)
+    n_tiles = triton.cdiv(n_queries, config.block_b) * work.n_items
+    cache_kernel[min(n_tiles, config.programs * multiprocessors(plan.device)) if tma else n_tiles,](
+        query=_descriptor(query, config.block_b, config.block_d) if query_tma else query,
+        query_scales=scales,
+        keys=_descriptor(keys, config.block_n, config.block_d) if tma else keys,
+        key_scales=pointer(plan.key_scales, logits),
+        weights=pointer(plan.weights, logits),
+        class_offsets=plan.class_offsets,
+        items=pointer(work.table, logits),
+        partial=partial if work.n_slots else logits,
+        logits=logits,
+        n_queries=n_queries,
+        n_keys=len(keys),
+        n_classes=plan.n_classes,
+        n_items=work.n_items,
+        scale=exponent_scale(plan.beta),
+        alpha=plan.alpha,
+        WIDTH=plan.width,
+        SHOTS=work.shots,
+        SPLIT=work.n_slots > 0,
+        FEW=few,
+        TMA=tma,
+        HAS_WEIGHTS=plan.weights is not None,
+        HAS_SCALES=plan.key_scales is not None,
+        BLOCK_B=config.block_b,
+        BLOCK_N=config.block_n,
+        BLOCK_D=config.block_d,
+        BLOCK_C=work.block_c,
+        **affine,
+        **config.options(),
+    )
+    if work.cut is not None and work.n_slots:
+        merge_kernel[len(work.cut), triton.cdiv(n_queries, _MERGE_BLOCK)](
+            partial, work.cut, logits, n_queries, plan.n_classes, plan.alpha, BLOCK_B=_MERGE_BLOCK
         )
-        if work.n_slots:
-            merge_kernel[len(work.cut), -(-len(block) // _MERGE_BLOCK)](
-                partial, cut, out, len(block), plan.n_classes, plan.alpha, BLOCK_B=_MERGE_BLOCK
-            )
 
 
-def _has(plan: DevicePlan) -> dict[str, Any]:
-    return {"HAS_WEIGHTS": plan.weights is not None, "HAS_SCALES": plan.key_scales is not None}
+def digits(query: Tensor) -> tuple[Tensor, Tensor]:
+    """(2 B, D) int8 and (B,) float32: the two digits and the scales of queries for int8 keys (digits_kernel)."""
+    n_queries, width = query.shape
+    both = torch.empty((2 * n_queries, width), dtype=torch.int8, device=query.device)
+    scales = torch.empty(n_queries, dtype=torch.float32, device=query.device)
+    digits_kernel[n_queries,](query, both, scales, n_queries, WIDTH=width, BLOCK_D=triton.next_power_of_2(width))
+    return both, scales
 
 
-def _blocks(n_queries: int, config: Config) -> int:
-    return -(-n_queries // config.block_b)
+def _descriptor(rows: Tensor, block: int, channels: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(rows, [block, channels])

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from iosr_fast.exceptions import IosrFastError
 
-PATHS = ("affine", "aligned", "ragged", "split", "dense")
+PATHS = ("affine", "dense", "few", "aligned", "ragged", "few-tma", "aligned-tma", "ragged-tma")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FEW_QUERIES = 32
 CONFIGS_FILE = Path(__file__).with_name("launch_configs.json")
@@ -25,9 +25,9 @@ Load = Literal["few", "many"]
 class Config:
     """block_b queries by block_n keys (classes, for the affine terms) per tile, block_d channels per step.
 
-    swap       put keys on the longer side of the tensor cores
-    block_c    classes per work item (ragged and split)
+    swap       put keys on the longer side of the tensor cores (affine and dense)
     block_v    value columns (dense)
+    programs   programs per multiprocessor, where each takes several tiles in turn
     """
 
     block_b: int
@@ -36,27 +36,34 @@ class Config:
     num_warps: int
     num_stages: int
     swap: bool = False
-    block_c: int = 16
     block_v: int = 64
+    programs: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if name in ("swap", "num_stages"):
                 continue
-            least = 1 if name == "num_warps" else 16
+            least = 1 if name in ("num_warps", "programs") else 16
             if not isinstance(value, int) or value < least or value & (value - 1):
                 raise IosrFastError(f"expected {name} a power of two of at least {least}, got {value!r}")
         if not isinstance(self.num_stages, int) or self.num_stages < 1:
             raise IosrFastError(f"expected num_stages of at least 1, got {self.num_stages!r}")
 
     def meta(self, *extra: str) -> dict[str, Any]:
-        """Keyword arguments of a launch; `extra` names block_c or block_v for kernels that take it."""
+        """Keyword arguments of a launch; `extra` names block_v for kernels that take it."""
         names = ("block_b", "block_n", "block_d", "swap", *extra)
         return {name.upper(): getattr(self, name) for name in names} | self.options()
 
     def options(self) -> dict[str, int]:
         """The compiler's options."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def loads(path: str) -> tuple[Load, ...]:
+    """The loads that a path is for."""
+    if path in ("affine", "dense"):
+        return ("few", "many")
+    return ("few",) if path.startswith("few") else ("many",)
 
 
 def load_of(batch: int) -> Load:

@@ -5,6 +5,7 @@ A table takes 20 bytes per work item. It is computed once per plan and tile shap
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,59 +20,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Aligned:
-    """Classes as `shots` keys each, block_n // shots of them per tile.
-
-    `tiles` is the number of tiles of block_n keys of the whole plan, `longest` that of the longest program.
-    """
-
-    shots: int
-    tiles: int
-    longest: int
-
-
-@dataclass(frozen=True)
 class Items:
     """Work items: table (M, 5) int32 of first key, end key, first class, number of classes, slot.
 
-    An item has whole classes, at least one with keys, and slot -1; or a piece of one class and the row of partial sums
-    that it fills. cut (K, 3) int32 lists the classes in pieces: class, first slot, end slot.
+    An item has whole classes and slot -1; or a piece of one class and the row of partial sums that it fills. A tile
+    holds each item's keys. cut (K, 3) int32 lists the classes in pieces: class, first slot, end slot.
     """
 
     table: np.ndarray
     cut: np.ndarray
     n_slots: int
-    tiles: int
-    longest: int
 
 
-def align(offsets: np.ndarray, block_n: int) -> Aligned:
-    """Distribute whole classes over tiles of block_n keys, with the largest class rounded up to a power of two."""
+def shots_of(offsets: np.ndarray, block_n: int) -> int:
+    """The keys of each class, if they are as many for all, a power of two and at most block_n; else 0."""
     counts = np.diff(offsets)
-    shots = 1 << int(counts.max() - 1).bit_length()
-    if shots < block_n:
-        return Aligned(shots, -(-len(counts) // (block_n // shots)), 1)
-    per_class = -(-counts // block_n)
-    return Aligned(block_n, int(per_class.sum()), int(per_class.max()))
+    shots = int(counts[0])
+    alike = (counts == shots).all() and 0 < shots <= block_n and shots & (shots - 1) == 0
+    return shots if alike else 0
 
 
-def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None = None) -> Items:
-    """Runs of at most block_c classes and block_n keys; a class of more than block_n keys is an item of its own.
+def block_classes(n_keys: int, n_classes: int, block_n: int) -> int:
+    """block_c of cut_items(): the classes that a tile of keys holds on average, a power of two of at least 16."""
+    average = max(1, block_n * n_classes // n_keys)
+    return min(block_n, max(16, 1 << (average - 1).bit_length()))
 
-    With `piece`, larger classes are split into pieces of that number of keys. Classes without keys are left out, except
-    between two others of a run.
-    """
+
+def cut_items(offsets: np.ndarray, block_n: int, block_c: int) -> Items:
+    """Runs of at most block_c classes and block_n keys, and larger classes in pieces of block_n keys. Every class is in
+    one run or in pieces, also one without keys."""
     table: list[list[int]] = []
     cut: list[tuple[int, int, int]] = []
     n_slots = 0
     run: list[int] | None = None
-    for label in np.flatnonzero(np.diff(offsets)).tolist():
-        begin, end = int(offsets[label]), int(offsets[label + 1])
-        if piece is not None and end - begin > piece:
+    ends = offsets.tolist()
+    for label, (begin, end) in enumerate(itertools.pairwise(ends)):
+        if end - begin > block_n:
             run = None
-            firsts = range(begin, end, piece)
-            for slot, first in enumerate(firsts, n_slots):
-                table.append([first, min(first + piece, end), label, 1, slot])
+            firsts = range(begin, end, block_n)
+            table += [[first, min(first + block_n, end), label, 1, slot] for slot, first in enumerate(firsts, n_slots)]
             cut.append((label, n_slots, n_slots + len(firsts)))
             n_slots += len(firsts)
         elif run is not None and end - run[0] <= block_n and label - run[2] < block_c:
@@ -79,10 +66,7 @@ def cut_items(offsets: np.ndarray, block_n: int, block_c: int, piece: int | None
         else:
             run = [begin, end, label, 1, -1]
             table.append(run)
-    rows = np.asarray(table, dtype=np.int32).reshape(-1, 5)
-    per_item = -(-(rows[:, 1].astype(np.int64) - rows[:, 0]) // block_n)
-    cut_rows = np.asarray(cut, dtype=np.int32).reshape(-1, 3)
-    return Items(rows, cut_rows, n_slots, int(per_item.sum()), int(per_item.max()))
+    return Items(np.asarray(table, np.int32).reshape(-1, 5), np.asarray(cut, np.int32).reshape(-1, 3), n_slots)
 
 
 def class_offsets(plan: DevicePlan) -> np.ndarray:
@@ -108,28 +92,24 @@ def _refuse_recording(plan: DevicePlan) -> None:
         )
 
 
-def aligned(plan: DevicePlan, block_n: int) -> Aligned:
-    """align() of a plan, cached."""
+def shots(plan: DevicePlan, block_n: int) -> int:
+    """shots_of() a plan, cached."""
     assert plan.class_offsets is not None
-    return cached(plan.class_offsets, ("aligned", block_n), lambda: align(class_offsets(plan), block_n))
+    return cached(plan.class_offsets, ("shots", block_n), lambda: shots_of(class_offsets(plan), block_n))
 
 
-def items(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None) -> Items:
-    """cut_items() of a plan, cached."""
+def items(plan: DevicePlan, block_n: int, block_c: int) -> tuple[Items, Tensor, Tensor]:
+    """cut_items() of a plan, and its table and its cut classes on the plan's device, cached.
+
+    Raises RuntimeError if a CUDA graph is recorded before they were computed once.
+    """
     assert plan.class_offsets is not None
-    key = ("items", block_n, block_c, piece)
-    return cached(plan.class_offsets, key, lambda: cut_items(class_offsets(plan), block_n, block_c, piece))
 
-
-def tables(plan: DevicePlan, block_n: int, block_c: int, piece: int | None = None) -> tuple[Tensor, Tensor]:
-    """The tables of items() on the plan's device, cached. Raises RuntimeError if a CUDA graph is recorded before."""
-    assert plan.class_offsets is not None
-    work = items(plan, block_n, block_c, piece)
-
-    def move() -> tuple[Tensor, Tensor]:
+    def compute() -> tuple[Items, Tensor, Tensor]:
         import torch
 
         _refuse_recording(plan)
-        return torch.from_numpy(work.table).to(plan.device), torch.from_numpy(work.cut).to(plan.device)
+        work = cut_items(class_offsets(plan), block_n, block_c)
+        return work, torch.from_numpy(work.table).to(plan.device), torch.from_numpy(work.cut).to(plan.device)
 
-    return cached(plan.class_offsets, ("tables", block_n, block_c, piece), move)
+    return cached(plan.class_offsets, ("items", block_n, block_c), compute)

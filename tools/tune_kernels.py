@@ -32,12 +32,13 @@ from iosr_fast.kernels.launch import Config  # noqa: E402
 CANDIDATES_FILE = launch.CONFIGS_FILE.with_name("candidates.json")
 MOST = 6  # candidates that are timed, beside the configuration in use: each compiles for seconds
 BATCHES = {"few": (1, 32), "many": (256, 1024)}
+_UNIFORM, _RAGGED = [[16] * 1000, [16] * 100], [[1, 2, 60] * 250, [33, 7, 0, 24] * 100, [4000] * 4]
 COUNTS = {
     "affine": [[16] * 1000],
-    "aligned": [[16] * 1000, [16] * 100],
-    "ragged": [[1, 2, 60] * 250, [33, 7, 0, 24] * 100],
-    "split": [[4000] * 4, [20000]],
     "dense": [[16] * 250],
+    **dict.fromkeys(("aligned", "aligned-tma"), _UNIFORM),
+    **dict.fromkeys(("ragged", "ragged-tma"), _RAGGED),
+    **dict.fromkeys(("few", "few-tma"), _UNIFORM + _RAGGED),
 }
 
 
@@ -55,7 +56,7 @@ class Scale:
     def of(cls, device: str) -> Scale:
         if device != "rehearsal":
             return cls(Device(device))
-        return cls(Device(device), 32, 1, {load: (3,) for load in BATCHES}, {path: [[3, 2, 4]] for path in COUNTS})
+        return cls(Device(device), 32, 1, {load: (3,) for load in BATCHES}, {path: [[4, 4, 4]] for path in COUNTS})
 
 
 # Roundings of half-precision queries stay well below this here; a wrong kernel is far above.
@@ -66,17 +67,18 @@ def candidates(path: str, precision: str, load: str) -> Iterator[Config]:
     """The grid of one path: tile shapes, warps and stages within reason; the compiler refuses what doesn't fit."""
     rows, columns = ((16, 32), (32, 64, 128)) if load == "few" else ((64, 128), (64, 128, 256))
     channels = (32,) if path == "affine" or precision == "fp32" else (64, 128)
-    # The swap is for tiles of few queries, and for int8 keys: Hopper reads operands from registers on the longer side
-    # alone, and int8 keys are converted there.
-    swaps = (False, True) if load == "few" or precision == "int8" else (False,)
+    # The swap is for tiles of few queries, and for int8 keys with values: Hopper reads operands from registers on the
+    # longer side alone, and int8 keys are converted there.
+    swaps = (False, True) if path in ("affine", "dense") and (load == "few" or precision == "int8") else (False,)
+    programs = (1, 2, 4) if path == "few-tma" else (1, 2) if path.endswith("-tma") else (1,)
     for block_b, block_n, block_d, warps, stages, swap in itertools.product(
         rows, columns, channels, (4, 8), (3, 4), swaps
     ):
         accumulators = block_b * block_n // (32 * warps)
         if not 4 <= accumulators <= 128:
             continue  # idle warps, or more accumulators than registers
-        for block_v in (64, 128) if path == "dense" else (64,):
-            yield Config(block_b, block_n, block_d, warps, stages, swap, block_v=block_v)
+        for block_v, count in itertools.product((64, 128) if path == "dense" else (64,), programs):
+            yield Config(block_b, block_n, block_d, warps, stages, swap, block_v=block_v, programs=count)
 
 
 def ranked(path: str, precision: str, load: str, gpu: str) -> list[Config]:
@@ -123,8 +125,9 @@ def case(
     plan = plan.with_key_precision(precision)  # type: ignore[arg-type]
     on_device = device_plan(plan, device)
     if path != "dense":
+        way = {"path": path.removesuffix("-tma"), "tma": path.endswith("-tma")}
         return (
-            lambda config: score_triton(on_device, query, None, path=path, config=config)[0],
+            lambda config: score_triton(on_device, query, None, **way, config=config)[0],  # type: ignore[arg-type]
             score_reference(plan, embeddings),
         )
     values = torch.tensor(rng.random((n_keys, 256)), device=device, dtype=torch.float16)
@@ -215,8 +218,8 @@ def main(
             raise typer.BadParameter(f"expected {option} out of {', '.join(known)}, got {', '.join(values)}")
     scale, lines = Scale.of(device), []
     for case_ in itertools.product(path, precision, load):
-        if case_[0] == "affine" and case_[1] != "fp32":
-            continue  # these terms are float32 whatever the keys are
+        if (case_[0] == "affine" and case_[1] != "fp32") or case_[2] not in launch.loads(case_[0]):
+            continue  # the affine terms are float32 whatever the keys are; most paths are for one load
         lines += tune(*case_, scale)
         if json_file is not None:
             json_file.write_text(json.dumps({"tables": {"configurations": lines}}), encoding="utf-8")

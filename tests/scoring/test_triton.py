@@ -47,13 +47,20 @@ def test_parity_under_the_interpreter(file: str, least: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", launch.PRECISIONS)
-@pytest.mark.parametrize("path", ["aligned", "ragged", "split"])
+@pytest.mark.parametrize("path", ["few", "aligned", "ragged", "few-tma", "aligned-tma", "ragged-tma"])
 def test_parity_on_the_gpu(path: str, precision: str, rng: np.random.Generator) -> None:
     cuda_or_skip()
+    import torch
+
     from tests.scoring.triton_parity import assert_close_to_truth
 
+    tma = path.endswith("-tma")
+    if tma and not (9, 0) <= torch.cuda.get_device_capability() < (12, 0):
+        pytest.skip("tensor descriptors are used from compute capability 9.0 to 11.0")
     cuts = np.diff([0, *np.sort(rng.integers(0, 5001, 96)), 5000]).tolist()
-    cases = ((1, [16] * 100, 512), (300, [16] * 100, 512), (257, cuts, 512), (70, [3000, 1, 0, 5], 123), (5, [9], 17))
+    cases = [(1, [16] * 100, 512), (300, [16] * 100, 512), (70, [1] * 999, 768)]
+    if not path.startswith("aligned"):
+        cases += [(257, cuts, 512), (70, [3000, 1, 0, 5], 112 if tma else 123), (5, [9], 16 if tma else 17)]
     for batch, counts, width in cases:
         plan = random_plan(rng, counts, width).with_key_precision(precision)
         first = assert_close_to_truth(plan, random_embeddings(rng, batch, width), path, device="cuda")
@@ -78,13 +85,23 @@ def test_dense_values_on_the_gpu(precision: str, rng: np.random.Generator) -> No
 @pytest.mark.parametrize("name", EXTENDED)
 def test_extended_plans_on_the_gpu(name: str, precision: str, rng: np.random.Generator) -> None:
     cuda_or_skip()
+    import torch
+
     from tests.scoring.triton_parity import assert_close_to_truth
 
     parts = EXTENDED[name]
-    expected = "dense" if parts.get("dense") else "aligned" if "cache" in parts.get("terms", ("cache",)) else "no-keys"
-    for batch, counts, width in ((1, [16] * 100, 512), (300, [16] * 100, 512), (33, [8] * 9, 123), (0, [9], 17)):
+    no_path = "dense" if parts.get("dense") else None if "cache" in parts.get("terms", ("cache",)) else "no-keys"
+    for batch, counts, width, path in (
+        (1, [16] * 100, 512, "few"),
+        (300, [16] * 100, 512, "aligned"),
+        (300, [16, 3] * 50, 512, "ragged"),
+        (33, [8] * 9, 123, "aligned"),
+        (0, [9], 17, "few"),
+    ):
         plan = random_plan(rng, counts, width, **parts, precision=precision)
         embeddings = random_embeddings(rng, batch, width)
+        tma = width == 512 and (9, 0) <= torch.cuda.get_device_capability() < (12, 0)
+        expected = no_path or (f"{path}-tma" if tma else path)
         assert assert_close_to_truth(plan, embeddings, None, device="cuda", expected=expected).is_cuda
 
 
@@ -99,7 +116,7 @@ def test_equal_calls_give_equal_bits_on_the_gpu(rng: np.random.Generator) -> Non
 
     plan = device_plan(random_plan(rng, [5000, 3, 0, 900], 512).with_key_precision("fp16"), "cuda")
     rows = tensors(random_embeddings(rng, 64, 512), "cuda")
-    for path in ("aligned", "ragged", "split"):
+    for path in ("few", "ragged"):
         first, second = (score_triton(plan, *rows, path=path)[0] for _ in range(2))
         assert torch.equal(first, second)
 
@@ -109,24 +126,22 @@ def counts_to_offsets(counts: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("counts", [*LAYOUTS, [16] * 50, [1000, 0, 1, 1, 300]], ids=lambda counts: f"{len(counts)}c")
-@pytest.mark.parametrize(("block_n", "block_c", "piece"), [(16, 16, None), (64, 16, None), (16, 32, 32), (64, 16, 64)])
-def test_items_hold_every_key_once(counts: list[int], block_n: int, block_c: int, piece: int | None) -> None:
+@pytest.mark.parametrize(("block_n", "block_c"), [(16, 16), (64, 16), (16, 32), (256, 64)])
+def test_items_hold_every_key_and_every_class_once(counts: list[int], block_n: int, block_c: int) -> None:
     offsets = counts_to_offsets(counts)
-    work = layout.cut_items(offsets, block_n, block_c, piece)
+    work = layout.cut_items(offsets, block_n, block_c)
     keys = [key for first, end, *_ in work.table.tolist() for key in range(first, end)]
     assert keys == list(range(sum(counts)))
-    tiles = 0
+    classes: list[int] = []
     for first, end, label, n_classes, slot in work.table.tolist():
-        tiles += -(-(end - first) // block_n)
+        assert end - first <= block_n
         if slot < 0:
-            assert (first, end) == (offsets[label], offsets[label + n_classes])
-            assert n_classes == 1 or (n_classes <= block_c and end - first <= block_n)
-            assert piece is None or n_classes > 1 or end - first <= piece
+            assert (first, end) == (offsets[label], offsets[label + n_classes]) and n_classes <= block_c
+            classes += range(label, label + n_classes)
         else:
-            assert (
-                offsets[label] <= first < end <= offsets[label + 1] and end - first <= (piece or 0) and n_classes == 1
-            )
-    assert tiles == work.tiles
+            assert offsets[label] <= first < end <= offsets[label + 1] and n_classes == 1
+            classes += [label] if first == offsets[label] else []
+    assert classes == list(range(len(counts)))
     # A cut class's pieces are its own, in order, and fill the slots without a gap.
     slots = [row[4] for row in work.table.tolist() if row[4] >= 0]
     assert slots == list(range(work.n_slots))
@@ -134,20 +149,27 @@ def test_items_hold_every_key_once(counts: list[int], block_n: int, block_c: int
     assert [
         slot for label, first, end in work.cut.tolist() for slot in range(first, end) if of_slot[slot] == label
     ] == slots
-    assert sorted(work.cut[:, 0]) == [c for c, count in enumerate(counts) if piece is not None and count > piece]
+    assert sorted(work.cut[:, 0]) == [c for c, count in enumerate(counts) if count > block_n]
 
 
-def test_alignment_rounds_the_largest_class_up() -> None:
-    assert layout.align(counts_to_offsets([16] * 1000), 64) == layout.Aligned(16, 250, 1)
-    assert layout.align(counts_to_offsets([1, 0, 1]), 64) == layout.Aligned(1, 1, 1)
-    assert layout.align(counts_to_offsets([3, 5]), 16) == layout.Aligned(8, 1, 1)
-    assert layout.align(counts_to_offsets([150, 0, 61]), 64) == layout.Aligned(64, 4, 3)
+def test_classes_of_equally_many_keys() -> None:
+    def shots(counts: list[int], block_n: int = 64) -> int:
+        return layout.shots_of(counts_to_offsets(counts), block_n)
+
+    assert shots([16] * 1000) == 16 and shots([1, 1, 1]) == 1 and shots([64] * 2) == 64
+    assert shots([16, 15]) == shots([3, 3]) == shots([128] * 2) == shots([0, 0]) == 0
+
+
+def test_classes_of_an_item_are_those_of_a_tile_on_average() -> None:
+    assert layout.block_classes(16_000, 1000, 256) == layout.block_classes(10**6, 1000, 256) == 16
+    assert layout.block_classes(4000, 1000, 256) == 64 and layout.block_classes(3000, 1000, 256) == 128
+    assert layout.block_classes(1, 1000, 256) == 256
 
 
 def test_every_launch_configuration_is_there_and_right() -> None:
     for path in launch.PATHS:
         for precision in ("fp32",) if path == "affine" else launch.PRECISIONS:
-            for load in ("few", "many"):
+            for load in launch.loads(path):
                 config = launch.config_for("a GPU without an entry", path, precision, load)  # type: ignore[arg-type]
                 assert config == launch.config_for("default", path, precision, load)  # type: ignore[arg-type]
     for precision in launch.PRECISIONS:

@@ -150,7 +150,7 @@ def test_half_embeddings_of_extended_plans(dtype: torch.dtype, rng: np.random.Ge
         plan = device_plan(random_plan(rng, [3, 2], 24, **parts, precision=precision), DEVICE)  # type: ignore[arg-type]
         plain, adapted = (rows.to(dtype) for rows in tensors(random_embeddings(rng, 3, 24)))
         halves, path = cache_score.score_triton(plan, plain, adapted)
-        assert path == f"triton/{'dense' if name in DENSE else 'aligned' if plan.keys is not None else 'no-keys'}"
+        assert path == f"triton/{'dense' if name in DENSE else 'few' if plan.keys is not None else 'no-keys'}"
         assert torch.equal(halves, cache_score.score_triton(plan, plain.float(), adapted.float())[0]), name
 
 

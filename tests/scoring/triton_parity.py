@@ -9,8 +9,8 @@ the main run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,18 +29,13 @@ from tests.scoring.test_precision import correlated_rows
 from tests.scoring.test_score import BATCHES, LAYOUTS, TERM_SETS, WIDTHS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = ("aligned", "ragged", "split")
+PATHS = ("few", "aligned", "ragged", "few-tma", "aligned-tma", "ragged-tma")
+POINTERS = PATHS[:3]
+ALIGNED = ([4] * 5, [16] * 3, [1] * 70, [8])
+TMA_WIDTHS = (16, 48, 112)  # rows of a multiple of 16 bytes at every precision
 HALF = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 # Small tiles, as the interpreter takes its time for each program; both orders of the operands.
-SMALL = (Config(16, 16, 16, 1, 1), Config(16, 32, 16, 1, 1, swap=True, block_c=32))
-CASES = list(itertools.product(BATCHES, LAYOUTS, PRECISIONS))
-
-
-@pytest.fixture(autouse=True)
-def _several_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Enough for the split path to cut classes; the interpreter counts as one, on which nothing need be cut."""
-    monkeypatch.setattr(cache_score, "multiprocessors", lambda device: 16)
-    yield
+SMALL = (Config(16, 16, 32, 1, 1), Config(16, 32, 64, 1, 1))
 
 
 def tensors(embeddings: Embeddings, device: str = DEVICE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +66,15 @@ def eager(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor) -> torch
     return logits if plan.bias is None else logits + plan.bias
 
 
+def way(path: str | None) -> dict[str, Any]:
+    """score_triton's arguments for a path."""
+    return {} if path is None else {"path": path.removesuffix("-tma"), "tma": path.endswith("-tma")}
+
+
+def layouts_of(path: str) -> tuple[list[int], ...]:
+    return ALIGNED if path.startswith("aligned") else LAYOUTS
+
+
 def assert_close_to_truth(
     plan: ScoringPlan,
     embeddings: Embeddings,
@@ -79,11 +83,13 @@ def assert_close_to_truth(
     device: str = DEVICE,
     expected: str | None = None,
 ) -> torch.Tensor:
-    """Score, see that the path ran, and that the error is at most twice eager's at the keys' precision."""
+    """Score, see that the path ran, and that the error is at most twice eager's at the keys' precision.
+
+    A path that ends in "-tma" loads by tensor descriptors."""
     truth = score_reference(plan, embeddings)
     on_device = device_plan(plan, device)
     plain, adapted = tensors(embeddings, device)
-    logits, ran = cache_score.score_triton(on_device, plain, adapted, path=path, config=config)
+    logits, ran = cache_score.score_triton(on_device, plain, adapted, **way(path), config=config)
     assert ran == f"triton/{expected or path}"
     assert logits.dtype == torch.float32 and logits.shape == truth.shape
     error = np.abs(logits.cpu().numpy() - truth).max(initial=0.0)
@@ -92,9 +98,9 @@ def assert_close_to_truth(
     scale += linear_size(plan)
     if plan.values is not None:  # whose signs cancel
         scale += np.abs(cancelled(on_device, plain, adapted)).max(initial=0.0)
-    # Two roundings at the terms' magnitude; on a GPU, where three TF32 products stand for one of float32, four more,
-    # which the exponential magnifies by beta.
-    roundings = 2.0 if device == "cpu" else 6.0 + 4.0 * plan.beta
+    # Two roundings at the terms' magnitude, and, with int8 keys, those of the scales of keys and queries, which the
+    # exponential magnifies by beta; on a GPU, where three TF32 products stand for one of float32, four more.
+    roundings = 2.0 + 2.0 * plan.beta * (plan.key_scales is not None) if device == "cpu" else 6.0 + 4.0 * plan.beta
     assert error <= 2 * eager_error + roundings * np.finfo(np.float32).eps * scale
     return logits
 
@@ -106,31 +112,36 @@ def cancelled(plan: DevicePlan, plain: torch.Tensor, adapted: torch.Tensor) -> n
     return sums
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("path", "width"), [*itertools.product(POINTERS, WIDTHS), *itertools.product(PATHS[3:], TMA_WIDTHS)]
+)
 def test_odd_widths_and_batches(path: str, width: int, rng: np.random.Generator) -> None:
-    # Each width and path meets two other cases out of the 96; 5 has no factor in common with their number.
-    start = 2 * (WIDTHS.index(width) * len(PATHS) + PATHS.index(path))
+    # Each path meets every batch and every precision; 5 has no factor in common with their number.
+    cases = list(itertools.product(BATCHES, layouts_of(path), PRECISIONS))
+    start = 2 * ((WIDTHS + TMA_WIDTHS).index(width) * len(PATHS) + PATHS.index(path))
     for step in range(2):
-        batch, counts, precision = CASES[(start + step) * 5 % len(CASES)]
-        plan = random_plan(rng, list(counts), width).with_key_precision(precision)
+        batch, counts, precision = cases[(start + step) * 5 % len(cases)]
+        terms = ("text", "cache") if path == "few" else ("cache",)
+        plan = random_plan(rng, list(counts), width, terms).with_key_precision(precision)
         assert_close_to_truth(plan, random_embeddings(rng, batch, width), path, SMALL[step % 2])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["few", "aligned", "ragged-tma"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_layout_at_every_precision(path: str, precision: str, rng: np.random.Generator) -> None:
-    # Each path meets every layout at two precisions, and every precision four layouts.
-    first = PRECISIONS.index(precision) % 2
-    for step, counts in enumerate((*LAYOUTS, [16] * 3, [3] * 9)):
+    # Each path meets every layout at two precisions, and every precision half of the layouts.
+    first, width = PRECISIONS.index(precision) % 2, 48 if path.endswith("-tma") else 17
+    for step, counts in enumerate((*layouts_of(path), [16] * 3, [2] * 9)):
         if step % 2 != first:
             continue
-        plan = random_plan(rng, list(counts), 17, weighted=step % 4 < 2).with_key_precision(precision)
-        assert_close_to_truth(plan, random_embeddings(rng, 5, 17), path, SMALL[sum(counts) > 30])
+        plan = random_plan(rng, list(counts), width, weighted=step % 4 < 2).with_key_precision(precision)
+        assert_close_to_truth(plan, random_embeddings(rng, 5, width), path, SMALL[sum(counts) > 30])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("batch", "counts", "expected"), [(3, [16] * 9, "aligned"), (40, [1, 0, 37] * 6, "ragged")])
+@pytest.mark.parametrize(
+    ("batch", "counts", "expected"), [(3, [1, 0, 37], "few"), (40, [16] * 9, "aligned"), (40, [1, 0, 37] * 6, "ragged")]
+)
 def test_default_configurations(
     precision: str, batch: int, counts: list[int], expected: str, rng: np.random.Generator
 ) -> None:
@@ -140,15 +151,15 @@ def test_default_configurations(
 
 def test_many_tiles_of_queries_and_classes(rng: np.random.Generator) -> None:
     """More than one band of query blocks, and both the rows and the columns of the last tile cut short."""
-    for path, counts in (("aligned", [3] * 5), ("ragged", [5, 0, 12])):
-        plan = random_plan(rng, counts, 16)
-        assert_close_to_truth(plan, random_embeddings(rng, 16 * 16 + 3, 16), path, SMALL[0])
+    for path, counts in (("aligned", [4] * 5), ("ragged-tma", [5, 0, 12])):
+        plan = random_plan(rng, counts, 16).with_key_precision("fp16")
+        assert_close_to_truth(plan, random_embeddings(rng, 16 * 16 + 3, 16), path, SMALL[1])
 
 
 @pytest.mark.parametrize("terms", TERM_SETS, ids="+".join)
 def test_each_combination_of_terms(terms: tuple[str, ...], rng: np.random.Generator) -> None:
     embeddings = random_embeddings(rng, 5, 33)
-    path = "aligned" if "cache" in terms else None
+    path = "few" if "cache" in terms else None
     for query, feature, weighted in itertools.product(("plain", "adapted"), ("plain", "adapted"), (True, False)):
         plan = random_plan(rng, [2, 0, 3, 1], 33, terms, query=query, feature=feature, weighted=weighted)
         assert_close_to_truth(plan, embeddings, path, SMALL[0], expected=path or "no-keys")
@@ -157,10 +168,10 @@ def test_each_combination_of_terms(terms: tuple[str, ...], rng: np.random.Genera
 
 
 @pytest.mark.parametrize("name", [name for name, parts in EXTENDED.items() if not parts.get("dense")])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["few", "ragged"])
 def test_reducers_and_distributions_over_texts(path: str, name: str, rng: np.random.Generator) -> None:
     terms = EXTENDED[name].get("terms", ("cache",))
-    if "cache" not in terms and path != PATHS[0]:
+    if "cache" not in terms and path != "few":
         return
     for step, (counts, width, batch) in enumerate((([3, 0, 20], 33, 5), ([5, 1], 1, 1), ([2] * 20, 17, 0))):
         precision = PRECISIONS[(step + PATHS.index(path)) % len(PRECISIONS)]
@@ -169,7 +180,7 @@ def test_reducers_and_distributions_over_texts(path: str, name: str, rng: np.ran
         assert_close_to_truth(plan, random_embeddings(rng, batch, width), taken, SMALL[step % 2], expected=expected)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["few", "ragged-tma"])
 def test_a_reduced_query_meets_int8_keys_in_a_basis_of_their_own(path: str, rng: np.random.Generator) -> None:
     keys = correlated_rows(rng, 150, 48)
     plan = ScoringPlan(3, keys=keys, class_offsets=[0, 90, 90, 150], beta=8.0).with_key_precision("int8")
@@ -180,7 +191,7 @@ def test_a_reduced_query_meets_int8_keys_in_a_basis_of_their_own(path: str, rng:
     assert_close_to_truth(reduced, queries, path, SMALL[0])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["few", "ragged"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 5.5), (1.7, 0.0), (1.7, 100.0), (-0.5, 1.0), (1e4, 1e3)])
 def test_constants_at_their_ends(path: str, alpha: float, beta: float, rng: np.random.Generator) -> None:
     embeddings = random_embeddings(rng, 5, 64)
@@ -194,10 +205,10 @@ def test_constants_at_their_ends(path: str, alpha: float, beta: float, rng: np.r
         np.testing.assert_allclose(sums[0].cpu(), alpha * np.diff(plan.class_offsets), rtol=1e-6)
     if alpha == 0.0:
         without = replace(plan, keys=None, class_offsets=None, weights=None)
-        assert torch.equal(logits, assert_close_to_truth(without, embeddings, None, expected="no-keys"))
+        torch.testing.assert_close(logits, assert_close_to_truth(without, embeddings, None, expected="no-keys"))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["few", "ragged-tma"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_duplicate_keys_count_twice(path: str, precision: str, rng: np.random.Generator) -> None:
     key = unit_rows(rng, 1, 32)
@@ -206,11 +217,11 @@ def test_duplicate_keys_count_twice(path: str, precision: str, rng: np.random.Ge
     torch.testing.assert_close(logits[:, 1], 2 * logits[:, 0], rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["few", "ragged"])
 def test_an_empty_batch_has_empty_logits(path: str, rng: np.random.Generator) -> None:
     plan = random_plan(rng, [2, 1], 8)
     assert assert_close_to_truth(plan, random_embeddings(rng, 0, 8), path).shape == (0, 2)
-    assert_close_to_truth(plan, random_embeddings(rng, 0, 8), None, expected="aligned")
+    assert_close_to_truth(plan, random_embeddings(rng, 0, 8), None, expected="few")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -223,31 +234,31 @@ def test_half_embeddings(dtype: torch.dtype, rng: np.random.Generator) -> None:
     assert torch.equal(halves, cache_score.score_triton(plan, strided[:, 0], strided[:, 1])[0])
 
 
-def test_split_cuts_classes_and_bounds_its_workspace(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, config = random_plan(rng, [150, 0, 61, 3, 2], 16), SMALL[0]
+@pytest.mark.parametrize("path", ["few", "ragged-tma"])
+def test_large_classes_are_cut_and_the_workspace_is_bounded(
+    path: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, config = random_plan(rng, [75, 0, 33, 3, 2], 16), SMALL[0]
     embeddings = random_embeddings(rng, 21, 16)
-    on_device = device_plan(plan, DEVICE)
-    piece = cache_score.piece_keys(on_device, 21, config, 16)
-    assert piece < 150
-    work = layout.items(on_device, config.block_n, config.block_c, piece)
-    assert work.n_slots >= 3 and 0 in work.cut[:, 0]
-    whole = assert_close_to_truth(plan, embeddings, "split", config)
+    work = layout.items(device_plan(plan, DEVICE), config.block_n, 16)[0]
+    assert work.n_slots == 5 + 3 and work.cut.tolist() == [[0, 0, 5], [2, 5, 8]]
+    whole = assert_close_to_truth(plan, embeddings, path, config)
     monkeypatch.setattr(cache_score, "WORKSPACE_BYTES", 4 * work.n_slots * 16)
-    assert torch.equal(whole, assert_close_to_truth(plan, embeddings, "split", config))
+    assert torch.equal(whole, assert_close_to_truth(plan, embeddings, path, config))
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_equal_calls_give_equal_bits(path: str, rng: np.random.Generator) -> None:
-    plan = device_plan(random_plan(rng, [40, 3, 0, 9], 31), DEVICE)
-    rows = tensors(random_embeddings(rng, 7, 31))
-    first, second = (cache_score.score_triton(plan, *rows, path=path, config=SMALL[0])[0] for _ in range(2))
+    plan = device_plan(random_plan(rng, [8] * 3 if path.startswith("aligned") else [40, 3, 0, 9], 32), DEVICE)
+    rows = tensors(random_embeddings(rng, 7, 32))
+    first, second = (cache_score.score_triton(plan, *rows, **way(path), config=SMALL[0])[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_a_module_deals_its_keys_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator makes a DevicePlan at each call; layouts belong to the module's tensors."""
     computed = []
-    for name in ("align", "cut_items"):
+    for name in ("shots_of", "cut_items"):
         function = getattr(layout, name)
         monkeypatch.setattr(
             layout, name, lambda *args, function=function: (computed.append(function), function(*args))[1]
@@ -275,28 +286,34 @@ def test_a_recording_may_not_upload_another_table(rng: np.random.Generator, monk
     monkeypatch.setattr(layout, "is_recording", lambda device: True)
     assert torch.equal(cache_score.score_triton(plan, *rows, path="ragged", config=SMALL[0])[0], scored)
     with pytest.raises(RuntimeError, match=r"uploads a table; score it once outside"):
-        cache_score.score_triton(plan, *rows, path="split", config=SMALL[0])
+        cache_score.score_triton(plan, *rows, path="ragged", config=SMALL[1])
 
 
 def test_the_automatic_path() -> None:
-    def chosen(counts: list[int], batch: int) -> str:
-        keys = np.ones((sum(counts), 1), dtype=np.float32)
+    def chosen(counts: list[int], batch: int, width: int = 8, tma: bool | None = None) -> tuple[str, int, bool]:
+        keys = np.eye(1, width).repeat(sum(counts), axis=0)
         plan = ScoringPlan(len(counts), keys=keys, class_offsets=np.concatenate([[0], np.cumsum(counts)]))
         on_device = device_plan(plan.with_key_precision("fp16"), DEVICE)
-        return cache_score.choose_path(on_device, batch, "default", 132)
+        path, config, by_tma = cache_score.choose(on_device, batch, None, None, tma)
+        return path, config.block_n, by_tma
 
-    assert chosen([16] * 1000, 1) == chosen([16] * 1000, 4096) == "aligned"
-    assert chosen([1] * 1000, 1024) == "aligned"
-    assert chosen([1000] * 100, 4096) == "aligned"
-    assert chosen([1, 2, 60] * 300, 1024) == "ragged"
-    assert chosen([2000] * 10, 1) == chosen([2000] * 10, 64) == "split"
-    assert chosen([10_000] + [4] * 500, 256) == "split"
+    assert chosen([16] * 1000, 33) == ("aligned", 128, False)
+    assert chosen([16] * 1000, 33, tma=True)[::2] == ("aligned", True)
+    assert chosen([1] * 1000, 1024)[0] == "aligned"
+    assert chosen([3] * 100, 1024)[0] == chosen([16, 15], 1024)[0] == chosen([0, 0, 1], 64)[0] == "ragged"
+    assert chosen([1024] * 2, 1024)[0] == "ragged"
+    assert chosen([16] * 100, 32) == ("few", 64, False)
+    assert chosen([16], 1) == ("few", 16, False)  # few keys, smaller tiles
+    with pytest.raises(ValueError, match="multiple of 16 bytes for tensor descriptors, got 7"):
+        chosen([16], 1, 7, tma=True)
 
 
 def test_an_unknown_path_is_refused(rng: np.random.Generator) -> None:
     plan = device_plan(random_plan(rng, [2, 1], 8), DEVICE)
-    with pytest.raises(ValueError, match='expected path "aligned", "ragged" or "split", got "diagonal"'):
+    with pytest.raises(ValueError, match='expected path "few", "aligned" or "ragged", got "diagonal"'):
         cache_score.score_triton(plan, *tensors(random_embeddings(rng, 2, 8)), path="diagonal")
+    with pytest.raises(ValueError, match=r'classes of equally many keys, .* for path "aligned"; take "ragged"'):
+        cache_score.score_triton(plan, *tensors(random_embeddings(rng, 2, 8)), path="aligned")
 
 
 @pytest.mark.parametrize("case", AT_THE_BOUNDS, ids=str)
@@ -305,6 +322,6 @@ def test_constants_at_their_bounds(case: dict[str, float], precision: str, rng: 
     plan = plan_at_a_bound(rng, case, precision)
     dense = plan.values is not None
     logits = assert_close_to_truth(
-        plan, random_embeddings(rng, 9, 40), None if dense else "ragged", SMALL[0], expected="dense" if dense else None
+        plan, random_embeddings(rng, 9, 40), None if dense else "few", SMALL[0], expected="dense" if dense else None
     )
     assert torch.isfinite(logits).all()
