@@ -157,7 +157,11 @@ def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) ->
     assert "require-trusted-types-for 'script'" in page.headers["Content-Security-Policy"]
     script = shared.get("/static/page.js")
     assert script.status_code == 200 and script.headers["Content-Type"].startswith("text/javascript")
-    for response in (page, script, shared.get("/v1/classes"), shared.get("/nowhere")):
+    docs = shared.get("/docs")
+    assert (
+        docs.status_code == 200 and docs.headers["Content-Security-Policy"] == page.headers["Content-Security-Policy"]
+    )
+    for response in (page, docs, script, shared.get("/v1/classes"), shared.get("/nowhere")):
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert response.headers["Referrer-Policy"] == "no-referrer"
     again = shared.get("/static/page.js", headers={"If-None-Match": script.headers["ETag"]})
@@ -168,7 +172,7 @@ def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) ->
         "/static/..%2fapp.py",
         "/static/../app.py",
         "/static/app.py",
-        "/docs",
+        "/redoc",
     ):
         assert error_of(shared.get(path), 404) == "not_found"
     assert error_of(shared.ask("PUT", "/v1/classes", headers=AUTHORISED), 405) == "method_not_allowed"

@@ -78,6 +78,11 @@ def test_the_api_on_replicas(url: str, truth: list[str]) -> None:
         probabilities = Classifier.load(bundle()).predict_proba(queries())
         for made, row in zip(body["predictions"], probabilities, strict=True):
             assert made["probability"] == pytest.approx(row.max(), abs=1e-5) and len(made["nearest"]) == 2
+        rejecting = client.post("/v1/predict?unknown=reject&keep=0.5&deadline_ms=60000", files=files).json()
+        expected = Classifier.load(bundle()).explain(queries(), unknown="reject", keep=0.5)
+        assert [made["label"] for made in rejecting["predictions"]] == [one.label for one in expected]
+        assert error_of(client.post("/v1/predict?unknown=reject&keep=0.999", content=GREY), 422) == "no_promise"
+        assert client.get("/v1/classifier").json()["model"] == "demo"
         listed = client.get("/v1/classes").json()["classes"]
         assert [one["name"] for one in listed] == Classifier.load(bundle()).classes_.tolist()
         examples = client.get(f"/v1/classes/{listed[0]['class_id']}/examples").json()["example_ids"]
