@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from iosr_fast.methods.conformal import COVERAGE
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.support_audit import SupportAudit, audit_support
+from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.evaluate import evaluate_images
@@ -28,6 +30,7 @@ from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.evaluation import Evaluation
 from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.ids import example_id
+from iosr_fast.state.label_sets import known_label_sets, label_sets
 from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.optimizing import Optimizing
 from iosr_fast.state.predictions import Prediction, predict, predict_jointly, softmax
@@ -35,6 +38,9 @@ from iosr_fast.state.saving import Saving
 from iosr_fast.state.uncertainty import Uncertainty
 from iosr_fast.state.unknown_images import unknown_folder
 from iosr_fast.utils.progress import progress
+from iosr_fast.utils.ranking import mean_average_precision
+
+log = logging.getLogger(__name__)
 
 # The parameters that choose what is opened; the others are those of a fit.
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
@@ -209,6 +215,11 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         added or removed, and a new one gets the next; `explain` and `predict_folder` give names. For "zero-shot"
         images may be left out. Copies of a picture within a class are warned of.
 
+        Where pictures may have several labels each, `labels` are sets (or lists, or tuples) of class names, of which
+        some may be empty, or an indicator (N, C) of 0 and 1 with `class_names`. Each class is then judged by itself
+        (methods.multi_label.fit_multi_label); `predict` answers in the form of `labels`, and classes and examples stay
+        as they are until the next fit.
+
         `unknown_images` are pictures of none of the classes, if you have any, like those that will come: they sharpen
         `unknown_score`, which needs none, and change no label. Their embeddings are kept with the classifier.
 
@@ -222,7 +233,11 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         self._take_fit_arguments("fit", deprecated, deprecated_parameters)
         inputs = check_fit(self.get_params(), images, labels, class_names, unknown_images)
         fitted = fit(self._open(), inputs)
-        self._replace(self._with_best_engine(fitted, inputs) if self.precision == "auto" else fitted)
+        if self.precision == "auto" and fitted.state.multi_label is not None:
+            log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")
+        elif self.precision == "auto":
+            fitted = self._with_best_engine(fitted, inputs)
+        self._replace(fitted)
         return self
 
     def fit_folder(
@@ -269,8 +284,12 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         return classifier
 
     def decision_function(self, images: Any, impl: str = "auto") -> np.ndarray:
-        """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's."""
-        logits = self._logits(self._fitted(), images, impl)
+        """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's. With several labels
+        a picture always (B, C), each class by itself."""
+        fit = self._fitted()
+        logits = self._logits(fit, images, impl)
+        if fit.state.multi_label is not None:
+            return logits
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def predict(
@@ -285,16 +304,27 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         unknown="reject" gives None, or `unknown_label`, for pictures that belong to none of the classes, as far as
         `unknown_score` tells: a share `keep` of the pictures that do belong to one keeps its label. Raises
         IosrFastError where there are too few support images for that promise: 0.95 takes 19 that can be left out.
+
+        With several labels a picture: a frozenset of labels for each, (B,) of dtype object, or an indicator (B, C) of
+        int64 if the labels of `fit` were one. A label is in where its probability reaches the threshold of its class.
         """
         share = check_unknown(unknown, keep)
         fit = self._fitted()
+        if fit.state.multi_label is not None:
+            if share is not None:
+                fit.state.one_label("predict(unknown='reject')", "a picture of none of the classes gets no label")
+            members = fit.state.multi_label.members(self._logits(fit, images))
+            return members.astype(np.int64) if fit.integer_labels else label_sets(fit.labels(), members)
         if share is not None:
             return self._labels_or_rejected(fit, images, share, unknown_label)
         return fit.labels(self._logits(fit, images).argmax(1))
 
     def predict_proba(self, images: Any) -> np.ndarray:
-        """softmax of the logits, (B, C) float32, columns in the order of `classes_`."""
-        return softmax(self._logits(self._fitted(), images))
+        """softmax of the logits, (B, C) float32, columns in the order of `classes_`. With several labels a picture the
+        probability of each class by itself, 1 / (1 + exp(-logit)): the sum of a row is any number up to C."""
+        fit = self._fitted()
+        logits = self._logits(fit, images)
+        return softmax(logits) if fit.state.multi_label is None else sigmoid(logits)
 
     def predict_jointly(self, images: Any) -> JointPrediction:
         """Probabilities (B, C) of images that are classified together: means and covariance of the classes are
@@ -307,6 +337,7 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         Raises BadImageError for an image that can't be read.
         """
         fit = self._fitted()
+        fit.state.one_label("predict_jointly")
         parts = [fit.encoder.encode(pixels) for pixels in self._chunks(fit, images)]
         queries = Embeddings.concatenate(parts) if parts else fit.state.examples.embeddings[:0]
         return replace(predict_jointly(fit.state, queries), classes=fit.labels())
@@ -364,7 +395,7 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         Images are named by their ids (`examples`, `picture`, `remove_examples`). Rules: methods.support_audit.
         """
         fit = self._fitted()
-        state, images = fit.state, [example_id(number) for number in fit.state.examples.ids]
+        state, images = fit.state.one_label("audit"), [example_id(number) for number in fit.state.examples.ids]
         config = state.config
         return audit_support(
             state.support, config.compile, which=config.which, images=np.array(images, str), classes=fit.labels()
@@ -386,6 +417,8 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         n below 1 and for a folder without a readable image.
         """
         fit = self._fit
+        if fit is not None:
+            fit.state.one_label("suggest")
         clip = self._open() if fit is None else fit.clip
         return suggest_from_folder(
             None if fit is None else fit.state,
@@ -424,6 +457,7 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         """
         coverage, keep = check_share("coverage", coverage), check_share("keep", keep)
         fit, listed = self._fitted(), as_image_list(images)
+        fit.state.one_label("evaluate", "score gives the mean average precision")
         ids = fit.class_ids(listed, labels)
         others = [] if unknown_images is None else as_image_list(unknown_images)
         with progress("encode", len(listed) + len(others), shown=bool(self.progress)) as advance:
@@ -460,6 +494,7 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         """
         share = check_unknown(unknown, keep)
         fit = self._fitted()
+        fit.state.one_label("explain", "predict_proba gives the probability of each class")
         if share is not None:
             fit.state.unknown.threshold(share)  # too few support images: before anything is encoded
         rows = (fit.encoder.encode_on_device(pixels) for pixels in self._chunks(fit, images))
@@ -467,8 +502,14 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
 
     def score(self, images: Any, labels: Sequence[Any] | np.ndarray) -> float:
         """The share of images whose predicted class is their label: a class name; or an integer as at the fit, into
-        `classes_` if the fit had names."""
+        `classes_` if the fit had names.
+
+        With several labels a picture the mean average precision over the classes that a picture has
+        (utils.ranking.mean_average_precision), with labels as for `fit`."""
         fit, listed = self._fitted(), as_image_list(images)
+        if fit.state.multi_label is not None:
+            known = known_label_sets(labels, len(listed), np.array(fit.state.class_names))
+            return mean_average_precision(known, self._logits(fit, listed))
         ids = fit.class_ids(listed, labels)
         if not len(ids):
             raise IosrFastError("expected at least one image to score, got none")

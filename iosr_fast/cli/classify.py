@@ -166,7 +166,7 @@ def _classify_list(
     from iosr_fast.pipeline.job import Job, check_place
     from iosr_fast.pipeline.joint import check_joint_place, stream_jointly, write_jointly
     from iosr_fast.pipeline.stream import choose_batch
-    from iosr_fast.pipeline.tables import read_csv, read_table
+    from iosr_fast.pipeline.tables import SEVERAL, read_csv, read_table
     from iosr_fast.reports.predictions_report import predictions_page
     from iosr_fast.utils.files import new_file as written
 
@@ -180,7 +180,12 @@ def _classify_list(
         if out is not None:
             (check_joint_place if joint else check_place)(out, paths)
         loaded = Classifier.load(classifier, runtime=runtime, threads=threads)
-        encoder = loaded.encoder
+        encoder, several = loaded.encoder, loaded.snapshot().multi_label is not None
+        if several and (joint or rejecting or html or top > 1 or (out is not None and out.suffix != ".csv")):
+            raise IosrFastError(
+                "this classifier gives a picture several labels, which are written as CSV: leave --joint, --unknown, "
+                "--html and --top out, and give a .csv file for --out, or none"
+            )
         job = Job(
             loaded.snapshot(),
             encoder,
@@ -188,7 +193,7 @@ def _classify_list(
             choose_decoder(decoder, encoder.runtime, loaded.exif_orientation_),
             paths,
             choose_batch(encoder, batch),
-            min(top, len(loaded.classes_)),
+            SEVERAL if several else min(top, len(loaded.classes_)),
             threads,
             skip_bad,
             rejecting,

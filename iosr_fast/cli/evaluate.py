@@ -14,12 +14,14 @@ from iosr_fast.cli.evaluate_saved import saved
 from iosr_fast.utils.command import Group, ListCommand, new_app, new_file, stop_message
 
 if TYPE_CHECKING:
+    from iosr_fast.evaluation.labels_table import PastedSource
     from iosr_fast.evaluation.tasks import Source
 
 # --task: the module of iosr_fast.evaluation whose `run(sources, options, console)` prints its tables and returns rows.
 TASKS = {
     "accuracy": "accuracy_table",
     "joint": "joint_table",
+    "labels": "labels_table",
     "audit": "audit_table",
     "suggest": "suggest_table",
     "unknown": "unknown_table",
@@ -68,7 +70,8 @@ TaskName = Annotated[
     typer.Option(
         metavar="|".join(TASKS),
         callback=_known_task,
-        help="accuracy: each test image for itself; joint: all of them together, as predict_folder(joint=True).",
+        help="accuracy: each test image for itself; joint: all of them together, as predict_folder(joint=True); "
+        "labels: several labels an image, on the demo's pictures pasted two to an image.",
     ),
 ]
 Methods = Annotated[
@@ -130,7 +133,10 @@ def features(
     Also written as: --features FILE ... OPTIONS, without the name of the command.
     """
     from iosr_fast.evaluation.sources import open_sources
+    from iosr_fast.exceptions import IosrFastError
 
+    if task == "labels":
+        raise IosrFastError("--task labels pastes pictures two to an image: expected the command demo, got features")
     _measure(open_sources(files, shots, seeds, text), task, (methods, reducers, tune), json_path)
 
 
@@ -159,8 +165,16 @@ def demo(
     from iosr_fast.exceptions import IosrFastError
     from iosr_fast.utils.provenance import write_rows
 
-    demo.check_shots(shots)
     shots = list(dict.fromkeys(shots))
+    if task == "labels":
+        if shift or first_adapted_block is not None or adapters is not None:
+            raise IosrFastError("expected no --shift and no --first-adapted-block with --task labels, got one")
+        from iosr_fast.evaluation.labels_table import PastedSource
+
+        pasted = [PastedSource(shots, range(seeds), adapter or "auto")]
+        _measure(pasted, task, (methods, reducers, None), json_path, table.facts(table.PACKAGES[:2]))
+        return
+    demo.check_shots(shots)
     if (first_adapted_block is not None) != (adapters is not None):
         raise IosrFastError("expected --first-adapted-block and --adapters DIR together")
     if first_adapted_block is not None and adapters is not None:
@@ -234,7 +248,7 @@ def report(message: str) -> None:
 
 
 def _measure(
-    sources: Sequence[Source],
+    sources: Sequence[Source | PastedSource],
     task: str,
     options: tuple[list[str] | None, list[str] | None, Literal["validation", "loo"] | None],
     json_path: Path | None,

@@ -20,7 +20,7 @@ from iosr_fast.pipeline.job import Job
 from iosr_fast.pipeline.joint import classify_jointly
 from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.stream import choose_batch
-from iosr_fast.state.predictions import Rejection
+from iosr_fast.state.predictions import LabelSet, Rejection
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder
@@ -41,6 +41,9 @@ class FolderPredictions:
                    was not asked for
     rejections     B Rejections, each with the unknown score and whether it rejects the picture. None if `unknown` was
                    not asked for
+
+    Where pictures may have several labels, `labels` (B,) are frozensets, and `probabilities` (B,) of dtype object are
+    dicts of each of these labels and its probability.
 
     Iterating gives (path, label, probability) of each readable image.
 
@@ -93,6 +96,8 @@ def predict_folder(
     batch = choose_batch(encoder, batch)
     chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
     listing = list_images(folder)
+    if joint or rejecting is not None:
+        state.one_label("predict_folder with joint or unknown", "leave them out")
     if rejecting is not None:
         rejecting.check(state)
     job = Job(state, encoder, engine, chosen, listing.paths, batch, 1, threads, skip_bad, rejecting)
@@ -108,14 +113,21 @@ def predict_folder(
             together.joint,
             together.rejections,
         )
-    readable, answers, errors = [], [], []
+    readable, answers, sets, errors = [], [], [], []
     with closing(job.answers(0, lambda images: None)) as batches:
         for path, answer in zip(listing.paths, chain.from_iterable(batches), strict=True):
             if isinstance(answer, BadImageError):
                 errors.append(answer)
+                continue
+            readable.append(Path(path))
+            if isinstance(answer, LabelSet):
+                sets.append(dict(zip(answer.labels, answer.probabilities, strict=True)))
             else:
-                readable.append(Path(path))
                 answers.append((answer.top[0].label, answer.probability, answer.unknown))
+    if state.multi_label is not None:
+        labels, probabilities = np.empty(len(sets), object), np.empty(len(sets), object)
+        labels[:], probabilities[:] = [frozenset(one) for one in sets], sets
+        return FolderPredictions(readable, labels, probabilities, errors, listing.skipped)
     found = None if rejecting is None else [unknown for *_, unknown in answers if unknown is not None]
     return FolderPredictions(
         readable,

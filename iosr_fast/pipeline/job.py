@@ -19,7 +19,7 @@ from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.resume import complete
 from iosr_fast.pipeline.stream import Answer, choose_stage, classify
 from iosr_fast.pipeline.tables import Result, Row, check_output, csv_cells, csv_writer, write_table
-from iosr_fast.state.predictions import Prediction
+from iosr_fast.state.predictions import LabelSet, Prediction
 from iosr_fast.state.state_files import fingerprint
 from iosr_fast.utils.progress import progress
 
@@ -37,8 +37,8 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """Classifies `paths`, `batch` at a time, and reports the `top` classes of each. `engine` is `encoder`'s folder;
-    `rejecting` was checked with `state`."""
+    """Classifies `paths`, `batch` at a time, and reports the `top` classes of each, or with SEVERAL those that it has.
+    `engine` is `encoder`'s folder; `rejecting` was checked with `state`."""
 
     state: State
     encoder: Encoder
@@ -177,8 +177,10 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def _result(answer: Prediction) -> Result:
+def _result(answer: Prediction | LabelSet) -> Result:
     """What is reported of an image, of JSON values."""
+    if isinstance(answer, LabelSet):
+        return Result([list(pair) for pair in zip(answer.labels, answer.probabilities, strict=True)])
     classes = [[one.label, one.probability] for one in answer.top]
     unknown = answer.unknown
     return Result(classes) if unknown is None else Result(classes, unknown.score, unknown.rejected)

@@ -86,6 +86,7 @@ def classify(
 ) -> dict[str, Any]:
     """Write the missing predictions of `source`, by the bundle `folder`, to `out`; returns the manifest."""
     bundle = load_bundle(folder)
+    bundle.state.one_label("a folder of parts", "give a .csv file for --out")
     if rejecting is not None:
         rejecting.check(bundle.state)
     assert bundle.files is not None

@@ -21,14 +21,14 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.decode import Decoded, Decoder
-from iosr_fast.state.predictions import Prediction, predict
+from iosr_fast.state.predictions import LabelSet, Prediction, predict, predict_label_sets
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
 
 if TYPE_CHECKING:
     from iosr_fast.state.state import State
 
-Answer: TypeAlias = Prediction | BadImageError
+Answer: TypeAlias = Prediction | LabelSet | BadImageError
 Errors: TypeAlias = list[BadImageError | None]
 _MAX_CALLERS = 8  # each has a batch and its activations in memory; with more cores, sessions get more threads
 _MIN_BATCHES = 4  # per caller; opening another session isn't worth it for fewer
@@ -94,13 +94,18 @@ def classify(
     top: int = 1,
     keep: float | None = None,
 ) -> Generator[list[Answer], None, None]:
-    """For each batch of sources, in order, the Prediction (of `top` and `keep`) or the error of each source.
+    """For each batch of sources, in order, the Prediction (of `top` and `keep`) or the error of each source; in place
+    of a Prediction a LabelSet where pictures may have several labels.
 
     Batches have `batch` sources; if several callers share a known number of sources, the last batches are smaller
     (`batch_sizes`).
     """
     batches = _batches(sources, batch, stage.callers)
-    with closing(encode_batches(stage, decoder, batches, lambda rows: predict(state, rows, top, keep=keep))) as results:
+
+    def use(rows: Embeddings) -> Sequence[Prediction | LabelSet]:
+        return predict(state, rows, top, keep=keep) if state.multi_label is None else predict_label_sets(state, rows)
+
+    with closing(encode_batches(stage, decoder, batches, use)) as results:
         for errors, predictions in results:
             remaining = iter(predictions or ())
             yield [next(remaining) if error is None else error for error in errors]

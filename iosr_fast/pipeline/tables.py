@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from iosr_fast.state.multi_label import SEPARATOR
 from iosr_fast.utils.csv_text import escaped, recovered
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.outputs import check_new_file
@@ -18,12 +19,13 @@ from iosr_fast.utils.require import require
 SUFFIXES = (".csv", ".parquet")
 _ROW_GROUP = 65_536  # rows of a Parquet file that are in memory at once
 _FACTS = b"iosr_fast"  # entry of a Parquet schema's metadata
+SEVERAL = 0  # in place of the number of classes: those that a picture has, where it may have several labels
 UNKNOWN_SCORE = "unknown_score"  # the column that tables have where unknown pictures are rejected
 
 
 class Result(NamedTuple):
     """An image's classes as [label, probability], best first; and its unknown score and whether that rejects it, where
-    unknown pictures are rejected."""
+    unknown pictures are rejected. Where pictures may have several labels, the classes are those that it has."""
 
     classes: list[list[Any]]
     unknown_score: float | None = None
@@ -60,6 +62,9 @@ def write_table(out: Path, rows: Iterable[Row], top: int, unknown_label: str | N
     The error is the reason why an image could not be read; for other images it is empty (null). With `unknown_label`,
     the label of rejected pictures, a column unknown_score is before the error; the other columns say the most likely
     classes of a rejected picture as of any other.
+
+    With `top` = SEVERAL (.csv alone): path, labels and probabilities of the labels that the picture has, each joined by
+    SEPARATOR, most likely first; error.
     """
     with new_file(out) as temporary:
         if out.suffix == ".csv":
@@ -81,20 +86,24 @@ class _LineFeeds:
 
 
 def csv_writer(file: TextIO, top: int, errors: bool, unknown_label: str | None = None) -> Any:
-    """A csv.writer that has written the header."""
+    """A csv.writer that has written the header. `top` is SEVERAL where pictures may have several labels."""
     writer = csv.writer(_LineFeeds(file), lineterminator="\r\n")
     more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
     more += [] if unknown_label is None else [UNKNOWN_SCORE]
-    writer.writerow(["path", "label", "probability", *more, *(["error"] if errors else [])])
+    first = ["label", "probability"] if top else ["labels", "probabilities"]
+    writer.writerow(["path", *first, *more, *(["error"] if errors else [])])
     return writer
 
 
 def csv_cells(path: str, result: Result | str, top: int, errors: bool, unknown_label: str | None = None) -> list[str]:
     """One row with `escaped` texts and `top` classes."""
     if isinstance(result, str):
-        blank = 2 * top + (unknown_label is not None)
+        blank = 2 * (top or 1) + (unknown_label is not None)
         return [escaped(path), *[""] * blank, *([escaped(result)] if errors else [])]
     cells = [cell for label, probability in result.classes for cell in (escaped(label), f"{probability:.4f}")]
+    if top == SEVERAL:
+        labels = SEPARATOR.join(label for label, _ in result.classes)
+        cells = [escaped(labels), SEPARATOR.join(f"{probability:.4f}" for _, probability in result.classes)]
     if unknown_label is not None:
         cells.append(f"{result.unknown_score:.4f}")
         if result.rejected:

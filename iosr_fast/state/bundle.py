@@ -254,6 +254,7 @@ def _classifier_lines(verified: VerifiedFolder) -> list[str]:
         + ("" if state.unknown_images is None else f", unknown images {len(state.unknown_images):,}"),
         f"method {config.method}, reducer {config.reducer_name}{', ' if parameters else ''}{parameters}, "
         f"keys in {config.key_precision}",
+        *([] if state.multi_label is None else ["several labels a picture"]),
         *_evidence(state),
         *_facts(check_engine(engine)),
         f"text encoder {'none' if bundle.text is None else 'included'}",

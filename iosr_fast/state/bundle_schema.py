@@ -162,6 +162,8 @@ SUPPORT_ARRAYS = {
     "query_adapted": _form("float32", "N", "D", unit=True),
     "unknown_plain": _form("float32", "M", "D", unit=True),
     "unknown_adapted": _form("float32", "M", "D", unit=True),
+    "labels": _form("uint8", "N", "C"),  # of pictures with several, as are thresholds
+    "thresholds": _form("float32", "C"),
 }
 _PROJECTION = Form(("float32",), (("D", "D"), ("D",)))
 # ScoringPlan checks the norms of keys, which depend on their scales and transform.

@@ -13,14 +13,19 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
+from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, check_choice
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.engine_choice import EngineChoice
+from iosr_fast.state.examples import Examples
+from iosr_fast.state.label_sets import are_label_sets, check_label_sets
 from iosr_fast.state.labels import check_labels, class_ids
-from iosr_fast.state.method_config import choose_config, is_searched
+from iosr_fast.state.method_config import MethodConfig, choose_config, is_searched
+from iosr_fast.state.multi_label import SEPARATOR, MultiLabels
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import SupportViews, check_support
 from iosr_fast.state.unknown_images import encode_with_unknown
@@ -60,7 +65,8 @@ class Fit:
 @dataclass(frozen=True, eq=False)
 class FitInputs:
     """What `fit` takes, checked: parameters of Classifier, the images (N), their class ids (N,) into `names` (C), and
-    pictures of none of these."""
+    pictures of none of these. Where pictures may have several labels, `label_sets` (P, C) bool are those that occur,
+    and `ids` say which one a picture has; otherwise None."""
 
     images: Sequence[Any]
     ids: np.ndarray
@@ -76,6 +82,7 @@ class FitInputs:
     key_precision: Precision
     skip_bad: bool
     progress: bool
+    label_sets: np.ndarray | None = None
 
 
 def check_fit(
@@ -95,8 +102,17 @@ def check_fit(
     chosen = check_choice(method, reducer, tune, **values)
     seconds = check_number("tune_seconds", parameters["tune_seconds"], 0.0, MAX_TUNE_SECONDS)
     listed = [] if images is None else as_image_list(images)
-    names, ids, integers = check_labels(listed, labels, class_names)
-    _check_classes(method, ids, names)
+    label_sets = None
+    if are_label_sets(labels):
+        if (reason := multi_label_reason(method, reducer)) is not None:
+            raise IosrFastError(reason)
+        if unknown_images is not None:
+            raise IosrFastError("several labels a picture take no unknown_images: give them as pictures of no label")
+        names, ids, label_sets, integers = check_label_sets(labels, len(listed), class_names, SEPARATOR)
+        _check_counts(method, label_sets[ids].sum(0), names)
+    else:
+        names, ids, integers = check_labels(listed, labels, class_names)
+        _check_classes(method, ids, names)
     skip_bad, progress = bool(parameters["skip_bad"]), bool(parameters["progress"])
     return FitInputs(
         images=listed,
@@ -113,6 +129,7 @@ def check_fit(
         key_precision=key_precision,
         skip_bad=skip_bad,
         progress=progress,
+        label_sets=label_sets,
     )
 
 
@@ -133,12 +150,19 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     searched = is_searched(method, inputs.tune, parameters)
     check_projections(inputs.reducer, clip.projections)
     # Later queries are single views, so that is what leave-one-out has to score.
-    views = replace(inputs.views, single=searched and inputs.views.views > 1)
+    label_sets = inputs.label_sets
+    views = replace(inputs.views, single=(searched or label_sets is not None) and inputs.views.views > 1)
     embedded = clip.text.embed_classes(names, views.templates)
     encoder = clip.encoder_for(adapted=True)
+    spoken = names if label_sets is None else [SEPARATOR.join(np.array(names)[row]) for row in label_sets]
     with bar("encode", len(inputs.images) + len(inputs.unknown_images), shown=inputs.progress) as step:
         examples, unknown_images, errors = encode_with_unknown(
-            encoder, inputs.images, inputs.ids, inputs.unknown_images, views, inputs.skip_bad, names, step
+            encoder, inputs.images, inputs.ids, inputs.unknown_images, views, inputs.skip_bad, spoken, step
+        )
+    if label_sets is not None:
+        state = _multi_label_state(clip, inputs, embedded, tau, examples, searched)
+        return Fit(
+            clip, state, replace(views, single=examples.queries is not None), tuple(errors), inputs.integer_labels
         )
     if errors:
         _check_classes(method, examples.class_ids, names)
@@ -161,9 +185,33 @@ def fit(clip: OpenedClip, inputs: FitInputs) -> Fit:
     return Fit(clip, state, views, tuple(errors), inputs.integer_labels)
 
 
+def _multi_label_state(
+    clip: OpenedClip, inputs: FitInputs, text: np.ndarray, tau: float, examples: Examples, searched: bool
+) -> State:
+    """The state of pictures with several labels; the class ids of `examples` say which of the label sets each has."""
+    assert inputs.label_sets is not None
+    labels = inputs.label_sets[examples.class_ids]
+    _check_counts(inputs.method, labels.sum(0), inputs.names)
+    images = MultiLabelSet(examples.embeddings, labels, text, tau, examples.queries)
+    with bar("tune", None, shown=inputs.progress):
+        fitted = fit_multi_label(
+            images, inputs.method, inputs.parameters, searched, inputs.key_precision, inputs.tune_seconds
+        )
+    config = MethodConfig(fitted.method, fitted.parameters, factor=fitted.factor, key_precision=inputs.key_precision)
+    examples = replace(examples, class_ids=np.zeros(len(examples), np.int64))
+    known = MultiLabels(labels, fitted.thresholds)
+    return State.first(
+        inputs.names, text, tau, examples, config, fitted.plan, projections=clip.projections, multi_label=known
+    )
+
+
 def _check_classes(method: str, ids: np.ndarray, names: Sequence[str]) -> None:
+    _check_counts(method, np.bincount(ids, minlength=len(names)), names)
+
+
+def _check_counts(method: str, counts: np.ndarray, names: Sequence[str]) -> None:
     """Raise ValueError where a class has no image and the method needs one."""
     if method == "auto" or METHODS[method].needs_support:
-        empty = [name for name, count in zip(names, np.bincount(ids, minlength=len(names)), strict=True) if not count]
+        empty = [name for name, count in zip(names, counts, strict=True) if not count]
         if empty:
             raise IosrFastError(f"{method} needs at least one image of each class, got none of {abbreviate(empty)}")

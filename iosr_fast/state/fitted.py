@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.scoring.plan import ScoringPlan
@@ -43,9 +44,13 @@ class FittedAttributes:
         return self.snapshot().whole_plan
 
     @property
-    def support_(self) -> SupportSet:
-        """The encoded support images and class names."""
-        return self.snapshot().support
+    def support_(self) -> SupportSet | MultiLabelSet:
+        """The encoded support images and class names; a MultiLabelSet after a fit with several labels a picture."""
+        state = self.snapshot()
+        if state.multi_label is None:
+            return state.support
+        rows = state.examples
+        return MultiLabelSet(rows.embeddings, state.multi_label.labels, state.text, state.tau, rows.queries)
 
     @property
     def method_(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.state.labels import check_names
 from iosr_fast.utils.text import abbreviate
 
 _ROWS = (set, frozenset, list, tuple, np.ndarray)
@@ -59,6 +60,31 @@ def read_label_sets(labels: Any, n_images: int) -> tuple[list[str] | None, np.nd
     for i, row in enumerate(sets):
         indicator[i, [position[name] for name in row]] = True
     return names, indicator
+
+
+def check_label_sets(
+    labels: Any, n_images: int, class_names: Any, separator: str
+) -> tuple[list[str], np.ndarray, np.ndarray, bool]:
+    """For a fit: the class names, and of each image (N,) which of the label sets it has; these sets, an indicator
+    (P, C) bool of distinct rows; and whether the labels were an indicator.
+
+    Raises IosrFastError as read_label_sets and labels.check_names, for labels without a name in `class_names`, an
+    indicator without class names, and names that hold the separator of tables.
+    """
+    found, indicator = read_label_sets(labels, n_images)
+    if found is None and class_names is None:
+        raise IosrFastError("an indicator has no names: pass class_names, the name of each of its columns in order")
+    names = check_names(found if class_names is None else class_names)
+    if held := [name for name in names if separator in name]:
+        raise IosrFastError(
+            f"several labels a picture: expected class names without {separator!r}, which joins labels in tables, got "
+            f"{abbreviate(held)}"
+        )
+    known = indicator if found is None else known_label_sets(labels, n_images, np.array(names))
+    if known.shape[1] != len(names):
+        raise IosrFastError(f"expected an indicator of {len(names)} columns, one for each class, got {known.shape[1]}")
+    sets, ids = np.unique(known, axis=0, return_inverse=True)
+    return names, ids.reshape(-1), sets, found is None
 
 
 def known_label_sets(labels: Any, n_images: int, classes: np.ndarray) -> np.ndarray:

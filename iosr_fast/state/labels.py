@@ -15,6 +15,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import list_folder
 from iosr_fast.state.ids import uid_of
+from iosr_fast.state.multi_label import SEPARATOR
 from iosr_fast.utils.csv_text import recovered
 from iosr_fast.utils.text import abbreviate
 
@@ -199,7 +200,7 @@ def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) ->
     return np.array([index[name] for name in values], np.int64)
 
 
-def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], list[str], list[str]]:
+def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], list[Any], list[str]]:
     """The images of a folder with one sub-folder for each class, or those that a CSV file lists, or of several of both.
 
     Returns the paths, sorted within a class; the label of each; and all class names, sorted: the names of the
@@ -208,6 +209,9 @@ def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], 
     A file that ends in .csv has the columns `path` and `label`; others are ignored, and so are rows without a label.
     Paths are relative to the file's folder; both texts are read as `iosr-fast suggest` and `classify` write them
     (utils.csv_text.recovered).
+
+    With the column `labels` in place of `label` pictures may have several labels each, joined by ";", or none: labels
+    are then frozensets, those of a folder of a class too.
 
     Raises FileNotFoundError without the folder or file; IosrFastError for fewer than two classes of a folder, a class
     without images, a folder that holds splits (train/, test/) instead of classes, and a CSV file without these columns
@@ -225,7 +229,7 @@ def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], 
     (['green apple', 'lemon', 'lime'], ['green apple', 'lemon', 'lime'])
     """
     paths: list[Path] = []
-    labels: list[str] = []
+    labels: list[str | frozenset[str]] = []
     names: set[str] = set()
     for place in map(Path, (folder, *more)):
         is_table = place.suffix.lower() == ".csv" and not place.is_dir()
@@ -233,28 +237,41 @@ def labelled_images(folder: str | Path, *more: str | Path) -> tuple[list[Path], 
         paths += found
         labels += of_found
         names |= set(classes)
+    if any(isinstance(label, frozenset) for label in labels):
+        return paths, [frozenset({one}) if isinstance(one, str) else one for one in labels], sorted(names)
     return paths, labels, sorted(names)
 
 
-def _read_class_folders(folder: Path) -> tuple[list[Path], list[str], list[str]]:
+def _read_class_folders(folder: Path) -> tuple[list[Path], Sequence[str], list[str]]:
     paths, labels, classes = list_folder(folder)
     spoken = {name: name.replace("_", " ").strip() for name in classes}
     return paths, [spoken[name] for name in labels], [spoken[name] for name in classes]
 
 
-def _read_table(file: Path) -> tuple[list[Path], list[str], list[str]]:
+def _read_table(file: Path) -> tuple[list[Path], Sequence[str | frozenset[str]], list[str]]:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
     with file.open(encoding="utf-8-sig", newline="") as opened:
         reader = csv.DictReader(opened)
         columns = reader.fieldnames or []
+        if {"path", "labels"} <= set(columns) and "label" not in columns:
+            return _several(file, [(row["path"] or "", row["labels"] or "") for row in reader])
         if missing := {"path", "label"} - set(columns):
             raise IosrFastError(
                 f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
-                f"add {' and '.join(sorted(missing))}"
+                f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
             )
         rows = [(row["path"] or "", (row["label"] or "").strip()) for row in reader]
     labelled = [(file.parent / recovered(path), recovered(label)) for path, label in rows if label]
     if not labelled:
         raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column label")
     return [path for path, _ in labelled], [label for _, label in labelled], sorted({label for _, label in labelled})
+
+
+def _several(file: Path, rows: Sequence[tuple[str, str]]) -> tuple[list[Path], list[frozenset[str]], list[str]]:
+    """The rows of a table in which pictures may have several labels."""
+    parts = [[part.strip() for part in recovered(labels).split(SEPARATOR)] for _, labels in rows]
+    sets = [frozenset(part for part in row if part) for row in parts]
+    if not any(sets):
+        raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column labels")
+    return [file.parent / recovered(path) for path, _ in rows], sets, sorted(frozenset().union(*sets))

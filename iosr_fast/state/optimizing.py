@@ -56,6 +56,7 @@ class Optimizing(LiveUpdates):
         Raises ValueError for an unknown objective, a tolerance out of range, an example without its image, another
         CLIP or adapter than the engine's, and where a log is open or the classifier changes meanwhile.
         """
+        self._fitted().state.one_label("optimize", "it compares single labels; build the engine that you want")
         from iosr_fast.state.optimize import OptimizeOptions, optimize
         from iosr_fast.state.reencode import match_images
 

@@ -11,6 +11,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
+from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.state.adapter_part import adapter_part
 from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.state import State
@@ -148,6 +149,31 @@ def predict(
             fields["label"] = fields["class_id"] = None
         predictions.append(Prediction(**fields, unknown=rejection))
     return predictions
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The labels of one image that may have several, or none, and their probabilities, most likely first.
+
+    >>> LabelSet(("cat", "sofa"), (0.9, 0.7)).labels
+    ('cat', 'sofa')
+    """
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict_label_sets(state: State, embeddings: Embeddings) -> list[LabelSet]:
+    """A LabelSet for each query, of a state whose pictures may have several labels each."""
+    assert state.multi_label is not None
+    logits = state.score(embeddings)
+    members, probabilities = state.multi_label.members(logits), sigmoid(logits)
+    sets = []
+    for row, chosen in zip(probabilities, members, strict=True):
+        classes = np.flatnonzero(chosen)
+        classes = classes[np.argsort(-row[classes], kind="stable")]
+        sets.append(LabelSet(tuple(state.class_names[c] for c in classes), tuple(row[classes].tolist())))
+    return sets
 
 
 def rejections(state: State, embeddings: Embeddings, keep: float) -> list[Rejection]:

@@ -30,6 +30,7 @@ from iosr_fast.state.examples import Examples, absorb, join, no_examples, withou
 from iosr_fast.state.ids import class_id, example_number, uid_of
 from iosr_fast.state.method_config import COMPENSATED_KEYS, MethodConfig
 from iosr_fast.state.moments import Moments
+from iosr_fast.state.multi_label import MultiLabels
 from iosr_fast.state.segmented import SegmentedPlan, SegmentedScorer, assemble, columns_of, scorer_of, with_arrays
 from iosr_fast.utils.text import abbreviate
 
@@ -58,6 +59,8 @@ class State:
     next_class, next_example  the numbers of the next class and the next support image
     moments            for "gda"; None until the first change
     unknown_images     embeddings of pictures of none of the classes, by which these are recognised, or None
+    multi_label        the labels and thresholds where pictures may have several labels each: `plan` then has logits of
+                       each class by itself, nothing changes, and the class ids of segments say nothing. Otherwise None
     deferred           whether `plan` is that of an earlier state, because further changes follow (`deferring`)
     """
 
@@ -76,6 +79,7 @@ class State:
     deferred: bool = False
     projections: Projections | None = None
     unknown_images: Embeddings | None = None
+    multi_label: MultiLabels | None = None
 
     @classmethod
     def first(
@@ -91,6 +95,7 @@ class State:
         version: int = 1,
         projections: Projections | None = None,
         unknown_images: Embeddings | None = None,
+        multi_label: MultiLabels | None = None,
     ) -> State:
         """The state of a fit; with `plan`, `uids` and `numbers`, that of a bundle, for which nothing is compiled."""
         owned = tuple(range(len(class_names)) if uids is None else uids)
@@ -99,7 +104,7 @@ class State:
         if plan is None:
             plan = config.compile(examples.as_support(owned, text, tau))
         parts: tuple[ScoringPlan, ...] = ()
-        if config.additive and plan.keys is not None:
+        if config.additive and plan.keys is not None and plan.values is None:
             counts = np.bincount(np.searchsorted(examples.classes, examples.class_ids))
             offsets = np.concatenate([[0], np.cumsum(counts)])
             parts = (with_arrays(plan, n_classes=len(counts), text=None, class_offsets=offsets),)
@@ -117,6 +122,7 @@ class State:
             next_example,
             projections=projections,
             unknown_images=unknown_images,
+            multi_label=multi_label,
         )
 
     @property
@@ -129,6 +135,14 @@ class State:
         """The search that chose the config, `stale` if the state has changed since; None if there was none."""
         tuned = self.config.tuned
         return tuned if tuned is None or tuned.version == self.version else replace(tuned, stale=True)
+
+    def one_label(self, call: str, instead: str = "fit with one label for each picture") -> State:
+        """The state. Raises IosrFastError if pictures may have several labels each, for which `call` has no answer."""
+        if self.multi_label is not None:
+            raise IosrFastError(
+                f"{call} is for one label a picture, and this classifier was fitted with several: {instead}"
+            )
+        return self
 
     @cached_property
     def support(self) -> SupportSet:
@@ -194,6 +208,8 @@ class State:
     @cached_property
     def counts(self) -> np.ndarray:
         """(C,) int64, the active support images of each class."""
+        if self.multi_label is not None:
+            return self.multi_label.labels.sum(0)
         counts, uids = np.zeros(len(self.uids), np.int64), np.array(self.uids)
         for segment in self.segments:
             class_ids, numbers = np.unique(segment.class_ids[segment.active], return_counts=True)
@@ -209,6 +225,9 @@ class State:
 
     def examples_of(self, uid: int) -> list[int]:
         """The numbers of a class's support images, rising."""
+        if self.multi_label is not None:
+            chosen = self.multi_label.labels[:, self.uids.index(uid)]
+            return np.sort(self.examples.ids[chosen]).tolist()
         numbers = [segment.ids[(segment.class_ids == uid) & segment.active] for segment in self.segments]
         return np.sort(np.concatenate(numbers)).tolist() if numbers else []
 

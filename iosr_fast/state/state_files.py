@@ -33,6 +33,7 @@ from iosr_fast.state.bundle_schema import (
 )
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig
+from iosr_fast.state.multi_label import MultiLabels
 from iosr_fast.state.state import State
 from iosr_fast.state.tuned_facts import tuned_to_json
 
@@ -172,7 +173,7 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
         for name in ("query", "unknown"):
             if f"{name}_adapted" in arrays and f"{name}_plain" not in arrays:
                 raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
-        examples = _examples(arrays, pictures or None)
+        examples, multi_label = _examples(arrays, pictures or None), MultiLabels.of_arrays(arrays)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)
@@ -184,7 +185,7 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             raise IosrFastError(f"expected arrays of the reducer {facts.reducer!r}, got {sorted(derived)}")
         plan = plan_from_files(msgspec.structs.asdict(facts.plan), derived, support, config)
     known = numbers, facts.next, facts.version, None, _embeddings(arrays, "unknown_")
-    return State.first(names, arrays["text"], facts.tau, examples, config, plan, *known)
+    return State.first(names, arrays["text"], facts.tau, examples, config, plan, *known, multi_label)
 
 
 def fingerprint(state: State) -> str:
@@ -204,6 +205,7 @@ def fingerprint(state: State) -> str:
     arrays += [examples.class_ids, examples.ids]
     for rows in (examples.embeddings, examples.queries, state.unknown_images):
         arrays += [] if rows is None else [a for a in (rows.plain, rows.adapted) if a is not None]
+    arrays += [] if state.multi_label is None else state.multi_label.arrays().values()
     digest.update(b"".join(hashlib.sha256(picture or b"").digest() for picture in examples.pictures))
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
@@ -237,6 +239,8 @@ def _support_arrays(state: State) -> Arrays:
             arrays[f"{name}plain"] = rows.plain
             if rows.adapted is not None:
                 arrays[f"{name}adapted"] = rows.adapted
+    if state.multi_label is not None:
+        arrays |= state.multi_label.arrays()
     return arrays
 
 

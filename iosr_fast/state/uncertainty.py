@@ -20,7 +20,7 @@ class Uncertainty(LiveUpdates):
     @property
     def unknown_(self) -> Unknown:
         """How unknown pictures are recognised; `unknown_.promise()` says in words what can be promised."""
-        return self.snapshot().unknown
+        return self.snapshot().one_label("unknown_").unknown
 
     def unknown_score(self, images: Any) -> np.ndarray:
         """How unlike all classes each image is, (B,) float64: of left-out support images the mean is 0 and the
@@ -29,6 +29,7 @@ class Uncertainty(LiveUpdates):
         Ten scores (cosines to texts, Gaussians of the classes, distance to support images and a regression) are
         combined as classes that are left out teach: methods.unknown.fit_unknown. Raises BadImageError.
         """
+        self._fitted().state.one_label("unknown_score")
         fit = self._fitted()
         parts = [fit.state.unknown.score(fit.encoder.encode(pixels)) for pixels in self._chunks(fit, images)]
         return np.concatenate(parts) if parts else np.zeros(0)
@@ -42,6 +43,7 @@ class Uncertainty(LiveUpdates):
         Raises IosrFastError where there are too few support images for that promise: 0.9 takes 9 that can be left out,
         with `per_class` 9 of each class; BadImageError for an image that can't be read.
         """
+        self._fitted().state.one_label("predict_sets")
         share = check_share("coverage", coverage)
         fit = self._fitted()
         left_out, labels = fit.state.left_out_labels, fit.labels()
@@ -56,7 +58,7 @@ class Uncertainty(LiveUpdates):
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support images are, by bins of the probability, with the expected
         calibration error; print it for a table."""
-        return self.snapshot().left_out_labels.reliability
+        return self.snapshot().one_label("calibration").left_out_labels.reliability
 
     def _labels_or_rejected(self, fit: Fit, images: Any, keep: float, word: str | None) -> np.ndarray:
         """The labels (B,) of images, `word` for those that are rejected."""

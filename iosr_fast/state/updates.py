@@ -32,6 +32,7 @@ from iosr_fast.state.state import State
 from iosr_fast.state.support_images import encode_images
 
 _CHUNK = 256
+_FIT_AGAIN = "fit again with all pictures and their labels"
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +71,7 @@ class LiveUpdates(FittedAttributes):
         `text` (D,), L2-normalised, is the embedding of its name; None has the text encoder make it. Raises ValueError
         for a name that is taken or empty, without images, for unreadable ones, or without a text encoder.
         """
+        self._fitted().state.one_label("add_class", _FIT_AGAIN)
         fit = self._fitted()
         state = fit.state
         self._check_name(state, name)
@@ -88,6 +90,7 @@ class LiveUpdates(FittedAttributes):
 
     def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
         """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
+        self._fitted().state.one_label("add_examples", _FIT_AGAIN)
         fit = self._fitted()
         fit.state.find_class(name_or_id)
         encoded = self._encode(fit, as_image_list(images))
@@ -100,6 +103,7 @@ class LiveUpdates(FittedAttributes):
 
     def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
         """Take support images out. Raises ValueError for an unknown id, or where the method needs one that would go."""
+        self._fitted().state.one_label("remove_examples", _FIT_AGAIN)
         listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
         with self._changing:
             numbers = self.snapshot().find_examples(listed)
@@ -107,6 +111,7 @@ class LiveUpdates(FittedAttributes):
 
     def remove_class(self, name_or_id: str) -> ChangeResult:
         """Take a class out, by id or name, with its images. Raises ValueError where fewer than two would be left."""
+        self._fitted().state.one_label("remove_class", _FIT_AGAIN)
         with self._changing:
             state = self.snapshot()
             uid = state.find_class(name_or_id)
@@ -122,6 +127,7 @@ class LiveUpdates(FittedAttributes):
         `text` as for `add_class`; `keep_text` changes what is shown and nothing else. Raises ValueError for an unknown
         class, a name that is taken or empty, or without a text encoder.
         """
+        self._fitted().state.one_label("rename_class", _FIT_AGAIN)
         fit = self._fitted()
         state = fit.state
         uid = state.find_class(name_or_id)
@@ -147,6 +153,7 @@ class LiveUpdates(FittedAttributes):
         `method` defaults to the fitted one; "auto" as at a fit. `labels` as for `score`. Returns the choice and
         its reasons (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
         """
+        self._fitted().state.one_label("tune", _FIT_AGAIN)
         fit = self._fitted()
         state = fit.state
         method = state.config.method if method is None else method
@@ -169,6 +176,7 @@ class LiveUpdates(FittedAttributes):
 
     def retune(self) -> ChangeResult:
         """Choose the parameters of the method again, by leave-one-out on the current examples (`tune`)."""
+        self._fitted().state.one_label("retune", _FIT_AGAIN)
         with self._changing:
             config = self.snapshot().config
             return self._search(config.method, config.reducer_name)[1]
@@ -179,6 +187,7 @@ class LiveUpdates(FittedAttributes):
         Raises ValueError for a log of another classifier or a damaged one, or where one is open. `recover` opens one
         that lost changes: a warning says which, and the files as they were are kept beside it (audit.open_log).
         """
+        self._fitted().state.one_label("open_log", _FIT_AGAIN)
         with self._changing:
             if self._log is not None:
                 raise IosrFastError(f"expected no log to be open, got {self._log.path}; close_log closes it")

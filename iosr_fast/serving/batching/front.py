@@ -91,7 +91,7 @@ class BatchingClassifier:
                 raise IosrFastError(f"expected {name} to be a whole number of at least 1, got {value!r}")
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
-        classifier.snapshot()  # raises if it is not fitted
+        classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted
         hooks = Hooks(observer)
         self._warm = warm
         self._engine = Engine(max_batch)
@@ -186,7 +186,7 @@ class BatchingClassifier:
         while the old one still serves. Raises ClosedError after close(); ValueError, or an error of the warm-up, with
         the old classifier still in use.
         """
-        classifier.snapshot()
+        classifier.snapshot().one_label("BatchingClassifier", "use predict")
         warmed = self._warm and classifier.encoder is not self.classifier.encoder
         if warmed:
             self._engine.warm(classifier)

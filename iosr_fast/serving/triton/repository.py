@@ -81,6 +81,7 @@ def export_triton(
     _check_places(bundle, out)
     folder = open_verified(bundle, BUNDLE_KIND)
     classifier = Classifier.load(folder, runtime="onnxruntime")
+    classifier.snapshot().one_label("the Triton export", "use predict")
     engine = folder.inner(ENGINE, ENGINE_KIND).manifest
     plan, labels = classifier.plan_, list(classifier.snapshot().class_names)
     broken = [name for name in labels if len(name.splitlines()) > 1]

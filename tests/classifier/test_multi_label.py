@@ -1,0 +1,252 @@
+"""Classifier with several labels a picture: fit, answers, bundles, folders and tables; what it refuses, and when."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from sklearn.metrics import average_precision_score
+
+from iosr_fast import score
+from iosr_fast.classifier import Classifier
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.images.decoders import choose_decoder
+from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.pipeline.job import Job
+from iosr_fast.pipeline.tables import SEVERAL
+from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.state.bundle import describe, load_bundle
+from iosr_fast.state.labels import labelled_images
+from iosr_fast.state.state_files import fingerprint, state_from_files, state_to_files
+from tests.state.live_parts import engine_folder, pictures, unfitted
+
+NAMES = [f"motif {c}" for c in range(5)]
+
+
+def several(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (n, 8, 8, 3), each the mean of the motifs that it has, or noise alone; and an indicator (n, 5)."""
+    rng = np.random.default_rng(seed)
+    motifs, _ = pictures(np.random.default_rng(3), 5, 1)
+    labels = rng.random((n, 5)) < 0.35
+    labels[:10] = np.tile(np.eye(5, dtype=bool), (2, 1))[:n]
+    means = (labels @ motifs.reshape(5, -1)) / np.maximum(labels.sum(1), 1)[:, None]
+    means = np.where(labels.any(1)[:, None], means, 127) + rng.normal(0, 15, means.shape)
+    return np.clip(means, 0, 255).astype(np.uint8).reshape(n, 8, 8, 3), labels
+
+
+def sets_of(labels: np.ndarray) -> list[set[str]]:
+    return [{NAMES[c] for c in np.flatnonzero(row)} for row in labels]
+
+
+def fitted(folder: Path | None = None, **parameters: Any) -> Classifier:
+    images, labels = several(0, 40)
+    return unfitted(folder or Path("none"), **parameters).fit(images, sets_of(labels))
+
+
+@pytest.mark.parametrize("method", ["auto", "zero-shot", "tip-adapter++", "proker"])
+def test_answers_are_those_of_the_plan(method: str) -> None:
+    classifier = fitted(method=method)
+    images, labels = several(1, 60)
+    logits = classifier.decision_function(images)
+    np.testing.assert_allclose(logits, score(classifier.plan_, classifier.encoder.encode(images)), atol=1e-4)
+    probabilities = classifier.predict_proba(images)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits.astype(np.float64))), atol=1e-6)
+    thresholds = fit_multi_label(classifier.support_, method).thresholds
+    answers = classifier.predict(images)
+    assert answers.shape == (60,) and [set(one) for one in answers] == sets_of(probabilities >= thresholds)
+    expected = average_precision_score(labels, logits, average="macro")
+    assert classifier.score(images, sets_of(labels)) == pytest.approx(expected)
+    if method != "zero-shot":  # names of this text encoder say nothing
+        assert expected > 0.9
+    assert [one.examples for one in classifier.classes()] == several(0, 40)[1].sum(0).tolist()
+    assert len(classifier.examples("motif 2")) == several(0, 40)[1][:, 2].sum()
+    assert classifier.picture(classifier.examples("motif 2")[0])
+
+
+def test_an_indicator_speaks_in_columns() -> None:
+    images, labels = several(0, 40)
+    classifier = unfitted().fit(images, labels.astype(int), class_names=NAMES)
+    assert classifier.classes_.tolist() == [*range(5)]
+    members = classifier.predict(images)
+    assert members.shape == (40, 5) and members.dtype == np.int64
+    assert [set(one) for one in fitted().predict(images)] == sets_of(members > 0)
+    assert classifier.score(images, labels) == fitted().score(images, sets_of(labels))
+    assert classifier.fit(images, labels.argmax(1), class_names=NAMES).predict(images).shape == (40,)  # one label again
+
+
+def test_several_views_are_left_out_by_single_ones() -> None:
+    classifier = fitted(method="stack++", views=3)
+    assert classifier.support_.queries is not None
+    images, labels = several(1, 60)
+    assert classifier.score(images, sets_of(labels)) > 0.5  # crops of these pictures say little
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("method", ["auto", "zero-shot", "tip-adapter", "tip-adapter++", "proker++", "stack"])
+def test_a_bundle_is_what_was_saved(method: str, precision: str, tmp_path: Path) -> None:
+    made = fitted(engine_folder(tmp_path / "engine"), method=method, key_precision=precision)
+    made.save(tmp_path / "bundle")
+    state, loaded = made.snapshot(), load_bundle(tmp_path / "bundle").state
+    assert fingerprint(loaded) == fingerprint(state) and loaded.counts.tolist() == state.counts.tolist()
+    rows = made.encoder.encode(several(1, 9)[0])
+    np.testing.assert_array_equal(loaded.score(rows), state.score(rows))
+    assert loaded.multi_label is not None and state.multi_label is not None
+    np.testing.assert_array_equal(loaded.multi_label.thresholds, state.multi_label.thresholds)
+    assert "several labels a picture" in describe(tmp_path / "bundle")
+    assert fingerprint(replace(state, multi_label=replace(state.multi_label, labels=~state.multi_label.labels))) != (
+        fingerprint(state)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("thresholds", None, "labels and thresholds together"),
+        ("thresholds", np.full(5, 1.5, np.float32), "thresholds from 0 to 1"),
+        ("labels", np.full((40, 5), 2, np.uint8), "labels of 0 and 1, got 2"),
+        ("labels", np.zeros((39, 5), np.uint8), r"labels of shape \(40, 5\)"),
+    ],
+)
+def test_a_damaged_bundle_is_refused(name: str, value: np.ndarray | None, message: str, tmp_path: Path) -> None:
+    made = fitted(engine_folder(tmp_path / "engine"))
+    made.save(tmp_path / "bundle")
+    facts = load_manifest(tmp_path / "bundle")
+    _, files = state_to_files(made.snapshot())
+    changed = {**files["support.safetensors"], name: value}
+    save_file({key: array for key, array in changed.items() if array is not None}, tmp_path / "changed")
+    content = {"support.safetensors": (tmp_path / "changed").read_bytes()}
+    content["plan.safetensors"] = (tmp_path / "bundle" / "plan.safetensors").read_bytes()
+    assert load_file(tmp_path / "bundle" / "support.safetensors")["labels"].shape == (40, 5)
+    with pytest.raises(IosrFastError, match=message):
+        state_from_files(facts, content.get)
+
+
+def load_manifest(folder: Path) -> Any:
+    import msgspec
+
+    from iosr_fast.state.bundle_schema import ClassifierManifest
+
+    return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=ClassifierManifest)
+
+
+def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> None:
+    classifier = fitted()
+    images, _ = several(1, 12)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+    answers, probabilities = classifier.predict(images), classifier.predict_proba(images)
+    results = classifier.predict_folder(tmp_path)
+    assert results.labels.tolist() == answers.tolist() and any(len(one) != 1 for one in answers)
+    for i, (path, labels, found) in enumerate(results):
+        assert path.name == f"{i:02d}.png" and set(found) == labels
+        expected = sorted((-probabilities[i, NAMES.index(name)], name) for name in labels)
+        assert [*found] == [name for _, name in expected]
+        np.testing.assert_allclose([-p for p, _ in expected], [*found.values()], atol=1e-5)
+    decoder = choose_decoder("auto", "test", True)
+    paths = [str(path) for path in results.paths]
+    job = Job(classifier.snapshot(), classifier.encoder, Path("none"), decoder, paths, 5, SEVERAL, None, False)
+    file = io.StringIO()
+    assert job.stream(file, print) == (0, 0)
+    job.write(tmp_path / "out.csv")
+    written = [row for row in csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8"))]
+    streamed = [*csv.DictReader(io.StringIO(file.getvalue()))]
+    assert [*written[0]] == ["path", "labels", "probabilities", "error"]
+    for row, again, found in zip(written, streamed, results.probabilities, strict=True):
+        assert {**row, "error": ""} == {**again, "error": ""}
+        assert row["labels"] == ";".join(found) and row["probabilities"] == ";".join(f"{p:.4f}" for p in found.values())
+    again_paths, again_labels, names = labelled_images(tmp_path / "out.csv")  # what classify writes, fit reads
+    assert again_labels == answers.tolist() and [path.name for path in again_paths] == [
+        path.name for path in results.paths
+    ]
+    assert names == sorted(set().union(*answers))
+
+
+def test_a_table_of_labels_joins_folders(tmp_path: Path) -> None:
+    for name in ("lemon", "pear"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    (tmp_path / "more.csv").write_text("path,labels\na.png,pear; lime\nb.png,\nc.png,lime;\n")
+    _, labels, names = labelled_images(tmp_path, tmp_path / "more.csv")
+    assert labels == [{"lemon"}, {"pear"}, {"pear", "lime"}, set(), {"lime"}] and names == ["lemon", "lime", "pear"]
+    (tmp_path / "none.csv").write_text("path,labels\na.png,\n")
+    with pytest.raises(IosrFastError, match=r"expected labels in .*none\.csv, got 1 rows without one"):
+        labelled_images(tmp_path / "none.csv")
+
+
+IMAGES, LABELS = several(0, 12)
+
+
+@pytest.mark.parametrize(
+    ("labels", "parameters", "message"),
+    [
+        (
+            sets_of(LABELS),
+            {"method": "gda"},
+            "gda can't learn from several labels an image: it takes each .*; use 'auto'",
+        ),
+        (sets_of(LABELS), {"method": "proker", "reducer": "centre"}, "take no reducer"),
+        ([{"a;b"}, *sets_of(LABELS)[1:]], {}, "class names without ';'"),
+        ([{"motif 0", 3}, *sets_of(LABELS)[1:]], {}, r"got int \(3\) in the one at position 0"),
+        (["motif 0", *sets_of(LABELS)[1:]], {}, r"got 'motif 0' at position 0: write \{'motif 0'\}"),
+        (LABELS.astype(int), {}, "an indicator has no names: pass class_names"),
+        (sets_of(LABELS)[1:], {}, "for each of 12 images, got 11"),
+    ],
+)
+def test_wrong_fits_are_refused_before_a_clip_is_opened(
+    labels: Any, parameters: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classifier, "_open", lambda _: pytest.fail("a CLIP was opened"))
+    with pytest.raises(IosrFastError, match=message):
+        unfitted(**parameters).fit(IMAGES, labels)
+
+
+def test_class_names_say_the_order_and_what_is_allowed() -> None:
+    classifier = unfitted().fit(IMAGES, sets_of(LABELS), class_names=NAMES[::-1])
+    assert classifier.classes_.tolist() == NAMES[::-1]
+    with pytest.raises(IosrFastError, match="the labels 'motif 0' are not among the 4 class names"):
+        unfitted().fit(IMAGES, sets_of(LABELS), class_names=NAMES[1:])
+    with pytest.raises(IosrFastError, match="got none of 'nothing'"):
+        unfitted().fit(IMAGES, sets_of(LABELS), class_names=[*NAMES, "nothing"])
+    with pytest.raises(IosrFastError, match=r"got the same picture under two: number 0 .*'motif 0'.* and number 12"):
+        unfitted().fit([*IMAGES, IMAGES[0]], [*sets_of(LABELS), {"motif 0", "motif 1"}])
+
+
+def test_what_is_for_one_label_says_so_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    classifier, image = fitted(), IMAGES[:1]
+    monkeypatch.setattr(type(classifier.encoder), "encode", lambda *_: pytest.fail("a picture was encoded"))
+    again = "fit again with all pictures and their labels"
+    calls: dict[str, Any] = {
+        r"predict\(unknown='reject'\)": lambda: classifier.predict(image, unknown="reject"),
+        "predict_sets": lambda: classifier.predict_sets(image),
+        "predict_jointly": lambda: classifier.predict_jointly(image),
+        "predict_folder with joint or unknown": lambda: classifier.predict_folder(tmp_path, joint=True),
+        "unknown_score": lambda: classifier.unknown_score(image),
+        "unknown_": lambda: classifier.unknown_,
+        "calibration": lambda: classifier.calibration(),
+        "audit": lambda: classifier.audit(),
+        "suggest": lambda: classifier.suggest(tmp_path, 1),
+        "evaluate": lambda: classifier.evaluate(image, ["motif 0"]),
+        "explain": lambda: classifier.explain(image),
+        "optimize": lambda: classifier.optimize(image, []),
+        f"add_class .*{again}": lambda: classifier.add_class("new", image),
+        f"add_examples .*{again}": lambda: classifier.add_examples("motif 0", image),
+        f"remove_examples .*{again}": lambda: classifier.remove_examples(classifier.examples("motif 0")[:1]),
+        f"remove_class .*{again}": lambda: classifier.remove_class("motif 0"),
+        f"rename_class .*{again}": lambda: classifier.rename_class("motif 0", "new"),
+        f"tune .*{again}": lambda: classifier.tune(),
+        f"retune .*{again}": lambda: classifier.retune(),
+        f"open_log .*{again}": lambda: classifier.open_log(tmp_path / "log"),
+        "BatchingClassifier": lambda: BatchingClassifier(classifier),
+    }
+    for name, call in calls.items():
+        with pytest.raises(IosrFastError, match=name) as raised:
+            call()
+        assert "is for one label a picture, and this classifier was fitted with several" in str(raised.value)
