@@ -48,6 +48,8 @@ def evaluation_page(
     low, high = found.interval
     unknown, more = found.unknown, len(found.mistakes) - _OPEN
     lead = "" if math.isnan(found.expected) else f" Left-out support images let expect {percent(found.expected)}."
+    if found.copies:
+        lead += f" {found.copies:,} are near duplicates of support images and say little about new ones."
     return page(
         title,
         facts(
@@ -75,7 +77,7 @@ def evaluation_page(
         _probabilities(found),
         _unknown(found, card),
         section("Unreadable images", *(note(str(error)) for error in found.errors[:_SHOWN])) if found.errors else None,
-        lead=f"{len(found.labels):,} labelled images that the classifier was not fitted on.{lead}",
+        lead=f"{len(found.labels):,} labelled images.{lead}",
     )
 
 

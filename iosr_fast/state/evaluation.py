@@ -14,6 +14,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.methods.conformal import BINS, COVERAGE, LeftOutLabels, Reliability, of_logits
 from iosr_fast.methods.promise import threshold
+from iosr_fast.methods.tuning.near_duplicates import near_support
 from iosr_fast.methods.tuning.tuned import wilson
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.state.predictions import Neighbour, predict
@@ -110,6 +111,7 @@ class Evaluation:
     reliability       accuracy, log-loss and calibration of the B images (conformal.Reliability)
     expected          the accuracy that left-out support images had let expect; NaN if none can be left out
     mistakes          the most probable wrong images first, at most MISTAKES
+    copies            how many of the images are near duplicates of support images, and say little about new ones
     sets, unknown     what promises are worth on these images
     errors            a BadImageError for each unreadable image, which counts nowhere
 
@@ -133,6 +135,7 @@ class Evaluation:
     reliability: Reliability
     expected: float
     mistakes: tuple[Mistake, ...]
+    copies: int
     sets: LabelSets
     unknown: UnknownResult
     errors: tuple[BadImageError, ...] = ()
@@ -184,6 +187,8 @@ class Evaluation:
         ]
         if not math.isnan(self.expected):
             lines[0] += f"; {self.expected:.1%} expected by left-out support images"
+        if self.copies:
+            lines.append(f"near duplicates of support images, which say little about new ones: {self.copies:,}")
         if self.errors:
             lines.append(f"unreadable and left out: {len(self.errors)}")
         sets, unknown = self.sets, self.unknown
@@ -208,6 +213,7 @@ class Evaluation:
         facts = {
             "images": len(self.labels),
             "unreadable": len(self.errors),
+            "copies": self.copies,
             "accuracy": self.accuracy,
             "accuracy_interval": [low, high],
             "expected_accuracy": self.expected,
@@ -272,6 +278,7 @@ def evaluate(
         outcome.reliability,
         left_out.reliability.accuracy,
         _mistakes(state, embeddings[np.array(worst, int)], [named[row] for row in worst], truths),
+        int(near_support(state.support, embeddings.plain).sum()),
         LabelSets(coverage, reason=reason)
         if reason
         else LabelSets(coverage, float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean())),

@@ -38,10 +38,9 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     """
     plain, offsets = np.asarray(support.embeddings.plain, np.float32), support.class_offsets
     groups = np.zeros(len(plain), np.int64)
-    several = np.flatnonzero(support.counts > 1)
+    several, medians = _medians(support)
     if not len(several):
         return groups
-    medians = np.array([_median(plain[offsets[c] : offsets[c + 1]][:_BLOCK]) for c in several])
     usual = np.clip(medians, np.median(medians) / 2, np.median(medians))
     for c, distance in zip(several.tolist(), usual.tolist(), strict=True):
         count = 0
@@ -50,6 +49,35 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
             groups[rows] = count + inside
             count += int(inside.max()) + 1
     return groups
+
+
+def near_support(support: SupportSet, plain: np.ndarray) -> np.ndarray:
+    """(B,) bool: the plain embeddings (B, D) of images that are near duplicates of a support image of any class, which
+    say little about new images. The usual distance is that of the median class; without a class of two images, only
+    equal rows are near.
+
+    >>> from iosr_fast import Embeddings
+    >>> from iosr_fast.methods.support_set import make_support_set
+    >>> support = make_support_set(Embeddings(np.eye(4, dtype=np.float32)), [0, 0, 1, 1], None, 1.0, 2)
+    >>> near_support(support, np.float32([[0, 0, 1, 0], [0, 0, 0.8, 0.6]]))
+    array([ True, False])
+    """
+    keys = np.asarray(support.embeddings.plain, np.float32)
+    if not len(keys):
+        return np.zeros(len(plain), bool)
+    several, medians = _medians(support)
+    limit = _SHARE * float(np.median(medians)) if len(several) else 0.0
+    blocks = [plain[start : start + _BLOCK] for start in range(0, len(plain), _BLOCK)]
+    nearest = np.concatenate([(block @ keys.T).max(1) for block in blocks]) if blocks else np.zeros(0)
+    near: np.ndarray = 1.0 - nearest <= limit + _ROUNDING
+    return near
+
+
+def _medians(support: SupportSet) -> tuple[np.ndarray, np.ndarray]:
+    """The classes that have two images or more, and of each the median distance of two images."""
+    plain, offsets = np.asarray(support.embeddings.plain, np.float32), support.class_offsets
+    several = np.flatnonzero(support.counts > 1)
+    return several, np.array([_median(plain[offsets[c] : offsets[c + 1]][:_BLOCK]) for c in several])
 
 
 def _median(rows: np.ndarray) -> float:
