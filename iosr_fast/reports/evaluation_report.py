@@ -18,6 +18,7 @@ from iosr_fast.reports.page import (
     first_of,
     join,
     line_chart,
+    long_table,
     matrix,
     note,
     page,
@@ -31,7 +32,7 @@ from iosr_fast.reports.thumbnail import thumbnail
 from iosr_fast.state.evaluation import MATRIX, Evaluation, Mistake
 
 _SHOWN = 100  # rows of a table
-_OPEN = 24  # mistakes and classes that are in sight at once
+_OPEN = 24  # mistakes, and rows of a table, that are in sight at once
 _SIDE = 160  # of a picture, in pixels
 
 
@@ -111,7 +112,7 @@ def _confusion(found: Evaluation) -> Html:
         (one.label, one.other, bar(one.mistaken / one.images, f"{one.mistaken} of {one.images}"))
         for one in mixups[:_SHOWN]
     ]
-    pairs = table(("class", "taken for", "of its images"), rows) if rows else None
+    pairs = long_table(("class", "taken for", "of its images"), rows, _OPEN) if rows else None
     listed = note(first_of("Pairs of classes, the most frequent first.", len(rows), len(mixups)))
     if count > MATRIX:
         return section("Confused classes", listed if rows else note("No image is taken for another class."), pairs)
@@ -128,22 +129,18 @@ def _classes(found: Evaluation) -> Html:
     rows = [
         (
             one.label,
-            one.images,
-            bar(one.recall, f"{one.right} of {one.images}") if one.images else "",
+            bar(one.recall, f"{one.right} of {one.images}") if one.images else "no images",
             bar(one.precision, f"{one.right} of {one.predicted}") if one.predicted else "",
         )
         for one in results
     ]
-    heads = ("class", "images", "recall", "precision")
-    rest = rows[_OPEN:]
     return section(
         "Classes",
         note(
             "The least often right first. Recall: of its images, those that are right. Precision: of images that are "
             "taken for the class, those that are right."
         ),
-        table(heads, rows[:_OPEN]),
-        details(f"{len(rest)} more classes", table(heads, rest)) if rest else None,
+        long_table(("class", "recall", "precision"), rows, _OPEN),
     )
 
 

@@ -81,6 +81,13 @@ def table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Html:
     return element("div", element("table", head, body), class_="wide", tabindex=0)
 
 
+def long_table(heads: Sequence[Any], rows: Sequence[Sequence[Any]], shown: int = 24) -> Html:
+    """A table whose rows beyond the first `shown` are shown on demand."""
+    rest = rows[shown:]
+    more = details(f"{len(rest)} more", table(heads, rest)) if rest else None
+    return join(table(heads, rows[:shown]), more)
+
+
 def _cell(value: Any) -> Html:
     plain = "" if isinstance(value, Html) else str(value)
     numeric = plain.lstrip("+-−")[:1].isdigit()

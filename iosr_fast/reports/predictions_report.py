@@ -15,18 +15,17 @@ from iosr_fast.reports.page import (
     facts,
     first_of,
     join,
+    long_table,
     note,
     page,
     picture,
     section,
     short_path,
-    table,
 )
 from iosr_fast.reports.thumbnail import thumbnail
 
 _PICTURES = 300  # of all labels; a page of so many has 2 MB
 _OPEN = 12  # of them, of a label, that are in sight at once
-_LABELS = 24  # rows of the table that are in sight at once
 _ERRORS = 100
 _SIDE = 160  # of a picture, in pixels
 _UNSURE = 0.5
@@ -62,7 +61,6 @@ def predictions_page(
         for label in labels
         if (group := groups[label])
     ]
-    heads = ("label", "images", "probability on the mean", "least")
     return page(
         title,
         facts(
@@ -74,11 +72,7 @@ def predictions_page(
                 **({"unreadable": f"{unread:,}"} if unread else {}),
             }
         ),
-        section(
-            "Labels",
-            table(heads, lines[:_LABELS]),
-            details(f"{len(lines) - _LABELS} more labels", table(heads, lines[_LABELS:])) if lines[_LABELS:] else None,
-        ),
+        section("Labels", long_table(("label", "images", "probability on the mean", "least"), lines)),
         *(
             _group(label, groups[label], shown[label], label == unknown_label, exif_orientation)
             for label in labels
