@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from iosr_fast.methods.multi_label_set import KeyTerms, MultiLabelSet
+from iosr_fast.methods.multi_label_set import MultiLabelSet, MultiLabelTerms
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.plan import ScoringPlan, Which
 
@@ -49,8 +49,8 @@ class Method:
                        for methods that are compiled again for each fold
     stack_part         the parameter of the stack that weighs what the method adds to texts, if the stack has it
     weighted           its weights are fitted by log-loss (tuning.stack_weights), without alpha and without a reducer
-    multi_label        (images, which, setting) -> its terms over keys for images with any number of labels
-                       (multi_label_set.KeyTerms), or why the method has no such form
+    multi_label        (images, which, setting) -> its terms for images with any number of labels
+                       (multi_label_set.MultiLabelTerms), or why the method has no such form
     """
 
     name: str
@@ -68,7 +68,7 @@ class Method:
     leave_out: Callable[..., Callable[[Mapping[str, float]], np.ndarray]] | None = None
     stack_part: str = ""
     weighted: bool = False
-    multi_label: Callable[[MultiLabelSet, Which, Mapping[str, float]], KeyTerms] | str = ""
+    multi_label: Callable[[MultiLabelSet, Which, Mapping[str, float]], MultiLabelTerms] | str = ""
 
     @property
     def needs_support(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.method import Method
-from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
+from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet, MultiLabelTerms
 from iosr_fast.methods.stack import MAX_KEYS
 from iosr_fast.methods.tuning.binary_loss import fit_binary, sigmoid
 from iosr_fast.methods.tuning.stack_weights import FEW_SHOT_SETTING, SETTINGS, affordable
@@ -60,7 +60,7 @@ class _Choice:
 
     which: Which
     setting: Mapping[str, float]
-    terms: Mapping[str, KeyTerm]
+    terms: MultiLabelTerms
     weights: Mapping[str, float]
     bias: np.ndarray
     logits: np.ndarray
@@ -96,10 +96,11 @@ def fit_multi_label(
     V (N, C) is that of the method with an indicator of labels in the place of one-hot ones (Method.multi_label):
     Tip-Adapter's cache, ProKeR's regression, or that of "auto" and "stack", (K + ridge I)^-1 (Y - share), with Y the
     indicator and `share` (C,) the share of images that have the label. x and the keys are plain embeddings or, for the
-    "++" form, adapted ones; the stack chooses. The weights w >= 0 and the biases, shrunk to a common one, minimise the
-    log-loss of left-out images (binary_loss.fit_binary); beta and ridge are those with the least log-loss. Every image
-    is left out by itself, in closed form. `search=False`, or a parameter, takes the method's parameters as given or by
-    default; then one slope and the biases are fitted.
+    "++" form, adapted ones; the stack chooses. It also weighs Gaussian discriminants of plain and adapted embeddings
+    (stack.multi_label_discriminant). The weights w >= 0 and the biases, shrunk to a common one, minimise the log-loss
+    of left-out images (binary_loss.fit_binary); beta and ridge are those with the least log-loss. Every image is left
+    out by itself, in closed form; of discriminants those of a fold together. `search=False`, or a parameter, takes the
+    method's parameters as given or by default; then one slope and the biases are fitted.
 
     A class with a single image has no other to learn a bias from, and takes the common one. Where all classes have but
     one image, the weight of texts is fitted, and that of images is a rule: a spread of the texts' logits, or of 0.5.
@@ -210,6 +211,7 @@ def _fit(
     """Weights and biases at one setting; with `fixed` weights, a factor of them all and biases."""
     assert not isinstance(entry.multi_label, str)
     terms, used = entry.multi_label(images, which, setting), _used(entry, images)
+    terms = {name: term for name, term in terms.items() if name in entry.parameters}  # a plain stack has fewer
     arrays = {} if images.text is None else {"text": images.tau * images.zero_shot(queries=True)}
     arrays |= {name: term.left_out for name, term in terms.items()}
     if fixed is None:
@@ -224,6 +226,7 @@ def _fit(
         factors, bias, loss = dict(zip(scaled, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
     else:
         factors, bias, loss = _by_rule(scaled, images.labels)
+        factors |= {name: 0.0 for name, term in terms.items() if isinstance(term, LinearTerm) and name in factors}
     if not any(factors.values()) or (entry.needs_support and not entry.weighted):
         first = next(iter(factors))  # a method's weights are relative to that of the texts
         factors[first] = max(factors[first], _LEAST)
@@ -251,9 +254,9 @@ def _config(entry: Method, choice: _Choice, given: Mapping[str, float]) -> tuple
     weights, setting = choice.weights, choice.setting
     if entry.weighted:
         adapted = choice.which == "adapted"
-        name = entry.name if adapted else entry.name.removesuffix("++")
+        name = entry.name if adapted or weights.get("discriminant_adapted") else entry.name.removesuffix("++")
         values = {**dict.fromkeys(METHODS[name].parameters, 0.0), **weights, "beta": setting["beta"]}
-        values |= {"ridge": setting["ridge"], **({"adapted_keys": 1.0} if adapted else {})}
+        values |= {"ridge": setting["ridge"], "adapted_keys": float(adapted)}
         return name, {key: values[key] for key in METHODS[name].parameters}, 1.0
     if "alpha" not in weights:
         return entry.name, {}, weights["text"]
@@ -264,12 +267,18 @@ def _config(entry: Method, choice: _Choice, given: Mapping[str, float]) -> tuple
 
 
 def _plan(images: MultiLabelSet, entry: Method, choice: _Choice, key_precision: Precision) -> ScoringPlan:
-    text = choice.weights.get("text", 0.0)
+    """A stack leaves out what has no weight."""
+    weights, bias = choice.weights, choice.bias
+    text = weights.get("text", 0.0)
     arrays: dict[str, Any] = {"text": images.text, "tau": text * images.tau} if text > 0 else {}
-    used = any(choice.weights[name] for name in choice.terms) or not (entry.weighted and arrays)
-    if choice.terms and used:  # a stack leaves a term of weight 0 out
-        values = np.sum([choice.weights[name] * term.values for name, term in choice.terms.items()], axis=0)
+    used = [(term, weights[name]) for name, term in choice.terms.items() if weights[name] or not entry.weighted]
+    if keys := [(term, weight) for term, weight in used if isinstance(term, KeyTerm)]:
+        values = np.sum([weight * term.values for term, weight in keys], axis=0)
         arrays |= {"keys": images.rows(choice.which), "values": values, "query": choice.which}
         arrays |= {"beta": choice.setting["beta"]}
-    plan = ScoringPlan(images.n_classes, bias=choice.bias, **arrays)
+    if linear := [(term, weight) for term, weight in used if isinstance(term, LinearTerm)]:
+        arrays["linear"] = np.concatenate([weight * term.linear for term, weight in linear], axis=1)
+        arrays["feature"] = linear[0][0].which if len(linear) == 1 else "both"
+        bias = bias + sum(weight * term.bias for term, weight in linear)
+    plan = ScoringPlan(images.n_classes, bias=bias, **arrays)
     return plan if plan.keys is None else plan.with_key_precision(key_precision)

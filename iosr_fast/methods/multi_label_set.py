@@ -12,7 +12,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.plan import Which
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MultiLabelSet:
     """N support images with any number of C labels each, of D channels: the input of a multi-label method.
 
@@ -83,5 +83,19 @@ class KeyTerm:
     left_out: np.ndarray
 
 
-# A multi-label method: (images, which, setting) -> its terms over keys, by the parameter that weighs them.
-KeyTerms = Mapping[str, KeyTerm]
+@dataclass(frozen=True)
+class LinearTerm:
+    """A term <x, linear[c]> + bias[c] of the logits, of plain or adapted embeddings x, to be multiplied by a weight.
+
+    linear, bias  (C, D) and (C,) float64
+    left_out      (N, C) float64: the term of each support image as a query, fitted without it
+    """
+
+    which: Which
+    linear: np.ndarray
+    bias: np.ndarray
+    left_out: np.ndarray
+
+
+# What a multi-label method is: (images, which, setting) -> its terms, by the parameter that weighs them.
+MultiLabelTerms = Mapping[str, KeyTerm | LinearTerm]

@@ -10,7 +10,7 @@ import numpy as np
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.kernel_ridge import kernel_matrix, regress_labels
 from iosr_fast.methods.method import Method
-from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
+from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.timo import estimate, means_with_texts
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -18,6 +18,7 @@ from iosr_fast.scoring.reducers import Reducer
 
 # The (N, N) system takes minutes beyond this number of support images.
 MAX_KEYS = 8192
+_FOLDS = 16  # in which images with several labels are left out of the discriminant
 
 
 def stack(
@@ -155,9 +156,48 @@ def zero_shot(support: SupportSet) -> np.ndarray:
     return cosines
 
 
-def multi_label(images: MultiLabelSet, which: Which, setting: Mapping[str, float]) -> dict[str, KeyTerm]:
-    """Method.multi_label: the regression alone, because a discriminant takes each image to be of one class."""
-    return {"regression": regress_labels(images, which, setting["beta"], setting["ridge"])}
+def multi_label(images: MultiLabelSet, which: Which, setting: Mapping[str, float]) -> dict[str, KeyTerm | LinearTerm]:
+    """Method.multi_label: the regression on the embeddings `which`, and the discriminant on all that there are."""
+    known: dict[str, LinearTerm] | None = vars(images).get("_discriminants")  # the same at all settings
+    if known is None:
+        known = {"discriminant": multi_label_discriminant(images, "plain")}
+        if images.embeddings.adapted is not None:
+            known["discriminant_adapted"] = multi_label_discriminant(images, "adapted")
+        vars(images)["_discriminants"] = known
+    return {"regression": regress_labels(images, which, setting["beta"], setting["ridge"]), **known}
+
+
+def multi_label_discriminant(images: MultiLabelSet, which: Which) -> LinearTerm:
+    """G of `stack` minus its mean over classes, where an image counts for each of its classes: mu_c is the mean of the
+    images with label c, Sigma the covariance around these means over all pairs of image and label. The mean says how
+    unlike all classes an image is, not which it has. Left-out images are those of a fold of up to _FOLDS, over which
+    the images of a class are spread.
+    """
+    rows, queries = (images.rows(which, own).astype(np.float64) for own in (False, True))
+
+    def of(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels, some = images.labels[chosen].astype(np.float64), rows[chosen]
+        second = (some * labels.sum(1)[:, None]).T @ some
+        linear, bias = discriminant_of_moments(labels.sum(0), labels.T @ some, second, None, 0.0)
+        return linear - linear.mean(0), bias - bias.mean()
+
+    folds, left_out = _spread_folds(images.labels), np.zeros(images.labels.shape)
+    for fold in range(folds.max() + 1):
+        linear, bias = of(folds != fold)
+        left_out[folds == fold] = queries[folds == fold] @ linear.T + bias
+    return LinearTerm(which, *of(np.ones(len(rows), bool)), left_out)
+
+
+def _spread_folds(labels: np.ndarray) -> np.ndarray:
+    """A fold for each image (N,), of up to _FOLDS: that with fewest images of its classes, then fewest at all."""
+    number = min(_FOLDS, len(labels))
+    of_class, sizes = np.zeros((number, labels.shape[1])), np.zeros(number)
+    folds = np.zeros(len(labels), np.int64)
+    for i, row in enumerate(labels):
+        folds[i] = np.lexsort((sizes, of_class[:, row].sum(1)))[0]
+        of_class[folds[i]] += row
+        sizes[folds[i]] += 1
+    return folds
 
 
 METHOD = Method(
