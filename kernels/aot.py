@@ -124,7 +124,12 @@ class _Specification:
     descriptors: tuple[str, ...] = ()
 
 
-def _specification(kernel: str, precision: str, arch: int) -> _Specification:
+def compile_config(arch: int, kernel: str, precision: str, config: Config) -> dict[str, Any]:
+    """The row of compile_ahead() of one kernel with another configuration than the default."""
+    return _compile(kernel, precision, arch, config)
+
+
+def _specification(kernel: str, precision: str, arch: int, given: Config | None = None) -> _Specification:
     from iosr_fast.kernels import cache_kernels
 
     if kernel == "merge":
@@ -136,16 +141,16 @@ def _specification(kernel: str, precision: str, arch: int) -> _Specification:
     terms = {"PITCH": 2 * WIDTH, **dict.fromkeys(("HAS_TEXT", "HAS_LINEAR", "HAS_BIAS"), True)}
     has = {"WIDTH": WIDTH, "HAS_WEIGHTS": True, "HAS_SCALES": precision == "int8"}
     if name == "affine":
-        config = config_for("default", "affine", "fp32", load)
+        config = given or config_for("default", "affine", "fp32", load)
         return _Specification(cache_kernels.affine_kernel, {"WIDTH": WIDTH} | terms | config.meta(), config, 3, "*fp32")
     if name.startswith("dense"):
-        config = dense_config("default", precision, load, name == "dense-float")
+        config = given or dense_config("default", precision, load, name == "dense-float")
         return _Specification(
             cache_kernels.dense_kernel, has | config.meta("block_v"), config, 3 if precision == "fp32" else 1
         )
     few, tma = load == "few", way == "tma"
     path = "few" if few else name
-    config = config_for("default", f"{path}-tma" if tma else path, precision, load)
+    config = given or config_for("default", f"{path}-tma" if tma else path, precision, load)
     products = {"fp32": 3, "int8": 2}.get(precision, 1)
     constants = has | (terms if name == "few-terms" else dict.fromkeys(terms, False) | {"PITCH": 0}) | config.meta()
     constants.pop("SWAP")
@@ -157,12 +162,12 @@ def _specification(kernel: str, precision: str, arch: int) -> _Specification:
     return _Specification(cache_kernels.cache_kernel, constants, config, products, query, descriptors)
 
 
-def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
+def _compile(kernel: str, precision: str, arch: int, given: Config | None = None) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    made = _specification(kernel, precision, arch)
+    made = _specification(kernel, precision, arch, given)
     constants = dict(made.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     values = "*fp32" if kernel.startswith("dense-float") else _VALUES[precision]

@@ -1,10 +1,9 @@
 """Measure the Triton kernels' launch configurations on this GPU; the best go into kernels/launch_configs.json.
 
-    python tools/tune_kernels.py --rank                          # no GPU: the best six of each case, by machine code
-    python tools/tune_kernels.py --path aligned --precision fp16
+    python tools/tune_kernels.py --path aligned-tma --precision fp16
 
 Each candidate is verified against the float64 reference before it is timed. Candidates are the configuration that is in
-use and those of kernels/candidates.json, which --rank writes.
+use and those of tools/tuning_candidates.json, which tools/rank_kernels.py writes.
 """
 
 from __future__ import annotations
@@ -20,18 +19,12 @@ import numpy as np
 import typer
 
 from iosr_fast.benchmarks.devices import Device
+from iosr_fast.kernels import launch
+from iosr_fast.kernels.launch import Config
 from iosr_fast.utils import command
 from iosr_fast.utils.require import require
-from tools.source_tree import use_source_tree
+from tools.rank_kernels import BATCHES, CANDIDATES_FILE, MOST  # makes iosr_fast.kernels importable
 
-use_source_tree()
-
-from iosr_fast.kernels import launch  # noqa: E402
-from iosr_fast.kernels.launch import Config  # noqa: E402
-
-CANDIDATES_FILE = launch.CONFIGS_FILE.with_name("candidates.json")
-MOST = 6  # candidates that are timed, beside the configuration in use: each compiles for seconds
-BATCHES = {"few": (1, 32), "many": (256, 1024)}
 _UNIFORM, _RAGGED = [[16] * 1000, [16] * 100], [[1, 2, 60] * 250, [33, 7, 0, 24] * 100, [4000] * 4]
 COUNTS = {
     "affine": [[16] * 1000],
@@ -63,26 +56,8 @@ class Scale:
 RELATIVE_TOLERANCE = {"fp32": 3e-5, "fp16": 1e-3, "bf16": 5e-3, "int8": 1e-3}
 
 
-def candidates(path: str, precision: str, load: str) -> Iterator[Config]:
-    """The grid of one path: tile shapes, warps and stages within reason; the compiler refuses what doesn't fit."""
-    rows, columns = ((16, 32), (32, 64, 128)) if load == "few" else ((64, 128), (64, 128, 256))
-    channels = (32,) if path == "affine" or precision == "fp32" else (64, 128)
-    # The swap is for tiles of few queries, and for int8 keys with values: Hopper reads operands from registers on the
-    # longer side alone, and int8 keys are converted there.
-    swaps = (False, True) if path in ("affine", "dense") and (load == "few" or precision == "int8") else (False,)
-    programs = (1, 2, 4) if path == "few-tma" else (1, 2) if path.endswith("-tma") else (1,)
-    for block_b, block_n, block_d, warps, stages, swap in itertools.product(
-        rows, columns, channels, (4, 8), (3, 4), swaps
-    ):
-        accumulators = block_b * block_n // (32 * warps)
-        if not 4 <= accumulators <= 128:
-            continue  # idle warps, or more accumulators than registers
-        for block_v, count in itertools.product((64, 128) if path == "dense" else (64,), programs):
-            yield Config(block_b, block_n, block_d, warps, stages, swap, block_v=block_v, programs=count)
-
-
 def ranked(path: str, precision: str, load: str, gpu: str) -> list[Config]:
-    """The configuration in use on `gpu`, and the best MOST of candidates.json."""
+    """The configuration in use on `gpu`, and the best MOST of CANDIDATES_FILE."""
     ranks = json.loads(CANDIDATES_FILE.read_text(encoding="utf-8")) if CANDIDATES_FILE.is_file() else {}
     entries = ranks.get(path, {}).get(precision, {}).get(load, [])
     in_use = launch.config_for(gpu, path, precision, load)  # type: ignore[arg-type]

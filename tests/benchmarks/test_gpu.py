@@ -131,7 +131,7 @@ def test_the_parts_are_commands_that_exist_and_the_first_cases_come_first() -> N
     names = {call: [one.name for one in gpu_parts.parts(False, call)] for call in gpu_parts.CALLS}
     scores = [f"score-{case}" for case in score.GPU_CASES]
     assert names["parity"] == ["machine", "build", "parity", "tests", "sanitizer-memcheck", "sanitizer-racecheck"]
-    assert names["tables"][:6] == ["machine", "build", *scores] and names["tuning"][1] == "tune-aligned-fp16-many"
+    assert names["tables"][:6] == ["machine", "build", *scores] and names["tuning"][1] == "tune-aligned-tma-fp16-many"
     assert scores[0] == "score-q256-k16000-d512-c1000" and scores[1] == "score-q4096-k160000-d768-c10000"
     with pytest.raises(ValueError, match="expected a call out of parity, tuning, tables, got 'all'"):
         gpu_parts.parts(False, "all")
@@ -145,6 +145,52 @@ def test_the_counted_kernels_are_those_that_triton_launches() -> None:
     assert defined and defined <= set(gpu_parts.kernel_names())
     (counters, _) = (one for one in gpu_parts.parts(False, "tables") if one.name.startswith("counters-"))
     assert f"regex:^({'|'.join(gpu_parts.kernel_names())})$" in counters.wrapper
+
+
+def test_what_is_tuned_exists_and_has_at_most_six_candidates() -> None:
+    pytest.importorskip("triton")
+    from iosr_fast.kernels import aot, launch
+    from tools import rank_kernels, tune_kernels
+
+    for path, precision, load in gpu_parts.TUNED:
+        assert load in launch.loads(path) and rank_kernels.kernel_of(path, load) in aot.kernel_names()
+        first, *others = tune_kernels.ranked(path, precision, load, "default")
+        assert first == launch.config_for("default", path, precision, load) and len(others) <= rank_kernels.MOST
+    ranks = json.loads(rank_kernels.CANDIDATES_FILE.read_text(encoding="utf-8"))
+    cases = {(path, precision, load) for path in ranks for precision in ranks[path] for load in ranks[path][precision]}
+    assert cases and cases <= set(gpu_parts.TUNED)
+
+
+def test_candidates_are_ranked_by_their_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that spill, don't compile or don't fit are left out; of the others, fewer instructions come first."""
+    pytest.importorskip("triton")
+    from iosr_fast.kernels import aot
+    from tools import rank_kernels
+
+    def compiled(arch: int, kernel: str, precision: str, config: Any) -> dict[str, Any]:
+        assert (arch, kernel, precision) == (90, "aligned/tma", "fp16")
+        if config.block_b == 64:
+            raise RuntimeError("ptxas: too many registers")
+        tile = [config.block_b, config.block_n, 512, config.num_warps]
+        instructions = {"all": 9000 if config.block_d == 64 else 20000}
+        spills = 8 if config.num_warps == 4 else 0
+        return {
+            "tile": tile,
+            "instructions": instructions,
+            "spills": spills,
+            "shared_bytes": config.num_stages * 60_000,
+        }
+
+    monkeypatch.setattr(aot, "compile_config", compiled)
+    best = rank_kernels.rank("aligned-tma", "fp16", "many")
+    assert len(best) == rank_kernels.MOST and len(set(best)) == len(best)
+    assert {config.block_b for config in best} == {128} and {config.num_warps for config in best} == {8}
+    assert {config.num_stages for config in best} == {3}, "four stages of 60 kB don't fit"
+    assert best[0].block_d == 64 and best[0].block_n == 256
+    row = {"tile": [128, 256, 512, 8], "instructions": {"all": 9000}}
+    assert rank_kernels.cycles(row, "fp16", "many") < rank_kernels.cycles(
+        {**row, "tile": [64, 256, 512, 8]}, "fp16", "many"
+    )
 
 
 def test_a_wrapped_part_runs_in_its_program_or_is_left_out(tmp_path: Path) -> None:
