@@ -111,6 +111,8 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         The choices made or given.
     tuned_ : Tuned or None
         The search that chose the parameters; None if nothing was searched.
+    multi_label_ : MultiLabels or None
+        After a fit with several labels a picture, `labels` (N, C) bool of the support images and `thresholds` (C,).
     skipped_ : list of str
         The unreadable images that `skip_bad` left out.
     engine_choice_ : EngineChoice or None

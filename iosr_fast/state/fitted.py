@@ -12,6 +12,7 @@ from iosr_fast.scoring.precision import Precision
 from iosr_fast.state.engine_choice import EngineChoice
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.ids import example_id
+from iosr_fast.state.multi_label import MultiLabels
 from iosr_fast.state.state import ClassInfo, State
 from iosr_fast.utils.estimator import not_fitted
 
@@ -51,6 +52,12 @@ class FittedAttributes:
             return state.support
         rows = state.examples
         return MultiLabelSet(rows.embeddings, state.multi_label.labels, state.text, state.tau, rows.queries)
+
+    @property
+    def multi_label_(self) -> MultiLabels | None:
+        """After a fit with several labels a picture, the labels of the support images and the threshold of each class;
+        otherwise None."""
+        return self.snapshot().multi_label
 
     @property
     def method_(self) -> str:

@@ -29,7 +29,7 @@ NEW_CLASS = "pear"
 
 def make_files(folder: Path) -> None:
     """support/CLASS/ with 4 pictures each, validation/CLASS/ with 1, photos/ has others; others/ of no class; a.jpg to
-    e.jpg, labels.csv."""
+    e.jpg, labels.csv, several.csv."""
     pictures = load_pictures("held-out", min_styles=5)
     (folder / "others").mkdir(parents=True)
     for name in [name for name in pictures.names if name not in (*CLASSES, NEW_CLASS)][:6]:
@@ -50,6 +50,8 @@ def make_files(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pictures.images[row]).resize((160, 160)).save(path, quality=95)
     (folder / "labels.csv").write_text("path,label\nd.jpg,pear\ne.jpg,\n")
+    rows = ("a.jpg,banana; fruit", "b.jpg,melon; fruit", "c.jpg,", "d.jpg,banana", "e.jpg,melon")
+    (folder / "several.csv").write_text("\n".join(["path,labels", *rows]) + "\n")
     shutil.copy(pretrained.DEMO_ADAPTER, folder / "adapter.safetensors")
     for letter, name in zip("abc", ("banana", "melon", "tomato"), strict=True):
         shutil.copy(folder / "validation" / name / "4.jpg", folder / f"{letter}.jpg")

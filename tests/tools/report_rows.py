@@ -180,12 +180,14 @@ def evaluation() -> list[dict[str, Any]]:
         for method, mean, gap, lead in (("gda", 0.41234, 0.1, 0.05), ("auto", 0.41734, 0.03, 0.0))
     ]
     joint = {"bench": "joint", "method": "auto", "reducer": "auto", "shots": 4, "alone": 0.31234, "joint": 0.33234}
+    labels = {"bench": "labels", "method": "auto", "map_std": 0.00712, "images": 400}
     joint |= {"gain": 2.0, "few_gain": -0.125, "refused": 0, "few_refused": 3}
     return [
         *rows,
         {**overlap, **shared, "images": 2793},
         *({**shared, **summary, **row} for row in summaries),
         {**joint, **shared},
+        *({**labels, **shared, **row} for row in ({"shots": 2, "map": 0.1335}, {"shots": 8, "map": 0.2505})),
     ]
 
 

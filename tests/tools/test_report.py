@@ -153,6 +153,8 @@ def test_summaries_and_joint_rows_are_their_rows(results: Path) -> None:
     (row,) = (row for row in rows if row["bench"] == "joint")
     assert joint[0]["joint, %"] == f"{100 * row['joint']:.2f}" and near(joint[0]["few gain"], row["few_gain"])
     assert value(joint[0]["few refused"]) == row["few_refused"]
+    (labels,) = (lines for lines in all_lines if "8 shots, mAP in %" in lines[0])
+    assert [labels[0][f"{k} shots, mAP in %"] for k in (2, 8)] == ["13.35 ± 0.71", "25.05 ± 0.71"]
 
 
 def test_the_order_of_rows_changes_nothing(results: Path) -> None:

@@ -63,7 +63,7 @@ def _goals(part: Results) -> list[str]:
 
 def evaluation_tables(part: Results, link: str) -> list[str]:
     lines: list[str] = []
-    made = (accuracy_table, summary_table, joint_table, overlap_table, sweep_table)
+    made = (accuracy_table, summary_table, joint_table, labels_table, overlap_table, sweep_table)
     for bench, make in zip(EVALUATIONS, made, strict=True):
         for group in by_origin(part.rows.get(bench, [])):
             for data in sorted({str(row.get("data", "")) for row in group}):
@@ -143,6 +143,16 @@ def joint_table(summary: str, rows: Sequence[Row]) -> list[str]:
     for key in ("gain", "refused", "few_gain", "few_refused"):
         columns[words(key)] = [number(row[key]) for row in rows]
     return table(columns, summary, 2)
+
+
+def labels_table(summary: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each method: its mean average precision at each number of shots."""
+    shots = sorted({row["shots"] for row in rows})
+    cells = {(row["method"], row["shots"]): percent(row["map"], row["map_std"]) for row in rows}
+    methods = sorted({row["method"] for row in rows})
+    columns = {"method": methods}
+    columns |= {f"{k} shots, mAP in %": [cells.get((method, k), "") for method in methods] for k in shots}
+    return table(columns, summary, 1)
 
 
 def overlap_table(summary: str, rows: Sequence[Row]) -> list[str]:
