@@ -250,7 +250,8 @@ class Classifier(Optimizing, Uncertainty, Saving, DeprecatedCalls):
         **deprecated_parameters: Any,
     ) -> Self:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces), or
-        on a CSV file of path and label, or on several of both (labelled_images). All images in the folder
+        on a CSV file of path and label, or on several of both (labelled_images). With the column `labels` in place of
+        `label` pictures may have several, joined by ";", or none. All images in the folder
         `unknown_images` and below belong to none of the classes."""
         self._take_fit_arguments("fit_folder", (), deprecated_parameters)
         unknown = None if unknown_images is None else unknown_folder(unknown_images)

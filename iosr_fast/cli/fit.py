@@ -21,7 +21,8 @@ def fit(
         list[Path],
         typer.Argument(
             metavar="FOLDER ...",
-            help="One sub-folder of images for each class; or a .csv file of path and label, or several of both.",
+            help="One sub-folder of images for each class; or a .csv file of path and label (or of path and labels, "
+            "joined by ;, where pictures may have several), or several of both.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the classifier to.")],
@@ -115,6 +116,8 @@ def _describe_choice(classifier: Classifier) -> str:
     parameters = ", ".join(f"{name} {value:.4g}" for name, value in classifier.parameters_.items())
     choice = f"reducer {classifier.reducer_}{', ' if parameters else ''}{parameters}"
     tuned = classifier.tuned_
+    if classifier.multi_label_ is not None:
+        return f"{choice}; several labels a picture, biases and thresholds by leave-one-out"
     if tuned is None:
         return f"{choice} (given, or the method's defaults)"
     return f"{choice}: {tuned.summary()} ({tuned.seconds:.1f} s)"

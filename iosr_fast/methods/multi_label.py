@@ -26,6 +26,7 @@ from iosr_fast.utils.ranking import mean_average_precision
 SHRINKAGE = 4.0
 # The spread of the regression's logits where no class has two images; from the same concepts.
 _ONE_SHOT_SPREAD = 0.5
+_PAIRS = 1 << 21  # of image and class that weights are fitted to; if there are more, every n-th image is used
 _FIRM = 1e6  # a shrinkage that leaves only the common bias
 _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 
@@ -222,7 +223,8 @@ def _fit(
     units = {name: float(part.std()) or 1.0 for name, part in parts.items()}
     scaled = {name: part / units[name] for name, part in parts.items()}
     if used.any():
-        fit = fit_binary(list(scaled.values()), images.labels, used, SHRINKAGE)
+        some = slice(None, None, -(-images.labels.size // _PAIRS))
+        fit = fit_binary([part[some] for part in scaled.values()], images.labels[some], used, SHRINKAGE)
         factors, bias, loss = dict(zip(scaled, fit.weights.tolist(), strict=True)), fit.bias, fit.loss
     else:
         factors, bias, loss = _by_rule(scaled, images.labels)

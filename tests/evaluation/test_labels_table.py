@@ -10,7 +10,7 @@ from rich.console import Console
 from sklearn.metrics import average_precision_score, f1_score
 
 from iosr_fast import Embeddings
-from iosr_fast.clip.demo.pictures import held_out
+from iosr_fast.clip.demo.pictures import Pictures, held_out
 from iosr_fast.evaluation import labels_table
 from iosr_fast.evaluation.labels_table import RIVALS, PastedSource, image_f1, measure, paste, paste_pairs, run
 from iosr_fast.evaluation.selection import Options
@@ -21,9 +21,15 @@ from tests.methods.test_multi_label import images_of
 CONCEPTS = 6
 
 
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    return held_out()[0]
+
+
 @pytest.fixture
-def source(monkeypatch: pytest.MonkeyPatch) -> PastedSource:
+def source(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> PastedSource:
     """Six concepts, encoded by the mean colours of 4 x 4 tiles."""
+    monkeypatch.setattr(labels_table, "held_out", lambda: (pictures, None))
     monkeypatch.setattr(labels_table, "CONCEPTS", CONCEPTS)
     monkeypatch.setattr(labels_table, "QUERIES", 4)
     source = PastedSource((2, 4), range(2))
@@ -50,8 +56,7 @@ def test_an_image_holds_both_pictures() -> None:
     assert (above[4:28, 20:44] == 10).all() and (above[36:60, 20:44] == 90).all() and (above[:, :12] == 255).all()
 
 
-def test_each_concept_is_in_as_many_images_beside_another() -> None:
-    pictures, _ = held_out()
+def test_each_concept_is_in_as_many_images_beside_another(pictures: Pictures) -> None:
     rows = [np.flatnonzero(pictures.concepts == c)[:3] for c in range(8)]
     images, labels = paste_pairs(pictures, rows, 5, np.random.default_rng(0))
     assert images.shape == (20, 64, 64, 3) and images.dtype == np.uint8
@@ -117,9 +122,3 @@ def test_wrong_options_are_refused_before_any_work(
 def test_an_unknown_method_is_named(source: PastedSource) -> None:
     with pytest.raises(IosrFastError, match="expected --methods of rivals, auto"):
         run([source], Options(["nothing"]), Console())
-
-
-def test_the_encoder_is_the_demos() -> None:
-    clip, encode = PastedSource((2,), range(1))._encoder
-    rows = encode(held_out()[0].images[:2])
-    assert len(rows.plain) == 2 and rows.adapted is not None and clip.logit_scale > 1
