@@ -31,7 +31,7 @@ NEEDED = {
     "overlap": ("data", "embeddings", "overlap_area", "auroc", "feature_variance"),
     "summary": ("data", "method", "reducer", "at", "mean", "gap_mean", "gap_worst", "log_loss", "auto_ahead_worst"),
     "joint": ("data", "method", "reducer", "shots", "alone", "joint", "gain", "few_gain", "refused", "few_refused"),
-    "labels": ("data", "method", "shots", "map", "map_std", "classes", "images", "seeds"),
+    "labels": ("data", "method", "shots", "map", "map_std"),
     "block-sweep": ("first_adapted_block", "bottleneck", "cost", "test_accuracy"),
     "aot": ("kernel", "arch", "registers", "spills"),
 }
