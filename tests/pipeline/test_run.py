@@ -168,6 +168,8 @@ def test_an_engine_without_adapter_gives_plain_embeddings(
         def encode(self, pixels: np.ndarray) -> Embeddings:
             return Embeddings(open_engine(engine, threads=1).encode(pixels).plain)
 
+        encode_on_device = encode
+
     other = Path(shutil.copytree(engine, tmp_path / "engine"))
     manifest = rewrite_manifest(other, first_adapted_block=None)
     monkeypatch.setattr(runs, "open_engine", lambda *args, **kwargs: Plain())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,14 @@ class CountingEncoder(Encoder):
         return Embeddings(pixels.reshape(len(pixels), -1).mean(1, keepdims=True))
 
 
-STATE: Any = None
+STATE: Any = SimpleNamespace(multi_label=None)
 
 
 @pytest.fixture(autouse=True)
 def predictions_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "iosr_fast.pipeline.stream.predict",
-        lambda state, embeddings, top: [("seen", int(x)) for x in embeddings.plain[:, 0]],
+        lambda state, embeddings, top, keep: [("seen", int(x)) for x in embeddings.plain[:, 0]],
     )
 
 

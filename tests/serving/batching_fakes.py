@@ -82,6 +82,9 @@ class FakeState:
     def __init__(self, version: int, asked: list[tuple[list[int], int, int]]) -> None:
         self.version, self._asked = version, asked
 
+    def one_label(self, what: str, use: str) -> None:
+        """Each image has one."""
+
     def predict(
         self, embeddings: Embeddings, top: int = 5, nearest: int = 0, keep: float | None = None
     ) -> list[Prediction]:
