@@ -20,6 +20,7 @@ GAUSSIAN_SCORES = (
 )
 KEY_SCORES = ("nearest key",)
 REGRESSION_SCORES = ("regression", "regression margin")
+UNKNOWN_KEY = "nearest unknown key"
 # The least number of images of the largest class: models without one of each need a covariance, too.
 LEAST_FOR_GAUSSIANS = 3
 # The (N, N) system of the regression is solved for every fold, which takes a minute beyond this number of images.
@@ -29,15 +30,17 @@ BETA, RIDGE = 2.0, 0.2
 _ROWS = 1024
 
 
-def score_names(support: SupportSet, adapted: bool) -> tuple[str, ...]:
+def score_names(support: SupportSet, adapted: bool, unknown: Embeddings | None = None) -> tuple[str, ...]:
     """The scores that `KnownScores` gives for a support set, K names: those of the texts where fewer than two classes
-    have an image, else those of both."""
+    have an image, else those of both; and UNKNOWN_KEY if there are two `unknown` pictures or more."""
+    known_not = () if unknown is None or len(unknown) < 2 else (UNKNOWN_KEY,)
     if np.count_nonzero(support.counts) < 2:
-        return TEXT_SCORES
+        return TEXT_SCORES + known_not
     image: tuple[str, ...] = GAUSSIAN_SCORES if support.counts.max(initial=0) >= LEAST_FOR_GAUSSIANS else ()
     image += KEY_SCORES + (REGRESSION_SCORES if len(support.embeddings) <= MAX_REGRESSION else ())
     text = () if support.text is None else TEXT_SCORES
-    return text + image + (tuple(f"{name}, adapted" for name in image) if adapted else ())
+    of_adapted = tuple(f"{name}, adapted" for name in image) if adapted else ()
+    return text + image + of_adapted + known_not
 
 
 class KnownScores:
@@ -57,6 +60,7 @@ class KnownScores:
         nearest key            the largest cosine to a support image
         regression             max_c R_c, R the kernel ridge regression of the one-hot labels, exp(-2 (1 - cosine))
         regression margin      the largest R_c minus the second largest
+        nearest unknown key    minus the largest cosine to one of the `unknown` pictures, adapted where others are
 
     Those with G or P need three images of a class (LEAST_FOR_GAUSSIANS), those with R at most MAX_REGRESSION images.
 
@@ -64,11 +68,15 @@ class KnownScores:
     arXiv 2106.09022); nearest key (Sun et al., ICML 2022); largest logit (Hendrycks et al., ICML 2022). C >= 2.
     """
 
-    def __init__(self, support: SupportSet, names: tuple[str, ...]) -> None:
+    def __init__(self, support: SupportSet, names: tuple[str, ...], unknown: Embeddings | None = None) -> None:
         self.names, self.text, self.tau = names, support.text, support.tau
         parts = GAUSSIAN_SCORES[0] in names, REGRESSION_SCORES[0] in names
         embeddings: tuple[Which, ...] = ("plain", "adapted") if any("adapted" in name for name in names) else ("plain",)
-        if names == TEXT_SCORES:
+        self.unknown_which = embeddings[-1]
+        self.unknown_keys = None
+        if unknown is not None and UNKNOWN_KEY in names:
+            self.unknown_keys = image_rows(unknown, self.unknown_which, None).astype(np.float64)
+        if set(names) <= {*TEXT_SCORES, UNKNOWN_KEY}:
             embeddings = ()
         self.models = [(which, ImageModel(support, which, *parts)) for which in embeddings]
 
@@ -83,6 +91,9 @@ class KnownScores:
             columns += [logits.max(1), log_odds_of_largest(logits)]
         for which, model in self.models:
             columns += model.scores(image_rows(queries, which, None).astype(np.float64))
+        if self.unknown_keys is not None:
+            rows = image_rows(queries, self.unknown_which, None).astype(np.float64)
+            columns.append(-(rows @ self.unknown_keys.T).max(1))
         return np.stack(columns, axis=1)
 
 

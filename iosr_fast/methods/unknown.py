@@ -12,15 +12,17 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.known_scores import KnownScores, score_names
 from iosr_fast.methods.promise import check_share, folds_of, leave_out, rank_of, threshold
-from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.utils.ranking import auroc
 
 KEEP = 0.95
 # Halves of the classes that play the known ones, each in turn with the other half; for each, images of two folds.
 HALVES = 6
 HALF_FOLDS = 2
-# Of the discriminant that combines scores, in units of their mean variance.
+# Of the discriminant that combines scores, in units of their mean variance; of that which adds UNKNOWN_KEY, chosen on
+# validation images of two data sets between 0.03 and 0.3, which differ by up to a point with three unknown pictures.
 RIDGE = 0.03
+UNKNOWN_RIDGE = 0.3
 # The score that stands alone where nothing can be left out, another where that one is too expensive, and that of texts.
 ALONE = ("regression", "nearest key", "text softmax")
 Group = tuple[np.ndarray, np.ndarray]
@@ -34,6 +36,7 @@ class Unknown:
     names      of the K scores (KnownScores)
     weights    (K,) float64: known = scores @ weights + bias, in standard deviations of left-out support images
     left_out   (V,) float64, `known` of support images that were left out, extrapolated (LeftOut)
+    unknown_images  embeddings of pictures of none of the classes, if there are any
     auroc      of classes that were left out against left-out images of the others, by weights fitted on other halves
                of the classes; NaN where there are too few classes
 
@@ -55,10 +58,11 @@ class Unknown:
     bias: float
     left_out: np.ndarray
     auroc: float
+    unknown_images: Embeddings | None = field(default=None, repr=False)
 
     @cached_property
     def scorer(self) -> KnownScores:
-        return KnownScores(self.support, self.names)
+        return KnownScores(self.support, self.names, self.unknown_images)
 
     def score(self, queries: Embeddings) -> np.ndarray:
         """(B,) float64, higher for a picture that is less like the known classes; of left-out support images the mean
@@ -100,8 +104,11 @@ def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings 
         weights = (S_known + S_unknown + RIDGE tr / K I)^-1 (mean_known - mean_unknown)
 
     with S the covariance of the standardised scores (K, K) and tr the trace of both. In use they are standardised by
-    left-out images of all classes, whose combined scores also give the threshold. `unknown` are pictures of none of
-    the classes, if there are any: they count as much as all halves.
+    left-out images of all classes, whose combined scores also give the threshold.
+
+    `unknown` are pictures of none of the classes, from two on: minus the largest cosine to one of them is another score
+    (UNKNOWN_KEY), for unknown pictures themselves to another one. The same discriminant of two scores, the combined one
+    and this, weighs it by left-out images and these pictures; it is left out where either weight is not above 0.
 
     Where each class has one image or there are two classes, no weights can be fitted: the regression's score
     stands alone, and without left-out images nothing can be promised. Time: for each half and fold, and each fold of
@@ -121,21 +128,40 @@ def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings 
     >>> bool(kept.mean() > 0.8), bool(others.any())
     (True, False)
     """
-    names = score_names(support, adapted)
+    names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
     own = support.queries or support.embeddings
     left = leave_out(support, lambda others, rows: KnownScores(others, names)(own[rows]))
     if not len(left.rows):
-        return Unknown(support, names, _alone(names), 0.0, np.zeros(0), float("nan"))
+        return Unknown(support, all_names, _alone(all_names), 0.0, np.zeros(0), float("nan"), unknown)
     groups = list(_halves(support, own, names))
     weights, auroc_of_halves = _weights(groups) if groups else _alone(names), _held_out_auroc(groups)
-    if unknown is not None and len(unknown):
-        group = _standardised(left.values, KnownScores(support, names)(unknown))
-        weights = _weights([*groups, group], [0.5 / max(len(groups), 1)] * len(groups) + [0.5 if groups else 1.0])
     weights = weights / _deviations(left.values)
     known = left.extrapolated @ weights
+    if unknown is not None and all_names != names:
+        scorer = KnownScores(support, all_names, unknown)
+        weights, known = _with_unknown(scorer, weights, known, own[left.rows], unknown)
     deviation = float(known.std()) or 1.0
     bias = -float(known.mean()) / deviation
-    return Unknown(support, names, weights / deviation, bias, known / deviation + bias, auroc_of_halves)
+    left_out = known / deviation + bias
+    return Unknown(support, all_names, weights / deviation, bias, left_out, auroc_of_halves, unknown)
+
+
+def _with_unknown(
+    scorer: KnownScores, weights: np.ndarray, known: np.ndarray, left_out: Embeddings, unknown: Embeddings
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weights (K + 1,) with UNKNOWN_KEY, the last score of `scorer`, and the combined scores (V,) of left-out
+    images, from `weights` (K,) and `known` (V,) without it."""
+    keys = scorer.unknown_keys
+    assert keys is not None
+    cosines = keys @ keys.T
+    cosines[np.diag_indices(len(cosines))] = -np.inf
+    near = -(image_rows(left_out, scorer.unknown_which, None).astype(np.float64) @ keys.T).max(1)
+    pairs = np.stack([known, near], 1)
+    group = _standardised(pairs, np.stack([scorer(unknown)[:, :-1] @ weights, -cosines.max(1)], 1))
+    first, second = _weights([group], UNKNOWN_RIDGE) / _deviations(pairs)
+    if min(first, second) <= 0:
+        first, second = 1.0, 0.0
+    return np.append(first * weights, second), first * known + second * near
 
 
 def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: str | None) -> np.ndarray:
@@ -206,17 +232,16 @@ def _deviations(scores: np.ndarray) -> np.ndarray:
     return result
 
 
-def _weights(groups: Sequence[Group], shares: Sequence[float] | None = None) -> np.ndarray:
-    """The linear discriminant of `fit_unknown`, (K,), each group with its share."""
-    shares = [1.0 / len(groups)] * len(groups) if shares is None else shares
+def _weights(groups: Sequence[Group], ridge: float = RIDGE) -> np.ndarray:
+    """The linear discriminant of `fit_unknown`, (K,), in which all groups count the same."""
     means, covariance = [], np.zeros((groups[0][0].shape[1],) * 2)
     for side in (0, 1):
-        mean = sum(share * group[side].mean(0) for share, group in zip(shares, groups, strict=True))
-        for share, group in zip(shares, groups, strict=True):
+        mean = np.mean([group[side].mean(0) for group in groups], axis=0)
+        for group in groups:
             centred = group[side] - mean
-            covariance += share * (centred.T @ centred) / len(centred)
+            covariance += (centred.T @ centred) / len(centred) / len(groups)
         means.append(mean)
-    covariance[np.diag_indices(len(covariance))] += RIDGE * np.trace(covariance) / len(covariance)
+    covariance[np.diag_indices(len(covariance))] += ridge * np.trace(covariance) / len(covariance)
     weights: np.ndarray = np.linalg.solve(covariance, means[0] - means[1])
     return weights
 

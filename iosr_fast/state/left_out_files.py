@@ -39,7 +39,7 @@ def with_left_out(state: State, read: Callable[[str], bytes | None]) -> State:
     if content is None:
         return state
     try:
-        arrays = parse_arrays(content, LEFT_OUT_ARRAYS, {"K": len(score_names(state.support, state.needs_adapted))})
+        arrays = parse_arrays(content, LEFT_OUT_ARRAYS, {"K": len(_names(state))})
         return state.knowing(_unknown(state, arrays), _labels(arrays, len(state.uids)))
     except ValueError as error:
         raise DamagedFileError(f"{LEFT_OUT}: {error}") from error
@@ -51,8 +51,12 @@ def _unknown(state: State, arrays: Mapping[str, np.ndarray]) -> Unknown | None:
     if len(arrays["bias"]) != 1 or len(arrays["auroc"]) > 1:
         raise IosrFastError(f"expected one bias and auroc, got {len(arrays['bias'])} and {len(arrays['auroc'])}")
     auroc = float(arrays["auroc"][0]) if len(arrays["auroc"]) else float("nan")
-    names = score_names(state.support, state.needs_adapted)
-    return Unknown(state.support, names, arrays["weights"], float(arrays["bias"][0]), arrays["left_out"], auroc)
+    numbers = arrays["weights"], float(arrays["bias"][0]), arrays["left_out"], auroc
+    return Unknown(state.support, _names(state), *numbers, state.unknown_images)
+
+
+def _names(state: State) -> tuple[str, ...]:
+    return score_names(state.support, state.needs_adapted, state.unknown_images)
 
 
 def _labels(arrays: Mapping[str, np.ndarray], n_classes: int) -> LeftOutLabels | None:

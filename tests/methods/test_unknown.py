@@ -165,10 +165,38 @@ def test_real_unknown_pictures_sharpen() -> None:
         return Embeddings(unit(CENTRES[one] + CENTRES[other] + 0.3 * rng.standard_normal((n, WIDTH))))
 
     known, far = images_of(np.repeat(np.arange(CLASSES), 30), 3), between(400)
-    alone, sharpened = (fit_unknown(support, unknown=extra) for extra in (None, between(60)))
+    alone, sharpened = (fit_unknown(support, unknown=extra) for extra in (None, between(200)))
     before, after = (auroc(-fitted.score(known), -fitted.score(far)) for fitted in (alone, sharpened))
     assert after > before + 0.01, (before, after)
     assert (fit_unknown(support, unknown=between(0)).weights == alone.weights).all()
+
+
+def test_unknown_pictures_that_come_again_are_recognised() -> None:
+    """A few unknown classes whose pictures come again; a picture alone, and none, change nothing."""
+    support = support_of(6, text=False)
+    strange = np.arange(CLASSES, CLASSES + 3)
+    labels = np.repeat(np.arange(2 * CLASSES), 30)
+    values = images_of(labels, 3)
+    alone = fit_unknown(support)
+    taught = fit_unknown(support, unknown=images_of(np.repeat(strange, 8), 4))
+    known, again = labels < CLASSES, np.isin(labels, strange)
+    before, after = (auroc(-fitted.score(values)[known], -fitted.score(values)[again]) for fitted in (alone, taught))
+    assert after > before + 0.3 * (1.0 - before), (before, after)
+    kept = (taught.score(values)[known] <= taught.threshold(0.9)).mean()
+    assert abs(kept - 0.9) < 0.07, kept
+    assert taught.names == (*alone.names, "nearest unknown key") and (taught.weights[-2:] > 0).all()
+    assert (fit_unknown(support, unknown=images_of(strange[:1], 4)).weights == alone.weights).all()
+
+
+def test_the_score_of_unknown_pictures_in_float64() -> None:
+    support, pictures = support_of(4, adapted=True), images_of(np.arange(CLASSES, CLASSES + 5), 4, True)
+    queries = images_of(np.arange(2 * CLASSES), 2, True)
+    for which, adapted in (("plain", False), ("adapted", True)):
+        names = score_names(support, adapted, pictures)
+        column = KnownScores(support, names, pictures)(queries)[:, -1]
+        rows, keys = (getattr(part, which).astype(np.float64) for part in (queries, pictures))
+        expected = [-max(float(x @ key) for key in keys) for x in rows]
+        assert names[-1] == "nearest unknown key" and column == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("shots", "classes"), [(1, CLASSES), (4, 2), (1, 2)])

@@ -273,7 +273,10 @@ def unknown_support(rng: np.random.Generator, shots: int, text: bool, classes: i
 def test_the_unknown_score_is_that_of_numpy(
     shots: int, text: bool, adapted: bool, classes: int, rng: np.random.Generator
 ) -> None:
-    unknown = fit_unknown(unknown_support(rng, shots, text, classes), adapted)
+    support = unknown_support(rng, shots, text, classes)
+    pictures = random_embeddings(rng, 5, 24) if shots == 5 else None
+    unknown = fit_unknown(support, adapted, pictures)
+    assert ("nearest unknown key" in unknown.names) == (shots == 5)
     assert unknown_inputs(unknown) == (["PLAIN", "ADAPTED"] if adapted else ["PLAIN"])
     graph = unknown_model(unknown)
     queries = random_embeddings(rng, 40, 24)
@@ -289,7 +292,7 @@ def test_the_unknown_score_is_that_of_numpy(
 def test_every_score_has_its_term(rng: np.random.Generator) -> None:
     """Each score alone, with weight 1."""
     support, queries = unknown_support(rng, 4, True), random_embeddings(rng, 12, 24)
-    fitted = fit_unknown(support, adapted=True)
+    fitted = fit_unknown(support, adapted=True, unknown=random_embeddings(rng, 4, 24))
     for i, name in enumerate(fitted.names):
         alone = replace(fitted, weights=np.eye(len(fitted.names))[i], bias=0.0)
         inputs = {"PLAIN": queries.plain, "ADAPTED": queries.adapted}

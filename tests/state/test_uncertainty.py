@@ -131,7 +131,7 @@ def test_unknown_images_teach_what_is_unknown(taught: Classifier, queries: tuple
     unknown = PixelEncoder().encode(images[labels >= CLASSES + 2])
     expected = fit_unknown(taught.support_, unknown=unknown)
     assert taught.unknown_.weights == pytest.approx(expected.weights, abs=1e-4)
-    assert taught.unknown_.weights != pytest.approx(fit_unknown(taught.support_).weights, abs=1e-4)
+    assert taught.unknown_.names[-1] == "nearest unknown key" and taught.unknown_.weights[-1] > 0
     assert taught.predict(images).tolist() == small_classifier(**GDA).predict(images).tolist()
     taught.add_class("new", images[labels == CLASSES])  # the change keeps them
     assert taught.unknown_.weights == pytest.approx(fit_unknown(taught.support_, unknown=unknown).weights, abs=1e-4)
@@ -151,6 +151,12 @@ def test_unknown_images_are_saved_as_embeddings(taught: Classifier, queries: Any
     assert fingerprint(snapshot) == fingerprint(loaded)
     assert loaded.learnt("unknown") is None
     assert (loaded.unknown.weights == taught.unknown_.weights).all()
+    rows = PixelEncoder().encode(queries[0])
+    expected = taught.unknown_score(queries[0])
+    taught.save(tmp_path / "used")
+    used = load_bundle(tmp_path / "used").state
+    assert used.learnt("unknown") is not None
+    np.testing.assert_array_equal(used.unknown.score(rows), expected)
     with pytest.raises(IosrFastError, match=r"with 10 unknown images: expected unknown_images.*got none"):
         taught.optimize([], [])
 

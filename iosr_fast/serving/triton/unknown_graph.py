@@ -6,7 +6,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.known_scores import BETA, GaussianModel, ImageModel
+from iosr_fast.methods.known_scores import BETA, UNKNOWN_KEY, GaussianModel, ImageModel
 from iosr_fast.methods.unknown import Unknown
 from iosr_fast.serving.triton.configs import UNKNOWN_SCORE
 from iosr_fast.serving.triton.graph import Graph
@@ -23,6 +23,7 @@ def unknown_inputs(unknown: Unknown) -> list[str]:
     scorer = unknown.scorer
     read = {"plain"} if scorer.text is not None else set()
     read |= {which for which, _ in scorer.models}
+    read |= set() if scorer.unknown_keys is None else {scorer.unknown_which}
     return [name.upper() for name in ("plain", "adapted") if name in read]
 
 
@@ -31,7 +32,8 @@ def unknown_model(unknown: Unknown) -> bytes:
 
     Scores that are weighted and added take one term for each product: all that have a Gaussian's precision share one
     quadratic form x' M x, and queries are centred before it, so that nothing large cancels. Constants, for N support
-    images of C classes: (C + D + N) D + N C numbers for each embedding. Raises ValueError if they take 2 GB or more.
+    images of C classes: (C + D + N) D + N C numbers for each embedding, and unknown pictures. Raises ValueError if they
+    take 2 GB or more.
     """
     return _UnknownGraph(unknown).model()
 
@@ -83,6 +85,11 @@ class _UnknownGraph:
             self._largest_and_odds("text", logits, self.weights["text cosine"], self.weights["text softmax"])
         for which, model in self.scorer.models:
             self._image_terms(which, model)
+        if self.scorer.unknown_keys is not None and self.weights[UNKNOWN_KEY]:
+            keys, x = self._float("unknown_keys", self.scorer.unknown_keys), self.scorer.unknown_which.upper()
+            cosines = graph.add("Gemm", x, keys, name="unknown_cosines", transB=1)
+            largest = graph.add("ReduceMax", cosines, self._integers("unknown_axis", [1]), name="unknown_nearest")
+            self._add(largest, -self.weights[UNKNOWN_KEY])
         total = self._float("bias", [[self.unknown.bias]])
         for i, term in enumerate(self._terms):
             total = graph.add("Add", total, term, name=f"total_{i}")
