@@ -108,7 +108,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmark.py all --out build/bench
 
 # PYTHON of gpu-check is the machine's, with PyTorch; GPU_PYTHON builds the modules that are carried there.
-GPU_PYTHON ?= $(shell command -v python3.12)
+GPU_PYTHON ?=
 CALL ?= parity
 OUT ?= benchmarks/results
 

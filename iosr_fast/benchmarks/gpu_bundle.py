@@ -33,23 +33,21 @@ FACTS = "bundle.json"
 def make(root: Path, version: str = "3.12", python: str | None = None, architectures: str = "80-real;90") -> Path:
     """Collect the bundle of a source tree for Python `version` ("3.12") on x86-64 Linux; its folder.
 
-    The modules are built by `python`, an interpreter of that version with its headers (None: pythonVERSION on PATH);
-    without one they are left out, and make gpu-check builds them on the machine. `architectures` are CMake's, for
-    _C_cuda, which takes nvcc. Raises IosrFastError for an interpreter of another version and for a bundle over 20 MB,
-    CalledProcessError if pip or the build fails.
+    The modules are built by `python`, an interpreter of that version with its headers (None: one that is found on PATH
+    or among pyenv's); without one they are left out, and make gpu-check builds them on the machine. `architectures` are
+    CMake's, for _C_cuda, which takes nvcc. Raises IosrFastError for an interpreter of another version and for a bundle
+    over 20 MB, CalledProcessError if pip or the build fails.
     """
-    python = python or shutil.which(f"python{version}")
-    if python is not None:
-        got = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, check=True).stdout.strip()
-        if got != version:
-            raise IosrFastError(f"expected a Python {version} to build modules with, got {python}, which is {got}")
+    if python is not None and (got := _version_of(python)) != version:
+        raise IosrFastError(f"expected a Python {version} to build modules with, got {python}, which is {got}")
+    python = python or _find(version)
     folder = root / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "modules").mkdir(parents=True)
     _install(root, folder / "site", version)
     left_out = []
     if python is None:
-        left_out.append(f"extension modules: python{version} is not on PATH; make gpu-check builds them on the machine")
+        left_out.append(f"extension modules: no python{version} is found; make gpu-check builds them on the machine")
     else:
         left_out += _build(root, folder, python, architectures)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -75,6 +73,23 @@ def make(root: Path, version: str = "3.12", python: str | None = None, architect
 
 
 _VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
+
+
+def _version_of(python: str) -> str:
+    """ "3.12" of an interpreter, or "no Python that runs"."""
+    try:
+        done = subprocess.run([python, "-c", _VERSION], capture_output=True, text=True, check=False)
+    except OSError:
+        return "no Python that runs"
+    return done.stdout.strip() if done.returncode == 0 else "no Python that runs"
+
+
+def _find(version: str) -> str | None:
+    """An interpreter of that version: on PATH, where a shim of pyenv may not run, or among pyenv's."""
+    installed = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python{version}"), reverse=True)
+    there = shutil.which(f"python{version}")
+    places = [*([there] if there else []), *map(str, installed)]
+    return next((python for python in places if _version_of(python) == version), None)
 
 
 def _install(root: Path, site: Path, version: str) -> None:

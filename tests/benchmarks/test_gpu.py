@@ -266,10 +266,9 @@ def test_a_bundle_without_its_python_says_what_is_missing(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_bundle.subprocess, "run", Commands())
+    monkeypatch.setattr(gpu_bundle.Path, "home", lambda: tree)
     facts = json.loads((gpu_bundle.make(tree) / "bundle.json").read_text())
-    assert (
-        facts["modules"] == [] and "left out: extension modules: python3.12 is not on PATH" in capsys.readouterr().out
-    )
+    assert facts["modules"] == [] and "left out: extension modules: no python3.12 is found" in capsys.readouterr().out
     with pytest.raises(
         ValueError, match=r"expected a Python 3.13 to build modules with, got /opt/python, which is 3.12"
     ):
@@ -277,6 +276,18 @@ def test_a_bundle_without_its_python_says_what_is_missing(
     monkeypatch.setattr(gpu_bundle.subprocess, "run", Commands(module_bytes=11_000_000))
     with pytest.raises(ValueError, match=r"at most 20 MB, got 22.0; the largest file is modules/_C"):
         gpu_bundle.make(tree, "3.12", "/opt/python3.12")
+
+
+def test_a_shim_that_does_not_run_is_passed_over(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyenv puts a python3.12 on PATH that fails unless that version is selected."""
+    shim, real = tree / "shim", tree / ".pyenv" / "versions" / "3.12.1" / "bin" / "python3.12"
+    real.parent.mkdir(parents=True)
+    for path, line in ((shim, "exit 127"), (real, "echo 3.12")):
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    monkeypatch.setattr(gpu_bundle.Path, "home", lambda: tree)
+    monkeypatch.setattr(gpu_bundle.shutil, "which", lambda name: str(shim))
+    assert gpu_bundle._find("3.12") == str(real) and gpu_bundle._find("3.13") is None
 
 
 def test_a_bundle_is_used_by_its_own_python_alone(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
