@@ -19,11 +19,15 @@ import numpy as np
 import typer
 
 from iosr_fast.benchmarks.devices import Device
-from iosr_fast.kernels import launch
-from iosr_fast.kernels.launch import Config
 from iosr_fast.utils import command
 from iosr_fast.utils.require import require
-from tools.rank_kernels import BATCHES, CANDIDATES_FILE, MOST  # makes iosr_fast.kernels importable
+from tools.source_tree import use_source_tree
+
+use_source_tree()
+
+from iosr_fast.kernels import launch  # noqa: E402
+from iosr_fast.kernels.launch import Config  # noqa: E402
+from tools.rank_kernels import BATCHES, CANDIDATES_FILE, MOST  # noqa: E402
 
 _UNIFORM, _RAGGED = [[16] * 1000, [16] * 100], [[1, 2, 60] * 250, [33, 7, 0, 24] * 100, [4000] * 4]
 COUNTS = {

@@ -316,6 +316,20 @@ def test_the_build_takes_nvcc_where_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     assert gpu_parts.build_environment() == {"IOSR_FAST_CUDA": "0"}
 
 
+def test_modules_that_can_not_be_loaded_are_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {"iosr_fast._C": None, "iosr_fast._C_cuda": None}
+
+    def load(name: str) -> None:
+        if modules[name] is not None:
+            raise ImportError("version `GLIBC_2.41' not found")
+
+    monkeypatch.setattr(gpu_parts.importlib, "import_module", load)
+    build = gpu_parts.parts(False, "tables")[1]
+    assert gpu._left_out(build, False) == "both extension modules for this Python are there"
+    modules["iosr_fast._C_cuda"] = "too new"  # type: ignore[assignment]
+    assert gpu._left_out(build, False) is None
+
+
 def test_gpu_tests_are_counted_from_lines_that_a_killed_run_has() -> None:
     lines = [
         "tests/a.py::test_one PASSED                 [ 10%]",
@@ -535,6 +549,15 @@ def test_parity_is_a_table_of_errors(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(score, "error_of", lambda *_: float("nan"))
     parity.run("rehearsal")
     assert "WRONG: case q3-k8-d16-c3 impl torch precision fp32 error nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", ["tune_kernels", "rank_kernels"])
+def test_tools_for_kernels_start_where_nothing_is_installed(tool: str) -> None:
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+    code += f"from tools import {tool}; print({tool}.Config.__module__)"
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.stdout == "iosr_fast.kernels.launch\n", done.stderr
 
 
 def test_the_package_is_found_in_a_source_tree_alone(tmp_path: Path) -> None:
