@@ -56,6 +56,11 @@ def saved(
     from iosr_fast.state.unknown_images import unknown_folder
     from iosr_fast.utils.files import new_file as written
 
+    if not classifier.is_dir():
+        raise FileNotFoundError(
+            "expected the folder of a saved classifier, or one of the commands features, demo and paper, found no "
+            f"folder {classifier}"
+        )
     paths, labels, names = labelled_images(images)
     others = [] if unknown_images is None else unknown_folder(unknown_images)
     loaded = Classifier.load(classifier, runtime=runtime).set_params(progress=True)

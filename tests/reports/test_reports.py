@@ -38,7 +38,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     names[7] = NAMES[3]
     classifier = Classifier(method="gda", alpha=1.0).fit(images, names)
     monkeypatch.setattr(Classifier, "load", classmethod(lambda *_, **__: classifier))
-    (tmp_path / "unlabelled").mkdir()
+    for name in ("unlabelled", "classifier"):
+        (tmp_path / name).mkdir()
     for i, image in enumerate(pictures(np.random.default_rng(4), 6, 3)[0]):
         Image.fromarray(image).save(tmp_path / "unlabelled" / f"{i}.png")
     return tmp_path
@@ -146,7 +147,9 @@ def test_labels_of_no_class_are_refused_before_an_image_is_read(
     assert "expected pictures of none of the classes" in refused(
         "evaluate", place / "classifier", labelled, "--unknown", place / "engine"
     )
-    assert "found no folder" in refused("evaluate", place / "classifier", place / "none")
+    assert "found no folder" in refused("evaluate", place, place / "none")
+    said = refused("evaluate", "featurs", "x.npz")
+    assert "one of the commands features, demo and paper, found no folder featurs" in said
 
 
 def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
