@@ -25,9 +25,11 @@ import typer
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.kernels import sass
 from iosr_fast.kernels.launch import PRECISIONS, Config, Load, config_for, dense_config
+from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.require import require
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TMA_ARCHITECTURES = (90, 100)  # of them; the others take pointers
 WIDTH = 512
 SHOTS = 16  # per class
 
@@ -63,13 +65,14 @@ _TENSOR_CORE_PTX = (
 
 def kernel_names() -> list[str]:
     """The kernels of compile_ahead: path and load ("dense/many"), or path and way of loading ("aligned/tma",
-    "aligned/pointers"), or "merge" and "digits", which have no product. few has the cache term alone, few-terms all.
+    "aligned/pointers"); few has the cache term alone, few-terms all terms; "merge", "digits"
+    and "parts" have no product.
 
     dense has float16 values with float16 and int8 keys; dense-float has float32 ones, as plans do.
     """
     loads = [f"{name}/{load}" for name in ("affine", "dense", "dense-float") for load in ("few", "many")]
-    ways = [f"{name}/{way}" for name in ("few", "few-terms", "aligned", "ragged") for way in ("tma", "pointers")]
-    return [*ways, *loads, "merge", "digits"]
+    ways = [f"{name}/{way}" for name in ("aligned", "ragged") for way in ("tma", "pointers")]
+    return ["few", "few-terms", *ways, *loads, "merge", "digits", "parts"]
 
 
 def compile_ahead(
@@ -77,12 +80,21 @@ def compile_ahead(
 ) -> list[dict[str, Any]]:
     """Compile kernels for compute capability arch / 10 and report each one's resources, with D = 512.
 
-    Returns rows of {kernel, precision, arch, registers (per thread), spills (bytes of local memory and stack per
-    thread), shared_bytes (per block), tensor_core_instruction ("mma.sync HMMA.16816.F32": of the PTX and of the machine
-    code; "" for none), tile [queries, keys, channels, warps], instructions of a warp for a tile by kind (sass.KINDS,
-    and "all")}. affine, merge and digits are float32 only, dense-float is for float16 and int8 keys. Raises ImportError
-    without Triton, ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET,
-    which compiles nothing.
+    Returns rows of
+
+    kernel, precision, arch, triton (its version)
+    registers                per thread
+    spills                   bytes of local memory and stack per thread
+    shared_bytes             per block
+    tensor_core_instruction  "mma.sync HMMA.16816.F32": of the PTX and of the machine code; "" for none
+    tile                     [queries, keys, channels, warps]; None without a product
+    instructions             of a warp for a tile, by kind (sass.KINDS, and "all")
+    sums                     those of them outside of the loop over channels; few if the compiler has unrolled that loop
+
+    Kernels with descriptors have rows for TMA_ARCHITECTURES only. affine is for float32 and float16 queries,
+    dense-float for float16 and int8 keys; merge, digits and parts are float32 only. Raises ImportError without Triton,
+    ValueError for an unknown kernel, precision or architecture, RuntimeError under TRITON_INTERPRET, which compiles
+    nothing.
     """
     require("triton", "gpu")
     from triton import knobs
@@ -99,16 +111,22 @@ def compile_ahead(
             if name not in allowed:
                 raise IosrFastError(f"expected {what} of {', '.join(map(str, allowed))}, got {name!r}")
     rows = []
+    version = package_version("triton")
     for kernel in chosen:
+        if kernel.endswith("/tma") and arch not in TMA_ARCHITECTURES:
+            continue
         for precision in _precisions(kernel, precisions):
-            rows.append({"kernel": kernel, "precision": precision, "arch": arch} | _compile(kernel, precision, arch))
+            row = {"kernel": kernel, "precision": precision, "arch": arch, "triton": version}
+            rows.append(row | _compile(kernel, precision, arch))
     return rows
 
 
 def _precisions(kernel: str, precisions: Sequence[str]) -> Sequence[str]:
-    if kernel.startswith(("affine", "merge", "digits")):
+    only = {"affine": ("fp32", "fp16"), "dense-float": ("fp16", "int8"), "merge": (), "digits": (), "parts": ()}
+    name = kernel.partition("/")[0]
+    if name in only and not only[name]:
         return ("fp32",)
-    return [name for name in precisions if name in ("fp16", "int8")] if kernel.startswith("dense-float") else precisions
+    return [precision for precision in precisions if precision in only.get(name, PRECISIONS)]
 
 
 @dataclass(frozen=True)
@@ -134,15 +152,19 @@ def _specification(kernel: str, precision: str, arch: int, given: Config | None 
 
     if kernel == "merge":
         return _Specification(cache_kernels.merge_kernel, {"BLOCK_B": 128})
-    if kernel == "digits":
-        return _Specification(cache_kernels.digits_kernel, {"WIDTH": WIDTH, "BLOCK_D": WIDTH})
-    name, way = kernel.split("/")
+    if kernel in ("digits", "parts"):
+        function = cache_kernels.digits_kernel if kernel == "digits" else cache_kernels.parts_kernel
+        return _Specification(function, {"WIDTH": WIDTH, "BLOCK_D": WIDTH}, query="*fp32")
+    name, _, way = kernel.partition("/")
     load: Load = "few" if "few" in (name, way) or name == "few-terms" else "many"
-    terms = {"PITCH": 2 * WIDTH, **dict.fromkeys(("HAS_TEXT", "HAS_LINEAR", "HAS_BIAS"), True)}
+    parts = 2 if name == "affine" and precision == "fp32" and load == "many" else 1
+    terms = {"PITCH": 2 * WIDTH, "QUERY_PARTS": parts}
+    terms |= {"HAS_TEXT": True, "HAS_LINEAR": name != "affine", "HAS_BIAS": True}
     has = {"WIDTH": WIDTH, "HAS_WEIGHTS": True, "HAS_SCALES": precision == "int8"}
     if name == "affine":
         config = given or config_for("default", "affine", "fp32", load)
-        return _Specification(cache_kernels.affine_kernel, {"WIDTH": WIDTH} | terms | config.meta(), config, 3, "*fp32")
+        products = 3 if precision == "fp32" else 2
+        return _Specification(cache_kernels.affine_kernel, {"WIDTH": WIDTH} | terms | config.meta(), config, products)
     if name.startswith("dense"):
         config = given or dense_config("default", precision, load, name == "dense-float")
         return _Specification(
@@ -152,12 +174,15 @@ def _specification(kernel: str, precision: str, arch: int, given: Config | None 
     path = "few" if few else name
     config = given or config_for("default", f"{path}-tma" if tma else path, precision, load)
     products = {"fp32": 3, "int8": 2}.get(precision, 1)
-    constants = has | (terms if name == "few-terms" else dict.fromkeys(terms, False) | {"PITCH": 0}) | config.meta()
+    constants = (
+        has
+        | (terms if name == "few-terms" else dict.fromkeys(terms, False) | {"PITCH": 0, "QUERY_PARTS": 1})
+        | config.meta()
+    )
     constants.pop("SWAP")
     constants |= {"SHOTS": SHOTS if name == "aligned" else 0, "SPLIT": name != "aligned", "FEW": few, "TMA": tma}
     constants["BLOCK_C"] = config.block_n // SHOTS if name == "aligned" else 16
-    query_tma = tma and (precision == "int8" or not few)
-    descriptors = (("query",) if query_tma else ()) + (("keys",) if tma else ())
+    descriptors = ("query", "keys") if tma else ()
     query = "*i8" if precision == "int8" else "*fp32" if few else _QUERY[precision]
     return _Specification(cache_kernels.cache_kernel, constants, config, products, query, descriptors)
 
@@ -171,7 +196,9 @@ def _compile(kernel: str, precision: str, arch: int, given: Config | None = None
     constants = dict(made.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     values = "*fp32" if kernel.startswith("dense-float") else _VALUES[precision]
-    special = {"query": made.query or _QUERY[precision], "keys": _KEYS[precision], "values": values}
+    rows = "*fp16" if made.constants.get("QUERY_PARTS") == 2 or precision == "fp16" else "*fp32"
+    parts = {"parts": "*fp16"} | dict.fromkeys(("plain", "feature"), rows)
+    special = parts | {"query": made.query or _QUERY[precision], "keys": _KEYS[precision], "values": values}
     signature, attributes = {}, {}
     for position, name in enumerate(made.function.arg_names):
         if name in constants:
@@ -180,10 +207,10 @@ def _compile(kernel: str, precision: str, arch: int, given: Config | None = None
             signature[name] = "fp32"
         elif name in made.descriptors:
             assert made.config is not None
-            rows = made.config.block_b if name == "query" else made.config.block_n
-            signature[name] = f"tensordesc<{special[name][1:]}[{rows}, {made.config.block_d}]>"
+            block = made.config.block_b if name == "query" else made.config.block_n
+            signature[name] = f"tensordesc<{special[name][1:]}[{block}, {made.config.block_d}]>"
         else:
-            signature[name] = (special | _POINTERS).get(name, "i32")
+            signature[name] = (_POINTERS | special).get(name, "i32")
             # As in launches: torch aligns memory to at least 16 bytes, and C = 1000 or V = 1000 isn't divisible.
             if signature[name].startswith("*"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
@@ -194,16 +221,17 @@ def _compile(kernel: str, precision: str, arch: int, given: Config | None = None
 
 
 def _of_a_tile(made: _Specification, counts: sass.Counts) -> dict[str, Any]:
-    """{"tile": (queries, keys, channels, warps), "instructions": of a warp for a tile of WIDTH channels, by kind}."""
+    """{"tile", "instructions", "sums"} as compile_ahead describes them."""
     config = made.config
     if config is None:
-        return {"tile": None, "instructions": counts.tile}
+        return {"tile": None, "instructions": counts.tile, "sums": None}
     step = config.block_b * config.block_n * config.block_d * made.products
     # 1, or the number of steps that the compiler has unrolled. tcgen05's instructions don't say what they multiply.
     unrolled = max(1, counts.multiplied * config.num_warps // step)
     repeats = max(1.0, WIDTH / config.block_d / unrolled)
     whole = {kind: round(repeats * counts.step[kind]) + counts.tile[kind] for kind in counts.step}
-    return {"tile": [config.block_b, config.block_n, WIDTH, config.num_warps], "instructions": whole}
+    tile = [config.block_b, config.block_n, WIDTH, config.num_warps]
+    return {"tile": tile, "instructions": whole, "sums": counts.tile["all"]}
 
 
 def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:

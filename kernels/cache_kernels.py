@@ -17,6 +17,7 @@ from iosr_fast.kernels.tiles import (
     affinities,
     digit_products,
     dot_products,
+    low_part,
     operand,
     place,
     query_rows,
@@ -37,6 +38,7 @@ def affine_kernel(
     linear_scale,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
+    QUERY_PARTS: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -64,6 +66,7 @@ def affine_kernel(
         linear_scale,
         WIDTH,
         PITCH,
+        QUERY_PARTS,
         HAS_TEXT,
         HAS_LINEAR,
         HAS_BIAS,
@@ -72,6 +75,19 @@ def affine_kernel(
     )
     at = logits + rows[:, None].to(tl.int64) * n_classes + classes[None, :]
     tl.store(at, value, mask=(rows < n_queries)[:, None] & (classes < n_classes)[None, :])
+
+
+@triton.jit
+def parts_kernel(query, parts, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Two float16 parts of a float32 query, side by side: query = high + low * PART. parts is (B, 2 D)."""
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK_D)
+    inside = channels < WIDTH
+    q = tl.load(query + row * WIDTH + channels, mask=inside, other=0.0)
+    at = parts + row * (2 * WIDTH) + channels
+    high = q.to(tl.float16)
+    tl.store(at, high, mask=inside)
+    tl.store(at + WIDTH, low_part(q, high), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_queries"])
@@ -118,6 +134,7 @@ def cache_kernel(
     linear_scale,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
+    QUERY_PARTS: tl.constexpr,
     SHOTS: tl.constexpr,
     SPLIT: tl.constexpr,
     FEW: tl.constexpr,
@@ -134,8 +151,8 @@ def cache_kernel(
 ):
     """logits += alpha * sums of affinities by class; with FEW, which is for few queries, logits = affine terms + that.
 
-    A tile is BLOCK_B queries and an item of at most BLOCK_N keys. Each program takes tiles in turn, so that the keys of
-    the next one are loaded while the last one is summed. With SHOTS, an item is BLOCK_N // SHOTS classes of SHOTS keys.
+    A tile is BLOCK_B queries and an item of at most BLOCK_N keys. With TMA a program takes several tiles in turn, and
+    loads the next one while it sums the last. With SHOTS, an item is BLOCK_N // SHOTS classes of SHOTS keys.
     Otherwise it is a row of `items` (layout.py): up to BLOCK_C whole classes, or with SPLIT a piece of one class, whose
     sum goes to row `slot` of partial (n_slots, B).
 
@@ -144,7 +161,7 @@ def cache_kernel(
     """
     n_blocks = tl.cdiv(n_queries, BLOCK_B)
     own = tl.arange(0, BLOCK_C)
-    for tile in tl.range(tl.program_id(0), n_blocks * n_items, tl.num_programs(0), flatten=TMA and not FEW):
+    for tile in tl.range(tl.program_id(0), n_blocks * n_items, tl.num_programs(0), flatten=TMA):
         block, column = place(tile, n_blocks, n_items)
         rows, read = query_rows(block, n_queries, BLOCK_B)
         first_key = column * BLOCK_N if SHOTS > 0 else tl.load(items + column * 5)
@@ -166,9 +183,7 @@ def cache_kernel(
                 TMA,
             )
         else:
-            dots = dot_products(
-                query, keys, block * BLOCK_B, read, first_key, key_rows, WIDTH, BLOCK_D, FEW, TMA and not FEW, TMA
-            )
+            dots = dot_products(query, keys, block * BLOCK_B, read, first_key, key_rows, WIDTH, BLOCK_D, FEW, TMA)
         rest = affinities(dots, key_rows, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
         if SHOTS > 0:
             sums = tl.sum(tl.reshape(rest, (BLOCK_B, BLOCK_C, SHOTS)), axis=2)
@@ -218,10 +233,11 @@ def cache_kernel(
                 linear_scale,
                 WIDTH,
                 PITCH,
+                QUERY_PARTS,
                 HAS_TEXT,
                 HAS_LINEAR,
                 HAS_BIAS,
-                BLOCK_D,
+                BLOCK_D if BLOCK_D < 64 else 64,
                 True,
             )
         else:
@@ -280,7 +296,7 @@ def dense_kernel(
         key_rows = first + tl.arange(0, BLOCK_N)
         inside = key_rows < end
         key_rows = tl.where(inside, key_rows, first)
-        dots = dot_products(query, keys, 0, read, 0, key_rows, WIDTH, BLOCK_D, SWAP, False, False)
+        dots = dot_products(query, keys, 0, read, 0, key_rows, WIDTH, BLOCK_D, SWAP, False)
         affinity = affinities(dots, key_rows, weights, key_scales, scale, HAS_WEIGHTS, HAS_SCALES)
         affinity = tl.where(inside[None, :], affinity, 0.0)
         value = tl.load(values + key_rows[:, None].to(tl.int64) * n_values + clamped[None, :])

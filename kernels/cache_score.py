@@ -11,13 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.kernels import layout
-from iosr_fast.kernels.cache_kernels import affine_kernel, cache_kernel, digits_kernel, merge_kernel
+from iosr_fast.kernels.affine import NO_AFFINE_TERMS, affine_arguments, affine_terms, contiguous
+from iosr_fast.kernels.cache_kernels import cache_kernel, digits_kernel, merge_kernel
 from iosr_fast.kernels.dense_values import dense_values
 from iosr_fast.kernels.device import (
     PRECISION,
     WORKSPACE_BYTES,
     exponent_scale,
-    float16_parts,
     gpu_name,
     has_tensor_memory_accelerator,
     multiprocessors,
@@ -35,14 +35,6 @@ if TYPE_CHECKING:
 
 PATHS = ("few", "aligned", "ragged")
 _MERGE_BLOCK = 128
-_NO_AFFINE_TERMS = {
-    "text_scale": 1.0,
-    "linear_scale": 1.0,
-    "PITCH": 0,
-    "HAS_TEXT": False,
-    "HAS_LINEAR": False,
-    "HAS_BIAS": False,
-}
 
 
 def score_triton(
@@ -68,8 +60,8 @@ def score_triton(
     "triton/dense"    keys with values in place of classes: dense_values
     "triton/no-keys"  the plan has no cache term
 
-    The first three end in "-tma" where tensor descriptors load the tiles: compute capability 9.0 to 11.0, if rows of
-    keys take a multiple of 16 bytes. There, a program sums many tiles and loads the next one meanwhile.
+    "aligned" and "ragged" end in "-tma" where tensor descriptors load the tiles: compute capability 9.0 to 11.0, if
+    rows of keys take a multiple of 16 bytes. There, a program sums many tiles and loads the next one meanwhile.
 
     The affine terms have float32's accuracy: float16 products of high and low parts; PyTorch adds a linear term over
     another feature than one embedding, which has another width. The cache term rounds queries to the keys' half type,
@@ -103,10 +95,14 @@ def choose(
     if path not in (None, *PATHS):
         raise IosrFastError(f'expected path "few", "aligned" or "ragged", got "{path}"')
     fits = plan.width * plan.keys.element_size() % 16 == 0 and plan.keys.data_ptr() % 16 == 0
-    if tma and not fits:
-        raise IosrFastError(f"expected rows of keys of a multiple of 16 bytes for tensor descriptors, got {plan.width}")
-    tma = (has_tensor_memory_accelerator(plan.device) and fits) if tma is None else tma
     load = "few" if path == "few" else "many" if path else load_of(batch)
+    if tma and (load == "few" or not fits):
+        raise IosrFastError(
+            "expected many queries and rows of keys of a multiple of 16 bytes for tensor descriptors, got "
+            f"{batch} queries, {plan.width} channels and the path {path!r}"
+        )
+    if tma is None:
+        tma = load == "many" and fits and has_tensor_memory_accelerator(plan.device)
 
     precision = PRECISION[plan.keys.dtype]
 
@@ -127,47 +123,6 @@ def choose(
             'take "ragged"'
         )
     return path, config, tma
-
-
-def affine_terms(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, config: Config | None = None) -> Tensor:
-    """tau * plain @ text' + feature @ linear' + bias without missing terms: (B, C) float32."""
-    n_queries, n_classes = len(plain), plan.n_classes
-    if not n_queries or (plan.text is None and plan.linear is None and plan.bias is None):
-        return torch.zeros((n_queries, n_classes), dtype=torch.float32, device=plan.device)
-    logits = torch.empty((n_queries, n_classes), dtype=torch.float32, device=plan.device)
-    config = config or config_for(gpu_name(plan.device), "affine", "fp32", load_of(n_queries))
-    arguments = affine_arguments(plan, plain, adapted, logits)
-    affine_kernel[triton.cdiv(n_queries, config.block_b) * triton.cdiv(n_classes, config.block_n),](
-        logits=logits, n_queries=n_queries, n_classes=n_classes, WIDTH=plan.width, **arguments, **config.meta()
-    )
-    if plan.linear is not None and plan.feature not in EMBEDDINGS:
-        add_linear_term(plan, plain, adapted, logits)
-    return logits
-
-
-def affine_arguments(plan: DevicePlan, plain: Tensor, adapted: Tensor | None, unread: Tensor) -> dict[str, Any]:
-    """The kernels' arguments for the affine terms, without a linear term over another feature than one embedding."""
-    linear = plan.linear if plan.feature in EMBEDDINGS else None
-    text_parts, text_scale = (unread, 1.0) if plan.text is None else float16_parts(plan.text)
-    linear_parts, linear_scale = (unread, 1.0) if linear is None else float16_parts(linear)
-    return {
-        "plain": _rows(plain),
-        "text": text_parts,
-        "feature": unread if linear is None else _rows(plan.feature_rows(plain, adapted)),
-        "linear": linear_parts,
-        "bias": pointer(plan.bias, unread),
-        "text_scale": plan.tau * text_scale,
-        "linear_scale": linear_scale,
-        "PITCH": text_parts.shape[1] if linear is None else linear_parts.shape[1],
-        "HAS_TEXT": plan.text is not None,
-        "HAS_LINEAR": linear is not None,
-        "HAS_BIAS": plan.bias is not None,
-    }
-
-
-def _rows(rows: Tensor) -> Tensor:
-    """bfloat16 rows become float32, which the kernels split into two float16 numbers."""
-    return (rows.float() if rows.dtype == torch.bfloat16 else rows).contiguous()
 
 
 def _add_dense(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config | None) -> None:
@@ -206,10 +161,10 @@ def _score_classes(
     few, n_queries = path == "few", len(plain)
     if few:
         logits = torch.empty((n_queries, plan.n_classes), dtype=torch.float32, device=plan.device)
-        affine = affine_arguments(plan, plain, adapted, logits)
+        affine = affine_arguments(plan, plain, adapted, logits, few=True)
     else:
         logits = affine_terms(plan, plain, adapted)
-        affine = _NO_AFFINE_TERMS | dict.fromkeys(("plain", "text", "feature", "linear", "bias"), logits)
+        affine = NO_AFFINE_TERMS | dict.fromkeys(("plain", "text", "feature", "linear", "bias"), logits)
     query, work = _queries(plan, plan.query_rows(plain, adapted), few), _work(plan, path, config.block_n)
     # Whole blocks of queries at a time, as many as the workspace holds.
     blocks = max(1, WORKSPACE_BYTES // (4 * max(1, work.n_slots) * config.block_b))
@@ -229,7 +184,7 @@ def _queries(plan: DevicePlan, query: Tensor, few: bool) -> Tensor:
     because Triton's interpreter cuts bits off instead."""
     assert plan.keys is not None
     if plan.keys.dtype == torch.int8 or (few and plan.keys.dtype != torch.bfloat16):
-        return _rows(query)
+        return contiguous(query)
     return query.to(plan.keys.dtype).contiguous()
 
 
@@ -249,10 +204,9 @@ def _launch(
     assert keys is not None
     if keys.dtype == torch.int8:
         query, scales = digits(query)
-    query_tma = tma and (keys.dtype == torch.int8 or not few)
     n_tiles = triton.cdiv(n_queries, config.block_b) * work.n_items
     cache_kernel[min(n_tiles, config.programs * multiprocessors(plan.device)) if tma else n_tiles,](
-        query=_descriptor(query, config.block_b, config.block_d) if query_tma else query,
+        query=_descriptor(query, config.block_b, config.block_d) if tma else query,
         query_scales=scales,
         keys=_descriptor(keys, config.block_n, config.block_d) if tma else keys,
         key_scales=pointer(plan.key_scales, logits),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from iosr_fast.exceptions import IosrFastError
 
-PATHS = ("affine", "dense", "few", "aligned", "ragged", "few-tma", "aligned-tma", "ragged-tma")
+PATHS = ("affine", "dense", "few", "aligned", "ragged", "aligned-tma", "ragged-tma")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FEW_QUERIES = 32
 CONFIGS_FILE = Path(__file__).with_name("launch_configs.json")
@@ -63,7 +63,7 @@ def loads(path: str) -> tuple[Load, ...]:
     """The loads that a path is for."""
     if path in ("affine", "dense"):
         return ("few", "many")
-    return ("few",) if path.startswith("few") else ("many",)
+    return ("few",) if path == "few" else ("many",)
 
 
 def load_of(batch: int) -> Load:

@@ -66,7 +66,8 @@ def count(sass: str) -> Counts:
         return Counts(_by_kind(inside), _subtract(_by_kind(opcodes), _by_kind(inside)), _multiplied(inside))
     # The product with the most work is that of queries and keys; a loop over tiles has it and all others.
     products = [i for i, block in enumerate(blocks) if _is_product(block)]
-    inner = max(with_product, key=lambda loop: (_work(blocks, loop) / len(loop), -len(loop)))
+    innermost = [loop for loop in with_product if not any(other < loop for other in with_product)]
+    inner = max(innermost, key=lambda loop: _work(blocks, loop))
     outer = with_product[-1]
     step = [opcode for i in _always(blocks, inner) for opcode in blocks[i].opcodes]
     tiles = outer.issuperset(products) and (outer != inner or len(step) < sum(len(blocks[i].opcodes) for i in inner))

@@ -94,15 +94,14 @@ def dot_products(
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SWAP: tl.constexpr,
-    QUERY_TMA: tl.constexpr,
-    KEY_TMA: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """<query[i], key[j]> in float32 for two blocks of rows (load_rows). Queries are rounded to the keys' type; int8
     keys are converted to the queries'."""
     dots = zeros(query_rows.shape[0], key_rows.shape[0], tl.float32, SWAP)
     for channel in range(0, WIDTH, BLOCK_D):
-        left = load_rows(query, first_query, query_rows, channel, WIDTH, BLOCK_D, QUERY_TMA)
-        right = load_rows(keys, first_key, key_rows, channel, WIDTH, BLOCK_D, KEY_TMA)
+        left = load_rows(query, first_query, query_rows, channel, WIDTH, BLOCK_D, TMA)
+        right = load_rows(keys, first_key, key_rows, channel, WIDTH, BLOCK_D, TMA)
         if right.dtype == tl.int8:
             right = right.to(left.dtype)
         else:
@@ -145,13 +144,30 @@ def digit_products(
 
 
 @triton.jit
+def low_part(x, high):
+    """What float16 leaves of x, as a float16 number that counts PART."""
+    return ((x - high.to(tl.float32)) * (1.0 / PART)).to(tl.float16)
+
+
+@triton.jit
 def split_products(
-    query, parts, rows, classes, WIDTH: tl.constexpr, PITCH: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr
+    query,
+    parts,
+    rows,
+    classes,
+    WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
+    QUERY_PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SWAP: tl.constexpr,
 ):
     """<query[rows[i]], matrix[classes[j]]> with float32's accuracy from float16 products, where matrix = high + low *
-    PART, and parts has low and high side by side, PITCH / 2 channels each. A float32 query is split alike."""
+    PART, and parts has low and high side by side, PITCH / 2 channels each.
+
+    float16 queries are exact; with QUERY_PARTS 2 high and low lie side by side (parts_kernel). A few float32 queries
+    are split here."""
     channels = tl.arange(0, BLOCK_D)
-    query_at = query + rows[:, None].to(tl.int64) * WIDTH + channels[None, :]
+    query_at = query + rows[:, None].to(tl.int64) * (QUERY_PARTS * WIDTH) + channels[None, :]
     low_at = parts + classes[:, None].to(tl.int64) * PITCH + channels[None, :]
     high_total = zeros(rows.shape[0], classes.shape[0], tl.float32, SWAP)
     low_total = zeros(rows.shape[0], classes.shape[0], tl.float32, SWAP)
@@ -163,9 +179,10 @@ def split_products(
         q_high = q.to(tl.float16)
         high_total = multiply(q_high, high, high_total, SWAP)
         low_total = multiply(q_high, low, low_total, SWAP)
-        if q.dtype != tl.float16:
-            q_low = ((q.to(tl.float32) - q_high.to(tl.float32)) * (1.0 / PART)).to(tl.float16)
-            low_total = multiply(q_low, high, low_total, SWAP)
+        if QUERY_PARTS == 2:
+            low_total = multiply(tl.load(query_at + WIDTH + first, mask=inside, other=0), high, low_total, SWAP)
+        elif q.dtype != tl.float16:
+            low_total = multiply(low_part(q, q_high), high, low_total, SWAP)
     total = fused_multiply_add(low_total, PART, high_total)
     if SWAP:
         total = tl.trans(total)
@@ -185,6 +202,7 @@ def affine_terms(
     linear_scale,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
+    QUERY_PARTS: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -194,9 +212,9 @@ def affine_terms(
     """text_scale * plain @ text' + linear_scale * feature @ linear' + bias for rows and classes within the arrays."""
     value = tl.zeros((rows.shape[0], classes.shape[0]), dtype=tl.float32)
     if HAS_TEXT:
-        value = text_scale * split_products(plain, text, rows, classes, WIDTH, PITCH, BLOCK_D, SWAP)
+        value = text_scale * split_products(plain, text, rows, classes, WIDTH, PITCH, QUERY_PARTS, BLOCK_D, SWAP)
     if HAS_LINEAR:
-        value += linear_scale * split_products(feature, linear, rows, classes, WIDTH, PITCH, BLOCK_D, SWAP)
+        value += linear_scale * split_products(feature, linear, rows, classes, WIDTH, PITCH, QUERY_PARTS, BLOCK_D, SWAP)
     if HAS_BIAS:
         value += tl.load(bias + classes)[None, :]
     return value

@@ -45,7 +45,7 @@ def candidates(path: str, precision: str, load: str) -> Iterator[Config]:
     # The swap is for tiles of few queries, and for int8 keys with values: Hopper reads operands from registers on the
     # longer side alone, and int8 keys are converted there.
     swaps = (False, True) if path in ("affine", "dense") and (load == "few" or precision == "int8") else (False,)
-    programs = (1, 2, 4) if path == "few-tma" else (1, 2) if path.endswith("-tma") else (1,)
+    programs = (1, 2) if path.endswith("-tma") else (1,)
     for block_b, block_n, block_d, warps, stages, swap in itertools.product(
         rows, columns, channels, (4, 8), (3, 4), swaps
     ):
@@ -60,6 +60,8 @@ def kernel_of(path: str, load: str) -> str:
     """The kernel's name in kernels.aot."""
     if path in ("affine", "dense"):
         return f"{path}/{load}"
+    if path == "few":
+        return path
     return f"{path.removesuffix('-tma')}/{'tma' if path.endswith('-tma') else 'pointers'}"
 
 

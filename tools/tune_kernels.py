@@ -35,7 +35,7 @@ COUNTS = {
     "dense": [[16] * 250],
     **dict.fromkeys(("aligned", "aligned-tma"), _UNIFORM),
     **dict.fromkeys(("ragged", "ragged-tma"), _RAGGED),
-    **dict.fromkeys(("few", "few-tma"), _UNIFORM + _RAGGED),
+    "few": _UNIFORM + _RAGGED,
 }
 
 
@@ -80,7 +80,8 @@ def case(
     import torch
 
     from iosr_fast.encoders.encoder import Embeddings
-    from iosr_fast.kernels.cache_score import affine_terms, score_triton
+    from iosr_fast.kernels.affine import affine_terms
+    from iosr_fast.kernels.cache_score import score_triton
     from iosr_fast.kernels.dense_values import dense_values
     from iosr_fast.scoring.device_plan import device_plan
     from iosr_fast.scoring.plan import ScoringPlan

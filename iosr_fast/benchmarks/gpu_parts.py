@@ -26,14 +26,14 @@ CUDA_BIN = Path("/usr/local/cuda/bin")  # where NVIDIA's installer puts what may
 # On an H100, what is worth most first: path, precision of the keys, few or many queries.
 TUNED = (
     ("aligned-tma", "fp16", "many"),
-    ("few-tma", "int8", "few"),
-    ("few-tma", "fp16", "few"),
+    ("few", "int8", "few"),
+    ("few", "fp16", "few"),
     ("affine", "fp32", "many"),
     ("ragged-tma", "fp16", "many"),
     ("aligned-tma", "int8", "many"),
     ("aligned-tma", "bf16", "many"),
     ("ragged-tma", "int8", "many"),
-    ("few-tma", "fp32", "few"),
+    ("few", "fp32", "few"),
     ("dense", "fp16", "many"),
 )
 SMALL = ("q5-k123-d72-c7", "q33-k160-d64-c10")  # for compute-sanitizer, which takes a hundred times as long

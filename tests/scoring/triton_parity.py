@@ -29,7 +29,7 @@ from tests.scoring.test_precision import correlated_rows
 from tests.scoring.test_score import BATCHES, LAYOUTS, TERM_SETS, WIDTHS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = ("few", "aligned", "ragged", "few-tma", "aligned-tma", "ragged-tma")
+PATHS = ("few", "aligned", "ragged", "aligned-tma", "ragged-tma")
 POINTERS = PATHS[:3]
 ALIGNED = ([4] * 5, [16] * 3, [1] * 70, [8])
 TMA_WIDTHS = (16, 48, 112)  # rows of a multiple of 16 bytes at every precision
@@ -302,10 +302,11 @@ def test_the_automatic_path() -> None:
     assert chosen([1] * 1000, 1024)[0] == "aligned"
     assert chosen([3] * 100, 1024)[0] == chosen([16, 15], 1024)[0] == chosen([0, 0, 1], 64)[0] == "ragged"
     assert chosen([1024] * 2, 1024)[0] == "ragged"
-    assert chosen([16] * 100, 32) == ("few", 64, False)
+    assert chosen([16] * 100, 32) == ("few", 128, False)
     assert chosen([16], 1) == ("few", 16, False)  # few keys, smaller tiles
-    with pytest.raises(ValueError, match="multiple of 16 bytes for tensor descriptors, got 7"):
-        chosen([16], 1, 7, tma=True)
+    for batch, width in ((1, 8), (33, 7)):
+        with pytest.raises(ValueError, match=f"for tensor descriptors, got {batch} queries, {width} channels"):
+            chosen([16], batch, width, tma=True)
 
 
 def test_an_unknown_path_is_refused(rng: np.random.Generator) -> None:
