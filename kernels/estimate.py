@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# An H100 SXM: what torch.mm and a copy reach, not the data sheet's 989 TFLOPS and 3.35 TB/s.
+# An H100 SXM: assumed rates of torch.mm and of a copy, below the data sheet's 989 TFLOPS and 3.35 TB/s.
 MULTIPROCESSORS, CLOCK_HZ = 132, 1.755e9
-GEMM_FLOPS = {"fp16": 750e12, "int8": 1500e12}
+GEMM_FLOPS = 750e12
 BYTES_PER_S, L2_BYTES_PER_CLOCK = 3.0e12, 64
 LAUNCH_S, LATENCY_S = 1.5e-6, 0.7e-6
 KEY_BYTES = {"fp16": 2, "int8": 1}
@@ -45,7 +45,7 @@ class Case:
     @property
     def floor_s(self) -> float:
         """The product of queries and keys at a GEMM's rate, or reading the keys once at a copy's, or two launches."""
-        product = 2.0 * self.queries * self.keys * self.width / GEMM_FLOPS["fp16"]
+        product = 2.0 * self.queries * self.keys * self.width / GEMM_FLOPS
         return max(product, self.key_bytes / BYTES_PER_S, 2 * LAUNCH_S)
 
     @property
@@ -69,14 +69,12 @@ def estimate_s(case: Case, rows: Iterable[Row], arch: int = 90) -> float:
     launches_s = case.launches * LAUNCH_S
     if case.kernel.startswith("few"):
         return launches_s + 2 * LATENCY_S + _shared_s(case, row)
-    return launches_s + _alone_s(case, row) + _affine_s(case, found["affine/many", "fp32"])
+    return launches_s + _alone_s(case, row) + _affine_s(case, found["affine/many", "fp16"])
 
 
 def _alone_s(case: Case, row: Row) -> float:
     b, n, _, warps = row["tile"]
-    flop_per_clock = GEMM_FLOPS["fp16"] / MULTIPROCESSORS / CLOCK_HZ
-    loaded = (b + n) * case.width * KEY_BYTES[case.precision]
-    product = max(2.0 * b * n * case.width / flop_per_clock, loaded / L2_BYTES_PER_CLOCK)
+    product = _product_clocks(b, n, case.width, case.precision)
     sums = max(row["sums"] * warps / 4, b * n / 16)
     tiles = math.ceil(case.queries / b) * math.ceil(case.keys / n)
     return math.ceil(tiles / MULTIPROCESSORS) * (product + sums) / CLOCK_HZ
@@ -91,7 +89,14 @@ def _shared_s(case: Case, row: Row) -> float:
 
 
 def _affine_s(case: Case, row: Row) -> float:
+    """Texts of two parts, for queries that are float16."""
     b, n, width, warps = row["tile"]
     tiles = math.ceil(case.queries / b) * math.ceil(case.classes / n)
     instructions = row["instructions"]["all"] * case.width / width * warps / 4
-    return max(1.0, tiles / MULTIPROCESSORS) * instructions / CLOCK_HZ
+    product = 2 * _product_clocks(b, n, case.width, "fp16")
+    return max(1.0, tiles / MULTIPROCESSORS) * max(instructions, product) / CLOCK_HZ
+
+
+def _product_clocks(b: int, n: int, width: int, precision: str) -> float:
+    flop_per_clock = GEMM_FLOPS / MULTIPROCESSORS / CLOCK_HZ
+    return max(2.0 * b * n * width / flop_per_clock, (b + n) * width * KEY_BYTES[precision] / L2_BYTES_PER_CLOCK)
