@@ -37,6 +37,7 @@ EXTENDED: dict[str, dict[str, Any]] = {
     "tip-x": {"reducer": "centre", "feature": "text-distribution", "weighted": False},
     "ape": {"reducer": "diagonal", "query": "plain", "terms": ("text", "cache")},
     "proker": {"reducer": "projection", "dense": True, "weighted": False, "terms": ("text", "cache"), "beta": 1.0},
+    "multi-label": {"dense": True, "weighted": False, "terms": ("text", "cache", "bias"), "query": "plain"},
     "all": {"reducer": "projection", "dense": True, "feature": "text-distribution"},
 }
 
@@ -91,6 +92,7 @@ def random_plan(
     if "linear" in terms:
         channels = {"both": 2 * width, "text-distribution": n_classes + 1}.get(feature, width)
         parts["linear"] = rng.standard_normal((n_classes, channels))
+    if "linear" in terms or "bias" in terms:
         parts["bias"] = rng.standard_normal(n_classes)
     if reducer is not None:
         parts["reducer"] = random_reducer(rng, reducer, width)
