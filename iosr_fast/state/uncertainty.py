@@ -1,4 +1,4 @@
-"""What a classifier does not know: pictures of none of the classes, sets of labels, and how right probabilities are."""
+"""What left-out support images say of a classifier: unknown pictures, sets of labels, calibration, wrong labels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 
 from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
 from iosr_fast.methods.promise import check_share
+from iosr_fast.methods.support_audit import SupportAudit, audit_support
 from iosr_fast.methods.unknown import Unknown, without_rejected
 from iosr_fast.state.fit import Fit
+from iosr_fast.state.ids import example_id
 from iosr_fast.state.updates import LiveUpdates
 
 
@@ -59,6 +61,20 @@ class Uncertainty(LiveUpdates):
         """How right the probabilities of left-out support images are, by bins of the probability, with the expected
         calibration error; print it for a table."""
         return self.snapshot().one_label("calibration").left_out_labels.reliability
+
+    def audit(self) -> SupportAudit:
+        """What is wrong with the support images, by those that are left out of the fit: labels that are likely wrong
+        with the label that they should have and the neighbours that say so, near duplicates within and across classes,
+        classes that are confused or have too few or too alike images, and what twice as many images would bring.
+
+        Images are named by their ids (`examples`, `picture`, `remove_examples`). Rules: methods.support_audit.
+        """
+        fit = self._fitted()
+        state, images = fit.state.one_label("audit"), [example_id(number) for number in fit.state.examples.ids]
+        config = state.config
+        return audit_support(
+            state.support, config.compile, which=config.which, images=np.array(images, str), classes=fit.labels()
+        )
 
     def _labels_or_rejected(self, fit: Fit, images: Any, keep: float, word: str | None) -> np.ndarray:
         """The labels (B,) of images, `word` for those that are rejected."""
