@@ -19,9 +19,15 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.methods.multi_label import fit_multi_label
+from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.job import Job
+from iosr_fast.pipeline.run import RunOptions
+from iosr_fast.pipeline.sources import folder_source
 from iosr_fast.pipeline.tables import SEVERAL
 from iosr_fast.serving.batching import BatchingClassifier
+from iosr_fast.serving.http import server
+from iosr_fast.serving.http.settings import Settings
+from iosr_fast.serving.triton.repository import export_triton
 from iosr_fast.state.bundle import describe, load_bundle
 from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.state_files import fingerprint, state_from_files, state_to_files
@@ -167,6 +173,23 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         path.name for path in results.paths
     ]
     assert names == sorted(set().union(*answers))
+
+
+def test_services_refuse_a_bundle_with_several_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = fitted(engine_folder(tmp_path / "engine"))
+    made.save(tmp_path / "bundle")
+    monkeypatch.setattr(Classifier, "load", lambda *_, **__: made)  # an engine that computes would take seconds
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    bundle, options = tmp_path / "bundle", RunOptions(1, 1, "auto", 1, skip_bad=False)
+    calls: dict[str, Any] = {
+        "the HTTP API": lambda: server.run(bundle, Settings()),
+        "the Triton export": lambda: export_triton(bundle, tmp_path / "repository"),
+        "a folder of parts": lambda: runs.classify(bundle, folder_source(tmp_path), tmp_path / "parts", options, 1),
+    }
+    for name, call in calls.items():
+        with pytest.raises(IosrFastError, match=f"{name} is for one label a picture"):
+            call()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "bundle", "engine"]
 
 
 def test_a_table_of_labels_joins_folders(tmp_path: Path) -> None:
