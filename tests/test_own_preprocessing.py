@@ -146,9 +146,9 @@ def test_every_caller_of_a_classifier_uses_the_same_pixels(
     assert loaded.encoder.geometry == SQUASH
 
     encoded: list[np.ndarray] = []
-    encode = type(loaded.encoder).encode
+    encode = type(loaded.encoder).encode_on_device
     monkeypatch.setattr(
-        type(loaded.encoder), "encode", lambda self, pixels: (encoded.extend(pixels), encode(self, pixels))[1]
+        type(loaded.encoder), "encode_on_device", lambda self, pixels: (encoded.extend(pixels), encode(self, pixels))[1]
     )
     expected = np.stack([resize_and_crop(open_image(path), SQUASH) for path in photographs])
 

@@ -293,7 +293,7 @@ def test_all_goes_on_after_a_bench_that_fails(tmp_path: Path, monkeypatch: pytes
     assert done.exit_code == 1 and done.stderr.splitlines()[-1] == "failed: score"
     assert [command[0] for command in ran] == list(benchmark.BENCHES)
     commands = {command.name or command.callback.__name__ for command in benchmark.benchmark.registered_commands}
-    assert commands - {"all", "gpu", "machine", "parity"} == set(benchmark.BENCHES)
+    assert commands - {"all", "gpu", "gpu_bundle", "machine", "parity"} == set(benchmark.BENCHES)
     assert ran[0][1:] == ["--json", str(out / "cpu-encoder.json"), "--csv", str(out / "cpu-encoder.csv")]
     ran.clear()
     done = CliRunner().invoke(benchmark.benchmark, ["all", "--out", str(out), "--only", "cold-start"])
