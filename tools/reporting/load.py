@@ -32,10 +32,13 @@ NEEDED = {
     "summary": ("data", "method", "reducer", "at", "mean", "gap_mean", "gap_worst", "log_loss", "auto_ahead_worst"),
     "joint": ("data", "method", "reducer", "shots", "alone", "joint", "gain", "few_gain", "refused", "few_refused"),
     "labels": ("data", "method", "shots", "map", "map_std"),
+    "audit": ("data", "method", "shots", "auroc", "precision", "listed", "found", "false_alarms"),
+    "suggest": ("data", "method", "start", "shots", "random", "suggested", "gain"),
+    "unknown": ("data", "method", "shots", "auroc", "best_auroc", "kept", "kept_left_out", "coverage_left_out"),
     "block-sweep": ("first_adapted_block", "bottleneck", "cost", "test_accuracy"),
     "aot": ("kernel", "arch", "registers", "spills"),
 }
-EVALUATIONS = ("accuracy", "summary", "joint", "labels", "overlap", "block-sweep")
+EVALUATIONS = ("accuracy", "summary", "joint", "labels", "audit", "suggest", "unknown", "overlap", "block-sweep")
 NUMBERS = ("rate", "ceiling", "share_of_ceiling", "accuracy", "accuracy_std", "min_cosine")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.reporting.load import EVALUATIONS, Results, Row
+from tools.reporting.load import EVALUATIONS, NEEDED, Results, Row
 from tools.reporting.text import by_origin, natural, number, origin, percent, plain, sentence, table, title, words
 from tools.reporting.timings import timing_tables
 
@@ -63,7 +63,7 @@ def _goals(part: Results) -> list[str]:
 
 def evaluation_tables(part: Results, link: str) -> list[str]:
     lines: list[str] = []
-    made = (accuracy_table, summary_table, joint_table, labels_table, overlap_table, sweep_table)
+    made = (accuracy_table, summary_table, joint_table, labels_table, *[fields_table] * 3, overlap_table, sweep_table)
     for bench, make in zip(EVALUATIONS, made, strict=True):
         for group in by_origin(part.rows.get(bench, [])):
             for data in sorted({str(row.get("data", "")) for row in group}):
@@ -153,6 +153,15 @@ def labels_table(summary: str, rows: Sequence[Row]) -> list[str]:
     columns = {"method": methods}
     columns |= {f"{k} shots, mAP in %": [cells.get((method, k), "") for method in methods] for k in shots}
     return table(columns, summary, 1)
+
+
+def fields_table(summary: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each row: the fields that its bench needs."""
+    keys = NEEDED[rows[0]["bench"]][1:]
+    columns = {
+        words(key): [row[key] if isinstance(row[key], str) else number(row[key]) for row in rows] for key in keys
+    }
+    return table(columns, summary, sum(isinstance(rows[0][key], str) for key in keys))
 
 
 def overlap_table(summary: str, rows: Sequence[Row]) -> list[str]:
