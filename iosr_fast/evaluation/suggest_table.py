@@ -48,7 +48,7 @@ def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[
 def suggest_row(source: Source, method: str, reducer: str, shots: int, start: str) -> dict[str, Any]:
     """One budget over all seeds, JSON-ready: accuracies on the test images in 0..1, the gain in points.
 
-    Texts are left out, because nobody names a class before an image of it was seen; an image of a class that was not
+    Texts are left out, because a class has no name before an image of it was seen; an image of a class that was not
     found counts as wrong. `method` is fitted on all labelled images; "gda" and "gda++" at their defaults.
     """
     draws = []

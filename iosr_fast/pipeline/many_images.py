@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +29,9 @@ class ManyImages(Uncertainty):
     exif_orientation: bool
     progress: bool
 
+    @abstractmethod
     def _open(self) -> OpenedClip:
-        raise NotImplementedError
+        """The CLIP that the parameters name."""
 
     def predict_folder(
         self,

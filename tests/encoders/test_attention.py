@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-onnx = pytest.importorskip("onnx")
-runtime = pytest.importorskip("onnxruntime")
-pytest.importorskip("torch")
-pytest.importorskip("open_clip")
+onnx = pytest.importorskip("onnx", reason="onnx comes with the cpu extra")
+runtime = pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
+pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
 
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.encoders.runtimes.attention import fused_attention  # noqa: E402

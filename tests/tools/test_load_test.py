@@ -128,7 +128,7 @@ def test_batches_over_http_are_compared_with_the_engine() -> None:
 
 
 class Scripted:
-    """A server that answers what it is told to, in turn."""
+    """A server that gives the listed answers in turn."""
 
     def __init__(self, *answers: Any) -> None:
         self._answers: Iterator[Any] = iter(answers)
