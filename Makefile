@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The versions that `develop` installs; `make develop CONSTRAINTS=` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
-# Python compiles what it imports; all 20,000 files would take a minute.
+# Python compiles what it imports, as all 20,000 files would take a minute. It stores the bytecode even if the environment
+# forbids that: otherwise each process that the tests start compiles PyTorch again, which takes 2 to 6 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
