@@ -15,7 +15,6 @@ from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import as_image_list
 from iosr_fast.methods.joint import JointPrediction
-from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.many_images import ManyImages
@@ -24,8 +23,9 @@ from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.label_sets import known_label_sets, label_sets
 from iosr_fast.state.labels import labelled_images
+from iosr_fast.state.multi_label import decision, probabilities
 from iosr_fast.state.optimizing import Optimizing
-from iosr_fast.state.predictions import Prediction, predict, predict_jointly, softmax
+from iosr_fast.state.predictions import Prediction, predict, predict_jointly
 from iosr_fast.state.saving import Saving
 from iosr_fast.state.unknown_images import unknown_folder
 from iosr_fast.utils.ranking import mean_average_precision
@@ -280,10 +280,7 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         """Logits (B, C) float32; of two classes (B,), the second one's logit minus the first one's. With several labels
         a picture always (B, C), each class by itself."""
         fit = self._fitted()
-        logits = self._logits(fit, images, impl)
-        if fit.state.multi_label is not None:
-            return logits
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        return decision(self._logits(fit, images, impl), fit.state.multi_label is not None)
 
     def predict(
         self,
@@ -316,8 +313,7 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         """softmax of the logits, (B, C) float32, columns in the order of `classes_`. With several labels a picture the
         probability of each class by itself, 1 / (1 + exp(-logit)): the sum of a row is any number up to C."""
         fit = self._fitted()
-        logits = self._logits(fit, images)
-        return softmax(logits) if fit.state.multi_label is None else sigmoid(logits)
+        return probabilities(self._logits(fit, images), fit.state.multi_label is not None)
 
     def predict_jointly(self, images: Any) -> JointPrediction:
         """Probabilities (B, C) of images that are classified together: means and covariance of the classes are

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,24 +10,25 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.conformal import COVERAGE, LeftOutLabels, Reliability, leave_out_labels, sets_of_labels
+from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
 from iosr_fast.methods.joint import JointPrediction, predict_jointly
 from iosr_fast.methods.multi_label import MultiLabelFit, fit_multi_label, multi_label_reason
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.suggest import Suggestions, entropy, suggest
-from iosr_fast.methods.support_audit import SupportAudit, audit_support
+from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
-from iosr_fast.methods.tuning.binary_loss import sigmoid
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
-from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, fit_unknown, without_rejected
+from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, without_rejected
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision, check_precision
-from iosr_fast.scoring.reference import softmax
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import check_number
+from iosr_fast.state.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
+from iosr_fast.state.evidence import Evidence
 from iosr_fast.state.label_sets import are_label_sets, known_label_sets, label_sets, read_label_sets
-from iosr_fast.state.method_config import choose_config, is_searched
+from iosr_fast.state.method_config import MethodConfig, choose_config, is_searched
+from iosr_fast.state.multi_label import decision, members, probabilities
 from iosr_fast.utils.estimator import not_fitted
 from iosr_fast.utils.ranking import mean_average_precision
 from iosr_fast.utils.require import require
@@ -45,7 +42,16 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 # Rows are scored in blocks of one shape, the last one filled up: a row's logits then have the same bits in any batch.
 _BLOCK = 64
-_FLOATS = (np.float64, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadFit(Evidence):
+    """A fit of one label a row. `rows` (N,) are the positions of the support rows in the X of `fit`."""
+
+    support: SupportSet
+    config: MethodConfig
+    rows: np.ndarray
+    unknown_images: Embeddings | None
 
 
 class FewShotHead(ClassifierMixin, BaseEstimator):
@@ -102,7 +108,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         All parameters of the method.
     tuned_ : Tuned or None
         The search that chose them (accuracy, log-loss, number of rows); None if nothing was searched.
-    multi_label_ : MultiLabelFit
+    multi_label_ : MultiLabelFit or None
         After a fit with several labels: the threshold of each class, and the average precision and log-loss of left-out
         rows.
     unknown_ : Unknown
@@ -157,6 +163,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     """
 
     classes_: np.ndarray
+    multi_label_: MultiLabelFit | None
+    _fit: HeadFit | MultiLabelFit
 
     def __init__(
         self,
@@ -203,79 +211,58 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         precision = check_precision(self.key_precision)
         seconds = check_number("tune_seconds", self.tune_seconds, 0.0, MAX_TUNE_SECONDS)
         tau = check_number("tau, the CLIP's logit scale,", self.tau, *RANGES["tau"])
-        if are_label_sets(y):
-            return self._fit_label_sets(X, y, unknown_images, parameters, precision, seconds, tau)
-        with _as_iosr_errors():
-            X, y = validate_data(self, X, y, dtype=_FLOATS, order="C")
-            check_classification_targets(y)
-        usable = self._usable(X, "left out of the support rows")
-        classes, ids = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
-        if len(empty := np.setdiff1d(np.arange(len(classes)), ids[usable])):
-            raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
-        unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
-        units, text = _units(X[usable], self.adapted), self._text_rows(classes, X.shape[1])
-        support = make_support_set(units, ids[usable], text, tau, len(classes))
-        self._check_method(support)
-        config = choose_config(
-            self.method,
-            support,
-            reducer=self.reducer,
-            tune=self.tune,
-            parameters=parameters,
-            key_precision=precision,
-            seconds=seconds,
-        )
-        self.plan_ = config.compile(support)
-        self._config, self._support, self._unknown_images = config, support, unknown
-        rows = np.flatnonzero(usable)
-        self._support_rows = rows[np.argsort(ids[usable], kind="stable")]
-        for fitted in ("unknown_", "_left_out", "multi_label_"):  # at the next use by the new support rows
-            self.__dict__.pop(fitted, None)
+        if several := are_label_sets(y):
+            if (reason := multi_label_reason(self.method, self.reducer)) is not None:
+                raise IosrFastError(reason)
+            if unknown_images is not None:
+                raise IosrFastError(
+                    "several labels an image take no unknown_images: give them as rows with an empty set"
+                )
+            X = self._validated(X, reset=True)
+            names, labels = read_label_sets(y, len(X))
+            classes = np.arange(labels.shape[1]) if names is None else np.array(names, str)
+        else:
+            X, y = self._validated(X, y, reset=True)
+            with as_iosr_errors():
+                check_classification_targets(y)
+            classes, labels = np.unique(y, return_inverse=True)
+            if len(classes) < 2:
+                raise IosrFastError(f"expected labels of at least two classes, got one class: {classes[0]!r}")
+        kept = np.flatnonzero(usable_rows(X, self.adapted, "left out of the support rows"))
+        rows, labels, text = unit_rows(X[kept], self.adapted), labels[kept], self._text_rows(classes, X.shape[1])
+        if several:
+            search = is_searched(self.method, self.tune, parameters)
+            fit = fit_multi_label(
+                MultiLabelSet(rows, labels, text, tau), self.method, parameters, search, precision, seconds
+            )
+            self._fit, self._indicator_type = fit, None if names is not None else np.asarray(y).dtype
+            self.plan_, self.method_, self.parameters_ = fit.plan, fit.method, fit.parameters
+            self.reducer_, self.tuned_, self.multi_label_ = "none", None, fit
+        else:
+            if len(empty := np.setdiff1d(np.arange(len(classes)), labels)):
+                raise IosrFastError(f"expected a row other than zero for each class, got none of {classes[empty[0]]!r}")
+            unknown = None if unknown_images is None else self._unknown_rows(unknown_images)
+            support = make_support_set(rows, labels, text, tau, len(classes))
+            self._check_method(support)
+            config = choose_config(
+                self.method,
+                support,
+                reducer=self.reducer,
+                tune=self.tune,
+                parameters=parameters,
+                key_precision=precision,
+                seconds=seconds,
+            )
+            self.plan_, self.method_, self.parameters_ = config.compile(support), config.method, config.parameters
+            self._fit = HeadFit(support, config, kept[np.argsort(labels, kind="stable")], unknown)
+            self.reducer_, self.tuned_, self.multi_label_ = config.reducer_name, config.tuned, None
         self.classes_ = classes
-        self.method_, self.reducer_, self.parameters_ = config.method, config.reducer_name, config.parameters
-        self.tuned_ = config.tuned
-        return self
-
-    def _fit_label_sets(
-        self,
-        X: Any,
-        y: Any,
-        unknown_images: Any,
-        parameters: dict[str, float],
-        precision: Precision,
-        seconds: float,
-        tau: float,
-    ) -> FewShotHead:
-        """`fit` of rows with any number of labels."""
-        if (reason := multi_label_reason(self.method, self.reducer)) is not None:
-            raise IosrFastError(reason)
-        if unknown_images is not None:
-            raise IosrFastError("several labels an image take no unknown_images: give them as rows with an empty set")
-        with _as_iosr_errors():
-            X = validate_data(self, X, dtype=_FLOATS, order="C")
-        names, indicator = read_label_sets(y, len(X))
-        usable = self._usable(X, "left out of the support rows")
-        classes = np.arange(indicator.shape[1]) if names is None else np.array(names, str)
-        text = self._text_rows(classes, X.shape[1])
-        images = MultiLabelSet(_units(X[usable], self.adapted), indicator[usable], text, tau)
-        search = is_searched(self.method, self.tune, parameters)
-        fit = fit_multi_label(images, self.method, parameters, search, precision, seconds)
-        for fitted in ("unknown_", "_left_out"):
-            self.__dict__.pop(fitted, None)
-        self.multi_label_, self.plan_, self.classes_ = fit, fit.plan, classes
-        self._indicator_type = None if names is not None else np.asarray(y).dtype
-        self.method_, self.reducer_, self.parameters_, self.tuned_ = fit.method, "none", fit.parameters, None
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, C) float32; for two classes (n,), the second one's logit minus the first one's. After a fit with
         several labels always (n, C), each class by itself."""
-        logits = self._logits(X)
-        if self._multi_label is not None:
-            return logits
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        return decision(self._logits(X), self.multi_label_ is not None)
 
     def predict(
         self,
@@ -294,25 +281,23 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         (n, C) of the dtype of y, as y was. A label is in where its probability reaches `multi_label_.thresholds`.
         """
         share = check_unknown(unknown, keep)
-        if self._multi_label is not None:
-            if share is not None:
-                self._refuse("predict(unknown='reject')", "a row of none of the classes gets no label")
-            members = sigmoid(self._logits(X)) >= self._multi_label.thresholds
-            if self._indicator_type is None:
-                return label_sets(self.classes_, members)
-            return members.astype(self._indicator_type)
+        if share is not None:
+            fit = self._one_label("predict(unknown='reject')", "a row of none of the classes gets no label")
+            rejected = fit.unknown.rejects(self._queries(X), share)
+            return without_rejected(self.classes_[self._logits(X).argmax(1)], rejected, unknown_label)
         logits = self._logits(X)
-        labels: np.ndarray = self.classes_[logits.argmax(1)]
-        if share is None:
+        if self.multi_label_ is None:
+            labels: np.ndarray = self.classes_[logits.argmax(1)]
             return labels
-        return without_rejected(labels, self.unknown_.rejects(self._queries(X), share), unknown_label)
+        chosen = members(logits, self.multi_label_.thresholds)
+        if self._indicator_type is None:
+            return label_sets(self.classes_, chosen)
+        return chosen.astype(self._indicator_type)
 
     def unknown_score(self, X: Any) -> np.ndarray:
         """How unlike all classes each row is, (n,) float64: of left-out support rows the mean is 0 and the standard
         deviation 1. Formula and sources: methods.unknown.fit_unknown and methods.known_scores.KnownScores."""
-        self._refuse("unknown_score")
-        queries = self._queries(X)
-        return self.unknown_.score(queries)
+        return self._one_label("unknown_score").unknown.score(self._queries(X))
 
     def predict_sets(self, X: Any, coverage: float = COVERAGE, per_class: bool = False) -> list[np.ndarray]:
         """For each row the labels that it may have, most likely first: a share `coverage` of the sets has the row's
@@ -320,56 +305,44 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         `per_class` the share holds for the rows of each class (class-conditional or Mondrian conformal prediction).
         Raises IosrFastError where there are too few support rows for that promise: 0.9 takes 9 that can be left out,
         with `per_class` 9 of each class."""
-        self._refuse("predict_sets")
-        share = check_share("coverage", coverage)
+        fit, share = self._one_label("predict_sets"), check_share("coverage", coverage)
         classes, logits = self.classes_ if per_class else None, self._logits(X)
-        return sets_of_labels(self.classes_, logits, self._left_out.sets(logits, share, classes))
+        return sets_of_labels(self.classes_, logits, fit.left_out_labels.sets(logits, share, classes))
 
     def calibration(self) -> Reliability:
         """How right the probabilities of left-out support rows are, by bins; print it for a table."""
-        self._refuse("calibration")
-        return self._left_out.reliability
+        return self._one_label("calibration").left_out_labels.reliability
 
-    @cached_property
+    @property
     def unknown_(self) -> Unknown:
-        self._refuse("unknown_")
-        return fit_unknown(self._support, METHODS[self.method_].needs_adapter, self._unknown_images)
-
-    @cached_property
-    def _left_out(self) -> LeftOutLabels:
-        return leave_out_labels(self._support, self._config.compile)
+        return self._one_label("unknown_").unknown
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """softmax of the logits, (n, C) float64, columns in the order of `classes_`. After a fit with several labels
         the probability of each class by itself, 1 / (1 + exp(-logit)): a row's sum is any number up to C."""
-        logits = self._logits(X).astype(np.float64)
-        return softmax(logits) if self._multi_label is None else sigmoid(logits)
+        return probabilities(self._logits(X).astype(np.float64), self.multi_label_ is not None)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of rows whose predicted label is theirs. After a fit with several labels the mean average precision
         over the classes that a row of y has (utils.ranking.mean_average_precision); y as for `fit`."""
-        if self._multi_label is None:
+        self._check_fitted()
+        if self.multi_label_ is None:
             return float(super().score(X, y, sample_weight))
         if sample_weight is not None:
             raise IosrFastError("several labels an image: expected no sample_weight, got one; leave it out")
         return mean_average_precision(known_label_sets(y, len(X), self.classes_), self._logits(X))
-
-    @property
-    def _multi_label(self) -> MultiLabelFit | None:
-        """The fit of several labels an image; None after another one. Raises NotFittedError before any."""
-        self._check_fitted()
-        return self.__dict__.get("multi_label_")
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
 
-    def _refuse(self, call: str, instead: str = "") -> None:
-        """Raise IosrFastError if several labels an image were fitted, which `call` can't answer for."""
-        if self._multi_label is not None:
-            fix = instead or "fit with one label for each row"
-            raise IosrFastError(f"{call} is for one label an image, and this head was fitted with several: {fix}")
+    def _one_label(self, call: str, instead: str = "fit with one label for each row") -> HeadFit:
+        """The fit. Raises IosrFastError if rows may have several labels each, for which `call` has no answer."""
+        self._check_fitted()
+        if isinstance(self._fit, HeadFit):
+            return self._fit
+        raise IosrFastError(f"{call} is for one label an image, and this head was fitted with several: {instead}")
 
     def predict_jointly(self, X: Any) -> JointPrediction:
         """Probabilities (n, C) float32 of rows that are classified together, with the support rows' means and
@@ -377,9 +350,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         rows say that it harms, and where none can be left out, the result's `refused` says so and its probabilities are
         those of `predict_proba`. Formula, check and sources: methods.joint.predict_jointly.
         """
-        self._refuse("predict_jointly")
-        rows = self._queries(X)
-        joint = predict_jointly(self._support, self._config.compile, rows, plan=self.plan_, check=False)
+        fit = self._one_label("predict_jointly")
+        joint = predict_jointly(fit.support, fit.config.compile, self._queries(X), plan=self.plan_, check=False)
         return replace(joint, classes=self.classes_)
 
     def audit(self) -> SupportAudit:
@@ -387,36 +359,34 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         images, and what more of them would bring, all by support rows that are left out of the fit. `images` and the
         images in the lists are positions in the X of `fit`. Rules and sources: methods.support_audit.audit_support.
         """
-        self._refuse("audit")
-        config = self._config
-        return audit_support(
-            self._support, config.compile, which=config.which, images=self._support_rows, classes=self.classes_
-        )
+        fit = self._one_label("audit")
+        return fit.audit(fit.rows, self.classes_)
 
     def suggest(self, X: Any, n: int) -> Suggestions:
         """The n rows of X (B, D) to label next: diverse, and uncertain for this head, those that look like a new class
         first. The result's `rows` are positions in X. Formula and source: methods.suggest.suggest; before the first
         labels exist, call that function.
         """
-        self._refuse("suggest")
-        logits = self._logits(X)
-        return suggest(image_rows(self._queries(X), self._config.which, None), n, entropy(logits))
+        fit = self._one_label("suggest")
+        return suggest(image_rows(self._queries(X), fit.config.which, None), n, entropy(self._logits(X)))
 
     def _queries(self, X: Any) -> Embeddings:
-        return _units(self._checked(X), self.adapted)
+        return unit_rows(self._rows(X), self.adapted)
 
     def _unknown_rows(self, unknown: Any) -> Embeddings:
-        with _as_iosr_errors():
-            rows = validate_data(self, unknown, reset=False, dtype=_FLOATS, order="C")
-        return _units(rows[self._usable(rows, "left out of the unknown rows")], self.adapted)
+        rows = self._validated(unknown, reset=False)
+        return unit_rows(rows[usable_rows(rows, self.adapted, "left out of the unknown rows")], self.adapted)
 
-    def _checked(self, X: Any) -> np.ndarray:
+    def _rows(self, X: Any) -> np.ndarray:
         """Rows to classify. A row of zeros stays, with a warning."""
         self._check_fitted()
-        with _as_iosr_errors():
-            rows: np.ndarray = validate_data(self, X, reset=False, dtype=_FLOATS, order="C")
-        self._usable(rows, "their cosines count as 0, and their labels mean nothing")
+        rows: np.ndarray = self._validated(X, reset=False)
+        usable_rows(rows, self.adapted, "their cosines count as 0, and their labels mean nothing")
         return rows
+
+    def _validated(self, *rows_and_labels: Any, reset: bool) -> Any:
+        with as_iosr_errors():
+            return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
 
     def _check_fitted(self) -> None:
         try:
@@ -425,32 +395,18 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             raise not_fitted(str(error)) from None
 
     def _logits(self, X: Any) -> np.ndarray:
-        rows = self._checked(X)
+        rows = self._rows(X)
         logits = np.empty((len(rows), len(self.classes_)), np.float32)
         for first in range(0, len(rows), _BLOCK):
             block = np.minimum(np.arange(first, first + _BLOCK), len(rows) - 1)
-            scores = score(self.plan_, _units(rows[block], self.adapted), check=False)
+            scores = score(self.plan_, unit_rows(rows[block], self.adapted), check=False)
             logits[first : first + _BLOCK] = scores[: len(rows) - first]
         return logits
-
-    def _usable(self, rows: np.ndarray, use: str) -> np.ndarray:
-        """(n,) bool, the rows that have a direction; a warning names the others and says what becomes of them."""
-        if self.adapted and rows.shape[1] % 2:
-            raise IosrFastError(
-                "expected plain and adapted embeddings side by side, an even number of columns, for adapted=True, "
-                f"got {rows.shape[1]}"
-            )
-        usable: np.ndarray = np.logical_and.reduce([part.any(axis=1) for part in _halves(rows, self.adapted)])
-        zero = np.flatnonzero(~usable)
-        if len(zero):
-            message = f"{len(zero)} of {len(rows)} rows of X hold zeros only, the first is row {zero[0]}: {use}"
-            warnings.warn(message, stacklevel=3)
-        return usable
 
     def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
         if self.text is None:
             return None
-        with _as_iosr_errors():
+        with as_iosr_errors():
             text = check_array(self.text, dtype=np.float64, input_name="text")
         shape = (len(classes), width // (2 if self.adapted else 1))
         if text.shape != shape:
@@ -460,7 +416,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             )
         if not text.any(axis=1).all():
             raise IosrFastError(f"expected text rows other than zero, got zeros in row {text.any(axis=1).argmin()}")
-        return _unit(text)
+        return unit(text)
 
     def _check_method(self, support: SupportSet) -> None:
         """Raise IosrFastError if the named method needs more than the data has."""
@@ -475,30 +431,3 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         reason = unavailable_reason(self.method, support)
         if reason is not None:
             raise IosrFastError(f"{reason}; give text=, an array (C, D)" if support.text is None else reason)
-
-
-@contextmanager
-def _as_iosr_errors() -> Iterator[None]:
-    """Raise scikit-learn's ValueErrors as IosrFastError, with their messages."""
-    try:
-        yield
-    except ValueError as error:
-        raise IosrFastError(str(error)) from error
-
-
-def _halves(rows: np.ndarray, adapted: bool) -> list[np.ndarray]:
-    return np.split(rows, 2, axis=1) if adapted else [rows]
-
-
-def _units(rows: np.ndarray, adapted: bool) -> Embeddings:
-    """Rows (n, D), or (n, 2 D) with `adapted`, at unit length."""
-    return Embeddings(*(_unit(part) for part in _halves(rows, adapted)))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """Rows at unit length, (n, D) float32; zeros stay. The largest channel becomes 1 first: no square overflows."""
-    exact = np.array(rows, np.float64, order="C")
-    largest = np.abs(exact).max(axis=1, keepdims=True)
-    exact /= np.where(largest > 0, largest, 1.0)
-    exact /= np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1.0)
-    return exact.astype(np.float32)

@@ -23,10 +23,10 @@ from sklearn.utils.estimator_checks import check_estimator
 from iosr_fast import FewShotHead, IosrFastError
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import NotFittedError
-from iosr_fast.few_shot_head import _unit
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.scoring.reference import score_reference, softmax
+from iosr_fast.state.embedding_rows import unit
 from tests.state.live_parts import random_queries, small_classifier
 
 IMAGES_ALONE = [name for name, method in METHODS.items() if method.needs_support and not method.needs_text]
@@ -292,7 +292,7 @@ def test_rows_classified_together() -> None:
     rows, queries = (centres[c] + 0.9 * rng.standard_normal((len(c), 16)) for c in (labels, truth))
     head = FewShotHead("gda").fit(rows, np.array(list("abcd"))[labels])
     joint = head.predict_jointly(queries)
-    again = predict_jointly(head._support, head._config.compile, Embeddings(_unit(queries)))
+    again = predict_jointly(head._fit.support, head._fit.config.compile, Embeddings(unit(queries)))
     np.testing.assert_array_equal(joint.probabilities, again.probabilities)
     expected = np.array(list("abcd"))[truth]
     assert not joint.refused and (joint.labels == expected).mean() > head.score(queries, expected)
@@ -311,7 +311,7 @@ def test_unknown_rows_are_rejected_and_sets_of_labels_given(rng: np.random.Gener
     others = rng.standard_normal((40, 24))
     queries = np.concatenate([centres + 0.3 * rng.standard_normal((8, 24)), others])
     scores = head.unknown_score(queries)
-    embeddings = Embeddings(_unit(queries))
+    embeddings = Embeddings(unit(queries))
     assert (scores == head.unknown_.score(embeddings)).all() and scores[8:].min() > scores[:8].max()
     labels = head.predict(queries, unknown="reject", keep=0.9)
     assert (labels[8:] == np.array(None)).all() and (labels[:8] != np.array(None)).mean() > 0.7

@@ -12,7 +12,8 @@ from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.pipeline.job import Counts, Job, check_place, journal_path
 from iosr_fast.pipeline.stream import Errors, encode_all
 from iosr_fast.pipeline.tables import Result, csv_cells, csv_writer, write_table
-from iosr_fast.state.predictions import Rejection, predict_jointly, rejections, softmax
+from iosr_fast.scoring.reference import softmax
+from iosr_fast.state.predictions import Rejection, predict_jointly, rejections
 from iosr_fast.utils.progress import progress
 
 

@@ -15,7 +15,7 @@ from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.pipeline.stream import choose_batch, encode_all
-from iosr_fast.state.predictions import softmax
+from iosr_fast.scoring.reference import softmax
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Encoder

@@ -81,7 +81,7 @@ def _keys(plan: ScoringPlan) -> np.ndarray:
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """exp(scores) over its sum along the last axis, (B, C) float64.
+    """exp(scores) over its sum along the last axis, (B, C) of the dtype of `scores`.
 
     >>> softmax(np.log([[1.0, 3.0]]))
     array([[0.25, 0.75]])

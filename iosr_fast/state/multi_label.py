@@ -9,8 +9,26 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.tuning.binary_loss import sigmoid
+from iosr_fast.scoring.reference import softmax
 
 SEPARATOR = ";"  # of the labels of one picture in tables
+
+
+def members(logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """(B, C) bool, the classes of each image whose probability reaches their threshold (C,)."""
+    reached: np.ndarray = sigmoid(logits.astype(np.float64)) >= thresholds
+    return reached
+
+
+def decision(logits: np.ndarray, several: bool) -> np.ndarray:
+    """`decision_function` of logits (B, C): where an image has one label and C is 2, (B,), the second class's logit
+    minus the first one's."""
+    return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 and not several else logits
+
+
+def probabilities(logits: np.ndarray, several: bool) -> np.ndarray:
+    """`predict_proba` of logits (B, C): each class by itself where an image may have several labels."""
+    return sigmoid(logits) if several else softmax(logits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +41,7 @@ class MultiLabels:
 
     def members(self, logits: np.ndarray) -> np.ndarray:
         """(B, C) bool, the classes of each image."""
-        reached: np.ndarray = sigmoid(logits.astype(np.float64)) >= self.thresholds
-        return reached
+        return members(logits, self.thresholds)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As a bundle has them."""

@@ -12,6 +12,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tuning.binary_loss import sigmoid
+from iosr_fast.scoring.reference import softmax
 from iosr_fast.state.adapter_part import adapter_part
 from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.state import State
@@ -186,13 +187,6 @@ def predict_jointly(state: State, embeddings: Embeddings) -> joint.JointPredicti
     """Queries (B, D) of the state's encoder, classified together (methods.joint), with class names as `classes`."""
     prediction = joint.predict_jointly(state.support, state.config.compile, embeddings, plan=state.whole_plan)
     return replace(prediction, classes=np.array(state.class_names, dtype=str))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Row by row, (B, C)."""
-    powers = np.exp(logits - logits.max(1, keepdims=True)) if len(logits) else logits
-    probabilities: np.ndarray = powers / powers.sum(1, keepdims=True)
-    return probabilities
 
 
 def _neighbours(state: State, embeddings: Embeddings, nearest: int) -> list[tuple[Neighbour, ...]]:

@@ -19,13 +19,14 @@ from iosr_fast.encoders.encoder import Embeddings, as_numpy
 from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
-from iosr_fast.methods.conformal import LeftOutLabels, leave_out_labels
+from iosr_fast.methods.conformal import LeftOutLabels
 from iosr_fast.methods.stack import class_sums, discriminant_bias
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.methods.tuning.tuned import Tuned
-from iosr_fast.methods.unknown import Unknown, fit_unknown
+from iosr_fast.methods.unknown import Unknown
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.scorer import Scorer
+from iosr_fast.state.evidence import Evidence
 from iosr_fast.state.examples import Examples, absorb, join, no_examples, without
 from iosr_fast.state.ids import class_id, example_number, uid_of
 from iosr_fast.state.method_config import COMPENSATED_KEYS, MethodConfig
@@ -48,7 +49,7 @@ class ClassInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class State(Evidence):
     """Classes, their support images, how they are scored, and the plan that does it.
 
     class_names, uids  of the C classes, in order; uids rise and are never reused
@@ -126,11 +127,6 @@ class State:
         )
 
     @property
-    def needs_adapted(self) -> bool:
-        """Whether the method compares the adapted embeddings of queries."""
-        return self.config.which == "adapted"
-
-    @property
     def tuned(self) -> Tuned | None:
         """The search that chose the config, `stale` if the state has changed since; None if there was none."""
         tuned = self.config.tuned
@@ -145,7 +141,7 @@ class State:
         return self
 
     @cached_property
-    def support(self) -> SupportSet:
+    def support(self) -> SupportSet:  # type: ignore[override]  # a field of other fits
         """All active support images, sorted by class; computed at first use."""
         return self.examples.as_support(self.uids, self.text, self.tau, self.projections)
 
@@ -173,16 +169,6 @@ class State:
         if isinstance(self.plan, ScoringPlan) and all(segment.removed is None for segment in self.segments):
             return self.plan
         return self.config.compile(self.support)
-
-    @cached_property
-    def unknown(self) -> Unknown:
-        """How pictures of no class are recognised; fitted at first use, by the embeddings that queries have."""
-        return fit_unknown(self.support, self.needs_adapted, self.unknown_images)
-
-    @cached_property
-    def left_out_labels(self) -> LeftOutLabels:
-        """What the method says of support images that are left out; computed at first use."""
-        return leave_out_labels(self.support, self.config.compile)
 
     def learnt(self, name: Literal["unknown", "left_out_labels"]) -> Any:
         """One of these two if it has been used; None if it would have to be fitted."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from iosr_fast.methods.conformal import COVERAGE, Reliability, sets_of_labels
 from iosr_fast.methods.promise import check_share
-from iosr_fast.methods.support_audit import SupportAudit, audit_support
+from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.unknown import Unknown, without_rejected
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.ids import example_id
@@ -31,8 +31,8 @@ class Uncertainty(LiveUpdates):
         Ten scores (cosines to texts, Gaussians of the classes, distance to support images and a regression) are
         combined as classes that are left out teach: methods.unknown.fit_unknown. Raises BadImageError.
         """
-        self._fitted().state.one_label("unknown_score")
         fit = self._fitted()
+        fit.state.one_label("unknown_score")
         parts = [fit.state.unknown.score(fit.encoder.encode(pixels)) for pixels in self._chunks(fit, images)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
@@ -45,9 +45,9 @@ class Uncertainty(LiveUpdates):
         Raises IosrFastError where there are too few support images for that promise: 0.9 takes 9 that can be left out,
         with `per_class` 9 of each class; BadImageError for an image that can't be read.
         """
-        self._fitted().state.one_label("predict_sets")
-        share = check_share("coverage", coverage)
         fit = self._fitted()
+        fit.state.one_label("predict_sets")
+        share = check_share("coverage", coverage)
         left_out, labels = fit.state.left_out_labels, fit.labels()
         classes = labels if per_class else None
         left_out.thresholds(share, classes)  # too few support images: before anything is encoded
@@ -71,10 +71,7 @@ class Uncertainty(LiveUpdates):
         """
         fit = self._fitted()
         state, images = fit.state.one_label("audit"), [example_id(number) for number in fit.state.examples.ids]
-        config = state.config
-        return audit_support(
-            state.support, config.compile, which=config.which, images=np.array(images, str), classes=fit.labels()
-        )
+        return state.audit(np.array(images, str), fit.labels())
 
     def _labels_or_rejected(self, fit: Fit, images: Any, keep: float, word: str | None) -> np.ndarray:
         """The labels (B,) of images, `word` for those that are rejected."""

@@ -32,7 +32,6 @@ from iosr_fast.state.state import State
 from iosr_fast.state.support_images import encode_images
 
 _CHUNK = 256
-_FIT_AGAIN = "fit again with all pictures and their labels"
 log = logging.getLogger(__name__)
 
 
@@ -71,8 +70,7 @@ class LiveUpdates(FittedAttributes):
         `text` (D,), L2-normalised, is the embedding of its name; None has the text encoder make it. Raises ValueError
         for a name that is taken or empty, without images, for unreadable ones, or without a text encoder.
         """
-        self._fitted().state.one_label("add_class", _FIT_AGAIN)
-        fit = self._fitted()
+        fit = self._changeable("add_class")
         state = fit.state
         self._check_name(state, name)
         listed = as_image_list(images)
@@ -90,8 +88,7 @@ class LiveUpdates(FittedAttributes):
 
     def add_examples(self, name_or_id: str, images: Any) -> ChangeResult:
         """More support images of a class, by id or name. ValueError for an unknown class or unreadable images."""
-        self._fitted().state.one_label("add_examples", _FIT_AGAIN)
-        fit = self._fitted()
+        fit = self._changeable("add_examples")
         fit.state.find_class(name_or_id)
         encoded = self._encode(fit, as_image_list(images))
         if encoded is None:
@@ -103,7 +100,7 @@ class LiveUpdates(FittedAttributes):
 
     def remove_examples(self, example_ids: Sequence[str]) -> ChangeResult:
         """Take support images out. Raises ValueError for an unknown id, or where the method needs one that would go."""
-        self._fitted().state.one_label("remove_examples", _FIT_AGAIN)
+        self._changeable("remove_examples")
         listed = [example_ids] if isinstance(example_ids, str) else list(example_ids)
         with self._changing:
             numbers = self.snapshot().find_examples(listed)
@@ -111,7 +108,7 @@ class LiveUpdates(FittedAttributes):
 
     def remove_class(self, name_or_id: str) -> ChangeResult:
         """Take a class out, by id or name, with its images. Raises ValueError where fewer than two would be left."""
-        self._fitted().state.one_label("remove_class", _FIT_AGAIN)
+        self._changeable("remove_class")
         with self._changing:
             state = self.snapshot()
             uid = state.find_class(name_or_id)
@@ -127,8 +124,7 @@ class LiveUpdates(FittedAttributes):
         `text` as for `add_class`; `keep_text` changes what is shown and nothing else. Raises ValueError for an unknown
         class, a name that is taken or empty, or without a text encoder.
         """
-        self._fitted().state.one_label("rename_class", _FIT_AGAIN)
-        fit = self._fitted()
+        fit = self._changeable("rename_class")
         state = fit.state
         uid = state.find_class(name_or_id)
         self._check_name(state, name, uid)
@@ -153,8 +149,7 @@ class LiveUpdates(FittedAttributes):
         `method` defaults to the fitted one; "auto" as at a fit. `labels` as for `score`. Returns the choice and
         its reasons (also `tuned_`). Raises ValueError as `fit` and `score` do, before anything is encoded.
         """
-        self._fitted().state.one_label("tune", _FIT_AGAIN)
-        fit = self._fitted()
+        fit = self._changeable("tune")
         state = fit.state
         method = state.config.method if method is None else method
         check_choice(method, reducer, None)
@@ -176,7 +171,7 @@ class LiveUpdates(FittedAttributes):
 
     def retune(self) -> ChangeResult:
         """Choose the parameters of the method again, by leave-one-out on the current examples (`tune`)."""
-        self._fitted().state.one_label("retune", _FIT_AGAIN)
+        self._changeable("retune")
         with self._changing:
             config = self.snapshot().config
             return self._search(config.method, config.reducer_name)[1]
@@ -187,7 +182,7 @@ class LiveUpdates(FittedAttributes):
         Raises ValueError for a log of another classifier or a damaged one, or where one is open. `recover` opens one
         that lost changes: a warning says which, and the files as they were are kept beside it (audit.open_log).
         """
-        self._fitted().state.one_label("open_log", _FIT_AGAIN)
+        self._changeable("open_log")
         with self._changing:
             if self._log is not None:
                 raise IosrFastError(f"expected no log to be open, got {self._log.path}; close_log closes it")
@@ -207,6 +202,12 @@ class LiveUpdates(FittedAttributes):
         """Why the last change could not be written to the log, and so was not made; "" where it could."""
         log = self._log
         return "" if log is None else log.failure
+
+    def _changeable(self, call: str) -> Fit:
+        """The fit. Raises IosrFastError after a fit with several labels a picture, which takes no changes."""
+        fit = self._fitted()
+        fit.state.one_label(call, "fit again with all pictures and their labels")
+        return fit
 
     def _search(
         self, method: str, reducer: str | None, queries: Embeddings | None = None, ids: np.ndarray | None = None

@@ -175,8 +175,8 @@ def test_unknown_images_are_checked_as_support_images_are() -> None:
 
 
 def test_nothing_is_fitted_before_it_is_used(monkeypatch: pytest.MonkeyPatch, queries: Any) -> None:
-    monkeypatch.setattr("iosr_fast.state.state.fit_unknown", lambda *_: pytest.fail("fitted"))
-    monkeypatch.setattr("iosr_fast.state.state.leave_out_labels", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("iosr_fast.state.evidence.fit_unknown", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr("iosr_fast.state.evidence.leave_out_labels", lambda *_: pytest.fail("computed"))
     classifier = small_classifier(**GDA)
     classifier.predict(queries[0])
     classifier.add_class("new", queries[0][-3:])
@@ -236,8 +236,8 @@ def test_what_was_learnt_is_saved_and_a_change_forgets_it(
     state = load_bundle(tmp_path / "bundle").state
     rows = PixelEncoder().encode(images)
     with monkeypatch.context() as patch:
-        patch.setattr("iosr_fast.state.state.fit_unknown", lambda *_: pytest.fail("fitted again"))
-        patch.setattr("iosr_fast.state.state.leave_out_labels", lambda *_: pytest.fail("computed again"))
+        patch.setattr("iosr_fast.state.evidence.fit_unknown", lambda *_: pytest.fail("fitted again"))
+        patch.setattr("iosr_fast.state.evidence.leave_out_labels", lambda *_: pytest.fail("computed again"))
         np.testing.assert_array_equal(state.unknown.score(rows), classifier.unknown_score(images))
         assert state.unknown.promise(0.9) == classifier.unknown_.promise(0.9)
         assert str(state.left_out_labels.reliability) == str(classifier.calibration())
