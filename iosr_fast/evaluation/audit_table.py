@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from iosr_fast.evaluation.accuracy import finite, label
+from iosr_fast.evaluation.own_table import OwnTable
 from iosr_fast.evaluation.rivals import FOLDS
-from iosr_fast.evaluation.selection import Options, select_own
-from iosr_fast.evaluation.table import Row, print_table
+from iosr_fast.evaluation.selection import TuneOn
+from iosr_fast.evaluation.table import Row
 from iosr_fast.evaluation.tasks import Source
 from iosr_fast.methods.label_noise import fit_label_noise
 from iosr_fast.methods.left_out import left_out_logits
@@ -27,21 +27,6 @@ from iosr_fast.utils.require import require
 SHARE = 0.1  # of the labels are exchanged
 EXCHANGES = 3  # for each draw of a support set
 HEADS = ("method", "shots", "wrong", "estimate", "AUROC", "precision", "listed", "listed right", "without")
-
-
-def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
-    """Print a table for each data set, and return its rows."""
-    selected = select_own(sources, options, ("auto",), "audit")
-    rows: list[dict[str, Any]] = []
-    for source, chosen in zip(sources, selected, strict=True):
-        of_source = [
-            audit_row(source, method, reducer, shots) for method, reducer in chosen.rows for shots in source.shots
-        ]
-        if find_spec("cleanlab") is not None:
-            of_source += [cleanlab_row(source, shots) for shots in source.shots]
-        _print(out, source, of_source, [*chosen.left_out.values()])
-        rows += of_source
-    return rows
 
 
 def exchange_labels(support: SupportSet, share: float, seed: int) -> tuple[SupportSet, np.ndarray]:
@@ -65,7 +50,7 @@ def exchange_labels(support: SupportSet, share: float, seed: int) -> tuple[Suppo
     return replace(exchanged, projections=support.projections), wrong[np.argsort(labels, kind="stable")]
 
 
-def audit_row(source: Source, method: str, reducer: str, shots: int) -> dict[str, Any]:
+def audit_rows(source: Source, method: str, reducer: str, shots: int, _: TuneOn) -> Iterator[dict[str, Any]]:
     """One method at one number of shots, JSON-ready: means over EXCHANGES of each seed.
 
     auroc, precision   of the suspicion; of as many most suspicious labels as are wrong, the share of wrong ones
@@ -80,29 +65,32 @@ def audit_row(source: Source, method: str, reducer: str, shots: int) -> dict[str
             support, wrong = exchange_labels(task.support, SHARE, seed * EXCHANGES + k)
             draws.append(_judge(support, method, reducer, wrong))
         alarms.append(_judge(task.support, method, reducer, np.zeros(len(wrong), bool))["listed"])
-    return _row(source, label(method, reducer), shots, draws) | {"false_alarms": float(np.mean(alarms))}
+    yield _row(source, label(method, reducer), shots, draws) | {"false_alarms": float(np.mean(alarms))}
 
 
-def cleanlab_row(source: Source, shots: int) -> dict[str, Any]:
+def cleanlab_rows(source: Source) -> Iterator[dict[str, Any]]:
     """The same of cleanlab's label quality (self-confidence), from cross-validated logistic regression on the plain
     and, if there are any, the adapted embeddings. Its own choice of labels is find_label_issues'."""
+    if find_spec("cleanlab") is None:
+        return
     rank, choose = require("cleanlab.rank", "dev"), require("cleanlab.filter", "dev")
     selection, models = require("sklearn.model_selection", "sklearn"), require("sklearn.linear_model", "sklearn")
-    draws = []
-    for seed in source.seeds:
-        task = source.draw(shots, seed)
-        folds = min(FOLDS, int(task.support.counts.min()))
-        for k in range(EXCHANGES if folds > 1 else 0):
-            support, wrong = exchange_labels(task.support, SHARE, seed * EXCHANGES + k)
-            rows = np.hstack([part for part in vars(support.embeddings).values() if part is not None])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a fit that stops at max_iter
-                model = models.LogisticRegression(C=10.0, max_iter=200)
-                p = selection.cross_val_predict(model, rows, support.labels, cv=folds, method="predict_proba")
-            quality = rank.get_label_quality_scores(support.labels, p, method="self_confidence")
-            listed = choose.find_label_issues(support.labels, p, n_jobs=1)
-            draws.append(_scores(-quality, wrong, listed) | {"estimate": None})
-    return _row(source, "cleanlab", shots, draws) | {"false_alarms": None}
+    for shots in source.shots:
+        draws = []
+        for seed in source.seeds:
+            task = source.draw(shots, seed)
+            folds = min(FOLDS, int(task.support.counts.min()))
+            for k in range(EXCHANGES if folds > 1 else 0):
+                support, wrong = exchange_labels(task.support, SHARE, seed * EXCHANGES + k)
+                rows = np.hstack([part for part in vars(support.embeddings).values() if part is not None])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of a fit that stops at max_iter
+                    model = models.LogisticRegression(C=10.0, max_iter=200)
+                    p = selection.cross_val_predict(model, rows, support.labels, cv=folds, method="predict_proba")
+                quality = rank.get_label_quality_scores(support.labels, p, method="self_confidence")
+                listed = choose.find_label_issues(support.labels, p, n_jobs=1)
+                draws.append(_scores(-quality, wrong, listed) | {"estimate": None})
+        yield _row(source, "cleanlab", shots, draws) | {"false_alarms": None}
 
 
 def _judge(support: SupportSet, method: str, reducer: str, wrong: np.ndarray) -> dict[str, Any]:
@@ -135,18 +123,12 @@ def _row(source: Source, method: str, shots: int, draws: Sequence[Row]) -> dict[
     }
 
 
-def _print(out: Console, source: Source, rows: Sequence[Row], left_out: Sequence[str]) -> None:
-    out.print(
+def _title(source: Source, rows: Sequence[Row], tune_on: TuneOn) -> str:
+    return (
         f"{source.name}: {SHARE:.0%} of the labels of the support set exchanged, mean over {EXCHANGES} exchanges of "
         f"{len(source.seeds)} draws. AUROC of the suspicion; precision: wrong ones of as many most suspicious labels "
-        "as are wrong; listed: labels that are likely wrong; without: listed when no label is exchanged",
-        soft_wrap=True,
+        "as are wrong; listed: labels that are likely wrong; without: listed when no label is exchanged"
     )
-    for note in source.notes:
-        out.print(note, soft_wrap=True)
-    print_table(out, HEADS, [_cells(row) for row in rows], left=1)
-    for reason in left_out:
-        out.print(f"  left out: {reason}", soft_wrap=True)
 
 
 def _cells(row: Row) -> list[str]:
@@ -158,3 +140,10 @@ def _cells(row: Row) -> list[str]:
         *(cell("wrong", ".0f"), cell("estimate", ".1f"), cell("auroc", ".4f"), cell("precision", ".1f", 100)),
         *(cell("listed", ".1f"), cell("found", ".1f"), cell("false_alarms", ".1f")),
     ]
+
+
+def _result(row: Row) -> str:
+    return f"AUROC {_cells(row)[4]}"
+
+
+run = OwnTable("audit", audit_rows, _title, HEADS, _cells, _result, rivals=cleanlab_rows).run

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from iosr_fast.evaluation.accuracy import finite, label, tune_draw
 from iosr_fast.evaluation.calibration import measure, measure_probabilities
-from iosr_fast.evaluation.selection import Options, TuneOn, select_own
-from iosr_fast.evaluation.table import Row, print_table
+from iosr_fast.evaluation.own_table import OwnTable
+from iosr_fast.evaluation.selection import TuneOn
+from iosr_fast.evaluation.table import Row
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.methods.joint import predict_jointly
 from iosr_fast.methods.tuning.tuned import Tuned
@@ -27,22 +27,7 @@ HEADS = (
 )
 
 
-def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
-    """Print a table for each data set, and return its rows."""
-    selected = select_own(sources, options, ("auto",), "joint")
-    rows: list[dict[str, Any]] = []
-    for source, chosen in zip(sources, selected, strict=True):
-        of_source = []
-        for method, reducer in chosen.rows:
-            for shots in source.shots:
-                of_source.append(joint_row(source, method, reducer, shots, chosen.tune_on))
-                options.report(_progress(of_source[-1]))
-        _print(out, source, of_source, [*chosen.left_out.values()])
-        rows += of_source
-    return rows
-
-
-def joint_row(source: Source, method: str, reducer: str, shots: int, tune_on: TuneOn) -> dict[str, Any]:
+def joint_rows(source: Source, method: str, reducer: str, shots: int, tune_on: TuneOn) -> Iterator[dict[str, Any]]:
     """One method at one number of shots over all seeds, JSON-ready: accuracies in 0..1, gains in points.
 
     `draws` has an entry a seed with all test images as the folder; `few_draws` FOLDERS a seed, each with the test
@@ -56,7 +41,7 @@ def joint_row(source: Source, method: str, reducer: str, shots: int, tune_on: Tu
         whole.append(_folder(task, tuned, logits, np.ones(len(task.labels), bool)))
         few += [_folder(task, tuned, logits, np.isin(task.labels, classes)) for classes in few_classes(task, seed)]
         choices.append(tuned)
-    return {
+    yield {
         "bench": "joint",
         "data": source.name,
         "method": method,
@@ -110,29 +95,22 @@ def _means(prefix: str, draws: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _progress(row: Row) -> str:
-    gains = f"gain {row['gain']:+.2f}, with few classes {row['few_gain']:+.2f} points"
-    return f"{row['data']}: {label(row['method'], row['reducer'])}, shots {row['shots']}: {gains}"
-
-
-def _print(out: Console, source: Source, rows: Sequence[Row], left_out: Sequence[str]) -> None:
+def _title(source: Source, rows: Sequence[Row], tune_on: TuneOn) -> str:
     first = rows[0]["draws"][0]
-    out.print(
+    return (
         f"{source.name}: accuracy in % of each test image alone and of all {first['images']} together, gain in points; "
         f"{len(source.seeds)} draw(s) of the support set. A tenth: only the images of a tenth of the "
-        f"{first['classes']} classes, mean over {FOLDERS} folders a draw. Refused: folders left as they were",
-        soft_wrap=True,
+        f"{first['classes']} classes, mean over {FOLDERS} folders a draw. Refused: folders left as they were"
     )
-    for note in source.notes:
-        out.print(note, soft_wrap=True)
-    print_table(out, HEADS, [_cells(row) for row in rows], left=2)
+
+
+def _refusals(rows: Sequence[Row]) -> list[str]:
     draws = [draw for row in rows for draw in (*row["draws"], *row["few_draws"])]
     refusals = list(dict.fromkeys(draw["refused"] for draw in draws if draw["refused"]))
     lines = [f"  refused: {text}" for text in refusals[:REFUSALS]]
     if len(refusals) > REFUSALS:
         lines.append(f"  ... and {len(refusals) - REFUSALS} more sentences, in the JSON file")
-    for line in (*lines, *(f"  left out: {reason}" for reason in left_out)):
-        out.print(line, soft_wrap=True)
+    return lines
 
 
 def _cells(row: Row) -> list[str]:
@@ -142,3 +120,10 @@ def _cells(row: Row) -> list[str]:
         cells += [f"{100 * row[prefix + name]:.1f}" for name in ("alone", "joint")]
         cells += [f"{row[prefix + 'gain']:+.2f}", f"{row[prefix + 'refused']} of {len(draws)}"]
     return cells
+
+
+def _result(row: Row) -> str:
+    return f"gain {row['gain']:+.2f}, with few classes {row['few_gain']:+.2f} points"
+
+
+run = OwnTable("joint", joint_rows, _title, HEADS, _cells, _result, left=2, notes=_refusals).run

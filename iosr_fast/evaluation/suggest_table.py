@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.accuracy import label
-from iosr_fast.evaluation.selection import Options, select_own
-from iosr_fast.evaluation.table import Row, print_table
+from iosr_fast.evaluation.own_table import OwnTable
+from iosr_fast.evaluation.selection import TuneOn
+from iosr_fast.evaluation.table import Row
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
@@ -28,21 +28,9 @@ STARTS = {
 HEADS = ("start", "method", "shots", "budget", "random", "suggested", "gain", "classes: random", "suggested")
 
 
-def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
-    """Print a table for each data set, and return its rows."""
-    selected = select_own(sources, options, ("gda",), "suggest")
-    rows: list[dict[str, Any]] = []
-    for source, chosen in zip(sources, selected, strict=True):
-        of_source = []
-        for method, reducer in chosen.rows:
-            for start in STARTS:
-                for shots in source.shots:
-                    of_source.append(suggest_row(source, method, reducer, shots, start))
-                    row = of_source[-1]
-                    options.report(f"{source.name}: from {start}, {row['budget']:.0f} labels: {row['gain']:+.2f}")
-        _print(out, source, of_source, [*chosen.left_out.values()])
-        rows += of_source
-    return rows
+def suggest_rows(source: Source, method: str, reducer: str, shots: int, _: TuneOn) -> Iterator[dict[str, Any]]:
+    for start in STARTS:
+        yield suggest_row(source, method, reducer, shots, start)
 
 
 def suggest_row(source: Source, method: str, reducer: str, shots: int, start: str) -> dict[str, Any]:
@@ -128,18 +116,13 @@ def _fit(rows: Embeddings, labels: np.ndarray, method: str, reducer: str) -> tup
     return support, classes, tune(method, support, reducer=reducer)
 
 
-def _print(out: Console, source: Source, rows: Sequence[Row], left_out: Sequence[str]) -> None:
-    out.print(
+def _title(source: Source, rows: Sequence[Row], tune_on: TuneOn) -> str:
+    starts = "".join(f"\n  start from {name}: {text}" for name, text in STARTS.items())
+    return (
         f"{source.name}: accuracy in % on the test images after a budget of labels for {rows[0]['pool']:.0f} "
         f"unlabelled images, without texts; gain in points over {RANDOM} random choices; mean over "
-        f"{len(source.seeds)} draws",
-        soft_wrap=True,
+        f"{len(source.seeds)} draws{starts}"
     )
-    for note in (*source.notes, *(f"  start from {name}: {text}" for name, text in STARTS.items())):
-        out.print(note, soft_wrap=True)
-    print_table(out, HEADS, [_cells(row) for row in rows], left=2)
-    for reason in left_out:
-        out.print(f"  left out: {reason}", soft_wrap=True)
 
 
 def _cells(row: Row) -> list[str]:
@@ -148,3 +131,10 @@ def _cells(row: Row) -> list[str]:
         *(f"{100 * row['random']:.1f}", f"{100 * row['suggested']:.1f}", f"{row['gain']:+.2f}"),
         *(f"{row['random_classes']:.1f}", f"{row['suggested_classes']:.1f}"),
     ]
+
+
+def _result(row: Row) -> str:
+    return f"from {row['start']}, {row['budget']:.0f} labels: {row['gain']:+.2f}"
+
+
+run = OwnTable("suggest", suggest_rows, _title, HEADS, _cells, _result, methods=("gda",), left=2).run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from rich.console import Console
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.accuracy import label, tune_draw
-from iosr_fast.evaluation.selection import Options, TuneOn, select_own
+from iosr_fast.evaluation.own_table import OwnTable
+from iosr_fast.evaluation.selection import Options, TuneOn
 from iosr_fast.evaluation.table import Row, print_table
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
@@ -40,23 +41,7 @@ class Half:
     known: np.ndarray
 
 
-def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
-    """Print a table for each data set and one of single scores; return the rows."""
-    selected = select_own(sources, options, ("auto",), "unknown")
-    rows: list[dict[str, Any]] = []
-    for source, chosen in zip(sources, selected, strict=True):
-        of_source = []
-        for method, reducer in chosen.rows:
-            for shots in source.shots:
-                of_source.append(unknown_row(source, method, reducer, shots, chosen.tune_on))
-                options.report(f"{source.name}: {label(method, reducer)}, shots {shots}: {_cells(of_source[-1])[2]}")
-        _print(out, source, of_source, chosen.tune_on)
-        rows += of_source
-    _print_single(out, rows)
-    return rows
-
-
-def unknown_row(source: Source, method: str, reducer: str, shots: int, tune_on: TuneOn) -> dict[str, Any]:
+def unknown_rows(source: Source, method: str, reducer: str, shots: int, tune_on: TuneOn) -> Iterator[dict[str, Any]]:
     """One method at one number of shots over all seeds and splits, JSON-ready; all figures in 0..1 but `size`.
 
     auroc, fpr95    of Unknown.score: known against unknown test images; unknown ones taken for known at 95% kept
@@ -73,7 +58,7 @@ def unknown_row(source: Source, method: str, reducer: str, shots: int, tune_on: 
         sets.append(_sets(task, method, reducer, tune_on))
     scores = {name: _mean([split["scores"][name] for split in splits]) for name in splits[0]["scores"]}
     best = max(scores, key=lambda name: scores[name] or 0.0)
-    return {
+    yield {
         "bench": "unknown",
         "data": source.name,
         "method": method,
@@ -172,18 +157,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _print(out: Console, source: Source, rows: Sequence[Row], tune_on: TuneOn) -> None:
+def _title(source: Source, rows: Sequence[Row], tune_on: TuneOn) -> str:
     images = "validation" if tune_on == "validation" else "left-out support"
-    out.print(
+    return (
         f"{source.name}: half of the classes known, {SPLITS * len(source.seeds)} splits; in %. Kept: known test images "
         f"that stay where {KEEP:.0%} is promised by {images} images, and by left-out support images alone; expected: "
         f"the AUROC by left-out classes. Coverage of label sets of all classes where {COVERAGE:.0%} is promised, their "
-        "mean size, and the share of empty ones",
-        soft_wrap=True,
+        "mean size, and the share of empty ones"
     )
-    for note in source.notes:
-        out.print(note, soft_wrap=True)
-    print_table(out, HEADS, [_cells(row) for row in rows], left=1)
 
 
 def _cells(row: Row) -> list[str]:
@@ -218,3 +199,14 @@ def _print_single(out: Console, rows: Sequence[Row]) -> None:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def _result(row: Row) -> str:
+    return f"AUROC {_percent(row['auroc'])}"
+
+
+def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
+    """Print a table for each data set and one of single scores; return the rows."""
+    rows = OwnTable("unknown", unknown_rows, _title, HEADS, _cells, _result).run(sources, options, out)
+    _print_single(out, rows)
+    return rows
