@@ -220,7 +220,7 @@ def page(title: str, *parts: Any, lead: str = "", scripts: Sequence[str] = ()) -
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),
         element("title", title),
-        element("style", Html(_file("report.css"))),
+        element("style", Html(_file("../serving/http/page/theme.css") + _file("report.css"))),
     )
     header = element("header", element("h1", title), note(lead) if lead else None)
     body = element("body", header, element("main", *parts), *(element("script", Html(script)) for script in code))

@@ -60,6 +60,11 @@ def encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
+def test_the_stylesheet_defines_its_colours() -> None:
+    style = page("Report").partition("<style>")[2].partition("</style>")[0]
+    assert set(re.findall(r"var\((--[\w-]+)\)", style)) <= set(re.findall(r"(--[\w-]+):", style)) and "--bad" in style
+
+
 def test_text_of_users_never_becomes_markup() -> None:
     parts = [
         table([ATTACK], [[ATTACK]]),
