@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 import typer
 
 from iosr_fast.cli import parts
-from iosr_fast.cli.options import Address, Runtime, SavedClassifier, SkipBad
+from iosr_fast.cli.options import Address, RejectOption, Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import new_file, stop_message
 from iosr_fast.utils.require import require
@@ -71,13 +71,13 @@ def classify(
     ] = None,
     unknown: Annotated[
         Literal["reject"] | None,
-        typer.Option(help="reject: images of none of the classes get --unknown-label, and all an unknown_score."),
+        RejectOption(help="reject: images of none of the classes get --unknown-label, and all an unknown_score."),
     ] = None,
     unknown_label: Annotated[
-        str | None, typer.Option(metavar="WORD", help="Label of rejected images [default: unknown].")
+        str | None, RejectOption(metavar="WORD", help="Label of rejected images [default: unknown].")
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="Share of known images that keep their label [default: 0.95].")
+        float | None, RejectOption(help="Share of known images that keep their label [default: 0.95].")
     ] = None,
     chunk: parts.Chunk = 1024,
     kind: parts.Kind = "auto",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from iosr_fast.cli.options import PartsOption, RayOption
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import stop_message
 
@@ -16,18 +17,18 @@ if TYPE_CHECKING:
     from iosr_fast.pipeline.run import RunOptions
     from iosr_fast.pipeline.source import Source
 
-Chunk = Annotated[int, typer.Option(help="Images of a part.")]
+Chunk = Annotated[int, PartsOption(help="Images of a part.")]
 Kind = Annotated[
     Literal["auto", "folder", "webdataset", "parquet"],
-    typer.Option(metavar="NAME", help="Kind of the input: auto, folder, webdataset or parquet."),
+    PartsOption(metavar="NAME", help="Kind of the input: auto, folder, webdataset or parquet."),
 ]
-PathColumn = Annotated[str, typer.Option(help="Of a .parquet input: the column of paths, relative to its folder.")]
-KeepColumns = Annotated[str, typer.Option(help="Of a .parquet input: columns to copy, separated by commas.")]
-ImageField = Annotated[str | None, typer.Option(help="Of .tar shards: the member with the image, jpg for example.")]
+PathColumn = Annotated[str, PartsOption(help="Of a .parquet input: the column of paths, relative to its folder.")]
+KeepColumns = Annotated[str, PartsOption(help="Of a .parquet input: columns to copy, separated by commas.")]
+ImageField = Annotated[str | None, PartsOption(help="Of .tar shards: the member with the image, jpg for example.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of this process [default: all], or of each Ray worker.")]
-Ray = Annotated[bool, typer.Option("--ray", help="Spread the parts over Ray workers.")]
-Workers = Annotated[int | None, typer.Option(help="With Ray: number of workers [default: 2].")]
-Gpus = Annotated[float, typer.Option(help="With Ray: GPUs of each worker, or its share of one.")]
+Ray = Annotated[bool, RayOption("--ray", help="Spread the parts over Ray workers.")]
+Workers = Annotated[int | None, RayOption(help="Number of workers [default: 2].")]
+Gpus = Annotated[float, RayOption(help="GPUs of each worker, or its share of one.")]
 
 
 def write_parts(

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from iosr_fast.cli.options import Deadline, MaxBatch, MaxDeadline, MaxImages, MaxWait, Runtime, SavedClassifier
+from iosr_fast.cli.options import (
+    BatchOption,
+    Deadline,
+    LimitOption,
+    MaxBatch,
+    MaxDeadline,
+    MaxImages,
+    MaxWait,
+    Runtime,
+    SavedClassifier,
+    TimeOption,
+)
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import MIB, Settings
 from iosr_fast.utils.require import require
@@ -43,34 +54,34 @@ def serve(
     max_batch: MaxBatch = None,
     max_wait_ms: MaxWait = _DEFAULT.max_wait_ms,
     max_queue: Annotated[
-        int, typer.Option(help="Most images that are accepted and not yet answered; others get status 503.")
+        int, BatchOption(help="Most images that are accepted and not yet answered; others get status 503.")
     ] = _DEFAULT.max_queue,
-    decode_threads: Annotated[int | None, typer.Option(help="Images decoded in parallel [default: chosen].")] = None,
-    engine_threads: Annotated[int | None, typer.Option(help="CPU cores of the encoder [default: all].")] = None,
+    decode_threads: Annotated[int | None, BatchOption(help="Images decoded in parallel [default: chosen].")] = None,
+    engine_threads: Annotated[int | None, BatchOption(help="CPU cores of the encoder [default: all].")] = None,
     max_images: MaxImages = _DEFAULT.max_images,
-    max_body_mb: Annotated[float, typer.Option(help="Largest request, in MB.")] = _DEFAULT.max_body_bytes / MIB,
-    max_image_mb: Annotated[float, typer.Option(help="Largest image file, in MB.")] = _DEFAULT.max_image_bytes / MIB,
+    max_body_mb: Annotated[float, LimitOption(help="Largest request, in MB.")] = _DEFAULT.max_body_bytes / MIB,
+    max_image_mb: Annotated[float, LimitOption(help="Largest image file, in MB.")] = _DEFAULT.max_image_bytes / MIB,
     max_buffered_mb: Annotated[
-        float, typer.Option(help="Largest total of the requests that are being received, in MB.")
+        float, LimitOption(help="Largest total of the requests that are being received, in MB.")
     ] = _DEFAULT.max_buffered_bytes / MIB,
-    max_pixels: Annotated[int, typer.Option(help="Largest image, in pixels.")] = _DEFAULT.max_pixels,
+    max_pixels: Annotated[int, LimitOption(help="Largest image, in pixels.")] = _DEFAULT.max_pixels,
     max_decoding_pixels: Annotated[
-        int, typer.Option(help="Largest total of the images above 16 million pixels that are decoded in parallel.")
+        int, LimitOption(help="Largest total of the images above 16 million pixels that are decoded in parallel.")
     ] = _DEFAULT.max_decoding_pixels,
     decode_timeout_s: Annotated[
-        float, typer.Option("--decode-timeout", help="CPU seconds to decode an image.")
+        float, TimeOption("--decode-timeout", help="CPU seconds to decode an image.")
     ] = _DEFAULT.decode_timeout_s,
-    max_connections: Annotated[int, typer.Option(help="Most open connections.")] = _DEFAULT.max_connections,
+    max_connections: Annotated[int, LimitOption(help="Most open connections.")] = _DEFAULT.max_connections,
     body_timeout_s: Annotated[
-        float, typer.Option("--body-timeout", help="Seconds to receive the body of a request.")
+        float, TimeOption("--body-timeout", help="Seconds to receive the body of a request.")
     ] = _DEFAULT.body_timeout_s,
     deadline_ms: Deadline = _DEFAULT.deadline_ms,
     max_deadline_ms: MaxDeadline = _DEFAULT.max_deadline_ms,
     drain_s: Annotated[
-        float, typer.Option("--drain", help="After a signal to stop: seconds in which requests are still accepted.")
+        float, TimeOption("--drain", help="After a signal to stop: seconds in which requests are still accepted.")
     ] = _DEFAULT.drain_s,
     grace_s: Annotated[
-        int, typer.Option("--grace", help="Then: seconds to answer the requests that were accepted.")
+        int, TimeOption("--grace", help="Then: seconds to answer the requests that were accepted.")
     ] = _DEFAULT.grace_s,
 ) -> None:
     """Serve a saved classifier over HTTP. Clients with the token may change its classes."""

@@ -10,7 +10,19 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from iosr_fast.cli.options import Address, Deadline, MaxBatch, MaxDeadline, MaxImages, MaxWait, Runtime
+from iosr_fast.cli.options import (
+    Address,
+    BatchOption,
+    Deadline,
+    MaxBatch,
+    MaxDeadline,
+    MaxImages,
+    MaxWait,
+    RayOption,
+    ReplicaOption,
+    Runtime,
+    TimeOption,
+)
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.ray.deployment import Scale
@@ -24,40 +36,40 @@ def serve_ray(
     classifier: Annotated[
         Path | None, typer.Argument(metavar="CLASSIFIER", help="Folder that `iosr-fast fit` or Classifier.save wrote.")
     ] = None,
-    replicas: Annotated[int | None, typer.Option(help=f"Number of replicas [default: {_SCALE.replicas}].")] = None,
-    min_replicas: Annotated[int, typer.Option(help="With --max-replicas: the smallest number.")] = _SCALE.min_replicas,
+    replicas: Annotated[int | None, ReplicaOption(help=f"Number of replicas [default: {_SCALE.replicas}].")] = None,
+    min_replicas: Annotated[int, ReplicaOption(help="With --max-replicas: the smallest number.")] = _SCALE.min_replicas,
     max_replicas: Annotated[
-        int | None, typer.Option(help="Instead of --replicas: as many as the load needs, up to this number.")
+        int | None, ReplicaOption(help="Instead of --replicas: as many as the load needs, up to this number.")
     ] = None,
     target_ongoing_requests: Annotated[
-        float, typer.Option(help="With --max-replicas: concurrent requests of a replica.")
+        float, ReplicaOption(help="With --max-replicas: concurrent requests of a replica.")
     ] = _SCALE.target_ongoing_requests,
-    cpus: Annotated[float, typer.Option(help="CPU cores of a replica.")] = _SCALE.cpus,
-    gpus: Annotated[float, typer.Option(help="GPUs of a replica, or its share of one.")] = _SCALE.gpus,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of a replica [default: its cores].")] = None,
+    cpus: Annotated[float, ReplicaOption(help="CPU cores of a replica.")] = _SCALE.cpus,
+    gpus: Annotated[float, ReplicaOption(help="GPUs of a replica, or its share of one.")] = _SCALE.gpus,
+    threads: Annotated[int | None, ReplicaOption(help="CPU threads of a replica [default: its cores].")] = None,
     ingresses: Annotated[
-        int, typer.Option(help="Processes that receive requests and pass them to the replicas.")
+        int, ReplicaOption(help="Processes that receive requests and pass them to the replicas.")
     ] = _SCALE.ingresses,
-    ingress_cpus: Annotated[float, typer.Option(help="CPU cores of such a process.")] = _SCALE.ingress_cpus,
+    ingress_cpus: Annotated[float, ReplicaOption(help="CPU cores of such a process.")] = _SCALE.ingress_cpus,
     health_period_s: Annotated[
-        float, typer.Option("--health-period", help="Seconds between health checks of a replica.")
+        float, ReplicaOption("--health-period", help="Seconds between health checks of a replica.")
     ] = _SCALE.health_period_s,
     address: Address = None,
-    name: Annotated[str, typer.Option(help="Name of the application in Ray Serve.")] = "iosr_fast",
-    stop: Annotated[bool, typer.Option("--stop", help="With --address: stop the application there.")] = False,
+    name: Annotated[str, RayOption(help="Name of the application in Ray Serve.")] = "iosr_fast",
+    stop: Annotated[bool, RayOption("--stop", help="With --address: stop the application there.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = _SETTINGS.host,
     port: Annotated[int, typer.Option(help="Port.")] = _SETTINGS.port,
     runtime: Runtime = _SETTINGS.runtime,
     max_batch: MaxBatch = None,
     max_wait_ms: MaxWait = _SETTINGS.max_wait_ms,
     max_queue: Annotated[
-        int, typer.Option(help="Most images that a replica has accepted and not yet answered.")
+        int, BatchOption(help="Most images that a replica has accepted and not yet answered.")
     ] = _SETTINGS.max_queue,
     max_images: MaxImages = _SETTINGS.max_images,
     deadline_ms: Deadline = _SETTINGS.deadline_ms,
     max_deadline_ms: MaxDeadline = _SETTINGS.max_deadline_ms,
     grace_s: Annotated[
-        int, typer.Option("--grace", help="Seconds in which a stopping replica answers its last requests.")
+        int, TimeOption("--grace", help="Seconds in which a stopping replica answers its last requests.")
     ] = _SETTINGS.grace_s,
 ) -> None:
     """Serve replicas of a saved classifier by Ray Serve.

@@ -112,7 +112,6 @@ def predict(
     top: int = 1,
     nearest: int = 0,
     keep: float | None = None,
-    impl: str = "auto",
 ) -> list[Prediction]:
     """A Prediction for each query: its `top` classes and `nearest` support images, or all if there are fewer.
 
@@ -126,7 +125,7 @@ def predict(
     """
     if top < 1 or nearest < 0:
         raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
-    logits = state.score(embeddings, impl)
+    logits = state.score(embeddings)
     embeddings = embeddings.to_numpy()
     found: list[Rejection | None] = [None] * len(embeddings)
     if keep is not None:

@@ -71,7 +71,22 @@ def new_app(prefix: str = "error", group: type[Group] = Group, **options: Any) -
     )
 
 
-class ListCommand(TyperCommand):
+class Command(TyperCommand):
+    """Lists its options in sections (typer's rich_help_panel)."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for one in self.get_params(ctx):
+            title = getattr(one, "rich_help_panel", None) or f"{one.param_type_name.title()}s"
+            if (line := one.get_help_record(ctx)) is not None:
+                sections.setdefault(title, []).append(line)
+        for title, lines in sections.items():
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
+
+
+class ListCommand(Command):
     """A command whose repeatable options take several words: `--shots 1 2` is `--shots 1 --shots 2`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -94,13 +109,13 @@ class ListCommand(TyperCommand):
 def command_app(main: Callable[..., None], prefix: str = "error") -> typer.Typer:
     """The app of a tool with one command."""
 
-    class Command(TyperCommand):
+    class Only(Command):
         def invoke(self, ctx: Any) -> Any:
             with one_line_errors(prefix):
                 return super().invoke(ctx)
 
     app = new_app()
-    app.command(cls=Command)(main)
+    app.command(cls=Only)(main)
     return app
 
 

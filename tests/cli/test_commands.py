@@ -49,6 +49,14 @@ print(sorted({"numpy", "torch", "PIL", "msgspec", *(name for name in sys.modules
             assert re.search(rf"^  {name} +{re.escape(line)}$", help, re.MULTILINE), name
 
 
+def test_options_of_ray_have_a_section_of_their_own() -> None:
+    sections = dict(
+        re.findall(r"^(\w[\w ]*):\n(.*?)(?=^\w|\Z)", run("classify", "--help").output, re.MULTILINE | re.DOTALL)
+    )
+    assert re.findall(r"^  (--[\w-]+)", sections["Ray"], re.MULTILINE) == ["--ray", "--workers", "--gpus", "--address"]
+    assert "--skip-bad" in sections["Options"] and "--help" in sections["Options"] and "IMAGES" in sections["Arguments"]
+
+
 def test_a_name_that_is_no_command_gets_a_suggestion() -> None:
     assert "Did you mean 'train-adapter'?" in refused("train_adapter")
 
