@@ -165,7 +165,7 @@ def _folds(support: SupportSet, logits_each: int) -> Iterator[tuple[np.ndarray, 
     for fold in range(folds.max() + 1):
         if fold and (scored >= _LEFT_OUT or logits + logits_each > _CHECK_LOGITS):
             return
-        chosen = np.flatnonzero(folds == fold)
+        chosen = np.flatnonzero((folds == fold) & held_out.scored)
         yield chosen, support.only(folds != fold)
         scored, logits = scored + len(chosen), logits + logits_each
 

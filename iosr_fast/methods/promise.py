@@ -66,10 +66,10 @@ class LeftOut:
 def leave_out(support: SupportSet, score: Score, most: int = MOST) -> LeftOut:
     """`score(others, rows)` (len(rows), m) of the images `rows`, by a model of the support set `others` without them.
 
-    One image of each class is left out at a time (`folds_of`), until there are `most`. The only image of a class is
-    never left out: V is 0 if each class has one.
+    One image of each class is left out at a time (`left_out_folds`), until there are `most`. The only image of a class
+    is never left out: V is 0 if each class has one.
     """
-    folds = folds_of(support)
+    folds, scored = left_out_folds(support)
     n_folds = int(folds.max(initial=-1)) + 1
     rows: list[np.ndarray] = []
     values: list[np.ndarray] = []
@@ -80,7 +80,7 @@ def leave_out(support: SupportSet, score: Score, most: int = MOST) -> LeftOut:
         if _count(rows) >= most:
             break
         inside = folds == fold
-        rows.append(np.flatnonzero(inside))
+        rows.append(np.flatnonzero(inside & scored))
         values.append(np.asarray(score(support.only(~inside), rows[-1]), np.float64))
         two = _without_two(support, folds, fold, (fold + 1) % n_folds)
         if _has_pairs(support.only(two)) and two.sum() < (~inside).sum() and _count(gains) < MOST_FOR_DRIFT:
@@ -97,11 +97,12 @@ def leave_out(support: SupportSet, score: Score, most: int = MOST) -> LeftOut:
     return LeftOut(np.concatenate(rows), np.concatenate(values), *measured)
 
 
-def folds_of(support: SupportSet) -> np.ndarray:
-    """(N,) int64, each image's fold, negative for one that is never left out (HeldOutSet.leave_one_out)."""
-    folds = HeldOutSet.leave_one_out(gda.METHOD, None, support).folds
-    assert folds is not None
-    return folds
+def left_out_folds(support: SupportSet) -> tuple[np.ndarray, np.ndarray]:
+    """HeldOutSet.leave_one_out: (N,) int64, each image's fold, negative for one that is never left out, and (N,) bool,
+    the images that are scored."""
+    held_out = HeldOutSet.leave_one_out(gda.METHOD, None, support)
+    assert held_out.folds is not None
+    return held_out.folds, held_out.scored
 
 
 def _has_pairs(support: SupportSet) -> bool:

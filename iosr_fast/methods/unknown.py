@@ -11,7 +11,7 @@ import numpy as np
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.known_scores import KnownScores, score_names
-from iosr_fast.methods.promise import check_share, folds_of, leave_out, rank_of, threshold
+from iosr_fast.methods.promise import check_share, leave_out, left_out_folds, rank_of, threshold
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.utils.ranking import auroc
 
@@ -188,14 +188,14 @@ def check_unknown(unknown: str | None, keep: float) -> float | None:
 
 def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Iterator[Group]:
     """Groups of standardised scores: left-out images of one half of the classes, and images of the other half."""
-    folds, labels = folds_of(support), support.labels
+    (folds, scored), labels = left_out_folds(support), support.labels
     present = np.flatnonzero(support.counts)
     if len(present) < 3:
         return
     for known in _halves_of(present):
         of_half = np.isin(np.arange(support.n_classes), known)
         for fold in range(min(HALF_FOLDS, int(folds.max()) + 1)):
-            left, others = of_half[labels] & (folds == fold), of_half[labels] & (folds != fold)
+            left, others = of_half[labels] & (folds == fold) & scored, of_half[labels] & (folds != fold)
             unknown = ~of_half[labels] & (folds % HALF_FOLDS == fold)
             if left.any() and unknown.any():
                 scorer = KnownScores(_of_classes(support, of_half, others), names)

@@ -33,8 +33,9 @@ class HeldOutSet:
     """`queries` with `labels` (V,), scored by plans that `method` compiles without the support images of their fold.
 
     `folds` (N,) int64 has each support image's fold. The queries are then the support images in their order; images of
-    a negative fold are never left out and not scored. None: the queries are a validation set. `distinct` (C,) counts
-    the images of each class of the support set, near duplicates once; all of them for a validation set.
+    a negative fold are never left out. None: the queries are a validation set. `distinct` (C,) counts the images of
+    each class of the support set, near duplicates once; all of them for a validation set. Images of a class with one
+    distinct image are not scored.
     """
 
     method: Method
@@ -69,20 +70,23 @@ class HeldOutSet:
 
         If one image alone were left out, its class would have one key less than the others, which biases sums over
         keys; with one of each class left out, no class is at a disadvantage. Near duplicates of a class count as one
-        image (group_near_duplicates): they are left out together, and a class of a single group always stays. The
-        number of folds is the number of images of the largest class, at most MAX_FOLDS (then a 16th of each class is
-        left out at a time). `enough` images: where that many are scored, the other folds are not.
+        image (group_near_duplicates): they are left out together. A class of a single group loses one of its images at
+        a time, as the others do, but none of them is scored: if it stayed whole among classes of one image each, it
+        alone would give the covariance. The number of folds is the number of images of the largest class, at most
+        MAX_FOLDS (then a 16th of each class is left out at a time). `enough` images: where that many are scored, the
+        other folds are not.
         """
         labels = support.labels
         groups = group_near_duplicates(support)
         distinct = np.zeros(support.n_classes, np.int64)
         np.maximum.at(distinct, labels, groups + 1)
         n_folds = min(MAX_FOLDS, int(distinct.max(initial=1)))
-        left_out = distinct[labels] > 1
+        units = np.where(distinct[labels] > 1, groups, np.arange(len(labels)) - support.class_offsets[labels])
+        left_out = (support.counts[labels] > 1) & (n_folds > 1)
         if enough is not None:
-            left_out &= groups % n_folds < max(1, -(-n_folds * enough // max(len(labels), 1)))
-            left_out &= groups < n_folds * max(1, enough // support.n_classes)
-        folds = np.where(left_out, groups % n_folds, -1)
+            left_out &= units % n_folds < max(1, -(-n_folds * enough // max(len(labels), 1)))
+            left_out &= units < n_folds * max(1, enough // support.n_classes)
+        folds = np.where(left_out, units % n_folds, -1)
         return cls(method, reducer, support, support.queries or support.embeddings, labels, folds, distinct)
 
     @property
@@ -98,12 +102,20 @@ class HeldOutSet:
         return groups % 2 == 0, groups % 2 == 1
 
     @cached_property
+    def scored(self) -> np.ndarray:
+        """(V,) bool: the queries that are scored. A near duplicate of what stays in the fit says nothing."""
+        if self.folds is None:
+            return np.ones(len(self.labels), bool)
+        scored: np.ndarray = (self.folds >= 0) & (self.distinct[self.labels] > 1)
+        return scored
+
+    @cached_property
     def rows(self) -> np.ndarray:
         """The queries that are scored, fold by fold: the order of `logits`, `intervals` and `plans`."""
         if self.folds is None:
             return np.arange(len(self.labels))
         order = np.argsort(self.folds, kind="stable")
-        return order[self.folds[order] >= 0]
+        return order[self.scored[order]]
 
     @cached_property
     def splits(self) -> list[tuple[np.ndarray, SupportSet]]:
@@ -111,7 +123,10 @@ class HeldOutSet:
         if self.folds is None or not self.method.needs_support:
             return [(self.rows, self.support)]
         folds = np.unique(self.folds[self.rows])
-        return [(np.flatnonzero(self.folds == fold), self.support.only(self.folds != fold)) for fold in folds]
+        return [
+            (np.flatnonzero((self.folds == fold) & self.scored), self.support.only(self.folds != fold))
+            for fold in folds
+        ]
 
     def logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """base, slope (V, C) float32 of the rows: their logits at alpha are base + alpha * slope."""
