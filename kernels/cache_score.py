@@ -60,8 +60,9 @@ def score_triton(
     "triton/dense"    keys with values in place of classes: dense_values
     "triton/no-keys"  the plan has no cache term
 
-    "aligned" and "ragged" end in "-tma" where tensor descriptors load the tiles: compute capability 9.0 to 11.0, if
-    rows of keys take a multiple of 16 bytes. There, a program sums many tiles and loads the next one meanwhile.
+    "aligned" ends in "-tma" where tensor descriptors load the tiles: compute capability 9.0 to 11.0, if rows of keys
+    take a multiple of 16 bytes. There, a program sums many tiles and loads the next one meanwhile. "ragged" does so
+    with `tma` only: by descriptors its tiles take more instructions than by pointers.
 
     The affine terms have float32's accuracy: float16 products of high and low parts; PyTorch adds a linear term over
     another feature than one embedding, which has another width. The cache term rounds queries to the keys' half type,
@@ -101,17 +102,17 @@ def choose(
             "expected many queries and rows of keys of a multiple of 16 bytes for tensor descriptors, got "
             f"{batch} queries, {plan.width} channels and the path {path!r}"
         )
-    if tma is None:
-        tma = load == "many" and fits and has_tensor_memory_accelerator(plan.device)
-
+    by_tma = load == "many" and fits and has_tensor_memory_accelerator(plan.device) if tma is None else tma
     precision = PRECISION[plan.keys.dtype]
 
     def default(path: str) -> Config:
-        return config_for(gpu_name(plan.device), f"{path}-tma" if tma else path, precision, load)
+        return config_for(gpu_name(plan.device), f"{path}-tma" if by_tma else path, precision, load)
 
     if path is None:
         aligned = load == "many" and layout.shots(plan, (config or default("aligned")).block_n)
         path = "few" if load == "few" else "aligned" if aligned else "ragged"
+    if tma is None and path == "ragged":
+        by_tma = False
     if config is None:
         config = default(path)
         # A few keys are dealt to all multiprocessors.
@@ -122,7 +123,7 @@ def choose(
             f'expected classes of equally many keys, a power of two of at most {config.block_n}, for path "aligned"; '
             'take "ragged"'
         )
-    return path, config, tma
+    return path, config, by_tma
 
 
 def _add_dense(plan: DevicePlan, query: Tensor, logits: Tensor, config: Config | None) -> None:
@@ -251,4 +252,5 @@ def digits(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _descriptor(rows: Tensor, block: int, channels: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(rows, [block, channels])
+    """Of memory that begins at a multiple of 16 bytes: of a copy for rows that don't."""
+    return TensorDescriptor.from_tensor(rows if rows.data_ptr() % 16 == 0 else rows.clone(), [block, channels])

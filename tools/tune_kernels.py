@@ -1,6 +1,6 @@
 """Measure the Triton kernels' launch configurations on this GPU; the best go into kernels/launch_configs.json.
 
-    python tools/tune_kernels.py --path aligned-tma --precision fp16
+    python tools/tune_kernels.py --case aligned-tma/fp16/many
 
 Each candidate is verified against the float64 reference before it is timed. Candidates are the configuration that is in
 use and those of tools/tuning_candidates.json, which tools/rank_kernels.py writes.
@@ -8,10 +8,11 @@ use and those of tools/tuning_candidates.json, which tools/rank_kernels.py write
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import numpy as np
 import typer
 
 from iosr_fast.benchmarks.devices import Device
+from iosr_fast.benchmarks.gpu_parts import TUNED
 from iosr_fast.utils import command
+from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.require import require
 from tools.source_tree import use_source_tree
 
@@ -29,6 +32,8 @@ from iosr_fast.kernels import launch  # noqa: E402
 from iosr_fast.kernels.launch import Config  # noqa: E402
 from tools.rank_kernels import BATCHES, CANDIDATES_FILE, MOST  # noqa: E402
 
+Case = tuple[str, str, str]  # path, precision, load
+CASES = ["/".join(one) for one in TUNED]
 _UNIFORM, _RAGGED = [[16] * 1000, [16] * 100], [[1, 2, 60] * 250, [33, 7, 0, 24] * 100, [4000] * 4]
 COUNTS = {
     "affine": [[16] * 1000],
@@ -48,6 +53,11 @@ class Scale:
     repeats: int = 50
     batches: dict[str, tuple[int, ...]] = field(default_factory=lambda: BATCHES)
     counts: dict[str, list[list[int]]] = field(default_factory=lambda: COUNTS)
+
+    @property
+    def gpu(self) -> str:
+        """The name of its entry in launch_configs.json."""
+        return self.device.description if self.device.name == "cuda" else "default"
 
     @classmethod
     def of(cls, device: str) -> Scale:
@@ -75,8 +85,8 @@ def unit_rows(rng: np.random.Generator, n: int, width: int) -> np.ndarray:
 
 def case(
     path: str, precision: str, counts: list[int], batch: int, scale: Scale
-) -> tuple[Callable[[Config], Any], np.ndarray]:
-    """A call that runs one configuration on one shape, and the truth of its result."""
+) -> tuple[Callable[[Config], Any], Callable[[], np.ndarray]]:
+    """A call that runs one configuration on one shape, and one that computes the truth of its result."""
     import torch
 
     from iosr_fast.encoders.encoder import Embeddings
@@ -94,7 +104,7 @@ def case(
     if path == "affine":
         terms = ScoringPlan(n_classes, text=unit_rows(rng, n_classes, width), linear=unit_rows(rng, n_classes, width))
         on_device = device_plan(terms, device)
-        return lambda config: affine_terms(on_device, query, None, config), score_reference(terms, embeddings)
+        return lambda config: affine_terms(on_device, query, None, config), lambda: score_reference(terms, embeddings)
     plan = ScoringPlan(
         n_classes,
         keys=unit_rows(rng, n_keys, width),
@@ -108,13 +118,15 @@ def case(
         way = {"path": path.removesuffix("-tma"), "tma": path.endswith("-tma")}
         return (
             lambda config: score_triton(on_device, query, None, **way, config=config)[0],  # type: ignore[arg-type]
-            score_reference(plan, embeddings),
+            lambda: score_reference(plan, embeddings),
         )
     values = torch.tensor(rng.random((n_keys, 256)), device=device, dtype=torch.float16)
-    cosine = embeddings.plain.astype(np.float64) @ plan.dequantize().T.astype(np.float64)
-    truth = np.exp(-plan.beta * (1.0 - cosine)) @ values.cpu().double().numpy()
     keys, scales = on_device.keys, on_device.key_scales
     assert keys is not None
+
+    def truth() -> np.ndarray:
+        cosine = embeddings.plain.astype(np.float64) @ plan.dequantize().T.astype(np.float64)
+        return np.exp(-plan.beta * (1.0 - cosine)) @ values.cpu().double().numpy()
 
     def run(config: Config) -> Any:
         return dense_values(query, keys, values, beta=plan.beta, key_scales=scales, config=config)
@@ -132,6 +144,8 @@ def measure(
         got = run(config).cpu().numpy()
     except (OutOfResources, PTXASError) as error:
         return f"does not fit: {error}".splitlines()[0]
+    except Exception as error:  # of the compiler or the launch; the other configurations are still worth measuring
+        return f"wrong: {type(error).__name__}: {error}".splitlines()[0]
     off = np.abs(got - truth).max() / np.abs(truth).max()
     if not off <= tolerance:  # NaN is wrong too
         return f"wrong: relative error {off:.2e}, at most {tolerance:.0e} expected"
@@ -139,12 +153,13 @@ def measure(
     return float(np.median(scale.device.measure({"": call}, scale.repeats)[""]))
 
 
-def measured(path: str, precision: str, load: str, gpu: str, scale: Scale) -> Iterator[dict[str, Any]]:
+def measured(path: str, precision: str, load: str, scale: Scale) -> Iterator[dict[str, Any]]:
     """A line for each of ranked(): the configuration and its geometric mean of milliseconds over the shapes, or why it
     is excluded."""
     batches, tolerance = scale.batches[load], RELATIVE_TOLERANCE[precision]
-    shapes = [case(path, precision, counts, batch, scale) for counts in scale.counts[path] for batch in batches]
-    for config in ranked(path, precision, load, gpu):
+    cases = [case(path, precision, counts, batch, scale) for counts in scale.counts[path] for batch in batches]
+    shapes = [(run, truth()) for run, truth in cases]
+    for config in ranked(path, precision, load, scale.gpu):
         outcomes: list[float | str] = []
         for run, truth in shapes:
             outcomes.append(measure(run, truth, config, tolerance, scale))
@@ -158,51 +173,75 @@ def measured(path: str, precision: str, load: str, gpu: str, scale: Scale) -> It
             yield {**line, "runtime_ms": float(np.exp(np.mean(np.log(np.array(outcomes, float)))))}
 
 
-def tune(path: str, precision: str, load: str, scale: Scale) -> list[dict[str, Any]]:
-    """Measure one case; on a GPU the fastest configuration becomes the GPU's entry of launch_configs.json."""
-    gpu = scale.device.description if scale.device.name == "cuda" else "default"
-    lines = list(measured(path, precision, load, gpu, scale))
-    timed = [line for line in lines if "runtime_ms" in line]
-    if not timed:
-        print(f"{gpu} {path} {precision} {load}: no candidate fits and is right; the entry is kept")
-        return lines
-    best = min(timed, key=lambda line: line["runtime_ms"])
-    print(f"{gpu} {path} {precision} {load}: {best['runtime_ms']:.4f} ms (geometric mean) with {best['config']}")
-    if scale.device.name == "cuda":
-        configs = launch.read_configs()
-        configs.setdefault(gpu, {}).setdefault(path, {}).setdefault(precision, {})[load] = best["config"]
-        launch.write_configs(configs)
-    return lines
+def tune(path: str, precision: str, load: str, scale: Scale) -> Iterator[dict[str, Any]]:
+    """Measure one case; on a GPU the fastest configuration so far is the GPU's entry of launch_configs.json."""
+    best: dict[str, Any] | None = None
+    for line in measured(path, precision, load, scale):
+        if "runtime_ms" in line and (best is None or line["runtime_ms"] < best["runtime_ms"]):
+            best = line
+            if scale.device.name == "cuda":  # at once, as time may run out
+                configs = launch.read_configs()
+                configs.setdefault(scale.gpu, {}).setdefault(path, {}).setdefault(precision, {})[load] = line["config"]
+                launch.write_configs(configs)
+        yield line
+    name = f"{scale.gpu} {path} {precision} {load}"
+    if best is None:
+        print(f"{name}: no candidate fits and is right; the entry is kept")
+    else:
+        print(f"{name}: {best['runtime_ms']:.4f} ms (geometric mean) with {best['config']}")
+
+
+def compile_all(cases: Sequence[Case], device: str) -> None:
+    """Run every configuration of the cases once, in a process a core, so that measuring processes find the kernels in
+    Triton's cache. What fails here fails there too, and is reported there."""
+    scale = Scale.of(device)
+    jobs = [(one, config) for one in cases for config in ranked(*one, scale.gpu)]
+    with ProcessPoolExecutor(usable_threads(), get_context("spawn")) as pool:
+        done = as_completed([pool.submit(_compile, one, config, device) for one, config in jobs])
+        failed = sum(future.exception() is not None for future in done)
+    print(f"compiled {len(jobs) - failed} of {len(jobs)} configurations")
+
+
+def _compile(one: Case, config: Config, device: str) -> None:
+    (path, precision, load), scale = one, Scale.of(device)
+    for counts in scale.counts[path]:
+        run, _ = case(path, precision, counts, scale.batches[load][-1], scale)
+        run(config)
+    scale.device.synchronize()
+
+
+def parse(text: str) -> Case:
+    """The case "path/precision/load"."""
+    path, _, rest = text.partition("/")
+    precision, _, load = rest.partition("/")
+    known = path in launch.PATHS and precision in launch.PRECISIONS and load in launch.loads(path)
+    if not known or (path == "affine" and precision != "fp32"):  # its terms are float32 whatever the keys are
+        raise typer.BadParameter(f"expected a case like {CASES[0]} that has a configuration, got {text!r}")
+    return path, precision, load
 
 
 def main(
-    path: list[str] = typer.Option(list(launch.PATHS), help="Path to tune; repeat for several."),
-    precision: list[str] = typer.Option(list(launch.PRECISIONS), help="Key precision; repeat for several."),
-    load: list[str] = typer.Option(["few", "many"], help="few or many queries; repeat for both."),
+    case: list[str] = typer.Option(CASES, help="Path/precision/load; repeat for several."),
     device: str = typer.Option(
         "cuda", help="cuda, or rehearsal: tiny shapes in Triton's interpreter; nothing is kept."
     ),
+    compile_only: bool = typer.Option(False, "--compile", help="Compile on every core, and measure nothing."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every measured configuration here."),
 ) -> None:
-    """Measure the candidates of each path, precision and load, and write the fastest for this GPU."""
+    """Measure the candidates of each case, and write the fastest for this GPU."""
     torch = require("torch", "gpu")
     require("triton", "gpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("tuning needs an NVIDIA GPU, and PyTorch sees none here; nothing was changed")
-    for option, values, known in (
-        ("path", path, launch.PATHS),
-        ("precision", precision, launch.PRECISIONS),
-        ("load", load, tuple(BATCHES)),
-    ):
-        if not set(values) <= set(known):
-            raise typer.BadParameter(f"expected {option} out of {', '.join(known)}, got {', '.join(values)}")
-    scale, lines = Scale.of(device), []
-    for case_ in itertools.product(path, precision, load):
-        if (case_[0] == "affine" and case_[1] != "fp32") or case_[2] not in launch.loads(case_[0]):
-            continue  # the affine terms are float32 whatever the keys are; most paths are for one load
-        lines += tune(*case_, scale)
-        if json_file is not None:
-            json_file.write_text(json.dumps({"tables": {"configurations": lines}}), encoding="utf-8")
+    cases, lines = [parse(text) for text in case], []
+    if compile_only:
+        return compile_all(cases, device)
+    scale = Scale.of(device)
+    for one in cases:
+        for line in tune(*one, scale):
+            lines.append(line)
+            if json_file is not None:
+                json_file.write_text(json.dumps({"tables": {"configurations": lines}}), encoding="utf-8")
 
 
 if __name__ == "__main__":

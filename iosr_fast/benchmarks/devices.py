@@ -11,7 +11,7 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.provenance import cpu_description
 
 DEVICES = ("cpu", "cuda", "rehearsal")
-FLUSH_BYTES = 2**28  # written before each timed call on a GPU: five times the L2 cache of an H100
+FLUSH_BYTES = 2**28  # read before each timed call on a GPU: five times the L2 cache of an H100
 GPU_WARMUP = 3
 
 Call = Callable[..., Any]
@@ -82,21 +82,22 @@ class Device:
     def measure(self, calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
         """Milliseconds a call, `repeats` a candidate, in turns.
 
-        On a GPU each call is between two events, after a write that empties the L2 cache. All is queued before anything
-        is waited for. So a launch, which the host prepares while the GPU writes, isn't timed.
+        On a GPU each call is between two events, after a read of other memory, which leaves nothing of the call in the
+        L2 cache, and no writes for it to wait for. All is queued before anything is waited for. So a launch, which the
+        host prepares while the GPU reads, isn't timed.
         """
         if self.name != "cuda":
             return harness.measure(calls, repeats)
         import torch
 
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
         events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
         with torch.inference_mode():
             for call in calls.values():
                 call()
             for _ in range(repeats):
                 for name, call in calls.items():
-                    flush.zero_()
+                    flush.sum()
                     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     start.record()
                     call()

@@ -35,6 +35,13 @@ LEAST_S = 5.0  # no part starts with less
 KILL_S = 5.0
 PACKAGES = ("torch", "triton", "numpy", "open_clip", "safetensors", "PIL", "onnxruntime", "pytest", "xdist", "pybind11")
 DRIVER = ("driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory", "temperature.gpu")
+# What a tool prints where it isn't allowed or can't work, whatever it runs.
+REFUSALS = {
+    "ERR_NVGPUCTRPERM": "ncu may not read the GPU's counters (ERR_NVGPUCTRPERM): run as root, or load the driver with "
+    "NVreg_RestrictProfilingToAdminUsers=0",
+    "Failed to initialize the profiler": "ncu can't start its profiler on this machine",
+    "Device not supported": "compute-sanitizer does not support this device or its virtual machine",
+}
 TEST_LINE = re.compile(r"^(?:\[gw\d+\]|\S+::).*?\b(PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b")
 
 
@@ -71,12 +78,15 @@ def machine(device: str) -> dict[str, Any]:
 def run_part(part: Part, folder: Path, limit_s: float, rehearsal: bool = True) -> dict[str, Any]:
     """Run a part to its end or its limit: {"status", "seconds", "rows", "facts", "tables", "skipped", "failed", ...}.
 
-    status is "done", "failed" (it crashed, or reports something wrong) or "stopped" (killed at its limit).
+    status is "done", "failed" (it crashed, or reports something wrong), "stopped" (killed at its limit) or "skipped"
+    (the tool that runs it can't work on this machine).
     """
     out, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
     command = [*part.wrapper, sys.executable, *part.command, *(["--json", str(out)] if part.writes_json else [])]
     path = os.pathsep.join([str(ROOT), *gpu_bundle.import_path(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path, "IOSR_FAST_CACHE": str(folder / "cache"), **part.environment}
+    # One cache for all parts and calls, where files can be written for sure; a home folder may be missing.
+    environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton-cache"))
     # NVIDIA's containers set it, which makes float32 products TF32's, whatever a program asks for.
     environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)
     started = time.monotonic()
@@ -103,13 +113,24 @@ def run_part(part: Part, folder: Path, limit_s: float, rehearsal: bool = True) -
     result |= read_log(lines)
     if counters := read_counters(lines):
         result["tables"] = {**result.get("tables", {}), "counters": counters}
+    elif part.name.startswith("counters-") and not rehearsal:
+        result["failed"].append("ncu counted no kernel")
     if part.name == "tests":
         result["facts"] = counts = count_tests(lines)
         if not rehearsal and not counts.get("passed"):
             result["failed"].append("no GPU test passed; a run of skips proves nothing")
     status = "stopped" if code is None else "failed" if code or result["failed"] else "done"
+    if status == "failed" and part.wrapper and (reason := refusal_of_tool(lines)) is not None:
+        status, result["failed"] = "skipped", []
+        result["skipped"].append(reason)
     result |= {"status": status, "seconds": round(time.monotonic() - started, 1), "limit_s": round(limit_s, 1)}
     return result if status == "done" else {**result, "exit_code": code, "last_lines": lines[-25:]}
+
+
+def refusal_of_tool(lines: Iterable[str]) -> str | None:
+    """Why ncu or compute-sanitizer may not work on this machine, in words, if its output says so."""
+    text = "\n".join(lines)
+    return next((reason for sign, reason in REFUSALS.items() if sign in text), None)
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

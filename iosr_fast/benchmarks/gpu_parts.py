@@ -30,17 +30,19 @@ TUNED = (
     ("few", "fp16", "few"),
     ("affine", "fp32", "many"),
     ("ragged-tma", "fp16", "many"),
+    ("ragged", "fp16", "many"),
     ("aligned-tma", "int8", "many"),
-    ("aligned-tma", "bf16", "many"),
     ("ragged-tma", "int8", "many"),
+    ("ragged", "int8", "many"),
+    ("aligned-tma", "bf16", "many"),
     ("few", "fp32", "few"),
     ("dense", "fp16", "many"),
 )
-SMALL = ("q5-k123-d72-c7", "q33-k160-d64-c10")  # for compute-sanitizer, which takes a hundred times as long
+# Names of GH100 and GB100. A wgmma instruction keeps the tensor cores busy for many cycles: cycles count, not issues.
 COUNTERS = (
     "gpu__time_duration.sum",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -76,35 +78,31 @@ def _build() -> Part:
     return Part("build", 120, command, build_environment(), writes_json=False)
 
 
-def _parity(_rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
-    small = (*BENCHMARK, "parity", *device, *(option for shape in SMALL for option in ("--shapes", shape)))
-    checks = [
-        Part(
-            f"sanitizer-{tool}",
-            60,
-            small,
-            _ALLOCATIONS,
-            wrapper=(*program("compute-sanitizer"), "--tool", tool, *_ON_ERROR),
-        )
-        for tool in ("memcheck", "racecheck")
-    ]
+def _parity(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
+    check = (*BENCHMARK, "parity", *device)
+    small = (*check, *(option for shape in score.SMALL_CASES for option in ("--shapes", shape)))
     return [
-        Part("parity", 90, (*BENCHMARK, "parity", *device)),
+        Part("parity", 90, (*check, "--part", "scoring")),
         Part("tests", 150, ("-m", "pytest", *test_options(), *test_files()), writes_json=False),
-        *checks,
+        *(
+            Part(f"sanitizer-{tool}", 60, small, _ALLOCATIONS, wrapper=(*program("compute-sanitizer"), *options))
+            for tool, options in _SANITIZERS.items()
+        ),
+        Part("parity-encoder", 60, (*check, "--part", "encoder")),
     ]
 
 
 def _tuning(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
     environment = {"TRITON_INTERPRET": "1"} if rehearsal else {}
+    cases = TUNED[3:4] if rehearsal else TUNED
+    tune = ("tools/tune_kernels.py", *device)
+    compiled = (option for path, precision, load in cases for option in ("--case", f"{path}/{precision}/{load}"))
     return [
-        Part(
-            f"tune-{path}-{precision}-{load}",
-            90,
-            ("tools/tune_kernels.py", "--path", path, "--precision", precision, "--load", load, *device),
-            environment,
-        )
-        for path, precision, load in (TUNED[3:4] if rehearsal else TUNED)
+        Part("compile", 120, (*tune, "--compile", *compiled), environment, writes_json=False),
+        *(
+            Part(f"tune-{path}-{precision}-{load}", 60, (*tune, "--case", f"{path}/{precision}/{load}"), environment)
+            for path, precision, load in cases
+        ),
     ]
 
 
@@ -112,8 +110,14 @@ def _tables(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
     repeats = ("--repeats", "1" if rehearsal else "50")
     cases = ("q2-k64-d32-c4", "q1-k64-d32-c4") if rehearsal else score.GPU_CASES
     models = (("demo", "5"),) if rehearsal else (("ViT-B-16", "256"), ("ViT-B-16", "64"), ("ViT-B-32", "256"))
-    encoder = [
-        (*BENCHMARK, "encoder", "--model", model, "--batch", batch, *device, *repeats) for model, batch in models
+    encoders = [
+        Part(
+            f"{kind}-{model}-{batch}".lower(),
+            limit_s,
+            (*BENCHMARK, "encoder", "--model", model, "--batch", batch, *device, *repeats, *options),
+        )
+        for model, batch in models
+        for kind, limit_s, options in (("encoder", 40, ()), ("compiled", 150, ("--compiled",)))
     ]
     counted = PROFILED if not rehearsal else (("q2-k64-d32-c4", "fp16"),)
     kernels = "|".join(kernel_names())
@@ -121,8 +125,7 @@ def _tables(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
     ncu += ("--metrics", ",".join(COUNTERS), "--kernel-name", f"regex:^({kernels})$")
     return [
         *(Part(f"score-{case}", 100, (*BENCHMARK, "score", "--cases", case, *device, *repeats)) for case in cases),
-        *(Part(f"encoder-{command[3]}-{command[5]}".lower(), 40, command) for command in encoder),
-        *(Part(f"compiled-{c[3]}-{c[5]}".lower(), 80, (*c, "--compiled")) for c in encoder),
+        *encoders[:1],
         *(
             Part(
                 f"counters-{shape}-{precision}",
@@ -132,10 +135,15 @@ def _tables(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
             )
             for shape, precision in counted
         ),
+        *encoders[1:],
     ]
 
 
-_ON_ERROR = ("--error-exitcode", "9", "--target-processes", "all")
+# Its errors are those of memory: PyTorch asks CUDA for functions that may be missing, and copes.
+_SANITIZERS = {
+    tool: ("--tool", tool, *options, "--error-exitcode", "9", "--target-processes", "all")
+    for tool, options in {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}.items()
+}
 # PyTorch's blocks of cached memory would hide an access beyond a tensor.
 _ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -178,7 +186,7 @@ def built() -> bool:
 
 def test_options() -> list[str]:
     options = ["-v", "-rfEs", "-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    options += ["-n", str(min(8, usable_threads()))] if find_spec("xdist") else []
+    options += ["-n", str(min(16, usable_threads()))] if find_spec("xdist") else []
     return options + (["--timeout", "60"] if find_spec("pytest_timeout") else [])
 
 

@@ -5,7 +5,7 @@ Each is checked against the float64 reference before it is timed, and refused if
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,11 +15,11 @@ import numpy as np
 from iosr_fast.benchmarks import harness
 from iosr_fast.benchmarks.ceilings import Ceilings
 from iosr_fast.benchmarks.devices import Device
-from iosr_fast.benchmarks.score_rivals import PRODUCTS, RIVALS, torch_rivals
+from iosr_fast.benchmarks.score_rivals import LAUNCH, PRODUCTS, RIVALS, torch_rivals
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.plan import ScoringPlan
-from iosr_fast.scoring.precision import PRECISIONS
+from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.scorer import Scorer
@@ -37,6 +37,7 @@ GPU_CASES = (
     "q1-k1000000-d512-c1000",
     "q1-k1600-d512-c100",
 )
+SMALL_CASES = ("q5-k123-d72-c7", "q33-k160-d64-c10")  # for compute-sanitizer, which takes a hundred times as long
 # Of the largest logit. float32 is right to 1e-6 of it. Queries in half precision, as on a GPU, err by 1e-3 of a cosine.
 TOLERANCE, GPU_TOLERANCE = 2e-5, 2e-3
 VERIFIED = 16  # queries, and classes
@@ -106,8 +107,10 @@ class Candidate:
     verified: bool = True
 
 
-def ours(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str, Candidate]:
-    """Every implementation that runs natively on `device`, at every precision with code of its own.
+def ours(
+    plan: ScoringPlan, embeddings: Embeddings, device: Device, precisions: Iterable[Precision] = PRECISIONS
+) -> dict[str, Candidate]:
+    """Every implementation that runs natively on `device`, at every one of `precisions` with code of its own.
 
     Each is timed as a Classifier holds it, bound by Scorer; PUBLIC is the function, which chooses at every call.
     On a GPU, keys of half precision and int8 meet float32 queries and (":q16") float16 ones, checks are off.
@@ -120,7 +123,7 @@ def ours(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str,
         rows = [torch.from_numpy(np.array(array)).to(device.torch) for array in arrays]
         batches = {"": Embeddings(*rows), ":q16": Embeddings(*(row.half() for row in rows))}
     candidates: dict[str, Candidate] = {}
-    for precision in PRECISIONS:
+    for precision in precisions:
         # Codes are as fast whatever their values, and compensation takes a minute for a million keys.
         narrow = plan if precision == "fp32" else plan.with_key_precision(precision, compensate=False)
         if precision == "int8":
@@ -176,6 +179,13 @@ def verify(name: str, candidate: Candidate, embeddings: Embeddings, tolerance: f
         raise ArithmeticError(f"{name} is wrong by {error:.2g} of the largest logit (allowed: {tolerance}); not timed")
 
 
+def describe(name: str, error: Exception) -> str:
+    """A line on what went wrong with a candidate."""
+    if isinstance(error, ArithmeticError):
+        return str(error)
+    return f"{name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def only_classes(plan: ScoringPlan, classes: np.ndarray) -> ScoringPlan:
     """The plan of some classes and their keys."""
     assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
@@ -215,16 +225,20 @@ def _run_case(case: Case, ceilings: Ceilings, repeats: int, wanted: Callable[[st
     device = ceilings.device
     plan, embeddings = case.build()
     candidates = {**ours(plan, embeddings, device), **rivals(plan, embeddings, device)}
+    for entry in dispatch.REGISTRY if device.name == "cuda" else ():
+        if "cuda" in entry.native and (reason := entry.unavailable_reason()) is not None:
+            print(f"left out: {case}: {entry.name}: {reason}")
     if "papers-formula" not in candidates:
         print(f"left out: {case}: papers-formula, its one-hot matrix and affinity would take too much memory")
     candidates, launches = _verified(case, {n: c for n, c in candidates.items() if wanted(n)}, embeddings, device)
     runtimes_ms = device.measure({name: candidate.call for name, candidate in candidates.items()}, repeats)
+    working = {name: candidate for name, candidate in candidates.items() if name != LAUNCH}
     by_bytes = case.queries == 1 and (device.is_gpu or 4 * case.keys * case.width > OUT_OF_CACHE)
     if by_bytes:
-        work = {name: KEY_BYTES[c.precision] * case.keys * case.width / 1e9 for name, c in candidates.items()}
+        work = {name: KEY_BYTES[c.precision] * case.keys * case.width / 1e9 for name, c in working.items()}
         ceiling = dict.fromkeys(candidates, ceilings.bytes_per_s / 1e9)
     else:
-        work = {name: (case.flops if c.verified else case.product_flops) / 1e9 for name, c in candidates.items()}
+        work = {name: (case.flops if c.verified else case.product_flops) / 1e9 for name, c in working.items()}
         ceiling = {name: ceilings.gemm_flops(c.precision) / 1e9 for name, c in candidates.items()}
     rows = harness.rows(
         "score",
@@ -260,11 +274,8 @@ def _verified(
             recorded = replace(candidate, call=call)
             verify(name, recorded, embeddings, GPU_TOLERANCE if device.is_gpu else TOLERANCE)
             right[name] = recorded
-        except (
-            ArithmeticError,
-            RuntimeError,
-        ) as error:  # OutOfMemoryError, and what compilers raise, are RuntimeErrors
+        except Exception as error:  # also of compilers, which raise what they like
             if not device.is_gpu:
                 raise
-            print(f"{'left out' if name in RIVALS else 'WRONG'}: {case}: {str(error).splitlines()[0]}")
+            print(f"{'left out' if name in RIVALS else 'WRONG'}: {case}: {describe(name, error)}")
     return right, launches

@@ -223,6 +223,7 @@ def parity(
         list[str] | None, typer.Option(help="Score this shape only, without encoders. Repeatable.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Score keys of this precision only, by Triton.")] = None,
+    part: Annotated[list[str], typer.Option(help="scoring or encoder. Repeatable.")] = ["scoring", "encoder"],
 ) -> None:
     """Print the errors of the encoder and the scoring kernels; exit code 1 if one is too large."""
     from iosr_fast.benchmarks import gpu
@@ -232,7 +233,7 @@ def parity(
         if json_path is not None:
             gpu.write_whole(json_path, result)
 
-    result = check.run(device, save, shapes or (), precision)
+    result = check.run(device, save, shapes or (), precision, part)  # type: ignore[arg-type]
     if not all(line["right"] for lines in result["tables"].values() for line in lines):
         raise typer.Exit(1)
 

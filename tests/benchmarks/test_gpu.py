@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 torch = pytest.importorskip("torch")
 
@@ -130,8 +131,10 @@ def test_the_parts_are_commands_that_exist_and_the_first_cases_come_first() -> N
                 assert commands[name].make_context(name, arguments).params["device"] in ("cuda", "rehearsal")
     names = {call: [one.name for one in gpu_parts.parts(False, call)] for call in gpu_parts.CALLS}
     scores = [f"score-{case}" for case in score.GPU_CASES]
-    assert names["parity"] == ["machine", "build", "parity", "tests", "sanitizer-memcheck", "sanitizer-racecheck"]
-    assert names["tables"][:6] == ["machine", "build", *scores] and names["tuning"][1] == "tune-aligned-tma-fp16-many"
+    checks = ["sanitizer-memcheck", "sanitizer-racecheck", "parity-encoder"]
+    assert names["parity"] == ["machine", "build", "parity", "tests", *checks]
+    assert names["tables"][:7] == ["machine", "build", *scores, "encoder-vit-b-16-256"]
+    assert names["tuning"][1:3] == ["compile", "tune-aligned-tma-fp16-many"]
     assert scores[0] == "score-q256-k16000-d512-c1000" and scores[1] == "score-q4096-k160000-d768-c10000"
     with pytest.raises(ValueError, match="expected a call out of parity, tuning, tables, got 'all'"):
         gpu_parts.parts(False, "all")
@@ -191,6 +194,61 @@ def test_candidates_are_ranked_by_their_machine_code(monkeypatch: pytest.MonkeyP
     assert rank_kernels.cycles(row, "fp16", "many") < rank_kernels.cycles(
         {**row, "tile": [64, 256, 512, 8]}, "fp16", "many"
     )
+
+
+def test_a_configuration_that_fails_costs_itself_alone_and_the_best_is_kept_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for a GPU, where the first configuration doesn't compile and the second is slower than the third."""
+    pytest.importorskip("triton", reason="triton comes with the gpu extra, or by its own wheel")
+    from iosr_fast.kernels import launch
+    from tools import tune_kernels
+
+    configs = [launch.Config(16, 16, 32, warps, 1) for warps in (1, 2, 4)]
+    milliseconds = iter([2.0, 1.0])
+    device: Any = SimpleNamespace(
+        name="cuda",
+        description="GPU X",
+        record=lambda call: (call, "graph"),
+        measure=lambda calls, repeats: {"": [next(milliseconds)] * repeats},
+    )
+
+    def run(config: launch.Config) -> torch.Tensor:
+        if config == configs[0]:
+            raise TypeError("PassManager::run failed\nat length")
+        return torch.ones(2)
+
+    monkeypatch.setattr(launch, "CONFIGS_FILE", tmp_path / "launch_configs.json")
+    monkeypatch.setattr(launch, "read_configs", lambda: {"default": {}})
+    monkeypatch.setattr(tune_kernels, "ranked", lambda *_: configs)
+    monkeypatch.setattr(tune_kernels, "case", lambda *_: (run, lambda: np.ones(2)))
+    monkeypatch.setattr(launch, "write_configs", lambda configs: launch.CONFIGS_FILE.write_text(json.dumps(configs)))
+    scale, kept = tune_kernels.Scale(device, 16, 3, {"many": (2,)}, {"ragged": [[1]]}), []
+    for line in tune_kernels.tune("ragged", "fp16", "many", scale):
+        kept.append((line.get("excluded"), launch.CONFIGS_FILE.is_file() and launch.CONFIGS_FILE.read_text()))
+    assert kept[0] == ("wrong: TypeError: PassManager::run failed", False)
+    for (excluded, text), config in zip(kept[1:], configs[1:], strict=True):
+        entry = json.loads(text)["GPU X"]["ragged"]["fp16"]["many"]
+        assert excluded is None and entry["num_warps"] == config.num_warps
+    out = capsys.readouterr().out
+    assert out.startswith("WRONG: Config(") and "GPU X ragged fp16 many: 1.0000 ms" in out
+    assert tune_kernels.parse("ragged/int8/many") == ("ragged", "int8", "many")
+    for wrong in ("ragged/int8/few", "ragged-int8", "affine/fp16/many"):
+        with pytest.raises(typer.BadParameter, match="expected a case like aligned-tma/fp16/many"):
+            tune_kernels.parse(wrong)
+
+
+def test_a_tool_that_may_not_count_is_left_out_in_words(tmp_path: Path) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'\nexec \"$@\"\n")
+    ncu.chmod(0o755)
+    denied = part("counters-one", writes({"facts": {}}), wrapper=(str(ncu),))
+    result = gpu.run_part(denied, tmp_path, 30, rehearsal=False)
+    assert result["status"] == "skipped" and result["failed"] == []
+    assert "ncu may not read the GPU's counters (ERR_NVGPUCTRPERM): run as root" in result["skipped"][0]
+    ncu.write_text('#!/bin/sh\nexec "$@"\n')
+    result = gpu.run_part(denied, tmp_path, 30, rehearsal=False)
+    assert result["status"] == "failed" and result["failed"] == ["ncu counted no kernel"]
 
 
 def test_a_wrapped_part_runs_in_its_program_or_is_left_out(tmp_path: Path) -> None:
@@ -403,8 +461,8 @@ def test_a_gpu_is_timed_between_events_after_a_flush(monkeypatch: pytest.MonkeyP
     fake = FakeCuda()
     monkeypatch.setattr(torch.cuda, "Event", fake.event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: fake.log.append("synchronize"))
-    flush = SimpleNamespace(zero_=lambda: fake.work("flush", 7.0))
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: flush)
+    flush = SimpleNamespace(sum=lambda: fake.work("flush", 7.0))
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: flush)
     monkeypatch.setattr(harness.time, "sleep", lambda _: pytest.fail("slept beside a GPU"))
     calls = {"a": lambda: fake.work("a", 1.0), "b": lambda: fake.work("b", 2.0)}
     times = Device("cuda").measure(calls, 3)
@@ -465,16 +523,21 @@ def test_scoring_leaves_out_wrong_rivals_and_reports_ours(
     def strict(name: str, *rest: Any) -> None:
         if name in ("eager-best", "torch:int8"):
             raise ArithmeticError(f"{name} is wrong by 0.1")
+        if name == "torch:bf16":  # as Triton's OutOfResources, which is no RuntimeError
+            raise TypeError("out of resource: shared memory\nat length")
         verify(name, *rest)
 
     monkeypatch.setattr(score, "verify", strict)
     rows = {row["impl"]: row for row in score.run(["q2-k64-d32-c4"], 1, 1, "rehearsal")}
     assert capsys.readouterr().out.splitlines() == [
+        "WRONG: q2-k64-d32-c4: torch:bf16: TypeError: out of resource: shared memory",
         "WRONG: q2-k64-d32-c4: torch:int8 is wrong by 0.1",
         "left out: q2-k64-d32-c4: eager-best is wrong by 0.1",
     ]
-    ours = {"torch", "torch:fp16", "torch:fp16:q16", "torch:bf16", "torch:bf16:q16", "torch:int8:q16"}
-    assert set(rows) == ours | {"papers-formula", "torch-fp32", "torch-mm", "compiled-best"}
+    ours = {"torch", "torch:fp16", "torch:fp16:q16", "torch:bf16:q16", "torch:int8:q16"}
+    assert set(rows) == ours | {"papers-formula", "torch-fp32", "torch-mm", "compiled-best", "one-launch"}
+    launch = rows.pop("one-launch")
+    assert launch["runtime_ms"] > 0 and launch["rate"] is None is launch["share_of_ceiling"], "it does no work"
     for row in rows.values():
         assert row["rate"] > 0 and row["share_of_ceiling"] is not None and row["launch"] == "call"
         assert row["rate_unit"] == "GFLOP/s" and row["extra_memory_mb"] is None
@@ -549,6 +612,26 @@ def test_parity_is_a_table_of_errors(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(score, "error_of", lambda *_: float("nan"))
     parity.run("rehearsal")
     assert "WRONG: case q3-k8-d16-c3 impl torch precision fp32 error nan" in capsys.readouterr().out
+
+
+def test_parity_in_processes_reports_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "usable_threads", lambda: 1)
+    jobs = [("no-case", "fp16"), ("q3-k8-d16-c3", "fp16")]
+    wrong, *lines = parity.scoring_in_processes(REHEARSAL, jobs)  # type: ignore[arg-type]
+    assert not wrong["right"] and wrong["error"].startswith("no-case: IosrFastError: expected a case like q256-")
+    assert [line["impl"] for line in lines] == ["torch:fp16", "torch:fp16:q16"] and all(line["right"] for line in lines)
+
+
+def test_parity_goes_on_after_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def error_of(candidate: score.Candidate, embeddings: Any) -> float:
+        if candidate.precision == "fp32":
+            raise TypeError("out of resource: shared memory")
+        return 0.0
+
+    monkeypatch.setattr(score, "error_of", error_of)
+    first, *others = parity.scoring(REHEARSAL, ["q3-k8-d16-c3"], None)
+    assert first["error"] == "torch: TypeError: out of resource: shared memory" and not first["right"]
+    assert {line["precision"] for line in others} == {"fp16", "bf16", "int8"} and all(line["right"] for line in others)
 
 
 @pytest.mark.parametrize("tool", ["tune_kernels", "rank_kernels"])

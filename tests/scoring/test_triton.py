@@ -32,7 +32,7 @@ def cuda_or_skip() -> None:
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize(("file", "least"), [("triton_parity", 150), ("triton_dense", 35)])
+@pytest.mark.parametrize(("file", "least"), [("triton_parity", 150), ("triton_dense", 35), ("triton_bounds", 40)])
 def test_parity_under_the_interpreter(file: str, least: int) -> None:
     # In a process of its own: triton_parity.py says why. It sees no GPU, as the interpreter needs none.
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -100,7 +100,7 @@ def test_extended_plans_on_the_gpu(name: str, precision: str, rng: np.random.Gen
     ):
         plan = random_plan(rng, counts, width, **parts, precision=precision)
         embeddings = random_embeddings(rng, batch, width)
-        tma = batch > launch.FEW_QUERIES and width == 512 and (9, 0) <= torch.cuda.get_device_capability() < (12, 0)
+        tma = path == "aligned" and width == 512 and (9, 0) <= torch.cuda.get_device_capability() < (12, 0)
         expected = no_path or (f"{path}-tma" if tma else path)
         assert assert_close_to_truth(plan, embeddings, None, device="cuda", expected=expected).is_cuda
 

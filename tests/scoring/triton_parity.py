@@ -234,6 +234,18 @@ def test_half_embeddings(dtype: torch.dtype, rng: np.random.Generator) -> None:
     assert torch.equal(halves, cache_score.score_triton(plan, strided[:, 0], strided[:, 1])[0])
 
 
+def test_queries_for_descriptors_may_begin_anywhere(rng: np.random.Generator) -> None:
+    """Tensor descriptors take memory from a multiple of 16 bytes on; a caller's view may begin anywhere."""
+    plan = device_plan(random_plan(rng, [3, 2], 16).with_key_precision("fp16"), DEVICE)
+    rows = [one.half() for one in tensors(random_embeddings(rng, 3, 16))]
+    shifted = [torch.cat([one.new_zeros(1), one.flatten()])[1:].view(3, 16) for one in rows]
+    assert shifted[1].data_ptr() % 16 and shifted[1].is_contiguous()
+    first, second = (
+        cache_score.score_triton(plan, *given, **way("ragged-tma"), config=SMALL[0])[0] for given in (rows, shifted)
+    )
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("path", ["few", "ragged-tma"])
 def test_large_classes_are_cut_and_the_workspace_is_bounded(
     path: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
@@ -289,7 +301,7 @@ def test_a_recording_may_not_upload_another_table(rng: np.random.Generator, monk
         cache_score.score_triton(plan, *rows, path="ragged", config=SMALL[1])
 
 
-def test_the_automatic_path() -> None:
+def test_the_automatic_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(counts: list[int], batch: int, width: int = 8, tma: bool | None = None) -> tuple[str, int, bool]:
         keys = np.eye(1, width).repeat(sum(counts), axis=0)
         plan = ScoringPlan(len(counts), keys=keys, class_offsets=np.concatenate([[0], np.cumsum(counts)]))
@@ -304,6 +316,11 @@ def test_the_automatic_path() -> None:
     assert chosen([1024] * 2, 1024)[0] == "ragged"
     assert chosen([16] * 100, 32) == ("few", 128, False)
     assert chosen([16], 1) == ("few", 16, False)  # few keys, smaller tiles
+    assert chosen([3] * 100, 64, tma=True)[::2] == ("ragged", True)
+    monkeypatch.setattr(cache_score, "has_tensor_memory_accelerator", lambda device: True)
+    assert chosen([16] * 1000, 33) == ("aligned", 256, True) and chosen([16] * 1000, 32)[2] is False
+    assert chosen([3] * 100, 64) == ("ragged", 128, False), "pointers take fewer instructions"
+    assert chosen([16] * 100, 33, width=7) == ("aligned", 128, False)
     for batch, width in ((1, 8), (33, 7)):
         with pytest.raises(ValueError, match=f"for tensor descriptors, got {batch} queries, {width} channels"):
             chosen([16], batch, width, tma=True)
