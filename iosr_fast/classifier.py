@@ -298,7 +298,7 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         With several labels a picture: a frozenset of labels for each, (B,) of dtype object, or an indicator (B, C) of
         int64 if the labels of `fit` were one. A label is in where its probability reaches the threshold of its class.
         """
-        share = check_unknown(unknown, keep)
+        share = check_unknown(unknown, keep, unknown_label)
         fit = self._fitted()
         if fit.state.multi_label is not None:
             if share is not None:

@@ -19,14 +19,15 @@ from iosr_fast.methods.suggest import Suggestions, entropy, suggest
 from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.support_set import SupportSet, image_rows, make_support_set
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, TUNE_SECONDS, check_choice
-from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, without_rejected
+from iosr_fast.methods.unknown import KEEP, Unknown, check_unknown, check_unknown_images, without_rejected
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.precision import Precision, check_precision
 from iosr_fast.scoring.score import score
 from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
 from iosr_fast.state.evidence import Evidence
-from iosr_fast.state.label_sets import are_label_sets, known_label_sets, label_sets, read_label_sets
+from iosr_fast.state.label_sets import are_label_sets, dense, known_label_sets, label_sets, read_label_sets
+from iosr_fast.state.labels import check_unknown_label
 from iosr_fast.state.method_config import MethodConfig, choose_config, is_searched
 from iosr_fast.state.multi_label import decision, members, probabilities
 from iosr_fast.utils.estimator import not_fitted
@@ -196,7 +197,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         self.key_precision = key_precision
 
     def fit(self, X: Any, y: Any, unknown_images: Any = None) -> FewShotHead:
-        """Compile the method on support rows X, (n, D) or (n, 2 D), any real dtype, and their labels y, (n,).
+        """Compile the method on support rows X, (n, D) or (n, 2 D), any real dtype of NumPy, and their labels y, (n,).
 
         Any labels that scikit-learn accepts: strings, integers, booleans. The type of X is converted to float32 after
         the rows have been scaled to unit length in float64. `unknown_images` are rows of pictures that belong to none
@@ -235,7 +236,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
             fit = fit_multi_label(
                 MultiLabelSet(rows, labels, text, tau), self.method, parameters, search, precision, seconds
             )
-            self._fit, self._indicator_type = fit, None if names is not None else np.asarray(y).dtype
+            self._fit, self._indicator_type = fit, None if names is not None else dense(y).dtype
             self.plan_, self.method_, self.parameters_ = fit.plan, fit.method, fit.parameters
             self.reducer_, self.tuned_, self.multi_label_ = "none", None, fit
         else:
@@ -280,9 +281,10 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         After a fit with several labels: a frozenset of labels for each row, (n,) of dtype object, or an indicator
         (n, C) of the dtype of y, as y was. A label is in where its probability reaches `multi_label_.thresholds`.
         """
-        share = check_unknown(unknown, keep)
+        share = check_unknown(unknown, keep, unknown_label)
         if share is not None:
             fit = self._one_label("predict(unknown='reject')", "a row of none of the classes gets no label")
+            check_unknown_label(unknown_label, self.classes_.tolist())
             rejected = fit.unknown.rejects(self._queries(X), share)
             return without_rejected(self.classes_[self._logits(X).argmax(1)], rejected, unknown_label)
         logits = self._logits(X)
@@ -375,7 +377,9 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
 
     def _unknown_rows(self, unknown: Any) -> Embeddings:
         rows = self._validated(unknown, reset=False)
-        return unit_rows(rows[usable_rows(rows, self.adapted, "left out of the unknown rows")], self.adapted)
+        rows = rows[usable_rows(rows, self.adapted, "left out of the unknown rows")]
+        check_unknown_images(len(rows))
+        return unit_rows(rows, self.adapted)
 
     def _rows(self, X: Any) -> np.ndarray:
         """Rows to classify. A row of zeros stays, with a warning."""

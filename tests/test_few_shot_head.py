@@ -355,6 +355,10 @@ def test_unknown_rows_need_a_fit_and_a_promise_that_can_be_kept(rng: np.random.G
         head.predict_sets(X, coverage=90)
     with pytest.raises(IosrFastError, match="expected unknown to be 'reject'"):
         head.predict(X, unknown="yes")
+    with pytest.raises(IosrFastError, match="that no class has"):
+        head.predict(X, unknown="reject", unknown_label=y[0], keep=0.5)
+    with pytest.raises(IosrFastError, match="expected two or more unknown images"):
+        head.fit(X, y, unknown_images=X[:1])
 
 
 def test_unknown_rows_by_adapted_embeddings_where_the_method_compares_them(rng: np.random.Generator) -> None:

@@ -20,6 +20,7 @@ from iosr_fast.methods.tuning.tune import AUTO, TUNE_SECONDS
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.precision import Precision
 from iosr_fast.utils.ranking import mean_average_precision
+from iosr_fast.utils.text import abbreviate
 
 # How firmly the bias of a class is held at the common one, in images with and without the label. From the demo's
 # validation concepts, pasted two to an image: from 0.5 to 1e6 the log-loss of other images changes by less than 1%.
@@ -28,6 +29,7 @@ SHRINKAGE = 4.0
 _ONE_SHOT_SPREAD = 0.5
 _PAIRS = 1 << 21  # of image and class that weights are fitted to; if there are more, every n-th image is used
 _FIRM = 1e6  # a shrinkage that leaves only the common bias
+_ROUNDING = 1e-12  # a spread of a term that is nothing but rounding
 _LEAST = 1e-4  # of a weight that a plan needs, per unit of spread
 
 
@@ -173,6 +175,8 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
     n_images = len(images.labels)
     if (reason := multi_label_reason(entry.name)) is not None:
         raise IosrFastError(reason)
+    if not images.n_classes:
+        raise IosrFastError("several labels an image: expected labels of at least one class, got empty sets alone")
     if not 2 <= n_images <= MAX_KEYS:
         raise IosrFastError(f"several labels an image: expected 2 to {MAX_KEYS} support images, got {n_images}")
     if entry.needs_text and images.text is None:
@@ -180,8 +184,11 @@ def _check(entry: Method, images: MultiLabelSet) -> None:
     if entry.needs_adapter and images.embeddings.adapted is None:
         name = entry.name.removesuffix("++")
         raise IosrFastError(f"{entry.name} needs an encoder with an adapter; this one has none: use {name!r}")
-    if entry.needs_support and (empty := int((images.counts == 0).sum())):
-        raise IosrFastError(f"{entry.name} needs at least one image of each class, got none of {empty} classes")
+    if entry.needs_support and len(empty := np.flatnonzero(images.counts == 0)):
+        columns = abbreviate([str(column) for column in empty])
+        raise IosrFastError(
+            f"{entry.name} needs at least one image of each class, got none of the classes at {columns}"
+        )
 
 
 def _settings(entry: Method, images: MultiLabelSet, seconds: float) -> Iterator[tuple[Which, Mapping[str, float]]]:
@@ -220,7 +227,7 @@ def _fit(
     else:
         mixtures = {"text" if not terms else "all": {name: fixed[name] for name in arrays}}
     parts = {k: np.sum([w * arrays[n] for n, w in mixture.items()], axis=0) for k, mixture in mixtures.items()}
-    units = {name: float(part.std()) or 1.0 for name, part in parts.items()}
+    units = {name: std if (std := float(part.std())) > _ROUNDING else 1.0 for name, part in parts.items()}
     scaled = {name: part / units[name] for name, part in parts.items()}
     if used.any():
         some = slice(None, None, -(-images.labels.size // _PAIRS))

@@ -143,7 +143,7 @@ def threshold(scores: np.ndarray, share: float) -> float:
 
 
 def rank_of(n_scores: int, share: float) -> int:
-    return math.floor((1.0 - share) * (n_scores + 1) + 1e-9)
+    return min(n_scores, math.floor((1.0 - share) * (n_scores + 1) + 1e-9))
 
 
 def images_needed(share: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class Unknown:
     def threshold(self, keep: float = KEEP) -> float:
         """A picture with a higher score is rejected; a share `keep` of known pictures is not. Raises IosrFastError
         where there are too few support images for that promise (promise.threshold)."""
-        return -threshold(self.left_out, keep)
+        return -threshold(self.left_out, check_share("keep", keep))
 
     def rejects(self, queries: Embeddings, keep: float = KEEP) -> np.ndarray:
         """(B,) bool, the pictures that are rejected. Raises IosrFastError as `threshold`, before anything is scored."""
@@ -82,7 +83,7 @@ class Unknown:
 
     def promise(self, keep: float = KEEP) -> str:
         """One sentence: what is kept, how well classes that were left out are found, or why nothing can be promised."""
-        n_images = len(self.left_out)
+        n_images, keep = len(self.left_out), check_share("keep", keep)
         if rank_of(n_images, keep) < 1:
             return f"{n_images} left-out support images are too few to promise that {keep:.4g} of known pictures stay"
         found = (
@@ -164,13 +165,13 @@ def _with_unknown(
     return np.append(first * weights, second), first * known + second * near
 
 
-def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: str | None) -> np.ndarray:
-    """Labels (B,) with `word` for rejected pictures; an array of objects if that is None, or labels are no strings.
+def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: Any) -> np.ndarray:
+    """Labels (B,) with `word` for rejected pictures; an array of objects unless it and the labels are strings.
 
     >>> without_rejected(np.array(["cat", "dog"]), np.array([False, True]), None)
     array(['cat', None], dtype=object)
     """
-    if word is not None and labels.dtype.kind == "U":
+    if isinstance(word, str) and labels.dtype.kind == "U":
         named: np.ndarray = np.where(rejected, word, labels)
         return named
     result = labels.astype(object)
@@ -178,12 +179,21 @@ def without_rejected(labels: np.ndarray, rejected: np.ndarray, word: str | None)
     return result
 
 
-def check_unknown(unknown: str | None, keep: float) -> float | None:
-    """The share to keep of `predict(unknown=, keep=)`, or None if no picture is to be rejected. IosrFastError."""
+def check_unknown(unknown: str | None, keep: float, unknown_label: str | None = None) -> float | None:
+    """The share to keep of `predict(unknown=, unknown_label=, keep=)`, or None if no picture is to be rejected.
+    IosrFastError."""
     if unknown not in (None, "reject"):
         raise IosrFastError(f"expected unknown to be 'reject' or None, got {unknown!r}")
+    if unknown is None and unknown_label is not None:
+        raise IosrFastError(f"expected unknown_label only with unknown='reject', got {unknown_label!r} without it")
     keep = check_share("keep", keep)
     return None if unknown is None else keep
+
+
+def check_unknown_images(count: int) -> None:
+    """Raise IosrFastError for a single picture of none of the classes, which `fit_unknown` can't use."""
+    if count == 1:
+        raise IosrFastError("expected two or more unknown images, which are compared with each other, got one")
 
 
 def _halves(support: SupportSet, own: Embeddings, names: tuple[str, ...]) -> Iterator[Group]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.unknown import check_unknown
-from iosr_fast.state.labels import as_seen
+from iosr_fast.state.labels import check_unknown_label
 
 if TYPE_CHECKING:
     from iosr_fast.state.state import State
@@ -25,10 +25,7 @@ class Rejecting:
     def check(self, state: State) -> None:
         """Raise IosrFastError, before any image is read, where a class has that label, or where there are too few
         support images for the promise (Unknown.threshold)."""
-        if as_seen(self.label) in map(as_seen, state.class_names):
-            raise IosrFastError(
-                f"expected a label for unknown pictures that no class has, got {self.label!r}; choose another word"
-            )
+        check_unknown_label(self.label, state.class_names)
         state.unknown.threshold(self.keep)
 
 

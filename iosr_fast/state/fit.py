@@ -16,6 +16,7 @@ from iosr_fast.methods import METHODS
 from iosr_fast.methods.multi_label import fit_multi_label, multi_label_reason
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.tuning.tune import MAX_TUNE_SECONDS, check_choice
+from iosr_fast.methods.unknown import check_unknown_images
 from iosr_fast.scoring.fields import RANGES
 from iosr_fast.scoring.isoclip import check_projections
 from iosr_fast.scoring.precision import Precision
@@ -113,12 +114,14 @@ def check_fit(
     else:
         names, ids, integers = check_labels(listed, labels, class_names)
         _check_classes(method, ids, names)
+    unknown = [] if unknown_images is None else as_image_list(unknown_images)
+    check_unknown_images(len(unknown))
     skip_bad, progress = bool(parameters["skip_bad"]), bool(parameters["progress"])
     return FitInputs(
         images=listed,
         ids=ids,
         names=names,
-        unknown_images=[] if unknown_images is None else as_image_list(unknown_images),
+        unknown_images=unknown,
         integer_labels=integers,
         method=method,
         reducer=reducer,

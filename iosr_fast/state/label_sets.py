@@ -34,7 +34,7 @@ def read_label_sets(labels: Any, n_images: int) -> tuple[list[str] | None, np.nd
     """The names in the sets, sorted, and an indicator (N, C) bool in that order; no names of an indicator.
 
     Sets, lists and tuples hold names (str); an empty one is an image with none of the classes. Rows of numbers, all 0
-    or 1, are an indicator, as scikit-learn has it.
+    or 1, are an indicator, as scikit-learn has it, sparse or not.
 
     Raises IosrFastError, naming the position, for plain labels among sets, a label that is no text, and another number
     of rows than images; for an indicator with other values than 0 and 1 or rows of different lengths.
@@ -44,7 +44,7 @@ def read_label_sets(labels: Any, n_images: int) -> tuple[list[str] | None, np.nd
            [False,  True, False],
            [False, False, False]]))
     """
-    rows = list(np.asarray(labels)) if getattr(labels, "ndim", 1) == 2 else list(labels)
+    rows = list(dense(labels)) if getattr(labels, "ndim", 1) == 2 else list(labels)
     if len(rows) != n_images:
         raise IosrFastError(f"expected a set of labels for each of {n_images} images, got {len(rows)}")
     for i, row in enumerate(rows):
@@ -106,6 +106,11 @@ def known_label_sets(labels: Any, n_images: int, classes: np.ndarray) -> np.ndar
     indicator = np.zeros((n_images, len(classes)), bool)
     indicator[:, [position[name] for name in names]] = given
     return indicator
+
+
+def dense(indicator: Any) -> np.ndarray:
+    """An indicator as an array; one of SciPy may be sparse."""
+    return np.asarray(indicator.toarray() if hasattr(indicator, "toarray") else indicator)
 
 
 def label_sets(classes: np.ndarray, indicator: np.ndarray) -> np.ndarray:

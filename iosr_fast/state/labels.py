@@ -170,6 +170,15 @@ def as_seen(name: str) -> str:
     return " ".join(name.split())
 
 
+def check_unknown_label(label: Any, classes: Iterable[Any]) -> None:
+    """Raise IosrFastError if a class has this label of pictures of no class, or a name that looks like it."""
+    seen = [as_seen(one) if isinstance(one, str) else one for one in (label, *classes)]
+    if seen[0] in seen[1:]:
+        raise IosrFastError(
+            f"expected a label for unknown pictures that no class has, got {label!r}; choose another word"
+        )
+
+
 def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
     """Each name with an earlier one of the same key."""
     first: dict[str, str] = {}

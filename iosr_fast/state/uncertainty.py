@@ -12,6 +12,7 @@ from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.unknown import Unknown, without_rejected
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.ids import example_id
+from iosr_fast.state.labels import check_unknown_label
 from iosr_fast.state.updates import LiveUpdates
 
 
@@ -75,6 +76,7 @@ class Uncertainty(LiveUpdates):
 
     def _labels_or_rejected(self, fit: Fit, images: Any, keep: float, word: str | None) -> np.ndarray:
         """The labels (B,) of images, `word` for those that are rejected."""
+        check_unknown_label(word, fit.labels())
         fit.state.unknown.threshold(keep)  # too few support images: before anything is encoded
         classes, rejected = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
         for pixels in self._chunks(fit, images):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_score
@@ -262,6 +263,21 @@ def test_lists_tuples_and_frozensets_are_sets() -> None:
         assert np.array_equal(again.decision_function(X), first)
 
 
+def test_a_sparse_indicator_is_one() -> None:
+    X, _, indicator = rows_and_sets()
+    dense, sparse = indicator.astype(int), csr_array(indicator.astype(int))
+    head = FewShotHead("tip-adapter").fit(X, sparse)
+    members = head.predict(X)
+    assert members.dtype == dense.dtype and np.array_equal(members, head.fit(X, dense).predict(X))
+    assert head.score(X, sparse) == head.score(X, dense)
+
+
+def test_two_images_that_say_nothing_of_each_other() -> None:
+    assert FewShotHead().fit(np.eye(2, 16), [{"a"}, {"b"}]).predict(np.eye(2, 16)).shape == (2,)
+    X = np.random.default_rng(0).standard_normal((2, 16))  # their left-out terms are nothing but rounding
+    assert np.abs(FewShotHead().fit(X, [{"a"}, {"b"}]).decision_function(X)).max() < 10
+
+
 def test_cross_validation_takes_an_indicator() -> None:
     X, _, indicator = rows_and_sets()
     scores = cross_val_score(clone(FewShotHead("proker")), X, indicator.astype(int), cv=3, scoring="average_precision")
@@ -276,7 +292,8 @@ def test_cross_validation_takes_an_indicator() -> None:
         ([{"cat"}, {"dog"}], "for each of 3 images, got 2"),
         ([[0, 2, 1], [0, 1, 1], [1, 0, 0]], "expected an indicator .* of 0 and 1, or sets of names, got 2"),
         ([[0, 1], [0, 1, 1], [1, 0]], "a column for each class, got rows of '2', '3' values"),
-        (np.array([[1, 0], [1, 0], [0, 0]]), "at least one image of each class, got none of 1 classes"),
+        (np.array([[1, 0], [1, 0], [0, 0]]), "at least one image of each class, got none of the classes at '1'"),
+        ([set(), set(), set()], "expected labels of at least one class, got empty sets alone"),
     ],
 )
 def test_wrong_labels_are_refused(labels: Any, message: str) -> None:

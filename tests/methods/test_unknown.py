@@ -281,6 +281,7 @@ def test_threshold_is_the_largest_that_keeps_the_share(share: float) -> None:
     draws = np.random.default_rng(0).standard_normal((4000, n + 1))
     kept = np.mean([draw[0] >= threshold(draw[1:], share) for draw in draws])
     assert kept == pytest.approx(share, abs=0.025)  # n / (n + 1) is the share itself
+    assert threshold(np.arange(5.0), 1e-12) == 4.0
 
 
 def test_words_for_rejected_pictures() -> None:

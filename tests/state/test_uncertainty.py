@@ -46,6 +46,12 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
     assert (answers[labels < CLASSES] == plain[labels < CLASSES]).mean() > 0.7
     worded = classifier.predict(images, unknown="reject", unknown_label="other", keep=0.9)
     assert ((worded == "other") == (scores > limit)).all() and worded.dtype.kind == "U"
+    numbered = classifier.predict(images, unknown="reject", unknown_label=-1, keep=0.9)
+    assert ((numbered == -1) == (scores > limit)).all() and numbered.dtype == object
+    with pytest.raises(IosrFastError, match="that no class has"):
+        classifier.predict(images, unknown="reject", unknown_label="motif\xa01", keep=0.9)
+    with pytest.raises(IosrFastError, match="unknown_label only with unknown='reject', got 'other'"):
+        classifier.predict(images, unknown_label="other")
     assert classifier.predict(images[:0], unknown="reject", keep=0.9).shape == (0,)
     assert classifier.unknown_score(images[:0]).shape == (0,)
     for plainly, explained, score in zip(
@@ -165,11 +171,13 @@ def test_unknown_images_are_checked_as_support_images_are() -> None:
     images, labels = pictures(np.random.default_rng(0), 3, 3)
     names = [f"motif {c}" for c in labels]
     with pytest.raises(IosrFastError, match=r"number 0 \('motif 0'\) and number 9 \('none of the classes'\)"):
-        unfitted(method="gda").fit(images, names, unknown_images=images[:1])
+        unfitted(method="gda").fit(images, names, unknown_images=images[:2])
     with pytest.raises(BadImageError, match="number 9"):
-        unfitted(method="gda").fit(images, names, unknown_images=[b"no picture"])
+        unfitted(method="gda").fit(images, names, unknown_images=[b"no picture", images[0] // 9])
     skipping = unfitted(method="gda", skip_bad=True).fit(images, names, unknown_images=[b"no picture", images[0] // 9])
     assert skipping.skipped_ == ["number 9"] and len(skipping.snapshot().unknown_images) == 1
+    with pytest.raises(IosrFastError, match="expected two or more unknown images"):
+        unfitted(method="gda").fit(images, names, unknown_images=images[:1] // 9)
     with pytest.raises(FileNotFoundError, match="found no folder nowhere"):
         unfitted().fit_folder("support", unknown_images="nowhere")
 
