@@ -470,3 +470,36 @@ def test_openvino_leaves_the_signal_stack() -> None:
         [sys.executable, "-c", RELEASES_MODELS], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+FIRST_RESULTS = """
+import sys, threading
+import numpy as np
+from iosr_fast.encoders.runtimes.openvino import import_openvino, openvino_core
+
+openvino = import_openvino()
+from openvino import opset13
+pixels = opset13.parameter([1, 8], np.float32)
+model = openvino.Model([opset13.relu(pixels)], [pixels])
+compiled = openvino_core().compile_model(model, "CPU", {"NUM_STREAMS": "8"})
+sys.setswitchinterval(1e-6)
+go = []
+
+def read(request):
+    while not go:
+        pass
+    np.array(request.infer({0: np.zeros((1, 8), np.float32)})[0])
+
+threads = [threading.Thread(target=read, args=(compiled.create_infer_request(),)) for _ in range(8)]
+for thread in threads:
+    thread.start()
+go.append(True)
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_may_read_openvinos_first_results_at_once() -> None:
+    """Every second run hangs without the tensor that openvino_core reads."""
+    pytest.importorskip("openvino")
+    subprocess.run([sys.executable, "-c", FIRST_RESULTS], cwd=ROOT, check=True, timeout=60)

@@ -54,9 +54,12 @@ def openvino_core() -> Any:
 
     Raises ImportError with the pip command if OpenVINO is missing.
     """
+    openvino = import_openvino()
     with restored_signal_stack():
-        core = import_openvino().Core()
+        core = openvino.Core()
         core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the CPU plugin
+    # OpenVINO 2026.4 hangs if two threads read the data of their first tensors at the same time: read one here.
+    openvino.Tensor(openvino.Type.f32, [1]).data  # noqa: B018
     return core
 
 
