@@ -35,7 +35,6 @@ from iosr_fast.benchmarks.random_weights import fit
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import Adapter, encode_adapted, encode_plain
 from iosr_fast.clip.load import LoadedClip, load_clip
-from iosr_fast.exceptions import BadImageError
 from iosr_fast.export.convert import convert_engine
 from iosr_fast.export.export import random_adapter, write_engine
 from iosr_fast.images.decode import CpuDecoder
@@ -131,14 +130,14 @@ def precision_of(impl: str) -> str:
     return "int8" if impl.endswith(SUFFIXES["int8"]) else "fp32"
 
 
-def decode(paths: list[Path], geometry: Geometry) -> list[np.ndarray]:
+def decode(paths: list[Path], geometry: Geometry) -> np.ndarray:
     """By the decoder of predict_folder. Raises BadImageError for the first bad image."""
-    images = []
-    for image in CpuDecoder().decode(paths, geometry):
-        if isinstance(image, BadImageError):
-            raise image
-        images.append(image)
-    return images
+    decoded = CpuDecoder().decode(paths, geometry)
+    for error in decoded.errors:
+        if error is not None:
+            raise error
+    assert isinstance(decoded.pixels, np.ndarray)
+    return decoded.pixels
 
 
 def verify_pixels(paths: list[Path], geometry: Geometry) -> None:
@@ -198,7 +197,7 @@ def run(
 
         def decoded() -> list[np.ndarray]:
             with closing(map_ordered(groups, lambda group: decode(group, geometry), threads, 2 * threads)) as batches:
-                return [np.stack(batch) for batch in batches]
+                return list(batches)
 
         def ours(classifier: Classifier) -> np.ndarray:
             results = classifier.predict_folder(folder / "photographs", threads=threads)

@@ -190,7 +190,7 @@ def _classify_list(
             loaded.snapshot(),
             encoder,
             loaded.engine_,
-            choose_decoder(decoder, encoder.runtime, loaded.exif_orientation_),
+            choose_decoder(decoder, encoder.input_device, loaded.exif_orientation_),
             paths,
             choose_batch(encoder, batch),
             SEVERAL if several else min(top, len(loaded.classes_)),

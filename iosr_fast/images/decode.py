@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,8 +19,8 @@ from iosr_fast.images.preprocess import ENCODED, open_image, opened_encoded, pad
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
-Decoded = np.ndarray | BadImageError
 # Takes (width, height); returns what is wrong with them, or "".
 SizeCheck = Callable[[int, int], str]
 # libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 of its size by omitting coefficients: a sharp cut-off and one more rounding.
@@ -30,6 +31,31 @@ _SCALES = (8, 4, 2)
 _REVERSED_X, _REVERSED_Y = frozenset({2, 3, 7, 8}), frozenset({3, 4, 6, 7})  # EXIF orientations that reverse an axis
 
 
+@dataclass(frozen=True)
+class DecodedBatch:
+    """`errors`: for each source, in order, its error or None. `pixels`: uint8 (n, size, size, 3) of the n readable
+    sources, in order; None if there are none. A tensor is on the decoder's GPU and complete: any CUDA stream may read
+    it."""
+
+    errors: list[BadImageError | None]
+    pixels: np.ndarray | Tensor | None
+
+    @classmethod
+    def collect(
+        cls, results: Sequence[Any], stack: Callable[[Sequence[Any]], np.ndarray | Tensor] = np.stack
+    ) -> DecodedBatch:
+        """From each source's pixels (size, size, 3) or error, in order; `stack` makes one array or tensor of pixels."""
+        errors = [result if isinstance(result, BadImageError) else None for result in results]
+        readable = [result for result in results if not isinstance(result, BadImageError)]
+        return cls(errors, stack(readable) if readable else None)
+
+    def to_numpy(self) -> DecodedBatch:
+        """With the pixels in CPU memory, in one copy."""
+        if self.pixels is None or isinstance(self.pixels, np.ndarray):
+            return self
+        return DecodedBatch(self.errors, self.pixels.cpu().numpy())
+
+
 class Decoder(Protocol):
     """Decodes batches of images as `open_image` takes them. Threads may share one; only `threads` of them help."""
 
@@ -37,8 +63,8 @@ class Decoder(Protocol):
     threads: int | None  # None: no limit
     exif_orientation: bool
 
-    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> list[Decoded]:
-        """Each image as (size, size, 3) uint8 or its error, in order. Positions in errors count from `start`."""
+    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
+        """The pixels of the readable sources, in NumPy or on a GPU. Positions in errors count from `start`."""
         ...
 
 
@@ -50,14 +76,18 @@ class CpuDecoder:
     def __init__(self, exact: bool = False, exif_orientation: bool = True) -> None:
         self.name, self._exact, self.exif_orientation = "cpu-exact" if exact else "cpu", exact, exif_orientation
 
-    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> list[Decoded]:
-        return [
-            try_decode(source, geometry, start + i, self.exif_orientation, self._exact)
-            for i, source in enumerate(sources)
-        ]
+    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
+        return DecodedBatch.collect(
+            [
+                try_decode(source, geometry, start + i, self.exif_orientation, self._exact)
+                for i, source in enumerate(sources)
+            ]
+        )
 
 
-def try_decode(source: Any, geometry: Geometry, position: int, exif_orientation: bool, exact: bool = False) -> Decoded:
+def try_decode(
+    source: Any, geometry: Geometry, position: int, exif_orientation: bool, exact: bool = False
+) -> np.ndarray | BadImageError:
     """`decode_pixels`, with BadImageError returned instead of raised."""
     try:
         return decode_pixels(source, geometry, position, exact=exact, exif_orientation=exif_orientation)

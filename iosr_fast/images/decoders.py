@@ -18,11 +18,11 @@ _INSTALL = {
 log = logging.getLogger(__name__)
 
 
-def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool = True) -> Decoder:
-    """The decoder of this name. "auto" is a GPU decoder if the encoder's `runtime` is TensorRT and one can run here,
-    else the CPU's.
+def choose_decoder(name: str = "auto", device: str | None = None, exif_orientation: bool = True) -> Decoder:
+    """The decoder of this name. "auto" is a GPU decoder if the encoder takes pixels from a GPU and a GPU decoder can
+    run here, else the CPU's.
 
-    `exif_orientation` as for `open_image`; pass Classifier.exif_orientation_.
+    `device`: the encoder's `input_device`. `exif_orientation` as for `open_image`; pass Classifier.exif_orientation_.
     Raises ValueError for an unknown name, UnavailableError (a RuntimeError) for a decoder that can't run here.
     """
     if name not in ("auto", *DECODERS):
@@ -30,11 +30,11 @@ def choose_decoder(name: str = "auto", runtime: str = "", exif_orientation: bool
     if name != "auto":
         if (reason := unavailable_reason(name)) is not None:
             raise UnavailableError(f"decoder={name!r} can't run here: {reason}")
-        return _make(name, exif_orientation)
+        return _make(name, device, exif_orientation)
     refused = {}
-    for candidate in reversed(DECODERS[2:]) if runtime.startswith("tensorrt") else ():
+    for candidate in () if device is None else reversed(DECODERS[2:]):
         if (reason := unavailable_reason(candidate)) is None:
-            return _make(candidate, exif_orientation)
+            return _make(candidate, device, exif_orientation)
         refused[candidate] = reason
     log.info("decoding on the CPU; unavailable: %s", refused or "none")
     return CpuDecoder(exif_orientation=exif_orientation)
@@ -57,10 +57,10 @@ def _missing(module: str) -> bool:
         return True
 
 
-def _make(name: str, exif_orientation: bool) -> Decoder:
+def _make(name: str, device: str | None, exif_orientation: bool) -> Decoder:
     if name not in _NEEDED_MODULES:
         return CpuDecoder(name == "cpu-exact", exif_orientation)
     from iosr_fast.images.gpu_decoders import NvImageCodecDecoder, TorchCodecDecoder
 
     decoder_type = TorchCodecDecoder if name == "torchcodec" else NvImageCodecDecoder
-    return decoder_type(exif_orientation=exif_orientation)
+    return decoder_type(device or "cuda", exif_orientation)

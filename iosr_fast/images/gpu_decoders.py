@@ -1,4 +1,8 @@
-"""JPEGs decoded and resized on an NVIDIA GPU; the CPU decodes each image that the GPU's decoder can't read.
+"""JPEGs decoded and resized on an NVIDIA GPU, where the pixels stay; the CPU decodes each image that the GPU can't.
+
+Each call works on a CUDA stream of its own: TorchCodec waits for all work on its stream, and on the default stream that
+would be the encoder's. A call returns when its stream is done, so every stream may read the pixels. The memory belongs
+to the call's stream: another one that reads it calls `record_stream`, as runtimes.upload.Upload does.
 
 These have not run on a GPU yet. The tests run the resizing on the CPU, and the calls of both decoders against fakes.
 """
@@ -8,11 +12,16 @@ from __future__ import annotations
 import importlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iosr_fast.images.decode import Decoded, try_decode
+import numpy as np
+
+from iosr_fast.images.decode import DecodedBatch, try_decode
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import opened, orientation_of
 from iosr_fast.utils.require import require
@@ -22,6 +31,8 @@ if TYPE_CHECKING:
 
 _MAX_ASPECT = 8  # beyond it most of the resized image is cut off; the CPU resizes only the crop
 _JPEG = b"\xff\xd8\xff"
+# Streams of each device that no call uses. They are used again, because PyTorch keeps freed memory for each stream.
+_idle_streams: dict[str, deque[Any]] = defaultdict(deque)
 
 
 class GpuDecoder(ABC):
@@ -35,10 +46,20 @@ class GpuDecoder(ABC):
     def __init__(self, device: str = "cuda", exif_orientation: bool = True) -> None:
         self.device, self.exif_orientation = device, exif_orientation
 
-    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> list[Decoded]:
-        """As Decoder.decode: within 1 level of the CPU's on average."""
+    def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
+        """As Decoder.decode: within 1 level of the CPU's on average, on `device`."""
         jpegs = {i: data for i, source in enumerate(sources) if (data := _read_jpeg(source)) is not None}
-        pixels: dict[int, Decoded] = {}
+        with _own_stream(self.device):
+            pixels = self._shrunk(jpegs, geometry)
+            results = [
+                pixels[i] if i in pixels else try_decode(source, geometry, start + i, self.exif_orientation)
+                for i, source in enumerate(sources)
+            ]
+            return DecodedBatch.collect(results, partial(stack, device=self.device))
+
+    def _shrunk(self, jpegs: dict[int, bytes], geometry: Geometry) -> dict[int, torch.Tensor]:
+        """The pixels (size, size, 3) of the JPEGs that the GPU can decode."""
+        pixels = {}
         for (i, data), image in zip(jpegs.items(), self._decode([*jpegs.values()]), strict=True):
             orientation = _orientation(data) if self.exif_orientation or self.turns else 1
             if self.turns and orientation is not None:
@@ -48,11 +69,8 @@ class GpuDecoder(ABC):
                 and orientation is not None
                 and max(image.shape[1:]) <= _MAX_ASPECT * min(image.shape[1:])
             ):
-                pixels[i] = shrink(turned(image, orientation), geometry).permute(1, 2, 0).contiguous().cpu().numpy()
-        return [
-            pixels[i] if i in pixels else try_decode(source, geometry, start + i, self.exif_orientation)
-            for i, source in enumerate(sources)
-        ]
+                pixels[i] = shrink(turned(image, orientation), geometry).permute(1, 2, 0)
+        return pixels
 
     @abstractmethod
     def _decode(self, data: list[bytes]) -> list[torch.Tensor | None]:
@@ -75,10 +93,7 @@ class TorchCodecDecoder(GpuDecoder):
 
 
 class NvImageCodecDecoder(GpuDecoder):
-    """nvidia.nvimgcodec, which uses the GPU's hardware decoders and its cores.
-
-    Each thread has its own decoder, and decodes on the CUDA stream on which PyTorch then reads the pixels.
-    """
+    """nvidia.nvimgcodec, which uses the GPU's hardware decoders and its cores. Each thread has its own decoder."""
 
     name = "nvimagecodec"
 
@@ -99,6 +114,35 @@ class NvImageCodecDecoder(GpuDecoder):
         decoded = self._thread.decoder.decode(data, self._params, cuda_stream=stream)
         images = [None if image is None else torch.as_tensor(image, device=self.device) for image in decoded]
         return [None if image is None or image.shape[2] != 3 else image.permute(2, 0, 1) for image in images]
+
+
+@contextmanager
+def _own_stream(device: str) -> Iterator[None]:
+    """A stream of `device` as the current one, which no other call uses; its work is done when the block ends."""
+    if device == "cpu":
+        yield
+        return
+    torch, idle = require("torch", "gpu"), _idle_streams[device]
+    try:
+        stream = idle.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
+        idle.append(stream)
+
+
+def stack(images: Sequence[np.ndarray | torch.Tensor], device: str) -> torch.Tensor:
+    """Images (size, size, 3), tensors on `device` or arrays, as one tensor there, in order. All arrays are uploaded in
+    one copy, and nothing waits for the tensors."""
+    import torch
+
+    arrays = [image for image in images if isinstance(image, np.ndarray)]
+    uploaded = iter(torch.from_numpy(np.stack(arrays)).to(device) if arrays else ())
+    return torch.stack([next(uploaded) if isinstance(image, np.ndarray) else image for image in images])
 
 
 def turned(image: torch.Tensor, orientation: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def evaluate_images(
 ) -> Evaluation:
     """As Classifier.evaluate; `class_ids` (B,) are positions of classes. `engine` is `encoder`'s folder."""
     batch = choose_batch(encoder, batch)
-    chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
+    chosen = choose_decoder(decoder, encoder.input_device, exif_orientation)
     errors: list[BadImageError] = []
 
     def encoded(sources: Sequence[Any]) -> tuple[np.ndarray, list[Any], Embeddings | None]:

@@ -94,7 +94,7 @@ def predict_folder(
 ) -> FolderPredictions:
     """As Classifier.predict_folder. `engine` is `encoder`'s folder."""
     batch = choose_batch(encoder, batch)
-    chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
+    chosen = choose_decoder(decoder, encoder.input_device, exif_orientation)
     listing = list_images(folder)
     if joint or rejecting is not None:
         state.one_label("predict_folder with joint or unknown", "leave them out")

@@ -11,8 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.images.decode import Decoded, decode_pixels
+from iosr_fast.images.decode import DecodedBatch, decode_pixels
 from iosr_fast.images.geometry import Geometry
 
 
@@ -116,10 +118,10 @@ class ItemDecoder:
     def __init__(self, exif_orientation: bool = True) -> None:
         self.exif_orientation = exif_orientation
 
-    def decode(self, sources: Sequence[Item], geometry: Geometry, start: int = 0) -> list[Decoded]:
-        return [self._decode_one(item, geometry) for item in sources]
+    def decode(self, sources: Sequence[Item], geometry: Geometry, start: int = 0) -> DecodedBatch:
+        return DecodedBatch.collect([self._decode_one(item, geometry) for item in sources])
 
-    def _decode_one(self, item: Item, geometry: Geometry) -> Decoded:
+    def _decode_one(self, item: Item, geometry: Geometry) -> np.ndarray | BadImageError:
         name = Path(item.key if item.offset or item.size >= 0 else item.path)
         if item.fault is not None:
             return BadImageError(name, 0, item.fault)

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.images.decode import Decoded, Decoder
+from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.state.predictions import LabelSet, Prediction, predict, predict_label_sets
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.ordered import map_ordered
@@ -155,17 +153,18 @@ def encode_batches(
     """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
     embeddings of the readable ones (None if there are none).
 
-    A batch is encoded together, without its unreadable images. Pixels of at most `callers` batches are in memory or,
-    with one caller, of `decode_threads` + 2. When the generator ends, also by close(), its threads have ended.
+    A batch is encoded together, without its unreadable images. Pixels stay on a GPU where decoder and encoder are on
+    it. Pixels of at most `callers` batches are in memory or, with one caller, of `decode_threads` + 2. When the
+    generator ends, also by close(), its threads have ended.
     """
 
-    def decode(batch: tuple[int, Sequence[Any]]) -> list[Decoded]:
-        return decoder.decode(batch[1], stage.encoder.geometry, batch[0])
+    def decode(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
+        decoded = decoder.decode(batch[1], stage.encoder.geometry, batch[0])
+        return decoded.to_numpy() if stage.encoder.input_device is None else decoded
 
-    def encode(decoded: list[Decoded]) -> tuple[Errors, _R | None]:
-        errors = [pixels if isinstance(pixels, BadImageError) else None for pixels in decoded]
-        readable = [pixels for pixels in decoded if not isinstance(pixels, BadImageError)]
-        return errors, use(stage.encoder.encode_on_device(np.stack(readable))) if readable else None
+    def encode(decoded: DecodedBatch) -> tuple[Errors, _R | None]:
+        pixels = decoded.pixels
+        return decoded.errors, None if pixels is None else use(stage.encoder.encode_on_device(pixels))
 
     if stage.callers > 1:
         yield from map_ordered(batches, lambda batch: encode(decode(batch)), stage.callers, 2 * stage.callers)

@@ -83,7 +83,7 @@ def suggest_from_folder(
     if n < 1:
         raise IosrFastError(f"expected at least one image to suggest, got n = {n}")
     batch = choose_batch(encoder, batch)
-    chosen = choose_decoder(decoder, encoder.runtime, exif_orientation)
+    chosen = choose_decoder(decoder, encoder.input_device, exif_orientation)
     listing = list_images(folder)
     unread, queries = encode_all(encoder, engine, chosen, listing.paths, batch, threads, skip_bad, advance)
     if queries is None:

@@ -156,7 +156,7 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         expected = sorted((-probabilities[i, NAMES.index(name)], name) for name in labels)
         assert [*found] == [name for _, name in expected]
         np.testing.assert_allclose([-p for p, _ in expected], [*found.values()], atol=1e-5)
-    decoder = choose_decoder("auto", "test", True)
+    decoder = choose_decoder("auto", None, True)
     paths = [str(path) for path in results.paths]
     job = Job(classifier.snapshot(), classifier.encoder, Path("none"), decoder, paths, 5, SEVERAL, None, False)
     file = io.StringIO()

@@ -117,7 +117,7 @@ def test_exact_is_the_reference_to_the_last_bit(rng: np.random.Generator, width:
     for source in (data, image):
         expected = resize_and_crop(open_image(source), Geometry(64))
         assert (decode_pixels(source, Geometry(64), exact=True) == expected).all()
-        assert (CpuDecoder(exact=True).decode([source], Geometry(64))[0] == expected).all()
+        assert (CpuDecoder(exact=True).decode([source], Geometry(64)).pixels == expected).all()
 
 
 def test_a_thin_picture_costs_little(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

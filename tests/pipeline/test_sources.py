@@ -166,7 +166,8 @@ def test_a_sample_with_two_images_is_asked_about(pictures: list[Path], tmp_path:
     with pytest.raises(ValueError, match=r"expected one image a sample, got \['png', 'webp'\] in a\.tar#1"):
         open_source(given)
     (item,) = open_source(given, image_field=".WEBP").items
-    np.testing.assert_array_equal(ItemDecoder().decode([item], Geometry(64)), to_pixels(pictures[1], Geometry(64)))
+    pixels = ItemDecoder().decode([item], Geometry(64)).pixels
+    np.testing.assert_array_equal(pixels, to_pixels(pictures[1], Geometry(64)))
 
 
 def test_damaged_shards_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_damaged_shards_are_refused_by_name(shards: Path, tmp_path: Path) -> Non
 def test_a_shard_that_shrank_since_it_was_listed_is_told(shards: Path) -> None:
     item = open_source(str(shards)).items[-1]
     Path(item.path).write_bytes(b"x" * (item.offset + 10))
-    (error,) = ItemDecoder().decode([item], Geometry(64))
+    (error,) = ItemDecoder().decode([item], Geometry(64)).errors
     assert isinstance(error, BadImageError)
     assert f"train-002.tar#2/003: expected {item.size} bytes of it" in str(error)
 
