@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from iosr_fast.cli.options import SavedClassifier
-from iosr_fast.utils.command import new_file
+from iosr_fast.utils.command import new_file, new_page
 
 _SHOWN = 20
 
@@ -17,7 +17,7 @@ _SHOWN = 20
 def audit(
     classifier: SavedClassifier,
     html: Annotated[
-        Path | None, typer.Option(callback=new_file, help="Write a page with the pictures here, one file.")
+        Path | None, typer.Option(callback=new_page, help="Write a page with the pictures here, one file.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", callback=new_file, help="Write the findings here, as JSON.")

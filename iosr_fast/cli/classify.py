@@ -12,7 +12,8 @@ import typer
 from iosr_fast.cli import parts
 from iosr_fast.cli.options import Address, RejectOption, Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import new_file, stop_message
+from iosr_fast.utils.command import new_page, stop_message
+from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def classify(
     html: Annotated[
         Path | None,
         typer.Option(
-            callback=new_file,
+            callback=new_page,
             help="Write a page with the pictures by label here, one file; without --out instead of the rows.",
         ),
     ] = None,
@@ -179,6 +180,8 @@ def _classify_list(
         paths = _list(images, skip_bad)
         if out is not None:
             (check_joint_place if joint else check_place)(out, paths)
+        if html is not None:
+            check_utf8(paths)
         loaded = Classifier.load(classifier, runtime=runtime, threads=threads)
         encoder, several = loaded.encoder, loaded.snapshot().multi_label is not None
         if several and (joint or rejecting or html or top > 1 or (out is not None and out.suffix != ".csv")):

@@ -10,7 +10,8 @@ import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import new_file
+from iosr_fast.utils.command import new_file, new_page
+from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
 
 _SHOWN = 10  # lines of each kind on standard output
@@ -23,7 +24,7 @@ def saved(
         typer.Argument(metavar="IMAGES", help="Folder with one sub-folder a class, or a CSV file of path and label."),
     ],
     html: Annotated[
-        Path | None, typer.Option(callback=new_file, help="Write a page with the pictures here, one file.")
+        Path | None, typer.Option(callback=new_page, help="Write a page with the pictures here, one file.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", callback=new_file, help="Write the figures here, as JSON.")
@@ -63,6 +64,7 @@ def saved(
         )
     paths, labels, names = labelled_images(images)
     others = [] if unknown_images is None else unknown_folder(unknown_images)
+    check_utf8([*map(str, paths), *others])
     loaded = Classifier.load(classifier, runtime=runtime).set_params(progress=True)
     known = [info.name for info in loaded.classes()]
     if foreign := sorted(set(names) - set(known)):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
-from iosr_fast.utils.command import new_file
+from iosr_fast.utils.command import new_csv, new_page
 from iosr_fast.utils.csv_text import escaped
+from iosr_fast.utils.outputs import check_utf8
 
 if TYPE_CHECKING:
     from iosr_fast.pipeline.suggest import FolderSuggestions
@@ -22,10 +23,10 @@ def suggest(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Unlabelled images, also in folders below.")],
     number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images to suggest.")],
     out: Annotated[
-        Path | None, typer.Option(callback=new_file, help="CSV file to write [default: standard output].")
+        Path | None, typer.Option(callback=new_csv, help="CSV file to write [default: standard output].")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(callback=new_file, help="Write a page here on which the labels are typed.")
+        Path | None, typer.Option(callback=new_page, help="Write a page here on which the labels are typed.")
     ] = None,
     runtime: Runtime = "auto",
     skip_bad: SkipBad = False,
@@ -45,6 +46,7 @@ def suggest(
 
     loaded = Classifier.load(classifier, runtime=runtime)
     suggestions = loaded.suggest(folder, number, skip_bad=skip_bad)
+    check_utf8(map(str, suggestions.paths))
     if out is not None:
         with written(out) as file, file.open("w", encoding="utf-8", newline="") as opened:
             _write(opened, suggestions)

@@ -21,6 +21,7 @@ from iosr_fast.pipeline.stream import Answer, choose_stage, classify
 from iosr_fast.pipeline.tables import Result, Row, check_output, csv_cells, csv_writer, write_table
 from iosr_fast.state.predictions import LabelSet, Prediction
 from iosr_fast.state.state_files import fingerprint
+from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -166,9 +167,7 @@ class _JournaledTable:
 def check_place(out: Path, paths: Iterable[str]) -> None:
     """Raise the errors of `Job.write` about `out` and file names, without a classifier."""
     check_output(out)
-    for path in paths:
-        if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
-            raise IosrFastError(f"expected file names in UTF-8, got {path!r}; rename it")
+    check_utf8(paths)
     if out.exists() and not journal_path(out).exists():
         raise FileExistsError(f"{out} exists already; remove it or choose another name")
 

@@ -260,27 +260,27 @@ def _read_class_folders(folder: Path) -> tuple[list[Path], Sequence[str], list[s
 def _read_table(file: Path) -> tuple[list[Path], Sequence[str | frozenset[str]], list[str]]:
     if not file.is_file():
         raise FileNotFoundError(f"expected a CSV file of path and label, found no file {file}")
-    with file.open(encoding="utf-8-sig", newline="") as opened:
-        reader = csv.DictReader(opened)
-        columns = reader.fieldnames or []
-        if {"path", "labels"} <= set(columns) and "label" not in columns:
-            return _several(file, [(row["path"] or "", row["labels"] or "") for row in reader])
-        if missing := {"path", "label"} - set(columns):
-            raise IosrFastError(
-                f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
-                f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
-            )
-        rows = [(row["path"] or "", (row["label"] or "").strip()) for row in reader]
-    labelled = [(file.parent / recovered(path), recovered(label)) for path, label in rows if label]
-    if not labelled:
-        raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column label")
-    return [path for path, _ in labelled], [label for _, label in labelled], sorted({label for _, label in labelled})
-
-
-def _several(file: Path, rows: Sequence[tuple[str, str]]) -> tuple[list[Path], list[frozenset[str]], list[str]]:
-    """The rows of a table in which pictures may have several labels."""
-    parts = [[part.strip() for part in recovered(labels).split(SEPARATOR)] for _, labels in rows]
-    sets = [frozenset(part for part in row if part) for row in parts]
-    if not any(sets):
-        raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column labels")
-    return [file.parent / recovered(path) for path, _ in rows], sets, sorted(frozenset().union(*sets))
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.DictReader(opened)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
+    several = "labels" in columns and "label" not in columns
+    name = "labels" if several else "label"
+    if missing := {"path", name} - set(columns):
+        raise IosrFastError(
+            f"expected the columns path and label in {file}, got {', '.join(columns) or 'no line'}; "
+            f"add {' and '.join(sorted(missing))} (labels in place of label where pictures may have several)"
+        )
+    named = [(recovered(row["path"] or ""), recovered((row[name] or "").strip())) for row in rows]
+    if not any(label for _, label in named):
+        raise IosrFastError(f"expected labels in {file}, got {len(rows)} rows without one; fill in the column {name}")
+    labelled = [(path, label) for path, label in named if label or several]
+    if without := [label for path, label in labelled if not path]:
+        raise IosrFastError(f"expected a path in each row of {file}, got none for the label {without[0]!r}")
+    paths, labels = [file.parent / path for path, _ in labelled], [label for _, label in labelled]
+    if not several:
+        return paths, labels, sorted(set(labels))
+    sets = [frozenset(part.strip() for part in row.split(SEPARATOR) if part.strip()) for row in labels]
+    return paths, sets, sorted(frozenset().union(*sets))

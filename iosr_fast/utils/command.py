@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.outputs import check_new_file
 
 
@@ -126,9 +127,23 @@ def run(main: Callable[..., None]) -> None:
 
 def new_file(path: Path | None) -> Path | None:
     """Callback of options that name a file to write: checks the path before any work."""
+    return _checked(path)
+
+
+def new_page(path: Path | None) -> Path | None:
+    """`new_file` of a page; its suffix tells it from pictures and tables, which it would replace."""
+    return _checked(path, ".html", ".htm")
+
+
+def new_csv(path: Path | None) -> Path | None:
+    """`new_file` of a table."""
+    return _checked(path, ".csv")
+
+
+def _checked(path: Path | None, *suffixes: str) -> Path | None:
     if path is not None:
         try:
-            check_new_file(path)
-        except OSError as error:
+            check_new_file(path, suffixes)
+        except (OSError, IosrFastError) as error:
             raise typer.BadParameter(str(error)) from error
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from iosr_fast.exceptions import IosrFastError
@@ -14,13 +14,20 @@ from iosr_fast.utils.manifest import MANIFEST
 def check_new_file(out: Path, suffixes: Sequence[str] = ()) -> None:
     """Raise ValueError for another suffix than these, OSError if `out` is a folder or can't be written."""
     if suffixes and out.suffix not in suffixes:
-        raise IosrFastError(f"expected --out to end in {' or '.join(suffixes)}, got {out}")
+        raise IosrFastError(f"expected the name of the file to end in {' or '.join(suffixes)}, got {out}")
     if out.is_dir():
         raise IsADirectoryError(f"expected a file to write, got the folder {out}; add a name to it")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"expected a folder to write {out} to, found none; create it first")
     _check_writable(parent, out)
+
+
+def check_utf8(paths: Iterable[str]) -> None:
+    """Raise IosrFastError for a file name that a text file in UTF-8 can't hold."""
+    for path in paths:
+        if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
+            raise IosrFastError(f"expected file names in UTF-8, got {path!r}; rename it")
 
 
 def check_new_folder(out: Path, kind: str | None = None) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,14 @@ def test_folders_and_csv_files_are_read_together(tmp_path: Path) -> None:
     (tmp_path / "wrong.csv").write_text("file,label\n1.jpg,a\n")
     with pytest.raises(IosrFastError, match=r"expected the columns path and label .*, got file, label; add path"):
         labelled_images(tmp_path / "wrong.csv")
+    for content, message in (
+        (b"path,label\n1.jpg,caf\xe9\n", "can't read .*wrong.csv as CSV in UTF-8: .*0xe9"),
+        (b'path,label\n1.jpg,"' + b"a" * 200_000, "can't read .*wrong.csv as CSV in UTF-8: field larger"),
+        (b"path,label\n1.jpg,a\n,b\n", "expected a path in each row of .*wrong.csv, got none for the label 'b'"),
+    ):
+        (tmp_path / "wrong.csv").write_bytes(content)
+        with pytest.raises(IosrFastError, match=message):
+            labelled_images(tmp_path / "wrong.csv")
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.csv"):
         labelled_images(tmp_path / "none.csv")
 
@@ -226,6 +235,22 @@ def test_mistakes_are_refused_before_any_work(tmp_path: Path) -> None:
     assert "none" in refused("audit", tmp_path / "none")
     assert "found none" in refused("audit", tmp_path, "--html", tmp_path / "none" / "a.html")
     assert "-n" in refused("suggest", tmp_path, tmp_path, "-n", 0)
+    for command in (("audit", tmp_path), ("suggest", tmp_path, tmp_path, "-n", 1), ("evaluate", tmp_path, tmp_path)):
+        assert "to end in .html or .htm" in refused(*command, "--html", tmp_path / "a.png")
+    assert "to end in .csv" in refused("suggest", tmp_path, tmp_path, "-n", 1, "--out", tmp_path / "a.png")
+
+
+def test_names_that_no_page_can_hold_are_refused(place: Path) -> None:
+    for name in ("one", "two"):
+        (place / "test" / name).mkdir(parents=True)
+        shutil.copy(place / "unlabelled" / "0.png", os.fsencode(place / "test" / name) + b"/\xff.png")
+    for command in (
+        ("evaluate", place / "classifier", place / "test"),
+        ("classify", place / "classifier", place / "test"),
+        ("suggest", place / "classifier", place / "test", "-n", 1),
+    ):
+        assert "expected file names in UTF-8, got" in refused(*command, "--html", place / "a.html")
+    assert not (place / "a.html").exists()
 
 
 def test_classify_writes_a_page_of_pictures_by_label(place: Path) -> None:

@@ -178,6 +178,15 @@ def test_parameters_out_of_range_are_named(shared: Client, query: str) -> None:
     assert name in response.json()["error"]["message"] and value in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("query", ["unknwon=reject", "unknown=reject&keep=0.9&keep=0.5", "top=1&Top=1", "%FF"])
+def test_parameters_are_known_and_there_once(shared: Client, query: str) -> None:
+    response = shared.predict(GREY, query=f"?{query}")
+    assert error_of(response, 422) == "invalid_parameters"
+    parameters = shared.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]["parameters"]
+    names = ", ".join(one["name"] for one in parameters)
+    assert f"expected the query parameters {names}, each at most once, got" in response.json()["error"]["message"]
+
+
 def test_a_deadline_that_passes_is_a_504() -> None:
     classifier = load()
     gate = Gate(classifier)

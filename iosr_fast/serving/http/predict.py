@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,9 @@ from iosr_fast.serving.http.lists import KEEP_QUERY
 from iosr_fast.serving.http.service import Service
 from iosr_fast.serving.http.uploads import Refusal, read_images
 from iosr_fast.state.predictions import Prediction
+from iosr_fast.utils.text import abbreviate
 
+_QUERY = ("top", "nearest", "unknown", "keep", "deadline_ms")
 _WATCH_AFTER_S = 0.1  # a request that takes longer is cancelled when its client disconnects
 _GRACE_S = 0.25  # beyond the deadline, for a batch that started before it
 
@@ -64,6 +67,7 @@ def make_router(service: Service) -> APIRouter:
             description="time allowed for the answer, from the request's last byte",
         ),
     ) -> Response:
+        _check_query(request)
         service.admit()
         upload = await read_images(request, settings)
         start = time.perf_counter()
@@ -81,6 +85,14 @@ def make_router(service: Service) -> APIRouter:
         return _answer(service, checked, results, start)
 
     return router
+
+
+def _check_query(request: Request) -> None:
+    """Refuse a misspelt or repeated parameter: images of no class would keep a label without a word."""
+    counts = Counter(name for name, _ in request.query_params.multi_items())
+    if wrong := [name for name, count in counts.items() if count > 1 or name not in _QUERY]:
+        message = f"expected the query parameters {', '.join(_QUERY)}, each at most once, got {abbreviate(wrong)}"
+        raise ApiError(422, "invalid_parameters", message)
 
 
 async def _classify(
