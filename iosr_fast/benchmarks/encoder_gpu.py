@@ -2,7 +2,10 @@
 
     fused, two-pass, one-pass    PyTorch's own kernels; one-pass has the plain embedding alone
     fused-compiled, ...          the same by torch.compile
+    cudnn, flash, ...            attention of one block alone (encoder_attention)
 
+fused and one-pass have the form of the torch runtime (clip.inference_form); its order of attention kernels holds for
+all.
 share_of_ceiling is the FLOP of a row's GEMMs over its time and the float16 GEMM rate of the same run (model FLOP
 utilisation). Weights are random. Without open_clip there are no two passes, and the truth is the fused encoder in
 float32 on the CPU.
@@ -11,7 +14,7 @@ float32 on the CPU.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -21,12 +24,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from iosr_fast.benchmarks import harness
+from iosr_fast.benchmarks import encoder_attention, harness
 from iosr_fast.benchmarks.ceilings import Ceilings
 from iosr_fast.benchmarks.devices import Device
 from iosr_fast.clip.dual_config import DualEncoderConfig, Precision
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.fuse import build_dual_encoder
+from iosr_fast.clip.inference_form import attention_priority, to_inference_form
 from iosr_fast.clip.load import load_clip
 from iosr_fast.clip.two_pass import TwoPasses, two_passes
 from iosr_fast.exceptions import IosrFastError
@@ -101,6 +105,9 @@ def load(model: str, device: Device, precision: Precision = "fp16") -> Encoders:
             setattr(literal, part, copy.deepcopy(getattr(literal, part)).to(dtype))
         modules["two-pass"] = literal.eval()
         truth = two_passes(clip, adapter, pixels)
+    for module in modules.values():
+        if isinstance(module, DualEncoder):
+            to_inference_form(module)
     return Encoders({name: module.to(device.torch) for name, module in modules.items()}, pixels, truth)
 
 
@@ -154,6 +161,11 @@ def fused_flops(config: DualEncoderConfig, batch: int) -> float:
     return 2.0 * macs * batch
 
 
+def _embed(forward: Callable[[torch.Tensor], Any], pixels: torch.Tensor) -> Any:
+    with torch.inference_mode(), attention_priority():
+        return forward(pixels)
+
+
 def run(
     model: str, batch: int = 256, repeats: int = 50, device: str = "cuda", compiled: bool = False
 ) -> list[dict[str, Any]]:
@@ -169,7 +181,7 @@ def run(
         impl = f"{name}-compiled" if compiled else name
         try:
             forward = target.compile(module) if compiled else module
-            call, launch = target.record(torch.inference_mode()(partial(forward, pixels)))
+            call, launch = target.record(partial(_embed, forward, pixels))
             errors = encoders.errors(call())
         except RuntimeError as error:  # also OutOfMemoryError, and what compilers raise
             print(f"left out: {case}: {impl}: {str(error).splitlines()[0]}")
@@ -187,7 +199,8 @@ def run(
         for impl in calls
         if not impl.startswith("two-pass")
     }
-    return harness.rows(
+    attention = [] if compiled else encoder_attention.rows(case, encoders.config("fused"), batch, repeats, target)
+    return attention + harness.rows(
         "encoder",
         case,
         runtimes_ms,

@@ -13,6 +13,7 @@ from iosr_fast.benchmarks import encoder_gpu, score
 from iosr_fast.benchmarks.ceilings import exact_products
 from iosr_fast.benchmarks.devices import Device
 from iosr_fast.clip.dual_config import Precision as EncoderPrecision
+from iosr_fast.clip.inference_form import attention_priority
 from iosr_fast.scoring import dispatch
 from iosr_fast.scoring.precision import PRECISIONS, Precision
 from iosr_fast.utils.machine import usable_threads
@@ -63,7 +64,7 @@ def encoders(device: Device) -> Iterator[dict[str, Any]]:
         for precision in get_args(EncoderPrecision):
             loaded = encoder_gpu.load(model, device, precision)
             for name, module in loaded.modules.items():
-                with torch.inference_mode():
+                with torch.inference_mode(), attention_priority():
                     errors = loaded.errors(module(loaded.batch(encoder_gpu.CHECKED, device)))
                 line = {"model": model, "impl": name, "precision": precision}
                 yield {**line, **errors, "right": encoder_gpu.right(errors, precision)}

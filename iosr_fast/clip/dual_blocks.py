@@ -9,18 +9,23 @@ from torch.nn import functional as F
 from iosr_fast.clip.dual_config import DualEncoderConfig
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, each (tokens, head width)
+QUICK_GELU = 1.702
 
 
 class Norm(nn.LayerNorm):
     """LayerNorm computed in fp32, with the output in the input's dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:  # PyTorch computes the statistics of half precision in fp32
+            return super().forward(x)
         return super().forward(x.float()).to(x.dtype)
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
+        return x * torch.sigmoid(QUICK_GELU * x)
+    if activation == "silu":  # of inference_form
+        return F.silu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -40,7 +45,7 @@ class Mlp(nn.Module):
     def __init__(self, config: DualEncoderConfig, hidden: int) -> None:
         super().__init__()
         width, dtype = config.width, config.dtype
-        self.activation = config.activation
+        self.activation: str = config.activation
         self.c_fc = nn.Linear(width, hidden, dtype=dtype)
         if config.activation == "swiglu":
             self.c_gate = nn.Linear(width, hidden, dtype=dtype)
@@ -76,6 +81,7 @@ class Block(Mlp):
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(config.width, config.width, dtype=config.dtype) for _ in range(3)
         )
+        self.qkv_proj: nn.Linear | None = None  # of inference_form, in place of the three
 
     def attend(
         self, x: torch.Tensor, sizes: torch.Tensor | None, rotary: Rotary | None
@@ -86,10 +92,12 @@ class Block(Mlp):
         """
         length, width = x.shape[1:]
         y = x if self.post_norm else self.ln_1(x)
-        q, k, v = (
-            proj(y).reshape(-1, length, self.heads, width // self.heads).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        projected = (
+            self.qkv_proj(y).chunk(3, dim=-1)
+            if self.qkv_proj is not None
+            else (proj(y) for proj in (self.q_proj, self.k_proj, self.v_proj))
         )
+        q, k, v = (part.reshape(-1, length, self.heads, width // self.heads).transpose(1, 2) for part in projected)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if torch.compiler.is_exporting():

@@ -574,12 +574,17 @@ def test_an_encoder_without_open_clip(
     for row in rows.values():
         assert row["case"] == "demo-s3-b3" and row["precision"] == "fp16" and row["min_cosine"] > 0.999
         assert row["images_per_s"] > 0 and row["share_of_ceiling"] > 0
-    small = encoder_gpu.run("demo", 2, 1, "rehearsal")  # fewer than the checked pictures
-    assert [row["case"] for row in small] == ["demo-s3-b2"] * 2 and all(row["min_cosine"] > 0.999 for row in small)
+    *kernels, fused, plain = encoder_gpu.run("demo", 2, 1, "rehearsal")  # fewer than the checked pictures
+    assert fused["case"] == plain["case"] == "demo-s3-b2" and min(fused["min_cosine"], plain["min_cosine"]) > 0.999
+    assert [(row["impl"], row["case"]) for row in kernels] == [(n, "demo-s3-b2-attention") for n in ("flash", "math")]
+    assert all(0 < row["max_relative_error"] < 0.002 and row["rate"] > 0 for row in kernels)
+    out = capsys.readouterr().out
+    for name in ("cudnn", "efficient"):
+        assert f"left out: demo-s3-b2: attention by {name}: " in out
     right = encoders.modules["fused"]
     monkeypatch.setitem(encoders.modules, "fused", lambda pixels: tuple(reversed(right(pixels))))
     monkeypatch.setattr(encoders.modules["fused"], "shapes", right.shapes, raising=False)
-    assert [row["impl"] for row in encoder_gpu.run("demo", 3, 1, "rehearsal")] == ["one-pass"]
+    assert [row["impl"] for row in encoder_gpu.run("demo", 3, 1, "rehearsal")] == ["flash", "math", "one-pass"]
     assert "WRONG: demo-s3-b3: fused has a cosine of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected a model out of ViT-B-16, ViT-B-32, demo on a GPU, got RN50"):
         encoder_gpu.run("RN50", 1, 1, "rehearsal")

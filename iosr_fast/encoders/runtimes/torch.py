@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class TorchEncoder(BatchedEncoder):
-    """Executes encoder.safetensors; on a GPU in a few batch sizes, which `warm` records as CUDA graphs, eagerly or
-    compiled.
+    """Executes encoder.safetensors in its inference form; on a GPU in a few batch sizes, which `warm` records as CUDA
+    graphs, eagerly or compiled.
 
     On the CPU any batch size is executed; while it encodes, PyTorch uses `threads` in the whole process. The graphs
     have not been run on a GPU yet.
@@ -51,6 +51,7 @@ class TorchEncoder(BatchedEncoder):
         from safetensors.torch import load_file
 
         from iosr_fast.clip.dual_encoder import DualEncoder, is_adapter_weight
+        from iosr_fast.clip.inference_form import attention_priority, to_inference_form
 
         config, weights = manifest["dual_encoder"], load_file(folder / FILE)
         if not adapted:
@@ -63,9 +64,10 @@ class TorchEncoder(BatchedEncoder):
             raise IosrFastError(
                 f"{FILE} in {folder} does not fit its manifest: {error}; build the engine again"
             ) from error
-        self._torch = torch
+        to_inference_form(encoder)
+        self._torch, self._attention_priority = torch, attention_priority
         self._encoder = encoder.to(self.device)
-        self._forward: Callable[[Any], tuple[Any, ...]] = self._encoder
+        self._executed: Callable[[Any], tuple[Any, ...]] = self._encoder
         self.threads = threads
         if on_gpu:
             self._use_buckets(Recorder(device=self.device))
@@ -75,12 +77,16 @@ class TorchEncoder(BatchedEncoder):
         self._replay: dict[int, Callable[[], tuple[Any, ...]]] = {}
         if os.environ.get(COMPILE, "") not in ("", "0"):
             # One compilation serves all batch sizes above 1.
-            self._forward = self._torch.compile(self._encoder, fullgraph=True, dynamic=True)
+            self._executed = self._torch.compile(self._encoder, fullgraph=True, dynamic=True)
         shape = (self.max_batch, self.image_size, self.image_size, 3)
         with self._torch.inference_mode():
             self._pixels = self._torch.zeros(shape, dtype=self._torch.uint8, device=self.device)
             self._upload = Upload(self._pixels)
         self.input_device = str(self._pixels.device)
+
+    def _forward(self, pixels: Any) -> tuple[Any, ...]:
+        with self._attention_priority():
+            return self._executed(pixels)
 
     def _run(self, pixels: Array, size: int) -> tuple[Array, ...]:
         if self.buckets is None:
