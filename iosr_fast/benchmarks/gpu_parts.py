@@ -123,8 +123,9 @@ def _tables(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
     kernels = "|".join(kernel_names())
     ncu = (*program("ncu"), "--csv", "--target-processes", "all", "--clock-control", "none")
     ncu += ("--metrics", ",".join(COUNTERS), "--kernel-name", f"regex:^({kernels})$")
+    scores = [Part(f"score-{case}", 100, (*BENCHMARK, "score", "--cases", case, *device, *repeats)) for case in cases]
     return [
-        *(Part(f"score-{case}", 100, (*BENCHMARK, "score", "--cases", case, *device, *repeats)) for case in cases),
+        *scores[:4],
         *encoders[:1],
         *(
             Part(
@@ -135,7 +136,9 @@ def _tables(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
             )
             for shape, precision in counted
         ),
-        *encoders[1:],
+        *encoders[1:2],
+        *scores[4:],
+        *encoders[2:],
     ]
 
 
@@ -187,7 +190,7 @@ def built() -> bool:
 def test_options() -> list[str]:
     options = ["-v", "-rfEs", "-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     options += ["-n", str(min(16, usable_threads()))] if find_spec("xdist") else []
-    return options + (["--timeout", "60"] if find_spec("pytest_timeout") else [])
+    return options + (["--timeout", "100"] if find_spec("pytest_timeout") else [])
 
 
 def test_files() -> Sequence[str]:

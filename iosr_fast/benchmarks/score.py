@@ -36,6 +36,7 @@ GPU_CASES = (
     "q4096-k160000-d768-c10000",
     "q1-k1000000-d512-c1000",
     "q1-k1600-d512-c100",
+    "q1024-k50000-d512-c999",  # classes of 50 or 51 keys
 )
 SMALL_CASES = ("q5-k123-d72-c7", "q33-k160-d64-c10")  # for compute-sanitizer, which takes a hundred times as long
 # Of the largest logit. float32 is right to 1e-6 of it. Queries in half precision, as on a GPU, err by 1e-3 of a cosine.
