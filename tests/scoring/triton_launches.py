@@ -36,15 +36,16 @@ class Utilities:
         pass
 
 
-class Launcher:
-    names: list[str] = []
+LAUNCHED: list[str] = []
 
+
+class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.name = source.fn.__name__
 
     def __call__(self, x: int, y: int, z: int, *_: Any) -> None:
         assert 0 < x < 2**31 and 0 < y < 2**16 and z == 1
-        self.names.append(self.name)
+        LAUNCHED.append(self.name)
 
 
 class Driver:
@@ -72,8 +73,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (cache_score, dense_values):
         monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
     driver.set_active(Driver())
-    Launcher.names.clear()
-    return Launcher.names
+    LAUNCHED.clear()
+    return LAUNCHED
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
