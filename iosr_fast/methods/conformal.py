@@ -51,6 +51,8 @@ class Reliability:
         return int(self.counts.sum())
 
     def __str__(self) -> str:
+        if not self.n_images:
+            return "no support image can be left out: give at least two pictures of a class"
         lines = [
             f"{self.accuracy:.1%} of {self.n_images} left-out support images are right, expected calibration error "
             f"{self.error:.1%}, log-loss {self.log_loss:.3f}",

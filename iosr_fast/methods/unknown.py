@@ -86,12 +86,12 @@ class Unknown:
         n_images, keep = len(self.left_out), check_share("keep", keep)
         if rank_of(n_images, keep) < 1:
             return f"{n_images} left-out support images are too few to promise that {keep:.4g} of known pictures stay"
-        found = (
-            ""
-            if np.isnan(self.auroc)
-            else f"; classes that are left out are told apart with an AUROC of {self.auroc:.3f}"
-        )
-        return f"{keep:.4g} of known pictures stay, by {n_images} left-out support images{found}"
+        sentence = f"{keep:.4g} of known pictures stay, by {n_images} left-out support images"
+        if single := int((self.support.counts == 1).sum()):
+            sentence += f" (none of the {single} classes with one image, whose pictures are rejected more often)"
+        if not np.isnan(self.auroc):
+            sentence += f"; classes that are left out are told apart with an AUROC of {self.auroc:.3f}"
+        return sentence
 
 
 def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings | None = None) -> Unknown:

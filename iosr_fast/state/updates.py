@@ -158,6 +158,8 @@ class LiveUpdates(FittedAttributes):
         queries, ids = None, None
         if images is not None:
             listed = as_image_list(images)
+            if not listed:
+                raise IosrFastError("expected at least one validation image, got none")
             ids = fit.class_ids(listed, labels)
             encoder = fit.clip.encoder_for(adapted=True)
             queries = Embeddings.concatenate([encoder.encode(pixels) for pixels in self._chunks(fit, listed)])

@@ -215,6 +215,9 @@ def test_too_few_images_for_a_promise_are_told_with_the_number_that_is_needed() 
         fitted.threshold(0.95)
     assert "16 left-out support images are too few" in fitted.promise()
     assert fitted.threshold(0.9) > 0 and "by 16 left-out" in fitted.promise(0.9)
+    support = support_of(4)
+    single = fit_unknown(support.only((support.labels > 1) | (np.arange(len(support.labels)) % 4 == 0)))
+    assert "left-out support images (none of the 2 classes with one image" in single.promise(0.8)
     with pytest.raises(IosrFastError, match="got 0"):
         fit_unknown(support_of(1)).threshold()
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import BadImageError
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.state.bundle import describe, load_bundle
 from iosr_fast.state.predictions import predict
 from iosr_fast.state.segmented import SegmentedPlan
 from tests.pictures import encode
-from tests.state.live_parts import WIDTH, PixelEncoder, engine_folder, pictures, small_classifier, unit
+from tests.state.live_parts import WIDTH, PixelEncoder, engine_folder, pictures, small_classifier, unfitted, unit
 
 
 @pytest.fixture
@@ -135,6 +135,12 @@ def test_classes_by_name_alone(images: np.ndarray) -> None:
     assert classifier.add_class("motif 9").example_ids == ()
     classifier.add_examples("motif 9", images[5])
     assert classifier.classes()[-1].examples == 4
+    alone = unfitted(method="zero-shot").fit(class_names=["one", "two"])
+    with pytest.raises(IosrFastError, match="expected support images or validation images .* got none"):
+        alone.retune()
+    with pytest.raises(IosrFastError, match="expected at least one validation image, got none"):
+        alone.tune([], [])
+    assert "no support image can be left out" in str(alone.calibration())
     classifier.remove_examples(classifier.examples("motif 9"))
     assert classifier.decision_function(images[0]).shape == (4, 6)
 

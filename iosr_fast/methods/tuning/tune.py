@@ -180,6 +180,8 @@ def _tune_weighted(held_out: HeldOutSet, fit: StackFit, started: float) -> Tuned
 def _without_parameters(held_out: HeldOutSet, protocol: Protocol) -> Tuned:
     """The result for a method without support images, of which only the factor is fitted."""
     method, labels = held_out.method, held_out.labels
+    if not len(labels):
+        raise IosrFastError("expected support images or validation images to calibrate by, got none")
     base = score(method.compile(held_out.support), held_out.queries)
     fit = fit_factor(base, np.zeros_like(base), labels, 0.0)
     right = right_by_plan(held_out, {}, fit.factor, (base.argmax(1) == labels)[held_out.rows])
