@@ -136,7 +136,7 @@ def test_classes_by_name_alone(images: np.ndarray) -> None:
     classifier.add_examples("motif 9", images[5])
     assert classifier.classes()[-1].examples == 4
     alone = unfitted(method="zero-shot").fit(class_names=["one", "two"])
-    with pytest.raises(IosrFastError, match="expected support images or validation images .* got none"):
+    with pytest.raises(IosrFastError, match=r"expected support images or validation images .* got none"):
         alone.retune()
     with pytest.raises(IosrFastError, match="expected at least one validation image, got none"):
         alone.tune([], [])
