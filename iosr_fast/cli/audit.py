@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from iosr_fast.cli.options import SavedClassifier
-from iosr_fast.utils.command import new_file, new_page
+from iosr_fast.utils.command import new_file, new_page, write_new
 
 _SHOWN = 20
 
@@ -30,7 +30,6 @@ def audit(
     """
     from iosr_fast.classifier import Classifier
     from iosr_fast.reports.audit_report import audit_page
-    from iosr_fast.utils.files import new_file as written
 
     loaded = Classifier.load(classifier)
     found = loaded.audit()
@@ -40,10 +39,6 @@ def audit(
     if (more := len(found.likely_wrong) - _SHOWN) > 0:
         typer.echo(f"  and {more} more; --html or --json lists them")
     if html is not None:
-        with written(html) as file:
-            file.write_text(audit_page(found, loaded.picture, f"Audit of {classifier.name}"), encoding="utf-8")
-        typer.echo(f"wrote {html}", err=True)
+        write_new(html, audit_page(found, loaded.picture, f"Audit of {classifier.name}"))
     if json_path is not None:
-        with written(json_path) as file:
-            file.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        typer.echo(f"wrote {json_path}", err=True)
+        write_new(json_path, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")

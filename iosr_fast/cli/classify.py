@@ -12,7 +12,7 @@ import typer
 from iosr_fast.cli import parts
 from iosr_fast.cli.options import Address, RejectOption, Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import new_page, stop_message
+from iosr_fast.utils.command import new_page, stop_message, write_new
 from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.require import require
 
@@ -163,13 +163,11 @@ def _classify_list(
 ) -> None:
     """To standard output, to a file, or to a page."""
     from iosr_fast.classifier import Classifier
-    from iosr_fast.images.decoders import choose_decoder
     from iosr_fast.pipeline.job import Job, check_place
     from iosr_fast.pipeline.joint import check_joint_place, stream_jointly, write_jointly
-    from iosr_fast.pipeline.stream import choose_batch
+    from iosr_fast.pipeline.reader import Reader
     from iosr_fast.pipeline.tables import SEVERAL, read_csv, read_table
     from iosr_fast.reports.predictions_report import predictions_page
-    from iosr_fast.utils.files import new_file as written
 
     def log(line: str) -> None:
         typer.echo(line, err=True)
@@ -183,24 +181,23 @@ def _classify_list(
         if html is not None:
             check_utf8(paths)
         loaded = Classifier.load(classifier, runtime=runtime, threads=threads)
-        encoder, several = loaded.encoder, loaded.snapshot().multi_label is not None
+        several = loaded.snapshot().multi_label is not None
         if several and (joint or rejecting or html or top > 1 or (out is not None and out.suffix != ".csv")):
             raise IosrFastError(
                 "this classifier gives a picture several labels, which are written as CSV: leave --joint, --unknown, "
                 "--html and --top out, and give a .csv file for --out, or none"
             )
-        job = Job(
-            loaded.snapshot(),
-            encoder,
+        reader = Reader.of(
+            loaded.encoder,
             loaded.engine_,
-            choose_decoder(decoder, encoder.input_device, loaded.exif_orientation_),
-            paths,
-            choose_batch(encoder, batch),
-            SEVERAL if several else min(top, len(loaded.classes_)),
-            threads,
-            skip_bad,
-            rejecting,
+            loaded.exif_orientation_,
+            batch=batch,
+            skip_bad=skip_bad,
+            threads=threads,
+            decoder=decoder,
         )
+        top = SEVERAL if several else min(top, len(loaded.classes_))
+        job = Job(loaded.snapshot(), reader, paths, top, rejecting)
         if rejecting is not None:
             rejecting.check(job.state)
         try:
@@ -222,10 +219,7 @@ def _classify_list(
         rows = read_csv(file) if out is None else read_table(out)
         label = None if rejecting is None else rejecting.label
         title = f"Labels of {', '.join(path.name or str(path) for path in images[:3])}{', ...' if images[3:] else ''}"
-        page = predictions_page(rows, title, counts.unread, label, loaded.exif_orientation_)
-        with written(html) as place:
-            place.write_text(page, encoding="utf-8")
-        log(f"wrote {html}")
+        write_new(html, predictions_page(rows, title, counts.unread, label, loaded.exif_orientation_))
     if counts.unread == len(paths):
         raise IosrFastError("none of the images could be read")
 

@@ -10,7 +10,7 @@ import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import new_file, new_page
+from iosr_fast.utils.command import new_file, new_page, write_new
 from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
 
@@ -55,7 +55,6 @@ def saved(
     from iosr_fast.reports.evaluation_report import evaluation_page
     from iosr_fast.state.labels import labelled_images
     from iosr_fast.state.unknown_images import unknown_folder
-    from iosr_fast.utils.files import new_file as written
 
     if not classifier.is_dir():
         raise FileNotFoundError(
@@ -83,14 +82,9 @@ def saved(
     _echo("unreadable:", [str(error) for error in found.errors])
     if html is not None:
         title = f"Evaluation of {classifier.name} on {images.name}"
-        page = evaluation_page(found, loaded.picture, title, loaded.exif_orientation_)
-        with written(html) as file:
-            file.write_text(page, encoding="utf-8")
-        typer.echo(f"wrote {html}", err=True)
+        write_new(html, evaluation_page(found, loaded.picture, title, loaded.exif_orientation_))
     if json_path is not None:
-        with written(json_path) as file:
-            file.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        typer.echo(f"wrote {json_path}", err=True)
+        write_new(json_path, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def _echo(title: str, lines: list[str], count: int | None = None) -> None:

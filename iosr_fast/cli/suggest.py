@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import sys
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
-from iosr_fast.utils.command import new_csv, new_page
+from iosr_fast.utils.command import new_csv, new_page, write_new
 from iosr_fast.utils.csv_text import escaped
 from iosr_fast.utils.outputs import check_utf8
 
@@ -42,32 +42,28 @@ def suggest(
     fits on the old images and the labelled ones; rows without a label are left out.
     """
     from iosr_fast.classifier import Classifier
-    from iosr_fast.utils.files import new_file as written
 
     loaded = Classifier.load(classifier, runtime=runtime)
     suggestions = loaded.suggest(folder, number, skip_bad=skip_bad)
     check_utf8(map(str, suggestions.paths))
     if out is not None:
-        with written(out) as file, file.open("w", encoding="utf-8", newline="") as opened:
-            _write(opened, suggestions)
+        write_new(out, _table(suggestions))
     elif html is None:
-        _write(sys.stdout, suggestions)
+        typer.echo(_table(suggestions), nl=False)
     if html is not None:
         from iosr_fast.reports.suggest_report import suggest_page
 
         names = [info.name for info in loaded.classes()]
         title = f"What to label next in {folder.name or folder}"
-        with written(html) as file:
-            file.write_text(suggest_page(suggestions, names, title, loaded.exif_orientation_), encoding="utf-8")
-    for path in (out, html):
-        if path is not None:
-            typer.echo(f"wrote {path}", err=True)
+        write_new(html, suggest_page(suggestions, names, title, loaded.exif_orientation_))
     for error in suggestions.errors:
         typer.echo(f"left out: {error}", err=True)
 
 
-def _write(file: TextIO, suggestions: FolderSuggestions) -> None:
+def _table(suggestions: FolderSuggestions) -> str:
+    file = StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", "label", "guess", "probability", "stands_for"])
     for (path, label, probability), stands in zip(suggestions, suggestions.stands.tolist(), strict=True):
         writer.writerow([escaped(str(path.resolve())), "", escaped(label), f"{probability:.4f}", stands])
+    return file.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,40 +10,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.images.decoders import choose_decoder
-from iosr_fast.pipeline.stream import choose_batch, encode_all
-from iosr_fast.state.evaluation import Evaluation, evaluate
+from iosr_fast.methods.conformal import LeftOutLabels, of_logits
+from iosr_fast.methods.promise import threshold
+from iosr_fast.methods.tuning.near_duplicates import near_support
+from iosr_fast.pipeline.reader import Reader
+from iosr_fast.state.evaluation import MISTAKES, Evaluation, LabelSets, Mistake, UnknownResult
+from iosr_fast.state.predictions import predict
+from iosr_fast.utils.ranking import auroc
 
 if TYPE_CHECKING:
-    from iosr_fast.encoders.encoder import Embeddings, Encoder
+    from iosr_fast.encoders.encoder import Embeddings
     from iosr_fast.state.state import State
+
+_NEAREST = 3  # support images of a mistake
+_BLOCK = 1024  # images whose logits are in memory
 
 
 def evaluate_images(
     state: State,
-    encoder: Encoder,
-    engine: Path,
+    reader: Reader,
     images: Sequence[Any],
     class_ids: np.ndarray,
     unknown_images: Sequence[Any],
     *,
     coverage: float,
     keep: float,
-    exif_orientation: bool,
-    batch: int | None,
-    skip_bad: bool,
-    threads: int | None,
-    decoder: str,
-    advance: Callable[[int], None] = lambda images: None,
+    advance: Callable[[int], None],
 ) -> Evaluation:
-    """As Classifier.evaluate; `class_ids` (B,) are positions of classes. `engine` is `encoder`'s folder."""
-    batch = choose_batch(encoder, batch)
-    chosen = choose_decoder(decoder, encoder.input_device, exif_orientation)
+    """As Classifier.evaluate; `class_ids` (B,) are positions of classes."""
     errors: list[BadImageError] = []
 
     def encoded(sources: Sequence[Any]) -> tuple[np.ndarray, list[Any], Embeddings | None]:
         """Positions and names of the readable images, and their embeddings."""
-        unread, embeddings = encode_all(encoder, engine, chosen, sources, batch, threads, skip_bad, advance)
+        unread, embeddings = reader.embed(sources, advance)
         errors.extend(error for error in unread if error is not None)
         rows = np.flatnonzero([error is None for error in unread])
         return rows, [source if isinstance(source := sources[i], str | Path) else i for i in rows.tolist()], embeddings
@@ -51,14 +51,90 @@ def evaluate_images(
     if known is None:
         raise IosrFastError(f"expected images to evaluate on, got {len(images)}, none of which can be read")
     _, others, unknown = encoded(unknown_images) if len(unknown_images) else (rows, [], None)
-    return evaluate(
-        state,
-        known,
-        class_ids[rows],
-        images=names,
-        unknown=unknown,
-        unknown_images=others,
-        coverage=coverage,
-        keep=keep,
-        errors=errors,
+    found = _measure_unknown(state, known, unknown, others, keep)
+    return _measure(state, known, class_ids[rows], names, coverage, found, tuple(errors))
+
+
+def _measure(
+    state: State,
+    embeddings: Embeddings,
+    labels: np.ndarray,
+    images: Sequence[Any],
+    coverage: float,
+    unknown: UnknownResult,
+    errors: tuple[BadImageError, ...],
+) -> Evaluation:
+    """The Evaluation of B images by their embeddings (B, D), the positions of their classes (B,) and their names."""
+    left_out = state.left_out_labels
+    reason = _refusal(left_out.odds, coverage)
+
+    def judged(rows: slice) -> np.ndarray:
+        logits, of_rows = state.score(embeddings[rows]), labels[rows]
+        members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
+        one, covered = of_logits(logits, of_rows), members[np.arange(len(of_rows)), of_rows]
+        return np.stack([one.odds, one.confidence, one.right, one.log_loss, logits.argmax(1), members.sum(1), covered])
+
+    blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
+    odds, confidence, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
+    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
+    wrong = np.flatnonzero(~outcome.right)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
+    truths = [(state.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
+    return Evaluation(
+        images,
+        state.class_names,
+        labels,
+        predicted.astype(np.int64),
+        confidence,
+        outcome.reliability,
+        left_out.reliability.accuracy,
+        _mistakes(state, embeddings[np.array(worst, int)], [images[row] for row in worst], truths),
+        int(near_support(state.support, embeddings.plain).sum()),
+        LabelSets(coverage, reason=reason)
+        if reason
+        else LabelSets(coverage, float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean())),
+        unknown,
+        errors,
     )
+
+
+def _measure_unknown(
+    state: State, known: Embeddings, unknown: Embeddings | None, images: Sequence[Any], keep: float
+) -> UnknownResult:
+    """What predict(unknown="reject", keep=keep) does with embeddings of the classes, and with those of none."""
+    if not len(state.examples):
+        return UnknownResult(keep, reason="there are no support images")
+    model = state.unknown
+    scores = model.score(known)
+    reason = _refusal(model.left_out, keep)
+    limit = math.nan if reason else model.threshold(keep)
+    kept = math.nan if reason else float((scores <= limit).mean())
+    if unknown is None:
+        return UnknownResult(keep, kept, reason=reason)
+    others = model.score(unknown)
+    accepted = np.argsort(others, kind="stable")[: (others <= limit).sum()][:MISTAKES].tolist()
+    mistakes = _mistakes(
+        state, unknown[np.array(accepted, int)], [images[row] for row in accepted], [(None, 0.0)] * len(accepted)
+    )
+    rejected = math.nan if reason else float((others > limit).mean())
+    return UnknownResult(keep, kept, len(others), rejected, auroc(others, scores), mistakes, reason)
+
+
+def _mistakes(
+    state: State, embeddings: Embeddings, images: Sequence[Any], truths: Sequence[tuple[str | None, float]]
+) -> tuple[Mistake, ...]:
+    if not images:
+        return ()
+    return tuple(
+        Mistake(image, *truth, one.top[0].label, one.top[0].probability, one.nearest)
+        for image, truth, one in zip(images, truths, predict(state, embeddings, 1, _NEAREST), strict=True)
+    )
+
+
+def _refusal(scores: np.ndarray, share: float) -> str:
+    """Why `share` can't be promised by these scores, or ""."""
+    try:
+        threshold(scores, share)
+    except IosrFastError as error:
+        return str(error)
+    return ""

@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.methods.unknown import without_rejected
 from iosr_fast.pipeline.job import Job
 from iosr_fast.pipeline.joint import classify_jointly
+from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import Rejecting
-from iosr_fast.pipeline.stream import choose_batch
 from iosr_fast.state.predictions import LabelSet, Rejection
 
 if TYPE_CHECKING:
-    from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.state.state import State
 
 
@@ -79,28 +77,15 @@ class FolderPredictions:
 
 
 def predict_folder(
-    state: State,
-    encoder: Encoder,
-    engine: Path,
-    folder: str | Path,
-    *,
-    exif_orientation: bool,
-    batch: int | None,
-    skip_bad: bool,
-    threads: int | None,
-    decoder: str,
-    joint: bool = False,
-    rejecting: Rejecting | None = None,
+    state: State, reader: Reader, folder: str | Path, joint: bool, rejecting: Rejecting | None
 ) -> FolderPredictions:
-    """As Classifier.predict_folder. `engine` is `encoder`'s folder."""
-    batch = choose_batch(encoder, batch)
-    chosen = choose_decoder(decoder, encoder.input_device, exif_orientation)
+    """As Classifier.predict_folder."""
     listing = list_images(folder)
     if joint or rejecting is not None:
         state.one_label("predict_folder with joint or unknown", "leave them out")
     if rejecting is not None:
         rejecting.check(state)
-    job = Job(state, encoder, engine, chosen, listing.paths, batch, 1, threads, skip_bad, rejecting)
+    job = Job(state, reader, listing.paths, 1, rejecting)
     if joint:
         together = classify_jointly(job, lambda images: None)
         labels = together.joint.classes[together.probabilities.argmax(1)]

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.images.decode import Decoder
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.pipeline.journal import Journal, open_journal
+from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import Rejecting
 from iosr_fast.pipeline.resume import complete
-from iosr_fast.pipeline.stream import Answer, choose_stage, classify
+from iosr_fast.pipeline.stream import Answer, classify
 from iosr_fast.pipeline.tables import Result, Row, check_output, csv_cells, csv_writer, write_table
 from iosr_fast.state.predictions import LabelSet, Prediction
 from iosr_fast.state.state_files import fingerprint
@@ -25,7 +25,6 @@ from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
-    from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.state.state import State
 
 
@@ -38,18 +37,13 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """Classifies `paths`, `batch` at a time, and reports the `top` classes of each, or with SEVERAL those that it has.
-    `engine` is `encoder`'s folder; `rejecting` was checked with `state`."""
+    """Classifies `paths`, and reports the `top` classes of each, or with SEVERAL those that it has. `rejecting` was
+    checked with `state`."""
 
     state: State
-    encoder: Encoder
-    engine: Path
-    decoder: Decoder
+    reader: Reader
     paths: list[str]
-    batch: int
     top: int
-    threads: int | None
-    skip_bad: bool
     rejecting: Rejecting | None = None
 
     @property
@@ -97,13 +91,13 @@ class Job:
         return {
             "iosr_fast": __version__,
             "classifier": fingerprint(self.state),
-            "engine": self.encoder.fingerprint,
-            "runtime": self.encoder.runtime,
-            "decoder": self.decoder.name,
+            "engine": self.reader.encoder.fingerprint,
+            "runtime": self.reader.encoder.runtime,
+            "decoder": self.reader.decoder.name,
             "pixels": VERSION,
-            "exif_orientation": self.decoder.exif_orientation,
+            "exif_orientation": self.reader.decoder.exif_orientation,
             "images": f"{len(self.paths)} ({digest.hexdigest()[:16]})",
-            "batch": self.batch,
+            "batch": self.reader.batch,
             "top": self.top,
             **({} if self.rejecting is None else {"unknown": asdict(self.rejecting)}),
         }
@@ -111,12 +105,12 @@ class Job:
     def answers(self, first: int, advance: Callable[[int], None]) -> Generator[list[Answer], None, None]:
         """Batches of answers to the images from position `first` on. Raises BadImageError unless `skip_bad`."""
         # The stage is chosen for all images, so that resuming changes no digit.
-        stage = choose_stage(self.encoder, self.engine, self.decoder, len(self.paths), self.batch, self.threads)
+        reader, stage = self.reader, self.reader.stage(len(self.paths))
         paths, keep = self.paths[first:], None if self.rejecting is None else self.rejecting.keep
-        with closing(classify(self.state, stage, self.decoder, paths, self.batch, self.top, keep)) as batches:
+        with closing(classify(self.state, stage, reader.decoder, paths, reader.batch, self.top, keep)) as batches:
             for batch in batches:
                 for answer in batch:
-                    if isinstance(answer, BadImageError) and not self.skip_bad:
+                    if isinstance(answer, BadImageError) and not reader.skip_bad:
                         raise answer
                 yield batch
                 advance(len(batch))
@@ -133,7 +127,7 @@ class _JournaledTable:
     @contextmanager
     def open(self) -> Iterator[Sequence[str]]:
         with open_journal(journal_path(self._out), self._job.facts()) as self._journal:
-            if not self._job.skip_bad:
+            if not self._job.reader.skip_bad:
                 self._refuse_errors()
             yield self._job.paths[sum(map(len, self._journal.read())) :]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from iosr_fast.methods.joint import JointPrediction
 from iosr_fast.pipeline.job import Counts, Job, check_place, journal_path
-from iosr_fast.pipeline.stream import Errors, encode_all
+from iosr_fast.pipeline.stream import Errors
 from iosr_fast.pipeline.tables import Result, csv_cells, csv_writer, write_table
 from iosr_fast.scoring.reference import softmax
 from iosr_fast.state.predictions import Rejection, predict_jointly, rejections
@@ -35,11 +35,9 @@ class Together(NamedTuple):
 def classify_jointly(job: Job, advance: Callable[[int], None]) -> Together:
     """Pictures of none of the classes are rejected first, so that they don't move the means of the classes.
 
-    Raises BadImageError unless `job.skip_bad`.
+    Raises BadImageError unless the reader skips bad images.
     """
-    errors, queries = encode_all(
-        job.encoder, job.engine, job.decoder, job.paths, job.batch, job.threads, job.skip_bad, advance
-    )
+    errors, queries = job.reader.embed(job.paths, advance)
     state = job.state
     if queries is None:
         queries = state.examples.embeddings[:0]

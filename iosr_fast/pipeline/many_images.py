@@ -16,9 +16,11 @@ from iosr_fast.methods.promise import check_share
 from iosr_fast.methods.unknown import KEEP
 from iosr_fast.pipeline.evaluate import evaluate_images
 from iosr_fast.pipeline.folder import FolderPredictions, predict_folder
+from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.rejecting import UNKNOWN_LABEL, check_rejecting
 from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.state.evaluation import Evaluation
+from iosr_fast.state.fit import Fit
 from iosr_fast.state.uncertainty import Uncertainty
 from iosr_fast.utils.progress import progress
 
@@ -64,19 +66,8 @@ class ManyImages(Uncertainty):
         """
         rejecting = check_rejecting(unknown, unknown_label, keep)
         fit = self._fitted()
-        return predict_folder(
-            fit.state,
-            fit.encoder,
-            fit.clip.engine,
-            folder,
-            exif_orientation=fit.views.exif_orientation,
-            batch=batch,
-            skip_bad=skip_bad,
-            threads=threads,
-            decoder=decoder,
-            joint=joint,
-            rejecting=rejecting,
-        )
+        reader = self._reader(fit, batch=batch, skip_bad=skip_bad, threads=threads, decoder=decoder)
+        return predict_folder(fit.state, reader, folder, joint, rejecting)
 
     def suggest(
         self,
@@ -96,19 +87,8 @@ class ManyImages(Uncertainty):
         fit = self._fit
         if fit is not None:
             fit.state.one_label("suggest")
-        clip = self._open() if fit is None else fit.clip
-        return suggest_from_folder(
-            None if fit is None else fit.state,
-            clip.encoder if fit is None else fit.encoder,
-            clip.engine,
-            folder,
-            n,
-            exif_orientation=self.exif_orientation if fit is None else fit.views.exif_orientation,
-            batch=batch,
-            skip_bad=skip_bad,
-            threads=threads,
-            decoder=decoder,
-        )
+        reader = self._reader(fit, batch=batch, skip_bad=skip_bad, threads=threads, decoder=decoder)
+        return suggest_from_folder(None if fit is None else fit.state, reader, folder, n)
 
     def evaluate(
         self,
@@ -137,20 +117,15 @@ class ManyImages(Uncertainty):
         fit.state.one_label("evaluate", "score gives the mean average precision")
         ids = fit.class_ids(listed, labels)
         others = [] if unknown_images is None else as_image_list(unknown_images)
+        reader = self._reader(fit, batch=batch, skip_bad=skip_bad, threads=threads, decoder=decoder)
         with progress("encode", len(listed) + len(others), shown=bool(self.progress)) as advance:
             return evaluate_images(
-                fit.state,
-                fit.encoder,
-                fit.clip.engine,
-                listed,
-                ids,
-                others,
-                coverage=coverage,
-                keep=keep,
-                exif_orientation=fit.views.exif_orientation,
-                batch=batch,
-                skip_bad=skip_bad,
-                threads=threads,
-                decoder=decoder,
-                advance=advance,
+                fit.state, reader, listed, ids, others, coverage=coverage, keep=keep, advance=advance
             )
+
+    def _reader(self, fit: Fit | None, **options: Any) -> Reader:
+        """The reader of a fit's queries; without a fit, that of the CLIP that the parameters name."""
+        if fit is None:
+            clip = self._open()
+            return Reader.of(clip.encoder, clip.engine, self.exif_orientation, **options)
+        return Reader.of(fit.encoder, fit.clip.engine, fit.views.exif_orientation, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.images.listing import Skipped, list_images
 from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
-from iosr_fast.pipeline.stream import choose_batch, encode_all
+from iosr_fast.pipeline.reader import Reader
 from iosr_fast.scoring.reference import softmax
 
 if TYPE_CHECKING:
-    from iosr_fast.encoders.encoder import Encoder
     from iosr_fast.state.state import State
 
 
@@ -65,27 +63,12 @@ class FolderSuggestions:
         return zip(self.paths, self.labels.tolist(), self.probabilities.tolist(), strict=True)
 
 
-def suggest_from_folder(
-    state: State | None,
-    encoder: Encoder,
-    engine: Path,
-    folder: str | Path,
-    n: int,
-    *,
-    exif_orientation: bool,
-    batch: int | None,
-    skip_bad: bool,
-    threads: int | None,
-    decoder: str,
-    advance: Callable[[int], None] = lambda images: None,
-) -> FolderSuggestions:
-    """As Classifier.suggest; `state` is None before a fit. `engine` is `encoder`'s folder."""
+def suggest_from_folder(state: State | None, reader: Reader, folder: str | Path, n: int) -> FolderSuggestions:
+    """As Classifier.suggest; `state` is None before a fit."""
     if n < 1:
         raise IosrFastError(f"expected at least one image to suggest, got n = {n}")
-    batch = choose_batch(encoder, batch)
-    chosen = choose_decoder(decoder, encoder.input_device, exif_orientation)
     listing = list_images(folder)
-    unread, queries = encode_all(encoder, engine, chosen, listing.paths, batch, threads, skip_bad, advance)
+    unread, queries = reader.embed(listing.paths)
     if queries is None:
         raise IosrFastError(f"expected images to choose from in {folder}, found none that can be read")
     readable = [Path(path) for path, error in zip(listing.paths, unread, strict=True) if error is None]

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.methods.conformal import BINS, COVERAGE, LeftOutLabels, Reliability, of_logits
-from iosr_fast.methods.promise import threshold
-from iosr_fast.methods.tuning.near_duplicates import near_support
+from iosr_fast.exceptions import BadImageError
+from iosr_fast.methods.conformal import BINS, Reliability
 from iosr_fast.methods.tuning.tuned import wilson
-from iosr_fast.methods.unknown import KEEP
-from iosr_fast.state.predictions import Neighbour, predict
-from iosr_fast.state.state import State
-from iosr_fast.utils.ranking import auroc
+from iosr_fast.state.predictions import Neighbour
+from iosr_fast.utils.json_values import json_values
 
 MISTAKES = 100  # that are explained; the arrays of an Evaluation have all
 MATRIX = 30  # classes up to which a confusion matrix is shown and stored
-_NEAREST = 3
-_BLOCK = 1024  # images whose logits are in memory
 
 
 @dataclass(frozen=True)
@@ -209,7 +201,6 @@ class Evaluation:
         """JSON-ready; null for what can't be said. The confusion matrix stands there up to MATRIX classes."""
         low, high = self.interval
         reliability, of_bins = self.reliability, ("counts", "confidence", "right")
-        classes = [asdict(one) | {"recall": one.recall, "precision": one.precision} for one in self.class_results]
         facts = {
             "images": len(self.labels),
             "unreadable": len(self.errors),
@@ -219,122 +210,14 @@ class Evaluation:
             "expected_accuracy": self.expected,
             "log_loss": reliability.log_loss,
             "calibration_error": reliability.error,
-            "calibration": {"bins": BINS, **{name: getattr(reliability, name).tolist() for name in of_bins}},
-            "sets": asdict(self.sets),
-            "unknown": asdict(self.unknown),
-            "classes": classes,
-            "mixups": [asdict(one) for one in self.mixups],
-            "confusion": self.confusion.tolist() if len(self.classes) <= MATRIX else None,
+            "calibration": {"bins": BINS, **{name: getattr(reliability, name) for name in of_bins}},
+            "sets": self.sets,
+            "unknown": self.unknown,
+            "classes": [{**vars(one), "recall": one.recall, "precision": one.precision} for one in self.class_results],
+            "mixups": self.mixups,
+            "confusion": self.confusion if len(self.classes) <= MATRIX else None,
             "wrong": self.wrong,
-            "mistakes": [asdict(one) for one in self.mistakes],
+            "mistakes": self.mistakes,
         }
-        written: dict[str, Any] = _json(facts)
-        return written
-
-
-def evaluate(
-    state: State,
-    embeddings: Embeddings,
-    labels: np.ndarray,
-    *,
-    images: Sequence[Any] | None = None,
-    unknown: Embeddings | None = None,
-    unknown_images: Sequence[Any] | None = None,
-    coverage: float = COVERAGE,
-    keep: float = KEEP,
-    errors: Sequence[BadImageError] = (),
-) -> Evaluation:
-    """Measure a state on B labelled images, given by their embeddings (B, D) and the positions of their classes (B,).
-
-    `unknown` are embeddings of pictures of none of the classes. `images` and `unknown_images` name the images (None: by
-    position). `coverage` and `keep` are the promises that are checked (predict_sets, predict).
-
-    Raises IosrFastError without images. What support images are too few to promise is said in `reason`.
-    """
-    if not len(labels):
-        raise IosrFastError("expected at least one readable image to evaluate on, got none")
-    left_out = state.left_out_labels
-    reason = _refusal(left_out.odds, coverage)
-
-    def judged(rows: slice) -> np.ndarray:
-        logits, of_rows = state.score(embeddings[rows]), labels[rows]
-        members = np.zeros(logits.shape, bool) if reason else left_out.sets(logits, coverage)
-        one, covered = of_logits(logits, of_rows), members[np.arange(len(of_rows)), of_rows]
-        return np.stack([one.odds, one.confidence, one.right, one.log_loss, logits.argmax(1), members.sum(1), covered])
-
-    blocks = [judged(slice(start, start + _BLOCK)) for start in range(0, len(labels), _BLOCK)]
-    odds, confidence, right, log_loss, predicted, sizes, covered = np.concatenate(blocks, axis=1)
-    outcome = LeftOutLabels(odds, confidence, right > 0, log_loss, labels, odds)
-    named = range(len(labels)) if images is None else images
-    wrong = np.flatnonzero(~outcome.right)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
-    truths = [(state.class_names[labels[row]], math.exp(-log_loss[row])) for row in worst]
-    return Evaluation(
-        named,
-        state.class_names,
-        labels,
-        predicted.astype(np.int64),
-        confidence,
-        outcome.reliability,
-        left_out.reliability.accuracy,
-        _mistakes(state, embeddings[np.array(worst, int)], [named[row] for row in worst], truths),
-        int(near_support(state.support, embeddings.plain).sum()),
-        LabelSets(coverage, reason=reason)
-        if reason
-        else LabelSets(coverage, float(covered.mean()), float(sizes.mean()), float((sizes == 0).mean())),
-        _unknown_result(state, embeddings, unknown, unknown_images, keep),
-        tuple(errors),
-    )
-
-
-def _unknown_result(
-    state: State, known: Embeddings, unknown: Embeddings | None, images: Sequence[Any] | None, keep: float
-) -> UnknownResult:
-    if not len(state.examples):
-        return UnknownResult(keep, reason="there are no support images")
-    model = state.unknown
-    scores = model.score(known)
-    reason = _refusal(model.left_out, keep)
-    limit = math.nan if reason else model.threshold(keep)
-    kept = math.nan if reason else float((scores <= limit).mean())
-    if unknown is None or not len(unknown):
-        return UnknownResult(keep, kept, reason=reason)
-    others = model.score(unknown)
-    accepted = np.argsort(others, kind="stable")[: (others <= limit).sum()][:MISTAKES].tolist()
-    named = range(len(others)) if images is None else images
-    mistakes = _mistakes(
-        state, unknown[np.array(accepted, int)], [named[row] for row in accepted], [(None, 0.0)] * len(accepted)
-    )
-    rejected = math.nan if reason else float((others > limit).mean())
-    return UnknownResult(keep, kept, len(others), rejected, auroc(others, scores), mistakes, reason)
-
-
-def _mistakes(
-    state: State, embeddings: Embeddings, images: Sequence[Any], truths: Sequence[tuple[str | None, float]]
-) -> tuple[Mistake, ...]:
-    if not images:
-        return ()
-    return tuple(
-        Mistake(image, *truth, one.top[0].label, one.top[0].probability, one.nearest)
-        for image, truth, one in zip(images, truths, predict(state, embeddings, 1, _NEAREST), strict=True)
-    )
-
-
-def _refusal(scores: np.ndarray, share: float) -> str:
-    """Why `share` can't be promised by these scores, or ""."""
-    try:
-        threshold(scores, share)
-    except IosrFastError as error:
-        return str(error)
-    return ""
-
-
-def _json(value: Any) -> Any:
-    """JSON's values: null for NaN, text for paths."""
-    if isinstance(value, dict):
-        return {name: _json(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(one) for one in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+        values: dict[str, Any] = json_values(facts)
+        return values

@@ -125,6 +125,15 @@ def run(main: Callable[..., None]) -> None:
     command_app(main)()
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, and say so on stderr."""
+    from iosr_fast.utils.files import new_file
+
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {path}", err=True)
+
+
 def new_file(path: Path | None) -> Path | None:
     """Callback of options that name a file to write: checks the path before any work."""
     return _checked(path)

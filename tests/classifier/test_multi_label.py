@@ -21,6 +21,7 @@ from iosr_fast.images.decoders import choose_decoder
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.job import Job
+from iosr_fast.pipeline.reader import Reader
 from iosr_fast.pipeline.run import RunOptions
 from iosr_fast.pipeline.sources import folder_source
 from iosr_fast.pipeline.tables import SEVERAL
@@ -158,7 +159,8 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         np.testing.assert_allclose([-p for p, _ in expected], [*found.values()], atol=1e-5)
     decoder = choose_decoder("auto", None, True)
     paths = [str(path) for path in results.paths]
-    job = Job(classifier.snapshot(), classifier.encoder, Path("none"), decoder, paths, 5, SEVERAL, None, False)
+    reader = Reader(classifier.encoder, Path("none"), decoder, 5, None, False)
+    job = Job(classifier.snapshot(), reader, paths, SEVERAL)
     file = io.StringIO()
     assert job.stream(file, print) == (0, 0)
     job.write(tmp_path / "out.csv")

@@ -222,6 +222,7 @@ def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, mon
     from iosr_fast.pipeline.job import Job
     from iosr_fast.pipeline.part_folder import PartFolder
     from iosr_fast.pipeline.plan import make_plan
+    from iosr_fast.pipeline.reader import Reader
     from iosr_fast.pipeline.sources import folder_source
     from iosr_fast.training.data import sources
 
@@ -243,5 +244,5 @@ def test_what_was_made_of_other_pixels_is_not_taken_for_ours(tmp_path: Path, mon
 
     made = fitted()
     ways = [CpuDecoder(exif_orientation=way) for way in (True, False)]
-    jobs = [Job(made.snapshot(), made.encoder, made.engine_, way, [], 1, 1, 1, False).facts() for way in ways]
+    jobs = [Job(made.snapshot(), Reader(made.encoder, made.engine_, way, 1, 1, False), [], 1).facts() for way in ways]
     assert jobs[0]["exif_orientation"] is True and jobs[1]["exif_orientation"] is False and jobs[0]["pixels"] == 2

@@ -18,10 +18,10 @@ from PIL import Image
 from iosr_fast import Classifier, labelled_images
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export import pretrained
+from iosr_fast.pipeline import evaluate
 from iosr_fast.pipeline.tables import Labelled
 from iosr_fast.reports import evaluation_report, predictions_report
 from iosr_fast.reports.predictions_report import predictions_page
-from iosr_fast.state import evaluation
 from tests.cli.runs import never, refused, run
 from tests.state.live_parts import engine_folder, pictures, pixel_clip
 from tools.page_screenshot import ARGUMENTS, CHROMIUM
@@ -154,7 +154,7 @@ def test_labels_of_no_class_are_refused_before_an_image_is_read(
 
 
 def test_a_page_of_many_mistakes_says_what_is_left_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "MISTAKES", 4)
+    monkeypatch.setattr(evaluate, "MISTAKES", 4)
     monkeypatch.setattr(evaluation_report, "_OPEN", 2)
     monkeypatch.setattr(evaluation_report, "MATRIX", 4)
     images = sorted((place / "unlabelled").iterdir())[:15]

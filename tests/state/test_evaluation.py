@@ -15,7 +15,7 @@ from sklearn import metrics
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.exceptions import BadImageError
-from iosr_fast.state import evaluation
+from iosr_fast.pipeline import evaluate
 from iosr_fast.state.evaluation import Evaluation
 from tests.state.live_parts import PixelEncoder, pictures, small_classifier
 
@@ -91,8 +91,8 @@ def test_mistakes_are_explained_the_most_probable_first(measured: Any, monkeypat
         near.example_id for near in expected.nearest
     ]
     assert np.isclose(worst.label_probability, proba[worst.image, found.classes.index(worst.label)], rtol=1e-4)
-    monkeypatch.setattr(evaluation, "MISTAKES", 2)
-    monkeypatch.setattr(evaluation, "_BLOCK", 7)
+    monkeypatch.setattr(evaluate, "MISTAKES", 2)
+    monkeypatch.setattr(evaluate, "_BLOCK", 7)
     fewer = classifier.evaluate(images, names)
     assert [one.image for one in fewer.mistakes] == [one.image for one in found.mistakes[:2]]
     assert (
