@@ -144,7 +144,7 @@ def leave_out_labels(support: SupportSet, plan_of: Callable[[SupportSet], Scorin
     >>> sets.shape, bool(0.85 < sets[np.arange(400), expected].mean() < 0.97)
     ((400, 4), True)
     """
-    own = support.queries or support.embeddings
+    own = support.as_queries
 
     def columns(others: SupportSet, rows: np.ndarray) -> np.ndarray:
         return _columns(score(plan_of(others), own[rows]), support.labels[rows])

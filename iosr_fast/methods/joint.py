@@ -175,7 +175,7 @@ def _which(support: SupportSet, queries: Embeddings) -> Which:
     if support.embeddings.adapted is None or queries.adapted is None:
         return "plain"
     alone = replace(support, text=None)
-    own = alone.queries or alone.embeddings
+    own = alone.as_queries
     right: dict[Which, int] = {"plain": 0, "adapted": 0}
     for chosen, others in _folds(alone, 0):
         for which in right:
@@ -189,7 +189,7 @@ def _left_out(
 ) -> tuple[JointPrediction, float]:
     """The check: `result` with its accuracies and, if images are classified worse together, the reason for refusal;
     and the factor of the logits."""
-    own = support.queries or support.embeddings
+    own = support.as_queries
     folds, labels = [], []
     for chosen, others in _folds(support, len(queries) * support.n_classes):
         folds.append(_fold(others, plan_of(others), own[chosen], queries, result.which))

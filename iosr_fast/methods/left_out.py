@@ -83,7 +83,7 @@ def learning_curve(support: SupportSet, plan_of: Compile, logits: np.ndarray) ->
         return LearningCurve()
     usual = int(np.median(counts[counts > 1]))
     rng = np.random.default_rng(0)
-    own = support.queries or support.embeddings
+    own = support.as_queries
     points = []
     most = usual - -(-usual // MAX_FOLDS)  # images that the fit of a fold has
     images = 1

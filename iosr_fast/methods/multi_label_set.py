@@ -53,7 +53,7 @@ class MultiLabelSet:
         return self.labels.sum(0)
 
     @property
-    def own(self) -> Embeddings:
+    def as_queries(self) -> Embeddings:
         """The images as queries."""
         return self.queries or self.embeddings
 
@@ -61,13 +61,13 @@ class MultiLabelSet:
         """The cosines (N, C) float64 of the images, or of the same as queries, and the texts; 0 without texts."""
         if self.text is None:
             return np.zeros(self.labels.shape)
-        plain = (self.own if queries else self.embeddings).plain
+        plain = (self.as_queries if queries else self.embeddings).plain
         cosines: np.ndarray = np.asarray(plain, np.float64) @ self.text.T
         return cosines
 
     def rows(self, which: Which, queries: bool = False) -> np.ndarray:
         """The embeddings (N, D) float32 that are compared with other images."""
-        embeddings = self.own if queries else self.embeddings
+        embeddings = self.as_queries if queries else self.embeddings
         return np.asarray(embeddings.plain if which == "plain" else embeddings.adapted, np.float32)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,18 @@ import numpy as np
 from iosr_fast.methods.label_noise import fit_label_noise
 from iosr_fast.methods.left_out import Compile, LearningCurve, learning_curve, left_out_logits
 from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.tuning.held_out import zero_shot_logits
+from iosr_fast.methods.tuning.near_duplicates import class_distances, near_pairs
 from iosr_fast.scoring.plan import Which
 from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.json_values import json_values
 
 LIKELY = 0.5  # more likely wrong than right
 _DOUBTFUL = 0.1  # listed
 _CONFUSED = 0.1  # of the probability of both classes' images goes to the other class
-_NEAR = 0.1  # of the usual distance of two images of a class
 _ALIKE = 0.4  # of the usual distance of two images of a class, on the average of a class
 _ROUNDING = 1e-6  # cosines of equal rows differ from 1 by less
 _NEIGHBOURS = 3
-_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,13 @@ class SupportAudit:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the arrays of N."""
-        facts = {name: getattr(self, name) for name in ("expected_wrong", "basis", "seconds")}
-        lists = ("suspects", "duplicates", "confusions", "classes")
-        return {
-            "images": len(self.images),
-            "accuracy": self.accuracy,
-            **facts,
-            **{name: [asdict(one) for one in getattr(self, name)] for name in lists},
-            "curve": {**asdict(self.curve), "gain": self.curve.gain},
-        }
+        """JSON-ready, without the arrays of N; null for what can't be said."""
+        facts = {name: value for name, value in vars(self).items() if name not in ("images", "suspicion", "surprise")}
+        curve = {**vars(self.curve), "gain": self.curve.gain}
+        values: dict[str, Any] = json_values(
+            {"images": len(self.images), "accuracy": self.accuracy, **facts, "curve": curve}
+        )
+        return values
 
 
 def audit_support(
@@ -197,13 +195,13 @@ def audit_support(
         judged, basis = np.full(len(scored), support.text is not None), "nothing"
         if support.text is not None and len(scored):
             basis = "class names"
-            of_judged = support.tau * ((support.queries or support.embeddings).plain @ support.text.T)
+            of_judged = zero_shot_logits(support, support.as_queries)
     noise = fit_label_noise(of_judged[judged], support.labels[judged])
     suspicion, surprise = (np.full(len(scored), np.nan) for _ in range(2))
     suspicion[judged], surprise[judged] = noise.wrong, noise.surprise
     rows = image_rows(support.embeddings, which, None)
     names = _Names(support, images, classes)
-    pairs, distinct, variety = _near_duplicates(rows, support)
+    pairs = near_pairs(rows, support)
     return SupportAudit(
         images,
         suspicion,
@@ -212,7 +210,7 @@ def audit_support(
         float(noise.wrong.sum()),
         tuple(Duplicate(*names.image(i), *names.image(j), cosine) for i, j, cosine in pairs),
         tuple(_confusions(names, logits, scored & ~(suspicion > LIKELY))),
-        tuple(_class_reports(names, logits, scored, distinct, variety)),
+        tuple(_class_reports(names, logits, scored, rows, pairs)),
         curve,
         basis,
         time.perf_counter() - started,
@@ -250,30 +248,6 @@ def _suspects(
         )
 
 
-def _near_duplicates(rows: np.ndarray, support: SupportSet) -> tuple[list[tuple[int, int, float]], np.ndarray, Any]:
-    """The pairs (first, second, cosine), nearest first; and of each class (C,) the number of distinct images and the
-    mean distance of its pairs over that of the median class (NaN for a class of one image)."""
-    labels, offsets = support.labels, support.class_offsets
-    mean, median = (np.full(support.n_classes, np.nan) for _ in range(2))
-    for c in np.flatnonzero(support.counts > 1):
-        own = rows[offsets[c] : offsets[c + 1]][:_BLOCK]
-        distances = (1.0 - own @ own.T)[np.triu_indices(len(own), 1)]
-        mean[c], median[c] = distances.mean(), np.median(distances)
-    several = np.isfinite(mean)
-    limit = _ROUNDING + (_NEAR * float(np.median(median[several])) if several.any() else 0.0)
-    pairs: list[tuple[int, int, float]] = []
-    for start in range(0, len(rows), _BLOCK):
-        cosines = rows[start : start + _BLOCK] @ rows.T
-        first, second = np.nonzero(cosines >= 1.0 - limit)
-        below = start + first < second
-        near = cosines[first[below], second[below]].clip(-1.0, 1.0)
-        pairs += zip((start + first[below]).tolist(), second[below].tolist(), near.tolist(), strict=True)
-    repeated = {second for first, second, _ in pairs if labels[first] == labels[second]}
-    distinct = support.counts - np.bincount(labels[list(repeated)], minlength=support.n_classes)
-    usual = float(np.median(mean[several])) if several.any() else 1.0
-    return sorted(pairs, key=lambda pair: -pair[2]), distinct, mean / max(usual, _ROUNDING)
-
-
 def _confusions(names: _Names, logits: np.ndarray, chosen: np.ndarray) -> Iterator[Confusion]:
     """Pairs of classes, by the left-out images `chosen` (N,) bool."""
     labels, n_classes = names.support.labels[chosen], names.support.n_classes
@@ -291,9 +265,14 @@ def _confusions(names: _Names, logits: np.ndarray, chosen: np.ndarray) -> Iterat
 
 
 def _class_reports(
-    names: _Names, logits: np.ndarray, scored: np.ndarray, distinct: np.ndarray, variety: np.ndarray
+    names: _Names, logits: np.ndarray, scored: np.ndarray, rows: np.ndarray, pairs: Iterable[tuple[int, int, float]]
 ) -> Iterator[ClassReport]:
     labels, counts = names.support.labels, names.support.counts
+    copies = {second for first, second, _ in pairs if labels[first] == labels[second]}
+    distinct = counts - np.bincount(labels[list(copies)], minlength=len(counts))
+    variety = class_distances(rows, names.support, np.mean)
+    if len(known := variety[np.isfinite(variety)]):
+        variety /= max(np.median(known), _ROUNDING)
     usual = float(np.median(distinct[counts > 0])) if counts.any() else 0.0
     right = np.bincount(labels[scored][logits[scored].argmax(1) == labels[scored]], minlength=len(counts))
     left_out = np.bincount(labels[scored], minlength=len(counts))

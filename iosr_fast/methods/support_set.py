@@ -53,6 +53,11 @@ class SupportSet:
         """(N,) int64, non-decreasing."""
         return np.repeat(np.arange(self.n_classes), self.counts)
 
+    @property
+    def as_queries(self) -> Embeddings:
+        """The images as queries are, with one view each."""
+        return self.queries or self.embeddings
+
     def only(self, rows: np.ndarray) -> SupportSet:
         """The support set of some images, `rows` a mask (N,) bool; every class stays, even one left without images."""
         counts = np.bincount(self.labels[rows], minlength=self.n_classes)

@@ -130,7 +130,7 @@ def fit_unknown(support: SupportSet, adapted: bool = False, unknown: Embeddings 
     (True, False)
     """
     names, all_names = score_names(support, adapted), score_names(support, adapted, unknown)
-    own = support.queries or support.embeddings
+    own = support.as_queries
     left = leave_out(support, lambda others, rows: KnownScores(others, names)(own[rows]))
     if not len(left.rows):
         return Unknown(support, all_names, _alone(all_names), 0.0, np.zeros(0), float("nan"), unknown)

@@ -144,8 +144,8 @@ def test_every_executor_gives_the_logits_of_the_formula(name: str, impl: str) ->
         images = images_of(n, classes, width, seed)
         given = {key: 2.0 for key in ("alpha", "ridge") if key in METHODS[name].parameters}
         plan = fit_multi_label(images, name, given, search=False).plan
-        expected = score_reference(plan, images.own)
-        np.testing.assert_allclose(score(plan, images.own, impl), expected, rtol=2e-4, atol=2e-4)
+        expected = score_reference(plan, images.as_queries)
+        np.testing.assert_allclose(score(plan, images.as_queries, impl), expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -79,7 +79,7 @@ def usual_factor(
     """
     rows = np.zeros(len(support.embeddings), bool)
     rows[support.class_offsets[:-1][support.counts > 0]] = True
-    queries, labels = (support.queries or support.embeddings)[rows], support.labels[rows]
+    queries, labels = support.as_queries[rows], support.labels[rows]
     logits = score(method.compile(support, method.which, reducer, **parameters), queries)
     if not spread(logits):
         return 1.0

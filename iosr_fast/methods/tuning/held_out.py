@@ -87,7 +87,7 @@ class HeldOutSet:
             left_out &= units % n_folds < max(1, -(-n_folds * enough // max(len(labels), 1)))
             left_out &= units < n_folds * max(1, enough // support.n_classes)
         folds = np.where(left_out, units % n_folds, -1)
-        return cls(method, reducer, support, support.queries or support.embeddings, labels, folds, distinct)
+        return cls(method, reducer, support, support.as_queries, labels, folds, distinct)
 
     @property
     def n_duplicates(self) -> int:

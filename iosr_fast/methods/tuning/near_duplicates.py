@@ -6,11 +6,12 @@ together (held_out.HeldOutSet.leave_one_out).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from iosr_fast.methods.support_set import SupportSet
+from iosr_fast.methods.support_set import SupportSet, image_rows
 
 # A tenth of the usual distance. Of Caltech-101 and Flowers at 16 images a class, in CLIP ViT-B/32, under 1% are closer.
 _SHARE = 0.1
@@ -36,12 +37,13 @@ def group_near_duplicates(support: SupportSet) -> np.ndarray:
     >>> group_near_duplicates(make_support_set(Embeddings(rows), [0, 0, 0, 1, 1], None, 1.0, 2))
     array([0, 1, 0, 0, 1])
     """
-    plain, offsets = np.asarray(support.embeddings.plain, np.float32), support.class_offsets
+    plain, offsets = image_rows(support.embeddings, "plain", None), support.class_offsets
     groups = np.zeros(len(plain), np.int64)
-    several, medians = _medians(support)
+    medians = class_distances(plain, support, np.median)
+    several = np.flatnonzero(support.counts > 1)
     if not len(several):
         return groups
-    usual = np.clip(medians, np.median(medians) / 2, np.median(medians))
+    usual = np.clip(medians[several], np.nanmedian(medians) / 2, np.nanmedian(medians))
     for c, distance in zip(several.tolist(), usual.tolist(), strict=True):
         count = 0
         for rows in _blocks(int(offsets[c]), int(offsets[c + 1])):
@@ -62,27 +64,41 @@ def near_support(support: SupportSet, plain: np.ndarray) -> np.ndarray:
     >>> near_support(support, np.float32([[0, 0, 1, 0], [0, 0, 0.8, 0.6]]))
     array([ True, False])
     """
-    keys = np.asarray(support.embeddings.plain, np.float32)
+    keys = image_rows(support.embeddings, "plain", None)
     if not len(keys):
         return np.zeros(len(plain), bool)
-    several, medians = _medians(support)
-    limit = _SHARE * float(np.median(medians)) if len(several) else 0.0
-    blocks = [plain[start : start + _BLOCK] for start in range(0, len(plain), _BLOCK)]
-    nearest = np.concatenate([(block @ keys.T).max(1) for block in blocks]) if blocks else np.zeros(0)
-    near: np.ndarray = 1.0 - nearest <= limit + _ROUNDING
+    nearest = [(plain[rows] @ keys.T).max(1) for rows in _blocks(0, len(plain))]
+    near: np.ndarray = 1.0 - np.concatenate([np.zeros(0), *nearest]) <= _limit(keys, support)
     return near
 
 
-def _medians(support: SupportSet) -> tuple[np.ndarray, np.ndarray]:
-    """The classes that have two images or more, and of each the median distance of two images."""
-    plain, offsets = np.asarray(support.embeddings.plain, np.float32), support.class_offsets
-    several = np.flatnonzero(support.counts > 1)
-    return several, np.array([_median(plain[offsets[c] : offsets[c + 1]][:_BLOCK]) for c in several])
+def near_pairs(rows: np.ndarray, support: SupportSet) -> list[tuple[int, int, float]]:
+    """The pairs (first, second, cosine) of support images, of any classes, whose `rows` (N, D) are near duplicates, as
+    near_support has them; the nearest pair first."""
+    limit, pairs = _limit(rows, support), list[tuple[int, int, float]]()
+    for block in _blocks(0, len(rows)):
+        cosines = rows[block] @ rows.T
+        first, second = np.nonzero(1.0 - cosines <= limit)
+        below = block.start + first < second
+        near = cosines[first[below], second[below]].clip(-1.0, 1.0)
+        pairs += zip((block.start + first[below]).tolist(), second[below].tolist(), near.tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: -pair[2])
 
 
-def _median(rows: np.ndarray) -> float:
-    """The median of 1 - cosine over the pairs of rows (n, D)."""
-    return float(np.median((1.0 - rows @ rows.T)[np.triu_indices(len(rows), 1)]))
+def class_distances(rows: np.ndarray, support: SupportSet, of: Callable[[np.ndarray], Any]) -> np.ndarray:
+    """(C,) float64: `of`, the mean or the median, over the pairs of a class of the distance 1 - cosine of their `rows`
+    (N, D); NaN for a class without a pair."""
+    distances, offsets = np.full(support.n_classes, np.nan), support.class_offsets
+    for c in np.flatnonzero(support.counts > 1):
+        own = rows[offsets[c] : offsets[c + 1]][:_BLOCK]
+        distances[c] = of((1.0 - own @ own.T)[np.triu_indices(len(own), 1)])
+    return distances
+
+
+def _limit(rows: np.ndarray, support: SupportSet) -> float:
+    """The distance up to which two rows are near duplicates."""
+    usual = class_distances(rows, support, np.median) if (support.counts > 1).any() else np.zeros(1)
+    return _SHARE * float(np.nanmedian(usual)) + _ROUNDING
 
 
 def _blocks(first: int, last: int) -> Iterator[slice]:

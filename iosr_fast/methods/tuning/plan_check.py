@@ -104,7 +104,7 @@ def duplicates_note(held_out: HeldOutSet) -> str:
 def single_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:
     """A note if the plan gives all support images one label although the search got images of several classes right
     (`right`, their classes), because the encoder can't distinguish the images; else ""."""
-    labels = np.unique(score(plan, support.queries or support.embeddings).argmax(1))
+    labels = np.unique(score(plan, support.as_queries).argmax(1))
     if len(labels) > 1 or len(np.unique(right)) < 2:
         return ""
     return (

@@ -61,7 +61,7 @@ class HeldOutParts:
         self.support, self.folds = held_out.support, held_out.folds
         self.distinct = held_out.distinct
         self.rows, self.labels = held_out.rows, held_out.labels[held_out.rows]
-        self._own = self.support.queries or self.support.embeddings
+        self._own = self.support.as_queries
         self._queries = held_out.queries
 
     @cached_property

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from iosr_fast.methods import METHODS
+from iosr_fast.methods.known_scores import log_sum_exp
 from iosr_fast.methods.multi_label_set import MultiLabelSet
 from iosr_fast.methods.stack import MAX_KEYS
 from iosr_fast.methods.support_set import SupportSet
@@ -67,8 +68,8 @@ class Choice:
 
     def losses(self, labels: np.ndarray) -> np.ndarray:
         """(V,) the log-loss of each held-out image, in nats."""
-        logits = self.logits - self.logits.max(1, keepdims=True)
-        losses: np.ndarray = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+        logits = self.logits
+        losses: np.ndarray = log_sum_exp(logits) - logits[np.arange(len(labels)), labels]
         return losses
 
     def parameters(self, full: bool = True) -> dict[str, float]:

@@ -204,7 +204,7 @@ def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | 
     parameters = dict(method.parameters)
     if support.text is None:
         return parameters
-    queries = support.queries or support.embeddings
+    queries = support.as_queries
     right = int((zero_shot_logits(support, queries).argmax(1) == support.labels).sum())
     n_images = len(support.embeddings)
     accuracy = min(max(right, 1), max(n_images - 1, 1)) / n_images
@@ -259,7 +259,7 @@ def _held_out(
     reducer: Reducer | None,
 ) -> HeldOutSet:
     if queries is None and not method.needs_support and len(support.embeddings):  # it has seen none of the images
-        queries, labels = support.queries or support.embeddings, support.labels
+        queries, labels = support.as_queries, support.labels
     if queries is not None:
         return HeldOutSet.validation(method, reducer, support, queries, np.asarray(labels))
     return HeldOutSet.leave_one_out(method, reducer, support)

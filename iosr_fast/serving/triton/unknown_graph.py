@@ -43,7 +43,7 @@ def check_unknown(graph: bytes, unknown: Unknown) -> float:
     them. Raises ArithmeticError beyond _MAX_ERROR."""
     ort = require("onnxruntime", "triton-server")
     rng = np.random.default_rng(0)
-    own = unknown.support.queries or unknown.support.embeddings
+    own = unknown.support.as_queries
     chosen = rng.permutation(len(own))[:_CHECKED_ROWS]
     width = own.plain.shape[1]
 
