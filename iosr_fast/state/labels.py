@@ -21,6 +21,11 @@ from iosr_fast.utils.text import abbreviate
 
 logger = logging.getLogger(__name__)
 
+_HINTS: dict[type, str] = {
+    float: "; integers are made by labels.astype(int)",
+    bytes: "; decode it",
+    **dict.fromkeys((set, frozenset), "; a classifier that was fitted with one label an image takes one"),
+}
 # What missing values become when NumPy or pandas turn a column into text.
 _MISSING_AS_TEXT = frozenset({"nan", "NaN", "None", "null", "<NA>", "NaT"})
 
@@ -99,7 +104,7 @@ def _label(value: Any, original: Any, position: int) -> str | int:
         return str.__str__(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)
-    hint = {float: "; integers are made by labels.astype(int)", bytes: "; decode it"}.get(type(value), "")
+    hint = _HINTS.get(type(value), "")
     raise IosrFastError(
         f"expected labels to be class names or integers, got {type(original).__name__} ({original!r}) at position "
         f"{position}{hint}"

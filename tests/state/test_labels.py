@@ -68,6 +68,7 @@ def test_missing_labels_in_arrays_are_refused() -> None:
         (np.array([b"a", b"b", b"a"]), "got bytes"),
         ([Path("a"), "b", "a"], "got Posix?.*Path"),
         ([["a"], ["b"], ["a"]], "got list"),
+        ([{"a"}, {"b"}, {"a"}], "got set .* fitted with one label an image takes one"),
         ([["a", "b"], "b", "a"], "got list"),
         (np.array([["a"], ["b"], ["a"]]), r"got labels of shape \(3, 1\)"),
         ({"a", "b", "c"}, r"in a sequence, got labels of shape \(\)"),
