@@ -78,17 +78,17 @@ def _build() -> Part:
     return Part("build", 120, command, build_environment(), writes_json=False)
 
 
-def _parity(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
+def _parity(_rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
     check = (*BENCHMARK, "parity", *device)
     small = (*check, *(option for shape in score.SMALL_CASES for option in ("--shapes", shape)))
     return [
         Part("parity", 90, (*check, "--part", "scoring")),
         Part("tests", 150, ("-m", "pytest", *test_options(), *test_files()), writes_json=False),
         *(
-            Part(f"sanitizer-{tool}", 60, small, _ALLOCATIONS, wrapper=(*program("compute-sanitizer"), *options))
+            Part(f"sanitizer-{tool}", 80, small, _ALLOCATIONS, wrapper=(*program("compute-sanitizer"), *options))
             for tool, options in _SANITIZERS.items()
         ),
-        Part("parity-encoder", 60, (*check, "--part", "encoder")),
+        Part("parity-encoder", 90, (*check, "--part", "encoder")),
     ]
 
 

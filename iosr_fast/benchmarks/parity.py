@@ -105,13 +105,14 @@ def scoring_lines(
     device: Device, text: str, precisions: Sequence[Precision], names: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """The lines of a shape; of implementations that begin with one of `names`, or all."""
-    plan, embeddings = score.Case.parse(text).build()
+    case = score.Case.parse(text)
+    plan, embeddings = case.build(case.balance)
     for name, candidate in score.ours(plan, embeddings, device, precisions).items():
         if names and not name.startswith(tuple(names)):
             continue
         line = {"case": text, "impl": name, "precision": candidate.precision}
         try:
             error = score.error_of(candidate, embeddings)
-            yield {**line, "error": error, "right": error <= score.GPU_TOLERANCE}
+            yield {**line, "error": error, "right": error <= score.GPU_TOLERANCES[candidate.precision]}
         except Exception as error:  # of a compiler or a launch
             yield {**line, "error": score.describe(name, error), "right": False}

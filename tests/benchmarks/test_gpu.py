@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from iosr_fast.benchmarks.ceilings import Ceilings, exact_products  # noqa: E402
 from iosr_fast.benchmarks.devices import Device  # noqa: E402
 from iosr_fast.benchmarks.gpu_parts import Part  # noqa: E402
 from iosr_fast.encoders.runtimes import cuda_graphs  # noqa: E402
+from iosr_fast.scoring.reference import score_reference  # noqa: E402
 from iosr_fast.scoring.scorer import Scorer  # noqa: E402
 
 REHEARSAL = Device("rehearsal")
@@ -544,6 +547,20 @@ def test_scoring_leaves_out_wrong_rivals_and_reports_ours(
     assert "torch-mm" in rows["torch:fp16"]["ratios"], "the share of a product of the same shape"
     (few,) = (row for row in score.run(["q1-k12-d8-c5"], 1, 1, "rehearsal") if row["impl"] == "torch")
     assert few["rate_unit"] == "GB/s" and "compiled-best" not in few["ratios"], "unequal classes"
+
+
+def test_a_kernel_that_forgets_a_key_is_wrong() -> None:
+    """Whatever rounding is allowed on a GPU: a cache term is as large as a text term, and looked at where it is."""
+    for text in ("q64-k1600-d64-c100", "q5-k123-d72-c7"):
+        case = score.Case.parse(text)
+        plan, embeddings = case.build(case.balance)
+        assert plan.keys is not None and plan.class_offsets is not None
+        kept = np.delete(np.arange(len(plan.keys)), plan.class_offsets[1:] - 1)
+        offsets = plan.class_offsets - np.arange(case.classes + 1)
+        less = replace(plan, keys=plan.keys[kept], class_offsets=offsets)
+        for scored, right in ((plan, True), (less, False)):
+            candidate = score.Candidate(partial(score_reference, scored, embeddings), plan, "bf16")
+            assert (score.error_of(candidate, embeddings) <= score.GPU_TOLERANCES["bf16"]) == right
 
 
 def test_scoring_on_a_gpu_checks_nothing(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
