@@ -117,7 +117,7 @@ def _tables(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
             (*BENCHMARK, "encoder", "--model", model, "--batch", batch, *device, *repeats, *options),
         )
         for model, batch in models
-        for kind, limit_s, options in (("encoder", 40, ()), ("compiled", 150, ("--compiled",)))
+        for kind, limit_s, options in (("encoder", 60, ()), ("compiled", 150, ("--compiled",)))
     ]
     counted = PROFILED if not rehearsal else (("q2-k64-d32-c4", "fp16"),)
     kernels = "|".join(kernel_names())
