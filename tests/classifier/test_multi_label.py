@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score
 
 from iosr_fast import score
@@ -86,6 +87,9 @@ def test_an_indicator_speaks_in_columns() -> None:
     assert members.shape == (40, 5) and members.dtype == np.int64
     assert [set(one) for one in fitted().predict(images)] == sets_of(members > 0)
     assert classifier.score(images, labels) == fitted().score(images, sets_of(labels))
+    sparse = csr_array(labels.astype(int))
+    assert np.array_equal(unfitted().fit(images, sparse, class_names=NAMES).predict(images), members)
+    assert classifier.score(images, sparse) == classifier.score(images, labels)
     assert classifier.fit(images, labels.argmax(1), class_names=NAMES).predict(images).shape == (40,)  # one label again
 
 
