@@ -224,6 +224,39 @@ def test_a_recorder_stays_on_its_device(how: str, monkeypatch: pytest.MonkeyPatc
     assert set(cuda.used) == {1} and cuda.current == 0
 
 
+class InvalidatedCapture(Cuda):
+    """As PyTorch 2.11: torch.cuda.graph doesn't restore the stream if ending the recording is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: Any = "the caller's"
+
+    def current_stream(self) -> SimpleNamespace:
+        return SimpleNamespace(**vars(super().current_stream()), name=self.now)
+
+    @contextmanager
+    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
+        before, self.now = self.now, stream.name
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextmanager
+    def graph(self, graph: Any, **_: Any) -> Iterator[None]:
+        self.now = "the recording's"
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_failed_recording_leaves_the_callers_stream_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = InvalidatedCapture()
+    monkeypatch.setattr(cuda_graphs, "require", lambda *_: SimpleNamespace(cuda=cuda))
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        cuda_graphs.Recorder(cuda.current_stream()).record(lambda: None)
+    assert cuda.now == "the caller's"
+
+
 @pytest.fixture(scope="module")
 def torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("open_clip")

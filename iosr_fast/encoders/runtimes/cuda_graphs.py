@@ -54,7 +54,8 @@ class Recorder:
         for the device, then for the record. Raises RuntimeError if a launch can't be recorded.
         """
         torch = self._torch
-        with torch.cuda.device(self._device):
+        # PyTorch leaves the recording's stream current if the recording fails; here the caller's becomes current again.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream()):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 run()
