@@ -19,6 +19,6 @@ def info(
 
         typer.echo(format_info())
     else:
-        from iosr_fast.state.bundle import describe
+        from iosr_fast.state.description import describe
 
         typer.echo(describe(folder))

@@ -30,7 +30,8 @@ from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
 from iosr_fast.serving.triton.repository import export_triton
-from iosr_fast.state.bundle import describe, load_bundle
+from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.description import describe
 from iosr_fast.state.labels import labelled_images
 from iosr_fast.state.state_files import fingerprint, state_from_files, state_to_files
 from tests.state.live_parts import engine_folder, pictures, unfitted

@@ -16,7 +16,8 @@ from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import BadImageError, DamagedFileError, IosrFastError, NotFittedError
 from iosr_fast.methods.conformal import leave_out_labels, sets_of_labels
 from iosr_fast.methods.unknown import fit_unknown
-from iosr_fast.state.bundle import describe, load_bundle
+from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.description import describe
 from iosr_fast.state.left_out_files import LEFT_OUT, left_out_arrays, with_left_out
 from iosr_fast.state.log_writer import file_of, read_state, write_state
 from iosr_fast.state.predictions import Rejection

@@ -14,7 +14,8 @@ from PIL import Image
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.state.bundle import describe, load_bundle
+from iosr_fast.state.bundle import load_bundle
+from iosr_fast.state.description import describe
 from iosr_fast.state.predictions import predict
 from iosr_fast.state.segmented import SegmentedPlan
 from tests.pictures import encode
