@@ -14,7 +14,7 @@ from iosr_fast.evaluation.accuracy import finite, label
 from iosr_fast.evaluation.own_table import OwnTable
 from iosr_fast.evaluation.rivals import FOLDS
 from iosr_fast.evaluation.selection import TuneOn
-from iosr_fast.evaluation.table import Row
+from iosr_fast.evaluation.table import Row, cell
 from iosr_fast.evaluation.tasks import Source
 from iosr_fast.methods.label_noise import fit_label_noise
 from iosr_fast.methods.left_out import left_out_logits
@@ -132,13 +132,10 @@ def _title(source: Source, rows: Sequence[Row], tune_on: TuneOn) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    def cell(name: str, form: str, factor: float = 1.0) -> str:
-        return "" if row[name] is None else format(factor * row[name], form)
-
     return [
-        *(row["method"], str(row["shots"])),
-        *(cell("wrong", ".0f"), cell("estimate", ".1f"), cell("auroc", ".4f"), cell("precision", ".1f", 100)),
-        *(cell("listed", ".1f"), cell("found", ".1f"), cell("false_alarms", ".1f")),
+        *(row["method"], str(row["shots"]), cell(row["wrong"], ".0f"), cell(row["estimate"], ".1f")),
+        *(cell(row["auroc"], ".4f"), cell(row["precision"], ".1f", 100)),
+        *(cell(row[name], ".1f") for name in ("listed", "found", "false_alarms")),
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from iosr_fast.evaluation.accuracy import AUTO, Result, finite, label
-from iosr_fast.evaluation.table import Row, print_table
+from iosr_fast.evaluation.table import Row, cell, print_table
 from iosr_fast.methods import METHODS
 
 EXPLANATION = (
@@ -98,13 +98,9 @@ def _cells(row: Row) -> list[str]:
         place = f"{data.removesuffix('.npz')}, {shots}"
     return [
         *(label(row["method"], row["reducer"]), str(len(row["at"])), f"{100 * row['mean']:.1f}"),
-        *(_number(row["gap_mean"], "+.2f"), _number(row["gap_worst"], "+.2f"), place),
-        *(_number(row["log_loss"], ".3f"), _number(row["log_loss_gap_mean"], "+.3f")),
-        _number(row["log_loss_gap_worst"], "+.3f"),
-        *(_number(row[f"calibration_error_{name}"], ".1%").removesuffix("%") for name in ("mean", "worst")),
-        *(_number(row[f"auto_ahead_{name}"], "+.2f") for name in ("mean", "worst")),
+        *(cell(row["gap_mean"], "+.2f"), cell(row["gap_worst"], "+.2f"), place),
+        *(cell(row["log_loss"], ".3f"), cell(row["log_loss_gap_mean"], "+.3f")),
+        cell(row["log_loss_gap_worst"], "+.3f"),
+        *(cell(row[f"calibration_error_{name}"], ".1f", 100) for name in ("mean", "worst")),
+        *(cell(row[f"auto_ahead_{name}"], "+.2f") for name in ("mean", "worst")),
     ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -143,6 +143,11 @@ def print_overlap(out: Console, rows: Sequence[Row]) -> None:
     print_table(out, ("embeddings", "overlap area", "AUROC", "feature variance"), cells, left=4)
 
 
+def cell(value: float | None, form: str, factor: float = 1.0) -> str:
+    """A number times `factor` in this format; empty where it is unknown."""
+    return "" if value is None else format(factor * value, form)
+
+
 def calibration_cell(result: Result) -> str:
     """Empty if a classifier gives no probabilities."""
     if math.isnan(result.log_loss):

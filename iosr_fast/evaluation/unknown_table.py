@@ -13,7 +13,7 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.accuracy import label, tune_draw
 from iosr_fast.evaluation.own_table import OwnTable
 from iosr_fast.evaluation.selection import Options, TuneOn
-from iosr_fast.evaluation.table import Row, print_table
+from iosr_fast.evaluation.table import Row, cell, print_table
 from iosr_fast.evaluation.tasks import Source, Task
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.conformal import COVERAGE, leave_out_labels, of_validation
@@ -171,10 +171,10 @@ def _cells(row: Row) -> list[str]:
     figures = [row[name] for name in ("auroc", "fpr95", "kept", "kept_left_out", "expected_auroc")]
     return [
         *(label(row["method"], row["reducer"]), str(row["shots"])),
-        *(_percent(value) for value in figures),
-        *(row["best"], _percent(row["best_auroc"])),
-        *(_percent(row[name]) for name in ("coverage", "coverage_left_out")),
-        *("" if row["size"] is None else f"{row['size']:.2f}", _percent(row["empty"])),
+        *(cell(value, ".1f", 100) for value in figures),
+        *(row["best"], cell(row["best_auroc"], ".1f", 100)),
+        *(cell(row[name], ".1f", 100) for name in ("coverage", "coverage_left_out")),
+        *(cell(row["size"], ".2f"), cell(row["empty"], ".1f", 100)),
     ]
 
 
@@ -185,7 +185,7 @@ def _print_single(out: Console, rows: Sequence[Row]) -> None:
     table = {"combined": [row["auroc"] for row in rows]}
     table |= {name: [row["scores"].get(name) for row in rows] for name in names}
     cells = [
-        [name, *map(_percent, values), "" if None in values else _percent(_mean(values))]
+        [name, *(cell(value, ".1f", 100) for value in (*values, None if None in values else _mean(values)))]
         for name, values in table.items()
     ]
     gaps = [100 * (row["best_auroc"] - row["auroc"]) for row in rows]
@@ -197,12 +197,8 @@ def _print_single(out: Console, rows: Sequence[Row]) -> None:
     )
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
 def _result(row: Row) -> str:
-    return f"AUROC {_percent(row['auroc'])}"
+    return f"AUROC {cell(row['auroc'], '.1f', 100)}"
 
 
 def run(sources: Sequence[Source], options: Options, out: Console) -> list[dict[str, Any]]:
