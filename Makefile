@@ -67,9 +67,11 @@ lint-ci:
 	build/lint-ci/bin/hadolint Dockerfile Dockerfile.gpu
 	build/lint-ci/bin/actionlint
 
-# One thread a worker: more would wait for one another. Long tests are evened out between workers; short ones gain more
-# where a file, and so its fixtures, stays with one worker.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+# One worker more than cores, as tests wait for the processes that they start about a fifth of the time. One thread a
+# worker: more would wait for one another. Long tests are evened out between workers; short ones gain more where a file,
+# and so its fixtures, stays with one worker.
+WORKERS := $$(($$(nproc 2>/dev/null || sysctl -n hw.ncpu) + 1))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 
 test: lint
 	$(PYTEST) --dist worksteal

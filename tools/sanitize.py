@@ -21,7 +21,7 @@ TESTS = ("score_test", "search_test")
 def build(sanitizers: str, folder: Path) -> None:
     """Build each of TESTS in `folder`. Raises CalledProcessError if that fails."""
     cmake = [shutil.which("cmake")] if shutil.which("cmake") else [sys.executable, "-m", "cmake"]
-    flags = f"-O1 -g1 -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    flags = f"-Og -g1 -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
     configure = [
         *cmake,
         f"-S{ROOT}",
