@@ -177,6 +177,8 @@ def multi_label_discriminant(images: MultiLabelSet, which: Which) -> LinearTerm:
 
     def of(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         labels, some = images.labels[chosen].astype(np.float64), rows[chosen]
+        if not labels.any():  # all labels are those of one image, which is left out
+            return np.zeros((images.n_classes, rows.shape[1])), np.zeros(images.n_classes)
         second = (some * labels.sum(1)[:, None]).T @ some
         linear, bias = discriminant_of_moments(labels.sum(0), labels.T @ some, second, None, 0.0)
         return linear - linear.mean(0), bias - bias.mean()

@@ -278,6 +278,12 @@ def test_two_images_that_say_nothing_of_each_other() -> None:
     assert np.abs(FewShotHead().fit(X, [{"a"}, {"b"}]).decision_function(X)).max() < 10
 
 
+def test_all_labels_may_be_those_of_one_image() -> None:
+    X = np.random.default_rng(0).standard_normal((6, 8))
+    probabilities = FewShotHead().fit(X, [{"a", "b"}, *[set()] * 5]).predict_proba(X)
+    assert (probabilities[0] > probabilities[1:]).all()
+
+
 def test_cross_validation_takes_an_indicator() -> None:
     X, _, indicator = rows_and_sets()
     scores = cross_val_score(clone(FewShotHead("proker")), X, indicator.astype(int), cv=3, scoring="average_precision")
