@@ -12,8 +12,8 @@ from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods import gda
 from iosr_fast.methods.gaussian_mixture import WEIGHT, Unlabelled, blocks, estimate, softmax_in_place
 from iosr_fast.methods.left_out import Compile
+from iosr_fast.methods.promise import left_out_folds
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.tuning.held_out import HeldOutSet
 from iosr_fast.methods.tuning.log_loss import fit_factor
 from iosr_fast.methods.tuning.parameter_search import is_level
 from iosr_fast.scoring.inputs import scoring_inputs
@@ -148,26 +148,24 @@ def _unavailable_reason(support: SupportSet, queries: Embeddings) -> str:
         return "there are no images to classify"
     if not counts.all():
         return f"{int((counts == 0).sum())} of {len(counts)} classes have no support image to estimate their mean from"
-    if HeldOutSet.leave_one_out(gda.METHOD, None, support).distinct.max() < 2:
+    if not left_out_folds(support)[1].any():
         return "each class has one support image, so none can be left out to check that the folder helps"
     return ""
 
 
 def _folds(support: SupportSet, logits_each: int) -> Iterator[tuple[np.ndarray, SupportSet]]:
-    """The rows of images that are left out together, and the support set without them (HeldOutSet.leave_one_out).
+    """The rows of images that are left out together, and the support set without them (left_out_folds).
 
     `logits_each` logits are computed for a fold; all folds, or as many as give what a check needs.
     """
-    held_out = HeldOutSet.leave_one_out(gda.METHOD, None, support)
-    folds = held_out.folds
-    assert folds is not None
-    scored = logits = 0
+    folds, scored = left_out_folds(support)
+    found = logits = 0
     for fold in range(folds.max() + 1):
-        if fold and (scored >= _LEFT_OUT or logits + logits_each > _CHECK_LOGITS):
+        if fold and (found >= _LEFT_OUT or logits + logits_each > _CHECK_LOGITS):
             return
-        chosen = np.flatnonzero((folds == fold) & held_out.scored)
+        chosen = np.flatnonzero((folds == fold) & scored)
         yield chosen, support.only(folds != fold)
-        scored, logits = scored + len(chosen), logits + logits_each
+        found, logits = found + len(chosen), logits + logits_each
 
 
 def _which(support: SupportSet, queries: Embeddings) -> Which:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.methods import gda
+from iosr_fast.methods.promise import left_out_folds
 from iosr_fast.methods.support_set import SupportSet
-from iosr_fast.methods.tuning.held_out import MAX_FOLDS, HeldOutSet
+from iosr_fast.methods.tuning.held_out import MAX_FOLDS
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.score import score
 
@@ -32,11 +32,11 @@ def left_out_logits(support: SupportSet, plan_of: Compile) -> np.ndarray:
     >>> left_out_logits(support, lambda support: compile_method("gda", support)).argmax(1)[:2]
     array([0, 0])
     """
-    held_out = HeldOutSet.leave_one_out(gda.METHOD, None, support)
+    folds, scored = left_out_folds(support)
     logits = np.full((len(support.labels), support.n_classes), np.nan, np.float32)
-    if len(held_out.rows):
-        for rows, others in held_out.splits:
-            logits[rows] = score(plan_of(others), held_out.queries[rows])
+    for fold in np.unique(folds[scored]):
+        rows = np.flatnonzero((folds == fold) & scored)
+        logits[rows] = score(plan_of(support.only(folds != fold)), support.as_queries[rows])
     return logits
 
 
