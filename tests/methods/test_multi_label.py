@@ -278,6 +278,16 @@ def test_two_images_that_say_nothing_of_each_other() -> None:
     assert np.abs(FewShotHead().fit(X, [{"a"}, {"b"}]).decision_function(X)).max() < 10
 
 
+def test_parts_far_from_zero_are_weighed_as_those_about_it() -> None:
+    rng = np.random.default_rng(0)
+    for n in (4, 8, 40):
+        labels, part = np.arange(n)[:, None] == np.arange(2), rng.standard_normal((n, 2))
+        for shrinkage in (1.0, 1e6):
+            near, far = (fit_binary([one], labels, np.ones(2, bool), shrinkage) for one in (part, part + 12.0))
+            assert far.loss == pytest.approx(near.loss, abs=1e-6)
+            assert far.common + 12.0 * far.weights[0] == pytest.approx(near.common, abs=1e-3)
+
+
 def test_all_labels_may_be_those_of_one_image() -> None:
     X = np.random.default_rng(0).standard_normal((6, 8))
     probabilities = FewShotHead().fit(X, [{"a", "b"}, *[set()] * 5]).predict_proba(X)

@@ -44,8 +44,10 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
     >>> fit.weights.round(1), fit.bias.round(1), round(fit.loss, 2)
     (array([2.1, 0. ]), array([-3.7, -3.3, -3.2]), 0.26)
     """
-    chosen = [np.asarray(part, np.float64)[:, used] for part in parts]
-    problem = _Problem(np.stack(chosen), labels[:, used], shrinkage)
+    chosen = np.stack([np.asarray(part, np.float64)[:, used] for part in parts])
+    # About 0: far from it the loss is flat, Newton's steps overshoot, and weights at 0 leave the bias where it is.
+    centres = chosen.mean((1, 2), keepdims=True)
+    problem = _Problem(chosen - centres, labels[:, used], shrinkage)
     weights, common, differences = np.full(len(parts), 1.0 / len(parts)), problem.prevalence, np.zeros(used.sum())
     loss = problem.loss(weights, common + differences, differences)
     for _ in range(_STEPS):
@@ -61,9 +63,11 @@ def fit_binary(parts: Sequence[np.ndarray], labels: np.ndarray, used: np.ndarray
         weights, common, differences = tried
         if gained < _MIN_GAIN * max(problem.labels.size, 1):
             break
+    loss = problem.log_loss(weights, common + differences)
+    common -= float(weights @ centres.ravel())
     bias = np.full(len(used), common)
     bias[used] += differences
-    return BinaryFit(weights, bias, float(common), problem.log_loss(weights, common + differences))
+    return BinaryFit(weights, bias, float(common), loss)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
