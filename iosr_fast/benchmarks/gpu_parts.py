@@ -109,7 +109,7 @@ def _tuning(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
 def _tables(rehearsal: bool, device: tuple[str, ...]) -> list[Part]:
     repeats = ("--repeats", "1" if rehearsal else "50")
     cases = ("q2-k64-d32-c4", "q1-k64-d32-c4") if rehearsal else score.GPU_CASES
-    models = (("demo", "5"),) if rehearsal else (("ViT-B-16", "256"), ("ViT-B-16", "64"), ("ViT-B-32", "256"))
+    models = (("demo", "2"),) if rehearsal else (("ViT-B-16", "256"), ("ViT-B-16", "64"), ("ViT-B-32", "256"))
     encoders = [
         Part(
             f"{kind}-{model}-{batch}".lower(),
