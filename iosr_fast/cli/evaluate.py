@@ -120,6 +120,12 @@ def features(
         ),
     ] = None,
     text: Annotated[bool, typer.Option(help="Use the file's text embeddings.")] = True,
+    unequal: Annotated[
+        bool,
+        typer.Option(
+            "--unequal", help="Leave half of the classes, drawn for each seed, a quarter of their support images."
+        ),
+    ] = False,
     json_path: Json = None,
 ) -> None:
     """Compare methods on your own embeddings. Several FILEs get a table each, and a summary over all.
@@ -133,11 +139,15 @@ def features(
     Also written as: --features FILE ... OPTIONS, without the name of the command.
     """
     from iosr_fast.evaluation.sources import open_sources
+    from iosr_fast.evaluation.tasks import with_unequal_classes
     from iosr_fast.exceptions import IosrFastError
 
     if task == "labels":
         raise IosrFastError("--task labels pastes pictures two to an image: expected the command demo, got features")
-    _measure(open_sources(files, shots, seeds, text), task, (methods, reducers, tune), json_path)
+    sources = open_sources(files, shots, seeds, text)
+    if unequal:
+        sources = [with_unequal_classes(source) for source in sources]
+    _measure(sources, task, (methods, reducers, tune), json_path)
 
 
 @evaluate.command(cls=ListCommand)

@@ -45,6 +45,22 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
+def with_unequal_classes(source: Source) -> Source:
+    """The source with support sets in which half of the classes, drawn for each seed, have a quarter of their images,
+    at least one."""
+
+    def draw(shots: int, seed: int) -> Task:
+        task = source.draw(shots, seed)
+        support = task.support
+        small = np.random.default_rng(seed).permutation(support.n_classes)[: support.n_classes // 2]
+        counts = support.counts.copy()
+        counts[small] = -(-counts[small] // 4)
+        numbers = np.arange(len(support.labels)) - support.class_offsets[support.labels]
+        return replace(task, support=support.only(numbers < counts[support.labels]))
+
+    return replace(source, name=f"{source.name}, unequal classes", draw=draw)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Pictures of C concepts: labels (N,), styles (N,), text (C, D), the CLIP's logit scale and projections."""

@@ -56,6 +56,8 @@ def ape(
     divergence = np.log2((1 + _SMALL) / (own + _SMALL))
     with np.errstate(over="ignore"):  # ScoringPlan rejects weights that are too large
         weights = np.exp(gamma * divergence)
+    if support.key_weights is not None:
+        weights *= support.key_weights
     return ScoringPlan(
         n_classes=support.n_classes,
         text=support.text,

@@ -12,7 +12,7 @@ from iosr_fast.methods.kernel_ridge import kernel_matrix, regress_labels
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet, image_rows
-from iosr_fast.methods.timo import estimate, means_with_texts
+from iosr_fast.methods.timo import estimate
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
 
@@ -41,7 +41,7 @@ def stack(
 
     V = (K + ridge I)^-1 (regression * Y - text_regression * F), (N, C).
 
-    G(x, c) = x' P mu_c - mu_c' P mu_c / 2 is the discriminant of methods.gda with the precision
+    G(x, c) = x' P mu_c - (mu_c' P mu_c - e_c) / 2 is the discriminant of methods.gda with the precision
     P = inv(Sigma + tr(Sigma) / (N - 1) I), or I if each class has one image and no text. Means and covariance are those
     of the images and, as in methods.timo, of `text_images` copies of <u_c, text_c> text_c, u_c the unit mean of class
     c. A class without images takes the mean of the others, which says nothing about it. K (N, N) is the kernel of the
@@ -115,32 +115,18 @@ def discriminant_of_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`linear_discriminant` from counts (C,), sums (C, D) and the second moment (D, D) of the images."""
     present = counts > 0
-    copies, texts = _text_copies(sums, text, text_images)
-    means, precision = estimate(counts[present], sums[present], second, texts[present], copies)
+    copies, texts = (0.0, np.zeros_like(sums)) if text is None else (text_images, text.astype(np.float64))
+    means, precision, excess = estimate(counts[present], sums[present], second, texts[present], copies)
     if copies or counts.sum() > present.sum():
         # To the precision of one image, which shots do not change; shrunk_precision has D / (N - 1) of it.
-        precision = precision * (counts.sum() + copies * present.sum() - 1) / len(precision)
-    linear = np.empty((len(counts), second.shape[1]))
+        scale = (counts.sum() + copies * present.sum() - 1) / len(precision)
+        precision, excess = scale * precision, scale * excess
+    linear, bias = np.empty((len(counts), second.shape[1])), np.empty(len(counts))
     linear[present] = means @ precision
     linear[~present] = linear[present].mean(0)
-    return linear, discriminant_bias(linear, counts, sums, text, text_images)
-
-
-def discriminant_bias(
-    linear: np.ndarray, counts: np.ndarray, sums: np.ndarray, text: np.ndarray | None, text_images: float
-) -> np.ndarray:
-    """The bias (C,) float64 that belongs to `linear` (C, D), which may be scaled: -<linear[c], mu_c> / 2."""
-    present = counts > 0
-    copies, texts = _text_copies(sums, text, text_images)
-    means, _ = means_with_texts(counts[present], sums[present], texts[present], copies)
-    bias = np.empty(len(counts))
-    bias[present] = -0.5 * np.einsum("cd,cd->c", linear[present], means)
+    bias[present] = -0.5 * (np.einsum("cd,cd->c", linear[present], means) - excess)
     bias[~present] = bias[present].mean()
-    return bias
-
-
-def _text_copies(sums: np.ndarray, text: np.ndarray | None, text_images: float) -> tuple[float, np.ndarray]:
-    return (0.0, np.zeros_like(sums)) if text is None else (text_images, text.astype(np.float64))
+    return linear, bias
 
 
 def one_hot(support: SupportSet) -> np.ndarray:

@@ -58,11 +58,31 @@ class SupportSet:
         """The images as queries are, with one view each."""
         return self.queries or self.embeddings
 
+    @property
+    def key_weights(self) -> np.ndarray | None:
+        """(N,) float64, `class_weights` of each image; None for classes of one size, for which all are 1."""
+        weights = class_weights(self.counts)
+        return None if (weights == 1.0).all() else np.repeat(weights, self.counts)
+
     def only(self, rows: np.ndarray) -> SupportSet:
         """The support set of some images, `rows` a mask (N,) bool; every class stays, even one left without images."""
         counts = np.bincount(self.labels[rows], minlength=self.n_classes)
         queries = None if self.queries is None else self.queries[rows]
         return replace(self, embeddings=self.embeddings[rows], class_offsets=_offsets(counts), queries=queries)
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """(C,) float64: the mean number of images of the classes that have any, over that of each class; 1 without images.
+
+    A sum over the keys of a class, times its weight, does not grow with the class. Without weights a class of more
+    images than others gets their queries.
+
+    >>> class_weights(np.array([1, 2, 0, 3])).round(2)
+    array([2.  , 1.  , 1.  , 0.67])
+    """
+    present = counts[counts > 0]
+    weights: np.ndarray = np.where(counts > 0, (present.mean() if len(present) else 1.0) / np.maximum(counts, 1), 1.0)
+    return weights
 
 
 def image_rows(embeddings: Embeddings, which: Which, reducer: Reducer | None) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.gda import discriminant, gda_plan, shrunk_precision
+from iosr_fast.methods.gda import discriminant, gda_plan, mean_excess, shrunk_precision
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.support_set import SupportSet, image_rows
 from iosr_fast.scoring.plan import ScoringPlan, Which
@@ -46,8 +46,8 @@ def timo(
     rows = image_rows(support.embeddings, which, reducer).astype(np.float64)
     sums = np.add.reduceat(rows, support.class_offsets[:-1], axis=0)
     texts = _text_rows(support, reducer)
-    means, precision = estimate(support.counts, sums, rows.T @ rows, texts, gamma)
-    return gda_plan(means, precision, support.text, support.tau, which, reducer, alpha)
+    means, precision, excess = estimate(support.counts, sums, rows.T @ rows, texts, gamma)
+    return gda_plan(means, precision, excess, support.text, support.tau, which, reducer, alpha)
 
 
 def _text_rows(support: SupportSet, reducer: Reducer | None) -> np.ndarray:
@@ -58,22 +58,17 @@ def _text_rows(support: SupportSet, reducer: Reducer | None) -> np.ndarray:
 
 def estimate(
     counts: np.ndarray, sums: np.ndarray, second: np.ndarray, texts: np.ndarray, gamma: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Class means (C, D) and shrunk precision (D, D) of the images, whose counts (C,), sums (C, D) and second moment
-    (D, D) are given, with gamma copies of each text."""
-    means, instances = means_with_texts(counts, sums, texts, gamma)
-    counts = counts + gamma
-    scatter = second + gamma * instances.T @ instances - (counts[:, None] * means).T @ means
-    return means, shrunk_precision((scatter + scatter.T) / 2, float(counts.sum()))
-
-
-def means_with_texts(
-    counts: np.ndarray, sums: np.ndarray, texts: np.ndarray, gamma: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The means of `estimate`, and w[c] * text[c] of `timo`, both (C, D)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Class means (C, D), shrunk precision (D, D) and gda.mean_excess (C,) of the images, whose counts (C,), sums
+    (C, D) and second moment (D, D) are given, with gamma copies of each text."""
     lengths = np.maximum(np.linalg.norm(sums, axis=1), np.finfo(np.float64).tiny)
     instances = (np.einsum("cd,cd->c", sums, texts) / lengths)[:, None] * texts
-    return (sums + gamma * instances) / (counts + gamma)[:, None], instances
+    means = (sums + gamma * instances) / (counts + gamma)[:, None]
+    weights = counts + gamma
+    scatter = second + gamma * instances.T @ instances - (weights[:, None] * means).T @ means
+    precision = shrunk_precision((scatter + scatter.T) / 2, float(weights.sum()))
+    of_images = second - (sums / counts[:, None]).T @ sums
+    return means, precision, mean_excess(counts, of_images, precision, gamma)
 
 
 def leave_out(
@@ -93,8 +88,8 @@ def leave_out(
             np.subtract.at(kept_counts, labels[out], 1)
             np.subtract.at(kept_sums, labels[out], rows[out])
             kept_second = second - rows[out].T @ rows[out]
-            means, precision = estimate(kept_counts, kept_sums, kept_second, texts, setting["gamma"])
-            linear, bias = discriminant(means, precision)
+            estimates = estimate(kept_counts, kept_sums, kept_second, texts, setting["gamma"])
+            linear, bias = discriminant(*estimates)
             scores[out] = asked[out] @ linear.T + bias
         return scores
 

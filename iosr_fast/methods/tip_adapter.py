@@ -21,11 +21,13 @@ def tip_adapter(
     alpha: float = 1.0,
     beta: float = 5.5,
 ) -> ScoringPlan:
-    """logits[b, c] = tau <plain[b], text[c]> + alpha * sum_{j of class c} exp(-beta (1 - <x[b], key[j]>)), (B, C).
+    """logits[b, c] = tau <plain[b], text[c]> + alpha * w_c sum_{j of class c} exp(-beta (1 - <x[b], key[j]>)), (B, C).
 
     x (B, D) and the keys (N, D), the images of `support`, are the plain embeddings if `which` is "plain", or the
     adapted ones (Tip-Adapter++); the reducer moves both. Without text the first term is left out. alpha >= 0 (residual
-    ratio) and beta >= 0 (sharpness) have no units; the defaults are the paper's values for ImageNet.
+    ratio) and beta >= 0 (sharpness) have no units; the defaults are the paper's values for ImageNet. w_c
+    (support_set.class_weights) is 1 where classes are equally large, as in the paper; otherwise it makes a sum as large
+    as that of a class of mean size.
 
     Raises IosrFastError for values that a plan can't have (ScoringPlan).
 
@@ -38,9 +40,9 @@ def tip_adapter(
     >>> images = Embeddings(np.eye(4, dtype=np.float32)[:3])
     >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2, 4), tau=10.0)
     >>> score(tip_adapter(support, alpha=2.0, beta=1.0), images).round(2)
-    array([[12.74,  0.74],
-           [ 2.74, 10.74],
-           [ 1.47,  2.  ]], dtype=float32)
+    array([[12.05,  1.1 ],
+           [ 2.05, 11.1 ],
+           [ 1.1 ,  3.  ]], dtype=float32)
     """
     return ScoringPlan(
         n_classes=support.n_classes,
@@ -48,6 +50,7 @@ def tip_adapter(
         tau=support.tau,
         keys=image_rows(support.embeddings, which, reducer),
         class_offsets=support.class_offsets,
+        weights=support.key_weights,
         query=which,
         reducer=reducer,
         alpha=alpha,

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from iosr_fast.methods.method import BETAS, ROUNDING, Method
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.support_set import SupportSet, class_weights, image_rows
 from iosr_fast.scoring.numpy_scorer import text_distribution
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
@@ -24,7 +24,7 @@ def tip_x(
     beta: float = 5.5,
     gamma: float = 1.0,
 ) -> ScoringPlan:
-    """Tip-Adapter's logits + gamma * sum_{j of class c} -scale(KL(s[b] || S[j])), (B, C).
+    """Tip-Adapter's logits + gamma * w_c sum_{j of class c} -scale(KL(s[b] || S[j])), (B, C), w_c as there.
 
     s (B, C) and S (N, C) are softmax(<plain, text> / 0.5) of queries and keys; scale takes the range of the divergences
     to that of the cosines between images. alpha, beta and gamma >= 0 have no units; `support` has text. With H = sum of
@@ -50,20 +50,22 @@ def tip_x(
     >>> images = Embeddings(np.float32([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]))
     >>> support = make_support_set(images, labels=np.array([0, 0, 1]), text=np.eye(2), tau=10.0)
     >>> score(tip_x(support, alpha=2.0, beta=1.0, gamma=0.5), images).round(2)
-    array([[13.7 ,  0.34],
-           [11.68,  7.2 ],
-           [ 1.58, 12.06]], dtype=float32)
+    array([[12.77,  0.5 ],
+           [10.76,  7.81],
+           [ 1.19, 13.09]], dtype=float32)
     """
     keys = image_rows(support.embeddings, which, reducer)
     log_s, slope, offset = divergences(support, keys)
-    counts = support.counts
-    summed = np.stack([log_s[a:b].sum(0) for a, b in pairwise(support.class_offsets)])
+    weights = class_weights(support.counts)
+    counts = weights * support.counts
+    summed = weights[:, None] * np.stack([log_s[a:b].sum(0) for a, b in pairwise(support.class_offsets)])
     return ScoringPlan(
         n_classes=support.n_classes,
         text=support.text,
         tau=support.tau,
         keys=keys,
         class_offsets=support.class_offsets,
+        weights=support.key_weights,
         query=which,
         reducer=reducer,
         alpha=alpha,

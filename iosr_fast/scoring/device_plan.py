@@ -139,13 +139,17 @@ def _move(plan: ScoringPlan, device: torch.device) -> DevicePlan:
         array = field.of(plan)
         if array is not None and field.device_dtype is not None:
             array = array.astype(field.device_dtype)
-        tensors[field.name] = None if array is None else _copy_to(array, device)
+        tensors[field.name] = None if array is None else _copy_to(array, device, plan)
     constants = {name: getattr(plan, name) for name in CONSTANT_NAMES}
     return DevicePlan(width=plan.width, device=device, **constants, **tensors)
 
 
-def _copy_to(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on a device, with one copy for all plans that share the array."""
+def _copy_to(array: np.ndarray, device: torch.device, plan: ScoringPlan) -> Tensor:
+    """The array on a device, with one copy for all plans that share the array.
+
+    The copy lives as long as the plan or a shallow copy of it: a change of classes may replace each plan by one that
+    differs in its weights alone, before the new one is used.
+    """
     if device.type == "cpu":
         return as_tensor(array)
     place = (id(array), device)
@@ -154,6 +158,10 @@ def _copy_to(array: np.ndarray, device: torch.device) -> Tensor:
         copy = _copies[place] = as_tensor(array).to(device)
         # Another array may have the same id later.
         weakref.finalize(array, _copies.pop, place, None)
+    held: dict[Any, Tensor] = vars(plan).setdefault("_device_copies", {})
+    if place not in held:
+        held[place] = copy
+        weakref.finalize(array, held.pop, place, None)
     return copy
 
 

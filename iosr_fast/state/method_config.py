@@ -72,13 +72,13 @@ class MethodConfig:
         return plan if plan.keys is None else plan.with_key_precision(self.key_precision)
 
     def cache_term(self, examples: Examples, compensate: bool = True) -> ScoringPlan:
-        """The cache term alone of one run of examples, for the classes that it has: an additive method's."""
+        """The cache term alone of one run of examples, for the classes that it has, without weights: an additive
+        method's."""
         counts = np.bincount(np.searchsorted(examples.classes, examples.class_ids))
         plan = ScoringPlan(
             n_classes=len(counts),
             keys=image_rows(examples.embeddings, self.which, self.reducer),
             class_offsets=np.concatenate([[0], np.cumsum(counts)]),
-            weights=None if examples.removed is None else (~examples.removed).astype(np.float32),
             query=self.which,
             reducer=self.reducer,
             alpha=self.factor * self.parameters["alpha"],

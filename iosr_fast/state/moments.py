@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.methods.gda import gda_plan, shrunk_precision
+from iosr_fast.methods.gda import gda_plan, mean_excess, shrunk_precision
 from iosr_fast.scoring.plan import ScoringPlan, Which
 from iosr_fast.scoring.reducers import Reducer
 
@@ -50,4 +50,5 @@ class Moments:
         means = self.sums / self.counts[:, None]
         scatter = self.second - self.sums.T @ means
         precision = shrunk_precision((scatter + scatter.T) / 2, int(self.counts.sum()))
-        return gda_plan(means, precision, text, tau, which, reducer, alpha)
+        excess = mean_excess(self.counts, scatter, precision)
+        return gda_plan(means, precision, excess, text, tau, which, reducer, alpha)

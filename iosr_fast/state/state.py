@@ -1,8 +1,9 @@
 """A fitted classifier at one version. Immutable; changes return a new State.
 
 A request is answered by one State, whatever changes meanwhile. For an additive method (Method.additive) the cost of a
-change depends on what it adds: the other arrays are shared, not copied. The plan of "gda" is computed from moments,
-whose size depends on the classes. Other methods are compiled again from the embeddings; no image is encoded again.
+change depends on what it adds, and on a weight for each image where classes differ in size: the other arrays are
+shared, not copied. The plan of "gda" is computed from moments, whose size depends on the classes. Other methods are
+compiled again from the embeddings; no image is encoded again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from iosr_fast.encoders.projections import Projections
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import METHODS, unavailable_reason
 from iosr_fast.methods.conformal import LeftOutLabels
-from iosr_fast.methods.stack import class_sums, discriminant_bias
-from iosr_fast.methods.support_set import SupportSet, image_rows
+from iosr_fast.methods.stack import linear_discriminant
+from iosr_fast.methods.support_set import SupportSet, class_weights, image_rows
 from iosr_fast.methods.tuning.tuned import Tuned
 from iosr_fast.methods.unknown import Unknown
 from iosr_fast.scoring.plan import ScoringPlan
@@ -159,9 +160,9 @@ class State(Evidence):
     def adapted_bias(self) -> np.ndarray:
         """Of a plan whose linear term reads both embeddings (methods.stack), the bias (C,) of the adapted half."""
         assert isinstance(self.plan, ScoringPlan) and self.plan.linear is not None
-        sums = class_sums(image_rows(self.support.embeddings, "adapted", None), self.support)
-        linear, copies = self.plan.linear[:, self.plan.width :], self.config.parameters.get("text_images", 0.0)
-        return discriminant_bias(linear, self.support.counts, sums, self.support.text, copies)
+        rows, parameters = image_rows(self.support.embeddings, "adapted", None), self.config.parameters
+        _, bias = linear_discriminant(rows, self.support, parameters.get("text_images", 0.0))
+        return self.config.factor * parameters["discriminant_adapted"] * bias
 
     @cached_property
     def whole_plan(self) -> ScoringPlan:
@@ -344,7 +345,7 @@ class State(Evidence):
         return replace(self, plan=plan, parts=(), deferred=False)
 
     def _additive(self, after: State) -> State:
-        parts = self._parts_of(after.segments) if "alpha" in self.config.parameters else ()
+        parts = self._parts_of(after) if "alpha" in self.config.parameters else ()
         head = ScoringPlan(len(after.uids), text=after.text, tau=self.config.factor * self.tau)
         uids = np.array(after.uids)
         columns = [columns_of(segment.classes, uids) for segment in after.segments] if parts else []
@@ -375,16 +376,22 @@ class State(Evidence):
         """The rows (n, D) that the method compares."""
         return image_rows(examples.embeddings, self.config.which, self.config.reducer)
 
-    def _parts_of(self, segments: tuple[Examples, ...]) -> tuple[ScoringPlan, ...]:
-        """A cache term for each segment: the existing one, the existing one with new weights, or a new one."""
-        known = {id(segment.ids): (segment, part) for segment, part in zip(self.segments, self.parts, strict=True)}
-        after = []
-        for segment in segments:
-            old, part = known.get(id(segment.ids), (None, None))
+    def _parts_of(self, after: State) -> tuple[ScoringPlan, ...]:
+        """A cache term for each segment, the existing one where its weights stay."""
+        known = {id(segment.ids): part for segment, part in zip(self.segments, self.parts, strict=True)}
+        of_class = class_weights(after.counts)
+        parts = []
+        for segment in after.segments:
+            part = known.get(id(segment.ids))
             if part is None:
-                after.append(self.config.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS))
-            elif old is not None and old.removed is segment.removed:
-                after.append(part)
+                part = self.config.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS)
+            weights = None
+            if segment.removed is not None or (of_class != 1.0).any():
+                columns = columns_of(segment.class_ids, np.array(after.uids))
+                weights = np.where(segment.active & (columns >= 0), of_class[columns], 0.0).astype(np.float32)
+            if part.weights is None or weights is None:
+                same = part.weights is weights
             else:
-                after.append(with_arrays(part, weights=segment.active.astype(np.float32)))
-        return tuple(after)
+                same = np.array_equal(part.weights, weights)
+            parts.append(part if same else with_arrays(part, weights=weights))
+        return tuple(parts)

@@ -26,9 +26,10 @@ def support_set(rng: np.random.Generator, n: int = 23, classes: int = 5, width: 
 
 
 def papers_tip_adapter(support: SupportSet, queries: Embeddings, which: str, alpha: float, beta: float) -> np.ndarray:
-    """Tip-Adapter's code in float64: one-hot values, affinity, both logits added (Zhang et al., equations 4 to 6)."""
+    """Tip-Adapter's code in float64: one-hot values, affinity, both logits added (Zhang et al., equations 4 to 6); a
+    class counts as one of mean size."""
     keys, query = getattr(support.embeddings, which).astype(float), getattr(queries, which).astype(float)
-    values = np.eye(support.n_classes)[support.labels]
+    values = np.eye(support.n_classes)[support.labels] * support.counts.mean() / support.counts
     affinity = query @ keys.T
     cache_logits = np.exp(-(beta - beta * affinity)) @ values
     return support.tau * queries.plain.astype(float) @ support.text.T.astype(float) + cache_logits * alpha

@@ -100,6 +100,11 @@ def pairs_of(rows: Rows, others: Rows, value: Callable[[Rows, Rows], float]) -> 
     return min(found), max(found)
 
 
+def weight(support: SupportSet, c: int) -> float:
+    """1 for classes of one size, as in the papers; otherwise a class counts as one of mean size."""
+    return float(np.mean(support.counts) / (support.labels == c).sum())
+
+
 def tip_x(
     support: SupportSet, queries: Embeddings, keys: Rows, query: Rows, alpha: float, beta: float, gamma: float
 ) -> Rows:
@@ -111,7 +116,8 @@ def tip_x(
     for b in range(len(query)):
         for j, c in enumerate(support.labels):
             scaled = (divergence(asked[b], own[j]) - least) / (most - least) * (high - low) + low
-            logits[b, c] += alpha * np.exp(-beta * (1 - query[b] @ keys[j])) + gamma * -scaled
+            logits[b, c] += weight(support, c) * alpha * np.exp(-beta * (1 - query[b] @ keys[j]))
+            logits[b, c] += weight(support, c) * gamma * -scaled
     return logits
 
 
@@ -144,19 +150,32 @@ def ape(
         for j, c in enumerate(support.labels):
             onehot, guess = np.eye(support.n_classes)[c], powers[j] / powers[j].sum()
             kl = sum(y * np.log2((y + 1e-6) / (p + 1e-6)) for y, p in zip(onehot, guess, strict=True))
-            logits[b, c] += alpha * np.exp(gamma * kl) * np.exp(-beta * (1 - asked[b] @ near[j]))
+            affinity = np.exp(-beta * (1 - asked[b] @ near[j]))
+            logits[b, c] += weight(support, c) * alpha * np.exp(gamma * kl) * affinity
     return logits
 
 
-def discriminant(keys: Rows, labels: np.ndarray, classes: int) -> Callable[[Rows], Rows]:
-    """Wang et al., ICLR 2024, equations 4 to 8: x -> the score of each class."""
+def discriminant(keys: Rows, labels: np.ndarray, classes: int, copies: int = 0) -> Callable[[Rows], Rows]:
+    """Wang et al., ICLR 2024, equations 4 to 8: x -> the score of each class; without the noise of means that classes
+    have beyond a largest one. The first `copies` rows of each class have no noise."""
     n, width = keys.shape
     means = [sum(keys[labels == c]) / (labels == c).sum() for c in range(classes)]
     covariance = sum(np.outer(x - means[c], x - means[c]) for x, c in zip(keys, labels, strict=True)) / max(1, n - 1)
     singular = np.trace(covariance) <= 1e-12
     shrunk = np.eye(width) if singular else (n - 1) * covariance + np.trace(covariance) * np.eye(width)
     precision = np.eye(width) if singular else width * np.linalg.inv(shrunk)
-    return lambda x: np.array([x @ precision @ m + np.log(1 / classes) - m @ precision @ m / 2 for m in means])
+    images = keys[copies * classes :], labels[copies * classes :]
+    counts = [int((images[1] == c).sum()) for c in range(classes)]
+    centres = [images[0][images[1] == c].mean(0) for c in range(classes)]
+    noise = sum((x - centres[c]) @ precision @ (x - centres[c]) for x, c in zip(*images, strict=True))
+    noise /= max(1, len(images[0]) - classes)
+    lengths = [
+        m @ precision @ m - noise * (n / (n + copies) ** 2 - max(counts) / (max(counts) + copies) ** 2)
+        for m, n in zip(means, counts, strict=True)
+    ]
+    return lambda x: np.array(
+        [x @ precision @ m + np.log(1 / classes) - s / 2 for m, s in zip(means, lengths, strict=True)]
+    )
 
 
 def gda(support: SupportSet, queries: Embeddings, keys: Rows, query: Rows, alpha: float) -> Rows:
@@ -171,7 +190,7 @@ def timo(
     means = [unit(sum(keys[support.labels == c])) for c in range(support.n_classes)]
     instances = [text[c] * (means[c] @ text[c]) for c in range(support.n_classes) for _ in range(int(gamma))]
     labels = np.concatenate([np.repeat(np.arange(support.n_classes), int(gamma)), support.labels])
-    scores = discriminant(np.concatenate([instances, keys]), labels, support.n_classes)
+    scores = discriminant(np.concatenate([instances, keys]), labels, support.n_classes, int(gamma))
     return zero_shot(support, queries) + alpha * np.array([scores(x) for x in query])
 
 

@@ -57,7 +57,7 @@ def papers_discriminant(
     rows: np.ndarray, labels: np.ndarray, texts: np.ndarray, copies: float, queries: np.ndarray
 ) -> np.ndarray:
     """GDA (Wang et al., 2024) with the precision of one image: image by image, class by class; weighted texts are
-    further images (TIMO)."""
+    further images (TIMO). Without the noise of means that classes have beyond a largest one."""
     all_rows, all_labels, weights = rows, labels, np.ones(len(rows))
     if texts.any():
         means = np.array([rows[labels == c].mean(0) for c in range(len(texts))])
@@ -72,7 +72,14 @@ def papers_discriminant(
     for row, label, weight in zip(all_rows, all_labels, weights, strict=True):
         covariance += weight * np.outer(row - means[label], row - means[label]) / (n - 1)
     precision = np.linalg.inv(covariance + np.trace(covariance) / (n - 1) * np.eye(width))
-    return np.array([[q @ precision @ m - m @ precision @ m / 2 for m in means] for q in queries])
+    counts = np.bincount(labels)
+    around = rows - np.array([rows[labels == c].mean(0) for c in range(len(texts))])[labels]
+    noise = np.einsum("nd,de,ne->", around, precision, around) / (len(rows) - len(texts))
+    shares = counts / (counts + copies * texts.any()) ** 2
+    excess = noise * (shares - shares[counts.argmax()])
+    return np.array(
+        [[q @ precision @ m - (m @ precision @ m - e) / 2 for m, e in zip(means, excess, strict=True)] for q in queries]
+    )
 
 
 def written_out(support: SupportSet, queries: Embeddings, p: dict[str, float]) -> np.ndarray:

@@ -25,14 +25,15 @@ def tip_x_literal(
 
     logits = tau * plain @ text' + alpha * exp(-beta * (1 - cosines)) @ onehot - gamma * scale(divergences) @ onehot
 
-    where scale takes divergence_range (least, most) to cosine_range. Returns (B, C) float64.
+    where scale takes divergence_range (least, most) to cosine_range, and a class counts as one of mean size
+    (support_set.class_weights). Returns (B, C) float64.
     """
     cosines, divergences = _tip_x_pairs(support, queries, which, temperature)
     (least, most), (low, high) = divergence_range, cosine_range
     scaled = (divergences - least) / (most - least) * (high - low) + low
     assert support.text is not None
     zero_shot = support.tau * np.asarray(queries.plain, np.float64) @ support.text.T.astype(np.float64)
-    onehot = np.eye(support.n_classes)[support.labels]
+    onehot = np.eye(support.n_classes)[support.labels] * (support.counts.mean() / np.maximum(support.counts, 1))
     logits: np.ndarray = zero_shot + alpha * np.exp(-beta * (1.0 - cosines)) @ onehot - gamma * scaled @ onehot
     return logits
 

@@ -177,6 +177,7 @@ class HeldOutSet:
         return [
             _ClassKeys(
                 self.method.compile(support, self.method.which, self.reducer, **ones),
+                support.key_weights,
                 self.queries[rows],
                 self.labels[rows],
                 zero_shot_logits(support, self.queries[rows]),
@@ -201,10 +202,12 @@ class HeldOutSet:
 @dataclass(frozen=True, eq=False)
 class _ClassKeys:
     """Queries with `labels` (V,), their zero-shot logits (V, C), and the plan of other images, all of whose parameters
-    are 1. beta is a plan's own; gamma multiplies the linear term, or is the power of the keys' weights.
+    are 1. beta is a plan's own; gamma multiplies the linear term, or is the power of the keys' weights beyond those of
+    their classes (SupportSet.key_weights).
     """
 
     plan: ScoringPlan
+    key_weights: np.ndarray | None
     queries: Embeddings
     labels: np.ndarray
     zero_shot: np.ndarray
@@ -217,8 +220,11 @@ class _ClassKeys:
         return score(replace(self.plan, keys=None, class_offsets=None, weights=None, tau=0.0), self.queries)
 
     def _weights(self, setting: Setting) -> np.ndarray | None:
-        weights = self.plan.weights
-        return weights if weights is None else np.asarray(weights, np.float64) ** setting["gamma"]
+        if self.plan.weights is None:
+            return None
+        of_class = 1.0 if self.key_weights is None else self.key_weights
+        weights: np.ndarray = of_class * (self.plan.weights / of_class) ** setting.get("gamma", 1.0)
+        return weights
 
     def logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """As HeldOutSet.logits."""
@@ -237,7 +243,8 @@ class _ClassKeys:
             if [dict(s) for s in settings] != [{"beta": b, "gamma": g} for b, g in product(betas, gammas)]:
                 raise IosrFastError("expected every beta with every gamma, betas first")
             call = {"betas": betas, "extra": self._linear, "gammas": gammas}
-        elif self.plan.weights is not None:
+            settings = settings[:: len(gammas)]
+        if self.plan.weights is not None:
             call["weights"] = np.stack([np.asarray(self._weights(setting)) for setting in settings])
         return cache_intervals(
             base=self.zero_shot,
