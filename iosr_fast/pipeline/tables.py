@@ -120,7 +120,7 @@ def read_csv(file: TextIO) -> Iterator[Labelled]:
 
 
 def read_table(out: Path) -> Iterator[Labelled]:
-    """The rows of `write_table`."""
+    """The rows of `write_table`, numbers with the 4 digits of CSV."""
     if out.suffix == ".csv":
         with out.open(encoding="utf-8", newline="") as file:
             yield from read_csv(file)
@@ -130,7 +130,7 @@ def read_table(out: Path) -> Iterator[Labelled]:
         names = [name for name in wanted if name in table.schema_arrow.names]
         for row in (row for batch in table.iter_batches(columns=names) for row in batch.to_pylist()):
             numbers = (row.get(name) for name in ("probability", UNKNOWN_SCORE))
-            probability, score = (math.nan if number is None else number for number in numbers)
+            probability, score = (math.nan if number is None else round(number, 4) for number in numbers)
             yield Labelled(row["path"], row["label"] or "", probability, score, row["error"] or "")
 
 

@@ -40,6 +40,19 @@ class Examples:
         """The uids of the classes that have a row here, rising."""
         return np.unique(self.class_ids)
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(c,) int64, the rows of each of `classes`."""
+        sizes: np.ndarray = np.diff(np.append(np.searchsorted(self.class_ids, self.classes), len(self)))
+        return sizes
+
+    @cached_property
+    def active_sizes(self) -> np.ndarray:
+        """(c,) int64, the active rows of each of `classes`."""
+        if self.removed is None:
+            return self.sizes
+        return np.add.reduceat(self.active.astype(np.int64), np.cumsum(self.sizes) - self.sizes)
+
     @property
     def active(self) -> np.ndarray:
         """(n,) bool."""

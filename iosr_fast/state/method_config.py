@@ -74,11 +74,10 @@ class MethodConfig:
     def cache_term(self, examples: Examples, compensate: bool = True) -> ScoringPlan:
         """The cache term alone of one run of examples, for the classes that it has, without weights: an additive
         method's."""
-        counts = np.bincount(np.searchsorted(examples.classes, examples.class_ids))
         plan = ScoringPlan(
-            n_classes=len(counts),
+            n_classes=len(examples.sizes),
             keys=image_rows(examples.embeddings, self.which, self.reducer),
-            class_offsets=np.concatenate([[0], np.cumsum(counts)]),
+            class_offsets=np.concatenate([[0], np.cumsum(examples.sizes)]),
             query=self.which,
             reducer=self.reducer,
             alpha=self.factor * self.parameters["alpha"],

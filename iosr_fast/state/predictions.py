@@ -77,7 +77,7 @@ class Prediction:
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures
     >>> pictures = load_pictures("held-out", min_styles=5)
-    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
     >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
     >>> [prediction] = classifier.explain(images[0], top=2, nearest=1)
     >>> prediction.label == labels[0], len(prediction.top), len(prediction.nearest)

@@ -107,9 +107,8 @@ class State(Evidence):
             plan = config.compile(examples.as_support(owned, text, tau))
         parts: tuple[ScoringPlan, ...] = ()
         if config.additive and plan.keys is not None and plan.values is None:
-            counts = np.bincount(np.searchsorted(examples.classes, examples.class_ids))
-            offsets = np.concatenate([[0], np.cumsum(counts)])
-            parts = (with_arrays(plan, n_classes=len(counts), text=None, class_offsets=offsets),)
+            offsets = np.concatenate([[0], np.cumsum(examples.sizes)])
+            parts = (with_arrays(plan, n_classes=len(examples.sizes), text=None, class_offsets=offsets),)
         return cls(
             version,
             tuple(class_names),
@@ -199,8 +198,8 @@ class State(Evidence):
             return self.multi_label.labels.sum(0)
         counts, uids = np.zeros(len(self.uids), np.int64), np.array(self.uids)
         for segment in self.segments:
-            class_ids, numbers = np.unique(segment.class_ids[segment.active], return_counts=True)
-            counts[np.searchsorted(uids, class_ids)] += numbers
+            columns = columns_of(segment.classes, uids)
+            counts[columns[columns >= 0]] += segment.active_sizes[columns >= 0]
         return counts
 
     def classes(self, after: int = -1, limit: int | None = None) -> list[ClassInfo]:
@@ -387,8 +386,8 @@ class State(Evidence):
                 part = self.config.cache_term(segment, compensate=len(segment) >= COMPENSATED_KEYS)
             weights = None
             if segment.removed is not None or (of_class != 1.0).any():
-                columns = columns_of(segment.class_ids, np.array(after.uids))
-                weights = np.where(segment.active & (columns >= 0), of_class[columns], 0.0).astype(np.float32)
+                columns = columns_of(segment.classes, np.array(after.uids))
+                weights = np.repeat(of_class[columns].astype(np.float32), segment.sizes) * segment.active
             if part.weights is None or weights is None:
                 same = part.weights is weights
             else:

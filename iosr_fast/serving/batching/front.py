@@ -65,7 +65,7 @@ class BatchingClassifier:
     >>> from iosr_fast import Classifier
     >>> from iosr_fast.clip.demo.pictures import load_pictures
     >>> pictures = load_pictures("held-out", min_styles=5)
-    >>> images, labels = pictures.images[:20], [pictures.names[c] for c in pictures.concepts[:20]]
+    >>> images, labels = pictures.images[:18], [pictures.names[c] for c in pictures.concepts[:18]]
     >>> classifier = Classifier("demo", method="tip-adapter++", alpha=100, beta=20).fit(images, labels)
     >>> with BatchingClassifier(classifier, decode_threads=1) as batching:
     ...     futures = [batching.submit(image, top=1) for image in images[:3]]
