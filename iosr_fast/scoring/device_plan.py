@@ -139,17 +139,34 @@ def _move(plan: ScoringPlan, device: torch.device) -> DevicePlan:
         array = field.of(plan)
         if array is not None and field.device_dtype is not None:
             array = array.astype(field.device_dtype)
-        tensors[field.name] = None if array is None else _copy_to(array, device, plan)
+        tensors[field.name] = None if array is None else _copy_to(array, device, _held(plan))
     constants = {name: getattr(plan, name) for name in CONSTANT_NAMES}
     return DevicePlan(width=plan.width, device=device, **constants, **tensors)
 
 
-def _copy_to(array: np.ndarray, device: torch.device, plan: ScoringPlan) -> Tensor:
-    """The array on a device, with one copy for all plans that share the array.
+class _Copies(dict[Any, "Tensor"]):
+    """Copies of arrays on devices that plans hold. A class of its own, as a dict has no weak references."""
 
-    The copy lives as long as the plan or a shallow copy of it: a change of classes may replace each plan by one that
-    differs in its weights alone, before the new one is used.
-    """
+
+def share_copies(source: ScoringPlan, target: ScoringPlan) -> None:
+    """Keep the copies of `source` as long as `target` exists: a change of classes replaces plans by ones that differ in
+    their weights alone, and the old ones may be gone before the new ones are used."""
+    vars(target)["_device_copies"] = _held(source)
+
+
+def _held(plan: ScoringPlan) -> _Copies:
+    held: _Copies = vars(plan).setdefault("_device_copies", _Copies())
+    return held
+
+
+def _forget(held: weakref.ref[_Copies], place: tuple[int, Any]) -> None:
+    if (copies := held()) is not None:
+        copies.pop(place, None)
+
+
+def _copy_to(array: np.ndarray, device: torch.device, held: _Copies) -> Tensor:
+    """The array on a device, with one copy for all plans that share the array. It lives as long as one of them, or the
+    array if that is shorter."""
     if device.type == "cpu":
         return as_tensor(array)
     place = (id(array), device)
@@ -158,10 +175,9 @@ def _copy_to(array: np.ndarray, device: torch.device, plan: ScoringPlan) -> Tens
         copy = _copies[place] = as_tensor(array).to(device)
         # Another array may have the same id later.
         weakref.finalize(array, _copies.pop, place, None)
-    held: dict[Any, Tensor] = vars(plan).setdefault("_device_copies", {})
     if place not in held:
         held[place] = copy
-        weakref.finalize(array, held.pop, place, None)
+        weakref.finalize(array, _forget, weakref.ref(held), place)
     return copy
 
 

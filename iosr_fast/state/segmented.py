@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Array, Embeddings
+from iosr_fast.scoring.device_plan import share_copies
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.scorer import Scorer
 from iosr_fast.scoring.validation import frozen
@@ -79,6 +80,7 @@ def with_arrays(plan: ScoringPlan, **changed: Any) -> ScoringPlan:
         if isinstance(value, np.ndarray):
             value = frozen(name, value, value.dtype.type)
         object.__setattr__(changed_plan, name, value)
+    share_copies(plan, changed_plan)
     return changed_plan
 
 

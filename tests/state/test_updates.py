@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from iosr_fast.state.bundle import load_bundle
 from iosr_fast.state.description import describe
 from iosr_fast.state.predictions import predict
 from iosr_fast.state.segmented import SegmentedPlan
+from tests.conftest import random_plan
 from tests.pictures import encode
 from tests.state.live_parts import WIDTH, PixelEncoder, engine_folder, pictures, small_classifier, unfitted, unit
 
@@ -248,6 +251,23 @@ def test_a_change_uploads_the_new_keys_alone(images: np.ndarray, monkeypatch: py
     first = classifier.examples("motif 0")[0]
     classifier.remove_examples([first])
     assert upload() == [] and before.version == 1
+
+
+def test_copies_on_a_gpu_are_freed_with_the_last_plan_that_has_them() -> None:
+    pytest.importorskip("torch", reason="torch comes with the cpu extra")
+    from iosr_fast.scoring.device_plan import device_plan
+    from iosr_fast.state.segmented import with_arrays
+
+    plan = random_plan(np.random.default_rng(0), [2, 3], 8)
+    keys = plan.keys
+    copy = weakref.ref(device_plan(plan, "meta").keys)
+    after = with_arrays(plan, weights=np.ones(5, np.float32))
+    del plan
+    gc.collect()
+    assert after.keys is keys and copy() is not None
+    del after
+    gc.collect()
+    assert keys is not None and copy() is None
 
 
 def test_embeddings_of_a_gpu_encoder_are_scored_where_they_are(
