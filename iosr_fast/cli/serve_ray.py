@@ -121,10 +121,18 @@ def _choose(kind: type[_T], options: dict[str, Any]) -> _T:
 
 
 def _deploy(serve: Any, bundle: Path, settings: Settings, scale: Scale, name: str) -> None:
+    from ray.exceptions import RayError
+
     from iosr_fast.serving.ray import deploy
 
-    # An HTTP proxy on every machine; no effect if Ray Serve runs already.
-    serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
+    try:  # an HTTP proxy on every machine; no effect if Ray Serve runs already
+        serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
+    except (RayError, TimeoutError) as error:
+        reason = str(getattr(error, "cause", error)).rstrip(".")
+        raise IosrFastError(
+            f"expected Ray's HTTP proxy to start at {settings.host}:{settings.port}, got: {reason}; choose a free "
+            "--port; if the machine is busy, set RAY_worker_niceness=0"
+        ) from error
     facts = deploy(bundle, settings, scale, name)
     first = facts[0]
     typer.echo(

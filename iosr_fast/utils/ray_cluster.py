@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 
 import iosr_fast
 from iosr_fast.utils.require import require
+
+# Ray Serve kills an HTTP proxy that is not ready within three times this, 15 seconds by default, and then
+# `serve.start` fails; on two busy cores the imports alone take longer. `serve.start` itself gives up after 60 seconds.
+_PROXY_READY = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
 
 
 @contextmanager
@@ -25,7 +30,7 @@ def joined(address: str | None, cores: int) -> Iterator[Any]:
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": {"PYTHONPATH": str(root)}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": str(root), _PROXY_READY: os.environ.get(_PROXY_READY, "60")}},
     }
     if address is None:
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)

@@ -77,10 +77,12 @@ def served(said: Path, *options: str) -> Iterator[tuple[str, str]]:
         port = free.getsockname()[1]
     command = [*COMMAND, "--port", str(port), *options]
     with said.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        # Ray's workers are niced: beside other tests they would hardly get a core.
+        environment = {**os.environ, "RAY_worker_niceness": "0"}
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     started: set[int] = set()
     try:
-        wait_for(lambda: process.poll() is not None or "join with" in said.read_text(), 120, "replicas")
+        wait_for(lambda: process.poll() is not None or "join with" in said.read_text(), 300, "replicas")
         assert process.poll() is None, said.read_text()
         started = descendants(process.pid)
         assert len(started) > 5

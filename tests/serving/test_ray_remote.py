@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -304,3 +304,24 @@ def test_an_application_is_built_or_says_why_not(tmp_path: Path) -> None:
         build_app(tmp_path)
     refused = CliRunner().invoke(app, ["serve-ray", str(save_broken(tmp_path / "broken"))])
     assert refused.exit_code == 2 and "does not match its manifest" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RayTaskError("ready", "Traceback", RuntimeError("Failed to bind to '127.0.0.1:80'.")), "Failed to bind"),
+        (ActorDiedError(), "died"),
+        (TimeoutError("HTTP proxies not available after 60s."), "not available after 60s; choose a free --port"),
+    ],
+)
+def test_a_proxy_that_does_not_start_is_an_error_in_words(
+    failure: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**_: object) -> None:
+        raise failure.as_instanceof_cause() if isinstance(failure, RayTaskError) else failure  # as ray.get raises it
+
+    monkeypatch.setattr("iosr_fast.utils.ray_cluster.joined", lambda *_: nullcontext())
+    monkeypatch.setattr("ray.serve.start", start)
+    refused = CliRunner().invoke(app, ["serve-ray", str(bundle()), "--address", "auto", "--port", "80"])
+    assert refused.exit_code == 2 and said in refused.output
+    assert "start at 127.0.0.1:80" in refused.output and "RAY_worker_niceness=0" in refused.output
