@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
+from iosr_fast.methods.support_set import SupportSet, class_weights
 from iosr_fast.scoring.plan import Which
 
 
@@ -17,9 +18,10 @@ def kernel_matrix(rows: np.ndarray, keys: np.ndarray, beta: float) -> np.ndarray
 
 
 class KernelRidge:
-    """Kernel ridge regression of `target` (N, C) on images with the kernel matrix `kernel` (N, N), in float64.
+    """Kernel ridge regression of `target` (N, C) on images with the kernel matrix `kernel` (N, N), in float64. `ridge`
+    is a number, or that of each image (N,).
 
-    One factorisation serves every fold: kernel + ridge I = L L', A = inv(L)' inv(L), values = A target.
+    One factorisation serves every fold: kernel + diag(ridge) = L L', A = inv(L)' inv(L), values = A target.
 
     >>> model = KernelRidge(np.array([[1.0, 0.5], [0.5, 1.0]]), np.eye(2), ridge=1.0)
     >>> model.values.round(3)
@@ -30,9 +32,9 @@ class KernelRidge:
            [0.25, 0.  ]])
     """
 
-    def __init__(self, kernel: np.ndarray, target: np.ndarray, ridge: float) -> None:
+    def __init__(self, kernel: np.ndarray, target: np.ndarray, ridge: float | np.ndarray) -> None:
         self.target = target
-        self._factor = lower_inverse(np.linalg.cholesky(kernel + ridge * np.eye(len(kernel))))
+        self._factor = lower_inverse(np.linalg.cholesky(kernel + np.diag(np.broadcast_to(ridge, len(kernel)))))
         self.values: np.ndarray = self._factor.T @ (self._factor @ target)
 
     def without_one(self, query_kernel: np.ndarray | None = None) -> np.ndarray:
@@ -66,6 +68,15 @@ class KernelRidge:
             else:
                 predicted[rows] = query_kernel[rows] @ (self.values - self._factor.T @ (columns @ removed))
         return predicted
+
+
+def class_ridge(ridge: float, support: SupportSet) -> np.ndarray:
+    """(N,) float64: `ridge` over the weight of each image (`support_set.class_weights`). The squared errors of a
+    class's images together weigh as much as those of another class, which may have more images.
+
+    A fold keeps the weights of the whole set (SupportSet.whole), so that one factorisation serves every fold.
+    """
+    return ridge / class_weights(support.counts if support.whole is None else support.whole)[support.labels]
 
 
 def regress_labels(images: MultiLabelSet, which: Which, beta: float, ridge: float, texts: float = 0.0) -> KeyTerm:

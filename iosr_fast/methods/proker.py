@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.kernel_ridge import KernelRidge, kernel_matrix, regress_labels
+from iosr_fast.methods.kernel_ridge import KernelRidge, class_ridge, kernel_matrix, regress_labels
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.multi_label_set import KeyTerm, MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -27,10 +27,11 @@ def proker(
     """logits[b, c] = tau * (<plain[b], text[c]> + alpha * sum_j k(x[b], key[j]) V[j, c]), (B, C)
 
     with k(x, y) = exp(-beta (1 - <x, y>)), x (B, D) and the keys (N, D) plain or adapted (`which`) and reduced, and
-    V = (K + ridge * I)^-1 (Y - F): ridge regression, in the kernel's space, of the one-hot labels Y minus the zero-shot
-    cosines F = <plain key, text> (0 without text). alpha = 1 is the paper's closed form; the public code's solution is
-    `ridge` times that, which alpha can express. alpha, beta and ridge have no units; ridge > 0. Solved in float64, at
-    N^3 operations.
+    V = (K + ridge * W^-1)^-1 (Y - F): ridge regression, in the kernel's space, of the one-hot labels Y minus the
+    zero-shot cosines F = <plain key, text> (0 without text). W = diag(SupportSet.key_weights), so that a class with
+    more images than others does not get their queries; with classes of one size it is the paper's I. alpha = 1 is the
+    paper's closed form; the public code's solution is `ridge` times that, which alpha can express. alpha, beta and
+    ridge have no units; ridge > 0. Solved in float64, at N^3 operations.
 
     Raises IosrFastError for values that a plan can't have (ScoringPlan).
 
@@ -48,7 +49,7 @@ def proker(
     """
     keys = image_rows(support.embeddings, which, reducer)
     kernel = kernel_matrix(keys, keys, beta)
-    kernel[np.diag_indices(len(keys))] += ridge
+    kernel[np.diag_indices(len(keys))] += class_ridge(ridge, support)
     return ScoringPlan(
         n_classes=support.n_classes,
         text=support.text,
@@ -82,7 +83,8 @@ def leave_out(
 
     def predict(setting: Mapping[str, float]) -> np.ndarray:
         kernel, query_kernel = kernels(setting["beta"])
-        predicted = KernelRidge(kernel, target, setting["ridge"]).without_folds(folds, query_kernel)
+        model = KernelRidge(kernel, target, class_ridge(setting["ridge"], support))
+        predicted = model.without_folds(folds, query_kernel)
         return (support.tau * predicted).astype(np.float32)
 
     return predict

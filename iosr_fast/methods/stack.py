@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods.kernel_ridge import kernel_matrix, regress_labels
+from iosr_fast.methods.kernel_ridge import class_ridge, kernel_matrix, regress_labels
 from iosr_fast.methods.method import Method
 from iosr_fast.methods.multi_label_set import KeyTerm, LinearTerm, MultiLabelSet
 from iosr_fast.methods.support_set import SupportSet, image_rows
@@ -39,15 +39,16 @@ def stack(
                     + discriminant * G(plain[b], c) + discriminant_adapted * G(adapted[b], c)
                     + sum_j exp(-beta (1 - <x[b], key[j]>)) V[j, c], (B, C),
 
-    V = (K + ridge I)^-1 (regression * Y - text_regression * F), (N, C).
+    V = (K + ridge W^-1)^-1 (regression * Y - text_regression * F), (N, C).
 
     G(x, c) = x' P mu_c - (mu_c' P mu_c - e_c) / 2 is the discriminant of methods.gda with the precision
     P = inv(Sigma + tr(Sigma) / (N - 1) I), or I if each class has one image and no text. Means and covariance are those
     of the images and, as in methods.timo, of `text_images` copies of <u_c, text_c> text_c, u_c the unit mean of class
     c. A class without images takes the mean of the others, which says nothing about it. K (N, N) is the kernel of the
     keys, which are the plain embeddings of the support images, or with adapted_keys = 1 the adapted ones; x is the same
-    of the query; Y (N, C) are the one-hot labels and F = <plain key, text> the zero-shot cosines. With
-    regression = text_regression the last term is ProKeR's.
+    of the query; Y (N, C) are the one-hot labels, F = <plain key, text> the zero-shot cosines and
+    W = diag(SupportSet.key_weights), I for classes of one size. With regression = text_regression the last term is
+    ProKeR's.
 
     All weights are >= 0, without units; ridge > 0. A term whose weight is 0 is left out of the plan. Solved in float64;
     N^3 operations for the regression, N D^2 + D^3 for the discriminants. Without text the text terms are left out.
@@ -83,7 +84,7 @@ def stack(
         query: Which = "adapted" if adapted_keys else "plain"
         keys = image_rows(support.embeddings, query, None)
         kernel = kernel_matrix(keys, keys, beta)
-        kernel[np.diag_indices(len(keys))] += ridge
+        kernel[np.diag_indices(len(keys))] += class_ridge(ridge, support)
         values = np.linalg.solve(kernel, regression * one_hot(support) - text_regression * zero_shot(support))
         arrays |= {"keys": keys, "values": values, "query": query, "beta": beta}
     if support.text is not None and text > 0:

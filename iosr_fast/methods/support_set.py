@@ -24,6 +24,7 @@ class SupportSet:
     projections    those of the CLIP, which the reducer "isoclip" needs; None for an encoder without them
     queries        (N, D): the same images with one view each, as queries have; leave-one-out scores these. None: the
                    rows of `embeddings`
+    whole          (C,) int64, `counts` of the set that a fold was taken out of (`without`); None: `counts`
 
     `make_support_set` sorts the rows and makes one.
 
@@ -38,6 +39,7 @@ class SupportSet:
     tau: float
     queries: Embeddings | None = None
     projections: Projections | None = None
+    whole: np.ndarray | None = None
 
     @property
     def n_classes(self) -> int:
@@ -69,6 +71,10 @@ class SupportSet:
         counts = np.bincount(self.labels[rows], minlength=self.n_classes)
         queries = None if self.queries is None else self.queries[rows]
         return replace(self, embeddings=self.embeddings[rows], class_offsets=_offsets(counts), queries=queries)
+
+    def without(self, rows: np.ndarray) -> SupportSet:
+        """The support set without the images of a fold, `rows` a mask (N,) bool, which remembers `whole`."""
+        return replace(self.only(~rows), whole=self.counts if self.whole is None else self.whole)
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:

@@ -194,17 +194,18 @@ def timo(
     return zero_shot(support, queries) + alpha * np.array([scores(x) for x in query])
 
 
-def ridge_values(keys: Rows, residual: Rows, beta: float, ridge: float) -> Rows:
+def ridge_values(keys: Rows, residual: Rows, beta: float, ridge: Rows) -> Rows:
     kernel = np.array([[np.exp(-beta * (1 - a @ b)) for b in keys] for a in keys])
-    return np.linalg.solve(kernel + ridge * np.eye(len(keys)), residual)
+    return np.linalg.solve(kernel + np.diag(ridge), residual)
 
 
 def proker(
     support: SupportSet, queries: Embeddings, keys: Rows, query: Rows, alpha: float, beta: float, ridge: float
 ) -> Rows:
-    """Bendou et al., CVPR 2025, section 4."""
+    """Bendou et al., CVPR 2025, section 4; an image of a larger class has a larger ridge."""
     known = support.embeddings.plain.astype(np.float64) @ support.text.T.astype(np.float64)
-    values = ridge_values(keys, np.eye(support.n_classes)[support.labels] - known, beta, ridge)
+    each = ridge * support.counts[support.labels] / support.counts[support.counts > 0].mean()
+    values = ridge_values(keys, np.eye(support.n_classes)[support.labels] - known, beta, each)
     logits = zero_shot(support, queries)
     for b in range(len(query)):
         for j in range(len(keys)):
@@ -312,16 +313,17 @@ def test_kernel_ridge_without_a_fold_is_a_fit_without_it(kind: str, folds: str, 
     rows, queries = (e.astype(np.float64) for e in (support.embeddings.plain, support.embeddings.adapted))
     residual, own = rng.standard_normal((len(rows), 6)), FOLDS[folds](support.labels)
     kernel, query_kernel = (np.exp(-2.0 * (1 - x @ rows.T)) for x in (rows, queries))
-    found = KernelRidge(kernel, residual, 0.05).without_folds(own, query_kernel)
+    ridge = rng.uniform(0.02, 0.1, len(rows))
+    found = KernelRidge(kernel, residual, ridge).without_folds(own, query_kernel)
     for j, fold in enumerate(own):
         if fold < 0:
             assert np.isnan(found[j]).all()
             continue
         kept = own != fold
-        values = ridge_values(rows[kept], residual[kept], 2.0, 0.05)
+        values = ridge_values(rows[kept], residual[kept], 2.0, ridge[kept])
         np.testing.assert_allclose(found[j], query_kernel[j, kept] @ values, atol=1e-8)
-    of_images = KernelRidge(kernel, residual, 0.05).without_folds(own, kernel)
-    np.testing.assert_allclose(KernelRidge(kernel, residual, 0.05).without_folds(own), of_images, atol=1e-9)
+    of_images = KernelRidge(kernel, residual, ridge).without_folds(own, kernel)
+    np.testing.assert_allclose(KernelRidge(kernel, residual, ridge).without_folds(own), of_images, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 99, 100, 101, 257])

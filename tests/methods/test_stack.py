@@ -93,7 +93,8 @@ def written_out(support: SupportSet, queries: Embeddings, p: dict[str, float]) -
     kernel, across = (np.exp(-p["beta"] * (1 - rows @ keys.T)) for rows in (keys, asked))
     target = p["regression"] * np.eye(support.n_classes)[support.labels] - p["text_regression"] * plain @ text.T
     logits = p["text"] * support.tau * query @ text.T
-    logits += across @ np.linalg.inv(kernel + p["ridge"] * np.eye(len(keys))) @ target
+    ridge = p["ridge"] * support.counts[support.labels] / support.counts[support.counts > 0].mean()
+    logits += across @ np.linalg.inv(kernel + np.diag(ridge)) @ target
     logits += p["discriminant"] * papers_discriminant(plain, support.labels, text, p["text_images"], query)
     if p.get("discriminant_adapted"):
         logits += p["discriminant_adapted"] * papers_discriminant(

@@ -84,7 +84,7 @@ def test_leave_one_out_scores_what_was_fit_without_the_image(rng: np.random.Gene
     alpha, right = 2.5, []
     for at, j in enumerate(held_out.rows):
         assert held_out.folds is not None
-        without = support.only(held_out.folds != held_out.folds[j])
+        without = support.without(held_out.folds == held_out.folds[j])
         plan = compile_method(method, without, reducer=reducer, alpha=alpha, **setting)
         expected = score_reference(plan, held_out.queries[np.array([j])])[0]
         assert np.abs(base[at] + alpha * slope[at] - expected).max() < 2e-4 * np.abs(expected).max()

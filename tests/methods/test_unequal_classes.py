@@ -9,9 +9,11 @@ import pytest
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.evaluation.tasks import Source, Task, with_unequal_classes
-from iosr_fast.methods import compile_method
+from iosr_fast.methods import METHODS, compile_method
 from iosr_fast.methods.gda import mean_excess
 from iosr_fast.methods.support_set import SupportSet, make_support_set
+from iosr_fast.methods.tuning.held_out import HeldOutSet
+from iosr_fast.methods.tuning.stack_weights import FEW_SHOT_SETTING, fit_stack
 from iosr_fast.methods.tuning.tune import tune
 from iosr_fast.scoring.score import score
 
@@ -31,12 +33,16 @@ def clusters(rng: np.random.Generator, counts: list[int], noise: float) -> tuple
     return make_support_set(Embeddings(rows), labels, None, 1.0, len(counts)), Embeddings(queries), asked
 
 
-@pytest.mark.parametrize(("method", "least"), [("tip-adapter", 0.8), ("gda", 0.8), ("stack", 0.75)])
-def test_small_classes_keep_their_queries(method: str, least: float) -> None:
-    """With sums over keys and lengths of means as they are, 53, 75 and 63% of them are right."""
+@pytest.mark.parametrize(
+    ("method", "small", "least"),
+    [("tip-adapter", 2, 0.8), ("gda", 2, 0.8), ("proker", 2, 0.7), ("stack", 2, 0.8), ("stack", 1, 0.5)],
+)
+def test_small_classes_keep_their_queries(method: str, small: int, least: float) -> None:
+    """With sums over keys, lengths of means and one ridge for all, and weights from the images of large classes alone,
+    53, 75, 52, 63 and 15% of them are right."""
     recalls = []
     for seed in range(3):
-        support, queries, labels = clusters(np.random.default_rng(seed), [2] * 5 + [16] * 5, 1.2)
+        support, queries, labels = clusters(np.random.default_rng(seed), [small] * 5 + [16] * 5, 1.2)
         right = score(tune(method, support).compile(support), queries).argmax(1) == labels
         recalls.append(right[labels < 5].mean())
     assert np.mean(recalls) > least
@@ -49,6 +55,26 @@ def test_without_similarity_a_larger_class_has_no_larger_logit(rng: np.random.Ge
     plan = compile_method(method, support, alpha=2.0, beta=0.0, **({} if method == "tip-adapter" else {"gamma": 0.0}))
     cache = score(plan, queries) - score(compile_method("zero-shot", support), queries)
     np.testing.assert_allclose(cache, 2.0 * 10 / 3, rtol=1e-5)
+
+
+def test_copies_of_a_classs_images_change_a_regression_as_another_ridge_does(rng: np.random.Generator) -> None:
+    """Copies have a share of the weight of what they are copies of: 3/4 of it in all classes, as the mean class has 8/3
+    images in place of 2."""
+    support, queries, _ = clusters(rng, [2, 2, 2], 1.0)
+    rows = support.embeddings.plain[[0, 1, 0, 1, 2, 3, 4, 5]]
+    copied = make_support_set(Embeddings(rows), np.repeat([0, 1, 2], [4, 2, 2]), None, 1.0, 3)
+    expected = score(compile_method("proker", support, beta=2.0, ridge=0.3), queries)
+    np.testing.assert_allclose(
+        score(compile_method("proker", copied, beta=2.0, ridge=0.4), queries), expected, atol=1e-5
+    )
+
+
+def test_a_quarter_of_small_classes_is_enough_for_the_prior(rng: np.random.Generator) -> None:
+    """Images of large classes alone are left out where the others have one."""
+    for sizes, few in (([2, 1, 4, 4, 4, 4, 4, 4], True), ([2, 4, 4, 4, 4, 4, 4, 4], False)):
+        support, _, _ = clusters(rng, sizes, 1.0)
+        setting = fit_stack(HeldOutSet.leave_one_out(METHODS["stack"], None, support), 20.0).choice.setting
+        assert ({name: setting[name] for name in FEW_SHOT_SETTING} == FEW_SHOT_SETTING) is few
 
 
 def test_classes_of_one_size_have_the_papers_formulas(rng: np.random.Generator) -> None:

@@ -122,10 +122,9 @@ class HeldOutSet:
         """For each fold the rows of its queries, and the support set without them; a validation set is one fold."""
         if self.folds is None or not self.method.needs_support:
             return [(self.rows, self.support)]
-        folds = np.unique(self.folds[self.rows])
         return [
-            (np.flatnonzero((self.folds == fold) & self.scored), self.support.only(self.folds != fold))
-            for fold in folds
+            (np.flatnonzero((self.folds == fold) & self.scored), self.support.without(self.folds == fold))
+            for fold in np.unique(self.folds[self.rows])
         ]
 
     def logits(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.methods.kernel_ridge import KernelRidge, kernel_matrix
+from iosr_fast.methods.kernel_ridge import KernelRidge, class_ridge, kernel_matrix
 from iosr_fast.methods.method import ROUNDING
 from iosr_fast.methods.stack import discriminant_of_moments, linear_discriminant, one_hot, zero_shot
 from iosr_fast.methods.support_set import image_rows
@@ -111,7 +111,8 @@ class HeldOutParts:
         keys = image_rows(self.support.embeddings, which, None)
         queries = image_rows(self._queries, which, None)
         targets = [one_hot(self.support)] + ([] if self.support.text is None else [-zero_shot(self.support)])
-        model = KernelRidge(kernel_matrix(keys, keys, setting["beta"]), np.hstack(targets), setting["ridge"])
+        ridge = class_ridge(setting["ridge"], self.support)
+        model = KernelRidge(kernel_matrix(keys, keys, setting["beta"]), np.hstack(targets), ridge)
         if self.folds is None:
             logits = kernel_matrix(queries, keys, setting["beta"]) @ model.values
         else:

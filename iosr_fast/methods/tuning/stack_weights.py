@@ -2,13 +2,15 @@
 
 Every part is fitted without a fold, and the weights that minimise the log-loss of the left-out images are exact
 (convex, `log_loss.fit_weights`). They hold per unit of spread (`stack_parts.Part`), because the spread of a part
-changes with the number of images. With few images a class:
+changes with the number of images. With few images a class, one or two in at least a quarter of the classes:
 
 - two: a fold leaves one image of each class. Texts beside the images give a covariance nevertheless (methods.timo), and
   a prior holds the weights. Without texts the discriminant of a fold has no covariance: only the regression's weight is
   fitted, and that of the discriminant at two images is derived from it (`_fit_two_without_texts`).
 - one: nothing can be left out. The texts see no support image, so their temperature is fitted on all of them; the
   other weights follow from their accuracy (`one_shot_weights`).
+- some classes have more: their images alone are left out, and weights that are best for them are not for the others,
+  so that these weights are held by the prior, too.
 
 The constants of `one_shot_weights` and `_fit_two_without_texts` are from validation images: Caltech-101 and Flowers,
 encoded by CLIP ViT-B/32, and the demo's validation concepts. The quarter of `_with_more_regression` was chosen after
@@ -36,6 +38,8 @@ from iosr_fast.scoring.plan import Which
 
 # Kernels and ridges of the regression, the most useful first: a budget cuts the list.
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
+# Of the classes, from which on those with one or two images decide how the weights are found.
+_FEW_SHARE = 0.25
 # With one or two images a class, where no setting can be chosen.
 FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}
 _PARTS = ("text", "discriminant", "discriminant_adapted", "regression", "text_regression")
@@ -117,7 +121,8 @@ def fit_stack(held_out: HeldOutSet, seconds: float) -> StackFit:
     support, parts = held_out.support, HeldOutParts(held_out)
     embeddings: tuple[Which, ...] = ("adapted", "plain") if held_out.method.needs_adapter else ("plain",)
     settings = affordable(support, len(embeddings), seconds)
-    few = held_out.folds is not None and int(np.maximum(held_out.distinct - 2, 0).sum()) < support.n_classes
+    sizes = held_out.distinct[held_out.distinct > 0]
+    few = held_out.folds is not None and int((sizes < 3).sum()) >= _FEW_SHARE * len(sizes)
     prior = None
     if few:
         prior, settings = one_shot_weights(parts, embeddings), [FEW_SHOT_SETTING] * bool(settings)
