@@ -187,6 +187,8 @@ def check_unknown(unknown: str | None, keep: float, unknown_label: str | None = 
     if unknown is None and unknown_label is not None:
         raise IosrFastError(f"expected unknown_label only with unknown='reject', got {unknown_label!r} without it")
     keep = check_share("keep", keep)
+    if unknown is None and keep != KEEP:
+        raise IosrFastError(f"expected keep only with unknown='reject', got {keep} without it")
     return None if unknown is None else keep
 
 

@@ -178,6 +178,12 @@ def test_parameters_out_of_range_are_named(shared: Client, query: str) -> None:
     assert name in response.json()["error"]["message"] and value in response.json()["error"]["message"]
 
 
+def test_keep_without_unknown_is_refused(shared: Client) -> None:
+    response = shared.predict(GREY, query="?keep=0.9")
+    assert error_of(response, 422) == "invalid_parameters"
+    assert "keep only with unknown=reject" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("query", ["unknwon=reject", "unknown=reject&keep=0.9&keep=0.5", "top=1&Top=1", "%FF"])
 def test_parameters_are_known_and_there_once(shared: Client, query: str) -> None:
     response = shared.predict(GREY, query=f"?{query}")

@@ -53,6 +53,8 @@ def test_pictures_of_other_classes_are_rejected(queries: tuple[np.ndarray, np.nd
         classifier.predict(images, unknown="reject", unknown_label="motif\xa01", keep=0.9)
     with pytest.raises(IosrFastError, match="unknown_label only with unknown='reject', got 'other'"):
         classifier.predict(images, unknown_label="other")
+    with pytest.raises(IosrFastError, match=r"keep only with unknown='reject', got 0\.9"):
+        classifier.predict(images, keep=0.9)
     assert classifier.predict(images[:0], unknown="reject", keep=0.9).shape == (0,)
     assert classifier.unknown_score(images[:0]).shape == (0,)
     for plainly, explained, score in zip(

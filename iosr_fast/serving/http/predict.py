@@ -88,11 +88,13 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _check_query(request: Request) -> None:
-    """Refuse a misspelt or repeated parameter: images of no class would keep a label without a word."""
+    """Refuse a misspelt, repeated or useless parameter: images of no class would keep a label without a word."""
     counts = Counter(name for name, _ in request.query_params.multi_items())
     if wrong := [name for name, count in counts.items() if count > 1 or name not in _QUERY]:
         message = f"expected the query parameters {', '.join(_QUERY)}, each at most once, got {abbreviate(wrong)}"
         raise ApiError(422, "invalid_parameters", message)
+    if "keep" in counts and "unknown" not in counts:
+        raise ApiError(422, "invalid_parameters", "expected the query parameter keep only with unknown=reject")
 
 
 async def _classify(
