@@ -90,7 +90,7 @@ def served(said: Path, *options: str) -> Iterator[tuple[str, str]]:
         started |= descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0, said.read_text()
-        wait_for(lambda: not alive(started), 20, "no process of Ray's to be left")
+        wait_for(lambda: not alive(started), 60, "no process of Ray's to be left")
     finally:
         if process.poll() is None:
             started |= {process.pid, *descendants(process.pid)}
