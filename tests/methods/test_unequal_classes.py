@@ -77,6 +77,15 @@ def test_a_quarter_of_small_classes_is_enough_for_the_prior(rng: np.random.Gener
         assert ({name: setting[name] for name in FEW_SHOT_SETTING} == FEW_SHOT_SETTING) is few
 
 
+@pytest.mark.parametrize("method", ["tip-adapter", "gda", "proker", "stack"])
+def test_the_evidence_says_which_classes_it_leaves_out(method: str, rng: np.random.Generator) -> None:
+    for sizes, said in (([1, 4, 4, 4], "1 of 4 classes has a"), ([1, 1, 4, 4], "2 of 4 classes have a"), ([4] * 4, "")):
+        tuned = tune(method, clusters(rng, sizes, 1.0)[0])
+        assert tuned.scored == sum(size for size in sizes if size > 1)
+        assert (said in tuned.summary()) and bool(said) is ("single image, which can't be left out" in tuned.note)
+    assert not tune(method, clusters(rng, [1] * 4, 1.0)[0]).note
+
+
 def test_classes_of_one_size_have_the_papers_formulas(rng: np.random.Generator) -> None:
     support, _, _ = clusters(rng, [3] * 4, 1.0)
     assert support.key_weights is None and compile_method("tip-adapter", support).weights is None

@@ -11,7 +11,7 @@ from iosr_fast.methods import known_scores
 from iosr_fast.methods.known_scores import BETA, GAUSSIAN_SCORES, RIDGE, KnownScores, score_names
 from iosr_fast.methods.promise import images_needed, leave_out, threshold
 from iosr_fast.methods.support_set import SupportSet, make_support_set
-from iosr_fast.methods.unknown import check_unknown, fit_unknown, without_rejected
+from iosr_fast.methods.unknown import KEEP, check_unknown, fit_unknown, without_rejected
 from iosr_fast.utils.ranking import auroc
 
 CLASSES, WIDTH = 16, 24
@@ -292,7 +292,9 @@ def test_words_for_rejected_pictures() -> None:
     assert without_rejected(np.array(["a", "bb"]), rejected, "unknown").tolist() == ["unknown", "bb"]
     assert without_rejected(np.array(["a", "bb"]), rejected, None).tolist() == [None, "bb"]
     assert without_rejected(np.array([4, 7]), rejected, "unknown").tolist() == ["unknown", 7]
-    assert check_unknown(None, 0.9) is None and check_unknown("reject", 0.9) == 0.9
+    assert check_unknown(None, KEEP) is None and check_unknown("reject", 0.9) == 0.9
+    with pytest.raises(IosrFastError, match=r"expected keep only with unknown='reject', got 0\.9 without it"):
+        check_unknown(None, 0.9)
     with pytest.raises(IosrFastError, match="expected unknown to be 'reject' or None, got 'drop'"):
         check_unknown("drop", 0.9)
     for keep in (0, 1.0, float("nan"), "much"):

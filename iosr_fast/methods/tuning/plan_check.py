@@ -92,13 +92,17 @@ def negligible_term(base: float, slope: float, alpha: float, has_text: bool) -> 
     return f"alpha {alpha:.3g}: similarity to support images has no effect" if images <= _NEGLIGIBLE * base else ""
 
 
-def duplicates_note(held_out: HeldOutSet) -> str:
-    """A note if near duplicates were left out together (HeldOutSet.leave_one_out); else ""."""
-    count = held_out.n_duplicates
-    if not count:
-        return ""
-    images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
-    return f"{images} of others of the same class and left out together with them"
+def left_out_note(held_out: HeldOutSet) -> str:
+    """A note on what HeldOutSet.leave_one_out does not judge, or judges together; "" if there is nothing."""
+    single, count = int((held_out.distinct == 1).sum()), held_out.n_duplicates
+    notes = []
+    if held_out.folds is not None and len(held_out.rows) and single:
+        classes = f"{single} of {held_out.support.n_classes} classes {'has' if single == 1 else 'have'}"
+        notes.append(f"{classes} a single image, which can't be left out: no image of theirs is judged")
+    if count:
+        images = "1 image is a near duplicate" if count == 1 else f"{count} images are near duplicates"
+        notes.append(f"{images} of others of the same class and left out together with them")
+    return "; ".join(notes)
 
 
 def single_label(plan: ScoringPlan, support: SupportSet, right: np.ndarray) -> str:

@@ -38,7 +38,7 @@ from iosr_fast.scoring.plan import Which
 
 # Kernels and ridges of the regression, the most useful first: a budget cuts the list.
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
-# Of the classes, from which on those with one or two images decide how the weights are found.
+# The share of classes with one or two images from which on a prior holds the weights.
 _FEW_SHARE = 0.25
 # With one or two images a class, where no setting can be chosen.
 FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}

@@ -24,7 +24,7 @@ from iosr_fast.methods.tuning.log_loss import fit_factor, spread
 from iosr_fast.methods.tuning.parameter_search import ParameterSearch, is_level
 from iosr_fast.methods.tuning.plan_check import (
     check_stack,
-    duplicates_note,
+    left_out_note,
     negligible_term,
     right_by_plan,
     single_label,
@@ -113,7 +113,7 @@ def tune(
         parameters = one_shot_parameters(entry, support, fitted)
         factor = usual_factor(entry, support, fitted, parameters)
         tuned = Tuned(method, reducer, parameters, float("nan"), 0, "one-shot", factor=factor)
-        return replace(tuned, note=duplicates_note(held_out), seconds=time.perf_counter() - started)
+        return replace(tuned, note=left_out_note(held_out), seconds=time.perf_counter() - started)
     search = ParameterSearch(held_out)
     best, right = search.choose()
     parameters = {"alpha": best.alpha, **best.setting}
@@ -137,7 +137,7 @@ def tune(
     notes = (
         negligible_term(base, slope, best.alpha, support.text is not None),
         single_label(tuned.compile(support), support, search.labels[right_by_search]),
-        duplicates_note(held_out),
+        left_out_note(held_out),
     )
     return replace(tuned, note="; ".join(filter(None, notes)))
 
@@ -171,7 +171,7 @@ def _tune_weighted(held_out: HeldOutSet, fit: StackFit, started: float) -> Tuned
         log_loss=choice.loss if scored else None,
         settings=fit.settings,
         seconds=time.perf_counter() - started,
-        note="; ".join(filter(None, (*notes, duplicates_note(held_out)))),
+        note="; ".join(filter(None, (*notes, left_out_note(held_out)))),
         shares=choice.shares,
         right=fit.right,
     )
@@ -187,7 +187,7 @@ def _without_parameters(held_out: HeldOutSet, protocol: Protocol) -> Tuned:
     right = right_by_plan(held_out, {}, fit.factor, (base.argmax(1) == labels)[held_out.rows])
     accuracy = float(right.mean()) if len(right) else float("nan")
     result = Tuned(method.name, "none", {}, accuracy, len(right), protocol, accuracy, settings=1, right=right)
-    return replace(result, log_loss=fit.loss, factor=fit.factor, note=duplicates_note(held_out))
+    return replace(result, log_loss=fit.loss, factor=fit.factor, note=left_out_note(held_out))
 
 
 def one_shot_parameters(method: Method, support: SupportSet, reducer: Reducer | None) -> dict[str, float]:
