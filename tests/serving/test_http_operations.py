@@ -178,6 +178,19 @@ def test_the_page_comes_with_headers_that_let_nothing_else_in(shared: Client) ->
     assert error_of(shared.ask("PUT", "/v1/classes", headers=AUTHORISED), 405) == "method_not_allowed"
 
 
+def test_head_is_answered_as_get_is(shared: Client) -> None:
+    for path in ("/healthz", "/", "/v1/classifier", "/static/page.js", "/nothing"):
+        full, head = shared.get(path), shared.ask("HEAD", path)
+        assert (head.status_code, head.headers["Content-Type"], head.content) == (
+            full.status_code,
+            full.headers["Content-Type"],
+            b"",
+        )
+        assert head.headers["Content-Length"] == str(len(full.content))
+    assert shared.ask("HEAD", "/v1/predict").status_code == 405
+    assert 'method="HEAD",route="/healthz",status="200"' in shared.get("/metrics").text.replace(" ", "")
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -62,6 +62,8 @@ class RequestMiddleware:
         request_id = header if _ID.fullmatch(header) else uuid.uuid4().hex.encode()
         body = BoundedBody(scope, receive, self._service.settings, self._service.budget)
         status = 0
+        # HEAD is answered as GET is; the connection leaves the body out.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -74,19 +76,20 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, body.receive, answer)
+            await self._app(inner, body.receive, answer)
         except ClientDisconnect:
             status = status or _DISCONNECTED
         except Exception:
             logger.exception("unexpected", extra={"facts": {"request_id": request_id.decode()}})
-            scope["iosr_fast.code"] = "internal"
+            inner["iosr_fast.code"] = "internal"
             if not status:
                 error = ApiError(500, "internal", "the server failed at this request; see its log")
-                await error_response(error)(scope, receive, answer)
+                await error_response(error)(inner, receive, answer)
         finally:
             received = body.size
             body.release()
-            self._record(scope, status or _DISCONNECTED, time.perf_counter() - start, request_id, received)
+            inner["method"] = scope["method"]
+            self._record(inner, status or _DISCONNECTED, time.perf_counter() - start, request_id, received)
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: bytes, received: int) -> None:
         metrics = self._service.metrics
