@@ -168,11 +168,13 @@ def test_the_headline_and_the_samples(visit: Visit) -> None:
     page, classifier = visit.page, visit.site.classifier
     page.locator("#facts", has_text=f"demo · {classifier.method_} · accuracy not measured").wait_for()
     measured = {"accuracy": 0.725, "interval": [0.65, 0.79], "images": 40, "protocol": "loo", "stale": True}
+    measured["summary"] = "72.5% right; 2 of 9 classes have a single image"
     body = {"model": "demo", "method": "stack", "measured": measured}
     page.route("**/v1/classifier", lambda route: route.fulfill(json=body), times=1)
     page.reload()
     words = "demo · stack · 72.5% of 40 left-out pictures right (95%: 65.0% to 79.0%); measured before the last changes"
     page.locator("#facts", has_text=words).wait_for()
+    assert page.locator("#facts").get_attribute("title") == measured["summary"]
 
     samples = page.locator("#samples-list button")
     samples.nth(5).wait_for()

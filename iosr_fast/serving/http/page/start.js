@@ -11,6 +11,7 @@ export async function showFacts() {
     const data = await api.classifier();
     const { model, method, measured } = data;
     find("facts").textContent = [model, method, accuracy(measured)].filter((words) => words).join(" \u00b7 ");
+    find("facts").title = measured?.summary ?? ""; // With what was not judged.
     return data;
   } catch (error) {
     complain(error.message);
