@@ -9,8 +9,8 @@ changes with the number of images. With few images a class, one or two in at lea
   fitted, and that of the discriminant at two images is derived from it (`_fit_two_without_texts`).
 - one: nothing can be left out. The texts see no support image, so their temperature is fitted on all of them; the
   other weights follow from their accuracy (`one_shot_weights`).
-- some classes have more: their images alone are left out, and weights that are best for them are not for the others,
-  so that these weights are held by the prior, too.
+- some classes have more: their images alone can be left out, and what is best for them is not for the others, so the
+  prior holds the weights, too.
 
 The constants of `one_shot_weights` and `_fit_two_without_texts` are from validation images: Caltech-101 and Flowers,
 encoded by CLIP ViT-B/32, and the demo's validation concepts. The quarter of `_with_more_regression` was chosen after
@@ -38,7 +38,7 @@ from iosr_fast.scoring.plan import Which
 
 # Kernels and ridges of the regression, the most useful first: a budget cuts the list.
 SETTINGS = tuple({"beta": b, "ridge": r} for b, r in ((1.0, 0.03), (1.0, 0.3), (3.0, 0.3), (3.0, 0.03), (1.0, 0.003)))
-# The share of classes with one or two images from which on a prior holds the weights.
+# The share of classes with one or two images from which on a prior holds the weights, from validation images.
 _FEW_SHARE = 0.25
 # With one or two images a class, where no setting can be chosen.
 FEW_SHOT_SETTING = {"beta": 2.0, "ridge": 0.2}

@@ -88,7 +88,7 @@ class RequestMiddleware:
         finally:
             received = body.size
             body.release()
-            inner["method"] = scope["method"]
+            inner["method"] = scope["method"]  # as it was asked, for log and metrics
             self._record(inner, status or _DISCONNECTED, time.perf_counter() - start, request_id, received)
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: bytes, received: int) -> None:
