@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,18 +13,7 @@ from iosr_fast.cli.evaluate_saved import saved
 from iosr_fast.utils.command import Group, ListCommand, new_app, new_file, stop_message
 
 if TYPE_CHECKING:
-    from iosr_fast.evaluation.labels_table import PastedSource
     from iosr_fast.evaluation.tasks import Source
-
-# --task: the module of iosr_fast.evaluation whose `run(sources, options, console)` prints its tables and returns rows.
-TASKS = {
-    "accuracy": "accuracy_table",
-    "joint": "joint_table",
-    "labels": "labels_table",
-    "audit": "audit_table",
-    "suggest": "suggest_table",
-    "unknown": "unknown_table",
-}
 
 
 class Evaluate(Group):
@@ -58,22 +46,6 @@ evaluate = new_app(
 )
 evaluate.command()(saved)
 
-
-def _known_task(name: str) -> str:
-    if name not in TASKS:
-        raise typer.BadParameter(f"expected {', '.join(TASKS)}, got {name}")
-    return name
-
-
-TaskName = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(TASKS),
-        callback=_known_task,
-        help="accuracy: each test image for itself; joint: all of them together, as predict_folder(joint=True); "
-        "labels: several labels an image, on the demo's pictures pasted two to an image.",
-    ),
-]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,7 +58,7 @@ Reducers = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME ...",
-        help="none, centre, pca or pca:RANK, for the demo isoclip, too [default: none centre pca; joint: none].",
+        help="none, centre, pca or pca:RANK, for the demo isoclip, too [default: none centre pca].",
     ),
 ]
 Shots = Annotated[
@@ -101,7 +73,6 @@ def features(
     files: Annotated[
         list[str], typer.Argument(metavar="FILE ...", help=".npz files of embeddings and labels; 'demo': the demo's.")
     ],
-    task: TaskName = "accuracy",
     methods: Methods = None,
     reducers: Reducers = None,
     shots: Shots = None,
@@ -140,19 +111,15 @@ def features(
     """
     from iosr_fast.evaluation.sources import open_sources
     from iosr_fast.evaluation.tasks import with_unequal_classes
-    from iosr_fast.exceptions import IosrFastError
 
-    if task == "labels":
-        raise IosrFastError("--task labels pastes pictures two to an image: expected the command demo, got features")
     sources = open_sources(files, shots, seeds, text)
     if unequal:
         sources = [with_unequal_classes(source) for source in sources]
-    _measure(sources, task, (methods, reducers, tune), json_path)
+    _measure(sources, (methods, reducers, tune), json_path)
 
 
 @evaluate.command(cls=ListCommand)
 def demo(
-    task: TaskName = "accuracy",
     methods: Methods = None,
     reducers: Reducers = None,
     shots: Annotated[list[int], typer.Option(metavar="N ...", help="Images of each class.")] = [1, 2, 4],
@@ -176,20 +143,12 @@ def demo(
     from iosr_fast.utils.provenance import write_rows
 
     shots = list(dict.fromkeys(shots))
-    if task == "labels":
-        if shift or first_adapted_block is not None or adapters is not None:
-            raise IosrFastError("expected no --shift and no --first-adapted-block with --task labels, got one")
-        from iosr_fast.evaluation.labels_table import PastedSource
-
-        pasted = [PastedSource(shots, range(seeds), adapter or "auto")]
-        _measure(pasted, task, (methods, reducers, None), json_path, table.facts(table.PACKAGES[:2]))
-        return
     demo.check_shots(shots)
     if (first_adapted_block is not None) != (adapters is not None):
         raise IosrFastError("expected --first-adapted-block and --adapters DIR together")
     if first_adapted_block is not None and adapters is not None:
-        if shift or adapter or task != "accuracy":
-            raise IosrFastError("expected neither --shift nor --adapter nor --task with --first-adapted-block")
+        if shift or adapter:
+            raise IosrFastError("expected neither --shift nor --adapter with --first-adapted-block")
         from iosr_fast.benchmarks import block_sweep
 
         place = (first_adapted_block, bottleneck, adapters, epochs)
@@ -204,7 +163,7 @@ def demo(
     if shift:
         sources = list(demo.shifted(encoded, styles, shots, range(seeds)))
     facts = table.facts(table.PACKAGES[:2]) | ({} if adapter is None else {"adapter": adapter.name})
-    _measure(sources, task, (methods, reducers, "loo"), json_path, facts)
+    _measure(sources, (methods, reducers, "loo"), json_path, facts)
 
 
 @evaluate.command(cls=ListCommand)
@@ -258,18 +217,17 @@ def report(message: str) -> None:
 
 
 def _measure(
-    sources: Sequence[Source | PastedSource],
-    task: str,
+    sources: Sequence[Source],
     options: tuple[list[str] | None, list[str] | None, Literal["validation", "loo"] | None],
     json_path: Path | None,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print a task's tables, and write their rows."""
+    """Print the tables, and write their rows."""
     from iosr_fast.evaluation import table
+    from iosr_fast.evaluation.accuracy_table import run
     from iosr_fast.evaluation.selection import Options
     from iosr_fast.utils.provenance import write_rows
 
-    run = importlib.import_module(f"iosr_fast.evaluation.{TASKS[task]}").run
     rows = run(sources, Options(*options, report), table.console())
     if json_path is not None:
         common = facts or table.facts()

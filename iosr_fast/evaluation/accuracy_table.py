@@ -1,4 +1,4 @@
-"""`iosr-fast evaluate --task accuracy`: every method on every data set, each image for itself."""
+"""The tables of `iosr-fast evaluate`: every method on every data set."""
 
 from __future__ import annotations
 

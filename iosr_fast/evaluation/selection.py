@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from iosr_fast.evaluation.rivals import DEFAULT_RIVALS, RIVALS, rival_unavailable_reason
@@ -21,7 +21,7 @@ GROUPS = {"all": (*METHODS, AUTO, *DEFAULT_RIVALS), "scikit-learn": tuple(RIVALS
 
 @dataclass(frozen=True)
 class Options:
-    """Of all tasks of `iosr-fast evaluate`; a task has its own default for each that is None.
+    """Of `iosr-fast evaluate`; None for the default.
 
     `report` is called with a line as soon as there is one to tell.
     """
@@ -42,7 +42,7 @@ class Selection:
 
 
 def select(source: Source, options: Options, methods: Sequence[str], reducers: Sequence[str]) -> Selection:
-    """The rows that `source` allows; `methods` and `reducers` are the task's defaults.
+    """The rows that `source` allows; `methods` and `reducers` are the defaults.
 
     Raises IosrFastError for unknown names, a reducer that needs what the source lacks, if the source allows no method,
     or for --tune validation without a validation set.
@@ -64,16 +64,6 @@ def select(source: Source, options: Options, methods: Sequence[str], reducers: S
             f"{source.name}: expected data with a validation set for --tune validation, got none; use --tune loo"
         )
     return Selection(tuple(rows), left_out, options.tune or ("loo" if sample.validation is None else "validation"))
-
-
-def select_own(sources: Sequence[Source], options: Options, methods: Sequence[str], task: str) -> list[Selection]:
-    """`select` of each source for a task that scikit-learn's classifiers have no part in: their rows are left out.
-    Raises IosrFastError, before any work, if no other method is left."""
-    selected = [select(source, options, methods, ("none",)) for source in sources]
-    own = [replace(chosen, rows=tuple(row for row in chosen.rows if row[0] not in RIVALS)) for chosen in selected]
-    if not all(chosen.rows for chosen in own):
-        raise IosrFastError(f"expected --methods other than scikit-learn's for --task {task}, got none")
-    return own
 
 
 def method_names(words: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:

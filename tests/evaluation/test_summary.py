@@ -78,14 +78,13 @@ def files(rng: np.random.Generator, tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("form", ["features", "--features", "--task"])
+@pytest.mark.parametrize("form", ["features", "--features"])
 def test_several_files_have_a_table_each_and_a_summary(
     form: str, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.json"
-    names = ["accuracy", "--features", *files] if form == "--task" else files
     words = ("--methods", "zero-shot", "tip-adapter", "gda", "--reducers", "none", "--json", out, "--shots", *SHOTS)
-    main("evaluate", form, *names, *words)
+    main("evaluate", form, *files, *words)
     rows: list[dict[str, Any]] = json.loads(out.read_text())
     printed = " ".join(capsys.readouterr().out.split())
     assert "one.npz: accuracy in %" in printed and "two.npz: accuracy in %" in printed
@@ -131,6 +130,5 @@ def test_what_several_files_must_not_be(files: list[Path], tmp_path: Path) -> No
     twin.write_bytes(files[0].read_bytes())
     assert "one.npz more than once; rename one" in refused("evaluate", "features", files[0], twin)
     assert "no feature file at" in refused("evaluate", "--features", files[0], tmp_path / "none.npz")
-    assert "expected accuracy" in " ".join(refused("evaluate", "features", files[0], "--task", "speed").split())
     words = ("--methods", "zero-shot", "--shots", "1")
     assert "two.npz: expected a method that the data allows" in refused("evaluate", "features", *files, *words)
