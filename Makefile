@@ -34,7 +34,7 @@ help:
 
 develop: $(STAMP)
 
-# Not everything installs on every machine; Ray and Triton's client are installed together, as both bound protobuf.
+# Not everything installs on every machine.
 $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 	@echo "installing into $(VENV), which takes a few minutes and prints nothing if all is well"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,7 +43,7 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py CMakeLists.txt $(wildcard cmake
 		|| echo "triton does not install here: the tests go on without its kernels"
 	$(PIP_INSTALL) tensorrt-rtx \
 		|| echo "tensorrt-rtx does not install here: the demo and the tests go on without TensorRT-RTX plans"
-	$(PIP_INSTALL) "ray[data,serve]" "tritonclient[grpc]" \
+	$(PIP_INSTALL) "ray[data,serve]" \
 		|| echo "Ray does not install here: the tests go on without several workers"
 	touch $@
 

@@ -112,7 +112,7 @@ def test_every_extra_that_a_text_names_exists() -> None:
 def test_the_core_asks_for_few_packages() -> None:
     core = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert core == {"msgspec", "numpy", "pillow", "safetensors", "typer"}
-    small = {"heic", "parquet", "ray", "sklearn", "tensorrt-rtx", "triton-server"}
+    small = {"heic", "parquet", "ray", "sklearn", "tensorrt-rtx"}
     assert set(EXTRAS) == {"cpu", "gpu", "serve", "train", "all", "docs", "dev"} | small
     assert [entry.value for entry in entry_points(group="console_scripts", name="iosr-fast")] == ["iosr_fast.cli:app"]
 

@@ -25,7 +25,6 @@ COMMANDS = {
     "Serve": {
         "serve": "Serve a saved classifier over HTTP.",
         "serve-ray": "Serve replicas of a saved classifier by Ray Serve.",
-        "export-triton": "Write a model repository for NVIDIA Triton Inference Server.",
     },
     "Adapters, engines and embeddings": {
         "models": "List the CLIPs of open_clip and what is supported of each.",

@@ -29,7 +29,6 @@ from iosr_fast.pipeline.tables import SEVERAL
 from iosr_fast.serving.batching import BatchingClassifier
 from iosr_fast.serving.http import server
 from iosr_fast.serving.http.settings import Settings
-from iosr_fast.serving.triton.repository import export_triton
 from iosr_fast.state.bundle import load_bundle
 from iosr_fast.state.description import describe
 from iosr_fast.state.labels import labelled_images
@@ -190,7 +189,6 @@ def test_services_refuse_a_bundle_with_several_labels(monkeypatch: pytest.Monkey
     bundle, options = tmp_path / "bundle", RunOptions(1, 1, "auto", 1, skip_bad=False)
     calls: dict[str, Any] = {
         "the HTTP API": lambda: server.run(bundle, Settings()),
-        "the Triton export": lambda: export_triton(bundle, tmp_path / "repository"),
         "a folder of parts": lambda: runs.classify(bundle, folder_source(tmp_path), tmp_path / "parts", options, 1),
     }
     for name, call in calls.items():

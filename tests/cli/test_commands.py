@@ -197,9 +197,9 @@ def test_options_of_serve_are_called_by_name(words: tuple[str, ...], said: str) 
     assert said in refused("serve", "bundle", *words)
 
 
-@pytest.mark.parametrize("command", ["classify", "export-triton", "serve"])
+@pytest.mark.parametrize("command", ["classify", "serve"])
 def test_what_is_no_bundle_is_a_line(command: str, folder: Path, tmp_path: Path) -> None:
-    more = {"classify": (folder,), "export-triton": (tmp_path / "models",), "serve": ()}[command]
+    more = {"classify": (folder,), "serve": ()}[command]
     engine_folder(tmp_path / "an-engine")
     (tmp_path / "empty").mkdir()
     for wrong in ("nowhere", "in/class_0/0.png", "empty", "an-engine"):

@@ -18,6 +18,7 @@ from iosr_fast.export import export, pretrained
 from iosr_fast.state import engine_judge
 from tests import ROOT
 from tests.demo_cache import demo_cache
+from tests.docs import triton_python_backend_utils
 from tests.docs.demo_weights import REPLACED, save_time, use_demo_weights
 
 CLASSES = (
@@ -75,6 +76,7 @@ def users_place(folder: Path) -> Iterator[Path]:
             save_time(patch.setattr, module)
         patch.setattr(pretrained, "_latest", None)  # no other test shares what is opened here
         use_demo_weights(open_clip)
+        patch.setitem(sys.modules, "triton_python_backend_utils", triton_python_backend_utils)
         patch.setenv("PATH", str(commands), prepend=os.pathsep)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, Path(__file__).parent / "site"))))
         patch.setenv("CURL_HOME", str(folder))

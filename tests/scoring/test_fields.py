@@ -111,23 +111,12 @@ def executors() -> dict[str, Any]:
     paths = {path: lambda plan, batch, path=path: run_path(path, plan, batch) for path in ("numpy", CPP_PATHS[0])}
     paths["torch/cpu"] = lambda plan, batch: run_path("torch/cpu", plan, batch)
     paths["operator"] = _by_operator
-    paths["ONNX"] = _by_onnx
     return paths
 
 
 def _by_operator(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
     rows = tensors(embeddings)
     logits: np.ndarray = torch_op.ScoringModule(plan)(rows.plain, rows.adapted).numpy()
-    return logits
-
-
-def _by_onnx(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
-    runtime = pytest.importorskip("onnxruntime")
-    from iosr_fast.serving.triton.scoring_graph import scoring_inputs, scoring_model
-
-    session = runtime.InferenceSession(scoring_model(plan), providers=["CPUExecutionProvider"])
-    rows = {"PLAIN": embeddings.plain, "ADAPTED": embeddings.adapted}
-    logits: np.ndarray = session.run(["LOGITS"], {name: rows[name] for name in scoring_inputs(plan)})[0]
     return logits
 
 

@@ -129,7 +129,7 @@ def test_a_missing_package_is_answered_with_the_pip_command(tmp_path: Path) -> N
         (folder / name / "a.png").touch()
     code = f"""
 import sys
-blocked = "torch torchvision open_clip onnx onnxscript tritonclient pyarrow lightning_fabric"
+blocked = "torch torchvision open_clip onnx onnxscript pyarrow lightning_fabric"
 sys.modules.update(dict.fromkeys(blocked.split()))
 from typer.testing import CliRunner
 from iosr_fast import Classifier
@@ -147,7 +147,6 @@ def run(*words):
 
 told(lambda: Classifier("demo").encoder)
 told(lambda: run("fit", {str(folder)!r}, "--model", "demo", "--out", {str(tmp_path / "out")!r}))
-told(lambda: run("export-triton", "bundle", {str(tmp_path / "models")!r}))
 told(lambda: run("classify", "bundle", {str(folder)!r}, "--out", {str(tmp_path / "labels.parquet")!r}))
 
 told(lambda: run("build-engine", "--out", {str(tmp_path / "engine")!r}))
@@ -157,8 +156,8 @@ told(lambda: run("serve", "bundle"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.splitlines()
-    assert len(lines) == 7, done.stdout + done.stderr
-    extras = ("cpu", "cpu", "triton-server", "parquet", "cpu", "train", "serve")
+    assert len(lines) == 6, done.stdout + done.stderr
+    extras = ("cpu", "cpu", "parquet", "cpu", "train", "serve")
     for line, extra in zip(lines, extras, strict=True):
         assert f"is not installed: pip install 'iosr_fast[{extra}]' brings it" in line, lines
     assert all(line.startswith("2 iosr-fast: ") for line in lines[1:]), lines
