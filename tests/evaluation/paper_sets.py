@@ -15,8 +15,8 @@ from PIL import Image
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.evaluation.paper.model import Model
 from iosr_fast.evaluation.paper.store import Wanted
+from iosr_fast.evaluation.sets import EvaluationSet
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.training.data.evaluation_sets import EvaluationSet
 
 CLASSES, TRAIN, FIRST = 5, 3, 140
 CLIP: Any = SimpleNamespace(

@@ -195,7 +195,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_table(run: Main, monk
 def test_an_image_that_changes_is_encoded_again_though_its_size_is_the_same(
     run: Main, posed: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iosr_fast.training.data.evaluation_sets import open_evaluation_set
+    from iosr_fast.evaluation.sets import open_evaluation_set
 
     root = write_dtd(tmp_path / "data")
     posed[:] = [pose(open_evaluation_set("dtd", root))]

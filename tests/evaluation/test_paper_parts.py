@@ -23,9 +23,9 @@ from iosr_fast.evaluation.paper.command import check_out
 from iosr_fast.evaluation.paper.problems import pose
 from iosr_fast.evaluation.paper.run import Views, plan
 from iosr_fast.evaluation.paper.store import Store
+from iosr_fast.evaluation.sets import EvaluationSet
 from iosr_fast.methods import METHODS
 from iosr_fast.methods.tuning.tuned import Tuned
-from iosr_fast.training.data.evaluation_sets import EvaluationSet
 from iosr_fast.utils.temporaries import claimed
 from tests import ROOT
 from tests.evaluation.paper_sets import CLASSES, Pictures, model, tiny, without, write_dtd
@@ -166,7 +166,7 @@ def test_what_killed_runs_leave_in_out_is_removed_by_the_next_run(tmp_path: Path
 
 
 def test_published_figures_have_sources_and_known_names() -> None:
-    from iosr_fast.training.data.evaluation_sets import catalog
+    from iosr_fast.evaluation.sets import catalog
 
     shipped = published.read_published()
     assert len(shipped) > 200

@@ -15,7 +15,7 @@ from iosr_fast.clip.demo.pictures import POOL
 from iosr_fast.exceptions import IosrFastError
 
 if TYPE_CHECKING:
-    from iosr_fast.training.data.evaluation_sets import EvaluationSet, FileSplit
+    from iosr_fast.evaluation.sets import EvaluationSet, FileSplit
 
 DEMO = "demo"
 # A set without training images of its own takes its support from this one: a shift of domain.
@@ -135,7 +135,7 @@ def open_problems(wanted: Sequence[str], root: Path | None) -> list[Problem]:
     """
     if list(wanted) == [DEMO]:
         return [demo()]
-    from iosr_fast.training.data import evaluation_sets
+    from iosr_fast.evaluation import sets as evaluation_sets
 
     known = list(evaluation_sets.catalog())
     names = list(dict.fromkeys(name for word in wanted for name in (known if word == "all" else [word])))
@@ -188,7 +188,7 @@ def demo() -> Problem:
     """The demo's held-out concepts, drawn as `evaluate.py demo` does: a seed's first POOL of each are its support."""
     from iosr_fast.clip.demo.pictures import held_out
     from iosr_fast.clip.prompts import DEMO_TEMPLATES
-    from iosr_fast.training.data.evaluation_sets import EvaluationSet
+    from iosr_fast.evaluation.sets import EvaluationSet
 
     pictures, _ = held_out()
     split = DemoSplit(pictures)

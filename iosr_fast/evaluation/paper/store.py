@@ -32,7 +32,7 @@ from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.ordered import map_ordered
 
 if TYPE_CHECKING:
-    from iosr_fast.training.data.evaluation_sets import EvaluationSet
+    from iosr_fast.evaluation.sets import EvaluationSet
 
 VERSION = 1  # raise it when the same facts give other embeddings than before
 PART, BATCH = 1024, 64

@@ -1,4 +1,4 @@
-"""Sources of training pictures, and the evaluation sets of the field."""
+"""Sources of training pictures."""
 
 from iosr_fast.training.data.open_images import OpenImagesPictures
 from iosr_fast.training.data.shards import ShardPictures

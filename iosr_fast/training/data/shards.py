@@ -14,7 +14,6 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.pixels import VERSION
 from iosr_fast.images.preprocess import open_image
-from iosr_fast.training.data.evaluation_readers import read_lines
 from iosr_fast.training.data.shard_index import Shard, find_shards, index_shards, read_samples
 from iosr_fast.training.data.sources import digest, to_tensor
 
@@ -156,7 +155,7 @@ class ShardPictures:
 
 def _names_beside(shards: list[Shard]) -> list[str] | None:
     files = [folder / "classes.txt" for folder in dict.fromkeys(shard.path.parent for shard in shards)]
-    contents = {file: read_lines(file) for file in files if file.is_file()}
+    contents = {file: _lines(file) for file in files if file.is_file()}
     for file, names in contents.items():
         if names != (first := next(iter(contents.values()))):
             raise IosrFastError(
@@ -164,6 +163,16 @@ def _names_beside(shards: list[Shard]) -> list[str] | None:
                 f"{next(iter(contents))} ({len(first)}); give class_names, or make the files equal"
             )
     return next(iter(contents.values()), None)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines that are not blank. Raises ValueError if the file is not UTF-8."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise IosrFastError(
+            f"expected a text file in UTF-8 at {path}, got another or a damaged one ({error})"
+        ) from error
 
 
 def _labels(shards: list[Shard], names: list[str] | None) -> tuple[list[str], torch.Tensor]:

@@ -3,7 +3,7 @@
     dtd = open_evaluation_set("dtd", root)
     dtd.splits["test"].image(0), dtd.splits["test"].labels[0], dtd.class_names
 
-evaluation_sets.toml is the catalog; docs/datasets.md lists it.
+sets.toml is the catalog; docs/datasets.md lists it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iosr_fast.evaluation import readers
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import open_image
-from iosr_fast.training.data import evaluation_readers as readers
 from iosr_fast.training.data.sources import digest
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class EvaluationSet:
 
 @cache
 def catalog() -> dict[str, Download]:
-    """The evaluation sets by name, from evaluation_sets.toml."""
+    """The evaluation sets by name, from sets.toml."""
     content = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
     def layout(entry: dict[str, Any]) -> Layout:

@@ -14,7 +14,7 @@ from PIL import Image
 for module in ("torch", "torchvision", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
 
-from iosr_fast.training.data.evaluation_sets import IMAGENET_SEVEN, catalog, describe, open_evaluation_set  # noqa: E402
+from iosr_fast.evaluation.sets import IMAGENET_SEVEN, catalog, describe, open_evaluation_set  # noqa: E402
 
 WNIDS = {"n01440764": "tench", "n01443537": "goldfish", "n02012849": "crane bird"}
 Expected = tuple[list[str], dict[str, list[tuple[str, int]]]]

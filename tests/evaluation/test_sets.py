@@ -18,9 +18,8 @@ from tests import ROOT
 for module in ("torch", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
 
-from iosr_fast.exceptions import BadImageError  # noqa: E402
-from iosr_fast.training.data.evaluation_readers import Content  # noqa: E402
-from iosr_fast.training.data.evaluation_sets import (  # noqa: E402
+from iosr_fast.evaluation.readers import Content  # noqa: E402
+from iosr_fast.evaluation.sets import (  # noqa: E402
     IMAGENET_SEVEN,
     PHOTO,
     _finish,
@@ -28,7 +27,8 @@ from iosr_fast.training.data.evaluation_sets import (  # noqa: E402
     describe,
     open_evaluation_set,
 )
-from tests.training.test_data_layouts import (  # noqa: E402
+from iosr_fast.exceptions import BadImageError  # noqa: E402
+from tests.evaluation.test_set_layouts import (  # noqa: E402
     aircraft,
     cars,
     coop,
@@ -187,7 +187,7 @@ def test_prompts() -> None:
 
 def test_the_page_of_data_sets_lists_the_catalog() -> None:
     text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
-    toml = tomllib.loads((ROOT / "iosr_fast/training/data/evaluation_sets.toml").read_text(encoding="utf-8"))
+    toml = tomllib.loads((ROOT / "iosr_fast/evaluation/sets.toml").read_text(encoding="utf-8"))
     assert re.findall(r"^\*\*.*\*\* \(`(\w+)`\)", text, re.MULTILINE) == list(toml)
     for name, entry in toml.items():
         (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
@@ -211,7 +211,7 @@ def test_the_page_of_data_sets_lists_the_catalog() -> None:
 @pytest.mark.slow
 def test_heavy_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
     code = (
-        "import sys; from iosr_fast.training.data import evaluation_sets, open_images, shards\n"
+        "import sys; from iosr_fast.evaluation import sets; from iosr_fast.training.data import open_images\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'pyarrow', 'ray', 'scipy', 'tensorboard', 'torchvision', 'webdataset'}))"
     )
