@@ -4,7 +4,9 @@ formats       FORMATS, AVIF, and HEIC if pillow-heif is installed; Pillow's othe
               suffix of a file
 frames        the first one
 orientation   EXIF's, unless the caller asks for pixels as stored; an unreadable EXIF block is ignored
-16-bit grey   value / 257: the whole range of the type, so that 65,535 is white (12-bit TIFFs: value / 4,095 * 255)
+16-bit grey   value / 257: the whole range of the type, so that 65,535 is white; value / (2^n - 1) * 255 where the file
+              says that n bits are used (deep_grey.py)
+16-bit colour the high byte, which is all that Pillow gives; files that say they use 12 bits or fewer are refused
 integers      of 32 bits: from 0 to 65,535 as 16-bit ones; other ranges are refused
 floats        in [0, 1]: times 255; larger ones up to 255: as levels; other ranges and infinite values are refused
 transparency  composited on white: alpha channels, transparent palette entries and colours
@@ -24,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError, MissingPackageError
+from iosr_fast.images.deep_grey import check_deep_colour, grey_levels, png_significant_bits
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 2  # increases when the pixels of a file change; caches of derived data depend on it
+VERSION = 3  # increases when the pixels of a file change; caches of derived data depend on it
 # JPEG includes phones' files with a second picture (MPO); PPM includes PGM, PBM and PNM.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # The first box of an ISO base media file has its brands: https://mp4ra.org/registered-types/brands
@@ -38,10 +41,8 @@ _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", 
 _HEAD = 64  # bytes; enough for a first box with a dozen brands
 _DEEP = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})  # modes with more than 8 bits
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
-_ORIENTATION, _BITS, _PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
+_ORIENTATION = 0x0112  # a tag of EXIF
 _CHANNELS = (1, 3, 4)
-_SLACK = 1e-3  # how far floats may exceed [0, 1]: filters overshoot
-_DARK = 16.0  # a maximum between 1 and this is ambiguous: as levels the image would be black
 
 
 @contextmanager
@@ -56,7 +57,12 @@ def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
             _register_heif()
         elif kind == "AVIF" and not features.check("avif"):
             raise MissingPackageError("this Pillow can't read AVIF; install one that can: pip install 'pillow>=11.3'")
+        bits = png_significant_bits(file)
+        file.seek(0)
         with Image.open(file, formats=FORMATS if kind is None else (kind,)) as image:
+            if isinstance(source, Path):
+                image.filename = str(source)  # type: ignore[attr-defined]  # named in warnings
+            image.significant_bits = bits  # type: ignore[attr-defined]
             yield image
 
 
@@ -111,15 +117,17 @@ def upright_rgb(image: Image, exif_orientation: bool = True) -> Image:
 
 def is_plain(image: Image) -> bool:
     """Whether an image is 8-bit RGB or grey without transparency."""
-    return image.mode in ("RGB", "L") and "transparency" not in image.info
+    deep = getattr(image, "significant_bits", None) is not None
+    return image.mode in ("RGB", "L") and not deep and "transparency" not in image.info
 
 
 def to_rgb(image: Image) -> Image:
     """A new RGB image from a PIL image, as stored. It has no EXIF, so it can't be turned twice."""
     from PIL import Image
 
+    check_deep_colour(image)
     if image.mode in _DEEP:
-        rgb = Image.fromarray(_levels(image)).convert("RGB")
+        rgb = Image.fromarray(grey_levels(image)).convert("RGB")
     elif image.mode in _ALPHA or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
         rgb = _on_white(image)
     else:
@@ -135,47 +143,6 @@ def _on_white(image: Image) -> Image:
     canvas = Image.new("RGB", layer.size, "white")
     canvas.paste(layer, mask=layer.getchannel("A"))
     return canvas
-
-
-def _levels(image: Image) -> np.ndarray:
-    """(H, W) uint8 of a grey image with more than 8 bits."""
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
-    if image.mode == "F":
-        levels = _float_levels(values)
-    else:
-        if image.mode == "I":
-            _check_integers(values, image.format in ("PNG", "PPM"))
-        most = 4095 if tags.get(_BITS) == (12,) else 65535
-        levels = ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow handles that for 8 bits only
-        levels = 255 - levels
-    transparent = image.info.get("transparency")  # PNG: one value
-    if isinstance(transparent, int):
-        levels[values == transparent] = 255
-    return levels
-
-
-def _check_integers(values: np.ndarray, sixteen: bool) -> None:
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535 or (0 < high <= 255 and not sixteen):
-        raise IosrFastError(
-            f"expected integers that use the range from 0 to 65,535, got {low} to {high} of 32 bits; save the image "
-            "with 8 or 16 bits"
-        )
-
-
-def _float_levels(values: np.ndarray) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
-    if low >= -_SLACK and high <= 1 + _SLACK:
-        scale = 255.0
-    elif low >= 0 and _DARK <= high <= 255:
-        scale = 1.0
-    else:  # also for NaN, whose comparisons are all false
-        raise IosrFastError(
-            f"expected floats in [0, 1], or levels up to 255, got {low:g} to {high:g}; scale them to one of these"
-        )
-    levels: np.ndarray = np.clip(np.rint(values * np.float32(scale)), 0, 255).astype(np.uint8)
-    return levels
 
 
 def from_array(array: np.ndarray) -> Image:

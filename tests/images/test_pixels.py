@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -83,6 +84,55 @@ def test_white_is_zero_and_twelve_bits_are_read_as_the_tiff_says() -> None:
     packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
     found = rgb(tiff(RAMP, 12, 1, data=packed.astype(np.uint8).tobytes()))
     assert np.abs(found[:, :, 0].astype(int) - LEVELS).max() <= 1
+
+
+SBIT = (b"sBIT", bytes([12]))
+LOW = RAMP >> 4  # 12-bit values in the low bits
+
+
+def ome(values: np.ndarray) -> bytes:
+    """A TIFF of 16 bits whose OME-XML says that 12 are used."""
+    return encode(Image.fromarray(values), "TIFF", description='<OME><Pixels SignificantBits="12"/></OME>')
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(LOW, 0, SBIT),
+        png(RAMP & 0xFFF0, 0, SBIT),  # shifted to the high bits, as the standard says
+        ome(LOW),
+        encode(Image.fromarray(LOW), "TIFF", tiffinfo={281: 4095}),
+    ],
+    ids=["sBIT, low bits", "sBIT, high bits", "OME-XML", "MaxSampleValue"],
+)
+def test_twelve_bits_in_sixteen_are_scaled_as_the_file_says(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    assert np.abs(rgb(data)[:, :, 0].astype(int) - LEVELS).max() <= 1
+    assert decode_pixels(data, Geometry(8)).max() > 200
+    assert not caplog.records
+
+
+def test_a_file_that_says_nothing_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colours = np.stack([LOW] * 3, 2)
+    for form in (png(LOW, 0), ome(LOW).replace(b"Sig", b"Big"), png(colours, 2)):
+        monkeypatch.setattr("iosr_fast.images.deep_grey._warned", False)
+        caplog.clear()
+        (tmp_path / "camera").write_bytes(form)
+        for _ in range(2):
+            assert rgb(tmp_path / "camera").max() < 17
+        (warning,) = caplog.messages
+        assert re.search(
+            r"camera': its 16-bit values are at most 4095, so it is nearly black; .* save it with", warning
+        )
+
+
+def test_colours_in_the_low_bits_are_refused_where_the_file_says_so() -> None:
+    chunk = (b"sBIT", bytes([12, 12, 12]))
+    for read in (rgb, lambda data: decode_pixels(data, Geometry(8))):
+        with pytest.raises(BadImageError, match="got 12 bits in the low part; save the image with 8 bits a channel"):
+            read(png(np.stack([LOW] * 3, 2), 2, chunk))
+        assert read(png(np.stack([RAMP] * 3, 2), 2, chunk)).max() > 200
 
 
 def test_a_float_tiff_is_scaled_or_refused() -> None:
