@@ -76,6 +76,9 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         Whether half of the views are mirrored. Use False where left and right matter.
     templates : sequence of str, default=None
         Prompts with {} for the class name. None: those of the CLIP.
+    class_names : sequence of str, default=None
+        The names that integer labels index, where `fit` is given none: scikit-learn's `cross_val_predict` with
+        method="predict_proba" turns names into integers, sorted(set(labels)), before it fits.
     seed : int, default=0
         Seed of the views. A view depends on the pixels of its image and the seed, not on the order of images.
     key_precision : {"fp32", "fp16", "bf16", "int8"}, default="fp32"
@@ -174,6 +177,7 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         views: int = 1,
         mirror: bool = True,
         templates: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
         seed: int = 0,
         key_precision: Precision = "fp32",
         thumbnails: int = 96,
@@ -187,6 +191,7 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         self.method, self.reducer, self._tune, self.tune_seconds = method, reducer, tune, tune_seconds
         self.alpha, self.beta, self.gamma, self.ridge = alpha, beta, gamma, ridge
         self.views, self.mirror, self.templates, self.seed = views, mirror, templates, seed
+        self.class_names = class_names
         self.key_precision, self.thumbnails, self.exif_orientation = key_precision, thumbnails, exif_orientation
         self.skip_bad, self.progress = skip_bad, progress
         self._own: tuple[dict[str, Any], OpenedClip] | None = None
@@ -202,10 +207,10 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
-        `labels` are class names, or integers into `class_names` (which is then required, because CLIP reads names):
-        `classes_`, `predict` and `score` then speak in integers, too. A class keeps its integer whatever classes are
-        added or removed, and a new one gets the next; `explain` and `predict_folder` give names. For "zero-shot"
-        images may be left out. Copies of a picture within a class are warned of.
+        `labels` are class names, or integers into `class_names`, which are then required, here or as a parameter,
+        because CLIP reads names: `classes_`, `predict` and `score` then speak in integers, too. A class keeps its
+        integer whatever classes are added or removed, and a new one gets the next; `explain` and `predict_folder` give
+        names. For "zero-shot" images may be left out. Copies of a picture within a class are warned of.
 
         Where pictures may have several labels each, `labels` are sets (or lists, or tuples) of class names, of which
         some may be empty, or an indicator (N, C) of 0 and 1 with `class_names`. Each class is then judged by itself
@@ -223,7 +228,8 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         was.
         """
         self._take_fit_arguments("fit", deprecated, deprecated_parameters)
-        inputs = check_fit(self.get_params(), images, labels, class_names, unknown_images)
+        names = self.class_names if class_names is None else class_names
+        inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
         fitted = fit(self._open(), inputs)
         if self.precision == "auto" and fitted.state.multi_label is not None:
             log.warning("precision='auto' compares single labels: with several labels a picture it stays fp32")

@@ -44,7 +44,10 @@ def check_labels(
                 "expected labelled images or class_names, got neither: without them there are no classes"
             )
         if isinstance(values[0], int):
-            raise IosrFastError("integer labels have no names: pass class_names, the name of each class in order")
+            raise IosrFastError(
+                "integer labels have no names: pass class_names, the name of each class in order, to fit or to "
+                "Classifier; cross-validation of predict_proba needs Classifier(class_names=sorted names)"
+            )
         missing = sorted(_MISSING_AS_TEXT.intersection(values))
         if missing:
             raise IosrFastError(

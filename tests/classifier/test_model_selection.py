@@ -21,7 +21,7 @@ sklearn = pytest.importorskip("sklearn", reason="scikit-learn comes with the skl
 pandas = pytest.importorskip("pandas", reason="pandas comes with the dev extra")
 from sklearn.base import is_classifier  # noqa: E402
 from sklearn.metrics import accuracy_score  # noqa: E402
-from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score  # noqa: E402
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score, cross_validate  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.utils import estimator_checks as checks  # noqa: E402
 
@@ -56,6 +56,18 @@ def test_cross_validation_takes_images_in_every_form(clip: OpenedClip, data: Any
     assert (cross_val_predict(classifier, paths, names, cv=3) == names).mean() == pytest.approx(expected.mean())
     assert cross_val_score(make_pipeline("passthrough", classifier), paths, names, cv=3).tolist() == expected.tolist()
     assert not classifier.__sklearn_is_fitted__() and is_classifier(classifier)
+
+
+@pytest.mark.parametrize("method", ["predict_proba", "decision_function"])
+def test_out_of_fold_probabilities_of_named_classes(clip: OpenedClip, data: Any, paths: list[str], method: str) -> None:
+    """scikit-learn encodes string labels as integers there; the parameter class_names gives them their names back."""
+    names = [NAMES[c] for c in data[1]]
+    classifier = Classifier("demo", class_names=sorted(set(names)), **GIVEN)
+    found = cross_val_predict(classifier, paths, names, cv=3, method=method)
+    labels = cross_val_predict(classifier, paths, names, cv=3)
+    assert np.unique(names)[found.argmax(1)].tolist() == labels.tolist()
+    with pytest.raises(IosrFastError, match=r"needs Classifier\(class_names=sorted names\)"):
+        cross_val_predict(Classifier("demo", **GIVEN), paths, names, cv=3, method=method)
 
 
 def test_a_table_is_no_sequence_of_images(paths: list[str]) -> None:
@@ -97,6 +109,8 @@ def test_cross_validation_on_the_demo_opens_one_clip(
     search = GridSearchCV(classifier, {"method": ["zero-shot", "gda++"]}, cv=2).fit(paths, labels)
     assert search.best_params_ == {"method": "gda++"}
     assert len(opened) == 1, "for all folds"
+    with pytest.raises(IosrFastError, match=r"a fitted Classifier is never pickled.*save\(folder\)"):
+        cross_validate(classifier, paths, labels, cv=2, n_jobs=2, return_estimator=True)
 
 
 def test_classifiers_share_a_clip_until_its_files_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
