@@ -20,7 +20,7 @@ _AFFINITIES = 1 << 22  # 16 MB
 
 def score_cpp(plan: ScoringPlan, embeddings: Embeddings) -> tuple[np.ndarray, str]:
     """The C++ kernel; IOSR_FAST_SIMD forces one of its instruction sets. NumPy applies a reducer and computes the
-    distribution over texts."""
+    distribution over texts, with products of the kernel: a row's bits then do not depend on the other rows."""
     scored = bound_plan(plan)(plan, embeddings, check=False)  # scoring_inputs() has checked the embeddings
     assert scored is not None
     return scored[0], f"cpp/{scored[1]}"
@@ -59,17 +59,19 @@ class BoundTerms:
         """
         query = feature = None
         if plan.reducer is not None:
-            query = None if plan.class_offsets is None else query_rows(plan, embeddings)
-            feature = feature_rows(plan, embeddings) if plan.linear is not None and self.linear is None else None
+            query = None if plan.class_offsets is None else query_rows(plan, embeddings, _product)
+            feature = (
+                feature_rows(plan, embeddings, _product) if plan.linear is not None and self.linear is None else None
+            )
         scored: tuple[np.ndarray, str] | None
         scored = self.whole(embeddings.plain, embeddings.adapted, check, query, feature)
         if scored is None or (embeddings.adapted is None and plan.needs_adapted):
             return None
         logits = scored[0]
         if self.linear is not None:
-            logits += self.linear(feature_rows(plan, embeddings), None, False)[0]
+            logits += self.linear(feature_rows(plan, embeddings, _product), None, False)[0]
         if self.values is not None:
-            query = query_rows(plan, embeddings)
+            query = query_rows(plan, embeddings, _product)
             step = max(1, _AFFINITIES // len(plan.values))  # type: ignore[arg-type]
             for first in range(0, len(query), step):
                 block = slice(first, first + step)
@@ -99,6 +101,15 @@ def _bind(plan: ScoringPlan) -> BoundTerms:
 def by_class(values: np.ndarray) -> np.ndarray:
     """Values (N, C) of keys as (C, N), in memory of their own."""
     return np.array(values.T, order="C")
+
+
+def _product(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """rows @ matrix': the matrix is bound as texts are."""
+    from iosr_fast import _C
+
+    bound = _C.BoundPlan(n_classes=len(matrix), width=matrix.shape[1], text=matrix, tau=1.0)
+    product: np.ndarray = bound(np.ascontiguousarray(rows), None, False)[0]
+    return product
 
 
 def _kernel_plan(plan: ScoringPlan, **changed: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 
 from iosr_fast.scoring.fields import EMBEDDINGS
 from iosr_fast.scoring.precision import key_rows
+from iosr_fast.scoring.reducers import Product, blas_product
 
 if TYPE_CHECKING:
     from iosr_fast.encoders.encoder import Embeddings
@@ -18,26 +19,26 @@ _KEYS_PER_TILE = 4096
 _QUERIES_PER_TILE = 1024
 
 
-def _reduced_rows(plan: ScoringPlan, embeddings: Embeddings, which: str) -> np.ndarray:
+def _reduced_rows(plan: ScoringPlan, embeddings: Embeddings, which: str, product: Product) -> np.ndarray:
     rows = embeddings.plain if which == "plain" else embeddings.adapted
     assert isinstance(rows, np.ndarray)  # guaranteed by scoring_inputs()
-    return rows if plan.reducer is None else plan.reducer(rows)
+    return rows if plan.reducer is None else plan.reducer(rows, product)
 
 
-def query_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
+def query_rows(plan: ScoringPlan, embeddings: Embeddings, product: Product = blas_product) -> np.ndarray:
     """The queries (B, D) float32 of the cache term, after the plan's reducer and before its query_transform."""
-    return _reduced_rows(plan, embeddings, plan.query)
+    return _reduced_rows(plan, embeddings, plan.query, product)
 
 
-def feature_rows(plan: ScoringPlan, embeddings: Embeddings) -> np.ndarray:
+def feature_rows(plan: ScoringPlan, embeddings: Embeddings, product: Product = blas_product) -> np.ndarray:
     """The features of the linear term: (B, D) float32, (B, 2 D) for both embeddings, (B, C + 1) for the distribution
     over texts."""
     if plan.feature == "text-distribution":
         assert plan.text is not None
-        return text_distribution(embeddings.plain @ plan.text.T, plan.temperature)
+        return text_distribution(product(embeddings.plain, plan.text), plan.temperature)
     if plan.feature == "both":
-        return np.concatenate([_reduced_rows(plan, embeddings, which) for which in EMBEDDINGS], axis=1)
-    return _reduced_rows(plan, embeddings, plan.feature)
+        return np.concatenate([_reduced_rows(plan, embeddings, which, product) for which in EMBEDDINGS], axis=1)
+    return _reduced_rows(plan, embeddings, plan.feature, product)
 
 
 def text_distribution(cosines: np.ndarray, temperature: float) -> np.ndarray:

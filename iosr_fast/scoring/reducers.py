@@ -7,6 +7,7 @@ those compared with text.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,14 @@ NAME = r"none|centre|pca(:[1-9][0-9]{0,5})?|isoclip(:[0-9]{1,6},[0-9]{1,6})?"
 # The share of principal components that "pca" keeps, out of min(D, N).
 PCA_SHARE = 0.5
 _TINY = 1e-12
+# Rows (B, K) and a matrix (C, K) to rows @ matrix' (B, C).
+Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def blas_product(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """rows @ matrix' by NumPy's BLAS. On some processors a row's bits depend on its place among the others."""
+    result: np.ndarray = rows @ matrix.T
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +77,13 @@ class Reducer:
         assert array is not None
         return len(array)
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
+    def __call__(self, rows: np.ndarray, product: Product = blas_product) -> np.ndarray:
         """Rows (B, D) to (B, D) float32 unit rows; a row that is mapped to zero stays zero."""
         moved = np.asarray(rows, np.float32)
         if self.shift is not None:
             moved = moved - self.shift
         if self.projection is not None:
-            moved = moved * self.projection if self.projection.ndim == 1 else moved @ self.projection.T
+            moved = moved * self.projection if self.projection.ndim == 1 else product(moved, self.projection)
         unit: np.ndarray = moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), np.float32(_TINY))
         return unit
 

@@ -121,10 +121,16 @@ def assert_close_to_truth(paths: str | Sequence[str], plan: ScoringPlan, embeddi
 
 
 def allowed_error(
-    truth: np.ndarray, plan: ScoringPlan, embeddings: Embeddings, moved: torch.dtype | None = None
+    truth: np.ndarray,
+    plan: ScoringPlan,
+    embeddings: Embeddings,
+    moved: torch.dtype | None = None,
+    eager: np.ndarray | None = None,
 ) -> float:
-    """Twice eager's error at the same precision of the keys, and of moved queries (eager_float32), and a little."""
-    eager_error = np.abs(eager_float32(plan, embeddings, moved) - truth).max(initial=0.0)
+    """Twice the error of `eager`, by default eager_float32 at the same precision of the keys and of moved queries, and
+    a little."""
+    eager = eager_float32(plan, embeddings, moved) if eager is None else eager
+    eager_error = np.abs(eager - truth).max(initial=0.0)
     # `tiny` is two roundings at the terms' magnitude, bounded by Cauchy and Schwarz: if terms cancel, or there is one
     # logit only, eager may be exact by chance.
     scale = np.abs(truth).max(initial=0.0) + (plan.tau if plan.text is not None else 0.0)
