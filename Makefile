@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(addprefix --c
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast lint lint-ci docs gallery wheel check-wheel sanitize bench gpu-bundle gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast test-avx2 lint lint-ci docs gallery wheel check-wheel sanitize bench gpu-bundle gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -20,6 +20,7 @@ help:
 	@echo "make serve      the demo's classifier behind HTTP and a page to try it, at http://127.0.0.1:8000 (token: token-of-the-demo)"
 	@echo "make test       ruff, mypy, import-linter and every test that needs no GPU"
 	@echo "make test-fast  the same without the tests that take long: for the daily loop"
+	@echo "make test-avx2  the tests that depend on the processor's instructions, as with AVX2 alone (needs qemu-user)"
 	@echo "make lint-ci    hadolint on the Dockerfiles and actionlint on .github/workflows"
 	@echo "make docs       the documentation as a site into build/site; a broken link is an error"
 	@echo "make gallery    docs/gallery.md and its pictures, from the demo and benchmarks/results"
@@ -78,6 +79,12 @@ test: lint
 
 test-fast: lint
 	$(PYTEST) --dist loadfile -m "not slow"
+
+# EPYC-Rome has AVX2 and nothing wider. One process: those that it starts would run on the machine's own processor.
+test-avx2: $(STAMP)
+	command -v qemu-x86_64 >/dev/null || { echo "qemu-x86_64 is missing: apt-get install qemu-user"; exit 1; }
+	OMP_NUM_THREADS=1 qemu-x86_64 -cpu EPYC-Rome $(BIN)/python -m pytest -p no:cacheprovider -m isa \
+		$$(grep -rl "mark.isa" tests)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

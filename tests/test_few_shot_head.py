@@ -96,6 +96,7 @@ def test_logits_equal_the_papers_formula(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(without.decision_function(queries), 2.0 * affinity, atol=1e-5)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.parametrize("reducer", ["none", "pca"])
 def test_a_row_has_the_same_logits_in_any_batch(rng: np.random.Generator, name: str, reducer: str) -> None:
