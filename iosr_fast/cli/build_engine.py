@@ -108,6 +108,8 @@ def describe(manifest: dict[str, Any], out: Path) -> None:
         "random": "RANDOM adapter: this engine measures speed, its adapted embeddings mean nothing",
     }
     print(f"{manifest['model']} {manifest['precision']} for {manifest['runtime']}; {adapter[manifest['adapter']]}")
+    if (quantised := manifest.get("quantised")) is not None:
+        print(f"  {quantised['products']} of {quantised['total_products']} products in {manifest['precision']}")
     for runtime, check in manifest["check"].items():
         if check is None:
             print(f"  {runtime:<12} not run: no GPU for it here (the same graph was checked in ONNX Runtime)")

@@ -22,7 +22,7 @@ RUNTIMES_OF = {
     "int8": ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
     "fp8": ("tensorrt", "tensorrt_rtx", "torch"),
 }
-QUANTISER_VERSION = 2  # increases when the same weights and pictures give other embeddings
+QUANTISER_VERSION = 3  # increases when the same weights and pictures give other embeddings
 QUANTISED: dict[str, Literal["int8", "fp8"]] = {"int8": "int8", "fp8": "fp8"}
 
 

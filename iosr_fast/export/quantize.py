@@ -63,11 +63,12 @@ def quantize_onnx(
     calibration pictures has an error of its embeddings above 0.2% of their variance (fp8: 2%), those that contribute
     most to it for the time they take.
 
-    Returns JSON values: kind, scheme, calibration_pictures, products (number quantised), smoothed (number of
-    activations), embedding_error (share of the variance) and kept (the products in float: {name: reason}).
+    Returns JSON values: kind, scheme, calibration_pictures, products (number quantised) of total_products, smoothed
+    (number of activations), embedding_error (share of the variance) and kept (the products in float: {name: reason}).
 
     Raises ValueError for another kind or scheme, fp8 for a CPU, pictures of another dtype, shape or number, and a file
-    that is not an encoder or has nothing to quantise; FileNotFoundError for a missing file.
+    that is not an encoder or has nothing to quantise; FileNotFoundError for a missing file; ArithmeticError if no
+    product is accurate enough.
     """
     if kind not in LIMITS or scheme not in ("cpu", "tensorrt"):
         raise IosrFastError(
@@ -77,6 +78,7 @@ def quantize_onnx(
         raise IosrFastError("expected kind 'int8' for a CPU, which has no products in fp8, got 'fp8'")
     graph = _open(source, pictures)
     groups, kept = graph.groups()
+    total = graph.count_products()
     if len(groups) < 3:
         raise IosrFastError(f"expected an encoder of export_onnx in {source}, found no products with constant matrices")
     exempt = {len(groups) - 1: "the last projection"}
@@ -107,14 +109,21 @@ def quantize_onnx(
             kept |= {product.name: reasons[i] for product in group.products}
         else:
             graph.insert(group, chosen)
+    used = [(group, chosen) for group, chosen in zip(groups, attempts, strict=True) if chosen is not None]
+    if not used:
+        raise ArithmeticError(
+            f"expected products that are accurate enough in {kind} (embeddings off by at most "
+            f"{LARGEST_EMBEDDING_ERROR[kind]:.1%} of their variance on {len(pictures)} calibration pictures), got 0 of "
+            f"{total}; calibrate on more pictures like those to be classified, or build the engine in fp32"
+        )
     save_onnx(graph.load(), target)
     require("onnx", "cpu").checker.check_model(str(target))  # by path, for more than 2 GB
-    used = [(group, chosen) for group, chosen in zip(groups, attempts, strict=True) if chosen is not None]
     return {
         "kind": kind,
         "scheme": scheme,
         "calibration_pictures": len(pictures),
         "products": sum(len(group.products) for group, _ in used),
+        "total_products": total,
         "smoothed": sum(chosen.divisor is not None for _, chosen in used),
         "embedding_error": round(error, 6),
         "kept": kept,

@@ -14,6 +14,7 @@ from iosr_fast.export.quantize_products import Activation, Group, Product, Quant
 from iosr_fast.export.quantize_values import Quantised
 from iosr_fast.utils.require import require
 
+PRODUCTS = ("MatMul", "Gemm")
 SAMPLED_ROWS = 512
 PIXELS = 2**18  # per batch while activations are measured; bounds their memory
 
@@ -42,7 +43,7 @@ class EncoderGraph:
         others: dict[str, str] = {}
         attention = 0
         for node in self.model.graph.node:
-            if node.op_type not in ("MatMul", "Gemm"):
+            if node.op_type not in PRODUCTS:
                 continue
             if node.input[1] not in self.constants:
                 attention += 1
@@ -57,6 +58,10 @@ class EncoderGraph:
         if attention:
             others["attention"] = f"no constant factor ({attention} products)"
         return list(groups.values()), others
+
+    def count_products(self) -> int:
+        """The number of matrix products, those of attention among them."""
+        return sum(node.op_type in PRODUCTS for node in self.model.graph.node)
 
     def value(self, name: str) -> np.ndarray:
         """The constant of this name."""

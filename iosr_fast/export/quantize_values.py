@@ -12,6 +12,9 @@ from iosr_fast.utils.require import require
 Kind = Literal["int8", "fp8"]
 Scheme = Literal["cpu", "tensorrt"]
 LIMITS = {"int8": 127.0, "fp8": 448.0}
+# x86 processors without VNNI add two products of uint8 and int8 in int16 (vpmaddubsw): 2 x 255 x 64 fits, 2 x 255 x 127
+# does not. Seven bits everywhere, so that an engine computes the same on each processor.
+WEIGHT_LIMITS = {"int8": 64.0, "fp8": 448.0}
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,11 @@ def activation_scale(low: float, high: float, kind: Kind, scheme: Scheme, dtype:
 
 
 def quantise_matrix(weight: np.ndarray, transposed: bool, kind: Kind, dtype: Any) -> Quantised:
-    """(inputs, outputs) in 8 bits, symmetric, with a scale for each output; `transposed` if the graph stores W'."""
-    scale = _at_least(np.abs(weight).max(0) / LIMITS[kind], dtype)
-    scaled = np.clip(weight / scale.astype(np.float32), -LIMITS[kind], LIMITS[kind])
+    """(inputs, outputs) within WEIGHT_LIMITS, symmetric, with a scale for each output; `transposed` if the graph stores
+    W'."""
+    limit = WEIGHT_LIMITS[kind]
+    scale = _at_least(np.abs(weight).max(0) / limit, dtype)
+    scaled = np.clip(weight / scale.astype(np.float32), -limit, limit)
     values = (np.rint(scaled) if kind == "int8" else scaled).astype(_type(kind))
     zero = np.zeros(scale.shape, _type(kind))
     return Quantised(scale, zero, values.T if transposed else values, 0 if transposed else 1)

@@ -27,9 +27,10 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
 
     `ms_one` and `ms_batch` are the median milliseconds of one picture and of a batch (EngineChoice.batch); `bytes` is
     the size of its files; `cosines` has the smallest and the mean cosine to the reference by embedding ("plain",
-    "adapted"); `agreement` is the share of labels that are the reference's, and `accuracy` that of right ones, both of
-    left-out support images. None where it was not measured; `reason` says why it was not chosen. `tokens` says how an
-    engine saves tokens: "image_size" is the side of its images, "merged" how many tokens each block merges.
+    "adapted"); `products` counts the matrix products of a quantised engine that are quantised, and all; `agreement` is
+    the share of labels that are the reference's, and `accuracy` that of right ones, both of left-out support images.
+    None where it was not measured; `reason` says why it was not chosen. `tokens` says how an engine saves tokens:
+    "image_size" is the side of its images, "merged" how many tokens each block merges.
     """
 
     runtime: Name
@@ -41,6 +42,7 @@ class EngineCandidate(Strict, frozen=True, kw_only=True):
     ms_batch: Above0 | None = None
     bytes: Natural | None = None
     cosines: dict[str, tuple[_Cosine, _Cosine]] | None = None
+    products: tuple[Natural, Natural] | None = None
     agreement: _Share | None = None
     accuracy: _Share | None = None
 
@@ -77,17 +79,26 @@ class EngineChoice(Strict, frozen=True, kw_only=True):
         best = self.chosen
         head = (
             f"engine {best.runtime} {best.precision}, chosen for {self.objective} on {self.processor}; "
-            f"{self.judged} left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s"
+            f"{self.judged} left-out images, tolerance {self.tolerance:g} points, {self.seconds:.1f} s{_products(best)}"
         )
         titles = ("runtime", "precision", "1 image", f"{self.batch} images", "size", "cosine", "labels", "accuracy")
         rows = [titles, *(_cells(each) for each in self.candidates)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
-        ends = ["", *(f"{each.verdict}{each.reason and ': '}{each.reason}" for each in self.candidates)]
+        ends = [
+            "",
+            *(f"{each.verdict}{each.reason and ': '}{each.reason}{_products(each)}" for each in self.candidates),
+        ]
         table = []
         for row, end in zip(rows, ends, strict=True):
             cells = [f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
             table.append("  " + "  ".join([*cells, end]).rstrip())
         return [head, *table, *([self.note] if self.note else [])]
+
+
+def _products(candidate: EngineCandidate) -> str:
+    if candidate.products is None:
+        return ""
+    return f"; {candidate.products[0]} of {candidate.products[1]} products in {candidate.precision}"
 
 
 def _cells(candidate: EngineCandidate) -> tuple[str, ...]:

@@ -173,6 +173,9 @@ def _measure(table: list[_Row], builder: CandidateBuilder, current: Encoder, bat
             assert source is not None
             size = sum(file.size for file in source.files.values())
             table[i].facts |= {"ms_one": one, "ms_batch": many, "bytes": size}
+            quantised = source.manifest.get("quantised") or {}
+            if "total_products" in quantised:  # engines of earlier versions lack it
+                table[i].facts["products"] = (quantised["products"], quantised["total_products"])
 
 
 def _choose(table: list[_Row], judge: Judge, options: OptimizeOptions) -> _Row | None:

@@ -111,6 +111,7 @@ def choice() -> EngineChoice:
     chosen = EngineCandidate(
         runtime="openvino", precision="int8", verdict="chosen", ms_one=2.0, ms_batch=8.5, bytes=1_700_000,
         cosines={"plain": (0.9991, 0.9999), "adapted": (0.998, 0.9995)}, agreement=1.0, accuracy=0.925,
+        products=(11, 30),
     )  # fmt: skip
     other = EngineCandidate(runtime="onnxruntime", precision="fp32", verdict="failed", reason="no memory")
     return EngineChoice(
@@ -122,7 +123,8 @@ def choice() -> EngineChoice:
 def test_the_table() -> None:
     lines = choice().lines()
     assert lines[0] == (
-        "engine openvino int8, chosen for latency on a processor; 40 left-out images, tolerance 0.5 points, 3.2 s"
+        "engine openvino int8, chosen for latency on a processor; 40 left-out images, tolerance 0.5 points, 3.2 s; "
+        "11 of 30 products in int8"
     )
     assert lines[2].split() == [
         "openvino",
@@ -136,7 +138,8 @@ def test_the_table() -> None:
         "0.9980",
         "100.0%",
         "92.5%",
-        "chosen",
+        "chosen;",
+        *["11", "of", "30", "products", "in", "int8"],
     ]
     assert lines[3].split() == ["onnxruntime", "fp32", "failed:", "no", "memory"] and lines[4] == "a note"
     assert choice().chosen.runtime == "openvino" and choice().runtime == "auto"

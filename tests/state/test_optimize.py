@@ -31,7 +31,7 @@ class Rounded(PixelEncoder):
         super().__init__()
         self.error, self.exchanged, self.fails = error, exchanged, fails
         self.fingerprint = f"{error}-{exchanged}"
-        self.source: Any = SimpleNamespace(files={"encoder.onnx": SimpleNamespace(size=size)})
+        self.source: Any = SimpleNamespace(files={"encoder.onnx": SimpleNamespace(size=size)}, manifest={})
 
     def encode(self, pixels: np.ndarray) -> Embeddings:
         if self.fails:

@@ -43,6 +43,7 @@ from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx", "openvino", "onnxruntime", "torch")  # choose_runtime has the order of "auto"
 ONNX_RUNTIMES = ("openvino", "onnxruntime")  # execute encoder.onnx on a CPU: an engine of one is an engine of the other
+SEVEN_BITS = 3  # the version of the quantiser from which int8 weights have seven bits
 X86 = ("x86_64", "AMD64")  # platform.machine() where OpenVINO comes first
 ENGINE_KIND = "engine"
 log = logging.getLogger(__name__)
@@ -154,6 +155,12 @@ def open_engine(
     if runtime == "onnxruntime" and manifest["precision"] == "bf16":
         log.warning("ONNX Runtime computes this bf16 engine in fp32; OpenVINO computes it in bf16")
 
+    if runtime in ONNX_RUNTIMES and (manifest.get("quantised") or {}).get("version", SEVEN_BITS) < SEVEN_BITS:
+        log.warning(
+            "the engine in %s has int8 weights of 8 bits, whose sums overflow on processors without VNNI: embeddings "
+            "may be wrong; build it again, with weights of 7 bits",
+            source.folder,
+        )
     if not adapted and not has_plain_form(manifest, runtime):
         if manifest["first_adapted_block"] is not None:
             log.info("the engine in %s has no plain form for %s, so both streams run", source.folder, runtime)

@@ -39,9 +39,6 @@ class OnnxRuntimeEncoder(BatchedEncoder):
         # Each run adds its calling thread to the session's, and ONNX Runtime counts one caller.
         options.intra_op_num_threads = 0 if threads is None else runs * (threads - 1) + 1
         options.log_severity_level = 3
-        if manifest["precision"] == "int8":
-            # Without it, processors without VNNI add 8-bit products in 16 bits, which can overflow.
-            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = ort.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
