@@ -200,7 +200,7 @@ def paper(
     """Run the paper's experiments (Kravets & Namboodiri, BMVC 2024, arXiv 2409.11338).
 
     The tables have all combinations of shots, seeds, data sets and methods, with and without the adapter (++).
-    docs/datasets.md describes ROOT. Every cell of a table is a file in OUT/cells, so the same command resumes an
+    docs/data.md names the sets. Every cell of a table is a file in OUT/cells, so the same command resumes an
     interrupted run; more data sets, methods, shots and seeds may be added to the same OUT. PlantDoc has a class of 9
     images: more shots of it need --fewer, as in the papers' code. The tables are also written to OUT/results.md and
     OUT/results.json.

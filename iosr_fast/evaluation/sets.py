@@ -3,7 +3,7 @@
     dtd = open_evaluation_set("dtd", root)
     dtd.splits["test"].image(0), dtd.splits["test"].labels[0], dtd.class_names
 
-sets.toml is the catalog; docs/datasets.md lists it.
+sets.toml is the catalog.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluation sets: what is missing or damaged is named before any work, and the page of data sets is up to date."""
+"""Evaluation sets: what is missing or damaged is named before any work."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from tests import ROOT
 
 for module in ("torch", "scipy"):
     pytest.importorskip(module, reason=f"{module} comes with the train extra")
@@ -183,29 +180,6 @@ def test_prompts() -> None:
         assert all(template.count("{}") == 1 for template in (*entry.templates, entry.prompt))
     assert describe("imagenet").prompt == PHOTO and len(set(IMAGENET_SEVEN)) == 7
     assert describe("ucf101").prompt == "a photo of a person doing {}."
-
-
-def test_the_page_of_data_sets_lists_the_catalog() -> None:
-    text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
-    toml = tomllib.loads((ROOT / "iosr_fast/evaluation/sets.toml").read_text(encoding="utf-8"))
-    assert re.findall(r"^\*\*.*\*\* \(`(\w+)`\)", text, re.MULTILINE) == list(toml)
-    for name, entry in toml.items():
-        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
-        _, _, title, classes, layouts, prompt, _ = (cell.strip() for cell in row.split("|"))
-        assert (title, int(classes), prompt) == (entry["title"], entry["classes"], entry.get("prompt", PHOTO))
-        head = f"**{title}** (`{name}`){': ' + entry['note'] if 'note' in entry else ''}\n\n"
-        counts, places = [], []
-        for layout in entry["layouts"]:
-            images = layout.get("images")
-            numbers = (
-                " / ".join(f"{images[s]:,}" if s in images else "-" for s in ("train", "val", "test")) if images else ""
-            )
-            counts.append(f"{layout['title']}: {numbers or 'not counted'}")
-            places.append(f"- {layout['title']}")
-            for *paths, url in layout["needs"]:
-                places.append(f"  - {' or '.join(f'`{path}`' for path in paths)}: {url}")
-        assert layouts == "; ".join(counts)
-        assert head + "\n".join(places) + "\n" in text
 
 
 @pytest.mark.slow
