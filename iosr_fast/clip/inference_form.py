@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iosr_fast.clip.dual_blocks import QUICK_GELU, Block, LastBlock, Mlp, Norm
 from iosr_fast.clip.dual_encoder import DualEncoder
-from iosr_fast.clip.fp8_linear import Fp8Linear
 
 # On a GPU the first that takes the inputs is used. FlashAttention takes no mask, which merged tokens have; cuDNN and
 # FlashAttention take no fp32.
@@ -50,26 +49,17 @@ def to_inference_form(encoder: DualEncoder) -> None:
         if isinstance(module, Mlp) and module.activation == "quick_gelu" and not isinstance(module.ln_mlp, Norm):
             module.activation = "silu"
             module.c_fc.bias.mul_(QUICK_GELU)
-            module.c_fc = _scaled(module.c_fc, QUICK_GELU)
-            module.c_proj = _scaled(module.c_proj, 1 / QUICK_GELU)
-            if isinstance(module.c_proj, Fp8Linear):
-                module.c_proj.input_scale.mul_(QUICK_GELU)
+            module.c_fc = ScaledLinear(module.c_fc, QUICK_GELU)
+            module.c_proj = ScaledLinear(module.c_proj, 1 / QUICK_GELU)
     for block in encoder.blocks:
         if not isinstance(block, LastBlock):
             assert isinstance(block, Block)
             _merge_projections(block)
 
 
-def _scaled(linear: nn.Linear, scale: float) -> nn.Linear:
-    if isinstance(linear, Fp8Linear):
-        linear.weight_scale.mul_(scale)
-        return linear
-    return ScaledLinear(linear, scale)
-
-
 def _merge_projections(block: Block) -> None:
     parts = (block.q_proj, block.k_proj, block.v_proj)
-    merged = block.q_proj  # in fp8 the three have the same scales
+    merged = block.q_proj
     for name in ("weight", "bias"):
         value = torch.cat([getattr(part, name) for part in parts])
         setattr(merged, name, nn.Parameter(value, requires_grad=False))

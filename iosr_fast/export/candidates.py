@@ -65,7 +65,7 @@ def list_candidates(
     """The engines to try in place of `engine`, more exact precisions first; another name than "auto" restricts them.
 
     `pictures` are at hand to calibrate with; `with_clip`, the CLIP is at hand to export from. On a GPU: TensorRT,
-    TensorRT-RTX and PyTorch in fp32, fp16, int8 and fp8, as far as they have them. On a CPU: OpenVINO and ONNX Runtime
+    TensorRT-RTX and PyTorch in fp32 and fp16, the first two in int8 and fp8, too. On a CPU: OpenVINO and ONNX Runtime
     in fp32, bf16 and int8; fp16 and fp8 are no faster there. Runtimes that are not installed are not listed. An engine
     that is not in fp32 keeps its precision, because its weights are rounded.
     """

@@ -20,7 +20,7 @@ RUNTIMES_OF = {
     "fp16": ("onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx"),
     "bf16": ("openvino",),
     "int8": ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
-    "fp8": ("tensorrt", "tensorrt_rtx", "torch"),
+    "fp8": ("tensorrt", "tensorrt_rtx"),
 }
 QUANTISER_VERSION = 3  # increases when the same weights and pictures give other embeddings
 QUANTISED: dict[str, Literal["int8", "fp8"]] = {"int8": "int8", "fp8": "fp8"}
@@ -56,9 +56,9 @@ def choose_builder(runtime: str, precision: str, fused: bool = True) -> str:
 
 
 def graph_precision(precision: str, runtime: str, fused: bool = True) -> Precision:
-    """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for TensorRT
-    and torch, fp32 on a CPU and for an encoder that is not `fused`."""
-    half = precision == "fp16" or (precision in QUANTISED and runtime in (*EXTRAS, "torch"))
+    """The precision of the exported graph; of a quantised one, the precision outside the products: fp16 for
+    TensorRT, fp32 on a CPU and for an encoder that is not `fused`."""
+    half = precision == "fp16" or (precision in QUANTISED and runtime in EXTRAS)
     return "fp16" if half and fused else "fp32"
 
 
@@ -81,5 +81,5 @@ def quantised_by(
             f"expected {expected}, got {calibration.dtype} {calibration.shape}; images.preprocess.to_pixels resizes"
         )
     digest = hashlib.sha256(calibration.tobytes()).hexdigest()
-    scheme = "tensorrt" if runtime in EXTRAS else "torch" if runtime == "torch" else "cpu"
+    scheme = "tensorrt" if runtime in EXTRAS else "cpu"
     return {"scheme": scheme, "calibration_sha256": digest, "version": QUANTISER_VERSION}

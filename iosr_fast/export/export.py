@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iosr_fast.clip.dual_encoder import DualEncoder
-from iosr_fast.clip.fp8_linear import check_fp8
 from iosr_fast.clip.fuse import build_dual_encoder
 from iosr_fast.clip.fuse_config import unfusible_reason
 from iosr_fast.clip.plain_encoder import PlainEncoder, plain_pass
@@ -30,7 +29,7 @@ from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.onnx_export import OPSET, export_onnx
 from iosr_fast.export.projections import write_projections
 from iosr_fast.utils.files import new_folder
-from iosr_fast.utils.machine import package_version, this_gpu
+from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -86,10 +85,10 @@ def write_engine(
     the plain embedding alone (plain_graph); for torch encoder.safetensors; for tensorrt and tensorrt_rtx the same as
     for onnxruntime, so that the engine opens on machines with another GPU or none, and a plan in plans/, named after
     its runtime, GPU and version (`add_plan` adds further plans). projections.safetensors, where the CLIP has both
-    projections (export.projections). "int8" and "fp8" are quantised (quantize.quantize_onnx; for torch
-    quantize_torch.quantize_blocks) with ranges measured on `calibration` pictures, uint8 (N, S, S, 3), which should
-    resemble those to be classified. Embeddings of random pictures, and of `real_images` uint8 (N, S, S, 3), are
-    compared with the two literal passes in fp32 PyTorch (clip.two_pass) before `out` is written, atomically.
+    projections (export.projections). "int8" and "fp8" are quantised (quantize.quantize_onnx) with ranges measured on
+    `calibration` pictures, uint8 (N, S, S, 3), which should resemble those to be classified. Embeddings of random
+    pictures, and of `real_images` uint8 (N, S, S, 3), are compared with the two literal passes in fp32 PyTorch
+    (clip.two_pass) before `out` is written, atomically.
 
     Fewer tokens, which are faster and not exact: `image_size` (None: the CLIP's) is a smaller multiple of its patches,
     with interpolated positions (clip.resize), and then also the S of all pictures given here; each block but the last
@@ -148,8 +147,6 @@ def write_engine(
     }
     if runtime in EXTRAS:
         _ = target(runtime).file  # raises, before any work, if no plan can be built
-    elif precision == "fp8":
-        check_fp8("cpu" if this_gpu() is None else "cuda")
     pictures = checked_pictures(clip.image_size, real_images, noise=precision not in QUANTISED)
     if reason is not None:
         truth = {kind: plain_pass(clip, pixels) for kind, pixels in pictures.items()}
@@ -164,11 +161,6 @@ def write_engine(
         if runtime == "torch":
             from safetensors.torch import save_file
 
-            if quantised is not None:
-                from iosr_fast.export.quantize_torch import quantize_blocks
-
-                assert isinstance(encoder, DualEncoder) and calibration is not None
-                facts["quantised"] = quantised | quantize_blocks(encoder, calibration)
             save_file(encoder.state_dict(), folder / TORCH_FILE)
             facts["check"][runtime] = check(TorchEncoder(folder, facts), pictures, truth, precision, bool(merged))
             facts["build_seconds"] = round(time.perf_counter() - started, 2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ pytest.importorskip("openvino")
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.encoders.runtimes import open_engine
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.export import convert
+from iosr_fast.export import candidates, convert
 from iosr_fast.export.convert import convert_engine
+from iosr_fast.utils.machine import Gpu
 from iosr_fast.utils.manifest import read_manifest
 from tests.demo_cache import demo_engine
 
@@ -89,6 +92,17 @@ def test_refusals(generic: np.ndarray, tmp_path: Path) -> None:
         IosrFastError, match=r"expected an engine in fp32 with encoder\.onnx to convert, got one in int8"
     ):
         convert_engine(tmp_path / "int8", tmp_path / "new", "openvino", "bf16")
+
+
+def test_fp8_is_tried_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "unavailable_reason", lambda runtime: None)
+    source: Any = SimpleNamespace(manifest=read_manifest(demo_engine(), "engine"))
+    for capability, reason in (((8, 9), ""), ((8, 6), "NVIDIA A10 has no fp8 instructions"), (None, None)):
+        gpu = None if capability is None else Gpu("NVIDIA A10", capability)
+        monkeypatch.setattr(candidates, "this_gpu", lambda gpu=gpu: gpu)
+        listed = candidates.list_candidates(source, 16, "auto", "fp8", with_clip=True)
+        expected = [] if gpu is None else [("tensorrt", reason), ("tensorrt_rtx", reason)]
+        assert [(one.runtime, one.left_out) for one in listed] == expected
 
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:

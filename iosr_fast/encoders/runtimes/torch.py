@@ -1,7 +1,7 @@
 """PyTorch without open_clip, on the GPU if there is one, else on the CPU.
 
 IOSR_FAST_TORCH_COMPILE=1 compiles the encoder on a GPU (torch.compile), which takes a minute at the first start;
-PyTorch keeps what it has compiled. An encoder in fp8 is always compiled there.
+PyTorch keeps what it has compiled.
 """
 
 from __future__ import annotations
@@ -51,19 +51,13 @@ class TorchEncoder(BatchedEncoder):
         from safetensors.torch import load_file
 
         from iosr_fast.clip.dual_encoder import DualEncoder, is_adapter_weight
-        from iosr_fast.clip.fp8_linear import check_fp8, insert_fp8_layers
         from iosr_fast.clip.inference_form import attention_priority, to_inference_form
-
-        fp8 = manifest["precision"] == "fp8"
-        if fp8:
-            check_fp8(self.device)
 
         config, weights = manifest["dual_encoder"], load_file(folder / FILE)
         if not adapted:
             config = {**config, "first_adapted_block": None, "bottleneck": None}
             weights = {name: w for name, w in weights.items() if not is_adapter_weight(name)}
         encoder = DualEncoder.from_config(config)
-        insert_fp8_layers(encoder, weights)
         try:
             encoder.load_state_dict(weights)
         except RuntimeError as error:
@@ -75,8 +69,7 @@ class TorchEncoder(BatchedEncoder):
         self._encoder = encoder.to(self.device)
         self._executed: Callable[[Any], tuple[Any, ...]] = self._encoder
         self.threads = threads
-        # Uncompiled, rounding an activation to fp8 takes several passes over it.
-        self._compile = fp8 or os.environ.get(COMPILE, "") not in ("", "0")
+        self._compile = os.environ.get(COMPILE, "") not in ("", "0")
         if on_gpu:
             self._use_buckets(Recorder(device=self.device))
 
