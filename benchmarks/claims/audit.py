@@ -1,0 +1,71 @@
+"""Finds `audit` labels that are wrong? A tenth of the support set's labels is exchanged, three times for each draw.
+
+auroc, precision  of the suspicion; of as many most suspicious labels as are wrong, the share of wrong ones
+wrong, estimate   the number of wrong labels, and as expected by the audit
+listed, found     labels that are called wrong, and those of them that are
+false_alarms      labels that are called wrong where none is exchanged
+
+The rival is cleanlab with cross-validated logistic regression, by self-confidence and find_label_issues.
+"""
+
+from typing import Any
+
+import numpy as np
+from cleanlab.filter import find_label_issues
+from cleanlab.rank import get_label_quality_scores
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+
+from benchmarks.claims.claim import Claim, Draws, Task, fit, rows_of
+from iosr_fast.utils.ranking import auroc
+
+SHARE, EXCHANGES = 0.1, 3
+
+
+def exchange_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Labels of which a share is exchanged between images of different classes: no class changes its size."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(labels))[: round(share * len(labels))]
+    order = rng.permutation(labels.max() + 1)
+    chosen = chosen[np.argsort(order[labels[chosen]], kind="stable")]  # the images of a class beside each other
+    exchanged = labels.copy()
+    exchanged[chosen] = np.roll(labels[chosen], np.bincount(labels[chosen]).max())
+    return exchanged
+
+
+def draws(task: Task, method: str, seed: int) -> Draws:
+    support, judge = task.support, by_cleanlab if method == "cleanlab" else by_audit
+    if support.counts.min() < 2:
+        return  # an image that is alone in its class can't be left out
+    false_alarms = int(judge(support, support.labels)[1].sum())
+    for k in range(EXCHANGES):
+        labels = exchange_labels(support.labels, SHARE, seed * EXCHANGES + k)
+        wrong = labels != support.labels
+        surprise, listed, estimate = judge(support, labels)
+        most = np.argsort(-surprise, kind="stable")[: wrong.sum()]
+        yield {
+            **{"auroc": auroc(surprise[wrong], surprise[~wrong]), "precision": float(wrong[most].mean())},
+            **{"wrong": int(wrong.sum()), "estimate": estimate, "false_alarms": false_alarms},
+            **{"listed": int(listed.sum()), "found": int((listed & wrong).sum())},
+        }
+
+
+def by_audit(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float | None]:
+    """How surprising each label is, whether it is called wrong, and how many are expected to be."""
+    audit = fit(support.embeddings, labels, support.text, support.tau).audit()
+    order = np.argsort(audit.images)
+    return audit.surprise[order], audit.suspicion[order] > 0.5, audit.expected_wrong
+
+
+def by_cleanlab(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float | None]:
+    model, folds = LogisticRegression(C=10.0, max_iter=200), min(5, int(support.counts.min()))
+    p = cross_val_predict(model, rows_of(support.embeddings), labels, cv=folds, method="predict_proba")
+    quality = get_label_quality_scores(labels, p, method="self_confidence")
+    return -quality, find_label_issues(labels, p, n_jobs=1), None
+
+
+COLUMNS = {"auroc": ".4f", "precision": ".1%", "wrong": ".1f", "estimate": ".1f", "listed": ".1f", "found": ".1f"}
+CLAIM = Claim("audit", __doc__, draws, {**COLUMNS, "false_alarms": ".1f"}, ("auto", "cleanlab"))
+
+if __name__ == "__main__":
+    CLAIM.main()

@@ -1,0 +1,136 @@
+"""benchmarks/claims: what a row says, and the data that each claim is measured on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score
+
+from benchmarks.claims import audit, joint, labels, suggest, texts, unknown
+from benchmarks.claims.claim import Claim, fit, rows_of
+from iosr_fast import Embeddings
+from iosr_fast.evaluation.features import read_features
+from tests.conftest import unit_rows
+
+CLASSES, WIDTH, EACH = 8, 16, 15
+CLAIMS = {module.CLAIM.name: module.CLAIM for module in (audit, joint, suggest, texts, unknown)}
+
+
+@pytest.fixture
+def file(rng: np.random.Generator, tmp_path: Path) -> Path:
+    """Images around the texts of their classes."""
+    centres = unit_rows(rng, CLASSES, WIDTH)
+    arrays: dict[str, np.ndarray] = {"text": centres.astype(np.float32)}
+    for part, each in (("support1", 1), ("support4", 4), ("support8", 8), ("test", EACH)):
+        arrays[f"{part}_y"] = np.repeat(np.arange(CLASSES), each)
+        noise = 0.25 * rng.standard_normal((CLASSES * each, WIDTH))
+        arrays[f"{part}_x"] = (centres[arrays[f"{part}_y"]] + noise).astype(np.float32)
+    np.savez(tmp_path / "features.npz", **arrays)
+    return tmp_path / "features.npz"
+
+
+def rows_by_place(claim: Claim, file: Path, *words: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows that a script writes, by method and what they are of."""
+    out = file.with_suffix(".json")
+    claim.main([str(file), *words, "--json", str(out)])
+    return {(row["method"], row["of"]): row for row in json.loads(out.read_text())}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_row_has_the_means_of_its_draws_and_is_printed(
+    name: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_by_place(CLAIMS[name], file, "--shots", "4", "--seeds", "2")
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(rows) and all("features.npz, 4 shots" in line for line in printed)
+    for row in rows.values():
+        assert (row["bench"], row["seeds"], row["test_images"]) == (name, [0, 1], CLASSES * EACH)
+        assert {"device", "versions", "commit"} <= row.keys()
+        for figure in row["draws"][0].keys() - {"of"}:
+            values = [draw[figure] for draw in row["draws"]]
+            assert row[figure] is None or row[figure] == pytest.approx(np.mean(values)), figure
+
+
+def test_a_wrong_file_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        joint.CLAIM.main([str(tmp_path / "none.npz"), "--json", str(tmp_path / "rows.json")])
+    assert "no feature file at" in capsys.readouterr().err
+
+
+def test_texts_help_where_they_fit_the_images(file: Path) -> None:
+    rows = rows_by_place(texts.CLAIM, file, "--shots", "1")
+    accuracies = {method: row["accuracy"] for (method, _), row in rows.items()}
+    assert accuracies["auto"] > accuracies["auto, no texts"] + 0.05
+    assert accuracies["LogisticRegression"] > 0.5 and "LinearDiscriminantAnalysis" not in accuracies  # of one shot
+
+
+def test_exchanged_labels_are_a_share_between_classes() -> None:
+    own = np.repeat(np.arange(6), 10)
+    exchanged = audit.exchange_labels(own, 0.2, seed=3)
+    assert (exchanged != own).sum() == 12 and (np.bincount(exchanged) == 10).all()
+    assert not np.array_equal(exchanged, audit.exchange_labels(own, 0.2, seed=4))
+
+
+def test_the_audit_is_level_with_cleanlab(file: Path) -> None:
+    rows = rows_by_place(audit.CLAIM, file, "--shots", "8")
+    ours, rival = rows["auto", ""], rows["cleanlab", ""]
+    assert ours["wrong"] == 6 and ours["auroc"] > rival["auroc"] - 0.01 and rival["estimate"] is None
+    assert ours["found"] <= ours["listed"] and ours["false_alarms"] < 2
+    assert rows_by_place(audit.CLAIM, file, "--shots", "1") == {}  # nothing can be left out
+
+
+def test_unknown_classes_are_told_apart_and_promises_need_images(file: Path) -> None:
+    rows = rows_by_place(unknown.CLAIM, file, "--shots", "8")
+    assert rows["auto", "unknown classes"]["auroc"] > 0.9 and rows["auto", "unknown classes"]["kept"] > 0.85
+    assert len(rows["auto", "unknown classes"]["draws"]) == 3 and rows["auto", "label sets"]["coverage"] > 0.7
+    one = rows_by_place(unknown.CLAIM, file, "--shots", "1")
+    assert one["auto", "unknown classes"]["kept"] is None and ("auto", "label sets") not in one
+
+
+def test_suggested_labels_are_worth_more_than_random_ones(file: Path) -> None:
+    rows = rows_by_place(suggest.CLAIM, file, "--shots", "1")
+    assert rows["gda", "from nothing"]["suggested"] > rows["gda", "from nothing"]["random"]
+    assert [row["budget"] for row in rows.values()] == [CLASSES] * 3
+
+
+def test_a_folder_is_judged_jointly_and_by_images_alone(file: Path) -> None:
+    rows = rows_by_place(joint.CLAIM, file, "--shots", "4")
+    task = read_features(file, [4]).draw(4, 0)
+    head = fit(task.support.embeddings, task.support.labels, task.support.text, task.support.tau)
+    assert rows["auto", "all classes"]["alone"] == head.score(rows_of(task.queries), task.labels)
+    together = head.predict_jointly(rows_of(task.queries))
+    assert rows["auto", "all classes"]["joint"] == (together.labels == task.labels).mean()
+    assert rows["auto", "a tenth of the classes"]["images"] == 2 * EACH
+
+
+def test_each_concept_is_in_as_many_images_beside_another() -> None:
+    pictures = np.repeat(np.arange(24, dtype=np.uint8), 64 * 64 * 3).reshape(24, 64, 64, 3)
+    rows = [np.arange(3 * c, 3 * c + 3) for c in range(8)]
+    images, members = labels.paste_pairs(pictures, rows, 5, np.random.default_rng(0))
+    assert images.shape == (20, 64, 64, 3) and (members.sum(0) == 5).all() and (members.sum(1) == 2).all()
+    assert (images[:, :12] == 255).all()
+    sides = np.sort(images[:, 32, [8, 56], 0] // 3, axis=1)
+    np.testing.assert_array_equal(sides, [np.flatnonzero(row) for row in members])
+
+
+def test_several_labels_have_scikit_learns_figures(rng: np.random.Generator) -> None:
+    centres = unit_rows(rng, CLASSES, WIDTH)
+
+    def draw(n: int) -> tuple[Embeddings, np.ndarray]:
+        members = np.stack([np.isin(np.arange(CLASSES), rng.choice(CLASSES, 2, replace=False)) for _ in range(n)])
+        images = members @ centres + 0.2 * rng.standard_normal((n, WIDTH))
+        return Embeddings((images / np.linalg.norm(images, axis=1, keepdims=True)).astype(np.float32)), members
+
+    (images, members), (queries, truth) = draw(60), draw(40)
+    support = SimpleNamespace(embeddings=images, labels=members, text=centres)
+    task = SimpleNamespace(support=support, queries=queries, labels=truth, tau=100.0)
+    (ours,), (rival,) = list(labels.draws(task, "auto", 0)), list(labels.draws(task, "OneVsRest", 0))
+    head = fit(images, members.astype(int), centres, 100.0)
+    expected = average_precision_score(truth, head.decision_function(queries.plain), average="macro")
+    assert ours["map"] == pytest.approx(expected) and 0.5 < rival["map"] <= 1
+    assert ours["f1"] == pytest.approx(f1_score(truth, head.predict(queries.plain), average="samples"))
