@@ -61,7 +61,7 @@ def opened(source: Path | bytes | bytearray | memoryview) -> Iterator[Image]:
         file.seek(0)
         with Image.open(file, formats=FORMATS if kind is None else (kind,)) as image:
             if isinstance(source, Path):
-                image.filename = str(source)  # type: ignore[attr-defined]  # named in warnings
+                image.filename = str(source)  # named in warnings
             image.significant_bits = bits  # type: ignore[attr-defined]
             yield image
 
