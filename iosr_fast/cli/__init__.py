@@ -58,7 +58,7 @@ class Commands(Group):
         return COMMANDS
 
 
-app = new_app("iosr-fast", Commands, no_args_is_help=True)
+app = new_app("iosr-fast", Commands, completion=True, no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:

@@ -229,9 +229,11 @@ def _list(images: list[Path], skip_bad: bool) -> list[str]:
 
     Raises ValueError for no images and, unless `skip_bad`, FileNotFoundError naming all missing ones.
     """
-    from iosr_fast.images.listing import list_images
+    from iosr_fast.images.listing import list_images, refuse_url
     from iosr_fast.utils.text import abbreviate
 
+    for place in images:
+        refuse_url(place)
     paths = [path for place in images for path in (list_images(place).paths if place.is_dir() else [str(place)])]
     if not paths:
         raise IosrFastError(

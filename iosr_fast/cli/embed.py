@@ -11,6 +11,7 @@ from iosr_fast.cli import parts
 from iosr_fast.cli.options import Address, Runtime, SkipBad
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.require import require
+from iosr_fast.utils.temporaries import MANIFEST
 
 if TYPE_CHECKING:
     from iosr_fast.pipeline.run import RunOptions
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def embed(
-    engine: Annotated[str, typer.Option(help="Folder that `iosr-fast build-engine` wrote, or demo.")],
+    engine: Annotated[str, typer.Option(help="Folder of `iosr-fast build-engine`, a saved classifier, or demo.")],
     location: Annotated[
         str, typer.Option("--input", help="Folder of images; .tar shards (folder, glob or braces); .parquet tables.")
     ],
@@ -65,9 +66,12 @@ def embed(
 
 
 def find_engine(engine: str) -> Path:
-    """The folder; for "demo" that of the demo's engine, built once and cached."""
+    """The engine's folder: the one inside a saved classifier; for "demo" that of the demo's, built once and cached."""
     if engine != "demo":
-        return Path(engine)
+        from iosr_fast.state.bundle import ENGINE
+
+        inner = Path(engine) / ENGINE
+        return inner if (inner / MANIFEST).is_file() else Path(engine)
     from iosr_fast.export.pretrained import open_pretrained
 
     return open_pretrained("demo", None, "auto", "auto", "fp32", None).engine

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad
+from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import stop_message
 from iosr_fast.utils.outputs import check_new_folder
 from iosr_fast.utils.progress import progress
@@ -27,12 +28,12 @@ def fit(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the classifier to.")],
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Name of an open_clip model: ViT-B-32 with --pretrained laion2b_s34b_b79k, ViT-B-16 with --pretrained "
-            "openai, and others. demo is a toy to try the commands; it is near chance on photographs."
+            "openai, and others. demo is a toy to try the commands; it is near chance on photographs. Required."
         ),
-    ],
+    ] = None,
     pretrained: Pretrained = None,
     adapter: Adapter = "auto",
     method: Annotated[
@@ -86,6 +87,11 @@ def fit(
     iosr-fast classify my-classifier photos/
     """
     parameters: dict[str, Any] = {**locals()}
+    if model is None:
+        raise IosrFastError(
+            "expected --model, got none: for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k, which is "
+            "downloaded once; `iosr-fast models` lists all; --model demo is a toy to try the commands"
+        )
     for name in ("folder", "out", "template", "unknown_images"):
         del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier
@@ -94,7 +100,10 @@ def fit(
     classifier = Classifier(**parameters, progress=True)
     with stop_message("stopped; nothing was written", "iosr-fast"):
         check_new_folder(out, "classifier")
-        classifier.fit_folder(*folder, unknown_images=unknown_images)
+        try:
+            classifier.fit_folder(*folder, unknown_images=unknown_images)
+        except BadImageError as error:
+            raise IosrFastError(f"{error}; repair or remove it, or leave such images out by --skip-bad") from error
         with progress("save", None):
             classifier.save(out)
     typer.echo(

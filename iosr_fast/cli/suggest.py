@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def suggest(
     classifier: SavedClassifier,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Unlabelled images, also in folders below.")],
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images to suggest.")],
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Most images to suggest.")] = 20,
     out: Annotated[
         Path | None, typer.Option(callback=new_csv, help="CSV file to write [default: standard output].")
     ] = None,

@@ -7,7 +7,6 @@ configuration of a model of the hub is downloaded.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import zipfile
@@ -19,6 +18,7 @@ from iosr_fast.clip.architecture import check_architecture, downloading, fused_f
 from iosr_fast.clip.demo.pictures import FOLDER as DEMO_FOLDER
 from iosr_fast.exceptions import DamagedFileError, IosrFastError, MissingPackageError
 from iosr_fast.utils.require import require
+from iosr_fast.utils.text import did_you_mean
 
 DEMO_NAME = "iosr-fast-demo"
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -150,10 +150,9 @@ def check_model(name: str, pretrained: str | Path | None) -> dict[str, Any]:
         return config
     if Path(pretrained).suffix:
         raise FileNotFoundError(f"expected a file of weights at {pretrained}, found none")
-    close = difflib.get_close_matches(str(pretrained), tags, 1, 0.6)
     raise IosrFastError(
-        f"{name} has no pretrained tag {str(pretrained)!r}: {f'did you mean {close[0]!r}? ' if close else ''}expected "
-        f"{published}, a file, or 'none'"
+        f"{name} has no pretrained tag {str(pretrained)!r}: {did_you_mean(str(pretrained), tags)}expected {published}, "
+        "a file, or 'none'"
     )
 
 
@@ -207,12 +206,9 @@ def _own_name(name: str) -> str:
 
 
 def _unknown(name: str, names: list[str]) -> IosrFastError:
-    lower = {known.casefold(): known for known in names}
-    close = difflib.get_close_matches(_own_name(name).casefold(), lower, 3, 0.6)
-    hint = f"did you mean {', '.join(lower[each] for each in close)}? " if close else ""
     return IosrFastError(
-        f"expected 'demo', {HUB}OWNER/REPOSITORY, {LOCAL}FOLDER or one of open_clip's models, got {name!r}: {hint}"
-        "`iosr-fast models` lists all"
+        f"expected 'demo', {HUB}OWNER/REPOSITORY, {LOCAL}FOLDER or one of open_clip's models, got {name!r}: "
+        f"{did_you_mean(_own_name(name), names, 3)}`iosr-fast models` lists all"
     )
 
 

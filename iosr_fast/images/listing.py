@@ -33,6 +33,8 @@ _SYSTEM = (
 )
 _BROKEN = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"})
+# pathlib makes one slash of two.
+_URL = re.compile(r"(?:https?|s3|gs|hdfs|ftp|file):/", re.IGNORECASE)
 _MAX_SUFFIXES = 6  # listed in a summary
 
 
@@ -70,11 +72,19 @@ class Listing:
     skipped: Skipped
 
 
+def refuse_url(place: str | Path) -> None:
+    """Raise IosrFastError for a URL where a path is expected."""
+    if _URL.match(str(place)):
+        url = re.sub(":/+", "://", str(place), count=1)
+        raise IosrFastError(f"expected a path, got the URL {url}: download it first, and give the file")
+
+
 def list_images(folder: str | Path) -> Listing:
     """The images in a folder and all below it.
 
     Raises FileNotFoundError without the folder, PermissionError naming a folder that can't be read.
     """
+    refuse_url(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"expected a folder of images, found no folder {folder}")
     skipped = Skipped()
@@ -90,6 +100,7 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
     fewer than two classes, a class without images, names that are not UTF-8, and sub-folders that are splits with class
     folders inside, such as train/ and test/.
     """
+    refuse_url(folder)
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder with one sub-folder of images a class, found no folder {folder}")
@@ -107,6 +118,11 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[str], list[str]]:
         skipped.reasons += own.reasons
         skipped.suffixes += own.suffixes
     _refuse_splits(folder, classes, paths)
+    if not classes and (loose := skipped.reasons["not in a class folder"]):
+        raise IosrFastError(
+            f"expected one sub-folder of images a class in {folder}, found {loose} images in it and no sub-folder: "
+            "move each into a folder named as its class, or list them in a CSV file of path and label"
+        )
     if len(classes) < 2:
         raise IosrFastError(f"expected at least two class folders in {folder}, found {len(classes)}: {classes}")
     for name, reason in empty.items():

@@ -15,6 +15,7 @@ import numpy as np
 
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
+from iosr_fast.images.listing import refuse_url
 from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
 from iosr_fast.utils.text import abbreviate
 
@@ -57,6 +58,7 @@ def opened_encoded(source: Any, position: int, name: Path | None = None) -> Iter
 
 def check_path(path: Path) -> Path:
     """The path of a file. Raises ValueError for a folder, a special file and a missing one."""
+    refuse_url(path)
     if path.is_dir():
         raise IosrFastError("it is a folder; use fit_folder, predict_folder or `iosr-fast classify` for folders")
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from iosr_fast.exceptions import IosrFastError
@@ -12,12 +13,19 @@ from iosr_fast.scoring.isoclip import fit_isoclip
 from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reducers import ISOCLIP, Reducer, check_reducer, fit_reducer
 from iosr_fast.scoring.validation import check_number
+from iosr_fast.utils.text import did_you_mean
 
 __all__ = ["METHODS", "Method", "check_parameters", "compile_method", "fit_method_reducer", "unavailable_reason"]
 
 # By name.
 _MODULES = (zero_shot, tip_adapter, tip_x, timo, ape, gda, proker, stack)
 METHODS: dict[str, Method] = {form.name: form for module in _MODULES for form in module.METHOD.forms()}
+
+
+def unknown_method(name: str, known: Iterable[str]) -> IosrFastError:
+    """The error of a method's name that is none of `known`."""
+    listed = list(known)
+    return IosrFastError(f"{did_you_mean(str(name), listed)}expected a method of {', '.join(listed)}, got {name!r}")
 
 
 def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
@@ -29,7 +37,7 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
     """
     method = METHODS.get(name)
     if method is None:
-        raise IosrFastError(f"expected a method of {', '.join(METHODS)}, got {name!r}")
+        raise unknown_method(name, METHODS)
     values = {key: float(value) for key, value in parameters.items() if value is not None}
     unknown = sorted(set(values) - set(method.parameters))
     if unknown:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.images.listing import list_folder
+from iosr_fast.images.listing import list_folder, refuse_url
 from iosr_fast.state.ids import uid_of
 from iosr_fast.state.multi_label import SEPARATOR
 from iosr_fast.utils.csv_text import recovered
@@ -287,6 +287,8 @@ def _read_table(file: Path) -> tuple[list[Path], Sequence[str | frozenset[str]],
     labelled = [(path, label) for path, label in named if label or several]
     if without := [label for path, label in labelled if not path]:
         raise IosrFastError(f"expected a path in each row of {file}, got none for the label {without[0]!r}")
+    for path, _ in labelled:
+        refuse_url(path)
     paths, labels = [file.parent / path for path, _ in labelled], [label for _, label in labelled]
     if not several:
         return paths, labels, sorted(set(labels))

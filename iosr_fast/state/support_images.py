@@ -182,7 +182,9 @@ def encode_images(
         if len(errors) == 1:
             raise errors[0]
         shown = "; ".join(str(error) for error in errors[:_SHOWN])
-        raise IosrFastError(f"{len(errors)} of {len(images)} images can't be read (skip_bad leaves them out): {shown}")
+        raise IosrFastError(
+            f"{len(errors)} of {len(images)} images can't be read (skip_bad, or --skip-bad, leaves them out): {shown}"
+        )
     _check_copies(images, labels, copies, names)
     for left_out in errors:
         logger.warning("left out: %s", left_out)

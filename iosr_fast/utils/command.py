@@ -14,6 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.utils.outputs import check_new_file
 
+_HELP = {"help_option_names": ["-h", "--help"]}
+
 
 @contextmanager
 def one_line_errors(prefix: str = "error") -> Iterator[None]:
@@ -64,11 +66,16 @@ class Group(TyperGroup):
                 formatter.write_dl(list(commands.items()))
 
 
-def new_app(prefix: str = "error", group: type[Group] = Group, **options: Any) -> typer.Typer:
+def new_app(prefix: str = "error", group: type[Group] = Group, completion: bool = False, **options: Any) -> typer.Typer:
     """An app with `one_line_errors`. Its help shows `[...]` as written, which rich would interpret as markup."""
     named = type(group.__name__, (group,), {"prefix": prefix})
     return typer.Typer(
-        cls=named, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
+        cls=named,
+        add_completion=completion,
+        context_settings=_HELP,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        **options,
     )
 
 
@@ -116,7 +123,7 @@ def command_app(main: Callable[..., None], prefix: str = "error") -> typer.Typer
                 return super().invoke(ctx)
 
     app = new_app()
-    app.command(cls=Only)(main)
+    app.command(cls=Only, context_settings=_HELP)(main)
     return app
 
 

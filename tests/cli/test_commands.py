@@ -14,6 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from iosr_fast import Classifier, cli
+from iosr_fast.cli.embed import find_engine
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
 from iosr_fast.utils.command import ListCommand, new_app
 from iosr_fast.utils.progress import progress
@@ -57,6 +59,11 @@ def test_options_of_ray_have_a_section_of_their_own() -> None:
     assert "--skip-bad" in sections["Options"] and "--help" in sections["Options"] and "IMAGES" in sections["Arguments"]
 
 
+def test_help_and_completion_are_where_a_user_looks() -> None:
+    assert run("-h").output == run("--help").output and run("fit", "-h").output == run("fit", "--help").output
+    assert "--install-completion" in run("-h").output
+
+
 def test_a_name_that_is_no_command_gets_a_suggestion() -> None:
     assert "Did you mean 'train-adapter'?" in refused("train_adapter")
 
@@ -92,7 +99,8 @@ def test_a_script_of_tools_is_the_command(tool: str, tmp_path: Path) -> None:
 
 def test_fit_takes_no_toy_without_a_word(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "open_shared", never)
-    assert "--model" in refused("fit", folder, "--out", tmp_path / "out")
+    said = refused("fit", folder, "--out", tmp_path / "out")
+    assert "for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k" in said
     assert "near chance on photographs" in re.sub(r"\s+", " ", run("fit", "--help").output)
 
 
@@ -140,8 +148,9 @@ def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(
     (tmp_path / "empty").mkdir()
     none = refused("fit", folder, *common, "--unknown-images", tmp_path / "empty")
     assert "expected pictures of none of the classes in" in none
-    assert "at least two class folders" in refused("fit", folder / "class_0", *common)
-    assert "expected a method of" in refused("fit", folder, *common, "--method", "magic")
+    assert "found 3 images in it and no sub-folder: move each" in refused("fit", folder / "class_0", *common)
+    assert "expected a method of auto, zero-shot" in refused("fit", folder, *common, "--method", "magic")
+    assert "did you mean 'tip-adapter'?" in refused("fit", folder, *common, "--method", "tip-adaptr")
     assert "leave alpha out" in refused("fit", folder, *common, "--alpha", "1")
     assert "views of at least 1, got -1" in refused("fit", folder, *common, "--views", "-1")
     assert "key_precision of fp32" in refused("fit", folder, *common, "--key-precision", "fp8")
@@ -163,6 +172,32 @@ def test_classify_names_what_is_missing_before_the_bundle_is_opened(
     assert "found none in" in refused("classify", "bundle", tmp_path / "empty", "--out", tmp_path / "labels.csv")
     assert "'--top': " in refused("classify", "bundle", folder, "--top", "-3")
     assert not (tmp_path / "labels.csv").exists()
+
+
+def test_a_url_is_refused_as_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "open_shared", never)
+    monkeypatch.setattr(Classifier, "load", never)
+    (tmp_path / "urls.csv").write_text("path,label\nhttps://a.org/b.jpg,x\nc.jpg,y\n")
+    got = "expected a path, got the URL https://a.org/b.jpg: download it first"
+    for place in ("https://a.org/b.jpg", tmp_path / "urls.csv"):
+        assert got in refused("fit", place, "--model", "demo", "--out", tmp_path / "out")
+    assert got in refused("classify", "bundle", "https://a.org/b.jpg")
+    with pytest.raises(BadImageError, match=got):
+        small_classifier().predict("https://a.org/b.jpg")
+
+
+def test_an_unreadable_image_names_the_option_that_leaves_it_out(
+    unfitted: Classifier, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "class_0" / "bad.png").write_bytes(b"no picture")
+    said = refused("fit", folder, "--model", "demo", "--out", tmp_path / "out", "--precision", "fp32")
+    assert "bad.png" in said and "leave such images out by --skip-bad" in said
+
+
+def test_embed_takes_the_engine_of_a_classifier(tmp_path: Path) -> None:
+    small_classifier(engine_folder(tmp_path / "engine")).save(tmp_path / "saved")
+    assert find_engine(str(tmp_path / "saved")) == tmp_path / "saved" / "engine"
+    assert find_engine(str(tmp_path / "engine")) == tmp_path / "engine"
 
 
 def test_a_folder_given_to_predict_is_called_a_folder(folder: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_demo_that_nobody_named_is_warned_of_once(
         ({"pretrained": "no-such-tag"}, "has no pretrained tag 'no-such-tag'"),
         ({"pretrained": None}, "expected weights for"),
         ({"model": "ViT-Z-99"}, "one of open_clip's models"),
-        ({"model": "ViT-B16", "pretrained": "openai"}, "did you mean ViT-B-16"),
+        ({"model": "ViT-B16", "pretrained": "openai"}, "did you mean 'ViT-B-16'"),
         ({"pretrained": "openia"}, "did you mean 'openai'"),
         ({"model": "ViT-S-16", "pretrained": None}, "open_clip lists none for it"),
         ({"model": "RN50", "adapter": "demo"}, "RN50 has a ResNet image encoder; expected.* every method without"),

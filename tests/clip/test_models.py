@@ -69,7 +69,7 @@ def test_the_command_makes_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     one = run("models", "ViT-B-16-SigLIP2").output
     assert one.startswith("ViT-B-16-SigLIP2: siglip, images of 224x224") and "webli" in one
     assert json.loads(run("models", "demo", "--json").output)["tags"] == []
-    assert "did you mean ViT-B-16-SigLIP2" in refused("models", "ViT-B16-SigLip2")
+    assert "did you mean 'ViT-B-16-SigLIP2'" in refused("models", "ViT-B16-SigLip2")
 
 
 @pytest.fixture

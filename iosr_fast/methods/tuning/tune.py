@@ -15,7 +15,7 @@ import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.methods import METHODS, check_parameters, fit_method_reducer, unavailable_reason
+from iosr_fast.methods import METHODS, check_parameters, fit_method_reducer, unavailable_reason, unknown_method
 from iosr_fast.methods.method import MAX_ALPHA, Method
 from iosr_fast.methods.support_set import SupportSet
 from iosr_fast.methods.tuning.calibration import full_factor, usual_factor
@@ -47,6 +47,8 @@ def check_choice(method: str, reducer: str | None, tuning: str | None, **paramet
     if tuning not in (None, "loo", "none"):
         raise IosrFastError(f"expected tune to be 'loo' or 'none', got {tuning!r}")
     if method != AUTO:
+        if method not in METHODS:
+            raise unknown_method(method, (AUTO, *METHODS))
         values = check_parameters(method, **parameters)
         if METHODS[method].weighted and reducer not in (None, "none"):
             raise IosrFastError(f"{method} takes no reducer, got {reducer!r}")
@@ -97,7 +99,7 @@ def tune(
         return tune_auto(support, queries, labels, seconds)
     started = time.perf_counter()
     if method not in METHODS:
-        raise IosrFastError(f"expected a method of {', '.join(METHODS)}, got {method!r}")
+        raise unknown_method(method, (AUTO, *METHODS))
     if (reason := unavailable_reason(method, support)) is not None:
         raise IosrFastError(reason)
     entry = METHODS[method]
