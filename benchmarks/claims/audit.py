@@ -26,10 +26,12 @@ def exchange_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Labels of which a share is exchanged between images of different classes: no class changes its size."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(labels))[: round(share * len(labels))]
-    order = rng.permutation(labels.max() + 1)
-    chosen = chosen[np.argsort(order[labels[chosen]], kind="stable")]  # the images of a class beside each other
+    for _ in range(1000):
+        passed = rng.permutation(labels[chosen])
+        if (passed != labels[chosen]).all():
+            break
     exchanged = labels.copy()
-    exchanged[chosen] = np.roll(labels[chosen], np.bincount(labels[chosen]).max())
+    exchanged[chosen] = passed
     return exchanged
 
 
@@ -60,8 +62,8 @@ def by_audit(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 def by_cleanlab(support: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float | None]:
     model, folds = LogisticRegression(C=10.0, max_iter=200), min(5, int(support.counts.min()))
     p = cross_val_predict(model, rows_of(support.embeddings), labels, cv=folds, method="predict_proba")
-    quality = get_label_quality_scores(labels, p, method="self_confidence")
-    return -quality, find_label_issues(labels, p, n_jobs=1), None
+    surprise = -get_label_quality_scores(labels, p, method="self_confidence")
+    return surprise, find_label_issues(labels, p, n_jobs=1), None
 
 
 COLUMNS = {"auroc": ".4f", "precision": ".1%", "wrong": ".1f", "estimate": ".1f", "listed": ".1f", "found": ".1f"}

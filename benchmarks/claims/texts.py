@@ -7,12 +7,10 @@ the support images, where a class has two.
 from benchmarks.claims.claim import Claim, Draws, Task, fit, rows_of
 from iosr_fast.evaluation.rivals import RIVALS, fit_rival, rival_unavailable_reason, score_rival
 
-NO_TEXTS = "auto, no texts"
-
 
 def draws(task: Task, method: str, seed: int) -> Draws:
     if method not in RIVALS:
-        support, text = task.support, None if method == NO_TEXTS else task.support.text
+        support, text = task.support, None if method.endswith("no texts") else task.support.text
         head = fit(support.embeddings, support.labels, text, support.tau, method.removesuffix(", no texts"))
         yield {"accuracy": float((head.predict(rows_of(task.queries)) == task.labels).mean())}
     elif rival_unavailable_reason(method, task.support) is None:
@@ -20,7 +18,7 @@ def draws(task: Task, method: str, seed: int) -> Draws:
         yield {"accuracy": score_rival(method, estimator, task.queries, task.labels).accuracy}
 
 
-METHODS = ("auto", NO_TEXTS, "LogisticRegression", "LinearDiscriminantAnalysis", "zero-shot")
+METHODS = ("auto", "auto, no texts", "LogisticRegression", "LinearDiscriminantAnalysis", "zero-shot")
 CLAIM = Claim("texts", __doc__, draws, {"accuracy": ".1%", "std": ".1%", "test_images": "d"}, METHODS)
 
 if __name__ == "__main__":
