@@ -27,11 +27,11 @@ help:
 	@echo "make wheel      an sdist and a manylinux wheel into dist/"
 	@echo "make check-wheel  a classifier from dist/*.whl in a new environment without a compiler"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make bench      every bench of tools/benchmark.py against its rivals, on this machine, into build/bench"
+	@echo "make bench      every subject of tools/benchmark.py against its rivals, on this machine, into build/bench"
 	@echo "make constraints  the versions in $(VENV) into constraints.txt, after they were tested"
 	@echo "make audit      known vulnerabilities of what is installed in $(VENV), and its SBOM into build/sbom.json"
 	@echo "make gpu-bundle  what a GPU machine without a network needs, into build/gpu-bundle"
-	@echo "make gpu-check CALL=parity|tuning|tables  on a GPU machine, with its own Python: one call of 8 minutes, one JSON file"
+	@echo "make gpu-check  on a GPU machine, with its own Python: the tests marked gpu, then score and encoder, 8 minutes each"
 
 develop: $(STAMP)
 
@@ -116,19 +116,41 @@ sanitize: $(STAMP)
 	$(BIN)/python tools/sanitize.py thread
 
 bench: $(STAMP)
-	$(BIN)/python tools/benchmark.py all --out build/bench
+	for subject in encoder precision score pipeline fit; do $(BIN)/python tools/benchmark.py $$subject || exit 1; done
 
-# PYTHON of gpu-check is the machine's, with PyTorch; GPU_PYTHON builds the modules that are carried there.
-GPU_PYTHON ?=
-CALL ?= parity
-OUT ?= benchmarks/results
+# What a GPU machine without a network needs: the wheel of this tree with its CUDA module, and packages that a machine
+# with PyTorch may lack. GPU_PYTHON has the version of that machine's Python. There: pip install --no-index
+# --find-links build/gpu-bundle iosr_fast open_clip_torch, then make gpu-check PYTHON=python3.
+GPU_PYTHON ?= $(BIN)/python
+GPU_PACKAGES := open_clip_torch ftfy timm msgspec typer rich safetensors huggingface-hub
+CUDA_ARCHITECTURES ?= 80-real;90
 
 gpu-bundle: $(STAMP)
-	$(BIN)/python tools/benchmark.py gpu-bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) \
-		$(if $(GPU_PYTHON_VERSION),--python-version $(GPU_PYTHON_VERSION))
+	rm -rf build/gpu-bundle
+	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt \
+		--dest build/gpu-bundle $(GPU_PACKAGES)
+	IOSR_FAST_CUDA=$$(command -v nvcc >/dev/null && echo 1 || echo 0) \
+		CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES='$(CUDA_ARCHITECTURES)'" \
+		$(GPU_PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/gpu-bundle .
+	ls -l build/gpu-bundle
+
+# Three commands, each ended by timeout; one that fails leaves the others to run, and the target fails. DEVICE=cpu with
+# CHECK_OPTIONS of tiny shapes rehearses it.
+OUT ?= benchmarks/results
+DEVICE ?= cuda
+LIMIT ?= 480
+SCORE_OPTIONS ?=
+ENCODER_OPTIONS ?= --model ViT-B-16
 
 gpu-check:
-	PYTHONPATH=$(CURDIR) $(PYTHON) tools/benchmark.py gpu --call $(CALL) --out $(OUT)
+	mkdir -p $(OUT)
+	failed=0; \
+	timeout $(LIMIT) $(PYTHON) -m pytest -m gpu -q >$(OUT)/gpu-tests.log 2>&1 || { tail -5 $(OUT)/gpu-tests.log; failed=1; }; \
+	timeout $(LIMIT) $(PYTHON) tools/benchmark.py score --device $(DEVICE) $(SCORE_OPTIONS) \
+		--json $(OUT)/gpu-score.json || failed=1; \
+	timeout $(LIMIT) $(PYTHON) tools/benchmark.py encoder --device $(DEVICE) $(ENCODER_OPTIONS) \
+		--json $(OUT)/gpu-encoder.json || failed=1; \
+	exit $$failed
 
 constraints: $(STAMP)
 	{ echo "# Made by make constraints: what the tests passed with. Not here, because platforms differ: $(UNCONSTRAINED)."; \

@@ -54,8 +54,9 @@ class CMakeBuild(build_ext):
         subprocess.run([*cmake, "--build", str(build), *target, "--config", "Release", "--parallel"], check=True)
 
 
-# An editable install finds the command lines' own modules, too; a wheel has only the package.
-TOOLS = find_namespace_packages(include=["tools", "tools.*"]) if "editable_wheel" in sys.argv else []
+# An editable install finds the modules of tools/ and benchmarks/, too; a wheel has only the package.
+BESIDE = ["tools", "tools.*", "benchmarks"]
+TOOLS = find_namespace_packages(include=BESIDE) if "editable_wheel" in sys.argv else []
 
 setup(
     packages=[*find_packages(include=["iosr_fast", "iosr_fast.*"]), "iosr_fast.kernels", *TOOLS],

@@ -1,6 +1,6 @@
 """Launch configurations: tile shapes, warps and pipeline stages by GPU, path, key precision and batch.
 
-launch_configs.json stores them. "default" is for every GPU without an entry; tools/tune_kernels.py measures entries.
+launch_configs.json stores them. "default" is for every GPU without an entry of its own.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def config_for(gpu: str, path: str, precision: str, load: Load) -> Config:
             return Config(**entry)
         except (TypeError, ValueError) as error:
             place = f"{CONFIGS_FILE.name}, {name!r}/{path}/{precision}/{load}"
-            raise IosrFastError(f"{place}: {error}; correct the entry or run tools/tune_kernels.py") from error
+            raise IosrFastError(f"{place}: {error}; correct the entry") from error
     raise IosrFastError(
         f"expected a path of {', '.join(PATHS)} and a precision of {', '.join(PRECISIONS)} that "
         f"{CONFIGS_FILE.name} has, got {path!r} and {precision!r}"
@@ -107,18 +107,3 @@ def dense_config(gpu: str, precision: str, load: Load, float_values: bool) -> Co
     if float_values and precision in ("fp16", "int8"):
         return replace(config, block_n=max(16, config.block_n // 2))
     return config
-
-
-def write_configs(configs: dict[str, Any]) -> None:
-    """Write launch_configs.json with one configuration per line."""
-
-    def dump(value: Any, depth: int) -> str:
-        if not isinstance(value, dict) or "block_b" in value:
-            return json.dumps(value)
-        pad = "  " * (depth + 1)
-        rows = [f"{pad}{json.dumps(name)}: {dump(entry, depth + 1)}" for name, entry in value.items()]
-        return "{\n" + ",\n".join(rows) + "\n" + "  " * depth + "}"
-
-    CONFIGS_FILE.write_text(dump(configs, 0) + "\n", encoding="utf-8")
-    read_configs.cache_clear()
-    config_for.cache_clear()

@@ -16,8 +16,8 @@ pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra"
 from open_clip import pretrained  # noqa: E402
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # noqa: E402
 
+from benchmarks.photographs import photograph  # noqa: E402
 from iosr_fast import Classifier  # noqa: E402
-from iosr_fast.benchmarks.photographs import photograph  # noqa: E402
 from iosr_fast.clip import load  # noqa: E402
 from iosr_fast.clip.demo.pictures import FOLDER, load_pictures  # noqa: E402
 from iosr_fast.clip.load import LoadedClip, load_clip  # noqa: E402

@@ -1,15 +1,97 @@
-"""`iosr-fast benchmark` from the source tree; make gpu-check runs it where nothing is installed."""
+"""Time a part of iosr_fast against named rivals on this machine. Every result is verified before it is timed.
 
+python tools/benchmark.py encoder      both embeddings of a batch: fused, and in two passes by other compilers
+python tools/benchmark.py precision    the encoder in fewer bits: speed, distance to fp32, accuracy on the demo
+python tools/benchmark.py score        embeddings to logits: our kernels, the papers' formula, PyTorch
+python tools/benchmark.py pipeline     JPEG files to labels, and a new process to its first label
+python tools/benchmark.py fit          JPEG files to a fitted classifier
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
 import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from iosr_fast.benchmarks import gpu_bundle
-from tools.source_tree import ROOT, use_source_tree
+import typer
 
-# At import, because processes that a bench spawns import this file too.
-sys.path += gpu_bundle.import_path(ROOT)  # last: what is installed goes first
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that `benchmarks` is found from anywhere
+from iosr_fast.utils.command import ListCommand, new_file, one_line_errors  # noqa: E402
+from tools.source_tree import use_source_tree  # noqa: E402
+
 use_source_tree()
 
-if __name__ == "__main__":
-    from iosr_fast.cli import app
 
-    app(["benchmark", *sys.argv[1:]], prog_name="iosr-fast")
+def main(
+    subject: Annotated[
+        Literal["encoder", "precision", "score", "pipeline", "fit"],
+        typer.Argument(metavar="SUBJECT", help="encoder, precision, score, pipeline or fit."),
+    ],
+    model: Annotated[
+        list[str] | None, typer.Option(help="open_clip ViT, or demo (precision takes several). Not for score.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images of a call, several for encoder.")] = None,
+    first_adapted_block: Annotated[
+        int | None, typer.Option(min=0, help="First block with an adapter, for encoder and pipeline.")
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="For score: queries, keys, channels, classes: q256-k16000-d512-c1000.")
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(min=2, help="JPEG files, for pipeline and fit.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for encoder and score.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of NumPy and PyTorch [default: all].")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds at most; a case ends after 60 s and three rounds.")] = 7,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", callback=new_file, help="Rows as JSON [default: build/bench/cpu-SUBJECT.json]."),
+    ] = None,
+) -> None:
+    """Time a part of iosr_fast against named rivals; rows are printed as cases end and written after every round."""
+    given = {
+        "model": model[0] if model and len(model) == 1 else None,
+        "models": model,
+        "batches": batch,
+        "first_adapted_block": first_adapted_block,
+        "cases": case,
+        "pictures": pictures,
+    }
+    if (
+        threads is not None
+    ):  # before NumPy's first import, as BLAS reads its threads then; our kernels read theirs later
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "IOSR_FAST_THREADS"):
+            os.environ[name] = str(threads)
+    module: Any = importlib.import_module(f"benchmarks.{subject}")
+    from benchmarks.devices import Device
+    from benchmarks.harness import Run
+    from iosr_fast.exceptions import IosrFastError
+    from iosr_fast.utils.machine import usable_threads
+
+    taken = inspect.signature(module.run).parameters
+    options = {name: value for name, value in given.items() if value is not None and name in taken}
+    names = {"model": model, "batch": batch, "case": case, "pictures": pictures}
+    names["first-adapted-block"] = first_adapted_block
+    for name, value in names.items():
+        mine = {"case": "cases", "batch": "batches"}.get(name, name.replace("-", "_"))
+        if value is not None and mine not in options and not (name == "model" and "models" in options):
+            raise IosrFastError(f"expected no --{name} with {subject}, or one value, got {value}")
+    if device != "cpu" and subject not in ("encoder", "score"):
+        raise IosrFastError(f"expected --device cpu with {subject}, got {device}")
+    out = json_path or ROOT / "build" / "bench" / f"{'cpu' if device == 'cpu' else 'gpu'}-{subject}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run = Run(subject, Device(device), threads or usable_threads(), repeats, out=out)
+    module.run(run, **options)
+    run.write()
+    typer.echo(f"wrote {len(run.rows)} rows to {out}", err=True)
+    if run.failed:
+        raise ArithmeticError(f"not timed: {', '.join(run.failed)}")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(cls=ListCommand)(main)
+    with one_line_errors():
+        app()

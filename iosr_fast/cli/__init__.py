@@ -34,7 +34,7 @@ COMMANDS = {
         "open-images-subset": "Choose a balanced subset of Open Images to train on.",
     },
     "Measure": {
-        "benchmark": "Time each part of the package and its rivals.",
+        "benchmark": "Time a saved classifier or an engine on this machine.",
     },
 }
 

@@ -19,14 +19,14 @@ def describe(folder: str | Path) -> str:
 
     Raises FileNotFoundError and ValueError as `Classifier.load` does.
     """
-    verified = open_verified(folder, _kind(Path(folder)))
+    verified = open_verified(folder, folder_kind(Path(folder)))
     size = sum(file.size for file in verified.files.values())
     lines = [f"{folder}: {verified.kind}, {len(verified.files) + 1} files, {size / 1e6:,.1f} MB"]
     lines += _engine_lines(verified) if verified.kind == ENGINE_KIND else _classifier_lines(verified)
     return "\n".join([*lines, f"digest {verified.digest}"])
 
 
-def _kind(folder: Path) -> str:
+def folder_kind(folder: Path) -> str:
     """What the folder says it is; `hold` says what is wrong with it."""
     try:
         with (folder / MANIFEST).open("rb") as file:

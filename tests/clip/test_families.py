@@ -18,7 +18,6 @@ onnx = pytest.importorskip("onnx", reason="onnx comes with the cpu extra")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime comes with the cpu extra")
 pytest.importorskip("onnxscript", reason="onnxscript comes with the cpu extra")
 
-from iosr_fast.benchmarks.hard_weights import harden  # noqa: E402
 from iosr_fast.clip.dual_encoder import DualEncoder  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.resize import resize_clip  # noqa: E402
@@ -33,6 +32,7 @@ from iosr_fast.export.quantize import quantize_onnx  # noqa: E402
 from tests.clip.families import FAMILIES, family_clip  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels  # noqa: E402
 from tests.clip.test_dual_encoder import run  # noqa: E402
+from tests.export.hard_weights import harden  # noqa: E402
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -428,13 +428,13 @@ RELEASES_MODELS = """
 import faulthandler, gc, os, signal
 import numpy as np
 from iosr_fast.encoders.runtimes.openvino import openvino_core, signal_stack
-from iosr_fast.benchmarks.ceilings import _openvino_gemm
+from benchmarks.ceilings import openvino_gemm
 
 faulthandler.enable()
 before, seen = signal_stack(), []
 signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
 left, weight = np.ones((2, 128, 128), np.float32)
-models = [_openvino_gemm(left, weight, 1) for _ in range(3)]
+models = [openvino_gemm(left, weight, 1) for _ in range(3)]
 for model in models:
     model()
 assert openvino_core() is openvino_core()

@@ -15,7 +15,6 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("open_clip")
 
-from iosr_fast.benchmarks.hard_weights import harden  # noqa: E402
 from iosr_fast.clip.fuse import build_dual_encoder  # noqa: E402
 from iosr_fast.clip.load import load_clip  # noqa: E402
 from iosr_fast.export import quantize  # noqa: E402
@@ -27,6 +26,7 @@ from iosr_fast.export.quantize_sensitivity import GatedEncoder, choose_float  # 
 from iosr_fast.export.quantize_values import Quantised  # noqa: E402
 from tests.clip.small_clip import random_adapter, random_pixels, small_clip  # noqa: E402
 from tests.demo_cache import export_once  # noqa: E402
+from tests.export.hard_weights import harden  # noqa: E402
 from tests.export.test_quantize import decoded, emoji, encode, least_cosine, without_bounds  # noqa: E402
 
 

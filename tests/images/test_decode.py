@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iosr_fast.benchmarks.photographs import photograph
+from benchmarks.photographs import photograph
 from iosr_fast.clip.demo.pictures import load_pictures
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images import decode

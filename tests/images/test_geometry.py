@@ -16,7 +16,7 @@ open_clip = pytest.importorskip("open_clip")
 from open_clip import pretrained  # noqa: E402
 from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
 
-from iosr_fast.benchmarks.photographs import photograph  # noqa: E402
+from benchmarks.photographs import photograph  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.exceptions import BadImageError  # noqa: E402
 from iosr_fast.images import decode  # noqa: E402

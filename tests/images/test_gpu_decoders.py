@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 torch = pytest.importorskip("torch")
 
-from iosr_fast.benchmarks.photographs import photograph  # noqa: E402
+from benchmarks.photographs import photograph  # noqa: E402
 from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
 from iosr_fast.encoders.runtimes import plans  # noqa: E402
 from iosr_fast.exceptions import BadImageError  # noqa: E402

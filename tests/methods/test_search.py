@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iosr_fast import _C
-from iosr_fast.benchmarks.harness import extra_memory_mb
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.methods.tuning.numpy_search import EMPTY
 from iosr_fast.methods.tuning.search import Best, Intervals, cache_intervals, intervals, sweep
@@ -22,6 +21,7 @@ from iosr_fast.scoring.plan import ScoringPlan
 from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score
 from tests.conftest import unit_rows
+from tests.memory import extra_memory_mb
 
 IMPLS = ("cpp", "numpy")
 PATHS = ["numpy", *(f"cpp/{name}" for name, supported in _C.simd_paths() if supported)]

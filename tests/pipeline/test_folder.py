@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iosr_fast.benchmarks.photographs import write_photographs
+from benchmarks.photographs import write_photographs
 from iosr_fast.classifier import Classifier
 from iosr_fast.encoders import runtimes
 from iosr_fast.exceptions import BadImageError

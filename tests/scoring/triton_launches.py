@@ -1,8 +1,8 @@
 """Launches of the Triton kernels through Triton's own launcher, compiled for an H100 and not executed.
 
-aot compiles kernels with types and constants of its own; here Triton derives both from the arguments of score_triton,
-as on a GPU: 1 becomes a constant, and addresses and sizes that 16 divides are compiled apart. .ci/triton36 runs this
-file without TRITON_INTERPRET; the name keeps it out of the main run.
+compile_check compiles kernels with types and constants of its own; here Triton derives both from the arguments of
+score_triton, as on a GPU: 1 becomes a constant, and addresses and sizes that 16 divides are compiled apart.
+.ci/triton36 runs this file without TRITON_INTERPRET; the name keeps it out of the main run.
 """
 
 from __future__ import annotations

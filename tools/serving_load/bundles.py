@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iosr_fast.benchmarks.photographs import photograph
+from benchmarks.photographs import photograph
 from iosr_fast.classifier import Classifier
 from iosr_fast.clip.adapter import save_adapter
 from iosr_fast.clip.demo.pictures import load_pictures

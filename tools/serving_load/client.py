@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from yarl import URL
 
-from iosr_fast.benchmarks.photographs import QUALITY, photograph
+from benchmarks.photographs import QUALITY, photograph
 from iosr_fast.classifier import Classifier
 from iosr_fast.evaluation.demo_bundle import held_out_queries
 

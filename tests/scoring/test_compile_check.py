@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from iosr_fast.kernels import aot
+from iosr_fast.kernels import compile_check
 from tests import ROOT
 from tests.scoring.build_cache import build_once
 
@@ -33,7 +33,7 @@ INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100:
 # all.
 POINTERS = ["few", "aligned/pointers", "ragged/pointers", "affine/many", "dense/many"]
 TMA = ["few", "aligned/tma", "ragged/tma", "affine/many", "dense/many"]
-REST = [name for name in aot.kernel_names() if name not in TMA and "pointers" not in name]
+REST = [name for name in compile_check.kernel_names() if name not in TMA and "pointers" not in name]
 JOBS = [
     *((80, [kernel], ("fp16", "int8")) for kernel in POINTERS),
     *((arch, [kernel], ("fp16", "int8")) for arch in (90, 100) for kernel in TMA),
@@ -50,11 +50,11 @@ def rows() -> list[dict[str, Any]]:
     def build(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("TRITON_INTERPRET", raising=False)
-            table = list(aot.compile_many(JOBS, workers=2))
+            table = list(compile_check.compile_many(JOBS, workers=2))
         (folder / "rows.json").write_text(json.dumps(table), encoding="utf-8")
 
     facts = [json.dumps(JOBS), version("triton"), version("torch"), sys.version]
-    folder = build_once("triton-aot", [ROOT / "kernels"], facts, build)
+    folder = build_once("triton-compile-check", [ROOT / "kernels"], facts, build)
     table: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     return table
 
@@ -97,34 +97,20 @@ def test_tiles_fit_every_architecture(rows: list[dict[str, Any]]) -> None:
 
 
 def test_every_architecture_and_kernel_was_compiled(rows: list[dict[str, Any]]) -> None:
-    assert {row["arch"] for row in rows} == set(aot.ARCHITECTURES)
-    assert {row["kernel"] for row in rows} == set(aot.kernel_names())
-    assert {row["precision"] for row in rows} == set(aot.PRECISIONS)
-    table = aot.format_rows(rows[:2]).splitlines()
+    assert {row["arch"] for row in rows} == set(compile_check.ARCHITECTURES)
+    assert {row["kernel"] for row in rows} == set(compile_check.kernel_names())
+    assert {row["precision"] for row in rows} == set(compile_check.PRECISIONS)
+    table = compile_check.format_rows(rows[:2]).splitlines()
     assert len(table) == 4 and len({len(line) for line in table}) == 1
-
-
-def test_no_tile_takes_more_instructions_than_recorded(rows: list[dict[str, Any]]) -> None:
-    """A tenth more is a regression. After an intended change: python -m iosr_fast.kernels.aot --json aot-triton.json in
-    benchmarks/results."""
-    text = (ROOT / "benchmarks" / "results" / "aot-triton.json").read_text(encoding="utf-8")
-    recorded = {(row["kernel"], row["precision"], row["arch"]): row for row in json.loads(text)}
-    if version("triton") not in {row["triton"] for row in recorded.values()}:
-        pytest.skip(f"the record was made with another Triton than {version('triton')}")
-    for row in rows:
-        before = recorded[row["kernel"], row["precision"], row["arch"]]
-        assert row["tile"] == before["tile"], row
-        for kind in ("all", "tensor", "load", "shared", "move", "special", "spill"):
-            assert row["instructions"][kind] <= 1.1 * before["instructions"][kind] + 8, (kind, row, before)
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"expected an architecture of 80, .* got 75"):
-        aot.compile_ahead(75)
+        compile_check.compile_ahead(75)
     with pytest.raises(ValueError, match=r"expected a kernel of .* got 'diagonal'"):
-        aot.compile_ahead(80, ["diagonal"])
+        compile_check.compile_ahead(80, ["diagonal"])
     with pytest.raises(ValueError, match=r"expected a precision of .* got 'fp8'"):
-        aot.compile_ahead(80, ["merge"], ["fp8"])
+        compile_check.compile_ahead(80, ["merge"], ["fp8"])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET unset"):
-        aot.compile_ahead(80, ["merge"])
+        compile_check.compile_ahead(80, ["merge"])

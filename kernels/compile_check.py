@@ -1,6 +1,6 @@
 """Compile every kernel without a GPU: its registers, shared memory, spills and tensor-core instructions.
 
-    python -m iosr_fast.kernels.aot --json table.json
+    python -m iosr_fast.kernels.compile_check --json table.json
 
 compiles with the default launch configurations and prints a table. Needs Triton and no GPU.
 """
@@ -23,7 +23,6 @@ from typing import Any
 import typer
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.kernels import sass
 from iosr_fast.kernels.launch import PRECISIONS, Config, Load, config_for, dense_config
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.require import require
@@ -87,9 +86,6 @@ def compile_ahead(
     spills                   bytes of local memory and stack per thread
     shared_bytes             per block
     tensor_core_instruction  "mma.sync HMMA.16816.F32": of the PTX and of the machine code; "" for none
-    tile                     [queries, keys, channels, warps]; None without a product
-    instructions             of a warp for a tile, by kind (sass.KINDS, and "all")
-    sums                     those of them outside of the loop over channels; few if the compiler has unrolled that loop
 
     Kernels with descriptors have rows for TMA_ARCHITECTURES only. affine is for float32 and float16 queries,
     dense-float for float16 and int8 keys; merge, digits and parts are float32 only. Raises ImportError without Triton,
@@ -132,22 +128,16 @@ def _precisions(kernel: str, precisions: Sequence[str]) -> Sequence[str]:
 @dataclass(frozen=True)
 class _Specification:
     """A kernel with its constexpr arguments, the compiler's options among them, as in the launches of cache_score; its
-    tile, the tensor cores' products for each of the formula, the queries' type, the arguments that are descriptors."""
+    tile, the queries' type, the arguments that are descriptors."""
 
     function: Any
     constants: dict[str, Any]
     config: Config | None = None
-    products: int = 1
     query: str = ""
     descriptors: tuple[str, ...] = ()
 
 
-def compile_config(arch: int, kernel: str, precision: str, config: Config) -> dict[str, Any]:
-    """The row of compile_ahead() of one kernel with another configuration than the default."""
-    return _compile(kernel, precision, arch, config)
-
-
-def _specification(kernel: str, precision: str, arch: int, given: Config | None = None) -> _Specification:
+def _specification(kernel: str, precision: str) -> _Specification:
     from iosr_fast.kernels import cache_kernels
 
     if kernel == "merge":
@@ -162,18 +152,14 @@ def _specification(kernel: str, precision: str, arch: int, given: Config | None 
     terms |= {"HAS_TEXT": True, "HAS_LINEAR": name != "affine", "HAS_BIAS": True}
     has = {"WIDTH": WIDTH, "HAS_WEIGHTS": True, "HAS_SCALES": precision == "int8"}
     if name == "affine":
-        config = given or config_for("default", "affine", "fp32", load)
-        products = 3 if precision == "fp32" else 2
-        return _Specification(cache_kernels.affine_kernel, {"WIDTH": WIDTH} | terms | config.meta(), config, products)
+        config = config_for("default", "affine", "fp32", load)
+        return _Specification(cache_kernels.affine_kernel, {"WIDTH": WIDTH} | terms | config.meta(), config)
     if name.startswith("dense"):
-        config = given or dense_config("default", precision, load, name == "dense-float")
-        return _Specification(
-            cache_kernels.dense_kernel, has | config.meta("block_v"), config, 3 if precision == "fp32" else 1
-        )
+        config = dense_config("default", precision, load, name == "dense-float")
+        return _Specification(cache_kernels.dense_kernel, has | config.meta("block_v"), config)
     few, tma = load == "few", way == "tma"
     path = "few" if few else name
-    config = given or config_for("default", f"{path}-tma" if tma else path, precision, load)
-    products = {"fp32": 3, "int8": 2}.get(precision, 1)
+    config = config_for("default", f"{path}-tma" if tma else path, precision, load)
     constants = (
         has
         | (terms if name == "few-terms" else dict.fromkeys(terms, False) | {"PITCH": 0, "QUERY_PARTS": 1})
@@ -184,15 +170,15 @@ def _specification(kernel: str, precision: str, arch: int, given: Config | None 
     constants["BLOCK_C"] = config.block_n // SHOTS if name == "aligned" else 16
     descriptors = ("query", "keys") if tma else ()
     query = "*i8" if precision == "int8" else "*fp32" if few else _QUERY[precision]
-    return _Specification(cache_kernels.cache_kernel, constants, config, products, query, descriptors)
+    return _Specification(cache_kernels.cache_kernel, constants, config, query, descriptors)
 
 
-def _compile(kernel: str, precision: str, arch: int, given: Config | None = None) -> dict[str, Any]:
+def _compile(kernel: str, precision: str, arch: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    made = _specification(kernel, precision, arch, given)
+    made = _specification(kernel, precision)
     constants = dict(made.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     values = "*fp32" if kernel.startswith("dense-float") else _VALUES[precision]
@@ -216,26 +202,11 @@ def _compile(kernel: str, precision: str, arch: int, given: Config | None = None
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(made.function, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    row = inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"]) | {"shared_bytes": compiled.metadata.shared}
-    return row | _of_a_tile(made, row.pop("counts"))
-
-
-def _of_a_tile(made: _Specification, counts: sass.Counts) -> dict[str, Any]:
-    """{"tile", "instructions", "sums"} as compile_ahead describes them."""
-    config = made.config
-    if config is None:
-        return {"tile": None, "instructions": counts.tile, "sums": None}
-    step = config.block_b * config.block_n * config.block_d * made.products
-    # 1, or the number of steps that the compiler has unrolled. tcgen05's instructions don't say what they multiply.
-    unrolled = max(1, counts.multiplied * config.num_warps // step)
-    repeats = max(1.0, WIDTH / config.block_d / unrolled)
-    whole = {kind: round(repeats * counts.step[kind]) + counts.tile[kind] for kind in counts.step}
-    tile = [config.block_b, config.block_n, WIDTH, config.num_warps]
-    return {"tile": tile, "instructions": whole, "sums": counts.tile["all"]}
+    return inspect_cubin(compiled.asm["cubin"], compiled.asm["ptx"]) | {"shared_bytes": compiled.metadata.shared}
 
 
 def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
-    """Registers and spills from cuobjdump, tensor-core instructions from the PTX and the disassembly, sass.Counts.
+    """Registers and spills from cuobjdump, tensor-core instructions from the PTX and the disassembly.
 
     A kernel counts as having such an instruction only if both have it.
     """
@@ -256,7 +227,6 @@ def inspect_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
         "registers": resources["REG"],
         "spills": resources["STACK"] + resources["LOCAL"] + local_moves,
         "tensor_core_instruction": f"{instruction} {', '.join(machine)}" if instruction and machine else "",
-        "counts": sass.count(code),
     }
 
 

@@ -4,46 +4,38 @@ papers-formula  a cosine GEMM, exp, and a GEMM with the one-hot matrix, as in th
 eager-best      one GEMM, exp in place and a segment sum into buffers that are reused
 torch-fp32      the product of queries and keys alone, in the faster of its two orientations: no exp, no sums, no text.
                 Nothing that PyTorch does in float32 can be faster than this.
-torch-mm        the same in float16, on a GPU alone: torch-mm's time over a row's is the row's share of its rate
+torch-mm        the same in float16, on a GPU alone
 compiled-best   GEMM, exp and sum compiled by torch.compile, on a GPU alone
-one-launch      a kernel that adds 1 to a number, on a GPU alone: no time of a row is shorter
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from iosr_fast.benchmarks.devices import Device
+from benchmarks.devices import Device
 from iosr_fast.encoders.encoder import Embeddings
 from iosr_fast.scoring.device_plan import as_tensor
 from iosr_fast.scoring.plan import ScoringPlan
 
-if TYPE_CHECKING:
-    import torch
-
-RIVALS = ("papers-formula", "eager-best", "torch-fp32", "torch-mm", "compiled-best")
-LAUNCH = "one-launch"
-PRODUCTS = ("torch-fp32", "torch-mm", LAUNCH)  # which return no logits
+PRODUCTS = ("torch-fp32", "torch-mm")  # which return no logits
 # One-hot matrix and affinity of the papers' formula in float32; above, the formula is left out.
 PAPERS_LIMIT_BYTES, PAPERS_LIMIT_GPU_BYTES = 2e9, 32e9
 
-Run = Callable[[], "torch.Tensor"]
+Run = Callable[[], torch.Tensor]
 
 
-def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device = Device()) -> dict[str, Run]:  # noqa: B008
-    """name -> call that returns logits (B, C) on `device`; those in PRODUCTS return the (B, N) cosines, or a number.
+def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device) -> dict[str, Run]:
+    """name -> call that returns logits (B, C) on `device`; those in PRODUCTS return the (B, N) cosines.
 
     `plan` has float32 keys and reads adapted embeddings in the cache term. On a GPU everything but the text term is in
     float16, as the papers' code runs there, and torch-fp32 is in float32 without TF32, PyTorch's default.
     """
-    import torch
-
     assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
-    kind, place = torch.float16 if device.is_gpu else torch.float32, device.torch
+    kind, place = torch.float16 if device.is_gpu else torch.float32, device.name
 
     def tensor(array: object) -> torch.Tensor:
         return torch.from_numpy(np.array(array, copy=True)).to(place)
@@ -81,8 +73,6 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device = Dev
         rivals = {"papers-formula": papers_formula, **rivals}
     if device.is_gpu:
         rivals["torch-mm"] = _product(keys, query, device)
-        number = torch.zeros(1, device=place)
-        rivals[LAUNCH] = torch.inference_mode()(lambda: number.add_(1.0))
         if len(set(counts.tolist())) == 1:  # a segment sum of equal segments, which a compiler fuses with exp
             shape = (len(query), plan.n_classes, int(counts[0]))
 
@@ -90,14 +80,12 @@ def torch_rivals(plan: ScoringPlan, embeddings: Embeddings, device: Device = Dev
                 sums = ((query @ keys.T).float() * plan.beta - plan.beta).exp().view(shape).sum(-1)
                 return plan.tau * plain @ text.T + plan.alpha * sums
 
-            compiled = device.compile(fused)
+            compiled = torch.compile(fused, fullgraph=True, dynamic=False)
             rivals["compiled-best"] = torch.inference_mode()(lambda: compiled(query, keys, plain, text))
     return rivals
 
 
 def _product(keys: torch.Tensor, query: torch.Tensor, device: Device) -> Run:
-    import torch
-
     by_key = torch.empty(len(keys), len(query), dtype=keys.dtype, device=keys.device)
     by_query = torch.empty(len(query), len(keys), dtype=keys.dtype, device=keys.device)
 

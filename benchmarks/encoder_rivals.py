@@ -1,16 +1,16 @@
 """The rivals of the fused encoder, and the runtimes that execute either.
 
 eager-two-pass          the public way: open_clip's own forward, then the forward with the adapter, in eager PyTorch
-torch-compile-two-pass  the two passes, each compiled by torch.compile with its weights frozen
+torch-compile-two-pass  the same by torch.compile, on a CPU with its weights frozen
 onnxruntime-two-pass    the two passes, each exported, in the same ONNX Runtime as the fused encoder
 openvino-two-pass       the same two files in OpenVINO
-open-clip-one-pass      open_clip's own single pass in eager PyTorch, without an adapted embedding
-onnxruntime-one-pass, openvino-one-pass    the exported plain pass alone
+...-one-pass            the plain pass alone
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.devices import Device
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.clip.dual_encoder import DualEncoder
 from iosr_fast.clip.load import LoadedClip
@@ -28,12 +29,11 @@ from iosr_fast.encoders.runtimes.openvino import openvino_core
 from iosr_fast.export.onnx_export import export_onnx, to_onnx
 from iosr_fast.export.onnx_files import save_onnx
 
-COMPILED = ("torch-compile", "onnxruntime", "openvino")
-Embed = Callable[[], tuple[np.ndarray, ...]]
+Embed = Callable[[Any], tuple[Any, ...]]  # uint8 pixels (B, S, S, 3) -> (plain, adapted) or (plain,)
 
 
 class Pass(nn.Module):
-    """One literal pass: uint8 (B, S, S, 3) -> (B, D), L2-normalised, nothing shared or left out. What rivals compile.
+    """One literal pass: uint8 (B, S, S, 3) -> (B, D), L2-normalised, nothing shared or left out. What is exported.
 
     Preprocessing is open_clip's. Its attention is written with scaled_dot_product_attention, because
     nn.MultiheadAttention exports a fixed batch; the rest is open_clip's or timm's own.
@@ -69,27 +69,44 @@ class Pass(nn.Module):
         return attn.out_proj(mixed.transpose(1, 2).reshape(-1, length, width))
 
 
-def write(module: nn.Module, path: Path) -> Path:
+def write(module: nn.Module, path: Path) -> None:
     """`module`, a Pass or a fused encoder, as ONNX."""
     if isinstance(module, DualEncoder):
         export_onnx(module, path)
-        return path
+        return
     assert isinstance(module, Pass)
     pixels = torch.zeros(2, module.image_size, module.image_size, 3, dtype=torch.uint8)
-    save_onnx(to_onnx(module, pixels, "pixels", ["embedding"], {0: torch.export.Dim("batch", min=1)}), path)
-    return path
+    save_onnx(to_onnx(module.eval(), pixels, "pixels", ["embedding"], {0: torch.export.Dim("batch", min=1)}), path)
 
 
-def write_passes(clip: LoadedClip, adapter: Adapter, folder: Path) -> tuple[Path, Path]:
-    """The plain and the adapted pass as ONNX, written unless they exist."""
-    paths = folder / "plain.onnx", folder / "adapted.onnx"
-    for path, part in zip(paths, (None, adapter), strict=True):
-        if not path.exists():
-            write(Pass(clip, part).eval(), path)
-    return paths
+def literal_passes(clip: LoadedClip, adapter: Adapter | None, precision: str) -> nn.Module:
+    """open_clip's own forward, and with an adapter a second one with it; in fp16 a copy, mean and std in float32."""
+    module = TwoPasses(clip, adapter).eval()
+    if precision == "fp16":
+        module = copy.deepcopy(module)
+        for part in (module.visual, module.adapter):
+            if part is not None:
+                part.half()
+    return module
 
 
-def open_session(path: Path, threads: int, spin: bool = True) -> Any:
+def in_torch(module: nn.Module, device: Device, compiled: bool = False) -> Embed:
+    """In PyTorch on `device`, which takes the module along: eager, or `compiled` for each shape of pixels that comes;
+    code that would stay eager is an error then. Pixels are an array, or a tensor on the device."""
+    module = module.to(device.name)
+    forward: Callable[[torch.Tensor], Any] = module
+    if compiled:
+        options: dict[str, Any] = {} if device.is_gpu else {"freezing": True}
+        forward = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+
+    @torch.no_grad()
+    def embed(pixels: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(forward(torch.as_tensor(pixels, device=device.name)))
+
+    return embed
+
+
+def in_onnxruntime(path: Path, threads: int, spin: bool = True) -> Embed:
     """Without `spin` idle threads of the session sleep: where two sessions take turns, the threads of one would spin on
     the cores of the other."""
     import onnxruntime as ort
@@ -99,48 +116,22 @@ def open_session(path: Path, threads: int, spin: bool = True) -> Any:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda pixels: tuple(session.run(None, {"pixels": pixels}))
 
 
-def in_onnxruntime(path: Path, pixels: np.ndarray, threads: int, spin: bool = True) -> Embed:
-    session = open_session(path, threads, spin)
-    return lambda: tuple(session.run(None, {"pixels": pixels}))
-
-
-def in_openvino(path: Path, pixels: np.ndarray, threads: int, precision: str = "f32") -> Embed:
+def in_openvino(path: Path, threads: int, precision: str = "f32") -> Embed:
     """In `precision`, "f32" or "bf16": OpenVINO would choose bf16 by itself where the processor has it."""
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     request = openvino_core().compile_model(path, "CPU", options).create_infer_request()
 
-    def call() -> tuple[np.ndarray, ...]:
+    def embed(pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         outputs = request.infer([pixels])
         return tuple(np.array(outputs[output]) for output in outputs)
 
-    return call
+    return embed
 
 
-def in_torch_compile(module: nn.Module, pixels: np.ndarray) -> Embed:
-    """`module` compiled for the shape of `pixels` by the first call; code that would stay eager is an error."""
-    batch = torch.from_numpy(pixels)
-    compiled = torch.compile(module, fullgraph=True, dynamic=False, options={"freezing": True})
-
-    def call() -> tuple[np.ndarray, ...]:
-        with torch.no_grad():
-            return (compiled(batch).numpy(),)
-
-    return call
-
-
-def eagerly(clip: LoadedClip, adapter: Adapter | None, pixels: np.ndarray) -> Embed:
-    """open_clip's own forward, and, with an adapter, a second one with it."""
-    module, batch = TwoPasses(clip, adapter), torch.from_numpy(pixels.copy())
-
-    @torch.inference_mode()
-    def call() -> tuple[np.ndarray, ...]:
-        return tuple(embedding.numpy() for embedding in module(batch))
-
-    return call
-
-
-def both(first: Embed, second: Embed) -> Embed:
-    return lambda: (*first(), *second())
+def in_turn(passes: Sequence[Embed]) -> Embed:
+    """Several passes as one."""
+    return lambda pixels: tuple(embedding for one in passes for embedding in one(pixels))

@@ -1,0 +1,108 @@
+"""Where a bench runs and how a call is timed there: on the CPU by the clock, on a GPU by events around CUDA graphs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.provenance import cpu_description
+
+DEVICES = ("cpu", "cuda")
+FLUSH_BYTES = 2**28  # read before each timed call on a GPU: five times the L2 cache of an H100
+GPU_WARMUP = 3
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Device:
+    """`name` is "cpu" or "cuda"; PyTorch's tensors are there."""
+
+    name: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.name not in DEVICES:
+            raise IosrFastError(f"expected a device out of {', '.join(DEVICES)}, got {self.name!r}")
+        if self.is_gpu:
+            import torch
+
+            if not torch.cuda.is_available():
+                raise IosrFastError("expected an NVIDIA GPU for --device cuda, and PyTorch sees none; use --device cpu")
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name == "cuda"
+
+    @cached_property
+    def description(self) -> str:
+        if not self.is_gpu:
+            return cpu_description()
+        import torch
+
+        return str(torch.cuda.get_device_name())
+
+    def synchronize(self) -> None:
+        if self.is_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+
+    def record(self, call: Call) -> Call:
+        """`call` as it is timed: on a GPU a CUDA graph, or the call itself where none can be recorded."""
+        if not self.is_gpu:
+            return call
+        import torch
+
+        from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
+
+        with torch.inference_mode():
+            for _ in range(GPU_WARMUP):  # compiles, and does what is done once only
+                call()
+            try:
+                return Recorder().record(call)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                return call
+
+    def calls_in(self, seconds: float, call: Call) -> int:
+        """How many calls fill `seconds`, at least 1; on a GPU, whose events are exact, always 1."""
+        if self.is_gpu:
+            return 1
+        start = time.perf_counter()
+        call()
+        return max(1, int(seconds / max(time.perf_counter() - start, 1e-6)))
+
+    def time_ms(self, call: Call, calls: int = 1) -> float:
+        """Milliseconds a call, the mean of `calls` after an untimed one where there are several.
+
+        On a GPU one call between two events, after a read of other memory, which leaves nothing of the call in the L2
+        cache. The host prepares the launch while the GPU reads, so the launch isn't timed.
+        """
+        if not self.is_gpu:
+            if calls > 1:
+                call()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - start) * 1e3 / calls
+        import torch
+
+        with torch.inference_mode():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.sum()
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end))
+
+    @cached_property
+    def _flush(self) -> Any:
+        import torch
+
+        return torch.zeros(FLUSH_BYTES // 4, device="cuda")

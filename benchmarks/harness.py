@@ -1,0 +1,240 @@
+"""Candidates that are verified, then timed in turn; rows with the facts that a reader needs to trust a number."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.devices import Device
+from iosr_fast.utils.machine import package_version, usable_threads
+from iosr_fast.utils.progress import progress
+from iosr_fast.utils.provenance import commit, write_rows
+
+# The threads of an OpenMP pool, and ONNX Runtime's, spin for a while after their last call, on cores that the next
+# candidate needs: after a pause of 0.02 s small batches took three times as long as after one of 0.1 s.
+PAUSE_S = 0.2
+# Shorter calls are timed in bursts: the time of one call among many, with threads awake, is wanted.
+BURST_S = 0.02
+FEWEST = 3  # rounds of a case, whatever they take
+
+Call = Callable[[], Any]
+
+
+def no_check(result: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation of a case.
+
+    prepare   returns the call that is timed; what is done once, such as an export, belongs here
+    check     takes the call's result and returns further fields of the row; ArithmeticError where it is wrong
+    work      of one call, in the unit of the case: GFLOP, GB or images; None where it is unknown
+    ceiling   the candidate whose best rate is the ceiling of this one's rate
+    rival     the rows of the others have its time over theirs; where it can't run, it is left out with a line
+    """
+
+    prepare: Callable[[], Call]
+    check: Callable[[Any], Mapping[str, Any]] = no_check
+    work: float | None = None
+    precision: str = "fp32"
+    ceiling: str | None = None
+    rival: bool = False
+
+
+@dataclass
+class Run:
+    """The rows of one subject on one machine: printed as cases end, in the file `out` after every round.
+
+    A case is timed in `repeats` rounds, or in FEWEST where it has taken `seconds` by then.
+    """
+
+    subject: str
+    device: Device = field(default_factory=Device)
+    threads: int = field(default_factory=usable_threads)
+    repeats: int = 7
+    seconds: float = 60.0
+    out: Path | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def say(self, line: str) -> None:
+        """A line about what is done now or left out, on stderr."""
+        print(f"{self.subject}: {line}", file=sys.stderr, flush=True)
+
+    def case(
+        self,
+        case: str,
+        candidates: Mapping[str, Candidate],
+        unit: str = "GFLOP/s",
+        packages: Sequence[str] = ("numpy",),
+        bursts: bool = True,
+    ) -> None:
+        """Verify the candidates and time them in turn, so that a slow spell of the machine meets all alike.
+
+        What is wrong isn't timed and stands in `failed`. Before each turn the process sleeps for PAUSE_S. A turn is one
+        call; where that is shorter than BURST_S, one untimed call and the mean of as many as fill it. Without `bursts`,
+        for calls of seconds, nothing is called untimed but the call that is verified.
+        """
+        ready, facts, burst = {}, {}, {}
+        times: dict[str, list[float]] = {}
+        before = len(self.rows)
+        for name, candidate in candidates.items():
+            made = self._verified(f"{case}: {name}", candidate)
+            if made is None:
+                continue
+            call, facts[name], first_ms = made
+            ready[name], times[name] = call, []
+            burst[name] = self.device.calls_in(BURST_S, call) if bursts and first_ms < 1e3 else 1
+            self.say(f"{case}: {name}: verified; its first call took {first_ms:.4g} ms")
+        started = time.perf_counter()
+        with progress(f"{self.subject} {case}", self.repeats * len(ready)) as advance:
+            for turn in range(self.repeats if ready else 0):
+                if turn >= FEWEST and time.perf_counter() - started > self.seconds:
+                    break
+                for name, call in ready.items():
+                    time.sleep(PAUSE_S)
+                    times[name].append(self.device.time_ms(call, burst[name]))
+                    advance(1)
+                self.rows[before:] = self._rows(case, candidates, times, facts, unit, packages)
+                self.write()
+        print_rows(self.rows[before:])
+
+    def _verified(self, label: str, candidate: Candidate) -> tuple[Call, Mapping[str, Any], float] | None:
+        """The call, the row's further fields and the milliseconds of the first call; None, with a line, if it fails."""
+        try:
+            call = self.device.record(candidate.prepare())
+            start = time.perf_counter()
+            result = call()
+            self.device.synchronize()
+            first_ms = (time.perf_counter() - start) * 1e3
+            return call, candidate.check(result), first_ms
+        except ArithmeticError as error:
+            self.say(f"WRONG: {label}: {error}; not timed")
+            self.failed.append(label)
+        except Exception as error:  # also of compilers, which raise what they like
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            self.say(f"left out: {label}: {reason}")
+            if not candidate.rival:
+                self.failed.append(label)
+        return None
+
+    def write(self) -> None:
+        """Write all rows to `out`, whole or not at all: a process that is killed loses no round that has ended."""
+        if self.out is not None:
+            partial = self.out.with_name(f".{self.out.name}.{os.getpid()}")
+            write_rows(partial, self.rows)
+            os.replace(partial, self.out)
+
+    @cached_property
+    def _commit(self) -> str:
+        return commit()
+
+    def _rows(
+        self,
+        case: str,
+        candidates: Mapping[str, Candidate],
+        times: Mapping[str, Sequence[float]],
+        facts: Mapping[str, Mapping[str, Any]],
+        unit: str,
+        packages: Sequence[str],
+    ) -> list[dict[str, Any]]:
+        """One row a candidate, JSON-ready.
+
+        runtime_ms is the median, runtime_ms_spread the 10th and 90th percentile. ratios has each rival's median over
+        this row's (above 1: this row is faster). share_of_ceiling is `rate` over the best rate of the candidate's
+        ceiling in the same rounds.
+        """
+        medians = {name: statistics.median(each) for name, each in times.items()}
+        rows = []
+        for name, each in times.items():
+            one = candidates[name]
+            rate = None if one.work is None else one.work / medians[name] * 1e3
+            top = None
+            if one.ceiling in times and (most := candidates[one.ceiling].work) is not None:
+                top = most / min(times[one.ceiling]) * 1e3
+            row = {
+                "bench": self.subject,
+                "case": case,
+                "impl": name,
+                "precision": one.precision,
+                "runtime_ms": round(medians[name], 4),
+                "runtime_ms_spread": [round(float(np.percentile(each, q)), 4) for q in (10, 90)],
+                "repeats": len(each),
+                "ratios": {
+                    rival: round(medians[rival] / medians[name], 3)
+                    for rival in times
+                    if candidates[rival].rival and rival != name and not name.startswith("ceiling-")
+                },
+                "rate": None if rate is None else round(rate, 3),
+                "rate_unit": None if rate is None else unit,
+                "ceiling": None if rate is None or top is None else round(top, 3),
+                "share_of_ceiling": None if rate is None or top is None else round(rate / top, 4),
+                "threads": self.threads,
+                "device": self.device.description,
+                "versions": {
+                    "iosr_fast": package_version("iosr_fast"),
+                    "python": platform.python_version(),
+                    **{package: package_version(package) for package in packages},
+                },
+                "commit": self._commit,
+            }
+            rows.append(row | dict(facts[name]))
+        return rows
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows of a case as a table, with what they have in common above it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    first = rows[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    console = Console(width=None if Console().is_terminal else 160)
+    facts = (
+        f"{first['bench']} {first['case']}",
+        first["device"],
+        f"{first['threads']} threads",
+        versions,
+        first["commit"],
+    )
+    console.print("; ".join(facts), markup=False, soft_wrap=True)
+    rivals = list(dict.fromkeys(rival for row in rows for rival in row["ratios"]))
+    unit = next((row["rate_unit"] for row in rows if row["rate_unit"]), "rate")
+    # Names wrap at spaces; narrow columns would cut them.
+    table = Table("impl", "ms", "p10..p90", unit, "of ceiling", *(f"{r.replace('-', ' ')} / this" for r in rivals))
+    for row in rows:
+        low, high = row["runtime_ms_spread"]
+        rate = "" if row["rate"] is None else f"{row['rate']:.4g}"
+        share = "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}"
+        ratios = (f"{row['ratios'][rival]:.2f}" if rival in row["ratios"] else "" for rival in rivals)
+        table.add_row(row["impl"], f"{row['runtime_ms']:.4g}", f"{low:.4g}..{high:.4g}", rate, share, *ratios)
+    console.print(table)
+    console.file.flush()
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch's thread count for the length of a with block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

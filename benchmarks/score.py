@@ -1,0 +1,212 @@
+"""Embeddings to logits: our implementations at each precision of the keys, against what PyTorch does without a kernel.
+
+Each is checked against the float64 reference before it is timed. rate is of the products' FLOP and its ceiling that of
+a matrix product; or, of one query against more keys than the caches hold, of the bytes that are read, and its ceiling
+that of reading memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import ceilings
+from benchmarks.devices import Device
+from benchmarks.harness import Candidate, Run, torch_threads
+from benchmarks.score_rivals import PRODUCTS, torch_rivals
+from iosr_fast.encoders.encoder import Embeddings
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.scoring import dispatch
+from iosr_fast.scoring.plan import ScoringPlan
+from iosr_fast.scoring.precision import PRECISIONS
+from iosr_fast.scoring.reference import score_reference
+from iosr_fast.scoring.score import score
+from iosr_fast.scoring.scorer import Scorer
+
+DEFAULT_CASES = {
+    "cpu": ("q1-k1600-d512-c100", "q64-k1600-d512-c100", "q256-k16000-d512-c1000", "q1-k200000-d512-c1000"),
+    "cuda": (
+        "q256-k16000-d512-c1000",
+        "q4096-k160000-d768-c10000",
+        "q1-k1000000-d512-c1000",
+        "q1-k1600-d512-c100",
+        "q1024-k50000-d512-c999",  # classes of 50 or 51 keys
+    ),
+}
+# Of the largest logit. float32 is right to 1e-6 of it. On a GPU queries take the half type of the keys, which costs up
+# to 4e-4 (fp16) and 2e-3 (bf16); without one of 16 keys of each class logits are off by 4e-2.
+TOLERANCE, GPU_RIVAL_TOLERANCE = 2e-5, 1e-2
+GPU_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 4e-3, "int8": 1e-3}
+VERIFIED = 16  # queries, and classes
+CHUNK = 65536
+KEY_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+OUT_OF_CACHE = 256e6  # bytes: more than the last-level caches of a few cores
+
+
+@dataclass(frozen=True)
+class Case:
+    """q queries against k keys of c classes, in d channels."""
+
+    queries: int
+    keys: int
+    width: int
+    classes: int
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        parts = text.split("-")
+        sizes = [int(part[1:]) for part in parts if part[:1] in "qkdc" and part[1:].isdigit()]
+        if [part[:1] for part in parts] != list("qkdc") or len(sizes) < 4 or min(sizes) < 1:
+            raise IosrFastError(f"expected a case like q256-k16000-d512-c1000, every size at least 1, got {text!r}")
+        return cls(*sizes)
+
+    def __str__(self) -> str:
+        return f"q{self.queries}-k{self.keys}-d{self.width}-c{self.classes}"
+
+    @property
+    def gflop(self) -> float:
+        """The two products that any implementation must do, without exponentials and sums."""
+        return 2e-9 * self.queries * self.width * (self.keys + self.classes)
+
+    def build(self, alpha: float = 1.0) -> tuple[ScoringPlan, Embeddings]:
+        """A Tip-Adapter++ plan over clustered embeddings, so that affinities spread over their range."""
+        rng = np.random.default_rng(0)
+        centres = rng.standard_normal((self.classes, self.width), dtype=np.float32)
+
+        def near(labels: np.ndarray) -> np.ndarray:
+            rows = np.empty((len(labels), self.width), np.float32)
+            for first in range(0, len(labels), CHUNK):
+                part = centres[labels[first : first + CHUNK]]
+                part += rng.standard_normal(part.shape, dtype=np.float32)
+                part /= np.linalg.norm(part, axis=1, keepdims=True)
+                rows[first : first + CHUNK] = part
+            rows.flags.writeable = False  # so that a plan takes them without a copy
+            return rows
+
+        labels = np.arange(self.keys) * self.classes // self.keys
+        offsets = np.searchsorted(labels, np.arange(self.classes + 1))
+        text = near(np.arange(self.classes))
+        keys = near(labels)
+        plan = ScoringPlan(self.classes, text, keys=keys, class_offsets=offsets, query="adapted", alpha=alpha, beta=5.5)
+        query_labels = rng.integers(0, self.classes, self.queries)
+        return plan, Embeddings(near(query_labels), near(query_labels))
+
+
+def run(run: Run, cases: Sequence[str] | None = None) -> None:
+    """Verify and time each case."""
+    with torch_threads(run.threads):
+        for text in cases or DEFAULT_CASES[run.device.name]:
+            one = Case.parse(text)
+            by_bytes = one.queries == 1 and (run.device.is_gpu or 4 * one.keys * one.width > OUT_OF_CACHE)
+            packages = ("numpy", "torch", *(["triton"] if run.device.is_gpu else []))
+            run.case(text, dict(_candidates(one, run, by_bytes)), "GB/s" if by_bytes else "GFLOP/s", packages)
+
+
+def _candidates(case: Case, run: Run, by_bytes: bool) -> Iterator[tuple[str, Candidate]]:
+    device = run.device
+    # On a GPU an alpha by which the cache term of a query's own class is as large as its text term.
+    plan, embeddings = case.build(1000.0 * case.classes / case.keys if device.is_gpu else 1.0)
+    if by_bytes:
+        yield ceilings.MEMORY, ceilings.memory(device, run.threads)
+    elif not device.is_gpu:
+        yield ceilings.GEMM, ceilings.gemm(run.threads)
+    else:
+        for precision in ("fp32", "fp16", "bf16"):
+            yield f"{ceilings.GEMM}-{precision}", ceilings.gpu_gemm(device, precision)
+
+    def candidate(call: Callable[[], Any], plan: ScoringPlan, precision: str, *, rival: bool, whole: bool) -> Candidate:
+        work = case.gflop if whole else case.gflop * case.keys / (case.keys + case.classes)
+        if by_bytes:
+            work = KEY_BYTES[precision] * case.keys * case.width / 1e9
+        top = ceilings.MEMORY if by_bytes else ceilings.GEMM
+        if device.is_gpu and not by_bytes:
+            top += f"-{'fp16' if precision == 'int8' else precision}"
+        limit = TOLERANCE if not device.is_gpu else GPU_RIVAL_TOLERANCE if rival else GPU_TOLERANCES[precision]
+
+        def check(logits: Any) -> dict[str, Any]:
+            if whole:
+                verify(logits, plan, embeddings, limit)
+            return {}
+
+        return Candidate(lambda: call, check, work, precision, top, rival)
+
+    for name, narrow, precision, call in ours(plan, embeddings, device, run.say):
+        yield name, candidate(call, narrow, precision, rival=False, whole=True)
+    rivals = torch_rivals(plan, embeddings, device)
+    if "papers-formula" not in rivals:
+        run.say(f"left out: {case}: papers-formula: its one-hot matrix and affinity would take too much memory")
+    for name, call in rivals.items():
+        precision = "fp16" if device.is_gpu and name != "torch-fp32" else "fp32"
+        yield name, candidate(call, plan, precision, rival=True, whole=name not in PRODUCTS)
+
+
+def ours(
+    plan: ScoringPlan, embeddings: Embeddings, device: Device, say: Callable[[str], None]
+) -> Iterator[tuple[str, ScoringPlan, str, Callable[[], Any]]]:
+    """Every implementation that runs natively on `device`, at every precision of the keys with code of its own, and on
+    a CPU `score()`, which chooses at every call: name, plan, precision, call."""
+    batch = embeddings
+    if device.is_gpu:
+        arrays = (embeddings.plain, embeddings.adapted)
+        batch = Embeddings(*(torch.from_numpy(np.array(array)).to(device.name) for array in arrays))
+    for precision in PRECISIONS:
+        # Codes are as fast whatever their values, and compensation takes a minute for a million keys.
+        narrow = plan if precision == "fp32" else plan.with_key_precision(precision, compensate=False)
+        if precision == "int8":
+            # Codes of embeddings come with a transform; these keys are too alike in all directions to get one.
+            narrow = replace(narrow, query_transform=np.eye(plan.width))
+        for entry in dispatch.REGISTRY:
+            if entry.name == "reference" or device.name not in entry.native:
+                continue
+            if (reason := entry.unavailable_reason()) is not None:
+                if precision == "fp32":
+                    say(f"left out: {entry.name}: {reason}")
+                continue
+            # NumPy and PyTorch widen narrow keys tile by tile on the CPU, which is not meant to be fast.
+            if not device.is_gpu and entry.name != "cpp" and precision != "fp32":
+                continue
+            if device.is_gpu and entry.kind != "tensors":
+                continue
+            scorer = Scorer(narrow, entry.name)
+            path = entry.name if device.is_gpu else scorer.with_path(batch[:1])[1]
+            name = path + ("" if precision == "fp32" else f":{precision}")
+            yield name, narrow, precision, partial(scorer, batch, check=not device.is_gpu)
+    if not device.is_gpu:
+        yield "score()", plan, "fp32", partial(score, plan, embeddings)
+
+
+def verify(logits: Any, plan: ScoringPlan, embeddings: Embeddings, tolerance: float = TOLERANCE) -> None:
+    """Raise ArithmeticError unless the largest difference from the float64 reference is within `tolerance` of the
+    largest logit.
+
+    A logit depends on the keys of its class alone, so the reference scores a few queries against a few classes, those
+    of the queries' nearest texts among them, which have the largest cache terms.
+    """
+    logits = logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy()
+    if logits.shape != (len(embeddings), plan.n_classes) or not np.isfinite(logits).all():
+        raise ArithmeticError(f"expected finite logits {(len(embeddings), plan.n_classes)}, got {logits.shape}")
+    queries = np.unique(np.linspace(0, len(embeddings) - 1, VERIFIED).astype(int))
+    assert plan.text is not None
+    nearest = (embeddings[queries].plain @ plan.text.T).argmax(axis=1)
+    classes = np.unique([*np.linspace(0, plan.n_classes - 1, VERIFIED).astype(int), *nearest])
+    truth = score_reference(only_classes(plan, classes), embeddings[queries])
+    error = float(np.abs(logits[np.ix_(queries, classes)] - truth).max() / np.abs(truth).max())
+    if not error <= tolerance:
+        raise ArithmeticError(f"wrong by {error:.2g} of the largest logit (allowed: {tolerance})")
+
+
+def only_classes(plan: ScoringPlan, classes: np.ndarray) -> ScoringPlan:
+    """The plan of some classes and their keys."""
+    assert plan.text is not None and plan.keys is not None and plan.class_offsets is not None
+    ranges = [np.arange(*plan.class_offsets[c : c + 2]) for c in classes]
+    rows = np.concatenate(ranges)
+    few: dict[str, Any] = dict.fromkeys(("keys", "class_offsets", "key_scales", "query_transform"))
+    if len(rows):
+        few = {"keys": plan.keys[rows], "class_offsets": np.cumsum([0, *map(len, ranges)])}
+        few["key_scales"] = None if plan.key_scales is None else plan.key_scales[rows]
+    return replace(plan, n_classes=len(classes), text=plan.text[classes], **few)
