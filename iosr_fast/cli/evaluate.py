@@ -126,37 +126,13 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Draws of the support set.")] = 3,
     shift: Annotated[bool, typer.Option("--shift", help="Also with support and queries in different styles.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="An adapter file instead of the demo's.")] = None,
-    first_adapted_block: Annotated[
-        list[int] | None, typer.Option(metavar="N ...", help="Compare adapters from these blocks on; needs --adapters.")
-    ] = None,
-    bottleneck: Annotated[list[int], typer.Option(metavar="N ...", help="Their widths.")] = [64, 256],
-    adapters: Annotated[
-        Path | None, typer.Option(help="Folder of s{BLOCK}-b{WIDTH}.safetensors; missing ones are trained.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of a missing adapter's training.")] = 12,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of the encoders with these adapters.")] = 31,
     json_path: Json = None,
 ) -> None:
-    """Compare methods, or places of the adapter, on the demo's held-out concepts."""
+    """Compare methods on the demo's held-out concepts."""
     from iosr_fast.evaluation import demo, table
-    from iosr_fast.exceptions import IosrFastError
-    from iosr_fast.utils.provenance import write_rows
 
     shots = list(dict.fromkeys(shots))
     demo.check_shots(shots)
-    if (first_adapted_block is not None) != (adapters is not None):
-        raise IosrFastError("expected --first-adapted-block and --adapters DIR together")
-    if first_adapted_block is not None and adapters is not None:
-        if shift or adapter:
-            raise IosrFastError("expected neither --shift nor --adapter with --first-adapted-block")
-        from iosr_fast.benchmarks import block_sweep
-
-        place = (first_adapted_block, bottleneck, adapters, epochs)
-        rows = block_sweep.run(*place, shots, range(seeds), repeats, report)
-        block_sweep.print_sweep(table.console(), rows, shots)
-        if json_path is not None:
-            write_rows(json_path, [{**row, **table.facts(table.PACKAGES)} for row in rows])
-        return
     report("encoding the demo's held-out concepts")
     encoded, styles = demo.encode_test(adapter or "auto")
     sources = [demo.in_domain(encoded, shots, range(seeds))]

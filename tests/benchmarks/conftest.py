@@ -18,7 +18,7 @@ def cached_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.onnx's exporter takes seconds a module: a module of the same code and weights is exported once."""
     import onnx
 
-    from iosr_fast.benchmarks import encoder_rivals
+    from benchmarks import encoder_rivals
     from iosr_fast.export import onnx_export
     from iosr_fast.export.onnx_files import save_onnx
 

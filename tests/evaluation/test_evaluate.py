@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -314,78 +313,3 @@ def test_only_renumbers_pictures(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(kept.styles, [0, 1, 4, 5])
     np.testing.assert_array_equal(kept.images, images[[0, 1, 4, 5]])
     assert POOL == 4
-
-
-def small_pictures(rng: np.random.Generator, concepts: int, styles: int) -> Pictures:
-    """Noise around a colour of the concept's own."""
-    labels, drawn = np.repeat(np.arange(concepts), styles), np.tile(np.arange(styles), concepts)
-    colours = rng.integers(0, 256, (concepts, 1, 1, 3))[labels]
-    images = np.clip(colours + rng.normal(0, 30, (len(labels), 32, 32, 3)), 0, 255).astype(np.uint8)
-    return Pictures(images, labels, drawn, [f"concept {c}" for c in range(concepts)], [f"s{s}" for s in range(styles)])
-
-
-@pytest.mark.slow
-def test_sweep_with_given_adapters(
-    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for module in ("torch", "open_clip"):
-        pytest.importorskip(module)
-    from iosr_fast.benchmarks import block_sweep
-    from iosr_fast.clip.adapter import save_adapter
-    from iosr_fast.evaluation import table
-    from iosr_fast.evaluation.demo import torch_encoder
-    from iosr_fast.export.export import random_adapter
-    from tests.clip.test_dual_encoder import small_clip
-
-    clip = small_clip()
-    for start in (0, 2):
-        adapter = random_adapter(clip, start, 7)
-        adapter.config.training["epochs"] = 3
-        save_adapter(adapter, tmp_path / f"s{start}-b7.safetensors")
-
-    def get(start: int, epochs: int = 3) -> Any:
-        return block_sweep.get_adapter(clip, start, 7, tmp_path, epochs, print)
-
-    monkeypatch.setattr(block_sweep, "train_adapter", lambda *_: pytest.fail("nothing is to be trained"))
-    adapters = {f"s{start}-b7": get(start) for start in (0, 2)}
-    with pytest.raises(ValueError, match=r"of 12 epochs in .*s0-b7.safetensors, got 0, 7, 3; .* --epochs 3"):
-        get(0, 12)
-    opened: dict[str, Any] = {}  # eager encoders in place of compiled ones, which take long to build
-
-    def write_engine(clip: Any, adapter: Any, folder: Path, *_: Any, **__: Any) -> None:
-        opened[folder.name] = SimpleNamespace(encode=torch_encoder(clip, adapter))
-
-    monkeypatch.setattr(block_sweep, "write_engine", write_engine)
-    monkeypatch.setattr(block_sweep, "open_engine", lambda folder: opened[folder.name])
-    monkeypatch.setattr(block_sweep, "embed_classes", lambda clip, names: unit_rows(rng, len(names), 24))
-    test, validation = small_pictures(rng, 5, 6), small_pictures(rng, 4, 4)
-    rows = block_sweep.sweep(clip, adapters, test, validation, [1, 2], [0, 1], 3, print)
-    assert [row["first_adapted_block"] for row in rows] == [None, 0, 2]
-    assert rows[0]["cost"] == rows[0]["cost_arithmetic"] == 1
-    assert rows[1]["cost_arithmetic"] > rows[2]["cost_arithmetic"] > 1
-    for row in rows:
-        assert row["ms_per_image"] > 0 and 0 <= row["overlap_area"] <= 1
-        for method in block_sweep.METHODS:
-            assert set(row["test_accuracy"][method]) == {"1", "2"}
-            assert row["test_accuracy"][method]["2"]["test_images"] == [10, 10]
-            assert row["validation_accuracy"][method]["2"]["classes"] == [4, 4]
-    json.dumps(rows)
-    block_sweep.print_sweep(table.console(), rows, [1, 2])
-    assert "best on validation, proker++, at any cost: block" in capsys.readouterr().out
-
-
-def test_the_choice_of_the_sweep_is_made_on_validation() -> None:
-    from iosr_fast.benchmarks.block_sweep import best
-
-    def row(block: int | None, cost: float, mean: float, on_test: float) -> dict[str, Any]:
-        found = {"m": {"2": {"mean": mean}}}
-        return {
-            "first_adapted_block": block,
-            "cost": cost,
-            "validation_accuracy": found,
-            "test_accuracy": {"m": {"2": {"mean": on_test}}},
-        }
-
-    rows = [row(None, 1.0, 0.9, 0.9), row(0, 1.9, 0.5, 0.1), row(3, 1.3, 0.4, 0.2), row(4, 1.2, 0.4, 0.3)]
-    rows.append(row(5, 1.1, 0.3, 0.8))
-    assert best(rows, "m") is rows[1] and best(rows, "m", 1.35) is rows[3] and best(rows, "m", 1.05) is None

@@ -6,6 +6,7 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from iosr_fast.scoring.reference import score_reference
 from iosr_fast.scoring.score import score, score_with_path
 from iosr_fast.scoring.scorer import Scorer
 from tests.conftest import EXTENDED, TERMS, random_embeddings, random_plan, unit_rows
+from tests.memory import extra_memory_mb
 from tests.scoring.numerics import (
     PATHS,
     allowed_error,
@@ -221,3 +223,16 @@ def test_the_kernel_runs_without_the_gil(rng: np.random.Generator) -> None:
         counter.join()
     # Waking the counter before and after the call may take a step each.
     assert during > 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("shape", [(4096, 4096), (20000, 64), (3, 8192)])
+def test_scoring_takes_little_memory_beside_inputs_and_logits(shape: tuple[int, int], rng: np.random.Generator) -> None:
+    batch, width = shape
+    keys = unit_rows(rng, 40, width)
+    transform = np.eye(width)
+    plan = ScoringPlan(2, text=keys[:2], keys=keys, class_offsets=[0, 11, 40], query_transform=transform)
+    embeddings = Embeddings(np.resize(keys, (batch, width)))
+    extra = extra_memory_mb(lambda: score(plan, embeddings, "cpp"))
+    assert extra is not None and extra - 8 * batch / 1e6 < 64

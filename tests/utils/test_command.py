@@ -87,7 +87,7 @@ def test_places_that_can_be_written_are_taken(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [("benchmark.py", "updates", "--cases", "nonsense"), ("report.py", "--results", "empty", "--out", "out")]
+    "words", [("benchmark.py", "score", "--case", "nonsense"), ("report.py", "--results", "empty", "--out", "out")]
 )
 def test_a_mistake_with_a_tool_is_a_line(words: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
@@ -104,8 +104,8 @@ def test_a_mistake_with_a_tool_is_a_line(words: tuple[str, ...], tmp_path: Path)
     ("tool", "words"),
     [
         ("load_test", ("--json", "nowhere/report.json")),
-        ("iosr-fast", ("benchmark", "score", "--json", "nowhere/rows.json")),
-        ("iosr-fast", ("benchmark", "classifier", "--csv", ".")),
+        ("iosr-fast", ("benchmark", "classifier", "--json", "nowhere/rows.json")),
+        ("benchmark", ("score", "--json", ".")),
     ],
 )
 def test_tools_look_at_the_place_before_the_work(
@@ -113,7 +113,7 @@ def test_tools_look_at_the_place_before_the_work(
 ) -> None:
     pytest.importorskip("aiohttp")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("iosr_fast.cli.benchmark.limit_blas", never)
+    monkeypatch.setattr("iosr_fast.cli.benchmark.open_parts", never)
     monkeypatch.setattr("tools.load_test.open_bundle", never, raising=False)
     one = app if tool == "iosr-fast" else command_app(importlib.import_module(f"tools.{tool}").main)
     done = CliRunner().invoke(one, list(words))

@@ -1,0 +1,34 @@
+"""The facts of rows of measurements."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from iosr_fast import __version__
+from iosr_fast.utils import provenance
+
+
+def test_the_commit_says_when_the_tree_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "core.hooksPath=/dev/null")
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance.commit() == f"version {__version__}"
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    head = git("rev-parse", "HEAD").strip()
+    assert provenance.commit() == head[:12]
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "rows.json").write_text("")
+    assert provenance.commit() == head[:12], "rows are what a run writes"
+    (tmp_path / "new").write_text("")
+    assert provenance.commit() == f"{head[:12]}+dirty"
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "benchmarks")
+    assert provenance.commit() == f"version {__version__}", "the repository is not the package's own"
