@@ -21,7 +21,7 @@ from iosr_fast.utils.outputs import check_new_file, check_new_folder
 from tests import ROOT
 from tests.state.live_parts import engine_folder
 
-TOOLS = ("load_test", "tune_kernels", "demo.bundle", "demo.run", "demo.train_clip")
+TOOLS = ("benchmark", "load_test", "demo.bundle", "demo.run", "demo.train_clip")
 
 
 def never(*_: object, **__: object) -> Any:
