@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from iosr_fast.cli.options import Adapter, Model, Runtime
-from iosr_fast.utils.outputs import check_new_folder
+from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.require import require_installed
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import typer
 from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.utils.command import stop_message
-from iosr_fast.utils.outputs import check_new_folder
+from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def fit(
     ] = "auto",
     skip_bad: SkipBad = False,
     key_precision: Annotated[str, typer.Option(help="Precision of the keys: fp32, fp16, bf16 or int8.")] = "fp32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the classifier in --out.")] = False,
 ) -> None:
     """Fit a few-shot classifier on a folder of images and save it.
 
@@ -92,7 +93,7 @@ def fit(
             "expected --model, got none: for photographs try --model ViT-B-32 --pretrained laion2b_s34b_b79k, which is "
             "downloaded once; `iosr-fast models` lists all; --model demo is a toy to try the commands"
         )
-    for name in ("folder", "out", "template", "unknown_images"):
+    for name in ("folder", "out", "template", "unknown_images", "overwrite"):
         del parameters[name]  # the others are parameters of Classifier
     from iosr_fast.classifier import Classifier
 
@@ -100,6 +101,8 @@ def fit(
     classifier = Classifier(**parameters, progress=True)
     with stop_message("stopped; nothing was written", "iosr-fast"):
         check_new_folder(out, "classifier")
+        if not overwrite and out.is_dir() and any(out.iterdir()):
+            raise FileExistsError(f"{out} is a classifier already: --overwrite replaces it, or choose another folder")
         try:
             classifier.fit_folder(*folder, unknown_images=unknown_images)
         except BadImageError as error:

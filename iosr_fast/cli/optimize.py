@@ -9,7 +9,7 @@ import typer
 
 from iosr_fast.cli.options import Adapter, Runtime, SavedClassifier
 from iosr_fast.utils.command import stop_message
-from iosr_fast.utils.outputs import check_new_folder
+from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
 

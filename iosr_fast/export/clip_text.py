@@ -14,7 +14,7 @@ from iosr_fast.clip.load import LoadedClip
 from iosr_fast.clip.prompts import default_templates, embed_classes
 from iosr_fast.clip.tokenizer import Tokenizer
 from iosr_fast.export.export_text import export_text
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
 
@@ -38,7 +38,7 @@ class ClipText:
         export = self.cache / self._name()
         if not (export / MANIFEST).is_file():
             try:
-                with new_folder(export) as temporary:
+                with new_folder(export, TEXT_KIND) as temporary:
                     write_manifest(temporary, TEXT_KIND, {"text": export_text(self.clip, temporary)})
             except (ValueError, ArithmeticError, ImportError, RuntimeError) as error:
                 logging.getLogger("iosr_fast").warning("saved without a text encoder: %s", error)

@@ -26,7 +26,7 @@ from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_p
 from iosr_fast.export.export_check import check as compare
 from iosr_fast.export.export_check import checked_pictures
 from iosr_fast.export.plain_graph import write_plain_graph
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import cpu_model, package_version, this_gpu
 from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
@@ -101,7 +101,7 @@ def convert_engine(
     rows = {kind: encoder.encode(pixels) for kind, pixels in pictures.items()}
     names = ("plain", "adapted") if encoder.adapted else ("plain",)
     truth = {kind: tuple(getattr(each, name) for name in names) for kind, each in rows.items()}
-    with new_folder(out) as folder, tempfile.TemporaryDirectory() as temporary:
+    with new_folder(out, ENGINE_KIND) as folder, tempfile.TemporaryDirectory() as temporary:
         exported = folder if quantised is None else Path(temporary)
         for name in verified.files:
             if "/" not in name:  # not the plans

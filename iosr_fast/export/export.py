@@ -28,7 +28,7 @@ from iosr_fast.export.engine_precision import QUANTISED, choose_builder, graph_p
 from iosr_fast.export.export_check import check, checked_pictures
 from iosr_fast.export.onnx_export import OPSET, export_onnx
 from iosr_fast.export.projections import write_projections
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
@@ -156,7 +156,7 @@ def write_engine(
     else:
         truth = {kind: two_passes(clip, adapter, pixels) for kind, pixels in pictures.items()}
     facts["width"] = next(iter(truth.values()))[0].shape[1]
-    with new_folder(out) as folder:
+    with new_folder(out, ENGINE_KIND) as folder:
         write_projections(folder, clip)
         if runtime == "torch":
             from safetensors.torch import save_file
@@ -194,7 +194,7 @@ def add_plan(engine: str | Path, runtime: str) -> dict[str, Any]:
             f"engine with {sorted(manifest['files'])}"
         )
     facts = {name: value for name, value in manifest.items() if name not in OWN_FIELDS}
-    with new_folder(engine) as folder:
+    with new_folder(engine, ENGINE_KIND) as folder:
         for name in source.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             source.copy(name, folder / name)

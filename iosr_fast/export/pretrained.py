@@ -17,9 +17,10 @@ from iosr_fast.clip.load import LoadedClip, load_clip
 from iosr_fast.clip.models import DEMO_FOLDER, DEMO_NAME, LOCAL, check_adaptable, check_model, is_fused
 from iosr_fast.encoders.opened_clip import OpenedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.files import cache_folder, recover
+from iosr_fast.utils.files import cache_folder
 from iosr_fast.utils.manifest import MANIFEST, SCHEMA
 from iosr_fast.utils.progress import progress
+from iosr_fast.utils.renames import recover
 from iosr_fast.utils.require import require, require_installed
 from iosr_fast.utils.verified_folder import open_verified
 

@@ -33,7 +33,7 @@ from iosr_fast.state.left_out_files import LEFT_OUT, left_out_arrays, with_left_
 from iosr_fast.state.state import State
 from iosr_fast.state.state_files import PICTURES, PLAN, SUPPORT, state_from_files, state_to_files
 from iosr_fast.state.support_images import SupportViews
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import MANIFEST, write_manifest
 from iosr_fast.utils.schema import check_files, read_facts, refused
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
@@ -93,7 +93,7 @@ def save_bundle(bundle: Bundle, folder: str | Path) -> dict[str, Any]:
     facts = check_engine(engine)
     _check_encoder(engine, facts, bundle.encoder_fingerprint)
     state_facts, arrays = state_to_files(bundle.state)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, KIND) as temporary:
         if left_out := left_out_arrays(bundle.state):
             arrays[LEFT_OUT] = left_out
         for name, parts in arrays.items():

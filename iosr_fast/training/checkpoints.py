@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.temporaries import remove_leftovers
 
@@ -52,7 +52,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder, of=r"step-\d+")  # of processes killed while writing
         try:
-            with new_folder(self.folder / f"step-{step:09d}") as temporary:
+            with new_folder(self.folder / f"step-{step:09d}", KIND) as temporary:
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / FILE)
                 write_manifest(temporary, KIND, {"step": step, "key": self.key, "extra": dict(extra)})
         except (OSError, SafetensorError) as error:

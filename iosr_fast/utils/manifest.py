@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from iosr_fast.exceptions import DamagedFileError
-from iosr_fast.utils.files import recover
+from iosr_fast.utils.renames import recover
 from iosr_fast.utils.temporaries import MANIFEST as MANIFEST
 
 SCHEMA = 2

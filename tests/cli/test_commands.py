@@ -18,6 +18,8 @@ from iosr_fast.cli.embed import find_engine
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.export import pretrained
 from iosr_fast.utils.command import ListCommand, new_app
+from iosr_fast.utils.folders import new_folder
+from iosr_fast.utils.manifest import write_manifest
 from iosr_fast.utils.progress import progress
 from tests import ROOT
 from tests.cli.runs import never, refused, run
@@ -116,11 +118,11 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
     (tmp_path / "foreign" / "manifest.json").write_text('{"name": "an extension of a browser"}')
     engine_folder(tmp_path / "an-engine")
     for place, said in {
-        "file": "got the file",
+        "file": "can't be listed as a folder (Not a directory)",
         "file/below": "got the file",
         "mine": "holds files that iosr_fast did not write",
-        "foreign": "holds files that iosr_fast did not write",
-        "an-engine": "holds a folder of kind 'engine'",
+        "foreign": "no complete classifier of iosr_fast",
+        "an-engine": "to hold a classifier, got a engine",
     }.items():
         assert said in refused("fit", folder, "--model", "demo", "--out", tmp_path / place)
     for place, said in {
@@ -135,6 +137,18 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
     (tmp_path / "folder.csv").mkdir()
     assert "got the folder" in refused("classify", tmp_path / "bundle", folder, "--out", tmp_path / "folder.csv")
     assert (tmp_path / "there.csv").read_text() == "mine" and (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_fit_replaces_a_classifier_only_if_it_is_asked_to(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "old") as made:
+        write_manifest(made, "classifier", {})
+    (tmp_path / "link").symlink_to("old")
+    for place in ("old", "link"):
+        fit = ("fit", tmp_path / "nowhere", "--model", "demo", "--out", tmp_path / place)
+        assert "is a classifier already: --overwrite replaces it" in refused(*fit)
+        assert "found no folder" in refused(*fit, "--overwrite"), "the place is taken, and the next mistake is named"
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    assert "other files than those of the classifier, 'notes.txt'" in refused(*fit, "--overwrite")
 
 
 def test_options_and_folders_are_looked_at_before_a_clip_is_loaded(

@@ -20,7 +20,8 @@ from iosr_fast.encoders.runtimes.tensorrt import target  # noqa: E402
 from iosr_fast.export import export, pretrained  # noqa: E402
 from iosr_fast.export.export import LAYOUT, add_plan, random_adapter, write_engine  # noqa: E402
 from iosr_fast.utils import machine  # noqa: E402
-from iosr_fast.utils.files import cache_folder, new_folder  # noqa: E402
+from iosr_fast.utils.files import cache_folder  # noqa: E402
+from iosr_fast.utils.folders import new_folder  # noqa: E402
 from iosr_fast.utils.machine import Gpu  # noqa: E402
 from iosr_fast.utils.manifest import SCHEMA, read_manifest, write_manifest  # noqa: E402
 from tests.clip.small_clip import random_pixels, small_clip  # noqa: E402
@@ -46,9 +47,9 @@ def folder(tmp_path: Path) -> Path:
 
 def write_folder(folder: Path, *targets: Target, onnx: bytes = b"a graph", weights: bytes = b"") -> Path:
     """What open_plan reads of an engine: plans, which are never loaded here, the graph and its weights."""
-    with new_folder(folder) as made:
-        (made / "plans").mkdir()
+    with new_folder(folder, "engine") as made:
         for one in targets:
+            (made / "plans").mkdir(exist_ok=True)
             (made / one.file).write_bytes(f"for {one}".encode())
         if onnx:
             (made / "encoder.onnx").write_bytes(onnx)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from iosr_fast.cli import app
 from iosr_fast.utils.command import command_app
-from iosr_fast.utils.outputs import check_new_file, check_new_folder
+from iosr_fast.utils.folders import check_new_folder
+from iosr_fast.utils.outputs import check_new_file
 from tests import ROOT
 from tests.state.live_parts import engine_folder
 

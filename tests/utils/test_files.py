@@ -16,16 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.utils import files
-from iosr_fast.utils.files import new_file, new_folder, recover
+from iosr_fast.utils import folders
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.folders import check_new_folder, new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
+from iosr_fast.utils.renames import recover
 from iosr_fast.utils.temporaries import remove_leftovers
 from iosr_fast.utils.verified_folder import VerifiedFolder, open_verified
 
 KILLED = """
 import os, signal
 from pathlib import Path
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 with new_folder(Path("thing")) as made:
     (made / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -34,14 +36,14 @@ with new_folder(Path("thing")) as made:
 KILLED_ANYWHERE = """
 import os, signal, sys
 from pathlib import Path
-from iosr_fast.utils import files
+from iosr_fast.utils import folders, renames
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 
 exchanges = sys.argv[1] == "exchange"
 EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "os.chmod", "os.scandir", "os.listdir"}
 
 def write(content):
-    with files.new_folder("thing") as made:
+    with folders.new_folder("thing", "thing") as made:
         (made / "inner").mkdir()
         (made / "content").write_text(content)
         (made / "inner" / "content").write_text(content)
@@ -61,8 +63,8 @@ def touch(event, *_):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-files.exchange = wrapped(files.exchange) if exchanges else lambda *_: False
-files._RENAME_PAUSE_S = 0.0
+folders.exchange = wrapped(folders.exchange) if exchanges else lambda *_: False
+renames._RENAME_PAUSE_S = 0.0
 left, found, kills = 1 << 60, set(), 0
 while True:
     write("old")
@@ -90,7 +92,7 @@ print(kills, *sorted(found), *sorted(os.listdir()))
 
 
 def write(target: Path, content: str) -> None:
-    with new_folder(target) as made:
+    with new_folder(target, "thing") as made:
         (made / "content").write_text(content)
         write_manifest(made, "thing", {"content": content})
 
@@ -107,12 +109,12 @@ def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
     chosen: str = request.param
     (tmp_path / "one").mkdir()
     (tmp_path / "other").write_text("")
-    able = files.exchange(tmp_path / "one", tmp_path / "other")
+    able = folders.exchange(tmp_path / "one", tmp_path / "other")
     assert (tmp_path / "one").is_file() == able
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     if chosen == "two renames":
-        monkeypatch.setattr(files, "exchange", lambda *_: False)
+        monkeypatch.setattr(folders, "exchange", lambda *_: False)
     elif not able:
         pytest.skip("this file system can't exchange names")
     return chosen
@@ -122,7 +124,7 @@ def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tm
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "thing"
     write(target, "one")
-    with pytest.raises(RuntimeError), new_folder(target) as made:
+    with pytest.raises(RuntimeError), new_folder(target, "thing") as made:
         (made / "content").write_text("two")
         raise RuntimeError
     read_manifest(target, "thing")
@@ -133,15 +135,119 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("renaming")
-def test_a_link_is_replaced_and_what_it_leads_to_is_kept(tmp_path: Path) -> None:
-    write(tmp_path / "first", "one")
-    (tmp_path / "thing").symlink_to("first")
+def test_a_link_stays_a_link_and_the_folder_that_it_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "versions").mkdir()
+    write(tmp_path / "versions" / "first", "one")
+    (tmp_path / "thing").symlink_to("versions/first")
     write(tmp_path / "thing", "two")
-    assert read(tmp_path / "thing") == ("two", "two") and read(tmp_path / "first") == ("one", "one")
-    assert sorted(os.listdir(tmp_path)) == ["first", "thing"]
-    (tmp_path / "nowhere").symlink_to("gone")
-    with pytest.raises(FileExistsError, match="choose another place"):
-        write(tmp_path / "nowhere", "three")
+    assert (tmp_path / "thing").is_symlink() and read(tmp_path / "versions" / "first") == ("two", "two")
+    assert os.listdir(tmp_path / "versions") == ["first"]
+    (tmp_path / "later").symlink_to("versions/second")
+    write(tmp_path / "later", "three")
+    assert (tmp_path / "later").is_symlink() and read(tmp_path / "versions" / "second") == ("three", "three")
+    (tmp_path / "file").symlink_to("target")
+    with new_file(tmp_path / "file") as made:
+        made.write_text("four")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "target").read_text() == "four"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FileExistsError, match=r"not replaced: .*Too many levels"):
+        write(tmp_path / "loop", "five")
+
+
+def add_a_file(target: Path) -> None:
+    write(target, "one")
+    (target / "notes.txt").write_text("mine")
+
+
+def add_a_folder(target: Path) -> None:
+    write(target, "one")
+    (target / "empty").mkdir()
+
+
+def hide_a_file(target: Path) -> None:
+    write(target, "one")
+    (target / ".env").write_text("mine")
+
+
+def add_a_link(target: Path) -> None:
+    write(target, "one")
+    (target / "data").symlink_to(target.parent)
+
+
+def damage(target: Path) -> None:
+    write(target, "one")
+    (target / "content").write_text("two")
+
+
+def remove_a_file(target: Path) -> None:
+    write(target, "one")
+    (target / "content").unlink()
+
+
+def edit_the_manifest(target: Path) -> None:
+    write(target, "one")
+    path = target / "manifest.json"
+    path.write_text(path.read_text().replace('"content": "one"', '"content": "two"'))
+
+
+def write_another_kind(target: Path) -> None:
+    with new_folder(target, "another") as made:
+        write_manifest(made, "another", {})
+
+
+def write_an_extension(target: Path) -> None:
+    target.mkdir()
+    (target / "manifest.json").write_text('{"manifest_version": 3, "name": "a browser extension"}')
+    (target / "background.js").write_text("mine")
+
+
+def write_a_lookalike(target: Path) -> None:
+    target.mkdir()
+    (target / "manifest.json").write_text('{"schema": 2, "kind": "thing", "files": {}, "checksum": ""}')
+
+
+def write_files(target: Path) -> None:
+    target.mkdir()
+    (target / "photo.jpg").write_text("mine")
+
+
+IN_THE_WAY = [
+    (add_a_file, r"other files than those of the thing, 'notes\.txt'"),
+    (add_a_folder, "other files than those of the thing, 'empty'"),
+    (hide_a_file, r"other files than those of the thing, '\.env'"),
+    (add_a_link, "other files than those of the thing, 'data'"),
+    (damage, "no complete thing .*content in .* does not match its manifest"),
+    (remove_a_file, "no complete thing .*content is missing"),
+    (edit_the_manifest, "no complete thing .*changed by hand"),
+    (write_another_kind, "expected .* to hold a thing, got a another"),
+    (write_an_extension, "damaged or not a manifest of iosr_fast"),
+    (write_a_lookalike, "no complete thing"),
+    (write_files, r"files that iosr_fast did not write, 'photo\.jpg'"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), IN_THE_WAY, ids=lambda one: getattr(one, "__name__", ""))
+def test_a_folder_is_not_replaced_if_anything_in_it_would_be_lost(
+    make: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    make(target)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    for attempt in (lambda: check_new_folder(target, "thing"), lambda: write(target, "new")):
+        with pytest.raises(FileExistsError, match=f"not replaced: .*{reason}.*choose another place, or remove it"):
+            attempt()
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.usefixtures("renaming")
+def test_a_file_that_comes_while_the_folder_is_written_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "thing"
+    write(target, "one")
+    with pytest.raises(FileExistsError, match=r"other files .*'notes\.txt'"), new_folder(target, "thing") as made:
+        write_manifest(made, "thing", {"content": "two"})
+        (target / "notes.txt").write_text("mine")
+    assert read(target) == ("one", "one") and (target / "notes.txt").exists() and os.listdir(tmp_path) == ["thing"]
 
 
 def test_the_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +339,7 @@ def test_twenty_killed_saves_leave_nothing_after_the_next_one(writing: str, tmp_
 @pytest.mark.parametrize("old", [False, True])
 def test_what_a_living_writer_has_not_finished_stays(old: bool, tmp_path: Path) -> None:
     target, done = tmp_path / "thing", tmp_path / "done"
-    with new_folder(target) as made, new_file(done) as file:
+    with new_folder(target, "thing") as made, new_file(done) as file:
         (made / "content").write_text("mine")
         file.unlink()
         file.write_text("mine")  # another file of the same name, as libraries write that rename by themselves

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import parse_manifest, read_manifest, write_manifest
 from tests.state.manifests import rewrite_manifest
 from tests.utils.test_files import write
@@ -15,7 +15,7 @@ from tests.utils.test_files import write
 
 def test_every_flipped_byte_of_a_manifest_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "thing"
-    with new_folder(target) as made:
+    with new_folder(target, "thing") as made:
         (made / "content").write_text("one")
         write_manifest(made, "thing", {"number": 1.5, "names": ["Käfer", "a b"], "none": None, 7: "seven"})  # type: ignore[dict-item]
     path = target / "manifest.json"

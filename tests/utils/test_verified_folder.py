@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from iosr_fast.utils.files import new_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.verified_folder import open_verified
 from tests.state.manifests import rewrite_manifest
@@ -69,7 +69,7 @@ def test_a_file_that_changes_after_it_was_verified_is_not_opened(how: str, tmp_p
 @pytest.mark.parametrize("name", ["content", "inner", "inner/content", "manifest.json"])
 def test_a_link_in_a_folder_is_not_followed(name: str, tmp_path: Path) -> None:
     target = tmp_path / "thing"
-    with new_folder(target) as made:
+    with new_folder(target, "thing") as made:
         (made / "inner").mkdir()
         for path in (made / "content", made / "inner" / "content"):
             path.write_text("one")

@@ -12,7 +12,7 @@ import typer
 from iosr_fast.classifier import Classifier
 from iosr_fast.evaluation.demo_bundle import CLASSES, METHOD, SHOTS, held_out_queries, make_demo_bundle
 from iosr_fast.utils.command import run
-from iosr_fast.utils.outputs import check_new_folder
+from iosr_fast.utils.folders import check_new_folder
 
 
 def main(

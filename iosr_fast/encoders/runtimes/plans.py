@@ -19,9 +19,11 @@ from typing import Any
 from iosr_fast.encoders.runtimes.onnxruntime import FILE as ONNX_FILE
 from iosr_fast.encoders.runtimes.onnxruntime import WEIGHTS
 from iosr_fast.exceptions import DamagedFileError, UnavailableError
-from iosr_fast.utils.files import cache_folder, new_folder, recover
+from iosr_fast.utils.files import cache_folder
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import Gpu
 from iosr_fast.utils.manifest import read_manifest, sha256, write_manifest
+from iosr_fast.utils.renames import recover
 
 FOLDER = "plans"
 PORTABLE = ("tensorrt_rtx",)  # its plans are completed at run time, for the GPU in use
@@ -151,7 +153,7 @@ def _read_cached(folder: Path) -> Plan | None:
 
 def _write_cached(folder: Path, data: bytes, facts: dict[str, Any]) -> Plan:
     try:
-        with new_folder(folder) as temporary:
+        with new_folder(folder, CACHED_KIND) as temporary:
             (temporary / CACHED_FILE).write_bytes(data)
             write_manifest(temporary, CACHED_KIND, facts)
     except OSError as error:

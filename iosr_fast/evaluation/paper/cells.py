@@ -13,7 +13,8 @@ from typing import Any
 from iosr_fast.evaluation.accuracy import Draw, finite
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.tuning.tuned import Tuned
-from iosr_fast.utils.files import new_file, remove_leftovers
+from iosr_fast.utils.files import new_file
+from iosr_fast.utils.temporaries import remove_leftovers
 
 VERSION = 2  # raise it when the protocol changes: the same facts would give another number
 LOSSES = ("log_loss", "calibration_error")

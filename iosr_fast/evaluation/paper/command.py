@@ -30,10 +30,10 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.export.pretrained import cache_folder
 from iosr_fast.methods import METHODS
 from iosr_fast.scoring.isoclip import check_projections
-from iosr_fast.utils.files import remove_leftovers
-from iosr_fast.utils.outputs import check_new_folder
+from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.provenance import write_rows
 from iosr_fast.utils.require import require
+from iosr_fast.utils.temporaries import remove_leftovers
 
 PAPER_METHODS = ("zero-shot", "tip-adapter", "tip-adapter++", "tip-x", "tip-x++")
 SHOTS = (1, 2, 4, 8, 16)

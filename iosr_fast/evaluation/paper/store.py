@@ -26,10 +26,11 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images import pixels
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
-from iosr_fast.utils.files import new_folder, remove_leftovers
+from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest, write_manifest
 from iosr_fast.utils.ordered import map_ordered
+from iosr_fast.utils.temporaries import remove_leftovers
 
 if TYPE_CHECKING:
     from iosr_fast.evaluation.sets import EvaluationSet
@@ -198,6 +199,6 @@ def _hash(numbers: np.ndarray) -> str:
 
 
 def _write(folder: Path, kind: str, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    with new_folder(folder) as temporary:
+    with new_folder(folder, kind) as temporary:
         save_file({name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}, temporary / FILE)
         write_manifest(temporary, kind, facts)
