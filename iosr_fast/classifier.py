@@ -28,6 +28,7 @@ from iosr_fast.state.optimizing import Optimizing
 from iosr_fast.state.predictions import Prediction, predict, predict_jointly
 from iosr_fast.state.saving import Saving
 from iosr_fast.state.unknown_images import unknown_folder
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ranking import mean_average_precision
 
 log = logging.getLogger(__name__)
@@ -352,6 +353,7 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         is None if the picture belongs to none of the classes.
         """
         share = check_unknown(unknown, keep)
+        top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
         fit = self._fitted()
         fit.state.one_label("explain", "predict_proba gives the probability of each class")
         if share is not None:

@@ -27,10 +27,11 @@ from iosr_fast.scoring.validation import check_number
 from iosr_fast.state.embedding_rows import as_iosr_errors, unit, unit_rows, usable_rows
 from iosr_fast.state.evidence import Evidence
 from iosr_fast.state.label_sets import are_label_sets, dense, known_label_sets, label_sets, read_label_sets
-from iosr_fast.state.labels import check_unknown_label
 from iosr_fast.state.method_config import MethodConfig, choose_config, is_searched
 from iosr_fast.state.multi_label import decision, members, probabilities
+from iosr_fast.state.names import check_unknown_label
 from iosr_fast.utils.estimator import not_fitted
+from iosr_fast.utils.numbers import check_integer, refuse_masked
 from iosr_fast.utils.ranking import mean_average_precision
 from iosr_fast.utils.require import require
 
@@ -369,7 +370,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         first. The result's `rows` are positions in X. Formula and source: methods.suggest.suggest; before the first
         labels exist, call that function.
         """
-        fit = self._one_label("suggest")
+        fit, n = self._one_label("suggest"), check_integer("n", n, 1)
         return suggest(image_rows(self._queries(X), fit.config.which, None), n, entropy(self._logits(X)))
 
     def _queries(self, X: Any) -> Embeddings:
@@ -389,6 +390,8 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
         return rows
 
     def _validated(self, *rows_and_labels: Any, reset: bool) -> Any:
+        for name, values in zip(("X", "y"), rows_and_labels, strict=False):
+            refuse_masked(name, values)
         with as_iosr_errors():
             return validate_data(self, *rows_and_labels, reset=reset, dtype=(np.float64, np.float32), order="C")
 
@@ -410,6 +413,7 @@ class FewShotHead(ClassifierMixin, BaseEstimator):
     def _text_rows(self, classes: np.ndarray, width: int) -> np.ndarray | None:
         if self.text is None:
             return None
+        refuse_masked("text", self.text)
         with as_iosr_errors():
             text = check_array(self.text, dtype=np.float64, input_name="text")
         shape = (len(classes), width // (2 if self.adapted else 1))

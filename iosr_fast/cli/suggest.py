@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
 from iosr_fast.utils.command import new_csv, new_page, write_new
-from iosr_fast.utils.csv_text import escaped
+from iosr_fast.utils.csv_text import escaped, line_writer
 from iosr_fast.utils.outputs import check_utf8
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def suggest(
 
 def _table(suggestions: FolderSuggestions) -> str:
     file = StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    writer = line_writer(file)
     writer.writerow(["path", "label", "guess", "probability", "stands_for"])
     for (path, label, probability), stands in zip(suggestions, suggestions.stands.tolist(), strict=True):
         writer.writerow([escaped(str(path.resolve())), "", escaped(label), f"{probability:.4f}", stands])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from iosr_fast.clip.load import LoadedClip
 
 PHOTO_TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.")
+MAX_TEMPLATES = 1000
 _BATCH = 32  # texts of a run
 # The demo's CLIP was trained with these (tools/demo/train_clip.py).
 DEMO_TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
@@ -27,11 +28,12 @@ def default_templates(clip: LoadedClip) -> tuple[str, ...]:
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """The templates as a tuple. Raises ValueError for none, and for one without a `{}` for the class name."""
-    if isinstance(templates, str) or not len(templates):
-        raise IosrFastError(f"expected a list of one or more templates, got {templates!r}")
+    """The templates as a tuple. Raises ValueError for none, too many, and one without a `{}` for the class name."""
+    if not isinstance(templates, Sequence) or isinstance(templates, str) or not 1 <= len(templates) <= MAX_TEMPLATES:
+        shown = f"{len(templates):,}" if isinstance(templates, Sequence) and len(templates) > 9 else repr(templates)
+        raise IosrFastError(f"expected a list of one to {MAX_TEMPLATES:,} templates, got {shown}")
     for template in templates:
-        if "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise IosrFastError(f"expected templates with {{}} where the class name goes, got {template!r}")
     return tuple(templates)
 

@@ -31,6 +31,7 @@ from iosr_fast.export.projections import write_projections
 from iosr_fast.utils.folders import new_folder
 from iosr_fast.utils.machine import package_version
 from iosr_fast.utils.manifest import OWN_FIELDS, write_manifest
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.verified_folder import open_verified
 
 if TYPE_CHECKING:
@@ -104,8 +105,7 @@ def write_engine(
     doesn't support, a size that doesn't fit, and missing calibration pictures; ArithmeticError for an error above 1e-4
     (fp32) or a cosine below 0.999 (fp16, bf16) or 0.99 (int8, fp8); RuntimeError with TensorRT's message.
     """
-    if max_batch < 1:
-        raise IosrFastError(f"expected max_batch >= 1, got {max_batch}")
+    max_batch = check_integer("max_batch", max_batch, 1, 1 << 16)
     started = time.perf_counter()
     reason = unfusible_reason(clip)
     if reason is not None and (adapter is not None or merged):

@@ -27,6 +27,7 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError, MissingPackageError
 from iosr_fast.images.deep_grey import check_deep_colour, grey_levels, png_significant_bits
+from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def from_array(array: np.ndarray) -> Image:
     """uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as RGB. Raises ValueError for anything else."""
     from PIL import Image
 
+    refuse_masked("pixels", array)
     if array.dtype != np.uint8:
         raise IosrFastError(f"expected uint8 pixels, got an array of {array.dtype}{_ADVICE.get(array.dtype.kind, '')}")
     if array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)):

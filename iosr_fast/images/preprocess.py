@@ -17,6 +17,7 @@ from iosr_fast.exceptions import BadImageError, IosrFastError
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.listing import refuse_url
 from iosr_fast.images.pixels import FORMATS, from_array, is_tensor, opened, tensor_array, upright_rgb
+from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.text import abbreviate
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def as_array(images: Any, position: int = 0) -> np.ndarray | None:
             return tensor_array(images)
     if isinstance(images, list | tuple) or not hasattr(images, "__array__"):
         return None
+    refuse_masked("pixels", images)
     array = np.asarray(images)
     return array if array.dtype.kind in "biufc" else None
 
@@ -165,6 +167,7 @@ def to_pixels(images: Any, geometry: Geometry, exif_orientation: bool = True) ->
     (2, 24, 24, 3)
     """
     size = geometry.size
+    refuse_masked("pixels", images)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
         return images
     listed = as_image_list(images)

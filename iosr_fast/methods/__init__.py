@@ -38,13 +38,15 @@ def check_parameters(name: str, **parameters: float | None) -> dict[str, float]:
     method = METHODS.get(name)
     if method is None:
         raise unknown_method(name, METHODS)
-    values = {key: float(value) for key, value in parameters.items() if value is not None}
+    values = {key: value for key, value in parameters.items() if value is not None}
     unknown = sorted(set(values) - set(method.parameters))
     if unknown:
         raise IosrFastError(f"{name} has the parameters {sorted(method.parameters)}, got {unknown}")
-    for key, value in values.items():
-        check_number(f"{key} of {name}", value, *PARAMETER_RANGES[key], f"{method.parameters[key]:g} is the default")
-    return values
+    fixes = {key: f"{method.parameters[key]:g} is the default" for key in values}
+    return {
+        key: check_number(f"{key} of {name}", value, *PARAMETER_RANGES[key], fixes[key])
+        for key, value in values.items()
+    }
 
 
 def unavailable_reason(name: str, support: SupportSet) -> str | None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.numbers import check_integer
 
 _ROUNDS = 20
 _LOGITS = 1 << 24  # float32 of a block
@@ -56,9 +56,7 @@ def suggest(rows: np.ndarray, n: int, weights: np.ndarray | None = None, seed: i
     >>> sorted((chosen.rows // 20).tolist()), chosen.stands.tolist()
     ([0, 1, 2], [20, 20, 20])
     """
-    if n < 1:
-        raise IosrFastError(f"expected at least one image to suggest, got n = {n}")
-    n = min(n, len(rows))
+    n = min(check_integer("n", n, 1), len(rows))
     if not n:
         return Suggestions(np.zeros(0, np.int64), np.zeros(0, np.int64))
     centred = np.asarray(rows, np.float32) - rows.mean(0, dtype=np.float64).astype(np.float32)

@@ -22,6 +22,7 @@ from iosr_fast.pipeline.suggest import FolderSuggestions, suggest_from_folder
 from iosr_fast.state.evaluation import Evaluation
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.uncertainty import Uncertainty
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.progress import progress
 
 
@@ -84,7 +85,7 @@ class ManyImages(Uncertainty):
         All images are encoded; the other arguments and the errors are those of `predict_folder`, and IosrFastError for
         n below 1 and for a folder without a readable image.
         """
-        fit = self._fit
+        fit, n = self._fit, check_integer("n", n, 1)
         if fit is not None:
             fit.state.one_label("suggest")
         reader = self._reader(fit, batch=batch, skip_bad=skip_bad, threads=threads, decoder=decoder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods.unknown import check_unknown
-from iosr_fast.state.labels import check_unknown_label
+from iosr_fast.state.names import check_unknown_label
 
 if TYPE_CHECKING:
     from iosr_fast.state.state import State
@@ -34,4 +34,5 @@ def check_rejecting(unknown: str | None, label: str, keep: float) -> Rejecting |
     share = check_unknown(unknown, keep)
     if not isinstance(label, str):
         raise IosrFastError(f"expected unknown_label to be a text, like {UNKNOWN_LABEL!r}, got {label!r}")
+    check_unknown_label(label, ())
     return None if share is None else Rejecting(label, share)

@@ -20,6 +20,7 @@ from iosr_fast.pipeline.source import Chunk, Source
 from iosr_fast.state.bundle import Bundle, load_bundle
 from iosr_fast.utils.machine import usable_threads
 from iosr_fast.utils.manifest import read_manifest
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.require import require
 from iosr_fast.utils.verified_folder import VerifiedFolder
 
@@ -52,18 +53,15 @@ def check_options(
     address: str | None,
 ) -> RunOptions:
     """The options of a command line. Raises ValueError for impossible ones, ImportError without Ray."""
-    if not 1 <= chunk <= MAX_CHUNK:
-        raise IosrFastError(f"expected --chunk from 1 to {MAX_CHUNK}, got {chunk}")
-    if batch < 1:
-        raise IosrFastError(f"expected --batch of at least 1, got {batch}")
+    check_integer("--chunk", chunk, 1, MAX_CHUNK)
+    check_integer("--batch", batch, 1)
     if not ray and (workers is not None or address is not None or gpus):
         raise IosrFastError("expected --workers, --gpus and --address only with --ray, got them without it")
     workers = 2 if workers is None else workers
     if threads is None:
         cores = usable_threads()
         threads = cores if not ray else CLUSTER_THREADS if address else max(1, cores // max(1, workers))
-    if threads < 1:
-        raise IosrFastError(f"expected --threads of at least 1, got {threads}")
+    check_integer("--threads", threads, 1)
     pool = None
     if ray:
         if workers < 1 or gpus < 0:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import DecodedBatch, Decoder
 from iosr_fast.state.predictions import LabelSet, Prediction, predict, predict_label_sets
 from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ordered import map_ordered
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ def choose_stage(
     """
     from iosr_fast.encoders.runtimes import open_engine
 
-    if threads is not None and threads < 1:
-        raise IosrFastError(f"expected threads of at least 1, got {threads}")
-    threads = usable_threads() if threads is None else threads
+    threads = usable_threads() if threads is None else check_integer("threads", threads, 1)
     callers = min(threads, _MAX_CALLERS)
     if encoder.parallel and callers > 1 and images >= _MIN_BATCHES * callers * batch:
         few = threads // callers
@@ -78,9 +77,7 @@ def choose_batch(encoder: Encoder, batch: int | None) -> int:
     """`batch`, or by default 16 on a CPU and up to 64 on a GPU. Raises ValueError below 1."""
     if batch is None:
         return 16 if encoder.buckets is None else min(64, encoder.max_batch)
-    if batch < 1:
-        raise IosrFastError(f"expected a batch of at least 1 image, got {batch}")
-    return batch
+    return check_integer("batch", batch, 1)
 
 
 def classify(

@@ -15,6 +15,7 @@ from iosr_fast.methods.suggest import entropy, suggest
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.pipeline.reader import Reader
 from iosr_fast.scoring.reference import softmax
+from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
     from iosr_fast.state.state import State
@@ -65,8 +66,7 @@ class FolderSuggestions:
 
 def suggest_from_folder(state: State | None, reader: Reader, folder: str | Path, n: int) -> FolderSuggestions:
     """As Classifier.suggest; `state` is None before a fit."""
-    if n < 1:
-        raise IosrFastError(f"expected at least one image to suggest, got n = {n}")
+    n = check_integer("n", n, 1)
     listing = list_images(folder)
     unread, queries = reader.embed(listing.paths)
     if queries is None:

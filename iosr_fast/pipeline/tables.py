@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from iosr_fast.state.multi_label import SEPARATOR
-from iosr_fast.utils.csv_text import escaped, recovered
+from iosr_fast.utils.csv_text import escaped, line_writer, recovered
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.outputs import check_new_file
 from iosr_fast.utils.require import require
@@ -75,19 +75,9 @@ def write_table(out: Path, rows: Iterable[Row], top: int, unknown_label: str | N
             _write_parquet(temporary, iter(rows), unknown_label)
 
 
-class _LineFeeds:
-    """Ends rows with a line feed. csv quotes only its own line ends, and file names may contain both kinds."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, row: str) -> int:
-        return self._file.write(row.removesuffix("\r\n") + "\n")
-
-
 def csv_writer(file: TextIO, top: int, errors: bool, unknown_label: str | None = None) -> Any:
     """A csv.writer that has written the header. `top` is SEVERAL where pictures may have several labels."""
-    writer = csv.writer(_LineFeeds(file), lineterminator="\r\n")
+    writer = line_writer(file)
     more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")]
     more += [] if unknown_label is None else [UNKNOWN_SCORE]
     first = ["label", "probability"] if top else ["labels", "probabilities"]

@@ -27,8 +27,12 @@ def frozen(name: str, value: Any, dtype: type) -> np.ndarray:
 
 
 def check_number(name: str, value: float, least: float, most: float, fix: str = "") -> float:
-    """`value` as a float. Raises ValueError, which ends in `fix`, unless it is from `least` to `most` (NaN is not)."""
-    number = float(value)
+    """`value` as a float. Raises IosrFastError, which ends in `fix`, unless it is a number from `least` to `most` (NaN
+    is not)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise IosrFastError(f"expected {name} to be a number, got {value!r}{fix and '; '}{fix}") from None
     if not least <= number <= most:
         raise IosrFastError(f"expected {name} from {least:g} to {most:g}, got {number:g}{fix and '; '}{fix}")
     return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ from iosr_fast.scoring.plan import Feature
 from iosr_fast.scoring.reducers import NAME
 from iosr_fast.scoring.validation import check_finite, check_unit_rows
 from iosr_fast.state.engine_choice import EngineChoice
-from iosr_fast.state.ids import uid_of
+from iosr_fast.state.names import check_distinct
 from iosr_fast.state.support_images import SupportViews
 from iosr_fast.state.tuned_facts import TunedFacts
 from iosr_fast.utils.schema import (
@@ -122,12 +121,7 @@ class ClassifierManifest(StateFacts, frozen=True, kw_only=True):
 
 def check_classes(names: list[str], numbers: list[int], next_number: int) -> None:
     """Raise ValueError for names and numbers of classes that no fit and no change gives."""
-    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
-        raise IosrFastError(f"expected class_names to differ, got {abbreviate(twice)} more than once")
-    if wrong := [name for name in names if uid_of(name) is not None or not name.strip()]:
-        raise IosrFastError(
-            f"expected class_names to be names, got {abbreviate(wrong)}: empty, or of the form of an id (~7)"
-        )
+    check_distinct(names)
     if len(numbers) != len(names):
         raise IosrFastError(f"expected class_numbers for {len(names)} class_names, got {len(numbers)}")
     if any(later <= earlier for earlier, later in zip(numbers, [*numbers[1:], next_number], strict=True)):

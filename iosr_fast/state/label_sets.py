@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.state.labels import check_names
+from iosr_fast.state.names import check_names, check_separable
+from iosr_fast.utils.numbers import refuse_masked
 from iosr_fast.utils.text import abbreviate
 
 _ROWS = (set, frozenset, list, tuple, np.ndarray)
@@ -44,6 +45,7 @@ def read_label_sets(labels: Any, n_images: int) -> tuple[list[str] | None, np.nd
            [False,  True, False],
            [False, False, False]]))
     """
+    refuse_masked("labels", labels)
     rows = list(dense(labels)) if getattr(labels, "ndim", 1) == 2 else list(labels)
     if len(rows) != n_images:
         raise IosrFastError(f"expected a set of labels for each of {n_images} images, got {len(rows)}")
@@ -75,11 +77,7 @@ def check_label_sets(
     if found is None and class_names is None:
         raise IosrFastError("an indicator has no names: pass class_names, the name of each of its columns in order")
     names = check_names(found if class_names is None else class_names)
-    if held := [name for name in names if separator in name]:
-        raise IosrFastError(
-            f"several labels a picture: expected class names without {separator!r}, which joins labels in tables, got "
-            f"{abbreviate(held)}"
-        )
+    check_separable(names, separator)
     known = indicator if found is None else known_label_sets(labels, n_images, np.array(names))
     if known.shape[1] != len(names):
         raise IosrFastError(f"expected an indicator of {len(names)} columns, one for each class, got {known.shape[1]}")

@@ -1,11 +1,9 @@
-"""Labels and class names as callers give them, checked."""
+"""Labels as callers give them, checked."""
 
 from __future__ import annotations
 
 import csv
-import logging
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,10 @@ import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.listing import list_folder, refuse_url
-from iosr_fast.state.ids import uid_of
 from iosr_fast.state.multi_label import SEPARATOR
-from iosr_fast.utils.csv_text import recovered
+from iosr_fast.state.names import check_names
+from iosr_fast.utils.csv_text import check_columns, recovered
 from iosr_fast.utils.text import abbreviate
-
-logger = logging.getLogger(__name__)
 
 _HINTS: dict[type, str] = {
     float: "; integers are made by labels.astype(int)",
@@ -121,85 +117,6 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, Number) and bool(value != value)
 
 
-def check_names(class_names: Any) -> list[str]:
-    """Class names as a list of str.
-
-    Raises ValueError where they are fewer than two, or where one is no text, is blank, has blanks around it or control
-    characters, looks like an id, or differs from another in nothing that a reader sees. Warns of names that differ in
-    case alone: CLIP's tokenizers read them as one.
-    """
-    if isinstance(class_names, str | bytes | set | frozenset | dict) or not isinstance(class_names, Iterable):
-        raise IosrFastError(f"expected class_names to be a list of names, in order, got {type(class_names).__name__}")
-    names = []
-    for i, name in enumerate(class_names):
-        if not isinstance(name, str):
-            raise IosrFastError(
-                f"expected class names to be text, got {name!r} ({type(name).__name__}) at position {i}"
-            )
-        names.append(str.__str__(name))
-    if len(names) < 2:
-        raise IosrFastError(f"expected at least two classes to tell apart, got {len(names)}: {names}")
-    for name in names:
-        fault = name_fault(name)
-        if fault:
-            raise IosrFastError(f"expected class names, got {name!r}, {fault}")
-    twins = _twins(names, as_seen)
-    equal = sorted({one for one, other in twins if one == other})
-    if equal:
-        raise IosrFastError(f"expected class names to differ, got {abbreviate(equal)} more than once")
-    if twins:
-        shown = "; ".join(f"{one!a} and {other!a}" for one, other in twins[:5])
-        raise IosrFastError(
-            f"expected class names to differ, got names that look alike: {shown} (they differ in Unicode "
-            "normalisation, invisible characters or blanks alone)"
-        )
-    for one, other in _twins(names, lambda name: unicodedata.normalize("NFKC", as_seen(name)).casefold()):
-        logger.warning("the classes %r and %r differ in case or typography alone: is one class meant?", one, other)
-    return names
-
-
-def name_fault(name: str) -> str | None:
-    """Why this text can't be a class name, or None."""
-    if not as_seen(name).strip():
-        return "which is blank"
-    if name != name.strip():
-        return "which has blanks around it"
-    if uid_of(name) is not None:
-        return "which is how ids of classes look"
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
-        return "which has control characters or is no valid Unicode"
-    return None
-
-
-def as_seen(name: str) -> str:
-    """Names that look alike have this in common: one normalisation, no invisible characters, single blanks."""
-    if not name.isascii():  # most are, and a change compares its name with those of all classes
-        name = unicodedata.normalize("NFC", "".join(char for char in name if unicodedata.category(char) != "Cf"))
-    return " ".join(name.split())
-
-
-def check_unknown_label(label: Any, classes: Iterable[Any]) -> None:
-    """Raise IosrFastError if a class has this label of pictures of no class, or a name that looks like it."""
-    seen = [as_seen(one) if isinstance(one, str) else one for one in (label, *classes)]
-    if seen[0] in seen[1:]:
-        raise IosrFastError(
-            f"expected a label for unknown pictures that no class has, got {label!r}; choose another word"
-        )
-
-
-def _twins(names: Sequence[str], key: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Each name with an earlier one of the same key."""
-    first: dict[str, str] = {}
-    pairs = []
-    for name in names:
-        seen = key(name)
-        if seen in first:
-            pairs.append((first[seen], name))
-        else:
-            first[seen] = name
-    return pairs
-
-
 def _ids(values: Sequence[Any], names: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
     if values and isinstance(values[0], int):
         position = {number: i for i, number in enumerate(numbers)}
@@ -274,6 +191,7 @@ def _read_table(file: Path) -> tuple[list[Path], Sequence[str | frozenset[str]],
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise IosrFastError(f"can't read {file} as CSV in UTF-8: {error}; save it as such") from error
+    check_columns(columns, str(file))
     several = "labels" in columns and "label" not in columns
     name = "labels" if several else "label"
     if missing := {"path", name} - set(columns):

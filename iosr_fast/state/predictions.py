@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from iosr_fast.encoders.encoder import Embeddings
-from iosr_fast.exceptions import IosrFastError
 from iosr_fast.methods import joint
 from iosr_fast.methods.support_set import image_rows
 from iosr_fast.methods.tuning.binary_loss import sigmoid
@@ -16,6 +15,7 @@ from iosr_fast.scoring.reference import softmax
 from iosr_fast.state.adapter_part import adapter_part
 from iosr_fast.state.ids import class_id, example_id
 from iosr_fast.state.state import State
+from iosr_fast.utils.numbers import check_integer
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,7 @@ def predict(
     classes is not (`state.unknown`, which is fitted at its first use). Embeddings on a GPU are scored there.
     Raises ValueError for top < 1 or nearest < 0, and as `score` and Unknown.threshold do.
     """
-    if top < 1 or nearest < 0:
-        raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {top} and {nearest}")
+    top, nearest = check_integer("top", top, 1), check_integer("nearest", nearest, 0)
     logits = state.score(embeddings)
     embeddings = embeddings.to_numpy()
     found: list[Rejection | None] = [None] * len(embeddings)

@@ -33,7 +33,8 @@ from iosr_fast.state.bundle_schema import (
 )
 from iosr_fast.state.examples import Examples
 from iosr_fast.state.method_config import MethodConfig
-from iosr_fast.state.multi_label import MultiLabels
+from iosr_fast.state.multi_label import SEPARATOR, MultiLabels
+from iosr_fast.state.names import check_separable
 from iosr_fast.state.state import State
 from iosr_fast.state.tuned_facts import tuned_to_json
 
@@ -174,6 +175,8 @@ def state_from_files(facts: StateFacts, read: Callable[[str], bytes | None]) -> 
             if f"{name}_adapted" in arrays and f"{name}_plain" not in arrays:
                 raise IosrFastError(f"expected {name}_plain where {name}_adapted is given, got it alone")
         examples, multi_label = _examples(arrays, pictures or None), MultiLabels.of_arrays(arrays)
+        if multi_label is not None:
+            check_separable(names, SEPARATOR)
         support = examples.as_support(numbers, arrays["text"], facts.tau)
         if (reason := unavailable_reason(facts.method, support)) is not None:
             raise IosrFastError(reason)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -24,11 +23,13 @@ from iosr_fast.methods.support_set import mean_of_views
 from iosr_fast.scoring.precision import PRECISIONS
 from iosr_fast.state.examples import Examples, no_examples
 from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.numbers import LARGEST, check_integer
 from iosr_fast.utils.ordered import map_ordered
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MAX_VIEWS = 1000  # of a support image
 _BATCH = 64  # views that are encoded together
 _QUALITY = 80  # of a thumbnail's WebP: at 96 pixels, 2 to 4 KB
 _SHOWN = 5
@@ -58,10 +59,10 @@ class SupportViews:
     exif_orientation: bool = False
 
     def __post_init__(self) -> None:
-        if self.views < 1:
-            raise IosrFastError(f"expected views of at least 1, got {self.views}")
-        if not 0 <= self.thumbnail <= 1024:
-            raise IosrFastError(f"expected thumbnails of 0 (none) to 1,024 pixels, got {self.thumbnail}")
+        for name, least, most in (("views", 1, MAX_VIEWS), ("seed", 0, LARGEST), ("thumbnail", 0, 1024)):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least, most))
+        if self.templates is not None:
+            object.__setattr__(self, "templates", check_templates(self.templates))
 
     @property
     def two_forms(self) -> bool:
@@ -108,20 +109,15 @@ def check_support(
     """The options of a fit that concern images and prompts. Raises ValueError for one out of range."""
     if key_precision not in PRECISIONS:
         raise IosrFastError(f"expected a key_precision of {', '.join(PRECISIONS)}, got {key_precision!r}")
-    prompts = None if templates is None else check_templates(templates)
-    views, seed, thumbnails = _whole("views", views, 1), _whole("seed", seed, 0), _whole("thumbnails", thumbnails, 0)
-    return SupportViews(views, bool(mirror), seed, False, prompts, thumbnails, bool(exif_orientation))
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    """`value`, of any integer type, as an int."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise IosrFastError(f"expected {name} to be a whole number, got {value!r}") from None
-    if number < least:
-        raise IosrFastError(f"expected {name} of at least {least}, got {number}")
-    return number
+    return SupportViews(
+        views,
+        bool(mirror),
+        seed,
+        False,
+        None if templates is None else check_templates(templates),
+        thumbnails,
+        bool(exif_orientation),
+    )
 
 
 def encode_images(

@@ -12,7 +12,7 @@ from iosr_fast.methods.support_audit import SupportAudit
 from iosr_fast.methods.unknown import Unknown, without_rejected
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.ids import example_id
-from iosr_fast.state.labels import check_unknown_label
+from iosr_fast.state.names import check_unknown_label
 from iosr_fast.state.updates import LiveUpdates
 
 

@@ -25,11 +25,12 @@ from iosr_fast.state.examples import Examples
 from iosr_fast.state.fit import Fit
 from iosr_fast.state.fitted import FittedAttributes
 from iosr_fast.state.ids import class_id, example_id
-from iosr_fast.state.labels import as_seen, name_fault
 from iosr_fast.state.log_writer import AuditLog
 from iosr_fast.state.method_config import MethodConfig
+from iosr_fast.state.names import check_new_name
 from iosr_fast.state.state import State
 from iosr_fast.state.support_images import encode_images
+from iosr_fast.utils.numbers import refuse_masked
 
 _CHUNK = 256
 log = logging.getLogger(__name__)
@@ -81,8 +82,9 @@ class LiveUpdates(FittedAttributes):
         encoded = self._encode(fit, listed)
         row = self._check_text(state, text) if text is not None else self._text_of(fit, name)
         with self._changing:
-            state = self._same_fit(fit).state
-            self._check_name(state, name)
+            before, state = state, self._same_fit(fit).state
+            if state is not before:
+                self._check_name(state, name)
             added = _numbered(encoded, state.next_class, state.next_example) if encoded is not None else None
             return self._make(Change("add_class", state.next_class, name=name, text=row, added=added))
 
@@ -132,9 +134,10 @@ class LiveUpdates(FittedAttributes):
             raise IosrFastError("expected text or keep_text, got both")
         row = None if keep_text else self._check_text(state, text) if text is not None else self._text_of(fit, name)
         with self._changing:
-            state = self._same_fit(fit).state
+            before, state = state, self._same_fit(fit).state
             uid = state.find_class(class_id(uid))
-            self._check_name(state, name, uid)
+            if state is not before:
+                self._check_name(state, name, uid)
             return self._make(Change("rename_class", uid, name=name, text=row))
 
     def tune(
@@ -295,16 +298,11 @@ class LiveUpdates(FittedAttributes):
 
     @staticmethod
     def _check_name(state: State, name: str, itself: int | None = None) -> None:
-        fault = name_fault(name) if isinstance(name, str) else "which is no text"
-        if fault:
-            raise IosrFastError(f"expected a class name, got {name!r}, {fault}")
-        seen = as_seen(name)
-        taken = [uid for uid, other in zip(state.uids, state.class_names, strict=True) if as_seen(other) == seen]
-        if taken and taken != [itself]:
-            raise IosrFastError(f"expected class names to differ, got {name!r}, which is class {class_id(taken[0])}")
+        check_new_name(name, [other for uid, other in zip(state.uids, state.class_names, strict=True) if uid != itself])
 
     @staticmethod
     def _check_text(state: State, text: np.ndarray) -> np.ndarray:
+        refuse_masked("text", text)
         row = np.ascontiguousarray(text, np.float32)
         if row.shape != state.text.shape[1:]:
             raise IosrFastError(f"expected a text embedding of shape {state.text.shape[1:]}, got {row.shape}")

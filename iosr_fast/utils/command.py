@@ -137,7 +137,7 @@ def write_new(path: Path, text: str) -> None:
     from iosr_fast.utils.files import new_file
 
     with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")  # csv writes its own line ends
     typer.echo(f"wrote {path}", err=True)
 
 

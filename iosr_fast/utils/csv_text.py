@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from iosr_fast.exceptions import IosrFastError
+from iosr_fast.utils.text import abbreviate
 
 # Spreadsheets skip blanks, quotes and invisible characters, and some read full-width signs too.
 _FORMULA = re.compile("[\\s\"'\u200b\u2060\ufeff]*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
@@ -24,3 +31,24 @@ def recovered(text: str) -> str:
     ('-cat', "'cat'")
     """
     return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
+
+
+def check_columns(columns: Sequence[str], file: str) -> None:
+    """Raise IosrFastError for two columns of one name, of which csv.DictReader reads the last alone."""
+    if twice := [name for name, times in Counter(columns).items() if name and times > 1]:
+        raise IosrFastError(f"expected columns of different names in {file}, got {abbreviate(twice)} more than once")
+
+
+class _LineFeeds:
+    """Ends rows with a line feed. csv quotes only its own line ends, and file names may contain both kinds."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def line_writer(file: TextIO) -> Any:
+    """A csv.writer whose rows end in a line feed, and which quotes texts with line ends of both kinds."""
+    return csv.writer(_LineFeeds(file), lineterminator="\r\n")

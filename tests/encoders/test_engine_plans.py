@@ -199,7 +199,7 @@ def test_what_can_not_be_built_is_named_with_all_there_is(folder: Path, tmp_path
     (folder / "encoder.onnx").write_bytes(b"b graph")
     with pytest.raises(ValueError, match=r"encoder\.onnx in .* does not match its manifest"):
         open_plan(folder, manifest, HERE, never)
-    write_folder(folder, THERE, weights=b"right")
+    folder = write_folder(tmp_path / "another", THERE, weights=b"right")
     manifest = read_manifest(folder, "engine")
     (folder / "encoder.weights").write_bytes(b"wrong")
     with pytest.raises(ValueError, match=r"encoder\.weights in .* does not match its manifest"):

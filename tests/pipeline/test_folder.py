@@ -92,7 +92,7 @@ def test_what_can_not_be_is_refused_before_any_work(bundle: Path, tmp_path: Path
     classifier = Classifier.load(bundle)
     with pytest.raises(FileNotFoundError, match="found no folder"):
         classifier.predict_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="expected a batch of at least 1 image, got 0"):
+    with pytest.raises(ValueError, match="expected batch of at least 1, got 0"):
         classifier.predict_folder(tmp_path, batch=0)
     with pytest.raises(ValueError, match="expected threads of at least 1, got 0"):
         classifier.predict_folder(tmp_path, threads=0)

@@ -279,7 +279,7 @@ def test_the_batch_fits_the_machine() -> None:
     assert choose_batch(encoder, None) == 32
     encoder.max_batch = 256
     assert choose_batch(encoder, None) == 64
-    with pytest.raises(ValueError, match="expected a batch of at least 1 image, got 0"):
+    with pytest.raises(ValueError, match="expected batch of at least 1, got 0"):
         choose_batch(encoder, 0)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iosr_fast.state.labels import check_labels, check_names, class_ids
+from iosr_fast.state.labels import check_labels, class_ids, labelled_images
+from iosr_fast.state.names import check_names
 
 NAN = float("nan")
 
@@ -106,13 +107,19 @@ def test_good_labels_of_every_kind_are_taken() -> None:
         (["a", "b\x1b[31mc"], "control characters"),
         (["a", "b\u2028c"], "control characters"),
         (["a", "caf\udce9"], "no valid Unicode"),
+        (["a", "b\u202ec"], "invisible characters or marks of direction"),
+        (["a", "b\u200bc"], "invisible characters or marks of direction"),
+        (["a", "b" * 513], "more than 512 characters"),
         (["a", "~7"], "how ids of classes look"),
         (["a", "a"], "got 'a' more than once"),
         (["caf\u00e9", "cafe\u0301"], "look alike: .*u0301"),
         (["\u00c5land", "A\u030aland", "x"], "look alike"),
         (["hot dog", "hot\u00a0dog"], "look alike"),
         (["hot dog", "hot  dog"], "look alike"),
-        (["cat", "c\u200bat"], "look alike"),
+        (["cat", "c\u200dat"], "look alike"),
+        (["cat", "c\u0430t"], "look alike: 'cat' and 'c.u0430t'"),
+        (["\u0421\u0410\u0422", "CAT"], "look alike"),
+        (["\u2764", "\u2764\ufe0f"], "look alike"),
         (["a", NAN], r"text, got nan \(float\) at position 1"),
         (["a", None], "text, got None"),
         ([0, 1], r"text, got 0 \(int\)"),
@@ -131,8 +138,20 @@ def test_class_names_that_are_no_names_are_refused(names: Any, said: str) -> Non
 
 
 def test_classes_that_differ_in_case_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "iosr_fast.state.labels"):
+    with caplog.at_level(logging.WARNING, "iosr_fast.state.names"):
         assert check_names(["Apple", "apple", "pear"]) == ["Apple", "apple", "pear"]
         assert check_names(["\ufb01g", "fig"]) == ["\ufb01g", "fig"]
     assert "'Apple' and 'apple' differ in case" in caplog.text and len(caplog.records) == 2
+    with caplog.at_level(logging.WARNING, "iosr_fast.state.names"):
+        check_names(["c\u0430t", "dog", "\u03b2-carotene", "\u0441\u043e\u043c"])
+    assert "mixes scripts in the word 'c\\u0430t'" in caplog.text and len(caplog.records) == 3
     assert check_names(["\U0001f468\u200d\U0001f33e farmer", "p\u00eache"])  # joined emoji are names
+
+
+@pytest.mark.parametrize("header", ["path,label,label", "path,path,label", "path,label,note,note"])
+def test_a_table_with_two_columns_of_one_name_is_refused(header: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"{header}\na.png,cat,dog\n")
+    with pytest.raises(ValueError, match=r"columns of different names in .*labels\.csv, got '\w+' more than once"):
+        labelled_images(tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_text("path,label,,\na.png,cat,,\nb.png,dog,,\n")  # as spreadsheets write
+    assert labelled_images(tmp_path / "labels.csv")[1] == ["cat", "dog"]

@@ -97,10 +97,10 @@ def test_what_can_not_be_done_changes_nothing(images: np.ndarray) -> None:
     state = classifier.snapshot()
     bad = [images[5, 0], b"no picture"]
     for said, call in {
-        "expected class names to differ, got 'motif 1', which is class ~1": lambda: classifier.add_class(
+        "expected class names to differ, got 'motif 1' more than once": lambda: classifier.add_class(
             "motif 1", images[5]
         ),
-        "expected a class name, got '  '": lambda: classifier.add_class("  ", images[5]),
+        "expected class names, got '  ', which is blank": lambda: classifier.add_class("  ", images[5]),
         "got '~9', which is how ids of classes look": lambda: classifier.add_class("~9", images[5]),
         "expected at least one image of 'new', got none": lambda: classifier.add_class("new", []),
         "can't read image number 1: it is not an image": lambda: classifier.add_class("new", bad),
@@ -114,7 +114,12 @@ def test_what_can_not_be_done_changes_nothing(images: np.ndarray) -> None:
         ),
         "each once, got 'e1', 'e1'": lambda: classifier.remove_examples(["e1", "e1"]),
         "each once, got 'e99'": lambda: classifier.picture("e99"),
-        "got 'motif 2', which is class ~2": lambda: classifier.rename_class("~1", "motif 2"),
+        "got 'motif 2' more than once": lambda: classifier.rename_class("~1", "motif 2"),
+        "look alike: 'motif 2' and 'm.u043etif 2'": lambda: classifier.add_class("m\u043etif 2", images[5]),
+        "got 'a.u202eb', which has invisible characters": lambda: classifier.rename_class("~1", "a\u202eb"),
+        "text without masked values": lambda: classifier.add_class(
+            "new", images[5], text=np.ma.masked_array(np.ones(WIDTH), mask=True)
+        ),
         "text or keep_text, got both": lambda: classifier.rename_class("~1", "x", text=np.ones(3), keep_text=True),
     }.items():
         with pytest.raises(ValueError, match=said):

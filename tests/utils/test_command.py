@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from iosr_fast.cli import app
-from iosr_fast.utils.command import command_app
+from iosr_fast.cli.suggest import _table
+from iosr_fast.images.listing import Skipped
+from iosr_fast.pipeline.suggest import FolderSuggestions
+from iosr_fast.state.labels import labelled_images
+from iosr_fast.utils.command import command_app, write_new
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.outputs import check_new_file
 from tests import ROOT
@@ -162,3 +167,11 @@ told(lambda: run("serve", "bundle"))
     for line, extra in zip(lines, extras, strict=True):
         assert f"is not installed: pip install 'iosr_fast[{extra}]' brings it" in line, lines
     assert all(line.startswith("2 iosr-fast: ") for line in lines[1:]), lines
+
+
+@pytest.mark.parametrize("name", ["a\rb.png", "a\nb", "a\r\nb", "\rb.png", "a,b'.png", "=a.png", "'a.png", "a\tb"])
+def test_any_file_name_comes_back_from_a_table_of_suggestions(name: str, tmp_path: Path) -> None:
+    paths = [tmp_path / name]
+    found = FolderSuggestions(paths, np.ones(1, int), np.array(["cat"]), np.ones(1), 1, [], Skipped())
+    write_new(tmp_path / "labels.csv", _table(found).replace(",,cat,", ",dog,cat,"))
+    assert labelled_images(tmp_path / "labels.csv")[:2] == (paths, ["dog"])

@@ -23,6 +23,7 @@ from iosr_fast.encoders.runtimes.torch import TorchEncoder
 from iosr_fast.exceptions import IosrFastError, MissingPackageError, UnavailableError
 from iosr_fast.images.geometry import Geometry, Interpolation, ResizeMode
 from iosr_fast.utils import machine
+from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.schema import (
     Above0,
     Channels,
@@ -135,10 +136,8 @@ def open_engine(
     >>> open_engine(folder, threads=1, adapted=False).encode(np.zeros((1, 64, 64, 3), np.uint8)).adapted is None
     True
     """
-    if threads is not None and threads < 1:
-        raise IosrFastError(f"expected threads >= 1, got {threads}")
-    if runs < 1:
-        raise IosrFastError(f"expected runs >= 1, got {runs}")
+    threads = None if threads is None else check_integer("threads", threads, 1)
+    runs = check_integer("runs", runs, 1)
     if isinstance(folder, VerifiedFolder):
         source = folder
     else:

@@ -25,6 +25,7 @@ from iosr_fast.serving.batching.rejection import FittedState, RejectionFitter
 from iosr_fast.serving.batching.turns import Turns
 from iosr_fast.serving.batching.workers import Workers, make_decoders
 from iosr_fast.utils.machine import usable_threads
+from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,8 +88,7 @@ class BatchingClassifier:
     ) -> None:
         threads = min(_MAX_DECODERS, usable_threads()) if decode_threads is None else decode_threads
         for name, value in {"max_batch": max_batch, "max_queue": max_queue, "decode_threads": threads}.items():
-            if not isinstance(value, int) or value < 1:
-                raise IosrFastError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+            check_integer(name, value, 1)
         if not 0 <= max_wait_ms < math.inf:
             raise IosrFastError(f"expected max_wait_ms of at least 0, got {max_wait_ms!r}")
         classifier.snapshot().one_label("BatchingClassifier", "use predict")  # raises if it is not fitted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from iosr_fast.exceptions import BadImageError, ClosedError, DeadlineExceededError, IosrFastError
 from iosr_fast.methods.promise import check_share
+from iosr_fast.utils.numbers import check_integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,8 +101,8 @@ class Query:
     keep: float | None = None
 
     def __post_init__(self) -> None:
-        if operator.index(self.top) < 1 or operator.index(self.nearest) < 0:
-            raise IosrFastError(f"expected top >= 1 and nearest >= 0, got {self.top} and {self.nearest}")
+        check_integer("top", self.top, 1)
+        check_integer("nearest", self.nearest, 0)
         if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
             raise IosrFastError(f"expected deadline_s > 0 or None, got {self.deadline_s!r}")
         if self.keep is not None:

@@ -1,0 +1,40 @@
+"""Numbers and arrays as callers give them, checked."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from iosr_fast.exceptions import IosrFastError
+
+LARGEST = 2**63 - 1
+
+
+def check_integer(name: str, value: Any, least: int, most: int = LARGEST) -> int:
+    """`value`, of any integer type but bool, as an int. Raises IosrFastError unless it is from `least` to `most`.
+
+    >>> check_integer("top", np.int64(3), 1)
+    3
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise IosrFastError(f"expected {name} to be a whole number, got {value!r}")
+    if number < least:
+        raise IosrFastError(f"expected {name} of at least {least}, got {number}")
+    if number > most:
+        raise IosrFastError(f"expected {name} of at most {most:,}, got {number:,}")
+    return number
+
+
+def refuse_masked(name: str, array: Any) -> None:
+    """Raise IosrFastError for an array with masked values, whose mask np.asarray would drop without a word."""
+    if isinstance(array, np.ma.MaskedArray) and (masked := int(np.ma.count_masked(array))):
+        raise IosrFastError(
+            f"expected {name} without masked values, got {masked:,} of {array.size:,} masked; fill them with "
+            "array.filled(value), or leave their rows out"
+        )
