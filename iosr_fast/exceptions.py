@@ -10,7 +10,27 @@ A message says what was expected, what came and how to fix it. Wrong arguments a
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
+
+# Format characters (category Cf) that names need: joiners of emoji and scripts, and the tags of flags.
+JOINERS = {"\u200c", "\u200d", *map(chr, range(0xE0020, 0xE0080))}
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with escapes for what steers a terminal or hides in a line: control characters but those in `keep`, marks
+    of direction, invisible characters, line separators, and bytes of a file name that are not UTF-8.
+
+    >>> print(printable("caf\\u00e9 \\x1b[31m \\u202e"))
+    café \\x1b[31m \\u202e
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if char in keep or _is_shown(char) else ascii(char)[1:-1] for char in text)
+
+
+def _is_shown(char: str) -> bool:
+    return char.isprintable() or char in JOINERS or unicodedata.category(char) == "Zs"
 
 
 class IosrFastError(ValueError):
@@ -23,6 +43,10 @@ class IosrFastError(ValueError):
     ...     print(error)
     expected at least one term: give text, keys (with class_offsets) or linear; got none
     """
+
+    def __init__(self, *args: object) -> None:
+        """A message may have names of files and classes, so it is made `printable`."""
+        super().__init__(*(printable(part, keep="\n") if isinstance(part, str) else part for part in args))
 
 
 class BadImageError(IosrFastError):

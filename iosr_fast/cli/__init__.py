@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from iosr_fast.utils.command import Group, command_app, new_app
+from iosr_fast.utils.text import PrintableFormatter
 
 # By section of the help: each command and its line there. NAME is the function, or the app, of its module.
 COMMANDS = {
@@ -78,4 +79,6 @@ def main(
 
     `iosr-fast COMMAND --help` describes a command.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])

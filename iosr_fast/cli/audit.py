@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from iosr_fast.cli.options import SavedClassifier
-from iosr_fast.utils.command import new_file, new_page, write_new
+from iosr_fast.utils.command import new_file, new_page, say, write_new
 
 _SHOWN = 20
 
@@ -33,11 +33,11 @@ def audit(
 
     loaded = Classifier.load(classifier)
     found = loaded.audit()
-    typer.echo(found.summary())
+    say(*found.summary().split("\n"))
     for suspect in found.likely_wrong[:_SHOWN]:
-        typer.echo(f"  {suspect.image}: {suspect.label} is rather {suspect.suggested} ({suspect.suspicion:.0%})")
+        say(f"  {suspect.image}: {suspect.label} is rather {suspect.suggested} ({suspect.suspicion:.0%})")
     if (more := len(found.likely_wrong) - _SHOWN) > 0:
-        typer.echo(f"  and {more} more; --html or --json lists them")
+        say(f"  and {more} more; --html or --json lists them")
     if html is not None:
         write_new(html, audit_page(found, loaded.picture, f"Audit of {classifier.name}"))
     if json_path is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from iosr_fast.cli.evaluate_saved import saved
-from iosr_fast.utils.command import Group, ListCommand, new_app, new_file, stop_message
+from iosr_fast.utils.command import Group, ListCommand, new_app, new_file, say, stop_message
 
 if TYPE_CHECKING:
     from iosr_fast.evaluation.tasks import Source
@@ -189,7 +188,7 @@ def paper(
 
 
 def report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    say(message, err=True)
 
 
 def _measure(

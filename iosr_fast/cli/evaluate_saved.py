@@ -10,7 +10,7 @@ import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.utils.command import new_file, new_page, write_new
+from iosr_fast.utils.command import new_file, new_page, say, write_new
 from iosr_fast.utils.outputs import check_utf8
 from iosr_fast.utils.text import abbreviate
 
@@ -72,7 +72,7 @@ def saved(
             f"{abbreviate(foreign)}: rename these or leave them out; images of no class go to --unknown-images"
         )
     found = loaded.evaluate(paths, labels, others, coverage=coverage, keep=keep, skip_bad=skip_bad)
-    typer.echo(found.summary())
+    say(*found.summary().split("\n"))
     worst = sorted((one for one in found.class_results if one.right < one.images), key=lambda one: one.recall)
     _echo("least often right:", [f"{one.label}: {one.right} of {one.images}" for one in worst])
     mixups = [f"{one.label} taken for {one.other}: {one.mistaken} of {one.images}" for one in found.mixups]
@@ -90,8 +90,8 @@ def saved(
 def _echo(title: str, lines: list[str], count: int | None = None) -> None:
     """The first lines below a title, and how many more there are of `count` in all."""
     if lines:
-        typer.echo(title)
+        say(title)
     for line in lines[:_SHOWN]:
-        typer.echo(f"  {line}")
+        say(f"  {line}")
     if (more := (len(lines) if count is None else count) - _SHOWN) > 0:
-        typer.echo(f"  and {more} more; --html or --json lists them")
+        say(f"  and {more} more; --html or --json lists them")

@@ -9,7 +9,7 @@ import typer
 
 from iosr_fast.cli.options import Adapter, Pretrained, Runtime, SkipBad
 from iosr_fast.exceptions import BadImageError, IosrFastError
-from iosr_fast.utils.command import stop_message
+from iosr_fast.utils.command import say, stop_message
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.progress import progress
 
@@ -109,18 +109,18 @@ def fit(
             raise IosrFastError(f"{error}; repair or remove it, or leave such images out by --skip-bad") from error
         with progress("save", None):
             classifier.save(out)
-    typer.echo(
+    say(
         f"{out}: {len(classifier.classes_)} classes, {len(classifier.support_.embeddings)} images, {classifier.method_}"
     )
-    typer.echo(_describe_choice(classifier))
+    say(_describe_choice(classifier))
     if classifier.tuned_ is not None and classifier.tuned_.shares:
         from iosr_fast.methods.tuning.stack_weights import describe_shares
 
-        typer.echo(f"shares of the logits: {describe_shares(classifier.tuned_.shares)}")
+        say(f"shares of the logits: {describe_shares(classifier.tuned_.shares)}")
     if classifier.engine_choice_ is not None:
-        typer.echo("\n".join(classifier.engine_choice_.lines()))
+        say(*classifier.engine_choice_.lines())
     if classifier.skipped_:
-        typer.echo(f"left out {len(classifier.skipped_)} unreadable images", err=True)
+        say(f"left out {len(classifier.skipped_)} unreadable images", err=True)
 
 
 def _describe_choice(classifier: Classifier) -> str:

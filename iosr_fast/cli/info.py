@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from iosr_fast.utils.command import say
+
 
 def info(
     folder: Annotated[
@@ -17,8 +19,8 @@ def info(
     if folder is None:
         from iosr_fast.info import format_info
 
-        typer.echo(format_info())
+        say(*format_info().split("\n"))
     else:
         from iosr_fast.state.description import describe
 
-        typer.echo(describe(folder))
+        say(*describe(folder).split("\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from iosr_fast.cli.options import Runtime, SavedClassifier, SkipBad
-from iosr_fast.utils.command import new_csv, new_page, write_new
+from iosr_fast.utils.command import new_csv, new_page, output, say, write_new
 from iosr_fast.utils.csv_text import escaped, line_writer
 from iosr_fast.utils.outputs import check_utf8
 
@@ -48,7 +49,7 @@ def suggest(
     if out is not None:
         write_new(out, _table(suggestions))
     elif html is None:
-        typer.echo(_table(suggestions), nl=False)
+        output(sys.stdout).write(_table(suggestions))
     if html is not None:
         from iosr_fast.reports.suggest_report import suggest_page
 
@@ -56,7 +57,7 @@ def suggest(
         title = f"What to label next in {folder.name or folder}"
         write_new(html, suggest_page(suggestions, names, title, loaded.exif_orientation_))
     for error in suggestions.errors:
-        typer.echo(f"left out: {error}", err=True)
+        say(f"left out: {error}", err=True)
 
 
 def _table(suggestions: FolderSuggestions) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Skipped:
     def warn(self, folder: str | Path, kept: int) -> None:
         """Warn about skipped files, if any. `kept` is the number of listed images."""
         if self.total:
-            logger.warning("%s: skipped %d of %d files: %s", folder, self.total, self.total + kept, self.summary())
+            text = "%s: skipped %d of %d files: %s"
+            logger.warning(text, printable(str(folder)), self.total, self.total + kept, printable(self.summary()))
 
 
 @dataclass(frozen=True)

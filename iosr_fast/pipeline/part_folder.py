@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iosr_fast import __version__
-from iosr_fast.exceptions import DamagedFileError, IosrFastError
+from iosr_fast.exceptions import DamagedFileError, IosrFastError, printable
 from iosr_fast.pipeline.plan import Plan
 from iosr_fast.pipeline.resume import differences
 from iosr_fast.pipeline.source import Chunk
@@ -183,4 +183,4 @@ def _remove_leftovers(out: Path) -> None:
 
 def log(line: str) -> None:
     """Print a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

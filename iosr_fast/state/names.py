@@ -8,13 +8,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import JOINERS, IosrFastError
 from iosr_fast.state.ids import uid_of
 from iosr_fast.utils.text import abbreviate
 
 LONGEST = 512  # characters of a name
-# Format characters (Unicode category Cf) that names need: joiners of emoji and scripts, and tags of flags.
-_JOINERS = {"\u200c", "\u200d", *map(chr, range(0xE0020, 0xE0080))}
 # Invisible characters of other categories: fillers of Hangul, the grapheme joiner, the blank Braille pattern.
 _INVISIBLE = dict.fromkeys([0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, 0xFE0E, 0xFE0F])
 # Letters of Cyrillic, then of Greek, that look like a letter of Latin, and that letter.
@@ -104,7 +102,7 @@ def name_fault(name: str) -> str | None:
         return None
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in name):
         return "which has control characters or is no valid Unicode"
-    if any(unicodedata.category(char) == "Cf" and char not in _JOINERS for char in name):
+    if any(unicodedata.category(char) == "Cf" and char not in JOINERS for char in name):
         return "which has invisible characters or marks of direction"
     return None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from iosr_fast.clip.prompts import check_templates
 from iosr_fast.encoders.encoder import Embeddings, Encoder
-from iosr_fast.exceptions import BadImageError, IosrFastError
+from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.preprocess import open_image, random_view, resize_and_crop
 from iosr_fast.methods.support_set import mean_of_views
@@ -256,4 +256,4 @@ def _check_copies(
 
 
 def _where(image: Any, position: int) -> str:
-    return str(image) if isinstance(image, str | Path) else f"number {position}"
+    return printable(str(image)) if isinstance(image, str | Path) else f"number {position}"

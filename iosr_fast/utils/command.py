@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from iosr_fast.exceptions import IosrFastError
+from iosr_fast.exceptions import IosrFastError, printable
 from iosr_fast.utils.outputs import check_new_file
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print each line, made `printable`: no name of a file or class steers the terminal or looks like a line."""
+    for line in lines:
+        typer.echo(printable(line), err=err)
+
+
+def output(file: TextIO) -> TextIO:
+    """Where a command writes a table: a file or pipe gets every byte, a terminal `printable` text."""
+    return cast(TextIO, _Terminal(file)) if file.isatty() else file
+
+
+class _Terminal:
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        self._file.write(printable(text, keep="\n"))
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -28,8 +51,12 @@ def one_line_errors(prefix: str = "error") -> Iterator[None]:
     except (typer.Exit, typer.Abort, BrokenPipeError):  # typer ends quietly: after --help, or when `| head` closes
         raise
     except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        say(f"{prefix}: {error}", err=True)
         raise SystemExit(2) from error
+    except Exception as error:
+        if isinstance(getattr(error, "message", None), str):  # typer's, which it prints itself
+            error.message = printable(error.message)  # type: ignore[attr-defined]
+        raise
 
 
 @contextmanager
@@ -38,7 +65,7 @@ def stop_message(message: str, prefix: str = "error") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+        say(f"{prefix}: {message}", err=True)
         raise SystemExit(130) from None
 
 
@@ -46,6 +73,10 @@ class Group(TyperGroup):
     """Lists commands in sections (typer's rich_help_panel), each with the full first paragraph of its help."""
 
     prefix = "error"
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with one_line_errors(self.prefix):
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         with one_line_errors(self.prefix):
@@ -118,6 +149,10 @@ def command_app(main: Callable[..., None], prefix: str = "error") -> typer.Typer
     """The app of a tool with one command."""
 
     class Only(Command):
+        def make_context(self, *args: Any, **kwargs: Any) -> Any:
+            with one_line_errors(prefix):
+                return super().make_context(*args, **kwargs)
+
         def invoke(self, ctx: Any) -> Any:
             with one_line_errors(prefix):
                 return super().invoke(ctx)
@@ -138,7 +173,7 @@ def write_new(path: Path, text: str) -> None:
 
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")  # csv writes its own line ends
-    typer.echo(f"wrote {path}", err=True)
+    say(f"wrote {path}", err=True)
 
 
 def new_file(path: Path | None) -> Path | None:

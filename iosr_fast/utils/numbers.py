@@ -24,10 +24,9 @@ def check_integer(name: str, value: Any, least: int, most: int = LARGEST) -> int
         number = None
     if number is None:
         raise IosrFastError(f"expected {name} to be a whole number, got {value!r}")
-    if number < least:
-        raise IosrFastError(f"expected {name} of at least {least}, got {number}")
-    if number > most:
-        raise IosrFastError(f"expected {name} of at most {most:,}, got {number:,}")
+    if not least <= number <= most:
+        limits = f"of at least {least}" if most == LARGEST and number < least else f"from {least} to {most}"
+        raise IosrFastError(f"expected {name} {limits}, got {number}")
     return number
 
 

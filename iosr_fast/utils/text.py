@@ -1,9 +1,19 @@
-"""Values in messages."""
+"""Texts in messages and on terminals."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
+
+from iosr_fast.exceptions import printable
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log lines for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
 
 
 def abbreviate(values: Sequence[str]) -> str:

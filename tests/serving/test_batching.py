@@ -262,8 +262,8 @@ def test_settings_and_questions_that_can_not_be(make, classifier: FakeClassifier
             make(max_wait_ms=wrong)
     batching = make()
     for said, asked in {
-        "top >= 1 and nearest >= 0, got 0 and 0": {"top": 0},
-        "got 5 and -1": {"nearest": -1},
+        "top of at least 1, got 0": {"top": 0},
+        "nearest of at least 0, got -1": {"nearest": -1},
         "expected deadline_s > 0 or None, got 0": {"deadline_s": 0},
         "got nan": {"deadline_s": float("nan")},
     }.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import re
 import subprocess
 import sys
@@ -18,12 +20,14 @@ from typer.testing import CliRunner
 
 from iosr_fast.cli import app
 from iosr_fast.cli.suggest import _table
+from iosr_fast.exceptions import BadImageError, IosrFastError, printable
 from iosr_fast.images.listing import Skipped
 from iosr_fast.pipeline.suggest import FolderSuggestions
 from iosr_fast.state.labels import labelled_images
-from iosr_fast.utils.command import command_app, write_new
+from iosr_fast.utils.command import command_app, output, say, write_new
 from iosr_fast.utils.folders import check_new_folder
 from iosr_fast.utils.outputs import check_new_file
+from iosr_fast.utils.text import PrintableFormatter
 from tests import ROOT
 from tests.state.live_parts import engine_folder
 
@@ -175,3 +179,49 @@ def test_any_file_name_comes_back_from_a_table_of_suggestions(name: str, tmp_pat
     found = FolderSuggestions(paths, np.ones(1, int), np.array(["cat"]), np.ones(1), 1, [], Skipped())
     write_new(tmp_path / "labels.csv", _table(found).replace(",,cat,", ",dog,cat,"))
     assert labelled_images(tmp_path / "labels.csv")[:2] == (paths, ["dog"])
+
+
+STEERING = "a\x1b[2Jb\rc\x07d\x9be\u202ef\u200bg\u2028h\udce9i\nj"
+SHOWN = r"a\x1b[2Jb\rc\x07d\x9be\u202ef\u200bg\u2028h\udce9i\nj"
+
+
+def test_no_name_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable(STEERING) == SHOWN and printable(STEERING, keep="\n") == SHOWN.replace(r"\n", "\n")
+    flag, farmer = "\U0001f3f4\U000e0067\U000e007f", "\U0001f468\u200d\U0001f33e"
+    for harmless in ("caf\u00e9", "\u732b", farmer, flag, "two\u00a0words"):
+        assert printable(harmless) == harmless
+    say(f"{STEERING}: 3 images", "done")
+    assert capsys.readouterr().out == f"{SHOWN}: 3 images\ndone\n"
+    assert str(IosrFastError(f"no class {STEERING}")) == f"no class {SHOWN}".replace(r"\n", "\n")
+    error = BadImageError(Path("a\x1b[2J.png"), 0, "it is empty")
+    assert str(error) == r"can't read image a\x1b[2J.png: it is empty" and error.path == Path("a\x1b[2J.png")
+    record = logging.LogRecord("iosr_fast", logging.WARNING, "", 0, "left out: %s", ("a\x1b[2J\u202e",), None)
+    assert PrintableFormatter("%(name)s: %(message)s").format(record) == r"iosr_fast: left out: a\x1b[2J\u202e"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("classify", "nowhere", "a\x1b[2J.png"),
+        ("fit", "a\x1b[2J", "--model", "demo", "--out", "out"),
+        ("info", "a\x1b[2J"),
+        ("suggest", "a\x1b[2J", "nowhere", "-n", "1"),
+        ("a\x1b[2J",),
+        ("--a\x1b[2J",),
+        ("fit", "--a\x1b[2J"),
+    ],
+)
+def test_errors_show_names_with_escapes(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "\x1b" not in done.output and r"a\x1b[2J" in done.output
+
+
+def test_a_table_is_exact_in_a_file_and_printable_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    file, terminal = io.StringIO(), Terminal()
+    for target in (file, terminal):
+        output(target).write("a\x1b[2J.png,cat\n")
+    assert file.getvalue() == "a\x1b[2J.png,cat\n" and terminal.getvalue() == "a\\x1b[2J.png,cat\n"
