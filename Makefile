@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(addprefix --c
 # PyTorch and what it asks for in one version each differ by platform and by CPU or CUDA; setuptools is its to bound.
 UNCONSTRAINED := torch torchvision triton setuptools pip
 
-.PHONY: help develop demo serve test test-fast test-avx2 lint lint-ci docs gallery wheel check-wheel sanitize bench gpu-bundle gpu-check constraints audit clean
+.PHONY: help develop demo serve test test-fast test-avx2 lint lint-ci docs wheel check-wheel sanitize bench gpu-bundle gpu-check constraints audit clean
 
 help:
 	@echo "make develop    a virtual environment in $(VENV) with iosr_fast, editable, and all that the targets below need"
@@ -23,7 +23,6 @@ help:
 	@echo "make test-avx2  the tests that depend on the processor's instructions, as with AVX2 alone (needs qemu-user)"
 	@echo "make lint-ci    hadolint on the Dockerfiles and actionlint on .github/workflows"
 	@echo "make docs       the documentation as a site into build/site; a broken link is an error"
-	@echo "make gallery    docs/gallery.md and its pictures, from the demo and benchmarks/results"
 	@echo "make wheel      an sdist and a manylinux wheel into dist/"
 	@echo "make check-wheel  a classifier from dist/*.whl in a new environment without a compiler"
 	@echo "make sanitize   the tests of the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
@@ -88,9 +87,6 @@ test-avx2: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-gallery: $(STAMP)
-	$(BIN)/python tools/gallery.py --out docs
 
 # The wheel is built from the sdist. The C library of this machine decides its manylinux tag; .github/workflows/wheels.yml
 # builds for an older one and for every Python.
