@@ -21,7 +21,7 @@ import numpy as np
 from iosr_fast.evaluation import readers
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.preprocess import open_image
-from iosr_fast.training.data.sources import digest
+from iosr_fast.training.pictures import digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -39,10 +39,11 @@ class AdaptedEncoder:
         x = self._attend(self.first, x)
         return x, x + self.tower.blocks[self.first].mlp(x)
 
-    def stem_shapes(self) -> list[tuple[int, int]]:
-        """(tokens, width) of each of the two outputs of `stem` for one picture of the CLIP's own size."""
+    @property
+    def stem_shape(self) -> tuple[int, int]:
+        """(tokens, width) of both outputs of `stem` for one picture of the CLIP's own size."""
         tokens = 1 if self.first == self.last and self.tower.reads_cls else self.tower.tokens
-        return [(tokens, self.tower.width)] * 2
+        return tokens, self.tower.width
 
     def tail(self, adapter: Adapter | None, after_attention: torch.Tensor, after_mlp: torch.Tensor) -> torch.Tensor:
         """From the stem's outputs to the un-normalised embedding (B, D): adapted, or plain if `adapter` is None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,16 +14,13 @@ from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.activation_cache import ActivationCache
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
 from iosr_fast.training.augment import draw_augmentation
-from iosr_fast.training.data import PictureSource
-from iosr_fast.training.dino import Dino
+from iosr_fast.training.config import TrainConfig
+from iosr_fast.training.objectives import Dino, Stem, Supervised
+from iosr_fast.training.pictures import PictureSource
 from iosr_fast.training.processes import shielded
-from iosr_fast.training.supervised import Stem, Supervised
-from iosr_fast.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-CACHE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -87,101 +84,83 @@ class Batches:
     ) -> None:
         self.encoder, self.source, self.config, self.objective = encoder, source, config, objective
         self.fabric, self.device = fabric, fabric.device
-        self.count, views = len(source.labels), config.cached_views
         self.normalise = Normalise(clip, config.normalise, self.device)
-        self.cache: ActivationCache | None = None
-        self.augmentations: torch.Tensor | None = None
-        if views:
-            assert folder is not None
-            if config.augment:
-                self.augmentations = torch.stack(
-                    [draw_augmentation(self.count, _generator(config.seed, -v - 1)) for v in range(views)]
-                )
-            key = activation_key(clip, encoder, source, config)
-            self.cache = open_cache(folder, key, self.count, views, encoder, config)
+        views = config.cached_views
+        self.cache = open_cache(folder, clip, encoder, source, config, views) if folder is not None else None
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[MicroBatch, list[Stem], torch.Tensor]]:
         """(micro-batch, the stem's outputs for each set of views, labels) from the epoch's step `first_step` on."""
-        generator = _generator(self.config.seed, epoch)
-        order = self.source.order(generator)[first_step * self.config.batch :]
+        count, seed = len(self.source.labels), self.config.seed
+        generator = _generator(seed, epoch)
+        order = torch.randperm(count, generator=generator)[first_step * self.config.batch :]
         parts = split_steps(order, self.config, self.fabric.world_size, self.fabric.global_rank)
-        rows = [part.rows for part in parts]
-        if self.cache is None:
-            drawn = draw_augmentation(self.count, generator) if self.config.augment else None
-            for part, pixels in zip(parts, read_pixels(self.source, rows), strict=True):
-                seed = hash_seed(self.config.seed, epoch, int(part.rows[0]))
-                stems = self._stems(pixels, None if drawn is None else drawn[part.rows], seed)
-                yield part, stems, self._labels(part)
-            return
-        view = epoch % self.config.cached_views
-
-        def compute(rows: torch.Tensor, pixels: torch.Tensor) -> Stem:
-            drawn = None if self.augmentations is None else self.augmentations[view, rows]
-            return self._stems(pixels, drawn, 0)[0]
-
-        cached = read_stems(self.cache, self.source, rows, view, compute, self.device)
-        for part, stem in zip(parts, cached, strict=True):
-            yield part, [stem], self._labels(part)
-
-    def close(self) -> None:
+        view = epoch % max(1, self.config.cached_views)
         if self.cache is not None:
-            self.cache.close()
+            generator = _generator(seed, -view - 1)
+        drawn = draw_augmentation(count, generator) if self.config.augment else None
 
-    def _stems(self, pixels: torch.Tensor, drawn: torch.Tensor | None, seed: int) -> list[Stem]:
-        images = pixels.to(self.device).float() / 255
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            views = self.objective.views(images, drawn)
-        with self.fabric.autocast():
-            return [self.encoder.stem(self.normalise(view)) for view in views]
+        def compute(rows: torch.Tensor, pixels: torch.Tensor) -> list[Stem]:
+            images = pixels.to(self.device).float() / 255
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(hash_seed(seed, epoch, int(rows[0])))
+                views = self.objective.views(images, None if drawn is None else drawn[rows])
+            with self.fabric.autocast():
+                return [self.encoder.stem(self.normalise(batch)) for batch in views]
 
-    def _labels(self, part: MicroBatch) -> torch.Tensor:
-        return self.source.labels[part.rows].to(self.device)
+        stems = read_stems(self.source, [part.rows for part in parts], compute, self.cache, view, self.device)
+        for part, outputs in zip(parts, stems, strict=True):
+            yield part, outputs, self.source.labels[part.rows].to(self.device)
+
+
+def read_stems(
+    source: PictureSource,
+    parts: Sequence[torch.Tensor],
+    compute: Callable[[torch.Tensor, torch.Tensor], list[Stem]],
+    cache: ActivationCache | None,
+    view: int,
+    device: torch.device,
+) -> Iterator[list[Stem]]:
+    """The stem's outputs of each part's rows: computed from the pixels, or read from the cache where they are there.
+
+    All parts but the last are equally long.
+    """
+    missing = [i for i, rows in enumerate(parts) if cache is None or not cache.contains(rows, view)]
+    pixels = read_pixels(source, [parts[i] for i in missing])
+    for i, rows in enumerate(parts):
+        is_missing = bool(missing) and i == missing[0]
+        cached = None if cache is None or is_missing else cache.read(rows, view)
+        if cached is None:
+            if is_missing:
+                missing.pop(0)
+            # The rows of a part that isn't missing were cached, and are damaged.
+            stems = compute(rows, next(pixels if is_missing else read_pixels(source, [rows])))
+            if cache is None:
+                yield stems
+                continue
+            cached = cache.write(rows, view, torch.stack(stems[0]))
+        after_attention, after_mlp = cached.to(device).float()
+        yield [(after_attention, after_mlp)]
 
 
 def read_pixels(source: PictureSource, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The pixels of each part's rows, in one pass over the source. All parts but the last are equally long."""
-    if not parts:
-        return
-    # A short part in the middle (at the end of a step) is impossible: only an epoch's last step is short.
-    batches = source.iterate(torch.cat(list(parts)), max(len(rows) for rows in parts))
-    for expected, (rows, pixels) in zip(parts, shielded(batches), strict=True):
-        assert torch.equal(rows, expected)
-        yield pixels
-
-
-def read_stems(
-    cache: ActivationCache,
-    source: PictureSource,
-    parts: Sequence[torch.Tensor],
-    view: int,
-    compute: Callable[[torch.Tensor, torch.Tensor], Stem],
-    device: torch.device,
-) -> Iterator[Stem]:
-    """The stem's outputs of each part's rows: read from the cache, or computed from the pixels and written to it."""
-    missing = [rows for rows in parts if not cache.contains(rows, view)]
-    pixels = read_pixels(source, missing)
-    waiting = iter(missing)
-    next_missing = next(waiting, None)
-    for rows in parts:
-        outputs = None if rows is next_missing else cache.read(rows, view)
-        if outputs is None:
-            if rows is next_missing:
-                next_missing = next(waiting, None)
-                computed = compute(rows, next(pixels))
-            else:  # the cached rows are damaged
-                computed = compute(rows, next(read_pixels(source, [rows])))
-            outputs = tuple(output.to(cache.dtype).cpu() for output in computed)
-            cache.write(rows, view, outputs)
-        after_attention, after_mlp = (output.to(device).float() for output in outputs)
-        yield after_attention, after_mlp
+    if parts:
+        yield from shielded(source.iterate(torch.cat(list(parts)), max(len(rows) for rows in parts)))
 
 
 def open_cache(
-    folder: Path, key: dict[str, Any], count: int, views: int, encoder: AdaptedEncoder, config: TrainConfig
+    folder: Path, clip: LoadedClip, encoder: AdaptedEncoder, source: PictureSource, config: TrainConfig, views: int
 ) -> ActivationCache:
-    """The activation cache of the stem's outputs for `count` pictures in `views` views each."""
-    return ActivationCache(folder, key, count, views, encoder.stem_shapes(), CACHE_DTYPES[config.cache_precision])
+    """The cache of the stem's outputs for the pictures of a source, by all that these depend on."""
+    key = {
+        "clip": clip.fingerprint,
+        "source": source.fingerprint,
+        "first_adapted_block": encoder.first,
+        "normalise": config.normalise,
+        "augment_seed": config.seed if config.augment else None,
+        "precision": config.precision,
+    }
+    return ActivationCache(folder, key, len(source.labels), views, (2, *encoder.stem_shape))
 
 
 class Normalise:
@@ -193,21 +172,6 @@ class Normalise:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return (images - self.mean) / self.std
-
-
-def activation_key(
-    clip: LoadedClip, encoder: AdaptedEncoder, source: PictureSource, config: TrainConfig
-) -> dict[str, Any]:
-    """All that the stem's outputs depend on."""
-    return {
-        "clip": clip.fingerprint,
-        "source": source.fingerprint,
-        "first_adapted_block": encoder.first,
-        "normalise": config.normalise,
-        "augment_seed": config.seed if config.augment else None,
-        "precision": config.precision,
-        "cache_precision": config.cache_precision,
-    }
 
 
 def hash_seed(*parts: int) -> int:

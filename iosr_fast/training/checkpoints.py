@@ -1,4 +1,7 @@
-"""Checkpoints of a training: written atomically, verified when read, with one spare in case of damage."""
+"""Checkpoints of a training: written atomically, verified when read, with one spare in case of damage.
+
+Only the first process of a training writes and reads them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,7 @@ class Checkpoints:
                 log.warning("the checkpoint %s is damaged and skipped: %s", folder, error)
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)  # of an earlier run
-                with suppress(OSError):  # another process of this training may have done it
-                    folder.rename(aside)
+                folder.rename(aside)
                 continue
             if key != self.key:
                 names = sorted(k for k in {*key, *self.key} if key.get(k) != self.key.get(k))

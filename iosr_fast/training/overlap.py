@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from iosr_fast.exceptions import IosrFastError
@@ -53,37 +51,3 @@ def feature_variance(embeddings: np.ndarray) -> float:
         raise IosrFastError(f"expected at least two embeddings, got {n_rows}")
     exact = np.asarray(embeddings, np.float64)
     return float(((exact - exact.mean(0)) ** 2).sum() / (n_rows - 1))
-
-
-def plot_overlap(embeddings: dict[str, np.ndarray], labels: np.ndarray, path: str | Path) -> None:
-    """Write a PNG with a panel for each encoder: the two histograms of cosines with the shared area filled."""
-    from iosr_fast.utils.require import require
-
-    matplotlib = require("matplotlib.figure", "train")
-    columns = min(len(embeddings), 3)
-    n_rows = -(-len(embeddings) // columns)
-    figure = matplotlib.Figure(figsize=(4.5 * columns, 3.2 * n_rows), layout="constrained")
-    axes = list(figure.subplots(n_rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    edges = np.linspace(-1, 1, BINS + 1)
-    centres = (edges[:-1] + edges[1:]) / 2
-    lowest = 1.0
-    for i, (axis, (name, rows)) in enumerate(zip(axes, embeddings.items(), strict=False)):
-        paired, unpaired = pair_cosines(rows, labels)
-        lowest = min(lowest, float(paired.min()), float(unpaired.min()))
-        p, q = (np.histogram(part, bins=edges, density=True)[0] for part in (paired, unpaired))
-        axis.plot(centres, p, label="same class", color="tab:blue")
-        axis.plot(centres, q, label="different classes", color="tab:orange")
-        axis.fill_between(centres, np.minimum(p, q), color="tab:red", alpha=0.4, label="overlap")
-        axis.set_title(
-            f"{name}: area {overlap_area(paired, unpaired):.3f}, AUROC {auroc(paired, unpaired):.3f}", fontsize=10
-        )
-        if i + columns >= len(embeddings):
-            axis.set_xlabel("cosine similarity")
-            axis.tick_params(labelbottom=True)
-        if i % columns == 0:
-            axis.set_ylabel("density")
-    for axis in axes[len(embeddings) :]:
-        axis.set_axis_off()
-    axes[0].set_xlim(max(-1.0, lowest), 1.0)
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)

@@ -1,18 +1,33 @@
-"""The quality of embeddings before any few-shot method: overlap of the cosines, and a linear probe (scikit-learn).
+"""What a training's held-out pictures say after each epoch: overlap of the cosines, and a linear probe (scikit-learn).
 
-Meant for held-out pictures, a few times per training.
+Both measure embeddings before any few-shot method.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from iosr_fast.clip.adapter import Adapter
+from iosr_fast.clip.load import LoadedClip
 from iosr_fast.exceptions import IosrFastError
+from iosr_fast.training.adapted_encoder import AdaptedEncoder
+from iosr_fast.training.batches import Normalise, open_cache, read_stems
+from iosr_fast.training.config import TrainConfig
+from iosr_fast.training.objectives import Stem
 from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
-from iosr_fast.utils.require import require
+from iosr_fast.training.pictures import PictureSource, SubsetPictures
+from iosr_fast.utils.require import require, require_installed
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+BATCH = 128
 
 MOST_PICTURES = 2000  # limits the cosines of all pairs to 16 MB
 RIDGE = 3e-5
@@ -31,6 +46,10 @@ class Probe:
     linear_probe: float
     pictures: int
     classes: int
+
+    def measures(self, kind: str) -> dict[str, float]:
+        """The three measures, named KIND_overlap_area and so on, for a log."""
+        return {f"{kind}_{name}": getattr(self, name) for name in ("overlap_area", "auroc", "linear_probe")}
 
 
 def probe(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0) -> Probe:
@@ -108,3 +127,56 @@ def _choose(labels: np.ndarray, seed: int) -> np.ndarray:
 def _position(sizes: np.ndarray) -> np.ndarray:
     """The position of each row in its class, from 0, for rows sorted by class."""
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+class HeldOutEvaluator:
+    """Measures held-out pictures (of `source`, which training must not see) under the adapter at any step.
+
+    Only the pictures that `probe` uses are encoded. The frozen stem runs once for both embeddings; with a `folder` its
+    outputs are cached and later epochs run the adapted blocks only. The plain embeddings are measured once.
+    """
+
+    def __init__(
+        self,
+        clip: LoadedClip,
+        encoder: AdaptedEncoder,
+        source: PictureSource,
+        config: TrainConfig,
+        fabric: Fabric,
+        folder: Path | None,
+    ) -> None:
+        require_installed("sklearn", "train")  # now, not after the first epoch
+        self.encoder, self.fabric = encoder, fabric
+        self.normalise = Normalise(clip, True, fabric.device)  # as at inference
+        classes = int((source.labels.bincount() >= 2).sum())
+        if classes < 2:
+            raise IosrFastError(
+                f"expected held-out pictures of at least two classes, two of each, to measure overlap and a linear "
+                f"probe on; got {len(source.labels)} pictures, {classes} classes with two: hold out more, or none"
+            )
+        self.source = SubsetPictures(source, torch.from_numpy(probed_rows(source.labels.numpy())))
+        self.plain: Probe | None = None
+        plainly = replace(config, normalise=True, augment=False)
+        self.cache = open_cache(folder, clip, encoder, self.source, plainly, 1) if folder is not None else None
+
+    @torch.no_grad()
+    def measure(self, adapter: Adapter) -> tuple[Probe, Probe]:
+        """(plain, adapted); the adapter keeps its mode."""
+        mode = adapter.training
+        adapter.eval()
+        plain, adapted = [], []
+        parts = torch.arange(len(self.source.labels)).split(BATCH)
+        for (stem,) in read_stems(self.source, parts, self._stem, self.cache, 0, self.fabric.device):
+            with self.fabric.autocast():
+                adapted.append(self.encoder.tail(adapter, *stem).float().cpu().numpy())
+                if self.plain is None:
+                    plain.append(self.encoder.tail(None, *stem).float().cpu().numpy())
+        adapter.train(mode)
+        labels = self.source.labels.numpy()
+        if self.plain is None:
+            self.plain = probe(np.concatenate(plain), labels)
+        return self.plain, probe(np.concatenate(adapted), labels)
+
+    def _stem(self, rows: torch.Tensor, pixels: torch.Tensor) -> list[Stem]:
+        with self.fabric.autocast():
+            return [self.encoder.stem(self.normalise(pixels.to(self.fabric.device).float() / 255))]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from iosr_fast.clip.load import LoadedClip
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.training.train_config import TrainConfig
 from iosr_fast.utils.require import require
 
 if TYPE_CHECKING:
@@ -47,28 +44,6 @@ def make_fabric(precision: str = "32-true", accelerator: str = "auto") -> Fabric
     return result
 
 
-def check_shared(fabric: Fabric, folder: Path) -> None:
-    """Raise ValueError in all processes if some don't see the `folder` that the first one writes to.
-
-    Without this check the error would only appear at a resume, after all the work.
-    """
-    if fabric.world_size == 1:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / f".shared.{os.getpid()}"
-    if fabric.is_global_zero:
-        mark.touch()
-    mark = folder / fabric.broadcast(mark.name)  # the name arrives after the file was created
-    missing = _count(fabric, not mark.exists())
-    if fabric.is_global_zero:
-        mark.unlink()
-    if missing:
-        raise IosrFastError(
-            f"expected {folder} to be one folder for all processes, but {missing} of {fabric.world_size} see another "
-            "folder than the first process: put it where all machines can read it"
-        )
-
-
 def check_same(fabric: Fabric, key: Mapping[str, Any]) -> None:
     """Raise ValueError in all processes if some have another `key` (which identifies the training) than the first one.
 
@@ -78,34 +53,30 @@ def check_same(fabric: Fabric, key: Mapping[str, Any]) -> None:
         return
     first: Mapping[str, Any] = fabric.broadcast(dict(key))
     names = sorted(name for name in key if key[name] != first[name])
-    differing = _count(fabric, bool(names))
+    total = fabric.all_reduce(torch.tensor(float(bool(names)), device=fabric.device), reduce_op="sum")
     if names:
         differences = ", ".join(f"{name} {key[name]!r} where the first has {first[name]!r}" for name in names)
         raise IosrFastError(
             f"expected the same training in all processes, got in process {fabric.global_rank} {differences}; give all "
             "of them the same options and the same files (copies must keep their times)"
         )
-    if differing:
+    assert isinstance(total, torch.Tensor)
+    if differing := int(total):
         raise IosrFastError(f"expected the same training in all processes, got another in {differing} of them")
 
 
-def _count(fabric: Fabric, flag: bool) -> int:
-    """The number of processes in which `flag` is true."""
-    total = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
-    assert isinstance(total, torch.Tensor)
-    return int(total)
-
-
-@contextmanager
-def activations_folder(folder: Path | None, config: TrainConfig) -> Iterator[Path | None]:
-    """The folder of the activation cache: in `folder`, or temporary without one; None if nothing is cached."""
-    if not config.cached_views:
-        yield None
-    elif folder is not None:
-        yield folder / "activations"
-    else:
-        with tempfile.TemporaryDirectory(prefix="iosr_fast-") as temporary:
-            yield Path(temporary)
+def in_first_process(fabric: Fabric, call: Callable[[], T]) -> T:
+    """The result of `call`, made by the first process, in all of them; what it raises is raised in all."""
+    result: T | Exception | None = None
+    if fabric.is_global_zero:
+        try:
+            result = call()
+        except Exception as error:
+            result = error
+    result = fabric.broadcast(result)
+    if isinstance(result, Exception):
+        raise result
+    return cast("T", result)
 
 
 @contextmanager
@@ -121,12 +92,12 @@ def on_device(device: torch.device, clip: LoadedClip) -> Iterator[None]:
 class Interrupt:
     """Delays SIGINT and SIGTERM until the current step is done and saved; a second SIGINT (Ctrl-C) acts at once.
 
-    A signal sets `requested` in this process; the training loop sets `everywhere` once any process has a request.
-    Only a process's main thread can handle signals; entered in another thread, this changes nothing.
+    A signal sets `requested` in this process. Only a process's main thread can handle signals; entered in another
+    thread, this changes nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = self.everywhere = self._interrupted = False
+        self.requested = self._interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:

@@ -6,9 +6,9 @@ import time
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from iosr_fast.training.config import TrainConfig
 from iosr_fast.training.probe import Probe
 from iosr_fast.training.train import Progress as Step
-from iosr_fast.training.train_config import TrainConfig
 
 # The weight of the newest step in the displayed rate.
 SMOOTHING = 0.1

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result  # noqa: E402
 from iosr_fast.cli import train_adapter as tool  # noqa: E402
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
 from iosr_fast.utils.command import command_app  # noqa: E402
+from tests.training.small import logged  # noqa: E402
 
 APP = command_app(tool.train_adapter)
 
@@ -120,11 +121,12 @@ def test_an_adapter_that_does_not_fit_the_disk_is_written_by_the_next_run(
         patched.setattr("iosr_fast.clip.adapter.save_adapter", full)
         failed = run(folder, "--epochs", "2")
     assert failed.exit_code == 2 and "the same command writes it at once" in printed(failed)
-    lines = (folder / "out" / "a.safetensors.training" / "steps.csv").read_bytes()
+    training = folder / "out" / "a.safetensors.training"
+    assert len(logged(training)) == 2
     done = run(folder, "--epochs", "2")
     assert done.exit_code == 0 and (folder / "out" / "a.safetensors").is_file(), done.output
-    assert (folder / "out" / "a.safetensors.training" / "steps.csv").read_bytes() == lines, "no step was taken again"
-    assert not (folder / "out" / "a.safetensors.training" / "checkpoints").exists()
+    assert [path.name for path in (training / "log").iterdir()] == ["version_0"], "no step was taken again"
+    assert not (training / "checkpoints").exists()
 
 
 def test_a_second_ctrl_c_says_where_it_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_prompts() -> None:
 @pytest.mark.slow
 def test_heavy_packages_are_imported_where_they_are_used(tmp_path: Path) -> None:
     code = (
-        "import sys; from iosr_fast.evaluation import sets; from iosr_fast.training.data import open_images\n"
+        "import sys; from iosr_fast.evaluation import sets; from iosr_fast.training import open_images\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'pyarrow', 'ray', 'scipy', 'tensorboard', 'torchvision', 'webdataset'}))"
     )

@@ -1,13 +1,11 @@
-"""Feature variance and the figure of overlaps; pairs, areas and AUROC are tested in test_methods.py."""
+"""Overlap of cosines: pairs, areas, AUROC and the variance of features."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from iosr_fast.training.overlap import auroc, feature_variance, overlap_area, pair_cosines, plot_overlap
+from iosr_fast.training.overlap import auroc, feature_variance, overlap_area, pair_cosines
 from tests.conftest import unit_rows
 
 
@@ -22,14 +20,6 @@ def test_feature_variance_is_the_trace_of_the_covariance(rng: np.random.Generato
     assert feature_variance(np.array([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(2.0)
     with pytest.raises(ValueError, match="at least two embeddings, got 1"):
         feature_variance(rows[:1])
-
-
-@pytest.mark.parametrize("panels", [1, 5])
-def test_the_figure_has_a_panel_for_each(rng: np.random.Generator, panels: int, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    labels = np.repeat(np.arange(4), 5)
-    plot_overlap({f"encoder {i}": unit_rows(rng, 20, 6) for i in range(panels)}, labels, tmp_path / "overlap.png")
-    assert (tmp_path / "overlap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pairs_equal_brute_force(rng: np.random.Generator) -> None:

@@ -35,9 +35,6 @@ def test_separable_classes_are_all_right_and_random_labels_are_chance(rng: np.ra
     assert abs(chance.linear_probe - 1 / 20) < 5 * 0.0126
     assert chance.auroc == pytest.approx(0.5, abs=0.03)
     assert chance.overlap_area > 0.9
-    blurred = probe(*clusters(rng, 20, 30, 64, noise=3.0))
-    assert 0.1 < blurred.linear_probe < 0.99
-    assert 0.5 < blurred.auroc < 1.0
 
 
 def test_overlap_is_that_of_all_pairs(rng: np.random.Generator) -> None:
@@ -77,7 +74,6 @@ def test_many_pictures_are_drawn_evenly(rng: np.random.Generator) -> None:
         (np.diag([1.0, 0.0, 1.0, 0.0]), np.arange(4), "finite embeddings other than zero, got 2 .* in row 1"),
         (np.array([[1.0, np.nan]] * 4), np.arange(4), "finite embeddings other than zero, got 4 .* in row 0"),
         (np.ones((4, 2)), np.array([0, 0, 1, 2]), "two classes with two pictures or more, got 1 among 3 classes"),
-        (np.ones((0, 2)), np.zeros(0, int), "two classes with two pictures or more, got 0 among 0 classes"),
     ],
 )
 def test_bad_input_is_refused(rows: Any, labels: Any, message: str) -> None:

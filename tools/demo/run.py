@@ -35,11 +35,11 @@ with one_line_errors():
     from iosr_fast.evaluation.demo import encode, evaluate_few_shot
     from iosr_fast.export.export import write_engine
     from iosr_fast.export.pretrained import DEMO_ADAPTER
-    from iosr_fast.training.data import demo_pictures
-    from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines, plot_overlap
+    from iosr_fast.training.config import TrainConfig
+    from iosr_fast.training.overlap import auroc, overlap_area, pair_cosines
+    from iosr_fast.training.pictures import demo_pictures
     from iosr_fast.training.progress import TrainingBar
     from iosr_fast.training.train import train_adapter
-    from iosr_fast.training.train_config import TrainConfig
     from tools.demo.few_shot import cell, changed_labels
 
 SHOTS = (1, 2, 4)
@@ -175,7 +175,6 @@ def main(
     overlap = {name: overlap_area(*pair) for name, pair in pairs.items()}
     for name, pair in pairs.items():
         console.print(f"  {name}: overlap area {overlap[name]:.3f}, AUROC {auroc(*pair):.3f}")
-    plot_overlap(rows, test.concepts, out / "overlap.png")
 
     console.rule("4. classify held-out concepts from a few pictures each", align="left")
     draws = range(seeds)
@@ -214,7 +213,7 @@ def main(
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.rule(f"done in {report['total_seconds']:.0f} s; written:", align="left")
     folders = [f"engine-{name}" for name, engine in engines.items() if "folder" in engine]
-    files = ("report.json", "overlap.png", "adapter.safetensors", "classifier", "pictures", *folders, "engine-shipped")
+    files = ("report.json", "adapter.safetensors", "classifier", "pictures", *folders, "engine-shipped")
     for name in files:
         console.print(f"  {out / name}", soft_wrap=True)  # a wrapped path can't be copied
     command = os.path.relpath(Path(sys.executable).with_name("iosr-fast"))

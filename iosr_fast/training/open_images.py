@@ -1,9 +1,8 @@
-"""Open Images as training pictures: a balanced subset of the official label files, and the source that reads it.
+"""A balanced subset of Open Images, chosen from the official label files, as a list of pictures to train on.
 
 The official files (https://storage.googleapis.com/openimages/web/download_v7.html): class descriptions, `LabelName,
 DisplayName` with a header (oidv7-class-descriptions.csv) or without (class-descriptions-boxable.csv), and image labels,
-`ImageID,Source,LabelName,Confidence`. The subset's own format is that of the paper's public code (oi_data.csv):
-columns ImageID, DisplayName and type, others ignored.
+`ImageID,Source,LabelName,Confidence`.
 """
 
 from __future__ import annotations
@@ -17,16 +16,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.images.geometry import Geometry
-from iosr_fast.training.data.sources import FilePictures
+from iosr_fast.utils.csv_text import escaped
 from iosr_fast.utils.files import new_file
 from iosr_fast.utils.require import require
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = ("ImageID", "DisplayName", "type")
 LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
 IMAGE_ID = "^[0-9a-f]{16}$"
 # A pair of image and class: the id as a number, the class, the split.
@@ -205,10 +201,16 @@ def _find_images(folder: str | Path) -> dict[str, Path]:
     return paths
 
 
-def write_subset_csv(subset: Subset, path: str | Path) -> None:
-    """Write ImageID,DisplayName,type (UTF-8, with header), atomically."""
-    rows = zip(subset.image_ids, subset.class_names, subset.types, strict=True)
-    _write_lines(Path(path), [COLUMNS, *rows])
+def write_list(subset: Subset, path: str | Path, images: str | Path | None = None) -> None:
+    """Write path,label (UTF-8, with header), atomically: a list to train on.
+
+    Paths are relative to the list's folder: those of the pictures in `images`, or ID.jpg beside the list.
+    """
+    found = {} if images is None else _find_images(images)
+    folder = Path(path).absolute().parent
+    paths = [os.path.relpath(found[i], folder) if i in found else f"{i}.jpg" for i in subset.image_ids]
+    rows = zip(paths, map(escaped, subset.class_names), strict=True)
+    _write_lines(Path(path), [("path", "label"), *rows])
 
 
 def write_download_list(subset: Subset, path: str | Path) -> None:
@@ -220,54 +222,3 @@ def _write_lines(path: Path, rows: Sequence[Sequence[str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
-
-
-def read_subset_csv(path: str | Path) -> Subset:
-    """The rows of a subset's CSV file, ours or the paper's. Raises ValueError naming the missing column or value."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected the CSV of a subset of Open Images, found none at {path}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
-            raise IosrFastError(f"expected the columns {', '.join(COLUMNS)} in {path}, missing: {', '.join(missing)}")
-        rows = []
-        for row in reader:
-            if not row["ImageID"] or not row["DisplayName"]:
-                raise IosrFastError(f"expected an ImageID and a DisplayName in line {reader.line_num} of {path}")
-            rows.append((row["ImageID"], row["DisplayName"], row["type"] or ""))
-    if not rows:
-        raise IosrFastError(f"expected images in {path}, found none below its header")
-    image_ids, class_names, types = (list(column) for column in zip(*rows, strict=True))
-    return Subset(image_ids, class_names, types, {})
-
-
-class OpenImagesPictures(FilePictures):
-    """The images of a subset's CSV: IMAGES/ID.jpg, or in IMAGES/train, /validation or /test.
-
-    Classes are numbered in the order of the file. `missing` lists the ids without a file. Raises FileNotFoundError for
-    missing files, unless `leave_out_missing`, and always if no image is left.
-    """
-
-    def __init__(
-        self,
-        subset_csv: str | Path,
-        images: str | Path,
-        geometry: Geometry,
-        workers: int = 2,
-        leave_out_missing: bool = False,
-    ) -> None:
-        subset, paths = read_subset_csv(subset_csv), _find_images(images)
-        rows = [row for row, image_id in enumerate(subset.image_ids) if image_id in paths]
-        self.missing = [image_id for image_id in subset.image_ids if image_id not in paths]
-        if self.missing and (not leave_out_missing or not rows):
-            raise FileNotFoundError(
-                f"{len(self.missing)} of {len(subset.image_ids)} images of {subset_csv} are missing from {images} "
-                f"({', '.join(self.missing[:10])}{', ...' if len(self.missing) > 10 else ''}): download them with the "
-                "official downloader.py, or leave them out (leave_out_missing=True)"
-            )
-        names = list(dict.fromkeys(subset.class_names))
-        index = {name: i for i, name in enumerate(names)}
-        labels = torch.tensor([index[subset.class_names[row]] for row in rows])
-        ids = [subset.image_ids[row] for row in rows]
-        super().__init__([paths[i] for i in ids], labels, names, geometry, workers, ids)

@@ -10,11 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,11 +22,9 @@ from tests import ROOT
 torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
 pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
 
-from PIL import Image  # noqa: E402
-
 from iosr_fast.clip.adapter import load_adapter  # noqa: E402
-from iosr_fast.clip.demo.pictures import load_pictures  # noqa: E402
-from iosr_fast.training.processes import check_same, check_shared  # noqa: E402
+from iosr_fast.training.processes import check_same, in_first_process  # noqa: E402
+from tests.training.small import logged, write_folder  # noqa: E402
 
 OPTIONS = {
     "supervised": "--epochs 4 --batch 16 --accumulate 2 --cached-views 1 --held-out 0.2",
@@ -36,31 +33,19 @@ OPTIONS = {
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(
-    [
-        "iosr_fast.training.train",
-        "iosr_fast.training.sources",
-        "torch.distributed",
-        "torchvision.transforms.v2",
-        "open_clip",
-    ]
+    ["iosr_fast.training.train", "torch.distributed", "torchvision.transforms.v2", "open_clip"]
 )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slice of the demo's generic pictures, 8 concepts in several styles, as a folder of class folders."""
     root = tmp_path_factory.mktemp("pictures")
-    pictures = load_pictures("generic")
-    for row in range(len(pictures.concepts)):
-        if pictures.concepts[row] < 8:
-            place = root / f"class {pictures.concepts[row]:02d}"
-            place.mkdir(exist_ok=True)
-            Image.fromarray(pictures.images[row]).save(place / f"{row}.png")
+    write_folder(root, 24)
     return root
 
 
 def arguments(folder: Path, out: Path, objective: str, workers: int = 0) -> list[str]:
-    options = ["--data", str(folder), "--out", str(out), "--first-adapted-block", "5", "--checkpoint-every", "2"]
+    options = ["--data", str(folder), "--out", str(out), "--first-adapted-block", "5", "--checkpoint-minutes", "1e-9"]
     return [*options, "--workers", str(workers), "--accelerator", "cpu", *shlex.split(OPTIONS[objective])]
 
 
@@ -72,6 +57,7 @@ def run_rank(rank: int, port: int, options: list[str], log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     sys.argv = ["train_adapter.py", *options]
     from iosr_fast.cli.train_adapter import train_adapter
@@ -92,10 +78,10 @@ class Pair:
         for process in self.ranks:
             process.start()
 
-    def wait_for(self, steps: Path, lines: int) -> None:
-        """Until steps.csv has this many lines."""
+    def wait_for(self, out: Path, steps: int) -> None:
+        """Until so many steps are logged."""
         deadline = time.monotonic() + 120
-        while not steps.is_file() or len(steps.read_bytes().splitlines()) < lines:
+        while sum(path.read_bytes().count(b"\n") - 1 for path in folder_of(out).glob("log/*/metrics.csv")) < steps:
             assert all(process.is_alive() for process in self.ranks), self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.005)
@@ -104,6 +90,15 @@ class Pair:
         for process in self.ranks:
             assert process.pid is not None
             os.kill(process.pid, number)
+
+    def wait_until_groups_are_gone(self) -> None:
+        deadline = time.monotonic() + 20
+        for process in self.ranks:
+            with suppress(ProcessLookupError):
+                while process.pid:
+                    os.killpg(process.pid, 0)
+                    assert time.monotonic() < deadline, "a process outlives the training"
+                    time.sleep(0.05)
 
     def exit_codes(self) -> list[int | None]:
         for process in self.ranks:
@@ -116,13 +111,17 @@ def weights(path: Path) -> torch.Tensor:
     return torch.cat([value.flatten() for value in load_adapter(path).parameters()])
 
 
-def steps_csv(out: Path) -> Path:
-    return out.with_name(f"{out.name}.training") / "steps.csv"
+def folder_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.training")
+
+
+def log_of(out: Path) -> list[dict[str, str]]:
+    return logged(folder_of(out))
 
 
 def assert_same_training(one: Path, other: Path) -> None:
     assert torch.equal(weights(one), weights(other))
-    assert steps_csv(one).read_text() == steps_csv(other).read_text()
+    assert log_of(one) == log_of(other)
 
 
 @pytest.mark.slow
@@ -137,11 +136,11 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
     assert "2 processes on cpu" in done.stdout and "linear probe" in done.stdout
 
     pair = Pair(arguments(folder, killed, "supervised"), tmp_path / "log.txt")
-    pair.wait_for(steps_csv(killed), 4)  # the checkpoint of step 2 is written
+    pair.wait_for(killed, 3)  # the checkpoint of step 2 is written
     pair.ranks[1].kill()  # torchrun would end the other
     pair.signal(signal.SIGKILL)
     assert pair.exit_codes() == [-signal.SIGKILL] * 2
-    assert not killed.exists() and any((steps_csv(killed).parent / "checkpoints").iterdir())
+    assert not killed.exists() and any((folder_of(killed) / "checkpoints").iterdir())
     resumed = Pair(arguments(folder, killed, "supervised"), tmp_path / "log.txt")
     assert resumed.exit_codes() == [0, 0], resumed.log.read_text()[-3000:]
     assert_same_training(killed, whole)
@@ -152,83 +151,41 @@ def test_torchrun_and_a_pair_killed_and_resumed_end_with_the_same_weights(folder
 
     single = CliRunner().invoke(APP, arguments(folder, one, "supervised"))
     assert single.exit_code == 0, single.output
-    losses = []
-    for out in (one, whole):
-        header, first, *_ = steps_csv(out).read_text().splitlines()
-        losses.append(float(first.split(",")[header.split(",").index("loss")]))
+    losses = [float(log_of(out)[0]["loss"]) for out in (one, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5), "a fresh adapter changes nothing, dropped out or not"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "number"), [("supervised", signal.SIGTERM), ("dino", signal.SIGINT)], ids=["SIGTERM", "dino, SIGINT"]
-)
-def test_a_pair_that_is_stopped_saves_the_same_step_and_resumes_exactly(
-    folder: Path, tmp_path: Path, objective: str, number: signal.Signals
-) -> None:
+def test_a_pair_that_is_stopped_saves_the_same_step_and_resumes_exactly(folder: Path, tmp_path: Path) -> None:
     stopped, whole = tmp_path / "stopped.safetensors", tmp_path / "whole.safetensors"
-    # The signal also reaches the processes that decode.
-    pair = Pair(arguments(folder, stopped, objective, workers=1), tmp_path / "log.txt")
-    pair.wait_for(steps_csv(stopped), 3)
-    pair.signal(number)
+    pair = Pair(arguments(folder, stopped, "dino", workers=1), tmp_path / "log.txt")
+    pair.wait_for(stopped, 2)
+    pair.signal(signal.SIGINT)
     assert pair.exit_codes() == [130, 130]
-    text = pair.log.read_text()
-    match = re.search(r"stopped after step (\d+) of (\d+)", text)
-    assert match is not None, text[-3000:]
-    step, total = int(match[1]), int(match[2])
-    assert 2 <= step < total
-    assert (steps_csv(stopped).parent / "checkpoints" / f"step-{step:09d}").is_dir()
-    assert len(steps_csv(stopped).read_text().splitlines()) == 1 + step
-    if objective == "dino":  # supervised: the test above
-        for out in (stopped, whole):
-            assert Pair(arguments(folder, out, objective), tmp_path / "log.txt").exit_codes() == [0, 0]
-        assert_same_training(stopped, whole)
+    pair.wait_until_groups_are_gone()  # with the processes that decode
+    match = re.search(r"stopped after step (\d+) of 6", pair.log.read_text())
+    assert match is not None, pair.log.read_text()[-3000:]
+    step = int(match[1])
+    assert (folder_of(stopped) / "checkpoints" / f"step-{step:09d}").is_dir() and len(log_of(stopped)) == step < 6
+    for out in (stopped, whole):
+        assert Pair(arguments(folder, out, "dino"), tmp_path / "log.txt").exit_codes() == [0, 0]
+    assert_same_training(stopped, whole)
 
 
-class FakeFabric:
-    """One of two ranks in two threads: `broadcast` and `all_reduce` as Fabric's."""
-
-    device, world_size = torch.device("cpu"), 2
-
-    def __init__(self, rank: int, barrier: threading.Barrier, shared: dict[Any, Any]) -> None:
-        self.global_rank, self.is_global_zero = rank, rank == 0
-        self.barrier, self.shared, self.calls = barrier, shared, 0
-
-    def _exchange(self, value: Any) -> tuple[Any, Any]:
-        self.calls += 1
-        self.shared[self.calls, self.global_rank] = value
-        self.barrier.wait(10)
-        return self.shared[self.calls, 0], self.shared[self.calls, 1]
-
-    def broadcast(self, value: Any) -> Any:
-        return self._exchange(value)[0]
-
-    def all_reduce(self, value: torch.Tensor, reduce_op: str) -> torch.Tensor:
-        assert reduce_op == "sum"
-        first, second = self._exchange(value)
-        return first + second
+def test_processes_that_differ_are_refused_before_training() -> None:
+    fabric = SimpleNamespace(world_size=2, global_rank=1, device="cpu", all_reduce=lambda value, reduce_op: value)
+    fabric.broadcast = lambda key: {"seed": 0, "epochs": 1}  # of the first process
+    check_same(fabric, {"seed": 0, "epochs": 1})
+    with pytest.raises(ValueError, match="got in process 1 seed 1 where the first has 0"):
+        check_same(fabric, {"seed": 1, "epochs": 1})
+    fabric.all_reduce = lambda value, reduce_op: value + 1
+    with pytest.raises(ValueError, match="got another in 1 of them"):
+        check_same(fabric, {"seed": 0, "epochs": 1})
 
 
-def on_two_ranks(check: Any, *values: Any) -> list[str]:
-    """The messages of the ValueErrors that `check(fabric, value)` raises on each rank."""
-    barrier, shared = threading.Barrier(2), {}  # type: ignore[var-annotated]
-
-    def run(rank: int) -> str:
-        try:
-            check(FakeFabric(rank, barrier, shared), values[rank])
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, range(2)))
-
-
-def test_processes_that_differ_are_refused_before_training(tmp_path: Path) -> None:
-    assert on_two_ranks(check_same, {"seed": 0, "epochs": 1}, {"seed": 0, "epochs": 1}) == ["", ""]
-    first, second = on_two_ranks(check_same, {"seed": 0, "epochs": 1}, {"seed": 1, "epochs": 1})
-    assert "got in process 1 seed 1 where the first has 0" in second and "got another in 1 of them" in first
-    assert on_two_ranks(check_shared, tmp_path / "a", tmp_path / "a") == ["", ""]
-    for message in on_two_ranks(check_shared, tmp_path / "a", tmp_path / "b"):
-        assert "1 of 2 see another folder than the first process" in message
-    assert not list(tmp_path.rglob(".shared*"))
+def test_an_error_of_the_first_process_is_raised_in_all() -> None:
+    first = SimpleNamespace(is_global_zero=True, broadcast=lambda value: value)
+    assert in_first_process(first, lambda: 1) == 1
+    other = SimpleNamespace(is_global_zero=False, broadcast=lambda value: OSError("the disk is full"))
+    with pytest.raises(OSError, match="the disk is full"):
+        in_first_process(other, lambda: 1)

@@ -1,17 +1,13 @@
-"""The self-supervised objective: DINO (Caron et al., ICCV 2021) on the adapter alone.
+"""What a training minimises: cross entropy of labels, or DINO without labels. Both train the adapter of a frozen CLIP.
 
-Student and teacher share the frozen CLIP and differ in adapter and projection head; the teacher's are a moving average
-of the student's. Both see the same two global crops, so the frozen stem runs once for both.
-
-    loss = mean over v != g of - <softmax((teacher(g) - center) / t_teacher), log softmax(student(v) / t_student)>
-
-g runs over the 2 global crops, v over all crops. The result is the teacher's adapter, as in the public code.
+An objective has the training loop's five calls: `views` (pictures to batches for the frozen stem), the module's own
+call (the stem's outputs to the sum of the losses), `begin_epoch`, `after_step` and `result` (the trained adapter).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +17,51 @@ from torch import nn
 from iosr_fast.clip.adapter import Adapter
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.training.adapted_encoder import AdaptedEncoder
-from iosr_fast.training.supervised import Reduce, Stem
-from iosr_fast.training.train_config import DinoConfig
+from iosr_fast.training.augment import augment_batch
+from iosr_fast.training.config import DinoConfig
 from iosr_fast.utils.require import require
 
 GLOBAL = 2
+Stem = tuple[torch.Tensor, torch.Tensor]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Supervised(nn.Module):
+    """Cross entropy of head(tail(adapter, stem)), a linear head on the un-normalised embedding, against the labels.
+
+    `views` turns pictures (B, 3, S, S) in [0, 1] into the batches for the frozen stem. Calling the module on the stem's
+    outputs returns the sum of the losses over the B pictures and the number of them that `metric` counts as right, both
+    times `weight`.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, encoder: AdaptedEncoder, adapter: Adapter, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder  # not an nn.Module, so the frozen CLIP is neither saved nor synchronised
+        self.adapter = adapter
+        self.head = nn.Linear(encoder.output_dim, classes)
+
+    def views(self, images: torch.Tensor, drawn: torch.Tensor | None) -> list[torch.Tensor]:
+        return [images if drawn is None else augment_batch(images, drawn)]
+
+    def forward(
+        self, stems: Sequence[Stem], labels: torch.Tensor, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.head(self.encoder.tail(self.adapter, *stems[0]))
+        return weight * F.cross_entropy(logits, labels, reduction="sum"), weight * (logits.argmax(1) == labels).sum()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [*self.adapter.parameters(), *self.head.parameters()]}]
+
+    def begin_epoch(self, epoch: int) -> None:
+        pass
+
+    def after_step(self, share: float, reduce_sum: Reduce) -> None:
+        pass
+
+    def result(self) -> Adapter:
+        return self.adapter
 
 
 class ProjectionHead(nn.Module):
@@ -49,7 +85,15 @@ class ProjectionHead(nn.Module):
 
 
 class Dino(nn.Module):
-    """Student, teacher, centre and loss; student and teacher start from `adapter`."""
+    """The self-supervised objective (Caron et al., ICCV 2021), on the adapter alone.
+
+    Student and teacher share the frozen CLIP and differ in adapter and projection head; the teacher's are a moving
+    average of the student's. Both see the same two global crops, so the frozen stem runs once for both.
+
+        loss = mean over v != g of - <softmax((teacher(g) - center) / t_teacher), log softmax(student(v) / t_student)>
+
+    g runs over the 2 global crops, v over all crops. The result is the teacher's adapter, as in the public code.
+    """
 
     metric = "agreement"
 

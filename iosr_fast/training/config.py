@@ -1,9 +1,9 @@
-"""Hyper-parameters of an adapter's training, and the learning rate and weight decay of each step."""
+"""Hyper-parameters of an adapter's training, its schedules, and the presets of `iosr-fast train-adapter`."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from iosr_fast.exceptions import IosrFastError
@@ -67,7 +67,7 @@ class TrainConfig:
     `normalise`: subtract CLIP's mean and divide by its std during training too. The paper's public code does so at
     inference only.
     `cached_views`: compute the frozen part once for this number of (augmented) views of each picture and cache it in a
-    memory-mapped file, in `cache_precision`; 0 computes it each time (no disk, new augmentations in every epoch).
+    memory-mapped file, in float16; 0 computes it each time (no disk, new augmentations in every epoch).
     `clip_grad`: largest norm of the gradient; 0 does not clip.
     """
 
@@ -83,10 +83,9 @@ class TrainConfig:
     augment: bool = False
     normalise: bool = True
     cached_views: int = 0
-    cache_precision: Literal["fp16", "bf16"] = "fp16"
     precision: Precision = "32-true"
     seed: int = 0
-    dino: DinoConfig | None = field(default=None)
+    dino: DinoConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate"):
@@ -101,8 +100,6 @@ class TrainConfig:
             raise IosrFastError(f"expected precision of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.schedule not in ("constant", "cosine"):
             raise IosrFastError(f"expected schedule constant or cosine, got {self.schedule!r}")
-        if self.cache_precision not in ("fp16", "bf16"):
-            raise IosrFastError(f"expected cache_precision fp16 or bf16, got {self.cache_precision!r}")
         if self.dino is not None and (self.cached_views or self.augment):
             raise IosrFastError("DINO draws new crops each epoch: expected cached_views=0 and augment=False")
 
@@ -144,3 +141,31 @@ def dino_config(**changes: Any) -> TrainConfig:
 
 def _half_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The last `1 / part` of the blocks, rounded up to whole blocks, have an adapter."""
+
+    part: int
+    bottleneck: int
+    scale: float
+    training: TrainConfig
+
+    def first_adapted_block(self, blocks: int) -> int:
+        """
+        >>> PRESETS["fast", "supervised"].first_adapted_block(12)
+        8
+        """
+        return blocks - -(-blocks // self.part)
+
+
+# By name and objective. `fast` costs about one pass of the encoder, `paper` two; `demo` made the shipped adapter.
+PRESETS = {
+    ("fast", "supervised"): Preset(3, 256, 0.1, TrainConfig(schedule="cosine")),
+    ("fast", "dino"): Preset(3, 256, 0.1, dino_config()),
+    ("paper", "supervised"): Preset(1, 64, 0.03, TrainConfig()),
+    ("paper", "dino"): Preset(1, 64, 0.1, dino_config()),
+    ("demo", "supervised"): Preset(2, 256, 0.1, TrainConfig(epochs=32, schedule="cosine", augment=True)),
+    ("demo", "dino"): Preset(2, 256, 0.1, dino_config(dino=DinoConfig(out_dim=2048, momentum=0.99, mirror=False))),
+}

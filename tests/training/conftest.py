@@ -1,0 +1,21 @@
+"""The demo's CLIP and thirty pictures of three colours, which the tests of training share."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.training.small import colours
+
+
+@pytest.fixture(scope="session")
+def clip():
+    pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+    pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
+    from iosr_fast.clip.load import load_clip
+
+    return load_clip("demo")
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    return colours()

@@ -1,0 +1,94 @@
+"""One step of training for every family of image encoders: against a float64 pass, cached, and by DINO."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch comes with the cpu extra")
+pytest.importorskip("open_clip", reason="open_clip comes with the cpu extra")
+pytest.importorskip("timm", reason="timm comes with the cpu extra")
+pytest.importorskip("lightning_fabric", reason="lightning-fabric comes with the train extra")
+
+import torch.nn.functional as F  # noqa: E402
+
+from iosr_fast.clip.adapter import Adapter, encode_adapted  # noqa: E402
+from iosr_fast.clip.load import LoadedClip  # noqa: E402
+from iosr_fast.training.adapted_encoder import AdaptedEncoder  # noqa: E402
+from iosr_fast.training.config import DinoConfig, TrainConfig  # noqa: E402
+from iosr_fast.training.objectives import Supervised  # noqa: E402
+from iosr_fast.training.pictures import TensorPictures  # noqa: E402
+from iosr_fast.training.train import train_adapter  # noqa: E402
+from tests.clip.families import FAMILIES, family_clip  # noqa: E402
+from tests.clip.small_clip import random_adapter  # noqa: E402
+from tests.training.small import weights  # noqa: E402
+
+pytestmark = pytest.mark.slow
+STEP = TrainConfig(epochs=1, batch=6)
+
+
+def pictures(clip: LoadedClip) -> TensorPictures:
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 3, clip.image_size, clip.image_size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return TensorPictures(images, torch.arange(6) % 3, ["a", "b", "c"])
+
+
+def adapter_without_dropout(clip: LoadedClip) -> Adapter:
+    adapter = random_adapter(clip, 1)
+    for block in adapter.blocks.values():
+        block.dropout.p = 0.0
+    return adapter
+
+
+def gradient(adapter: Adapter) -> torch.Tensor:
+    return torch.cat([value.grad.flatten().double() for value in adapter.parameters() if value.grad is not None])
+
+
+def literal_gradient(clip: LoadedClip) -> torch.Tensor:
+    """The gradient of one whole pass of open_clip's and timm's modules with the adapter, in float64."""
+    adapter, exact = adapter_without_dropout(clip).double(), copy.deepcopy(clip)
+    exact.model.visual.double()
+    torch.manual_seed(STEP.seed)
+    head = Supervised(AdaptedEncoder(clip, 1), adapter, 3).head.double()
+    source = pictures(clip)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (clip.mean, clip.std))
+    features = encode_adapted(exact, adapter.requires_grad_(True), ((source.images / 255 - mean) / std).double())
+    F.cross_entropy(head(features), source.labels).backward()
+    return gradient(adapter)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.isa) if name == "pe-core" else name for name in FAMILIES]
+)
+def test_one_step_is_that_of_the_literal_pass(family: str) -> None:
+    """Gradients, not weights: Adam's first step is the gradient's sign, which rounding decides where it is near zero.
+
+    Bounds are relative to the largest entry: rounding errors of float32 (2^-24) and of the cache's float16 (2^-11),
+    times the length of a dot product (64) or less.
+    """
+    clip = family_clip(family)
+    exact = literal_gradient(clip)
+    largest = float(exact.abs().max())
+    assert largest > 1e-3
+    for cached_views, bound in ((0, 64 * 2**-24), (1, 8 * 2**-11)):
+        config = replace(STEP, cached_views=cached_views)
+        ours = gradient(train_adapter(clip, adapter_without_dropout(clip), pictures(clip), config))
+        torch.testing.assert_close(ours, exact, atol=bound * largest, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dino_trains_on_crops_of_another_size(family: str) -> None:
+    clip = family_clip(family)
+    size = 2 * AdaptedEncoder(clip, 1).patch_size
+    dino = DinoConfig(out_dim=8, hidden=16, head_bottleneck=8, local_crops=2, local_size=size, momentum=0.5)
+    losses: list[float] = []
+    before = weights(random_adapter(clip, 1)).clone()
+    config = replace(STEP, epochs=2, dino=dino)  # the teacher, which is the result, stays at the last step
+    after = train_adapter(
+        clip, adapter_without_dropout(clip), pictures(clip), config, report=lambda step: losses.append(step.loss)
+    )
+    assert len(losses) == 2 and min(losses) > 0 and bool(weights(after).isfinite().all())
+    assert not torch.equal(weights(after), before)
