@@ -19,7 +19,6 @@ from iosr_fast.methods.tuning.tune import TUNE_SECONDS
 from iosr_fast.methods.unknown import KEEP, check_unknown
 from iosr_fast.pipeline.many_images import ManyImages
 from iosr_fast.scoring.precision import Precision
-from iosr_fast.state.deprecated import DeprecatedCalls
 from iosr_fast.state.fit import Fit, check_fit, fit
 from iosr_fast.state.label_sets import known_label_sets, label_sets
 from iosr_fast.state.labels import labelled_images
@@ -28,6 +27,7 @@ from iosr_fast.state.optimizing import Optimizing
 from iosr_fast.state.predictions import Prediction, predict, predict_jointly
 from iosr_fast.state.saving import Saving
 from iosr_fast.state.unknown_images import unknown_folder
+from iosr_fast.utils.estimator import Estimator
 from iosr_fast.utils.numbers import check_integer
 from iosr_fast.utils.ranking import mean_average_precision
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 OPENING = ("model", "pretrained", "adapter", "runtime", "precision", "engine")
 
 
-class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
+class Classifier(Optimizing, ManyImages, Saving, Estimator):
     """A few-shot image classifier on a CLIP, and an estimator of scikit-learn. Nothing is trained.
 
     Images are paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W) or (H, W, 3): one, a
@@ -202,9 +202,8 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         images: Any = None,
         labels: Sequence[Any] | np.ndarray | None = None,
         class_names: Sequence[str] | None = None,
-        *deprecated: Any,
+        *,
         unknown_images: Any = None,
-        **deprecated_parameters: Any,
     ) -> Self:
         """Encode the support images and class names, and compile the method.
 
@@ -228,7 +227,6 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         OSError for missing files and failed downloads, ImportError for a missing package. The classifier is then as it
         was.
         """
-        self._take_fit_arguments("fit", deprecated, deprecated_parameters)
         names = self.class_names if class_names is None else class_names
         inputs = check_fit(self.get_params(), images, labels, names, unknown_images)
         fitted = fit(self._open(), inputs)
@@ -244,13 +242,11 @@ class Classifier(Optimizing, ManyImages, Saving, DeprecatedCalls):
         folder: str | Path,
         *more: str | Path,
         unknown_images: str | Path | None = None,
-        **deprecated_parameters: Any,
     ) -> Self:
         """`fit` on a folder with one sub-folder of images a class, named as the class (underscores read as spaces), or
         on a CSV file of path and label, or on several of both (labelled_images). With the column `labels` in place of
         `label` pictures may have several, joined by ";", or none. All images in the folder
         `unknown_images` and below belong to none of the classes."""
-        self._take_fit_arguments("fit_folder", (), deprecated_parameters)
         unknown = None if unknown_images is None else unknown_folder(unknown_images)
         return self.fit(*labelled_images(folder, *more), unknown_images=unknown)
 

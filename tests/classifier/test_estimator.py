@@ -6,13 +6,11 @@ import copy
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from iosr_fast import Classifier, IosrFastError
 from iosr_fast.encoders.opened_clip import OpenedClip
@@ -242,50 +240,3 @@ def test_a_loaded_classifier_knows_its_parameters(tmp_path: Path, monkeypatch: p
     assert again.encoder is loaded.encoder and not hasattr(again, "classes_") and not opened
     again.set_params(pretrained="weights.pt").fit(*pictures(np.random.default_rng(0), 5, 2), NAMES)
     assert opened[0]["engine"] == tmp_path / "bundle" / "engine" and opened[0]["pretrained"] == "weights.pt"
-
-
-# Calls of version 0.1
-
-
-def test_parameters_as_arguments_of_fit_are_deprecated(clip: OpenedClip, data: Any, tmp_path: Path) -> None:
-    images, labels = data
-    message = (
-        r"^fit\(\.\.\., method='tip-adapter', views=1\) is deprecated and will go with version 0\.3: these are "
-        r"parameters of Classifier now\. Write Classifier\(\.\.\., method='tip-adapter', views=1\), or set_params\("
-        r"method='tip-adapter', views=1\) before fit$"
-    )
-    classifier = Classifier("demo")
-    with pytest.warns(FutureWarning, match=message) as warned:
-        classifier.fit(images, labels, class_names=NAMES, method="tip-adapter", views=1)
-    assert warned[0].filename == __file__ and len(warned) == 1
-    assert classifier.method_ == "tip-adapter" and classifier.get_params()["views"] == 1
-    for c in (0, 1):
-        (tmp_path / NAMES[c]).mkdir()
-        Image.fromarray(images[labels == c][0]).save(tmp_path / NAMES[c] / "a.png")
-    with pytest.warns(FutureWarning, match=r"^fit_folder\(\.\.\., method='gda'\)") as warned:
-        classifier.fit_folder(tmp_path, method="gda")
-    assert warned[0].filename == __file__ and len(warned) == 1 and classifier.method_ == "gda"
-    for message, call in {
-        r"expected images, labels and class_names, got 4 arguments: .*Classifier\(templates=\['a \{\}'\]\)": lambda: (
-            classifier.fit(images, labels, NAMES, ["a {}"])
-        ),
-        r"fit takes images, labels and class_names, got model; give it to Classifier": lambda: classifier.fit(
-            images, labels, NAMES, model="demo"
-        ),
-        "fit_folder takes a folder, got shots": lambda: classifier.fit_folder(tmp_path, shots=2),
-    }.items():
-        with pytest.raises(IosrFastError, match=message):
-            call()
-
-
-def test_from_pretrained_is_deprecated(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[dict[str, Any]] = []
-    monkeypatch.setattr(pretrained, "open_shared", lambda **named: opened.append(named) or pixel_clip())
-    with pytest.warns(FutureWarning, match=r"from_pretrained\(\.\.\.\) is deprecated .*: write Classifier") as warned:
-        classifier = Classifier.from_pretrained("demo", "none", None, "onnxruntime", "fp16", "engine")
-    assert warned[0].filename == __file__ and len(opened) == 1, "it opens the CLIP at once, as it did"
-    shown = "Classifier(model='demo', pretrained='none', adapter=None, runtime='onnxruntime', precision='fp16', engine"
-    assert repr(classifier) == f"{shown}='engine')"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Classifier("demo", **GIVEN).fit(*pictures(np.random.default_rng(0), 5, 2), NAMES)
