@@ -58,14 +58,6 @@ inline std::size_t default_threads() {
     return static_cast<std::size_t>(count);
 }
 
-// The number of threads: 0 means default_threads().
-inline std::size_t checked_threads(py::ssize_t threads) {
-    if (threads < 0) {
-        throw py::value_error("expected threads >= 0 (0: as many as may be used), got " + std::to_string(threads));
-    }
-    return threads == 0 ? default_threads() : static_cast<std::size_t>(threads);
-}
-
 // The path named by IOSR_FAST_SIMD, or the best one.
 inline const ScorePath& requested_path() {
     const char* requested = std::getenv("IOSR_FAST_SIMD");

@@ -1,14 +1,10 @@
-// The CPU module and its scoring: checks arrays, releases the GIL, calls. search/bind.cpp binds the search.
+// The CPU module: checks arrays, releases the GIL, calls.
 #include <pybind11/stl.h>
 
 #include <cmath>
 
 #include "arrays.h"
 #include "scoring/score.h"
-
-namespace iosr {
-void bind_search(py::module_& module);
-}
 
 namespace {
 
@@ -180,5 +176,4 @@ PYBIND11_MODULE(_C, module) {
              "isn't of unit norm. `query` and `feature` replace what the cache and the linear term read. The threads are\n"
              "IOSR_FAST_THREADS or all; the logits don't depend on it. Raises RuntimeError if IOSR_FAST_SIMD or\n"
              "IOSR_FAST_THREADS is invalid here.");
-    iosr::bind_search(module);
 }

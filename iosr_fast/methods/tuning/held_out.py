@@ -149,9 +149,7 @@ class HeldOutSet:
         if self.method.class_keys:
             return Intervals.concatenate([fold.intervals(settings) for fold in self._folds])
         labels = self.labels[self.rows]
-        parts = [intervals(*self.logits(setting), labels) for setting in settings]
-        lower, upper, flags = (np.concatenate([getattr(p, f) for p in parts]) for f in ("lower", "upper", "flags"))
-        return Intervals(lower, upper, flags, parts[0].path)
+        return Intervals.concatenate([intervals(*self.logits(setting), labels) for setting in settings], axis=0)
 
     def plans(self, parameters: Mapping[str, float]) -> Iterator[tuple[np.ndarray, ScoringPlan]]:
         """For each fold the rows of its queries, and the plan that scores them, compiled with all parameters."""
@@ -243,6 +241,7 @@ class _ClassKeys:
                 raise IosrFastError("expected every beta with every gamma, betas first")
             call = {"betas": betas, "extra": self._linear, "gammas": gammas}
             settings = settings[:: len(gammas)]
+        assert self.plan.keys is not None and self.plan.class_offsets is not None
         if self.plan.weights is not None:
             call["weights"] = np.stack([np.asarray(self._weights(setting)) for setting in settings])
         return cache_intervals(

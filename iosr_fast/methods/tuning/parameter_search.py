@@ -12,8 +12,7 @@ import numpy as np
 from iosr_fast.methods.method import MAX_ALPHA
 from iosr_fast.methods.tuning.held_out import HeldOutSet, Setting
 from iosr_fast.methods.tuning.log_loss import fit_alpha, fit_factor, spread
-from iosr_fast.methods.tuning.numpy_search import EMPTY, LOWER_OPEN, UPPER_OPEN
-from iosr_fast.methods.tuning.search import Intervals, sweep
+from iosr_fast.methods.tuning.search import EMPTY, LOWER_OPEN, UPPER_OPEN, Intervals, sweep
 
 # Two candidates are level if they differ by at most this number of standard errors.
 LEVEL = 2.0

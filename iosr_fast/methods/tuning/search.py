@@ -2,30 +2,28 @@
 
 Tip-Adapter's public code (Zhang et al., ECCV 2022) tries a grid of alphas. None is needed: a sample with logits
 z + alpha * s is right on one interval of alphas, so the best alpha lies where most intervals overlap. `intervals` and
-`cache_intervals` find the intervals, `sweep` the best alpha.
-
-Each runs in C++ (csrc/search) or in NumPy (numpy_search.py) with the same results: `impl` is "cpp", "numpy" or "auto",
-which takes C++ if the extension can be imported, unless IOSR_FAST_IMPL names one of the two. Results name the path that
-ran. A wrong argument raises ValueError before any work; "cpp" raises RuntimeError if it can't run.
+`cache_intervals` find the intervals, `sweep` the best alpha. Samples are processed in chunks, so that memory stays
+bounded.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from iosr_fast.exceptions import IosrFastError, UnavailableError
-from iosr_fast.methods.tuning import numpy_search
-from iosr_fast.methods.tuning.numpy_search import LOWER_OPEN, UPPER_OPEN
-from iosr_fast.scoring import dispatch
-from iosr_fast.scoring.validation import check_finite, check_unit_rows
+from iosr_fast.methods.method import ROUNDING
 
-_log = logging.getLogger("iosr_fast")
+# Bits of the flags of an interval.
+LOWER_OPEN = 1
+UPPER_OPEN = 2
+EMPTY = 4
+
+# Elements of the arrays of a chunk of samples: a few arrays of 8 MB each.
+_CHUNK = 1 << 20
+
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,29 +33,11 @@ class Intervals:
     lower, upper (S, V) float64; upper is inf if nothing bounds it
     flags        (S, V) uint8: LOWER_OPEN and UPPER_OPEN if an end does not belong to the interval, EMPTY if no alpha
                  makes the sample right (the ends then have no meaning)
-    path         the implementation that ran: "cpp", "cpp/avx2", "numpy"
     """
 
     lower: np.ndarray
     upper: np.ndarray
     flags: np.ndarray
-    path: str = ""
-
-    def __post_init__(self) -> None:
-        for name, dtype in (("lower", np.float64), ("upper", np.float64), ("flags", np.uint8)):
-            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
-            array = getattr(self, name)
-            if array.ndim != 2 or array.shape != self.lower.shape:
-                raise IosrFastError(f"expected lower, upper and flags of one shape (S, V), got {name} of {array.shape}")
-            if np.isnan(array).any():
-                raise IosrFastError(
-                    f"expected {name} without NaN, got {np.isnan(array).sum()}; mark intervals EMPTY instead"
-                )
-
-    @property
-    def n_settings(self) -> int:
-        """S."""
-        return int(self.lower.shape[0])
 
     @property
     def n_samples(self) -> int:
@@ -66,19 +46,15 @@ class Intervals:
 
     def only(self, rows: np.ndarray) -> Intervals:
         """The intervals of some samples, `rows` a mask (V,) or indices."""
-        return Intervals(self.lower[:, rows], self.upper[:, rows], self.flags[:, rows], self.path)
+        return Intervals(self.lower[:, rows], self.upper[:, rows], self.flags[:, rows])
 
     @staticmethod
-    def concatenate(parts: Sequence[Intervals]) -> Intervals:
-        """The samples of several parts (folds) side by side; ValueError if their numbers of settings differ."""
-        settings = [part.n_settings for part in parts]
-        if len(set(settings)) != 1:
-            raise IosrFastError(f"expected at least one part, and all of one number of settings, got {settings}")
-        paths = " + ".join(dict.fromkeys(part.path for part in parts))
+    def concatenate(parts: Sequence[Intervals], axis: int = 1) -> Intervals:
+        """The samples of several parts (folds) side by side; with axis=0 their settings below one another."""
         lower, upper, flags = (
-            np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("lower", "upper", "flags")
+            np.concatenate([getattr(part, name) for part in parts], axis) for name in ("lower", "upper", "flags")
         )
-        return Intervals(lower, upper, flags, paths)
+        return Intervals(lower, upper, flags)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +64,6 @@ class Best:
     alpha, low, high  (S,) float64; the plateau reaches from low to high, which are equal if it is a single point
     right             (S,) int64, the number of right samples on the plateau
     low_included, high_included  (S,) bool, whether an end belongs to the plateau
-    path              the implementation that ran: "cpp" or "numpy"
     """
 
     alpha: np.ndarray
@@ -97,10 +72,9 @@ class Best:
     right: np.ndarray
     low_included: np.ndarray
     high_included: np.ndarray
-    path: str = ""
 
 
-def intervals(base: Any, slope: Any, labels: Any, impl: str = "auto") -> Intervals:
+def intervals(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Intervals:
     """The alphas >= 0 at which argmax over c of base[v, c] + alpha * slope[v, c] is labels[v]; S = 1.
 
     The first of equal logits wins, as in np.argmax. With y = labels[v], d = slope[y] - slope[c] and
@@ -110,88 +84,63 @@ def intervals(base: Any, slope: Any, labels: Any, impl: str = "auto") -> Interva
     no more than 64 roundings of float32 count as equal (d = 0): only a huge alpha lets such a difference outweigh e,
     and whether it does is noise.
 
-    base, slope (V, C), converted to float32; labels (V,) integers in [0, C).
+    base, slope (V, C) float32; labels (V,) integers in [0, C).
     """
-    base, slope = _matrix("base", base), _matrix("slope", slope)
-    _check_shape("slope", slope, base.shape, "as base has")
-    labels = _labels(labels, *base.shape)
-    path = _choose(impl)
-    if path == "numpy":
-        lower, upper, flags = numpy_search.intervals(base, slope, labels)
-    else:
-        from iosr_fast import _C
-
-        lower, upper, flags = _C.intervals(base=base, slope=slope, labels=labels)
-    return Intervals(lower[None], upper[None], flags[None], path)
+    rows = _empty_rows(1, len(labels))
+    for part in _chunks(*base.shape):
+        bounds = _bounds(base[part].astype(np.float64), slope[part].astype(np.float64), labels[part])
+        for out, row in zip(rows, bounds, strict=True):
+            out[0, part] = row
+    return Intervals(*rows)
 
 
 def cache_intervals(
-    base: Any,
-    query: Any,
-    keys: Any,
-    class_offsets: Any,
-    labels: Any,
-    betas: Any,
-    weights: Any = None,
-    extra: Any = None,
-    gammas: Any = None,
-    impl: str = "auto",
+    base: np.ndarray,
+    query: np.ndarray,
+    keys: np.ndarray,
+    class_offsets: np.ndarray,
+    labels: np.ndarray,
+    betas: Sequence[float],
+    weights: np.ndarray | None = None,
+    extra: np.ndarray | None = None,
+    gammas: Sequence[float] = (0.0,),
 ) -> Intervals:
     """intervals() for a cache at K betas and G gammas at once; setting k * G + g has betas[k] and gammas[g].
 
     slope[v, c] = sum over keys j of class c: weights[k, j] * exp(-betas[k] * (1 - <query[v], keys[j]>))
     base[v, c] + gammas[g] * extra[v, c] takes the place of base[v, c]
 
-    Equals intervals() of these without forming the (V, N) affinity or a slope: the product of queries and keys is
-    computed once for all betas, block by block.
+    Equals intervals() of these without holding the (V, N) affinity: the product of queries and keys is computed once
+    for all betas, chunk by chunk.
 
-    base, extra    (V, C) float32; extra and gammas (G,) come together, and without them G = 1
+    base, extra    (V, C) float32
     query, keys    (V, D) and (N, D) float32, unit rows, or zero where a reducer leaves nothing; keys sorted by class
     class_offsets  (C + 1,); class c owns keys[class_offsets[c]:class_offsets[c + 1]], which may be empty
     labels         (V,) integers in [0, C)
-    betas          (K,), finite and >= 0
     weights        (K, N) float32; None for all ones
     """
-    base, query, keys = _matrix("base", base), _matrix("query", query), _matrix("keys", keys)
-    n_samples, n_classes = base.shape
-    labels = _labels(labels, n_samples, n_classes)
-    if len(keys) < 1 or keys.shape[1] < 1:
-        raise IosrFastError(f"expected at least one key with at least one channel, got keys of shape {keys.shape}")
-    _check_shape("query", query, (n_samples, keys.shape[1]), "a row for each of base, a channel for each of keys")
-    offsets = _offsets(class_offsets, n_classes, len(keys))
-    betas = _numbers("betas", betas)
-    if (betas < 0).any():
-        raise IosrFastError(f"expected betas >= 0, got {betas.min():.6g}")
-    if (extra is None) != (gammas is None):
-        raise IosrFastError("expected extra and gammas together, got one without the other")
-    if extra is not None:
-        extra, gammas = _matrix("extra", extra), _numbers("gammas", gammas)
-        _check_shape("extra", extra, base.shape, "as base has")
-    if weights is not None:
-        weights = _matrix("weights", weights)
-        _check_shape("weights", weights, (len(betas), len(keys)), "a row for each of betas, a column for each of keys")
-    check_unit_rows("query", query, or_zero=True)
-    check_unit_rows("keys", keys, or_zero=True)
-    arguments = {
-        "base": base,
-        "query": query,
-        "keys": keys,
-        "class_offsets": offsets,
-        "labels": labels,
-        "betas": betas,
-        "weights": weights,
-        "extra": extra,
-        "gammas": gammas,
-    }
-    if _choose(impl) == "numpy":
-        return Intervals(*numpy_search.cache_intervals(**arguments), "numpy")
-    from iosr_fast import _C
-
-    lower, upper, flags, path = _C.cache_intervals(**arguments)
-    return Intervals(lower, upper, flags, f"cpp/{path}")
+    rows = _empty_rows(len(betas) * len(gammas), len(labels))
+    # For an empty segment reduceat gives a[i] rather than 0, so only classes with keys are summed.
+    classes = np.flatnonzero(np.diff(class_offsets))
+    for part in _chunks(len(labels), max(len(keys), base.shape[1])):
+        dots = query[part] @ keys.T
+        dots -= np.float32(1.0)
+        for k, beta in enumerate(betas):
+            affinity = np.exp(dots * np.float32(beta))
+            if weights is not None:
+                affinity *= weights[k]
+            slope = np.zeros((len(dots), base.shape[1]))
+            slope[:, classes] = np.add.reduceat(affinity, class_offsets[classes], axis=1, dtype=np.float64)
+            for g, gamma in enumerate(gammas):
+                shifted = base[part].astype(np.float64)
+                if extra is not None:
+                    shifted += gamma * extra[part].astype(np.float64)
+                for out, row in zip(rows, _bounds(shifted, slope, labels[part]), strict=True):
+                    out[k * len(gammas) + g, part] = row
+    return Intervals(*rows)
 
 
-def sweep(intervals: Intervals, impl: str = "auto") -> Best:
+def sweep(intervals: Intervals) -> Best:
     """The alpha at which most samples are right, for each setting.
 
     The number of right samples is constant between neighbouring ends of intervals. The result is the middle of its
@@ -201,83 +150,86 @@ def sweep(intervals: Intervals, impl: str = "auto") -> Best:
     Alphas range from 0 to twice the largest finite end above 0 of the setting's intervals, or to 2 without one, so that
     an unbounded plateau has a middle. If no sample is right at any alpha, the whole range is the plateau.
     """
-    path = _choose(impl)
-    rows = {"lower": intervals.lower, "upper": intervals.upper, "flags": intervals.flags}
-    if path == "numpy":
-        alpha, low, high, ends, right = numpy_search.sweep(**rows)
-    else:
-        from iosr_fast import _C
-
-        alpha, low, high, ends, right = _C.sweep(**rows)
-    return Best(alpha, low, high, right, (ends & LOWER_OPEN) == 0, (ends & UPPER_OPEN) == 0, path)
+    settings = [_sweep(*rows) for rows in zip(intervals.lower, intervals.upper, intervals.flags, strict=True)]
+    low, high, right, low_included, high_included = (np.array(column) for column in zip(*settings, strict=True))
+    return Best(low + (high - low) / 2, low, high, right, low_included, high_included)
 
 
-def _choose(impl: str) -> str:
-    """ "cpp" or "numpy"."""
-    forced = os.environ.get(dispatch.ENVIRONMENT, "")
-    source = f"impl={impl!r}"
-    if impl == "auto" and forced in ("cpp", "numpy"):
-        impl, source = forced, f"{dispatch.ENVIRONMENT}={forced}"
-    if impl not in ("auto", "cpp", "numpy"):
-        raise IosrFastError(f"expected an implementation of auto, cpp, numpy, got {source}")
-    if impl == "numpy":
-        return impl
-    reason = dispatch.cpp_unavailable_reason()
-    if reason is None:
-        return "cpp"
-    if impl == "cpp":
-        raise UnavailableError(f"{source} can't run here: {reason}")
-    _log.info("searching with numpy (unavailable: cpp: %s)", reason)
-    return "numpy"
+def _chunks(n_samples: int, width: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(1, width))
+    for begin in range(0, n_samples, step):
+        yield slice(begin, min(begin + step, n_samples))
 
 
-def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...], why: str) -> None:
-    if array.shape != shape:
-        raise IosrFastError(f"expected {name} of shape {shape}, {why}, got {array.shape}")
+def _empty_rows(*shape: int) -> Rows:
+    return np.empty(shape), np.empty(shape), np.empty(shape, dtype=np.uint8)
 
 
-def _matrix(name: str, values: Any) -> np.ndarray:
-    array: np.ndarray = np.ascontiguousarray(values, dtype=np.float32)
-    if array.ndim != 2:
-        raise IosrFastError(f"expected {name} with two axes, got shape {np.shape(values)}")
-    check_finite(name, array)
-    return array
+def _bounds(base: np.ndarray, slope: np.ndarray, labels: np.ndarray) -> Rows:
+    """intervals() of one chunk, in float64. A sample beaten by a class of the same slope has lower = inf."""
+    own = (np.arange(len(labels)), labels)
+    e = base - base[own][:, None]
+    own_slope = slope[own][:, None]
+    d = own_slope - slope
+    d[(np.abs(d) <= ROUNDING * (np.abs(own_slope) + np.abs(slope))) & (e != 0)] = 0.0
+    strict = np.arange(base.shape[1]) < labels[:, None]
+    beaten = (d == 0) & ((e > 0) | ((e == 0) & strict))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bound = e / d
+    below = np.where(beaten, np.inf, np.where(d > 0, bound, -np.inf))
+    above = np.where(d < 0, bound, np.inf)
+    # The largest bounds that exclude themselves (strict) and that don't; an end is open if a strict one is the largest.
+    lower_strict = np.where(strict, below, -np.inf).max(axis=1)
+    lower = np.maximum(np.where(strict, -np.inf, below).max(axis=1), 0.0)
+    upper_strict = np.where(strict, above, np.inf).min(axis=1)
+    upper = np.where(strict, np.inf, above).min(axis=1)
+    lower_open = lower_strict >= lower
+    upper_open = (upper_strict <= upper) & (upper_strict < np.inf)
+    lower = np.maximum(lower, lower_strict) + 0.0  # no -0
+    upper = np.minimum(upper, upper_strict) + 0.0
+    empty = (lower == np.inf) | (lower > upper) | ((lower == upper) & (lower_open | upper_open))
+    flags = LOWER_OPEN * lower_open + UPPER_OPEN * upper_open + EMPTY * empty
+    return lower, upper, flags.astype(np.uint8)
 
 
-def _numbers(name: str, values: Any) -> np.ndarray:
-    """Constants as float64, in the range of float32 so that none of their products overflows."""
-    array: np.ndarray = np.ascontiguousarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 1:
-        raise IosrFastError(f"expected {name} of shape (n,) with n >= 1, got {np.shape(values)}")
-    if not (np.abs(array) <= np.finfo(np.float32).max).all():
-        raise IosrFastError(f"expected {name} finite and in the range of float32, got {array}")
-    return array
+# A position on the axis of alphas: twice the bits of v for the point v, and one more for just after it. (Numbers >= 0
+# sort like their bits.) An interval covers the positions from its start to before its end.
+def _position(alpha: np.ndarray, after: np.ndarray | bool) -> np.ndarray:
+    bits: np.ndarray = np.ascontiguousarray(alpha, dtype=np.float64).view(np.uint64)
+    return (bits << np.uint64(1)) | np.asarray(after, dtype=np.uint64)
 
 
-def _labels(values: Any, n_samples: int, n_classes: int) -> np.ndarray:
-    array = np.asarray(values)
-    if n_classes < 1:
-        raise IosrFastError("expected base of shape (V, C) with C >= 1, got C = 0")
-    if array.dtype.kind not in "iu" and array.size > 0:
-        raise IosrFastError(f"expected labels of integers, got {array.dtype}")
-    if array.shape != (n_samples,):
-        raise IosrFastError(f"expected labels of shape {(n_samples,)}, one for each row of base, got {array.shape}")
-    outside = (array < 0) | (array >= n_classes)
-    if outside.any():
-        raise IosrFastError(f"expected labels from 0 to {n_classes - 1} (columns of base), got {array[outside][0]}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+def _alpha(positions: np.ndarray) -> np.ndarray:
+    return (positions >> np.uint64(1)).view(np.float64)
 
 
-def _offsets(values: Any, n_classes: int, n_keys: int) -> np.ndarray:
-    offsets = np.asarray(values)
-    if offsets.dtype.kind not in "iu" or offsets.shape != (n_classes + 1,):
-        raise IosrFastError(
-            f"expected class_offsets of integers, shape {(n_classes + 1,)}, got {offsets.dtype} of {offsets.shape}"
-        )
-    offsets = np.ascontiguousarray(offsets, dtype=np.int64)
-    if offsets[0] != 0 or offsets[-1] != n_keys or (np.diff(offsets) < 0).any():
-        raise IosrFastError(
-            f"expected class_offsets to rise from 0 to the number of keys, {n_keys}, "
-            f"got {offsets[0]} to {offsets[-1]}; sort keys by class first"
-        )
-    return offsets
+def _domain(lower: np.ndarray, upper: np.ndarray, flags: np.ndarray) -> Rows:
+    """The largest alpha that is considered (1,), and the start and end positions of the non-empty intervals."""
+    some = (flags & EMPTY) == 0
+    ends = np.concatenate([lower[some], upper[some]])
+    ends = ends[(ends > 0) & (ends < np.inf)]
+    alpha_max = min(2.0 * float(ends.max()), float(np.finfo(np.float64).max)) if len(ends) else 2.0
+    some &= (lower <= alpha_max) & (upper >= 0)
+    lower, upper, flags = lower[some], upper[some], flags[some]
+    starts = _position(np.maximum(lower, 0.0) + 0.0, (lower >= 0) & ((flags & LOWER_OPEN) != 0))
+    ends = _position(np.minimum(upper, alpha_max) + 0.0, (upper > alpha_max) | ((flags & UPPER_OPEN) == 0))
+    some = starts < ends
+    return np.array([alpha_max]), starts[some], ends[some]
+
+
+def _sweep(lower: np.ndarray, upper: np.ndarray, flags: np.ndarray) -> tuple[float, float, int, bool, bool]:
+    """sweep() of one setting: low, high, right, low_included, high_included."""
+    limit, starts, stops = _domain(lower, upper, flags)
+    outer = np.concatenate([_position(np.zeros(1), False), _position(limit, True)])
+    positions = np.unique(np.concatenate([outer, starts, stops]))
+    counts = np.searchsorted(np.sort(starts), positions[:-1], "right")
+    counts -= np.searchsorted(np.sort(stops), positions[:-1], "right")
+    # If one interval ends where another begins, the count may stay the same and the plateau continues.
+    changes = np.flatnonzero(np.diff(counts)) + 1
+    firsts = np.concatenate([[0], changes])
+    borders = positions[np.concatenate([firsts, [len(counts)]])]
+    widths = np.where(counts[firsts] == counts.max(), np.diff(_alpha(borders)), -1.0)
+    best = int(widths.argmax())
+    low, high = _alpha(borders[best : best + 2])
+    first, past = (int(border) & 1 for border in borders[best : best + 2])
+    return float(low), float(high), int(counts.max()), not first, bool(past)
