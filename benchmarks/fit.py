@@ -62,7 +62,7 @@ def run(run: Run, model: str = "ViT-B-32", pictures: int = 160) -> None:
 
         def encode_once() -> Embeddings:
             batch = choose_batch(encoder, None)
-            stage = choose_stage(encoder, classifier.engine_, CpuDecoder(exact=True), pictures, batch, run.threads)
+            stage = choose_stage(encoder, classifier.engine_, pictures, batch, run.threads)
             ends = [0, *accumulate(batch_sizes(pictures, batch, stage.callers))]
             batches = [(begin, paths[begin:end]) for begin, end in pairwise(ends)]
             with closing(encode_batches(stage, CpuDecoder(exact=True), batches, Embeddings.to_numpy)) as results:

@@ -198,7 +198,7 @@ class Folder:
         return choose_batch(classifier.encoder, None)
 
     def stage(self, classifier: Classifier) -> Stage:
-        arguments = (classifier.encoder, classifier.engine_, CpuDecoder(), len(self.paths), self.batch(classifier))
+        arguments = (classifier.encoder, classifier.engine_, len(self.paths), self.batch(classifier))
         return choose_stage(*arguments, self.run.threads)
 
 

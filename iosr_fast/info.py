@@ -16,7 +16,6 @@ OPTIONAL_PACKAGES = (
     "openvino",
     "torch",
     "torchvision",
-    "torchcodec",
     "open_clip_torch",
     "onnx",
     "onnxscript",

@@ -138,7 +138,7 @@ def test_constraints_are_versions_that_pyproject_allows() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[0-9][0-9a-z.]*", line)] == []
     pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
-    unpinned = {"torch", "torchvision", "torchcodec", "triton", "tensorrt"}  # differ by platform
+    unpinned = {"torch", "torchvision", "triton", "tensorrt"}  # differ by platform
     for each in requirements():
         assert (each.name in unpinned) == (canonicalize_name(each.name) not in pinned), each
         assert each.name in unpinned or pinned[canonicalize_name(each.name)] in each.specifier, each

@@ -163,11 +163,12 @@ def check_batches(encoder: Encoder, pixels: np.ndarray) -> None:
 
 
 def facts_of(encoder: Encoder, verified: str) -> dict[str, Any]:
-    from iosr_fast.utils.machine import package_version, usable_threads
+    from iosr_fast.utils.machine import package_version, this_gpu, usable_threads
     from iosr_fast.utils.provenance import cpu_description
 
     manifest = {} if encoder.source is None else encoder.source.manifest
-    device = cpu_description() if encoder.input_device is None else f"{encoder.input_device}, {cpu_description()}"
+    gpu = None if encoder.buckets is None else this_gpu()
+    device = cpu_description() if gpu is None else f"{gpu.name}, {cpu_description()}"
     return {
         "runtime": encoder.runtime,
         "model": manifest.get("model"),

@@ -53,8 +53,8 @@ def classify(
         int | None, typer.Option(min=1, help="Images encoded at a time [default: 16 on a CPU, else 64; in parts 64].")
     ] = None,
     decoder: Annotated[
-        Literal["auto", "cpu", "cpu-exact", "torchcodec", "nvimagecodec"],
-        typer.Option(metavar="NAME", help="auto, cpu, cpu-exact, torchcodec or nvimagecodec."),
+        Literal["cpu", "cpu-exact"],
+        typer.Option(metavar="NAME", help="cpu, or cpu-exact: large JPEGs too are decoded at full size."),
     ] = "auto",
     runtime: Runtime = "auto",
     threads: parts.Threads = None,
@@ -116,7 +116,7 @@ def classify(
             raise IosrFastError(
                 f"expected a file for --out with --html, got the folder {out}: use {' or '.join(FILES)}"
             )
-        if len(images) > 1 or decoder != "auto":
+        if len(images) > 1 or decoder != "cpu":
             raise IosrFastError("expected one input and no --decoder with --out FOLDER; give a file for several inputs")
         for name in ("images", "decoder", "classifier", "joint", "html"):
             del options[name]

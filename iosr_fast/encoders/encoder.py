@@ -76,7 +76,6 @@ class Encoder(Protocol):
     threads            CPU threads of one run; None for the runtime's choice
     runs               how many threads may execute it at once, with one copy of the weights; further ones wait
     parallel           whether `open_engine` can open it for more than one of `runs`
-    input_device       the GPU, such as "cuda:0", from which it takes pixels as tensors too; None: NumPy arrays only
     source             the verified engine folder that the encoder was opened from, or None
 
     >>> import numpy as np
@@ -98,7 +97,6 @@ class Encoder(Protocol):
     threads: int | None = None
     runs: int = 1
     parallel: bool = False
-    input_device: str | None = None
     source: VerifiedFolder | None = None
 
     @property
@@ -107,13 +105,10 @@ class Encoder(Protocol):
         return Geometry(self.image_size)
 
     @abstractmethod
-    def encode(self, pixels: Array) -> Embeddings:
-        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1, to embeddings (B, width).
+    def encode(self, pixels: np.ndarray) -> Embeddings:
+        """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1, to embeddings (B, width)."""
 
-        `pixels`: a NumPy array, or a tensor on `input_device` that the caller's current stream there may read.
-        """
-
-    def encode_on_device(self, pixels: Array) -> Embeddings:
+    def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
         """As `encode`, but an encoder on a GPU gives tensors there, which `score` reads where they are; nothing waits
         for the GPU."""
         return self.encode(pixels)

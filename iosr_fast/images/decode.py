@@ -19,10 +19,10 @@ from iosr_fast.images.preprocess import ENCODED, open_image, opened_encoded, pad
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 # Takes (width, height); returns what is wrong with them, or "".
 SizeCheck = Callable[[int, int], str]
+DECODERS = ("cpu", "cpu-exact")
 # libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 of its size by omitting coefficients: a sharp cut-off and one more rounding.
 # With MARGIN times the target size left, the mean difference to the reference is below 1 level on textures with a
 # photograph's spectrum (2 to 4 levels at a margin of 1). No margin protects labels that are nearly tied.
@@ -34,44 +34,32 @@ _REVERSED_X, _REVERSED_Y = frozenset({2, 3, 7, 8}), frozenset({3, 4, 6, 7})  # E
 @dataclass(frozen=True)
 class DecodedBatch:
     """`errors`: for each source, in order, its error or None. `pixels`: uint8 (n, size, size, 3) of the n readable
-    sources, in order; None if there are none. A tensor is on the decoder's GPU and complete: any CUDA stream may read
-    it."""
+    sources, in order; None if there are none."""
 
     errors: list[BadImageError | None]
-    pixels: np.ndarray | Tensor | None
+    pixels: np.ndarray | None
 
     @classmethod
-    def collect(
-        cls, results: Sequence[Any], stack: Callable[[Sequence[Any]], np.ndarray | Tensor] = np.stack
-    ) -> DecodedBatch:
-        """From each source's pixels (size, size, 3) or error, in order; `stack` makes one array or tensor of pixels."""
+    def collect(cls, results: Sequence[np.ndarray | BadImageError]) -> DecodedBatch:
+        """From each source's pixels (size, size, 3) or error, in order."""
         errors = [result if isinstance(result, BadImageError) else None for result in results]
         readable = [result for result in results if not isinstance(result, BadImageError)]
-        return cls(errors, stack(readable) if readable else None)
-
-    def to_numpy(self) -> DecodedBatch:
-        """With the pixels in CPU memory, in one copy."""
-        if self.pixels is None or isinstance(self.pixels, np.ndarray):
-            return self
-        return DecodedBatch(self.errors, self.pixels.cpu().numpy())
+        return cls(errors, np.stack(readable) if readable else None)
 
 
 class Decoder(Protocol):
-    """Decodes batches of images as `open_image` takes them. Threads may share one; only `threads` of them help."""
+    """Decodes batches of images as `open_image` takes them. Threads may share one."""
 
     name: str
-    threads: int | None  # None: no limit
     exif_orientation: bool
 
     def decode(self, sources: Sequence[Any], geometry: Geometry, start: int = 0) -> DecodedBatch:
-        """The pixels of the readable sources, in NumPy or on a GPU. Positions in errors count from `start`."""
+        """The pixels of the readable sources. Positions in errors count from `start`."""
         ...
 
 
 class CpuDecoder:
     """Pillow, in the calling thread. With `exact`, pixels equal the reference to the last bit."""
-
-    threads: int | None = None
 
     def __init__(self, exact: bool = False, exif_orientation: bool = True) -> None:
         self.name, self._exact, self.exif_orientation = "cpu-exact" if exact else "cpu", exact, exif_orientation
@@ -83,6 +71,13 @@ class CpuDecoder:
                 for i, source in enumerate(sources)
             ]
         )
+
+
+def choose_decoder(name: str = "cpu", exif_orientation: bool = True) -> Decoder:
+    """The decoder "cpu" or "cpu-exact". Raises IosrFastError for another name."""
+    if name not in DECODERS:
+        raise IosrFastError(f"expected decoder to be one of {', '.join(DECODERS)}, got {name!r}")
+    return CpuDecoder(name == "cpu-exact", exif_orientation)
 
 
 def try_decode(

@@ -42,7 +42,7 @@ class ManyImages(Uncertainty):
         batch: int | None = None,
         skip_bad: bool = False,
         threads: int | None = None,
-        decoder: str = "auto",
+        decoder: str = "cpu",
         joint: bool = False,
         unknown: Literal["reject"] | None = None,
         unknown_label: str = UNKNOWN_LABEL,
@@ -53,7 +53,7 @@ class ManyImages(Uncertainty):
         Pictures are decoded while others are encoded, few at a time, so that any number fits; what the folder holds
         beside them is counted in a warning (images.listing). A JPEG 6 times larger than the encoder's pictures is
         decoded at a fraction of its size, which changes its pixels by about 1 level or less on average, and a label
-        that was as good as tied; the `decoder` "cpu-exact" gives the pixels of `predict` (images.decoders has all).
+        that was as good as tied; the `decoder` "cpu-exact" gives the pixels of `predict`.
         `batch` images are encoded at a time (None: 16 on a CPU, 64 on a GPU); `threads` are the cores to use on a CPU
         (None: all). All is of one state of the classifier.
 
@@ -63,7 +63,7 @@ class ManyImages(Uncertainty):
 
         Raises FileNotFoundError without the folder, BadImageError for the first unreadable image unless `skip_bad`,
         IosrFastError for an unknown decoder, numbers below 1, a class named `unknown_label` or too few support images
-        for `keep`, all before an image is read, RuntimeError for a decoder that can't run here.
+        for `keep`, all before an image is read.
         """
         rejecting = check_rejecting(unknown, unknown_label, keep)
         fit = self._fitted()
@@ -77,7 +77,7 @@ class ManyImages(Uncertainty):
         batch: int | None = None,
         skip_bad: bool = False,
         threads: int | None = None,
-        decoder: str = "auto",
+        decoder: str = "cpu",
     ) -> FolderSuggestions:
         """The n images of a folder and below to label next: diverse, and uncertain for this classifier, those that look
         like a class of their own first (methods.suggest). Before a fit, diverse alone.
@@ -101,7 +101,7 @@ class ManyImages(Uncertainty):
         batch: int | None = None,
         skip_bad: bool = False,
         threads: int | None = None,
-        decoder: str = "auto",
+        decoder: str = "cpu",
     ) -> Evaluation:
         """Measure the classifier on labelled images that are not its support images: accuracy with its interval, each
         class, confusions, log-loss and calibration, the most probable mistakes with their nearest support images, and

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from iosr_fast.images.decode import Decoder
-from iosr_fast.images.decoders import choose_decoder
+from iosr_fast.images.decode import Decoder, choose_decoder
 from iosr_fast.pipeline.stream import Errors, Stage, choose_batch, choose_stage, encode_all
 
 if TYPE_CHECKING:
@@ -40,12 +39,12 @@ class Reader:
         decoder: str,
     ) -> Self:
         """The reader of the arguments of Classifier.predict_folder, and its errors about them."""
-        chosen = choose_decoder(decoder, encoder.input_device, exif_orientation)
+        chosen = choose_decoder(decoder, exif_orientation)
         return cls(encoder, engine, chosen, choose_batch(encoder, batch), threads, skip_bad)
 
     def stage(self, images: int) -> Stage:
         """How the cores are used for a number of images."""
-        return choose_stage(self.encoder, self.engine, self.decoder, images, self.batch, self.threads)
+        return choose_stage(self.encoder, self.engine, images, self.batch, self.threads)
 
     def embed(
         self, sources: Sequence[Any], advance: Callable[[int], None] = lambda images: None

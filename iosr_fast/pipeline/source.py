@@ -113,7 +113,6 @@ class ItemDecoder:
     """A Decoder of items with `resize_and_crop`'s pixels, to the last bit."""
 
     name = "items"
-    threads: int | None = None
 
     def __init__(self, exif_orientation: bool = True) -> None:
         self.exif_orientation = exif_orientation

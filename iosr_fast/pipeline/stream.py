@@ -45,9 +45,7 @@ class Stage:
     decode_threads: int
 
 
-def choose_stage(
-    encoder: Encoder, engine: str | Path, decoder: Decoder, images: int, batch: int, threads: int | None
-) -> Stage:
+def choose_stage(encoder: Encoder, engine: str | Path, images: int, batch: int, threads: int | None) -> Stage:
     """How to use `threads` cores (None: all) for a number of images.
 
     For many batches it opens the engine again for several runs at once with few threads each, unless `encoder` is so,
@@ -70,7 +68,7 @@ def choose_stage(
         return Stage(encoder, callers, 0)
     if encoder.buckets is None:  # on a CPU, where the encoder needs most cores
         threads = max(1, threads // 4)
-    return Stage(encoder, 1, threads if decoder.threads is None else min(threads, decoder.threads))
+    return Stage(encoder, 1, threads)
 
 
 def choose_batch(encoder: Encoder, batch: int | None) -> int:
@@ -129,7 +127,7 @@ def encode_all(
 
     Raises BadImageError for the first unreadable image unless `skip_bad`, and as `choose_stage` does.
     """
-    stage = choose_stage(encoder, engine, decoder, len(paths), batch, threads)
+    stage = choose_stage(encoder, engine, len(paths), batch, threads)
     errors: Errors = []
     parts: list[Embeddings] = []
     with closing(embed(stage, decoder, paths, batch)) as batches:
@@ -150,14 +148,12 @@ def encode_batches(
     """For each batch (position of its first source, sources), in order: the sources' errors, and `use` of the
     embeddings of the readable ones (None if there are none).
 
-    A batch is encoded together, without its unreadable images. Pixels stay on a GPU where decoder and encoder are on
-    it. Pixels of at most `callers` batches are in memory or, with one caller, of `decode_threads` + 2. When the
-    generator ends, also by close(), its threads have ended.
+    A batch is encoded together, without its unreadable images. Pixels of at most `callers` batches are in memory or,
+    with one caller, of `decode_threads` + 2. When the generator ends, also by close(), its threads have ended.
     """
 
     def decode(batch: tuple[int, Sequence[Any]]) -> DecodedBatch:
-        decoded = decoder.decode(batch[1], stage.encoder.geometry, batch[0])
-        return decoded.to_numpy() if stage.encoder.input_device is None else decoded
+        return decoder.decode(batch[1], stage.encoder.geometry, batch[0])
 
     def encode(decoded: DecodedBatch) -> tuple[Errors, _R | None]:
         pixels = decoded.pixels

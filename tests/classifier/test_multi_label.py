@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score
 from iosr_fast import score
 from iosr_fast.classifier import Classifier
 from iosr_fast.exceptions import IosrFastError
-from iosr_fast.images.decoders import choose_decoder
+from iosr_fast.images.decode import CpuDecoder
 from iosr_fast.methods.multi_label import fit_multi_label
 from iosr_fast.pipeline import run as runs
 from iosr_fast.pipeline.job import Job
@@ -161,9 +161,8 @@ def test_folders_and_tables_have_the_labels_of_each_picture(tmp_path: Path) -> N
         expected = sorted((-probabilities[i, NAMES.index(name)], name) for name in labels)
         assert [*found] == [name for _, name in expected]
         np.testing.assert_allclose([-p for p, _ in expected], [*found.values()], atol=1e-5)
-    decoder = choose_decoder("auto", None, True)
     paths = [str(path) for path in results.paths]
-    reader = Reader(classifier.encoder, Path("none"), decoder, 5, None, False)
+    reader = Reader(classifier.encoder, Path("none"), CpuDecoder(), 5, None, False)
     job = Job(classifier.snapshot(), reader, paths, SEVERAL)
     file = io.StringIO()
     assert job.stream(file, print) == (0, 0)

@@ -182,7 +182,7 @@ def test_classify_names_what_is_missing_before_the_bundle_is_opened(
     assert "expected --out FOLDER with --chunk, --ray" in refused("classify", "bundle", folder, "--ray", "--chunk", "2")
     one = "expected one input and no --decoder with --out FOLDER"
     assert one in refused("classify", "bundle", folder, folder, "--out", tmp_path / "parts")
-    assert one in refused("classify", "bundle", folder, "--out", tmp_path / "parts", "--decoder", "cpu")
+    assert one in refused("classify", "bundle", folder, "--out", tmp_path / "parts", "--decoder", "cpu-exact")
     assert "found none in" in refused("classify", "bundle", tmp_path / "empty", "--out", tmp_path / "labels.csv")
     assert "'--top': " in refused("classify", "bundle", folder, "--top", "-3")
     assert not (tmp_path / "labels.csv").exists()

@@ -119,10 +119,8 @@ class Machine:
             cuda_stream=7,
             synchronize=lambda: None,
             device="cuda:1",
-            wait_stream=lambda other: self.waited.append(other is self.caller),
         )
         self.caller = SimpleNamespace(wait_stream=lambda other: self.handed_over.append(other is stream))
-        self.waited: list[bool] = []  # the encoder's stream for pixels of the caller's
         self.handed_over: list[bool] = []  # results that the caller's stream waits for, or that live until it has read
         streams = {None: stream, "cuda:1": self.caller}
         cuda = SimpleNamespace(Stream=lambda: stream, stream=nullcontext, current_stream=lambda on=None: streams[on])
@@ -196,22 +194,6 @@ def test_each_bucket_has_one_context_and_after_warming_one_graph(
     assert machine.handed_over == [True] * 6, "of both runs the caller's stream waits, and each output is its own"
     assert isinstance(there.plain, torch.Tensor)
     np.testing.assert_allclose(there.to_numpy().plain, pixels.mean((1, 2)), rtol=1e-6)
-
-
-def test_pixels_on_the_gpu_are_taken_there_once_the_callers_stream_has_written_them(
-    runtime: str, machine: Machine, tmp_path: Path
-) -> None:
-    """A CPU tensor stands for one on the GPU."""
-    made = encoder(runtime, tmp_path, buckets=(1, 3))
-    assert made.input_device == "cpu"
-    pixels = pictures(8)
-    made.encode(pixels)
-    assert machine.waited == [], "an array is there already"
-    for there in (torch.from_numpy(pixels), torch.from_numpy(np.repeat(pixels, 2, 0))[::2]):
-        machine.waited.clear()
-        found = made.encode(there)
-        np.testing.assert_allclose(found.plain, pixels.mean((1, 2)), rtol=1e-6)
-        assert machine.waited == [True, True], "in both runs"
 
 
 def test_compiled_kernels_are_kept_in_the_cache_and_never_in_the_engine(

@@ -18,7 +18,6 @@ from PIL import Image
 from iosr_fast.encoders.encoder import Embeddings, Encoder
 from iosr_fast.exceptions import BadImageError
 from iosr_fast.images.decode import CpuDecoder, DecodedBatch
-from iosr_fast.images.geometry import Geometry
 from iosr_fast.images.listing import list_images
 from iosr_fast.pipeline.stream import Stage, batch_sizes, choose_batch, classify
 from iosr_fast.utils.ordered import map_ordered
@@ -171,45 +170,6 @@ def test_a_stream_without_a_length_is_cut_evenly() -> None:
 
 
 @TWO_WAYS
-@pytest.mark.parametrize("on_gpu", [True, False])
-def test_pixels_stay_on_the_gpu_for_an_encoder_that_takes_them_there(
-    on_gpu: bool, callers: int, decode_threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """CPU tensors stand for the GPU's. Other encoders get NumPy arrays, in one copy a batch."""
-    torch = pytest.importorskip("torch")
-    copies: list[int] = []
-    to_cpu = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (copies.append(len(self)), to_cpu(self))[1])
-
-    class Decoder:
-        name, threads = "gpu", 2
-
-        def decode(self, sources: Any, size: int, start: int = 0) -> DecodedBatch:
-            decoded = CpuDecoder().decode(sources, Geometry(SIZE), start)
-            pixels = None if decoded.pixels is None else torch.as_tensor(decoded.pixels)
-            return DecodedBatch(decoded.errors, pixels)
-
-    class Checking(CountingEncoder):
-        input_device = "cuda:0" if on_gpu else None
-
-        def encode_on_device(self, pixels: Any) -> Embeddings:
-            assert isinstance(pixels, torch.Tensor if on_gpu else np.ndarray)
-            return super().encode(np.asarray(pixels))
-
-    sources: list[Any] = [grey(i) for i in range(40)]
-    sources[5] = b"no picture"
-    sources[20:24] = [b""] * 4  # a whole batch
-    made = classify(STATE, Stage(Checking(), callers, decode_threads), Decoder(), sources, batch=4)
-    flat: list[Any] = [answer for batch in made for answer in batch]
-    errors = {i: answer.position for i, answer in enumerate(flat) if isinstance(answer, BadImageError)}
-    assert errors == {i: i for i in (5, 20, 21, 22, 23)}
-    assert [answer for i, answer in enumerate(flat) if i not in errors] == [
-        ("seen", i) for i in range(40) if i not in errors
-    ]
-    assert sorted(copies) == ([] if on_gpu else [3, *[4] * 8])
-
-
-@TWO_WAYS
 def test_few_batches_are_held_at_once(callers: int, decode_threads: int) -> None:
     """Pixels that are decoded and not yet let go of, however slowly they are encoded and taken."""
     held: set[int] = set()
@@ -220,7 +180,7 @@ def test_few_batches_are_held_at_once(callers: int, decode_threads: int) -> None
             held.discard(id(self))
 
     class Decoder:
-        name, threads = "tracked", None
+        name = "tracked"
 
         def decode(self, sources: Any, size: int, start: int = 0) -> DecodedBatch:
             pixels = np.stack(sources).view(Tracked)

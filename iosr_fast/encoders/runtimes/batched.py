@@ -11,7 +11,6 @@ import numpy as np
 from iosr_fast.encoders.encoder import Array, Embeddings, Encoder
 from iosr_fast.exceptions import IosrFastError
 from iosr_fast.images.geometry import Geometry
-from iosr_fast.images.pixels import is_tensor
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
@@ -56,16 +55,15 @@ class BatchedEncoder(Encoder):
     def geometry(self) -> Geometry:
         return self._geometry
 
-    def encode(self, pixels: Array) -> Embeddings:
+    def encode(self, pixels: np.ndarray) -> Embeddings:
         """Encode uint8 RGB pixels (B, image_size, image_size, 3), B >= 1; more than `max_batch` take several runs.
 
-        `pixels`: a NumPy array, or a tensor on `input_device` that the caller's current stream there may read.
         Returns float32 (B, width), L2-normalised; `adapted` is None where the encoder has none. Raises
-        IosrFastError for another dtype, shape or device.
+        IosrFastError for another type, dtype or shape.
         """
         return self.encode_on_device(pixels).to_numpy()
 
-    def encode_on_device(self, pixels: Array) -> Embeddings:
+    def encode_on_device(self, pixels: np.ndarray) -> Embeddings:
         """As `encode`; on a GPU the embeddings are tensors there, ready on the caller's current stream."""
         self._check(pixels)
         starts = range(0, len(pixels), self.max_batch)
@@ -90,15 +88,10 @@ class BatchedEncoder(Encoder):
         """Names of the outputs of a run."""
         return ("plain", "adapted") if self.adapted else ("plain",)
 
-    def _check(self, pixels: Array) -> None:
+    def _check(self, pixels: np.ndarray) -> None:
         expected = f"(B, {self.image_size}, {self.image_size}, 3) with B >= 1"
-        if is_tensor(pixels) and str(pixels.device) != self.input_device:
-            where = "" if self.input_device is None else f" or a tensor on {self.input_device}"
-            raise IosrFastError(
-                f"expected pixels as a NumPy array{where}, got a tensor on {pixels.device}; pass pixels.cpu().numpy()"
-            )
-        known = isinstance(pixels, np.ndarray) or is_tensor(pixels)
-        if not known or str(pixels.dtype).removeprefix("torch.") != "uint8":
+        known = isinstance(pixels, np.ndarray)
+        if not known or pixels.dtype != np.uint8:
             raise IosrFastError(
                 f"expected pixels as a uint8 array {expected}, got {pixels.dtype if known else type(pixels).__name__}; "
                 "the engine scales and normalises pixels itself, so pass them as bytes"
@@ -112,15 +105,13 @@ class BatchedEncoder(Encoder):
     def _size(self, pictures: int) -> int:
         return pictures if self.buckets is None else bucket_of(pictures, self.buckets)
 
-    def _part(self, pixels: Array) -> tuple[Array, ...]:
-        if isinstance(pixels, np.ndarray):
-            pixels = np.ascontiguousarray(pixels)
+    def _part(self, pixels: np.ndarray) -> tuple[Array, ...]:
+        pixels = np.ascontiguousarray(pixels)
         return tuple(output[: len(pixels)] for output in self._run(pixels, self._size(len(pixels))))
 
     @abstractmethod
-    def _run(self, pixels: Array, size: int) -> tuple[Array, ...]:
-        """Execute uint8 pixels of n <= max_batch pictures, a C-contiguous NumPy array or a tensor on `input_device`, as
-        a batch of `size` >= n.
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
+        """Execute uint8 pixels of n <= max_batch pictures, C-contiguous, as a batch of `size` >= n.
 
         Returns one float32 array of at least n rows for each of `outputs`, or a tensor on the GPU that later runs don't
         overwrite. Without buckets, size is n.

@@ -142,7 +142,6 @@ class TensorRTEncoder(BatchedEncoder):
         shape = (self.max_batch, self.image_size, self.image_size, 3)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, device="cuda")
         self._upload = Upload(self._pixels)
-        self.input_device = str(self._pixels.device)
         self._results = [torch.empty((self.max_batch, self.width), device="cuda") for _ in self.outputs]
         self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
         self._contexts: dict[int, Any] = {}
@@ -157,12 +156,10 @@ class TensorRTEncoder(BatchedEncoder):
         super().warm(sizes)
         self._save_kernels()
 
-    def _run(self, pixels: Array, size: int) -> tuple[Array, ...]:
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
         n, torch = len(pixels), self._torch
         caller = torch.cuda.current_stream(self._stream.device)
         with self._lock, torch.cuda.stream(self._stream):
-            if not isinstance(pixels, np.ndarray):
-                self._stream.wait_stream(caller)  # which may still be writing them
             self._upload(pixels)  # later rows hold older pictures; their outputs are cut off
             self._replay[size]() if size in self._replay else self._launch(size)
             copies = [result[:n].clone() for result in self._results]  # the next run overwrites the results

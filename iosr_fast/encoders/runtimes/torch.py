@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iosr_fast.encoders.encoder import Array
 from iosr_fast.encoders.runtimes.batched import BatchedEncoder, powers_of_two
 from iosr_fast.encoders.runtimes.cuda_graphs import Recorder
@@ -83,13 +85,12 @@ class TorchEncoder(BatchedEncoder):
         with self._torch.inference_mode():
             self._pixels = self._torch.zeros(shape, dtype=self._torch.uint8, device=self.device)
             self._upload = Upload(self._pixels)
-        self.input_device = str(self._pixels.device)
 
     def _forward(self, pixels: Any) -> tuple[Any, ...]:
         with self._attention_priority():
             return self._executed(pixels)
 
-    def _run(self, pixels: Array, size: int) -> tuple[Array, ...]:
+    def _run(self, pixels: np.ndarray, size: int) -> tuple[Array, ...]:
         if self.buckets is None:
             # PyTorch warns of read-only arrays.
             batch = self._torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())

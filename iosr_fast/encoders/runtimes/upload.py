@@ -1,7 +1,5 @@
-"""Pixels on their way into a GPU encoder's input, so that neither the copy nor the launches after it wait.
-
-NumPy arrays go through page-locked memory, tensors from the GPU's own memory.
-"""
+"""Pixels on their way into a GPU encoder's input, through page-locked memory: neither the copy nor the launches after
+it wait."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from iosr_fast.encoders.encoder import Array
 from iosr_fast.utils.require import require
 
 
@@ -27,18 +24,10 @@ class Upload:
             self._pinned = self._torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
             self._done = self._torch.cuda.Event()
 
-    def __call__(self, rows: Array) -> None:
-        """`rows` (n, ...) uint8, n at most the rows of `target`: a NumPy array, or a tensor on the device of `target`
-        that the current stream may read.
-
-        An array waits for the upload before it, which may still be reading the page-locked memory.
-        """
+    def __call__(self, rows: np.ndarray) -> None:
+        """`rows` (n, ...) uint8, n at most the rows of `target`. Waits for the upload before it, which may still be
+        reading the page-locked memory."""
         n = len(rows)
-        if not isinstance(rows, np.ndarray):
-            self._target[:n].copy_(rows, non_blocking=True)
-            if rows.is_cuda:  # it may belong to another stream, which must not use its memory before this copy
-                rows.record_stream(self._torch.cuda.current_stream(rows.device))
-            return
         if self._pinned is None:
             # PyTorch warns of read-only arrays.
             self._target[:n].copy_(self._torch.from_numpy(rows if rows.flags.writeable else rows.copy()))
